@@ -1,0 +1,83 @@
+"""The stages in order, for one picture: questions, rationales, judge, conversations."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pydantic
+
+from reverie_jax.data.annotate.interface import (
+    AnnotatedQuestion,
+    AnnotationError,
+    Annotator,
+    Picture,
+    QuestionSet,
+    Request,
+)
+from reverie_jax.data.conversation import Conversation, Turn
+
+WHY = "Explain why."
+WHY_WRONG = "Explain why this answer is wrong: {answer}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Reflection:
+    """A question with its rationales: one positive, and one negative for each confusing answer."""
+
+    question: AnnotatedQuestion
+    positive: str
+    negatives: tuple[tuple[str, str], ...]
+    """(confusing answer, why it is wrong)."""
+
+
+def annotate(picture: Picture, annotator: Annotator, count: int) -> tuple[list[Reflection], list[str]]:
+    """Asks everything about one picture.
+
+    Returns:
+        The reflections, and the reasons of what was dropped: replies that could not be used, and rationales that the
+        judge found to contradict each other.
+    """
+
+    def ask(stage: str, **fields: str) -> str:
+        return annotator.reply(Request(stage, picture, fields)).strip()  # type: ignore[arg-type]
+
+    try:
+        asked = QuestionSet.model_validate_json(ask("questions", count=str(count)))
+    except (AnnotationError, pydantic.ValidationError) as error:
+        return [], [f"{picture.key}: questions: {error}"]
+    kept, dropped = [], []
+    for question in asked.questions:
+        about = dict(question=question.question, answer=question.correct_answer)
+        try:
+            positive = ask("positive", **about)
+            negatives = []
+            for wrong in question.confusing_answers:
+                negative = ask("negative", question=question.question, answer=wrong)
+                verdict = ask("judge", **about, positive=positive, wrong=wrong, negative=negative).lower()
+                if verdict.split()[:1] == ["no"]:
+                    negatives.append((wrong, negative))
+                else:
+                    dropped.append(f"{picture.key}: {question.question!r}, {wrong!r}: the judge said {verdict!r}")
+            kept.append(Reflection(question, positive, tuple(negatives)))
+        except AnnotationError as error:
+            dropped.append(f"{picture.key}: {question.question!r}: {error}")
+    return kept, dropped
+
+
+def conversations(reflection: Reflection, *, rationales: bool = True) -> list[Conversation]:
+    """The talks that one reflection teaches: REVERIE's separate four-turn conversations, or its answer alone.
+
+    The right answer opens every conversation, but is taught once: in the tree the conversations share it.
+    """
+    question, answer = reflection.question.question, reflection.question.correct_answer
+    opening = [Turn("user", f"<image>\n{question}"), Turn("assistant", answer)]
+    source = f"reflective/{reflection.question.type}"
+    if not rationales:
+        return [Conversation(tuple(opening), source=source)]
+    prompts = [(WHY, reflection.positive)]
+    prompts += [(WHY_WRONG.format(answer=wrong), why) for wrong, why in reflection.negatives]
+    talks = []
+    for index, (prompt, why) in enumerate(prompts):
+        first = opening if index == 0 else [opening[0], dataclasses.replace(opening[1], weight=0.0)]
+        talks.append(Conversation((*first, Turn("user", prompt), Turn("assistant", why)), source=source))
+    return talks

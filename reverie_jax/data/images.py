@@ -1,0 +1,55 @@
+"""Encoded pictures to the square of pixels that a vision tower takes."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, UnidentifiedImageError
+
+PAD_COLOUR = (122, 116, 104)
+"""CLIP's mean colour in bytes, rounded down as LLaVA does."""
+
+
+class BrokenImage(ValueError):
+    """Bytes that are no readable picture; the message says which and why."""
+
+
+def decode(encoded: bytes, name: str) -> Image.Image:
+    """An encoded file as RGB.
+
+    Raises:
+        BrokenImage: the bytes cannot be read as a picture.
+    """
+    try:
+        with Image.open(io.BytesIO(encoded)) as image:
+            return image.convert("RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise BrokenImage(f"{name}: not a readable picture ({error or type(error).__name__})") from error
+
+
+def preprocess(image: Image.Image, size: int, *, pad: bool = True) -> UInt8[np.ndarray, "S S 3"]:
+    """LLaVA's square: padded with CLIP's mean colour (or cropped), shortest edge to `size` by bicubic.
+
+    Normalisation is left to the device (`models.vision.normalise`), so a pixel travels as one byte.
+    """
+    if pad and image.width != image.height:
+        side = max(image.size)
+        canvas = Image.new("RGB", (side, side), PAD_COLOUR)
+        canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        image = canvas
+    if min(image.size) != size:
+        scale = size / min(image.size)
+        image = image.resize(
+            (max(size, int(image.width * scale)), max(size, int(image.height * scale))), Image.Resampling.BICUBIC
+        )
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return np.asarray(image.crop((left, top, left + size, top + size)), np.uint8)
+
+
+def encode_png(pixels: UInt8[np.ndarray, "H W 3"]) -> bytes:
+    """Pixels as a PNG file."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG", compress_level=1)
+    return buffer.getvalue()

@@ -1,0 +1,40 @@
+"""The base's tokenizer: byte-level BPE trained on what is said of scenes, so any text at all has tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from reverie_jax.data.conversation import IMAGE
+from reverie_jax.data.scenes.corpus import texts
+from reverie_jax.data.scenes.graph import World, take
+
+SPECIAL = ("<pad>", "<s>", "</s>", IMAGE)
+
+
+def train_tokenizer(vocab: int, seed: int) -> PreTrainedTokenizerFast:
+    """A tokenizer with `vocab` entries at most; ids 0-3 are pad, bos, eos and the image placeholder."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts(take(World.skewed(), "train", seed, 4000), seed), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        additional_special_tokens=[IMAGE],
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    tokenizer.save_pretrained(folder)

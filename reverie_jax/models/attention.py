@@ -1,0 +1,106 @@
+"""The one attention rule: query i sees key j iff j <= i < ends[j].
+
+`ends[j]` is one past the last row index of j's subtree. Causal attention is `ends = L`; packed trees, padding
+(`ends[j] = j + 1`), shared prefixes, preference pairs and batched questions are all this rule.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+def visible(ends: Int[Array, "B L"]) -> Bool[Array, "B L L"]:
+    """The rule as a matrix: [b, i, j] says whether query i of row b sees key j."""
+    index = jnp.arange(ends.shape[-1], dtype=ends.dtype)
+    return leaf_visible(jnp.broadcast_to(index[None, :], ends.shape), ends)
+
+
+def leaf_visible(leaves: Int[Array, "B Q"], ends: Int[Array, "B L"]) -> Bool[Array, "B Q L"]:
+    """The rule for chosen queries: [b, q, j] says whether row index leaves[b, q] sees key j."""
+    key = jnp.arange(ends.shape[-1], dtype=ends.dtype)[None, None, :]
+    query = leaves[:, :, None]
+    return (key <= query) & (query < ends[:, None, :])
+
+
+def _heads_first(x: Float[Array, "B L H d"], kv_heads: int) -> Float[Array, "B K GL d"]:
+    """Batch axes lead and the G = H / K queries that share a key head stand in one matrix, as matmuls like it."""
+    batch, length, heads, width = x.shape
+    group = heads // kv_heads
+    x = x.reshape(batch, length, kv_heads, group, width).transpose(0, 2, 3, 1, 4)
+    return x.reshape(batch, kv_heads, group * length, width)
+
+
+def _heads_last(x: Float[Array, "B K GL d"], length: int) -> Float[Array, "B L H d"]:
+    batch, kv_heads, rows, width = x.shape
+    x = x.reshape(batch, kv_heads, rows // length, length, width).transpose(0, 3, 1, 2, 4)
+    return x.reshape(batch, length, -1, width)
+
+
+def _scores(q: Float[Array, "B K I d"], k: Float[Array, "B K J d"]) -> Float[Array, "B K I J"]:
+    return jnp.einsum("bkid,bkjd->bkij", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+
+
+def attend(
+    q: Float[Array, "B L H d"],
+    k: Float[Array, "B L K d"],
+    v: Float[Array, "B L K d"],
+    ends: Int[Array, "B L"] | None,
+) -> Float[Array, "B L H d"]:
+    """Attention by the rule; `ends=None` lets every query see every key (the vision tower).
+
+    Softmax in float32. Query head h reads key head h // (H / K).
+    """
+    length, kv_heads = q.shape[1], k.shape[2]
+    scores = _scores(_heads_first(q, kv_heads), _heads_first(k, kv_heads))
+    if ends is not None:
+        mask = jnp.tile(visible(ends), (1, q.shape[2] // kv_heads, 1))
+        scores = jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return _heads_last(jnp.einsum("bkij,bkjd->bkid", weights, _heads_first(v, kv_heads)), length)
+
+
+def attend_leaves(
+    q: Float[Array, "B Q H d"],
+    prefix: tuple[Float[Array, "B L K d"], Float[Array, "B L K d"]],
+    seen: Bool[Array, "B Q L"],
+    suffix: tuple[Float[Array, "B Q T K d"], Float[Array, "B Q T K d"]],
+    step: Int[Array, ""],
+) -> Float[Array, "B Q H d"]:
+    """One decoded token a leaf: it sees its ancestors in the row's KV, and its own suffix up to `step`.
+
+    Args:
+        q: queries, one a leaf.
+        prefix: keys and values of the row, one copy for all leaves.
+        seen: which row tokens each leaf sees (`leaf_visible`).
+        suffix: keys and values decoded so far, a leaf apart; entry `step` is the query's own.
+        step: index of the query within the suffix.
+    """
+    leaves, kv_heads = q.shape[1], prefix[0].shape[2]
+    group = q.shape[2] // kv_heads
+    low = jnp.finfo(jnp.float32).min
+    far = _scores(_heads_first(q, kv_heads), _heads_first(prefix[0], kv_heads))
+    far = jnp.where(jnp.tile(seen, (1, group, 1))[:, None], far, low)
+    mine = q.reshape(*q.shape[:2], kv_heads, group, -1)
+    near = jnp.einsum("bqkgd,bqtkd->bkgqt", mine, suffix[0], preferred_element_type=jnp.float32)
+    near = near * q.shape[-1] ** -0.5
+    done = jnp.arange(suffix[0].shape[2]) <= step
+    near = jnp.where(done[None, None, None, None, :], near, low).reshape(*far.shape[:3], -1)
+    weights = jax.nn.softmax(jnp.concatenate([far, near], axis=-1), axis=-1).astype(q.dtype)
+    far, near = jnp.split(weights, [prefix[0].shape[1]], axis=-1)
+    out = _heads_last(jnp.einsum("bkij,bkjd->bkid", far, _heads_first(prefix[1], kv_heads)), leaves)
+    near = near.reshape(near.shape[0], kv_heads, group, leaves, -1)
+    return out + jnp.einsum("bkgqt,bqtkd->bqkgd", near, suffix[1]).reshape(q.shape)
+
+
+def rope(
+    x: Float[Array, "B L H d"], positions: Int[Array, "B L"], theta: float
+) -> Float[Array, "B L H d"]:
+    """Rotary positions in the rotate-half layout, angles in float32 (RoFormer; `LlamaRotaryEmbedding`)."""
+    half = x.shape[-1] // 2
+    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions.astype(jnp.float32)[:, :, None, None] * frequency[None, None, None, :]
+    sin, cos = jnp.sin(angle), jnp.cos(angle)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

@@ -1,0 +1,79 @@
+"""The vision tower: CLIP's ViT, up to the hidden state that feeds the projector."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, UInt8
+
+from reverie_jax.models.attention import attend
+from reverie_jax.models.config import VisionConfig
+from reverie_jax.models.layers import LayerNorm, Linear, activate, parameter, scan_layers
+
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def normalise(pixels: UInt8[Array, "... 3"], dtype: jnp.dtype) -> Float[Array, "... 3"]:
+    """Bytes to CLIP's normalised floats."""
+    mean, std = (jnp.asarray(v, jnp.float32).reshape((1,) * (pixels.ndim - 1) + (3,)) for v in (CLIP_MEAN, CLIP_STD))
+    return ((pixels.astype(jnp.float32) / 255 - mean) / std).astype(dtype)
+
+
+class VisionLayer(nnx.Module):
+    """One pre-norm encoder layer (`CLIPEncoderLayer`), stacked `layers` times."""
+
+    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs, layers: int, dtype: jnp.dtype):
+        width = config.hidden
+        self.heads, self.activation = config.heads, config.activation
+        self.norm1 = LayerNorm(width, config.norm_eps, rngs=rngs, layers=layers)
+        self.norm2 = LayerNorm(width, config.norm_eps, rngs=rngs, layers=layers)
+        make = dict(rngs=rngs, layers=layers, bias=True, dtype=dtype)
+        self.query = Linear(width, width, ("embed", "heads"), **make)
+        self.key = Linear(width, width, ("embed", "heads"), **make)
+        self.value = Linear(width, width, ("embed", "heads"), **make)
+        self.out = Linear(width, width, ("heads", "embed"), **make)
+        self.up = Linear(width, config.mlp, ("embed", "mlp"), **make)
+        self.down = Linear(config.mlp, width, ("mlp", "embed"), **make)
+
+    def __call__(self, x: Float[Array, "B L W"]) -> Float[Array, "B L W"]:
+        normed = self.norm1(x)
+        q, k, v = (
+            part(normed).reshape(*x.shape[:2], self.heads, -1) for part in (self.query, self.key, self.value)
+        )
+        x = x + self.out(attend(q, k, v, None).reshape(x.shape))
+        return x + self.down(activate(self.activation, self.up(self.norm2(x))))
+
+
+class VisionTower(nnx.Module):
+    """Pixels to patch features. `post_norm` and the layers above the feature layer are kept for export, and never run."""
+
+    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+        self.config = config
+        patch = 3 * config.patch_size**2
+        self.patch = Linear(patch, config.hidden, (None, "embed"), rngs=rngs, dtype=dtype)
+        self.cls = parameter(rngs, (config.hidden,), (None,), scale=config.hidden**-0.5, dtype=dtype)
+        self.position = parameter(rngs, (config.patches + 1, config.hidden), (None, "embed"), scale=0.02, dtype=dtype)
+        self.pre_norm = LayerNorm(config.hidden, config.norm_eps, rngs=rngs)
+        self.layers = VisionLayer(config, rngs=rngs, layers=config.layers, dtype=dtype)
+        self.post_norm = LayerNorm(config.hidden, config.norm_eps, rngs=rngs)
+
+    def __call__(
+        self, pixels: Float[Array, "B S S 3"], depth: int, *, remat: bool = False
+    ) -> Float[Array, "B P W"]:
+        """Hidden state `depth` of the patches, class token dropped, without `post_norm`.
+
+        Args:
+            pixels: normalised images, channels last.
+            depth: how many encoder layers run.
+        """
+        config = self.config
+        batch, grid, side = pixels.shape[0], config.image_size // config.patch_size, config.patch_size
+        cut = pixels.reshape(batch, grid, side, grid, side, 3).transpose(0, 1, 3, 2, 4, 5)
+        x = self.patch(cut.reshape(batch, grid * grid, -1))
+        cls = jnp.broadcast_to(self.cls[...].astype(x.dtype), (batch, 1, config.hidden))
+        x = jnp.concatenate([cls, x], axis=1) + self.position[...].astype(x.dtype)[None]
+        x = self.pre_norm(x)
+        x, _ = scan_layers(self.layers, lambda layer, x: (layer(x), None), x, depth=depth, remat=remat)
+        return x[:, 1:]

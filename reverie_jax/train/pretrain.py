@@ -1,0 +1,179 @@
+"""Remakes the shipped base from nothing: `reverie scenes pretrain`.
+
+Two stages, as for LLaVA. The tower learns to see (there from captions at web scale, here from the graph: what each patch
+shows), then projector and decoder learn to talk, the tower frozen. Neither sees a rationale, nor an evaluation scene.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from reverie_jax.data.conversation import Encoder
+from reverie_jax.data.rows import Batch, RowShape, element, pack
+from reverie_jax.data.scenes.corpus import plain_talks
+from reverie_jax.data.scenes.draw import render
+from reverie_jax.data.scenes.graph import CATEGORIES, COLOURS, SIZES, TEXTURES, Scene, World, take
+from reverie_jax.data.tree import Trie
+from reverie_jax.models import TextConfig, VisionConfig, VisionLanguageModel, VLMConfig
+from reverie_jax.models.layers import Linear
+from reverie_jax.models.vision import VisionTower, normalise
+from reverie_jax.train.objective import edge_loss
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainRecipe:
+    """Everything that decides the base's weights."""
+
+    scenes: int = 60_000
+    tower_steps: int = 2_000
+    tower_batch: int = 64
+    tower_rate: float = 1.5e-3
+    steps: int = 3_000
+    batch: int = 16
+    rate: float = 2e-3
+    questions: int = 9
+    row: RowShape = RowShape(tokens=256, images=1, edges=128)
+    seed: int = 0
+
+
+def base_config(vocab: int, image_token_id: int) -> VLMConfig:
+    """The base's architecture: LLaVA-1.5's, small."""
+    return VLMConfig(
+        vision=VisionConfig(hidden=128, layers=5, heads=4, mlp=512, image_size=128, patch_size=16),
+        text=TextConfig(vocab=vocab, hidden=192, layers=4, heads=6, kv_heads=6, head_dim=32, mlp=512),
+        image_token_id=image_token_id,
+    )
+
+
+PATCH_FACTS: tuple[tuple[str, ...], ...] = (CATEGORIES, COLOURS, tuple(SIZES), TEXTURES)
+
+
+def patch_labels(scene: Scene, grid: int) -> np.ndarray:
+    """int32 [grid * grid, 4]: category, colour, size and texture of the thing over each patch's centre; 0 for none."""
+    labels = np.zeros((grid, grid, 4), np.int32)
+    centre = (np.arange(grid) + 0.5) / grid
+    for thing in scene.things:
+        left, top, right, bottom = thing.box
+        inside = np.ix_((centre > top) & (centre < bottom), (centre > left) & (centre < right))
+        facts = (thing.category, thing.colour, thing.size, thing.texture)
+        labels[inside] = [1 + names.index(fact) for names, fact in zip(PATCH_FACTS, facts, strict=True)]
+    return labels.reshape(grid * grid, 4)
+
+
+class PatchHeads(nnx.Module):
+    """Reads each patch's facts off its feature; thrown away after the tower's stage."""
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs):
+        self.sizes = tuple(len(names) + 1 for names in PATCH_FACTS)
+        self.out = Linear(width, sum(self.sizes), (None, None), rngs=rngs, bias=True)
+
+    def loss(self, features: jax.Array, labels: jax.Array) -> jax.Array:
+        parts = jnp.split(self.out(features), np.cumsum(self.sizes)[:-1], axis=-1)
+        losses = [
+            optax.softmax_cross_entropy_with_integer_labels(part, labels[..., i]).mean()
+            for i, part in enumerate(parts)
+        ]
+        return jnp.stack(losses).sum()
+
+
+def _schedule(rate: float, steps: int) -> optax.GradientTransformation:
+    cosine = optax.warmup_cosine_decay_schedule(0.0, rate, max(1, steps // 20), steps)
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(cosine, b2=0.98, weight_decay=0.01))
+
+
+def tower_batches(scenes: list[Scene], recipe: PretrainRecipe, size: int, grid: int) -> Iterator[Any]:
+    data = grain.MapDataset.source(scenes).seed(recipe.seed).shuffle().repeat()
+    data = data.map(lambda scene: (render(scene, size), patch_labels(scene, grid)))
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=64)
+    return iter(data.to_iter_dataset(options).batch(recipe.tower_batch))
+
+
+def language_batches(scenes: list[Scene], recipe: PretrainRecipe, encoder: Encoder, size: int) -> Iterator[Batch]:
+    """Batches of one image a row: a description and as many plain answers as fit."""
+
+    def build(index: int) -> dict[str, np.ndarray]:
+        rng = np.random.default_rng([recipe.seed, index])
+        scene, trie = scenes[index % len(scenes)], Trie()
+        for conversation in plain_talks(scene, rng, recipe.questions):
+            tokens = encoder(conversation)
+            more, edges = trie.cost(tokens)
+            if len(trie) + more <= recipe.row.tokens and trie.edges + edges <= recipe.row.edges:
+                trie.add(tokens)
+        return element(trie.tree(), render(scene, size)[None])
+
+    # The index of an epoch's end differs from its start's, so each visit asks a scene new questions.
+    data = grain.MapDataset.range(recipe.steps * recipe.batch).map(build)
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=64)
+    rows = pack(data.to_iter_dataset(options), recipe.row, encoder.patches)
+    return iter(rows.batch(recipe.batch))
+
+
+def pretrain_tower(model: VisionLanguageModel, scenes: list[Scene], recipe: PretrainRecipe, log: Any) -> None:
+    """Trains `model.vision` in place to know what each patch shows."""
+    config = model.config.vision
+    heads = PatchHeads(config.hidden, rngs=nnx.Rngs(recipe.seed + 1))
+    tower_graph, tower = nnx.split(model.vision)
+    heads_graph, head_state = nnx.split(heads)
+    optimizer = _schedule(recipe.tower_rate, recipe.tower_steps)
+
+    def loss_of(params: Any, pixels: jax.Array, labels: jax.Array) -> jax.Array:
+        vision: VisionTower = nnx.merge(tower_graph, params[0])
+        features = vision(normalise(pixels, jnp.float32), model.config.feature_depth, remat=True)
+        return nnx.merge(heads_graph, params[1]).loss(features, labels)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params: Any, state: Any, pixels: jax.Array, labels: jax.Array) -> Any:
+        loss, grads = jax.value_and_grad(loss_of)(params, pixels, labels)
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, loss
+
+    params = (tower, head_state)
+    state = optimizer.init(params)
+    grid = config.image_size // config.patch_size
+    batches = tower_batches(scenes, recipe, config.image_size, grid)
+    for number in range(recipe.tower_steps):
+        params, state, loss = step(params, state, *next(batches))
+        if number % 50 == 0 or number == recipe.tower_steps - 1:
+            log("tower", number, float(loss))
+    nnx.update(model.vision, params[0])
+
+
+def pretrain_language(
+    model: VisionLanguageModel, encoder: Encoder, scenes: list[Scene], recipe: PretrainRecipe, log: Any
+) -> None:
+    """Trains projector and decoder in place to describe and to answer; the tower stays as it is."""
+    is_tower = nnx.PathContains("vision")
+    graph, frozen, params = nnx.split(model, is_tower, ...)
+    optimizer = _schedule(recipe.rate, recipe.steps)
+
+    def loss_of(params: Any, frozen: Any, batch: Batch) -> jax.Array:
+        loss = edge_loss(nnx.merge(graph, frozen, params), batch)
+        return loss.total / loss.weight
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params: Any, state: Any, frozen: Any, batch: Batch) -> Any:
+        loss, grads = jax.value_and_grad(loss_of)(params, frozen, batch)
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, loss
+
+    state = optimizer.init(params)
+    batches = language_batches(scenes, recipe, encoder, model.config.vision.image_size)
+    for number in range(recipe.steps):
+        params, state, loss = step(params, state, frozen, next(batches))
+        if number % 50 == 0 or number == recipe.steps - 1:
+            log("language", number, float(loss))
+    nnx.update(model, params)
+
+
+def pretraining_scenes(recipe: PretrainRecipe) -> list[Scene]:
+    return take(World.skewed(), "train", recipe.seed, recipe.scenes)
