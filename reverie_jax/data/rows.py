@@ -118,6 +118,20 @@ def row(packed: Element, patches: int) -> Batch:
     )
 
 
+def stack(rows: Sequence[Batch], wanted: int) -> Batch:
+    """A batch of `wanted` rows; empty ones fill it up."""
+    first = rows[0]
+    blank = Batch(*(np.zeros_like(field) for field in first))
+    length = len(first.tokens)
+    blank = blank._replace(
+        ends=np.arange(1, length + 1, dtype=np.int32),
+        features=np.full(length, -1, np.int32),
+        questions=np.full_like(first.questions, -1),
+    )
+    full = [*rows, *([blank] * (wanted - len(rows)))]
+    return Batch(*(np.stack(field) for field in zip(*full, strict=True)))
+
+
 def pack(
     elements: grain.IterDataset, shape: RowShape, patches: int, *, bins: int = 1
 ) -> grain.IterDataset:

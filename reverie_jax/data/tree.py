@@ -48,6 +48,11 @@ class ConversationTree:
         return len(self.tokens)
 
 
+def untaught(conversation: Tokens) -> Tokens:
+    """The same tokens, none of them taught: a question that waits for its answer."""
+    return dataclasses.replace(conversation, weights=np.zeros_like(conversation.weights))
+
+
 class Trie:
     """Grows a trie one conversation at a time; `tree()` lays it out."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from reverie_jax.models.config import ProjectorKind
@@ -13,7 +14,7 @@ from reverie_jax.models.layers import Linear, activate
 class Projector(nnx.Module):
     """`linear` (LLaVA-1.0) or `mlp2x_gelu` (LLaVA-1.5: two layers, exact GELU between)."""
 
-    def __init__(self, kind: ProjectorKind, inputs: int, outputs: int, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+    def __init__(self, kind: ProjectorKind, inputs: int, outputs: int, *, rngs: nnx.Rngs, dtype: DTypeLike):
         self.linear1 = Linear(inputs, outputs, (None, "embed"), rngs=rngs, bias=True, dtype=dtype)
         self.linear2 = nnx.data(None)
         if kind == "mlp2x_gelu":

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from reverie_jax.models.attention import attend, attend_leaves, leaf_visible, rope
@@ -24,7 +25,7 @@ class KV(NamedTuple):
 class DecoderLayer(nnx.Module):
     """One pre-norm layer: attention, then a gated MLP; stacked `layers` times."""
 
-    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs, layers: int, dtype: jnp.dtype):
+    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs, layers: int, dtype: DTypeLike):
         self.config = config
         width, q_width, kv_width = config.hidden, config.heads * config.head_dim, config.kv_heads * config.head_dim
         make = dict(rngs=rngs, layers=layers, dtype=dtype)
@@ -89,14 +90,14 @@ class DecoderLayer(nnx.Module):
 class Decoder(nnx.Module):
     """Token embedding, stacked layers, final norm and LM head."""
 
-    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs, dtype: DTypeLike):
         self.config = config
         self.embedding = parameter(rngs, (config.vocab, config.hidden), ("vocab", "embed"), scale=0.02, dtype=dtype)
         self.layers = DecoderLayer(config, rngs=rngs, layers=config.layers, dtype=dtype)
         self.norm = RMSNorm(config.hidden, config.norm_eps, rngs=rngs)
         self.head = Linear(config.hidden, config.vocab, ("embed", "vocab"), rngs=rngs, dtype=dtype)
 
-    def embed(self, tokens: Int[Array, "..."], dtype: jnp.dtype) -> Float[Array, "... D"]:
+    def embed(self, tokens: Int[Array, "..."], dtype: DTypeLike) -> Float[Array, "... D"]:
         return jnp.take(self.embedding[...], tokens, axis=0).astype(dtype)
 
     def __call__(

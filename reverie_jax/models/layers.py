@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 Axes = tuple[str | None, ...]
@@ -25,7 +26,7 @@ def parameter(
     layers: int | None = None,
     scale: float = 0.0,
     mean: float = 0.0,
-    dtype: jnp.dtype = jnp.float32,  # type: ignore[assignment]
+    dtype: DTypeLike = jnp.float32,
 ) -> nnx.Param[Array]:
     """A parameter drawn from normal(mean, scale), stacked `layers` times, that carries its logical axes."""
     if layers is not None:
@@ -48,7 +49,7 @@ class Linear(nnx.Module):
         rngs: nnx.Rngs,
         layers: int | None = None,
         bias: bool = False,
-        dtype: jnp.dtype = jnp.float32,  # type: ignore[assignment]
+        dtype: DTypeLike = jnp.float32,
     ):
         self.inputs, self.outputs, self.axes, self.layers = inputs, outputs, axes, layers
         self.kernel = parameter(rngs, (inputs, outputs), axes, layers=layers, scale=inputs**-0.5, dtype=dtype)

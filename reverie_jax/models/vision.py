@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt8
 
 from reverie_jax.models.attention import attend
@@ -15,7 +16,7 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def normalise(pixels: UInt8[Array, "... 3"], dtype: jnp.dtype) -> Float[Array, "... 3"]:
+def normalise(pixels: UInt8[Array, "... 3"], dtype: DTypeLike) -> Float[Array, "... 3"]:
     """Bytes to CLIP's normalised floats."""
     mean, std = (jnp.asarray(v, jnp.float32).reshape((1,) * (pixels.ndim - 1) + (3,)) for v in (CLIP_MEAN, CLIP_STD))
     return ((pixels.astype(jnp.float32) / 255 - mean) / std).astype(dtype)
@@ -24,7 +25,7 @@ def normalise(pixels: UInt8[Array, "... 3"], dtype: jnp.dtype) -> Float[Array, "
 class VisionLayer(nnx.Module):
     """One pre-norm encoder layer (`CLIPEncoderLayer`), stacked `layers` times."""
 
-    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs, layers: int, dtype: jnp.dtype):
+    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs, layers: int, dtype: DTypeLike):
         width = config.hidden
         self.heads, self.activation = config.heads, config.activation
         self.norm1 = LayerNorm(width, config.norm_eps, rngs=rngs, layers=layers)
@@ -49,7 +50,7 @@ class VisionLayer(nnx.Module):
 class VisionTower(nnx.Module):
     """Pixels to patch features. `post_norm` and the layers above the feature layer are kept for export, and never run."""
 
-    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs, dtype: DTypeLike):
         self.config = config
         patch = 3 * config.patch_size**2
         self.patch = Linear(patch, config.hidden, (None, "embed"), rngs=rngs, dtype=dtype)

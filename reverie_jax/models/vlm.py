@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 from reverie_jax.models.bridge import Projector
 from reverie_jax.models.config import VLMConfig
 from reverie_jax.models.decoder import KV, Decoder
+from reverie_jax.models.sharding import constrain_rows
 from reverie_jax.models.vision import VisionTower, normalise
 
 
@@ -52,7 +53,8 @@ class VisionLanguageModel(nnx.Module):
             features = jax.lax.stop_gradient(features)
         features = self.projector(features).reshape(batch, images * features.shape[1], -1)
         placed = jnp.take_along_axis(features, jnp.maximum(image_slots, 0)[:, :, None], axis=1)
-        return jnp.where((image_slots >= 0)[:, :, None], placed, self.decoder.embed(tokens, features.dtype))
+        text = self.decoder.embed(tokens, features.dtype)
+        return constrain_rows(jnp.where((image_slots >= 0)[:, :, None], placed, text))
 
     def hidden(
         self,

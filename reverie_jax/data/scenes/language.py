@@ -163,9 +163,6 @@ def _look_kind(look: str) -> str:
 
 
 def mentioned(text: str) -> list[str]:
-    """Categories that a text says are there, once each, in order of first mention (the objects that CHAIR counts)."""
-    names: dict[str, None] = {}
-    for match in _MENTION.finditer(_HABIT.sub(" ", " ".join(text.lower().split()))):
-        if not match["count"].endswith("no"):
-            names[_NOUN[match["noun"]]] = None
-    return list(names)
+    """Categories that a text says are there, in order and as often as it says so (the mentions that CHAIR counts)."""
+    plain = _HABIT.sub(" ", " ".join(text.lower().split()))
+    return [_NOUN[match["noun"]] for match in _MENTION.finditer(plain) if not match["count"].endswith("no")]

@@ -1,0 +1,1 @@
+"""Annotation files that the field uses, one file a dataset."""

@@ -1,0 +1,64 @@
+"""Free text against the scene graph: hallucinated objects in descriptions, and false claims in rationales.
+
+CHAIR (Rohrbach et al., arXiv 1809.02156) counts mentions of objects that are not there. In the embedded world the truth is
+exact, so nothing is lost between a synonym list and an annotator's eye.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float
+
+from reverie_jax.data.scenes.graph import Scene
+from reverie_jax.data.scenes.language import Claim, claims, mentioned
+
+DESCRIPTION_TOKENS = 80
+RATIONALE_TOKENS = 80
+
+# Columns of the description counts.
+MENTIONS, HALLUCINATED, CAPTIONS, HALLUCINATING, PRESENT, COVERED = range(6)
+
+
+def description_counts(scenes: Sequence[Scene], texts: Sequence[str]) -> Float[np.ndarray, "N 6"]:
+    """Per picture: mentions, hallucinated mentions, 1, whether any is hallucinated, things there, things named.
+
+    A mention counts as often as it is made, as CHAIR's own script has it.
+    """
+    rows = []
+    for scene, text in zip(scenes, texts, strict=True):
+        named, present = mentioned(text), set(scene.categories)
+        false = [name for name in named if name not in present]
+        rows.append((len(named), len(false), 1, bool(false), len(present), len(present & set(named))))
+    return np.asarray(rows, float)
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckedRationale:
+    """A rationale with its claims and whether each holds."""
+
+    text: str
+    checked: tuple[tuple[Claim, bool], ...]
+
+    @property
+    def correct(self) -> bool:
+        """It claims something about the picture, and nothing that is false of it."""
+        return bool(self.checked) and all(holds for _, holds in self.checked)
+
+
+def check(scene: Scene, text: str) -> CheckedRationale:
+    return CheckedRationale(text, tuple((claim, claim.holds(scene)) for claim in claims(text)))
+
+
+# Columns of the rationale counts.
+RATIONALES, CORRECT, CLAIMS, TRUE_CLAIMS, EMPTY = range(5)
+
+
+def rationale_counts(checked: Sequence[CheckedRationale]) -> Float[np.ndarray, "5"]:
+    """One picture's rationales: how many, how many correct, claims, true claims, rationales without a claim."""
+    facts = [holds for rationale in checked for _, holds in rationale.checked]
+    correct = sum(rationale.correct for rationale in checked)
+    empty = sum(not rationale.checked for rationale in checked)
+    return np.asarray([len(checked), correct, len(facts), sum(facts), empty], float)

@@ -1,0 +1,146 @@
+"""Jitted batch inference over trees: a picture's prefix is prefilled once, and every question decodes from that one copy."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Int
+
+from reverie_jax.data.conversation import Encoder
+from reverie_jax.data.pipeline import Picture, question_batches
+from reverie_jax.data.rows import Batch, RowShape
+from reverie_jax.models import VisionLanguageModel
+from reverie_jax.models.decoder import KV
+from reverie_jax.models.sharding import batch_sharding, make_mesh, place
+
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineShape:
+    """Static sizes of inference.
+
+    Attributes:
+        tokens: row length; a picture's questions that do not fit one row take several.
+        leaves: questions that decode together from one row.
+        rows: rows in a batch.
+    """
+
+    tokens: int = 384
+    leaves: int = 24
+    rows: int = 8
+
+
+def greedy(
+    model: VisionLanguageModel, batch: Batch, *, new_tokens: int, end: int
+) -> Int[Array, "B Q T"]:
+    """Greedy continuations of every leaf; `end` fills what follows the end of an answer.
+
+    The row's KV exists once. Each leaf sees its ancestors in it, and its own suffix. Decoding stops when all leaves have
+    ended.
+    """
+    hidden, prefix = model.prefill(batch.tokens, batch.positions, batch.ends, batch.features, batch.pixels)
+    at_leaf = jnp.take_along_axis(hidden, batch.leaves[:, :, None], axis=1)
+    depth = jnp.take_along_axis(batch.positions, batch.leaves, axis=1)
+    token = model.decoder.logits(at_leaf).argmax(-1).astype(jnp.int32)
+    token = jnp.where(batch.questions < 0, end, token)
+    layers, rows, _, heads, width = prefix.k.shape
+    empty = jnp.zeros((layers, rows, batch.leaves.shape[1], new_tokens, heads, width), prefix.k.dtype)
+    out = jnp.full((*token.shape, new_tokens), end, jnp.int32).at[:, :, 0].set(token)
+
+    def more(carry: tuple[Any, ...]) -> Array:
+        step, token, _, _ = carry
+        return (step < new_tokens - 1) & (token != end).any()
+
+    def extend(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        step, token, out, suffix = carry
+        logits, suffix = model.extend(token, depth + 1 + step, batch.leaves, batch.ends, step, prefix, suffix)
+        token = jnp.where(token == end, end, logits.argmax(-1).astype(jnp.int32))
+        return step + 1, token, out.at[:, :, step + 1].set(token), suffix
+
+    start = (jnp.zeros((), jnp.int32), token, out, KV(empty, empty))
+    return jax.lax.while_loop(more, extend, start)[2]
+
+
+class Engine:
+    """Answers questions about pictures with one model.
+
+    Args:
+        model: with or without adapters; read, never changed.
+        encoder: the model's tokenizer and template.
+        mesh: devices; rows are spread over them.
+    """
+
+    def __init__(
+        self,
+        model: VisionLanguageModel,
+        encoder: Encoder,
+        shape: EngineShape | None = None,
+        *,
+        mesh: Mesh | None = None,
+    ):
+        self.encoder, self.shape, self.mesh = encoder, shape or EngineShape(), mesh or make_mesh()
+        self.image_size = model.config.vision.image_size
+        self.graph, state = nnx.split(model)
+        self.state = place(state, self.mesh)
+        end = encoder.tokenizer.eos_token_id
+        if end is None:
+            raise ValueError("the tokenizer has no end-of-sequence token: answers would never stop")
+        self.end = end
+        self._decode: dict[int, Callable[[Any, Batch], Array]] = {}
+
+    def _decoder(self, new_tokens: int) -> Callable[[Any, Batch], Array]:
+        if new_tokens not in self._decode:
+
+            @jax.jit
+            def decode(state: Any, batch: Batch) -> Array:
+                return greedy(nnx.merge(self.graph, state), batch, new_tokens=new_tokens, end=self.end)
+
+            self._decode[new_tokens] = decode
+        return self._decode[new_tokens]
+
+    def answer(
+        self,
+        pictures: Sequence[Picture],
+        *,
+        new_tokens: int,
+        progress: Callable[[int], None] = lambda answered: None,
+    ) -> dict[int, str]:
+        """Each question's answer, by the question's number.
+
+        Args:
+            new_tokens: longest answer, in tokens.
+            progress: called with the number of answers that a batch brought.
+
+        Raises:
+            ValueError: two questions carry one number.
+            DataError: a question is too long for a row.
+            BrokenImage: a picture cannot be read.
+        """
+        wanted = [number for picture in pictures for number, _ in picture.questions]
+        if len(set(wanted)) != len(wanted):
+            raise ValueError("two questions carry the same number; answers could not be told apart")
+        row = RowShape(tokens=self.shape.tokens, images=1, leaves=self.shape.leaves)
+        batches = question_batches(pictures, self.encoder, row, rows=self.shape.rows, image_size=self.image_size)
+        decode, answers = self._decoder(new_tokens), {}
+        with jax.set_mesh(self.mesh):
+            for batch in batches:
+                ids = np.asarray(decode(self.state, jax.device_put(batch, batch_sharding(self.mesh))))
+                asked = np.argwhere(batch.questions >= 0)
+                for b, q in asked:
+                    text = ids[b, q].tolist()
+                    text = text[: text.index(self.end)] if self.end in text else text
+                    answers[int(batch.questions[b, q])] = self.encoder.decode(text)
+                progress(len(asked))
+        if missing := set(wanted) - answers.keys():
+            raise AssertionError(f"{len(missing)} questions were not decoded")
+        return answers

@@ -1,0 +1,109 @@
+"""Where arrays live: one table from logical axes to mesh axes, and pure functions of abstract arrays."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+MESH_AXES = ("data", "fsdp", "tensor")
+MeshAxes = str | tuple[str, ...] | None
+
+RULES: dict[str, MeshAxes] = {
+    "layers": None,
+    "embed": "fsdp",
+    "heads": "tensor",
+    "mlp": "tensor",
+    "vocab": "tensor",
+    # Both LoRA factors lie along their long side over every axis that shards parameters, whatever the base does:
+    # an inherited layout would replicate one factor of each pair together with its optimizer state.
+    "lora_long": ("fsdp", "tensor"),
+    "batch": ("data", "fsdp"),
+}
+
+_log = logging.getLogger(__name__)
+_warned: set[tuple[Any, ...]] = set()
+
+
+def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A (data, fsdp, tensor) mesh over the first data * fsdp * tensor devices.
+
+    Raises:
+        ValueError: there are fewer devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    wanted = data * fsdp * tensor
+    if wanted > len(devices):
+        raise ValueError(f"a mesh of {data} x {fsdp} x {tensor} needs {wanted} devices; {len(devices)} are here")
+    grid = np.asarray(devices[:wanted]).reshape(data, fsdp, tensor)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def partition_spec(
+    shape: Sequence[int],
+    axes: Sequence[str | None],
+    mesh: Mesh,
+    rules: Mapping[str, MeshAxes] = RULES,
+) -> PartitionSpec:
+    """The layout of one array.
+
+    A dimension that its mesh axes do not divide is replicated, with one warning.
+
+    Raises:
+        ValueError: an axis has no rule, two dimensions claim one mesh axis, or shape and axes differ in rank.
+    """
+    if len(shape) != len(axes):
+        raise ValueError(f"shape {tuple(shape)} and logical axes {tuple(axes)} differ in rank")
+    spec: list[MeshAxes] = []
+    used: set[str] = set()
+    for size, axis in zip(shape, axes, strict=True):
+        if axis is not None and axis not in rules:
+            raise ValueError(f"no sharding rule for logical axis {axis!r}; known: {', '.join(rules)}")
+        target = rules[axis] if axis is not None else None
+        names = (target,) if isinstance(target, str) else tuple(target or ())
+        if used & set(names):
+            raise ValueError(f"logical axes {tuple(axes)} put two dimensions on mesh axis {sorted(used & set(names))}")
+        used |= set(names)
+        parts = math.prod(mesh.shape[name] for name in names)
+        if parts > 1 and size % parts:
+            if (size, names) not in _warned:
+                _warned.add((size, names))
+                _log.warning("a dimension of %d (%s) is not divisible by %d: replicated", size, axis, parts)
+            target = None
+        spec.append(target)
+    return PartitionSpec(*spec)
+
+
+def shardings(state: Any, mesh: Mesh) -> Any:
+    """NamedSharding for each parameter of an `nnx.State`, from the logical axes that it carries."""
+
+    def of(variable: nnx.Variable[Any]) -> Any:
+        spec = partition_spec(variable.shape, variable.axes, mesh)  # type: ignore[attr-defined]
+        return variable.replace(NamedSharding(mesh, spec))
+
+    return jax.tree.map(of, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+def place(state: Any, mesh: Mesh) -> Any:
+    """The parameters, moved to where the rules put them."""
+    return jax.device_put(state, shardings(state, mesh))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over the data and fsdp axes."""
+    return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+
+
+def constrain_rows(x: Array) -> Array:
+    """Keeps an activation's rows spread over the mesh in use (`jax.set_mesh`); without one, does nothing."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or set(mesh.axis_names) != set(MESH_AXES):
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(RULES["batch"], *([None] * (x.ndim - 1))))

@@ -1,0 +1,126 @@
+"""The training loop, top to bottom: adapt, resume, step, log, save."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from rich.console import Console
+
+from reverie_jax.data.conversation import Encoder, ImageRecord
+from reverie_jax.data.pipeline import Survey, survey, training_batches
+from reverie_jax.models import VisionLanguageModel, lora
+from reverie_jax.models.checkpoints import fingerprint
+from reverie_jax.models.sharding import batch_sharding, make_mesh, place
+from reverie_jax.train.checkpoint import ResumeError, RunCheckpoints
+from reverie_jax.train.metrics import MetricsLog
+from reverie_jax.train.recipes import Recipe
+from reverie_jax.train.step import TrainState, make_optimizer, make_step, schedule, trainable
+
+_log = logging.getLogger(__name__)
+
+
+class TrainingFailed(RuntimeError):
+    """Training that must not go on: the loss is no number any more."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """What a run leaves in memory; the rest is in its folder."""
+
+    survey: Survey
+    seconds: float
+    steps: int
+
+
+def train(
+    model: VisionLanguageModel,
+    encoder: Encoder,
+    source: Sequence[ImageRecord],
+    recipe: Recipe,
+    folder: Path,
+    *,
+    mesh: Mesh | None = None,
+    resume: bool = True,
+    console: Console | None = None,
+) -> TrainResult:
+    """Tunes `model` in place with fresh adapters, and leaves checkpoints and metrics in `folder`.
+
+    Args:
+        source: records, by index.
+        mesh: devices; one by default.
+        resume: go on from the newest checkpoint in `folder`, if there is one; otherwise there must be none.
+
+    Raises:
+        DataError: a record does not fit the recipe's rows.
+        ResumeError: the folder holds a run that is not this one.
+        TrainingFailed: the loss became NaN or infinite; the step is named.
+    """
+    started = time.perf_counter()
+    mesh = mesh or make_mesh()
+    found = survey(source, encoder, recipe.row, recipe.teach)
+    base = fingerprint(model)
+    lora.attach(
+        model, rank=recipe.rank, alpha=recipe.alpha, dropout=recipe.dropout, targets=recipe.targets, seed=recipe.seed
+    )
+    graph, params, frozen = nnx.split(model, trainable, ...)
+    params, frozen = place(params, mesh), place(frozen, mesh)
+    optimizer = make_optimizer(recipe)
+    # Under jit, moments are laid out as the parameters that they belong to.
+    state = TrainState(params, jax.jit(optimizer.init)(params), jnp.zeros((), jnp.int32))
+    batches = iter(
+        training_batches(
+            source,
+            encoder,
+            recipe.row,
+            rows=recipe.rows,
+            image_size=model.config.vision.image_size,
+            teach=recipe.teach,
+            seed=recipe.seed,
+        )
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoints = RunCheckpoints(folder / "checkpoints", recipe, base)
+    if checkpoints.latest is not None:
+        if not resume:
+            raise ResumeError(f"{folder}: holds a run already; resume it, or choose another folder")
+        state = checkpoints.restore(state, batches)
+        _log.info("resumed from step %d", int(state.step))
+    (folder / "recipe.json").write_text(recipe.to_json() + "\n", "utf-8")
+    first, rows = int(state.step), batch_sharding(mesh)
+    step = make_step(graph, optimizer, recipe)
+    with jax.set_mesh(mesh), MetricsLog(folder, recipe.steps, resumed=first, label=recipe.name, console=console) as log:
+        for number in range(first + 1, recipe.steps + 1):
+            asked = time.perf_counter()
+            batch = jax.device_put(next(batches), rows)
+            fed = time.perf_counter()
+            state, metrics = step(state, frozen, batch)
+            values = {name: float(value) for name, value in metrics._asdict().items()}
+            seconds = time.perf_counter() - asked
+            if not math.isfinite(values["loss"]):
+                raise TrainingFailed(f"step {number}: the loss is {values['loss']}; lower the rate or clip gradients")
+            log.write(
+                number,
+                {
+                    **values,
+                    "rate": float(schedule(recipe.rate, recipe)(number - 1)),
+                    "projector_rate": float(schedule(recipe.projector_rate, recipe)(number - 1)),
+                    "tokens_per_second": values["tokens"] / seconds,
+                    "supervised_per_second": values["supervised"] / seconds,
+                    "packing": values["tokens"] / (recipe.rows * recipe.row.tokens),
+                    "input_wait": (fed - asked) / seconds,
+                },
+            )
+            if number % recipe.save_every == 0 or number == recipe.steps:
+                checkpoints.save(state, batches)
+    checkpoints.close()
+    nnx.update(model, state.params)
+    return TrainResult(found, time.perf_counter() - started, recipe.steps - first)

@@ -1,0 +1,94 @@
+"""Recipes: everything that decides a run's updates, by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+from reverie_jax.data.pipeline import Teach
+from reverie_jax.data.rows import RowShape
+from reverie_jax.models.lora import DEFAULT_TARGETS
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A LoRA run. Adapters and projector are trained; everything else is frozen.
+
+    Attributes:
+        steps: optimizer steps.
+        rows: rows in a batch, over all devices.
+        row: static sizes of a row. With `images=1` a row is one image, so runs of equal steps see equal images.
+        teach: what of each conversation is taught: first answers only, or rationales too.
+        rank, alpha, dropout, targets: the adapters (scale alpha / rank).
+        rate: peak learning rate of the adapters.
+        projector_rate: peak learning rate of the projector.
+        warmup: share of the steps with a rising rate; then cosine to zero.
+        clip: largest gradient norm; None for no clipping, as LLaVA's published recipes.
+        save_every: steps between checkpoints.
+        keep: checkpoints that are kept.
+        seed: fixes order, adapters' start and dropout.
+    """
+
+    name: str
+    steps: int
+    rows: int
+    row: RowShape
+    teach: Teach = "rationales"
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.05
+    targets: str = DEFAULT_TARGETS
+    rate: float = 2e-4
+    projector_rate: float = 2e-5
+    warmup: float = 0.03
+    clip: float | None = 1.0
+    weight_decay: float = 0.0
+    save_every: int = 100
+    keep: int = 2
+    seed: int = 0
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> Recipe:
+        raw: dict[str, Any] = json.loads(text)
+        return cls(**{**raw, "row": RowShape(**raw["row"])})
+
+
+_SCENES = Recipe(
+    name="scenes-rationales",
+    steps=120,
+    rows=16,
+    row=RowShape(tokens=448, images=1, edges=288),
+    rank=16,
+    alpha=32.0,
+    rate=2e-3,
+    projector_rate=2e-4,
+    save_every=40,
+)
+
+RECIPES: dict[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        _SCENES,
+        dataclasses.replace(
+            _SCENES,
+            name="scenes-responses",
+            teach="responses",
+            row=RowShape(tokens=256, images=1, edges=128),
+        ),
+    )
+}
+
+
+def recipe(name: str) -> Recipe:
+    """The recipe of that name.
+
+    Raises:
+        ValueError: there is none; those that there are are named.
+    """
+    if name not in RECIPES:
+        raise ValueError(f"unknown recipe {name!r}; there is {', '.join(sorted(RECIPES))}")
+    return RECIPES[name]

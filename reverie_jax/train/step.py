@@ -1,0 +1,105 @@
+"""One optimizer step: a pure function of trainable state, frozen weights and a batch."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from reverie_jax.data.rows import Batch
+from reverie_jax.models import VisionLanguageModel
+from reverie_jax.train.objective import edge_loss
+from reverie_jax.train.recipes import Recipe
+
+
+class TrainState(NamedTuple):
+    """What a step changes: trainable parameters, optimizer state, and how many steps were taken."""
+
+    params: nnx.State
+    optimizer: optax.OptState
+    step: Int[Array, ""]
+
+
+class StepMetrics(NamedTuple):
+    """Sums and norms of one step, on device until someone reads them."""
+
+    loss: Float[Array, ""]
+    grad_norm: Float[Array, ""]
+    tokens: Int[Array, ""]
+    flat_tokens: Int[Array, ""]
+    supervised: Int[Array, ""]
+    images: Int[Array, ""]
+
+
+def trainable(path: tuple[Any, ...], value: Any) -> bool:
+    """Filter for `nnx.split`: adapters and projector are trained; the rest is frozen."""
+    return isinstance(value, nnx.LoRAParam) or (isinstance(value, nnx.Param) and path[0] == "projector")
+
+
+def schedule(peak: float, recipe: Recipe) -> optax.Schedule:
+    """Linear warm-up over ceil(warmup * steps), then cosine to zero, as transformers' `cosine`."""
+    warmup = math.ceil(recipe.warmup * recipe.steps)
+    return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(recipe.steps, warmup + 1))
+
+
+def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
+    """AdamW with the projector's learning rate apart; both follow the same shape."""
+
+    def adam(peak: float) -> optax.GradientTransformation:
+        return optax.adamw(schedule(peak, recipe), weight_decay=recipe.weight_decay)
+
+    def labels(params: nnx.State) -> nnx.State:
+        return nnx.map_state(lambda path, leaf: "projector" if path[0] == "projector" else "adapter", params)
+
+    by_part = optax.partition({"adapter": adam(recipe.rate), "projector": adam(recipe.projector_rate)}, labels)
+    clip = [] if recipe.clip is None else [optax.clip_by_global_norm(recipe.clip)]
+    return optax.chain(*clip, by_part)
+
+
+def loss_and_grads(
+    graph: nnx.GraphDef[VisionLanguageModel],
+    params: nnx.State,
+    frozen: nnx.State,
+    batch: Batch,
+    key: PRNGKeyArray | None,
+) -> tuple[Float[Array, ""], nnx.State]:
+    """Token-weighted mean loss of a batch, and its gradients by the trainable parameters."""
+
+    def loss_of(params: nnx.State) -> Array:
+        loss = edge_loss(nnx.merge(graph, params, frozen), batch, key=key)
+        return loss.total / jnp.maximum(loss.weight, 1e-6)
+
+    return jax.value_and_grad(loss_of)(params)
+
+
+def make_step(
+    graph: nnx.GraphDef[VisionLanguageModel], optimizer: optax.GradientTransformation, recipe: Recipe
+) -> Callable[[TrainState, nnx.State, Batch], tuple[TrainState, StepMetrics]]:
+    """The jitted step. It donates the trainable state, and never the frozen weights."""
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state: TrainState, frozen: nnx.State, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        # The key is a function of seed and step alone: a resumed run draws what the uninterrupted one drew.
+        key = jax.random.fold_in(jax.random.key(recipe.seed), state.step) if recipe.dropout else None
+        loss, grads = loss_and_grads(graph, state.params, frozen, batch, key)
+        updates, opt_state = optimizer.update(grads, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = StepMetrics(
+            loss=loss,
+            grad_norm=optax.global_norm(grads),
+            # A filled token's subtree is its own index at least; padding says ends = index + 1 at depth 0.
+            tokens=((batch.positions > 0).sum() + (batch.flat_tokens > 0).sum()).astype(jnp.int32),
+            flat_tokens=batch.flat_tokens.sum().astype(jnp.int32),
+            supervised=(batch.weight > 0).sum().astype(jnp.int32),
+            images=(batch.flat_tokens > 0).sum().astype(jnp.int32),
+        )
+        return TrainState(params, opt_state, state.step + 1), metrics
+
+    return step

@@ -1,0 +1,44 @@
+"""Every test runs with strict dtypes and ranks, warnings as errors, and shapes checked where a signature states them."""
+
+import os
+
+# Four devices on the CPU: meshes are tested without an accelerator. Each step is awaited: many queued ones deadlock.
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from jaxtyping import install_import_hook
+
+install_import_hook("reverie_jax", "beartype.beartype")
+
+import hypothesis
+import jax
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, max_examples=40, print_blob=True)
+hypothesis.settings.load_profile("suite")
+
+
+@pytest.fixture(scope="session")
+def tiny_config():
+    """LLaVA at a size that compiles in a second; key/value heads are fewer than heads, no size divides another by chance."""
+    from reverie_jax.models import TextConfig, VisionConfig, VLMConfig
+
+    return VLMConfig(
+        vision=VisionConfig(hidden=32, layers=3, heads=2, mlp=48, image_size=24, patch_size=8),
+        text=TextConfig(vocab=99, hidden=48, layers=2, heads=4, kv_heads=2, head_dim=12, mlp=64),
+        image_token_id=3,
+    )
+
+
+@pytest.fixture
+def tiny_model(tiny_config):
+    from flax import nnx
+
+    from reverie_jax.models import VisionLanguageModel
+
+    return VisionLanguageModel(tiny_config, rngs=nnx.Rngs(0))
