@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32, Int32
@@ -114,6 +114,7 @@ TEMPLATES: dict[str, Template] = {
 }
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """What is asked of a tokenizer: transformers' fast tokenizers fit."""
 

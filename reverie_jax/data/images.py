@@ -8,11 +8,13 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 
+from reverie_jax.errors import UserError
+
 PAD_COLOUR = (122, 116, 104)
 """CLIP's mean colour in bytes, rounded down as LLaVA does."""
 
 
-class BrokenImage(ValueError):
+class BrokenImage(UserError):
     """Bytes that are no readable picture; the message says which and why."""
 
 

@@ -12,9 +12,10 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from reverie_jax.data.conversation import ImageRecord
+from reverie_jax.errors import UserError
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """Data that cannot be used; the message names the file, the record and the remedy."""
 
 

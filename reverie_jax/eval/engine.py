@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
-from reverie_jax.data.conversation import Encoder
+from reverie_jax.data.conversation import Conversation, Encoder
 from reverie_jax.data.pipeline import Picture, question_batches
 from reverie_jax.data.rows import Batch, RowShape
 from reverie_jax.models import VisionLanguageModel
@@ -71,6 +71,12 @@ def greedy(
     return jax.lax.while_loop(more, extend, start)[2]
 
 
+@functools.partial(jax.jit, static_argnames=("graph", "new_tokens", "end"))
+def _decode(graph: Any, state: Any, batch: Batch, *, new_tokens: int, end: int) -> Array:
+    # At module level: engines of models of one architecture share the compiled program.
+    return greedy(nnx.merge(graph, state), batch, new_tokens=new_tokens, end=end)
+
+
 class Engine:
     """Answers questions about pictures with one model.
 
@@ -96,17 +102,6 @@ class Engine:
         if end is None:
             raise ValueError("the tokenizer has no end-of-sequence token: answers would never stop")
         self.end = end
-        self._decode: dict[int, Callable[[Any, Batch], Array]] = {}
-
-    def _decoder(self, new_tokens: int) -> Callable[[Any, Batch], Array]:
-        if new_tokens not in self._decode:
-
-            @jax.jit
-            def decode(state: Any, batch: Batch) -> Array:
-                return greedy(nnx.merge(self.graph, state), batch, new_tokens=new_tokens, end=self.end)
-
-            self._decode[new_tokens] = decode
-        return self._decode[new_tokens]
 
     def answer(
         self,
@@ -129,18 +124,31 @@ class Engine:
         wanted = [number for picture in pictures for number, _ in picture.questions]
         if len(set(wanted)) != len(wanted):
             raise ValueError("two questions carry the same number; answers could not be told apart")
+        # The same question twice (POPE's splits share their positives) is decoded once.
+        first: dict[tuple[str, Conversation], int] = {}
+        same = {
+            number: first.setdefault((picture.name, talk), number)
+            for picture in pictures
+            for number, talk in picture.questions
+        }
+        pictures = [
+            dataclasses.replace(picture, questions=[(n, talk) for n, talk in picture.questions if same[n] == n])
+            for picture in pictures
+        ]
         row = RowShape(tokens=self.shape.tokens, images=1, leaves=self.shape.leaves)
         batches = question_batches(pictures, self.encoder, row, rows=self.shape.rows, image_size=self.image_size)
-        decode, answers = self._decoder(new_tokens), {}
+        answers: dict[int, str] = {}
         with jax.set_mesh(self.mesh):
             for batch in batches:
-                ids = np.asarray(decode(self.state, jax.device_put(batch, batch_sharding(self.mesh))))
+                ids = self._run(batch, new_tokens)
                 asked = np.argwhere(batch.questions >= 0)
                 for b, q in asked:
                     text = ids[b, q].tolist()
                     text = text[: text.index(self.end)] if self.end in text else text
                     answers[int(batch.questions[b, q])] = self.encoder.decode(text)
                 progress(len(asked))
-        if missing := set(wanted) - answers.keys():
-            raise AssertionError(f"{len(missing)} questions were not decoded")
-        return answers
+        return {number: answers[same[number]] for number in wanted}
+
+    def _run(self, batch: Batch, new_tokens: int) -> np.ndarray:
+        placed = jax.device_put(batch, batch_sharding(self.mesh))
+        return np.asarray(_decode(self.graph, self.state, placed, new_tokens=new_tokens, end=self.end))

@@ -75,3 +75,4 @@ def merge(model: VisionLanguageModel) -> None:
         delta = layer.lora_scale * (layer.lora_a[...] @ layer.lora_b[...])
         layer.kernel.set_value((kernel.astype(jnp.float32) + delta).astype(kernel.dtype))
         layer.lora_a, layer.lora_b = nnx.data(None), nnx.data(None)
+        layer.lora_scale, layer.lora_dropout = 0.0, 0.0

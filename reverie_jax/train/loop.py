@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import math
@@ -17,18 +18,19 @@ from rich.console import Console
 
 from reverie_jax.data.conversation import Encoder, ImageRecord
 from reverie_jax.data.pipeline import Survey, survey, training_batches
-from reverie_jax.models import VisionLanguageModel, lora
+from reverie_jax.errors import UserError
+from reverie_jax.models import VisionLanguageModel
 from reverie_jax.models.checkpoints import fingerprint
 from reverie_jax.models.sharding import batch_sharding, make_mesh, place
 from reverie_jax.train.checkpoint import ResumeError, RunCheckpoints
 from reverie_jax.train.metrics import MetricsLog
 from reverie_jax.train.recipes import Recipe
-from reverie_jax.train.step import TrainState, make_optimizer, make_step, schedule, trainable
+from reverie_jax.train.step import TrainState, adapt, make_optimizer, make_step, schedule, trainable
 
 _log = logging.getLogger(__name__)
 
 
-class TrainingFailed(RuntimeError):
+class TrainingFailed(UserError):
     """Training that must not go on: the loss is no number any more."""
 
 
@@ -68,14 +70,12 @@ def train(
     mesh = mesh or make_mesh()
     found = survey(source, encoder, recipe.row, recipe.teach)
     base = fingerprint(model)
-    lora.attach(
-        model, rank=recipe.rank, alpha=recipe.alpha, dropout=recipe.dropout, targets=recipe.targets, seed=recipe.seed
-    )
+    adapt(model, recipe)
     graph, params, frozen = nnx.split(model, trainable, ...)
     params, frozen = place(params, mesh), place(frozen, mesh)
     optimizer = make_optimizer(recipe)
-    # Under jit, moments are laid out as the parameters that they belong to.
-    state = TrainState(params, jax.jit(optimizer.init)(params), jnp.zeros((), jnp.int32))
+    with jax.set_mesh(mesh):  # under jit, moments are laid out as the parameters that they belong to
+        state = TrainState(params, jax.jit(optimizer.init)(params), jax.jit(lambda: jnp.zeros((), jnp.int32))())
     batches = iter(
         training_batches(
             source,
@@ -87,40 +87,48 @@ def train(
             seed=recipe.seed,
         )
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    checkpoints = RunCheckpoints(folder / "checkpoints", recipe, base)
-    if checkpoints.latest is not None:
-        if not resume:
-            raise ResumeError(f"{folder}: holds a run already; resume it, or choose another folder")
-        state = checkpoints.restore(state, batches)
-        _log.info("resumed from step %d", int(state.step))
-    (folder / "recipe.json").write_text(recipe.to_json() + "\n", "utf-8")
-    first, rows = int(state.step), batch_sharding(mesh)
-    step = make_step(graph, optimizer, recipe)
-    with jax.set_mesh(mesh), MetricsLog(folder, recipe.steps, resumed=first, label=recipe.name, console=console) as log:
-        for number in range(first + 1, recipe.steps + 1):
-            asked = time.perf_counter()
-            batch = jax.device_put(next(batches), rows)
-            fed = time.perf_counter()
-            state, metrics = step(state, frozen, batch)
-            values = {name: float(value) for name, value in metrics._asdict().items()}
-            seconds = time.perf_counter() - asked
-            if not math.isfinite(values["loss"]):
-                raise TrainingFailed(f"step {number}: the loss is {values['loss']}; lower the rate or clip gradients")
-            log.write(
-                number,
-                {
-                    **values,
-                    "rate": float(schedule(recipe.rate, recipe)(number - 1)),
-                    "projector_rate": float(schedule(recipe.projector_rate, recipe)(number - 1)),
-                    "tokens_per_second": values["tokens"] / seconds,
-                    "supervised_per_second": values["supervised"] / seconds,
-                    "packing": values["tokens"] / (recipe.rows * recipe.row.tokens),
-                    "input_wait": (fed - asked) / seconds,
-                },
-            )
-            if number % recipe.save_every == 0 or number == recipe.steps:
-                checkpoints.save(state, batches)
-    checkpoints.close()
+    # Left by an error or Ctrl-C, the block still waits for saves under way.
+    with contextlib.closing(RunCheckpoints(folder, recipe, base)) as checkpoints:
+        if checkpoints.latest is not None:
+            if not resume:
+                raise ResumeError(f"{folder}: holds a run already; resume it, or choose another folder")
+            state = checkpoints.restore(state, batches)
+            _log.info("resumed from step %d", int(state.step))
+        first, rows = int(state.step), batch_sharding(mesh)
+        step = make_step(graph, optimizer, recipe)
+        log = MetricsLog(folder, recipe.steps, resumed=first, label=recipe.name, console=console)
+        with jax.set_mesh(mesh), log:
+            for number in range(first + 1, recipe.steps + 1):
+                asked = time.perf_counter()
+                batch = jax.device_put(next(batches), rows)
+                fed = time.perf_counter()
+                state, metrics = step(state, frozen, batch)
+                # Reading the numbers waits for the step; the next batch is being made meanwhile.
+                values = {name: float(value) for name, value in metrics._asdict().items()}
+                seconds = time.perf_counter() - asked
+                if not math.isfinite(values["loss"]):
+                    raise TrainingFailed(f"step {number}: the loss is {values['loss']}; lower the rate or clip gradients")
+                log.write(number, _speeds(values, seconds, fed - asked, recipe) | _rates(number, recipe))
+                if number % recipe.save_every == 0 or number == recipe.steps:
+                    checkpoints.save(state, batches)
     nnx.update(model, state.params)
     return TrainResult(found, time.perf_counter() - started, recipe.steps - first)
+
+
+def _rates(step: int, recipe: Recipe) -> dict[str, float]:
+    """Learning rates of the step that was just taken (schedules count from zero)."""
+    return {
+        "rate": float(schedule(recipe.rate, recipe)(step - 1)),
+        "projector_rate": float(schedule(recipe.projector_rate, recipe)(step - 1)),
+    }
+
+
+def _speeds(values: dict[str, float], seconds: float, waited: float, recipe: Recipe) -> dict[str, float]:
+    """A step's metrics, with how fast and how full it was."""
+    return {
+        **values,
+        "tokens_per_second": values["tokens"] / seconds,
+        "supervised_per_second": values["supervised"] / seconds,
+        "packing": values["tokens"] / (recipe.rows * recipe.row.tokens),
+        "input_wait": waited / seconds,
+    }

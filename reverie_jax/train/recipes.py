@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from typing import Any
+
+import pydantic
 
 from reverie_jax.data.pipeline import Teach
 from reverie_jax.data.rows import RowShape
+from reverie_jax.errors import UserError
 from reverie_jax.models.lora import DEFAULT_TARGETS
 
 
@@ -83,12 +87,39 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
+def override(base: Recipe, settings: Sequence[str]) -> Recipe:
+    """A recipe with some fields replaced.
+
+    Args:
+        settings: `field=value` each; `row.tokens=512` reaches into the row's shape.
+
+    Raises:
+        UserError: no such field, or a value that is none for it.
+    """
+    values = dataclasses.asdict(base)
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        *outer, last = name.split(".")
+        place: Any = values
+        for part in outer:
+            place = place.get(part) if isinstance(place, dict) else None
+        if not equals or not isinstance(place, dict) or last not in place or isinstance(place[last], dict):
+            known = ", ".join(field.name for field in dataclasses.fields(Recipe))
+            raise UserError(f"{setting!r} sets no field of a recipe; write field=value with one of {known}")
+        place[last] = None if value == "none" else value
+    try:
+        return pydantic.TypeAdapter(Recipe).validate_python(values)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"recipe field {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
 def recipe(name: str) -> Recipe:
     """The recipe of that name.
 
     Raises:
-        ValueError: there is none; those that there are are named.
+        UserError: there is none; those that there are are named.
     """
     if name not in RECIPES:
-        raise ValueError(f"unknown recipe {name!r}; there is {', '.join(sorted(RECIPES))}")
+        raise UserError(f"unknown recipe {name!r}; there is {', '.join(sorted(RECIPES))}")
     return RECIPES[name]

@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from reverie_jax.data.rows import Batch
-from reverie_jax.models import VisionLanguageModel
+from reverie_jax.models import VisionLanguageModel, lora
 from reverie_jax.train.objective import edge_loss
 from reverie_jax.train.recipes import Recipe
 
@@ -41,6 +41,13 @@ class StepMetrics(NamedTuple):
 def trainable(path: tuple[Any, ...], value: Any) -> bool:
     """Filter for `nnx.split`: adapters and projector are trained; the rest is frozen."""
     return isinstance(value, nnx.LoRAParam) or (isinstance(value, nnx.Param) and path[0] == "projector")
+
+
+def adapt(model: VisionLanguageModel, recipe: Recipe) -> None:
+    """Fresh adapters as the recipe has them, in place."""
+    lora.attach(
+        model, rank=recipe.rank, alpha=recipe.alpha, dropout=recipe.dropout, targets=recipe.targets, seed=recipe.seed
+    )
 
 
 def schedule(peak: float, recipe: Recipe) -> optax.Schedule:
@@ -89,11 +96,12 @@ def make_step(
         # The key is a function of seed and step alone: a resumed run draws what the uninterrupted one drew.
         key = jax.random.fold_in(jax.random.key(recipe.seed), state.step) if recipe.dropout else None
         loss, grads = loss_and_grads(graph, state.params, frozen, batch, key)
-        updates, opt_state = optimizer.update(grads, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
+        with jax.numpy_dtype_promotion("standard"):  # optax raises a Python float to an int32 power
+            updates, opt_state = optimizer.update(grads, state.optimizer, state.params)
+            params = optax.apply_updates(state.params, updates)
         metrics = StepMetrics(
             loss=loss,
-            grad_norm=optax.global_norm(grads),
+            grad_norm=optax.tree.norm(grads),
             # A filled token's subtree is its own index at least; padding says ends = index + 1 at depth 0.
             tokens=((batch.positions > 0).sum() + (batch.flat_tokens > 0).sum()).astype(jnp.int32),
             flat_tokens=batch.flat_tokens.sum().astype(jnp.int32),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import pydantic
 
@@ -58,6 +58,7 @@ class Request:
     fields: Mapping[str, str]
 
 
+@runtime_checkable
 class Annotator(Protocol):
     """Anything that can reply to requests."""
 

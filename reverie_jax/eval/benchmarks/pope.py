@@ -15,12 +15,13 @@ import numpy as np
 from jaxtyping import Float
 
 from reverie_jax.data.conversation import IMAGE, Conversation, Turn
+from reverie_jax.errors import UserError
 
 SPLITS = ("random", "popular", "adversarial")
 NEW_TOKENS = 8
 
 
-class BenchmarkError(ValueError):
+class BenchmarkError(UserError):
     """Benchmark files that cannot be used; the message names the file, the line and the remedy."""
 
 

@@ -1,0 +1,49 @@
+# `make demo` and `make test` need python3 (3.11 or newer), pip and make, and nothing else.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+LINE := $(shell $(PYTHON) -c 'import sys; print(f"py{sys.version_info[0]}{sys.version_info[1]}")')
+# A Python line without a constraints file of its own gets whatever the registry resolves to.
+PINS := $(wildcard constraints/$(LINE).txt)
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(addprefix --constraint ,$(PINS))
+
+.PHONY: demo test lint types suite test-slow test-gpu bench clean
+
+demo: $(VENV)/.runtime
+	$(BIN)/reverie demo
+
+test: lint types suite
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.test
+	$(BIN)/mypy
+
+# Two workers, a file to a worker: fixtures and compiled programs are shared within a file.
+suite: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-slow: $(VENV)/.test
+	$(BIN)/python -m pytest -m slow
+
+test-gpu: $(VENV)/.test
+	JAX_PLATFORMS=cuda $(BIN)/python -m pytest -m gpu
+
+bench: $(VENV)/.test
+	$(BIN)/python -m benchmarks.tree_step
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.runtime: pyproject.toml $(PINS) | $(VENV)/bin/python
+	$(PIP) --editable .
+	touch $@
+
+$(VENV)/.test: pyproject.toml $(PINS) | $(VENV)/bin/python
+	$(PIP) --editable '.[test]'
+	touch $@ $(VENV)/.runtime
+
+clean:
+	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,329 @@
+"""The `reverie` command. Each command calls one function; everything heavy is imported when a command runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional, arg, subcommand
+
+from reverie_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Demo:
+    """Do the whole main job on the embedded world: build data, tune twice, measure, report. Minutes on two CPU cores."""
+
+    out: Path = Path("runs/demo")
+    """Run folder: report.html, report.json, data, checkpoints, predictions."""
+    seeds: int = 1
+    """Repeat both arms this many times, each on training data and randomness of its own."""
+    train_images: int = 1600
+    """Pictures to tune on."""
+    test_images: int = 250
+    """Held-out pictures to measure on."""
+    steps: int | None = None
+    """Optimizer steps of each arm; the recipe's own by default."""
+    base: str = "scenes-base"
+    """llava-hf checkpoint folder to start from; the small base that ships with the package by default."""
+
+    def run(self) -> None:
+        from reverie_jax import demo
+
+        size = demo.DemoSize(train_images=self.train_images, test_images=self.test_images, steps=self.steps)
+        demo.run(self.out, size=size, seeds=self.seeds, base=self.base)
+
+
+@dataclasses.dataclass(frozen=True)
+class Build:
+    """Turn an annotation file and a folder of pictures into records (ArrayRecord, one record an image)."""
+
+    annotations: Positional[Path]
+    """LLaVA-style JSON in REVERIE's four-turn form (reverie.json)."""
+    out: Positional[Path]
+    """Folder for the records."""
+    pictures: Path | None = None
+    """Folder that the file's image names are relative to; `pictures` beside the file by default."""
+    answers: str = "once"
+    """`once`: an answer that several rows repeat is taught once. `as-published`: as often as it is written."""
+
+    def run(self) -> None:
+        from reverie_jax.data.records import RecordSource, write_records
+        from reverie_jax.data.sources import reverie
+
+        if self.answers not in ("once", "as-published"):
+            raise UserError(f"--answers {self.answers}: must be once or as-published")
+        pictures = self.pictures or self.annotations.parent / "pictures"
+        # The whole file is read before the first record is written: a broken picture leaves no half-made records.
+        records = list(reverie.read(self.annotations, pictures, answers=self.answers))  # type: ignore[arg-type]
+        folder = write_records(self.out, {"train": records})
+        talks = sum(len(record.conversations) for record in records)
+        print(f"{len(RecordSource(folder))} images, {talks} conversations: {folder}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """Tune LoRA adapters and the projector with a named recipe. Run again to resume."""
+
+    recipe: Positional[str]
+    """Name of a recipe; `reverie recipes` lists them."""
+    data: Path
+    """Records, as `reverie build` wrote them."""
+    out: Path
+    """Run folder: checkpoints, metrics.jsonl, tensorboard, run.json."""
+    base: str = "scenes-base"
+    """llava-hf checkpoint folder."""
+    mesh: str = "data=1,fsdp=1,tensor=1"
+    """Devices by axis."""
+    set: tuple[str, ...] = ()
+    """Recipe fields to change: `--set steps=200 rate=1e-4 row.tokens=512`."""
+    dtype: str = "float32"
+    """Of the base's matrices and of the computation: float32 or bfloat16. Adapters are float32 always."""
+    resume: bool = True
+    """Go on from the newest checkpoint in the run folder; --no-resume refuses a folder that holds one."""
+
+    def run(self) -> None:
+        from reverie_jax.data.loading import load_model
+        from reverie_jax.data.records import RecordSource
+        from reverie_jax.train import recipes
+        from reverie_jax.train.loop import train
+
+        recipe = recipes.override(recipes.recipe(self.recipe), self.set)
+        source = RecordSource(self.data)
+        mesh = parse_mesh(self.mesh)
+        model, encoder = load_model(self.base, mesh=mesh, dtype=parse_dtype(self.dtype))
+        result = train(model, encoder, source, recipe, self.out, mesh=mesh, resume=self.resume)
+        found = result.survey
+        print(
+            f"{result.steps} steps in {result.seconds:.0f} s on {found.records} images "
+            f"({found.tokens:,} tokens in trees, {found.flat_tokens:,} one by one): {self.out}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """Measure a model on a folder of held-out scenes: POPE, hallucinated objects, correctness of rationales."""
+
+    data: Positional[Path]
+    """Folder that `reverie scenes render --questions pope` wrote."""
+    out: Path
+    """Folder for predictions (one JSONL file a benchmark) and scores.json."""
+    model: str = "scenes-base"
+    """llava-hf checkpoint folder."""
+    adapter: Path | None = None
+    """Run folder of `reverie train`, whose newest adapters and projector go on top of the model."""
+    score_only: bool = False
+    """Score the predictions that are in `out` already; no model is loaded."""
+
+    def run(self) -> None:
+        import json
+
+        from rich.console import Console
+        from rich.table import Table
+
+        from reverie_jax.eval import report, scenes
+
+        if not self.score_only:
+            model, encoder = load_tuned(self.model, self.adapter)
+            from reverie_jax.eval.engine import Engine
+
+            scenes.predict(Engine(model, encoder), self.data, self.out)
+        found = scenes.estimates(scenes.score(self.data, self.out))
+        (self.out / "scores.json").write_text(json.dumps(found, indent=2) + "\n", "utf-8")
+        table = Table(title=f"{self.data} (95 % interval)")
+        table.add_column("")
+        table.add_column(Path(self.adapter or self.model).name, justify="right")
+        for label, pick in report.ROWS:
+            table.add_row(label, report.interval(pick(found)))
+        Console().print(table)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ask:
+    """Ask a model about a picture."""
+
+    picture: Positional[Path]
+    """PNG, JPEG or anything else that Pillow opens."""
+    question: Positional[tuple[str, ...]]
+    """One or more questions, each in quotes; the picture is encoded once."""
+    model: str = "scenes-base"
+    """llava-hf checkpoint folder."""
+    adapter: Path | None = None
+    """Run folder of `reverie train`."""
+    new_tokens: int = 96
+    """Longest answer, in tokens."""
+
+    def run(self) -> None:
+        from reverie_jax.data.conversation import IMAGE, Conversation, Turn
+        from reverie_jax.data.images import decode
+        from reverie_jax.data.pipeline import Picture
+        from reverie_jax.eval.engine import Engine, EngineShape
+
+        try:
+            encoded = self.picture.read_bytes()
+        except OSError as error:
+            raise UserError(f"{self.picture}: cannot be read ({error.strerror})") from None
+        decode(encoded, str(self.picture))
+        model, encoder = load_tuned(self.model, self.adapter)
+        asked = [(n, Conversation((Turn("user", f"{IMAGE}\n{text}"),))) for n, text in enumerate(self.question)]
+        lengths = [len(encoder(talk)) for _, talk in asked]
+        shape = EngineShape(tokens=-(-sum(lengths) // 64) * 64, leaves=len(asked), rows=1)
+        engine = Engine(model, encoder, shape)
+        answers = engine.answer([Picture(str(self.picture), encoded, asked)], new_tokens=self.new_tokens)
+        for number, text in enumerate(self.question):
+            print(f"{text}\n  {answers[number]}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipes:
+    """List the recipes, or print one as JSON."""
+
+    name: Positional[str | None] = None
+    """Recipe to print."""
+
+    def run(self) -> None:
+        from reverie_jax.train import recipes
+
+        if self.name is not None:
+            print(recipes.recipe(self.name).to_json())
+            return
+        for name, recipe in sorted(recipes.RECIPES.items()):
+            print(f"{name:24} teaches {recipe.teach}; {recipe.steps} steps of {recipe.rows} rows, LoRA r {recipe.rank}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Render:
+    """Draw scenes into a folder: pictures, exact scene graphs, and annotations or POPE questions."""
+
+    out: Positional[Path]
+    """Folder; pictures go into `pictures`, graphs into scenes.jsonl."""
+    count: int = 100
+    """Scenes."""
+    questions: str = "rationales"
+    """`rationales`: skewed training scenes with reverie.json. `pope`: held-out scenes that break the prior, with POPE files."""
+    size: int = 128
+    """Side of a picture, in pixels."""
+    seed: int = 0
+    """The same seed draws the same scenes."""
+
+    def run(self) -> None:
+        from reverie_jax.data.scenes import dataset
+
+        if self.count < 1 or self.size < 32:
+            raise UserError("--count must be at least 1, and --size at least 32")
+        if self.questions == "pope":
+            dataset.make_test_set(self.out, self.count, size=self.size, seed=self.seed)
+            print(f"{self.count} held-out scenes with POPE questions: {self.out}")
+        elif self.questions == "rationales":
+            made = dataset.make_training_set(self.out, self.count, size=self.size, questions=4, seed=self.seed)
+            print(f"{self.count} training scenes, {made.conversations} conversations: {self.out}")
+            for reason in made.dropped:
+                print(f"dropped: {reason}", file=sys.stderr)
+        else:
+            raise UserError(f"--questions {self.questions}: must be rationales or pope")
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrain:
+    """Remake the small base from nothing (about an hour on two CPU cores)."""
+
+    out: Positional[Path]
+    """Folder for the llava-hf checkpoint, its tokenizer and its card."""
+    seed: int = 0
+    """Fixes scenes, order and initial weights."""
+    tower_steps: int | None = None
+    """Steps of the vision tower's stage; the recipe's by default."""
+    steps: int | None = None
+    """Steps of the language stage; the recipe's by default."""
+
+    def run(self) -> None:
+        from reverie_jax import base
+
+        base.make(self.out, seed=self.seed, tower_steps=self.tower_steps, steps=self.steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scenes:
+    """The embedded world: draw scenes, or remake the base that ships with the package."""
+
+    action: OmitArgPrefixes[
+        Annotated[Render, subcommand("render")] | Annotated[Pretrain, subcommand("pretrain")]
+    ]
+
+    def run(self) -> None:
+        self.action.run()
+
+
+Command = (
+    Annotated[Demo, subcommand("demo")]
+    | Annotated[Build, subcommand("build")]
+    | Annotated[Train, subcommand("train")]
+    | Annotated[Evaluate, subcommand("evaluate")]
+    | Annotated[Ask, subcommand("ask")]
+    | Annotated[Recipes, subcommand("recipes")]
+    | Annotated[Scenes, subcommand("scenes")]
+)
+
+
+def parse_mesh(text: str):  # type: ignore[no-untyped-def]  # noqa: ANN201
+    """A mesh from "data=2,fsdp=2,tensor=1"; axes left out are 1."""
+    from reverie_jax.models.sharding import MESH_AXES, make_mesh
+
+    sizes = {}
+    for part in text.split(","):
+        name, equals, value = part.strip().partition("=")
+        if not equals or name not in MESH_AXES or not value.isdecimal() or int(value) < 1 or name in sizes:
+            raise UserError(f"--mesh {text}: write it as data=1,fsdp=1,tensor=1")
+        sizes[name] = int(value)
+    try:
+        return make_mesh(**sizes)
+    except ValueError as error:
+        raise UserError(f"--mesh {text}: {error}") from None
+
+
+def parse_dtype(name: str):  # type: ignore[no-untyped-def]  # noqa: ANN201
+    import jax.numpy as jnp
+
+    if name not in ("float32", "bfloat16"):
+        raise UserError(f"--dtype {name}: must be float32 or bfloat16")
+    return jnp.dtype(name)
+
+
+def load_tuned(model: str, adapter: Path | None):  # type: ignore[no-untyped-def]  # noqa: ANN201
+    """A checkpoint with a run's adapters merged in, and its encoder."""
+    from reverie_jax.data.loading import load_model
+
+    loaded, encoder = load_model(model)
+    if adapter is not None:
+        from reverie_jax.models import lora
+        from reverie_jax.train.checkpoint import load_run
+
+        load_run(loaded, adapter)
+        lora.merge(loaded)
+    return loaded, encoder
+
+
+def main() -> None:
+    """Entry point. Errors of the user's to mend are one line on stderr and exit code 2."""
+    logging.basicConfig(level=logging.WARNING, format="reverie: %(message)s")
+    logging.getLogger("reverie_jax").setLevel(logging.INFO)
+    command = tyro.cli(
+        OmitSubcommandPrefixes[Command],  # type: ignore[valid-type]
+        prog="reverie",
+        description="Reflective instruction tuning of vision-language models: train on why, measure hallucination.",
+    )
+    try:
+        command.run()
+    except UserError as error:
+        print(f"reverie: error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

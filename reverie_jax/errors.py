@@ -1,0 +1,5 @@
+"""The one kind of error that is the user's to mend."""
+
+
+class UserError(ValueError):
+    """Bad input: the message is one clear line that names the file, the record and the remedy. The CLI exits with 2."""

@@ -1,0 +1,69 @@
+"""Small stand-ins: a tokenizer that needs no training, and records that need no renderer."""
+
+from __future__ import annotations
+
+import io
+import re
+import zlib
+from collections.abc import Sequence
+from types import MappingProxyType
+
+import numpy as np
+from PIL import Image
+
+from reverie_jax.data.conversation import IMAGE, Conversation, ImageRecord, Turn
+
+IMAGE_ID = 3
+
+
+class WordTokenizer:
+    """Words, each with the white space before it, as ids that depend on the word alone; special tokens as they are."""
+
+    bos_token_id: int | None = 1
+    eos_token_id: int | None = 2
+    special = MappingProxyType({"<s>": 1, "</s>": 2, IMAGE: IMAGE_ID})
+
+    def __init__(self) -> None:
+        self.words = {id: word for word, id in self.special.items()}
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        assert not add_special_tokens, "the encoder places special tokens itself"
+        pieces = re.findall(r"<s>|</s>|<image>|\s*(?:(?!<s>|</s>|<image>)\S)+|\s+", text)
+        assert "".join(pieces) == text
+        ids = [self.special.get(piece) or 10 + zlib.crc32(piece.encode()) % 1_000_000 for piece in pieces]
+        self.words.update(zip(ids, pieces, strict=True))
+        return ids
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        return "".join(self.words[i] for i in ids if not (skip_special_tokens and i in self.special.values()))
+
+
+def png(colour: tuple[int, int, int] = (10, 200, 30), size: tuple[int, int] = (6, 4)) -> bytes:
+    """A picture of one colour as a PNG file."""
+    buffer = io.BytesIO()
+    Image.new("RGB", size, colour).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def talk(question: str, answer: str, *more: tuple[str, str], weight: float = 1.0) -> Conversation:
+    """A conversation about one image; `more` holds further exchanges, and `weight` is the first answer's."""
+    turns = [Turn("user", f"{IMAGE}\n{question}"), Turn("assistant", answer, weight)]
+    for asked, said in more:
+        turns += [Turn("user", asked), Turn("assistant", said)]
+    return Conversation(tuple(turns))
+
+
+def records(count: int, seed: int = 0) -> list[ImageRecord]:
+    """Reflective records: two questions each, with a rationale behind a repeated answer."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for index in range(count):
+        talks = []
+        for question in range(2):
+            words = [f"w{word}" for word in rng.integers(0, 50, 6)]
+            asked, said = f"Is there {words[0]} at {question}?", f"{words[1]} {words[2]}"
+            talks.append(talk(asked, said, ("Explain why.", f"{words[3]} {words[4]}.")))
+            talks.append(talk(asked, said, ("Why is it wrong?", f"No {words[5]}."), weight=0.0))
+        colour = tuple(int(c) for c in rng.integers(0, 256, 3))
+        found.append(ImageRecord(f"r{index}", png(colour), tuple(talks)))
+    return found
