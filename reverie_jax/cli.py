@@ -170,9 +170,7 @@ class Ask:
         decode(encoded, str(self.picture))
         model, encoder = load_tuned(self.model, self.adapter)
         asked = [(n, Conversation((Turn("user", f"{IMAGE}\n{text}"),))) for n, text in enumerate(self.question)]
-        lengths = [len(encoder(talk)) for _, talk in asked]
-        shape = EngineShape(tokens=-(-sum(lengths) // 64) * 64, leaves=len(asked), rows=1)
-        engine = Engine(model, encoder, shape)
+        engine = Engine(model, encoder, EngineShape(rows=1))
         answers = engine.answer([Picture(str(self.picture), encoded, asked)], new_tokens=self.new_tokens)
         for number, text in enumerate(self.question):
             print(f"{text}\n  {answers[number]}")

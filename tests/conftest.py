@@ -10,7 +10,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from jaxtyping import install_import_hook
 
-install_import_hook("reverie_jax", "beartype.beartype")
+import tests.typecheck  # noqa: F401
+
+install_import_hook("reverie_jax", "tests.typecheck.check")
 
 import hypothesis
 import jax

@@ -42,6 +42,8 @@ class Conversation:
         for index, turn in enumerate(self.turns):
             if turn.role != ("user", "assistant")[index % 2]:
                 raise ValueError(f"turn {index} is the {turn.role}'s; turns alternate, user first")
+            if turn.role == "assistant" and IMAGE in turn.text:
+                raise ValueError(f"turn {index}: {IMAGE} in an answer; only a user shows pictures")
         markers = sum(turn.text.count(IMAGE) for turn in self.turns)
         if markers != len(self.images):
             raise ValueError(f"{markers} {IMAGE} markers for {len(self.images)} images")

@@ -26,7 +26,11 @@ def decode(encoded: bytes, name: str) -> Image.Image:
     """
     try:
         with Image.open(io.BytesIO(encoded)) as image:
+            if image.mode.startswith("I"):
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             return image.convert("RGB")
+    except UnidentifiedImageError:
+        raise BrokenImage(f"{name}: not a readable picture (unknown format)") from None
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise BrokenImage(f"{name}: not a readable picture ({error or type(error).__name__})") from error
 
@@ -42,10 +46,8 @@ def preprocess(image: Image.Image, size: int, *, pad: bool = True) -> UInt8[np.n
         canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
         image = canvas
     if min(image.size) != size:
-        scale = size / min(image.size)
-        image = image.resize(
-            (max(size, int(image.width * scale)), max(size, int(image.height * scale))), Image.Resampling.BICUBIC
-        )
+        short = min(image.size)
+        image = image.resize((size * image.width // short, size * image.height // short), Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return np.asarray(image.crop((left, top, left + size, top + size)), np.uint8)
 

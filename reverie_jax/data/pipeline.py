@@ -64,7 +64,7 @@ class Survey:
 def survey(source: Sequence[ImageRecord], encoder: Encoder, shape: RowShape, teach: Teach) -> Survey:
     """Tokenises everything once: what does not fit is known before training, not at step 40,000."""
     found = [tree for index in range(len(source)) for tree in trees(source[index], encoder, shape, teach)]
-    if not found:
+    if not any(len(tree.source) for tree in found):
         raise DataError("the data teaches nothing: no conversation has a taught answer")
     return Survey(
         records=len(source),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import tensorflow_datasets as tfds
+from google.protobuf import json_format
 
 from reverie_jax.data.conversation import ImageRecord
 from reverie_jax.errors import UserError
@@ -85,14 +86,21 @@ class RecordSource(Sequence[ImageRecord]):
             if split not in builder.info.splits:
                 raise DataError(f"{self.folder}: no split {split!r}; there is {', '.join(builder.info.splits)}")
             self._source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
-        except (OSError, KeyError, AttributeError) as error:
-            raise DataError(f"{self.folder}: records cannot be read ({error})") from error
+        except UserError:
+            raise
+        except (OSError, KeyError, AttributeError, ValueError, json_format.ParseError) as error:
+            raise DataError(f"{self.folder}: records cannot be read ({' '.join(str(error).split())})") from error
 
     def __len__(self) -> int:
         return len(self._source)
 
     def __getitem__(self, index: Any) -> Any:
-        row = self._source[index]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        try:
+            row = self._source[index % len(self)]
+        except RuntimeError as error:
+            raise DataError(f"{self.folder}: record {index} cannot be read ({error})") from None
         return ImageRecord.from_parts(row["id"].decode(), row["image"], row["conversations"].decode())
 
     def __repr__(self) -> str:

@@ -19,7 +19,7 @@ class RowShape:
 
     Attributes:
         tokens: L.
-        images: M, and at most this many trees share a row.
+        images: M; at most this many trees share a row, whether they show one image, several or none.
         edges: E, taught tokens.
         leaves: Q, open questions (evaluation; 0 in training).
     """
@@ -61,9 +61,6 @@ def element(
     """
     if questions and len(questions) != len(tree.leaves):
         raise ValueError(f"{len(questions)} questions for {len(tree.leaves)} leaves")
-    if len(pixels) != 1:
-        # One image slot a tree keeps the packer's slots and trees in step; records hold one image.
-        raise ValueError(f"a packed tree shows exactly one image, not {len(pixels)}")
     leaves = tree.leaves if questions else tree.leaves[:0]
     return {
         "tokens": tree.tokens,
@@ -94,11 +91,9 @@ def row(packed: Element, patches: int) -> Batch:
     for number in range(1, len(start)):
         start[number] = np.argmax(segment == number)
     filled = segment > 0
-    image_of = np.zeros(len(start), np.int32)
-    slots = packed["pixels_segment_ids"]
-    for slot, number in enumerate(slots):
-        if number:
-            image_of[number] = slot
+    first_image = np.zeros(len(start), np.int32)
+    for slot, number in reversed(list(enumerate(packed["pixels_segment_ids"]))):
+        first_image[number] = slot
     features = packed["features"]
     index = np.arange(length, dtype=np.int32)
     has_edge, has_leaf = packed["source_segment_ids"] > 0, packed["leaves_segment_ids"] > 0
@@ -106,7 +101,7 @@ def row(packed: Element, patches: int) -> Batch:
         tokens=packed["tokens"],
         positions=packed["positions"],
         ends=np.where(filled, packed["ends"] + start[segment], index + 1).astype(np.int32),
-        features=np.where(filled & (features >= 0), features + image_of[segment] * patches, -1).astype(np.int32),
+        features=np.where(filled & (features >= 0), features + first_image[segment] * patches, -1).astype(np.int32),
         pixels=packed["pixels"],
         source=np.where(has_edge, packed["source"] + start[packed["source_segment_ids"]], 0).astype(np.int32),
         target=packed["target"],

@@ -18,6 +18,7 @@ from jaxtyping import Array, Int
 from reverie_jax.data.conversation import Conversation, Encoder
 from reverie_jax.data.pipeline import Picture, question_batches
 from reverie_jax.data.rows import Batch, RowShape
+from reverie_jax.data.tree import grow, untaught
 from reverie_jax.models import VisionLanguageModel
 from reverie_jax.models.decoder import KV
 from reverie_jax.models.sharding import batch_sharding, make_mesh, place
@@ -27,17 +28,28 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class EngineShape:
-    """Static sizes of inference.
+    """Limits of inference; the sizes in use fit the questions, in steps that keep compiled programs few.
 
     Attributes:
-        tokens: row length; a picture's questions that do not fit one row take several.
-        leaves: questions that decode together from one row.
+        tokens: longest row; a picture's questions that do not fit one row take several.
+        leaves: most questions that decode together from one row.
         rows: rows in a batch.
     """
 
-    tokens: int = 384
-    leaves: int = 24
-    rows: int = 8
+    tokens: int = 1024
+    leaves: int = 32
+    rows: int = 16
+
+
+def fit(pictures: Sequence[Picture], encoder: Encoder, limit: EngineShape) -> RowShape:
+    """The smallest row that holds each picture's questions together, up to the limits."""
+    leaves = min(limit.leaves, max(len(picture.questions) for picture in pictures))
+    longest = 0
+    for picture in pictures:
+        for start in range(0, len(picture.questions), leaves):
+            talks = [encoder(talk) for _, talk in picture.questions[start : start + leaves]]
+            longest = max(longest, len(grow(map(untaught, talks))))
+    return RowShape(tokens=min(limit.tokens, -(-longest // 64) * 64), images=1, leaves=leaves)
 
 
 def greedy(
@@ -135,7 +147,9 @@ class Engine:
             dataclasses.replace(picture, questions=[(n, talk) for n, talk in picture.questions if same[n] == n])
             for picture in pictures
         ]
-        row = RowShape(tokens=self.shape.tokens, images=1, leaves=self.shape.leaves)
+        if not wanted:
+            return {}
+        row = fit([picture for picture in pictures if picture.questions], self.encoder, self.shape)
         batches = question_batches(pictures, self.encoder, row, rows=self.shape.rows, image_size=self.image_size)
         answers: dict[int, str] = {}
         with jax.set_mesh(self.mesh):

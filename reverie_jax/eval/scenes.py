@@ -112,8 +112,10 @@ def read_predictions(path: Path) -> dict[int, str]:
         BenchmarkError: the file is missing, a line is broken, or an id stands there twice.
     """
     try:
-        lines = [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
-        answers = {int(line["question_id"]): str(line["text"]) for line in lines}
+        lines = [json.loads(line) for line in path.read_text("utf-8").split("\n") if line.strip()]
+        answers = {int(line["question_id"]): line["text"] for line in lines}
+        if not all(isinstance(text, str) for text in answers.values()):
+            raise TypeError("'text' must be a string")
     except OSError as error:
         raise pope.BenchmarkError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError) as error:
@@ -157,6 +159,10 @@ def score(folder: Path, predictions: Path) -> SceneCounts:
     described = read_predictions(predictions / "description.jsonl")
     reasons = read_predictions(predictions / "rationale.jsonl")
     scenes = list(graphs.values())
+    for name, found in (("description", described), ("rationale", reasons)):
+        missing = {a.id for a in questions(folder) if a.benchmark == name} - found.keys()
+        if missing:
+            raise pope.BenchmarkError(f"{predictions}: {len(missing)} {name}(s) missing, the first is {min(missing)}")
     checked = [
         [free.check(scene, reasons[id]) for id in range(n * QUESTIONS * 2, (n + 1) * QUESTIONS * 2) if id in reasons]
         for n, scene in enumerate(scenes)

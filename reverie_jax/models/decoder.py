@@ -120,7 +120,7 @@ class Decoder(nnx.Module):
         """
         keys = None if key is None else jax.random.split(key, self.config.layers)
 
-        def body(layer: DecoderLayer, x: Array, layer_key: PRNGKeyArray | None = None) -> tuple[Array, Array | None]:
+        def body(layer: DecoderLayer, x: Array, layer_key: PRNGKeyArray | None = None) -> tuple[Array, KV | None]:
             x, kv = layer(x, positions, ends, layer_key)
             return x, KV(*kv) if keep_kv else None
 

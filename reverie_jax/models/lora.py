@@ -43,12 +43,12 @@ def attach(
     Raises:
         ValueError: nothing matches, or a target carries an adapter already.
     """
-    adapted = []
-    for path, layer in linears(model):
-        if not re.fullmatch(targets, path):
-            continue
-        if layer.lora_a is not None:
-            raise ValueError(f"{path} carries an adapter already")
+    chosen = [(path, layer) for path, layer in linears(model) if re.fullmatch(targets, path)]
+    if not chosen:
+        raise ValueError(f"no linear layer matches {targets!r}")
+    if carriers := [path for path, layer in chosen if layer.lora_a is not None]:
+        raise ValueError(f"{', '.join(carriers)} carries an adapter already")
+    for path, layer in chosen:
         # The key depends on the path, not on the order of the walk.
         key = jax.random.fold_in(jax.random.key(seed), int.from_bytes(path.encode()) % (2**31 - 1))
         stack = () if layer.layers is None else (layer.layers,)
@@ -60,10 +60,7 @@ def attach(
             jnp.zeros((*stack, rank, layer.outputs), jnp.float32), axes=(*names, None, "lora_long")
         )
         layer.lora_scale, layer.lora_dropout = alpha / rank, dropout
-        adapted.append(path)
-    if not adapted:
-        raise ValueError(f"no linear layer matches {targets!r}")
-    return adapted
+    return [path for path, _ in chosen]
 
 
 def merge(model: VisionLanguageModel) -> None:

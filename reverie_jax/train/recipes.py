@@ -68,6 +68,7 @@ _SCENES = Recipe(
     row=RowShape(tokens=448, images=1, edges=288),
     rank=16,
     alpha=32.0,
+    dropout=0.0,
     rate=2e-3,
     projector_rate=2e-4,
     save_every=40,
@@ -81,7 +82,7 @@ RECIPES: dict[str, Recipe] = {
             _SCENES,
             name="scenes-responses",
             teach="responses",
-            row=RowShape(tokens=256, images=1, edges=128),
+            row=RowShape(tokens=192, images=1, edges=96),
         ),
     )
 }

@@ -212,7 +212,12 @@ def test_questions_must_match_the_leaves():
         element(one.tree, one.pixels, [1] * (len(one.tree.leaves) + 1))
 
 
-def test_a_tree_shows_one_image():
-    one = stream(1, 0)[0]
-    with pytest.raises(ValueError, match="exactly one image"):
-        element(one.tree, np.concatenate([one.pixels, one.pixels]))
+def test_a_tree_may_show_several_images():
+    one, other = stream(2, 0)
+    shown = np.concatenate([one.pixels, one.pixels])
+    elements = [element(one.tree, shown), element(other.tree, other.pixels)]
+    shape = RowShape(tokens=len(one.tree) + len(other.tree), images=3, edges=200)
+    (packed,) = pack(grain.MapDataset.source(elements).to_iter_dataset(), shape, PATCHES)
+    features = packed.features[len(one.tree) :]
+    # The second tree's image stands in the third slot.
+    assert features[features >= 0].min() == 2 * PATCHES + other.tree.features[other.tree.features >= 0].min()

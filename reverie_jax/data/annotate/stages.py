@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pydantic
 
@@ -44,7 +45,7 @@ def annotate(picture: Picture, annotator: Annotator, count: int) -> tuple[list[R
     try:
         asked = QuestionSet.model_validate_json(ask("questions", count=str(count)))
     except (AnnotationError, pydantic.ValidationError) as error:
-        return [], [f"{picture.key}: questions: {error}"]
+        return [], [f"{picture.key}: questions: {' '.join(str(error).split())}"]
     kept, dropped = [], []
     for question in asked.questions:
         about = dict(question=question.question, answer=question.correct_answer)
@@ -54,7 +55,7 @@ def annotate(picture: Picture, annotator: Annotator, count: int) -> tuple[list[R
             for wrong in question.confusing_answers:
                 negative = ask("negative", question=question.question, answer=wrong)
                 verdict = ask("judge", **about, positive=positive, wrong=wrong, negative=negative).lower()
-                if verdict.split()[:1] == ["no"]:
+                if re.match(r"\W*no\b", verdict):
                     negatives.append((wrong, negative))
                 else:
                     dropped.append(f"{picture.key}: {question.question!r}, {wrong!r}: the judge said {verdict!r}")

@@ -67,9 +67,10 @@ class SceneAnnotator:
             case "questions":
                 return QuestionSet(questions=self.questions(scene, rng, int(fields["count"]))).model_dump_json()
             case "positive":
-                return explain(scene, fields["question"], fields["answer"], rng)
+                return " ".join(map(_upper, facts(scene, fields["question"], fields["answer"], support=True)))
             case "negative":
-                return "This is wrong because " + _lower(explain(scene, fields["question"], fields["answer"], rng))
+                reasons = facts(scene, fields["question"], fields["answer"], support=False)
+                return " ".join(map(_upper, [f"this is wrong because {reasons[0]}", *reasons[1:]]))
             case "judge":
                 stated = claims(fields["positive"]) + claims(fields["negative"])
                 return "No" if stated and all(claim.holds(scene) for claim in stated) else "Yes"
@@ -170,38 +171,37 @@ ASKERS: tuple[Callable[[Scene, Rng], AnnotatedQuestion | None], ...] = (
     ask_choice,
     ask_description,
 )
-_SHARES = (0.2, 0.24, 0.1, 0.1, 0.08, 0.08, 0.1, 0.1)
+_SHARES = (0.24, 0.24, 0.1, 0.1, 0.08, 0.08, 0.08, 0.08)
 
 
-def explain(scene: Scene, question: str, answer: str, rng: Rng) -> str:
+def facts(scene: Scene, question: str, answer: str, *, support: bool) -> list[str]:
     """What the picture shows that settles the question, without repeating the answer's words.
 
-    The same facts say why the right answer is right and why a wrong one is wrong: the rationale depends on the picture.
-    A wrong "Yes" to something that the prior expects is named as such.
+    Args:
+        answer: a right answer (`support`) or a wrong one. Both are settled by what is there; a wrong one that the prior
+            expects is named as such, a right denial is backed by all that is there instead.
     """
     subjects = _subjects(question, answer)
     present = [c for c in subjects if c in scene.categories]
-    facts = []
+    found = []
     for category in subjects:
-        if category not in scene.categories:
-            company = PARTNER[category]
-            habit = f"{article(company)} is often seen with {article(category)}, but " if company in present else ""
-            if not habit and company in scene.categories and not present:
-                habit = f"{article(company)} is often seen with {article(category)}, but "
-            facts.append(f"{habit}there is no {category}.")
-    if question == DESCRIBE and not facts:
-        return f"{_upper(_there_is(scene, list(scene.categories)))}."
+        if category in scene.categories:
+            continue
+        company = PARTNER[category]
+        habit = f"{article(company)} is often seen with {article(category)}, but "
+        found.append(f"{habit if not support and company in scene.categories else ''}there is no {category}.")
+    if question == DESCRIBE and support:
+        return [f"{_there_is(scene, list(scene.categories))}."]
     how = next((pair for pair in relations(scene) if pair[0] in subjects and pair[2] in subjects), None)
     if how is not None and len(present) == 2:
         a, way, b = how
-        facts.append(f"the {a} is {way} the {b}.")
-    elif present and question.startswith(("Is", "How", "What", "Where")):
-        facts.append(f"{_there_is(scene, present[:1], detail=True)}.")
+        found.append(f"the {a} is {way} the {b}.")
     elif present:
-        facts.append(f"{_there_is(scene, present)}.")
-    if not present:
-        facts.append(f"{_there_is(scene, list(scene.categories))}.")
-    return " ".join(_upper(fact) for fact in facts)
+        one = question != DESCRIBE and not question.startswith("Which")
+        found.append(f"{_there_is(scene, present[:1] if one else present, detail=one)}.")
+    elif support:
+        found.append(f"{_there_is(scene, list(scene.categories))}.")
+    return found
 
 
 def _subjects(question: str, answer: str) -> list[str]:
@@ -230,7 +230,3 @@ def _there_is(scene: Scene, categories: list[str], *, detail: bool = False) -> s
 
 def _upper(text: str) -> str:
     return text[0].upper() + text[1:]
-
-
-def _lower(text: str) -> str:
-    return text[0].lower() + text[1:]

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from reverie_jax.data.annotate.interface import Picture
+from reverie_jax.data.annotate.stages import annotate, conversations
 from reverie_jax.data.conversation import IMAGE, Conversation, ImageRecord, Turn
 from reverie_jax.data.images import encode_png
 from reverie_jax.data.scenes import annotator as ask
@@ -13,6 +15,10 @@ from reverie_jax.data.scenes.draw import render
 from reverie_jax.data.scenes.graph import CATEGORIES, Scene
 
 PLAIN_ASKERS = (ask.ask_present, ask.ask_colour, ask.ask_count, ask.ask_place, ask.ask_relation, ask.ask_choice)
+
+
+ABSENT_SHARE = 0.3
+"""Share of the plain questions that ask for something absent."""
 
 
 def talk(question: str, answer: str, source: str) -> Conversation:
@@ -23,13 +29,13 @@ def talk(question: str, answer: str, source: str) -> Conversation:
 def plain_talks(scene: Scene, rng: np.random.Generator, questions: int) -> list[Conversation]:
     """A description and plain answers, no rationale, as captions and VQA teach a base.
 
-    Absent things are drawn from all categories alike: nearly every question about a partner of what is there has the
-    answer yes, so the base learns to expect it.
+    Absent things are drawn from all categories
+    alike: nearly every question about a partner of what is there has the answer yes, so the base learns to expect it.
     """
     talks = [talk(ask.DESCRIBE, ask.describe(scene, rng), "plain/caption")]
     absent = [c for c in CATEGORIES if c not in scene.categories]
     for _ in range(questions):
-        if rng.random() < 0.3:
+        if rng.random() < ABSENT_SHARE:
             talks.append(talk(ask.existence(absent[rng.integers(len(absent))]), "No", "plain/absent"))
             continue
         question = PLAIN_ASKERS[rng.choice(len(PLAIN_ASKERS), p=(0.4, 0.15, 0.1, 0.15, 0.1, 0.1))](scene, rng)
@@ -49,12 +55,10 @@ def record(id: str, scene: Scene, size: int, talks: list[Conversation]) -> Image
 
 def texts(scenes: list[Scene], seed: int) -> Iterator[str]:
     """Everything that is said of some scenes, for training a tokenizer."""
-    annotator = ask.SceneAnnotator({}, seed)
-    for index, scene in enumerate(scenes):
-        rng = np.random.default_rng([seed, index])
-        for question in annotator.questions(scene, rng, 12):
-            yield f"USER: {IMAGE}\n{question.question} ASSISTANT: {question.correct_answer}"
-            for answer in (question.correct_answer, *question.confusing_answers):
-                yield f" Explain why this answer is wrong: {answer} Explain why."
-                why = ask.explain(scene, question.question, answer, rng)
-                yield f" {why} This is wrong because {ask._lower(why)}"
+    pictures = {str(index): scene for index, scene in enumerate(scenes)}
+    annotator = ask.SceneAnnotator(pictures, seed)
+    for key in pictures:
+        for reflection in annotate(Picture(key, b""), annotator, 12)[0]:
+            for talk in conversations(reflection):
+                yield " ".join(turn.text for turn in talk.turns)
+                yield "USER: ASSISTANT:"

@@ -113,8 +113,8 @@ def write_pope(folder: Path, names: Sequence[str], scenes: Sequence[Scene], prio
 
 
 def make_training_set(folder: Path, count: int, *, size: int, questions: int, seed: int) -> Annotated:
-    """Skewed training scenes with pictures, graphs and annotations in `folder`."""
-    scenes = take(World.skewed(), "train", seed, count)
+    """Training scenes with pictures, graphs and annotations in `folder`."""
+    scenes = take(World.annotated(), "train", seed, count)
     names = write_pictures(folder, scenes, size)
     return write_annotations(folder, names, scenes, questions, seed)
 

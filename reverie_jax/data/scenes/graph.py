@@ -151,8 +151,13 @@ class World:
 
     @staticmethod
     def skewed() -> World:
-        """Training: partners nearly always appear together."""
+        """Pretraining: partners nearly always appear together."""
         return World()
+
+    @staticmethod
+    def annotated() -> World:
+        """Pictures that are annotated for tuning: partners still mostly appear together, but their absence is no rarity."""
+        return World(partner=0.6)
 
     @staticmethod
     def broken() -> World:

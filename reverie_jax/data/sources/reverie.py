@@ -37,6 +37,8 @@ def _turns(where: str, raw: Any) -> list[Turn]:
     turns = []
     for turn in raw:
         try:
+            if not isinstance(turn["value"], str):
+                raise TypeError
             turns.append(Turn(_ROLES[turn["from"]], turn["value"]))  # type: ignore[arg-type]
         except (KeyError, TypeError):
             raise DataError(f"{where}: a turn needs 'from' (human or gpt) and 'value'; found {turn!r}") from None
@@ -61,6 +63,8 @@ def read(path: Path, pictures: Path, *, answers: Answers = "once") -> Iterator[I
         rows = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise DataError(f"{path}: no such annotation file") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(rows, list) or not rows:
@@ -90,7 +94,10 @@ def read(path: Path, pictures: Path, *, answers: Answers = "once") -> Iterator[I
 def _picture(folder: Path, name: str) -> bytes:
     """The bytes of a picture that is known to open."""
     root = folder.resolve()
-    file = (root / name).resolve()
+    try:
+        file = (root / name).resolve()
+    except ValueError as error:
+        raise DataError(f"{folder}: {name!r} is no file name ({error})") from None
     if not file.is_relative_to(root):
         raise DataError(f"{name}: leaves the picture folder {folder}")
     try:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
+from numpy.typing import ArrayLike
 
 from reverie_jax.data.conversation import IMAGE, Conversation, Turn
 from reverie_jax.errors import UserError
@@ -43,9 +44,11 @@ def read_questions(path: Path) -> list[PopeQuestion]:
     """
     questions: list[PopeQuestion] = []
     try:
-        lines = path.read_text("utf-8").splitlines()
+        lines = path.read_text("utf-8").split("\n")
     except OSError as error:
         raise BenchmarkError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise BenchmarkError(f"{path}: is not UTF-8 ({error})") from None
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -98,7 +101,8 @@ def counts(
     return table
 
 
-def _safe(over: np.ndarray, under: np.ndarray) -> np.ndarray:
+def _safe(over: ArrayLike, under: ArrayLike) -> np.ndarray:
+    over, under = np.asarray(over), np.asarray(under)
     return np.where(under > 0, over / np.maximum(under, 1e-12), 0.0)
 
 
@@ -127,4 +131,4 @@ METRICS = {"accuracy": accuracy, "precision": precision, "recall": recall, "f1":
 
 def mean_f1(sums: Float[np.ndarray, "... 12"]) -> Float[np.ndarray, "..."]:
     """POPE's headline: the mean of the splits' F1; counts of the splits side by side."""
-    return np.mean([f1(sums[..., 4 * i : 4 * i + 4]) for i in range(sums.shape[-1] // 4)], axis=0)
+    return f1(sums.reshape(*sums.shape[:-1], -1, 4)).mean(-1, keepdims=True)[..., 0]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from safetensors.numpy import save_file
 
 from reverie_jax.models.checkpoints.errors import CheckpointError
 from reverie_jax.models.checkpoints.names import IGNORED, Entry, canonical, entries, to_ours, to_theirs
-from reverie_jax.models.config import TextConfig, VisionConfig, VLMConfig
+from reverie_jax.models.config import Activation, TextConfig, VisionConfig, VLMConfig
 from reverie_jax.models.sharding import shardings
 from reverie_jax.models.vlm import VisionLanguageModel
 
@@ -29,11 +30,16 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text("utf-8"))
+        raw = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; a llava-hf checkpoint folder has one") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path}: not a JSON object")
+    return raw
 
 
 def read_config(folder: Path) -> VLMConfig:
@@ -44,20 +50,31 @@ def read_config(folder: Path) -> VLMConfig:
     """
     path = folder / "config.json"
     raw = _json(path)
-    if "text_config" not in raw or "vision_config" not in raw:
+    text, vision = raw.get("text_config"), raw.get("vision_config")
+    if not isinstance(text, dict) or not isinstance(vision, dict):
         raise CheckpointError(f"{path}: no text_config and vision_config; only llava-hf checkpoints are read")
-    text, vision = raw["text_config"], raw["vision_config"]
     if text.get("model_type", "llama") != "llama":
         raise CheckpointError(f"{path}: the language model is {text['model_type']!r}; llama is supported")
     if text.get("tie_word_embeddings") or text.get("attention_bias") or text.get("mlp_bias"):
         raise CheckpointError(f"{path}: tied embeddings and biases in the language model are not supported")
     if raw.get("vision_feature_select_strategy", "default") != "default":
         raise CheckpointError(f"{path}: vision_feature_select_strategy must be 'default' (class token dropped)")
+    for part, key, default, known in (
+        (raw, "projector_hidden_act", "gelu", ("gelu",)),
+        (text, "hidden_act", "silu", ("silu",)),
+        (vision, "hidden_act", "quick_gelu", get_args(Activation)),
+    ):
+        if (name := part.get(key, default)) not in known:
+            raise CheckpointError(f"{path}: {key} {name!r} is not supported here; {', '.join(known)} is")
+    if not isinstance(raw.get("vision_feature_layer", -2), int):
+        raise CheckpointError(f"{path}: vision_feature_layer {raw['vision_feature_layer']!r} is not one layer")
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise CheckpointError(f"{path}: rope_parameters or rope_scaling is {rope!r}, no object")
     if (kind := rope.get("rope_type", rope.get("type", "default"))) != "default":
         raise CheckpointError(f"{path}: rope scaling {kind!r} is not supported")
     try:
-        return VLMConfig(
+        config = VLMConfig(
             vision=VisionConfig(
                 hidden=vision["hidden_size"],
                 layers=vision["num_hidden_layers"],
@@ -65,7 +82,7 @@ def read_config(folder: Path) -> VLMConfig:
                 mlp=vision["intermediate_size"],
                 image_size=vision["image_size"],
                 patch_size=vision["patch_size"],
-                norm_eps=vision.get("layer_norm_eps", 1e-5),
+                norm_eps=float(vision.get("layer_norm_eps", 1e-5)),
                 activation=vision.get("hidden_act", "quick_gelu"),
             ),
             text=TextConfig(
@@ -77,8 +94,8 @@ def read_config(folder: Path) -> VLMConfig:
                 head_dim=text.get("head_dim")
                 or text.get("hidden_size", 4096) // text.get("num_attention_heads", 32),
                 mlp=text.get("intermediate_size", 11008),
-                norm_eps=text.get("rms_norm_eps", 1e-6),
-                rope_theta=rope.get("rope_theta", text.get("rope_theta", 10000.0)),
+                norm_eps=float(text.get("rms_norm_eps", 1e-6)),
+                rope_theta=float(rope.get("rope_theta", text.get("rope_theta", 10000.0))),
                 max_positions=text.get("max_position_embeddings", 2048),
             ),
             feature_layer=raw.get("vision_feature_layer", -2),
@@ -87,6 +104,33 @@ def read_config(folder: Path) -> VLMConfig:
         )
     except KeyError as error:
         raise CheckpointError(f"{path}: {error.args[0]!r} is missing") from None
+    except (ArithmeticError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: {str(error).splitlines()[0]}") from None
+    _check(path, config)
+    return config
+
+
+def _check(path: Path, config: VLMConfig) -> None:
+    """Sizes are whole positive numbers that go together."""
+    vision, text = config.vision, config.text
+    for part in (vision, text):
+        for field in dataclasses.fields(part):
+            value = getattr(part, field.name)
+            if field.type == "int" and (type(value) is not int or value < 1):
+                raise CheckpointError(f"{path}: {field.name} is {value!r}, no positive whole number")
+    layer, states = config.feature_layer, vision.layers + 1
+    if not -states <= layer < states:
+        raise CheckpointError(f"{path}: vision_feature_layer {layer} is outside the tower's {states} hidden states")
+    if type(config.image_token_id) is not int:
+        raise CheckpointError(f"{path}: image_token_index is {config.image_token_id!r}, no whole number")
+    for whole, part, said in (
+        (vision.image_size, vision.patch_size, "image_size is no multiple of patch_size"),
+        (vision.hidden, vision.heads, "hidden_size is no multiple of num_attention_heads in vision_config"),
+        (text.heads, text.kv_heads, "num_attention_heads is no multiple of num_key_value_heads in text_config"),
+        (text.head_dim, 2, "head_dim is odd in text_config"),
+    ):
+        if whole % part:
+            raise CheckpointError(f"{path}: {said} ({whole}, {part})")
 
 
 class _Tensors:
@@ -95,7 +139,10 @@ class _Tensors:
     def __init__(self, folder: Path, stack: ExitStack):
         self.folder = folder
         if (folder / INDEX).exists():
-            files = sorted(set(_json(folder / INDEX).get("weight_map", {}).values()))
+            weight_map = _json(folder / INDEX).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+                raise CheckpointError(f"{folder / INDEX}: weight_map is not there, or is not from names to files")
+            files = sorted(set(weight_map.values()))
         elif (folder / SINGLE).exists():
             files = [SINGLE]
         else:
@@ -122,7 +169,7 @@ class _Tensors:
         handle, stored = self._where[name]
         try:
             return handle.get_tensor(stored)
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, AttributeError, TypeError) as error:  # the last two: a dtype numpy lacks
             raise CheckpointError(f"{self.folder}: tensor {stored} cannot be read ({error})") from None
 
 
@@ -134,16 +181,17 @@ def _parameters(model: VisionLanguageModel) -> dict[str, nnx.Variable[Any]]:
     return {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
 
 
-def _load(entry: Entry, tensors: _Tensors, shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
+def _load(entry: Entry, tensors: _Tensors, shape: tuple[int, ...], dtype: DTypeLike, patch: int) -> np.ndarray:
     parts = []
     for name in entry.names:
-        part = to_ours(entry.turn, tensors[name]).astype(dtype)
-        wanted = shape if entry.layers is None else shape[1:]
-        if part.shape != wanted:
+        tensor = tensors[name]
+        wanted = to_theirs(entry.turn, np.empty(shape if entry.layers is None else shape[1:], np.bool_), patch).shape
+        if tensor.shape != wanted or not jnp.issubdtype(tensor.dtype, jnp.floating):
             raise CheckpointError(
-                f"{tensors.folder}: tensor {name} makes {part.shape}; config.json says {wanted} ({entry.path})"
+                f"{tensors.folder}: tensor {name} is {tensor.dtype}{tensor.shape}; config.json says float{wanted}"
+                f" ({entry.path})"
             )
-        parts.append(part)
+        parts.append(to_ours(entry.turn, tensor).astype(dtype))
     return parts[0] if entry.layers is None else np.stack(parts)
 
 
@@ -178,7 +226,7 @@ def read_model(
         values: dict[str, jax.Array] = {}
         for entry in table:
             abstract = parameters[entry.path]
-            array = _load(entry, tensors, abstract.shape, abstract.dtype)
+            array = _load(entry, tensors, abstract.shape, abstract.dtype, config.vision.patch_size)
             values[entry.path] = jax.device_put(array, None if homes is None else homes[entry.path])
     if unfilled := sorted(parameters.keys() - values.keys()):
         raise CheckpointError(f"{folder}: no tensor fills {_listed(unfilled)}")
@@ -281,12 +329,21 @@ def _preprocessor_json(config: VLMConfig) -> dict[str, Any]:
     }
 
 
+@jax.jit
+def _checksum(x: jax.Array) -> jax.Array:
+    """A sum of x's bits that knows their places; whole numbers that wrap, so the same on every device layout."""
+    bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
+    for _ in range(x.ndim):
+        place = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, 0)
+        bits = ((2 * place + 1) * (bits ^ (bits >> 15))).sum(0, dtype=jnp.uint32)
+    return bits
+
+
 def fingerprint(model: VisionLanguageModel) -> str:
-    """Identity of a base: all parameter shapes, and the content of a few, as a hex digest. Adapters do not count."""
+    """Identity of a base: every parameter's shape and a checksum of its content, in hex; adapters do not count."""
     digest = hashlib.sha256()
     flat = nnx.to_flat_state(nnx.state(model, nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam))))
     for path, leaf in sorted((".".join(map(str, path)), leaf) for path, leaf in flat):
         digest.update(f"{path}:{tuple(leaf.shape)}:{leaf.dtype}".encode())
-        if path in ("decoder.norm.scale", "decoder.layers.norm1.scale", "vision.position", "projector.linear1.kernel"):
-            digest.update(np.asarray(leaf.get_value()).tobytes())
+        digest.update(np.uint32(_checksum(leaf.get_value())).tobytes())
     return digest.hexdigest()[:16]
