@@ -69,7 +69,7 @@ def make(out: Path, *, seed: int = 0, tower_steps: int | None = None, steps: int
     tokenizer = train_tokenizer(1024, seed)
     # The embedding is a little larger than the tokenizer, so that its rows divide over a mesh.
     vocab = -(-len(tokenizer) // 64) * 64
-    config = pretrain.base_config(vocab, tokenizer.convert_tokens_to_ids(IMAGE))
+    config = pretrain.base_config(vocab, tokenizer.get_vocab()[IMAGE])
     model = VisionLanguageModel(config, rngs=nnx.Rngs(seed))
     encoder = Encoder(tokenizer, config.template, config.vision.patches, config.image_token_id)
     training = pretrain.pretraining_scenes(recipe)

@@ -6,12 +6,19 @@ import dataclasses
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
-from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional, arg, subcommand
+from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional, subcommand
 
 from reverie_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+    from jax.typing import DTypeLike
+
+    from reverie_jax.data.conversation import Encoder
+    from reverie_jax.models import VisionLanguageModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,7 +209,7 @@ class Render:
     count: int = 100
     """Scenes."""
     questions: str = "rationales"
-    """`rationales`: skewed training scenes with reverie.json. `pope`: held-out scenes that break the prior, with POPE files."""
+    """`rationales`: training scenes with reverie.json. `pope`: held-out scenes that break the prior, with POPE files."""
     size: int = 128
     """Side of a picture, in pixels."""
     seed: int = 0
@@ -248,9 +255,7 @@ class Pretrain:
 class Scenes:
     """The embedded world: draw scenes, or remake the base that ships with the package."""
 
-    action: OmitArgPrefixes[
-        Annotated[Render, subcommand("render")] | Annotated[Pretrain, subcommand("pretrain")]
-    ]
+    action: OmitArgPrefixes[Annotated[Render, subcommand("render")] | Annotated[Pretrain, subcommand("pretrain")]]
 
     def run(self) -> None:
         self.action.run()
@@ -267,11 +272,11 @@ Command = (
 )
 
 
-def parse_mesh(text: str):  # type: ignore[no-untyped-def]  # noqa: ANN201
+def parse_mesh(text: str) -> Mesh:
     """A mesh from "data=2,fsdp=2,tensor=1"; axes left out are 1."""
     from reverie_jax.models.sharding import MESH_AXES, make_mesh
 
-    sizes = {}
+    sizes: dict[str, Any] = {}
     for part in text.split(","):
         name, equals, value = part.strip().partition("=")
         if not equals or name not in MESH_AXES or not value.isdecimal() or int(value) < 1 or name in sizes:
@@ -283,7 +288,7 @@ def parse_mesh(text: str):  # type: ignore[no-untyped-def]  # noqa: ANN201
         raise UserError(f"--mesh {text}: {error}") from None
 
 
-def parse_dtype(name: str):  # type: ignore[no-untyped-def]  # noqa: ANN201
+def parse_dtype(name: str) -> DTypeLike:
     import jax.numpy as jnp
 
     if name not in ("float32", "bfloat16"):
@@ -291,7 +296,7 @@ def parse_dtype(name: str):  # type: ignore[no-untyped-def]  # noqa: ANN201
     return jnp.dtype(name)
 
 
-def load_tuned(model: str, adapter: Path | None):  # type: ignore[no-untyped-def]  # noqa: ANN201
+def load_tuned(model: str, adapter: Path | None) -> tuple[VisionLanguageModel, Encoder]:
     """A checkpoint with a run's adapters merged in, and its encoder."""
     from reverie_jax.data.loading import load_model
 
@@ -310,9 +315,10 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="reverie: %(message)s")
     logging.getLogger("reverie_jax").setLevel(logging.INFO)
     command = tyro.cli(
-        OmitSubcommandPrefixes[Command],  # type: ignore[valid-type]
+        Command,
         prog="reverie",
         description="Reflective instruction tuning of vision-language models: train on why, measure hallucination.",
+        config=(OmitSubcommandPrefixes,),
     )
     try:
         command.run()

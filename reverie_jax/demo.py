@@ -54,8 +54,11 @@ class _Clock:
     """Seconds by stage, said aloud as stages end."""
 
     def __init__(self, console: Console):
-        self.console, self.seconds = console, {}
-        self.console.print(f"reverie {reverie_jax.__version__} on {jax.device_count()} {jax.default_backend()} device(s)")
+        self.console = console
+        self.seconds: dict[str, float] = {}
+        self.console.print(
+            f"reverie {reverie_jax.__version__} on {jax.device_count()} {jax.default_backend()} device(s)"
+        )
 
     @contextlib.contextmanager
     def stage(self, name: str, text: str) -> Iterator[None]:
@@ -163,7 +166,9 @@ def _clear(out: Path) -> None:
         raise UserError(f"{out}: is a file; the demo needs a folder")
     strangers = {path.name for path in out.iterdir()} - ours if out.exists() else set()
     if strangers:
-        raise UserError(f"{out}: holds {sorted(strangers)[0]!r}, which no demo wrote; choose an empty folder with --out")
+        raise UserError(
+            f"{out}: holds {sorted(strangers)[0]!r}, which no demo wrote; choose an empty folder with --out"
+        )
     for name in ours:
         path = out / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

@@ -78,7 +78,9 @@ def test_unknown_recipe(reverie, tmp_path):
 
 def test_wrong_paths(reverie, tmp_path):
     gone = tmp_path / "gone"
-    assert refused(reverie("train", "scenes-responses", "--data", gone, "--out", tmp_path / "run"), gone, "reverie build")
+    assert refused(
+        reverie("train", "scenes-responses", "--data", gone, "--out", tmp_path / "run"), gone, "reverie build"
+    )
     assert refused(reverie("build", gone, tmp_path / "out"), gone)
     assert refused(reverie("evaluate", gone, "--out", tmp_path / "e"), gone)
     assert refused(reverie("ask", gone, "What is it?"), gone)
@@ -114,7 +116,9 @@ def test_checkpoint_with_a_missing_tensor(reverie, training_set, tmp_path):
 
 
 def test_ask_answers_each_question(reverie, training_set):
-    code, out, _ = reverie("ask", training_set / "pictures" / "000000.png", "Describe the image.", "Is there a cup in the image?")
+    code, out, _ = reverie(
+        "ask", training_set / "pictures" / "000000.png", "Describe the image.", "Is there a cup in the image?"
+    )
     assert code == 0
     lines = out.splitlines()
     assert lines[0] == "Describe the image."
@@ -171,7 +175,9 @@ def test_the_demo_writes_its_report(reverie, tmp_path):
         assert report["arms"][arm]["chair"]["i"].keys() == {"value", "ci95"}
         assert report["arms"][arm]["rationale_correct"].keys() == {"value", "ci95"}
     assert report["tokens"]["flat"] > report["tokens"]["tree"] > 0
-    assert report["seconds"]["total"] == pytest.approx(sum(v for k, v in report["seconds"].items() if k != "total"), abs=0.1)
+    assert report["seconds"]["total"] == pytest.approx(
+        sum(v for k, v in report["seconds"].items() if k != "total"), abs=0.1
+    )
     assert report["recipe"]["responses"]["steps"] == report["recipe"]["reflective"]["steps"] == 2
     assert report["recipe"]["responses"]["rows"] == report["recipe"]["reflective"]["rows"]
     page = (out / "report.html").read_text()
@@ -185,7 +191,13 @@ def test_shipped_base_is_small_and_complete():
     folder = checkpoint_folder("scenes-base")
     files = {path.name: path.stat().st_size for path in folder.iterdir()}
     assert sum(files.values()) <= 8_000_000
-    assert {"model.safetensors", "config.json", "tokenizer.json", "preprocessor_config.json", "README.md"} <= files.keys()
+    assert {
+        "model.safetensors",
+        "config.json",
+        "tokenizer.json",
+        "preprocessor_config.json",
+        "README.md",
+    } <= files.keys()
     tensors = load_file(folder / "model.safetensors")
     assert all(np.isfinite(tensor.astype(np.float32)).all() for tensor in tensors.values())
 

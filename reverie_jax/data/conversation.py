@@ -120,12 +120,12 @@ TEMPLATES: dict[str, Template] = {
 class Tokenizer(Protocol):
     """What is asked of a tokenizer: transformers' fast tokenizers fit."""
 
-    bos_token_id: int | None
-    eos_token_id: int | None
+    bos_token_id: Any
+    eos_token_id: Any
 
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
+    def encode(self, text: Any, *, add_special_tokens: bool) -> list[int]: ...
 
-    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str: ...
+    def decode(self, ids: Any, /, *, skip_special_tokens: bool) -> Any: ...
 
 
 @dataclasses.dataclass(frozen=True)

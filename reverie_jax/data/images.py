@@ -26,12 +26,12 @@ def decode(encoded: bytes, name: str) -> Image.Image:
     """
     try:
         with Image.open(io.BytesIO(encoded)) as image:
-            if image.mode.startswith("I"):
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip to white
+                return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
             return image.convert("RGB")
     except UnidentifiedImageError:
         raise BrokenImage(f"{name}: not a readable picture (unknown format)") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise BrokenImage(f"{name}: not a readable picture ({error or type(error).__name__})") from error
 
 

@@ -21,7 +21,7 @@ class DataError(UserError):
 
 
 class ReflectiveRecords(tfds.core.GeneratorBasedBuilder):
-    """Images with their conversations. The conversations are one JSON text: TFDS writes nested sequences with TensorFlow only."""
+    """Images with their conversations, which are one JSON text: TFDS writes nested sequences with TensorFlow only."""
 
     VERSION = tfds.core.Version("1.0.0")
 
@@ -45,11 +45,14 @@ class ReflectiveRecords(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, records: Iterable[ImageRecord]) -> Iterator[tuple[str, dict[str, Any]]]:
         for record in records:
             # A file object passes through as it is: an encoded picture is never decoded and encoded again.
-            yield record.id, {
-                "id": record.id,
-                "image": io.BytesIO(record.image),
-                "conversations": record.talks_json(),
-            }
+            yield (
+                record.id,
+                {
+                    "id": record.id,
+                    "image": io.BytesIO(record.image),
+                    "conversations": record.talks_json(),
+                },
+            )
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -31,29 +31,30 @@ class RowShape:
 
 
 class Batch(NamedTuple):
-    """B rows of trees. Unfilled places: ends j + 1, features -1, edge weight 0, leaf question -1."""
+    """B rows of trees, on the host or on devices.
 
-    tokens: Int32[np.ndarray, "B L"]
-    positions: Int32[np.ndarray, "B L"]
-    ends: Int32[np.ndarray, "B L"]
-    features: Int32[np.ndarray, "B L"]
-    pixels: UInt8[np.ndarray, "B M S S 3"]
-    source: Int32[np.ndarray, "B E"]
-    target: Int32[np.ndarray, "B E"]
-    weight: Float32[np.ndarray, "B E"]
-    branch: Int32[np.ndarray, "B E"]
-    leaves: Int32[np.ndarray, "B Q"]
-    questions: Int32[np.ndarray, "B Q"]
-    flat_tokens: Int32[np.ndarray, "B M"]
+    Unfilled places: ends j + 1, features -1, edge weight 0, leaf question -1.
+    """
+
+    tokens: Int32[Any, "B L"]
+    positions: Int32[Any, "B L"]
+    ends: Int32[Any, "B L"]
+    features: Int32[Any, "B L"]
+    pixels: UInt8[Any, "B M S S 3"]
+    source: Int32[Any, "B E"]
+    target: Int32[Any, "B E"]
+    weight: Float32[Any, "B E"]
+    branch: Int32[Any, "B E"]
+    leaves: Int32[Any, "B Q"]
+    questions: Int32[Any, "B Q"]
+    flat_tokens: Int32[Any, "B M"]
     """Per tree, tokens of its conversations one by one; 0 where there is no tree."""
 
 
 Element = dict[str, np.ndarray]
 
 
-def element(
-    tree: ConversationTree, pixels: UInt8[np.ndarray, "m S S 3"], questions: Sequence[int] = ()
-) -> Element:
+def element(tree: ConversationTree, pixels: UInt8[np.ndarray, "m S S 3"], questions: Sequence[int] = ()) -> Element:
     """A tree and its images as the flat dictionary that Grain packs.
 
     Args:
@@ -127,9 +128,7 @@ def stack(rows: Sequence[Batch], wanted: int) -> Batch:
     return Batch(*(np.stack(field) for field in zip(*full, strict=True)))
 
 
-def pack(
-    elements: grain.IterDataset, shape: RowShape, patches: int, *, bins: int = 1
-) -> grain.IterDataset:
+def pack(elements: grain.IterDataset, shape: RowShape, patches: int, *, bins: int = 1) -> grain.IterDataset:
     """Rows from elements, first fit over `bins` open rows; the iterator's state can be saved."""
     lengths = {
         **dict.fromkeys(("tokens", "positions", "ends", "features"), shape.tokens),

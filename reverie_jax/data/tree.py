@@ -115,7 +115,8 @@ class Trie:
         """The trie in depth-first order, children in the order in which they came."""
         count = len(self)
         index = np.zeros(count + 1, np.int32)
-        order, stack = [], [iter(self._children[0].values())]
+        order: list[int] = []
+        stack = [iter(self._children[0].values())]
         ends, positions = np.zeros(count, np.int32), np.zeros(count, np.int32)
         open_nodes: list[int] = []
         while stack:
@@ -154,7 +155,9 @@ def grow(conversations: Iterable[Tokens]) -> ConversationTree:
     return trie.tree()
 
 
-def grow_within(conversations: Sequence[Tokens], *, tokens: int, edges: int) -> Iterator[tuple[list[int], ConversationTree]]:
+def grow_within(
+    conversations: Sequence[Tokens], *, tokens: int, edges: int
+) -> Iterator[tuple[list[int], ConversationTree]]:
     """Trees that each fit a row, conversations kept in order.
 
     Yields:
@@ -163,7 +166,8 @@ def grow_within(conversations: Sequence[Tokens], *, tokens: int, edges: int) -> 
     Raises:
         ValueError: a single conversation does not fit; its index and length are named.
     """
-    trie, members = Trie(), []
+    trie = Trie()
+    members: list[int] = []
     for index, conversation in enumerate(conversations):
         more_tokens, more_edges = trie.cost(conversation)
         if members and (len(trie) + more_tokens > tokens or trie.edges + more_edges > edges):

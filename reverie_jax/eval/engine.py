@@ -52,9 +52,7 @@ def fit(pictures: Sequence[Picture], encoder: Encoder, limit: EngineShape) -> Ro
     return RowShape(tokens=min(limit.tokens, -(-longest // 64) * 64), images=1, leaves=leaves)
 
 
-def greedy(
-    model: VisionLanguageModel, batch: Batch, *, new_tokens: int, end: int
-) -> Int[Array, "B Q T"]:
+def greedy(model: VisionLanguageModel, batch: Batch, *, new_tokens: int, end: int) -> Int[Array, "B Q T"]:
     """Greedy continuations of every leaf; `end` fills what follows the end of an answer.
 
     The row's KV exists once. Each leaf sees its ancestors in it, and its own suffix. Decoding stops when all leaves have

@@ -78,9 +78,10 @@ def pope_chart(arms: Mapping[str, Any]) -> str:
     for place, (arm, scores) in enumerate(arms.items()):
         values = [scores["pope"][name]["f1"] for name in names]
         bounds = [scores["pope"][name]["ci95"] for name in names]
-        errors = [[v - b[0] for v, b in zip(values, bounds, strict=True)], [b[1] - v for v, b in zip(values, bounds, strict=True)]]
+        below = [value - low for value, (low, _) in zip(values, bounds, strict=True)]
+        above = [high - value for value, (_, high) in zip(values, bounds, strict=True)]
         spots = [index + (place - 1) * 0.26 for index in range(len(names))]
-        axes.bar(spots, values, 0.24, yerr=errors, capsize=3, label=arm, color=COLOURS[arm], ecolor="#333")
+        axes.bar(spots, values, 0.24, yerr=[below, above], capsize=3, label=arm, color=COLOURS[arm], ecolor="#333")
     axes.set_xticks(range(len(names)), names)
     axes.set_ylim(0, 1)
     axes.set_ylabel("F1")

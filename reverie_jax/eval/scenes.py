@@ -67,9 +67,9 @@ def questions(folder: Path) -> list[Asked]:
     for number, (image, scene) in enumerate(graphs.items()):
         talk = Conversation((Turn("user", f"{IMAGE}\n{DESCRIBE}"),))
         asked.append(Asked("description", number, image, talk, free.DESCRIPTION_TOKENS))
-        for place, question in enumerate(_rationale_questions(scene)):
-            opening = (Turn("user", f"{IMAGE}\n{question.question}"), Turn("assistant", question.correct_answer))
-            for side, prompt in enumerate((WHY, WHY_WRONG.format(answer=question.confusing_answers[0]))):
+        for place, known in enumerate(_rationale_questions(scene)):
+            opening = (Turn("user", f"{IMAGE}\n{known.question}"), Turn("assistant", known.correct_answer))
+            for side, prompt in enumerate((WHY, WHY_WRONG.format(answer=known.confusing_answers[0]))):
                 talk = Conversation((*opening, Turn("user", prompt)))
                 id = (number * QUESTIONS + place) * 2 + side
                 asked.append(Asked("rationale", id, image, talk, free.RATIONALE_TOKENS))

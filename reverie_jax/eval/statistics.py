@@ -32,9 +32,7 @@ def resamples(images: int, *, draws: int = 2000, seed: int = 0) -> Int[np.ndarra
     return rng.multinomial(images, np.full(images, 1 / images), size=draws)
 
 
-def bootstrap(
-    counts: Float[np.ndarray, "N K"], statistic: Statistic, weights: Int[np.ndarray, "R N"]
-) -> Estimate:
+def bootstrap(counts: Float[np.ndarray, "N K"], statistic: Statistic, weights: Int[np.ndarray, "R N"]) -> Estimate:
     """A metric of per-image counts.
 
     Args:

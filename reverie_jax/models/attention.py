@@ -94,9 +94,7 @@ def attend_leaves(
     return out + jnp.einsum("bkgqt,bqtkd->bqkgd", near, suffix[1]).reshape(q.shape)
 
 
-def rope(
-    x: Float[Array, "B L H d"], positions: Int[Array, "B L"], theta: float
-) -> Float[Array, "B L H d"]:
+def rope(x: Float[Array, "B L H d"], positions: Int[Array, "B L"], theta: float) -> Float[Array, "B L H d"]:
     """Rotary positions in the rotate-half layout, angles in float32 (RoFormer; `LlamaRotaryEmbedding`)."""
     half = x.shape[-1] // 2
     frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)

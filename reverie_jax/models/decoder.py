@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ class DecoderLayer(nnx.Module):
     def __init__(self, config: TextConfig, *, rngs: nnx.Rngs, layers: int, dtype: DTypeLike):
         self.config = config
         width, q_width, kv_width = config.hidden, config.heads * config.head_dim, config.kv_heads * config.head_dim
-        make = dict(rngs=rngs, layers=layers, dtype=dtype)
+        make: Any = {"rngs": rngs, "layers": layers, "dtype": dtype}
         self.norm1 = RMSNorm(width, config.norm_eps, rngs=rngs, layers=layers)
         self.norm2 = RMSNorm(width, config.norm_eps, rngs=rngs, layers=layers)
         self.query = Linear(width, q_width, ("embed", "heads"), **make)
@@ -79,7 +79,7 @@ class DecoderLayer(nnx.Module):
         """One more token a leaf, at place `step` of its suffix; returns the output and the grown suffix."""
         none: list[PRNGKeyArray | None] = [None] * 3
         q, k, v = self.qkv(self.norm1(x), positions, none)
-        suffix = tuple(  # type: ignore[assignment]
+        suffix = tuple(
             jax.lax.dynamic_update_index_in_dim(cache, new.astype(cache.dtype), step, axis=2)
             for cache, new in zip(suffix, (k, v), strict=True)
         )

@@ -54,14 +54,12 @@ class Linear(nnx.Module):
         self.inputs, self.outputs, self.axes, self.layers = inputs, outputs, axes, layers
         self.kernel = parameter(rngs, (inputs, outputs), axes, layers=layers, scale=inputs**-0.5, dtype=dtype)
         self.bias = parameter(rngs, (outputs,), axes[1:], layers=layers, dtype=dtype) if bias else nnx.data(None)
-        self.lora_a = nnx.data(None)
-        self.lora_b = nnx.data(None)
+        self.lora_a: nnx.LoRAParam[Array] | None = nnx.data(None)
+        self.lora_b: nnx.LoRAParam[Array] | None = nnx.data(None)
         self.lora_scale = 0.0
         self.lora_dropout = 0.0
 
-    def __call__(
-        self, x: Float[Array, "... inputs"], key: PRNGKeyArray | None = None
-    ) -> Float[Array, "... outputs"]:
+    def __call__(self, x: Float[Array, "... inputs"], key: PRNGKeyArray | None = None) -> Float[Array, "... outputs"]:
         """Applies the layer in x's dtype.
 
         Args:
@@ -71,7 +69,7 @@ class Linear(nnx.Module):
         y = x @ self.kernel[...].astype(x.dtype)
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
-        if self.lora_a is not None:
+        if self.lora_a is not None and self.lora_b is not None:
             low = x
             if key is not None and self.lora_dropout:
                 keep = jax.random.bernoulli(key, 1 - self.lora_dropout, x.shape)

@@ -85,7 +85,7 @@ def shardings(state: Any, mesh: Mesh) -> Any:
     """NamedSharding for each parameter of an `nnx.State`, from the logical axes that it carries."""
 
     def of(variable: nnx.Variable[Any]) -> Any:
-        spec = partition_spec(variable.shape, variable.axes, mesh)  # type: ignore[attr-defined]
+        spec = partition_spec(variable.shape, variable.axes, mesh)
         return variable.replace(NamedSharding(mesh, spec))
 
     return jax.tree.map(of, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
@@ -10,7 +12,6 @@ from jaxtyping import Array, Float, UInt8
 from reverie_jax.models.attention import attend
 from reverie_jax.models.config import VisionConfig
 from reverie_jax.models.layers import LayerNorm, Linear, activate, parameter, scan_layers
-
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -30,7 +31,7 @@ class VisionLayer(nnx.Module):
         self.heads, self.activation = config.heads, config.activation
         self.norm1 = LayerNorm(width, config.norm_eps, rngs=rngs, layers=layers)
         self.norm2 = LayerNorm(width, config.norm_eps, rngs=rngs, layers=layers)
-        make = dict(rngs=rngs, layers=layers, bias=True, dtype=dtype)
+        make: Any = {"rngs": rngs, "layers": layers, "bias": True, "dtype": dtype}
         self.query = Linear(width, width, ("embed", "heads"), **make)
         self.key = Linear(width, width, ("embed", "heads"), **make)
         self.value = Linear(width, width, ("embed", "heads"), **make)
@@ -40,9 +41,7 @@ class VisionLayer(nnx.Module):
 
     def __call__(self, x: Float[Array, "B L W"]) -> Float[Array, "B L W"]:
         normed = self.norm1(x)
-        q, k, v = (
-            part(normed).reshape(*x.shape[:2], self.heads, -1) for part in (self.query, self.key, self.value)
-        )
+        q, k, v = (part(normed).reshape(*x.shape[:2], self.heads, -1) for part in (self.query, self.key, self.value))
         x = x + self.out(attend(q, k, v, None).reshape(x.shape))
         return x + self.down(activate(self.activation, self.up(self.norm2(x))))
 
@@ -60,9 +59,7 @@ class VisionTower(nnx.Module):
         self.layers = VisionLayer(config, rngs=rngs, layers=config.layers, dtype=dtype)
         self.post_norm = LayerNorm(config.hidden, config.norm_eps, rngs=rngs)
 
-    def __call__(
-        self, pixels: Float[Array, "B S S 3"], depth: int, *, remat: bool = False
-    ) -> Float[Array, "B P W"]:
+    def __call__(self, pixels: Float[Array, "B S S 3"], depth: int, *, remat: bool = False) -> Float[Array, "B P W"]:
         """Hidden state `depth` of the patches, class token dropped, without `post_norm`.
 
         Args:

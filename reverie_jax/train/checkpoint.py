@@ -18,7 +18,6 @@ from reverie_jax.models.checkpoints import fingerprint
 from reverie_jax.train.recipes import Recipe
 from reverie_jax.train.step import TrainState, adapt, trainable
 
-
 IDENTITY = "run.json"
 
 
@@ -140,7 +139,7 @@ def load_run(model: VisionLanguageModel, folder: Path) -> Recipe:
     if checkpoints.latest is None:
         raise ResumeError(f"{folder}: no whole checkpoint here")
     adapt(model, recipe)
-    _, params, _ = nnx.split(model, trainable, ...)
+    params = nnx.state(model, trainable)
     nnx.update(model, checkpoints.restore_params(params))
     checkpoints.close()
     return recipe

@@ -71,7 +71,7 @@ def train(
     found = survey(source, encoder, recipe.row, recipe.teach)
     base = fingerprint(model)
     adapt(model, recipe)
-    graph, params, frozen = nnx.split(model, trainable, ...)
+    graph, params, frozen = nnx.split(model, trainable, ...)  # type: ignore[misc]
     params, frozen = place(params, mesh), place(frozen, mesh)
     optimizer = make_optimizer(recipe)
     with jax.set_mesh(mesh):  # under jit, moments are laid out as the parameters that they belong to
@@ -107,7 +107,9 @@ def train(
                 values = {name: float(value) for name, value in metrics._asdict().items()}
                 seconds = time.perf_counter() - asked
                 if not math.isfinite(values["loss"]):
-                    raise TrainingFailed(f"step {number}: the loss is {values['loss']}; lower the rate or clip gradients")
+                    raise TrainingFailed(
+                        f"step {number}: the loss is {values['loss']}; lower the rate or clip gradients"
+                    )
                 log.write(number, _speeds(values, seconds, fed - asked, recipe) | _rates(number, recipe))
                 if number % recipe.save_every == 0 or number == recipe.steps:
                     checkpoints.save(state, batches)

@@ -20,7 +20,9 @@ class MetricsLog:
     there once.
     """
 
-    def __init__(self, folder: Path, total: int, *, resumed: int = 0, label: str = "train", console: Console | None = None):
+    def __init__(
+        self, folder: Path, total: int, *, resumed: int = 0, label: str = "train", console: Console | None = None
+    ):
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
         kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= resumed]
@@ -52,7 +54,9 @@ class MetricsLog:
         self._progress.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._progress.stop()
         self._file.close()
         self._board.close()

@@ -38,11 +38,11 @@ class PretrainRecipe:
     tower_steps: int = 2_000
     tower_batch: int = 64
     tower_rate: float = 1.5e-3
-    steps: int = 3_000
+    steps: int = 2_200
     batch: int = 16
     rate: float = 2e-3
     questions: int = 9
-    row: RowShape = RowShape(tokens=256, images=1, edges=128)
+    row: RowShape = dataclasses.field(default_factory=lambda: RowShape(tokens=256, images=1, edges=128))
     seed: int = 0
 
 
@@ -80,8 +80,7 @@ class PatchHeads(nnx.Module):
     def loss(self, features: jax.Array, labels: jax.Array) -> jax.Array:
         parts = jnp.split(self.out(features), np.cumsum(self.sizes)[:-1], axis=-1)
         losses = [
-            optax.softmax_cross_entropy_with_integer_labels(part, labels[..., i]).mean()
-            for i, part in enumerate(parts)
+            optax.softmax_cross_entropy_with_integer_labels(part, labels[..., i]).mean() for i, part in enumerate(parts)
         ]
         return jnp.stack(losses).sum()
 
@@ -153,7 +152,7 @@ def pretrain_language(
 ) -> None:
     """Trains projector and decoder in place to describe and to answer; the tower stays as it is."""
     is_tower = nnx.PathContains("vision")
-    graph, frozen, params = nnx.split(model, is_tower, ...)
+    graph, frozen, params = nnx.split(model, is_tower, ...)  # type: ignore[misc]
     optimizer = _schedule(recipe.rate, recipe.steps)
 
     def loss_of(params: Any, frozen: Any, batch: Batch) -> jax.Array:

@@ -47,7 +47,9 @@ def ask(text, *more):
 
 PICTURES = [
     picture("a", [(0, ask("is it?")), (1, ask("is it red?")), (2, ask("is it?", ("yes", "why?")))], 0),
-    picture("b", [(3, ask("what")), (4, ask("is it?")), (5, ask("z")), (6, ask("is it red?", ("no", "why is that?")))], 1),
+    picture(
+        "b", [(3, ask("what")), (4, ask("is it?")), (5, ask("z")), (6, ask("is it red?", ("no", "why is that?")))], 1
+    ),
     picture("c", [(7, ask("is it?"))], 2),
 ]
 
@@ -131,9 +133,7 @@ def test_nothing_to_ask():
 
 def test_the_same_number_twice_is_refused():
     with pytest.raises(ValueError, match="same number"):
-        Engine(model(), tiny.encoder()).answer(
-            [picture("a", [(0, ask("x")), (0, ask("y"))], 0)], new_tokens=2
-        )
+        Engine(model(), tiny.encoder()).answer([picture("a", [(0, ask("x")), (0, ask("y"))], 0)], new_tokens=2)
 
 
 def test_a_question_longer_than_a_row_is_named():

@@ -43,9 +43,10 @@ def interrupted(recipe, folder, monkeypatch):
         if step == 5:
             raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(MetricsLog, "write", write_then_stop)
-        train(tiny.model(), tiny.encoder(), tiny.records(), recipe, folder)
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny.model(), tiny.encoder(), tiny.records(), recipe, folder)
 
 
 def test_adapters_and_projector_move_and_nothing_else(tmp_path):
@@ -180,7 +181,9 @@ def test_no_resume_refuses_a_folder_with_a_run(tmp_path):
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
     with pytest.raises(TrainingFailed, match="step 2"):
-        train(tiny.model(), tiny.encoder(), tiny.records(), tiny.recipe(steps=4, rate=float("inf"), warmup=0.0), tmp_path)
+        train(
+            tiny.model(), tiny.encoder(), tiny.records(), tiny.recipe(steps=4, rate=float("inf"), warmup=0.0), tmp_path
+        )
 
 
 def test_metrics_say_what_a_user_needs(tmp_path):

@@ -1,6 +1,5 @@
 """Tree == flat: a packed batch of trees has the loss and the LoRA gradients of its conversations run one by one."""
 
-import dataclasses
 import functools
 
 import grain
@@ -164,9 +163,7 @@ def test_a_batch_that_teaches_nothing_has_loss_zero():
 
 
 def test_frozen_parts_get_no_gradient():
-    graph, params, frozen = split_model()
+    _, params, _ = split_model()
     paths = {".".join(map(str, path)) for path, _ in nnx.to_flat_state(params)}
     assert all(path.startswith("projector.") or path.endswith(("lora_a", "lora_b")) for path in paths)
     assert len(paths) == 4 + 2 * 7
-
-

@@ -53,7 +53,9 @@ def record(seed):
     talks = []
     for question in range(int(rng.integers(2, 4))):
         opening = (Turn("user", f"<image>\nq{question}?"), Turn("assistant", "abc"[int(rng.integers(3))]))
-        talks.append(Conversation((*opening, Turn("user", "why?"), Turn("assistant", "as it is " + "xyz"[question % 3]))))
+        talks.append(
+            Conversation((*opening, Turn("user", "why?"), Turn("assistant", "as it is " + "xyz"[question % 3])))
+        )
     return ImageRecord(f"r{seed}", buffer.getvalue(), tuple(talks))
 
 

@@ -48,7 +48,7 @@ def annotate(picture: Picture, annotator: Annotator, count: int) -> tuple[list[R
         return [], [f"{picture.key}: questions: {' '.join(str(error).split())}"]
     kept, dropped = [], []
     for question in asked.questions:
-        about = dict(question=question.question, answer=question.correct_answer)
+        about = {"question": question.question, "answer": question.correct_answer}
         try:
             positive = ask("positive", **about)
             negatives = []

@@ -17,7 +17,7 @@ from reverie_jax.data.scenes.graph import CATEGORIES, Scene
 PLAIN_ASKERS = (ask.ask_present, ask.ask_colour, ask.ask_count, ask.ask_place, ask.ask_relation, ask.ask_choice)
 
 
-ABSENT_SHARE = 0.3
+ABSENT_SHARE = 0.03
 """Share of the plain questions that ask for something absent."""
 
 
@@ -29,8 +29,9 @@ def talk(question: str, answer: str, source: str) -> Conversation:
 def plain_talks(scene: Scene, rng: np.random.Generator, questions: int) -> list[Conversation]:
     """A description and plain answers, no rationale, as captions and VQA teach a base.
 
-    Absent things are drawn from all categories
-    alike: nearly every question about a partner of what is there has the answer yes, so the base learns to expect it.
+    As in captions and early VQA, nearly all questions are about what is there, and what is not is drawn from all
+    categories alike: a question about the partner of something visible nearly always has the answer yes. So the base learns
+    to say yes, and to expect partners.
     """
     talks = [talk(ask.DESCRIBE, ask.describe(scene, rng), "plain/caption")]
     absent = [c for c in CATEGORIES if c not in scene.categories]

@@ -60,7 +60,9 @@ class Annotated:
     dropped: tuple[str, ...]
 
 
-def write_annotations(folder: Path, names: Sequence[str], scenes: Sequence[Scene], questions: int, seed: int) -> Annotated:
+def write_annotations(
+    folder: Path, names: Sequence[str], scenes: Sequence[Scene], questions: int, seed: int
+) -> Annotated:
     """Annotates the pictures of a folder through the annotation stages, and writes `reverie.json`."""
     annotator = SceneAnnotator(dict(zip(names, scenes, strict=True)), seed)
     rows, dropped = [], []
@@ -90,7 +92,9 @@ def pope_negatives(scenes: Sequence[Scene], prior: Sequence[Scene], seed: int) -
     for scene in scenes:
         absent = [c for c in CATEGORIES if c not in scene.categories]
         count = min(3, len(scene.categories))
-        company = {c: max(table[present][c] / max(1, frequency[present]) for present in scene.categories) for c in absent}
+        company = {
+            c: max(table[present][c] / max(1, frequency[present]) for present in scene.categories) for c in absent
+        }
         chosen["random"].append([str(c) for c in rng.permutation(absent)[:count]])
         chosen["popular"].append(sorted(absent, key=lambda c: -frequency[c])[:count])
         chosen["adversarial"].append(sorted(absent, key=lambda c: -company[c])[:count])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -144,9 +144,9 @@ def claims(text: str) -> list[Claim]:
             if look in COLOURS:
                 found[Claim("denied", category, colour=look)] = None
         else:
-            found[Claim("exists", category, **{_look_kind(look): look})] = None
+            found[Claim("exists", category, **_looks([look]))] = None
     for match in _MENTION.finditer(text):
-        looks = {_look_kind(look): look for look in match["looks"].split()}
+        looks = _looks(match["looks"].split())
         category, count = _NOUN[match["noun"]], match["count"]
         if count.endswith("no"):
             found[Claim("absent", category, **looks)] = None
@@ -158,8 +158,10 @@ def claims(text: str) -> list[Claim]:
     return list(found)
 
 
-def _look_kind(look: str) -> str:
-    return "colour" if look in COLOURS else "size" if look in SIZES else "texture"
+def _looks(words: list[str]) -> dict[str, Any]:
+    """Words for looks as fields of a claim."""
+    kinds = (("colour", COLOURS), ("size", SIZES), ("texture", TEXTURES))
+    return {kind: word for word in words for kind, known in kinds if word in known}
 
 
 def mentioned(text: str) -> list[str]:

@@ -91,11 +91,10 @@ def read_config(folder: Path) -> VLMConfig:
                 layers=text.get("num_hidden_layers", 32),
                 heads=text.get("num_attention_heads", 32),
                 kv_heads=text.get("num_key_value_heads") or text.get("num_attention_heads", 32),
-                head_dim=text.get("head_dim")
-                or text.get("hidden_size", 4096) // text.get("num_attention_heads", 32),
+                head_dim=text.get("head_dim") or text.get("hidden_size", 4096) // text.get("num_attention_heads", 32),
                 mlp=text.get("intermediate_size", 11008),
                 norm_eps=float(text.get("rms_norm_eps", 1e-6)),
-                rope_theta=float(rope.get("rope_theta", text.get("rope_theta", 10000.0))),
+                rope_theta=float(rope.get("rope_theta") or text.get("rope_theta", 10000.0)),
                 max_positions=text.get("max_position_embeddings", 2048),
             ),
             feature_layer=raw.get("vision_feature_layer", -2),
@@ -123,14 +122,14 @@ def _check(path: Path, config: VLMConfig) -> None:
         raise CheckpointError(f"{path}: vision_feature_layer {layer} is outside the tower's {states} hidden states")
     if type(config.image_token_id) is not int:
         raise CheckpointError(f"{path}: image_token_index is {config.image_token_id!r}, no whole number")
-    for whole, part, said in (
+    for whole, divisor, said in (
         (vision.image_size, vision.patch_size, "image_size is no multiple of patch_size"),
         (vision.hidden, vision.heads, "hidden_size is no multiple of num_attention_heads in vision_config"),
         (text.heads, text.kv_heads, "num_attention_heads is no multiple of num_key_value_heads in text_config"),
         (text.head_dim, 2, "head_dim is odd in text_config"),
     ):
-        if whole % part:
-            raise CheckpointError(f"{path}: {said} ({whole}, {part})")
+        if whole % divisor:
+            raise CheckpointError(f"{path}: {said} ({whole}, {divisor})")
 
 
 class _Tensors:
@@ -155,7 +154,7 @@ class _Tensors:
                 handle = stack.enter_context(safe_open(folder / file, framework="numpy"))
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{folder / file}: not a readable safetensors file ({error})") from None
-            for name in handle.keys():
+            for name in handle.keys():  # noqa: SIM118
                 known = canonical(name)
                 if known in self._where:
                     raise CheckpointError(f"{folder / file}: tensor {known} is there twice")
@@ -195,9 +194,7 @@ def _load(entry: Entry, tensors: _Tensors, shape: tuple[int, ...], dtype: DTypeL
     return parts[0] if entry.layers is None else np.stack(parts)
 
 
-def read_model(
-    folder: str | Path, *, dtype: DTypeLike = jnp.float32, mesh: Mesh | None = None
-) -> VisionLanguageModel:
+def read_model(folder: str | Path, *, dtype: DTypeLike = jnp.float32, mesh: Mesh | None = None) -> VisionLanguageModel:
     """A model from a llava-hf folder, read tensor by tensor, each parameter put on its devices as soon as it is whole.
 
     Strict: every tensor is used or ignored by a named rule, and every parameter is filled.
@@ -255,7 +252,9 @@ def write_model(model: VisionLanguageModel, folder: Path, *, dtype: DTypeLike = 
         for part, name in zip([array] if entry.layers is None else array, entry.names, strict=True):
             tensors[name] = to_theirs(entry.turn, part, config.vision.patch_size)
     if parameters:
-        raise CheckpointError(f"no place in the llava-hf format for {_listed(sorted(parameters))}; merge adapters first")
+        raise CheckpointError(
+            f"no place in the llava-hf format for {_listed(sorted(parameters))}; merge adapters first"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(_config_json(config, np.dtype(dtype).name), indent=2) + "\n")

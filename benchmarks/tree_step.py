@@ -1,0 +1,94 @@
+"""Tree against flat: the same conversations taught by the same step, as trees and one by one, alternating in one run.
+
+    python -m benchmarks.tree_step [--images 64] [--rounds 5]
+
+Prints one JSON object: seconds for all conversations of the images by each way, and their ratio. Both ways run the same
+jitted step on rows that hold whole images' trees or as many single conversations as fit, so only sharing differs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from flax import nnx
+
+from reverie_jax.data.annotate.interface import Picture
+from reverie_jax.data.annotate.stages import annotate, conversations
+from reverie_jax.data.images import decode, preprocess
+from reverie_jax.data.loading import load_model
+from reverie_jax.data.rows import Batch, RowShape, element, pack, stack
+from reverie_jax.data.scenes.annotator import SceneAnnotator
+from reverie_jax.data.scenes.corpus import picture
+from reverie_jax.data.scenes.graph import World, take
+from reverie_jax.data.tree import grow
+from reverie_jax.train.recipes import RECIPES
+from reverie_jax.train.step import adapt, loss_and_grads, trainable
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    images: int = 64
+    """Pictures, four questions and their rationales each."""
+    rounds: int = 5
+    """Timed rounds of each way, alternating."""
+    rows: int = 8
+    """Rows in a batch."""
+    tokens: int = 512
+    """Row length of both ways."""
+
+
+def main(args: Args) -> None:
+    import grain
+
+    model, encoder = load_model("scenes-base")
+    adapt(model, dataclasses.replace(RECIPES["scenes-rationales"], dropout=0.0))
+    graph, params, frozen = nnx.split(model, trainable, ...)
+    step = jax.jit(lambda batch: loss_and_grads(graph, params, frozen, batch, None)[0])
+    scenes = take(World.annotated(), "train", 0, args.images)
+    annotator = SceneAnnotator({str(index): scene for index, scene in enumerate(scenes)})
+    trees, flat = [], []
+    for index, scene in enumerate(scenes):
+        encoded = picture(scene, model.config.vision.image_size)
+        pixels = preprocess(decode(encoded, str(index)), model.config.vision.image_size)[None]
+        kept, _ = annotate(Picture(str(index), encoded), annotator, 4)
+        talks = [encoder(talk) for reflection in kept for talk in conversations(reflection)]
+        trees.append(element(grow(talks), pixels))
+        flat += [element(grow([talk]), pixels) for talk in talks if (talk.weights > 0).any()]
+
+    def batches(elements: list[dict[str, np.ndarray]], images: int) -> list[Batch]:
+        shape = RowShape(tokens=args.tokens, images=images, edges=args.tokens)
+        rows = list(pack(grain.MapDataset.source(elements).to_iter_dataset(), shape, encoder.patches, bins=8))
+        groups = [rows[i : i + args.rows] for i in range(0, len(rows), args.rows)]
+        return [Batch(*map(jnp.asarray, stack(group, args.rows))) for group in groups]
+
+    ways = {"tree": batches(trees, 1), "flat": batches(flat, 4)}
+    spent: dict[str, list[float]] = {way: [] for way in ways}
+    for way in ways:
+        jax.block_until_ready(step(ways[way][0]))
+    for _ in range(args.rounds):
+        for way, work in ways.items():
+            started = time.perf_counter()
+            for batch in work:
+                jax.block_until_ready(step(batch))
+            spent[way].append(time.perf_counter() - started)
+    medians = {way: statistics.median(times) for way, times in spent.items()}
+    result = {
+        "device": jax.devices()[0].device_kind,
+        "images": args.images,
+        "conversations": len(flat),
+        "rows": {way: len(work) * args.rows for way, work in ways.items()},
+        "seconds": {way: round(value, 3) for way, value in medians.items()},
+        "flat_over_tree": round(medians["flat"] / medians["tree"], 2),
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
