@@ -83,11 +83,10 @@ def run(out: Path, *, size: DemoSize | None = None, seeds: int = 1, base: str = 
     """
     if seeds < 1:
         raise UserError(f"--seeds {seeds}: at least one run is needed")
-    size, console = size or DemoSize(), Console()
-    clock = _Clock(console)
-    _clear(out)
-    test = out / "data" / "test"
+    size, console, test = size or DemoSize(), Console(), out / "data" / "test"
     model, encoder = load_model(base)
+    _clear(out)
+    clock = _Clock(console)
     pixels = model.config.vision.image_size
     with clock.stage("data", f"Drawing {size.test_images} held-out scenes that break the prior"):
         dataset.make_test_set(test, size.test_images, size=pixels, seed=0)
@@ -155,7 +154,7 @@ def run(out: Path, *, size: DemoSize | None = None, seeds: int = 1, base: str = 
     gallery = report.gallery(test, {arm: out / "predictions" / arm / "seed0" for arm in found})
     (out / "report.html").write_text(report.render(result_json, curves, gallery), "utf-8")
     console.print(table(result_json))
-    console.print(f"{clock.seconds and sum(clock.seconds.values()):.0f} s in all. Report: {out / 'report.html'}")
+    console.print(f"{sum(clock.seconds.values()):.0f} s in all. Report: {out / 'report.html'}")
     return result_json
 
 

@@ -93,7 +93,7 @@ def expected():
 
 @pytest.mark.parametrize(
     "shape",
-    [EngineShape(), EngineShape(rows=2), EngineShape(rows=1, leaves=2), EngineShape(tokens=64, rows=3)],
+    [EngineShape(), EngineShape(rows=2), EngineShape(rows=1, leaves=2), EngineShape(tokens=80, rows=3)],
     ids=["default", "two rows", "two leaves", "short rows"],
 )
 def test_tree_decoding_equals_one_question_at_a_time(shape):

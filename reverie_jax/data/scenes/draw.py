@@ -10,7 +10,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from reverie_jax.data.scenes.graph import Scene, Thing
-from reverie_jax.data.scenes.things import Role, roles
+from reverie_jax.data.scenes.pen import Role
+from reverie_jax.data.scenes.things import roles
 
 Colour = tuple[int, int, int]
 
