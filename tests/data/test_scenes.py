@@ -481,24 +481,23 @@ def test_unusable_questions_are_dropped_with_one_line(reply):
     assert "\n" not in dropped[0]
 
 
-def test_failed_rationale_is_dropped_with_its_reason():
+def test_a_failed_negative_is_dropped_with_its_reason_and_the_positive_stays():
     kept, dropped = annotate(Picture("a", b""), Scripted(ONE_QUESTION, negative=None), 1)
-    assert kept == []
-    assert len(dropped) == 1
-    assert "blocked" in dropped[0]
+    assert kept[0].positive
+    assert kept[0].negatives == ()
+    assert len(dropped) == 2
+    assert all("blocked" in reason for reason in dropped)
 
 
-def test_reflection_becomes_conversations_that_teach_the_answer_once(annotator):
+def test_reflection_becomes_one_conversation_a_rationale(annotator):
     question = ask._question("Is it red?", "yes/no", "No", ["Yes", "Maybe"])
     reflection = Reflection(question, "It is green.", (("Yes", "Not so."), ("Maybe", "It is plain.")))
     talks = conversations(reflection)
     asked = Turn("user", "<image>\nIs it red?")
     assert [t.turns[0] for t in talks] == [asked] * 3
-    assert [(t.turns[1].text, t.turns[1].weight) for t in talks] == [("No", 1), ("No", 0), ("No", 0)]
+    assert [(t.turns[1].text, t.turns[1].weight) for t in talks] == [("No", 1)] * 3
     assert [t.turns[2].text for t in talks] == [WHY, WHY_WRONG.format(answer="Yes"), WHY_WRONG.format(answer="Maybe")]
     assert [t.turns[3] for t in talks] == [Turn("assistant", t) for t in ("It is green.", "Not so.", "It is plain.")]
-    (plain,) = conversations(reflection, rationales=False)
-    assert plain.turns == (asked, Turn("assistant", "No"))
 
 
 @settings(max_examples=20)

@@ -15,7 +15,7 @@ from reverie_jax.data.annotate.interface import (
     QuestionSet,
     Request,
 )
-from reverie_jax.data.conversation import Conversation, Turn
+from reverie_jax.data.conversation import IMAGE, Conversation, Turn
 
 WHY = "Explain why."
 WHY_WRONG = "Explain why this answer is wrong: {answer}"
@@ -49,36 +49,38 @@ def annotate(picture: Picture, annotator: Annotator, count: int) -> tuple[list[R
     kept, dropped = [], []
     for question in asked.questions:
         about = {"question": question.question, "answer": question.correct_answer}
+        where = f"{picture.key}: {question.question!r}"
         try:
             positive = ask("positive", **about)
-            negatives = []
-            for wrong in question.confusing_answers:
+        except AnnotationError as error:
+            dropped.append(f"{where}: {error}")
+            continue
+        negatives = []
+        for wrong in question.confusing_answers:
+            try:
                 negative = ask("negative", question=question.question, answer=wrong)
                 verdict = ask("judge", **about, positive=positive, wrong=wrong, negative=negative).lower()
-                if re.match(r"\W*no\b", verdict):
-                    negatives.append((wrong, negative))
-                else:
-                    dropped.append(f"{picture.key}: {question.question!r}, {wrong!r}: the judge said {verdict!r}")
-            kept.append(Reflection(question, positive, tuple(negatives)))
-        except AnnotationError as error:
-            dropped.append(f"{picture.key}: {question.question!r}: {error}")
+            except AnnotationError as error:  # what was had for this question stays
+                dropped.append(f"{where}, {wrong!r}: {error}")
+                continue
+            if re.match(r"\W*no\b", verdict):
+                negatives.append((wrong, negative))
+            else:
+                dropped.append(f"{where}, {wrong!r}: the judge said {verdict!r}")
+        kept.append(Reflection(question, positive, tuple(negatives)))
     return kept, dropped
 
 
-def conversations(reflection: Reflection, *, rationales: bool = True) -> list[Conversation]:
-    """The talks that one reflection teaches: REVERIE's separate four-turn conversations, or its answer alone.
+def conversations(reflection: Reflection) -> list[Conversation]:
+    """The talks that one reflection teaches: REVERIE's separate four-turn conversations, one a rationale.
 
-    The right answer opens every conversation, but is taught once: in the tree the conversations share it.
+    The right answer opens each of them, also where a wrong answer is explained.
     """
     question, answer = reflection.question.question, reflection.question.correct_answer
-    opening = [Turn("user", f"<image>\n{question}"), Turn("assistant", answer)]
-    source = f"reflective/{reflection.question.type}"
-    if not rationales:
-        return [Conversation(tuple(opening), source=source)]
     prompts = [(WHY, reflection.positive)]
     prompts += [(WHY_WRONG.format(answer=wrong), why) for wrong, why in reflection.negatives]
-    talks = []
-    for index, (prompt, why) in enumerate(prompts):
-        first = opening if index == 0 else [opening[0], dataclasses.replace(opening[1], weight=0.0)]
-        talks.append(Conversation((*first, Turn("user", prompt), Turn("assistant", why)), source=source))
-    return talks
+    opening = (Turn("user", f"{IMAGE}\n{question}"), Turn("assistant", answer))
+    return [
+        Conversation((*opening, Turn("user", prompt), Turn("assistant", why)), source="reflective")
+        for prompt, why in prompts
+    ]

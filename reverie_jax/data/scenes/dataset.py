@@ -75,8 +75,8 @@ def write_annotations(
 
 
 def records(folder: Path) -> Iterable[ImageRecord]:
-    """A folder's annotations as records."""
-    return reverie.read(folder / ANNOTATIONS, folder / PICTURES)
+    """A folder's annotations as records; answers count as often as REVERIE's rows repeat them."""
+    return reverie.read(folder / ANNOTATIONS, folder / PICTURES, answers="as-published")
 
 
 def pope_negatives(scenes: Sequence[Scene], prior: Sequence[Scene], seed: int) -> dict[str, list[list[str]]]:
