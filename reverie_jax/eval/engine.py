@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,8 +22,6 @@ from reverie_jax.data.tree import grow, untaught
 from reverie_jax.models import VisionLanguageModel
 from reverie_jax.models.decoder import KV
 from reverie_jax.models.sharding import batch_sharding, make_mesh, place
-
-_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,8 +148,9 @@ class Engine:
         row = fit([picture for picture in pictures if picture.questions], self.encoder, self.shape)
         batches = question_batches(pictures, self.encoder, row, rows=self.shape.rows, image_size=self.image_size)
         answers: dict[int, str] = {}
-        with jax.set_mesh(self.mesh):
-            for batch in batches:
+        # Closed by hand: a prefetching iterator left to the collector complains when the interpreter ends.
+        with jax.set_mesh(self.mesh), contextlib.closing(iter(batches)) as stream:
+            for batch in stream:
                 ids = self._run(batch, new_tokens)
                 asked = np.argwhere(batch.questions >= 0)
                 for b, q in asked:

@@ -88,7 +88,7 @@ def train(
         )
     )
     # Left by an error or Ctrl-C, the block still waits for saves under way.
-    with contextlib.closing(RunCheckpoints(folder, recipe, base)) as checkpoints:
+    with contextlib.closing(batches), contextlib.closing(RunCheckpoints(folder, recipe, base)) as checkpoints:
         if checkpoints.latest is not None:
             if not resume:
                 raise ResumeError(f"{folder}: holds a run already; resume it, or choose another folder")

@@ -280,8 +280,8 @@ def spoken(found: Scene, seed: int) -> list[str]:
     rng = np.random.default_rng(seed)
     texts = [describe(found, rng)]
     for question in ask.SceneAnnotator({}).questions(found, rng, 6):
-        for answer in (question.correct_answer, *question.confusing_answers):
-            texts.append(ask.explain(found, question.question, answer, rng))
+        for support, answer in [(True, question.correct_answer), *((False, w) for w in question.confusing_answers)]:
+            texts.append(" ".join(ask.facts(found, question.question, answer, support=support)))
     return texts
 
 
@@ -596,7 +596,7 @@ def test_training_folder_becomes_records(tmp_path):
     assert sum(len(record.conversations) for record in found) == made.conversations
     assert len(found) == 4
     graphs = dataset.read_graphs(tmp_path)
-    assert list(graphs.values()) == take(SKEWED, "train", 0, 4)
+    assert list(graphs.values()) == take(World.annotated(), "train", 0, 4)
     for record in found:
         assert isinstance(record, ImageRecord)
         assert record.image == (tmp_path / "pictures" / record.id).read_bytes()

@@ -61,10 +61,10 @@ class SceneAnnotator:
         scene = self.scenes.get(request.picture.key)
         if scene is None:
             raise AnnotationError(f"no scene is known for picture {request.picture.key!r}")
-        rng = np.random.default_rng([self.seed, scene.seed, len(request.fields.get("question", ""))])
         fields = request.fields
         match request.stage:
             case "questions":
+                rng = np.random.default_rng([self.seed, scene.seed])
                 return QuestionSet(questions=self.questions(scene, rng, int(fields["count"]))).model_dump_json()
             case "positive":
                 return " ".join(map(_upper, facts(scene, fields["question"], fields["answer"], support=True)))
