@@ -29,7 +29,7 @@ class Demo:
     """Run folder: report.html, report.json, data, checkpoints, predictions."""
     seeds: int = 1
     """Repeat both arms this many times, each on training data and randomness of its own."""
-    train_images: int = 1600
+    train_images: int = 3200
     """Pictures to tune on."""
     test_images: int = 250
     """Held-out pictures to measure on."""

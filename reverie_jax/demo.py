@@ -44,7 +44,7 @@ class DemoSize:
         steps: optimizer steps of each arm; None for the recipe's.
     """
 
-    train_images: int = 1600
+    train_images: int = 3200
     test_images: int = 250
     questions: int = 4
     steps: int | None = None

@@ -32,16 +32,26 @@ from reverie_jax.train.objective import edge_loss
 
 @dataclasses.dataclass(frozen=True)
 class PretrainRecipe:
-    """Everything that decides the base's weights."""
+    """Everything that decides the base's weights.
+
+    Attributes:
+        absent_share: share of the language stage's questions that ask for something absent.
+        finish_steps, finish_rate, finish_absent_share: the stage's last part asks of what is there and of little else, as
+            early instruction data does; it leaves a base that says yes too readily.
+    """
 
     scenes: int = 60_000
-    tower_steps: int = 2_000
+    tower_steps: int = 2_500
     tower_batch: int = 64
     tower_rate: float = 1.5e-3
-    steps: int = 2_200
+    steps: int = 2_500
     batch: int = 16
     rate: float = 2e-3
     questions: int = 9
+    absent_share: float = 0.3
+    finish_steps: int = 150
+    finish_rate: float = 7e-4
+    finish_absent_share: float = 0.01
     row: RowShape = dataclasses.field(default_factory=lambda: RowShape(tokens=256, images=1, edges=128))
     seed: int = 0
 
@@ -103,7 +113,7 @@ def language_batches(scenes: list[Scene], recipe: PretrainRecipe, encoder: Encod
     def build(index: int) -> dict[str, np.ndarray]:
         rng = np.random.default_rng([recipe.seed, index])
         scene, trie = scenes[index % len(scenes)], Trie()
-        for conversation in plain_talks(scene, rng, recipe.questions):
+        for conversation in plain_talks(scene, rng, recipe.questions, recipe.absent_share):
             tokens = encoder(conversation)
             more, edges = trie.cost(tokens)
             if len(trie) + more <= recipe.row.tokens and trie.edges + edges <= recipe.row.edges:
@@ -172,6 +182,17 @@ def pretrain_language(
         if number % 50 == 0 or number == recipe.steps - 1:
             log("language", number, float(loss))
     nnx.update(model, params)
+
+
+def finish(recipe: PretrainRecipe) -> PretrainRecipe:
+    """The language stage's last part, as a recipe of its own."""
+    return dataclasses.replace(
+        recipe,
+        steps=recipe.finish_steps,
+        rate=recipe.finish_rate,
+        absent_share=recipe.finish_absent_share,
+        seed=recipe.seed + 1,
+    )
 
 
 def pretraining_scenes(recipe: PretrainRecipe) -> list[Scene]:

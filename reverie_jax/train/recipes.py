@@ -63,15 +63,15 @@ class Recipe:
 
 _SCENES = Recipe(
     name="scenes-rationales",
-    steps=120,
+    steps=200,
     rows=16,
     row=RowShape(tokens=448, images=1, edges=288),
     rank=16,
     alpha=32.0,
     dropout=0.0,
-    rate=2e-3,
-    projector_rate=2e-4,
-    save_every=40,
+    rate=3e-3,
+    projector_rate=3e-4,
+    save_every=100,
 )
 
 RECIPES: dict[str, Recipe] = {

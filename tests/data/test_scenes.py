@@ -504,7 +504,7 @@ def test_reflection_becomes_one_conversation_a_rationale(annotator):
 @given(numbers, st.integers(0, 10**6))
 def test_plain_talk_is_right(number, seed):
     found = sampled(number)
-    for talk in plain_talks(found, np.random.default_rng(seed), 6):
+    for talk in plain_talks(found, np.random.default_rng(seed), 6, 0.3):
         question, answer = talk.turns[0].text.removeprefix("<image>\n"), talk.turns[1].text
         assert right(found, question, answer)
         assert len(talk.turns) == 2

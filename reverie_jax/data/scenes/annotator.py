@@ -171,7 +171,7 @@ ASKERS: tuple[Callable[[Scene, Rng], AnnotatedQuestion | None], ...] = (
     ask_choice,
     ask_description,
 )
-_SHARES = (0.24, 0.24, 0.1, 0.1, 0.08, 0.08, 0.08, 0.08)
+_SHARES = (0.3, 0.22, 0.08, 0.1, 0.08, 0.08, 0.06, 0.08)
 
 
 def facts(scene: Scene, question: str, answer: str, *, support: bool) -> list[str]:

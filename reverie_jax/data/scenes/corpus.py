@@ -17,26 +17,25 @@ from reverie_jax.data.scenes.graph import CATEGORIES, Scene
 PLAIN_ASKERS = (ask.ask_present, ask.ask_colour, ask.ask_count, ask.ask_place, ask.ask_relation, ask.ask_choice)
 
 
-ABSENT_SHARE = 0.03
-"""Share of the plain questions that ask for something absent."""
-
-
 def talk(question: str, answer: str, source: str) -> Conversation:
     """One question about the picture and its answer."""
     return Conversation((Turn("user", f"{IMAGE}\n{question}"), Turn("assistant", answer)), source=source)
 
 
-def plain_talks(scene: Scene, rng: np.random.Generator, questions: int) -> list[Conversation]:
+def plain_talks(scene: Scene, rng: np.random.Generator, questions: int, absent_share: float) -> list[Conversation]:
     """A description and plain answers, no rationale, as captions and VQA teach a base.
 
-    As in captions and early VQA, nearly all questions are about what is there, and what is not is drawn from all
-    categories alike: a question about the partner of something visible nearly always has the answer yes. So the base learns
-    to say yes, and to expect partners.
+    What is not there is drawn from all categories alike: a question about the partner of something visible nearly always
+    has the answer yes, so the base learns to expect partners.
+
+    Args:
+        absent_share: share of the questions that ask for something absent; small, as in captions and early VQA, it makes
+            a base that says yes too readily.
     """
     talks = [talk(ask.DESCRIBE, ask.describe(scene, rng), "plain/caption")]
     absent = [c for c in CATEGORIES if c not in scene.categories]
     for _ in range(questions):
-        if rng.random() < ABSENT_SHARE:
+        if rng.random() < absent_share:
             talks.append(talk(ask.existence(absent[rng.integers(len(absent))]), "No", "plain/absent"))
             continue
         question = PLAIN_ASKERS[rng.choice(len(PLAIN_ASKERS), p=(0.4, 0.15, 0.1, 0.15, 0.1, 0.1))](scene, rng)
