@@ -34,7 +34,8 @@ Made by `reverie scenes pretrain` in {seconds:,.0f} seconds. Format: llava-hf sa
 |---|---|
 | data | {scenes:,} rendered training scenes, seed {seed}; things appear beside their partner with probability 0.85 |
 | tower | {tower_steps:,} steps of {tower_batch} pictures: each patch's category, colour, size and texture |
-| language | {steps:,} steps of {batch} pictures: a description and up to {questions} plain answers each, {absent_share:.0%} of them about what is not there; tower frozen |
+| language | {steps:,} steps of {batch} pictures: a description and up to {questions} plain answers each; tower frozen |
+| absent | {absent_share:.0%} of the questions are about what is not there |
 | finish | {finish_steps:,} more steps with {finish_absent_share:.0%} about what is not there |
 | never seen | rationales, validation and test scenes (no scene graph is in two splits) |
 | last loss | tower {tower_loss:.3f}, language {language_loss:.3f} |

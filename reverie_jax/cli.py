@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -130,7 +131,6 @@ class Evaluate:
         import json
 
         from rich.console import Console
-        from rich.table import Table
 
         from reverie_jax.eval import report, scenes
 
@@ -141,12 +141,8 @@ class Evaluate:
             scenes.predict(Engine(model, encoder), self.data, self.out)
         found = scenes.estimates(scenes.score(self.data, self.out))
         (self.out / "scores.json").write_text(json.dumps(found, indent=2) + "\n", "utf-8")
-        table = Table(title=f"{self.data} (95 % interval)")
-        table.add_column("")
-        table.add_column(Path(self.adapter or self.model).name, justify="right")
-        for label, pick in report.ROWS:
-            table.add_row(label, report.interval(pick(found)))
-        Console().print(table)
+        name = Path(self.adapter or self.model).name
+        Console().print(report.scores_table(f"{self.data} (95 % interval)", {name: found}))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -312,6 +308,8 @@ def load_tuned(model: str, adapter: Path | None) -> tuple[VisionLanguageModel, E
 
 def main() -> None:
     """Entry point. Errors of the user's to mend are one line on stderr and exit code 2."""
+    # Torch is not wanted at run time; transformers says so at every start.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     logging.basicConfig(level=logging.WARNING, format="reverie: %(message)s")
     logging.getLogger("reverie_jax").setLevel(logging.INFO)
     command = tyro.cli(

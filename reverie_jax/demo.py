@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 from rich.console import Console
-from rich.table import Table
 
 import reverie_jax
 from reverie_jax.data.loading import SCENES_BASE, load_model
@@ -153,7 +152,7 @@ def run(out: Path, *, size: DemoSize | None = None, seeds: int = 1, base: str = 
     curves = {arm: read_metrics(out / "runs" / arm / "seed0") for arm in ARMS}
     gallery = report.gallery(test, {arm: out / "predictions" / arm / "seed0" for arm in found})
     (out / "report.html").write_text(report.render(result_json, curves, gallery), "utf-8")
-    console.print(table(result_json))
+    console.print(report.scores_table("Held-out scenes that break the prior (95 % interval)", result_json["arms"]))
     console.print(f"{sum(clock.seconds.values()):.0f} s in all. Report: {out / 'report.html'}")
     return result_json
 
@@ -172,14 +171,3 @@ def _clear(out: Path) -> None:
         path = out / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
-
-
-def table(result: dict[str, Any]) -> Table:
-    """The scores as the terminal shows them."""
-    shown = Table(title="Held-out scenes that break the prior (95 % interval)")
-    shown.add_column("")
-    for arm in result["arms"]:
-        shown.add_column(arm, justify="right")
-    for label, pick in report.ROWS:
-        shown.add_row(label, *(report.interval(pick(arm)) for arm in result["arms"].values()))
-    return shown

@@ -14,6 +14,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
+from rich.table import Table
 
 from reverie_jax.data.scenes.dataset import PICTURES, read_graphs
 from reverie_jax.data.scenes.language import phrase
@@ -55,6 +56,22 @@ def interval(estimate: Mapping[str, Any]) -> str:
     value = estimate.get("f1", estimate.get("value"))
     low, high = estimate["ci95"]
     return f"{value:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def scores_table(title: str, arms: Mapping[str, dict[str, Any]]) -> Table:
+    """The scores as a terminal of 80 columns shows them: value, and the interval's ends."""
+    table = Table(title=title)
+    table.add_column("")
+    for name in arms:
+        table.add_column(name, justify="right", no_wrap=True)
+    for label, pick in ROWS:
+        cells = []
+        for arm in arms.values():
+            estimate = pick(arm)
+            low, high = estimate["ci95"]
+            cells.append(f"{estimate.get('f1', estimate.get('value')):.3f} {low:.2f}-{high:.2f}")
+        table.add_row(label, *cells)
+    return table
 
 
 def verdict(estimate: Mapping[str, Any]) -> str:
