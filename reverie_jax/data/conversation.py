@@ -83,13 +83,13 @@ class ImageRecord:
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """How turns become text: `{user}{text}{assistant}` then ` {answer}` and the end token, again and again.
+    """How turns become text: `{user}{text}{assistant}`, then the answer and the end token, again and again.
 
     Attributes:
         system: text before the first turn.
         user: what introduces a user's turn.
         assistant: what follows it; the generation prompt ends here.
-        strip_answer_space: the answer follows `assistant` without a space.
+        answer_prefix: what stands between `assistant` and the answer.
     """
 
     name: str

@@ -58,11 +58,10 @@ def relations(scene: Scene) -> list[tuple[str, str, str]]:
     return found
 
 
-def describe(scene: Scene, rng: np.random.Generator, *, without: str | None = None) -> str:
+def describe(scene: Scene, rng: np.random.Generator) -> str:
     """A description in one or two sentences: everything that is there, from left to right, and one relation."""
-    names = [c for c in scene.categories if c != without]
-    text = f"The image shows {enumeration([phrase(scene, c) for c in names])}."
-    if pairs := [pair for pair in relations(scene) if without not in pair]:
+    text = f"The image shows {enumeration([phrase(scene, c) for c in scene.categories])}."
+    if pairs := relations(scene):
         a, how, b = pairs[rng.integers(len(pairs))]
         text += f" The {a} is {how} the {b}."
     return text
