@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float32, Int32
@@ -116,18 +116,6 @@ TEMPLATES: dict[str, Template] = {
 }
 
 
-@runtime_checkable
-class Tokenizer(Protocol):
-    """What is asked of a tokenizer: transformers' fast tokenizers fit."""
-
-    bos_token_id: Any
-    eos_token_id: Any
-
-    def encode(self, text: Any, *, add_special_tokens: bool) -> list[int]: ...
-
-    def decode(self, ids: Any, /, *, skip_special_tokens: bool) -> Any: ...
-
-
 @dataclasses.dataclass(frozen=True)
 class Tokens:
     """A conversation as numbers, position by position.
@@ -150,11 +138,13 @@ class Encoder:
     """Conversations to tokens, for one checkpoint: its tokenizer, template and image shape.
 
     Args:
+        tokenizer: transformers' fast tokenizers fit; asked for are `bos_token_id`, `eos_token_id`,
+            `encode(text, add_special_tokens=False)` and `decode(ids, skip_special_tokens=True)`.
         patches: feature tokens of one image.
         image_token_id: the placeholder's id.
     """
 
-    def __init__(self, tokenizer: Tokenizer, template: str, patches: int, image_token_id: int):
+    def __init__(self, tokenizer: Any, template: str, patches: int, image_token_id: int):
         if template not in TEMPLATES:
             raise ValueError(f"unknown template {template!r}; known: {', '.join(TEMPLATES)}")
         self.tokenizer, self.template = tokenizer, TEMPLATES[template]
