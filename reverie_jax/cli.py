@@ -230,7 +230,7 @@ class Render:
 
 @dataclasses.dataclass(frozen=True)
 class Pretrain:
-    """Remake the small base from nothing (about an hour on two CPU cores)."""
+    """Remake the small base from nothing (about half an hour on two CPU cores)."""
 
     out: Positional[Path]
     """Folder for the llava-hf checkpoint, its tokenizer and its card."""

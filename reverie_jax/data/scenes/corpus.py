@@ -1,4 +1,4 @@
-"""Scenes as training records and as the plain talk that the shipped base was pretrained on."""
+"""Scenes as pictures and as the plain talk that the shipped base was pretrained on."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from reverie_jax.data.annotate.interface import Picture
 from reverie_jax.data.annotate.stages import annotate, conversations
-from reverie_jax.data.conversation import IMAGE, Conversation, ImageRecord, Turn
+from reverie_jax.data.conversation import IMAGE, Conversation, Turn
 from reverie_jax.data.images import encode_png
 from reverie_jax.data.scenes import annotator as ask
 from reverie_jax.data.scenes.draw import render
@@ -47,10 +47,6 @@ def plain_talks(scene: Scene, rng: np.random.Generator, questions: int, absent_s
 def picture(scene: Scene, size: int) -> bytes:
     """The scene's picture as a PNG file."""
     return encode_png(render(scene, size))
-
-
-def record(id: str, scene: Scene, size: int, talks: list[Conversation]) -> ImageRecord:
-    return ImageRecord(id, picture(scene, size), tuple(talks))
 
 
 def texts(scenes: list[Scene], seed: int) -> Iterator[str]:
