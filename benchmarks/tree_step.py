@@ -21,13 +21,12 @@ from flax import nnx
 
 from reverie_jax.data.annotate.interface import Picture
 from reverie_jax.data.annotate.stages import annotate, conversations
-from reverie_jax.data.images import decode, preprocess
-from reverie_jax.data.loading import load_model
 from reverie_jax.data.rows import Batch, RowShape, element, pack, stack
 from reverie_jax.data.scenes.annotator import SceneAnnotator
 from reverie_jax.data.scenes.corpus import picture
 from reverie_jax.data.scenes.graph import World, take
 from reverie_jax.data.tree import grow
+from reverie_jax.loading import load_model
 from reverie_jax.train.recipes import RECIPES
 from reverie_jax.train.step import adapt, loss_and_grads, trainable
 
@@ -47,7 +46,7 @@ class Args:
 def main(args: Args) -> None:
     import grain
 
-    model, encoder = load_model("scenes-base")
+    model, processor = load_model("scenes-base", dtype=jnp.float32)
     adapt(model, dataclasses.replace(RECIPES["scenes-rationales"], dropout=0.0))
     graph, params, frozen = nnx.split(model, trainable, ...)
     step = jax.jit(lambda batch: loss_and_grads(graph, params, frozen, batch, None)[0])
@@ -56,15 +55,15 @@ def main(args: Args) -> None:
     trees, flat = [], []
     for index, scene in enumerate(scenes):
         encoded = picture(scene, model.config.vision.image_size)
-        pixels = preprocess(decode(encoded, str(index)), model.config.vision.image_size)[None]
+        pixels = processor.pixels(encoded, str(index))
         kept, _ = annotate(Picture(str(index), encoded), annotator, 4)
-        talks = [encoder(talk) for reflection in kept for talk in conversations(reflection)]
+        talks = [processor.encoder(talk) for reflection in kept for talk in conversations(reflection)]
         trees.append(element(grow(talks), pixels))
         flat += [element(grow([talk]), pixels) for talk in talks if (talk.weights > 0).any()]
 
     def batches(elements: list[dict[str, np.ndarray]], images: int) -> list[Batch]:
         shape = RowShape(tokens=args.tokens, images=images, edges=args.tokens)
-        rows = list(pack(grain.MapDataset.source(elements).to_iter_dataset(), shape, encoder.patches, bins=8))
+        rows = list(pack(grain.MapDataset.source(elements).to_iter_dataset(), shape, processor.encoder.patches, bins=8))
         groups = [rows[i : i + args.rows] for i in range(0, len(rows), args.rows)]
         return [Batch(*map(jnp.asarray, stack(group, args.rows))) for group in groups]
 

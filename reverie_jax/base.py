@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 from flax import nnx
 
-from reverie_jax.data.conversation import IMAGE, Encoder
-from reverie_jax.data.loading import load_model
+from reverie_jax.data.conversation import IMAGE
+from reverie_jax.data.processor import Processor
 from reverie_jax.data.scenes import dataset
 from reverie_jax.data.scenes.tokenizer import train_tokenizer
 from reverie_jax.eval import report, scenes
 from reverie_jax.eval.engine import Engine
+from reverie_jax.loading import load_model
 from reverie_jax.models import VisionLanguageModel
 from reverie_jax.models.checkpoints import write_model
 from reverie_jax.train import pretrain
@@ -73,11 +74,11 @@ def make(out: Path, *, seed: int = 0, tower_steps: int | None = None, steps: int
     vocab = -(-len(tokenizer) // 64) * 64
     config = pretrain.base_config(vocab, tokenizer.get_vocab()[IMAGE])
     model = VisionLanguageModel(config, rngs=nnx.Rngs(seed))
-    encoder = Encoder(tokenizer, config.template, config.vision.patches, config.image_token_id)
+    processor = Processor.of(config, tokenizer)
     training = pretrain.pretraining_scenes(recipe)
     pretrain.pretrain_tower(model, training, recipe, log)
-    pretrain.pretrain_language(model, encoder, training, recipe, log)
-    pretrain.pretrain_language(model, encoder, training, pretrain.finish(recipe), log)
+    pretrain.pretrain_language(model, processor.encoder, training, recipe, log)
+    pretrain.pretrain_language(model, processor.encoder, training, pretrain.finish(recipe), log)
     write_model(model, out, dtype=np.float16)
     tokenizer.save_pretrained(out)
     seconds = time.perf_counter() - started
@@ -87,12 +88,12 @@ def make(out: Path, *, seed: int = 0, tower_steps: int | None = None, steps: int
 
 def card(out: Path, recipe: pretrain.PretrainRecipe, seconds: float, losses: dict[str, float]) -> None:
     """Measures the base as it was written, and writes its card."""
-    model, encoder = load_model(out)
+    model, processor = load_model(out, dtype=np.float32)
     test = 250
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         dataset.make_test_set(folder, test, size=model.config.vision.image_size, seed=0)
-        scenes.predict(Engine(model, encoder), folder, folder / "predictions")
+        scenes.predict(Engine(model, processor), folder, folder / "predictions")
         found = scenes.estimates(scenes.score(folder, folder / "predictions"))
     parameters = sum(leaf.size for leaf in nnx.to_flat_state(nnx.state(model, nnx.Param)).leaves)
     text = CARD.format(

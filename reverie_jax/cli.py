@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
     from jax.typing import DTypeLike
 
-    from reverie_jax.data.conversation import Encoder
+    from reverie_jax.data.processor import Processor
     from reverie_jax.models import VisionLanguageModel
 
 
@@ -37,7 +38,7 @@ class Demo:
     steps: int | None = None
     """Optimizer steps of each arm; the recipe's own by default."""
     base: str = "scenes-base"
-    """llava-hf checkpoint folder to start from; the small base that ships with the package by default."""
+    """Checkpoint to start from; the small base that ships with the package by default."""
 
     def run(self) -> None:
         from reverie_jax import demo
@@ -84,7 +85,9 @@ class Train:
     out: Path
     """Run folder: checkpoints, metrics.jsonl, tensorboard, run.json."""
     base: str = "scenes-base"
-    """llava-hf checkpoint folder."""
+    """Checkpoint: a folder or hub id of any format that `reverie convert` reads; parts separated by commas."""
+    adapter: str | None = None
+    """Adapters to tune further: PEFT or LLaVA LoRA folder, or run folder. Fresh ones by default."""
     mesh: str = "data=1,fsdp=1,tensor=1"
     """Devices by axis."""
     set: tuple[str, ...] = ()
@@ -95,16 +98,19 @@ class Train:
     """Go on from the newest checkpoint in the run folder; --no-resume refuses a folder that holds one."""
 
     def run(self) -> None:
-        from reverie_jax.data.loading import load_model
         from reverie_jax.data.records import RecordSource
+        from reverie_jax.loading import load_model
         from reverie_jax.train import recipes
         from reverie_jax.train.loop import train
 
         recipe = recipes.override(recipes.recipe(self.recipe), self.set)
         source = RecordSource(self.data)
         mesh = parse_mesh(self.mesh)
-        model, encoder = load_model(self.base, mesh=mesh, dtype=parse_dtype(self.dtype))
-        result = train(model, encoder, source, recipe, self.out, mesh=mesh, resume=self.resume)
+        paths = self.base.split(",")
+        model, processor = load_model(
+            paths[0], base=paths[1:], adapter=self.adapter, mesh=mesh, dtype=parse_dtype(self.dtype)
+        )
+        result = train(model, processor, source, recipe, self.out, mesh=mesh, resume=self.resume)
         found = result.survey
         print(
             f"{result.steps} steps in {result.seconds:.0f} s on {found.records} images "
@@ -121,9 +127,9 @@ class Evaluate:
     out: Path
     """Folder for predictions (one JSONL file a benchmark) and scores.json."""
     model: str = "scenes-base"
-    """llava-hf checkpoint folder."""
-    adapter: Path | None = None
-    """Run folder of `reverie train`, whose newest adapters and projector go on top of the model."""
+    """Checkpoint: a folder or hub id of any format that `reverie convert` reads; parts separated by commas."""
+    adapter: str | None = None
+    """Run folder of `reverie train`, PEFT adapter or LLaVA LoRA folder, to go on top of the model."""
     score_only: bool = False
     """Score the predictions that are in `out` already; no model is loaded."""
 
@@ -135,10 +141,10 @@ class Evaluate:
         from reverie_jax.eval import report, scenes
 
         if not self.score_only:
-            model, encoder = load_tuned(self.model, self.adapter)
+            model, processor = load_tuned(self.model, self.adapter)
             from reverie_jax.eval.engine import Engine
 
-            scenes.predict(Engine(model, encoder), self.data, self.out)
+            scenes.predict(Engine(model, processor), self.data, self.out)
         found = scenes.estimates(scenes.score(self.data, self.out))
         (self.out / "scores.json").write_text(json.dumps(found, indent=2) + "\n", "utf-8")
         name = Path(self.adapter or self.model).name
@@ -154,9 +160,9 @@ class Ask:
     question: Positional[tuple[str, ...]]
     """One or more questions, each in quotes; the picture is encoded once."""
     model: str = "scenes-base"
-    """llava-hf checkpoint folder."""
-    adapter: Path | None = None
-    """Run folder of `reverie train`."""
+    """Checkpoint: a folder or hub id of any format that `reverie convert` reads; parts separated by commas."""
+    adapter: str | None = None
+    """Run folder of `reverie train`, PEFT adapter or LLaVA LoRA folder."""
     new_tokens: int = 96
     """Longest answer, in tokens."""
 
@@ -171,12 +177,55 @@ class Ask:
         except OSError as error:
             raise UserError(f"{self.picture}: cannot be read ({error.strerror})") from None
         decode(encoded, str(self.picture))
-        model, encoder = load_tuned(self.model, self.adapter)
+        model, processor = load_tuned(self.model, self.adapter)
         asked = [(n, Conversation((Turn("user", f"{IMAGE}\n{text}"),))) for n, text in enumerate(self.question)]
-        engine = Engine(model, encoder, EngineShape(rows=1))
+        engine = Engine(model, processor, EngineShape(rows=1))
         answers = engine.answer([Picture(str(self.picture), encoded, asked)], new_tokens=self.new_tokens)
         for number, text in enumerate(self.question):
             print(f"{text}\n  {answers[number]}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Convert:
+    """Turn a checkpoint into another format: what was tuned elsewhere comes in, what was tuned here goes out.
+
+    Read, recognised by content: llava-hf, original LLaVA and LLaVA-pp (.bin or safetensors), their LoRA folders (with
+    the language model and CLIP as --base), a projector (likewise), our own Orbax.
+    """
+
+    src: Positional[str]
+    """Folder, mm_projector.bin or hub id (owner/name@revision)."""
+    dst: Positional[Path]
+    """Folder to write; it must not be there yet, and appears when it is whole."""
+    to: str
+    """llava-hf: transformers, vLLM. llava: the original's format. orbax: ours. Adapters are merged into all three.
+    peft: adapters for transformers' class. llava-lora: adapters for the original's loader."""
+    base: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """What the source lacks: plain language model, CLIP. Give it once for each."""
+    adapter: str | None = None
+    """PEFT adapter, LLaVA LoRA folder or run folder of `reverie train` on the source."""
+    dtype: str | None = None
+    """float32, bfloat16 or float16, for a whole model; as stored by default."""
+    shard_size: str = "5GB"
+    """Largest file of weights."""
+
+    def run(self) -> None:
+        from reverie_jax.convert import convert
+
+        known = ("float32", "bfloat16", "float16")
+        dtype = None if self.dtype is None else parse_dtype(self.dtype, known)
+        size = parse_size(self.shard_size)
+        made = convert(
+            self.src,
+            self.dst,
+            to=self.to,  # type: ignore[arg-type]
+            base=self.base,
+            adapter=self.adapter,
+            dtype=dtype,
+            shard_bytes=size,
+        )
+        files = sorted(path for path in made.rglob("*") if path.is_file())
+        print(f"{made}: {len(files)} files, {sum(path.stat().st_size for path in files) / 1e6:,.1f} MB")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,6 +312,7 @@ Command = (
     | Annotated[Train, subcommand("train")]
     | Annotated[Evaluate, subcommand("evaluate")]
     | Annotated[Ask, subcommand("ask")]
+    | Annotated[Convert, subcommand("convert")]
     | Annotated[Recipes, subcommand("recipes")]
     | Annotated[Scenes, subcommand("scenes")]
 )
@@ -284,26 +334,34 @@ def parse_mesh(text: str) -> Mesh:
         raise UserError(f"--mesh {text}: {error}") from None
 
 
-def parse_dtype(name: str) -> DTypeLike:
+def parse_dtype(name: str, known: tuple[str, ...] = ("float32", "bfloat16")) -> DTypeLike:
     import jax.numpy as jnp
 
-    if name not in ("float32", "bfloat16"):
-        raise UserError(f"--dtype {name}: must be float32 or bfloat16")
+    if name not in known:
+        raise UserError(f"--dtype {name}: must be {' or '.join(known)}")
     return jnp.dtype(name)
 
 
-def load_tuned(model: str, adapter: Path | None) -> tuple[VisionLanguageModel, Encoder]:
-    """A checkpoint with a run's adapters merged in, and its encoder."""
-    from reverie_jax.data.loading import load_model
+def load_tuned(model: str, adapter: str | None) -> tuple[VisionLanguageModel, Processor]:
+    """A checkpoint with adapters merged in, in float32, and its processor."""
+    import jax.numpy as jnp
 
-    loaded, encoder = load_model(model)
-    if adapter is not None:
-        from reverie_jax.models import lora
-        from reverie_jax.train.checkpoint import load_run
+    from reverie_jax.loading import load_model
+    from reverie_jax.models import lora
 
-        load_run(loaded, adapter)
-        lora.merge(loaded)
-    return loaded, encoder
+    path, *base = model.split(",")
+    loaded, processor = load_model(path, base=base, adapter=adapter, dtype=jnp.float32)
+    lora.merge(loaded)
+    return loaded, processor
+
+
+def parse_size(text: str) -> int:
+    """Bytes from "5GB", "300MB" or a plain number."""
+    units = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "": 1}
+    match = re.fullmatch(r"(\d+)\s*(kb|mb|gb|)", text.strip().lower())
+    if match is None or not int(match[1]):
+        raise UserError(f"--shard-size {text}: write it as 5GB or 300MB")
+    return int(match[1]) * units[match[2]]
 
 
 def main() -> None:

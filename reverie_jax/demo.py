@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from rich.console import Console
 
 import reverie_jax
-from reverie_jax.data.loading import SCENES_BASE, load_model
 from reverie_jax.data.pipeline import Survey
 from reverie_jax.data.records import RecordSource, write_records
 from reverie_jax.data.scenes import dataset
@@ -24,6 +24,7 @@ from reverie_jax.errors import UserError
 from reverie_jax.eval import report, scenes
 from reverie_jax.eval.engine import Engine
 from reverie_jax.eval.scenes import SceneCounts
+from reverie_jax.loading import SCENES_BASE, load_model
 from reverie_jax.models import lora
 from reverie_jax.train.loop import train
 from reverie_jax.train.metrics import read_metrics
@@ -83,7 +84,7 @@ def run(out: Path, *, size: DemoSize | None = None, seeds: int = 1, base: str = 
     if seeds < 1:
         raise UserError(f"--seeds {seeds}: at least one run is needed")
     size, console, test = size or DemoSize(), Console(), out / "data" / "test"
-    model, encoder = load_model(base)
+    model, processor = load_model(base, dtype=jnp.float32)
     _clear(out)
     clock = _Clock(console)
     pixels = model.config.vision.image_size
@@ -95,7 +96,7 @@ def run(out: Path, *, size: DemoSize | None = None, seeds: int = 1, base: str = 
     def evaluate(arm: str, model: Any, seed: int) -> None:
         with clock.stage(f"evaluate_{arm}", f"Asking the {arm} model" + (f", seed {seed}" if seeds > 1 else "")):
             predictions = out / "predictions" / arm / f"seed{seed}"
-            scenes.predict(Engine(model, encoder), test, predictions)
+            scenes.predict(Engine(model, processor), test, predictions)
             found = scenes.score(test, predictions)
         per_seed[arm].append(round(float(scenes.pope.mean_f1(found.all_pope.sum(0))), 4))
         counts[arm] = counts[arm] + found if arm in counts else found
@@ -116,9 +117,9 @@ def run(out: Path, *, size: DemoSize | None = None, seeds: int = 1, base: str = 
             recipe = dataclasses.replace(RECIPES[name], seed=seed)
             if size.steps is not None:
                 recipe = dataclasses.replace(recipe, steps=size.steps, save_every=size.steps)
-            tuned, _ = load_model(base)
+            tuned, _ = load_model(base, dtype=jnp.float32)
             with clock.stage(f"train_{arm}", f"Tuning on {arm} ({recipe.steps} steps of {recipe.rows} images)"):
-                result = train(tuned, encoder, source, recipe, out / "runs" / arm / f"seed{seed}", console=console)
+                result = train(tuned, processor, source, recipe, out / "runs" / arm / f"seed{seed}", console=console)
             surveys[arm], recipes[arm] = result.survey, recipe
             lora.merge(tuned)
             evaluate(arm, tuned, seed)

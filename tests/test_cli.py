@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from reverie_jax import cli
-from reverie_jax.data.loading import checkpoint_folder
+from reverie_jax.loading import checkpoint_folder
 
 COMMANDS = ["demo", "build", "train", "evaluate", "ask", "recipes", "scenes", "scenes render", "scenes pretrain"]
 

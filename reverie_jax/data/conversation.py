@@ -1,8 +1,4 @@
-"""Conversations, chat templates, and the tokens they become.
-
-Each segment of a template (the human part, an answer, an end token) is tokenised once and its span recorded; nothing is
-tokenised twice to find a boundary.
-"""
+"""Conversations and the tokens they become."""
 
 from __future__ import annotations
 
@@ -14,7 +10,14 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float32, Int32
 
-IMAGE = "<image>"
+from reverie_jax.data.reference import PICTURE, ReferenceTokenizer, show_first, training_ids
+from reverie_jax.data.templates import IMAGE, TEMPLATES, Template, v0
+from reverie_jax.data.templates import template as find_template
+from reverie_jax.errors import UserError
+from reverie_jax.models.config import TokenMode
+
+__all__ = ["IMAGE", "TEMPLATES", "Conversation", "Encoder", "ImageRecord", "Role", "Template", "Tokens", "Turn", "v0"]
+
 Role = Literal["user", "assistant"]
 
 
@@ -82,41 +85,6 @@ class ImageRecord:
 
 
 @dataclasses.dataclass(frozen=True)
-class Template:
-    """How turns become text: `{user}{text}{assistant}`, then the answer and the end token, again and again.
-
-    Attributes:
-        system: text before the first turn.
-        user: what introduces a user's turn.
-        assistant: what follows it; the generation prompt ends here.
-        answer_prefix: what stands between `assistant` and the answer.
-    """
-
-    name: str
-    system: str
-    user: str
-    assistant: str
-    answer_prefix: str = " "
-
-
-TEMPLATES: dict[str, Template] = {
-    t.name: t
-    for t in (
-        Template("llava-hf", "", "USER: ", " ASSISTANT:"),
-        Template(
-            "vicuna_v1",
-            # The sentence that LLaVA-1.5's weights were trained behind: part of the format, like a magic number.
-            "A chat between a curious user and an artificial intelligence assistant. "
-            "The assistant gives helpful, detailed, and polite answers to the user's questions. ",
-            "USER: ",
-            " ASSISTANT:",
-        ),
-        Template("plain", "", "", "", ""),
-    )
-}
-
-
-@dataclasses.dataclass(frozen=True)
 class Tokens:
     """A conversation as numbers, position by position.
 
@@ -138,53 +106,125 @@ class Encoder:
     """Conversations to tokens, for one checkpoint: its tokenizer, template and image shape.
 
     Args:
-        tokenizer: transformers' fast tokenizers fit; asked for are `bos_token_id`, `eos_token_id`,
-            `encode(text, add_special_tokens=False)` and `decode(ids, skip_special_tokens=True)`.
+        tokenizer: transformers' fast tokenizers fit; asked for are `eos_token`, `eos_token_id`,
+            `tokenizer(text, return_offsets_mapping=True)` and `decode(ids, skip_special_tokens=True)`; in the
+            reference's manner also what `data.reference` asks for.
+        template: a name in `TEMPLATES`, or a template.
         patches: feature tokens of one image.
         image_token_id: the placeholder's id.
+        tokens: "hf": the whole text in one pass, as transformers does, taught spans found by offsets.
+            "reference": exactly as original LLaVA does (`data.reference`).
+
+    Raises:
+        UserError: an unknown template, or one that needs more than its name.
     """
 
-    def __init__(self, tokenizer: Any, template: str, patches: int, image_token_id: int):
-        if template not in TEMPLATES:
-            raise ValueError(f"unknown template {template!r}; known: {', '.join(TEMPLATES)}")
-        self.tokenizer, self.template = tokenizer, TEMPLATES[template]
-        self.patches, self.image_token_id = patches, image_token_id
-        self._cache: dict[str, list[int]] = {}
+    def __init__(
+        self,
+        tokenizer: Any,
+        template: str | Template,
+        patches: int,
+        image_token_id: int,
+        tokens: TokenMode = "hf",
+    ):
+        self.tokenizer = tokenizer
+        self.template = find_template(template) if isinstance(template, str) else template
+        self.patches, self.image_token_id, self.tokens = patches, image_token_id, tokens
+        self._reference = ReferenceTokenizer(tokenizer) if tokens == "reference" else None
+        stops = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        if (end := self.template.end or "").startswith("<|"):
+            stops.append(tokenizer.convert_tokens_to_ids(end))
+        self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys(stops))
+        """Ids that end an answer."""
 
-    def text(self, text: str) -> list[int]:
-        """Ids of one segment, without special tokens."""
-        if text not in self._cache:
-            if len(self._cache) > 100_000:
-                self._cache.clear()
-            self._cache[text] = self.tokenizer.encode(text, add_special_tokens=False) if text else []
-        return self._cache[text]
+    def text(self, conversation: Conversation) -> tuple[str, list[tuple[int, int, float]]]:
+        """The conversation as the template writes it, and the taught spans: (first character, one past the last, weight)."""
+        template, text, spans = self.template, self.template.system, []
+        end = (self.tokenizer.eos_token or "") if template.end is None else template.end
+        for turn in conversation.turns:
+            if turn.role == "user":
+                said = IMAGE * turn.text.count(IMAGE) if template.style == "plain" else turn.text
+                text += template.user + said + template.assistant
+            else:
+                start = len(text)
+                text += template.answer_prefix + turn.text + end
+                spans.append((start, len(text), turn.weight))
+        return text, spans
 
     def __call__(self, conversation: Conversation) -> Tokens:
-        ids: list[int] = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
-        weights, features = [0.0] * len(ids), [-1] * len(ids)
+        """The conversation's tokens; an open one ends where its answer would begin.
 
-        def add(new: list[int], weight: float = 0.0) -> None:
-            ids.extend(new)
-            weights.extend([weight] * len(new))
-            features.extend([-1] * len(new))
+        Raises:
+            UserError: the tokenizer does not know the placeholder.
+        """
+        shown = list(conversation.images)
+        if self._reference:
+            placeholder, (ids, weights) = PICTURE, self._by_reference(conversation)
+            shown = _first_shown(conversation)
+        else:
+            placeholder, (ids, weights) = self.image_token_id, self._in_one_pass(conversation)
+        if sum(id == placeholder for id in ids) != len(shown):
+            raise UserError(
+                f"{sum(id == placeholder for id in ids)} tokens for {len(shown)} pictures: the tokenizer does not make"
+                f" {IMAGE} the token {self.image_token_id} that the model expects, or the template shows no picture here;"
+                " with a tokenizer of original LLaVA use tokens='reference'"
+            )
+        images = iter(shown)
+        out_ids: list[int] = []
+        out_weights: list[float] = []
+        features: list[int] = []
+        for id, weight in zip(ids, weights, strict=True):
+            if id == placeholder:
+                first = next(images) * self.patches
+                out_ids += [self.image_token_id] * self.patches
+                out_weights += [0.0] * self.patches
+                features += range(first, first + self.patches)
+            else:
+                out_ids.append(id)
+                out_weights.append(weight)
+                features.append(-1)
+        return Tokens(
+            np.asarray(out_ids, np.int32), np.asarray(out_weights, np.float32), np.asarray(features, np.int32)
+        )
 
-        images = iter(conversation.images)
-        template, end = self.template, self.tokenizer.eos_token_id
-        add(self.text(template.system))
-        for turn in conversation.turns:
-            if turn.role == "assistant":
-                answer = self.text(template.answer_prefix + turn.text)
-                add([*answer, *([] if end is None else [end])], turn.weight)
-                continue
-            for index, part in enumerate((template.user + turn.text + template.assistant).split(IMAGE)):
-                if index:
-                    image = next(images)
-                    ids.extend([self.image_token_id] * self.patches)
-                    weights.extend([0.0] * self.patches)
-                    features.extend(range(image * self.patches, (image + 1) * self.patches))
-                add(self.text(part))
-        return Tokens(np.asarray(ids, np.int32), np.asarray(weights, np.float32), np.asarray(features, np.int32))
+    def _in_one_pass(self, conversation: Conversation) -> tuple[list[int], list[float]]:
+        text, spans = self.text(conversation)
+        found = self.tokenizer(text, return_offsets_mapping=True)
+        weights = [0.0] * len(found["input_ids"])
+        remaining = iter([*spans, (len(text) + 1, len(text) + 1, 0.0)])
+        span = next(remaining)
+        for place, (first, past) in enumerate(found["offset_mapping"]):
+            while first >= span[1]:
+                span = next(remaining)
+            if past > max(first, span[0]):
+                weights[place] = span[2]
+        return list(found["input_ids"]), weights
+
+    def _by_reference(self, conversation: Conversation) -> tuple[list[int], list[float]]:
+        assert self._reference is not None
+        said = [show_first(turn.text) if turn.role == "user" else turn.text for turn in conversation.turns]
+        if conversation.open:
+            turns = tuple(dataclasses.replace(t, text=w) for t, w in zip(conversation.turns, said, strict=True))
+            text, _ = self.text(dataclasses.replace(conversation, turns=turns))
+            ids = self._reference(text, bool(conversation.images))
+            return ids, [0.0] * len(ids)
+        pairs = list(zip(said[::2], said[1::2], strict=True))
+        ids, taught = training_ids(self._reference, self.template, pairs, bool(conversation.images))
+        weight = [turn.weight for turn in conversation.turns[1::2]]
+        return ids, [0.0 if number < 0 else weight[number] for number in taught]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The answer's text, special tokens left out, stripped."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        """The answer's text, special tokens left out, cut where the template ends an answer, stripped."""
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        if self.template.style == "single":
+            text = text.split("###")[0]
+        return text.strip()
+
+
+def _first_shown(conversation: Conversation) -> list[int]:
+    """The pictures that original LLaVA shows: one a turn, the first."""
+    images, found = iter(conversation.images), []
+    for turn in conversation.turns:
+        shown = [next(images) for _ in range(turn.text.count(IMAGE))]
+        found += shown[:1]
+    return found

@@ -9,7 +9,7 @@ from typing import Literal
 import grain
 
 from reverie_jax.data.conversation import Conversation, Encoder, ImageRecord
-from reverie_jax.data.images import decode, preprocess
+from reverie_jax.data.processor import Processor
 from reverie_jax.data.records import DataError
 from reverie_jax.data.rows import Element, RowShape, element, pack, stack
 from reverie_jax.data.tree import ConversationTree, grow_within, untaught
@@ -79,22 +79,21 @@ def survey(source: Sequence[ImageRecord], encoder: Encoder, shape: RowShape, tea
 class _Elements(grain.experimental.FlatMapTransform):
     """A record's trees, each with its picture."""
 
-    def __init__(self, encoder: Encoder, shape: RowShape, teach: Teach, image_size: int):
-        self.encoder, self.shape, self.teach, self.image_size = encoder, shape, teach, image_size
+    def __init__(self, processor: Processor, shape: RowShape, teach: Teach):
+        self.processor, self.shape, self.teach = processor, shape, teach
         self.max_fan_out = 1_000
 
     def flat_map(self, record: ImageRecord) -> list[Element]:
-        pixels = preprocess(decode(record.image, record.id), self.image_size)[None]
-        return [element(tree, pixels) for tree in trees(record, self.encoder, self.shape, self.teach)]
+        pixels = self.processor.pixels(record.image, record.id)
+        return [element(tree, pixels) for tree in trees(record, self.processor.encoder, self.shape, self.teach)]
 
 
 def training_batches(
     source: Sequence[ImageRecord],
-    encoder: Encoder,
+    processor: Processor,
     shape: RowShape,
     *,
     rows: int,
-    image_size: int,
     teach: Teach,
     seed: int,
 ) -> grain.IterDataset:
@@ -102,14 +101,13 @@ def training_batches(
 
     Args:
         rows: rows in a batch, over all hosts' devices.
-        image_size: side of the tower's input, in pixels.
     """
     data = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
     elements = grain.experimental.FlatMapIterDataset(
         data.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=32)),
-        _Elements(encoder, shape, teach, image_size),
+        _Elements(processor, shape, teach),
     )
-    batches = pack(elements, shape, encoder.patches, bins=1 if shape.images == 1 else 8).batch(rows)
+    batches = pack(elements, shape, processor.encoder.patches, bins=1 if shape.images == 1 else 8).batch(rows)
     return grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=2)
 
 
@@ -125,16 +123,16 @@ class Picture:
 class _Questions(grain.experimental.FlatMapTransform):
     """A picture's questions as one tree, or as few as fit."""
 
-    def __init__(self, encoder: Encoder, shape: RowShape, image_size: int):
-        self.encoder, self.shape, self.image_size = encoder, shape, image_size
+    def __init__(self, processor: Processor, shape: RowShape):
+        self.processor, self.shape = processor, shape
         self.max_fan_out = 1_000
 
     def flat_map(self, picture: Picture) -> list[Element]:
-        pixels = preprocess(decode(picture.encoded, picture.name), self.image_size)[None]
+        pixels = self.processor.pixels(picture.encoded, picture.name)
         elements = []
         for start in range(0, len(picture.questions), self.shape.leaves):
             numbers, talks = zip(*picture.questions[start : start + self.shape.leaves], strict=True)
-            tokens = [untaught(self.encoder(talk)) for talk in talks]
+            tokens = [untaught(self.processor.encoder(talk)) for talk in talks]
             try:
                 for members, tree in grow_within(tokens, tokens=self.shape.tokens, edges=0):
                     elements.append(element(tree, pixels, [numbers[member] for member in members]))
@@ -144,11 +142,11 @@ class _Questions(grain.experimental.FlatMapTransform):
 
 
 def question_batches(
-    pictures: Sequence[Picture], encoder: Encoder, shape: RowShape, *, rows: int, image_size: int
+    pictures: Sequence[Picture], processor: Processor, shape: RowShape, *, rows: int
 ) -> grain.IterDataset:
     """Every question once, in batches of the same shape; empty rows fill the last one."""
     data = grain.MapDataset.source(pictures).to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=32))
-    elements = grain.experimental.FlatMapIterDataset(data, _Questions(encoder, shape, image_size))
-    packed = pack(elements, shape, encoder.patches)
+    elements = grain.experimental.FlatMapIterDataset(data, _Questions(processor, shape))
+    packed = pack(elements, shape, processor.encoder.patches)
     batches = packed.batch(rows, batch_fn=lambda part: stack(part, rows))
     return grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=2)

@@ -15,13 +15,15 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
-from reverie_jax.data.conversation import Conversation, Encoder
+from reverie_jax.data.conversation import Conversation, Encoder, ImageRecord
 from reverie_jax.data.pipeline import Picture, question_batches
+from reverie_jax.data.processor import Processor
 from reverie_jax.data.rows import Batch, RowShape
 from reverie_jax.data.tree import grow, untaught
+from reverie_jax.errors import UserError
 from reverie_jax.models import VisionLanguageModel
 from reverie_jax.models.decoder import KV
-from reverie_jax.models.sharding import batch_sharding, make_mesh, place
+from reverie_jax.models.sharding import batch_sharding, make_mesh, mesh_of, place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +52,8 @@ def fit(pictures: Sequence[Picture], encoder: Encoder, limit: EngineShape) -> Ro
     return RowShape(tokens=min(limit.tokens, -(-longest // 64) * 64), images=1, leaves=leaves)
 
 
-def greedy(model: VisionLanguageModel, batch: Batch, *, new_tokens: int, end: int) -> Int[Array, "B Q T"]:
-    """Greedy continuations of every leaf; `end` fills what follows the end of an answer.
+def greedy(model: VisionLanguageModel, batch: Batch, *, new_tokens: int, stops: tuple[int, ...]) -> Int[Array, "B Q T"]:
+    """Greedy continuations of every leaf; the first of `stops` stands for whichever ended an answer, and fills the rest.
 
     The row's KV exists once. Each leaf sees its ancestors in it, and its own suffix. Decoding stops when all leaves have
     ended.
@@ -59,8 +61,13 @@ def greedy(model: VisionLanguageModel, batch: Batch, *, new_tokens: int, end: in
     hidden, prefix = model.prefill(batch.tokens, batch.positions, batch.ends, batch.features, batch.pixels)
     at_leaf = jnp.take_along_axis(hidden, batch.leaves[:, :, None], axis=1)
     depth = jnp.take_along_axis(batch.positions, batch.leaves, axis=1)
-    token = model.decoder.logits(at_leaf).argmax(-1).astype(jnp.int32)
-    token = jnp.where(batch.questions < 0, end, token)
+    end = stops[0]
+
+    def best(logits: Array) -> Array:
+        token = logits.argmax(-1).astype(jnp.int32)
+        return jnp.where(jnp.isin(token, jnp.asarray(stops, jnp.int32)), end, token)
+
+    token = jnp.where(batch.questions < 0, end, best(model.decoder.logits(at_leaf)))
     layers, rows, _, heads, width = prefix.k.shape
     empty = jnp.zeros((layers, rows, batch.leaves.shape[1], new_tokens, heads, width), prefix.k.dtype)
     out = jnp.full((*token.shape, new_tokens), end, jnp.int32).at[:, :, 0].set(token)
@@ -72,17 +79,17 @@ def greedy(model: VisionLanguageModel, batch: Batch, *, new_tokens: int, end: in
     def extend(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         step, token, out, suffix = carry
         logits, suffix = model.extend(token, depth + 1 + step, batch.leaves, batch.ends, step, prefix, suffix)
-        token = jnp.where(token == end, end, logits.argmax(-1).astype(jnp.int32))
+        token = jnp.where(token == end, end, best(logits))
         return step + 1, token, out.at[:, :, step + 1].set(token), suffix
 
     start = (jnp.zeros((), jnp.int32), token, out, KV(empty, empty))
     return jax.lax.while_loop(more, extend, start)[2]
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "new_tokens", "end"))
-def _decode(graph: Any, state: Any, batch: Batch, *, new_tokens: int, end: int) -> Array:
+@functools.partial(jax.jit, static_argnames=("graph", "new_tokens", "stops"))
+def _decode(graph: Any, state: Any, batch: Batch, *, new_tokens: int, stops: tuple[int, ...]) -> Array:
     # At module level: engines of models of one architecture share the compiled program.
-    return greedy(nnx.merge(graph, state), batch, new_tokens=new_tokens, end=end)
+    return greedy(nnx.merge(graph, state), batch, new_tokens=new_tokens, stops=stops)
 
 
 class Engine:
@@ -90,26 +97,24 @@ class Engine:
 
     Args:
         model: with or without adapters; read, never changed.
-        encoder: the model's tokenizer and template.
-        mesh: devices; rows are spread over them.
+        processor: the model's own, as `load_model` gave it.
+        mesh: devices; rows are spread over them. Those that the model is on by default, or one.
     """
 
     def __init__(
         self,
         model: VisionLanguageModel,
-        encoder: Encoder,
+        processor: Processor,
         shape: EngineShape | None = None,
         *,
         mesh: Mesh | None = None,
     ):
-        self.encoder, self.shape, self.mesh = encoder, shape or EngineShape(), mesh or make_mesh()
-        self.image_size = model.config.vision.image_size
+        self.processor, self.encoder, self.shape = processor, processor.encoder, shape or EngineShape()
         self.graph, state = nnx.split(model)
+        self.mesh = mesh or mesh_of(state) or make_mesh()
         self.state = place(state, self.mesh)
-        end = encoder.tokenizer.eos_token_id
-        if end is None:
+        if not self.encoder.stop_ids:
             raise ValueError("the tokenizer has no end-of-sequence token: answers would never stop")
-        self.end = end
 
     def answer(
         self,
@@ -146,8 +151,9 @@ class Engine:
         if not wanted:
             return {}
         row = fit([picture for picture in pictures if picture.questions], self.encoder, self.shape)
-        batches = question_batches(pictures, self.encoder, row, rows=self.shape.rows, image_size=self.image_size)
+        batches = question_batches(pictures, self.processor, row, rows=self.shape.rows)
         answers: dict[int, str] = {}
+        end = self.encoder.stop_ids[0]
         # Closed by hand: a prefetching iterator left to the collector complains when the interpreter ends.
         with jax.set_mesh(self.mesh), contextlib.closing(iter(batches)) as stream:
             for batch in stream:
@@ -155,11 +161,48 @@ class Engine:
                 asked = np.argwhere(batch.questions >= 0)
                 for b, q in asked:
                     text = ids[b, q].tolist()
-                    text = text[: text.index(self.end)] if self.end in text else text
+                    text = text[: text.index(end)] if end in text else text
                     answers[int(batch.questions[b, q])] = self.encoder.decode(text)
                 progress(len(asked))
         return {number: answers[same[number]] for number in wanted}
 
     def _run(self, batch: Batch, new_tokens: int) -> np.ndarray:
         placed = jax.device_put(batch, batch_sharding(self.mesh))
-        return np.asarray(_decode(self.graph, self.state, placed, new_tokens=new_tokens, end=self.end))
+        return np.asarray(_decode(self.graph, self.state, placed, new_tokens=new_tokens, stops=self.encoder.stop_ids))
+
+
+def generate(
+    model: VisionLanguageModel,
+    processor: Processor,
+    conversations: Sequence[ImageRecord],
+    max_new_tokens: int = 64,
+    *,
+    mesh: Mesh | None = None,
+) -> list[str]:
+    """Greedy answers to open conversations, each picture encoded and prefilled once.
+
+    Args:
+        conversations: records; `ask` makes them.
+        max_new_tokens: longest answer, in tokens.
+
+    Returns:
+        One answer a conversation, in the records' order.
+
+    Raises:
+        UserError: a conversation is not open, or does not fit the decoder's context.
+        BrokenImage: a picture cannot be read.
+    """
+    pictures, number = [], 0
+    for index, record in enumerate(conversations):
+        if closed := [n for n, talk in enumerate(record.conversations) if not talk.open]:
+            raise UserError(
+                f"record {record.id}: conversation {closed[0]} ends with an answer; there is nothing to say"
+            )
+        questions = [(number + n, talk) for n, talk in enumerate(record.conversations)]
+        number += len(questions)
+        # Two records may share a name and show different pictures.
+        pictures.append(Picture(f"{record.id} ({index})", record.image, questions))
+    shape = EngineShape(tokens=processor.context, rows=min(8, max(1, len(pictures))))
+    engine = Engine(model, processor, shape, mesh=mesh)
+    answers = engine.answer(pictures, new_tokens=max_new_tokens)
+    return [answers[n] for n in range(number)]

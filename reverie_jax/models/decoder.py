@@ -31,28 +31,37 @@ class DecoderLayer(nnx.Module):
         make: Any = {"rngs": rngs, "layers": layers, "dtype": dtype}
         self.norm1 = RMSNorm(width, config.norm_eps, rngs=rngs, layers=layers)
         self.norm2 = RMSNorm(width, config.norm_eps, rngs=rngs, layers=layers)
-        self.query = Linear(width, q_width, ("embed", "heads"), **make)
-        self.key = Linear(width, kv_width, ("embed", "heads"), **make)
-        self.value = Linear(width, kv_width, ("embed", "heads"), **make)
+        if config.fused:
+            self.qkv = Linear(width, q_width + 2 * kv_width, ("embed", "heads"), **make)
+            self.gate_up = Linear(width, 2 * config.mlp, ("embed", "mlp"), **make)
+        else:
+            self.query = Linear(width, q_width, ("embed", "heads"), **make)
+            self.key = Linear(width, kv_width, ("embed", "heads"), **make)
+            self.value = Linear(width, kv_width, ("embed", "heads"), **make)
+            self.gate = Linear(width, config.mlp, ("embed", "mlp"), **make)
+            self.up = Linear(width, config.mlp, ("embed", "mlp"), **make)
         self.out = Linear(q_width, width, ("heads", "embed"), **make)
-        self.gate = Linear(width, config.mlp, ("embed", "mlp"), **make)
-        self.up = Linear(width, config.mlp, ("embed", "mlp"), **make)
         self.down = Linear(config.mlp, width, ("mlp", "embed"), **make)
 
-    def qkv(
+    def attention_inputs(
         self, x: Float[Array, "B L D"], positions: Int[Array, "B L"], keys: list[PRNGKeyArray | None]
     ) -> tuple[Float[Array, "B L H d"], Float[Array, "B L K d"], Float[Array, "B L K d"]]:
         """Queries, keys and values of normalised `x`; queries and keys rotated."""
         config = self.config
-        q, k, v = (
-            part(x, key).reshape(*x.shape[:2], -1, config.head_dim)
-            for part, key in zip((self.query, self.key, self.value), keys, strict=True)
-        )
+        if config.fused:
+            q_width, kv_width = config.heads * config.head_dim, config.kv_heads * config.head_dim
+            parts = jnp.split(self.qkv(x, keys[0]), [q_width, q_width + kv_width], axis=-1)
+        else:
+            parts = [part(x, key) for part, key in zip((self.query, self.key, self.value), keys, strict=True)]
+        q, k, v = (part.reshape(*x.shape[:2], -1, config.head_dim) for part in parts)
         return rope(q, positions, config.rope_theta), rope(k, positions, config.rope_theta), v
 
     def mlp(self, x: Float[Array, "B L D"], keys: list[PRNGKeyArray | None]) -> Float[Array, "B L D"]:
-        gated = activate("silu", self.gate(x, keys[0])) * self.up(x, keys[1])
-        return self.down(gated, keys[2])
+        if self.config.fused:
+            gate, up = jnp.split(self.gate_up(x, keys[0]), 2, axis=-1)
+        else:
+            gate, up = self.gate(x, keys[0]), self.up(x, keys[1])
+        return self.down(activate("silu", gate) * up, keys[2])
 
     def __call__(
         self,
@@ -63,7 +72,7 @@ class DecoderLayer(nnx.Module):
     ) -> tuple[Float[Array, "B L D"], tuple[Float[Array, "B L K d"], Float[Array, "B L K d"]]]:
         """The layer's output, and its keys and values."""
         keys = list(jax.random.split(key, 7)) if key is not None else [None] * 7
-        q, k, v = self.qkv(self.norm1(x), positions, keys[:3])
+        q, k, v = self.attention_inputs(self.norm1(x), positions, keys[:3])
         x = x + self.out(attend(q, k, v, ends).reshape(*x.shape[:2], -1), keys[3])
         return x + self.mlp(self.norm2(x), keys[4:]), (k, v)
 
@@ -78,7 +87,7 @@ class DecoderLayer(nnx.Module):
     ) -> tuple[Float[Array, "B Q D"], tuple[Float[Array, "B Q T K d"], Float[Array, "B Q T K d"]]]:
         """One more token a leaf, at place `step` of its suffix; returns the output and the grown suffix."""
         none: list[PRNGKeyArray | None] = [None] * 3
-        q, k, v = self.qkv(self.norm1(x), positions, none)
+        q, k, v = self.attention_inputs(self.norm1(x), positions, none)
         suffix = tuple(
             jax.lax.dynamic_update_index_in_dim(cache, new.astype(cache.dtype), step, axis=2)
             for cache, new in zip(suffix, (k, v), strict=True)

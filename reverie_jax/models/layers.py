@@ -58,6 +58,7 @@ class Linear(nnx.Module):
         self.lora_b: nnx.LoRAParam[Array] | None = nnx.data(None)
         self.lora_scale = 0.0
         self.lora_dropout = 0.0
+        self.lora_on = True
 
     def __call__(self, x: Float[Array, "... inputs"], key: PRNGKeyArray | None = None) -> Float[Array, "... outputs"]:
         """Applies the layer in x's dtype.
@@ -69,7 +70,7 @@ class Linear(nnx.Module):
         y = x @ self.kernel[...].astype(x.dtype)
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
-        if self.lora_a is not None and self.lora_b is not None:
+        if self.lora_a is not None and self.lora_b is not None and self.lora_on:
             low = x
             if key is not None and self.lora_dropout:
                 keep = jax.random.bernoulli(key, 1 - self.lora_dropout, x.shape)

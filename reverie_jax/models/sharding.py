@@ -101,6 +101,13 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
 
 
+def mesh_of(state: Any) -> Mesh | None:
+    """The mesh that a state's parameters lie on, if it is one of ours."""
+    leaves = jax.tree.leaves(state)
+    mesh = getattr(getattr(leaves[0], "sharding", None), "mesh", None) if leaves else None
+    return mesh if isinstance(mesh, Mesh) and mesh.axis_names == MESH_AXES else None
+
+
 def constrain_rows(x: Array) -> Array:
     """Keeps an activation's rows spread over the mesh in use (`jax.set_mesh`); without one, does nothing."""
     mesh = jax.sharding.get_abstract_mesh()

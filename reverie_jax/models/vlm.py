@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, Protocol, runtime_checkable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -13,6 +15,22 @@ from reverie_jax.models.config import VLMConfig
 from reverie_jax.models.decoder import KV, Decoder
 from reverie_jax.models.sharding import constrain_rows
 from reverie_jax.models.vision import VisionTower, normalise
+
+
+@runtime_checkable
+class RowBatch(Protocol):
+    """What the model asks of a batch (`data.rows.Batch`)."""
+
+    @property
+    def tokens(self) -> Any: ...
+    @property
+    def positions(self) -> Any: ...
+    @property
+    def ends(self) -> Any: ...
+    @property
+    def features(self) -> Any: ...
+    @property
+    def pixels(self) -> Any: ...
 
 
 class VisionLanguageModel(nnx.Module):
@@ -71,6 +89,12 @@ class VisionLanguageModel(nnx.Module):
         """Final hidden states of rows of trees. Logits are `decoder.logits` of the states one wants, and no others."""
         x = self.embed(tokens, image_slots, pixels, train_tower=train_tower)
         return self.decoder(x, positions, ends, key=key, remat=remat)[0]
+
+    def __call__(self, batch: RowBatch) -> Float[Array, "B L V"]:
+        """Logits everywhere in a batch's rows, in the order of their trees. For tests and small use: they are large."""
+        return self.decoder.logits(
+            self.hidden(batch.tokens, batch.positions, batch.ends, batch.features, batch.pixels, remat=False)
+        )
 
     def prefill(
         self,

@@ -14,7 +14,8 @@ from orbax.checkpoint import v1 as ocp
 
 from reverie_jax.errors import UserError
 from reverie_jax.models import VisionLanguageModel
-from reverie_jax.models.checkpoints import fingerprint
+from reverie_jax.models.checkpoints import identity
+from reverie_jax.models.checkpoints.identity import Identity
 from reverie_jax.train.recipes import Recipe
 from reverie_jax.train.step import TrainState, adapt, trainable
 
@@ -53,13 +54,13 @@ class RunCheckpoints:
 
     Args:
         folder: the run's; made if absent.
-        base: fingerprint of the frozen weights.
+        base: identity of the frozen weights.
 
     Raises:
         ResumeError: the folder holds a run with another recipe, or on another base.
     """
 
-    def __init__(self, folder: Path, recipe: Recipe, base: str):
+    def __init__(self, folder: Path, recipe: Recipe, base: Identity):
         folder.mkdir(parents=True, exist_ok=True)
         self.identity = {"base": base, "recipe": json.loads(recipe.to_json())}
         if (folder / IDENTITY).exists():
@@ -109,7 +110,7 @@ class RunCheckpoints:
 
 
 def read_identity(folder: Path) -> dict[str, Any]:
-    """A run folder's recipe and base fingerprint.
+    """A run folder's recipe and base identity.
 
     Raises:
         ResumeError: it is no run folder, or its `run.json` is broken.
@@ -118,10 +119,10 @@ def read_identity(folder: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text("utf-8"))
         Recipe.from_json(json.dumps(found["recipe"]))
-        return {"base": str(found["base"]), "recipe": found["recipe"]}
+        return {"base": {str(part): str(sum) for part, sum in found["base"].items()}, "recipe": found["recipe"]}
     except OSError as error:
         raise ResumeError(f"{path}: cannot be read ({error.strerror}); `reverie train` writes it") from None
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ResumeError(f"{path}: does not say what run this is ({error!r})") from None
 
 
@@ -135,7 +136,7 @@ def load_run(model: VisionLanguageModel, folder: Path) -> Recipe:
         ResumeError: the folder holds no run, or one that was tuned on another base.
     """
     recipe = Recipe.from_json(json.dumps(read_identity(folder)["recipe"]))
-    checkpoints = RunCheckpoints(folder, recipe, fingerprint(model))
+    checkpoints = RunCheckpoints(folder, recipe, identity(model))
     if checkpoints.latest is None:
         raise ResumeError(f"{folder}: no whole checkpoint here")
     adapt(model, recipe)

@@ -16,11 +16,12 @@ from flax import nnx
 from jax.sharding import Mesh
 from rich.console import Console
 
-from reverie_jax.data.conversation import Encoder, ImageRecord
+from reverie_jax.data.conversation import ImageRecord
 from reverie_jax.data.pipeline import Survey, survey, training_batches
+from reverie_jax.data.processor import Processor
 from reverie_jax.errors import UserError
 from reverie_jax.models import VisionLanguageModel
-from reverie_jax.models.checkpoints import fingerprint
+from reverie_jax.models.checkpoints import identity
 from reverie_jax.models.sharding import batch_sharding, make_mesh, place
 from reverie_jax.train.checkpoint import ResumeError, RunCheckpoints
 from reverie_jax.train.metrics import MetricsLog
@@ -45,7 +46,7 @@ class TrainResult:
 
 def train(
     model: VisionLanguageModel,
-    encoder: Encoder,
+    processor: Processor,
     source: Sequence[ImageRecord],
     recipe: Recipe,
     folder: Path,
@@ -68,8 +69,8 @@ def train(
     """
     started = time.perf_counter()
     mesh = mesh or make_mesh()
-    found = survey(source, encoder, recipe.row, recipe.teach)
-    base = fingerprint(model)
+    found = survey(source, processor.encoder, recipe.row, recipe.teach)
+    base = identity(model)
     adapt(model, recipe)
     graph, params, frozen = nnx.split(model, trainable, ...)  # type: ignore[misc]
     params, frozen = place(params, mesh), place(frozen, mesh)
@@ -79,10 +80,9 @@ def train(
     batches = iter(
         training_batches(
             source,
-            encoder,
+            processor,
             recipe.row,
             rows=recipe.rows,
-            image_size=model.config.vision.image_size,
             teach=recipe.teach,
             seed=recipe.seed,
         )

@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from reverie_jax.data.rows import Batch
+from reverie_jax.errors import UserError
 from reverie_jax.models import VisionLanguageModel, lora
 from reverie_jax.train.objective import edge_loss
 from reverie_jax.train.recipes import Recipe
@@ -44,7 +45,22 @@ def trainable(path: tuple[Any, ...], value: Any) -> bool:
 
 
 def adapt(model: VisionLanguageModel, recipe: Recipe) -> None:
-    """Fresh adapters as the recipe has them, in place."""
+    """Fresh adapters as the recipe has them, in place; adapters that the model has already are tuned further.
+
+    Raises:
+        UserError: it has some, of another rank or scale than the recipe's.
+    """
+    carriers = list(lora.adapters(model))
+    for path, layer, a, _ in carriers:
+        found = a.shape[-1], layer.lora_scale
+        if found != (recipe.rank, recipe.alpha / recipe.rank):
+            raise UserError(
+                f"the adapter on {path} has rank {found[0]} and scale {found[1]:g}; the recipe asks for rank {recipe.rank}"
+                f" and scale {recipe.alpha / recipe.rank:g}: set rank and alpha to go on with it, or merge it first"
+            )
+        layer.lora_dropout = recipe.dropout
+    if carriers:
+        return
     lora.attach(
         model, rank=recipe.rank, alpha=recipe.alpha, dropout=recipe.dropout, targets=recipe.targets, seed=recipe.seed
     )

@@ -26,8 +26,19 @@ class WordTokenizer:
     def __init__(self) -> None:
         self.words = {id: word for word, id in self.special.items()}
 
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        assert not add_special_tokens, "the encoder places special tokens itself"
+    @property
+    def eos_token(self) -> str | None:
+        return None if self.eos_token_id is None else "</s>"
+
+    def __call__(self, text: str, *, return_offsets_mapping: bool) -> dict[str, list]:
+        ids = self.encode(text)
+        ends = np.cumsum([len(self.words[id]) for id in ids]).tolist()
+        spans = list(zip([0, *ends], ends, strict=False))
+        if self.bos_token_id is not None:
+            ids, spans = [self.bos_token_id, *ids], [(0, 0), *spans]
+        return {"input_ids": ids, "offset_mapping": spans}
+
+    def encode(self, text: str) -> list[int]:
         pieces = re.findall(r"<s>|</s>|<image>|\s*(?:(?!<s>|</s>|<image>)\S)+|\s+", text)
         assert "".join(pieces) == text
         ids = [self.special.get(piece) or 10 + zlib.crc32(piece.encode()) % 1_000_000 for piece in pieces]

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from reverie_jax.data.conversation import IMAGE, Conversation, Encoder, ImageRecord, Turn
 from reverie_jax.data.pipeline import Picture, question_batches, survey, taught, training_batches, trees
+from reverie_jax.data.processor import Processor
 from reverie_jax.data.records import DataError, RecordSource, write_records
 from reverie_jax.data.rows import Batch, RowShape
 from reverie_jax.data.sources import reverie
@@ -302,9 +303,13 @@ def encoder() -> Encoder:
     return Encoder(WordTokenizer(), "llava-hf", PATCHES, IMAGE_ID)
 
 
+def processor() -> Processor:
+    return Processor(encoder(), SIDE)
+
+
 def batches(source: list[ImageRecord], *, images: int = 1, seed: int = 0, teach: str = "rationales", length: int = 90):
     shape = RowShape(tokens=length, images=images, edges=60)
-    return training_batches(source, encoder(), shape, rows=2, image_size=SIDE, teach=teach, seed=seed)
+    return training_batches(source, processor(), shape, rows=2, teach=teach, seed=seed)
 
 
 def equal(one: Batch, other: Batch) -> bool:
@@ -361,7 +366,12 @@ def test_arms_teach_their_own_words(teach):
     source, words = records(4), encoder()
     (batch,) = take(batches(source, teach=teach), 1)
     spoken = {t for record in source for talk in taught(record, teach) for t in words(talk).ids.tolist()}
-    rationale = {t for record in source for talk in record.conversations for t in words.text(" " + talk.turns[3].text)}
+    rationale = {
+        t
+        for record in source
+        for talk in record.conversations
+        for t in words.tokenizer.encode(" " + talk.turns[3].text)
+    }
     targets = set(batch.target[batch.weight > 0].tolist())
     assert targets <= spoken
     assert bool(targets & (rationale - {t for r in source for k in taught(r, "responses") for t in words(k).ids})) == (
@@ -412,9 +422,9 @@ def test_every_question_is_asked_once():
     for index, count in enumerate((5, 1, 3)):
         asked = [(next(number), open_talk(f"Is there x{n} here?")) for n in range(count)]
         pictures.append(Picture(f"p{index}", png((index, 0, 0)), asked))
-    shape, words = RowShape(tokens=40, images=1, leaves=2), encoder()
+    shape, words = RowShape(tokens=40, images=1, leaves=2), processor()
     found = {}
-    for batch in question_batches(pictures, words, shape, rows=4, image_size=SIDE):
+    for batch in question_batches(pictures, words, shape, rows=4):
         assert len(batch.tokens) == 4
         for b, q in np.argwhere(batch.questions >= 0):
             leaf, ends = batch.leaves[b, q], batch.ends[b]
@@ -422,7 +432,9 @@ def test_every_question_is_asked_once():
             assert int(batch.questions[b, q]) not in found
             middle = batch.pixels[b, 0, SIDE // 2, SIDE // 2]
             found[int(batch.questions[b, q])] = (path, tuple(middle.tolist()))
-    wanted = {n: (words(t).ids.tolist(), (index, 0, 0)) for index, p in enumerate(pictures) for n, t in p.questions}
+    wanted = {
+        n: (words.encoder(t).ids.tolist(), (index, 0, 0)) for index, p in enumerate(pictures) for n, t in p.questions
+    }
     assert found == wanted
 
 
@@ -430,5 +442,5 @@ def test_too_long_question_names_its_picture():
     asked = [(0, Conversation((Turn("user", f"{IMAGE}\n" + "word " * 60),)))]
     shape = RowShape(tokens=40, images=1, leaves=2)
     with pytest.raises(DataError) as error:
-        list(question_batches([Picture("p0", png(), asked)], encoder(), shape, rows=1, image_size=SIDE))
+        list(question_batches([Picture("p0", png(), asked)], processor(), shape, rows=1))
     one_line(error, "p0")

@@ -29,7 +29,9 @@ class Sizes:
 
     @property
     def ours(self) -> VLMConfig:
-        return VLMConfig(self.vision, self.text, feature_layer=self.feature_layer, image_token_id=IMAGE)
+        return VLMConfig(
+            self.vision, self.text, feature_layer=self.feature_layer, image_token_id=IMAGE, image_aspect="square"
+        )
 
 
 GROUPED = Sizes(

@@ -8,7 +8,7 @@ import torch
 from flax import nnx
 from peft import LoraConfig, get_peft_model
 
-from reverie_jax.models.checkpoints import fingerprint, read_model
+from reverie_jax.models.checkpoints import identity, read_model
 from reverie_jax.models.lora import attach, linears, merge
 from tests.models.oracle import GROUPED, flat, llava, llava_logits, logits, picture_rows, random_model, saved
 
@@ -213,11 +213,11 @@ def test_attaching_again_after_a_merge():
     np.testing.assert_array_equal(logits(model, picture_rows()), before)
 
 
-def test_fingerprint_is_the_bases():
-    assert fingerprint(adapted(scale=0.1)) == fingerprint(random_model())
+def test_identity_is_the_bases():
+    assert identity(adapted(scale=0.1)) == identity(random_model())
 
 
-def test_fingerprint_tells_a_merged_model_from_its_base():
+def test_identity_tells_a_merged_model_from_its_base():
     model = adapted(scale=0.1)
     merge(model)
-    assert fingerprint(model) != fingerprint(random_model())
+    assert identity(model) != identity(random_model())

@@ -46,13 +46,13 @@ def interrupted(recipe, folder, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(MetricsLog, "write", write_then_stop)
         with pytest.raises(KeyboardInterrupt):
-            train(tiny.model(), tiny.encoder(), tiny.records(), recipe, folder)
+            train(tiny.model(), tiny.processor(), tiny.records(), recipe, folder)
 
 
 def test_adapters_and_projector_move_and_nothing_else(tmp_path):
     model = tiny.model()
     before = dict(tiny.flat(model))
-    train(model, tiny.encoder(), tiny.records(), tiny.recipe(steps=4), tmp_path)
+    train(model, tiny.processor(), tiny.records(), tiny.recipe(steps=4), tmp_path)
     after = dict(tiny.flat(model))
     moved = {path for path in before if not np.array_equal(before[path], after[path])}
     assert moved == {path for path in before if path.startswith("projector.")}
@@ -60,7 +60,7 @@ def test_adapters_and_projector_move_and_nothing_else(tmp_path):
 
 
 def test_loss_falls(tmp_path):
-    train(tiny.model(), tiny.encoder(), tiny.records(), tiny.recipe(steps=30, rate=2e-2), tmp_path)
+    train(tiny.model(), tiny.processor(), tiny.records(), tiny.recipe(steps=30, rate=2e-2), tmp_path)
     losses = [row["loss"] for row in read_metrics(tmp_path)]
     assert len(losses) == 30
     assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.2
@@ -70,8 +70,8 @@ def test_loss_falls(tmp_path):
 def test_a_mesh_gives_the_losses_of_one_device(tmp_path, shape):
     # Twenty steps, dropout on: losses within 1e-4.
     recipe = tiny.recipe(steps=20, rows=4)
-    train(tiny.model(), tiny.encoder(), tiny.records(), recipe, tmp_path / "one")
-    train(tiny.model(), tiny.encoder(), tiny.records(), recipe, tmp_path / "mesh", mesh=make_mesh(*shape))
+    train(tiny.model(), tiny.processor(), tiny.records(), recipe, tmp_path / "one")
+    train(tiny.model(), tiny.processor(), tiny.records(), recipe, tmp_path / "mesh", mesh=make_mesh(*shape))
     one, mesh = ([row["loss"] for row in read_metrics(tmp_path / name)] for name in ("one", "mesh"))
     assert len(one) == 20
     assert np.abs(np.asarray(one) - np.asarray(mesh)).max() < 1e-4
@@ -80,11 +80,11 @@ def test_a_mesh_gives_the_losses_of_one_device(tmp_path, shape):
 def test_resumed_run_equals_uninterrupted_one_bit_for_bit(tmp_path, monkeypatch):
     recipe = tiny.recipe(steps=9, save_every=3)
     whole = tiny.model()
-    train(whole, tiny.encoder(), tiny.records(), recipe, tmp_path / "whole")
+    train(whole, tiny.processor(), tiny.records(), recipe, tmp_path / "whole")
     interrupted(recipe, tmp_path / "cut", monkeypatch)
     assert len(read_metrics(tmp_path / "cut")) == 5
     again = tiny.model()
-    result = train(again, tiny.encoder(), tiny.records(), recipe, tmp_path / "cut")
+    result = train(again, tiny.processor(), tiny.records(), recipe, tmp_path / "cut")
     assert result.steps == 6
     assert same(leaves(whole)[0], leaves(again)[0])
     assert [row["step"] for row in read_metrics(tmp_path / "cut")] == list(range(1, 10))
@@ -96,7 +96,7 @@ def test_killed_run_resumes_bit_identical(tmp_path):
     """SIGKILL in mid-run, in a process of its own."""
     command = [sys.executable, "-m", "tests.train.tiny", str(tmp_path / "killed")]
     whole = tiny.model()
-    train(whole, tiny.encoder(), tiny.records(), tiny.KILL_RECIPE, tmp_path / "whole")
+    train(whole, tiny.processor(), tiny.records(), tiny.KILL_RECIPE, tmp_path / "whole")
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     metrics = tmp_path / "killed" / "metrics.jsonl"
@@ -109,7 +109,7 @@ def test_killed_run_resumes_bit_identical(tmp_path):
     steps = len(read_metrics(tmp_path / "killed"))
     assert 14 <= steps < tiny.KILL_RECIPE.steps, "the run was not killed in its middle"
     again = tiny.model()
-    result = train(again, tiny.encoder(), tiny.records(), tiny.KILL_RECIPE, tmp_path / "killed")
+    result = train(again, tiny.processor(), tiny.records(), tiny.KILL_RECIPE, tmp_path / "killed")
     assert 0 < result.steps < tiny.KILL_RECIPE.steps
     assert same(leaves(whole)[0], leaves(again)[0])
     rows = read_metrics(tmp_path / "killed")
@@ -119,17 +119,17 @@ def test_killed_run_resumes_bit_identical(tmp_path):
 def test_checkpoint_resumes_on_another_mesh(tmp_path, monkeypatch):
     recipe = tiny.recipe(steps=6, save_every=3, rows=4)
     whole = tiny.model()
-    train(whole, tiny.encoder(), tiny.records(), recipe, tmp_path / "whole")
+    train(whole, tiny.processor(), tiny.records(), recipe, tmp_path / "whole")
     interrupted(recipe, tmp_path / "cut", monkeypatch)
     again = tiny.model()
-    train(again, tiny.encoder(), tiny.records(), recipe, tmp_path / "cut", mesh=make_mesh(2, 2, 1))
+    train(again, tiny.processor(), tiny.records(), recipe, tmp_path / "cut", mesh=make_mesh(2, 2, 1))
     for a, b in zip(leaves(whole)[0], leaves(again)[0], strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 
 def test_a_half_written_checkpoint_never_shadows_the_last_good_one(tmp_path):
     recipe = tiny.recipe(steps=4, save_every=2)
-    train(tiny.model(), tiny.encoder(), tiny.records(), recipe, tmp_path)
+    train(tiny.model(), tiny.processor(), tiny.records(), recipe, tmp_path)
     newest = tmp_path / "checkpoints" / "4"
     for marker in newest.rglob("commit_success.txt"):
         marker.unlink()
@@ -141,7 +141,7 @@ def test_a_half_written_checkpoint_never_shadows_the_last_good_one(tmp_path):
 
 def test_checkpoints_hold_no_base_weights(tmp_path):
     model = tiny.model()
-    train(model, tiny.encoder(), tiny.records(), tiny.recipe(steps=2, save_every=2), tmp_path)
+    train(model, tiny.processor(), tiny.records(), tiny.recipe(steps=2, save_every=2), tmp_path)
     size = sum(path.stat().st_size for path in (tmp_path / "checkpoints").rglob("*") if path.is_file())
     trained, frozen = leaves(model)
     # Parameters and two moments, and some bookkeeping.
@@ -151,7 +151,7 @@ def test_checkpoints_hold_no_base_weights(tmp_path):
 
 def test_loaded_run_equals_the_model_in_memory(tmp_path):
     tuned = tiny.model()
-    train(tuned, tiny.encoder(), tiny.records(), tiny.recipe(steps=3), tmp_path)
+    train(tuned, tiny.processor(), tiny.records(), tiny.recipe(steps=3), tmp_path)
     loaded = tiny.model()
     load_run(loaded, tmp_path)
     assert same(leaves(tuned)[0], leaves(loaded)[0])
@@ -159,35 +159,39 @@ def test_loaded_run_equals_the_model_in_memory(tmp_path):
 
 
 def test_a_run_on_another_base_is_refused(tmp_path):
-    train(tiny.model(), tiny.encoder(), tiny.records(), tiny.recipe(steps=2), tmp_path)
+    train(tiny.model(), tiny.processor(), tiny.records(), tiny.recipe(steps=2), tmp_path)
     other = VisionLanguageModel(tiny.CONFIG, rngs=nnx.Rngs(7))
     with pytest.raises(ResumeError, match="base"):
-        train(other, tiny.encoder(), tiny.records(), tiny.recipe(steps=2), tmp_path)
+        train(other, tiny.processor(), tiny.records(), tiny.recipe(steps=2), tmp_path)
     with pytest.raises(ResumeError, match="base"):
         load_run(VisionLanguageModel(tiny.CONFIG, rngs=nnx.Rngs(7)), tmp_path)
 
 
 def test_another_recipe_in_the_same_folder_is_refused(tmp_path):
-    train(tiny.model(), tiny.encoder(), tiny.records(), tiny.recipe(steps=2), tmp_path)
+    train(tiny.model(), tiny.processor(), tiny.records(), tiny.recipe(steps=2), tmp_path)
     with pytest.raises(ResumeError, match="recipe"):
-        train(tiny.model(), tiny.encoder(), tiny.records(), tiny.recipe(steps=3), tmp_path)
+        train(tiny.model(), tiny.processor(), tiny.records(), tiny.recipe(steps=3), tmp_path)
 
 
 def test_no_resume_refuses_a_folder_with_a_run(tmp_path):
-    train(tiny.model(), tiny.encoder(), tiny.records(), tiny.recipe(steps=2), tmp_path)
+    train(tiny.model(), tiny.processor(), tiny.records(), tiny.recipe(steps=2), tmp_path)
     with pytest.raises(ResumeError, match="already"):
-        train(tiny.model(), tiny.encoder(), tiny.records(), tiny.recipe(steps=2), tmp_path, resume=False)
+        train(tiny.model(), tiny.processor(), tiny.records(), tiny.recipe(steps=2), tmp_path, resume=False)
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
     with pytest.raises(TrainingFailed, match="step 2"):
         train(
-            tiny.model(), tiny.encoder(), tiny.records(), tiny.recipe(steps=4, rate=float("inf"), warmup=0.0), tmp_path
+            tiny.model(),
+            tiny.processor(),
+            tiny.records(),
+            tiny.recipe(steps=4, rate=float("inf"), warmup=0.0),
+            tmp_path,
         )
 
 
 def test_metrics_say_what_a_user_needs(tmp_path):
-    train(tiny.model(), tiny.encoder(), tiny.records(), tiny.recipe(steps=2), tmp_path)
+    train(tiny.model(), tiny.processor(), tiny.records(), tiny.recipe(steps=2), tmp_path)
     row = read_metrics(tmp_path)[-1]
     wanted = {"loss", "grad_norm", "rate", "projector_rate", "tokens_per_second", "supervised", "packing", "input_wait"}
     assert wanted <= row.keys()

@@ -1,7 +1,8 @@
-"""A model, an encoder and records that train in a second. Run as a module, it trains into the folder it is given."""
+"""A model, a processor and records that train in a second. Run as a module, it trains into the folder it is given."""
 
 import dataclasses
 import io
+import re
 import sys
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import numpy as np
 from flax import nnx
 from PIL import Image
 
-from reverie_jax.data.conversation import Conversation, Encoder, ImageRecord, Turn
+from reverie_jax.data.conversation import Conversation, ImageRecord, Turn
+from reverie_jax.data.processor import Processor
 from reverie_jax.data.rows import RowShape
 from reverie_jax.models import TextConfig, VisionConfig, VisionLanguageModel, VLMConfig
 from reverie_jax.train.recipes import Recipe
@@ -24,17 +26,20 @@ CONFIG = VLMConfig(
 class Words:
     """A tokenizer of single characters: ids from 4 up."""
 
-    bos_token_id, eos_token_id = 1, 2
+    bos_token_id, eos_token_id, eos_token = 1, 2, "</s>"
 
-    def encode(self, text, *, add_special_tokens):
-        return [4 + ord(letter) % 190 for letter in text]
+    def __call__(self, text, *, return_offsets_mapping):
+        spans = [match.span() for match in re.finditer(r"<image>|</s>|.", text, re.DOTALL)]
+        special = {"<image>": 3, "</s>": 2}
+        ids = [special.get(text[a:b]) or 4 + ord(text[a]) % 190 for a, b in spans]
+        return {"input_ids": [1, *ids], "offset_mapping": [(0, 0), *spans]}
 
     def decode(self, ids, *, skip_special_tokens):
         return "".join(chr((id - 4) % 190) for id in ids if id > 3)
 
 
-def encoder():
-    return Encoder(Words(), "llava-hf", CONFIG.vision.patches, CONFIG.image_token_id)
+def processor():
+    return Processor.of(CONFIG, Words())
 
 
 def model():
@@ -90,4 +95,4 @@ KILL_RECIPE = recipe(steps=40, save_every=4)
 if __name__ == "__main__":
     from reverie_jax.train.loop import train
 
-    train(model(), encoder(), records(), KILL_RECIPE, Path(sys.argv[1]))
+    train(model(), processor(), records(), KILL_RECIPE, Path(sys.argv[1]))

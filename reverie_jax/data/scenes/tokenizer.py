@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from reverie_jax.data.conversation import IMAGE
@@ -24,6 +24,8 @@ def train_tokenizer(vocab: int, seed: int) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     bpe.train_from_iterator(texts(take(World.skewed(), "train", seed, 4000), seed), trainer)
+    # Every text begins with <s>; the file says so, whoever loads it.
+    bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", SPECIAL.index("<s>"))])
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         pad_token="<pad>",

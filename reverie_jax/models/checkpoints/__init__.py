@@ -1,6 +1,9 @@
-"""Checkpoints on disk: name tables, a strict reader, writers. The only part of `models` that touches files."""
+"""Checkpoints on disk: readers, writers, adapters, identities. The only part of `models` that touches files."""
 
+from reverie_jax.models.checkpoints.adapters import attach_adapter
 from reverie_jax.models.checkpoints.errors import CheckpointError
-from reverie_jax.models.checkpoints.llava_hf import fingerprint, read_config, read_model, write_model
+from reverie_jax.models.checkpoints.identity import identity
+from reverie_jax.models.checkpoints.read import read_config, read_model
+from reverie_jax.models.checkpoints.write import write_model
 
-__all__ = ["CheckpointError", "fingerprint", "read_config", "read_model", "write_model"]
+__all__ = ["CheckpointError", "attach_adapter", "identity", "read_config", "read_model", "write_model"]

@@ -1,0 +1,118 @@
+"""A checkpoint as a model and the processor that speaks its language."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from reverie_jax.data.processor import Processor, example_template
+from reverie_jax.models import VisionLanguageModel
+from reverie_jax.models.checkpoints import CheckpointError, attach_adapter, read_model
+from reverie_jax.models.checkpoints.files import resolve
+from reverie_jax.models.checkpoints.parts import recognise
+from reverie_jax.train.checkpoint import IDENTITY, load_run
+
+SCENES_BASE = "scenes-base"
+"""Names the small base that ships with the package."""
+
+_log = logging.getLogger(__name__)
+
+Paths = str | Path | Sequence[str | Path] | None
+
+
+def checkpoint_folder(name: str | Path) -> Path:
+    """The folder of a checkpoint: the shipped base by its name, a path as it is, else a hub id, downloaded.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    shipped = Path(__file__).parent / "data" / "scenes" / "base"
+    return shipped if str(name) == SCENES_BASE else resolve(name)
+
+
+def as_list(base: Paths) -> list[str | Path]:
+    if base is None:
+        return []
+    return [base] if isinstance(base, str | Path) else list(base)
+
+
+def load_model(
+    path: str | Path,
+    *,
+    base: Paths = None,
+    adapter: str | Path | None = None,
+    mesh: Mesh | None = None,
+    dtype: DTypeLike | None = None,
+) -> tuple[VisionLanguageModel, Processor]:
+    """A model and its processor from a checkpoint of any format that is read, recognised by its content.
+
+    Args:
+        path: a folder (llava-hf, original LLaVA, LLaVA-pp, a LLaVA LoRA folder, Orbax), an mm_projector.bin, a hub id
+            `owner/name[@revision]`, or "scenes-base".
+        base: the parts that `path` lacks: plain language model, CLIP.
+        adapter: a PEFT adapter, a LLaVA LoRA folder or a run folder of `reverie train`. It is kept apart from the
+            weights: `models.lora.merge` folds it in, `models.lora.switch` switches it off.
+        mesh: where the parameters go; one device by default.
+        dtype: of matrices and computation. As stored by default, but bfloat16 for float16 files on a TPU.
+
+    Raises:
+        CheckpointError: weights, configuration or tokenizer cannot be used; adapter and base do not go together.
+    """
+    folder, parts = checkpoint_folder(path), [checkpoint_folder(part) for part in as_list(base)]
+    model = read_model(folder, base=parts, dtype=None if dtype is None else jnp.dtype(dtype), mesh=mesh)
+    if dtype is None and model.compute_dtype == jnp.float16 and jax.default_backend() == "tpu":
+        _log.warning("%s: stored as float16, which TPUs do not compute in: read as bfloat16", folder)
+        del model
+        model = read_model(folder, base=parts, dtype=jnp.bfloat16, mesh=mesh)
+    if adapter is not None:
+        put_adapter(model, adapter)
+    return model, Processor.of(model.config, find_tokenizer(model, [folder, *parts]), example_template(folder))
+
+
+def put_adapter(model: VisionLanguageModel, adapter: str | Path) -> tuple[str, bool]:
+    """Puts an adapter folder of any kind on a model, in place.
+
+    Returns:
+        The base's name as the folder records it (empty where it does not), and whether it brought a projector.
+
+    Raises:
+        CheckpointError: it is none, or does not fit.
+        ResumeError: likewise, for run folders.
+    """
+    if (Path(adapter) / IDENTITY).exists():
+        load_run(model, Path(adapter))
+        return "", True
+    found = attach_adapter(model, adapter)
+    return found.base, found.projector
+
+
+def find_tokenizer(model: VisionLanguageModel, folders: Sequence[Path]) -> Any:
+    """The tokenizer of the first folder that has one.
+
+    Raises:
+        CheckpointError: none has, it cannot be read, or it does not go with the model.
+    """
+    from transformers import AutoTokenizer
+
+    homes = [folder if folder.is_dir() else folder.parent for folder in folders]
+    # CLIP has a tokenizer too, of another tower's.
+    homes = [home for home in homes if not (home / "config.json").exists() or recognise(home).kind != "clip"]
+    found = [home for home in homes if any((home / name).exists() for name in ("tokenizer.json", "tokenizer.model"))]
+    if not found:
+        raise CheckpointError(f"{', '.join(map(str, homes))}: no tokenizer.json or tokenizer.model")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(found[0], local_files_only=True)
+    except Exception as error:  # a broken file raises what its library likes: OSError, ValueError, bare Exception
+        raise CheckpointError(f"{found[0]}: the tokenizer cannot be read ({' '.join(str(error).split())})") from None
+    if len(tokenizer) > model.config.text.vocab:
+        raise CheckpointError(
+            f"{found[0]}: the tokenizer has {len(tokenizer)} entries, the model's vocabulary {model.config.text.vocab}"
+        )
+    return tokenizer

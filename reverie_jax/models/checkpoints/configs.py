@@ -1,0 +1,349 @@
+"""config.json in the dialects of llava-hf, original LLaVA, LLaMA, Phi-3 and CLIP, to architectures and back."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, get_args
+
+from reverie_jax.models.checkpoints.errors import CheckpointError
+from reverie_jax.models.checkpoints.files import read_json
+from reverie_jax.models.config import (
+    CLIP_TOWERS,
+    Activation,
+    ImageAspect,
+    ProjectorKind,
+    TextConfig,
+    TokenMode,
+    VisionConfig,
+    VLMConfig,
+)
+from reverie_jax.models.vision import CLIP_MEAN, CLIP_STD
+
+Json = dict[str, Any]
+
+LANGUAGE_MODELS = ("llama", "phi3")
+
+# What a config.json leaves out has the default of its transformers class: LlamaConfig, Phi3Config.
+_DEFAULTS: dict[str, Json] = {
+    "llama": {
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "intermediate_size": 11008,
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 2048,
+    },
+    "phi3": {
+        "vocab_size": 32064,
+        "hidden_size": 3072,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "intermediate_size": 8192,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 4096,
+    },
+}
+
+
+def _known(path: Path, part: Json, key: str, default: Any, known: tuple[Any, ...]) -> Any:
+    value = part.get(key)
+    value = default if value is None else value
+    if value not in known:
+        raise CheckpointError(f"{path}: {key} {value!r} is not supported here; {', '.join(map(str, known))} is")
+    return value
+
+
+def text_config(path: Path, raw: Json, kind: str) -> TextConfig:
+    """The decoder from a LLaMA's or Phi-3's keys.
+
+    Raises:
+        CheckpointError: it is something that this decoder is not, or its sizes do not go together.
+    """
+    raw = {**_DEFAULTS[kind], **{key: value for key, value in raw.items() if value is not None}}
+    if raw.get("tie_word_embeddings") or raw.get("attention_bias") or raw.get("mlp_bias"):
+        raise CheckpointError(f"{path}: tied embeddings and biases in the language model are not supported")
+    _known(path, raw, "hidden_act", "silu", ("silu",))
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise CheckpointError(f"{path}: rope_parameters or rope_scaling is {rope!r}, no object")
+    if (scaling := rope.get("rope_type", rope.get("type", "default"))) != "default":
+        raise CheckpointError(f"{path}: rope scaling {scaling!r} is not supported")
+    for part in (rope, raw):
+        _known(path, part, "partial_rotary_factor", 1.0, (1.0,))
+    try:
+        config = TextConfig(
+            vocab=raw["vocab_size"],
+            hidden=raw["hidden_size"],
+            layers=raw["num_hidden_layers"],
+            heads=raw["num_attention_heads"],
+            kv_heads=raw["num_key_value_heads"] if "num_key_value_heads" in raw else raw["num_attention_heads"],
+            head_dim=raw.get("head_dim", raw["hidden_size"] // raw["num_attention_heads"]),
+            mlp=raw["intermediate_size"],
+            norm_eps=float(raw["rms_norm_eps"]),
+            rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta", 10000.0)),
+            max_positions=raw["max_position_embeddings"],
+            fused=kind == "phi3",
+            sliding_window=raw.get("sliding_window") if kind == "phi3" else None,
+        )
+    except (ArithmeticError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: {str(error).splitlines()[0]}") from None
+    _whole(path, config)
+    _divides(path, config.heads, config.kv_heads, "num_attention_heads is no multiple of num_key_value_heads")
+    _divides(path, config.head_dim, 2, "head_dim is odd")
+    return config
+
+
+def vision_config(path: Path, raw: Json) -> VisionConfig:
+    """The tower from a CLIPVisionConfig's keys.
+
+    Raises:
+        CheckpointError: it is something that this tower is not, or its sizes do not go together.
+    """
+    _known(path, raw, "hidden_act", "quick_gelu", get_args(Activation))
+    try:
+        config = VisionConfig(
+            hidden=raw["hidden_size"],
+            layers=raw["num_hidden_layers"],
+            heads=raw["num_attention_heads"],
+            mlp=raw["intermediate_size"],
+            image_size=raw["image_size"],
+            patch_size=raw["patch_size"],
+            norm_eps=float(raw.get("layer_norm_eps", 1e-5)),
+            activation=raw.get("hidden_act", "quick_gelu"),
+        )
+    except KeyError as error:
+        raise CheckpointError(f"{path}: {error.args[0]!r} is missing in the vision tower's part") from None
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: {str(error).splitlines()[0]}") from None
+    _whole(path, config)
+    _divides(path, config.image_size, config.patch_size, "image_size is no multiple of patch_size")
+    _divides(path, config.hidden, config.heads, "the tower's hidden_size is no multiple of its num_attention_heads")
+    return config
+
+
+def _whole(path: Path, config: Any) -> None:
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if value is None and field.type == "int | None":
+            continue
+        if field.type in ("int", "int | None") and (type(value) is not int or value < 1):
+            raise CheckpointError(f"{path}: {field.name} is {value!r}, no positive whole number")
+
+
+def _divides(path: Path, whole: int, divisor: int, said: str) -> None:
+    if whole % divisor:
+        raise CheckpointError(f"{path}: {said} ({whole}, {divisor})")
+
+
+def _int(path: Path, key: str, value: Any) -> int:
+    if type(value) is not int:
+        raise CheckpointError(f"{path}: {key} is {value!r}, not one whole number")
+    return value
+
+
+def _checked(path: Path, config: VLMConfig) -> VLMConfig:
+    layer, states = config.feature_layer, config.vision.layers + 1
+    if not -states <= layer < states:
+        raise CheckpointError(f"{path}: vision_feature_layer {layer} is outside the tower's {states} hidden states")
+    return config
+
+
+def llava_hf_config(folder: Path, raw: Json) -> VLMConfig:
+    """The architecture of a llava-hf folder (`LlavaConfig`).
+
+    Raises:
+        CheckpointError: the file describes something that this model is not.
+    """
+    path = folder / "config.json"
+    text, vision = raw.get("text_config"), raw.get("vision_config")
+    if not isinstance(text, dict) or not isinstance(vision, dict):
+        raise CheckpointError(f"{path}: no text_config and vision_config")
+    kind = _known(path, text, "model_type", "llama", LANGUAGE_MODELS)
+    if raw.get("vision_feature_select_strategy", "default") != "default":
+        raise CheckpointError(f"{path}: vision_feature_select_strategy must be 'default' (class token dropped)")
+    _known(path, raw, "projector_hidden_act", "gelu", ("gelu",))
+    _known(path, raw, "multimodal_projector_bias", True, (True,))
+    try:
+        pads = read_json(folder / "preprocessor_config.json").get("do_pad") is True
+    except CheckpointError:
+        pads = False
+    key = "image_token_index" if "image_token_index" in raw else "image_token_id"
+    return _checked(
+        path,
+        VLMConfig(
+            vision=vision_config(path, vision),
+            text=text_config(path, text, kind),
+            feature_layer=_int(path, "vision_feature_layer", raw.get("vision_feature_layer", -2)),
+            image_token_id=_int(path, key, raw.get(key, 32000)),
+            template=str(raw.get("reverie_template", "phi3_instruct" if kind == "phi3" else "llava-hf")),
+            tokens=_known(path, raw, "reverie_tokens", "hf", get_args(TokenMode)),
+            image_aspect=_known(path, raw, "reverie_image_aspect", "pad" if pads else "square", get_args(ImageAspect)),
+            vision_tower=str(raw.get("reverie_vision_tower", "")),
+        ),
+    )
+
+
+def original_kind(raw: Json) -> str:
+    """Which language model stands in an original LLaVA's flat config."""
+    said = f"{raw.get('model_type', '')} {raw.get('architectures', '')}".lower()
+    return "phi3" if "phi" in said else "llama"
+
+
+def original_config(
+    path: Path, raw: Json, text: TextConfig, vision: VisionConfig, projector: ProjectorKind
+) -> VLMConfig:
+    """How the parts of an original LLaVA meet, from the `mm_*` keys of its config.json (none of them need be there).
+
+    Raises:
+        CheckpointError: they ask for something that this model does not do.
+    """
+    _known(path, raw, "mm_vision_select_feature", "patch", ("patch",))
+    _known(path, raw, "mm_use_im_start_end", False, (False,))
+    _known(path, raw, "mm_patch_merge_type", "flat", ("flat",))
+    aspect = _known(path, raw, "image_aspect_ratio", "square", get_args(ImageAspect))
+    if raw.get("mm_resampler_type"):
+        raise CheckpointError(f"{path}: mm_resampler_type {raw['mm_resampler_type']!r} is not supported")
+    layer = raw.get("mm_vision_select_layer")
+    return _checked(
+        path,
+        VLMConfig(
+            vision=vision,
+            text=text,
+            projector=projector,
+            feature_layer=_int(path, "mm_vision_select_layer", -2 if layer is None else layer),
+            # The format has no such token; a feature takes the place whatever stands there.
+            image_token_id=_int(path, "image_token_index", raw.get("image_token_index", 0)),
+            template=str(raw.get("reverie_template", "phi3_instruct" if text.fused else "vicuna_v1")),
+            tokens=_known(path, raw, "reverie_tokens", "reference", get_args(TokenMode)),
+            image_aspect=aspect,
+            vision_tower=tower_name(raw),
+        ),
+    )
+
+
+def tower_name(raw: Json) -> str:
+    return str(raw.get("mm_vision_tower") or raw.get("vision_tower") or "")
+
+
+def known_tower(name: str) -> VisionConfig | None:
+    """OpenAI's towers by the last part of their name: mirrors and local copies keep it."""
+    return {full.split("/")[-1]: config for full, config in CLIP_TOWERS.items()}.get(name.rstrip("/").split("/")[-1])
+
+
+def _text_json(text: TextConfig) -> Json:
+    return {
+        "vocab_size": text.vocab,
+        "hidden_size": text.hidden,
+        "num_hidden_layers": text.layers,
+        "num_attention_heads": text.heads,
+        "num_key_value_heads": text.kv_heads,
+        "head_dim": text.head_dim,
+        "intermediate_size": text.mlp,
+        "rms_norm_eps": text.norm_eps,
+        "rope_theta": text.rope_theta,
+        "max_position_embeddings": text.max_positions,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "tie_word_embeddings": False,
+        **(
+            {"original_max_position_embeddings": text.max_positions, "sliding_window": text.sliding_window}
+            if text.fused
+            else {"mlp_bias": False}
+        ),
+    }
+
+
+def _ours_json(config: VLMConfig) -> Json:
+    """What travels with a checkpoint and no other format has a key for."""
+    return {
+        "reverie_template": config.template,
+        "reverie_tokens": config.tokens,
+        "reverie_image_aspect": config.image_aspect,
+        **({"reverie_vision_tower": config.vision_tower} if config.vision_tower else {}),
+    }
+
+
+def llava_hf_json(config: VLMConfig, dtype: str, special: Json) -> Json:
+    """config.json of a llava-hf folder.
+
+    Args:
+        special: `bos_token_id`, `eos_token_id`, `pad_token_id`.
+    """
+    vision = config.vision
+    return {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "image_token_index": config.image_token_id,
+        "image_seq_length": vision.patches,
+        "projector_hidden_act": "gelu",
+        "multimodal_projector_bias": True,
+        "vision_feature_layer": config.feature_layer,
+        "vision_feature_select_strategy": "default",
+        "tie_word_embeddings": False,
+        "torch_dtype": dtype,
+        **_ours_json(config),
+        "vision_config": {
+            "model_type": "clip_vision_model",
+            "hidden_size": vision.hidden,
+            "num_hidden_layers": vision.layers,
+            "num_attention_heads": vision.heads,
+            "intermediate_size": vision.mlp,
+            "image_size": vision.image_size,
+            "patch_size": vision.patch_size,
+            "layer_norm_eps": vision.norm_eps,
+            "hidden_act": vision.activation,
+            "projection_dim": vision.hidden,
+        },
+        "text_config": {"model_type": "phi3" if config.text.fused else "llama", **_text_json(config.text), **special},
+    }
+
+
+def original_json(config: VLMConfig, dtype: str, special: Json) -> Json:
+    """Flat config.json of an original LLaVA (LLaVA-pp where the decoder is Phi-3)."""
+    phi = config.text.fused
+    tower = config.vision_tower or "vision_tower"
+    return {
+        "architectures": ["LlavaPhiForCausalLM" if phi else "LlavaLlamaForCausalLM"],
+        "model_type": "llava_phi" if phi else "llava_llama",
+        "torch_dtype": dtype,
+        **_text_json(config.text),
+        **special,
+        "use_cache": True,
+        "use_mm_proj": True,
+        "mm_vision_tower": tower,
+        "mm_hidden_size": config.vision.hidden,
+        "mm_projector_type": config.projector,
+        "mm_vision_select_layer": config.feature_layer,
+        "mm_vision_select_feature": "patch",
+        "mm_patch_merge_type": "flat",
+        "mm_use_im_start_end": False,
+        "mm_use_im_patch_token": False,
+        "image_aspect_ratio": config.image_aspect,
+        # Only where the tokenizer has such a token: the original has none.
+        **({"image_token_index": config.image_token_id} if config.tokens == "hf" else {}),
+        "freeze_mm_mlp_adapter": False,
+        "tune_mm_mlp_adapter": False,
+        **_ours_json(config),
+    }
+
+
+def preprocessor_json(config: VLMConfig) -> Json:
+    """preprocessor_config.json: transformers' LLaVA processor where pictures are padded, CLIP's where they are cropped."""
+    size, pads = config.vision.image_size, config.image_aspect == "pad"
+    return {
+        "image_processor_type": "LlavaImageProcessor" if pads else "CLIPImageProcessor",
+        **({"do_pad": True} if pads else {}),
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": size},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": size, "width": size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(CLIP_MEAN),
+        "image_std": list(CLIP_STD),
+    }

@@ -1,0 +1,130 @@
+"""Writers: llava-hf and original LLaVA, as safetensors in shards."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+from safetensors.numpy import save_file
+
+from reverie_jax.models.checkpoints.configs import llava_hf_json, original_json, preprocessor_json
+from reverie_jax.models.checkpoints.errors import CheckpointError
+from reverie_jax.models.checkpoints.files import write_json
+from reverie_jax.models.checkpoints.names import Entry, entries, original_name, to_theirs
+from reverie_jax.models.lora import set_like
+from reverie_jax.models.vlm import VisionLanguageModel
+
+SHARD_BYTES = 5_000_000_000
+LLAMA_SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+
+
+def write_model(
+    model: VisionLanguageModel,
+    folder: Path,
+    *,
+    dtype: DTypeLike | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    special: dict[str, Any] | None = None,
+) -> None:
+    """A folder that `LlavaForConditionalGeneration` opens: config.json, preprocessor_config.json, weights.
+
+    Args:
+        dtype: of all tensors; the model's own by default.
+        shard_bytes: largest file of weights.
+        special: `bos_token_id`, `eos_token_id`, `pad_token_id`; LLaMA's by default.
+
+    Raises:
+        CheckpointError: the model cannot be said in this format (linear projector, unmerged adapters).
+    """
+    config = model.config
+    if config.projector != "mlp2x_gelu":
+        raise CheckpointError("llava-hf has no linear projector; such a model cannot be written in its format")
+    _no_adapters(model)
+    dtype = np.dtype(model.compute_dtype if dtype is None else dtype)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_weights(model, folder, dtype, shard_bytes, {entry.path: entry.names for entry in entries(config)})
+    write_json(folder / "config.json", llava_hf_json(config, dtype.name, special or LLAMA_SPECIAL))
+    write_json(folder / "preprocessor_config.json", preprocessor_json(config))
+
+
+def write_original(
+    model: VisionLanguageModel,
+    folder: Path,
+    *,
+    dtype: DTypeLike | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    special: dict[str, Any] | None = None,
+) -> None:
+    """A folder in original LLaVA's format, vision tower included; arguments and errors as `write_model`'s."""
+    _no_adapters(model)
+    dtype = np.dtype(model.compute_dtype if dtype is None else dtype)
+    folder.mkdir(parents=True, exist_ok=True)
+    kind = model.config.projector
+    names = {entry.path: [original_name(name, kind) for name in entry.names] for entry in entries(model.config)}
+    _write_weights(model, folder, dtype, shard_bytes, names)
+    write_json(folder / "config.json", original_json(model.config, dtype.name, special or LLAMA_SPECIAL))
+
+
+def _no_adapters(model: VisionLanguageModel) -> None:
+    if nnx.to_flat_state(nnx.state(model, nnx.LoRAParam)).leaves:
+        raise CheckpointError("the model carries adapters, which this format has no place for; merge adapters first")
+
+
+def _write_weights(
+    model: VisionLanguageModel, folder: Path, dtype: np.dtype, shard_bytes: int, names: dict[str, list[str]]
+) -> None:
+    """Shards are filled in the table's order and written one by one: the host holds one shard beside the model."""
+    values = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    table = entries(model.config)
+    plan: list[list[tuple[Entry, int]]] = [[]]
+    room = shard_bytes
+    for entry in table:
+        size = values[entry.path].size * dtype.itemsize // len(entry.names)
+        for layer in range(len(entry.names)):
+            if size > room and plan[-1]:
+                plan.append([])
+                room = shard_bytes
+            plan[-1].append((entry, layer))
+            room -= size
+    files = [_shard_name(number, len(plan)) for number in range(len(plan))]
+    weight_map: dict[str, str] = {}
+    total = 0
+    for file, members in zip(files, plan, strict=True):
+        shard: dict[str, np.ndarray] = {}
+        for entry, layer in members:
+            value = values[entry.path].get_value()
+            piece = np.asarray(value if entry.layers is None else value[layer]).astype(dtype, copy=False)
+            shard[names[entry.path][layer]] = to_theirs(entry.turn, piece, model.config.vision.patch_size)
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file)
+        total += sum(array.nbytes for array in shard.values())
+    if len(files) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        write_json(folder / "model.safetensors.index.json", index)
+
+
+def _shard_name(number: int, count: int) -> str:
+    return "model.safetensors" if count == 1 else f"model-{number + 1:05}-of-{count:05}.safetensors"
+
+
+def resize_vocabulary(model: VisionLanguageModel, rows: int) -> None:
+    """Cuts embedding and head to `rows`, or adds rows that are the mean of the others, in place."""
+    decoder = model.decoder
+    embedding, head = decoder.embedding.get_value(), decoder.head.kernel.get_value()
+    more = rows - embedding.shape[0]
+    if more > 0:
+        mean_row = embedding.astype(jnp.float32).mean(0, keepdims=True).astype(embedding.dtype)
+        mean_column = head.astype(jnp.float32).mean(1, keepdims=True).astype(head.dtype)
+        embedding = jnp.concatenate([embedding, jnp.repeat(mean_row, more, 0)])
+        head = jnp.concatenate([head, jnp.repeat(mean_column, more, 1)], axis=1)
+    set_like(decoder.embedding, embedding[:rows])
+    set_like(decoder.head.kernel, head[:, :rows])
+    text = dataclasses.replace(model.config.text, vocab=rows)
+    model.config = dataclasses.replace(model.config, text=text)
+    decoder.config = text
+    decoder.head.outputs = rows
