@@ -92,9 +92,8 @@ class VisionLanguageModel(nnx.Module):
 
     def __call__(self, batch: RowBatch) -> Float[Array, "B L V"]:
         """Logits everywhere in a batch's rows, in the order of their trees. For tests and small use: they are large."""
-        return self.decoder.logits(
-            self.hidden(batch.tokens, batch.positions, batch.ends, batch.features, batch.pixels, remat=False)
-        )
+        rows = (batch.tokens, batch.positions, batch.ends, batch.features, batch.pixels)
+        return self.decoder.logits(self.hidden(*map(jnp.asarray, rows), remat=False))
 
     def prefill(
         self,

@@ -247,6 +247,8 @@ def new_folder(path: Path) -> Iterator[Path]:
         umask = os.umask(0)
         os.umask(umask)
         part.chmod(0o777 & ~umask)
+        for path_in in part.rglob("*"):  # safetensors writes for the owner alone
+            path_in.chmod((0o777 if path_in.is_dir() else 0o666) & ~umask)
         if path.exists():
             path.rmdir()
         part.rename(path)
