@@ -18,17 +18,29 @@ class BrokenImage(UserError):
     """Bytes that are no readable picture; the message says which and why."""
 
 
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A picture of any of Pillow's modes in 8-bit RGB: palettes looked up, transparency dropped, as `convert` does.
+
+    16-bit grey, which `convert` would clip to white, keeps its upper byte.
+    """
+    if image.mode.startswith("I"):
+        grey = np.asarray(image)
+        if image.mode != "I" or grey.max(initial=0) > 255:
+            return Image.fromarray((grey >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode == "La":  # premultiplied; Pillow knows the way back, and no shorter one
+        image = image.convert("LA")
+    return image.convert("RGB")
+
+
 def decode(encoded: bytes, name: str) -> Image.Image:
-    """An encoded file as RGB.
+    """An encoded file as RGB. Its EXIF orientation is not applied: original LLaVA opens and converts, and no more.
 
     Raises:
         BrokenImage: the bytes cannot be read as a picture.
     """
     try:
         with Image.open(io.BytesIO(encoded)) as image:
-            if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip to white
-                return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-            return image.convert("RGB")
+            return to_rgb(image)
     except UnidentifiedImageError:
         raise BrokenImage(f"{name}: not a readable picture (unknown format)") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

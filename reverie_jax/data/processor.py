@@ -15,7 +15,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from reverie_jax.data.conversation import IMAGE, Conversation, Encoder, ImageRecord, Turn
-from reverie_jax.data.images import decode, preprocess
+from reverie_jax.data.images import decode, preprocess, to_rgb
 from reverie_jax.data.rows import Batch, RowShape, element, pack, stack
 from reverie_jax.data.templates import Template, v0
 from reverie_jax.data.tree import grow
@@ -127,7 +127,7 @@ def ask(image: str | Path | bytes | Image.Image | None, *questions: str) -> Imag
     name = str(image) if isinstance(image, str | Path) else "picture"
     if isinstance(image, Image.Image):
         buffer = io.BytesIO()
-        image.convert("RGB").save(buffer, format="PNG")
+        to_rgb(image).save(buffer, format="PNG")
         encoded = buffer.getvalue()
     elif isinstance(image, str | Path):
         try:
