@@ -187,14 +187,11 @@ class Ask:
 
 @dataclasses.dataclass(frozen=True)
 class Convert:
-    """Turn a checkpoint into another format: what was tuned elsewhere comes in, what was tuned here goes out.
-
-    Read, recognised by content: llava-hf, original LLaVA and LLaVA-pp (.bin or safetensors), their LoRA folders (with
-    the language model and CLIP as --base), a projector (likewise), our own Orbax.
-    """
+    """Turn a checkpoint into another format: what was tuned elsewhere comes in, what was tuned here goes out."""
 
     src: Positional[str]
-    """Folder, mm_projector.bin or hub id (owner/name@revision)."""
+    """Folder, or hub id (owner/name@revision), recognised by its content: llava-hf, original LLaVA or LLaVA-pp (.bin or
+    safetensors), their LoRA folders or a mm_projector.bin (with language model and CLIP as --base), Orbax."""
     dst: Positional[Path]
     """Folder to write; it must not be there yet, and appears when it is whole."""
     to: str

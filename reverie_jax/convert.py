@@ -233,7 +233,7 @@ def _write_card(folder: Path, model: VisionLanguageModel, to: Format, source: So
         "projector": config.projector,
         "pictures": "padded to squares" if config.image_aspect == "pad" else "cropped to squares",
         "prompt": f"template `{config.template}`, tokens `{config.tokens}`",
-        "base": ", ".join(f"{part} `{sum}`" for part, sum in source.identity.items()),
+        "base" if carried else "identity": ", ".join(f"{part} `{sum}`" for part, sum in source.identity.items()),
     }
     if carried:
         size = sum(a.size + b.size for _, _, a, b in carried)

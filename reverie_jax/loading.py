@@ -100,6 +100,7 @@ def find_tokenizer(model: VisionLanguageModel, folders: Sequence[Path]) -> Any:
         CheckpointError: none has, it cannot be read, or it does not go with the model.
     """
     from transformers import AutoTokenizer
+    from transformers.utils import logging as transformers_logging
 
     homes = [folder if folder.is_dir() else folder.parent for folder in folders]
     # CLIP has a tokenizer too, of another tower's.
@@ -107,10 +108,14 @@ def find_tokenizer(model: VisionLanguageModel, folders: Sequence[Path]) -> Any:
     found = [home for home in homes if any((home / name).exists() for name in ("tokenizer.json", "tokenizer.model"))]
     if not found:
         raise CheckpointError(f"{', '.join(map(str, homes))}: no tokenizer.json or tokenizer.model")
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # it warns of every config.json that is not one of its own
     try:
         tokenizer = AutoTokenizer.from_pretrained(found[0], local_files_only=True)
     except Exception as error:  # a broken file raises what its library likes: OSError, ValueError, bare Exception
         raise CheckpointError(f"{found[0]}: the tokenizer cannot be read ({' '.join(str(error).split())})") from None
+    finally:
+        transformers_logging.set_verbosity(level)
     if len(tokenizer) > model.config.text.vocab:
         raise CheckpointError(
             f"{found[0]}: the tokenizer has {len(tokenizer)} entries, the model's vocabulary {model.config.text.vocab}"

@@ -24,6 +24,9 @@ Json = dict[str, Any]
 
 LANGUAGE_MODELS = ("llama", "phi3")
 
+TOWER_KEY = "reverie_vision_config"
+"""In an original LLaVA's config.json that we wrote: the sizes of the tower, which the format keeps in another repository."""
+
 # What a config.json leaves out has the default of its transformers class: LlamaConfig, Phi3Config.
 _DEFAULTS: dict[str, Json] = {
     "llama": {
@@ -255,6 +258,21 @@ def _text_json(text: TextConfig) -> Json:
     }
 
 
+def _vision_json(vision: VisionConfig) -> Json:
+    return {
+        "model_type": "clip_vision_model",
+        "hidden_size": vision.hidden,
+        "num_hidden_layers": vision.layers,
+        "num_attention_heads": vision.heads,
+        "intermediate_size": vision.mlp,
+        "image_size": vision.image_size,
+        "patch_size": vision.patch_size,
+        "layer_norm_eps": vision.norm_eps,
+        "hidden_act": vision.activation,
+        "projection_dim": vision.hidden,
+    }
+
+
 def _ours_json(config: VLMConfig) -> Json:
     """What travels with a checkpoint and no other format has a key for."""
     return {
@@ -271,12 +289,11 @@ def llava_hf_json(config: VLMConfig, dtype: str, special: Json) -> Json:
     Args:
         special: `bos_token_id`, `eos_token_id`, `pad_token_id`.
     """
-    vision = config.vision
     return {
         "architectures": ["LlavaForConditionalGeneration"],
         "model_type": "llava",
         "image_token_index": config.image_token_id,
-        "image_seq_length": vision.patches,
+        "image_seq_length": config.vision.patches,
         "projector_hidden_act": "gelu",
         "multimodal_projector_bias": True,
         "vision_feature_layer": config.feature_layer,
@@ -284,18 +301,7 @@ def llava_hf_json(config: VLMConfig, dtype: str, special: Json) -> Json:
         "tie_word_embeddings": False,
         "torch_dtype": dtype,
         **_ours_json(config),
-        "vision_config": {
-            "model_type": "clip_vision_model",
-            "hidden_size": vision.hidden,
-            "num_hidden_layers": vision.layers,
-            "num_attention_heads": vision.heads,
-            "intermediate_size": vision.mlp,
-            "image_size": vision.image_size,
-            "patch_size": vision.patch_size,
-            "layer_norm_eps": vision.norm_eps,
-            "hidden_act": vision.activation,
-            "projection_dim": vision.hidden,
-        },
+        "vision_config": _vision_json(config.vision),
         "text_config": {"model_type": "phi3" if config.text.fused else "llama", **_text_json(config.text), **special},
     }
 
@@ -325,6 +331,7 @@ def original_json(config: VLMConfig, dtype: str, special: Json) -> Json:
         **({"image_token_index": config.image_token_id} if config.tokens == "hf" else {}),
         "freeze_mm_mlp_adapter": False,
         "tune_mm_mlp_adapter": False,
+        TOWER_KEY: _vision_json(config.vision),
         **_ours_json(config),
     }
 

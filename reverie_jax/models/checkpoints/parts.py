@@ -11,6 +11,7 @@ import numpy as np
 
 from reverie_jax.models.checkpoints.configs import (
     LANGUAGE_MODELS,
+    TOWER_KEY,
     known_tower,
     llava_hf_config,
     original_config,
@@ -241,6 +242,8 @@ def _original(settings: Part, under: Part, tower: Part | None, projector: Part |
     if tower is None and said and Path(said).is_dir():
         tower = recognise(said)
     sizes = known_tower(said)
+    if isinstance(ours := raw.get(TOWER_KEY), dict):
+        sizes = vision_config(config, ours)
     if tower is None and (not inside or sizes is None):
         try:
             tower = recognise(said)
