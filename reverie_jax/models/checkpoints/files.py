@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -257,5 +258,9 @@ def new_folder(path: Path) -> Iterator[Path]:
     except SafetensorError as error:  # the library's way to say that the disk is full
         raise CheckpointError(f"{path}: cannot be written ({error}); nothing was left") from error
     finally:
-        if part is not None and part.exists():
+        for _ in range(20):  # a writer's own threads may still be at it when its error arrives
+            if part is None or not part.exists():
+                break
             shutil.rmtree(part, ignore_errors=True)
+            if part.exists():
+                time.sleep(0.5)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +25,39 @@ from reverie_jax.models.vlm import VisionLanguageModel
 
 PARAMS = "params"
 
-# Stacked matrices of a 7B model are 3 GB each: written and read in pieces, no two of them are in flight at once.
 _CHUNK_BYTES = 128 * 2**20
-_IN_FLIGHT_BYTES = 2**30
 
 
-def _context() -> ocp.Context:
+def _context(largest: int) -> ocp.Context:
+    """Stacked matrices of a 7B model are 3 GB each: they go in pieces, and no two of them at once."""
     context = ocp.Context()
     context.array.saving.storage_options.chunk_byte_size = _CHUNK_BYTES
     context.array.saving.use_compression = False  # weights do not compress
-    context.memory.write_concurrent_bytes = _IN_FLIGHT_BYTES
-    context.memory.read_concurrent_bytes = _IN_FLIGHT_BYTES
+    context.memory.write_concurrent_bytes = largest
+    context.memory.read_concurrent_bytes = largest
+    context.memory.transfer_concurrent_bytes = largest
+    context.memory.deepcopy_host_arrays = False  # nothing changes them: this save is waited for
     return context
+
+
+def _room(tree: Any) -> int:
+    """Room for the largest parameter: Orbax refuses what is not smaller than its limit."""
+    return 2**20 + max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+@contextlib.contextmanager
+def _one_line(folder: Path, done: str) -> Iterator[None]:
+    """Orbax has no error of its own: ValueError, KeyError, FileNotFoundError, TensorStore's. It also logs each at length."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{folder / PARAMS}: cannot be {done} ({reason[:300]})") from error
+    finally:
+        logger.setLevel(level)
 
 
 def write_model(model: VisionLanguageModel, folder: Path) -> None:
@@ -45,8 +69,9 @@ def write_model(model: VisionLanguageModel, folder: Path) -> None:
     if nnx.to_flat_state(nnx.state(model, nnx.LoRAParam)).leaves:
         raise CheckpointError("the model carries adapters; merge them first")
     folder.mkdir(parents=True, exist_ok=True)
-    with _context():
-        ocp.save(os.fspath((folder / PARAMS).resolve()), nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    parameters = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    with _context(_room(parameters)), _one_line(folder, "written"):
+        ocp.save(os.fspath((folder / PARAMS).resolve()), parameters)
     dtype = jax.numpy.dtype(model.compute_dtype).name
     write_json(
         folder / "config.json",
@@ -86,11 +111,7 @@ def read_model(folder: Path, raw: dict[str, Any], *, dtype: DTypeLike | None, me
 
     variables, shape = jax.tree.flatten(state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
     wanted = nnx.to_pure_dict(jax.tree.unflatten(shape, [variable.replace(home(variable)) for variable in variables]))
-    try:
-        with _context():
-            loaded = ocp.load(os.fspath((folder / PARAMS).resolve()), wanted)
-    except Exception as error:  # Orbax has no error of its own: ValueError, KeyError, FileNotFoundError, TensorStore's
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{folder / PARAMS}: cannot be read ({reason[:300]})") from None
+    with _context(_room(wanted)), _one_line(folder, "read"):
+        loaded = ocp.load(os.fspath((folder / PARAMS).resolve()), wanted)
     nnx.replace_by_pure_dict(state, loaded)
     return nnx.merge(graph, state)
