@@ -16,7 +16,7 @@ from reverie_jax.data.processor import Processor, example_template
 from reverie_jax.models import VisionLanguageModel
 from reverie_jax.models.checkpoints import CheckpointError, attach_adapter, read_model
 from reverie_jax.models.checkpoints.files import resolve
-from reverie_jax.models.checkpoints.parts import recognise
+from reverie_jax.models.checkpoints.parts import recognise, recorded_base
 from reverie_jax.train.checkpoint import IDENTITY, load_run
 
 SCENES_BASE = "scenes-base"
@@ -73,7 +73,7 @@ def load_model(
         model = read_model(folder, base=parts, dtype=jnp.bfloat16, mesh=mesh)
     if adapter is not None:
         put_adapter(model, adapter)
-    return model, Processor.of(model.config, find_tokenizer(model, [folder, *parts]), example_template(folder))
+    return model, Processor.of(model.config, find_tokenizer(model, folder, parts), example_template(folder))
 
 
 def put_adapter(model: VisionLanguageModel, adapter: str | Path) -> tuple[str, bool]:
@@ -93,8 +93,8 @@ def put_adapter(model: VisionLanguageModel, adapter: str | Path) -> tuple[str, b
     return found.base, found.projector
 
 
-def find_tokenizer(model: VisionLanguageModel, folders: Sequence[Path]) -> Any:
-    """The tokenizer of the first folder that has one.
+def find_tokenizer(model: VisionLanguageModel, folder: Path, parts: Sequence[Path]) -> Any:
+    """The tokenizer of the first that has one: the folder, the parts, the base that a LoRA folder records.
 
     Raises:
         CheckpointError: none has, it cannot be read, or it does not go with the model.
@@ -102,9 +102,11 @@ def find_tokenizer(model: VisionLanguageModel, folders: Sequence[Path]) -> Any:
     from transformers import AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
-    homes = [folder if folder.is_dir() else folder.parent for folder in folders]
-    # CLIP has a tokenizer too, of another tower's.
+    homes = [home if home.is_dir() else home.parent for home in (folder, *parts)]
+    # CLIP has a tokenizer too, of its text tower's.
     homes = [home for home in homes if not (home / "config.json").exists() or recognise(home).kind != "clip"]
+    if not parts and recognise(folder).kind == "llava-lora":
+        homes.append(recorded_base(recognise(folder)).place)
     found = [home for home in homes if any((home / name).exists() for name in ("tokenizer.json", "tokenizer.model"))]
     if not found:
         raise CheckpointError(f"{', '.join(map(str, homes))}: no tokenizer.json or tokenizer.model")

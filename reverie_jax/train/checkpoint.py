@@ -62,7 +62,9 @@ class RunCheckpoints:
 
     def __init__(self, folder: Path, recipe: Recipe, base: Identity):
         folder.mkdir(parents=True, exist_ok=True)
-        self.identity = {"base": base, "recipe": json.loads(recipe.to_json())}
+        # The projector is trained with the adapters: a run brings its own.
+        frozen = {part: sum for part, sum in base.items() if part != "projector"}
+        self.identity = {"base": frozen, "recipe": json.loads(recipe.to_json())}
         if (folder / IDENTITY).exists():
             found = read_identity(folder)
             for what, wanted in self.identity.items():

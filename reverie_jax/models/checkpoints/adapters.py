@@ -87,6 +87,10 @@ def attach_lora(model: VisionLanguageModel, part: Part, base: Sequence[str | Pat
     Args:
         base: what the model was put together from, if it was for this adapter.
     """
+    if carriers := [path for path, *_ in lora.adapters(model)]:
+        raise CheckpointError(
+            f"{part.place}: the model carries an adapter already (on {carriers[0]}, …); merge it first"
+        )
     settings = read_json(part.place / ADAPTER_CONFIG)
     scale = _scale(part.place / ADAPTER_CONFIG, settings)
     trained_on = str(settings.get("base_model_name_or_path") or "")

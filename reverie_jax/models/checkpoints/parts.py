@@ -186,7 +186,7 @@ def assemble(name: str | Path, base: Sequence[str | Path] = ()) -> Assembly:
     # A projector or a LoRA folder: both bring a projector, and stand on a language model or on a whole LLaVA.
     under = _only(parts, ("llm", "llava", "llava-hf"))
     _none_left([part for part in parts if part not in (under, tower)], main)
-    under = under or _recorded_base(main)
+    under = under or recorded_base(main)
     if under.kind == "llava-hf":
         config = llava_hf_config(under.place, under.raw)
         found = {n: at for n, at in _named(under).items() if not n.startswith("multi_modal_projector.")} | _named(main)
@@ -208,7 +208,7 @@ def _none_left(parts: Sequence[Part], main: Part) -> None:
         )
 
 
-def _recorded_base(main: Part) -> Part:
+def recorded_base(main: Part) -> Part:
     """The language model that a LoRA folder says it was trained on."""
     lacking = f"{main.place}: {SAID[main.kind]} lacks its language model; give it as a base"
     if main.kind != "llava-lora":
