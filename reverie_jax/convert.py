@@ -81,7 +81,7 @@ def convert(
         tokenizer = find_tokenizer(model, start, parts)
         source = _source(model, src, start, as_list(base), adapter)
         if adapter is not None:
-            name, projector = put_adapter(model, adapter)
+            name, projector = put_adapter(model, adapter, [start, *parts])
             source = dataclasses.replace(source, base=name or str(src), projector=projector)
         if to in ("peft", "llava-lora"):
             _write_adapter(model, folder, to, source, tokenizer)
@@ -208,6 +208,9 @@ def _write_processor(model: VisionLanguageModel, folder: Path, encoder: Encoder)
             "image_token": IMAGE,
         },
     )
+    stops = list(encoder.stop_ids)
+    ends = {"eos_token_id": stops[0] if len(stops) == 1 else stops} if stops else {}
+    write_json(folder / "generation_config.json", {**special_ids(encoder.tokenizer), **ends})
     (folder / "chat_template.jinja").write_text(jinja(encoder.template), "utf-8")
 
 

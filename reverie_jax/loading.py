@@ -72,12 +72,15 @@ def load_model(
         del model
         model = read_model(folder, base=parts, dtype=jnp.bfloat16, mesh=mesh)
     if adapter is not None:
-        put_adapter(model, adapter)
+        put_adapter(model, adapter, [folder, *parts])
     return model, Processor.of(model.config, find_tokenizer(model, folder, parts), example_template(folder))
 
 
-def put_adapter(model: VisionLanguageModel, adapter: str | Path) -> tuple[str, bool]:
+def put_adapter(model: VisionLanguageModel, adapter: str | Path, base: Sequence[Path]) -> tuple[str, bool]:
     """Puts an adapter folder of any kind on a model, in place.
+
+    Args:
+        base: what the model was read from.
 
     Returns:
         The base's name as the folder records it (empty where it does not), and whether it brought a projector.
@@ -89,7 +92,7 @@ def put_adapter(model: VisionLanguageModel, adapter: str | Path) -> tuple[str, b
     if (Path(adapter) / IDENTITY).exists():
         load_run(model, Path(adapter))
         return "", True
-    found = attach_adapter(model, adapter)
+    found = attach_adapter(model, adapter, base=base)
     return found.base, found.projector
 
 

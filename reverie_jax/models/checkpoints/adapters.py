@@ -55,6 +55,14 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "modules_to_save": (None, [], ["multi_modal_projector"]),
 }
 
+# Settings that say where an adapter came from or how it was trained, whatever their value.
+_HARMLESS = {
+    *("auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules", "inference_mode"),
+    *("layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "megatron_config"),
+    *("megatron_core", "peft_version", "qalora_group_size", "r", "revision", "target_modules", "task_type"),
+    *("ensure_weight_tying", "use_rslora", "_custom_modules", "runtime_config"),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
@@ -69,8 +77,11 @@ class Adapter:
     projector: bool
 
 
-def attach_adapter(model: VisionLanguageModel, folder: str | Path) -> Adapter:
+def attach_adapter(model: VisionLanguageModel, folder: str | Path, *, base: Sequence[str | Path] = ()) -> Adapter:
     """Puts a PEFT adapter, or an original LLaVA LoRA folder, on a model, in place; it stays apart from the weights.
+
+    Args:
+        base: what the model was read from.
 
     Raises:
         CheckpointError: the folder is no such adapter, does not fit, or was made on another base.
@@ -78,14 +89,14 @@ def attach_adapter(model: VisionLanguageModel, folder: str | Path) -> Adapter:
     part = recognise(folder)
     if part.kind not in ("peft", "llava-lora"):
         raise CheckpointError(f"{part.place}: {SAID[part.kind]}, not an adapter")
-    return attach_lora(model, part, ())
+    return attach_lora(model, part, base)
 
 
 def attach_lora(model: VisionLanguageModel, part: Part, base: Sequence[str | Path]) -> Adapter:
     """See `attach_adapter`.
 
     Args:
-        base: what the model was put together from, if it was for this adapter.
+        base: what the model was put together from.
     """
     if carriers := [path for path, *_ in lora.adapters(model)]:
         raise CheckpointError(
@@ -137,6 +148,11 @@ def _scale(path: Path, settings: dict[str, Any]) -> float:
             raise CheckpointError(
                 f"{path}: {key} {settings.get(key)!r} is not supported; the adapter would be read wrongly"
             )
+    for key in sorted(settings.keys() - _PLAIN.keys() - _HARMLESS):
+        if settings[key]:
+            raise CheckpointError(
+                f"{path}: {key} {settings[key]!r} is not known here; the adapter could be read wrongly"
+            )
     rank, alpha = settings.get("r"), settings.get("lora_alpha")
     if type(rank) is not int or rank < 1 or not isinstance(alpha, int | float):
         raise CheckpointError(f"{path}: r {rank!r} and lora_alpha {alpha!r} are no rank and no number")
@@ -166,7 +182,9 @@ def _sorted(
     """
     factors: dict[str, dict[str, list[str | None]]] = {}
     saved: dict[str, str] = {}
-    for name in tensors.stored:
+    for name, stored in tensors.stored.items():
+        if stored.dtype is None:
+            raise CheckpointError(f"{stored.file}: tensor {name} holds no floating-point numbers")
         if match := _FACTOR.match(name):
             entry, layer = by_name.get(canonical(match["module"] + ".weight"), (None, 0))
             if entry is None or entry.turn != "linear":
@@ -202,6 +220,12 @@ def _non_lora(part: Part) -> dict[str, np.ndarray]:
         found[projector_name(name)] = array
 
     tensors = Tensors([part.place / NON_LORA])
+    for name, stored in tensors.stored.items():
+        if stored.dtype is None:
+            raise CheckpointError(f"{stored.file}: tensor {name} holds no floating-point numbers")
+        if projector_name(name) in found:
+            raise CheckpointError(f"{stored.file}: {projector_name(name)} is there twice")
+        found[projector_name(name)] = np.empty(0)
     tensors.read_all(use, set(tensors.stored))
     return found
 

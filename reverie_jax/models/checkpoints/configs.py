@@ -153,6 +153,18 @@ def _checked(path: Path, config: VLMConfig) -> VLMConfig:
     return config
 
 
+def _pads(folder: Path) -> bool:
+    """What transformers' processor does with pictures that are no squares; two files may say so."""
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        if (folder / name).exists():
+            raw = read_json(folder / name)
+            image = raw.get("image_processor")
+            raw = image if isinstance(image, dict) else raw
+            if "do_pad" in raw:
+                return raw["do_pad"] is True
+    return False
+
+
 def llava_hf_config(folder: Path, raw: Json) -> VLMConfig:
     """The architecture of a llava-hf folder (`LlavaConfig`).
 
@@ -168,10 +180,7 @@ def llava_hf_config(folder: Path, raw: Json) -> VLMConfig:
         raise CheckpointError(f"{path}: vision_feature_select_strategy must be 'default' (class token dropped)")
     _known(path, raw, "projector_hidden_act", "gelu", ("gelu",))
     _known(path, raw, "multimodal_projector_bias", True, (True,))
-    try:
-        pads = read_json(folder / "preprocessor_config.json").get("do_pad") is True
-    except CheckpointError:
-        pads = False
+    pads = _pads(folder)
     key = "image_token_index" if "image_token_index" in raw else "image_token_id"
     return _checked(
         path,

@@ -253,6 +253,8 @@ def new_folder(path: Path) -> Iterator[Path]:
         if path.exists():
             path.rmdir()
         part.rename(path)
+    except CheckpointError as error:
+        raise CheckpointError(str(error).replace(str(part), str(path))) from error
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written ({error.strerror or error}); nothing was left") from error
     except SafetensorError as error:  # the library's way to say that the disk is full
