@@ -50,7 +50,7 @@ def convert(
     src: str | Path,
     dst: str | Path,
     *,
-    to: Format,
+    to: Format = "llava-hf",
     base: Paths = None,
     adapter: str | Path | None = None,
     dtype: DTypeLike | None = None,

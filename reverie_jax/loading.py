@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from reverie_jax.data.processor import Processor, example_template
+from reverie_jax.data.tokenizers import load_tokenizer
 from reverie_jax.models import VisionLanguageModel
 from reverie_jax.models.checkpoints import CheckpointError, attach_adapter, read_model
 from reverie_jax.models.checkpoints.files import resolve
@@ -102,9 +103,6 @@ def find_tokenizer(model: VisionLanguageModel, folder: Path, parts: Sequence[Pat
     Raises:
         CheckpointError: none has, it cannot be read, or it does not go with the model.
     """
-    from transformers import AutoTokenizer
-    from transformers.utils import logging as transformers_logging
-
     homes = [home if home.is_dir() else home.parent for home in (folder, *parts)]
     # CLIP has a tokenizer too, of its text tower's.
     homes = [home for home in homes if not (home / "config.json").exists() or recognise(home).kind != "clip"]
@@ -113,14 +111,10 @@ def find_tokenizer(model: VisionLanguageModel, folder: Path, parts: Sequence[Pat
     found = [home for home in homes if any((home / name).exists() for name in ("tokenizer.json", "tokenizer.model"))]
     if not found:
         raise CheckpointError(f"{', '.join(map(str, homes))}: no tokenizer.json or tokenizer.model")
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # it warns of every config.json that is not one of its own
     try:
-        tokenizer = AutoTokenizer.from_pretrained(found[0], local_files_only=True)
+        tokenizer = load_tokenizer(found[0])
     except Exception as error:  # a broken file raises what its library likes: OSError, ValueError, bare Exception
         raise CheckpointError(f"{found[0]}: the tokenizer cannot be read ({' '.join(str(error).split())})") from None
-    finally:
-        transformers_logging.set_verbosity(level)
     if len(tokenizer) > model.config.text.vocab:
         raise CheckpointError(
             f"{found[0]}: the tokenizer has {len(tokenizer)} entries, the model's vocabulary {model.config.text.vocab}"

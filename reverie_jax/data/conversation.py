@@ -196,7 +196,8 @@ class Encoder:
         for place, (first, past) in enumerate(found["offset_mapping"]):
             while first >= span[1]:
                 span = next(remaining)
-            if past > max(first, span[0]):
+            # A token that begins before the span belongs to the prompt: Phi-3's role tokens swallow white space behind them.
+            if span[0] <= first < past:
                 weights[place] = span[2]
         return list(found["input_ids"]), weights
 

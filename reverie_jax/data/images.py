@@ -29,6 +29,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
             return Image.fromarray((grey >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.mode == "La":  # premultiplied; Pillow knows the way back, and no shorter one
         image = image.convert("LA")
+    if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
+        image = image.convert("RGBA")  # the same colours without Pillow's warning
     return image.convert("RGB")
 
 

@@ -7,6 +7,7 @@ tuned on exactly that, so it is kept exactly; `Encoder` with `tokens="hf"` does 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,21 +31,39 @@ class ReferenceTokenizer:
     """The slow LLaMA tokenizer of the original stack (transformers 4.37; 4.41 for Phi-3), played by today's.
 
     Args:
-        tokenizer: transformers' `LlamaTokenizer`; its `legacy` decides what follows an end token.
+        tokenizer: transformers' `LlamaTokenizer` (`data.tokenizers`); its `legacy` decides what follows an end token.
     """
 
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
         self.legacy = bool(getattr(tokenizer, "legacy", False))
-        named = {tokenizer.bos_token, tokenizer.eos_token, getattr(tokenizer, "unk_token", None)}
-        self._strays = tuple(token for token in getattr(tokenizer, "added_tokens_encoder", ()) if token not in named)
+        self._model = tokenizer.backend_tokenizer.model
+        self._added = {token.content: (id, token.rstrip) for id, token in tokenizer.added_tokens_decoder.items()}
+        longest_first = sorted(self._added, key=len, reverse=True)
+        self._cut = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+        self._space = tokenizer.convert_tokens_to_ids("▁")
+        self._named = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}
 
     def one(self, text: str) -> list[int]:
-        """Ids of one call of the original tokenizer: BOS, and the lone space token before an unnamed added token."""
-        ids = [self.tokenizer.bos_token_id]
-        if not self.legacy and self._strays and text.startswith(self._strays):
-            ids.append(self.tokenizer.convert_tokens_to_ids("▁"))
-        return ids + self.tokenizer.encode(text, add_special_tokens=False)
+        """Ids of one call of the original tokenizer, BOS first.
+
+        Added tokens are cut out first. In legacy mode each piece of text gets a space of its own in front; otherwise the
+        whole text gets one, which is taken back before a named special token, and stays as a lone token before others.
+        """
+        if text and not self.legacy:
+            text = "▁" + text.replace("▁", " ")
+        ids: list[int] = []
+        swallows = False
+        for piece in self._cut.split(text):
+            if piece in self._added:
+                id, swallows = self._added[piece]
+                ids.append(id)
+            elif piece := piece.lstrip() if swallows else piece:
+                spaced = ("▁" if self.legacy else "") + piece.replace(" ", "▁")
+                ids += [token.id for token in self._model.tokenize(spaced)]
+        if not self.legacy and len(ids) > 1 and ids[0] == self._space and ids[1] in self._named:
+            del ids[0]
+        return [self.tokenizer.bos_token_id, *ids]
 
     def __call__(self, text: str, pictures: bool) -> list[int]:
         """Ids with `PICTURE` where the markers stood; without pictures a marker is ordinary text."""
@@ -99,7 +118,10 @@ def _two(
     tokens: ReferenceTokenizer, template: Template, turns: Sequence[tuple[str, str]], pictures: bool
 ) -> tuple[list[int], list[int]]:
     end, sign = tokens.tokenizer.eos_token, f"{template.assistant} "
-    text = template.system + "".join(f"{template.user}{asked}{sign}{said}{end}" for asked, said in turns)
+    user, assistant, text = template.user.rstrip(), sign.strip(), template.system
+    for asked, said in turns:  # a role that says nothing stands bare, without what closes its words
+        text += f"{user} {asked} " if asked else user
+        text += f"{assistant} {said}{end}" if said else assistant
     ids = tokens(text, pictures)
     taught = [-1] * len(ids)
     at = 1
@@ -120,7 +142,8 @@ def _phi3(
 ) -> tuple[list[int], list[int]]:
     end, user, assistant = "<|end|>", "\n<|user|>\n", "\n<|assistant|>\n"
     text = template.sentence + end
-    text += "".join(f"{user}{asked}{end}{assistant}{said}{end}" for asked, said in turns)
+    for asked, said in turns:
+        text += (f"{user}{asked}{end}" if asked else user) + (f"{assistant}{said}{end}" if said else assistant)
     ids = tokens(text, pictures)
     taught = [-1] * len(ids)
     pieces = text.split(end)
@@ -148,10 +171,16 @@ def _single(
     ]
     ids = tokens(header + "".join(sentences) + "### ", pictures)
     taught = [(len(turns) - 1) if turns else -1] * len(ids)
-    at = len(tokens(header, pictures))
+
+    def count(text: str) -> int:
+        """Without pictures the original counts what is no padding, which <unk> looks like."""
+        found = tokens(text, pictures)
+        return len(found) if pictures else sum(id != 0 for id in found)
+
+    at = count(header)
     taught[:at] = [-1] * min(at, len(ids))
     for number, sentence in enumerate(sentences):
-        length = len(tokens(sentence, pictures))
+        length = count(sentence)
         here = slice(min(at, len(ids)), min(at + length, len(ids)))
         taught[here] = [number // 2] * (here.stop - here.start)
         if number % 2 == 0:

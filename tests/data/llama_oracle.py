@@ -1,0 +1,278 @@
+"""Original LLaVA's tokens, straight on sentencepiece: transformers 4.37.2's slow Llama tokenizer and LLaVA's label masks.
+
+Nothing here knows reverie_jax. Written from shared/reference/llava.md, sections 3.2-3.5, and held against its section 8.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import sentencepiece
+
+IMAGE, IMAGE_ID, IGNORE = "<image>", -200, -100
+UNDERLINE = "▁"
+MAX_LENGTH = 2048
+
+Turns = Sequence[str]
+"""Question, answer, question, …; of odd number where the last question is open."""
+
+
+def model_file() -> Path:
+    """The Llama tokenizer's model; the test is skipped where it is absent."""
+    found = os.environ.get("REVERIE_LLAMA_TOKENIZER")
+    path = Path(found) if found else Path(__file__).parents[3] / "shared/data/llama2-tokenizer.model"
+    if not path.exists():
+        pytest.skip(f"no Llama tokenizer at {path.name}; REVERIE_LLAMA_TOKENIZER names one")
+    return path
+
+
+PHI3 = (
+    *("<|endoftext|>", "<|assistant|>", "<|placeholder1|>", "<|placeholder2|>", "<|placeholder3|>"),
+    *("<|placeholder4|>", "<|system|>", "<|end|>", "<|placeholder5|>", "<|placeholder6|>", "<|user|>"),
+)
+KINDS = {"legacy": True, "modern": False, "phi3": False}
+"""Tokenizers by name: is it a legacy one."""
+
+
+def write_tokenizer(folder: Path, kind: str, *more: str, bos: bool = True) -> Path:
+    """A tokenizer folder as Llama's and Phi-3's repositories have it; `more` are special tokens put behind."""
+    shutil.copyfile(model_file(), folder / "tokenizer.model")
+    config = {"tokenizer_class": "LlamaTokenizer", "legacy": KINDS[kind], "add_bos_token": bos, "add_eos_token": False}
+    config |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": None}
+    # rstrip: Phi-3's `</s>` (no special token there) and all that it adds but the end of text swallow what follows.
+    added = [(0, "<unk>", False, True), (1, "<s>", False, True), (2, "</s>", kind == "phi3", kind != "phi3")]
+    if kind == "phi3":
+        added += [(32000 + n, text, n > 0, True) for n, text in enumerate(PHI3)]
+        config |= {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+    first = 32000 + (len(PHI3) if kind == "phi3" else 0)
+    added += [(first + n, text, False, True) for n, text in enumerate(more)]
+    if kind == "phi3" or more:
+        config["added_tokens_decoder"] = {
+            str(id): {"content": text, "lstrip": False, "normalized": False, "rstrip": rstrip, "special": special}
+            | {"single_word": False}
+            for id, text, rstrip, special in added
+        }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@functools.cache
+def _sentencepiece() -> sentencepiece.SentencePieceProcessor:
+    return sentencepiece.SentencePieceProcessor(model_file=str(model_file()))
+
+
+STRANGER = "\ue000"
+"""In no piece of the vocabulary: what stands behind it is cut up as if it stood alone, without a dummy prefix."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SlowLlama:
+    """transformers 4.37.2's slow LlamaTokenizer, its padding token set to `<unk>` (0) as LLaVA does."""
+
+    kind: str
+
+    @property
+    def legacy(self) -> bool:
+        return KINDS[self.kind]
+
+    @functools.cached_property
+    def added(self) -> dict[str, int]:
+        names = {"<unk>": 0, "<s>": 1, "</s>": 2}
+        return names | {text: 32000 + n for n, text in enumerate(PHI3)} if self.kind == "phi3" else names
+
+    @functools.cached_property
+    def swallowing(self) -> set[str]:
+        return {"</s>", *PHI3[1:]} if self.kind == "phi3" else set()
+
+    @property
+    def named(self) -> set[str]:
+        return {"<unk>", "<s>", "<|endoftext|>" if self.kind == "phi3" else "</s>"}
+
+    def _pieces(self, text: str) -> list[str]:
+        encode = functools.partial(_sentencepiece().encode, out_type=str)
+        return encode(text) if self.legacy else encode(STRANGER + text)[len(encode(STRANGER)) :]
+
+    def tokens(self, text: str) -> list[str]:
+        if not text:
+            return []
+        if not self.legacy:
+            text = UNDERLINE + text.replace(UNDERLINE, " ")
+        names = sorted(self.added, key=len, reverse=True)
+        parts = re.split("(" + "|".join(map(re.escape, names)) + ")", text)
+        out: list[str] = []
+        for before, part in zip(["", *parts], parts, strict=False):
+            if part in self.added:
+                out.append(part)
+            elif part := part.lstrip() if before in self.swallowing else part:
+                out += self._pieces(part)
+        strip = not self.legacy and len(out) > 1 and out[0] == UNDERLINE and out[1] in self.named
+        return out[1:] if strip else out
+
+    def __call__(self, text: str) -> list[int]:
+        known = _sentencepiece().piece_to_id
+        return [1, *(self.added[token] if token in self.added else known(token) for token in self.tokens(text))]
+
+
+def with_image(tokenizer: SlowLlama, text: str) -> list[int]:
+    """The text cut at `<image>`, its parts tokenized apart, one BOS."""
+    first, *rest = (tokenizer(part) for part in text.split(IMAGE))
+    return first + [id for part in rest for id in (IMAGE_ID, *part[1:])]
+
+
+def normal(question: str) -> str:
+    """A question of an item with a picture: the marker alone in front."""
+    if IMAGE not in question:
+        return question
+    return f"{IMAGE}\n{question.replace(IMAGE, '').strip()}".strip()
+
+
+def _system(who: str) -> str:
+    return (
+        f"A chat between a curious {who} and an artificial intelligence assistant. "
+        f"The assistant gives helpful, detailed, and polite answers to the {who}'s questions."
+    )
+
+
+SYSTEM = {
+    "vicuna_v1": _system("user"),
+    "llava_v1": _system("human"),
+    "llava_v0": _system("human"),
+    "phi3_instruct": "<|system|>\nYou are a helpful AI assistant.",
+}
+
+
+def prompt(template: str, turns: Turns) -> str:
+    """What original LLaVA's conversation renders; of an odd number of turns, up to where the answer begins."""
+    if template == "plain":
+        return "".join(IMAGE if n % 2 == 0 else f"{text}\n" for n, text in enumerate(turns))
+    roles, joint, ends = {
+        "vicuna_v1": (("USER", "ASSISTANT"), ": ", (" ", "</s>")),
+        "llava_v1": (("USER", "ASSISTANT"), ": ", (" ", "</s>")),
+        "llava_v0": (("Human", "Assistant"), ": ", ("###", "###")),
+        "phi3_instruct": (("\n<|user|>\n", "\n<|assistant|>\n"), "", ("<|end|>", "<|end|>")),
+    }[template]
+    said = [*turns, ""] if len(turns) % 2 else turns
+    out = SYSTEM[template] + ends[0]
+    for n, text in enumerate(said):
+        role = roles[n % 2]
+        out += f"{role}{joint}{text}{ends[n % 2]}" if text else f"{role}{joint.strip()}"
+    return out
+
+
+@dataclasses.dataclass(frozen=True)
+class Labelled:
+    ids: list[int]
+    labels: list[int]
+
+    @property
+    def taught(self) -> list[int]:
+        return [place for place, label in enumerate(self.labels) if label != IGNORE]
+
+    def expanded(self, patches: int, filler: int) -> Labelled:
+        """The picture's mark as `patches` positions."""
+        times = [patches if id == IMAGE_ID else 1 for id in self.ids]
+        ids = [
+            filler if id == IMAGE_ID else id for id, count in zip(self.ids, times, strict=True) for _ in range(count)
+        ]
+        return Labelled(ids, [label for label, count in zip(self.labels, times, strict=True) for _ in range(count)])
+
+
+def _mask(ids: list[int], first: int, past: int, labels: list[int]) -> None:
+    """Python's slice: a negative end counts from the back, one past the end is cut."""
+    for place in range(len(ids))[first:past]:
+        labels[place] = IGNORE
+
+
+def _rounds_masked(ids: list[int], rounds: list[tuple[int, int]], first: int) -> Labelled:
+    """Rounds as (length, instruction's length); the sample is wiped where they do not add up."""
+    labels, at = list(ids), first
+    _mask(ids, 0, first, labels)
+    for length, instruction in rounds:
+        _mask(ids, at, at + instruction, labels)
+        at += length
+    _mask(ids, at, len(ids), labels)
+    if at < MAX_LENGTH and at != sum(id != 0 for id in ids):
+        labels = [IGNORE] * len(ids)
+    return Labelled(ids, labels)
+
+
+def _train_plain(tokenizer: SlowLlama, turns: Turns, image: bool) -> Labelled:
+    ids = with_image(tokenizer, f"{IMAGE}{turns[1]}\n")
+    labels = list(ids)
+    _mask(ids, 0, len(with_image(tokenizer, IMAGE)), labels)
+    return Labelled(ids, labels)
+
+
+def _cut(tokenizer: SlowLlama, rounds: list[str], tag: str, image: bool) -> list[tuple[int, int]]:
+    """Tokens of each round, and of it up to and with the tag; up to the first round that has not exactly one tag."""
+    encode = functools.partial(with_image, tokenizer) if image else tokenizer
+    found = []
+    for text in rounds:
+        parts = text.split(tag)
+        if len(parts) != 2:
+            break
+        found.append((len(encode(text)), len(encode(parts[0] + tag))))
+    return found
+
+
+def _train_v1(tokenizer: SlowLlama, text: str, image: bool) -> Labelled:
+    ids = with_image(tokenizer, text) if image else tokenizer(text)
+    rounds = []
+    for n, (length, instruction) in enumerate(_cut(tokenizer, text.split("</s>"), " ASSISTANT: ", image)):
+        late = int(n > 0 and not tokenizer.legacy)
+        rounds.append((length - late, instruction - 2 - late))
+    return _rounds_masked(ids, rounds, 1)
+
+
+def _train_phi3(tokenizer: SlowLlama, text: str, image: bool) -> Labelled:
+    ids = with_image(tokenizer, text) if image else tokenizer(text)
+    said = text.split("<|end|>")
+    groups = [said[:3], *(said[n : n + 2] for n in range(3, len(said), 2))]
+    rounds = []
+    for n, (length, instruction) in enumerate(
+        _cut(tokenizer, ["<|end|>".join(group) for group in groups], "<|end|>\n<|assistant|>\n", image)
+    ):
+        shift = 1 if n == 0 else -2 + int(tokenizer.legacy)
+        rounds.append((length + shift, instruction - 1 + shift))
+    return _rounds_masked(ids, rounds, 0)
+
+
+def _train_v0(tokenizer: SlowLlama, turns: Turns, image: bool) -> Labelled:
+    header = f"{SYSTEM['llava_v0']}\n\n"
+    said = [f"### {('Human', 'Assistant')[n % 2]}: {text}\n" for n, text in enumerate(turns)]
+    encode = functools.partial(with_image, tokenizer) if image else tokenizer
+    ids = encode("".join([header, *said, "### "]))
+    # Without a picture padding is not counted, and `<unk>` is the padding.
+    lengths = [sum(image or id != 0 for id in encode(text)) for text in (header, *said)]
+    labels, at = list(ids), lengths[0]
+    _mask(ids, 0, at, labels)
+    for n, length in enumerate(lengths[1:]):
+        if n % 2 == 0:
+            _mask(ids, at + 2, at + length, labels)
+        at += length
+    return Labelled(ids, labels)
+
+
+def training(tokenizer: SlowLlama, template: str, turns: Turns) -> Labelled:
+    """An item of the training set: its ids, -200 for a picture, and its labels, -100 where nothing is taught."""
+    image = any(IMAGE in text for text in turns[::2])
+    said = [normal(text) if image else text for text in turns]
+    if template == "plain":
+        return _train_plain(tokenizer, said, image)
+    if template == "llava_v0":
+        return _train_v0(tokenizer, said, image)
+    mask = _train_phi3 if template == "phi3_instruct" else _train_v1
+    return mask(tokenizer, prompt(template, said), image)
+
+
+def question(tokenizer: SlowLlama, template: str, turns: Turns) -> list[int]:
+    """The prompt of an open conversation, -200 for a picture."""
+    return with_image(tokenizer, prompt(template, turns))
