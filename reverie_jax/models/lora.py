@@ -94,8 +94,9 @@ def install(layer: Linear, a: ArrayLike, b: ArrayLike, *, scale: float, dropout:
 
 def set_like(variable: nnx.Variable[Any], value: ArrayLike) -> None:
     """A new value in the variable's type and on its devices, in place."""
-    old = variable.get_value()
-    variable.set_value(jax.device_put(jnp.asarray(value).astype(old.dtype), old.sharding))
+    old, new = variable.get_value(), jnp.asarray(value).astype(variable.dtype)
+    # Off a mesh an array is left to the default device, as fresh parameters are: a committed one compiles all anew.
+    variable.set_value(jax.device_put(new, old.sharding) if isinstance(old.sharding, NamedSharding) else new)
 
 
 def switch(model: VisionLanguageModel, *, on: bool) -> None:

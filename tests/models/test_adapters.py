@@ -19,7 +19,7 @@ from reverie_jax.convert import convert
 from reverie_jax.models import lora
 from reverie_jax.models.checkpoints import CheckpointError, attach_adapter, read_model
 from tests.models import makers
-from tests.models.makers import KINDS, LEAVES, WORDS
+from tests.models.makers import KINDS, LEAVES, WORDS, Bench
 from tests.models.oracle import llava_logits, logits
 
 FILE, CONFIG, PROJECTOR = "adapter_model.safetensors", "adapter_config.json", "multi_modal_projector"

@@ -226,7 +226,7 @@ def skeleton(model):
 
 
 def published(name):
-    """(config.json, tensors) of a published model: keys and values as in the released files, names from torch's classes."""
+    """(config.json, tensors) of a published model: keys as in the released files, names from torch's classes."""
     phi, old, big = "phi3" in name, "1.0" in name, "13b" in name
     tower = "openai/clip-vit-large-patch14" + ("" if old else "-336")
     hidden, layers, heads, mlp = (

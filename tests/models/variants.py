@@ -20,7 +20,7 @@ from transformers import CLIPConfig, CLIPModel
 
 from reverie_jax.models import TextConfig
 from tests.models.oracle import IMAGE, normalised
-from tests.models.tiny import LINEAR, LLAMA, PHI, VISION, Kind, Parts, Rows, llava, parts, vision_config
+from tests.models.tiny import KINDS, LLAMA, PHI, VISION, Kind, Parts, Rows, llava, parts, vision_config
 
 Tensors = dict[str, torch.Tensor]
 
@@ -201,7 +201,7 @@ def llm_folder(folder: Path, parts: Parts, form: str = "bin shards", dtype: torc
 
 
 def clip_folder(folder: Path, parts: Parts, form: str = "full") -> Path:
-    """A CLIP repository: "full" or "full bin" with its text tower, "vision saved" by this transformers, "vision bin"."""
+    """CLIP: "full" or "full bin" with its text tower, "vision saved" by this transformers, "vision bin"."""
     vision = vision_config().to_dict()
     if form == "vision saved":
         parts.tower.save_pretrained(folder)
@@ -364,12 +364,10 @@ _STAGE_ONE: dict[str, Maker] = {
     ),
 }
 VARIANTS: list[tuple[Kind, str, Maker]] = [
-    *(
-        (kind, name, make)
-        for kind in (LLAMA, PHI)
-        for name, make in (_HF | _ORIGINAL | _ORIGINAL_TYPES | _STAGE_ONE).items()
-    ),
-    *((LINEAR, name, make) for name, make in (_ORIGINAL | _STAGE_ONE).items()),
+    *(((LLAMA, PHI)[at % 2], name, make) for at, (name, make) in enumerate(_HF.items())),
+    *((kind, name, make) for kind in KINDS for name, make in _ORIGINAL.items()),
+    *((kind, name, make) for kind in (LLAMA, PHI) for name, make in _ORIGINAL_TYPES.items()),
+    *((KINDS[at % 3], name, make) for at, (name, make) in enumerate(_STAGE_ONE.items())),
     *((PHI, name, make) for name, make in _PADDED.items()),
 ]
 

@@ -6,6 +6,8 @@ import contextlib
 import dataclasses
 import logging
 import os
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -50,11 +52,16 @@ def _one_line(folder: Path, done: str) -> Iterator[None]:
     """Orbax has no error of its own: ValueError, KeyError, FileNotFoundError, TensorStore's. It also logs each at length."""
     logger = logging.getLogger("absl")
     level = logger.level
+    others = set(threading.enumerate())
     logger.setLevel(logging.CRITICAL)
     try:
         yield
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
+        # Its threads go on for a while; what they still write must not come back after the folder was cleared away.
+        until = time.monotonic() + 2
+        for thread in set(threading.enumerate()) - others:
+            thread.join(max(0.0, until - time.monotonic()))
         raise CheckpointError(f"{folder / PARAMS}: cannot be {done} ({reason[:300]})") from error
     finally:
         logger.setLevel(level)

@@ -123,6 +123,12 @@ def _at(x: Array, home: NamedSharding | None) -> Array:
     return x if home is None else jax.lax.with_sharding_constraint(x, home)
 
 
+# Jitted here and not where they are used, so that parameters of one shape share one program.
+@functools.partial(jax.jit, static_argnames=("shape", "dtype", "home"))
+def _empty(*, shape: tuple[int, ...], dtype: Any, home: Any) -> Array:
+    return _at(jnp.zeros(shape, dtype), home)
+
+
 @functools.partial(jax.jit, static_argnames=("turn", "home"), donate_argnums=0)
 def _put(stack: Array, tensor: Array, layer: Array, *, turn: str, home: Any) -> Array:
     """One layer into its stack, in place."""
@@ -151,9 +157,7 @@ def _fill(assembly: Assembly, config: VLMConfig, model: VisionLanguageModel, mes
             value = _turned(tensor, turn=entry.turn, dtype=variable.dtype, home=home)
         else:
             if entry.path not in values:
-                values[entry.path] = jax.jit(
-                    functools.partial(jnp.zeros, variable.shape, variable.dtype), out_shardings=home
-                )()
+                values[entry.path] = _empty(shape=tuple(variable.shape), dtype=variable.dtype, home=home)
             value = _put(values[entry.path], tensor, jnp.int32(layer), turn=entry.turn, home=home)
         if home is not None:
             value = jax.device_put(value, home)  # the same layout by the name that the rules give it
