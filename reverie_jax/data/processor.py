@@ -36,7 +36,7 @@ class Processor:
         encoder: words.
         image_size: side of the tower's input, in pixels.
         aspect: pictures are padded to squares, or cropped.
-        context: longest row that the decoder is exact on.
+        context: longest conversation that the decoder is exact on.
     """
 
     encoder: Encoder
@@ -65,6 +65,21 @@ class Processor:
             )
         return dataclasses.replace(self, encoder=encoder)
 
+    def check_length(self, record: ImageRecord, more: int = 0) -> None:
+        """A conversation is no longer than the decoder is exact on. (A tree may be: only its depth counts.)
+
+        Args:
+            more: tokens that are to follow.
+
+        Raises:
+            UserError: it is; the record and the conversation are named.
+        """
+        for number, talk in enumerate(record.conversations):
+            if (length := len(self.encoder(talk)) + more) > self.context:
+                raise UserError(
+                    f"record {record.id}: conversation {number} has {length} tokens; the model is exact up to {self.context}"
+                )
+
     def pixels(self, encoded: bytes, name: str) -> UInt8[np.ndarray, "m S S 3"]:
         """One picture as the tower takes it; none where there are no bytes.
 
@@ -84,16 +99,15 @@ class Processor:
             conversations: records; `ask` makes them.
 
         Raises:
-            UserError: there are none, or a tree is longer than the decoder's context.
+            UserError: there are none, or one is longer than the decoder's context.
             BrokenImage: a picture cannot be read.
         """
         if not conversations:
             raise UserError("no conversations to make a batch of")
         elements, number = [], 0
         for record in conversations:
+            self.check_length(record)
             tree = grow(map(self.encoder, record.conversations))
-            if len(tree) > self.context:
-                raise UserError(f"record {record.id}: {len(tree)} tokens; the model is exact up to {self.context}")
             numbers = list(range(number, number + len(tree.leaves)))
             number += len(tree.leaves)
             elements.append(element(tree, self.pixels(record.image, record.id), numbers))

@@ -198,11 +198,13 @@ def generate(
             raise UserError(
                 f"record {record.id}: conversation {closed[0]} ends with an answer; there is nothing to say"
             )
+        processor.check_length(record, max_new_tokens)
         questions = [(number + n, talk) for n, talk in enumerate(record.conversations)]
         number += len(questions)
         # Two records may share a name and show different pictures.
         pictures.append(Picture(f"{record.id} ({index})", record.image, questions))
-    shape = EngineShape(tokens=processor.context, rows=min(8, max(1, len(pictures))))
+    # Long enough for any one conversation; a record's tree takes several rows where it is longer.
+    shape = EngineShape(tokens=max(2048, processor.context), rows=min(8, max(1, len(pictures))))
     engine = Engine(model, processor, shape, mesh=mesh)
     answers = engine.answer(pictures, new_tokens=max_new_tokens)
     return [answers[n] for n in range(number)]

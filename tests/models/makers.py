@@ -78,13 +78,13 @@ def text_config(kind: str, vocab: int = WORDS, hidden: int = 36) -> LlamaConfig 
         "intermediate_size": 52,
         "rms_norm_eps": 1e-3,
         "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
-        "max_position_embeddings": 77,
+        "max_position_embeddings": 777,
         "bos_token_id": 1,
         "eos_token_id": 2,
         "pad_token_id": 0,
     }
     if kind == "phi3":
-        return Phi3Config(**sizes, original_max_position_embeddings=77, sliding_window=70)
+        return Phi3Config(**sizes, original_max_position_embeddings=777, sliding_window=700)
     return LlamaConfig(**sizes, head_dim=10)
 
 
@@ -231,9 +231,9 @@ def original_config(part: Parts, **changes: object) -> dict[str, object]:
     phi = {
         "architectures": ["LlavaPhiForCausalLM"],
         "model_type": "llava_phi",
-        "original_max_position_embeddings": 77,
+        "original_max_position_embeddings": 777,
         "rope_theta": 500.0,
-        "sliding_window": 70,
+        "sliding_window": 700,
         "attention_bias": False,
     }
     return {

@@ -121,16 +121,18 @@ def attach_lora(model: VisionLanguageModel, part: Part, base: Sequence[str | Pat
     arrays: dict[str, np.ndarray] = {}
     wanted = {name for sides in factors.values() for names in sides.values() for name in names} | set(saved.values())
     tensors.read_all(lambda name, array: arrays.__setitem__(name, array), wanted)
-    for path, sides in factors.items():
-        layer = layers[path]
-        shapes = {"A": (rank, layer.inputs), "B": (layer.outputs, rank)}
-        for side, names in sides.items():
-            for name in names:
-                if arrays[name].shape != shapes[side]:
+    for side in "AB":
+        for path, sides in factors.items():
+            layer = layers[path]
+            wanted_shape = (rank, layer.inputs) if side == "A" else (layer.outputs, rank)
+            for name in sides[side]:
+                if arrays[name].shape != wanted_shape:
                     raise CheckpointError(
                         f"{part.place}: tensor {name} is {arrays[name].shape}; on this base, with r {rank}, it must be"
-                        f" {shapes[side]}"
+                        f" {wanted_shape}"
                     )
+    for path, sides in factors.items():
+        layer = layers[path]
         a, b = (np.stack([arrays[name].astype(np.float32).T for name in sides[side]]) for side in "AB")
         ready[path] = (a, b) if layer.layers is not None else (a[0], b[0])
     brought = {known: arrays[name] for known, name in saved.items()}

@@ -163,7 +163,7 @@ def assemble(name: str | Path, base: Sequence[str | Path] = ()) -> Assembly:
     parts = [recognise(other) for other in base]
     if main.kind == "peft":
         raise CheckpointError(
-            f"{main.place}: {SAID['peft']}, not a model; give the model as the path and this folder as the adapter"
+            f"{main.place}: {SAID['peft']}, not a model; give its base as the path and this folder as the adapter"
         )
     if any(part.kind in ("peft", "llava-lora", "orbax") for part in parts):
         wrong = next(part for part in parts if part.kind in ("peft", "llava-lora", "orbax"))
