@@ -187,12 +187,12 @@ class Ask:
 
 @dataclasses.dataclass(frozen=True)
 class Convert:
-    """Turn a checkpoint into another format: what was tuned elsewhere comes in, what was tuned here goes out."""
+    """Turn a checkpoint into another format, tuned elsewhere or tuned here."""
 
-    src: Positional[str]
+    src: Annotated[Positional[str], tyro.conf.arg(metavar="SRC")]
     """Folder, or hub id (owner/name@revision), recognised by its content: llava-hf, original LLaVA or LLaVA-pp (.bin or
     safetensors), their LoRA folders or a mm_projector.bin (with language model and CLIP as --base), Orbax."""
-    dst: Positional[Path]
+    dst: Annotated[Positional[Path], tyro.conf.arg(metavar="DST")]
     """Folder to write; it must not be there yet, and appears when it is whole."""
     to: str
     """llava-hf: transformers, vLLM. llava: the original's format. orbax: ours. Adapters are merged into all three.
@@ -215,7 +215,7 @@ class Convert:
         made = convert(
             self.src,
             self.dst,
-            to=self.to,  # type: ignore[arg-type]
+            to=self.to,
             base=self.base,
             adapter=self.adapter,
             dtype=dtype,

@@ -50,7 +50,7 @@ def convert(
     src: str | Path,
     dst: str | Path,
     *,
-    to: Format = "llava-hf",
+    to: str = "llava-hf",
     base: Paths = None,
     adapter: str | Path | None = None,
     dtype: DTypeLike | None = None,
@@ -152,13 +152,13 @@ def _give_image_token(model: VisionLanguageModel, tokenizer: Any) -> None:
     config = model.config
     known = tokenizer.get_vocab().get(IMAGE)
     if known is None:
-        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]}, replace_additional_special_tokens=False)
-        if tokenizer.pad_token is None:
-            tokenizer.add_special_tokens({"pad_token": "<pad>"})
+        tokenizer.add_tokens([IMAGE], special_tokens=True)
         known = tokenizer.get_vocab()[IMAGE]
     needed = max(len(tokenizer), known + 1)
     if needed > config.text.vocab:
-        write.resize_vocabulary(model, -(-needed // 64) * 64)
+        write.resize_vocabulary(model, -(-(needed + 1) // 64) * 64)
+    if tokenizer.pad_token is None and len(tokenizer) < model.config.text.vocab:
+        tokenizer.add_special_tokens({"pad_token": "<pad>"})
     model.config = dataclasses.replace(model.config, image_token_id=known)
 
 
@@ -223,7 +223,7 @@ _OPENS = {
 }
 
 
-def _write_card(folder: Path, model: VisionLanguageModel, to: Format, source: Source) -> None:
+def _write_card(folder: Path, model: VisionLanguageModel, to: str, source: Source) -> None:
     config, name = model.config, "path/to/this/folder"
     carried = list(lora.adapters(model))
     said = {

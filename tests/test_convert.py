@@ -247,7 +247,9 @@ def test_dtype_is_cast_once(stored, dtype, source, tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_llava_output_has_the_original_names(kind, source, tmp_path):
     convert(source(kind, "float16"), tmp_path / "out", to="llava")
-    found, expected = tensors(tmp_path / "out"), makers.original_tensors(makers.parts(kind))
+    files = (tmp_path / "out").glob("*.safetensors")
+    found = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    expected = makers.original_tensors(makers.parts(kind))
     tower = {name for name in expected if name.startswith(TOWER)}
     assert found.keys() in (expected.keys(), expected.keys() - tower)
     for name, tensor in found.items():
@@ -275,14 +277,6 @@ def test_llava_output_has_the_flat_config(kind, source, tmp_path):
         *("mm_vision_select_feature", "mm_vision_select_layer", "bos_token_id", "eos_token_id", "rope_theta"),
     ):
         assert raw[key] == wanted[key], key
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_llava_output_reads_back(kind, source, clip, tmp_path):
-    convert(source(kind), tmp_path / "out", to="llava")
-    model = read_model(tmp_path / "out", base=[clip])
-    assert model.config.text.vocab == WORDS
-    assert_close(logits(model, makers.batch(image=0)), makers.original_logits(makers.parts(kind), makers.batch()))
 
 
 def test_rows_of_words_past_the_image_stay(tmp_path, clip):

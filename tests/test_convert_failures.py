@@ -17,6 +17,8 @@ from reverie_jax.convert import convert
 from reverie_jax.models.checkpoints import CheckpointError, identity, read_model
 from tests.models import makers
 
+pytestmark = pytest.mark.slow  # every step of every writer is made to fail: minutes
+
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory):

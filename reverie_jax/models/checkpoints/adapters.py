@@ -116,21 +116,11 @@ def attach_lora(model: VisionLanguageModel, part: Part, base: Sequence[str | Pat
         saved = {}  # its projector lies in a file of its own
     _check_identity(model, part.place, brings_projector=bool(saved) or part.kind == "llava-lora")
     layers = dict(lora.linears(model))
-    rank = settings["r"]
+    _check_shapes(part, tensors, factors, layers, settings["r"])
     ready: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     arrays: dict[str, np.ndarray] = {}
     wanted = {name for sides in factors.values() for names in sides.values() for name in names} | set(saved.values())
     tensors.read_all(lambda name, array: arrays.__setitem__(name, array), wanted)
-    for side in "AB":
-        for path, sides in factors.items():
-            layer = layers[path]
-            wanted_shape = (rank, layer.inputs) if side == "A" else (layer.outputs, rank)
-            for name in sides[side]:
-                if arrays[name].shape != wanted_shape:
-                    raise CheckpointError(
-                        f"{part.place}: tensor {name} is {arrays[name].shape}; on this base, with r {rank}, it must be"
-                        f" {wanted_shape}"
-                    )
     for path, sides in factors.items():
         layer = layers[path]
         a, b = (np.stack([arrays[name].astype(np.float32).T for name in sides[side]]) for side in "AB")
@@ -213,6 +203,20 @@ def _sorted(
                 raise CheckpointError(f"{part.place}: lora_{side} of {path} is missing in layer {names.index(None)}")
         full[path] = {side: [name for name in names if name is not None] for side, names in sides.items()}
     return full, saved
+
+
+def _check_shapes(
+    part: Part, tensors: Tensors, factors: dict[str, dict[str, list[str]]], layers: dict[str, Any], rank: int
+) -> None:
+    for side in "AB":
+        for path, sides in factors.items():
+            layer = layers[path]
+            wanted = (rank, layer.inputs) if side == "A" else (layer.outputs, rank)
+            for name in sides[side]:
+                if (found := tensors.stored[name].shape) != wanted:
+                    raise CheckpointError(
+                        f"{part.place}: tensor {name} is {found}; on this base, with r {rank}, it must be {wanted}"
+                    )
 
 
 def _non_lora(part: Part) -> dict[str, np.ndarray]:
