@@ -43,6 +43,9 @@ def with_odd_numbers(model):
     return model
 
 
+pytestmark = pytest.mark.slow  # minutes on two cores
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     """Folders as transformers saves them, by kind, type and size of a shard; made once."""
