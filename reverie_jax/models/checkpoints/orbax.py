@@ -61,7 +61,8 @@ def _one_line(folder: Path, done: str) -> Iterator[None]:
         # Its threads go on for a while; what they still write must not come back after the folder was cleared away.
         until = time.monotonic() + 2
         for thread in set(threading.enumerate()) - others:
-            thread.join(max(0.0, until - time.monotonic()))
+            with contextlib.suppress(Exception):  # they raise theirs when they are joined
+                thread.join(max(0.0, until - time.monotonic()))
         raise CheckpointError(f"{folder / PARAMS}: cannot be {done} ({reason[:300]})") from error
     finally:
         logger.setLevel(level)
