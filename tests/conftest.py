@@ -1,9 +1,15 @@
 """Every test runs with strict dtypes and ranks, warnings as errors, and shapes checked where a signature states them."""
 
 import os
+import tempfile
 
 # Four devices on the CPU: meshes are tested without an accelerator. Each step is awaited: many queued ones deadlock.
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+# Compiling is most of the suite's time: LLVM does little, and a program is compiled once for all workers and their children.
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0")
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _programs = tempfile.TemporaryDirectory(prefix="reverie-programs-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs.name
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
