@@ -43,8 +43,6 @@ def with_odd_numbers(model):
     return model
 
 
-
-
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     """Folders as transformers saves them, by kind, type and size of a shard; made once."""
@@ -148,6 +146,14 @@ def test_through_original_llava(kind, dtype, source, clip, tmp_path):
     image = read_config(tmp_path / "out").image_token_id
     again = hf_logits(tmp_path / "out", image)
     np.testing.assert_array_equal(hf_logits(src)[..., :WORDS], again[..., :WORDS])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_llava_output_reads_back(kind, source, tmp_path):
+    convert(source(kind), tmp_path / "out", to="llava")
+    model = read_model(tmp_path / "out")
+    assert model.config.text.vocab == WORDS
+    assert_close(logits(model, makers.batch(image=0)), hf_logits(source(kind))[..., :WORDS])
 
 
 @pytest.mark.parametrize("kind", KINDS)

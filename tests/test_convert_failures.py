@@ -19,7 +19,6 @@ from reverie_jax.models.checkpoints import CheckpointError, identity, read_model
 from tests.models import makers
 
 
-
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory):
     """One folder of each kind, all from the same parts."""

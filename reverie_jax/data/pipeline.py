@@ -8,7 +8,7 @@ from typing import Literal
 
 import grain
 
-from reverie_jax.data.conversation import Conversation, Encoder, ImageRecord
+from reverie_jax.data.conversation import Conversation, ImageRecord
 from reverie_jax.data.processor import Processor
 from reverie_jax.data.records import DataError
 from reverie_jax.data.rows import Element, RowShape, element, pack, stack
@@ -28,13 +28,14 @@ def taught(record: ImageRecord, teach: Teach) -> list[Conversation]:
     return [talk for talk in short if talk.turns[-1].weight > 0]
 
 
-def trees(record: ImageRecord, encoder: Encoder, shape: RowShape, teach: Teach) -> list[ConversationTree]:
+def trees(record: ImageRecord, processor: Processor, shape: RowShape, teach: Teach) -> list[ConversationTree]:
     """The record's conversations as trees that each fit a row.
 
     Raises:
-        DataError: one conversation alone is too long; the record is named.
+        DataError: one conversation alone is too long for a row; the record is named.
+        UserError: or for the decoder.
     """
-    tokens = [encoder(talk) for talk in taught(record, teach)]
+    tokens = processor.tokens(record.id, taught(record, teach))
     try:
         return [tree for _, tree in grow_within(tokens, tokens=shape.tokens, edges=shape.edges)]
     except ValueError as error:
@@ -61,9 +62,9 @@ class Survey:
     longest: int
 
 
-def survey(source: Sequence[ImageRecord], encoder: Encoder, shape: RowShape, teach: Teach) -> Survey:
+def survey(source: Sequence[ImageRecord], processor: Processor, shape: RowShape, teach: Teach) -> Survey:
     """Tokenises everything once: what does not fit is known before training, not at step 40,000."""
-    found = [tree for index in range(len(source)) for tree in trees(source[index], encoder, shape, teach)]
+    found = [tree for index in range(len(source)) for tree in trees(source[index], processor, shape, teach)]
     if not any(len(tree.source) for tree in found):
         raise DataError("the data teaches nothing: no conversation has a taught answer")
     return Survey(
@@ -85,7 +86,7 @@ class _Elements(grain.experimental.FlatMapTransform):
 
     def flat_map(self, record: ImageRecord) -> list[Element]:
         pixels = self.processor.pixels(record.image, record.id)
-        return [element(tree, pixels) for tree in trees(record, self.processor.encoder, self.shape, self.teach)]
+        return [element(tree, pixels) for tree in trees(record, self.processor, self.shape, self.teach)]
 
 
 def training_batches(
@@ -132,7 +133,7 @@ class _Questions(grain.experimental.FlatMapTransform):
         elements = []
         for start in range(0, len(picture.questions), self.shape.leaves):
             numbers, talks = zip(*picture.questions[start : start + self.shape.leaves], strict=True)
-            tokens = [untaught(self.processor.encoder(talk)) for talk in talks]
+            tokens = [untaught(talk) for talk in self.processor.tokens(picture.name, talks)]
             try:
                 for members, tree in grow_within(tokens, tokens=self.shape.tokens, edges=0):
                     elements.append(element(tree, pixels, [numbers[member] for member in members]))

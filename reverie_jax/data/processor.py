@@ -6,7 +6,7 @@ import dataclasses
 import io
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from reverie_jax.data.conversation import IMAGE, Conversation, Encoder, ImageRecord, Turn
+from reverie_jax.data.conversation import IMAGE, Conversation, Encoder, ImageRecord, Tokens, Turn
 from reverie_jax.data.images import decode, preprocess, to_rgb
 from reverie_jax.data.rows import Batch, RowShape, element, pack, stack
 from reverie_jax.data.templates import Template, v0
@@ -65,20 +65,23 @@ class Processor:
             )
         return dataclasses.replace(self, encoder=encoder)
 
-    def check_length(self, record: ImageRecord, more: int = 0) -> None:
-        """A conversation is no longer than the decoder is exact on. (A tree may be: only its depth counts.)
+    def tokens(self, name: str, conversations: Iterable[Conversation], more: int = 0) -> list[Tokens]:
+        """Conversations as numbers. None is longer than the decoder is exact on; a tree may be: only its depth counts.
 
         Args:
+            name: the record's, for errors.
             more: tokens that are to follow.
 
         Raises:
-            UserError: it is; the record and the conversation are named.
+            UserError: one is too long; the record and the conversation are named.
         """
-        for number, talk in enumerate(record.conversations):
-            if (length := len(self.encoder(talk)) + more) > self.context:
+        found = [self.encoder(talk) for talk in conversations]
+        for number, tokens in enumerate(found):
+            if (length := len(tokens) + more) > self.context:
                 raise UserError(
-                    f"record {record.id}: conversation {number} has {length} tokens; the model is exact up to {self.context}"
+                    f"record {name}: conversation {number} has {length} tokens; the model is exact up to {self.context}"
                 )
+        return found
 
     def pixels(self, encoded: bytes, name: str) -> UInt8[np.ndarray, "m S S 3"]:
         """One picture as the tower takes it; none where there are no bytes.
@@ -106,8 +109,7 @@ class Processor:
             raise UserError("no conversations to make a batch of")
         elements, number = [], 0
         for record in conversations:
-            self.check_length(record)
-            tree = grow(map(self.encoder, record.conversations))
+            tree = grow(self.tokens(record.id, record.conversations))
             numbers = list(range(number, number + len(tree.leaves)))
             number += len(tree.leaves)
             elements.append(element(tree, self.pixels(record.image, record.id), numbers))

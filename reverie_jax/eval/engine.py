@@ -198,7 +198,7 @@ def generate(
             raise UserError(
                 f"record {record.id}: conversation {closed[0]} ends with an answer; there is nothing to say"
             )
-        processor.check_length(record, max_new_tokens)
+        processor.tokens(record.id, record.conversations, max_new_tokens)
         questions = [(number + n, talk) for n, talk in enumerate(record.conversations)]
         number += len(questions)
         # Two records may share a name and show different pictures.

@@ -69,7 +69,7 @@ def train(
     """
     started = time.perf_counter()
     mesh = mesh or make_mesh()
-    found = survey(source, processor.encoder, recipe.row, recipe.teach)
+    found = survey(source, processor, recipe.row, recipe.teach)
     base = identity(model)
     adapt(model, recipe)
     graph, params, frozen = nnx.split(model, trainable, ...)  # type: ignore[misc]

@@ -19,6 +19,7 @@ from reverie_jax.data.processor import Processor
 from reverie_jax.data.records import DataError, RecordSource, write_records
 from reverie_jax.data.rows import Batch, RowShape
 from reverie_jax.data.sources import reverie
+from reverie_jax.errors import UserError
 from tests.data.fakes import IMAGE_ID, WordTokenizer, png, records, talk
 
 PATCHES, SIDE = 4, 8
@@ -384,9 +385,9 @@ def test_edge_weights_are_the_conversations_weights(teach):
     source = records(3)
     shape = RowShape(tokens=90, images=1, edges=60)
     wanted = sum(float(encoder()(t).weights.sum()) for record in source for t in taught(record, teach))
-    grown = [tree for record in source for tree in trees(record, encoder(), shape, teach)]
+    grown = [tree for record in source for tree in trees(record, processor(), shape, teach)]
     assert sum(float(tree.weight.sum()) for tree in grown) == wanted
-    counted = survey(source, encoder(), shape, teach)
+    counted = survey(source, processor(), shape, teach)
     assert (counted.records, counted.trees) == (3, len(grown))
     assert counted.tokens == sum(map(len, grown))
     assert counted.flat_tokens == sum(len(encoder()(t)) for record in source for t in taught(record, teach))
@@ -396,15 +397,22 @@ def test_edge_weights_are_the_conversations_weights(teach):
 
 def test_too_long_conversation_names_its_record():
     with pytest.raises(DataError, match="record r1: conversation 0 has") as error:
-        survey(records(2)[1:], encoder(), RowShape(tokens=10, images=1, edges=60), "rationales")
+        survey(records(2)[1:], processor(), RowShape(tokens=10, images=1, edges=60), "rationales")
     one_line(error, "r1")
+
+
+def test_conversation_beyond_the_decoders_context_names_its_record():
+    short = dataclasses.replace(processor(), context=12)
+    with pytest.raises(UserError, match=r"record r0: conversation 0 has .* exact up to 12") as error:
+        survey(records(2), short, RowShape(tokens=90, images=1, edges=60), "rationales")
+    one_line(error, "r0")
 
 
 def test_data_that_teaches_nothing_is_refused():
     record = ImageRecord("a", png(), (talk("What?", "A cup.", weight=0.0),))
     for teach in ("responses", "rationales"):
         with pytest.raises(DataError, match="teaches nothing"):
-            survey([record], encoder(), RowShape(tokens=90, edges=60), teach)
+            survey([record], processor(), RowShape(tokens=90, edges=60), teach)
 
 
 def test_record_without_responses_is_passed_over():

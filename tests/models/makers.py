@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
@@ -30,7 +31,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from tests.models.oracle import GROUPED, llava_logits, normalised, picture_rows
+from reverie_jax.models.checkpoints import CheckpointError, attach_adapter, read_model
+from tests.models.oracle import GROUPED, llava_logits, normalised, picture_rows, randomise
 
 KINDS = ("llama", "phi3")
 WORDS = 90  # size of the tokenizer without <image>, and of an original model's vocabulary
@@ -52,19 +54,6 @@ class Parts:
     llm: torch.nn.Module
     tower: CLIPVisionModel
     projector: torch.nn.Module  # as original LLaVA builds it: one Linear, or a Sequential
-
-
-def randomise(module: torch.nn.Module, seed: int) -> torch.nn.Module:
-    """Every parameter random, norms and biases too: none of them may go unread."""
-    random = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, tensor in module.named_parameters():
-            noise = torch.randn(tensor.shape, generator=random)
-            if tensor.ndim > 1:
-                tensor.copy_(noise * 1.2 / tensor[0].numel() ** 0.5)
-            else:
-                tensor.copy_(1 + 0.3 * noise if "norm" in name and name.endswith("weight") else 0.3 * noise)
-    return module.eval()
 
 
 def text_config(kind: str, vocab: int = WORDS, hidden: int = 36) -> LlamaConfig | Phi3Config:
@@ -389,3 +378,32 @@ class Bench:
 
     def adapter(self, projector):
         return (self.full, self.full_logits) if projector else (self.plain, self.plain_logits)
+
+
+# What tests of adapters ask.
+
+
+def assert_close(first, second, atol=1e-4):
+    np.testing.assert_allclose(np.asarray(first), np.asarray(second), rtol=0, atol=atol)
+
+
+def with_adapter(base, folder, **options):
+    model = read_model(base, **options)
+    attach_adapter(model, folder)
+    return model
+
+
+def refused(call, *words):
+    with pytest.raises(CheckpointError) as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message
+    assert len(message) < 1000
+    for word in words:
+        assert str(word) in message, message
+    return message
+
+
+def opened(base, folder):
+    """What PEFT makes of an adapter folder; a key that it misses is a warning, and so an error here."""
+    return PeftModel.from_pretrained(LlavaForConditionalGeneration.from_pretrained(base), folder).eval()

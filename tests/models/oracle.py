@@ -45,8 +45,21 @@ SINGLE_KEY = Sizes(
 )
 
 
+def randomise(module: torch.nn.Module, seed: int) -> torch.nn.Module:
+    """Every parameter random, norms and biases too: none of them may go unread."""
+    random = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in module.named_parameters():
+            noise = torch.randn(tensor.shape, generator=random)
+            if tensor.ndim > 1:
+                tensor.copy_(noise * 1.2 / tensor[0].numel() ** 0.5)
+            else:
+                tensor.copy_(1 + 0.3 * noise if "norm" in name and name.endswith("weight") else 0.3 * noise)
+    return module.eval()
+
+
 def llava(sizes: Sizes = GROUPED, seed: int = 0, **config: object) -> LlavaForConditionalGeneration:
-    """transformers' own model. Every parameter is random, norms and biases too: none of them may go unread."""
+    """transformers' own model, at random."""
     vision, text = sizes.vision, sizes.text
     model = LlavaForConditionalGeneration(
         LlavaConfig(
@@ -77,15 +90,7 @@ def llava(sizes: Sizes = GROUPED, seed: int = 0, **config: object) -> LlavaForCo
             **config,
         )
     ).eval()
-    random = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, tensor in model.named_parameters():
-            noise = torch.randn(tensor.shape, generator=random)
-            if tensor.ndim > 1:
-                tensor.copy_(noise * 1.2 / tensor[0].numel() ** 0.5)
-            else:
-                tensor.copy_(1 + 0.3 * noise if "norm" in name and name.endswith("weight") else 0.3 * noise)
-    return model
+    return randomise(model, seed)
 
 
 def normalised(pixels: np.ndarray) -> torch.Tensor:

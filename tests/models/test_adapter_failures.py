@@ -10,15 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from peft import IA3Config, PeftModel, get_peft_model
+from peft import IA3Config, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import LlavaForConditionalGeneration
 
 import reverie_jax
 from reverie_jax.convert import convert
 from reverie_jax.models.checkpoints import CheckpointError, attach_adapter, read_model
 from tests.models import makers
-from tests.models.makers import DECODER, Bench, Parts
+from tests.models.makers import DECODER, Bench, Parts, assert_close, opened, refused, with_adapter
 from tests.models.oracle import flat, llava_logits, logits
 
 FILE, CONFIG, PROJECTOR = "adapter_model.safetensors", "adapter_config.json", "multi_modal_projector"
@@ -36,32 +35,6 @@ def stranger(tmp_path_factory):
     """A base of the same shapes and other weights, as (llava-hf folder, language model)."""
     other, room = makers.parts(seed=50), tmp_path_factory.mktemp("stranger")
     return makers.hf_folder(room / "hf", makers.hf(other)), makers.llm_folder(room / "llm", other)
-
-
-def assert_close(first, second, atol=1e-4):
-    np.testing.assert_allclose(np.asarray(first), np.asarray(second), rtol=0, atol=atol)
-
-
-def with_adapter(base, folder, **options):
-    model = read_model(base, **options)
-    attach_adapter(model, folder)
-    return model
-
-
-def refused(call, *words):
-    with pytest.raises(CheckpointError) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message
-    assert len(message) < 1000
-    for word in words:
-        assert str(word) in message, message
-    return message
-
-
-def opened(base, folder):
-    """What PEFT makes of an adapter folder; a key that it misses is a warning, and so an error here."""
-    return PeftModel.from_pretrained(LlavaForConditionalGeneration.from_pretrained(base), folder).eval()
 
 
 def as_peft_or_refused(base, folder, theirs):

@@ -17,9 +17,9 @@ from transformers import LlavaForConditionalGeneration
 import reverie_jax
 from reverie_jax.convert import convert
 from reverie_jax.models import lora
-from reverie_jax.models.checkpoints import CheckpointError, attach_adapter, read_model
+from reverie_jax.models.checkpoints import read_model
 from tests.models import makers
-from tests.models.makers import KINDS, LEAVES, WORDS, Bench
+from tests.models.makers import KINDS, LEAVES, WORDS, Bench, assert_close, opened, refused, with_adapter
 from tests.models.oracle import llava_logits, logits
 
 FILE, CONFIG, PROJECTOR = "adapter_model.safetensors", "adapter_config.json", "multi_modal_projector"
@@ -35,32 +35,6 @@ def bench(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     return Bench("llama", tmp_path_factory.mktemp("llama-alone"))
-
-
-def assert_close(first, second, atol=1e-4):
-    np.testing.assert_allclose(np.asarray(first), np.asarray(second), rtol=0, atol=atol)
-
-
-def with_adapter(base, folder, **options):
-    model = read_model(base, **options)
-    attach_adapter(model, folder)
-    return model
-
-
-def refused(call, *words):
-    with pytest.raises(CheckpointError) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message
-    assert len(message) < 1000
-    for word in words:
-        assert str(word) in message, message
-    return message
-
-
-def opened(base, folder):
-    """What PEFT makes of an adapter folder; a key that it misses is a warning, and so an error here."""
-    return PeftModel.from_pretrained(LlavaForConditionalGeneration.from_pretrained(base), folder).eval()
 
 
 # Reading.
