@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional, subcommand
 
+from reverie_jax.data.annotate.options import Annotate
 from reverie_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -305,6 +306,7 @@ class Scenes:
 
 Command = (
     Annotated[Demo, subcommand("demo")]
+    | Annotated[Annotate, subcommand("annotate")]
     | Annotated[Build, subcommand("build")]
     | Annotated[Train, subcommand("train")]
     | Annotated[Evaluate, subcommand("evaluate")]

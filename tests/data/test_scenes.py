@@ -471,7 +471,7 @@ def test_judge_drops_what_contradicts_with_its_reason(verdict):
     assert all("Is it red?" in reason and reason.startswith("a: ") for reason in dropped)
 
 
-@pytest.mark.parametrize("reply", ["", "{", "[]", json.dumps({"questions": [{**ASKED, "type": "riddle"}]})])
+@pytest.mark.parametrize("reply", ["", "{", "[]", json.dumps({"questions": [{**ASKED, "confusing_answers": ["no."]}]})])
 def test_unusable_questions_are_dropped_with_one_line(reply):
     kept, dropped = annotate(Picture("a", b""), Scripted(reply), 1)
     assert kept == []

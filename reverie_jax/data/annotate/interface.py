@@ -1,14 +1,12 @@
-"""What an annotator is asked and what it must reply: the one interface for hosted models and for the embedded world.
-
-An annotator turns a `Request` into raw text. Replies of the stage `questions` are JSON of `QuestionSet`; rationales are
-plain text; the judge replies with a text that starts with yes (they contradict each other: drop) or no (keep).
-"""
+"""What an annotator is asked and what it must reply: the one interface for hosted models and for the embedded world."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Mapping
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import pydantic
 
@@ -35,9 +33,20 @@ class QuestionSet(pydantic.BaseModel):
     questions: list[AnnotatedQuestion]
 
 
+def _plain(schema: Any) -> Any:
+    """A schema without bounds: services that hold replies to it know only the shape."""
+    if isinstance(schema, dict):
+        return {key: _plain(value) for key, value in schema.items() if key != "minLength"}
+    return [_plain(value) for value in schema] if isinstance(schema, list) else schema
+
+
+QUESTIONS_SCHEMA: dict[str, Any] = _plain(QuestionSet.model_json_schema())
+"""`QuestionSet` as a JSON schema, for providers that write to one."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """An image as an annotator gets it: `key` identifies its content, `encoded` is the file's bytes (PNG, JPEG, …)."""
+    """An image as an annotator gets it: `key` is its name, `encoded` the file's bytes (PNG, JPEG, …)."""
 
     key: str
     encoded: bytes
@@ -48,19 +57,33 @@ class Request:
     """One thing to ask.
 
     Attributes:
-        fields: what the stage needs. `questions`: {"count"}; `positive`: {"question", "answer"};
+        fields: what the stage needs. `questions`: {"count"} and {"confusing"}; `positive`: {"question", "answer"};
             `negative`: {"question", "answer"} with a confusing answer;
             `judge`: {"question", "answer", "positive", "wrong", "negative"}.
+        prompt: the same in words, for a hosted model.
+        shown: whether the model sees the picture.
     """
 
     stage: Stage
     picture: Picture
     fields: Mapping[str, str]
+    prompt: str = ""
+    shown: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Reply:
+    """What came back: raw text, tokens as the provider counts them, and the model's own name for its version."""
+
+    text: str
+    tokens_in: int = 0
+    tokens_out: int = 0
+    version: str = ""
 
 
 @runtime_checkable
 class Annotator(Protocol):
-    """Anything that can reply to requests."""
+    """Anything that can reply at once, in memory."""
 
     name: str
 
@@ -69,5 +92,64 @@ class Annotator(Protocol):
         ...
 
 
+@runtime_checkable
+class Provider(Protocol):
+    """Anything that can reply over a wire.
+
+    Attributes:
+        name: the kind of provider.
+        model: what is asked there; with the name, part of an item's identity.
+    """
+
+    name: str
+    model: str
+
+    async def ask(self, request: Request) -> Reply:
+        """One reply to one request, one try.
+
+        Raises:
+            TryAgain: the service did not reply, and may do so later.
+            Refused: it replied, and there is nothing to use.
+            NoAccess: no request of this kind will ever be answered (key, model, address).
+        """
+        ...
+
+    async def close(self) -> None: ...
+
+
 class AnnotationError(Exception):
     """A request that got no usable reply; the message says why."""
+
+
+class TryAgain(AnnotationError):
+    """The wire's fault, or a limit's: worth another try.
+
+    Attributes:
+        after: seconds that the service wants to be left alone, where it says so.
+    """
+
+    def __init__(self, reason: str, after: float | None = None):
+        super().__init__(reason)
+        self.after = after
+
+
+class Refused(AnnotationError):
+    """A reply that cannot be used: blocked, empty, cut off, not what was asked for.
+
+    Attributes:
+        reply: what came, for the record.
+    """
+
+    def __init__(self, reason: str, reply: Reply | None = None):
+        super().__init__(reason)
+        self.reply = reply or Reply("")
+
+
+class NoAccess(AnnotationError):
+    """The service will not have us: a wrong key, an unknown model, an address that is none."""
+
+
+def digest(*parts: object) -> str:
+    """A content's name: 32 hexadecimal digits of the SHA-256 of the parts as JSON."""
+    text = json.dumps(parts, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:32]

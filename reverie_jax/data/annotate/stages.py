@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 
-import pydantic
-
+from reverie_jax.data.annotate import replies
 from reverie_jax.data.annotate.interface import (
     AnnotatedQuestion,
     AnnotationError,
     Annotator,
     Picture,
-    QuestionSet,
     Request,
 )
 from reverie_jax.data.conversation import IMAGE, Conversation, Turn
@@ -43,11 +40,11 @@ def annotate(picture: Picture, annotator: Annotator, count: int) -> tuple[list[R
         return annotator.reply(Request(stage, picture, fields)).strip()  # type: ignore[arg-type]
 
     try:
-        asked = QuestionSet.model_validate_json(ask("questions", count=str(count)))
-    except (AnnotationError, pydantic.ValidationError) as error:
+        asked = replies.questions(ask("questions", count=str(count), confusing="1"), confusing=99)
+    except AnnotationError as error:
         return [], [f"{picture.key}: questions: {' '.join(str(error).split())}"]
     kept, dropped = [], []
-    for question in asked.questions:
+    for question in asked:
         about = {"question": question.question, "answer": question.correct_answer}
         where = f"{picture.key}: {question.question!r}"
         try:
@@ -59,14 +56,15 @@ def annotate(picture: Picture, annotator: Annotator, count: int) -> tuple[list[R
         for wrong in question.confusing_answers:
             try:
                 negative = ask("negative", question=question.question, answer=wrong)
-                verdict = ask("judge", **about, positive=positive, wrong=wrong, negative=negative).lower()
+                said = ask("judge", **about, positive=positive, wrong=wrong, negative=negative)
+                verdict = replies.verdict(said)
             except AnnotationError as error:  # what was had for this question stays
                 dropped.append(f"{where}, {wrong!r}: {error}")
                 continue
-            if re.match(r"\W*no\b", verdict):
+            if verdict == "no":
                 negatives.append((wrong, negative))
             else:
-                dropped.append(f"{where}, {wrong!r}: the judge said {verdict!r}")
+                dropped.append(f"{where}, {wrong!r}: the judge said {said!r}")
         kept.append(Reflection(question, positive, tuple(negatives)))
     return kept, dropped
 

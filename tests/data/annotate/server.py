@@ -1,7 +1,7 @@
 """A loopback server that speaks the wire formats of hosted models, so that the real SDKs run against it unchanged.
 
-It answers as OpenAI's chat completions and Gemini's generateContent do, and misbehaves where a plan says so. It keeps count of
-what arrived, what it answered and how many requests it held at once: a test asks the server, never the client it tests.
+It answers as OpenAI's chat completions and Gemini's generateContent do, and misbehaves where a plan says so. It keeps count
+of what arrived, what it answered and how many requests it held at once: a test asks the server, never the client it tests.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def usage(call: Call, text: str) -> tuple[int, int]:
 class Server:
     """The server, running in threads of this process from `with` to the end of the block.
 
-    A call that fails inside `answer`, `faults` or `is_judge` is answered with status 400, and the block raises what it raised.
+    A call for which `answer`, `faults` or `is_judge` raises is answered with status 400, and the block ends with that error.
 
     Args:
         answer: The text of a good reply.
@@ -518,7 +518,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         owner = self.server.owner
-        size = int(self.headers["Content-Length"])
+        size = int(self.headers.get("Content-Length", 0))
         raw = self.rfile.read(size)
         if len(raw) < size:
             self.close_connection = True

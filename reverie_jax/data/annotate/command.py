@@ -1,0 +1,182 @@
+"""`reverie annotate`: what a user sees of the pipeline."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, get_args
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from reverie_jax.data.annotate import audit, pictures
+from reverie_jax.data.annotate.options import Annotate
+from reverie_jax.data.annotate.pipeline import RELEASED, Job, Pipeline, Step, Votes, export
+from reverie_jax.data.annotate.providers import Settings
+from reverie_jax.data.annotate.runner import Limits, Outcome
+from reverie_jax.errors import UserError
+
+INCOMPLETE = 1
+"""Exit code where some items have no usable reply: the rest is written, and a further run asks for them again."""
+
+
+def job(options: Annotate) -> Job:
+    """The job that a command line describes.
+
+    Raises:
+        UserError: an option makes no sense.
+    """
+    if not options.model:
+        raise UserError("--model: name who writes, as gemini:MODEL or openai:MODEL")
+    if options.votes not in get_args(Votes):
+        raise UserError(f"--votes {options.votes}: must be {', '.join(get_args(Votes))}")
+    if options.max_cost is not None and not any(options.price):
+        raise UserError("--max-cost needs --price IN OUT: what a million tokens cost")
+    positive = {
+        "--concurrency": options.concurrency,
+        "--timeout": options.timeout,
+        "--requests-per-minute": options.requests_per_minute,
+        "--tokens-per-minute": options.tokens_per_minute,
+    }
+    for name, value in positive.items():
+        if value is not None and value <= 0:
+            raise UserError(f"{name} {value}: must be more than 0")
+    listed = options.list
+    if listed is None and (options.out / "image_list.json").exists():
+        listed = options.out / "image_list.json"  # where the original scripts have it
+    return Job(
+        folder=options.out,
+        pictures=options.pictures,
+        images=tuple(pictures.listed(options.pictures, listed)),
+        model=options.model,
+        judges=options.judge,
+        count=options.questions,
+        confusing=options.confusing,
+        votes=options.votes,  # type: ignore[arg-type]
+        shown=options.judge_sees_picture,
+        prompts=options.prompts,
+        settings=Settings(options.timeout, options.structured, options.temperature),
+        limits=Limits(
+            concurrency=options.concurrency,
+            requests=options.requests_per_minute,
+            tokens=options.tokens_per_minute,
+            price_in=options.price[0],
+            price_out=options.price[1],
+            budget=options.max_cost,
+            token_budget=options.max_tokens,
+        ),
+    )
+
+
+def annotate(options: Annotate) -> int:
+    """Runs the steps that the command line names; returns the exit code.
+
+    Raises:
+        UserError: something that the user must mend.
+    """
+    steps: tuple[Step, ...] = get_args(Step)
+    if options.step not in (*steps, "run", "audit"):
+        raise UserError(f"{options.step}: must be run, {', '.join(steps)} or audit")
+    console = Console(stderr=True)
+    if options.step == "audit":
+        print(audit.write(options.out, options.pictures, options.sample))
+        return 0
+    if options.step == "export":
+        return _export(options)
+    chosen = steps if options.step == "run" else (options.step,)
+    with _progress(console) as progress, Pipeline(job(options), os.environ, _teller(progress)) as pipeline:
+        for note in pipeline.notes:
+            console.print(f"reverie: {note}", highlight=False)
+        if options.dry_run:
+            Console().print(_estimates(pipeline, chosen))  # type: ignore[arg-type]
+            return 0
+        failed: dict[str, Outcome] = {}
+        for step in chosen:
+            if step == "export":
+                _export(options)
+                continue
+            outcome = getattr(pipeline, step)()
+            console.print(f"reverie: {step}: {_told(outcome)}", highlight=False)
+            if outcome.failed or outcome.stopped:
+                failed[step] = outcome
+            if outcome.stopped:
+                break
+        spent = pipeline.journal.spent()
+        price = f", price {spent.price:.4f}" if any(options.price) else ""
+        console.print(
+            f"reverie: in all {spent.requests:,} requests, {spent.tokens_in:,} tokens in, {spent.tokens_out:,} out{price}",
+            highlight=False,
+        )
+    if not failed:
+        return 0
+    table = Table("step", "items", "reason", title="without a usable reply; run again to ask for them again")
+    for step, outcome in failed.items():
+        for reason, count in outcome.reasons():
+            table.add_row(step, str(count), reason)
+        if outcome.stopped:
+            table.add_row(step, "", f"ended early: {outcome.stopped}")
+    console.print(table)
+    return INCOMPLETE
+
+
+def _export(options: Annotate) -> int:
+    print(f"{export(options.out)} conversations: {options.out / RELEASED}")
+    return 0
+
+
+def _told(outcome: Outcome) -> str:
+    return f"{outcome.usable:,} new, {outcome.had:,} there already, {len(outcome.failed):,} failed"
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+
+
+def _teller(progress: Progress) -> Any:
+    bars: dict[str, TaskID] = {}
+
+    def tell(step: str, total: int, outcome: Outcome, gate: Any) -> None:
+        if step not in bars:
+            bars[step] = progress.add_task(step, total=total, rate="")
+        speed = progress.tasks[-1].speed or 0.0
+        cost = f", {gate.price:.3f} spent" if gate.price else ""
+        rate = f"{60 * speed:.0f}/min{cost}, {len(outcome.failed)} failed"
+        progress.update(bars[step], completed=outcome.asked, rate=rate)
+
+    return tell
+
+
+def _estimates(pipeline: Pipeline, steps: tuple[Step, ...]) -> Table:
+    table = Table("stage", "had", "to ask", "tokens in", "tokens out", "price", title="nothing was asked")
+    rows = pipeline.estimate(steps)
+    for row in rows:
+        numbers = (
+            f"{row.had:,}",
+            f"{row.to_ask:,}",
+            f"{row.tokens_in:,.0f}",
+            f"{row.tokens_out:,.0f}",
+            f"{row.price:.2f}",
+        )
+        table.add_row(row.stage, *numbers)
+    table.add_section()
+    requests, price = sum(row.to_ask for row in rows), sum(row.price for row in rows)
+    tokens_in, tokens_out = sum(row.tokens_in for row in rows), sum(row.tokens_out for row in rows)
+    table.add_row("in all", "", f"{requests:,}", f"{tokens_in:,.0f}", f"{tokens_out:,.0f}", f"{price:.2f}")
+    return table

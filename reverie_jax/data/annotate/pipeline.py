@@ -1,0 +1,456 @@
+"""The stages at scale: questions, rationales, judge, export. Every reply is in the journal; every stage's output is a file.
+
+Files have the names and keys of REVERIE's scripts (`zjr2000/REVERIE`), so that either can go on where the other stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from reverie_jax.data.annotate import pictures, replies
+from reverie_jax.data.annotate.interface import (
+    AnnotatedQuestion,
+    AnnotationError,
+    Provider,
+    QuestionSet,
+    Request,
+    Stage,
+)
+from reverie_jax.data.annotate.items import content_of
+from reverie_jax.data.annotate.journal import Item, Journal
+from reverie_jax.data.annotate.prompts import Prompts
+from reverie_jax.data.annotate.providers import Settings, parse, provider
+from reverie_jax.data.annotate.runner import DEFAULT_TOKENS, Asking, Limits, Outcome, run
+from reverie_jax.data.annotate.stages import Reflection, conversations
+from reverie_jax.data.sources import reverie
+from reverie_jax.errors import UserError
+
+JOURNAL = "journal.sqlite"
+QUESTIONS = "reasoning_instruct_data.json"
+RATIONALES = "rationale_instruct_data.json"
+JUDGED = "rationale_instruct_data_with_judge.json"
+DROPPED = "dropped.json"
+RELEASED = "reverie.json"
+VERDICT = "gemini_pro_judge"
+"""The original's name for the verdict, whoever judged: `no` keeps a row, `yes` drops it."""
+
+Step = Literal["questions", "rationales", "judge", "export"]
+Votes = Literal["majority", "any", "all"]
+Row = dict[str, Any]
+KEYS = ("image", "question", "correct_answer", "confusing_answer")
+REASONED = ("correct_rationale", "incorrect_rationale")
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What to annotate, how, and by whom.
+
+    Attributes:
+        folder: outputs and journal.
+        pictures: folder that the rows' image names are relative to.
+        images: names of the pictures, in the order of the output.
+        model: who writes, as "provider:model".
+        judges: who judges; the writer by default.
+        count: questions a picture.
+        confusing: wrong answers a question.
+        votes: a row is dropped if most judges find a contradiction (a tie drops), if any does, or if all do.
+        shown: judges see the picture.
+    """
+
+    folder: Path
+    pictures: Path
+    images: tuple[str, ...]
+    model: str
+    judges: tuple[str, ...] = ()
+    count: int = 3
+    confusing: int = 1
+    votes: Votes = "majority"
+    shown: bool = False
+    prompts: Path | None = None
+    settings: Settings = dataclasses.field(default_factory=Settings)
+    limits: Limits = dataclasses.field(default_factory=Limits)
+
+
+class Estimate(NamedTuple):
+    """A stage before it runs."""
+
+    stage: str
+    had: int
+    to_ask: int
+    tokens_in: float
+    tokens_out: float
+    price: float
+
+
+class Pipeline:
+    """A job's stages over its journal. Close it, or use it as a context.
+
+    Args:
+        environment: where keys are.
+        tell: called after each item as `tell(step, total, outcome, gate)`.
+
+    Raises:
+        UserError: the job cannot be right; nothing has been asked.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        environment: Mapping[str, str],
+        tell: Callable[[str, int, Outcome, Any], None] = lambda step, total, outcome, gate: None,
+    ):
+        if job.count < 1 or job.confusing < 1:
+            raise UserError("--questions and --confusing must be at least 1")
+        self.job, self.environment, self.tell = job, environment, tell
+        self.prompts = Prompts(job.prompts)
+        self.judges = job.judges or (job.model,)
+        for who in (job.model, *self.judges):
+            parse(who)
+        job.folder.mkdir(parents=True, exist_ok=True)
+        fresh = not (job.folder / JOURNAL).exists()
+        self.journal = Journal(job.folder / JOURNAL)
+        self.notes: list[str] = []
+        """What a user should know, line by line."""
+        if self.journal.lost:
+            self.notes.append(
+                f"{self.journal.lost} requests were in flight when the last run ended; they are asked again"
+            )
+        if fresh:
+            self._adopt()
+
+    def close(self) -> None:
+        self.journal.close()
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # What is asked.
+
+    @functools.cached_property
+    def _unreadable(self) -> dict[str, str]:
+        return {}
+
+    def _digest(self, name: str) -> str | None:
+        """A picture's content; None where there is no file."""
+        try:
+            return self.journal.picture(pictures.place(self.job.pictures, name), pictures.hashed)
+        except OSError as error:
+            self._unreadable[name] = f"picture cannot be read ({error.strerror})"
+        except UserError as error:
+            self._unreadable[name] = str(error)
+        return None
+
+    def _item(self, stage: Stage, who: str, picture: str, fields: Mapping[str, str], shown: bool = True) -> Item:
+        kind, model, _ = parse(who)
+        prompt = f"{self.prompts.versions[stage]} {self.job.settings.version} shown={shown}"
+        return Item(stage, content_of(stage, picture, dict(fields)), kind, model, prompt)
+
+    def _asking(
+        self,
+        stage: Stage,
+        who: str,
+        name: str,
+        fields: Mapping[str, str],
+        read: Callable[[str], Any],
+        shown: bool = True,
+    ) -> Asking | None:
+        digest = self._digest(name)
+        if digest is None:
+            return None
+
+        def request() -> Request:
+            picture = pictures.read(self.job.pictures, name)
+            return Request(stage, picture, fields, self.prompts(stage, fields, shown=shown), shown)
+
+        return Asking(self._item(stage, who, digest, fields, shown), request, read)
+
+    def _fields(self) -> dict[str, str]:
+        return {"count": str(self.job.count), "confusing": str(self.job.confusing)}
+
+    def _read_questions(self, text: str) -> list[AnnotatedQuestion]:
+        return replies.questions(text, confusing=self.job.confusing)
+
+    def _ask_questions(self) -> Iterator[tuple[str, Asking | None]]:
+        for name in self.job.images:
+            yield name, self._asking("questions", self.job.model, name, self._fields(), self._read_questions)
+
+    def _ask_rationale(self, row: Row, stage: Stage) -> Asking | None:
+        answer = row["correct_answer" if stage == "positive" else "confusing_answer"]
+        fields = {"question": row["question"], "answer": answer}
+        return self._asking(stage, self.job.model, row["image"], fields, replies.rationale)
+
+    def _ask_judge(self, row: Row, who: str) -> Asking | None:
+        fields = {
+            "question": row["question"],
+            "answer": row["correct_answer"],
+            "positive": row["correct_rationale"],
+            "wrong": row["confusing_answer"],
+            "negative": row["incorrect_rationale"],
+        }
+        return self._asking("judge", who, row["image"], fields, replies.verdict, self.job.shown)
+
+    # The stages.
+
+    def questions(self) -> Outcome:
+        """Asks for questions; writes one row a question and wrong answer."""
+        outcome = self._run("questions", self._ask_questions())
+        rows = []
+        for name, asking in self._ask_questions():
+            text = None if asking is None else self.journal.usable(asking.item)
+            for made in [] if text is None else self._read_questions(text):
+                rows += [
+                    dict(
+                        zip(
+                            (*KEYS, "question_type"),
+                            (name, made.question, made.correct_answer, wrong, made.type),
+                            strict=True,
+                        )
+                    )
+                    for wrong in made.confusing_answers
+                ]
+        write_json(self.job.folder / QUESTIONS, rows)
+        return outcome
+
+    def rationales(self) -> Outcome:
+        """Asks why the right answers are right and the wrong ones wrong."""
+        rows = read_rows(self.job.folder / QUESTIONS, KEYS)
+        wanted: tuple[Stage, ...] = ("positive", "negative")
+        outcome = self._run("rationales", ((r["image"], self._ask_rationale(r, s)) for r in rows for s in wanted))
+        made = []
+        for row in rows:
+            texts = [self._had(self._ask_rationale(row, stage)) for stage in wanted]
+            if None not in texts:
+                made.append(
+                    row | {key: replies.rationale(text or "") for key, text in zip(REASONED, texts, strict=True)}
+                )
+        write_json(self.job.folder / RATIONALES, made)
+        return outcome
+
+    def judge(self) -> Outcome:
+        """Asks each judge of each row; rows with a verdict, and those that it drops in a file of their own."""
+        rows = read_rows(self.job.folder / RATIONALES, (*KEYS, *REASONED))
+        outcome = self._run("judge", ((r["image"], self._ask_judge(r, who)) for r in rows for who in self.judges))
+        judged, dropped = [], []
+        for row in rows:
+            said = {who: self._had(self._ask_judge(row, who)) for who in self.judges}
+            votes = {who: replies.verdict(text) for who, text in said.items() if text is not None}
+            decision = decide(list(votes.values()), len(self.judges), self.job.votes)
+            if decision is None:
+                continue
+            judged.append(row | {VERDICT: decision, "judges": votes})
+            if decision == "yes":
+                dropped.append(row | {"reason": "judged to contradict each other", "judges": said})
+        write_json(self.job.folder / JUDGED, judged)
+        write_json(self.job.folder / DROPPED, dropped)
+        return outcome
+
+    def _had(self, asking: Asking | None) -> str | None:
+        return None if asking is None else self.journal.usable(asking.item)
+
+    def _providers(self, step: str) -> list[Provider]:
+        names = self.judges if step == "judge" else (self.job.model,)
+        return [provider(who, self.job.settings, self.environment) for who in dict.fromkeys(names)]
+
+    def _run(self, step: str, asked: Iterable[tuple[str, Asking | None]]) -> Outcome:
+        askings: dict[str, Asking] = {}
+        missing: dict[str, str] = {}
+        with self.journal.together():
+            for name, asking in asked:
+                if asking is None:
+                    missing[name] = self._unreadable[name]
+                else:
+                    askings.setdefault(asking.item.key, asking)
+        open_ones = [asking for asking in askings.values() if self.journal.usable(asking.item) is None]
+        outcome = Outcome(had=len(askings) - len(open_ones))
+        if open_ones:
+            total = len(open_ones)
+            found = run(
+                open_ones,
+                lambda: self._providers(step),
+                self.journal,
+                self.job.limits,
+                lambda now, gate: self.tell(step, total, now, gate),
+            )
+            outcome = dataclasses.replace(found, had=outcome.had + found.had)
+        outcome.failed.update(missing)
+        return outcome
+
+    # Before the first call.
+
+    def estimate(self, steps: Iterable[Step]) -> list[Estimate]:
+        """What each stage would take, by the journal's means or plain guesses."""
+        asked: dict[str, list[Asking | None]] = {"questions": [asking for _, asking in self._ask_questions()]}
+        unknown = sum(asking is not None and self._had(asking) is None for asking in asked["questions"])
+        steps = list(steps)
+        rows = read_rows(self.job.folder / QUESTIONS, KEYS) if (self.job.folder / QUESTIONS).exists() else []
+        asked["positive"] = [self._ask_rationale(row, "positive") for row in rows]
+        asked["negative"] = [self._ask_rationale(row, "negative") for row in rows]
+        file = self.job.folder / RATIONALES
+        reasoned = read_rows(file, (*KEYS, *REASONED)) if file.exists() else []
+        asked["judge"] = [self._ask_judge(row, who) for row in reasoned for who in self.judges]
+        more = unknown * self.job.count if "questions" in steps else 0
+        beyond = {
+            "questions": 0,
+            "positive": more,
+            "negative": more * self.job.confusing,
+            "judge": (len(rows) - len(reasoned) + more * self.job.confusing) * len(self.judges),
+        }
+        stages = {"questions": ["questions"], "rationales": ["positive", "negative"], "judge": ["judge"], "export": []}
+        table = []
+        for stage in [stage for step in steps for stage in stages[step]]:
+            unique = {asking.item.key: asking for asking in asked[stage] if asking is not None}
+            had = sum(self._had(asking) is not None for asking in unique.values())
+            to_ask = len(unique) - had + beyond[stage]
+            mean = self.journal.mean_tokens(stage) or DEFAULT_TOKENS[stage]
+            tokens_in, tokens_out = to_ask * mean[0], to_ask * mean[1]
+            price = self.job.limits.price(tokens_in, tokens_out)
+            table.append(Estimate(stage, had, to_ask, tokens_in, tokens_out, price))
+        return table
+
+    # The original scripts' folders.
+
+    def _adopt(self) -> None:
+        """Takes over what REVERIE's scripts left in the folder: combined files first, raw ones for what those lack."""
+        folder, broken = self.job.folder, 0
+        found: dict[str, list[Row]] = {}
+        for file, raw, keys in (
+            (QUESTIONS, "reasoning_instruct_raw_data", KEYS),
+            (RATIONALES, "rationale_raw_data", (*KEYS, *REASONED)),
+            (JUDGED, "check_results", (*KEYS, *REASONED, VERDICT)),
+        ):
+            rows = read_rows(folder / file, keys, strict=False) if (folder / file).exists() else []
+            seen = {tuple(row[key] for key in KEYS) for row in rows}
+            for path in sorted((folder / raw).glob("*.json"), key=lambda path: (len(path.name), path.name)):
+                try:
+                    content = json.loads(path.read_text("utf-8"))
+                    more = self._raw_rows(content) if file == QUESTIONS else [content]
+                    more = [row for row in more if all(isinstance(row[key], str) for key in keys)]
+                except (OSError, ValueError, KeyError, TypeError, AnnotationError):
+                    broken += 1  # cut off by a kill, or never usable: asked again
+                    continue
+                rows += [row for row in more if tuple(row[key] for key in KEYS) not in seen]
+            found[file] = rows
+        if not any(found.values()):
+            return
+        with self.journal.together():
+            by_image: dict[str, dict[str, AnnotatedQuestion]] = {}
+            for row in found[QUESTIONS]:
+                of_image = by_image.setdefault(row["image"], {})
+                kind = replies.kind_of(row["question"], row["correct_answer"])
+                made = AnnotatedQuestion(
+                    question=row["question"], type=kind, correct_answer=row["correct_answer"], confusing_answers=[]
+                )
+                of_image.setdefault(row["question"], made).confusing_answers.append(row["confusing_answer"])
+            for name, asked in by_image.items():
+                if (picture := self._digest(name)) is not None:
+                    text = QuestionSet(questions=list(asked.values())).model_dump_json()
+                    self.journal.adopt("questions", content_of("questions", picture, self._fields()), text)
+            for row in found[RATIONALES] + found[JUDGED]:
+                for stage, key in zip(("positive", "negative"), REASONED, strict=True):
+                    asking = self._ask_rationale(row, stage)  # type: ignore[arg-type]
+                    if asking is not None:
+                        self.journal.adopt(stage, asking.item.content, row[key])
+            for row in found[JUDGED]:
+                asking = self._ask_judge(row, self.judges[0])
+                if asking is not None:
+                    self.journal.adopt("judge", asking.item.content, row[VERDICT])
+        counts = ", ".join(f"{len(rows)} rows of {file}" for file, rows in found.items() if rows)
+        self.notes.append(
+            f"taken over from the original scripts: {counts}" + (f"; {broken} broken files" if broken else "")
+        )
+
+    def _raw_rows(self, content: Row) -> list[Row]:
+        made = replies.questions(json.dumps(content["content"]), confusing=99)
+        return [
+            dict(zip(KEYS, (content["image"], q.question, q.correct_answer, wrong), strict=True))
+            for q in made
+            for wrong in q.confusing_answers
+        ]
+
+
+def export(folder: Path) -> int:
+    """Writes what the judge keeps in the released form, four turns a row; returns how many conversations.
+
+    Raises:
+        UserError: nothing has been judged yet.
+    """
+    rows = read_rows(folder / JUDGED, (*KEYS, *REASONED, VERDICT))
+    talks: dict[str, dict[tuple[str, str], Reflection]] = {}
+    for row in rows:
+        if row[VERDICT] != "no":
+            continue
+        about = (row["question"], row["correct_answer"])
+        of_image = talks.setdefault(row["image"], {})
+        if about not in of_image:
+            kind = row.get("question_type") or replies.kind_of(*about)
+            asked = AnnotatedQuestion(question=about[0], type=kind, correct_answer=about[1], confusing_answers=[])
+            of_image[about] = Reflection(asked, row["correct_rationale"], ())
+        old = of_image[about]
+        new = (row["confusing_answer"], row["incorrect_rationale"])
+        of_image[about] = dataclasses.replace(old, negatives=(*old.negatives, new))
+    released = (
+        (name, name, [talk for reflection in found.values() for talk in conversations(reflection)])
+        for name, found in talks.items()
+    )
+    part = folder / f".{RELEASED}.part"
+    count = reverie.write(part, released)
+    os.replace(part, folder / RELEASED)
+    return count
+
+
+def decide(votes: list[Literal["yes", "no"]], judges: int, rule: Votes) -> Literal["yes", "no"] | None:
+    """The judges' common verdict; None while those who have not said a word could still change it."""
+    yes, no = votes.count("yes"), votes.count("no")
+    if rule == "any":
+        return "yes" if yes else "no" if no == judges else None
+    if rule == "all":
+        return "no" if no else "yes" if yes == judges else None
+    return "yes" if 2 * yes >= judges else "no" if 2 * no > judges else None
+
+
+def read_rows(path: Path, keys: Iterable[str], *, strict: bool = True) -> list[Row]:
+    """A stage's file: a list of objects with at least these keys, all strings.
+
+    Args:
+        strict: rows that lack a key are an error, and not passed over.
+
+    Raises:
+        UserError: the file is not there or broken; the row is named.
+    """
+    try:
+        rows = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: not there; run the stage before first") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(rows, list):
+        raise UserError(f"{path}: expected a JSON list of rows")
+    kept = []
+    for number, row in enumerate(rows):
+        lacking = [key for key in keys if not isinstance(row, dict) or not isinstance(row.get(key), str)]
+        if not lacking:
+            kept.append(row)
+        elif strict:
+            raise UserError(f"{path}: row {number} lacks {', '.join(lacking)}")
+    return kept
+
+
+def write_json(path: Path, rows: list[Row]) -> None:
+    """The file is the old one or the new one, never half of it."""
+    part = path.with_name(f".{path.name}.part")
+    with part.open("w", encoding="utf-8") as file:
+        json.dump(rows, file, ensure_ascii=False, indent=4)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)

@@ -1,0 +1,200 @@
+"""Raw replies to what was asked for. Models write around JSON, spell keys freely, and answer yes or no at length."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from typing import Any, Literal
+
+import pydantic
+
+from reverie_jax.data.annotate.interface import AnnotatedQuestion, QuestionType, Refused
+
+_FENCE = re.compile(r"```[a-zA-Z]*\s*\n(.*?)```", re.DOTALL)
+_KEYS = {
+    "question": "question",
+    "type": "type",
+    "question_type": "type",
+    "correct_answer": "correct_answer",
+    "right_answer": "correct_answer",
+    "answer": "correct_answer",
+    "confusing_answer": "confusing_answers",
+    "confusing_answers": "confusing_answers",
+    "wrong_answer": "confusing_answers",
+    "wrong_answers": "confusing_answers",
+    "incorrect_answer": "confusing_answers",
+    "incorrect_answers": "confusing_answers",
+    "misleading_answer": "confusing_answers",
+    "misleading_answers": "confusing_answers",
+}
+_TYPES: dict[str, QuestionType] = {
+    "yes/no": "yes/no",
+    "yes-no": "yes/no",
+    "yes_no": "yes/no",
+    "boolean": "yes/no",
+    "choice": "choice",
+    "multiple-choice": "choice",
+    "multiple choice": "choice",
+    "multiple_choice": "choice",
+    "short": "short",
+    "short-answer": "short",
+    "short answer": "short",
+    "short_answer": "short",
+    "open": "open",
+    "open-ended": "open",
+    "open ended": "open",
+    "open_ended": "open",
+}
+
+
+def _literal(text: str) -> Any:
+    """JSON, or a Python literal; raises ValueError."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        pass
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
+        raise ValueError("neither JSON nor a Python literal") from None
+
+
+def data(text: str) -> Any:
+    """The object or list that a reply holds: bare, in a fence, or with words around it.
+
+    Raises:
+        Refused: there is none.
+    """
+    candidates = [text.strip(), *(found.strip() for found in _FENCE.findall(text))]
+    for first, last in ("[]", "{}"):
+        if first in text and last in text:
+            candidates.append(text[text.index(first) : text.rindex(last) + 1])
+    for candidate in candidates:
+        try:
+            found = _literal(candidate)
+        except ValueError:
+            continue
+        if isinstance(found, dict | list):
+            return found
+    raise Refused("neither JSON nor a Python literal, or cut off")
+
+
+def _words(value: Any) -> str:
+    """An answer as text: yes/no answers come as booleans, counts as numbers."""
+    if isinstance(value, bool):
+        return "Yes" if value else "No"
+    return str(value).strip() if isinstance(value, str | int | float) else ""
+
+
+def kind_of(question: str, answer: str) -> QuestionType:
+    """The type of a question that says none."""
+    if re.fullmatch(r"(yes|no)\W*", answer.strip(), re.IGNORECASE):
+        return "yes/no"
+    if re.search(r"(^|\s)\(?A[.):]\s.*\sB[.):]?\s", question.replace("(B)", "B.").replace("(A)", "A."), re.DOTALL):
+        return "choice"
+    return "short" if len(answer.split()) <= 5 else "open"
+
+
+def _groups(found: Any) -> list[dict[str, Any]]:
+    """Question by question, keys brought to ours: {question1, correct answer1, …} counts as {question, correct_answer}."""
+    if isinstance(found, dict):
+        lists = [value for value in found.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
+        if len(lists) == 1:
+            found = lists[0]
+        elif found and all(isinstance(value, dict) for value in found.values()):
+            found = list(found.values())
+        else:
+            found = [found]
+    groups: list[dict[str, Any]] = []
+    for one in found:
+        if not isinstance(one, dict):
+            continue
+        numbered: dict[str, dict[str, Any]] = {}
+        for key, value in one.items():
+            name, number = re.fullmatch(r"(.*?)[\s_-]*(\d*)", str(key).strip().lower(), re.DOTALL).groups()  # type: ignore[union-attr]
+            name = _KEYS.get(re.sub(r"[\s-]+", "_", name), "")
+            if not name:
+                continue
+            if name == "confusing_answers":
+                value = value if isinstance(value, list | tuple) else [value]
+                # confusing_answer1 and confusing_answer2 beside one question are two answers to it.
+                wrong_number = (
+                    number if f"question{number}" in {re.sub(r"[\s_-]", "", str(k).lower()) for k in one} else ""
+                )
+                numbered.setdefault(wrong_number, {}).setdefault(name, []).extend(value)
+            else:
+                numbered.setdefault(number, {})[name] = value
+        groups += numbered.values()
+    return groups
+
+
+def questions(text: str, *, confusing: int = 1) -> list[AnnotatedQuestion]:
+    """The usable questions of a reply; each has its right answer and at least one wrong one that differs from it.
+
+    Args:
+        confusing: more wrong answers than these are left off.
+
+    Raises:
+        Refused: not one question can be used; the reason says what the first lacks.
+    """
+    kept: dict[str, AnnotatedQuestion] = {}
+    problem = "no question in it"
+    for group in _groups(data(text)):
+        asked, right = _words(group.get("question")), _words(group.get("correct_answer"))
+        wrong = [answer for answer in map(_words, group.get("confusing_answers", [])) if answer]
+        wrong = [answer for answer in dict.fromkeys(wrong) if answer.lower().strip(" .") != right.lower().strip(" .")]
+        if not (asked and right and wrong):
+            missing = [
+                name for name, there in (("question", asked), ("correct answer", right), ("wrong answer", wrong))
+            ]
+            empty = next(n for n, v in zip(missing, (asked, right, wrong), strict=True) if not v)
+            problem = f"a question without {empty}"
+            continue
+        said = _TYPES.get(_words(group.get("type")).lower())
+        try:
+            made = AnnotatedQuestion(
+                question=asked,
+                type=said or kind_of(asked, right),
+                correct_answer=right,
+                confusing_answers=wrong[:confusing],
+            )
+        except pydantic.ValidationError as error:
+            problem = error.errors()[0]["msg"]
+            continue
+        kept.setdefault(asked, made)
+    if not kept:
+        raise Refused(problem)
+    return list(kept.values())
+
+
+def rationale(text: str) -> str:
+    """A rationale, trimmed.
+
+    Raises:
+        Refused: it is empty.
+    """
+    if not text.strip():
+        raise Refused("an empty reply")
+    return text.strip()
+
+
+_VERDICT = re.compile(r"\W*(?:(?:answer|verdict|judgement|judgment)\W+)?(yes|no)\b", re.IGNORECASE)
+
+
+def verdict(text: str) -> Literal["yes", "no"]:
+    """Whether the two rationales contradict each other: `no` keeps, `yes` drops. Whole words only, and first.
+
+    Raises:
+        Refused: it says neither, or both.
+    """
+    found = _VERDICT.match(text)
+    if found is None:
+        raise Refused("neither yes nor no")
+    said = found[1].lower()
+    other = "no" if said == "yes" else "yes"
+    if re.search(rf"\b{other}\b", text[found.end() :], re.IGNORECASE):
+        raise Refused("both yes and no")
+    if re.match(r"\s+(idea|way to|clear|answer|judg|verdict)", text[found.end() :], re.IGNORECASE):
+        raise Refused("neither yes nor no")
+    return "yes" if said == "yes" else "no"

@@ -1,0 +1,316 @@
+"""Asks many things at once, within limits and a budget, and writes everything down."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import dataclasses
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import tenacity
+from aiolimiter import AsyncLimiter
+
+from reverie_jax.data.annotate.interface import NoAccess, Provider, Refused, Reply, Request, TryAgain
+from reverie_jax.data.annotate.journal import Item, Journal
+from reverie_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What may be asked how fast, and for how much.
+
+    Attributes:
+        concurrency: requests in flight.
+        requests, tokens: at most so many a minute; None for no limit.
+        tries: replies that an item may waste before it is given up.
+        retries: times that the service may fail an item (busy, unreachable) before it is given up.
+        backoff, longest: first and largest wait after such a failure, in seconds; waits double, with jitter.
+        price_in, price_out: of a million tokens.
+        budget: largest price of all attempts in the journal, earlier runs included.
+        token_budget: the same in tokens.
+    """
+
+    concurrency: int = 16
+    requests: float | None = None
+    tokens: float | None = None
+    tries: int = 3
+    retries: int = 8
+    backoff: float = 1.0
+    longest: float = 60.0
+    price_in: float = 0.0
+    price_out: float = 0.0
+    budget: float | None = None
+    token_budget: int | None = None
+
+    def price(self, tokens_in: float, tokens_out: float) -> float:
+        return (tokens_in * self.price_in + tokens_out * self.price_out) / 1e6
+
+
+@dataclasses.dataclass(frozen=True)
+class Asking:
+    """One item to ask: how it is known, how its request is made, and what reads its reply.
+
+    Attributes:
+        request: called when the item's turn comes: a picture is in memory only while it is asked about. Raises
+            `Refused` where it cannot be made.
+        read: raises `Refused` where a reply cannot be used.
+    """
+
+    item: Item
+    request: Callable[[], Request]
+    read: Callable[[str], Any]
+
+
+@dataclasses.dataclass
+class Outcome:
+    """How a run over items ended.
+
+    Attributes:
+        asked: items that were sent at least once in this run.
+        had: items whose reply was there already.
+        failed: reasons by item, of those that have no usable reply.
+        stopped: why the run ended early; empty where it did not.
+    """
+
+    asked: int = 0
+    had: int = 0
+    usable: int = 0
+    failed: dict[str, str] = dataclasses.field(default_factory=dict)
+    stopped: str = ""
+
+    def reasons(self) -> list[tuple[str, int]]:
+        return collections.Counter(self.failed.values()).most_common()
+
+
+DEFAULT_TOKENS = {"questions": (600, 500), "positive": (450, 150), "negative": (450, 150), "judge": (600, 3)}
+"""(in, out) of a request, before the first reply has told."""
+
+
+class _Gate:
+    """Limits that all workers share: rates, a pause that the service asked for, and the budget."""
+
+    def __init__(self, limits: Limits, journal: Journal):
+        self.limits, self.journal = limits, journal
+        self._requests = AsyncLimiter(1, 60 / limits.requests) if limits.requests else None
+        self._tokens = AsyncLimiter(limits.tokens, 60) if limits.tokens else None
+        self._until = 0.0
+        spent = journal.spent()
+        self.price, self.tokens = spent.price, spent.tokens_in + spent.tokens_out
+        self._reserved = collections.Counter[str]()
+        self.stopped = ""
+        self._sums: dict[str, list[float]] = {}
+        for stage in DEFAULT_TOKENS:
+            if (mean := journal.mean_tokens(stage)) is not None:
+                self._sums[stage] = [1.0, *mean]
+
+    def estimate(self, stage: str) -> tuple[float, float]:
+        """(in, out) that a request will likely take: the mean of those before."""
+        if stage not in self._sums:
+            return DEFAULT_TOKENS[stage]
+        count, tokens_in, tokens_out = self._sums[stage]
+        return tokens_in / count, tokens_out / count
+
+    def _reserve(self) -> tuple[float, float]:
+        price = tokens = 0.0
+        for stage, count in self._reserved.items():
+            one = self.estimate(stage)
+            price, tokens = price + count * self.limits.price(*one), tokens + count * sum(one)
+        return price, tokens
+
+    async def enter(self, stage: str) -> bool:
+        """Waits for a request's turn; False where the budget has no room for it."""
+        limits, one = self.limits, self.estimate(stage)
+        while (wait := self._until - time.monotonic()) > 0:
+            await asyncio.sleep(wait)
+        if self._requests:
+            await self._requests.acquire()
+        if self._tokens:
+            await self._tokens.acquire(min(sum(one), self._tokens.max_rate))
+        price, tokens = self._reserve()
+        if limits.budget is not None and self.price + price + limits.price(*one) > limits.budget:
+            self.stopped = f"the budget of {limits.budget:g} is used up ({self.price:.4f} spent)"
+        if limits.token_budget is not None and self.tokens + tokens + sum(one) > limits.token_budget:
+            self.stopped = f"the budget of {limits.token_budget:,} tokens is used up ({self.tokens:,} spent)"
+        if self.stopped:
+            return False
+        self._reserved[stage] += 1
+        return True
+
+    def leave(self, stage: str, reply: Reply | None) -> float:
+        """Takes note of what a request took; returns its price."""
+        self._reserved[stage] -= 1
+        if reply is None or not (reply.tokens_in or reply.tokens_out):
+            return 0.0
+        sums = self._sums.setdefault(stage, [0.0, 0.0, 0.0])
+        for place, value in enumerate((1, reply.tokens_in, reply.tokens_out)):
+            sums[place] += value
+        price = self.limits.price(reply.tokens_in, reply.tokens_out)
+        self.price += price
+        self.tokens += reply.tokens_in + reply.tokens_out
+        return price
+
+    def pause(self, seconds: float) -> None:
+        """Nobody asks anything for so long: the service said so."""
+        self._until = max(self._until, time.monotonic() + seconds)
+
+
+class _Worker:
+    """One item after another, until there is none or the run is stopped."""
+
+    def __init__(self, gate: _Gate, journal: Journal, providers: dict[tuple[str, str], Provider], stop: asyncio.Event):
+        self.gate, self.journal, self.providers, self.stop = gate, journal, providers, stop
+
+    async def once(self, asking: Asking) -> None:
+        """One attempt.
+
+        Raises:
+            TryAgain, Refused, NoAccess: as the provider says; the reply, where there is one, is written down.
+            asyncio.CancelledError: the run has been stopped before the request could leave.
+        """
+        item, journal = asking.item, self.journal
+        request = asking.request()
+        if self.stop.is_set() or not await self.gate.enter(item.stage) or self.stop.is_set():
+            self.stop.set()
+            raise _Stopped
+        attempt, reply = journal.sent(item), None
+        try:
+            reply = await self.providers[item.provider, item.model].ask(request)
+            asking.read(reply.text)
+        except TryAgain as error:
+            self.gate.leave(item.stage, None)
+            journal.done(attempt, "failed", reason=str(error))
+            if error.after:
+                self.gate.pause(error.after)
+            raise
+        except Refused as error:
+            reply = error.reply if reply is None else reply
+            journal.done(attempt, "unusable", reply, price=self.gate.leave(item.stage, reply), reason=str(error))
+            raise
+        except NoAccess as error:
+            self.gate.leave(item.stage, None)
+            journal.done(attempt, "failed", reason=str(error))
+            raise
+        journal.done(attempt, "usable", reply, price=self.gate.leave(item.stage, reply))
+
+    async def until_done(self, asking: Asking) -> None:
+        """As many attempts as the limits allow."""
+        limits, seen = self.gate.limits, collections.Counter[type]()
+        grow = tenacity.wait_random_exponential(multiplier=limits.backoff, max=limits.longest)
+
+        def wait(state: tenacity.RetryCallState) -> float:
+            error = state.outcome.exception() if state.outcome else None
+            return max(grow(state), error.after or 0.0) if isinstance(error, TryAgain) else 0.0
+
+        def enough(state: tenacity.RetryCallState) -> bool:
+            seen[type(state.outcome.exception() if state.outcome else None)] += 1
+            return seen[Refused] >= limits.tries or seen[TryAgain] > limits.retries
+
+        retrying = tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception_type((TryAgain, Refused)), wait=wait, stop=enough, reraise=True
+        )
+        await retrying(self.once, asking)
+
+
+class _Stopped(Exception):
+    """The run is over; the item was not asked."""
+
+
+async def _run(
+    askings: Iterator[Asking],
+    providers: dict[tuple[str, str], Provider],
+    journal: Journal,
+    limits: Limits,
+    tell: Callable[[Outcome, _Gate], None],
+) -> Outcome:
+    outcome, stop = Outcome(), asyncio.Event()
+    gate = _Gate(limits, journal)
+    loop = asyncio.get_running_loop()
+    interrupted = False
+
+    def interrupt() -> None:
+        nonlocal interrupted
+        if interrupted:  # twice: whoever waits, waits no longer
+            for task in tasks:
+                task.cancel()
+        interrupted = True
+        stop.set()
+
+    fatal: list[NoAccess] = []
+
+    async def work() -> None:
+        worker = _Worker(gate, journal, providers, stop)
+        for asking in askings:
+            if stop.is_set():
+                return
+            if journal.usable(asking.item) is not None:
+                outcome.had += 1
+                continue
+            try:
+                await worker.until_done(asking)
+                outcome.usable += 1
+            except _Stopped:
+                return
+            except NoAccess as error:
+                fatal.append(error)
+                stop.set()
+                return
+            except (TryAgain, Refused) as error:
+                outcome.failed[asking.item.key] = str(error)
+            outcome.asked += 1
+            tell(outcome, gate)
+
+    handled = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with contextlib.suppress(
+            NotImplementedError, ValueError, RuntimeError
+        ):  # not in the main thread, or no signals
+            loop.add_signal_handler(number, interrupt)
+            handled.append(number)
+    tasks = [asyncio.create_task(work()) for _ in range(limits.concurrency)]
+    try:
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+    finally:
+        for number in handled:
+            loop.remove_signal_handler(number)
+        for provider in providers.values():
+            await provider.close()
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+    if fatal:
+        raise UserError(str(fatal[0]))
+    if interrupted:
+        outcome.stopped = "interrupted"
+    elif gate.stopped:
+        outcome.stopped = gate.stopped
+    return outcome
+
+
+def run(
+    askings: Iterable[Asking],
+    providers: Callable[[], Iterable[Provider]],
+    journal: Journal,
+    limits: Limits,
+    tell: Callable[[Outcome, Any], None] = lambda outcome, gate: None,
+) -> Outcome:
+    """Asks every item that has no usable reply yet.
+
+    A first Ctrl-C (or SIGTERM) lets the requests in flight finish, for they are paid for; a second does not.
+
+    Args:
+        providers: makes them, within the loop that they will run in.
+        tell: called after each item.
+
+    Raises:
+        UserError: the service will not have us at all (key, model, address).
+    """
+
+    async def main() -> Outcome:
+        made = {(provider.name, provider.model): provider for provider in providers()}
+        return await _run(iter(askings), made, journal, limits, tell)
+
+    return asyncio.run(main())
