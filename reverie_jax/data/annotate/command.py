@@ -17,27 +17,27 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from reverie_jax.data.annotate import audit, pictures
+from reverie_jax.data.annotate import audit, lrv, pictures
 from reverie_jax.data.annotate.options import Annotate
 from reverie_jax.data.annotate.pipeline import RELEASED, Job, Pipeline, Step, Votes, export
 from reverie_jax.data.annotate.providers import Settings
 from reverie_jax.data.annotate.runner import Limits, Outcome
+from reverie_jax.data.annotate.session import Estimate, Session, Tell
 from reverie_jax.errors import UserError
 
 INCOMPLETE = 1
 """Exit code where some items have no usable reply: the rest is written, and a further run asks for them again."""
 
 
-def job(options: Annotate) -> Job:
-    """The job that a command line describes.
+WRITER = "name who writes, as gemini:MODEL or openai:MODEL"
+
+
+def limits(options: Annotate) -> Limits:
+    """The limits that a command line sets.
 
     Raises:
-        UserError: an option makes no sense.
+        UserError: one makes no sense.
     """
-    if not options.model:
-        raise UserError("--model: name who writes, as gemini:MODEL or openai:MODEL")
-    if options.votes not in get_args(Votes):
-        raise UserError(f"--votes {options.votes}: must be {', '.join(get_args(Votes))}")
     if options.max_cost is not None and not any(options.price):
         raise UserError("--max-cost needs --price IN OUT: what a million tokens cost")
     positive = {
@@ -49,30 +49,57 @@ def job(options: Annotate) -> Job:
     for name, value in positive.items():
         if value is not None and value <= 0:
             raise UserError(f"{name} {value}: must be more than 0")
-    listed = options.list
+    return Limits(
+        concurrency=options.concurrency,
+        requests=options.requests_per_minute,
+        tokens=options.tokens_per_minute,
+        price_in=options.price[0],
+        price_out=options.price[1],
+        budget=options.max_cost,
+        token_budget=options.max_tokens,
+    )
+
+
+def settings(options: Annotate) -> Settings:
+    """How a command line wants models asked."""
+    return Settings(options.timeout, options.structured, options.temperature)
+
+
+def needed(value: Any, name: str, what: str) -> Any:
+    """An option's value.
+
+    Raises:
+        UserError: it was not given.
+    """
+    if not value:
+        raise UserError(f"{name}: {what}")
+    return value
+
+
+def job(options: Annotate) -> Job:
+    """The job that a command line describes.
+
+    Raises:
+        UserError: an option makes no sense.
+    """
+    if options.votes not in get_args(Votes):
+        raise UserError(f"--votes {options.votes}: must be {', '.join(get_args(Votes))}")
+    folder, listed = needed(options.pictures, "--pictures", "name the folder of pictures"), options.list
     if listed is None and (options.out / "image_list.json").exists():
         listed = options.out / "image_list.json"  # where the original scripts have it
     return Job(
         folder=options.out,
-        pictures=options.pictures,
-        images=tuple(pictures.listed(options.pictures, listed)),
-        model=options.model,
+        pictures=folder,
+        images=tuple(pictures.listed(folder, listed)),
+        model=needed(options.model, "--model", WRITER),
         judges=options.judge,
         count=options.questions,
         confusing=options.confusing,
         votes=options.votes,  # type: ignore[arg-type]
         shown=options.judge_sees_picture,
         prompts=options.prompts,
-        settings=Settings(options.timeout, options.structured, options.temperature),
-        limits=Limits(
-            concurrency=options.concurrency,
-            requests=options.requests_per_minute,
-            tokens=options.tokens_per_minute,
-            price_in=options.price[0],
-            price_out=options.price[1],
-            budget=options.max_cost,
-            token_budget=options.max_tokens,
-        ),
+        settings=settings(options),
+        limits=limits(options),
     )
 
 
@@ -83,38 +110,80 @@ def annotate(options: Annotate) -> int:
         UserError: something that the user must mend.
     """
     steps: tuple[Step, ...] = get_args(Step)
-    if options.step not in (*steps, "run", "audit"):
-        raise UserError(f"{options.step}: must be run, {', '.join(steps)} or audit")
-    console = Console(stderr=True)
+    if options.step not in (*steps, "run", "audit", "lrv"):
+        raise UserError(f"{options.step}: must be run, {', '.join(steps)}, audit or lrv")
     if options.step == "audit":
-        print(audit.write(options.out, options.pictures, options.sample))
+        folder = needed(options.pictures, "--pictures", "name the folder of pictures")
+        print(audit.write(options.out, folder, options.sample))
         return 0
     if options.step == "export":
         return _export(options)
-    chosen = steps if options.step == "run" else (options.step,)
-    with _progress(console) as progress, Pipeline(job(options), os.environ, _teller(progress)) as pipeline:
-        for note in pipeline.notes:
-            console.print(f"reverie: {note}", highlight=False)
+    console = Console(stderr=True)
+    with _progress(console) as progress:
+        if options.step == "lrv":
+            return _lrv(options, console, _teller(progress))
+        return _reflective(options, console, _teller(progress), steps if options.step == "run" else (options.step,))  # type: ignore[arg-type]
+
+
+def _reflective(options: Annotate, console: Console, tell: Tell, steps: tuple[Step, ...]) -> int:
+    failed: dict[str, Outcome] = {}
+    with Pipeline(job(options), os.environ, tell) as pipeline:
+        _note(console, pipeline.session)
         if options.dry_run:
-            Console().print(_estimates(pipeline, chosen))  # type: ignore[arg-type]
+            Console().print(_estimates(pipeline.estimate(steps)))
             return 0
-        failed: dict[str, Outcome] = {}
-        for step in chosen:
+        for step in steps:
             if step == "export":
                 _export(options)
                 continue
-            outcome = getattr(pipeline, step)()
+            failed[step] = outcome = getattr(pipeline, step)()
             console.print(f"reverie: {step}: {_told(outcome)}", highlight=False)
-            if outcome.failed or outcome.stopped:
-                failed[step] = outcome
             if outcome.stopped:
                 break
-        spent = pipeline.journal.spent()
-        price = f", price {spent.price:.4f}" if any(options.price) else ""
-        console.print(
-            f"reverie: in all {spent.requests:,} requests, {spent.tokens_in:,} tokens in, {spent.tokens_out:,} out{price}",
-            highlight=False,
-        )
+        _sum(console, pipeline.session)
+    return _code(console, failed)
+
+
+def _lrv(options: Annotate, console: Console, tell: Tell) -> int:
+    wanted = lrv.Job(
+        folder=options.out,
+        captions=needed(options.captions, "--captions", "name the file of captions"),
+        model=needed(options.model, "--model", WRITER),
+        counts=options.counts,
+        balance=options.balance,
+        prompts=options.prompts,
+        settings=settings(options),
+        limits=limits(options),
+    )
+    with lrv.Generation(wanted, os.environ, tell) as generation:
+        _note(console, generation.session)
+        if options.dry_run:
+            Console().print(_estimates(generation.estimate()))
+            return 0
+        outcome = generation.generate()
+        console.print(f"reverie: lrv: {_told(outcome)}", highlight=False)
+        _sum(console, generation.session)
+    print(options.out / lrv.INSTRUCTIONS)
+    return _code(console, {"lrv": outcome})
+
+
+def _note(console: Console, session: Session) -> None:
+    for note in session.notes:
+        console.print(f"reverie: {note}", highlight=False)
+
+
+def _sum(console: Console, session: Session) -> None:
+    spent = session.journal.spent()
+    price = f", price {spent.price:.4f}" if session.how.limits.price(1, 1) else ""
+    console.print(
+        f"reverie: in all {spent.requests:,} requests, {spent.tokens_in:,} tokens in, {spent.tokens_out:,} out{price}",
+        highlight=False,
+    )
+
+
+def _code(console: Console, outcomes: dict[str, Outcome]) -> int:
+    """The exit code, with a table of reasons where something has no reply."""
+    failed = {step: outcome for step, outcome in outcomes.items() if outcome.failed or outcome.stopped}
     if not failed:
         return 0
     table = Table("step", "items", "reason", title="without a usable reply; run again to ask for them again")
@@ -163,9 +232,8 @@ def _teller(progress: Progress) -> Any:
     return tell
 
 
-def _estimates(pipeline: Pipeline, steps: tuple[Step, ...]) -> Table:
+def _estimates(rows: list[Estimate]) -> Table:
     table = Table("stage", "had", "to ask", "tokens in", "tokens out", "price", title="nothing was asked")
-    rows = pipeline.estimate(steps)
     for row in rows:
         numbers = (
             f"{row.had:,}",

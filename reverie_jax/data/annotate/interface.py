@@ -10,7 +10,16 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import pydantic
 
-Stage = Literal["questions", "positive", "negative", "judge"]
+Stage = Literal[
+    "questions",
+    "positive",
+    "negative",
+    "judge",
+    "lrv_positive",
+    "lrv_nonexistent",
+    "lrv_existent",
+    "lrv_knowledge",
+]
 QuestionType = Literal["yes/no", "choice", "short", "open"]
 
 
@@ -33,6 +42,24 @@ class QuestionSet(pydantic.BaseModel):
     questions: list[AnnotatedQuestion]
 
 
+class Instruction(pydantic.BaseModel):
+    """An instruction of LRV's kind; `task` is empty where it is a misleading one."""
+
+    model_config = pydantic.ConfigDict(extra="forbid")
+
+    instruction: str = pydantic.Field(min_length=1)
+    answer: str = pydantic.Field(min_length=1)
+    task: str
+
+
+class InstructionSet(pydantic.BaseModel):
+    """Reply of the stages `lrv_…`."""
+
+    model_config = pydantic.ConfigDict(extra="forbid")
+
+    instructions: list[Instruction]
+
+
 def _plain(schema: Any) -> Any:
     """A schema without bounds: services that hold replies to it know only the shape."""
     if isinstance(schema, dict):
@@ -41,7 +68,8 @@ def _plain(schema: Any) -> Any:
 
 
 QUESTIONS_SCHEMA: dict[str, Any] = _plain(QuestionSet.model_json_schema())
-"""`QuestionSet` as a JSON schema, for providers that write to one."""
+INSTRUCTIONS_SCHEMA: dict[str, Any] = _plain(InstructionSet.model_json_schema())
+"""Replies as JSON schemas, for providers that write to one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +87,9 @@ class Request:
     Attributes:
         fields: what the stage needs. `questions`: {"count"} and {"confusing"}; `positive`: {"question", "answer"};
             `negative`: {"question", "answer"} with a confusing answer;
-            `judge`: {"question", "answer", "positive", "wrong", "negative"}.
+            `judge`: {"question", "answer", "positive", "wrong", "negative"}; `lrv_…`: {"captions", "count", "each"}.
         prompt: the same in words, for a hosted model.
+        schema: of the reply's JSON; None where the reply is text.
         shown: whether the model sees the picture.
     """
 
@@ -69,6 +98,7 @@ class Request:
     fields: Mapping[str, str]
     prompt: str = ""
     shown: bool = True
+    schema: Mapping[str, Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

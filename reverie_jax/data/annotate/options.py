@@ -19,10 +19,11 @@ class Annotate:
     """
 
     step: Positional[str]
-    """run (all of them), or one of: questions, rationales, judge, export, audit."""
+    """run, or one of its steps: questions, rationales, judge, export. audit: a page of judged rows to look through.
+    lrv: LRV-Instruction's positive and misleading instructions, from captions alone."""
     out: Path
     """Folder for the stages' files, the journal and reverie.json."""
-    pictures: Path
+    pictures: Path | None = None
     """Folder of pictures."""
     list: Path | None = None
     """JSON list of picture names; all pictures of the folder by default. OUT/image_list.json is used if it is there."""
@@ -59,6 +60,13 @@ class Annotate:
     """Stop before the price of all attempts in the journal, earlier runs included, exceeds this."""
     max_tokens: int | None = None
     """The same in tokens."""
+    captions: Path | None = None
+    """For lrv: Visual Genome's region_descriptions.json, or [{image_id, captions: [{caption, x, y, width, height}]}]."""
+    counts: tuple[int, int, int, int] = (20, 6, 6, 0)
+    """For lrv, instructions a picture: positive, about things that are not there, with wrong attributes, with false
+    knowledge."""
+    balance: float | None = None
+    """For lrv: misleading instructions kept for each positive one; all by default."""
     dry_run: bool = False
     """Say how many requests, tokens and how much money it would take; ask nothing."""
     sample: int = 50

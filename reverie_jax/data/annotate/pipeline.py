@@ -6,32 +6,29 @@ Files have the names and keys of REVERIE's scripts (`zjr2000/REVERIE`), so that 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from reverie_jax.data.annotate import pictures, replies
 from reverie_jax.data.annotate.interface import (
+    QUESTIONS_SCHEMA,
     AnnotatedQuestion,
     AnnotationError,
-    Provider,
     QuestionSet,
     Request,
     Stage,
 )
 from reverie_jax.data.annotate.items import content_of
-from reverie_jax.data.annotate.journal import Item, Journal
-from reverie_jax.data.annotate.prompts import Prompts
-from reverie_jax.data.annotate.providers import Settings, parse, provider
-from reverie_jax.data.annotate.runner import DEFAULT_TOKENS, Asking, Limits, Outcome, run
+from reverie_jax.data.annotate.providers import Settings, parse
+from reverie_jax.data.annotate.runner import Asking, Limits, Outcome
+from reverie_jax.data.annotate.session import Estimate, How, Session, Tell
 from reverie_jax.data.annotate.stages import Reflection, conversations
 from reverie_jax.data.sources import reverie
 from reverie_jax.errors import UserError
 
-JOURNAL = "journal.sqlite"
 QUESTIONS = "reasoning_instruct_data.json"
 RATIONALES = "rationale_instruct_data.json"
 JUDGED = "rationale_instruct_data_with_judge.json"
@@ -77,17 +74,6 @@ class Job:
     limits: Limits = dataclasses.field(default_factory=Limits)
 
 
-class Estimate(NamedTuple):
-    """A stage before it runs."""
-
-    stage: str
-    had: int
-    to_ask: int
-    tokens_in: float
-    tokens_out: float
-    price: float
-
-
 class Pipeline:
     """A job's stages over its journal. Close it, or use it as a context.
 
@@ -99,33 +85,21 @@ class Pipeline:
         UserError: the job cannot be right; nothing has been asked.
     """
 
-    def __init__(
-        self,
-        job: Job,
-        environment: Mapping[str, str],
-        tell: Callable[[str, int, Outcome, Any], None] = lambda step, total, outcome, gate: None,
-    ):
+    def __init__(self, job: Job, environment: Mapping[str, str], tell: Tell | None = None):
         if job.count < 1 or job.confusing < 1:
             raise UserError("--questions and --confusing must be at least 1")
-        self.job, self.environment, self.tell = job, environment, tell
-        self.prompts = Prompts(job.prompts)
-        self.judges = job.judges or (job.model,)
+        self.job, self.judges = job, job.judges or (job.model,)
         for who in (job.model, *self.judges):
             parse(who)
-        job.folder.mkdir(parents=True, exist_ok=True)
-        fresh = not (job.folder / JOURNAL).exists()
-        self.journal = Journal(job.folder / JOURNAL)
-        self.notes: list[str] = []
-        """What a user should know, line by line."""
-        if self.journal.lost:
-            self.notes.append(
-                f"{self.journal.lost} requests were in flight when the last run ended; they are asked again"
-            )
-        if fresh:
+        self.session = Session(job.folder, How(job.prompts, job.settings, job.limits), environment, tell)
+        self.journal, self.notes = self.session.journal, self.session.notes
+        self._digests: dict[str, str] = {}
+        self._unreadable: dict[str, str] = {}
+        if self.session.fresh:
             self._adopt()
 
     def close(self) -> None:
-        self.journal.close()
+        self.session.close()
 
     def __enter__(self) -> Pipeline:
         return self
@@ -135,24 +109,17 @@ class Pipeline:
 
     # What is asked.
 
-    @functools.cached_property
-    def _unreadable(self) -> dict[str, str]:
-        return {}
-
     def _digest(self, name: str) -> str | None:
         """A picture's content; None where there is no file."""
-        try:
-            return self.journal.picture(pictures.place(self.job.pictures, name), pictures.hashed)
-        except OSError as error:
-            self._unreadable[name] = f"picture cannot be read ({error.strerror})"
-        except UserError as error:
-            self._unreadable[name] = str(error)
-        return None
-
-    def _item(self, stage: Stage, who: str, picture: str, fields: Mapping[str, str], shown: bool = True) -> Item:
-        kind, model, _ = parse(who)
-        prompt = f"{self.prompts.versions[stage]} {self.job.settings.version} shown={shown}"
-        return Item(stage, content_of(stage, picture, dict(fields)), kind, model, prompt)
+        if name not in self._digests and name not in self._unreadable:
+            try:
+                path = pictures.place(self.job.pictures, name)
+                self._digests[name] = self.journal.picture(path, pictures.hashed)
+            except OSError as error:
+                self._unreadable[name] = f"picture cannot be read ({error.strerror})"
+            except UserError as error:
+                self._unreadable[name] = str(error)
+        return self._digests.get(name)
 
     def _asking(
         self,
@@ -169,9 +136,12 @@ class Pipeline:
 
         def request() -> Request:
             picture = pictures.read(self.job.pictures, name)
-            return Request(stage, picture, fields, self.prompts(stage, fields, shown=shown), shown)
+            schema = QUESTIONS_SCHEMA if stage == "questions" else None
+            prompt = self.session.prompts(stage, fields, shown=shown)
+            return Request(stage, picture, fields, prompt, shown, schema)
 
-        return Asking(self._item(stage, who, digest, fields, shown), request, read)
+        content = content_of(stage, digest, dict(fields))
+        return Asking(self.session.item(stage, who, content, shown), request, read)
 
     def _fields(self) -> dict[str, str]:
         return {"count": str(self.job.count), "confusing": str(self.job.confusing)}
@@ -203,20 +173,13 @@ class Pipeline:
     def questions(self) -> Outcome:
         """Asks for questions; writes one row a question and wrong answer."""
         outcome = self._run("questions", self._ask_questions())
-        rows = []
+        rows: list[Row] = []
         for name, asking in self._ask_questions():
-            text = None if asking is None else self.journal.usable(asking.item)
+            text = self.session.had(asking)
             for made in [] if text is None else self._read_questions(text):
-                rows += [
-                    dict(
-                        zip(
-                            (*KEYS, "question_type"),
-                            (name, made.question, made.correct_answer, wrong, made.type),
-                            strict=True,
-                        )
-                    )
-                    for wrong in made.confusing_answers
-                ]
+                for wrong in made.confusing_answers:
+                    values = (name, made.question, made.correct_answer, wrong)
+                    rows.append({**dict(zip(KEYS, values, strict=True)), "question_type": made.type})
         write_json(self.job.folder / QUESTIONS, rows)
         return outcome
 
@@ -227,7 +190,7 @@ class Pipeline:
         outcome = self._run("rationales", ((r["image"], self._ask_rationale(r, s)) for r in rows for s in wanted))
         made = []
         for row in rows:
-            texts = [self._had(self._ask_rationale(row, stage)) for stage in wanted]
+            texts = [self.session.had(self._ask_rationale(row, stage)) for stage in wanted]
             if None not in texts:
                 made.append(
                     row | {key: replies.rationale(text or "") for key, text in zip(REASONED, texts, strict=True)}
@@ -241,7 +204,7 @@ class Pipeline:
         outcome = self._run("judge", ((r["image"], self._ask_judge(r, who)) for r in rows for who in self.judges))
         judged, dropped = [], []
         for row in rows:
-            said = {who: self._had(self._ask_judge(row, who)) for who in self.judges}
+            said = {who: self.session.had(self._ask_judge(row, who)) for who in self.judges}
             votes = {who: replies.verdict(text) for who, text in said.items() if text is not None}
             decision = decide(list(votes.values()), len(self.judges), self.job.votes)
             if decision is None:
@@ -253,35 +216,12 @@ class Pipeline:
         write_json(self.job.folder / DROPPED, dropped)
         return outcome
 
-    def _had(self, asking: Asking | None) -> str | None:
-        return None if asking is None else self.journal.usable(asking.item)
-
-    def _providers(self, step: str) -> list[Provider]:
-        names = self.judges if step == "judge" else (self.job.model,)
-        return [provider(who, self.job.settings, self.environment) for who in dict.fromkeys(names)]
-
     def _run(self, step: str, asked: Iterable[tuple[str, Asking | None]]) -> Outcome:
-        askings: dict[str, Asking] = {}
-        missing: dict[str, str] = {}
-        with self.journal.together():
-            for name, asking in asked:
-                if asking is None:
-                    missing[name] = self._unreadable[name]
-                else:
-                    askings.setdefault(asking.item.key, asking)
-        open_ones = [asking for asking in askings.values() if self.journal.usable(asking.item) is None]
-        outcome = Outcome(had=len(askings) - len(open_ones))
-        if open_ones:
-            total = len(open_ones)
-            found = run(
-                open_ones,
-                lambda: self._providers(step),
-                self.journal,
-                self.job.limits,
-                lambda now, gate: self.tell(step, total, now, gate),
-            )
-            outcome = dataclasses.replace(found, had=outcome.had + found.had)
-        outcome.failed.update(missing)
+        with self.journal.together():  # pictures' digests are written on the way
+            found = list(asked)
+        names = self.judges if step == "judge" else (self.job.model,)
+        outcome = self.session.ask(step, (asking for _, asking in found if asking is not None), names)
+        outcome.failed.update({name: self._unreadable[name] for name, asking in found if asking is None})
         return outcome
 
     # Before the first call.
@@ -289,7 +229,7 @@ class Pipeline:
     def estimate(self, steps: Iterable[Step]) -> list[Estimate]:
         """What each stage would take, by the journal's means or plain guesses."""
         asked: dict[str, list[Asking | None]] = {"questions": [asking for _, asking in self._ask_questions()]}
-        unknown = sum(asking is not None and self._had(asking) is None for asking in asked["questions"])
+        unknown = sum(asking is not None and self.session.had(asking) is None for asking in asked["questions"])
         steps = list(steps)
         rows = read_rows(self.job.folder / QUESTIONS, KEYS) if (self.job.folder / QUESTIONS).exists() else []
         asked["positive"] = [self._ask_rationale(row, "positive") for row in rows]
@@ -305,16 +245,7 @@ class Pipeline:
             "judge": (len(rows) - len(reasoned) + more * self.job.confusing) * len(self.judges),
         }
         stages = {"questions": ["questions"], "rationales": ["positive", "negative"], "judge": ["judge"], "export": []}
-        table = []
-        for stage in [stage for step in steps for stage in stages[step]]:
-            unique = {asking.item.key: asking for asking in asked[stage] if asking is not None}
-            had = sum(self._had(asking) is not None for asking in unique.values())
-            to_ask = len(unique) - had + beyond[stage]
-            mean = self.journal.mean_tokens(stage) or DEFAULT_TOKENS[stage]
-            tokens_in, tokens_out = to_ask * mean[0], to_ask * mean[1]
-            price = self.job.limits.price(tokens_in, tokens_out)
-            table.append(Estimate(stage, had, to_ask, tokens_in, tokens_out, price))
-        return table
+        return [self.session.estimate(stage, asked[stage], beyond[stage]) for step in steps for stage in stages[step]]
 
     # The original scripts' folders.
 

@@ -5,23 +5,24 @@ from __future__ import annotations
 import importlib.resources
 from collections.abc import Mapping
 from pathlib import Path
+from typing import get_args
 
 import jinja2
 
 from reverie_jax.data.annotate.interface import Stage, digest
 from reverie_jax.errors import UserError
 
-STAGES: tuple[Stage, ...] = ("questions", "positive", "negative", "judge")
+STAGES: tuple[Stage, ...] = get_args(Stage)
 
 
 class Prompts:
     """A prompt a stage, as jinja2 templates over the fields of a request.
 
     Args:
-        folder: holds `questions.txt`, `positive.txt`, `negative.txt` or `judge.txt`; those it lacks are ours.
+        folder: holds files named by the stages, `questions.txt` and so on; those it lacks are ours.
 
     Raises:
-        UserError: a file is no template, or the folder holds none of the four.
+        UserError: a file is no template, or the folder holds none at all.
     """
 
     def __init__(self, folder: Path | None = None):

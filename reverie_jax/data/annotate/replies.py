@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import pydantic
 
-from reverie_jax.data.annotate.interface import AnnotatedQuestion, QuestionType, Refused
+from reverie_jax.data.annotate.interface import AnnotatedQuestion, Instruction, QuestionType, Refused
 
 _FENCE = re.compile(r"```[a-zA-Z]*\s*\n(.*?)```", re.DOTALL)
 _KEYS = {
@@ -198,3 +198,32 @@ def verdict(text: str) -> Literal["yes", "no"]:
     if re.match(r"\s+(idea|way to|clear|answer|judg|verdict)", text[found.end() :], re.IGNORECASE):
         raise Refused("neither yes nor no")
     return "yes" if said == "yes" else "no"
+
+
+def instructions(text: str, *, task: str | None = None) -> list[Instruction]:
+    """The usable instructions of a reply, in LRV's sense.
+
+    Args:
+        task: of all of them; each says its own by default.
+
+    Raises:
+        Refused: not one can be used.
+    """
+    found = data(text)
+    if isinstance(found, dict):
+        lists = [value for value in found.values() if isinstance(value, list)]
+        found = lists[0] if len(lists) == 1 else [found]
+    kept: dict[str, Instruction] = {}
+    for one in found:
+        if not isinstance(one, dict):
+            continue
+        keys = {re.sub(r"[\s_-]*\d*$", "", str(key).strip().lower()): _words(value) for key, value in one.items()}
+        said = keys.get("instruction") or keys.get("question") or ""
+        answer = keys.get("answer") or keys.get("reason") or ""
+        if said and answer:
+            kept.setdefault(
+                said, Instruction(instruction=said, answer=answer, task=keys.get("task", "") if task is None else task)
+            )
+    if not kept:
+        raise Refused("no instruction with an answer in it")
+    return list(kept.values())

@@ -86,7 +86,16 @@ class Outcome:
         return collections.Counter(self.failed.values()).most_common()
 
 
-DEFAULT_TOKENS = {"questions": (600, 500), "positive": (450, 150), "negative": (450, 150), "judge": (600, 3)}
+DEFAULT_TOKENS = {
+    "questions": (600, 500),
+    "positive": (450, 150),
+    "negative": (450, 150),
+    "judge": (600, 3),
+    "lrv_positive": (1500, 1000),
+    "lrv_nonexistent": (1500, 350),
+    "lrv_existent": (1500, 350),
+    "lrv_knowledge": (1500, 350),
+}
 """(in, out) of a request, before the first reply has told."""
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from google import genai
 from google.genai import errors, types
 
-from reverie_jax.data.annotate.interface import QUESTIONS_SCHEMA, Reply, Request, TryAgain
+from reverie_jax.data.annotate.interface import Reply, Request, TryAgain
 from reverie_jax.data.annotate.pictures import as_sent
 from reverie_jax.data.annotate.providers import Settings, hide, seconds
 from reverie_jax.data.annotate.providers.google_replies import reply, status
@@ -40,9 +40,9 @@ class Gemini:
         config = types.GenerateContentConfig(
             temperature=self._settings.temperature, max_output_tokens=self._settings.longest
         )
-        if request.stage == "questions" and self._settings.structured:
+        if request.schema and self._settings.structured:
             config.response_mime_type = "application/json"
-            config.response_json_schema = QUESTIONS_SCHEMA
+            config.response_json_schema = dict(request.schema)
         content = types.Content(role="user", parts=parts)
         try:
             async with asyncio.timeout(self._settings.timeout):  # the SDK's own is for each read

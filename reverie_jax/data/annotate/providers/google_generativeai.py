@@ -41,7 +41,7 @@ class GoogleGenerativeAI:
             config["temperature"] = self._settings.temperature
         if self._settings.longest is not None:
             config["max_output_tokens"] = self._settings.longest
-        if request.stage == "questions" and self._settings.structured:
+        if request.schema and self._settings.structured:
             config["response_mime_type"] = "application/json"
         try:
             found = self._model.generate_content(

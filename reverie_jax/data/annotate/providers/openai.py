@@ -8,7 +8,7 @@ from typing import Any
 
 import openai
 
-from reverie_jax.data.annotate.interface import QUESTIONS_SCHEMA, NoAccess, Refused, Reply, Request, TryAgain
+from reverie_jax.data.annotate.interface import NoAccess, Refused, Reply, Request, TryAgain
 from reverie_jax.data.annotate.pictures import as_sent
 from reverie_jax.data.annotate.providers import Settings, hide, seconds
 
@@ -41,8 +41,8 @@ class OpenAI:
             options["temperature"] = self._settings.temperature
         if self._settings.longest is not None:
             options["max_completion_tokens"] = self._settings.longest
-        if request.stage == "questions" and self._settings.structured:
-            schema = {"name": "questions", "strict": True, "schema": QUESTIONS_SCHEMA}
+        if request.schema and self._settings.structured:
+            schema = {"name": request.stage, "strict": True, "schema": request.schema}
             options["response_format"] = {"type": "json_schema", "json_schema": schema}
         try:
             async with asyncio.timeout(self._settings.timeout):  # the SDK's own is for each read
