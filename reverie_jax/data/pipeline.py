@@ -10,9 +10,9 @@ import grain
 
 from reverie_jax.data.conversation import Conversation, ImageRecord
 from reverie_jax.data.processor import Processor
-from reverie_jax.data.records import DataError
 from reverie_jax.data.rows import Element, RowShape, element, pack, stack
 from reverie_jax.data.tree import ConversationTree, grow_within, untaught
+from reverie_jax.errors import DataError
 
 Teach = Literal["responses", "rationales"]
 

@@ -13,11 +13,7 @@ import tensorflow_datasets as tfds
 from google.protobuf import json_format
 
 from reverie_jax.data.conversation import ImageRecord
-from reverie_jax.errors import UserError
-
-
-class DataError(UserError):
-    """Data that cannot be used; the message names the file, the record and the remedy."""
+from reverie_jax.errors import DataError, UserError
 
 
 class ReflectiveRecords(tfds.core.GeneratorBasedBuilder):

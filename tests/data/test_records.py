@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from reverie_jax.data.conversation import IMAGE, Conversation, Encoder, ImageRecord, Turn
 from reverie_jax.data.pipeline import Picture, question_batches, survey, taught, training_batches, trees
 from reverie_jax.data.processor import Processor
-from reverie_jax.data.records import DataError, RecordSource, write_records
+from reverie_jax.data.records import RecordSource, write_records
 from reverie_jax.data.rows import Batch, RowShape
 from reverie_jax.data.sources import reverie
-from reverie_jax.errors import UserError
+from reverie_jax.errors import DataError, UserError
 from tests.data.fakes import IMAGE_ID, WordTokenizer, png, records, talk
 
 PATCHES, SIDE = 4, 8

@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from reverie_jax.data.annotate.interface import AnnotationError, Picture, Request
 from reverie_jax.data.annotate.stages import WHY, WHY_WRONG, Reflection, annotate, conversations
 from reverie_jax.data.conversation import ImageRecord, Turn
-from reverie_jax.data.records import DataError
 from reverie_jax.data.scenes import annotator as ask
 from reverie_jax.data.scenes import dataset
 from reverie_jax.data.scenes.corpus import plain_talks
@@ -38,6 +37,7 @@ from reverie_jax.data.scenes.graph import (
     take,
 )
 from reverie_jax.data.scenes.language import Claim, claims, describe, mentioned
+from reverie_jax.errors import DataError
 
 SKEWED, BROKEN = World.skewed(), World.broken()
 TRAIN = take(SKEWED, "train", 0, 300)

@@ -13,7 +13,7 @@ from PIL import Image
 from reverie_jax.data.conversation import Conversation, Turn
 from reverie_jax.data.images import decode, preprocess
 from reverie_jax.data.pipeline import Picture
-from reverie_jax.data.records import DataError
+from reverie_jax.errors import DataError
 from reverie_jax.eval.engine import Engine, EngineShape
 from reverie_jax.models import VisionLanguageModel
 from reverie_jax.models.sharding import make_mesh

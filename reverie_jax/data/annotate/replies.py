@@ -114,17 +114,18 @@ def _groups(found: Any) -> list[dict[str, Any]]:
         for key, value in one.items():
             name, number = re.fullmatch(r"(.*?)[\s_-]*(\d*)", str(key).strip().lower(), re.DOTALL).groups()  # type: ignore[union-attr]
             name = _KEYS.get(re.sub(r"[\s-]+", "_", name), "")
-            if not name:
-                continue
             if name == "confusing_answers":
-                value = value if isinstance(value, list | tuple) else [value]
-                # confusing_answer1 and confusing_answer2 beside one question are two answers to it.
-                wrong_number = (
-                    number if f"question{number}" in {re.sub(r"[\s_-]", "", str(k).lower()) for k in one} else ""
-                )
-                numbered.setdefault(wrong_number, {}).setdefault(name, []).extend(value)
-            else:
+                found_here = value if isinstance(value, list | tuple) else [value]
+                numbered.setdefault(number, {}).setdefault(name, []).extend(found_here)
+            elif name:
                 numbered.setdefault(number, {})[name] = value
+        if sum("question" in group for group in numbered.values()) == 1:
+            # One question, whatever the numbers: confusing_answer1 and confusing_answer2 are two answers to it.
+            whole: dict[str, Any] = {"confusing_answers": []}
+            for group in numbered.values():
+                whole["confusing_answers"] += group.pop("confusing_answers", [])
+                whole |= group
+            numbered = {"": whole}
         groups += numbered.values()
     return groups
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from reverie_jax.data.conversation import IMAGE, Conversation, ImageRecord, Turn
 from reverie_jax.data.images import BrokenImage, decode
-from reverie_jax.data.records import DataError
+from reverie_jax.errors import DataError
 
 Answers = Literal["once", "as-published"]
 _ROLES = {"human": "user", "gpt": "assistant"}

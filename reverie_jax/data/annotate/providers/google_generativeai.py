@@ -7,10 +7,11 @@ from typing import Any
 
 import google.generativeai as genai
 from google.api_core import exceptions
+from google.protobuf.json_format import ParseError
 
 from reverie_jax.data.annotate.interface import Reply, Request, TryAgain
 from reverie_jax.data.annotate.pictures import as_sent
-from reverie_jax.data.annotate.providers import Settings, hide
+from reverie_jax.data.annotate.providers import Settings, hide, seconds
 from reverie_jax.data.annotate.providers.google_replies import reply, status
 
 
@@ -48,10 +49,14 @@ class GoogleGenerativeAI:
                 parts, generation_config=config, request_options={"timeout": self._settings.timeout, "retry": None}
             )
         except exceptions.GoogleAPICallError as error:
-            raise status(error.code, error.message or "", None, f"{self.name}:{self.model}", self._key) from None
+            headers = getattr(error.response, "headers", None) or {}
+            after, who = seconds(headers.get("retry-after")), f"{self.name}:{self.model}"
+            raise status(error.code, error.message or "", after, who, self._key) from None
         except exceptions.RetryError:
             raise TryAgain(f"no reply within {self._settings.timeout:g} s") from None
-        except (OSError, ValueError) as error:  # requests' errors are OSErrors
+        except (ParseError, ValueError):
+            raise TryAgain("the service's reply makes no sense") from None
+        except OSError as error:  # requests' errors are
             if "imeout" in type(error).__name__:
                 raise TryAgain(f"no reply within {self._settings.timeout:g} s") from None
             raise TryAgain(hide(f"connection failed ({type(error).__name__})", self._key)) from None
