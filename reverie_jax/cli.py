@@ -53,26 +53,38 @@ class Build:
     """Turn an annotation file and a folder of pictures into records (ArrayRecord, one record an image)."""
 
     annotations: Positional[Path]
-    """LLaVA-style JSON in REVERIE's four-turn form (reverie.json)."""
+    """JSON list or JSON lines: REVERIE's, LLaVA's or LRV's rows, recognised by their content."""
     out: Positional[Path]
     """Folder for the records."""
     pictures: Path | None = None
     """Folder that the file's image names are relative to; `pictures` beside the file by default."""
+    add: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A further annotation file with its pictures, as FILE=FOLDER; what they say about one picture becomes one record."""
     answers: str = "once"
-    """`once`: an answer that several rows repeat is taught once. `as-published`: as often as it is written."""
+    """For REVERIE's rows. once: what several rows repeat is taught once. as-published: as often as it is written."""
 
     def run(self) -> None:
+        from reverie_jax.data import sources
         from reverie_jax.data.records import RecordSource, write_records
-        from reverie_jax.data.sources import reverie
 
         if self.answers not in ("once", "as-published"):
             raise UserError(f"--answers {self.answers}: must be once or as-published")
-        pictures = self.pictures or self.annotations.parent / "pictures"
-        # The whole file is read before the first record is written: a broken picture leaves no half-made records.
-        records = list(reverie.read(self.annotations, pictures, answers=self.answers))  # type: ignore[arg-type]
+        wanted = [(self.annotations, self.pictures or self.annotations.parent / "pictures")]
+        for part in self.add:
+            name, equals, pictures = part.partition("=")
+            wanted.append((Path(name), Path(pictures) if equals else Path(name).parent / "pictures"))
+        # All is read before the first record is written: a broken picture leaves no half-made records.
+        parts, reading = [], sources.Reading()
+        for file, folder in wanted:
+            talks = sources.read(file, reading, answers=self.answers)  # type: ignore[arg-type]
+            reading.settle()
+            parts.append((talks, sources.Pictures(folder) if any(talk.image for talk in talks) else None))
+        for note in reading.notes:
+            print(f"reverie: {note}", file=sys.stderr)
+        records = list(sources.records(parts))
         folder = write_records(self.out, {"train": records})
-        talks = sum(len(record.conversations) for record in records)
-        print(f"{len(RecordSource(folder))} images, {talks} conversations: {folder}")
+        count = sum(len(record.conversations) for record in records)
+        print(f"{len(RecordSource(folder))} images, {count} conversations: {folder}")
 
 
 @dataclasses.dataclass(frozen=True)

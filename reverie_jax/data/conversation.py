@@ -19,6 +19,7 @@ from reverie_jax.models.config import TokenMode
 __all__ = ["IMAGE", "TEMPLATES", "Conversation", "Encoder", "ImageRecord", "Role", "Template", "Tokens", "Turn", "v0"]
 
 Role = Literal["user", "assistant"]
+Kind = Literal["", "positive", "negative"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,11 +36,16 @@ class Conversation:
     """Turns, user first. The n-th `<image>` marker shows the record's image `images[n]`.
 
     The last turn may be the user's: it is then open, a question that waits for an answer.
+
+    Attributes:
+        source: the annotations that it comes from.
+        kind: what it teaches beside its answer: why a right answer is right, why a wrong one is wrong, or neither.
     """
 
     turns: tuple[Turn, ...]
     images: tuple[int, ...] = (0,)
     source: str = ""
+    kind: Kind = ""
 
     def __post_init__(self) -> None:
         for index, turn in enumerate(self.turns):
@@ -61,7 +67,9 @@ class Conversation:
 
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> Conversation:
-        return cls(tuple(Turn(**turn) for turn in row["turns"]), tuple(row["images"]), row["source"])
+        return cls(
+            tuple(Turn(**turn) for turn in row["turns"]), tuple(row["images"]), row["source"], row.get("kind", "")
+        )
 
 
 @dataclasses.dataclass(frozen=True)

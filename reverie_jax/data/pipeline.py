@@ -14,18 +14,21 @@ from reverie_jax.data.rows import Element, RowShape, element, pack, stack
 from reverie_jax.data.tree import ConversationTree, grow_within, untaught
 from reverie_jax.errors import DataError
 
-Teach = Literal["responses", "rationales"]
+Teach = Literal["responses", "positive", "negative", "rationales"]
 
 
 def taught(record: ImageRecord, teach: Teach) -> list[Conversation]:
     """The record's conversations as an arm of the ablation teaches them.
 
-    `responses` keeps each conversation's first exchange and drops what then teaches nothing.
+    `responses` keeps each conversation's first exchange, `positive` and `negative` also the rationales of their kind, and
+    `rationales` everything. What then teaches nothing is left out.
     """
     if teach == "rationales":
         return list(record.conversations)
-    short = [dataclasses.replace(talk, turns=talk.turns[:2]) for talk in record.conversations]
-    return [talk for talk in short if talk.turns[-1].weight > 0]
+    cut = [
+        talk if talk.kind == teach else dataclasses.replace(talk, turns=talk.turns[:2]) for talk in record.conversations
+    ]
+    return [talk for talk in cut if any(turn.weight > 0 for turn in talk.turns if turn.role == "assistant")]
 
 
 def trees(record: ImageRecord, processor: Processor, shape: RowShape, teach: Teach) -> list[ConversationTree]:

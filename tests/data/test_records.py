@@ -18,7 +18,7 @@ from reverie_jax.data.pipeline import Picture, question_batches, survey, taught,
 from reverie_jax.data.processor import Processor
 from reverie_jax.data.records import RecordSource, write_records
 from reverie_jax.data.rows import Batch, RowShape
-from reverie_jax.data.sources import reverie
+from reverie_jax.data.sources import llava, reverie
 from reverie_jax.errors import DataError, UserError
 from tests.data.fakes import IMAGE_ID, WordTokenizer, png, records, talk
 
@@ -207,6 +207,7 @@ BAD_ROWS = {
     "no object": ["x"],
     "no image": [row(), without("image")],
     "image no text": [{**row(), "image": 3}],
+    "image no name": [row(), row("")],
     "no conversations": [row(), row(), without("conversations")],
     "conversations no list": [{**row(), "conversations": "hello"}],
     "one turn": [said(HUMAN)],
@@ -216,7 +217,6 @@ BAD_ROWS = {
     "role no text": [said({"from": ["human"], "value": "x"}, GPT)],
     "two users": [row(), said(HUMAN, HUMAN)],
     "assistant first": [said(GPT, HUMAN)],
-    "two markers": [row(first=f"{IMAGE} {IMAGE}")],
     "marker in the answer": [row(first=IMAGE, answer=IMAGE)],
 }
 
@@ -241,7 +241,7 @@ class UncheckedTurn(Turn):
 def test_words_that_are_no_text_are_named(pictures, monkeypatch, turn, value):
     turns = [dict(HUMAN), dict(GPT)]
     turns[turn]["value"] = value
-    monkeypatch.setattr(reverie, "Turn", UncheckedTurn)
+    monkeypatch.setattr(llava, "Turn", UncheckedTurn)
     with pytest.raises(DataError) as error:
         read(pictures, [said(*turns)])
     one_line(error, pictures.parent / "rows.json", "row 0")
@@ -283,7 +283,7 @@ def test_pictures_cannot_leave_their_folder(pictures, name):
     one_line(error, name, "leaves")
 
 
-@pytest.mark.parametrize("name", ["none.png", "", ".", "nul\0.png"], ids=repr)
+@pytest.mark.parametrize("name", ["none.png", ".", "nul\0.png"], ids=repr)
 def test_picture_that_is_no_file_is_named(pictures, name):
     with pytest.raises(DataError) as error:
         read(pictures, [row(name)])

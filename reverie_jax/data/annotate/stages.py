@@ -12,7 +12,7 @@ from reverie_jax.data.annotate.interface import (
     Picture,
     Request,
 )
-from reverie_jax.data.conversation import IMAGE, Conversation, Turn
+from reverie_jax.data.conversation import IMAGE, Conversation, Kind, Turn
 
 WHY = "Explain why."
 WHY_WRONG = "Explain why this answer is wrong: {answer}"
@@ -75,10 +75,10 @@ def conversations(reflection: Reflection) -> list[Conversation]:
     The right answer opens each of them, also where a wrong answer is explained.
     """
     question, answer = reflection.question.question, reflection.question.correct_answer
-    prompts = [(WHY, reflection.positive)]
-    prompts += [(WHY_WRONG.format(answer=wrong), why) for wrong, why in reflection.negatives]
+    prompts: list[tuple[Kind, str, str]] = [("positive", WHY, reflection.positive)]
+    prompts += [("negative", WHY_WRONG.format(answer=wrong), why) for wrong, why in reflection.negatives]
     opening = (Turn("user", f"{IMAGE}\n{question}"), Turn("assistant", answer))
     return [
-        Conversation((*opening, Turn("user", prompt), Turn("assistant", why)), source="reflective")
-        for prompt, why in prompts
+        Conversation((*opening, Turn("user", prompt), Turn("assistant", why)), source="reflective", kind=kind)
+        for kind, prompt, why in prompts
     ]

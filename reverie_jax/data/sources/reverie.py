@@ -1,23 +1,36 @@
-"""REVERIE's released form: one row per (question, answer, rationale), as a four-turn LLaVA conversation."""
+"""REVERIE's released form: one row per (question, answer, rationale), as a four-turn LLaVA conversation.
+
+REVERIE-PLUS's six-turn rows, which explain both answers in one talk, become two conversations: REVERIE's authors found that
+both in one talk is worse than either.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from reverie_jax.data.conversation import IMAGE, Conversation, ImageRecord, Turn
-from reverie_jax.data.images import BrokenImage, decode
-from reverie_jax.errors import DataError
+from reverie_jax.data.conversation import Conversation, ImageRecord
+from reverie_jax.data.sources import llava
+from reverie_jax.data.sources.llava import BadRow
+from reverie_jax.data.sources.rows import Pictures, Reading, Talk, read_list, records
 
 Answers = Literal["once", "as-published"]
-_ROLES = {"human": "user", "gpt": "assistant"}
+Kind = Literal["positive", "negative"]
+_NEGATIVE = re.compile(
+    r"explain why (?:this|the|that)?\s*(?:answer)?\s*(?:is|was) (?:wrong|incorrect|not correct)\s*:?\s*(.*)",
+    re.I | re.S,
+)
+_POSITIVE = re.compile(r"explain why\b", re.I)
+_TAIL = re.compile(r"\s*\.?\s*Including any necessary facts or knowledge\.?\s*$", re.I)
 
 
 def write(path: Path, images: Iterable[tuple[str, str, Sequence[Conversation]]]) -> int:
     """Writes (id, image file, conversations) rows as a LLaVA annotation file; returns how many conversations."""
-    back = {ours: theirs for theirs, ours in _ROLES.items()}
+    back = {"user": "human", "assistant": "gpt"}
     rows = [
         {
             "id": id,
@@ -31,21 +44,85 @@ def write(path: Path, images: Iterable[tuple[str, str, Sequence[Conversation]]])
     return len(rows)
 
 
-def _turns(where: str, raw: Any) -> list[Turn]:
-    if not isinstance(raw, list) or len(raw) < 2:
-        raise DataError(f"{where}: 'conversations' must be a list of at least two turns")
-    turns = []
-    for turn in raw:
+def explains(prompt: str) -> tuple[Kind, str] | None:
+    """(kind, the wrong answer that it quotes) of a question that asks for a rationale; None of any other."""
+    text = prompt.strip()
+    if (found := _NEGATIVE.match(text)) is not None:
+        return "negative", _TAIL.sub("", found[1]).strip()
+    return ("positive", "") if _POSITIVE.match(text) else None
+
+
+def is_reflective(rows: Sequence[Any]) -> bool:
+    """Whether most rows of a file ask for a rationale in their second question."""
+    asked = 0
+    for row in rows:
         try:
-            if not isinstance(turn["value"], str):
-                raise TypeError
-            turns.append(Turn(_ROLES[turn["from"]], turn["value"]))  # type: ignore[arg-type]
-        except (KeyError, TypeError):
-            raise DataError(f"{where}: a turn needs 'from' (human or gpt) and 'value'; found {turn!r}") from None
-    first = turns[0]
-    if IMAGE not in first.text:
-        turns[0] = Turn(first.role, f"{IMAGE}\n{first.text}")
-    return turns
+            _, turns = llava.turns_of(row, Reading())
+        except BadRow:
+            continue
+        asked += len(turns) > 2 and explains(turns[2].text) is not None
+    return 2 * asked > len(rows)
+
+
+def talks(name: str, rows: Sequence[Any], reading: Reading, *, answers: Answers = "once") -> Iterator[Talk]:
+    """The rows' conversations; those that cannot be used go to `reading.problems`.
+
+    A negative row opens with the right answer; where one opens with the wrong answer that it explains, the right answer is
+    taken from the question's positive row.
+
+    Args:
+        answers: whether an answer that several rows repeat is taught once, or as often as it is written.
+    """
+    found = list(_split(name, rows, reading))
+    right = {
+        (talk.image, talk.conversation.turns[0].text): talk.conversation.turns[1]
+        for talk in found
+        if talk.conversation.kind == "positive"
+    }
+    seen: set[tuple[str, str, str]] = set()
+    swapped = 0
+    for talk in found:
+        turns = list(talk.conversation.turns)
+        about = explains(turns[2].text) if len(turns) > 2 else None
+        known = right.get((talk.image, turns[0].text))
+        if about is not None and about[0] == "negative" and turns[1].text.strip(" .") == about[1].strip(" ."):
+            if known is None or known.text == turns[1].text:
+                reading.problems.append(
+                    (talk.where, "its answer is the wrong one that it explains, and no row has the right one")
+                )
+                continue
+            turns[1], swapped = known, swapped + 1
+        key = (talk.image, turns[0].text, turns[1].text)
+        if answers == "once" and key in seen:
+            turns[1] = dataclasses.replace(turns[1], weight=0.0)
+        seen.add(key)
+        yield dataclasses.replace(talk, conversation=dataclasses.replace(talk.conversation, turns=tuple(turns)))
+    if swapped:
+        reading.notes.append(
+            f"{swapped} negative rows opened with the wrong answer; they got the right one of their question"
+        )
+
+
+def _split(name: str, rows: Sequence[Any], reading: Reading) -> Iterator[Talk]:
+    strict = is_reflective(rows)
+    for number, row in enumerate(rows):
+        where = f"{name}: row {number}"
+        try:
+            image, turns = llava.turns_of(row, reading)
+            if not image:
+                raise BadRow("needs 'image', a file name")
+            pairs = list(zip(turns[2::2], turns[3::2], strict=True))
+            kinds = [explains(prompt.text) for prompt, _ in pairs]
+            if strict and pairs and None in kinds:
+                raise BadRow(f"asks for no rationale that is known: {pairs[kinds.index(None)][0].text[:60]!r}")
+            if not pairs or None in kinds:
+                yield Talk(image, llava.conversation(turns, source="reverie"), where)
+                continue
+            for pair, kind in zip(pairs, kinds, strict=True):
+                assert kind is not None
+                yield Talk(image, llava.conversation([*turns[:2], *pair], source="reverie", kind=kind[0]), where)
+        except BadRow as error:
+            reading.problems.append((where, str(error)))
 
 
 def read(path: Path, pictures: Path, *, answers: Answers = "once") -> Iterator[ImageRecord]:
@@ -54,58 +131,11 @@ def read(path: Path, pictures: Path, *, answers: Answers = "once") -> Iterator[I
     Args:
         path: the JSON file.
         pictures: folder that the rows' `image` paths are relative to, and cannot leave.
-        answers: whether an answer that several rows repeat is taught once, or as often as it is written.
 
     Raises:
         DataError: the file, a row or a picture cannot be used; all are named.
     """
-    try:
-        rows = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such annotation file") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(rows, list) or not rows:
-        raise DataError(f"{path}: expected a JSON list of rows, and at least one")
-    if not pictures.is_dir():
-        raise DataError(f"{pictures}: no such folder of pictures")
-    by_image: dict[str, list[Conversation]] = {}
-    seen: set[tuple[str, str, str]] = set()
-    for number, row in enumerate(rows):
-        where = f"{path}: row {number}"
-        if not isinstance(row, dict) or not isinstance(row.get("image"), str):
-            raise DataError(f"{where}: needs 'image', a file name")
-        turns = _turns(where, row.get("conversations"))
-        about = (row["image"], turns[0].text, turns[1].text)
-        if answers == "once" and about in seen:
-            turns[1] = Turn(turns[1].role, turns[1].text, weight=0.0)
-        seen.add(about)
-        try:
-            talk = Conversation(tuple(turns), source="reverie")
-        except ValueError as error:
-            raise DataError(f"{where}: {error}") from None
-        by_image.setdefault(row["image"], []).append(talk)
-    for name, talks in by_image.items():
-        yield ImageRecord(name, _picture(pictures, name), tuple(talks))
-
-
-def _picture(folder: Path, name: str) -> bytes:
-    """The bytes of a picture that is known to open."""
-    root = folder.resolve()
-    try:
-        file = (root / name).resolve()
-    except ValueError as error:
-        raise DataError(f"{folder}: {name!r} is no file name ({error})") from None
-    if not file.is_relative_to(root):
-        raise DataError(f"{name}: leaves the picture folder {folder}")
-    try:
-        encoded = file.read_bytes()
-    except OSError as error:
-        raise DataError(f"{folder / name}: cannot be read ({error.strerror})") from None
-    try:
-        decode(encoded, str(folder / name))
-    except BrokenImage as error:
-        raise DataError(f"{error}; replace the file or remove its rows") from None
-    return encoded
+    rows, reading = read_list(path), Reading()
+    found = list(talks(str(path), rows, reading, answers=answers))
+    reading.settle()
+    return records([(found, Pictures(pictures))])
