@@ -88,6 +88,52 @@ class Build:
 
 
 @dataclasses.dataclass(frozen=True)
+class Check:
+    """Read every row of an annotation file and open every picture: what is wrong is listed before it is trained on."""
+
+    annotations: Positional[Path]
+    """JSON list or JSON lines: REVERIE's, LLaVA's or LRV's rows."""
+    pictures: Path | None = None
+    """Folder of pictures; `pictures` beside the file by default, where there is one."""
+    model: str | None = None
+    """Checkpoint to be trained: tokens are counted, and conversations beyond its context named."""
+    offenders: Path | None = None
+    """Write what is wrong here, one JSON object a line."""
+    fix: Path | None = None
+    """Write the file without the rows that cannot be used here."""
+
+    def run(self) -> None:
+        from rich.console import Console
+
+        from reverie_jax.data import check
+
+        pictures, beside = self.pictures, self.annotations.parent / "pictures"
+        if pictures is None and beside.is_dir():
+            pictures = beside
+        processor = None
+        if self.model is not None:
+            from reverie_jax.loading import load_processor
+
+            path, *base = self.model.split(",")
+            processor = load_processor(path, base=base)
+        found = check.check(self.annotations, pictures, processor)
+        for note in found.notes:
+            print(f"reverie: {note}", file=sys.stderr)
+        if pictures is None:
+            print("reverie: no folder of pictures was named; none was opened", file=sys.stderr)
+        console = Console()
+        console.print(check.statistics_table(check.statistics_of(found.talks), found.lengths))
+        if found.offenders:
+            console.print(check.problems_table(found))
+        if self.offenders is not None:
+            check.write_offenders(found, self.offenders)
+        if self.fix is not None:
+            print(f"{check.write_clean(found, self.annotations, self.fix)} rows: {self.fix}")
+        if found.broken and self.fix is None:
+            raise SystemExit(1)
+
+
+@dataclasses.dataclass(frozen=True)
 class Train:
     """Tune LoRA adapters and the projector with a named recipe. Run again to resume."""
 
@@ -320,6 +366,7 @@ Command = (
     Annotated[Demo, subcommand("demo")]
     | Annotated[Annotate, subcommand("annotate")]
     | Annotated[Build, subcommand("build")]
+    | Annotated[Check, subcommand("check")]
     | Annotated[Train, subcommand("train")]
     | Annotated[Evaluate, subcommand("evaluate")]
     | Annotated[Ask, subcommand("ask")]

@@ -78,7 +78,7 @@ def convert(
         start = checkpoint_folder(src)
         parts = [checkpoint_folder(part) for part in as_list(base)]
         model = read_model(start, base=parts, dtype=None if dtype is None else jnp.dtype(dtype))
-        tokenizer = find_tokenizer(model, start, parts)
+        tokenizer = find_tokenizer(model.config, start, parts)
         source = _source(model, src, start, as_list(base), adapter)
         if adapter is not None:
             name, projector = put_adapter(model, adapter, [start, *parts])

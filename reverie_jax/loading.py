@@ -14,8 +14,8 @@ from jax.typing import DTypeLike
 
 from reverie_jax.data.processor import Processor, example_template
 from reverie_jax.data.tokenizers import load_tokenizer
-from reverie_jax.models import VisionLanguageModel
-from reverie_jax.models.checkpoints import CheckpointError, attach_adapter, read_model
+from reverie_jax.models import VisionLanguageModel, VLMConfig
+from reverie_jax.models.checkpoints import CheckpointError, attach_adapter, read_config, read_model
 from reverie_jax.models.checkpoints.files import resolve
 from reverie_jax.models.checkpoints.parts import recognise, recorded_base
 from reverie_jax.train.checkpoint import IDENTITY, load_run
@@ -74,7 +74,18 @@ def load_model(
         model = read_model(folder, base=parts, dtype=jnp.bfloat16, mesh=mesh)
     if adapter is not None:
         put_adapter(model, adapter, [folder, *parts])
-    return model, Processor.of(model.config, find_tokenizer(model, folder, parts), example_template(folder))
+    return model, Processor.of(model.config, find_tokenizer(model.config, folder, parts), example_template(folder))
+
+
+def load_processor(path: str | Path, *, base: Paths = None) -> Processor:
+    """The processor alone: no weight is read, of the files that hold them only the lists.
+
+    Raises:
+        CheckpointError: configuration or tokenizer cannot be used.
+    """
+    folder, parts = checkpoint_folder(path), [checkpoint_folder(part) for part in as_list(base)]
+    config = read_config(folder, base=parts)
+    return Processor.of(config, find_tokenizer(config, folder, parts), example_template(folder))
 
 
 def put_adapter(model: VisionLanguageModel, adapter: str | Path, base: Sequence[Path]) -> tuple[str, bool]:
@@ -97,7 +108,7 @@ def put_adapter(model: VisionLanguageModel, adapter: str | Path, base: Sequence[
     return found.base, found.projector
 
 
-def find_tokenizer(model: VisionLanguageModel, folder: Path, parts: Sequence[Path]) -> Any:
+def find_tokenizer(config: VLMConfig, folder: Path, parts: Sequence[Path]) -> Any:
     """The tokenizer of the first that has one: the folder, the parts, the base that a LoRA folder records.
 
     Raises:
@@ -115,8 +126,8 @@ def find_tokenizer(model: VisionLanguageModel, folder: Path, parts: Sequence[Pat
         tokenizer = load_tokenizer(found[0])
     except Exception as error:  # a broken file raises what its library likes: OSError, ValueError, bare Exception
         raise CheckpointError(f"{found[0]}: the tokenizer cannot be read ({' '.join(str(error).split())})") from None
-    if len(tokenizer) > model.config.text.vocab:
+    if len(tokenizer) > config.text.vocab:
         raise CheckpointError(
-            f"{found[0]}: the tokenizer has {len(tokenizer)} entries, the model's vocabulary {model.config.text.vocab}"
+            f"{found[0]}: the tokenizer has {len(tokenizer)} entries, the model's vocabulary {config.text.vocab}"
         )
     return tokenizer

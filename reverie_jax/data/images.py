@@ -14,6 +14,10 @@ PAD_COLOUR = (122, 116, 104)
 """CLIP's mean colour in bytes, rounded down as LLaVA does."""
 
 
+MAX_PIXELS = 80_000_000
+"""A few kilobytes can say that they are gigabytes of pixels: such a picture is not opened."""
+
+
 class BrokenImage(UserError):
     """Bytes that are no readable picture; the message says which and why."""
 
@@ -42,10 +46,16 @@ def decode(encoded: bytes, name: str) -> Image.Image:
     """
     try:
         with Image.open(io.BytesIO(encoded)) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise BrokenImage(f"{name}: {image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
             return to_rgb(image)
     except UnidentifiedImageError:
         raise BrokenImage(f"{name}: not a readable picture (unknown format)") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except BrokenImage:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise BrokenImage(f"{name}: has more than {MAX_PIXELS:,} pixels") from None
+    except (OSError, SyntaxError, ValueError) as error:
         raise BrokenImage(f"{name}: not a readable picture ({error or type(error).__name__})") from error
 
 
