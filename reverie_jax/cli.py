@@ -73,7 +73,6 @@ class Build:
         for part in self.add:
             name, equals, pictures = part.partition("=")
             wanted.append((Path(name), Path(pictures) if equals else Path(name).parent / "pictures"))
-        # All is read before the first record is written: a broken picture leaves no half-made records.
         parts, reading = [], sources.Reading()
         for file, folder in wanted:
             talks = sources.read(file, reading, answers=self.answers)  # type: ignore[arg-type]
@@ -81,9 +80,8 @@ class Build:
             parts.append((talks, sources.Pictures(folder) if any(talk.image for talk in talks) else None))
         for note in reading.notes:
             print(f"reverie: {note}", file=sys.stderr)
-        records = list(sources.records(parts))
-        folder = write_records(self.out, {"train": records})
-        count = sum(len(record.conversations) for record in records)
+        folder = write_records(self.out, {"train": sources.records(parts)})
+        count = sum(len(talks) for talks, _ in parts)
         print(f"{len(RecordSource(folder))} images, {count} conversations: {folder}")
 
 

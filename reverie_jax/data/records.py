@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,14 +62,22 @@ def _quiet() -> Iterator[None]:
 
 
 def write_records(folder: Path, splits: Mapping[str, Iterable[ImageRecord]]) -> Path:
-    """Writes the splits below `folder`; returns the folder to read. What is there already is written again."""
-    builder = ReflectiveRecords(splits, data_dir=os.fspath(folder), file_format="array_record")
-    with _quiet():
-        if builder.data_path.exists():
-            builder.data_path.rmtree()
-            builder = ReflectiveRecords(splits, data_dir=os.fspath(folder), file_format="array_record")
+    """Writes the splits below `folder`; returns the folder to read.
+
+    Records that are there already stay until the new ones are whole. Pictures pass through one by one.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    hidden = tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent)
+    with hidden as part, _quiet():
+        builder = ReflectiveRecords(splits, data_dir=part, file_format="array_record")
         builder.download_and_prepare()
-    return Path(os.fspath(builder.data_dir))
+        made = Path(os.fspath(builder.data_dir))
+        home = folder / made.relative_to(part)
+        if home.exists():
+            shutil.rmtree(home)
+        home.parent.mkdir(parents=True, exist_ok=True)
+        made.rename(home)
+    return home
 
 
 class RecordSource(Sequence[ImageRecord]):
