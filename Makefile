@@ -7,7 +7,7 @@ LINE := $(shell $(PYTHON) -c 'import sys; print(f"py{sys.version_info[0]}{sys.ve
 PINS := $(wildcard constraints/$(LINE).txt)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(addprefix --constraint ,$(PINS))
 
-.PHONY: demo test lint types suite test-slow test-gpu bench clean
+.PHONY: demo test lint types suite test-slow test-old-sdk test-gpu bench clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/reverie demo
@@ -27,6 +27,12 @@ suite: $(VENV)/.test
 
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow
+
+# google-generativeai pins an older protobuf than TFDS needs: an environment of its own.
+test-old-sdk:
+	test -x $(VENV)-old/bin/python || $(PYTHON) -m venv $(VENV)-old
+	$(VENV)-old/bin/python -m pip install --quiet --editable '.[google-generativeai]' pytest hypothesis beartype
+	$(VENV)-old/bin/python -m pytest tests/data/annotate/test_google_generativeai.py
 
 test-gpu: $(VENV)/.test
 	JAX_PLATFORMS=cuda $(BIN)/python -m pytest -m gpu
