@@ -18,10 +18,10 @@ from rich.table import Table
 from reverie_jax.data import sources
 from reverie_jax.data.annotate.replies import kind_of
 from reverie_jax.data.conversation import IMAGE
+from reverie_jax.data.files import read_list
 from reverie_jax.data.images import decode
 from reverie_jax.data.processor import Processor
 from reverie_jax.data.sources import Pictures, Reading, Talk
-from reverie_jax.data.sources.rows import read_list
 from reverie_jax.errors import DataError, UserError
 
 _SUFFIXES = {

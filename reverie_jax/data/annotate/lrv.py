@@ -7,7 +7,6 @@ Source: LRV-Instruction (arXiv 2306.14565). Input: Visual Genome's `region_descr
 from __future__ import annotations
 
 import dataclasses
-import json
 import random
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,10 +15,10 @@ from typing import Any
 from reverie_jax.data.annotate import replies
 from reverie_jax.data.annotate.interface import INSTRUCTIONS_SCHEMA, Picture, Request, Stage, digest
 from reverie_jax.data.annotate.items import content_of
-from reverie_jax.data.annotate.pipeline import write_json
 from reverie_jax.data.annotate.providers import Settings, parse
 from reverie_jax.data.annotate.runner import Asking, Limits, Outcome
 from reverie_jax.data.annotate.session import Estimate, How, Session, Tell
+from reverie_jax.data.files import read_list, write_list
 from reverie_jax.errors import UserError
 
 INSTRUCTIONS = "lrv_instruct_data.json"
@@ -67,14 +66,7 @@ def read_captions(path: Path) -> list[Described]:
     Raises:
         UserError: the file is not of either form; the row is named.
     """
-    try:
-        rows = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(rows, list):
-        raise UserError(f"{path}: expected a JSON list, a row a picture")
+    rows = read_list(path)
     found = []
     for number, row in enumerate(rows):
         try:
@@ -151,7 +143,7 @@ class Generation:
                         "kind": kind.removeprefix("lrv_"),
                     }
                 )
-        write_json(self.job.folder / INSTRUCTIONS, balanced(rows, self.job.balance))
+        write_list(self.job.folder / INSTRUCTIONS, balanced(rows, self.job.balance))
         return outcome
 
     def estimate(self) -> list[Estimate]:

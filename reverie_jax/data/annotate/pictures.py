@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
 from reverie_jax.data.annotate.interface import Picture, Refused
+from reverie_jax.data.files import read_list
 from reverie_jax.data.images import BrokenImage, decode
 from reverie_jax.errors import UserError
 
@@ -86,13 +86,8 @@ def listed(folder: Path, names: Path | None = None) -> list[str]:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder of pictures")
     if names is not None:
-        try:
-            found = json.loads(names.read_text("utf-8"))
-        except OSError as error:
-            raise UserError(f"{names}: cannot be read ({error.strerror})") from None
-        except ValueError as error:
-            raise UserError(f"{names}: not valid JSON ({error})") from None
-        if not isinstance(found, list) or not all(isinstance(name, str) and name for name in found):
+        found = read_list(names, least=0)
+        if not all(isinstance(name, str) and name for name in found):
             raise UserError(f"{names}: expected a JSON list of picture names")
     else:
         paths = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())

@@ -26,6 +26,7 @@ from reverie_jax.data.annotate.providers import Settings, parse
 from reverie_jax.data.annotate.runner import Asking, Limits, Outcome
 from reverie_jax.data.annotate.session import Estimate, How, Session, Tell
 from reverie_jax.data.annotate.stages import Reflection, conversations
+from reverie_jax.data.files import read_list, write_list
 from reverie_jax.data.sources import reverie
 from reverie_jax.errors import UserError
 
@@ -180,7 +181,7 @@ class Pipeline:
                 for wrong in made.confusing_answers:
                     values = (name, made.question, made.correct_answer, wrong)
                     rows.append({**dict(zip(KEYS, values, strict=True)), "question_type": made.type})
-        write_json(self.job.folder / QUESTIONS, rows)
+        write_list(self.job.folder / QUESTIONS, rows)
         return outcome
 
     def rationales(self) -> Outcome:
@@ -195,7 +196,7 @@ class Pipeline:
                 made.append(
                     row | {key: replies.rationale(text or "") for key, text in zip(REASONED, texts, strict=True)}
                 )
-        write_json(self.job.folder / RATIONALES, made)
+        write_list(self.job.folder / RATIONALES, made)
         return outcome
 
     def judge(self) -> Outcome:
@@ -212,8 +213,8 @@ class Pipeline:
             judged.append(row | {VERDICT: decision, "judges": votes})
             if decision == "yes":
                 dropped.append(row | {"reason": "judged to contradict each other", "judges": said})
-        write_json(self.job.folder / JUDGED, judged)
-        write_json(self.job.folder / DROPPED, dropped)
+        write_list(self.job.folder / JUDGED, judged)
+        write_list(self.job.folder / DROPPED, dropped)
         return outcome
 
     def _run(self, step: str, asked: Iterable[tuple[str, Asking | None]]) -> Outcome:
@@ -357,16 +358,9 @@ def read_rows(path: Path, keys: Iterable[str], *, strict: bool = True) -> list[R
     Raises:
         UserError: the file is not there or broken; the row is named.
     """
-    try:
-        rows = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: not there; run the stage before first") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(rows, list):
-        raise UserError(f"{path}: expected a JSON list of rows")
+    if not path.exists():
+        raise UserError(f"{path}: not there; run the stage before first")
+    rows = read_list(path, least=0)
     kept = []
     for number, row in enumerate(rows):
         lacking = [key for key in keys if not isinstance(row, dict) or not isinstance(row.get(key), str)]
@@ -375,13 +369,3 @@ def read_rows(path: Path, keys: Iterable[str], *, strict: bool = True) -> list[R
         elif strict:
             raise UserError(f"{path}: row {number} lacks {', '.join(lacking)}")
     return kept
-
-
-def write_json(path: Path, rows: list[Row]) -> None:
-    """The file is the old one or the new one, never half of it."""
-    part = path.with_name(f".{path.name}.part")
-    with part.open("w", encoding="utf-8") as file:
-        json.dump(rows, file, ensure_ascii=False, indent=4)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)

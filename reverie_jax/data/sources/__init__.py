@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from reverie_jax.data.files import read_list
 from reverie_jax.data.sources import llava, lrv, reverie
 from reverie_jax.data.sources.reverie import Answers
-from reverie_jax.data.sources.rows import Pictures, Reading, Talk, read_list, records
+from reverie_jax.data.sources.rows import Pictures, Reading, Talk, records
 from reverie_jax.errors import DataError
 
 __all__ = ["Answers", "Pictures", "Reading", "Talk", "read", "recognise", "records"]

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from reverie_jax.data.conversation import Conversation, ImageRecord
+from reverie_jax.data.files import read_list
 from reverie_jax.data.sources import llava
 from reverie_jax.data.sources.llava import BadRow
-from reverie_jax.data.sources.rows import Pictures, Reading, Talk, read_list, records
+from reverie_jax.data.sources.rows import Pictures, Reading, Talk, records
 
 Answers = Literal["once", "as-published"]
 Kind = Literal["positive", "negative"]

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 from reverie_jax.data.conversation import Conversation, ImageRecord
 from reverie_jax.data.images import BrokenImage, decode
@@ -45,32 +43,6 @@ class Reading:
             where, why = self.problems[0]
             more = f"; {len(self.problems) - 1} more rows" if len(self.problems) > 1 else ""
             raise DataError(f"{where}: {why}{more}")
-
-
-def read_list(path: Path) -> list[Any]:
-    """A JSON list, or JSON objects line by line.
-
-    Raises:
-        DataError: the file is neither, or empty.
-    """
-    try:
-        text = path.read_text("utf-8")
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such annotation file") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not valid JSON ({error})") from None
-    try:
-        if path.suffix == ".jsonl":
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-        else:
-            rows = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise DataError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(rows, list) or not rows:
-        raise DataError(f"{path}: expected a JSON list of rows, and at least one")
-    return rows
 
 
 class Pictures:
