@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import tenacity
-from aiolimiter import AsyncLimiter
 
 from reverie_jax.data.annotate.interface import NoAccess, Provider, Refused, Reply, Request, TryAgain
 from reverie_jax.data.annotate.journal import Item, Journal
@@ -99,18 +98,37 @@ DEFAULT_TOKENS = {
 """(in, out) of a request, before the first reply has told."""
 
 
+class _Pace:
+    """So much a minute, evenly: no burst, for services count by the minute, and not from where we do."""
+
+    def __init__(self, per_minute: float):
+        self._seconds, self._free = 60 / per_minute, 0.0
+
+    def turn(self, amount: float = 1.0) -> float:
+        """Takes the next turn, for a request of so much; returns the seconds until then."""
+        now = time.monotonic()
+        start = max(now, self._free)
+        self._free = start + amount * self._seconds
+        return start - now
+
+    def correct(self, amount: float) -> None:
+        """A request took so much more, or less, than was thought."""
+        self._free += amount * self._seconds
+
+
 class _Gate:
     """Limits that all workers share: rates, a pause that the service asked for, and the budget."""
 
-    def __init__(self, limits: Limits, journal: Journal):
-        self.limits, self.journal = limits, journal
-        self._requests = AsyncLimiter(1, 60 / limits.requests) if limits.requests else None
-        self._tokens = AsyncLimiter(limits.tokens, 60) if limits.tokens else None
+    def __init__(self, limits: Limits, journal: Journal, stop: asyncio.Event):
+        self.limits, self.stop = limits, stop
+        self._requests = _Pace(limits.requests) if limits.requests else None
+        self._tokens = _Pace(limits.tokens) if limits.tokens else None
         self._until = 0.0
         spent = journal.spent()
         self.price, self.tokens = spent.price, spent.tokens_in + spent.tokens_out
         self._reserved = collections.Counter[str]()
         self.stopped = ""
+        self._left = asyncio.Event()
         self._sums: dict[str, list[float]] = {}
         for stage in DEFAULT_TOKENS:
             if (mean := journal.mean_tokens(stage)) is not None:
@@ -123,37 +141,56 @@ class _Gate:
         count, tokens_in, tokens_out = self._sums[stage]
         return tokens_in / count, tokens_out / count
 
-    def _reserve(self) -> tuple[float, float]:
+    def _full(self, stage: str) -> str:
+        """Why the budget has no room for a request; empty where it has. A first request goes, to tell how much one takes."""
+        limits, known = self.limits, stage in self._sums or self._reserved.total()
         price = tokens = 0.0
-        for stage, count in self._reserved.items():
-            one = self.estimate(stage)
-            price, tokens = price + count * self.limits.price(*one), tokens + count * sum(one)
-        return price, tokens
+        for name, count in [*self._reserved.items(), (stage, 1)]:
+            one = self.estimate(name) if known else (0, 0)
+            price, tokens = price + count * limits.price(*one), tokens + count * sum(one)
+        if limits.budget is not None and (self.price + price > limits.budget or self.price >= limits.budget):
+            return f"the budget of {limits.budget:g} is used up ({self.price:.4f} spent)"
+        if limits.token_budget is not None and (
+            self.tokens + tokens > limits.token_budget or self.tokens >= limits.token_budget
+        ):
+            return f"the budget of {limits.token_budget:,} tokens is used up ({self.tokens:,} spent)"
+        return ""
+
+    async def sleep(self, seconds: float) -> None:
+        """Waits so long, or until the run is stopped."""
+        if seconds > 0:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.stop.wait(), seconds)
 
     async def enter(self, stage: str) -> bool:
         """Waits for a request's turn; False where the budget has no room for it."""
-        limits, one = self.limits, self.estimate(stage)
-        while (wait := self._until - time.monotonic()) > 0:
-            await asyncio.sleep(wait)
+        one = self.estimate(stage)
         if self._requests:
-            await self._requests.acquire()
+            await self.sleep(self._requests.turn())
         if self._tokens:
-            await self._tokens.acquire(min(sum(one), self._tokens.max_rate))
-        price, tokens = self._reserve()
-        if limits.budget is not None and self.price + price + limits.price(*one) > limits.budget:
-            self.stopped = f"the budget of {limits.budget:g} is used up ({self.price:.4f} spent)"
-        if limits.token_budget is not None and self.tokens + tokens + sum(one) > limits.token_budget:
-            self.stopped = f"the budget of {limits.token_budget:,} tokens is used up ({self.tokens:,} spent)"
-        if self.stopped:
-            return False
+            await self.sleep(self._tokens.turn(sum(one)))
+        while (wait := self._until - time.monotonic()) > 0 and not self.stop.is_set():
+            await self.sleep(wait)
+        while (full := self._full(stage)) and not self.stop.is_set():
+            if not self._reserved.total():
+                self.stopped = full
+                return False
+            self._left.clear()  # those in flight may take less than was thought
+            waiting = [asyncio.ensure_future(event.wait()) for event in (self._left, self.stop)]
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for one_of_two in waiting:
+                one_of_two.cancel()
         self._reserved[stage] += 1
         return True
 
     def leave(self, stage: str, reply: Reply | None) -> float:
         """Takes note of what a request took; returns its price."""
         self._reserved[stage] -= 1
+        self._left.set()
         if reply is None or not (reply.tokens_in or reply.tokens_out):
             return 0.0
+        if self._tokens:
+            self._tokens.correct(reply.tokens_in + reply.tokens_out - sum(self.estimate(stage)))
         sums = self._sums.setdefault(stage, [0.0, 0.0, 0.0])
         for place, value in enumerate((1, reply.tokens_in, reply.tokens_out)):
             sums[place] += value
@@ -219,7 +256,11 @@ class _Worker:
             return seen[Refused] >= limits.tries or seen[TryAgain] > limits.retries
 
         retrying = tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception_type((TryAgain, Refused)), wait=wait, stop=enough, reraise=True
+            retry=tenacity.retry_if_exception_type((TryAgain, Refused)),
+            wait=wait,
+            stop=enough,
+            sleep=self.gate.sleep,
+            reraise=True,
         )
         await retrying(self.once, asking)
 
@@ -236,7 +277,7 @@ async def _run(
     tell: Callable[[Outcome, _Gate], None],
 ) -> Outcome:
     outcome, stop = Outcome(), asyncio.Event()
-    gate = _Gate(limits, journal)
+    gate = _Gate(limits, journal, stop)
     loop = asyncio.get_running_loop()
     interrupted = False
 
