@@ -14,6 +14,7 @@ from typing import Any
 
 from PIL import Image
 from rich.table import Table
+from rich.text import Text
 
 from reverie_jax.data import sources
 from reverie_jax.data.annotate.replies import kind_of
@@ -174,7 +175,7 @@ def problems_table(found: Found) -> Table:
     for (kind, fatal), those in sorted(groups.items(), key=lambda item: (not item[0][1], -len(item[1]))):
         example = those[0]
         place = re.sub(r"^.*: (row \d+)$", r"\1", example.where)
-        table.add_row(kind + ("" if fatal else " (usable)"), f"{len(those):,}", f"{place}: {example.reason}")
+        table.add_row(kind + ("" if fatal else " (usable)"), f"{len(those):,}", Text(f"{place}: {example.reason}"))
     return table
 
 

@@ -16,6 +16,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from reverie_jax.data.annotate import audit, lrv, pictures
 from reverie_jax.data.annotate.options import Annotate
@@ -28,6 +29,9 @@ from reverie_jax.errors import UserError
 INCOMPLETE = 1
 """Exit code where some items have no usable reply: the rest is written, and a further run asks for them again."""
 
+
+SHOWN = 8
+"""Names a reason."""
 
 WRITER = "name who writes, as gemini:MODEL or openai:MODEL"
 
@@ -113,6 +117,8 @@ def annotate(options: Annotate) -> int:
     if options.step not in (*steps, "run", "audit", "lrv"):
         raise UserError(f"{options.step}: must be run, {', '.join(steps)}, audit or lrv")
     if options.step == "audit":
+        if options.sample < 0:
+            raise UserError(f"--sample {options.sample}: must not be negative")
         folder = needed(options.pictures, "--pictures", "name the folder of pictures")
         print(audit.write(options.out, folder, options.sample))
         return 0
@@ -137,7 +143,7 @@ def _reflective(options: Annotate, console: Console, tell: Tell, steps: tuple[St
                 _export(options)
                 continue
             failed[step] = outcome = getattr(pipeline, step)()
-            console.print(f"reverie: {step}: {_told(outcome)}", highlight=False)
+            console.print(f"reverie: {step}: {_told(outcome)}", highlight=False, markup=False)
             if outcome.stopped:
                 break
         _sum(console, pipeline.session)
@@ -161,7 +167,7 @@ def _lrv(options: Annotate, console: Console, tell: Tell) -> int:
             Console().print(_estimates(generation.estimate()))
             return 0
         outcome = generation.generate()
-        console.print(f"reverie: lrv: {_told(outcome)}", highlight=False)
+        console.print(f"reverie: lrv: {_told(outcome)}", highlight=False, markup=False)
         _sum(console, generation.session)
     print(options.out / lrv.INSTRUCTIONS)
     return _code(console, {"lrv": outcome})
@@ -169,7 +175,7 @@ def _lrv(options: Annotate, console: Console, tell: Tell) -> int:
 
 def _note(console: Console, session: Session) -> None:
     for note in session.notes:
-        console.print(f"reverie: {note}", highlight=False)
+        console.print(f"reverie: {note}", highlight=False, markup=False)
 
 
 def _sum(console: Console, session: Session) -> None:
@@ -178,6 +184,7 @@ def _sum(console: Console, session: Session) -> None:
     console.print(
         f"reverie: in all {spent.requests:,} requests, {spent.tokens_in:,} tokens in, {spent.tokens_out:,} out{price}",
         highlight=False,
+        markup=False,
     )
 
 
@@ -189,10 +196,15 @@ def _code(console: Console, outcomes: dict[str, Outcome]) -> int:
     table = Table("step", "items", "reason", title="without a usable reply; run again to ask for them again")
     for step, outcome in failed.items():
         for reason, count in outcome.reasons():
-            table.add_row(step, str(count), reason)
+            table.add_row(step, str(count), Text(reason))
         if outcome.stopped:
-            table.add_row(step, "", f"ended early: {outcome.stopped}")
+            table.add_row(step, "", Text(f"ended early: {outcome.stopped}"))
     console.print(table)
+    for step, outcome in failed.items():
+        for reason, _ in outcome.reasons():
+            names = [name for name, why in outcome.failed.items() if why == reason]
+            more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+            console.print(f"{step}: {reason}: {', '.join(names[:SHOWN])}{more}", highlight=False, markup=False)
     return INCOMPLETE
 
 

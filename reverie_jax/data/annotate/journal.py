@@ -19,6 +19,9 @@ from typing import Any
 from reverie_jax.data.annotate.interface import Reply, digest
 from reverie_jax.errors import UserError
 
+ORIGINAL = "original"
+"""Stands for REVERIE's own scripts."""
+
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS attempts (
     id INTEGER PRIMARY KEY,
@@ -87,8 +90,11 @@ class Journal:
 
     def __init__(self, path: Path):
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = open(path.with_name(path.name + ".lock"), "w")  # noqa: SIM115  (held as long as the journal is)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = open(path.with_name(path.name + ".lock"), "w")  # noqa: SIM115  (held as long as the journal is)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror})") from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -96,18 +102,29 @@ class Journal:
             raise UserError(f"{path}: another run is using this folder; wait for it or stop it") from None
         try:
             self._db = sqlite3.connect(path, isolation_level=None)
+        except sqlite3.Error as error:
+            self._lock.close()
+            raise UserError(f"{path}: cannot be opened ({error})") from None
+        try:
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = FULL")  # what was paid for outlives a power cut
             if self._db.execute("PRAGMA user_version").fetchone()[0] not in (0, 1):
                 raise UserError(f"{path}: written by a newer version of reverie-jax")
             self._db.executescript(_SCHEMA)
-        except sqlite3.DatabaseError as error:
-            self._lock.close()
-            raise UserError(f"{path}: not a journal ({error}); move it away to start anew") from None
-        self.lost = self._db.execute(
-            "UPDATE attempts SET state = 'lost', reason = 'in flight when the run ended' WHERE state = 'sent'"
-        ).rowcount
-        """Requests that were in flight when the last run was killed: the only ones that are paid for twice."""
+            if (found := self._db.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
+                raise sqlite3.DatabaseError(found)
+            self.lost = self._db.execute(
+                "UPDATE attempts SET state = 'lost', reason = 'in flight when the run ended' WHERE state = 'sent'"
+            ).rowcount
+            """Requests that were in flight when the last run was killed: the only ones that are paid for twice."""
+        except sqlite3.Error as error:
+            self.close()
+            raise UserError(
+                f"{path}: not a journal, or broken ({' '.join(str(error).split())}); move it away"
+            ) from None
+        except UserError:
+            self.close()
+            raise
 
     def close(self) -> None:
         self._db.close()
@@ -157,11 +174,28 @@ class Journal:
             "SELECT reply, version FROM attempts WHERE state = 'usable' AND content = ? ORDER BY id LIMIT 1", (content,)
         ).fetchone()
 
-    def adopt(self, stage: str, content: str, reply: str) -> None:
-        """Takes over a reply that the original scripts got."""
-        item = Item(stage, content, "original", "", "")
-        if self.usable(item) is None:
-            self.done(self.sent(item), "usable", Reply(reply))
+    def adopt(self, item: Item, reply: str) -> bool:
+        """Takes over a reply that the original scripts got, unless there is one.
+
+        It counts for whoever is to be asked, and in whatever words; a verdict is that of the judge alone who is named.
+        """
+        missing = self.usable(item) is None
+        if missing:
+            kept = item if item.stage == "judge" else Item(item.stage, item.content, ORIGINAL, "", "")
+            self.done(self.sent(kept), "usable", Reply(reply, version=ORIGINAL))
+        return missing
+
+    def original(self, item: Item) -> bool:
+        """Whether an item's reply is the original scripts'."""
+        return bool(
+            self._db.execute(
+                "SELECT 1 FROM attempts WHERE content = ? AND provider = ?", (item.content, ORIGINAL)
+            ).fetchone()
+        )
+
+    def empty(self) -> bool:
+        """Whether nothing was ever asked."""
+        return self._db.execute("SELECT 1 FROM attempts LIMIT 1").fetchone() is None
 
     def why(self, item: Item) -> str:
         """The reason of an item's last unhappy attempt."""
@@ -175,7 +209,7 @@ class Journal:
         where, values = ("", ()) if stage is None else (" AND stage = ?", (stage,))
         row = self._db.execute(
             "SELECT COUNT(*), TOTAL(tokens_in), TOTAL(tokens_out), TOTAL(price) FROM attempts"
-            f" WHERE provider != 'original'{where}",
+            f" WHERE version != 'original'{where}",
             values,
         ).fetchone()
         return Spent(int(row[0]), int(row[1]), int(row[2]), float(row[3]))

@@ -119,7 +119,12 @@ class Generation:
             return Request(kind, Picture(str(picture.image_id), b""), fields, prompt, False, INSTRUCTIONS_SCHEMA)
 
         content = content_of(kind, digest(picture.text), fields)
-        return Asking(self.session.item(kind, self.job.model, content, False), request, replies.instructions)
+        return Asking(
+            self.session.item(kind, self.job.model, content, False),
+            str(picture.image_id),
+            request,
+            replies.instructions,
+        )
 
     def _askings(self) -> list[tuple[Described, Stage, Asking]]:
         kinds = [(kind, count) for kind, count in zip(KINDS, self.job.counts, strict=True) if count]

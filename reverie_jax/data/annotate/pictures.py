@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
-from pathlib import Path
+import os
+from pathlib import Path, PurePath
 
 from PIL import Image, UnidentifiedImageError
 
@@ -25,7 +27,7 @@ def as_sent(picture: Picture) -> tuple[str, bytes]:
     """
     try:
         with Image.open(io.BytesIO(picture.encoded)) as image:
-            kind = image.format or ""
+            kind = "" if image.mode == "CMYK" else image.format or ""
         if kind in _TAKEN:
             return _TAKEN[kind], picture.encoded
         buffer = io.BytesIO()
@@ -65,13 +67,28 @@ def place(folder: Path, name: str) -> Path:
         UserError: it leaves the folder.
     """
     root = folder.resolve()
-    for path in ((root / name).resolve(), Path(name).resolve()):
-        if path.is_relative_to(root) and path.exists():
-            return path
-    path = (root / name).resolve()
+    try:
+        for path in ((root / name).resolve(), Path(name).resolve()):
+            if path.is_relative_to(root) and path.exists():
+                return path
+        path = (root / name).resolve()
+        os.fsencode(path)
+    except (ValueError, OSError) as error:
+        raise UserError(f"{name!r} is no file name ({type(error).__name__})") from None
     if not path.is_relative_to(root):
         raise UserError(f"{name}: leaves the picture folder {folder}")
     return path
+
+
+def local(folder: Path, name: str) -> str:
+    """A name of another machine's by the longest end of it that is a file in the folder; unchanged where there is none."""
+    parts = PurePath(name.replace("\\", "/")).parts
+    for start in range(len(parts)):
+        end = PurePath(*parts[start:])
+        with contextlib.suppress(ValueError, OSError):
+            if ".." not in end.parts and not end.is_absolute() and (folder / end).is_file():
+                return end.as_posix()
+    return name
 
 
 def listed(folder: Path, names: Path | None = None) -> list[str]:

@@ -5,6 +5,8 @@ Files have the names and keys of REVERIE's scripts (`zjr2000/REVERIE`), so that 
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import dataclasses
 import json
 import os
@@ -18,6 +20,7 @@ from reverie_jax.data.annotate.interface import (
     AnnotatedQuestion,
     AnnotationError,
     QuestionSet,
+    Refused,
     Request,
     Stage,
 )
@@ -35,6 +38,8 @@ RATIONALES = "rationale_instruct_data.json"
 JUDGED = "rationale_instruct_data_with_judge.json"
 DROPPED = "dropped.json"
 RELEASED = "reverie.json"
+ADOPTED = "original_rows.json"
+"""What was found of the original scripts' output."""
 VERDICT = "gemini_pro_judge"
 """The original's name for the verdict, whoever judged: `no` keeps a row, `yes` drops it."""
 
@@ -89,15 +94,19 @@ class Pipeline:
     def __init__(self, job: Job, environment: Mapping[str, str], tell: Tell | None = None):
         if job.count < 1 or job.confusing < 1:
             raise UserError("--questions and --confusing must be at least 1")
-        self.job, self.judges = job, job.judges or (job.model,)
-        for who in (job.model, *self.judges):
+        self.job, self.judges = job, tuple(dict.fromkeys(job.judges or (job.model,)))
+        parse(job.model)
+        for who in self.judges:
             parse(who)
         self.session = Session(job.folder, How(job.prompts, job.settings, job.limits), environment, tell)
         self.journal, self.notes = self.session.journal, self.session.notes
         self._digests: dict[str, str] = {}
         self._unreadable: dict[str, str] = {}
-        if self.session.fresh:
+        try:
             self._adopt()
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         self.session.close()
@@ -142,7 +151,7 @@ class Pipeline:
             return Request(stage, picture, fields, prompt, shown, schema)
 
         content = content_of(stage, digest, dict(fields))
-        return Asking(self.session.item(stage, who, content, shown), request, read)
+        return Asking(self.session.item(stage, who, content, shown), name, request, read)
 
     def _fields(self) -> dict[str, str]:
         return {"count": str(self.job.count), "confusing": str(self.job.confusing)}
@@ -177,7 +186,10 @@ class Pipeline:
         rows: list[Row] = []
         for name, asking in self._ask_questions():
             text = self.session.had(asking)
-            for made in [] if text is None else self._read_questions(text):
+            made_here = [] if text is None else self._read_questions(text)
+            if asking is not None and not self.journal.original(asking.item):
+                made_here = made_here[: self.job.count]
+            for made in made_here:
                 for wrong in made.confusing_answers:
                     values = (name, made.question, made.correct_answer, wrong)
                     rows.append({**dict(zip(KEYS, values, strict=True)), "question_type": made.type})
@@ -201,6 +213,10 @@ class Pipeline:
 
     def judge(self) -> Outcome:
         """Asks each judge of each row; rows with a verdict, and those that it drops in a file of their own."""
+        if len({parse(who)[:2] for who in self.judges}) < len(self.judges):
+            raise UserError(
+                "--judge: two judges have one name; servers at two addresses must call their models differently"
+            )
         rows = read_rows(self.job.folder / RATIONALES, (*KEYS, *REASONED))
         outcome = self._run("judge", ((r["image"], self._ask_judge(r, who)) for r in rows for who in self.judges))
         judged, dropped = [], []
@@ -251,54 +267,102 @@ class Pipeline:
     # The original scripts' folders.
 
     def _adopt(self) -> None:
-        """Takes over what REVERIE's scripts left in the folder: combined files first, raw ones for what those lack."""
-        folder, broken = self.job.folder, 0
-        found: dict[str, list[Row]] = {}
+        """Takes over what REVERIE's scripts left in the folder, once: combined files first, raw ones for what those lack.
+
+        Their rows are kept in a file of their own before any output is written, for our outputs have the same names.
+
+        Raises:
+            UserError: a combined file is broken, or no picture of theirs is in the folder of pictures.
+        """
+        kept = self.job.folder / ADOPTED
+        if not kept.exists():
+            if not self.journal.empty():
+                return
+            found = [row for row in self._original_rows() if row]
+            if not found:
+                return
+            if not any(self._digest(row["image"]) for row in found):
+                raise UserError(
+                    f"{self.job.folder}: holds rows of REVERIE's scripts, and {self.job.pictures} none of their pictures,"
+                    f" as {found[0]['image']}; name their folder"
+                )
+            write_list(kept, found)
+        rows = read_list(kept, least=0)
+        taken: collections.Counter[str] = collections.Counter()
+        with self.journal.together():
+            for name, text in self._their_questions(rows).items():
+                if (digest := self._digest(name)) is not None:
+                    content = content_of("questions", digest, self._fields())
+                    item = self.session.item("questions", self.job.model, content)
+                    taken["questions"] += self.journal.adopt(item, text)
+            for row in rows:
+                asked: list[tuple[str, Asking | None]] = []
+                if row.get(REASONED[0]) and row.get(REASONED[1]):
+                    asked = [
+                        (row[REASONED[0]], self._ask_rationale(row, "positive")),
+                        (row[REASONED[1]], self._ask_rationale(row, "negative")),
+                    ]
+                    if row.get(VERDICT):
+                        asked.append((row[VERDICT], self._ask_judge(row, self.judges[0])))
+                for text, asking in asked:
+                    if asking is not None:
+                        with contextlib.suppress(Refused):  # a verdict that is none is asked for again
+                            asking.read(text)
+                            taken[asking.item.stage] += self.journal.adopt(asking.item, text)
+        if taken.total():
+            counts = ", ".join(f"{count} {stage}" for stage, count in taken.items())
+            self.notes.append(f"taken over from the original scripts: {len(rows)} rows ({counts})")
+
+    def _original_rows(self) -> list[Row]:
+        """Their usable rows, each with as much as any stage gave it; names as they are in our folder of pictures."""
+        folder, broken, found = self.job.folder, 0, dict[tuple[str, ...], Row]()
         for file, raw, keys in (
             (QUESTIONS, "reasoning_instruct_raw_data", KEYS),
             (RATIONALES, "rationale_raw_data", (*KEYS, *REASONED)),
             (JUDGED, "check_results", (*KEYS, *REASONED, VERDICT)),
         ):
-            rows = read_rows(folder / file, keys, strict=False) if (folder / file).exists() else []
-            seen = {tuple(row[key] for key in KEYS) for row in rows}
+            rows = list(read_list(folder / file, least=0)) if (folder / file).exists() else []
             for path in sorted((folder / raw).glob("*.json"), key=lambda path: (len(path.name), path.name)):
                 try:
                     content = json.loads(path.read_text("utf-8"))
-                    more = self._raw_rows(content) if file == QUESTIONS else [content]
-                    more = [row for row in more if all(isinstance(row[key], str) for key in keys)]
-                except (OSError, ValueError, KeyError, TypeError, AnnotationError):
+                    rows += self._raw_rows(content) if file == QUESTIONS else [content]
+                except (OSError, ValueError, KeyError, TypeError, AnnotationError, RecursionError):
                     broken += 1  # cut off by a kill, or never usable: asked again
+            for row in rows:
+                if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in keys):
+                    broken += 1
                     continue
-                rows += [row for row in more if tuple(row[key] for key in KEYS) not in seen]
-            found[file] = rows
-        if not any(found.values()):
-            return
-        with self.journal.together():
-            by_image: dict[str, dict[str, AnnotatedQuestion]] = {}
-            for row in found[QUESTIONS]:
-                of_image = by_image.setdefault(row["image"], {})
-                kind = replies.kind_of(row["question"], row["correct_answer"])
-                made = AnnotatedQuestion(
-                    question=row["question"], type=kind, correct_answer=row["correct_answer"], confusing_answers=[]
-                )
-                of_image.setdefault(row["question"], made).confusing_answers.append(row["confusing_answer"])
-            for name, asked in by_image.items():
-                if (picture := self._digest(name)) is not None:
-                    text = QuestionSet(questions=list(asked.values())).model_dump_json()
-                    self.journal.adopt("questions", content_of("questions", picture, self._fields()), text)
-            for row in found[RATIONALES] + found[JUDGED]:
-                for stage, key in zip(("positive", "negative"), REASONED, strict=True):
-                    asking = self._ask_rationale(row, stage)  # type: ignore[arg-type]
-                    if asking is not None:
-                        self.journal.adopt(stage, asking.item.content, row[key])
-            for row in found[JUDGED]:
-                asking = self._ask_judge(row, self.judges[0])
-                if asking is not None:
-                    self.journal.adopt("judge", asking.item.content, row[VERDICT])
-        counts = ", ".join(f"{len(rows)} rows of {file}" for file, rows in found.items() if rows)
-        self.notes.append(
-            f"taken over from the original scripts: {counts}" + (f"; {broken} broken files" if broken else "")
-        )
+                made = {key: replies.clean(row[key]) for key in keys}
+                if not all(made[key] for key in KEYS) or made[KEYS[2]].lower() == made[KEYS[3]].lower():
+                    broken += 1
+                    continue
+                made["image"] = pictures.local(self.job.pictures, made["image"])
+                about = tuple(made[key] for key in KEYS)
+                found.setdefault(about, {}).update({key: value for key, value in made.items() if value})
+        if broken:
+            self.notes.append(f"{broken} broken rows or files of the original scripts are passed over")
+        return list(found.values())
+
+    def _their_questions(self, rows: list[Row]) -> dict[str, str]:
+        """Replies, as a model would have given them, by picture."""
+        by_image: dict[str, dict[tuple[str, str], list[str]]] = {}
+        for row in rows:
+            about = (row["question"], row["correct_answer"])
+            by_image.setdefault(row["image"], {}).setdefault(about, []).append(row["confusing_answer"])
+        return {
+            name: QuestionSet(
+                questions=[
+                    AnnotatedQuestion(
+                        question=question,
+                        type=replies.kind_of(question, answer),
+                        correct_answer=answer,
+                        confusing_answers=wrong,
+                    )
+                    for (question, answer), wrong in asked.items()
+                ]
+            ).model_dump_json()
+            for name, asked in by_image.items()
+        }
 
     def _raw_rows(self, content: Row) -> list[Row]:
         made = replies.questions(json.dumps(content["content"]), confusing=99)

@@ -35,9 +35,11 @@ class Prompts:
         """A prompt's content by stage: what was asked in other words is asked again."""
         for stage in STAGES:
             theirs = None if folder is None else folder / f"{stage}.txt"
-            text = (
-                theirs.read_text("utf-8") if theirs and theirs.is_file() else (ours / f"{stage}.txt").read_text("utf-8")
-            )
+            try:
+                home = theirs if theirs and theirs.is_file() else ours / f"{stage}.txt"
+                text = home.read_text("utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise UserError(f"{theirs}: cannot be read ({error})") from None
             try:
                 self._templates[stage] = environment.from_string(text)
             except jinja2.TemplateError as error:
@@ -52,5 +54,5 @@ class Prompts:
         """
         try:
             return self._templates[stage].render(**fields, shown=shown)
-        except jinja2.TemplateError as error:
+        except Exception as error:  # a template may do anything, as 1 / 0
             raise UserError(f"{stage}.txt: {error}; the stage fills in {', '.join([*fields, 'shown'])}") from None

@@ -11,7 +11,7 @@ import pydantic
 
 from reverie_jax.data.annotate.interface import AnnotatedQuestion, Instruction, QuestionType, Refused
 
-_FENCE = re.compile(r"```[a-zA-Z]*\s*\n(.*?)```", re.DOTALL)
+_FENCE = re.compile(r"```[a-zA-Z]*\s*(.*?)```", re.DOTALL)
 _KEYS = {
     "question": "question",
     "type": "type",
@@ -60,22 +60,33 @@ def _literal(text: str) -> Any:
         raise ValueError("neither JSON nor a Python literal") from None
 
 
+def _object(text: str) -> Any:
+    """The object, or the list with objects in it, that a text is; None where it is neither."""
+    try:
+        found = _literal(text.strip())
+    except ValueError:
+        return None
+    if isinstance(found, list):
+        return found if any(isinstance(one, dict) for one in found) else None
+    return found if isinstance(found, dict) else None
+
+
 def data(text: str) -> Any:
     """The object or list that a reply holds: bare, in a fence, or with words around it.
 
     Raises:
         Refused: there is none.
     """
-    candidates = [text.strip(), *(found.strip() for found in _FENCE.findall(text))]
+    text = text.replace("\ufeff", "").strip()
+    fenced = [found for found in map(_object, _FENCE.findall(text)) if found is not None]
+    if len(fenced) > 1:  # each in a fence of its own
+        return [one for found in fenced for one in (found if isinstance(found, list) else [found])]
+    candidates = [text]
     for first, last in ("[]", "{}"):
         if first in text and last in text:
             candidates.append(text[text.index(first) : text.rindex(last) + 1])
-    for candidate in candidates:
-        try:
-            found = _literal(candidate)
-        except ValueError:
-            continue
-        if isinstance(found, dict | list):
+    for found in [*fenced, *map(_object, candidates)]:
+        if found is not None:
             return found
     raise Refused("neither JSON nor a Python literal, or cut off")
 
@@ -84,7 +95,12 @@ def _words(value: Any) -> str:
     """An answer as text: yes/no answers come as booleans, counts as numbers."""
     if isinstance(value, bool):
         return "Yes" if value else "No"
-    return str(value).strip() if isinstance(value, str | int | float) else ""
+    return clean(str(value)) if isinstance(value, str | int | float) else ""
+
+
+def clean(text: str) -> str:
+    """Words that can be stored and taught: half characters and the marker of a picture have no place in them."""
+    return text.encode("utf-8", "ignore").decode("utf-8").replace("<image>", "image").strip()
 
 
 def kind_of(question: str, answer: str) -> QuestionType:
@@ -175,12 +191,18 @@ def rationale(text: str) -> str:
     Raises:
         Refused: it is empty.
     """
-    if not text.strip():
+    if not (found := clean(text)):
         raise Refused("an empty reply")
-    return text.strip()
+    return found
 
 
-_VERDICT = re.compile(r"\W*(?:(?:answer|verdict|judgement|judgment)\W+)?(yes|no)\b", re.IGNORECASE)
+_VERDICT = re.compile(r"[\W_]*(?:(?:answer|verdict|judgement|judgment)[\W_]+)?(yes|no)(?![^\W_])", re.IGNORECASE)
+_AFTER_NO = re.compile(
+    r"[*_\"')\]]*\s*($|[.,;:!?(\n]|[-\u2013\u2014]\W|"
+    r"(contradictions?|conflicts?|inconsistenc|they|the|these|those|there|both|it|because|neither|not)\b)",
+    re.IGNORECASE,
+)
+"""What may follow a No that is an answer, and not the beginning of `no one` or `no idea`."""
 
 
 def verdict(text: str) -> Literal["yes", "no"]:
@@ -196,7 +218,7 @@ def verdict(text: str) -> Literal["yes", "no"]:
     other = "no" if said == "yes" else "yes"
     if re.search(rf"\b{other}\b", text[found.end() :], re.IGNORECASE):
         raise Refused("both yes and no")
-    if re.match(r"\s+(idea|way to|clear|answer|judg|verdict)", text[found.end() :], re.IGNORECASE):
+    if said == "no" and _AFTER_NO.match(text[found.end() :]) is None:
         raise Refused("neither yes nor no")
     return "yes" if said == "yes" else "no"
 

@@ -54,12 +54,14 @@ class Asking:
     """One item to ask: how it is known, how its request is made, and what reads its reply.
 
     Attributes:
+        name: for people: the picture's.
         request: called when the item's turn comes: a picture is in memory only while it is asked about. Raises
             `Refused` where it cannot be made.
         read: raises `Refused` where a reply cannot be used.
     """
 
     item: Item
+    name: str
     request: Callable[[], Request]
     read: Callable[[str], Any]
 
@@ -82,6 +84,7 @@ class Outcome:
     stopped: str = ""
 
     def reasons(self) -> list[tuple[str, int]]:
+        """(reason, how many), the most frequent first."""
         return collections.Counter(self.failed.values()).most_common()
 
 
@@ -165,12 +168,14 @@ class _Gate:
     async def enter(self, stage: str) -> bool:
         """Waits for a request's turn; False where the budget has no room for it."""
         one = self.estimate(stage)
-        if self._requests:
-            await self.sleep(self._requests.turn())
-        if self._tokens:
-            await self.sleep(self._tokens.turn(sum(one)))
-        while (wait := self._until - time.monotonic()) > 0 and not self.stop.is_set():
-            await self.sleep(wait)
+        while True:
+            if self._requests:
+                await self.sleep(self._requests.turn())
+            if self._tokens:
+                await self.sleep(self._tokens.turn(sum(one)))
+            if (wait := self._until - time.monotonic()) <= 0 or self.stop.is_set():
+                break
+            await self.sleep(wait)  # and then another turn: those who waited do not all go at once
         while (full := self._full(stage)) and not self.stop.is_set():
             if not self._reserved.total():
                 self.stopped = full
@@ -225,6 +230,7 @@ class _Worker:
         attempt, reply = journal.sent(item), None
         try:
             reply = await self.providers[item.provider, item.model].ask(request)
+            reply = dataclasses.replace(reply, text=reply.text.encode("utf-8", "replace").decode("utf-8"))
             asking.read(reply.text)
         except TryAgain as error:
             self.gate.leave(item.stage, None)
@@ -309,7 +315,8 @@ async def _run(
                 stop.set()
                 return
             except (TryAgain, Refused) as error:
-                outcome.failed[asking.item.key] = str(error)
+                name = asking.name if asking.name not in outcome.failed else f"{asking.name} ({asking.item.key})"
+                outcome.failed[name] = str(error)
             outcome.asked += 1
             tell(outcome, gate)
 
@@ -342,7 +349,7 @@ async def _run(
 
 def run(
     askings: Iterable[Asking],
-    providers: Callable[[], Iterable[Provider]],
+    providers: Callable[[], dict[tuple[str, str], Provider]],
     journal: Journal,
     limits: Limits,
     tell: Callable[[Outcome, Any], None] = lambda outcome, gate: None,
@@ -352,7 +359,7 @@ def run(
     A first Ctrl-C (or SIGTERM) lets the requests in flight finish, for they are paid for; a second does not.
 
     Args:
-        providers: makes them, within the loop that they will run in.
+        providers: makes them, by the items' provider and model, within the loop that they will run in.
         tell: called after each item.
 
     Raises:
@@ -360,7 +367,6 @@ def run(
     """
 
     async def main() -> Outcome:
-        made = {(provider.name, provider.model): provider for provider in providers()}
-        return await _run(iter(askings), made, journal, limits, tell)
+        return await _run(iter(askings), providers(), journal, limits, tell)
 
     return asyncio.run(main())

@@ -57,7 +57,6 @@ class Session:
     def __init__(self, folder: Path, how: How, environment: Mapping[str, str], tell: Tell | None = None):
         self.how, self._environment, self._tell = how, environment, tell or (lambda step, total, outcome, gate: None)
         self.prompts = Prompts(how.prompts)
-        self.fresh = not (folder / JOURNAL).exists()
         self.journal = Journal(folder / JOURNAL)
         self.notes: list[str] = []
         """What a user should know, line by line."""
@@ -96,7 +95,7 @@ class Session:
             return Outcome(had=had)
         outcome = run(
             open_ones,
-            lambda: [provider(name, self.how.settings, self._environment) for name in dict.fromkeys(who)],
+            lambda: {parse(name)[:2]: provider(name, self.how.settings, self._environment) for name in who},
             self.journal,
             self.how.limits,
             lambda now, gate: self._tell(step, len(open_ones), now, gate),

@@ -40,6 +40,11 @@ class Replay:
             raise UserError(f"{path}: no such journal to replay")
         self.model = str(path)
         self._db = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
+        try:
+            self._db.execute("SELECT reply, version, state, content FROM attempts LIMIT 1")
+        except sqlite3.Error as error:
+            self._db.close()
+            raise UserError(f"{path}: not a journal to replay ({error})") from None
 
     async def ask(self, request: Request) -> Reply:
         row = self._db.execute(
