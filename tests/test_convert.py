@@ -238,6 +238,7 @@ def test_same_source_gives_the_same_weights_files(to, source, tmp_path):
             assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stored", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dtype_is_cast_once(stored, dtype, source, tmp_path):

@@ -155,7 +155,8 @@ def test_files_that_cannot_grow(to, sound, tmp_path):
     assert failed >= 2
 
 
-@pytest.mark.parametrize("kilobytes", [0, pytest.param(12, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kilobytes", [0, 12])
 def test_files_that_cannot_grow_under_orbax(kilobytes, sound, tmp_path):
     # In a process of its own: Orbax's other writers go on after the first error, and complain as they are collected.
     command = [

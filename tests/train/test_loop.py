@@ -66,7 +66,7 @@ def test_loss_falls(tmp_path):
     assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.2
 
 
-@pytest.mark.parametrize("shape", [(2, 2, 1), (1, 2, 2)])
+@pytest.mark.parametrize("shape", [(2, 2, 1), pytest.param((1, 2, 2), marks=pytest.mark.slow)])
 def test_a_mesh_gives_the_losses_of_one_device(tmp_path, shape):
     # Twenty steps, dropout on: losses within 1e-4.
     recipe = tiny.recipe(steps=20, rows=4)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import selectors
+import sqlite3
 import ssl
 import sys
 import time
@@ -14,9 +16,17 @@ import pytest
 from tests.data.annotate import helpers
 
 
+class Hasty(sqlite3.Connection):
+    """Does not wait for the disk; those that are killed (in processes of their own) do."""
+
+    def execute(self, sql: str, *more: Any) -> sqlite3.Cursor:
+        return super().execute("PRAGMA synchronous = OFF" if sql.startswith("PRAGMA synchronous") else sql, *more)
+
+
 @pytest.fixture
 def keys(monkeypatch) -> dict[str, str]:
     """Keys in the environment, no proxy before the loopback, no other address; tables are as wide as they like."""
+    monkeypatch.setattr(sqlite3, "connect", functools.partial(sqlite3.connect, factory=Hasty))
     for name in ("OPENAI_BASE_URL", "GOOGLE_API_KEY", "GOOGLE_GEMINI_BASE_URL", "GEMINI_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
     # Nobody speaks TLS to the loopback, and every client would read all authorities first.

@@ -179,10 +179,10 @@ def disturb(zygote, folder: Path, provider: str, pictures: int, kills: int, time
 
 @PROVIDERS
 def test_killed_three_times(zygote, tmp_path, keys, monkeypatch, provider):
-    print(disturb(zygote, tmp_path, provider, 60, 3, 2.0, keys, monkeypatch))
+    print(disturb(zygote, tmp_path, provider, 50, 3, 2.0, keys, monkeypatch))
 
 
 @pytest.mark.slow
 @PROVIDERS
 def test_two_thousand_items_and_ten_kills(zygote, tmp_path, keys, monkeypatch, provider):
-    print(disturb(zygote, tmp_path, provider, 500, 10, 4.0, keys, monkeypatch))
+    print(disturb(zygote, tmp_path, provider, 520, 10, 4.0, keys, monkeypatch))

@@ -204,8 +204,7 @@ def test_the_schema_is_the_one_of_the_questions(make):
         assert f'"{word}"' in text
 
 
-@PROVIDERS
-def test_our_own_prompts(make, provider, pictures, tmp_path):
+def test_our_own_prompts(make):
     """Those that ship say what the stage needs, and nothing of what it must not know."""
 
     def reply(call: Call) -> str:
@@ -213,8 +212,8 @@ def test_our_own_prompts(make, provider, pictures, tmp_path):
             return helpers.say("questions\n2\n2", call.digest[:16])
         return helpers.say("judge" if "contradict" in call.text else "positive", call.digest[:16])
 
-    with Server(reply) as server:
-        job = make(server, provider, count=2, confusing=2, prompts=None)
+    with Memory(reply) as server:
+        job = make(server, count=2, confusing=2, prompts=None)
         run(job)
         texts = [call.text for call in server.calls]
         assert stages_of(server).total() == 6 + 12 + 24 + 24
@@ -240,7 +239,7 @@ def test_order_is_that_of_the_list(make, pictures):
     names = sorted(pictures, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
     assert names != sorted(names)
     jobs = []
-    with Memory(answer, latency=lambda call: int(call.digest[:2], 16) / 10_000) as server:
+    with Memory(answer, latency=lambda call: int(call.digest[:2], 16) / 20_000) as server:
         for at_once in (1, 16):
             limits = dataclasses.replace(QUICK, concurrency=at_once)
             jobs.append(make(server, out=f"out{at_once}", images=tuple(names), count=2, limits=limits))
@@ -337,8 +336,7 @@ ENDS = {
 }
 
 
-@pytest.mark.parametrize("rule", ENDS)
-def test_several_judges(make, pictures, rule):
+def test_several_judges(make):
     """Each is asked about each row; who says nothing usable is asked again. A row without a decision is in no file."""
     order = {}
 
@@ -347,29 +345,32 @@ def test_several_judges(make, pictures, rule):
             return answer(call)
         return TABLE[call.model][order[call.text.split("\n")[1]]]
 
+    silent = {(model, n) for model, said in TABLE.items() for n, text in enumerate(said) if text in ("Not sure", "Hm")}
     with Memory(reply) as server:
         judges = tuple(name_of(server, "openai", model) for model in TABLE)
-        job = make(server, model=name_of(server, "openai", "writer"), judges=judges, votes=rule)
+        job = make(server, model=name_of(server, "openai", "writer"), judges=judges)
         run(job, "questions", "rationales")
         rows = load(job.folder, RATIONALES)
         order |= {row["question"]: number for number, row in enumerate(rows)}
-        outcome = run(job, "judge")["judge"]
-        asked = Counter((call.model, order[call.text.split("\n")[1]]) for call in server.calls if call.model in TABLE)
-    silent = {(model, n) for model, said in TABLE.items() for n, text in enumerate(said) if text in ("Not sure", "Hm")}
-    assert asked == {(m, n): 3 if (m, n) in silent else 1 for m in TABLE for n in range(6)}
-    assert len(outcome.failed) == 3
-    assert outcome.reasons() == [("neither yes nor no", 3)]
-    judged = {row["question"]: row for row in load(job.folder, JUDGED)}
-    assert [judged.get(row["question"], {}).get("gemini_pro_judge") for row in rows] == list(ENDS[rule])
-    for number, row in enumerate(rows):
-        if row["question"] in judged:
-            said = {judge: TABLE[model][number].lower() for judge, model in zip(judges, TABLE, strict=True)}
-            assert judged[row["question"]]["judges"] == {j: vote for j, vote in said.items() if vote in ("yes", "no")}
-    dropped = [row["question"] for row in load(job.folder, DROPPED)]
-    assert dropped == [row["question"] for n, row in enumerate(rows) if ENDS[rule][n] == "yes"]
-    export(job.folder)
-    kept = {talk["conversations"][0]["value"].removeprefix("<image>\n") for talk in load(job.folder, RELEASED)}
-    assert kept == {row["question"] for n, row in enumerate(rows) if ENDS[rule][n] == "no"}
+        for tries, rule in enumerate(ENDS, 1):
+            outcome = run(dataclasses.replace(job, votes=rule), "judge")["judge"]
+            calls = [call for call in server.calls if call.model in TABLE]
+            asked = Counter((call.model, order[call.text.split("\n")[1]]) for call in calls)
+            assert asked == {(m, n): 3 * tries if (m, n) in silent else 1 for m in TABLE for n in range(6)}
+            assert outcome.reasons() == [("neither yes nor no", 3)]
+            judged = {row["question"]: row for row in load(job.folder, JUDGED)}
+            assert [judged.get(row["question"], {}).get("gemini_pro_judge") for row in rows] == list(ENDS[rule])
+            for number, row in enumerate(rows):
+                if row["question"] in judged:
+                    said = {judge: TABLE[model][number].lower() for judge, model in zip(judges, TABLE, strict=True)}
+                    spoken = {judge: vote for judge, vote in said.items() if vote in ("yes", "no")}
+                    assert judged[row["question"]]["judges"] == spoken
+            dropped = [row["question"] for row in load(job.folder, DROPPED)]
+            assert dropped == [row["question"] for n, row in enumerate(rows) if ENDS[rule][n] == "yes"]
+            export(job.folder)
+            talks = [talk["conversations"][0]["value"] for talk in load(job.folder, RELEASED)]
+            kept = {row["question"] for n, row in enumerate(rows) if ENDS[rule][n] == "no"}
+            assert {text.removeprefix("<image>\n") for text in talks} == kept
 
 
 def test_a_judge_named_twice_does_not_block_every_row(make):
@@ -422,13 +423,13 @@ def test_frame_done_is_a_reply_and_not_a_file_name(make, pictures):
     assert same(job.folder, helpers.expected(pictures, job.model))
 
 
-@pytest.mark.parametrize("at_once", [1, 3, 10])
-def test_frame_as_many_requests_at_once_as_asked(make, at_once, tmp_path):
-    names = tuple(helpers.write_pictures(tmp_path / "pictures", 20))
-    with Server(answer, latency=0.03) as server:
+@pytest.mark.parametrize(("at_once", "latency"), [(1, 0.01), (7, 0.25)])
+def test_frame_as_many_requests_at_once_as_asked(make, at_once, latency, tmp_path):
+    names = tuple(helpers.write_pictures(tmp_path / "pictures", 14))
+    with Server(answer, latency=latency) as server:
         run(make(server, images=names, limits=dataclasses.replace(QUICK, concurrency=at_once)), "questions")
         assert server.peak == at_once
-        assert len(server.calls) == 20
+        assert len(server.calls) == 14
 
 
 @PROVIDERS
@@ -765,12 +766,11 @@ def test_rationales_6_files_are_whole_or_old(make, monkeypatch):
         def full(*args, **kwargs):
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(os, "fsync", full)
-        with pytest.raises((OSError, UserError)):
-            run(job, "questions")
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", full)
+            with pytest.raises((OSError, UserError)):
+                run(job, "questions")
         assert (job.folder / QUESTIONS).read_text() == "[]"
-        monkeypatch.undo()
-        os.environ |= helpers.SECRETS | {"NO_PROXY": "127.0.0.1"}
         run(job, "questions")
         assert (job.folder / QUESTIONS).read_bytes() == before
         assert len(server.calls) == 6
@@ -847,11 +847,10 @@ def test_judge_4_no_drift(make, pictures):
     assert all(row == wanted[row["question"]] for row in found[1:])
 
 
-@PROVIDERS
-def test_judge_5_the_judge_can_see(make, provider, pictures):
+def test_judge_5_the_judge_can_see(make, pictures):
     """Asked for, the picture goes along; a verdict given blind does not count for it."""
-    with Server(answer) as server:
-        job = make(server, provider)
+    with Memory(answer) as server:
+        job = make(server)
         run(job)
         run(dataclasses.replace(job, shown=True), "judge")
         judged = [call for call in server.calls if stage_of(call) == "judge"]
