@@ -77,7 +77,7 @@ def data(text: str) -> Any:
     Raises:
         Refused: there is none.
     """
-    text = text.replace("\ufeff", "").strip()
+    text = text.strip().lstrip("\ufeff")
     fenced = [found for found in map(_object, _FENCE.findall(text)) if found is not None]
     if len(fenced) > 1:  # each in a fence of its own
         return [one for found in fenced for one in (found if isinstance(found, list) else [found])]
