@@ -14,6 +14,7 @@ import tyro
 from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional, subcommand
 
 from reverie_jax.data.annotate.options import Annotate
+from reverie_jax.data_options import Data
 from reverie_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -49,96 +50,13 @@ class Demo:
 
 
 @dataclasses.dataclass(frozen=True)
-class Build:
-    """Turn an annotation file and a folder of pictures into records (ArrayRecord, one record an image)."""
-
-    annotations: Positional[Path]
-    """JSON list or JSON lines: REVERIE's, LLaVA's or LRV's rows, recognised by their content."""
-    out: Positional[Path]
-    """Folder for the records."""
-    pictures: Path | None = None
-    """Folder that the file's image names are relative to; `pictures` beside the file by default."""
-    add: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """A further annotation file with its pictures, as FILE=FOLDER; what they say about one picture becomes one record."""
-    answers: str = "once"
-    """For REVERIE's rows. once: what several rows repeat is taught once. as-published: as often as it is written."""
-
-    def run(self) -> None:
-        from reverie_jax.data import sources
-        from reverie_jax.data.records import RecordSource, write_records
-
-        if self.answers not in ("once", "as-published"):
-            raise UserError(f"--answers {self.answers}: must be once or as-published")
-        wanted = [(self.annotations, self.pictures or self.annotations.parent / "pictures")]
-        for part in self.add:
-            name, equals, pictures = part.partition("=")
-            wanted.append((Path(name), Path(pictures) if equals else Path(name).parent / "pictures"))
-        parts, reading = [], sources.Reading()
-        for file, folder in wanted:
-            talks = sources.read(file, reading, answers=self.answers)  # type: ignore[arg-type]
-            reading.settle()
-            parts.append((talks, sources.Pictures(folder) if any(talk.image for talk in talks) else None))
-        for note in reading.notes:
-            print(f"reverie: {note}", file=sys.stderr)
-        folder = write_records(self.out, {"train": sources.records(parts)})
-        count = sum(len(talks) for talks, _ in parts)
-        print(f"{len(RecordSource(folder))} images, {count} conversations: {folder}")
-
-
-@dataclasses.dataclass(frozen=True)
-class Check:
-    """Read every row of an annotation file and open every picture: what is wrong is listed before it is trained on."""
-
-    annotations: Positional[Path]
-    """JSON list or JSON lines: REVERIE's, LLaVA's or LRV's rows."""
-    pictures: Path | None = None
-    """Folder of pictures; `pictures` beside the file by default, where there is one."""
-    model: str | None = None
-    """Checkpoint to be trained: tokens are counted, and conversations beyond its context named."""
-    offenders: Path | None = None
-    """Write what is wrong here, one JSON object a line."""
-    fix: Path | None = None
-    """Write the file without the rows that cannot be used here."""
-
-    def run(self) -> None:
-        from rich.console import Console
-
-        from reverie_jax.data import check
-
-        pictures, beside = self.pictures, self.annotations.parent / "pictures"
-        if pictures is None and beside.is_dir():
-            pictures = beside
-        processor = None
-        if self.model is not None:
-            from reverie_jax.loading import load_processor
-
-            path, *base = self.model.split(",")
-            processor = load_processor(path, base=base)
-        found = check.check(self.annotations, pictures, processor)
-        for note in found.notes:
-            print(f"reverie: {note}", file=sys.stderr)
-        if pictures is None:
-            print("reverie: no folder of pictures was named; none was opened", file=sys.stderr)
-        console = Console()
-        console.print(check.statistics_table(check.statistics_of(found.talks), found.lengths))
-        if found.offenders:
-            console.print(check.problems_table(found))
-        if self.offenders is not None:
-            check.write_offenders(found, self.offenders)
-        if self.fix is not None:
-            print(f"{check.write_clean(found, self.annotations, self.fix)} rows: {self.fix}")
-        if found.broken and self.fix is None:
-            raise SystemExit(1)
-
-
-@dataclasses.dataclass(frozen=True)
 class Train:
     """Tune LoRA adapters and the projector with a named recipe. Run again to resume."""
 
     recipe: Positional[str]
     """Name of a recipe; `reverie recipes` lists them."""
     data: Path
-    """Records, as `reverie build` wrote them."""
+    """Records, as `reverie data build` wrote them."""
     out: Path
     """Run folder: checkpoints, metrics.jsonl, tensorboard, run.json."""
     base: str = "scenes-base"
@@ -296,7 +214,9 @@ class Recipes:
             print(recipes.recipe(self.name).to_json())
             return
         for name, recipe in sorted(recipes.RECIPES.items()):
-            print(f"{name:24} teaches {recipe.teach}; {recipe.steps} steps of {recipe.rows} rows, LoRA r {recipe.rank}")
+            print(
+                f"{name:24} teaches {recipe.teach.kinds}; {recipe.steps} steps of {recipe.rows} rows, LoRA r {recipe.rank}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -363,8 +283,7 @@ class Scenes:
 Command = (
     Annotated[Demo, subcommand("demo")]
     | Annotated[Annotate, subcommand("annotate")]
-    | Annotated[Build, subcommand("build")]
-    | Annotated[Check, subcommand("check")]
+    | Annotated[Data, subcommand("data")]
     | Annotated[Train, subcommand("train")]
     | Annotated[Evaluate, subcommand("evaluate")]
     | Annotated[Ask, subcommand("ask")]

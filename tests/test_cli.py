@@ -12,7 +12,8 @@ from safetensors.numpy import load_file, save_file
 from reverie_jax import cli
 from reverie_jax.loading import checkpoint_folder
 
-COMMANDS = ["demo", "build", "train", "evaluate", "ask", "recipes", "scenes", "scenes render", "scenes pretrain"]
+DATA = [f"data {name}" for name in ("build", "check", "stats", "leak", "show", "questions")]
+COMMANDS = ["demo", "data", *DATA, "train", "evaluate", "ask", "recipes", "scenes", "scenes render", "scenes pretrain"]
 
 
 @pytest.fixture
@@ -61,14 +62,14 @@ def test_help_names_what_there_is(reverie, command):
     assert out.startswith(f"usage: reverie {command}".rstrip())
     assert "None" not in out.replace("{None}", "").replace("(default: None)", "")
     if command == "":
-        assert all(name in out for name in ("demo", "build", "train", "evaluate", "ask", "recipes", "scenes"))
+        assert all(name in out for name in ("demo", "data", "train", "evaluate", "ask", "recipes", "scenes"))
 
 
 def test_recipes_are_listed_and_printed(reverie):
     code, out, _ = reverie("recipes")
     assert code == 0
     assert {line.split()[0] for line in out.splitlines()} >= {"scenes-responses", "scenes-rationales"}
-    assert json.loads(reverie("recipes", "scenes-responses")[1])["teach"] == "responses"
+    assert json.loads(reverie("recipes", "scenes-responses")[1])["teach"]["kinds"] == "responses"
 
 
 def test_unknown_recipe(reverie, tmp_path):
@@ -79,9 +80,9 @@ def test_unknown_recipe(reverie, tmp_path):
 def test_wrong_paths(reverie, tmp_path):
     gone = tmp_path / "gone"
     assert refused(
-        reverie("train", "scenes-responses", "--data", gone, "--out", tmp_path / "run"), gone, "reverie build"
+        reverie("train", "scenes-responses", "--data", gone, "--out", tmp_path / "run"), gone, "reverie data build"
     )
-    assert refused(reverie("build", gone, tmp_path / "out"), gone)
+    assert refused(reverie("data", "build", gone, "--out", tmp_path / "out"), gone)
     assert refused(reverie("evaluate", gone, "--out", tmp_path / "e"), gone)
     assert refused(reverie("ask", gone, "What is it?"), gone)
     assert refused(reverie("demo", "--out", tmp_path / "demo", "--base", gone), gone)
@@ -92,7 +93,7 @@ def test_broken_picture_in_the_data_folder(reverie, training_set, tmp_path):
     folder = tmp_path / "broken"
     shutil.copytree(training_set, folder)
     (folder / "pictures" / "000002.png").write_bytes(b"not a picture at all")
-    assert refused(reverie("build", folder / "reverie.json", tmp_path / "records"), "000002.png")
+    assert refused(reverie("data", "build", folder / "reverie.json", "--out", tmp_path / "records"), "000002.png")
     assert not (tmp_path / "records").exists()
 
 
@@ -101,7 +102,7 @@ def test_truncated_picture_in_the_data_folder(reverie, training_set, tmp_path):
     shutil.copytree(training_set, folder)
     picture = folder / "pictures" / "000001.png"
     picture.write_bytes(picture.read_bytes()[:300])
-    assert refused(reverie("build", folder / "reverie.json", tmp_path / "records"), "000001.png")
+    assert refused(reverie("data", "build", folder / "reverie.json", "--out", tmp_path / "records"), "000001.png")
 
 
 def test_checkpoint_with_a_missing_tensor(reverie, training_set, tmp_path):
@@ -128,7 +129,7 @@ def test_ask_answers_each_question(reverie, training_set):
 
 def test_build_train_evaluate(reverie, training_set, tmp_path):
     """The commands hand over to one another through files."""
-    code, out, _ = reverie("build", training_set / "reverie.json", tmp_path / "records")
+    code, out, _ = reverie("data", "build", training_set / "reverie.json", "--out", tmp_path / "records")
     assert code == 0
     assert out.startswith("4 images")
     settings = ("--set", "steps=2", "rows=2", "row.tokens=512")
@@ -150,7 +151,7 @@ def test_build_train_evaluate(reverie, training_set, tmp_path):
 
 @pytest.mark.parametrize("mesh", ["data=9", "fsdp=x", "rows=2", "data=1,data=1", "data=0"])
 def test_bad_meshes(reverie, training_set, tmp_path, mesh):
-    reverie("build", training_set / "reverie.json", tmp_path / "records")
+    reverie("data", "build", training_set / "reverie.json", "--out", tmp_path / "records")
     words = ("train", "scenes-responses", "--data", tmp_path / "records", "--out", tmp_path / "run", "--mesh", mesh)
     assert refused(reverie(*words), mesh)
 

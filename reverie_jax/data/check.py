@@ -7,8 +7,6 @@ import dataclasses
 import io
 import json
 import re
-import statistics
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from reverie_jax.data import sources
-from reverie_jax.data.annotate.replies import kind_of
-from reverie_jax.data.conversation import IMAGE
-from reverie_jax.data.files import read_list
+from reverie_jax.data.files import Rows, write_list
 from reverie_jax.data.images import decode
 from reverie_jax.data.processor import Processor
 from reverie_jax.data.sources import Pictures, Reading, Talk
@@ -81,17 +77,17 @@ def check(path: Path, pictures: Path | None, processor: Processor | None = None)
         DataError: the file cannot be read at all.
     """
     reading = Reading()
-    talks = sources.read(path, reading, answers="as-published")
-    offenders = [Offender(where, "", "bad row", why) for where, why in reading.problems]
+    talks = sources.read(path, reading)
+    offenders: list[Offender] = []
     folder = None if pictures is None else Pictures(pictures)
     judged: dict[str, Offender | None] = {}
     seen: set[tuple[Any, ...]] = set()
     kept, lengths = [], []
     for talk in talks:
         problem = None
-        if talk.image and folder is not None:
+        if talk.image and (talk.encoded or folder is not None):
             if talk.image not in judged:
-                judged[talk.image] = _picture(folder, talk)
+                judged[talk.image] = _content(talk, talk.encoded, "") if talk.encoded else _picture(folder, talk)  # type: ignore[arg-type]
             problem = judged[talk.image]
         if problem is not None:
             offenders.append(dataclasses.replace(problem, where=talk.where))
@@ -120,8 +116,8 @@ def check(path: Path, pictures: Path | None, processor: Processor | None = None)
                 offenders.append(Offender(talk.where, talk.image, "too long", why))
                 continue
         kept.append(talk)
-    rows = len(read_list(path))
-    return Found(rows, kept, offenders, lengths, reading.notes)
+    offenders = [Offender(where, "", "bad row", why) for where, why in reading.problems] + offenders
+    return Found(sum(1 for _ in Rows(path)), kept, offenders, lengths, reading.notes)
 
 
 def _picture(folder: Pictures, talk: Talk) -> Offender | None:
@@ -133,13 +129,20 @@ def _picture(folder: Pictures, talk: Talk) -> Offender | None:
         return Offender(talk.where, talk.image, f"{kind} picture", str(error))
     try:
         encoded = file.read_bytes()
+    except OSError as error:
+        return Offender(talk.where, talk.image, "unreadable picture", str(error))
+    return _content(talk, encoded, file.suffix.lower())
+
+
+def _content(talk: Talk, encoded: bytes, suffix: str) -> Offender | None:
+    try:
         decode(encoded, talk.image)
-    except (UserError, OSError) as error:
+    except UserError as error:
         kind = "oversized" if "pixels" in str(error) else "unreadable"
         return Offender(talk.where, talk.image, f"{kind} picture", str(error))
     with Image.open(io.BytesIO(encoded)) as image:
         known = _SUFFIXES.get(image.format or "")
-    if known is not None and file.suffix.lower() not in known:
+    if known is not None and suffix and suffix not in known:
         return Offender(talk.where, talk.image, "mislabelled picture", f"it is a {image.format}", False)
     return None
 
@@ -158,9 +161,11 @@ def write_clean(found: Found, source: Path, path: Path) -> int:
     """
     if path.exists() and path.samefile(source):
         raise UserError(f"{path}: is the file itself; give another name")
+    if source.suffix == ".parquet":
+        raise UserError(f"{source}: Parquet cannot be written anew; only JSON files can")
     fatal = {offender.where for offender in found.offenders if offender.fatal}
-    kept = [row for number, row in enumerate(read_list(source)) if f"{source}: row {number}" not in fatal]
-    path.write_text(json.dumps(kept, ensure_ascii=False, indent=1), "utf-8")
+    kept = [row for number, row in enumerate(Rows(source)) if f"{source}: row {number}" not in fatal]
+    write_list(path, kept)
     return len(kept)
 
 
@@ -176,58 +181,4 @@ def problems_table(found: Found) -> Table:
         example = those[0]
         place = re.sub(r"^.*: (row \d+)$", r"\1", example.where)
         table.add_row(kind + ("" if fatal else " (usable)"), f"{len(those):,}", Text(f"{place}: {example.reason}"))
-    return table
-
-
-def statistics_of(talks: Sequence[Talk]) -> dict[str, Any]:
-    """The numbers of a dataset card.
-
-    Returns:
-        images, instructions (questions of a picture with one answer), conversations by source and kind, negatives an
-        instruction, shares of question types, words of rationales.
-    """
-    instructions: dict[tuple[str, str], str] = {}
-    kinds, by_source, words = collections.Counter[str](), collections.Counter[str](), []
-    for talk in talks:
-        said = talk.conversation
-        question = said.turns[0].text.replace(IMAGE, "").strip()
-        instructions.setdefault((talk.image, question), said.turns[1].text)
-        kinds[said.kind or "no rationale"] += 1
-        by_source[said.source] += 1
-        if said.kind and len(said.turns) > 3:
-            words.append(len(said.turns[3].text.split()))
-    types = collections.Counter(kind_of(question, answer) for (_, question), answer in instructions.items())
-    return {
-        "images": len({talk.image for talk in talks if talk.image}),
-        "without picture": sum(not talk.image for talk in talks),
-        "conversations": len(talks),
-        "by source": dict(by_source.most_common()),
-        "by kind": dict(kinds.most_common()),
-        "instructions": len(instructions),
-        "negatives an instruction": round(kinds["negative"] / max(1, len(instructions)), 3),
-        "question types": {kind: round(count / max(1, len(instructions)), 3) for kind, count in types.most_common()},
-        "words a rationale": _spread(words),
-    }
-
-
-def _spread(values: Sequence[int]) -> dict[str, float]:
-    if not values:
-        return {}
-    ordered = sorted(values)
-    return {
-        "mean": round(statistics.fmean(ordered), 1),
-        "median": statistics.median(ordered),
-        "p95": ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))],
-        "most": ordered[-1],
-    }
-
-
-def statistics_table(numbers: dict[str, Any], lengths: Sequence[int] = ()) -> Table:
-    """The same to look at."""
-    table = Table("", "", show_header=False)
-    shown = numbers | ({"tokens a conversation": _spread(lengths)} if lengths else {})
-    for name, value in shown.items():
-        if isinstance(value, dict):
-            value = ", ".join(f"{key} {number:,}" for key, number in value.items())
-        table.add_row(name, f"{value:,}" if isinstance(value, int | float) else value)
     return table

@@ -19,7 +19,7 @@ from reverie_jax.models.config import TokenMode
 __all__ = ["IMAGE", "TEMPLATES", "Conversation", "Encoder", "ImageRecord", "Role", "Template", "Tokens", "Turn", "v0"]
 
 Role = Literal["user", "assistant"]
-Kind = Literal["", "positive", "negative"]
+Kind = Literal["", "positive", "negative", "chosen", "rejected"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,13 +39,16 @@ class Conversation:
 
     Attributes:
         source: the annotations that it comes from.
-        kind: what it teaches beside its answer: why a right answer is right, why a wrong one is wrong, or neither.
+        kind: what it teaches beside its answer: why a right answer is right, why a wrong one is wrong, or neither; or the
+            side of a pair of answers that it is.
+        pair: what the two sides of a pair have in common.
     """
 
     turns: tuple[Turn, ...]
     images: tuple[int, ...] = (0,)
     source: str = ""
     kind: Kind = ""
+    pair: str = ""
 
     def __post_init__(self) -> None:
         for index, turn in enumerate(self.turns):
@@ -63,13 +66,12 @@ class Conversation:
 
     def to_json(self) -> dict[str, Any]:
         """A plain object; `from_json` turns it back."""
-        return dataclasses.asdict(self)
+        return {key: value for key, value in dataclasses.asdict(self).items() if value or key != "pair"}
 
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> Conversation:
-        return cls(
-            tuple(Turn(**turn) for turn in row["turns"]), tuple(row["images"]), row["source"], row.get("kind", "")
-        )
+        turns = tuple(Turn(**turn) for turn in row["turns"])
+        return cls(turns, tuple(row["images"]), row["source"], row.get("kind", ""), row.get("pair", ""))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 
 import numpy as np
@@ -74,6 +75,19 @@ def preprocess(image: Image.Image, size: int, *, pad: bool = True) -> UInt8[np.n
         image = image.resize((size * image.width // short, size * image.height // short), Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return np.asarray(image.crop((left, top, left + size, top + size)), np.uint8)
+
+
+def thumbnail(encoded: bytes, name: str, side: int) -> str:
+    """A small JPEG of a picture as a data address, for pages.
+
+    Raises:
+        BrokenImage: the bytes are no picture.
+    """
+    image = decode(encoded, name)
+    image.thumbnail((side, side))
+    buffer = io.BytesIO()
+    image.save(buffer, format="JPEG", quality=80)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def encode_png(pixels: UInt8[np.ndarray, "H W 3"]) -> bytes:

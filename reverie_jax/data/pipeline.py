@@ -3,46 +3,44 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
-from typing import Literal
+from concurrent.futures import ThreadPoolExecutor
 
 import grain
+import numpy as np
+from jaxtyping import UInt8
 
 from reverie_jax.data.conversation import Conversation, ImageRecord
 from reverie_jax.data.processor import Processor
-from reverie_jax.data.rows import Element, RowShape, element, pack, stack
+from reverie_jax.data.rows import Batch, Element, RowShape, element, pack, stack
+from reverie_jax.data.teaching import Teaching
 from reverie_jax.data.tree import ConversationTree, grow_within, untaught
 from reverie_jax.errors import DataError
 
-Teach = Literal["responses", "positive", "negative", "rationales"]
+BINS = 64
+"""Rows that packing keeps open: more of them leave less of a row empty, and hold tokens back longer."""
 
 
-def taught(record: ImageRecord, teach: Teach) -> list[Conversation]:
-    """The record's conversations as an arm of the ablation teaches them.
-
-    `responses` keeps each conversation's first exchange, `positive` and `negative` also the rationales of their kind, and
-    `rationales` everything. What then teaches nothing is left out.
-    """
-    if teach == "rationales":
-        return list(record.conversations)
-    cut = [
-        talk if talk.kind == teach else dataclasses.replace(talk, turns=talk.turns[:2]) for talk in record.conversations
-    ]
-    return [talk for talk in cut if any(turn.weight > 0 for turn in talk.turns if turn.role == "assistant")]
-
-
-def trees(record: ImageRecord, processor: Processor, shape: RowShape, teach: Teach) -> list[ConversationTree]:
+def trees(
+    record: ImageRecord, processor: Processor, shape: RowShape, teaching: Teaching, *, sharing: bool = True
+) -> list[ConversationTree]:
     """The record's conversations as trees that each fit a row.
+
+    Args:
+        sharing: as few trees as it takes; without, each conversation is a tree of its own, as other trainers compute.
 
     Raises:
         DataError: one conversation alone is too long for a row; the record is named.
         UserError: or for the decoder.
     """
-    tokens = processor.tokens(record.id, taught(record, teach))
+    tokens = processor.tokens(record.id, teaching(record.conversations))
+    branches = (shape.branches or None) if sharing else 1
     try:
-        return [tree for _, tree in grow_within(tokens, tokens=shape.tokens, edges=shape.edges)]
+        grown = grow_within(tokens, tokens=shape.tokens, edges=shape.edges, branches=branches)
     except ValueError as error:
         raise DataError(f"record {record.id}: {error}; give rows more room or shorten the conversation") from None
+    return [tree for _, tree in grown]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,9 +63,15 @@ class Survey:
     longest: int
 
 
-def survey(source: Sequence[ImageRecord], processor: Processor, shape: RowShape, teach: Teach) -> Survey:
+def survey(
+    source: Sequence[ImageRecord], processor: Processor, shape: RowShape, teaching: Teaching, *, sharing: bool = True
+) -> Survey:
     """Tokenises everything once: what does not fit is known before training, not at step 40,000."""
-    found = [tree for index in range(len(source)) for tree in trees(source[index], processor, shape, teach)]
+    found = [
+        tree
+        for index in range(len(source))
+        for tree in trees(source[index], processor, shape, teaching, sharing=sharing)
+    ]
     if not any(len(tree.source) for tree in found):
         raise DataError("the data teaches nothing: no conversation has a taught answer")
     return Survey(
@@ -80,16 +84,48 @@ def survey(source: Sequence[ImageRecord], processor: Processor, shape: RowShape,
     )
 
 
-class _Elements(grain.experimental.FlatMapTransform):
-    """A record's trees, each with its picture."""
+class _Numbered:
+    """A record's number to its trees' elements, pictures by number (from 1): they are decoded after packing."""
 
-    def __init__(self, processor: Processor, shape: RowShape, teach: Teach):
-        self.processor, self.shape, self.teach = processor, shape, teach
-        self.max_fan_out = 1_000
+    def __init__(
+        self, source: Sequence[ImageRecord], processor: Processor, shape: RowShape, teaching: Teaching, sharing: bool
+    ):
+        self.source, self.processor, self.shape = source, processor, shape
+        self.teaching, self.sharing = teaching, sharing
 
-    def flat_map(self, record: ImageRecord) -> list[Element]:
-        pixels = self.processor.pixels(record.image, record.id)
-        return [element(tree, pixels) for tree in trees(record, self.processor, self.shape, self.teach)]
+    def __call__(self, number: int) -> list[Element]:
+        record = self.source[number]
+        pictures = np.full(1 if record.image else 0, number + 1, np.int32)
+        grown = trees(record, self.processor, self.shape, self.teaching, sharing=self.sharing)
+        return [element(tree, pictures) for tree in grown]
+
+
+class _Flat(grain.experimental.FlatMapTransform):
+    max_fan_out = 1_000
+
+    def flat_map(self, elements: list[Element]) -> list[Element]:
+        return elements
+
+
+class _Shown:
+    """Batches with numbers for pictures to batches with pixels, decoded by threads: Pillow works outside Python's lock."""
+
+    def __init__(self, source: Sequence[ImageRecord], processor: Processor, threads: int):
+        self.source, self.processor = source, processor
+        self.pool = ThreadPoolExecutor(threads) if threads > 1 else None
+
+    def _pixels(self, number: int) -> UInt8[np.ndarray, "S S 3"]:
+        record = self.source[number - 1]
+        return self.processor.pixels(record.image, record.id)[0]
+
+    def __call__(self, batch: Batch) -> Batch:
+        side = self.processor.image_size
+        pixels = np.zeros((*batch.pixels.shape, side, side, 3), np.uint8)
+        numbers = np.unique(batch.pixels[batch.pixels > 0]).tolist()
+        decoded = (self.pool.map if self.pool else map)(self._pixels, numbers)
+        for number, picture in zip(numbers, decoded, strict=True):
+            pixels[batch.pixels == number] = picture
+        return batch._replace(pixels=pixels)
 
 
 def training_batches(
@@ -98,21 +134,39 @@ def training_batches(
     shape: RowShape,
     *,
     rows: int,
-    teach: Teach,
+    teaching: Teaching,
     seed: int,
+    sharing: bool = True,
+    shard: tuple[int, int] = (0, 1),
+    threads: int | None = None,
 ) -> grain.IterDataset:
-    """Endless batches in an order that the seed fixes; the iterator's state is a position, not a count of batches.
+    """Endless batches in an order that the seed alone fixes; the iterator's state is a position, not a count of batches.
+
+    Every host packs all trees, which is cheap, and decodes the pictures of its own rows, which is not. So the order
+    depends on neither hosts nor threads.
 
     Args:
         rows: rows in a batch, over all hosts' devices.
+        sharing: see `trees`.
+        shard: (this host, hosts): the part of each batch's rows that this host gets, contiguous.
+        threads: that decode pictures; one a core by default.
+
+    Raises:
+        ValueError: the rows cannot be shared out evenly.
     """
-    data = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+    host, hosts = shard
+    if rows % hosts:
+        raise ValueError(f"{rows} rows a batch for {hosts} hosts")
+    own = slice(host * rows // hosts, (host + 1) * rows // hosts)
+    data = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+    numbered = data.map(_Numbered(source, processor, shape, teaching, sharing))
     elements = grain.experimental.FlatMapIterDataset(
-        data.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=32)),
-        _Elements(processor, shape, teach),
+        numbered.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=32)), _Flat()
     )
-    batches = pack(elements, shape, processor.encoder.patches, bins=1 if shape.images == 1 else 8).batch(rows)
-    return grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=2)
+    packed = pack(elements, shape, processor.encoder.patches, bins=1 if shape.images == 1 else BINS)
+    batches = packed.batch(rows, batch_fn=lambda part: stack(part[own], rows // hosts))
+    shown = batches.map(_Shown(source, processor, threads or os.cpu_count() or 1))
+    return grain.experimental.ThreadPrefetchIterDataset(shown, prefetch_buffer_size=2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,16 +187,13 @@ class _Questions(grain.experimental.FlatMapTransform):
 
     def flat_map(self, picture: Picture) -> list[Element]:
         pixels = self.processor.pixels(picture.encoded, picture.name)
-        elements = []
-        for start in range(0, len(picture.questions), self.shape.leaves):
-            numbers, talks = zip(*picture.questions[start : start + self.shape.leaves], strict=True)
-            tokens = [untaught(talk) for talk in self.processor.tokens(picture.name, talks)]
-            try:
-                for members, tree in grow_within(tokens, tokens=self.shape.tokens, edges=0):
-                    elements.append(element(tree, pixels, [numbers[member] for member in members]))
-            except ValueError as error:
-                raise DataError(f"{picture.name}: {error}") from None
-        return elements
+        numbers, talks = zip(*picture.questions, strict=True)
+        tokens = [untaught(talk) for talk in self.processor.tokens(picture.name, talks)]
+        try:
+            grown = grow_within(tokens, tokens=self.shape.tokens, edges=0, branches=self.shape.leaves)
+        except ValueError as error:
+            raise DataError(f"{picture.name}: {error}") from None
+        return [element(tree, pixels, [numbers[member] for member in members]) for members, tree in grown]
 
 
 def question_batches(

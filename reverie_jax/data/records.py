@@ -1,83 +1,164 @@
-"""Records on disk: one ArrayRecord record per image, written by a TFDS builder, read at random."""
+"""Records on disk: one ArrayRecord record per image, in shards that TFDS knows, read at random."""
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
 import shutil
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordWriter
 from google.protobuf import json_format
 
 from reverie_jax.data.conversation import ImageRecord
 from reverie_jax.errors import DataError, UserError
 
-
-class ReflectiveRecords(tfds.core.GeneratorBasedBuilder):
-    """Images with their conversations, which are one JSON text: TFDS writes nested sequences with TensorFlow only."""
-
-    VERSION = tfds.core.Version("1.0.0")
-
-    def __init__(self, splits: Mapping[str, Iterable[ImageRecord]] | None = None, **kwargs: Any):
-        self._splits = splits or {}
-        super().__init__(**kwargs)
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        features = tfds.features.FeaturesDict(
-            {
-                "id": tfds.features.Text(),
-                "image": tfds.features.Image(shape=(None, None, 3)),
-                "conversations": tfds.features.Text(),
-            }
-        )
-        return tfds.core.DatasetInfo(builder=self, features=features)
-
-    def _split_generators(self, manager: Any) -> dict[str, Iterator[tuple[str, dict[str, Any]]]]:
-        return {name: self._generate_examples(records) for name, records in self._splits.items()}
-
-    def _generate_examples(self, records: Iterable[ImageRecord]) -> Iterator[tuple[str, dict[str, Any]]]:
-        for record in records:
-            # A file object passes through as it is: an encoded picture is never decoded and encoded again.
-            yield (
-                record.id,
-                {
-                    "id": record.id,
-                    "image": io.BytesIO(record.image),
-                    "conversations": record.talks_json(),
-                },
-            )
+_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+NAME, VERSION = "reflective_records", "1.0.0"
+SHARD = 1024
+"""Records of a shard file."""
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """TFDS writes progress bars to stderr whatever one asks; our callers show their own."""
-    tfds.disable_progress_bar()
-    with open(os.devnull, "w") as sink, contextlib.redirect_stdout(sink):
-        yield
+def _features() -> tfds.features.FeaturesDict:
+    """A record's conversations are one JSON text: TFDS writes nested sequences with TensorFlow only."""
+    return tfds.features.FeaturesDict(
+        {
+            "id": tfds.features.Text(),
+            "image": tfds.features.Image(shape=(None, None, 3)),
+            "conversations": tfds.features.Text(),
+        }
+    )
 
 
-def write_records(folder: Path, splits: Mapping[str, Iterable[ImageRecord]]) -> Path:
-    """Writes the splits below `folder`; returns the folder to read.
+@runtime_checkable
+class Records(Protocol):
+    """Records by number. Not a `Sequence`: reading one may take a while, or fail."""
 
-    Records that are there already stay until the new ones are whole. Pictures pass through one by one.
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> ImageRecord: ...
+
+
+@runtime_checkable
+class Digested(Records, Protocol):
+    """Records that know, without reading their pictures, whether a part of them is still the same."""
+
+    def digest(self, start: int, stop: int) -> str:
+        """Changes when anything about the records from `start` up to `stop` does."""
+
+
+class _Shards:
+    """The shard files of one split, made side by side; one that an earlier run has finished is not made again."""
+
+    def __init__(self, folder: Path, records: Records):
+        self.folder, self.records, self.features = folder, records, _features()
+
+    def make(self, start: int) -> tuple[Path, int]:
+        """(file, records in it) of the shard that begins at a record."""
+        stop = min(start + SHARD, len(self.records))
+        known = self.records.digest(start, stop) if isinstance(self.records, Digested) else uuid.uuid4().hex
+        path = self.folder / f"{known}.shard"
+        if not path.exists():
+            part = self.folder / f"{uuid.uuid4().hex}.part"
+            writer = ArrayRecordWriter(os.fspath(part), "group_size:1")
+            try:
+                for number in range(start, stop):
+                    record = self.records[number]
+                    # A file object passes through as it is: an encoded picture is never decoded and encoded again.
+                    fields = {
+                        "id": record.id,
+                        "image": io.BytesIO(record.image),
+                        "conversations": record.talks_json(),
+                    }
+                    writer.write(self.features.serialize_example(self.features.encode_example(fields)))
+            except BaseException:
+                writer.close()
+                part.unlink(missing_ok=True)
+                raise
+            writer.close()
+            part.rename(path)
+        return path, stop - start
+
+
+def write_records(
+    folder: Path,
+    splits: Mapping[str, Records],
+    *,
+    jobs: int = 1,
+    told: Callable[[int], object] = lambda count: None,
+) -> Path:
+    """Writes the splits below `folder` as TFDS does; returns the folder to read.
+
+    Records that are there already stay until the new ones are whole. Finished shards of an interrupted run lie in a hidden
+    folder beside `folder`, and are taken from there by the next one where the records are `Digested`.
+
+    Args:
+        jobs: threads that read pictures and write shards.
+        told: gets the number of records of each shard as it is done.
+
+    Raises:
+        DataError: there are no records, or one cannot be had.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    hidden = tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent)
-    with hidden as part, _quiet():
-        builder = ReflectiveRecords(splits, data_dir=part, file_format="array_record")
-        builder.download_and_prepare()
-        made = Path(os.fspath(builder.data_dir))
-        home = folder / made.relative_to(part)
-        if home.exists():
-            shutil.rmtree(home)
-        home.parent.mkdir(parents=True, exist_ok=True)
-        made.rename(home)
+    hidden = folder.parent / f".{folder.name}.building"
+    hidden.mkdir(exist_ok=True)
+    made: dict[str, list[tuple[Path, int]]] = {}
+    for split, records in splits.items():
+        if not len(records):
+            raise DataError(f"{folder}: no records for {split}")
+        shards = _Shards(hidden, records)
+        with ThreadPoolExecutor(jobs) as pool:
+            done = [pool.submit(shards.make, start) for start in range(0, len(records), SHARD)]
+            made[split] = []
+            try:
+                for future in done:
+                    made[split].append(future.result())
+                    told(made[split][-1][1])
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+    whole = hidden / uuid.uuid4().hex
+    whole.mkdir()
+    template = tfds.core.ShardedFileTemplate(
+        data_dir=whole, dataset_name=NAME, filetype_suffix="array_record", template=_TEMPLATE
+    )
+    infos = []
+    for split, files in made.items():
+        named = template.replace(split=split)
+        for number, (file, _) in enumerate(files):
+            _also(file, Path(named.sharded_filepath(shard_index=number, num_shards=len(files))))
+        size = sum(file.stat().st_size for file, _ in files)
+        lengths = [count for _, count in files]
+        infos.append(tfds.core.SplitInfo(name=split, shard_lengths=lengths, num_bytes=size, filename_template=named))
+    tfds.folder_dataset.write_metadata(
+        data_dir=whole,
+        features=_features(),
+        split_infos=infos,
+        version=VERSION,
+        filename_template=template,
+        check_data=False,
+        description="Pictures with all that is said about them, for reflective instruction tuning.",
+    )
+    home = folder / NAME / VERSION
+    if home.exists():
+        shutil.rmtree(home)
+    home.parent.mkdir(parents=True, exist_ok=True)
+    whole.rename(home)
+    shutil.rmtree(hidden)
     return home
+
+
+def _also(file: Path, name: Path) -> None:
+    """A second name for a file, or a copy where the file system has no second names."""
+    try:
+        os.link(file, name)
+    except OSError:
+        shutil.copyfile(file, name)
 
 
 class RecordSource(Sequence[ImageRecord]):
@@ -88,7 +169,9 @@ class RecordSource(Sequence[ImageRecord]):
         if not (self.folder / "dataset_info.json").exists():
             found = sorted(self.folder.glob("**/dataset_info.json")) if self.folder.is_dir() else []
             if len(found) != 1:
-                raise DataError(f"{self.folder}: no records here; `reverie build` writes a folder that can be read")
+                raise DataError(
+                    f"{self.folder}: no records here; `reverie data build` writes a folder that can be read"
+                )
             self.folder = found[0].parent
         try:
             builder = tfds.builder_from_directory(os.fspath(self.folder))

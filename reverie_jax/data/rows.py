@@ -22,12 +22,14 @@ class RowShape:
         images: M; at most this many trees share a row, whether they show one image, several or none.
         edges: E, taught tokens.
         leaves: Q, open questions (evaluation; 0 in training).
+        branches: most conversations of a tree; 0 for any number. A tree with more shares them out.
     """
 
     tokens: int
     images: int = 1
     edges: int = 0
     leaves: int = 0
+    branches: int = 0
 
 
 class Batch(NamedTuple):
@@ -54,10 +56,11 @@ class Batch(NamedTuple):
 Element = dict[str, np.ndarray]
 
 
-def element(tree: ConversationTree, pixels: UInt8[np.ndarray, "m S S 3"], questions: Sequence[int] = ()) -> Element:
+def element(tree: ConversationTree, pixels: Any, questions: Sequence[int] = ()) -> Element:
     """A tree and its images as the flat dictionary that Grain packs.
 
     Args:
+        pixels: uint8 `m S S 3`, or int32 `m`, numbers from 1 by which they will be found when the rows are packed.
         questions: an id for each leaf that is to be decoded; none in training.
     """
     if questions and len(questions) != len(tree.leaves):

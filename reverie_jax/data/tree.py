@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, Int32
@@ -53,34 +54,79 @@ def untaught(conversation: Tokens) -> Tokens:
     return dataclasses.replace(conversation, weights=np.zeros_like(conversation.weights))
 
 
+class _Run:
+    """Tokens that follow one another without a branch, and what comes after them.
+
+    Attributes:
+        ids, features: as in `Tokens`.
+        weights: float64, summed over the conversations that came this way.
+        first: the first conversation that teaches a token; -1 where none does.
+    """
+
+    __slots__ = ("children", "features", "first", "ids", "weights")
+
+    def __init__(self, ids: Any, features: Any, weights: Any, first: Any) -> None:
+        self.ids, self.features, self.weights, self.first = ids, features, weights, first
+        self.children: dict[tuple[int, int], _Run] = {}
+
+    def key(self) -> tuple[int, int]:
+        return int(self.ids[0]), int(self.features[0])
+
+    def cut(self, length: int) -> _Run:
+        """Gives the first `length` tokens to a new run that this one now follows. Whoever ends here still does."""
+        above = _Run(self.ids[:length], self.features[:length], self.weights[:length], self.first[:length])
+        self.ids, self.features = self.ids[length:], self.features[length:]
+        self.weights, self.first = self.weights[length:], self.first[length:]
+        above.children[self.key()] = self
+        return above
+
+
 class Trie:
-    """Grows a trie one conversation at a time; `tree()` lays it out."""
+    """Grows a trie one conversation at a time, a run of tokens at a step; `tree()` lays it out."""
 
     def __init__(self) -> None:
-        self._children: list[dict[tuple[int, int], int]] = [{}]  # node 0 stands before every first token
-        self._token: list[tuple[int, int]] = [(-1, -1)]
-        self._parent: list[int] = [-1]
-        self._taught: dict[int, tuple[float, int]] = {}
-        self._last: list[int] = []
-        self._flat = 0
+        self._root = _Run(*(np.zeros(0, kind) for kind in (np.int32, np.int32, np.float64, np.int32)))
+        self._last: list[_Run] = []
+        self._flat = self._size = self._edges = 0
 
     def __len__(self) -> int:
         """Nodes, one a row token."""
-        return len(self._token) - 1
+        return self._size
 
     @property
     def edges(self) -> int:
-        return len(self._taught)
+        return self._edges
+
+    @property
+    def branches(self) -> int:
+        """Conversations."""
+        return len(self._last)
+
+    def _walk(self, conversation: Tokens) -> Iterator[tuple[_Run, int, int]]:
+        """(run, where the conversation meets it, how many tokens they share), from the root down."""
+        run, place = self._root, 0
+        while place < len(conversation):
+            child = run.children.get((int(conversation.ids[place]), int(conversation.features[place])))
+            if child is None:
+                return
+            most = min(len(child.ids), len(conversation) - place)
+            differs = (child.ids[:most] != conversation.ids[place : place + most]) | (
+                child.features[:most] != conversation.features[place : place + most]
+            )
+            shared = int(differs.argmax()) if differs.any() else most
+            yield child, place, shared
+            if shared < len(child.ids):
+                return
+            run, place = child, place + shared
 
     def cost(self, conversation: Tokens) -> tuple[int, int]:
-        """How many nodes and, at most, edges the conversation would add."""
-        node, shared = 0, 0
-        for key in zip(conversation.ids.tolist(), conversation.features.tolist(), strict=True):
-            child = self._children[node].get(key)
-            if child is None:
-                break
-            node, shared = child, shared + 1
-        return len(conversation) - shared, int((conversation.weights > 0).sum())
+        """How many nodes and edges the conversation would add."""
+        taught = conversation.weights > 0
+        tokens, edges = len(conversation), int(taught.sum())
+        for run, place, shared in self._walk(conversation):
+            tokens -= shared
+            edges -= int((taught[place : place + shared] & (run.weights[:shared] > 0)).sum())
+        return tokens, edges
 
     def add(self, conversation: Tokens) -> None:
         """Adds one conversation.
@@ -92,57 +138,71 @@ class Trie:
             raise ValueError("a conversation without tokens")
         if conversation.weights[0] > 0:
             raise ValueError("the first token of a conversation cannot be taught: nothing comes before it")
-        node, branch = 0, len(self._last)
+        tokens, edges = self.cost(conversation)
+        branch, parent, done = len(self._last), self._root, 0
+        for run, place, shared in list(self._walk(conversation)):
+            if shared < len(run.ids):
+                run = parent.children[run.key()] = run.cut(shared)
+            weights = conversation.weights[place : place + shared].astype(np.float64)
+            run.first = np.where((weights > 0) & (run.weights == 0), branch, run.first)
+            run.weights = run.weights + weights
+            parent, done = run, place + shared
+        if done < len(conversation):
+            weights = conversation.weights[done:].astype(np.float64)
+            first = np.where(weights > 0, branch, -1).astype(np.int32)
+            rest = _Run(conversation.ids[done:], conversation.features[done:], weights, first)
+            parent.children[rest.key()] = rest
+            parent = rest
+        self._last.append(parent)
         self._flat += len(conversation)
-        for token, feature, weight in zip(
-            conversation.ids.tolist(), conversation.features.tolist(), conversation.weights.tolist(), strict=True
-        ):
-            children = self._children[node]
-            child = children.get((token, feature))
-            if child is None:
-                child = len(self._token)
-                children[token, feature] = child
-                self._children.append({})
-                self._token.append((token, feature))
-                self._parent.append(node)
-            if weight > 0:
-                before, first = self._taught.get(child, (0.0, branch))
-                self._taught[child] = (before + weight, first)
-            node = child
-        self._last.append(node)
+        self._size += tokens
+        self._edges += edges
 
     def tree(self) -> ConversationTree:
         """The trie in depth-first order, children in the order in which they came."""
-        count = len(self)
-        index = np.zeros(count + 1, np.int32)
-        order: list[int] = []
-        stack = [iter(self._children[0].values())]
-        ends, positions = np.zeros(count, np.int32), np.zeros(count, np.int32)
-        open_nodes: list[int] = []
+        runs: list[_Run] = []
+        start: dict[int, int] = {}  # by identity: where a run begins
+        above: list[int] = []  # row index of the token before a run; -1 for none
+        depth: list[int] = []
+        ends: list[int] = []
+        size = 0
+        # A run is met twice: to be laid out, and when all below it has been.
+        stack: list[tuple[_Run | int, int, int]] = [(run, -1, 0) for run in reversed(self._root.children.values())]
         while stack:
-            node = next(stack[-1], None)
-            if node is None:
-                stack.pop()
-                if open_nodes:
-                    ends[open_nodes.pop()] = len(order)
+            run, before, deep = stack.pop()
+            if isinstance(run, int):
+                ends[run] = size
                 continue
-            index[node] = len(order)
-            positions[len(order)] = len(open_nodes)
-            open_nodes.append(len(order))
-            order.append(node)
-            stack.append(iter(self._children[node].values()))
-        token = np.asarray([self._token[node] for node in order], np.int32).reshape(-1, 2)
-        taught = sorted(self._taught, key=lambda node: index[node])
+            start[id(run)] = size
+            size += len(run.ids)
+            stack.append((len(runs), 0, 0))
+            stack += [(child, size - 1, deep + len(run.ids)) for child in reversed(run.children.values())]
+            runs.append(run)
+            above.append(before)
+            depth.append(deep)
+            ends.append(0)
+        lengths = np.asarray([len(run.ids) for run in runs], np.int32)
+        starts = np.cumsum(lengths) - lengths
+        index = np.arange(size, dtype=np.int32)
+        parents = index - 1
+        parents[starts] = above
+
+        def joined(parts: list[Any], kind: Any) -> Any:
+            return np.concatenate([np.zeros(0, kind), *parts]).astype(kind)
+
+        tokens = joined([run.ids for run in runs], np.int32)
+        weight = joined([run.weights for run in runs], np.float64)
+        taught = weight > 0
         return ConversationTree(
-            tokens=token[:, 0].copy(),
-            positions=positions,
-            ends=ends,
-            features=token[:, 1].copy(),
-            source=index[[self._parent[node] for node in taught]].astype(np.int32),
-            target=np.asarray([self._token[node][0] for node in taught], np.int32),
-            weight=np.asarray([self._taught[node][0] for node in taught], np.float32),
-            branch=np.asarray([self._taught[node][1] for node in taught], np.int32),
-            leaves=index[self._last].astype(np.int32),
+            tokens=tokens,
+            positions=index - np.repeat(starts - np.asarray(depth, np.int32), lengths).astype(np.int32),
+            ends=np.repeat(np.asarray(ends, np.int32), lengths),
+            features=joined([run.features for run in runs], np.int32),
+            source=parents[taught],
+            target=tokens[taught],
+            weight=weight[taught].astype(np.float32),
+            branch=joined([run.first for run in runs], np.int32)[taught],
+            leaves=np.asarray([start[id(run)] + len(run.ids) - 1 for run in self._last], np.int32),
             flat_tokens=self._flat,
         )
 
@@ -156,30 +216,42 @@ def grow(conversations: Iterable[Tokens]) -> ConversationTree:
 
 
 def grow_within(
-    conversations: Sequence[Tokens], *, tokens: int, edges: int
-) -> Iterator[tuple[list[int], ConversationTree]]:
-    """Trees that each fit a row, conversations kept in order.
+    conversations: Sequence[Tokens], *, tokens: int, edges: int, branches: int | None = None
+) -> list[tuple[list[int], ConversationTree]]:
+    """As few trees as it takes for each to fit a row: a tree too large shares out its branches.
 
-    Yields:
-        The indices of a tree's conversations, and the tree.
+    Conversations that share more than the prompt stay together where they can: each goes, in order, where it adds the
+    fewest tokens.
+
+    Args:
+        tokens, edges: room of a row.
+        branches: most conversations of a tree; any number by default.
+
+    Returns:
+        The indices of each tree's conversations, in order, and the tree.
 
     Raises:
         ValueError: a single conversation does not fit; its index and length are named.
     """
-    trie = Trie()
-    members: list[int] = []
+    open_tries: list[tuple[list[int], Trie]] = []
     for index, conversation in enumerate(conversations):
-        more_tokens, more_edges = trie.cost(conversation)
-        if members and (len(trie) + more_tokens > tokens or trie.edges + more_edges > edges):
-            yield members, trie.tree()
-            trie, members = Trie(), []
-            more_tokens, more_edges = trie.cost(conversation)
-        if more_tokens > tokens or more_edges > edges:
-            raise ValueError(
-                f"conversation {index} has {more_tokens} tokens and teaches {more_edges}; "
-                f"a row holds {tokens} tokens and {edges} taught ones"
-            )
-        trie.add(conversation)
-        members.append(index)
-    if members:
-        yield members, trie.tree()
+        best: tuple[int, list[int], Trie] | None = None
+        for members, trie in open_tries:
+            more, taught = trie.cost(conversation)
+            fits = len(trie) + more <= tokens and trie.edges + taught <= edges
+            fits = fits and (branches is None or trie.branches < branches)
+            if fits and (best is None or more < best[0]):
+                best = more, members, trie
+        if best is None:
+            trie = Trie()
+            more, taught = trie.cost(conversation)
+            if more > tokens or taught > edges:
+                raise ValueError(
+                    f"conversation {index} has {more} tokens and teaches {taught}; "
+                    f"a row holds {tokens} tokens and {edges} taught ones"
+                )
+            best = more, [], trie
+            open_tries.append(best[1:])
+        best[2].add(conversation)
+        best[1].append(index)
+    return [(members, trie.tree()) for members, trie in open_tries]

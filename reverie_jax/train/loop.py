@@ -69,7 +69,7 @@ def train(
     """
     started = time.perf_counter()
     mesh = mesh or make_mesh()
-    found = survey(source, processor, recipe.row, recipe.teach)
+    found = survey(source, processor, recipe.row, recipe.teach, sharing=recipe.sharing)
     base = identity(model)
     adapt(model, recipe)
     graph, params, frozen = nnx.split(model, trainable, ...)  # type: ignore[misc]
@@ -83,7 +83,8 @@ def train(
             processor,
             recipe.row,
             rows=recipe.rows,
-            teach=recipe.teach,
+            teaching=recipe.teach,
+            sharing=recipe.sharing,
             seed=recipe.seed,
         )
     )

@@ -9,8 +9,8 @@ from typing import Any
 
 import pydantic
 
-from reverie_jax.data.pipeline import Teach
 from reverie_jax.data.rows import RowShape
+from reverie_jax.data.teaching import Teaching
 from reverie_jax.errors import UserError
 from reverie_jax.models.lora import DEFAULT_TARGETS
 
@@ -23,7 +23,8 @@ class Recipe:
         steps: optimizer steps.
         rows: rows in a batch, over all devices.
         row: static sizes of a row. With `images=1` a row is one image, so runs of equal steps see equal images.
-        teach: what of each conversation is taught: first answers only, or rationales too.
+        teach: what of each conversation is taught: first answers only, or rationales too, and in which form.
+        sharing: an image's conversations as one tree; without, each is computed by itself, as other trainers do.
         rank, alpha, dropout, targets: the adapters (scale alpha / rank).
         rate: peak learning rate of the adapters.
         projector_rate: peak learning rate of the projector.
@@ -38,7 +39,8 @@ class Recipe:
     steps: int
     rows: int
     row: RowShape
-    teach: Teach = "rationales"
+    teach: Teaching = Teaching()  # noqa: RUF009
+    sharing: bool = True
     rank: int = 16
     alpha: float = 32.0
     dropout: float = 0.05
@@ -57,8 +59,7 @@ class Recipe:
 
     @classmethod
     def from_json(cls, text: str) -> Recipe:
-        raw: dict[str, Any] = json.loads(text)
-        return cls(**{**raw, "row": RowShape(**raw["row"])})
+        return pydantic.TypeAdapter(cls).validate_json(text)
 
 
 _SCENES = Recipe(
@@ -66,6 +67,7 @@ _SCENES = Recipe(
     steps=200,
     rows=16,
     row=RowShape(tokens=448, images=1, edges=288),
+    teach=Teaching(answers="as-published"),
     rank=16,
     alpha=32.0,
     dropout=0.0,
@@ -81,7 +83,7 @@ RECIPES: dict[str, Recipe] = {
         dataclasses.replace(
             _SCENES,
             name="scenes-responses",
-            teach="responses",
+            teach=Teaching("responses", answers="as-published"),
             row=RowShape(tokens=192, images=1, edges=96),
         ),
     )

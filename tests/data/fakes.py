@@ -61,7 +61,8 @@ def talk(question: str, answer: str, *more: tuple[str, str], weight: float = 1.0
     turns = [Turn("user", f"{IMAGE}\n{question}"), Turn("assistant", answer, weight)]
     for asked, said in more:
         turns += [Turn("user", asked), Turn("assistant", said)]
-    return Conversation(tuple(turns))
+    kind = "positive" if more else ""
+    return Conversation(tuple(turns), kind=kind)
 
 
 def records(count: int, seed: int = 0) -> list[ImageRecord]:

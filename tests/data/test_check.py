@@ -10,6 +10,7 @@ from PIL import Image
 
 from reverie_jax import loading
 from reverie_jax.data import check as checking
+from reverie_jax.data.card import statistics_of
 from reverie_jax.data.conversation import IMAGE
 from reverie_jax.data.images import BrokenImage, decode
 from tests.data.fakes import png
@@ -135,7 +136,7 @@ def test_numbers_of_a_dataset_card(tmp_path):
     ]
     path = tmp_path / "rows.json"
     path.write_text(json.dumps(rows))
-    numbers = checking.statistics_of(checking.check(path, None).talks)
+    numbers = statistics_of((talk.image, talk.conversation) for talk in checking.check(path, None).talks)
     assert numbers["images"] == 2
     assert numbers["instructions"] == 3
     assert numbers["by kind"] == {"negative": 3, "positive": 2}
@@ -148,7 +149,7 @@ def test_the_command(annotations, folder, tmp_path, monkeypatch, capsys):
     from reverie_jax import cli
 
     def run(*words):
-        monkeypatch.setattr("sys.argv", ["reverie", "check", str(annotations), *map(str, words)])
+        monkeypatch.setattr("sys.argv", ["reverie", "data", "check", str(annotations), *map(str, words)])
         try:
             cli.main()
         except SystemExit as end:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reverie_jax.data.conversation import IMAGE, Conversation, Encoder, ImageRecord, Turn
-from reverie_jax.data.pipeline import Picture, question_batches, survey, taught, training_batches, trees
+from reverie_jax.data.mixture import Part, mixture
+from reverie_jax.data.pipeline import Picture, question_batches, survey, training_batches, trees
 from reverie_jax.data.processor import Processor
 from reverie_jax.data.records import RecordSource, write_records
 from reverie_jax.data.rows import Batch, RowShape
-from reverie_jax.data.sources import llava, reverie
+from reverie_jax.data.sources import Reading, llava, reverie
+from reverie_jax.data.teaching import Teaching
 from reverie_jax.errors import DataError, UserError
 from tests.data.fakes import IMAGE_ID, WordTokenizer, png, records, talk
 
@@ -31,7 +32,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def by_id(source: RecordSource) -> list[ImageRecord]:
-    """All records in the order of their ids: on disk they are shuffled by TFDS."""
+    """All records in the order of their ids."""
     return sorted((source[index] for index in range(len(source))), key=lambda record: record.id)
 
 
@@ -64,7 +65,7 @@ def test_records_are_found_below_a_folder(folder, tmp_path):
 
 def test_writing_twice_leaves_the_second(tmp_path):
     write_records(tmp_path, {"train": records(3), "test": records(1)})
-    source = RecordSource(write_records(tmp_path, {"train": (r for r in records(2, seed=5))}))
+    source = RecordSource(write_records(tmp_path, {"train": records(2, seed=5)}))
     assert by_id(source) == records(2, seed=5)
     with pytest.raises(DataError, match="no split 'test'"):
         RecordSource(tmp_path, "test")
@@ -115,14 +116,24 @@ def test_missing_shards_are_named(tmp_path):
     one_line(error, written)
 
 
-def test_bad_data_while_writing_stays_a_data_error(tmp_path):
-    def broken() -> Iterator[ImageRecord]:
-        yield records(1)[0]
-        raise DataError("a.json: row 3: bad")
+class Broken:
+    """Records of which the second cannot be had."""
 
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> ImageRecord:
+        if index == 1:
+            raise DataError("a.json: row 3: bad")
+        return records(1)[0]
+
+
+def test_bad_data_while_writing_stays_a_data_error(tmp_path):
     with pytest.raises(DataError) as error:
-        write_records(tmp_path, {"train": broken()})
+        write_records(tmp_path / "records", {"train": Broken()})
     one_line(error, "a.json: row 3: bad")
+    assert not (tmp_path / "records").exists()
+    assert list(tmp_path.glob(".*/*")) == []
 
 
 # REVERIE's annotation files.
@@ -148,8 +159,9 @@ def annotations(pictures: Path, rows: object) -> Path:
     return path
 
 
-def read(pictures: Path, rows: object, **options: str) -> list[ImageRecord]:
-    return list(reverie.read(annotations(pictures, rows), pictures, **options))
+def read(pictures: Path, rows: object) -> list[ImageRecord]:
+    with mixture([Part(file=annotations(pictures, rows), pictures=pictures)], Reading()) as found:
+        return list(found)
 
 
 def test_marker_is_added_once_where_there_is_none(pictures):
@@ -166,17 +178,15 @@ def test_rows_of_one_picture_become_one_record(pictures):
     assert {t.source for record in found for t in record.conversations} == {"reverie"}
 
 
-def test_repeated_answers_are_taught_once(pictures):
+def test_repeated_answers_are_taught_once_where_rationales_repeat_them(pictures):
     rows = [row(why="One."), row(why="Two."), row(answer="Yes"), row("b.png"), row(first=f"{IMAGE}\nIs it red?")]
     first, second = read(pictures, rows)
-    assert [t.turns[1].weight for t in first.conversations] == [1, 0, 1, 0]
-    assert [t.turns[3].weight for t in first.conversations] == [1, 1, 1, 1]
-    assert [t.turns[1].weight for t in second.conversations] == [1]
-
-
-def test_repeated_answers_are_taught_as_published_on_demand(pictures):
-    first, _ = read(pictures, [row(why="One."), row(why="Two."), row("b.png")], answers="as-published")
-    assert [t.turns[1].weight for t in first.conversations] == [1, 1]
+    taught = [Teaching()(record.conversations) for record in (first, second)]
+    assert [t.turns[1].weight for t in taught[0]] == [1, 0, 1, 0]
+    assert [t.turns[3].weight for t in taught[0]] == [1, 1, 1, 1]
+    assert [t.turns[1].weight for t in taught[1]] == [1]
+    published = Teaching(answers="as-published")(first.conversations)
+    assert [t.turns[1].weight for t in published] == [1, 1, 1, 1]
 
 
 words = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=12).filter(lambda t: IMAGE not in t)
@@ -189,7 +199,8 @@ def test_written_rows_are_read_back(tmp_path_factory, texts):
     (folder / "ü.png").write_bytes(png())
     talks = [talk(asked, said, ("Explain why.", why)) for asked, said, why in texts]
     assert reverie.write(folder / "rows.json", [("7", "ü.png", talks)]) == len(talks)
-    (record,) = reverie.read(folder / "rows.json", folder, answers="as-published")
+    with mixture([Part(file=folder / "rows.json", pictures=folder)], Reading()) as found:
+        (record,) = found
     assert record.id == "ü.png"
     assert [t.turns for t in record.conversations] == [t.turns for t in talks]
 
@@ -204,7 +215,7 @@ def said(*turns: object) -> dict:
 
 HUMAN, GPT = {"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}
 BAD_ROWS = {
-    "no object": ["x"],
+    "no object": [row(), "x"],
     "no image": [row(), without("image")],
     "image no text": [{**row(), "image": 3}],
     "image no name": [row(), row("")],
@@ -258,20 +269,20 @@ def test_file_that_is_no_unicode_is_named(pictures):
     path = pictures.parent / "rows.json"
     path.write_bytes(b'["\xff"]')
     with pytest.raises(DataError) as error:
-        list(reverie.read(path, pictures))
+        mixture([Part(file=path, pictures=pictures)], Reading())
     one_line(error, path)
 
 
 def test_missing_annotations_and_pictures_are_named(pictures):
     with pytest.raises(DataError, match=r"none\.json"):
-        list(reverie.read(pictures / "none.json", pictures))
+        mixture([Part(file=pictures / "none.json", pictures=pictures)], Reading())
     with pytest.raises(DataError, match="nowhere"):
-        list(reverie.read(annotations(pictures, [row()]), pictures / "nowhere"))
+        list(mixture([Part(file=annotations(pictures, [row()]), pictures=pictures / "nowhere")], Reading()))
 
 
 def test_a_folder_is_no_annotation_file(pictures):
     with pytest.raises(DataError) as error:
-        list(reverie.read(pictures, pictures))
+        mixture([Part(file=pictures, pictures=pictures)], Reading())
     one_line(error, pictures)
 
 
@@ -304,13 +315,17 @@ def encoder() -> Encoder:
     return Encoder(WordTokenizer(), "llava-hf", PATCHES, IMAGE_ID)
 
 
+def arm(kinds: str) -> Teaching:
+    return Teaching(kinds, answers="as-published")
+
+
 def processor() -> Processor:
     return Processor(encoder(), SIDE)
 
 
 def batches(source: list[ImageRecord], *, images: int = 1, seed: int = 0, teach: str = "rationales", length: int = 90):
     shape = RowShape(tokens=length, images=images, edges=60)
-    return training_batches(source, processor(), shape, rows=2, teach=teach, seed=seed)
+    return training_batches(source, processor(), shape, rows=2, teaching=arm(teach), seed=seed)
 
 
 def equal(one: Batch, other: Batch) -> bool:
@@ -356,8 +371,8 @@ def test_an_epoch_shows_every_record_once_and_epochs_differ():
 
 def test_responses_are_the_first_exchanges_that_teach():
     record = records(1)[0]
-    assert taught(record, "rationales") == list(record.conversations)
-    short = taught(record, "responses")
+    assert arm("rationales")(record.conversations) == list(record.conversations)
+    short = arm("responses")(record.conversations)
     assert short == [dataclasses.replace(t, turns=t.turns[:2]) for t in record.conversations[::2]]
     assert all(t.turns[1].weight > 0 for t in short)
 
@@ -366,7 +381,7 @@ def test_responses_are_the_first_exchanges_that_teach():
 def test_arms_teach_their_own_words(teach):
     source, words = records(4), encoder()
     (batch,) = take(batches(source, teach=teach), 1)
-    spoken = {t for record in source for talk in taught(record, teach) for t in words(talk).ids.tolist()}
+    spoken = {t for record in source for talk in arm(teach)(record.conversations) for t in words(talk).ids.tolist()}
     rationale = {
         t
         for record in source
@@ -375,36 +390,36 @@ def test_arms_teach_their_own_words(teach):
     }
     targets = set(batch.target[batch.weight > 0].tolist())
     assert targets <= spoken
-    assert bool(targets & (rationale - {t for r in source for k in taught(r, "responses") for t in words(k).ids})) == (
-        teach == "rationales"
-    )
+    assert bool(
+        targets & (rationale - {t for r in source for k in arm("responses")(r.conversations) for t in words(k).ids})
+    ) == (teach == "rationales")
 
 
 @pytest.mark.parametrize("teach", ["responses", "rationales"])
 def test_edge_weights_are_the_conversations_weights(teach):
     source = records(3)
     shape = RowShape(tokens=90, images=1, edges=60)
-    wanted = sum(float(encoder()(t).weights.sum()) for record in source for t in taught(record, teach))
-    grown = [tree for record in source for tree in trees(record, processor(), shape, teach)]
+    wanted = sum(float(encoder()(t).weights.sum()) for record in source for t in arm(teach)(record.conversations))
+    grown = [tree for record in source for tree in trees(record, processor(), shape, arm(teach))]
     assert sum(float(tree.weight.sum()) for tree in grown) == wanted
-    counted = survey(source, processor(), shape, teach)
+    counted = survey(source, processor(), shape, arm(teach))
     assert (counted.records, counted.trees) == (3, len(grown))
     assert counted.tokens == sum(map(len, grown))
-    assert counted.flat_tokens == sum(len(encoder()(t)) for record in source for t in taught(record, teach))
+    assert counted.flat_tokens == sum(len(encoder()(t)) for record in source for t in arm(teach)(record.conversations))
     assert counted.edges == sum(len(tree.source) for tree in grown)
     assert counted.longest == max(map(len, grown))
 
 
 def test_too_long_conversation_names_its_record():
     with pytest.raises(DataError, match="record r1: conversation 0 has") as error:
-        survey(records(2)[1:], processor(), RowShape(tokens=10, images=1, edges=60), "rationales")
+        survey(records(2)[1:], processor(), RowShape(tokens=10, images=1, edges=60), arm("rationales"))
     one_line(error, "r1")
 
 
 def test_conversation_beyond_the_decoders_context_names_its_record():
     short = dataclasses.replace(processor(), context=12)
     with pytest.raises(UserError, match=r"record r0: conversation 0 has .* exact up to 12") as error:
-        survey(records(2), short, RowShape(tokens=90, images=1, edges=60), "rationales")
+        survey(records(2), short, RowShape(tokens=90, images=1, edges=60), arm("rationales"))
     one_line(error, "r0")
 
 
@@ -412,7 +427,7 @@ def test_data_that_teaches_nothing_is_refused():
     record = ImageRecord("a", png(), (talk("What?", "A cup.", weight=0.0),))
     for teach in ("responses", "rationales"):
         with pytest.raises(DataError, match="teaches nothing"):
-            survey([record], processor(), RowShape(tokens=90, edges=60), teach)
+            survey([record], processor(), RowShape(tokens=90, edges=60), arm(teach))
 
 
 def test_record_without_responses_is_passed_over():

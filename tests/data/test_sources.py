@@ -5,9 +5,10 @@ import json
 import pytest
 
 from reverie_jax.data import sources
-from reverie_jax.data.conversation import IMAGE, ImageRecord
-from reverie_jax.data.pipeline import taught
+from reverie_jax.data.conversation import IMAGE
+from reverie_jax.data.mixture import Mixture
 from reverie_jax.data.sources import Pictures, Reading, reverie
+from reverie_jax.data.teaching import Teaching
 from reverie_jax.errors import DataError
 from tests.data.fakes import png
 
@@ -23,7 +24,7 @@ def read(tmp_path, rows, name="rows.json", **options):
     path, reading = tmp_path / name, Reading()
     text = "\n".join(map(json.dumps, rows)) if name.endswith("jsonl") else json.dumps(rows)
     path.write_text(text, "utf-8")
-    return sources.read(path, reading, **options), reading
+    return list(sources.read(path, reading, **options)), reading
 
 
 def spoken(talks):
@@ -149,7 +150,7 @@ def test_llava_rows_of_four_turns_are_no_reflections(tmp_path):
 
 def test_negative_rows_that_open_with_the_wrong_answer(tmp_path):
     wrong = reflective(answer="A jug.", prompt=WHY_NOT.format("A jug."), why="No spout.")
-    talks, reading = read(tmp_path, [wrong, reflective(), reflective(image="other.jpg")], answers="as-published")
+    talks, reading = read(tmp_path, [wrong, reflective(), reflective(image="other.jpg")])
     assert spoken(talks)[0][1] == "A cup."
     (note,) = reading.notes
     assert note.startswith("1 negative rows opened with the wrong answer")
@@ -164,7 +165,6 @@ def test_six_turns_become_two_conversations(tmp_path):
     assert reading.problems == []
     assert spoken(talks) == [list(texts[:4]), [*texts[:2], *texts[4:]]]
     assert [talk.conversation.kind for talk in talks] == ["positive", "negative"]
-    assert [talk.conversation.turns[1].weight for talk in talks] == [1.0, 0.0]  # the answer is taught once
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_six_turns_become_two_conversations(tmp_path):
 def test_arms_of_the_ablation(tmp_path, teach, expected):
     rows = [reflective(), reflective(prompt=WHY_NOT.format("A jug"), why="No spout.")]
     talks, _ = read(tmp_path, rows)
-    kept = taught(ImageRecord("a", b"", tuple(talk.conversation for talk in talks)), teach)
+    kept = Teaching(teach)([talk.conversation for talk in talks])
     found = [(k.turns[1].text, k.turns[1].weight, k.turns[3].text if len(k.turns) > 2 else None) for k in kept]
     assert found == expected
 
@@ -241,7 +241,7 @@ def test_one_record_for_what_several_files_say_about_a_picture(tmp_path, folder)
         "two.json",
     )
     pictures = Pictures(folder)
-    found = list(sources.records([(one, pictures), (two, Pictures(folder))]))
+    found = list(Mixture([(one, pictures, None, 1), (two, Pictures(folder), None, 1)]))
     assert [(record.id, len(record.conversations), bool(record.image)) for record in found] == [
         ("1.jpg", 2, True),
         ("a.png", 1, True),
@@ -255,7 +255,7 @@ def test_equal_names_in_two_folders_are_two_pictures(tmp_path, folder):
     other.mkdir()
     (other / "a.png").write_bytes(png((1, 2, 3)))
     talks, _ = read(tmp_path, [reflective("a.png")])
-    found = list(sources.records([(talks, Pictures(folder)), (talks, Pictures(other))]))
+    found = list(Mixture([(talks, Pictures(folder), None, 1), (talks, Pictures(other), None, 1)]))
     assert len({record.id for record in found}) == 2
     assert [record.image for record in found] == [png(), png((1, 2, 3))]
 
@@ -263,4 +263,4 @@ def test_equal_names_in_two_folders_are_two_pictures(tmp_path, folder):
 def test_pictures_without_a_folder_are_asked_for(tmp_path):
     talks, _ = read(tmp_path, [reflective()])
     with pytest.raises(DataError, match="name the folder of pictures"):
-        list(sources.records([(talks, None)]))
+        list(Mixture([(talks, None, None, 1)]))

@@ -153,39 +153,53 @@ def test_untaught_conversations_have_no_edges(talks):
 
 
 @given(many())
-def test_cost_bounds_what_adding_does(talks):
+def test_cost_is_what_adding_does(talks):
     trie = Trie()
     for talk in talks:
         nodes, edges = trie.cost(talk)
         before = len(trie), trie.edges
         trie.add(talk)
         assert len(trie) - before[0] == nodes
-        assert 0 <= trie.edges - before[1] <= edges
+        assert trie.edges - before[1] == edges
 
 
 @given(many(), st.integers(1, 30), st.integers(0, 12))
 @example([plain([1, 2, 3], 2), plain([1, 2, 3], 2)], 3, 2)
-def test_grow_within_fits_keeps_order_and_covers_all(talks, limit, edges):
+def test_grow_within_fits_and_covers_all(talks, limit, edges):
     alone = [(len(talk), int((talk.weights > 0).sum())) for talk in talks]
     if any(length > limit or taught > edges for length, taught in alone):
         bad = next(n for n, (length, taught) in enumerate(alone) if length > limit or taught > edges)
         with pytest.raises(ValueError, match=rf"conversation {bad} has {alone[bad][0]} tokens"):
-            list(grow_within(talks, tokens=limit, edges=edges))
+            grow_within(talks, tokens=limit, edges=edges)
         return
-    parts = list(grow_within(talks, tokens=limit, edges=edges))
-    assert [index for members, _ in parts for index in members] == list(range(len(talks)))
-    for members, tree in parts:
+    parts = grow_within(talks, tokens=limit, edges=edges)
+    assert sorted(index for members, _ in parts for index in members) == list(range(len(talks)))
+    for number, (members, tree) in enumerate(parts):
+        assert members == sorted(members)
         assert len(tree) <= limit
         assert len(tree.source) <= edges
         assert np.array_equal(tree.tokens, grow([talks[index] for index in members]).tokens)
-    # A tree is closed only where the next conversation would not have fitted in tokens or in edges counted alone.
-    for (members, tree), (following, _) in pairwise(parts):
-        both = grow([talks[index] for index in [*members, following[0]]])
-        assert len(both) > limit or len(tree.source) + alone[following[0]][1] > edges
+        # A tree is opened only for a conversation that fitted in none of those before it.
+        for earlier, _ in parts[:number]:
+            both = grow([talks[index] for index in earlier if index < members[0]] + [talks[members[0]]])
+            assert len(both) > limit or len(both.source) > edges
+
+
+@given(many(), st.integers(1, 3))
+def test_branches_of_a_tree_are_bounded(talks, most):
+    parts = grow_within(talks, tokens=100, edges=100, branches=most)
+    assert all(len(members) <= most for members, _ in parts)
+    assert len(parts) == -(-len(talks) // most)
+
+
+def test_branches_go_where_they_add_least():
+    one, other = [1] * 6, [2] * 6
+    talks = [plain([*one, 3], 1), plain([*other, 3], 1), plain([*one, 4], 1), plain([*other, 4], 1)]
+    assert [members for members, _ in grow_within(talks, tokens=8, edges=9)] == [[0, 2], [1, 3]]
 
 
 def test_nothing_grows_from_nothing():
-    assert list(grow_within([], tokens=5, edges=5)) == []
+    assert grow_within([], tokens=5, edges=5) == []
     tree = grow([])
     assert len(tree) == 0
     assert len(tree.leaves) == 0

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import importlib.resources
-import io
 import random
 from pathlib import Path
 
@@ -13,7 +11,7 @@ import jinja2
 from reverie_jax.data.annotate import pictures
 from reverie_jax.data.annotate.interface import Refused
 from reverie_jax.data.annotate.pipeline import JUDGED, KEYS, REASONED, VERDICT, read_rows
-from reverie_jax.data.images import decode
+from reverie_jax.data.images import thumbnail
 
 SIDE = 280
 
@@ -45,10 +43,6 @@ def write(folder: Path, shown: Path, count: int, seed: int = 0) -> Path:
 def _thumbnail(folder: Path, name: str) -> str:
     """A small JPEG as a data address; empty where the picture cannot be read."""
     try:
-        image = decode(pictures.read(folder, name).encoded, name)
+        return thumbnail(pictures.read(folder, name).encoded, name, SIDE)
     except Refused:
         return ""
-    image.thumbnail((SIDE, SIDE))
-    buffer = io.BytesIO()
-    image.save(buffer, format="JPEG", quality=80)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

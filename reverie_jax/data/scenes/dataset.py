@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from reverie_jax.data.annotate.interface import Picture
 from reverie_jax.data.annotate.stages import annotate, conversations
-from reverie_jax.data.conversation import ImageRecord
+from reverie_jax.data.mixture import Mixture, Part, mixture
 from reverie_jax.data.scenes.annotator import SceneAnnotator, existence
 from reverie_jax.data.scenes.corpus import picture
 from reverie_jax.data.scenes.graph import CATEGORIES, Scene, Thing, World, cooccurrence, take
-from reverie_jax.data.sources import reverie
+from reverie_jax.data.sources import Reading, reverie
 from reverie_jax.errors import DataError
 
 ANNOTATIONS, GRAPHS, PICTURES = "reverie.json", "scenes.jsonl", "pictures"
@@ -74,9 +74,9 @@ def write_annotations(
     return Annotated(reverie.write(folder / ANNOTATIONS, rows), tuple(dropped))
 
 
-def records(folder: Path) -> Iterable[ImageRecord]:
-    """A folder's annotations as records; answers count as often as REVERIE's rows repeat them."""
-    return reverie.read(folder / ANNOTATIONS, folder / PICTURES, answers="as-published")
+def records(folder: Path) -> Mixture:
+    """A folder's annotations as records."""
+    return mixture([Part(file=folder / ANNOTATIONS, pictures=folder / PICTURES)], Reading())
 
 
 def pope_negatives(scenes: Sequence[Scene], prior: Sequence[Scene], seed: int) -> dict[str, list[list[str]]]:

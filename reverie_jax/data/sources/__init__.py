@@ -2,45 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from reverie_jax.data.files import read_list
-from reverie_jax.data.sources import llava, lrv, reverie
-from reverie_jax.data.sources.reverie import Answers
-from reverie_jax.data.sources.rows import Pictures, Reading, Talk, records
+from reverie_jax.data.files import Rows
+from reverie_jax.data.sources import choices, judged, llava, lrv, preferences, reverie
+from reverie_jax.data.sources.rows import Pictures, Reading, Talk, opened
 from reverie_jax.errors import DataError
 
-__all__ = ["Answers", "Pictures", "Reading", "Talk", "read", "recognise", "records"]
+__all__ = ["Pictures", "Reading", "Rows", "Talk", "opened", "read", "recognise"]
+
+_SAMPLE = 10_000
+"""Rows that say which form a file has."""
 
 
-def recognise(rows: Sequence[Any], path: Path) -> str:
-    """`reverie`, `llava` or `lrv`, by the rows' content.
+def recognise(rows: Rows) -> str:
+    """`reverie`, `llava`, `lrv`, `judged`, `preferences`, `scienceqa` or `aokvqa`, by the content of the first rows.
 
     Raises:
         DataError: it is none of them.
     """
-    keys: set[Any] = next((set(row) for row in rows if isinstance(row, dict)), set())
-    if {"conversations", "messages"} & keys:
-        return "reverie" if reverie.is_reflective(rows) else "llava"
-    if {"image_id", "answer"} <= keys and {"question", "instruction"} & keys:
+    sample: list[Any] = list(itertools.islice(rows, _SAMPLE))
+    row: dict[str, Any] = next((row for row in sample if isinstance(row, dict)), {})
+    if {"conversations", "messages"} & row.keys():
+        return "reverie" if reverie.is_reflective(sample) else "llava"
+    if preferences.is_one(row):
+        return "preferences"
+    if {"correct_rationale", "incorrect_rationale"} <= row.keys():
+        return "judged"
+    if kind := choices.is_one(row):
+        return kind
+    if {"image_id", "answer"} <= row.keys() and {"question", "instruction"} & row.keys():
         return "lrv"
-    known = "LLaVA's and REVERIE's have 'conversations', LRV's 'image_id' and 'question'"
-    raise DataError(f"{path}: rows of no known form; {known}")
+    known = (
+        "LLaVA's and REVERIE's have 'conversations', LRV's 'image_id' and 'question', RLHF-V's 'chosen' and 'rejected',"
+        " ScienceQA's and A-OKVQA's 'choices', the annotation pipeline's 'correct_rationale'"
+    )
+    raise DataError(f"{rows.path}: rows of no known form; {known}")
 
 
-def read(path: Path, reading: Reading, *, answers: Answers = "once") -> list[Talk]:
-    """A file's talk. Rows that cannot be used go to `reading.problems`; `reading.settle()` makes them an error.
+def read(path: Path, reading: Reading, *, filtered: bool = True, splits: Sequence[str] = ("train",)) -> Iterator[Talk]:
+    """A file's talk, row by row. Rows that cannot be used go to `reading.problems`; `reading.settle()` makes them an error.
+
+    Args:
+        filtered: of the annotation pipeline's rows, those that the judge keeps.
+        splits: of rows that name their split, these.
 
     Raises:
         DataError: the file cannot be read, or is of no known form.
     """
-    rows = read_list(path)
-    match recognise(rows, path):
+    rows, name = Rows(path), str(path)
+    match recognise(rows):
         case "reverie":
-            return list(reverie.talks(str(path), rows, reading, answers=answers))
+            return reverie.talks(name, rows, reading)
+        case "judged":
+            return judged.talks(name, rows, reading, filtered=filtered)
+        case "preferences":
+            return preferences.talks(name, rows, reading)
+        case "scienceqa" | "aokvqa" as source:
+            return choices.talks(name, rows, reading, source=source, splits=splits)
         case "lrv":
-            return list(lrv.talks(str(path), rows, reading))
+            return lrv.talks(name, rows, reading)
         case _:
-            return list(llava.talks(str(path), rows, reading))
+            return llava.talks(name, rows, reading)

@@ -5,7 +5,7 @@ Also read: `messages` with `role` and `content`, and `images`, as LLaMA-Factory 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from reverie_jax.data.conversation import IMAGE, Conversation, Turn
@@ -30,9 +30,7 @@ def turns_of(row: Any, reading: Reading) -> tuple[str, list[Turn]]:
     """
     if not isinstance(row, dict):
         raise BadRow("not an object")
-    for key in sorted(row.keys() - _KNOWN):
-        if (note := f"unknown field {key!r} is not used") not in reading.notes:
-            reading.notes.append(note)
+    reading.unknown(row, _KNOWN)
     image = row.get("image", row.get("images")) or ""
     if isinstance(image, list):
         if len(image) > 1:
@@ -63,10 +61,15 @@ def turns_of(row: Any, reading: Reading) -> tuple[str, list[Turn]]:
     if image:
         turns = [_once(turn) if turn.role == "user" else turn for turn in turns]
         if not any(IMAGE in turn.text for turn in turns):
-            turns[0] = Turn("user", f"{IMAGE}\n{turns[0].text}")
+            turns[0] = shown(turns[0].text)
     elif any(IMAGE in turn.text for turn in turns):
         raise BadRow(f"{IMAGE} in a row without a picture")
     return image, turns
+
+
+def shown(text: str) -> Turn:
+    """A question about a picture, which it shows first where it does not say where."""
+    return _once(Turn("user", text if IMAGE in text else f"{IMAGE}\n{text}"))
 
 
 def _once(turn: Turn) -> Turn:
@@ -85,7 +88,7 @@ def conversation(turns: Sequence[Turn], **options: Any) -> Conversation:
         raise BadRow(str(error)) from None
 
 
-def talks(name: str, rows: Sequence[Any], reading: Reading) -> Iterator[Talk]:
+def talks(name: str, rows: Iterable[Any], reading: Reading) -> Iterator[Talk]:
     """The rows' conversations; those that cannot be used go to `reading.problems`."""
     for number, row in enumerate(rows):
         where = f"{name}: row {number}"

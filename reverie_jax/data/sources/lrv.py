@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from reverie_jax.data.conversation import IMAGE, Turn
-from reverie_jax.data.sources.llava import BadRow, conversation
+from reverie_jax.data.conversation import Turn
+from reverie_jax.data.sources.llava import BadRow, conversation, shown
 from reverie_jax.data.sources.rows import Reading, Talk
 
 _KNOWN = {"image_id", "question", "instruction", "answer", "task", "kind"}
 
 
-def talks(name: str, rows: Sequence[Any], reading: Reading) -> Iterator[Talk]:
+def talks(name: str, rows: Iterable[Any], reading: Reading) -> Iterator[Talk]:
     """The rows' conversations; those that cannot be used go to `reading.problems`.
 
     A picture is named by its Visual Genome id; a name without a suffix gets `.jpg`.
@@ -22,14 +22,12 @@ def talks(name: str, rows: Sequence[Any], reading: Reading) -> Iterator[Talk]:
         try:
             if not isinstance(row, dict):
                 raise BadRow("not an object")
-            for key in sorted(row.keys() - _KNOWN):
-                if (note := f"unknown field {key!r} is not used") not in reading.notes:
-                    reading.notes.append(note)
+            reading.unknown(row, _KNOWN)
             asked, answer = row.get("question", row.get("instruction")), row.get("answer")
             image = str(row.get("image_id", ""))
             if not (isinstance(asked, str) and isinstance(answer, str) and asked.strip() and answer.strip() and image):
                 raise BadRow("needs 'image_id', 'question' and 'answer'")
-            turns = [Turn("user", f"{IMAGE}\n{asked.strip()}"), Turn("assistant", answer.strip())]
+            turns = [shown(asked.strip()), Turn("assistant", answer.strip())]
             kind = "negative" if row.get("task") == "negative" else ""
             image = image if "." in image.rsplit("/", 1)[-1] else f"{image}.jpg"
             yield Talk(image, conversation(turns, source="lrv", kind=kind), where)

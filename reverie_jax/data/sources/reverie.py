@@ -13,13 +13,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from reverie_jax.data.conversation import Conversation, ImageRecord
-from reverie_jax.data.files import read_list
+from reverie_jax.data.conversation import Conversation
 from reverie_jax.data.sources import llava
 from reverie_jax.data.sources.llava import BadRow
-from reverie_jax.data.sources.rows import Pictures, Reading, Talk, records
+from reverie_jax.data.sources.rows import Reading, Talk
 
-Answers = Literal["once", "as-published"]
 Kind = Literal["positive", "negative"]
 _NEGATIVE = re.compile(
     r"explain why (?:this|the|that)?\s*(?:answer)?\s*(?:is|was) (?:wrong|incorrect|not correct)\s*:?\s*(.*)",
@@ -65,47 +63,40 @@ def is_reflective(rows: Sequence[Any]) -> bool:
     return 2 * asked > len(rows)
 
 
-def talks(name: str, rows: Sequence[Any], reading: Reading, *, answers: Answers = "once") -> Iterator[Talk]:
+def talks(name: str, rows: Iterable[Any], reading: Reading) -> Iterator[Talk]:
     """The rows' conversations; those that cannot be used go to `reading.problems`.
 
     A negative row opens with the right answer; where one opens with the wrong answer that it explains, the right answer is
     taken from the question's positive row.
 
     Args:
-        answers: whether an answer that several rows repeat is taught once, or as often as it is written.
+        rows: gone through twice.
     """
-    found = list(_split(name, rows, reading))
     right = {
         (talk.image, talk.conversation.turns[0].text): talk.conversation.turns[1]
-        for talk in found
+        for talk in _split(name, rows, Reading())
         if talk.conversation.kind == "positive"
     }
-    seen: set[tuple[str, str, str]] = set()
     swapped = 0
-    for talk in found:
-        turns = list(talk.conversation.turns)
+    for talk in _split(name, rows, reading):
+        turns = talk.conversation.turns
         about = explains(turns[2].text) if len(turns) > 2 else None
-        known = right.get((talk.image, turns[0].text))
         if about is not None and about[0] == "negative" and turns[1].text.strip(" .") == about[1].strip(" ."):
+            known = right.get((talk.image, turns[0].text))
             if known is None or known.text == turns[1].text:
-                reading.problems.append(
-                    (talk.where, "its answer is the wrong one that it explains, and no row has the right one")
-                )
+                why = "its answer is the wrong one that it explains, and no row has the right one"
+                reading.problems.append((talk.where, why))
                 continue
-            turns[1], swapped = known, swapped + 1
-        key = (talk.image, turns[0].text, turns[1].text)
-        if answers == "once" and key in seen:
-            turns[1] = dataclasses.replace(turns[1], weight=0.0)
-        seen.add(key)
-        yield dataclasses.replace(talk, conversation=dataclasses.replace(talk.conversation, turns=tuple(turns)))
+            said = dataclasses.replace(talk.conversation, turns=(turns[0], known, *turns[2:]))
+            talk, swapped = dataclasses.replace(talk, conversation=said), swapped + 1
+        yield talk
     if swapped:
         reading.notes.append(
             f"{swapped} negative rows opened with the wrong answer; they got the right one of their question"
         )
 
 
-def _split(name: str, rows: Sequence[Any], reading: Reading) -> Iterator[Talk]:
-    strict = is_reflective(rows)
+def _split(name: str, rows: Iterable[Any], reading: Reading) -> Iterator[Talk]:
     for number, row in enumerate(rows):
         where = f"{name}: row {number}"
         try:
@@ -114,29 +105,12 @@ def _split(name: str, rows: Sequence[Any], reading: Reading) -> Iterator[Talk]:
                 raise BadRow("needs 'image', a file name")
             pairs = list(zip(turns[2::2], turns[3::2], strict=True))
             kinds = [explains(prompt.text) for prompt, _ in pairs]
-            if strict and pairs and None in kinds:
+            if None in kinds:
                 raise BadRow(f"asks for no rationale that is known: {pairs[kinds.index(None)][0].text[:60]!r}")
-            if not pairs or None in kinds:
+            if not pairs:
                 yield Talk(image, llava.conversation(turns, source="reverie"), where)
-                continue
             for pair, kind in zip(pairs, kinds, strict=True):
                 assert kind is not None
                 yield Talk(image, llava.conversation([*turns[:2], *pair], source="reverie", kind=kind[0]), where)
         except BadRow as error:
             reading.problems.append((where, str(error)))
-
-
-def read(path: Path, pictures: Path, *, answers: Answers = "once") -> Iterator[ImageRecord]:
-    """Records of an annotation file, one an image, in the order of the images' first rows.
-
-    Args:
-        path: the JSON file.
-        pictures: folder that the rows' `image` paths are relative to, and cannot leave.
-
-    Raises:
-        DataError: the file, a row or a picture cannot be used; all are named.
-    """
-    rows, reading = read_list(path), Reading()
-    found = list(talks(str(path), rows, reading, answers=answers))
-    reading.settle()
-    return records([(found, Pictures(pictures))])

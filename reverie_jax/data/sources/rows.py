@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+import hashlib
+from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
-from reverie_jax.data.conversation import Conversation, ImageRecord
+from reverie_jax.data.conversation import Conversation
 from reverie_jax.data.images import BrokenImage, decode
 from reverie_jax.errors import DataError
 
@@ -18,11 +20,13 @@ class Talk:
     Attributes:
         image: the picture's name; empty where there is none.
         where: file and row, for errors.
+        encoded: the picture itself, where the file holds it.
     """
 
     image: str
     conversation: Conversation
     where: str
+    encoded: bytes = b""
 
 
 @dataclasses.dataclass
@@ -36,6 +40,12 @@ class Reading:
 
     notes: list[str] = dataclasses.field(default_factory=list)
     problems: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+
+    def unknown(self, row: dict[str, Any], known: Collection[str]) -> None:
+        """Notes fields that are not used, each once."""
+        for key in row.keys() - known:
+            if (note := f"unknown field {key!r} is not used") not in self.notes:
+                self.notes.append(note)
 
     def settle(self) -> None:
         """Raises DataError: some rows cannot be used; the first is named."""
@@ -59,6 +69,7 @@ class Pictures:
         if not folder.is_dir():
             raise DataError(f"{folder}: no such folder of pictures")
         self.folder, self._root = folder, folder.resolve()
+        self._found: dict[str, Path] = {}
         self._by_name: dict[str, list[Path]] | None = None
 
     def find(self, name: str) -> Path:
@@ -67,6 +78,11 @@ class Pictures:
         Raises:
             DataError: there is none, or several, or the name leaves the folder.
         """
+        if name not in self._found:
+            self._found[name] = self._find(name)
+        return self._found[name]
+
+    def _find(self, name: str) -> Path:
         try:
             path = (self._root / name).resolve()
         except (ValueError, OSError) as error:
@@ -95,37 +111,30 @@ class Pictures:
             encoded = self.find(name).read_bytes()
         except OSError as error:
             raise DataError(f"{self.folder / name}: cannot be read ({error.strerror})") from None
-        try:
-            decode(encoded, str(self.folder / name))
-        except BrokenImage as error:
-            raise DataError(f"{error}; replace the file or remove its rows") from None
-        return encoded
+        return opened(encoded, str(self.folder / name))
 
 
-def records(parts: Iterable[tuple[Iterable[Talk], Pictures | None]]) -> Iterator[ImageRecord]:
-    """A record a picture, in the order of the pictures' first rows; a record a row where there is no picture.
-
-    Args:
-        parts: files' talk, each with the folder of its pictures; what several say about one picture becomes one record.
+def opened(encoded: bytes, name: str) -> bytes:
+    """The bytes of a picture, which were opened once.
 
     Raises:
-        DataError: a picture cannot be used.
+        DataError: they are none.
     """
-    by_file: dict[Path, tuple[str, Pictures, list[Conversation]]] = {}
-    alone: list[Talk] = []
-    for talks, pictures in parts:
-        for talk in talks:
-            if not talk.image:
-                alone.append(talk)
-            elif pictures is None:
-                raise DataError(f"{talk.where}: shows {talk.image}; name the folder of pictures")
-            else:
-                file = pictures.find(talk.image)
-                by_file.setdefault(file, (talk.image, pictures, []))[2].append(talk.conversation)
-    seen: set[str] = set()
-    for file, (name, pictures, conversations) in by_file.items():
-        id = name if name not in seen else str(file)
-        seen.add(id)
-        yield ImageRecord(id, pictures.read(name), tuple(conversations))
-    for talk in alone:
-        yield ImageRecord(talk.where, b"", (talk.conversation,))
+    try:
+        decode(encoded, name)
+    except BrokenImage as error:
+        raise DataError(f"{error}; replace the file or remove its rows") from None
+    return encoded
+
+
+def embedded(value: Any, path: Any) -> tuple[str, bytes]:
+    """(name, encoded file) of a picture as Parquet files hold it: `{"bytes", "path"}`; or a name alone.
+
+    One that has no name is named by its content.
+    """
+    encoded = value.get("bytes") if isinstance(value, dict) else value if isinstance(value, bytes) else None
+    named = [value.get("path") if isinstance(value, dict) else value, path]
+    name = next((one for one in reversed(named) if isinstance(one, str) and one), "")
+    if encoded and not name:
+        name = hashlib.blake2b(encoded, digest_size=12).hexdigest()
+    return name, encoded or b""

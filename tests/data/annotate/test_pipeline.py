@@ -62,7 +62,8 @@ from reverie_jax.data.annotate import pipeline as pipelines
 from reverie_jax.data.annotate.pipeline import Job, Pipeline, decide, export
 from reverie_jax.data.annotate.providers import Settings
 from reverie_jax.data.annotate.runner import Limits
-from reverie_jax.data.sources import reverie as released
+from reverie_jax.data.mixture import Part, mixture
+from reverie_jax.data.sources import Reading
 from reverie_jax.errors import UserError
 from tests.data.annotate import helpers
 from tests.data.annotate import server as loopback
@@ -924,7 +925,7 @@ def test_whole_what_is_released_can_be_read(make, tmp_path):
     with Memory(answer) as server:
         job = make(server, count=2)
         run(job)
-    records = list(released.read(job.folder / RELEASED, job.pictures))
+    records = list(mixture([Part(file=job.folder / RELEASED, pictures=job.pictures)], Reading()))
     kept = [row for row in load(job.folder, JUDGED) if row["gemini_pro_judge"] == "no"]
     assert sum(len(record.conversations) for record in records) == 2 * len(kept)
     assert {record.id for record in records} == {row["image"] for row in kept}
@@ -1029,7 +1030,7 @@ def test_a_marker_in_a_reply_stops_no_export(make, pictures):
         job = make(server)
         run(job)
     assert {row["image"] for row in load(job.folder, RELEASED)} >= set(pictures) - {"0000.png"}
-    assert len(list(released.read(job.folder / RELEASED, job.pictures))) >= 5
+    assert len(list(mixture([Part(file=job.folder / RELEASED, pictures=job.pictures)], Reading()))) >= 5
 
 
 def test_more_questions_than_asked_are_left_off(make):

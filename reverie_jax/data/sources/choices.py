@@ -1,0 +1,177 @@
+"""Multiple choice with a human's rationale: ScienceQA and A-OKVQA.
+
+Each becomes a positive conversation. Why a wrong option is wrong, nobody has written down there: `questions` hands the wrong
+options to the annotation pipeline, as REVERIE's authors did.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from reverie_jax.data.annotate.stages import WHY
+from reverie_jax.data.conversation import Turn
+from reverie_jax.data.sources.llava import BadRow, conversation, shown
+from reverie_jax.data.sources.rows import Reading, Talk, embedded
+
+LETTERS = "ABCDEFGHIJ"
+SUFFIX = "Answer with the option's letter from the given choices directly."
+
+
+class Choice(NamedTuple):
+    """A question with options.
+
+    Attributes:
+        image: the picture's name; empty where there is none.
+        rationales: why the answer is right; none, one or several.
+    """
+
+    image: str
+    encoded: bytes
+    question: str
+    options: tuple[str, ...]
+    answer: int
+    rationales: tuple[str, ...]
+    where: str
+
+    def asked(self) -> str:
+        options = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, self.options, strict=False))
+        return f"{self.question}\n{options}\n{SUFFIX}"
+
+
+def is_one(row: dict[str, Any]) -> str:
+    """`scienceqa`, `aokvqa`, or nothing."""
+    if "choices" not in row:
+        return ""
+    return "aokvqa" if {"correct_choice_idx", "rationales"} & row.keys() else "scienceqa" if "answer" in row else ""
+
+
+def read(name: str, rows: Iterable[Any], reading: Reading, splits: Sequence[str]) -> Iterator[Choice]:
+    """The rows' questions; those that cannot be used go to `reading.problems`.
+
+    Args:
+        splits: rows that say that they belong to another split are left out, and counted in `reading.notes`.
+    """
+    left = collections.Counter[str]()
+    for number, row in enumerate(rows):
+        where = f"{name}: row {row['pid'] if isinstance(row, dict) and 'pid' in row else number}"
+        try:
+            if not isinstance(row, dict):
+                raise BadRow("not an object")
+            split = row.get("split")
+            if split is not None and split not in splits:
+                left[str(split)] += 1
+                continue
+            yield (_aokvqa if is_one(row) == "aokvqa" else _scienceqa)(row, where, reading)
+        except BadRow as error:
+            reading.problems.append((where, str(error)))
+    for split, count in left.items():
+        reading.notes.append(f"{name}: {count} rows of the split {split!r} are left out")
+
+
+def talks(name: str, rows: Iterable[Any], reading: Reading, *, source: str, splits: Sequence[str]) -> Iterator[Talk]:
+    """A conversation for each rationale; a question without one is asked and answered."""
+    for found in read(name, rows, reading, splits):
+        said = [shown(found.asked()) if found.image else Turn("user", found.asked())]
+        said.append(Turn("assistant", LETTERS[found.answer]))
+        for why in found.rationales:
+            turns = [*said, Turn("user", WHY), Turn("assistant", why)]
+            yield Talk(found.image, conversation(turns, source=source, kind="positive"), found.where, found.encoded)
+        if not found.rationales:
+            yield Talk(found.image, conversation(said, source=source), found.where, found.encoded)
+
+
+def questions(
+    name: str, rows: Iterable[Any], reading: Reading, *, splits: Sequence[str], most: int
+) -> list[dict[str, str]]:
+    """Rows as REVERIE's first stage writes them, one a wrong option, with the human's rationale where there is one.
+
+    Args:
+        most: wrong options of a question, in the order in which they stand.
+    """
+    made = []
+    for found in read(name, rows, reading, splits):
+        if not found.image or found.encoded:
+            reading.problems.append((found.where, "has no picture file of its own to ask about"))
+            continue
+        wrong = [n for n in range(len(found.options)) if n != found.answer][:most]
+        for number in wrong:
+            row = {
+                "image": found.image,
+                "question": found.asked(),
+                "correct_answer": f"{LETTERS[found.answer]}. {found.options[found.answer]}",
+                "confusing_answer": f"{LETTERS[number]}. {found.options[number]}",
+                "question_type": "choice",
+            }
+            made.append(row | ({"correct_rationale": found.rationales[0]} if found.rationales else {}))
+    return made
+
+
+def _options(row: dict[str, Any], answer: Any) -> tuple[tuple[str, ...], int]:
+    options = row["choices"]
+    if not isinstance(options, list) or not 2 <= len(options) <= len(LETTERS):
+        raise BadRow(f"'choices' must be a list of 2 to {len(LETTERS)} options")
+    if not all(isinstance(option, str) and option.strip() for option in options):
+        raise BadRow("an option is empty or no text")
+    if not isinstance(answer, int) or not 0 <= answer < len(options):
+        raise BadRow(f"the answer {answer!r} is none of {len(options)} options")
+    return tuple(option.strip() for option in options), answer
+
+
+def _text(row: dict[str, Any], key: str, default: str | None = None) -> str:
+    value = default if row.get(key) is None else row[key]
+    if not isinstance(value, str) or (default is None and not value.strip()):
+        raise BadRow(f"needs {key!r}, a text")
+    return value.strip()
+
+
+def _scienceqa(row: dict[str, Any], where: str, reading: Reading) -> Choice:
+    """Of `problems.json` (an object by id; the picture is `<split>/<id>/image.png`) or of the Parquet file."""
+    reading.unknown(row, _SCIENCE)
+    options, answer = _options(row, row.get("answer"))
+    image, encoded = embedded(row.get("image"), None)
+    if image and not encoded and "pid" in row and "/" not in image:
+        image = f"{row.get('split', 'train')}/{row['pid']}/{image}"
+    hint, question, why = _text(row, "hint", ""), _text(row, "question"), _text(row, "solution", "")
+    asked = f"Context: {hint}\n{question}" if hint else question
+    return Choice(image, encoded, asked, options, answer, (why,) if why else (), where)
+
+
+def _aokvqa(row: dict[str, Any], where: str, reading: Reading) -> Choice:
+    """Of the published JSON (the picture is COCO's, by number) or of the Parquet file."""
+    reading.unknown(row, _AOKVQA)
+    options, answer = _options(row, row.get("correct_choice_idx"))
+    image, encoded = embedded(row.get("image"), None)
+    if not image:
+        if not isinstance(row.get("image_id"), int):
+            raise BadRow("needs 'image_id', COCO's number")
+        image = f"{row['image_id']:012d}.jpg"
+    said = row.get("rationales") or []
+    if not isinstance(said, list) or not all(isinstance(why, str) for why in said):
+        raise BadRow("'rationales' must be a list of texts")
+    rationales = tuple(dict.fromkeys(why.strip() for why in said if why.strip()))
+    return Choice(image, encoded, _text(row, "question"), options, answer, rationales, where)
+
+
+_SCIENCE = {
+    *(
+        "pid",
+        "question",
+        "choices",
+        "answer",
+        "hint",
+        "image",
+        "task",
+        "grade",
+        "subject",
+        "topic",
+        "category",
+        "skill",
+    ),
+    *("lecture", "solution", "split"),
+}
+_AOKVQA = {
+    *("split", "image_id", "question_id", "question", "choices", "correct_choice_idx", "direct_answers"),
+    *("difficult_direct_answer", "rationales", "image"),
+}

@@ -1,0 +1,200 @@
+"""What `reverie data` does."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import random
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pydantic
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from reverie_jax import data_options as options
+from reverie_jax.data import card
+from reverie_jax.data import check as checks
+from reverie_jax.data import leak as leaks
+from reverie_jax.data import show as pages
+from reverie_jax.data.conversation import Conversation, ImageRecord
+from reverie_jax.data.files import Rows, write_list
+from reverie_jax.data.mixture import Mixture, Part, mixture, read_parts
+from reverie_jax.data.records import RecordSource, write_records
+from reverie_jax.data.sources import Reading, choices
+from reverie_jax.data.teaching import Teaching
+from reverie_jax.errors import UserError
+
+
+def parts_of(sources: Sequence[str], file: Path | None = None) -> list[Part]:
+    """FILE=FOLDER each, and those of a mixture file."""
+    found = []
+    for source in sources:
+        name, equals, folder = source.partition("=")
+        found.append(Part(file=Path(name), pictures=Path(folder) if equals else None))
+    return found + (read_parts(file) if file is not None else [])
+
+
+def say(notes: Sequence[str]) -> None:
+    for note in notes:
+        print(f"reverie: {note}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def opened(sources: Sequence[str]) -> Iterator[Mixture | list[RecordSource]]:
+    """Annotation files as a mixture, or folders of records.
+
+    Raises:
+        UserError: some of each, or one cannot be read.
+    """
+    folders = [Path(source).is_dir() for source in sources]
+    if all(folders):
+        yield [RecordSource(source) for source in sources]
+        return
+    if any(folders):
+        raise UserError("name annotation files, or folders of records; not both")
+    reading = Reading()
+    with mixture(parts_of(sources), reading) as found:
+        say(reading.notes)
+        yield found
+
+
+def _records(found: Mixture | list[RecordSource]) -> Iterator[ImageRecord]:
+    for source in [found] if isinstance(found, Mixture) else found:
+        for index in range(len(source)):
+            yield source[index]
+
+
+def build(args: options.Build) -> None:
+    parts, reading, jobs = parts_of(args.sources, args.mixture), Reading(), args.jobs or os.cpu_count() or 1
+    if not parts:
+        raise UserError("name at least one annotation file, as FILE=FOLDER")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    store = args.out.parent / f".{args.out.name}.rows"
+    console = Console(stderr=True)
+    bar = Progress(*Progress.get_default_columns(), console=console, transient=True, disable=not console.is_terminal)
+    try:
+        with bar:
+            rows = bar.add_task("conversations read", total=None)
+            with mixture(parts, reading, store, seed=args.seed, told=lambda n: bar.update(rows, completed=n)) as found:
+                say(reading.notes)
+                written = bar.add_task("images written", total=len(found))
+                folder = write_records(
+                    args.out, {"train": found}, jobs=jobs, told=lambda count: bar.advance(written, count)
+                )
+                conversations = found.conversations
+    finally:
+        store.unlink(missing_ok=True)
+    print(f"{len(RecordSource(folder))} images, {conversations} conversations: {folder}")
+
+
+def check(args: options.Check) -> None:
+    pictures, beside = args.pictures, args.annotations.parent / "pictures"
+    if pictures is None and beside.is_dir():
+        pictures = beside
+    processor = None
+    if args.model is not None:
+        from reverie_jax.loading import load_processor
+
+        path, *base = args.model.split(",")
+        processor = load_processor(path, base=base)
+    found = checks.check(args.annotations, pictures, processor)
+    say(found.notes)
+    if pictures is None:
+        say(["no folder of pictures was named; none was opened"])
+    console = Console()
+    numbers = card.statistics_of((talk.image, talk.conversation) for talk in found.talks)
+    console.print(card.statistics_table(numbers, found.lengths))
+    if found.offenders:
+        console.print(checks.problems_table(found))
+    if args.offenders is not None:
+        checks.write_offenders(found, args.offenders)
+    if args.fix is not None:
+        print(f"{checks.write_clean(found, args.annotations, args.fix)} rows: {args.fix}")
+    if found.broken and args.fix is None:
+        raise SystemExit(1)
+
+
+def stats(args: options.Stats) -> None:
+    def talks(found: Mixture | list[RecordSource]) -> Iterator[tuple[str, Conversation]]:
+        if isinstance(found, Mixture):
+            yield from found.talks()
+        else:
+            for record in _records(found):
+                yield from ((record.id if record.image else "", talk) for talk in record.conversations)
+
+    with opened(args.sources) as found:
+        numbers = card.statistics_of(talks(found))
+    if args.json:
+        print(json.dumps(numbers, indent=2))
+    else:
+        Console().print(card.statistics_table(numbers))
+
+
+def leak(args: options.Leak) -> None:
+    threads = os.cpu_count() or 1
+    against = leaks.evaluation(args.against, threads)
+    say([f"{why}; it is not compared" for why in against.unreadable])
+    with opened(args.sources) as found:
+        pictures = ((record.id, record.image) for record in _records(found) if record.image)
+        leaked = list(leaks.find(pictures, against, distance=args.distance, threads=threads))
+        count = sum(map(len, [found] if isinstance(found, Mixture) else found))
+    if args.offenders is not None:
+        lines = [json.dumps(dataclasses.asdict(one), ensure_ascii=False) for one in leaked]
+        args.offenders.write_text("".join(line + "\n" for line in lines), "utf-8")
+    table = Table("how", "training picture", "evaluation picture", "bits apart")
+    for one in leaked[:20]:
+        table.add_row(one.how, one.training, one.evaluation, "" if one.distance is None else str(one.distance))
+    if leaked:
+        Console().print(table)
+    more = f" ({len(leaked) - 20} more; --offenders writes all)" if len(leaked) > 20 else ""
+    training = len({one.training for one in leaked})
+    print(f"{training} of {count:,} records show one of {len(against.hashes):,} evaluation pictures{more}")
+    if leaked:
+        raise SystemExit(1)
+
+
+def show(args: options.Show) -> None:
+    from reverie_jax.loading import load_processor
+
+    fields = dict(setting.partition("=")[::2] for setting in args.teach)
+    try:
+        teaching = pydantic.TypeAdapter(Teaching).validate_python(fields)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"--teach {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    path, *base = args.model.split(",")
+    processor = load_processor(path, base=base)
+    with opened(args.sources) as found:
+        sources = [found] if isinstance(found, Mixture) else found
+        places = [(source, index) for source in sources for index in range(len(source))]
+        chosen = random.Random(args.seed).sample(places, min(args.count, len(places)))
+        title = f"Samples of {', '.join(Path(source.partition('=')[0]).name for source in args.sources)}"
+        count = pages.write(args.out, (source[index] for source, index in chosen), processor, teaching, title)
+    print(f"{count} records: {args.out}")
+
+
+def questions(args: options.Questions) -> None:
+    from reverie_jax.data.annotate.pipeline import QUESTIONS
+
+    reading = Reading()
+    made = choices.questions(
+        str(args.annotations), Rows(args.annotations), reading, splits=args.splits, most=args.wrong
+    )
+    say(reading.notes)
+    if reading.problems:
+        say([f"{where}: {why}; left out" for where, why in reading.problems[:5]])
+        if len(reading.problems) > 5:
+            say([f"{len(reading.problems) - 5} more rows are left out"])
+    if not made:
+        raise UserError(f"{args.annotations}: has no question with options and a picture in {', '.join(args.splits)}")
+    path = args.out / QUESTIONS
+    if path.exists():
+        raise UserError(f"{path}: is there already; name another folder")
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_list(path, made)
+    print(f"{len(made)} rows: {path}")
