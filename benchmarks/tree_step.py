@@ -63,7 +63,7 @@ def main(args: Args) -> None:
 
     def batches(elements: list[dict[str, np.ndarray]], images: int) -> list[Batch]:
         shape = RowShape(tokens=args.tokens, images=images, edges=args.tokens)
-        rows = list(pack(grain.MapDataset.source(elements).to_iter_dataset(), shape, processor.encoder.patches, bins=8))
+        rows = list(pack(grain.MapDataset.source(elements).to_iter_dataset(), shape, processor.encoder.patches))
         groups = [rows[i : i + args.rows] for i in range(0, len(rows), args.rows)]
         return [Batch(*map(jnp.asarray, stack(group, args.rows))) for group in groups]
 

@@ -179,22 +179,19 @@ class Encoder:
                 f" {IMAGE} the token {self.image_token_id} that the model expects, or the template shows no picture here;"
                 " with a tokenizer of original LLaVA use tokens='reference'"
             )
-        images = iter(shown)
-        out_ids: list[int] = []
-        out_weights: list[float] = []
-        features: list[int] = []
-        for id, weight in zip(ids, weights, strict=True):
-            if id == placeholder:
-                first = next(images) * self.patches
-                out_ids += [self.image_token_id] * self.patches
-                out_weights += [0.0] * self.patches
-                features += range(first, first + self.patches)
-            else:
-                out_ids.append(id)
-                out_weights.append(weight)
-                features.append(-1)
+        found = np.asarray(ids, np.int32)
+        here = found == placeholder
+        # Each placeholder becomes as many as a picture has features.
+        counts = np.where(here, self.patches, 1)
+        spread = np.repeat(here, counts)
+        features = np.full(len(spread), -1, np.int32)
+        firsts = np.asarray(shown, np.int32)[:, None] * self.patches
+        features[spread] = (firsts + np.arange(self.patches, dtype=np.int32)).ravel()
+        weight = np.where(here, 0.0, np.asarray(weights, np.float32)).astype(np.float32)
         return Tokens(
-            np.asarray(out_ids, np.int32), np.asarray(out_weights, np.float32), np.asarray(features, np.int32)
+            np.repeat(np.where(here, self.image_token_id, found), counts).astype(np.int32),
+            np.repeat(weight, counts),
+            features,
         )
 
     def _in_one_pass(self, conversation: Conversation) -> tuple[list[int], list[float]]:

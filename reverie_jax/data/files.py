@@ -54,10 +54,14 @@ class Rows:
                     first = file.read(64).lstrip()[:1]
                     file.seek(0)
                     if first == b"{":
+                        found = False
                         for key, row in ijson.kvitems(file, "", use_float=True):
                             if not isinstance(row, dict):
-                                return
+                                break
                             yield {"pid": key, **row}
+                            found = True
+                        if not found:
+                            raise DataError(f"{self.path}: expected a list of rows")
                     else:
                         yield from ijson.items(file, "item", use_float=True)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 
 import grain
 import numpy as np
@@ -17,9 +17,6 @@ from reverie_jax.data.rows import Batch, Element, RowShape, element, pack, stack
 from reverie_jax.data.teaching import Teaching
 from reverie_jax.data.tree import ConversationTree, grow_within, untaught
 from reverie_jax.errors import DataError
-
-BINS = 64
-"""Rows that packing keeps open: more of them leave less of a row empty, and hold tokens back longer."""
 
 
 def trees(
@@ -67,21 +64,14 @@ def survey(
     source: Sequence[ImageRecord], processor: Processor, shape: RowShape, teaching: Teaching, *, sharing: bool = True
 ) -> Survey:
     """Tokenises everything once: what does not fit is known before training, not at step 40,000."""
-    found = [
-        tree
-        for index in range(len(source))
-        for tree in trees(source[index], processor, shape, teaching, sharing=sharing)
-    ]
-    if not any(len(tree.source) for tree in found):
+    count = tokens = flat = edges = longest = 0
+    for index in range(len(source)):
+        for tree in trees(source[index], processor, shape, teaching, sharing=sharing):
+            count, tokens, flat = count + 1, tokens + len(tree), flat + tree.flat_tokens
+            edges, longest = edges + len(tree.source), max(longest, len(tree))
+    if not edges:
         raise DataError("the data teaches nothing: no conversation has a taught answer")
-    return Survey(
-        records=len(source),
-        trees=len(found),
-        tokens=sum(map(len, found)),
-        flat_tokens=sum(tree.flat_tokens for tree in found),
-        edges=sum(len(tree.source) for tree in found),
-        longest=max(map(len, found)),
-    )
+    return Survey(len(source), count, tokens, flat, edges, longest)
 
 
 class _Numbered:
@@ -107,25 +97,39 @@ class _Flat(grain.experimental.FlatMapTransform):
         return elements
 
 
-class _Shown:
-    """Batches with numbers for pictures to batches with pixels, decoded by threads: Pillow works outside Python's lock."""
+def show(batch: Batch, source: Sequence[ImageRecord], processor: Processor, pool: Executor | None = None) -> Batch:
+    """The batch with pixels where numbers (from 1) stand for pictures.
 
-    def __init__(self, source: Sequence[ImageRecord], processor: Processor, threads: int):
-        self.source, self.processor = source, processor
-        self.pool = ThreadPoolExecutor(threads) if threads > 1 else None
+    Args:
+        pool: decodes side by side; Pillow works outside Python's lock.
+    """
 
-    def _pixels(self, number: int) -> UInt8[np.ndarray, "S S 3"]:
-        record = self.source[number - 1]
-        return self.processor.pixels(record.image, record.id)[0]
+    def pixels_of(number: int) -> UInt8[np.ndarray, "S S 3"]:
+        record = source[number - 1]
+        return processor.pixels(record.image, record.id)[0]
 
-    def __call__(self, batch: Batch) -> Batch:
-        side = self.processor.image_size
-        pixels = np.zeros((*batch.pixels.shape, side, side, 3), np.uint8)
-        numbers = np.unique(batch.pixels[batch.pixels > 0]).tolist()
-        decoded = (self.pool.map if self.pool else map)(self._pixels, numbers)
-        for number, picture in zip(numbers, decoded, strict=True):
-            pixels[batch.pixels == number] = picture
-        return batch._replace(pixels=pixels)
+    side = processor.image_size
+    pixels = np.zeros((*batch.pixels.shape, side, side, 3), np.uint8)
+    numbers = np.unique(batch.pixels[batch.pixels > 0]).tolist()
+    decoded = pool.map(pixels_of, numbers) if pool else map(pixels_of, numbers)
+    for number, picture in zip(numbers, decoded, strict=True):
+        pixels[batch.pixels == number] = picture
+    return batch._replace(pixels=pixels)
+
+
+def packed_rows(
+    numbers: grain.MapDataset,
+    source: Sequence[ImageRecord],
+    processor: Processor,
+    shape: RowShape,
+    teaching: Teaching,
+    *,
+    sharing: bool = True,
+) -> grain.IterDataset:
+    """Rows of the records of these numbers, with numbers (from 1) where pictures' pixels will be."""
+    made = numbers.map(_Numbered(source, processor, shape, teaching, sharing))
+    read = made.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=32))
+    return pack(grain.experimental.FlatMapIterDataset(read, _Flat()), shape, processor.encoder.patches)
 
 
 def training_batches(
@@ -158,14 +162,12 @@ def training_batches(
     if rows % hosts:
         raise ValueError(f"{rows} rows a batch for {hosts} hosts")
     own = slice(host * rows // hosts, (host + 1) * rows // hosts)
-    data = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
-    numbered = data.map(_Numbered(source, processor, shape, teaching, sharing))
-    elements = grain.experimental.FlatMapIterDataset(
-        numbered.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=32)), _Flat()
-    )
-    packed = pack(elements, shape, processor.encoder.patches, bins=1 if shape.images == 1 else BINS)
+    numbers = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+    packed = packed_rows(numbers, source, processor, shape, teaching, sharing=sharing)
     batches = packed.batch(rows, batch_fn=lambda part: stack(part[own], rows // hosts))
-    shown = batches.map(_Shown(source, processor, threads or os.cpu_count() or 1))
+    threads = threads or os.cpu_count() or 1
+    pool = ThreadPoolExecutor(threads) if threads > 1 else None
+    shown = batches.map(lambda batch: show(batch, source, processor, pool))
     return grain.experimental.ThreadPrefetchIterDataset(shown, prefetch_buffer_size=2)
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from reverie_jax.data.conversation import IMAGE, Conversation, Encoder, ImageRecord, Tokens, Turn
 from reverie_jax.data.images import decode, preprocess, to_rgb
-from reverie_jax.data.rows import Batch, RowShape, element, pack, stack
+from reverie_jax.data.rows import Batch, RowShape, element, row, stack
 from reverie_jax.data.templates import Template, v0
 from reverie_jax.data.tree import grow
 from reverie_jax.errors import UserError
@@ -119,16 +119,8 @@ class Processor:
             edges=max(len(e["source"]) for e in elements),
             leaves=max(len(e["leaves"]) for e in elements),
         )
-        rows = [pack_one(e, shape, self.encoder.patches) for e in elements]
+        rows = [row([e], shape, self.encoder.patches) for e in elements]
         return stack(rows, len(rows))
-
-
-def pack_one(one: dict[str, np.ndarray], shape: RowShape, patches: int) -> Batch:
-    """A row that holds one tree."""
-    import grain
-
-    data = grain.MapDataset.source([one]).to_iter_dataset(grain.ReadOptions(num_threads=0))
-    return next(iter(pack(data, shape, patches)))
 
 
 def ask(image: str | Path | bytes | Image.Image | None, *questions: str) -> ImageRecord:

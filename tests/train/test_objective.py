@@ -73,7 +73,7 @@ def random_talk(rng, openings, images):
 
 
 def rows_of(elements, shape):
-    return list(pack(grain.MapDataset.source(elements).to_iter_dataset(), shape, PATCHES, bins=2))
+    return list(pack(grain.MapDataset.source(elements).to_iter_dataset(), shape, PATCHES))
 
 
 def batch_of(rows, wanted=None):
