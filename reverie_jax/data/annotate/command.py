@@ -49,6 +49,7 @@ def limits(options: Annotate) -> Limits:
         "--timeout": options.timeout,
         "--requests-per-minute": options.requests_per_minute,
         "--tokens-per-minute": options.tokens_per_minute,
+        "--poll": options.poll,
     }
     for name, value in positive.items():
         if value is not None and value <= 0:
@@ -61,6 +62,8 @@ def limits(options: Annotate) -> Limits:
         price_out=options.price[1],
         budget=options.max_cost,
         token_budget=options.max_tokens,
+        batch=options.batch,
+        poll=options.poll,
     )
 
 

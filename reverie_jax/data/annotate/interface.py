@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import pydantic
@@ -145,6 +146,54 @@ class Provider(Protocol):
         ...
 
     async def close(self) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """How a batch stands at its provider.
+
+    Attributes:
+        ended: nothing more will come.
+        reason: why it ended without all results; empty where it did not.
+        results: what the provider needs to fetch results.
+    """
+
+    ended: bool
+    reason: str = ""
+    results: tuple[str, ...] = ()
+
+
+@runtime_checkable
+class BatchProvider(Provider, Protocol):
+    """A provider that also takes many requests as one file, answers within a day, and asks half the price.
+
+    All methods raise `TryAgain` and `NoAccess` as `ask` does; `submit` also `Refused`.
+
+    Attributes:
+        most: requests of a batch.
+        room: bytes of its file.
+    """
+
+    most: int
+    room: int
+
+    def line(self, key: str, request: Request) -> str:
+        """A request as a line of the file, known by its key."""
+        ...
+
+    async def submit(self, file: Path, label: str) -> str:
+        """Hands a file over; returns the batch's name there. `label` is ours, to find it by."""
+        ...
+
+    async def find(self, label: str) -> str | None:
+        """The name of the batch that has our label; None where the provider has none."""
+        ...
+
+    async def look(self, name: str) -> Batch: ...
+
+    async def results(self, batch: Batch) -> list[tuple[str, Reply | AnnotationError]]:
+        """(key, reply or why there is none) of each request that has a result."""
+        ...
 
 
 class AnnotationError(Exception):

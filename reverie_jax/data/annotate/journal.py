@@ -12,7 +12,7 @@ import fcntl
 import os
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +39,21 @@ CREATE TABLE IF NOT EXISTS attempts (
     price REAL NOT NULL DEFAULT 0,
     version TEXT NOT NULL DEFAULT '',
     started REAL NOT NULL,
-    seconds REAL
+    seconds REAL,
+    batch TEXT                    -- label of the batch that it went with
 );
 CREATE INDEX IF NOT EXISTS by_item ON attempts (item, state);
 CREATE INDEX IF NOT EXISTS by_content ON attempts (content, state);
+CREATE TABLE IF NOT EXISTS batches (
+    label TEXT PRIMARY KEY,
+    provider TEXT NOT NULL,
+    model TEXT NOT NULL,
+    name TEXT,                    -- the provider's; NULL while it is not known
+    state TEXT NOT NULL,          -- open, ended
+    started REAL NOT NULL
+);
 CREATE TABLE IF NOT EXISTS pictures (path TEXT PRIMARY KEY, size INTEGER, changed INTEGER, digest TEXT);
-PRAGMA user_version = 1;
+PRAGMA user_version = 2;
 """
 
 
@@ -108,13 +117,17 @@ class Journal:
         try:
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = FULL")  # what was paid for outlives a power cut
-            if self._db.execute("PRAGMA user_version").fetchone()[0] not in (0, 1):
+            version = self._db.execute("PRAGMA user_version").fetchone()[0]
+            if version not in (0, 1, 2):
                 raise UserError(f"{path}: written by a newer version of reverie-jax")
+            if version == 1:
+                self._db.execute("ALTER TABLE attempts ADD COLUMN batch TEXT")
             self._db.executescript(_SCHEMA)
             if (found := self._db.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
                 raise sqlite3.DatabaseError(found)
             self.lost = self._db.execute(
                 "UPDATE attempts SET state = 'lost', reason = 'in flight when the run ended' WHERE state = 'sent'"
+                " AND batch IS NULL"
             ).rowcount
             """Requests that were in flight when the last run was killed: the only ones that are paid for twice."""
         except sqlite3.Error as error:
@@ -136,12 +149,12 @@ class Journal:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def sent(self, item: Item) -> int:
-        """Writes down that a request is about to leave; returns the attempt's number."""
-        row = (item.key, item.content, item.stage, item.provider, item.model, item.prompt, "sent", time.time())
+    def sent(self, item: Item, batch: str | None = None) -> int:
+        """Writes down that a request is about to leave, alone or with a batch; returns the attempt's number."""
+        row = (item.key, item.content, item.stage, item.provider, item.model, item.prompt, "sent", time.time(), batch)
         cursor = self._db.execute(
-            "INSERT INTO attempts (item, content, stage, provider, model, prompt, state, started)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            "INSERT INTO attempts (item, content, stage, provider, model, prompt, state, started, batch)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
             row,
         )
         assert cursor.lastrowid is not None
@@ -233,6 +246,46 @@ class Journal:
             "INSERT OR REPLACE INTO pictures VALUES (?, ?, ?, ?)", (name, found.st_size, found.st_mtime_ns, made)
         )
         return made
+
+    def batch_begins(self, label: str, provider: str, model: str, items: Iterable[Item]) -> None:
+        """Writes down that a batch is about to leave, with its items."""
+        with self.together():
+            self._db.execute(
+                "INSERT INTO batches (label, provider, model, state, started) VALUES (?, ?, ?, 'open', ?)",
+                (label, provider, model, time.time()),
+            )
+            for item in items:
+                self.sent(item, label)
+
+    def batch_named(self, label: str, name: str) -> None:
+        """The provider has it, and calls it so."""
+        self._db.execute("UPDATE batches SET name = ? WHERE label = ?", (name, label))
+
+    def batch_ended(self, label: str, reason: str) -> None:
+        """Nothing more will come of a batch; its requests without a result failed."""
+        with self.together():
+            self._db.execute("UPDATE batches SET state = 'ended' WHERE label = ?", (label,))
+            self._db.execute(
+                "UPDATE attempts SET state = 'failed', reason = ?, seconds = ? - started"
+                " WHERE batch = ? AND state = 'sent'",
+                (reason, time.time(), label),
+            )
+
+    def batches(self) -> list[tuple[str, str, str, str | None]]:
+        """(label, provider, model, name) of the batches under way."""
+        return self._db.execute(
+            "SELECT label, provider, model, name FROM batches WHERE state = 'open' ORDER BY started"
+        ).fetchall()
+
+    def in_batch(self, label: str) -> dict[str, tuple[int, str]]:
+        """(attempt, stage) by item's key of a batch's requests that have no result yet."""
+        rows = self._db.execute("SELECT item, id, stage FROM attempts WHERE batch = ? AND state = 'sent'", (label,))
+        return {item: (attempt, stage) for item, attempt, stage in rows}
+
+    def under_way(self) -> set[str]:
+        """Keys of the items that are in a batch under way."""
+        rows = self._db.execute("SELECT item FROM attempts WHERE batch NOT NULL AND state = 'sent'")
+        return {item for (item,) in rows}
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:

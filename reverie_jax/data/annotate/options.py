@@ -60,6 +60,10 @@ class Annotate:
     """Stop before the price of all attempts in the journal, earlier runs included, exceeds this."""
     max_tokens: int | None = None
     """The same in tokens."""
+    batch: bool = False
+    """Hand requests over as batches (gemini, openai): half the price, results within a day. Run again to collect them."""
+    poll: float = 30.0
+    """With --batch: seconds between two looks at the batches under way."""
     captions: Path | None = None
     """For lrv: Visual Genome's region_descriptions.json, or [{image_id, captions: [{caption, x, y, width, height}]}]."""
     counts: tuple[int, int, int, int] = (20, 6, 6, 0)

@@ -31,6 +31,7 @@ class Limits:
         price_in, price_out: of a million tokens.
         budget: largest price of all attempts in the journal, earlier runs included.
         token_budget: the same in tokens.
+        batch: requests go as batches, at half the price, and are looked after every `poll` seconds.
     """
 
     concurrency: int = 16
@@ -44,9 +45,12 @@ class Limits:
     price_out: float = 0.0
     budget: float | None = None
     token_budget: int | None = None
+    batch: bool = False
+    poll: float = 30.0
 
     def price(self, tokens_in: float, tokens_out: float) -> float:
-        return (tokens_in * self.price_in + tokens_out * self.price_out) / 1e6
+        whole = (tokens_in * self.price_in + tokens_out * self.price_out) / 1e6
+        return whole / 2 if self.batch else whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +123,7 @@ class _Pace:
         self._free += amount * self._seconds
 
 
-class _Gate:
+class Gate:
     """Limits that all workers share: rates, a pause that the service asked for, and the budget."""
 
     def __init__(self, limits: Limits, journal: Journal, stop: asyncio.Event):
@@ -188,6 +192,18 @@ class _Gate:
         self._reserved[stage] += 1
         return True
 
+    def reserve(self, stage: str, *, always: bool = False) -> bool:
+        """Counts a request as under way without waiting; False where the budget has no room for it.
+
+        Args:
+            always: it is under way already.
+        """
+        if not always and (full := self._full(stage)):
+            self.stopped = "" if self._reserved.total() else full
+            return False
+        self._reserved[stage] += 1
+        return True
+
     def leave(self, stage: str, reply: Reply | None) -> float:
         """Takes note of what a request took; returns its price."""
         self._reserved[stage] -= 1
@@ -212,7 +228,7 @@ class _Gate:
 class _Worker:
     """One item after another, until there is none or the run is stopped."""
 
-    def __init__(self, gate: _Gate, journal: Journal, providers: dict[tuple[str, str], Provider], stop: asyncio.Event):
+    def __init__(self, gate: Gate, journal: Journal, providers: dict[tuple[str, str], Provider], stop: asyncio.Event):
         self.gate, self.journal, self.providers, self.stop = gate, journal, providers, stop
 
     async def once(self, asking: Asking) -> None:
@@ -280,10 +296,10 @@ async def _run(
     providers: dict[tuple[str, str], Provider],
     journal: Journal,
     limits: Limits,
-    tell: Callable[[Outcome, _Gate], None],
+    tell: Callable[[Outcome, Gate], None],
 ) -> Outcome:
     outcome, stop = Outcome(), asyncio.Event()
-    gate = _Gate(limits, journal, stop)
+    gate = Gate(limits, journal, stop)
     loop = asyncio.get_running_loop()
     interrupted = False
 

@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from reverie_jax.data.annotate import batches
 from reverie_jax.data.annotate.interface import Stage
 from reverie_jax.data.annotate.journal import Item, Journal
 from reverie_jax.data.annotate.prompts import Prompts
 from reverie_jax.data.annotate.providers import Settings, parse, provider
 from reverie_jax.data.annotate.runner import DEFAULT_TOKENS, Asking, Limits, Outcome, run
+from reverie_jax.errors import UserError
 
 JOURNAL = "journal.sqlite"
 
@@ -93,7 +95,15 @@ class Session:
         had = len(unique) - len(open_ones)
         if not open_ones:
             return Outcome(had=had)
-        outcome = run(
+        if self.how.limits.batch:
+            how = batches.run
+        elif waiting := self.journal.under_way() & {asking.item.key for asking in open_ones}:
+            raise UserError(
+                f"{self.journal.path}: {len(waiting)} requests are under way in a batch; run with --batch to collect it"
+            )
+        else:
+            how = run
+        outcome = how(
             open_ones,
             lambda: {parse(name)[:2]: provider(name, self.how.settings, self._environment) for name in who},
             self.journal,

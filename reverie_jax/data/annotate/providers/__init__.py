@@ -32,6 +32,8 @@ class Settings:
         return f"structured={self.structured} temperature={self.temperature} longest={self.longest}"
 
 
+TRANSFER = 600.0
+"""Seconds that a file of requests or results may take."""
 KINDS = ("gemini", "openai", "google-generativeai", "scenes", "replay")
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from reverie_jax.data.annotate.interface import NoAccess, Refused, Reply, TryAgain
+from reverie_jax.data.annotate.interface import AnnotationError, NoAccess, Refused, Reply, TryAgain
 from reverie_jax.data.annotate.providers import hide
 
 
-def status(code: int | None, message: str, after: float | None, who: str, key: str) -> TryAgain | Refused | NoAccess:
+def status(code: int | None, message: str, after: float | None, who: str, key: str) -> AnnotationError:
     """What an HTTP status of Google's means for a request."""
     said = hide(f"{code}: {message}", key)
     if code in (408, 409, 429, None) or code >= 500:
