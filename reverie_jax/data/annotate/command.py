@@ -126,6 +126,8 @@ def annotate(options: Annotate) -> int:
         print(audit.write(options.out, folder, options.sample))
         return 0
     if options.step == "export":
+        if options.dry_run:
+            raise UserError("--dry-run: export asks nothing and costs nothing; run it without")
         return _export(options)
     console = Console(stderr=True)
     with _progress(console) as progress:

@@ -205,11 +205,12 @@ class TryAgain(AnnotationError):
 
     Attributes:
         after: seconds that the service wants to be left alone, where it says so.
+        reached: something answered there.
     """
 
-    def __init__(self, reason: str, after: float | None = None):
+    def __init__(self, reason: str, after: float | None = None, *, reached: bool = True):
         super().__init__(reason)
-        self.after = after
+        self.after, self.reached = after, reached
 
 
 class Refused(AnnotationError):

@@ -25,7 +25,7 @@ from reverie_jax.data.annotate.interface import (
     Stage,
 )
 from reverie_jax.data.annotate.items import content_of
-from reverie_jax.data.annotate.providers import Settings, parse
+from reverie_jax.data.annotate.providers import Settings, parse, shown
 from reverie_jax.data.annotate.runner import Asking, Limits, Outcome
 from reverie_jax.data.annotate.session import Estimate, How, Session, Tell
 from reverie_jax.data.annotate.stages import Reflection, conversations
@@ -96,8 +96,10 @@ class Pipeline:
             raise UserError("--questions and --confusing must be at least 1")
         self.job, self.judges = job, tuple(dict.fromkeys(job.judges or (job.model,)))
         parse(job.model)
-        for who in self.judges:
-            parse(who)
+        if len({parse(who)[:2] for who in self.judges}) < len(self.judges):
+            raise UserError(
+                "--judge: two judges have one name; servers at two addresses must call their models differently"
+            )
         self.session = Session(job.folder, How(job.prompts, job.settings, job.limits), environment, tell)
         self.journal, self.notes = self.session.journal, self.session.notes
         self._digests: dict[str, str] = {}
@@ -213,15 +215,11 @@ class Pipeline:
 
     def judge(self) -> Outcome:
         """Asks each judge of each row; rows with a verdict, and those that it drops in a file of their own."""
-        if len({parse(who)[:2] for who in self.judges}) < len(self.judges):
-            raise UserError(
-                "--judge: two judges have one name; servers at two addresses must call their models differently"
-            )
         rows = read_rows(self.job.folder / RATIONALES, (*KEYS, *REASONED))
         outcome = self._run("judge", ((r["image"], self._ask_judge(r, who)) for r in rows for who in self.judges))
         judged, dropped = [], []
         for row in rows:
-            said = {who: self.session.had(self._ask_judge(row, who)) for who in self.judges}
+            said = {shown(who): self.session.had(self._ask_judge(row, who)) for who in self.judges}
             votes = {who: replies.verdict(text) for who, text in said.items() if text is not None}
             decision = decide(list(votes.values()), len(self.judges), self.job.votes)
             if decision is None:
@@ -297,13 +295,12 @@ class Pipeline:
                     taken["questions"] += self.journal.adopt(item, text)
             for row in rows:
                 asked: list[tuple[str, Asking | None]] = []
-                if row.get(REASONED[0]) and row.get(REASONED[1]):
-                    asked = [
-                        (row[REASONED[0]], self._ask_rationale(row, "positive")),
-                        (row[REASONED[1]], self._ask_rationale(row, "negative")),
-                    ]
-                    if row.get(VERDICT):
-                        asked.append((row[VERDICT], self._ask_judge(row, self.judges[0])))
+                stages: tuple[Stage, ...] = ("positive", "negative")
+                for key, stage in zip(REASONED, stages, strict=True):
+                    if row.get(key):
+                        asked.append((row[key], self._ask_rationale(row, stage)))
+                if len(asked) == 2 and row.get(VERDICT):
+                    asked.append((row[VERDICT], self._ask_judge(row, self.judges[0])))
                 for text, asking in asked:
                     if asking is not None:
                         with contextlib.suppress(Refused):  # a verdict that is none is asked for again
@@ -332,7 +329,10 @@ class Pipeline:
                 if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in keys):
                     broken += 1
                     continue
-                made = {key: replies.clean(row[key]) for key in keys}
+                given = [
+                    key for key in REASONED if isinstance(row.get(key), str)
+                ]  # a human's may come with the question
+                made = {key: replies.clean(row[key]) for key in dict.fromkeys([*keys, *given])}
                 if not all(made[key] for key in KEYS) or made[KEYS[2]].lower() == made[KEYS[3]].lower():
                     broken += 1
                     continue

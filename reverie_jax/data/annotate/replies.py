@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import warnings
 from typing import Any, Literal
 
 import pydantic
@@ -55,7 +56,9 @@ def _literal(text: str) -> Any:
     except (ValueError, RecursionError):
         pass
     try:
-        return ast.literal_eval(text)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)  # a backslash that escapes nothing
+            return ast.literal_eval(text)
     except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
         raise ValueError("neither JSON nor a Python literal") from None
 
@@ -91,11 +94,21 @@ def data(text: str) -> Any:
     raise Refused("neither JSON nor a Python literal, or cut off")
 
 
+_ESCAPES = {"\f": "\\f", "\b": "\\b", "\t": "\\t", "\r": "\\r", "\n": "\\n"}
+_LATEX = re.compile(
+    r"\f(?=(?:rac|orall)\b)|\x08(?=(?:eta|ar|egin|oxed|inom)\b)|\t(?=(?:imes|ext|heta|au|an|riangle)\b)"
+    r"|\r(?=(?:ho|ight|ightarrow)\b)|\n(?=(?:eq|abla|otin)\b)"
+)
+"""What JSON makes of LaTeX's commands where a model does not double the backslash."""
+
+
 def _words(value: Any) -> str:
     """An answer as text: yes/no answers come as booleans, counts as numbers."""
     if isinstance(value, bool):
         return "Yes" if value else "No"
-    return clean(str(value)) if isinstance(value, str | int | float) else ""
+    if not isinstance(value, str | int | float):
+        return ""
+    return clean(_LATEX.sub(lambda found: _ESCAPES[found[0]], str(value)))
 
 
 def clean(text: str) -> str:
@@ -216,7 +229,10 @@ def verdict(text: str) -> Literal["yes", "no"]:
         raise Refused("neither yes nor no")
     said = found[1].lower()
     other = "no" if said == "yes" else "yes"
-    if re.search(rf"\b{other}\b", text[found.end() :], re.IGNORECASE):
+    # Behind a full stop a reason may have the other word in it, and only a sentence that begins with it takes it back.
+    ended = re.match(r"[*_\"')\]]*(\s*[.!]|[ \t]*\n)", text[found.end() :])
+    again = rf"(?:[.!?:;\n]|\bwait\b|\bactually\b)[\W_]*{other}\b" if ended else rf"\b{other}\b"
+    if re.search(again, text[found.end() :], re.IGNORECASE):
         raise Refused("both yes and no")
     if said == "no" and _AFTER_NO.match(text[found.end() :]) is None:
         raise Refused("neither yes nor no")

@@ -6,6 +6,7 @@ import asyncio
 import collections
 import contextlib
 import dataclasses
+import logging
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -16,6 +17,8 @@ import tenacity
 from reverie_jax.data.annotate.interface import NoAccess, Provider, Refused, Reply, Request, TryAgain
 from reverie_jax.data.annotate.journal import Item, Journal
 from reverie_jax.errors import UserError
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +138,7 @@ class Gate:
         self.price, self.tokens = spent.price, spent.tokens_in + spent.tokens_out
         self._reserved = collections.Counter[str]()
         self.stopped = ""
+        self.reached, self._missed = False, 0
         self._left = asyncio.Event()
         self._sums: dict[str, list[float]] = {}
         for stage in DEFAULT_TOKENS:
@@ -220,8 +224,15 @@ class Gate:
         self.tokens += reply.tokens_in + reply.tokens_out
         return price
 
+    def missed(self) -> bool:
+        """Counts a request that nothing answered; whether these are enough to say that nobody is there."""
+        self._missed += 1
+        return not self.reached and self._missed >= max(self.limits.retries, 2 * self.limits.concurrency)
+
     def pause(self, seconds: float) -> None:
         """Nobody asks anything for so long: the service said so."""
+        if seconds > 60:
+            _log.info("the service wants to be left alone for %.0f s", seconds)
         self._until = max(self._until, time.monotonic() + seconds)
 
 
@@ -247,10 +258,14 @@ class _Worker:
         try:
             reply = await self.providers[item.provider, item.model].ask(request)
             reply = dataclasses.replace(reply, text=reply.text.encode("utf-8", "replace").decode("utf-8"))
+            self.gate.reached = True
             asking.read(reply.text)
         except TryAgain as error:
             self.gate.leave(item.stage, None)
             journal.done(attempt, "failed", reason=str(error))
+            self.gate.reached |= error.reached
+            if not error.reached and self.gate.missed():
+                raise NoAccess(f"{item.provider}:{item.model}: {error}; nothing was ever reached there") from None
             if error.after:
                 self.gate.pause(error.after)
             raise

@@ -1,8 +1,9 @@
 """How fast, for how much, and how it ends: rates, waits that a service asks for, budgets, keys that are wrong, Ctrl-C."""
 
-from __future__ import annotations
+from __future__ import datetime
 
 import dataclasses
+import email.utils
 import itertools
 import json
 import os
@@ -15,6 +16,7 @@ import pytest
 
 from reverie_jax.data.annotate.interface import NoAccess
 from reverie_jax.data.annotate.pipeline import Job, Pipeline
+from reverie_jax.data.annotate.providers import seconds
 from reverie_jax.data.annotate.runner import Limits, Outcome
 from reverie_jax.errors import UserError
 from tests.data.annotate import helpers
@@ -459,3 +461,10 @@ def test_the_journal_adds_up(ask, tmp_path):
     assert sorted(row[:2] for row in rows) == sorted(told)
     assert sum(row[2] for row in rows) == pytest.approx(sum(i + 4 * o for i, o in told) / 1e6)
     assert json.dumps(rows)
+
+
+def test_retry_after_may_be_a_date():
+    later = email.utils.format_datetime(datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=90))
+    assert 80 < (seconds(later) or 0) <= 90
+    assert seconds("Wed, 21 Oct 2015 07:28:00 GMT") == 0
+    assert (seconds("7"), seconds("soon"), seconds(None)) == (7, None, None)

@@ -41,7 +41,6 @@ cannot happen here:
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import io
@@ -382,16 +381,30 @@ def test_a_judge_named_twice_does_not_block_every_row(make):
     assert len(load(job.folder, JUDGED)) == 6
 
 
-def test_the_same_model_at_two_addresses_is_asked_twice(make):
-    """Two servers of one model name are two judges, or are refused; one's reply is not the other's vote."""
+def test_the_same_model_at_two_addresses_is_refused_before_anything_is_asked(make):
+    """Two servers of one model name would vote with one voice."""
     with Server(lambda call: "No") as mild, Server(lambda call: "Yes") as strict, Server(answer) as server:
-        judges = (name_of(mild, "openai"), name_of(strict, "openai"))
-        job = make(server, judges=judges, votes="all")
-        run(job, "questions", "rationales")
-        with contextlib.suppress(UserError):
-            run(job, "judge")
-            votes = [row["judges"] for row in load(job.folder, JUDGED)]
-            assert votes == [{judges[0]: "no", judges[1]: "yes"}] * 6
+        job = make(server, judges=(name_of(mild, "openai"), name_of(strict, "openai")), votes="all")
+        with pytest.raises(UserError, match="two judges have one name"):
+            run(job)
+        assert not server.calls
+
+
+def test_an_address_where_nobody_is_ends_the_run(make):
+    """And not every item after all its retries."""
+    with Memory(answer) as server:
+        job = dataclasses.replace(make(server), model="openai:m@http://127.0.0.1:9/v1", judges=())
+        with pytest.raises(UserError, match="nothing was ever reached there"):
+            run(job)
+
+
+def test_a_password_in_a_judges_address_is_not_written_down(make):
+    with Memory(answer) as server:
+        who = name_of(server, "openai", "a").replace("http://", "http://me:secret@")
+        job = make(server, judges=(who,))
+        run(job)
+    assert all(list(row["judges"]) == [who.replace("me:secret@", "")] for row in load(job.folder, JUDGED))
+    assert not any(b"secret@" in path.read_bytes() for path in job.folder.iterdir())
 
 
 def test_judge_drops_what_it_drops(make, pictures):

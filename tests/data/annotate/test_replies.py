@@ -287,6 +287,8 @@ YES = [
     "Yes, they contradict each other.",
     "Yes - one says red, the other blue.",
     "Yes.\nThe dog is said to be brown and white.",
+    "Yes. One says that there is no cat, the other that there is one.",
+    "**Yes**\n\nThere is no way in which both hold.",
 ]
 NEITHER = [
     "",
@@ -435,3 +437,18 @@ def test_any_structure_is_read_or_refused(value):
                 assert one.question.strip()
                 assert one.correct_answer.strip()
                 assert 1 <= len(one.confusing_answers) <= 2
+
+
+@pytest.mark.parametrize("text", ["No. Yes.", "Yes.\nNo, wait.", "No.\n\n**Yes**, they do.", "Yes. Actually no."])
+def test_a_verdict_taken_back_is_none(text: str):
+    with pytest.raises(Refused, match="both"):
+        replies.verdict(text)
+
+
+def test_latex_commands_survive_a_backslash_that_is_not_doubled():
+    asked = (
+        r'{"question": "What is $\frac{1}{2} \times 4$?", "correct_answer": "$2 \neq 3$", "confusing_answer": "\rho"}'
+    )
+    (found,) = replies.questions(asked.replace("\\\\", "\\"))
+    assert found.question == r"What is $\frac{1}{2} \times 4$?"
+    assert (found.correct_answer, found.confusing_answers) == (r"$2 \neq 3$", [r"\rho"])

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import email.utils
+import re
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -50,6 +53,11 @@ def parse(who: str) -> tuple[str, str, str | None]:
     return kind, model, f"http{url}" if at else None
 
 
+def shown(who: str) -> str:
+    """A name that can be written down: without the password that its address may hold."""
+    return re.sub(r"(@https?://)[^/@]*@", r"\1", who)
+
+
 def provider(who: str, settings: Settings, environment: Mapping[str, str]) -> Provider:
     """Opens a provider. Keys come from the environment.
 
@@ -89,17 +97,24 @@ def key(environment: Mapping[str, str], *names: str, needed: bool = True) -> str
 def hide(text: str, secret: str) -> str:
     """A message in one line, without the key; services quote keys, whole or in part."""
     line = " ".join(text.split())
-    if len(secret) >= 8:
-        for part in (secret, secret[:8], secret[-4:]):
-            line = line.replace(part, "***") if part == secret or "key" in line.lower() else line
+    if len(secret) >= 4:
+        line = line.replace(secret, "***")
+    if len(secret) >= 8 and "key" in line.lower():
+        line = line.replace(secret[:8], "***").replace(secret[-4:], "***")
     return line[:500]
 
 
 def seconds(header: str | None) -> float | None:
-    """What a Retry-After header in seconds says."""
+    """What a Retry-After header says, in seconds or as a date."""
+    if not header:
+        return None
     try:
-        return max(0.0, float(header)) if header else None
+        return max(0.0, float(header))
     except ValueError:
+        pass
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(header).timestamp() - time.time())
+    except (ValueError, TypeError, OverflowError):
         return None
 
 

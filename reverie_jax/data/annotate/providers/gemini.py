@@ -148,7 +148,7 @@ def _wire(error: Exception, timeout: float, key: str) -> TryAgain:
         return TryAgain(f"no reply within {timeout:g} s")
     if isinstance(error, ValueError):
         return TryAgain("the service's reply makes no sense")
-    return TryAgain(hide(f"connection failed ({type(error).__name__})", key))
+    return TryAgain(hide(f"connection failed ({type(error).__name__})", key), reached=False)
 
 
 def retry_after(error: errors.APIError) -> float | None:

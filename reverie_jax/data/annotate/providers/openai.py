@@ -73,7 +73,7 @@ class OpenAI:
         except (TimeoutError, openai.APITimeoutError):
             raise TryAgain(f"no reply within {timeout:g} s") from None
         except openai.APIConnectionError as error:
-            raise TryAgain(hide(f"connection failed ({error.__cause__ or error})", self._key)) from None
+            raise TryAgain(hide(f"connection failed ({error.__cause__ or error})", self._key), reached=False) from None
         except openai.APIStatusError as error:
             after = seconds(error.response.headers.get("retry-after"))
             raise self._status(error.status_code, error.message, error.code, after) from None
