@@ -227,7 +227,7 @@ class Gate:
     def missed(self) -> bool:
         """Counts a request that nothing answered; whether these are enough to say that nobody is there."""
         self._missed += 1
-        return not self.reached and self._missed >= max(self.limits.retries, 2 * self.limits.concurrency)
+        return not self.reached and self._missed >= self.limits.retries + self.limits.concurrency
 
     def pause(self, seconds: float) -> None:
         """Nobody asks anything for so long: the service said so."""

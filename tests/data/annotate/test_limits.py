@@ -1,8 +1,9 @@
 """How fast, for how much, and how it ends: rates, waits that a service asks for, budgets, keys that are wrong, Ctrl-C."""
 
-from __future__ import datetime
+from __future__ import annotations
 
 import dataclasses
+import datetime
 import email.utils
 import itertools
 import json

@@ -392,10 +392,8 @@ def test_the_same_model_at_two_addresses_is_refused_before_anything_is_asked(mak
 
 def test_an_address_where_nobody_is_ends_the_run(make):
     """And not every item after all its retries."""
-    with Memory(answer) as server:
-        job = dataclasses.replace(make(server), model="openai:m@http://127.0.0.1:9/v1", judges=())
-        with pytest.raises(UserError, match="nothing was ever reached there"):
-            run(job)
+    with pytest.raises(UserError, match="nothing was ever reached there"):
+        run(make(model="openai:m@http://127.0.0.1:9/v1"))
 
 
 def test_a_password_in_a_judges_address_is_not_written_down(make):
