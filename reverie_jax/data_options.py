@@ -6,7 +6,9 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated
 
-from tyro.conf import OmitArgPrefixes, Positional, subcommand
+from tyro.conf import OmitArgPrefixes, Positional, arg, subcommand
+
+Sources = Annotated[Positional[tuple[str, ...]], arg(metavar="FILE[=FOLDER] …")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +19,7 @@ class Build:
     annotate` writes. Run again after an interruption: finished shards stay.
     """
 
-    sources: Positional[tuple[str, ...]]
+    sources: Sources
     """FILE=FOLDER: an annotation file and the folder of its pictures (`pictures` beside the file by default). What several
     files say about one picture becomes one record."""
     out: Path
@@ -60,7 +62,7 @@ class Check:
 class Stats:
     """Count what is in annotation files or records: instructions, negatives, question types, lengths of rationales."""
 
-    sources: Positional[tuple[str, ...]]
+    sources: Sources
     """FILE=FOLDER, as for build, or a folder of records."""
     json: bool = False
     """Print JSON."""
@@ -75,7 +77,7 @@ class Stats:
 class Leak:
     """Find evaluation pictures in training data: by name, and by how they look. Ends with exit code 1 if there are any."""
 
-    sources: Positional[tuple[str, ...]]
+    sources: Sources
     """FILE=FOLDER, as for build, or a folder of records."""
     against: tuple[Path, ...]
     """Evaluation pictures: folders, or question files whose rows name them (`image`; by name alone)."""
@@ -94,7 +96,7 @@ class Leak:
 class Show:
     """Write an HTML page of samples: pictures, conversation trees, and in colour what is taught."""
 
-    sources: Positional[tuple[str, ...]]
+    sources: Sources
     """FILE=FOLDER, as for build, or a folder of records."""
     out: Path = Path("samples.html")
     """The page."""

@@ -80,7 +80,7 @@ def evaluation(places: Sequence[Path], threads: int) -> Evaluation:
                     if isinstance(value, str):
                         found.unreadable.append(value)
                     else:
-                        found.hashes[str(path.relative_to(place))] = value
+                        found.hashes[str(path)] = value
         else:
             for row in _lines(place):
                 name = row.get("image", row.get("image_id")) if isinstance(row, dict) else row
