@@ -24,7 +24,7 @@ from reverie_jax.data import show as pages
 from reverie_jax.data.conversation import Conversation, ImageRecord
 from reverie_jax.data.files import Rows, write_list
 from reverie_jax.data.mixture import Mixture, Part, mixture, read_parts
-from reverie_jax.data.records import RecordSource, write_records
+from reverie_jax.data.records import RecordSource, building, write_records
 from reverie_jax.data.sources import Reading, choices
 from reverie_jax.data.teaching import Teaching
 from reverie_jax.errors import UserError
@@ -34,7 +34,10 @@ def parts_of(sources: Sequence[str], file: Path | None = None) -> list[Part]:
     """FILE=FOLDER each, and those of a mixture file."""
     found = []
     for source in sources:
-        name, equals, folder = source.partition("=")
+        # A name may hold the sign itself.
+        name, equals, folder = (source, "", "") if Path(source).exists() else source.rpartition("=")
+        if not equals:
+            name = source
         found.append(Part(file=Path(name), pictures=Path(folder) if equals else None))
     return found + (read_parts(file) if file is not None else [])
 
@@ -51,6 +54,8 @@ def opened(sources: Sequence[str]) -> Iterator[Mixture | list[RecordSource]]:
     Raises:
         UserError: some of each, or one cannot be read.
     """
+    if not sources:
+        raise UserError("name at least one annotation file, as FILE=FOLDER, or a folder of records")
     folders = [Path(source).is_dir() for source in sources]
     if all(folders):
         yield [RecordSource(source) for source in sources]
@@ -73,22 +78,19 @@ def build(args: options.Build) -> None:
     parts, reading, jobs = parts_of(args.sources, args.mixture), Reading(), args.jobs or os.cpu_count() or 1
     if not parts:
         raise UserError("name at least one annotation file, as FILE=FOLDER")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    store = args.out.parent / f".{args.out.name}.rows"
+    if jobs < 1:
+        raise UserError(f"--jobs {jobs}: must be at least 1")
     console = Console(stderr=True)
     bar = Progress(*Progress.get_default_columns(), console=console, transient=True, disable=not console.is_terminal)
-    try:
-        with bar:
-            rows = bar.add_task("conversations read", total=None)
-            with mixture(parts, reading, store, seed=args.seed, told=lambda n: bar.update(rows, completed=n)) as found:
-                say(reading.notes)
-                written = bar.add_task("images written", total=len(found))
-                folder = write_records(
-                    args.out, {"train": found}, jobs=jobs, told=lambda count: bar.advance(written, count)
-                )
-                conversations = found.conversations
-    finally:
-        store.unlink(missing_ok=True)
+    with bar, building(args.out) as hidden:
+        rows, store = bar.add_task("conversations read", total=None), hidden / "rows.sqlite"
+        with mixture(parts, reading, store, seed=args.seed, told=lambda n: bar.update(rows, completed=n)) as found:
+            say(reading.notes)
+            written = bar.add_task("images written", total=len(found))
+            folder = write_records(
+                args.out, {"train": found}, hidden=hidden, jobs=jobs, told=lambda count: bar.advance(written, count)
+            )
+            conversations = found.conversations
     print(f"{len(RecordSource(folder))} images, {conversations} conversations: {folder}")
 
 
@@ -102,6 +104,9 @@ def check(args: options.Check) -> None:
 
         path, *base = args.model.split(",")
         processor = load_processor(path, base=base)
+    for wanted in (args.offenders, args.fix):
+        if wanted is not None and not wanted.parent.is_dir():
+            raise UserError(f"{wanted}: there is no such folder to write to")
     found = checks.check(args.annotations, pictures, processor)
     say(found.notes)
     if pictures is None:
@@ -137,6 +142,8 @@ def stats(args: options.Stats) -> None:
 
 def leak(args: options.Leak) -> None:
     threads = os.cpu_count() or 1
+    if args.offenders is not None:
+        _writable(args.offenders)
     against = leaks.evaluation(args.against, threads)
     say([f"{why}; it is not compared" for why in against.unreadable])
     with opened(args.sources) as found:
@@ -153,15 +160,28 @@ def leak(args: options.Leak) -> None:
         Console().print(table)
     more = f" ({len(leaked) - 20} more; --offenders writes all)" if len(leaked) > 20 else ""
     training = len({one.training for one in leaked})
-    print(f"{training} of {count:,} records show one of {len(against.hashes):,} evaluation pictures{more}")
+    print(f"{training} of {count:,} records show one of {len(against.looks):,} evaluation pictures{more}")
     if leaked:
         raise SystemExit(1)
+
+
+def _writable(path: Path) -> None:
+    """Before the work, not after it."""
+    try:
+        path.open("a").close()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 def show(args: options.Show) -> None:
     from reverie_jax.loading import load_processor
 
+    if args.count < 1:
+        raise UserError(f"--count {args.count}: must be at least 1")
     fields = dict(setting.partition("=")[::2] for setting in args.teach)
+    if unknown := fields.keys() - {field.name for field in dataclasses.fields(Teaching)}:
+        known = ", ".join(field.name for field in dataclasses.fields(Teaching))
+        raise UserError(f"--teach {min(unknown)}: must be {known}")
     try:
         teaching = pydantic.TypeAdapter(Teaching).validate_python(fields)
     except pydantic.ValidationError as error:
@@ -182,9 +202,9 @@ def questions(args: options.Questions) -> None:
     from reverie_jax.data.annotate.pipeline import QUESTIONS
 
     reading = Reading()
-    made = choices.questions(
-        str(args.annotations), Rows(args.annotations), reading, splits=args.splits, most=args.wrong
-    )
+    if args.wrong < 1:
+        raise UserError(f"--wrong {args.wrong}: must be at least 1")
+    made = choices.questions(Rows(args.annotations), reading, splits=args.splits, most=args.wrong)
     say(reading.notes)
     if reading.problems:
         say([f"{where}: {why}; left out" for where, why in reading.problems[:5]])

@@ -48,7 +48,7 @@ class Check:
     model: str | None = None
     """Checkpoint to train: counts tokens, and names what is beyond its context."""
     offenders: Path | None = None
-    """Write what is wrong here, one JSON object a line."""
+    """Write what is wrong, one JSON object a line."""
     fix: Path | None = None
     """Write the file without the rows that cannot be used here."""
 
@@ -84,7 +84,7 @@ class Leak:
     distance: int = 4
     """Pictures look alike whose 64-bit perceptual hashes differ in no more bits."""
     offenders: Path | None = None
-    """Write what was found here, one JSON object a line."""
+    """Write what was found, as JSON lines."""
 
     def run(self) -> None:
         from reverie_jax import data_command as command

@@ -19,6 +19,7 @@ from reverie_jax.data.files import Rows, write_list
 from reverie_jax.data.images import decode
 from reverie_jax.data.processor import Processor
 from reverie_jax.data.sources import Pictures, Reading, Talk
+from reverie_jax.data.sources.rows import content_name
 from reverie_jax.errors import DataError, UserError
 
 _SUFFIXES = {
@@ -85,15 +86,16 @@ def check(path: Path, pictures: Path | None, processor: Processor | None = None)
     kept, lengths = [], []
     for talk in talks:
         problem = None
-        if talk.image and (talk.encoded or folder is not None):
-            if talk.image not in judged:
-                judged[talk.image] = _content(talk, talk.encoded, "") if talk.encoded else _picture(folder, talk)  # type: ignore[arg-type]
-            problem = judged[talk.image]
+        key = content_name(talk.encoded) if talk.encoded else talk.image
+        if key and (talk.encoded or folder is not None):
+            if key not in judged:
+                judged[key] = _content(talk, talk.encoded, "") if talk.encoded else _picture(folder, talk)
+            problem = judged[key]
         if problem is not None:
             offenders.append(dataclasses.replace(problem, where=talk.where))
             if problem.fatal:
                 continue
-        said = (talk.image, *(turn.text for turn in talk.conversation.turns))
+        said = (key, *(turn.text for turn in talk.conversation.turns))
         if said in seen:
             offenders.append(
                 Offender(talk.where, talk.image, "repeated", "the same words about the same picture", False)
@@ -120,8 +122,9 @@ def check(path: Path, pictures: Path | None, processor: Processor | None = None)
     return Found(sum(1 for _ in Rows(path)), kept, offenders, lengths, reading.notes)
 
 
-def _picture(folder: Pictures, talk: Talk) -> Offender | None:
+def _picture(folder: Pictures | None, talk: Talk) -> Offender | None:
     """What is wrong with a picture; its content says what it is, not its name."""
+    assert folder is not None
     try:
         file = folder.find(talk.image)
     except DataError as error:
@@ -164,8 +167,12 @@ def write_clean(found: Found, source: Path, path: Path) -> int:
     if source.suffix == ".parquet":
         raise UserError(f"{source}: Parquet cannot be written anew; only JSON files can")
     fatal = {offender.where for offender in found.offenders if offender.fatal}
-    kept = [row for number, row in enumerate(Rows(source)) if f"{source}: row {number}" not in fatal]
-    write_list(path, kept)
+    rows = Rows(source)
+    kept = [row for number, row in enumerate(rows) if rows.name(number, row) not in fatal]
+    by_id = (
+        {row["pid"]: {key: value for key, value in row.items() if key != "pid"} for row in kept} if rows.by_id else None
+    )
+    write_list(path, kept if by_id is None else by_id)
     return len(kept)
 
 

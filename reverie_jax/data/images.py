@@ -56,7 +56,7 @@ def decode(encoded: bytes, name: str) -> Image.Image:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise BrokenImage(f"{name}: has more than {MAX_PIXELS:,} pixels") from None
-    except (OSError, SyntaxError, ValueError) as error:
+    except Exception as error:  # of Pillow's many readers, each fails in its own way
         raise BrokenImage(f"{name}: not a readable picture ({error or type(error).__name__})") from error
 
 

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import imagehash
 import numpy as np
-from jaxtyping import UInt64
+from jaxtyping import Int16, UInt64
+from PIL import Image
 
 from reverie_jax.data.files import Rows
 from reverie_jax.data.images import BrokenImage, decode
 from reverie_jax.errors import DataError
 
+COLOURS = 24
+"""Mean difference of the colours (of 255) of two pictures that look alike."""
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
 _COCO = re.compile(r"(?:^|_)(\d{12})$")
 
@@ -36,15 +38,28 @@ class Leak:
     distance: int | None
 
 
+@dataclasses.dataclass(frozen=True)
+class Look:
+    """How a picture looks.
+
+    Attributes:
+        bits: 64 that stay nearly the same when it is scaled or compressed (DCT of its 32 x 32 greys).
+        colours: of its 8 x 8 parts. Plain pictures have bits by chance, and colours that differ.
+    """
+
+    bits: int
+    colours: Int16[np.ndarray, "8 8 3"]
+
+
 @dataclasses.dataclass
 class Evaluation:
-    """Evaluation pictures by name, with their hashes where they are at hand.
+    """Evaluation pictures by name, with their looks where they are at hand.
 
     Attributes:
         unreadable: files that are no pictures, and why.
     """
 
-    hashes: dict[str, int | None] = dataclasses.field(default_factory=dict)
+    looks: dict[str, Look | None] = dataclasses.field(default_factory=dict)
     unreadable: list[str] = dataclasses.field(default_factory=list)
 
 
@@ -54,14 +69,16 @@ def known_as(name: str) -> str:
     return found[1] if (found := _COCO.search(stem)) else stem
 
 
-def perceptual_hash(encoded: bytes, name: str) -> int:
-    """64 bits that stay nearly the same when a picture is scaled or compressed (DCT of its 32 x 32 greys).
+def look(encoded: bytes, name: str) -> Look:
+    """How a picture looks.
 
     Raises:
         BrokenImage: the bytes are no picture.
     """
-    bits = imagehash.phash(decode(encoded, name)).hash.flatten()
-    return int.from_bytes(np.packbits(bits).tobytes(), "big")
+    image = decode(encoded, name)
+    bits = imagehash.phash(image).hash.flatten()
+    colours = np.asarray(image.resize((8, 8), Image.Resampling.BOX), np.int16)
+    return Look(int.from_bytes(np.packbits(bits).tobytes(), "big"), colours)
 
 
 def evaluation(places: Sequence[Path], threads: int) -> Evaluation:
@@ -72,41 +89,32 @@ def evaluation(places: Sequence[Path], threads: int) -> Evaluation:
     """
     found = Evaluation()
     for place in places:
-        before = len(found.hashes)
+        count = 0
         if place.is_dir():
             files = [path for path in sorted(place.rglob("*")) if path.suffix.lower() in SUFFIXES]
             with ThreadPoolExecutor(threads) as pool:
-                for path, value in zip(files, pool.map(_hash_of, files), strict=True):
+                for path, value in zip(files, pool.map(_look_of, files), strict=True):
                     if isinstance(value, str):
                         found.unreadable.append(value)
                     else:
-                        found.hashes[str(path)] = value
+                        found.looks[str(path)] = value
+                        count += 1
         else:
-            for row in _lines(place):
+            for row in Rows(place):
                 name = row.get("image", row.get("image_id")) if isinstance(row, dict) else row
-                if isinstance(name, str | int) and str(name):
-                    found.hashes.setdefault(str(name), None)
-        if len(found.hashes) == before:
+                if isinstance(name, int) and not isinstance(name, bool):
+                    name = f"{name:012d}"  # COCO's number
+                if isinstance(name, str) and name:
+                    found.looks.setdefault(name, None)
+                    count += 1
+        if not count:
             raise DataError(f"{place}: holds or names no picture")
     return found
 
 
-def _lines(path: Path) -> Iterable[object]:
-    """A question file's rows: POPE's are JSON lines in a file that ends in .json."""
+def _look_of(path: Path) -> Look | str:
     try:
-        return list(Rows(path))
-    except DataError:
-        if path.suffix != ".json" or not path.is_file():
-            raise
-        try:
-            return [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
-        except ValueError:
-            raise DataError(f"{path}: neither a JSON list nor JSON lines") from None
-
-
-def _hash_of(path: Path) -> int | str:
-    try:
-        return perceptual_hash(path.read_bytes(), str(path))
+        return look(path.read_bytes(), str(path))
     except (BrokenImage, OSError) as error:
         return str(error)
 
@@ -118,27 +126,29 @@ def find(pictures: Iterable[tuple[str, bytes]], against: Evaluation, *, distance
 
     Args:
         pictures: (name, encoded) of the training data; without bytes, names alone are compared.
-        distance: bits in which two hashes may differ.
+        distance: bits in which two looks may differ.
     """
-    seen = {name: value for name, value in against.hashes.items() if value is not None}
-    names, hashes = list(seen), np.asarray(list(seen.values()), np.uint64)
+    seen = {name: value for name, value in against.looks.items() if value is not None}
+    names, hashes = list(seen), np.asarray([value.bits for value in seen.values()], np.uint64)
     by_name: dict[str, list[str]] = {}
-    for name in against.hashes:
+    for name in against.looks:
         by_name.setdefault(known_as(name), []).append(name)
 
     def compare(one: tuple[str, bytes]) -> list[Leak]:
         name, encoded = one
-        own = perceptual_hash(encoded, name) if encoded else None
-        near: Mapping[str, int] = {}
+        own = look(encoded, name) if encoded else None
+        near: dict[str, int] = {}
         if own is not None and len(hashes):
-            bits = distances(own, hashes)
-            near = {names[place]: int(bits[place]) for place in np.flatnonzero(bits <= distance)}
-        found = [Leak(name, other, "look", bits) for other, bits in near.items()]
-        for other in by_name.get(known_as(name), []):
-            if other in near:
-                found = [dataclasses.replace(f, how="name and look") if f.evaluation == other else f for f in found]
-            elif own is None or against.hashes[other] is None:
-                found.append(Leak(name, other, "name", None))
+            bits = distances(own.bits, hashes)
+            for place in np.flatnonzero(bits <= distance):
+                other = seen[names[place]]
+                if np.abs(own.colours - other.colours).mean() <= COLOURS:
+                    near[names[place]] = int(bits[place])
+        same = by_name.get(known_as(name), [])
+        found = [Leak(name, other, "name and look" if other in same else "look", bits) for other, bits in near.items()]
+        # Where a picture of that name is at hand, what it looks like decides.
+        if own is None or not any(other in seen for other in same):
+            found += [Leak(name, other, "name", None) for other in same if other not in near]
         return found
 
     with ThreadPoolExecutor(threads) as pool:

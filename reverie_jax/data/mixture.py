@@ -12,13 +12,14 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import pydantic
 
 from reverie_jax.data import sources
 from reverie_jax.data.conversation import Conversation, ImageRecord
 from reverie_jax.data.sources import Pictures, Reading, Talk, opened
+from reverie_jax.data.sources.rows import content_name
 from reverie_jax.errors import DataError, UserError
 
 
@@ -28,8 +29,8 @@ class Part(pydantic.BaseModel):
     Attributes:
         file: annotations.
         pictures: folder that its image names are relative to; `pictures` beside the file by default.
-        cap: most of its conversations; which ones depends on the seed and their content, not on their order.
-        weight: of its loss. A conversation of weight 2 counts as one that is there twice: a tree adds repeats up anyway.
+        cap: most of its conversations; which ones depends on the seed and their content, not their order. Pairs stay whole.
+        weight: multiplies its loss.
         filtered: of the annotation pipeline's rows, those that the judge keeps.
         splits: of rows that name their split, these.
     """
@@ -39,7 +40,7 @@ class Part(pydantic.BaseModel):
     file: Path
     pictures: Path | None = None
     cap: pydantic.PositiveInt | None = None
-    weight: pydantic.PositiveFloat = 1.0
+    weight: Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)] = 1.0
     filtered: bool = True
     splits: tuple[str, ...] = ("train",)
 
@@ -80,7 +81,7 @@ def read_parts(path: Path) -> list[Part]:
 
 
 class _Row(NamedTuple):
-    """A record before its picture is read."""
+    """A record before its picture is read. `stat` changes with the picture's file; of one within a file, it says where."""
 
     id: str
     file: str
@@ -132,18 +133,20 @@ class Mixture:
             for talk in talks:
                 picture = None
                 if talk.encoded:
-                    picture = self._picture(f"{number}:{_hash(talk.encoded)}", talk.image, talk.encoded)
+                    key = f"within {content_name(talk.encoded)}"
+                    picture = self._picture(key, talk.image, talk.encoded, talk.where)
                 elif talk.image and pictures is None:
                     raise DataError(f"{talk.where}: shows {talk.image}; name the folder of pictures")
                 elif talk.image:
                     file = pictures.find(talk.image)
                     stat = file.stat()
                     picture = self._picture(str(file), talk.image, b"", f"{stat.st_size} {stat.st_mtime_ns}")
+                words = talk.conversation.pair or json.dumps(talk.conversation.to_json())
+                draw = content_name(f"{seed} {'' if talk.encoded else talk.image} {words}".encode())
                 said = json.dumps(_weighted(talk.conversation, weight).to_json(), separators=(",", ":"))
-                draw = _hash(f"{seed} {talk.image} {said}".encode())
                 self._db.execute(
-                    "INSERT INTO talks (part, picture, place, draw, said) VALUES (?, ?, ?, ?, ?)",
-                    (number, picture, talk.where, draw, said),
+                    "INSERT INTO talks (part, picture, place, draw, pair, said) VALUES (?, ?, ?, ?, ?, ?)",
+                    (number, picture, talk.where, draw, bool(talk.conversation.pair), said),
                 )
                 count += 1
                 if count % 1000 == 0:
@@ -154,7 +157,13 @@ class Mixture:
                     " (SELECT id FROM talks WHERE part = ? ORDER BY draw, id LIMIT ?)",
                     (number, number, cap),
                 )
+                self._db.execute(
+                    "DELETE FROM talks WHERE part = ? AND pair AND draw IN"
+                    " (SELECT draw FROM talks WHERE part = ? AND pair GROUP BY draw HAVING count(*) % 2)",
+                    (number, number),
+                )
         told(count)
+        self._db.execute("DELETE FROM pictures WHERE id NOT IN (SELECT picture FROM talks WHERE picture NOT NULL)")
         self._db.executescript(_ORDER)
         (self._records,) = self._db.execute("SELECT count(*) FROM records").fetchone()
         (self.conversations,) = self._db.execute("SELECT count(*) FROM talks").fetchone()
@@ -212,7 +221,7 @@ class Mixture:
             raise IndexError(index)
         row = self._row(index % len(self))
         if row.encoded:
-            encoded = opened(row.encoded, row.id)
+            encoded = opened(row.encoded, f"{row.stat}: {row.id}")
         elif row.file:
             try:
                 encoded = opened(Path(row.file).read_bytes(), row.file)
@@ -227,7 +236,7 @@ class Mixture:
         found = hashlib.blake2b(digest_size=16)
         for index in range(start, stop):
             row = self._row(index)
-            found.update(repr((row.id, row.file, row.stat, _hash(row.encoded), row.talks)).encode())
+            found.update(repr((row.id, row.file, row.stat, content_name(row.encoded), row.talks)).encode())
         return found.hexdigest()
 
 
@@ -271,16 +280,12 @@ def _weighted(talk: Conversation, weight: float) -> Conversation:
     return type(talk)(tuple(turns), talk.images, talk.source, talk.kind, talk.pair)
 
 
-def _hash(content: bytes) -> str:
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
-
-
 _SCHEMA = """
 PRAGMA journal_mode = OFF;
 PRAGMA synchronous = OFF;
 PRAGMA cache_size = -65536;
 CREATE TABLE pictures (id INTEGER PRIMARY KEY, key TEXT UNIQUE, name TEXT, encoded BLOB, stat TEXT);
-CREATE TABLE talks (id INTEGER PRIMARY KEY, part INTEGER, picture INTEGER, place TEXT, draw TEXT, said TEXT);
+CREATE TABLE talks (id INTEGER PRIMARY KEY, part INTEGER, picture INTEGER, place TEXT, draw TEXT, pair INTEGER, said TEXT);
 """
 _ORDER = """
 CREATE INDEX by_picture ON talks (picture, id);

@@ -13,7 +13,7 @@ from jaxtyping import UInt8
 
 from reverie_jax.data.conversation import Conversation, ImageRecord
 from reverie_jax.data.processor import Processor
-from reverie_jax.data.rows import Batch, Element, RowShape, element, pack, stack
+from reverie_jax.data.rows import WINDOW, Batch, Element, RowShape, element, pack, share_out, stack
 from reverie_jax.data.teaching import Teaching
 from reverie_jax.data.tree import ConversationTree, grow_within, untaught
 from reverie_jax.errors import DataError
@@ -50,6 +50,7 @@ class Survey:
         flat_tokens: the same conversations one by one.
         edges: taught tokens.
         longest: tokens of the largest tree.
+        rows: that a pass fills, give or take what the order changes.
     """
 
     records: int
@@ -58,20 +59,27 @@ class Survey:
     flat_tokens: int
     edges: int
     longest: int
+    rows: int
 
 
 def survey(
     source: Sequence[ImageRecord], processor: Processor, shape: RowShape, teaching: Teaching, *, sharing: bool = True
 ) -> Survey:
     """Tokenises everything once: what does not fit is known before training, not at step 40,000."""
-    count = tokens = flat = edges = longest = 0
+    count = tokens = flat = edges = longest = rows = 0
+    made, window = _Numbered(source, processor, shape, teaching, sharing), []
     for index in range(len(source)):
-        for tree in trees(source[index], processor, shape, teaching, sharing=sharing):
-            count, tokens, flat = count + 1, tokens + len(tree), flat + tree.flat_tokens
-            edges, longest = edges + len(tree.source), max(longest, len(tree))
+        window += made(index)
+        if len(window) >= WINDOW or index + 1 == len(source):
+            lengths = [len(one["tokens"]) for one in window]
+            count, tokens, longest = count + len(window), tokens + sum(lengths), max([longest, *lengths])
+            flat += sum(int(one["flat_tokens"][0]) for one in window)
+            edges += sum(len(one["source"]) for one in window)
+            rows += len(share_out(window, shape))
+            window = []
     if not edges:
         raise DataError("the data teaches nothing: no conversation has a taught answer")
-    return Survey(len(source), count, tokens, flat, edges, longest)
+    return Survey(len(source), count, tokens, flat, edges, longest, rows)
 
 
 class _Numbered:
@@ -129,7 +137,10 @@ def packed_rows(
     """Rows of the records of these numbers, with numbers (from 1) where pictures' pixels will be."""
     made = numbers.map(_Numbered(source, processor, shape, teaching, sharing))
     read = made.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=32))
-    return pack(grain.experimental.FlatMapIterDataset(read, _Flat()), shape, processor.encoder.patches)
+    elements = grain.experimental.FlatMapIterDataset(read, _Flat())
+    # Few records need no large window, which would hold many passes over them.
+    window = 1 if shape.images == 1 else min(WINDOW, max(32, 2 * len(source)))
+    return pack(elements, shape, processor.encoder.patches, window=window)
 
 
 def training_batches(

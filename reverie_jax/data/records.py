@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import io
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -65,30 +67,72 @@ class _Shards:
         path = self.folder / f"{known}.shard"
         if not path.exists():
             part = self.folder / f"{uuid.uuid4().hex}.part"
-            writer = ArrayRecordWriter(os.fspath(part), "group_size:1")
             try:
-                for number in range(start, stop):
-                    record = self.records[number]
-                    # A file object passes through as it is: an encoded picture is never decoded and encoded again.
-                    fields = {
-                        "id": record.id,
-                        "image": io.BytesIO(record.image),
-                        "conversations": record.talks_json(),
-                    }
-                    writer.write(self.features.serialize_example(self.features.encode_example(fields)))
+                self._write(part, start, stop)
             except BaseException:
-                writer.close()
                 part.unlink(missing_ok=True)
                 raise
-            writer.close()
             part.rename(path)
         return path, stop - start
+
+    def _write(self, path: Path, start: int, stop: int) -> None:
+        writer = ArrayRecordWriter(os.fspath(path), "group_size:1")
+        try:
+            for number in range(start, stop):
+                record = self.records[number]
+                # A file object passes through as it is: an encoded picture is never decoded and encoded again.
+                fields = {"id": record.id, "image": io.BytesIO(record.image), "conversations": record.talks_json()}
+                writer.write(self.features.serialize_example(self.features.encode_example(fields)))
+        except BaseException:
+            with contextlib.suppress(RuntimeError):
+                writer.close()
+            raise
+        writer.close()
+
+
+@contextlib.contextmanager
+def building(folder: Path) -> Iterator[Path]:
+    """The hidden folder beside `folder` in which records are made, for one run at a time. It is deleted at the end; after an
+    error, finished shards stay.
+
+    Raises:
+        DataError: another run is using it, or it cannot be made.
+    """
+    hidden = folder.parent / f".{folder.name}.building"
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise DataError(f"{folder}: is a file; records are a folder")
+        hidden.mkdir(parents=True, exist_ok=True)
+        lock = (hidden / "lock").open("w")
+    except OSError as error:
+        raise DataError(f"{hidden}: cannot be made ({error.strerror})") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mine = (hidden / "lock").stat().st_ino == os.fstat(lock.fileno()).st_ino
+        except OSError:
+            mine = False
+        if not mine:
+            raise DataError(f"{folder}: another run is building it; wait for it or stop it")
+        try:
+            yield hidden
+        except BaseException:
+            for path in hidden.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                elif path.suffix != ".shard":
+                    path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # shards are in it
+                hidden.rmdir()
+            raise
+        shutil.rmtree(hidden, ignore_errors=True)
 
 
 def write_records(
     folder: Path,
     splits: Mapping[str, Records],
     *,
+    hidden: Path | None = None,
     jobs: int = 1,
     told: Callable[[int], object] = lambda count: None,
 ) -> Path:
@@ -98,15 +142,25 @@ def write_records(
     folder beside `folder`, and are taken from there by the next one where the records are `Digested`.
 
     Args:
+        hidden: what `building` gave; records are made in one of their own by default.
         jobs: threads that read pictures and write shards.
         told: gets the number of records of each shard as it is done.
 
     Raises:
         DataError: there are no records, or one cannot be had.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    hidden = folder.parent / f".{folder.name}.building"
-    hidden.mkdir(exist_ok=True)
+    if hidden is None:
+        with building(folder) as hidden:
+            return write_records(folder, splits, hidden=hidden, jobs=jobs, told=told)
+    try:
+        return _write_records(folder, splits, hidden, jobs, told)
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"{folder}: cannot be written ({' '.join(str(error).split())[:300]})") from None
+
+
+def _write_records(
+    folder: Path, splits: Mapping[str, Records], hidden: Path, jobs: int, told: Callable[[int], object]
+) -> Path:
     made: dict[str, list[tuple[Path, int]]] = {}
     for split, records in splits.items():
         if not len(records):
@@ -145,11 +199,10 @@ def write_records(
         description="Pictures with all that is said about them, for reflective instruction tuning.",
     )
     home = folder / NAME / VERSION
-    if home.exists():
-        shutil.rmtree(home)
     home.parent.mkdir(parents=True, exist_ok=True)
+    if home.exists():
+        home.rename(hidden / uuid.uuid4().hex)
     whole.rename(home)
-    shutil.rmtree(hidden)
     return home
 
 
@@ -168,6 +221,7 @@ class RecordSource(Sequence[ImageRecord]):
         self.folder, self.split = Path(folder), split
         if not (self.folder / "dataset_info.json").exists():
             found = sorted(self.folder.glob("**/dataset_info.json")) if self.folder.is_dir() else []
+            found = [path for path in found if not any(p[0] == "." for p in path.relative_to(self.folder).parts)]
             if len(found) != 1:
                 raise DataError(
                     f"{self.folder}: no records here; `reverie data build` writes a folder that can be read"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.resources
-from collections.abc import Iterable
+import itertools
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,14 @@ class Span:
 
     Attributes:
         weight: of the loss; 0 where nothing is taught.
+        shared: several conversations teach it.
     """
 
     text: str
     weight: float
     tokens: int
     picture: bool
+    shared: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,13 +45,30 @@ class Limb:
     limbs: list[Limb]
 
 
-def limbs(tree: ConversationTree, tokenizer: Any) -> list[Limb]:
-    """The tree as text, each shared part once."""
+def limbs(tree: ConversationTree, tokenizer: Any, *, patches: int = 0, shared: Collection[int] = ()) -> list[Limb]:
+    """The tree as text, each shared part once.
+
+    Args:
+        patches: feature tokens of a picture; 0 where a record shows one at most.
+        shared: row indices of tokens that several conversations teach.
+    """
     weights = np.zeros(len(tree), np.float32)
-    parents = _parents(tree)
-    for source, target, weight in zip(tree.source, tree.target, tree.weight, strict=True):
-        (place,) = np.flatnonzero((parents == source) & (tree.tokens == target) & (tree.features < 0))
+    for place, weight in zip(taught_places(tree), tree.weight, strict=True):
         weights[place] = weight
+
+    def spans(start: int, past: int) -> list[Span]:
+        kinds = [
+            (int(tree.features[j]) // patches if patches else 0, 0.0, False)
+            if tree.features[j] >= 0
+            else (-1, float(weights[j]), j in shared)
+            for j in range(start, past)
+        ]
+        found = []
+        for kind, group in itertools.groupby(range(start, past), lambda j: kinds[j - start]):
+            places = list(group)
+            pieces = [] if kind[0] >= 0 else tokenizer.convert_ids_to_tokens(tree.tokens[places].tolist())
+            found.append(Span(_words(pieces, tokenizer), kind[1], len(places), kind[0] >= 0, kind[2]))
+        return found
 
     def below(start: int, stop: int) -> list[Limb]:
         found = []
@@ -56,11 +76,21 @@ def limbs(tree: ConversationTree, tokenizer: Any) -> list[Limb]:
             past, end = start + 1, int(tree.ends[start])
             while past < end and int(tree.ends[past]) == end:  # an only child
                 past += 1
-            found.append(Limb(_spans(tree, weights, start, past, tokenizer), below(past, end)))
+            found.append(Limb(spans(start, past), below(past, end)))
             start = end
         return found
 
     return below(0, len(tree))
+
+
+def taught_places(tree: ConversationTree) -> list[int]:
+    """Row index of the token that each edge predicts."""
+    parents = _parents(tree)
+    found = []
+    for source, target in zip(tree.source, tree.target, strict=True):
+        (place,) = np.flatnonzero((parents == source) & (tree.tokens == target) & (tree.features < 0))
+        found.append(int(place))
+    return found
 
 
 def _parents(tree: ConversationTree) -> np.ndarray:
@@ -72,23 +102,13 @@ def _parents(tree: ConversationTree) -> np.ndarray:
     return found
 
 
-def _spans(tree: ConversationTree, weights: np.ndarray, start: int, past: int, tokenizer: Any) -> list[Span]:
-    spans = []
-    while start < past:
-        picture, weight, end = bool(tree.features[start] >= 0), float(weights[start]), start + 1
-        while end < past and bool(tree.features[end] >= 0) == picture and float(weights[end]) == weight:
-            end += 1
-        pieces = [] if picture else tokenizer.convert_ids_to_tokens(tree.tokens[start:end].tolist())
-        spans.append(Span(_words(pieces, tokenizer), weight, end - start, picture))
-        start = end
-    return spans
-
-
 def _words(pieces: list[str], tokenizer: Any) -> str:
     """Pieces as they stand in the text, white space in front included, which `decode` would drop."""
     if not pieces:
         return ""
     text = tokenizer.convert_tokens_to_string(pieces)
+    if "\ufffd" in text:  # the tree parts within a letter of several bytes
+        return f"⟨{' '.join(pieces)}⟩"
     return f" {text}" if pieces[0][:1] in ("▁", "Ġ") and not text.startswith(" ") else text
 
 
@@ -96,7 +116,10 @@ def write(page: Path, records: Iterable[ImageRecord], processor: Processor, teac
     """Writes the page; returns how many records it shows."""
     samples = []
     for record in records:
-        tree = grow(processor.tokens(record.id, teaching(record.conversations)))
+        tokens = processor.tokens(record.id, teaching(record.conversations))
+        tree = grow(tokens)
+        once = grow(dataclasses.replace(one, weights=(one.weights > 0).astype(np.float32)) for one in tokens)
+        shared = {place for place, count in zip(taught_places(once), once.weight, strict=True) if count > 1}
         samples.append(
             {
                 "id": record.id,
@@ -105,7 +128,7 @@ def write(page: Path, records: Iterable[ImageRecord], processor: Processor, teac
                 "tokens": len(tree),
                 "flat": tree.flat_tokens,
                 "taught": len(tree.source),
-                "limbs": limbs(tree, processor.encoder.tokenizer),
+                "limbs": limbs(tree, processor.encoder.tokenizer, patches=processor.encoder.patches, shared=shared),
             }
         )
     template = (importlib.resources.files("reverie_jax.data") / "show.html").read_text("utf-8")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Sequence
 from typing import Literal
 
@@ -44,19 +43,21 @@ class Teaching:
 
     def __call__(self, conversations: Sequence[Conversation]) -> list[Conversation]:
         """The conversations of one record as this arm has them; those that then teach nothing are left out."""
-        talks = [talk for talk in conversations if talk.kind != "rejected"]
+        # (conversation, whether it came with a rationale: the switches are about those alone)
+        talks = [(talk, _explains(talk)) for talk in conversations if talk.kind != "rejected"]
         if self.kinds != "rationales":
-            talks = [talk if talk.kind == self.kinds else _first(talk) for talk in talks]
+            talks = [(talk if talk.kind == self.kinds or not why else _first(talk), why) for talk, why in talks]
         if self.context != "separate":
             talks = _joined(talks, first=self.context.removesuffix("-first"))
         answered: set[tuple[str, str]] = set()
         weighted = []
-        for talk in talks:
+        for talk, why in talks:
             turns = list(talk.turns)
-            if talk.kind in ("positive", "negative"):
+            if why:
                 said = (turns[0].text, turns[1].text)
                 repeated = self.answers == "once" and said in answered
-                answered.add(said)
+                if turns[1].weight > 0:
+                    answered.add(said)
                 turns[1] = _scaled(turns[1], 0.0 if repeated else self.answer_weight)
                 for place in range(3, len(turns), 2):
                     turns[place] = _scaled(turns[place], self.rationale_weight)
@@ -77,31 +78,40 @@ class Teaching:
             text += f" Use about {max(10, round(len(turns[place].text.split()), -1))} words."
         if self.prompts == "guided-type":
             text += f" {_BY_TYPE[kind_of(turns[0].text.replace(IMAGE, '').strip(), turns[1].text)]}"
-        return dataclasses.replace(asked, text=text)
+        return dataclasses.replace(asked, text=f"{IMAGE}\n" * asked.text.count(IMAGE) + text)
+
+
+def _explains(talk: Conversation) -> bool:
+    """Whether a conversation has a rationale."""
+    return talk.kind in ("positive", "negative") and len(talk.turns) > 2
+
+
+def _markers(turns: Sequence[Turn]) -> int:
+    return sum(turn.text.count(IMAGE) for turn in turns)
 
 
 def _first(talk: Conversation) -> Conversation:
-    """The first exchange of a reflective conversation; other talk as it is."""
-    return dataclasses.replace(talk, turns=talk.turns[:2]) if talk.kind in ("positive", "negative") else talk
+    """The first exchange."""
+    turns = talk.turns[:2]
+    return dataclasses.replace(talk, turns=turns, images=talk.images[: _markers(turns)])
 
 
 def _scaled(turn: Turn, factor: float) -> Turn:
     return dataclasses.replace(turn, weight=turn.weight * factor)
 
 
-def _joined(talks: Sequence[Conversation], first: str) -> list[Conversation]:
+def _joined(talks: Sequence[tuple[Conversation, bool]], first: str) -> list[tuple[Conversation, bool]]:
     """The n-th positive and the n-th negative rationale of an answer in one talk, in the place of the earlier one."""
     groups: dict[tuple[str, str], dict[str, list[int]]] = {}
-    for number, talk in enumerate(talks):
-        if talk.kind in ("positive", "negative") and len(talk.turns) > 2:
+    for number, (talk, _) in enumerate(talks):
+        if _explains(talk):
             said = (talk.turns[0].text, talk.turns[1].text)
             groups.setdefault(said, {"positive": [], "negative": []})[talk.kind].append(number)
-    found: list[Conversation | None] = list(talks)
+    found: list[tuple[Conversation, bool] | None] = list(talks)
     for kinds in groups.values():
-        for pair in itertools.zip_longest(kinds["positive"], kinds["negative"]):
-            if None in pair:
-                continue
-            one, other = pair if first == "positive" else pair[::-1]
-            found[min(pair)] = dataclasses.replace(talks[one], turns=talks[one].turns + talks[other].turns[2:])
+        for pair in zip(kinds["positive"], kinds["negative"], strict=False):
+            one, other = (talks[number][0] for number in (pair if first == "positive" else pair[::-1]))
+            turns, images = one.turns + other.turns[2:], one.images + other.images[_markers(other.turns[:2]) :]
+            found[min(pair)] = dataclasses.replace(one, turns=turns, images=images), True
             found[max(pair)] = None
     return [talk for talk in found if talk is not None]

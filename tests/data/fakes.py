@@ -6,12 +6,14 @@ import io
 import re
 import zlib
 from collections.abc import Sequence
+from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
 from PIL import Image
 
 from reverie_jax.data.conversation import IMAGE, Conversation, ImageRecord, Turn
+from reverie_jax.data.files import Rows
 
 IMAGE_ID = 3
 
@@ -63,6 +65,17 @@ def talk(question: str, answer: str, *more: tuple[str, str], weight: float = 1.0
         turns += [Turn("user", asked), Turn("assistant", said)]
     kind = "positive" if more else ""
     return Conversation(tuple(turns), kind=kind)
+
+
+class Given(Rows):
+    """Rows that are in no file."""
+
+    def __init__(self, rows: list, path: str = "f"):
+        super().__init__(Path(path), least=0)
+        self.given = rows
+
+    def _rows(self):
+        yield from self.given
 
 
 def records(count: int, seed: int = 0) -> list[ImageRecord]:

@@ -188,9 +188,10 @@ class Pipeline:
         rows: list[Row] = []
         for name, asking in self._ask_questions():
             text = self.session.had(asking)
-            made_here = [] if text is None else self._read_questions(text)
-            if asking is not None and not self.journal.original(asking.item):
-                made_here = made_here[: self.job.count]
+            if asking is not None and self.journal.original(asking.item):
+                made_here = [] if text is None else replies.questions(text, confusing=99)
+            else:
+                made_here = [] if text is None else self._read_questions(text)[: self.job.count]
             for made in made_here:
                 for wrong in made.confusing_answers:
                     values = (name, made.question, made.correct_answer, wrong)

@@ -24,23 +24,32 @@ def recognise(rows: Rows) -> str:
     Raises:
         DataError: it is none of them.
     """
-    sample: list[Any] = list(itertools.islice(rows, _SAMPLE))
-    row: dict[str, Any] = next((row for row in sample if isinstance(row, dict)), {})
-    if {"conversations", "messages"} & row.keys():
-        return "reverie" if reverie.is_reflective(sample) else "llava"
-    if preferences.is_one(row):
-        return "preferences"
-    if {"correct_rationale", "incorrect_rationale"} <= row.keys():
-        return "judged"
-    if kind := choices.is_one(row):
-        return kind
-    if {"image_id", "answer"} <= row.keys() and {"question", "instruction"} & row.keys():
-        return "lrv"
+    turns = reflective = 0
+    for row in itertools.islice(rows, _SAMPLE):
+        form = _form(row) if isinstance(row, dict) else ""
+        if form == "turns":
+            turns, reflective = turns + 1, reflective + reverie.is_reflective(row)
+        elif form and not turns:
+            return form
+    if turns:
+        return "reverie" if 2 * reflective > turns else "llava"
     known = (
         "LLaVA's and REVERIE's have 'conversations', LRV's 'image_id' and 'question', RLHF-V's 'chosen' and 'rejected',"
         " ScienceQA's and A-OKVQA's 'choices', the annotation pipeline's 'correct_rationale'"
     )
     raise DataError(f"{rows.path}: rows of no known form; {known}")
+
+
+def _form(row: dict[str, Any]) -> str:
+    if {"conversations", "messages"} & row.keys():
+        return "turns"
+    if preferences.is_one(row):
+        return "preferences"
+    if {"correct_rationale", "incorrect_rationale"} <= row.keys():
+        return "judged"
+    if {"image_id", "answer"} <= row.keys() and {"question", "instruction"} & row.keys() and "choices" not in row:
+        return "lrv"
+    return choices.is_one(row)
 
 
 def read(path: Path, reading: Reading, *, filtered: bool = True, splits: Sequence[str] = ("train",)) -> Iterator[Talk]:
@@ -53,17 +62,17 @@ def read(path: Path, reading: Reading, *, filtered: bool = True, splits: Sequenc
     Raises:
         DataError: the file cannot be read, or is of no known form.
     """
-    rows, name = Rows(path), str(path)
+    rows = Rows(path)
     match recognise(rows):
         case "reverie":
-            return reverie.talks(name, rows, reading)
+            return reverie.talks(rows, reading)
         case "judged":
-            return judged.talks(name, rows, reading, filtered=filtered)
+            return judged.talks(rows, reading, filtered=filtered)
         case "preferences":
-            return preferences.talks(name, rows, reading)
+            return preferences.talks(rows, reading)
         case "scienceqa" | "aokvqa" as source:
-            return choices.talks(name, rows, reading, source=source, splits=splits)
+            return choices.talks(rows, reading, source=source, splits=splits)
         case "lrv":
-            return lrv.talks(name, rows, reading)
+            return lrv.talks(rows, reading)
         case _:
-            return llava.talks(name, rows, reading)
+            return llava.talks(rows, reading)

@@ -7,13 +7,22 @@ options to the annotation pipeline, as REVERIE's authors did.
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from reverie_jax.data.annotate.stages import WHY
-from reverie_jax.data.conversation import Turn
-from reverie_jax.data.sources.llava import BadRow, conversation, shown
-from reverie_jax.data.sources.rows import Reading, Talk, embedded
+from reverie_jax.data.conversation import IMAGE, Turn
+from reverie_jax.data.files import Rows
+from reverie_jax.data.sources.rows import (
+    BadRow,
+    Reading,
+    Talk,
+    content_name,
+    conversation,
+    each,
+    embedded,
+    shown,
+)
 
 LETTERS = "ABCDEFGHIJ"
 SUFFIX = "Answer with the option's letter from the given choices directly."
@@ -47,56 +56,59 @@ def is_one(row: dict[str, Any]) -> str:
     return "aokvqa" if {"correct_choice_idx", "rationales"} & row.keys() else "scienceqa" if "answer" in row else ""
 
 
-def read(name: str, rows: Iterable[Any], reading: Reading, splits: Sequence[str]) -> Iterator[Choice]:
-    """The rows' questions; those that cannot be used go to `reading.problems`.
+def _read(
+    rows: Rows,
+    reading: Reading,
+    splits: Sequence[str],
+    make: Callable[[Choice], Iterable[Talk]],
+) -> Iterator[Talk]:
+    """What `make` finds in the rows' questions.
 
     Args:
         splits: rows that say that they belong to another split are left out, and counted in `reading.notes`.
     """
     left = collections.Counter[str]()
-    for number, row in enumerate(rows):
-        where = f"{name}: row {row['pid'] if isinstance(row, dict) and 'pid' in row else number}"
-        try:
-            if not isinstance(row, dict):
-                raise BadRow("not an object")
-            split = row.get("split")
-            if split is not None and split not in splits:
-                left[str(split)] += 1
-                continue
-            yield (_aokvqa if is_one(row) == "aokvqa" else _scienceqa)(row, where, reading)
-        except BadRow as error:
-            reading.problems.append((where, str(error)))
+
+    def one(row: dict[str, Any], where: str) -> Iterable[Talk]:
+        split = row.get("split")
+        if split is not None and split not in splits:
+            left[str(split)] += 1
+            return []
+        return make((_aokvqa if is_one(row) == "aokvqa" else _scienceqa)(row, where))
+
+    yield from each(rows, reading, _KNOWN, one)
     for split, count in left.items():
-        reading.notes.append(f"{name}: {count} rows of the split {split!r} are left out")
+        reading.notes.append(f"{rows.path}: {count} rows of the split {split!r} are left out")
 
 
-def talks(name: str, rows: Iterable[Any], reading: Reading, *, source: str, splits: Sequence[str]) -> Iterator[Talk]:
+def talks(rows: Rows, reading: Reading, *, source: str, splits: Sequence[str]) -> Iterator[Talk]:
     """A conversation for each rationale; a question without one is asked and answered."""
-    for found in read(name, rows, reading, splits):
+
+    def make(found: Choice) -> Iterator[Talk]:
+        if not found.image and IMAGE in found.asked():
+            raise BadRow(f"{IMAGE} in a row without a picture")
         said = [shown(found.asked()) if found.image else Turn("user", found.asked())]
         said.append(Turn("assistant", LETTERS[found.answer]))
-        for why in found.rationales:
-            turns = [*said, Turn("user", WHY), Turn("assistant", why)]
-            yield Talk(found.image, conversation(turns, source=source, kind="positive"), found.where, found.encoded)
-        if not found.rationales:
-            yield Talk(found.image, conversation(said, source=source), found.where, found.encoded)
+        for why in found.rationales or ("",):
+            more = [Turn("user", WHY), Turn("assistant", why)] if why else []
+            talk = conversation([*said, *more], source=source, kind="positive" if why else "")
+            yield Talk(found.image, talk, found.where, found.encoded)
+
+    return _read(rows, reading, splits, make)
 
 
-def questions(
-    name: str, rows: Iterable[Any], reading: Reading, *, splits: Sequence[str], most: int
-) -> list[dict[str, str]]:
+def questions(rows: Rows, reading: Reading, *, splits: Sequence[str], most: int) -> list[dict[str, str]]:
     """Rows as REVERIE's first stage writes them, one a wrong option, with the human's rationale where there is one.
 
     Args:
         most: wrong options of a question, in the order in which they stand.
     """
-    made = []
-    for found in read(name, rows, reading, splits):
+    made: list[dict[str, str]] = []
+
+    def make(found: Choice) -> list[Talk]:
         if not found.image or found.encoded:
-            reading.problems.append((found.where, "has no picture file of its own to ask about"))
-            continue
-        wrong = [n for n in range(len(found.options)) if n != found.answer][:most]
-        for number in wrong:
+            raise BadRow("has no picture file of its own to ask about")
+        for number in [n for n in range(len(found.options)) if n != found.answer][:most]:
             row = {
                 "image": found.image,
                 "question": found.asked(),
@@ -105,16 +117,20 @@ def questions(
                 "question_type": "choice",
             }
             made.append(row | ({"correct_rationale": found.rationales[0]} if found.rationales else {}))
+        return []
+
+    for _ in _read(rows, reading, splits, make):
+        pass
     return made
 
 
 def _options(row: dict[str, Any], answer: Any) -> tuple[tuple[str, ...], int]:
-    options = row["choices"]
+    options = row.get("choices")
     if not isinstance(options, list) or not 2 <= len(options) <= len(LETTERS):
         raise BadRow(f"'choices' must be a list of 2 to {len(LETTERS)} options")
     if not all(isinstance(option, str) and option.strip() for option in options):
         raise BadRow("an option is empty or no text")
-    if not isinstance(answer, int) or not 0 <= answer < len(options):
+    if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(options):
         raise BadRow(f"the answer {answer!r} is none of {len(options)} options")
     return tuple(option.strip() for option in options), answer
 
@@ -126,11 +142,10 @@ def _text(row: dict[str, Any], key: str, default: str | None = None) -> str:
     return value.strip()
 
 
-def _scienceqa(row: dict[str, Any], where: str, reading: Reading) -> Choice:
+def _scienceqa(row: dict[str, Any], where: str) -> Choice:
     """Of `problems.json` (an object by id; the picture is `<split>/<id>/image.png`) or of the Parquet file."""
-    reading.unknown(row, _SCIENCE)
     options, answer = _options(row, row.get("answer"))
-    image, encoded = embedded(row.get("image"), None)
+    image, encoded = _picture(row)
     if image and not encoded and "pid" in row and "/" not in image:
         image = f"{row.get('split', 'train')}/{row['pid']}/{image}"
     hint, question, why = _text(row, "hint", ""), _text(row, "question"), _text(row, "solution", "")
@@ -138,13 +153,12 @@ def _scienceqa(row: dict[str, Any], where: str, reading: Reading) -> Choice:
     return Choice(image, encoded, asked, options, answer, (why,) if why else (), where)
 
 
-def _aokvqa(row: dict[str, Any], where: str, reading: Reading) -> Choice:
+def _aokvqa(row: dict[str, Any], where: str) -> Choice:
     """Of the published JSON (the picture is COCO's, by number) or of the Parquet file."""
-    reading.unknown(row, _AOKVQA)
     options, answer = _options(row, row.get("correct_choice_idx"))
-    image, encoded = embedded(row.get("image"), None)
+    image, encoded = _picture(row)
     if not image:
-        if not isinstance(row.get("image_id"), int):
+        if isinstance(row.get("image_id"), bool) or not isinstance(row.get("image_id"), int):
             raise BadRow("needs 'image_id', COCO's number")
         image = f"{row['image_id']:012d}.jpg"
     said = row.get("rationales") or []
@@ -154,24 +168,15 @@ def _aokvqa(row: dict[str, Any], where: str, reading: Reading) -> Choice:
     return Choice(image, encoded, _text(row, "question"), options, answer, rationales, where)
 
 
-_SCIENCE = {
-    *(
-        "pid",
-        "question",
-        "choices",
-        "answer",
-        "hint",
-        "image",
-        "task",
-        "grade",
-        "subject",
-        "topic",
-        "category",
-        "skill",
-    ),
-    *("lecture", "solution", "split"),
-}
-_AOKVQA = {
-    *("split", "image_id", "question_id", "question", "choices", "correct_choice_idx", "direct_answers"),
-    *("difficult_direct_answer", "rationales", "image"),
+def _picture(row: dict[str, Any]) -> tuple[str, bytes]:
+    """One within the file is called by its content: the file calls them all alike."""
+    image, encoded = embedded(row.get("image"), None)
+    within = content_name(encoded)[:12]
+    return (f"{within}/{image}" if encoded and image != content_name(encoded) else image), encoded
+
+
+_KNOWN = {
+    *("question", "choices", "answer", "hint", "image", "task", "grade", "subject", "topic", "category", "skill"),
+    *("lecture", "solution", "split", "image_id", "question_id", "correct_choice_idx", "direct_answers"),
+    *("difficult_direct_answer", "rationales"),
 }

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from reverie_jax.data.annotate.interface import AnnotatedQuestion
 from reverie_jax.data.annotate.stages import Reflection, conversations
-from reverie_jax.data.sources.rows import Reading, Talk
+from reverie_jax.data.files import Rows
+from reverie_jax.data.sources.rows import BadRow, Reading, Talk, each
 
 VERDICT = "gemini_pro_judge"
 KEYS = ("image", "question", "correct_answer", "confusing_answer", "correct_rationale", "incorrect_rationale")
 
 
-def talks(name: str, rows: Iterable[Any], reading: Reading, *, filtered: bool = True) -> Iterator[Talk]:
+def talks(rows: Rows, reading: Reading, *, filtered: bool = True) -> Iterator[Talk]:
     """The rows' conversations: a positive one for each question, and a negative one for each wrong answer.
 
     Args:
@@ -21,22 +22,28 @@ def talks(name: str, rows: Iterable[Any], reading: Reading, *, filtered: bool = 
     """
     explained: set[tuple[str, ...]] = set()
     dropped = 0
-    for number, row in enumerate(rows):
-        where = f"{name}: row {number}"
-        lacking = [key for key in KEYS if not isinstance(row, dict) or not isinstance(row.get(key), str)]
+
+    def make(row: dict[str, Any], where: str) -> list[Talk]:
+        nonlocal dropped
+        lacking = [key for key in KEYS if not isinstance(row.get(key), str) or not row[key].strip()]
         if lacking:
-            reading.problems.append((where, f"lacks {', '.join(lacking)}"))
-            continue
-        reading.unknown(row, {*KEYS, VERDICT, "judges", "question_type", "reason"})
+            raise BadRow(f"lacks {', '.join(lacking)}")
         if filtered and str(row.get(VERDICT, "")).strip().lower() != "no":
             dropped += 1
-            continue
+            return []
         image, question, right, wrong, why, why_not = (row[key].strip() for key in KEYS)
         asked = AnnotatedQuestion.model_construct(question=question, correct_answer=right)
-        positive, negative = conversations(Reflection(asked, why, ((wrong, why_not),)))
-        if (image, question, right, why) not in explained:
-            explained.add((image, question, right, why))
-            yield Talk(image, positive, where)
-        yield Talk(image, negative, where)
+        try:
+            positive, negative = conversations(Reflection(asked, why, ((wrong, why_not),)))
+        except ValueError as error:
+            raise BadRow(str(error)) from None
+        about = (image, question, right, why)
+        found = [Talk(image, negative, where)]
+        if about not in explained:
+            explained.add(about)
+            found.insert(0, Talk(image, positive, where))
+        return found
+
+    yield from each(rows, reading, {*KEYS, VERDICT, "judges", "question_type", "reason"}, make)
     if dropped:
-        reading.notes.append(f"{name}: {dropped} rows without the judge's consent are left out")
+        reading.notes.append(f"{rows.path}: {dropped} rows without the judge's consent are left out")

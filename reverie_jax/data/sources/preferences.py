@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from reverie_jax.data.conversation import Turn
-from reverie_jax.data.sources.llava import BadRow, conversation, shown
-from reverie_jax.data.sources.rows import Reading, Talk, embedded
+from reverie_jax.data.files import Rows
+from reverie_jax.data.sources.rows import (
+    BadRow,
+    Reading,
+    Talk,
+    content_name,
+    conversation,
+    each,
+    embedded,
+    shown,
+)
 
 _SIDES = ("chosen", "rejected")
 _KNOWN = {
@@ -30,22 +39,14 @@ def is_one(row: dict[str, Any]) -> bool:
     return {"chosen", "rejected"} <= row.keys() or (isinstance(row.get("text"), str) and '"rejected"' in row["text"])
 
 
-def talks(name: str, rows: Iterable[Any], reading: Reading) -> Iterator[Talk]:
-    """Two conversations a row, `chosen` and `rejected`, with the row's `pair`; rows that cannot be used go to
-    `reading.problems`.
+def talks(rows: Rows, reading: Reading) -> Iterator[Talk]:
+    """Two conversations a row, `chosen` and `rejected`, of one `pair`, which its content names; rows that cannot be used go
+    to `reading.problems`.
     """
-    for number, row in enumerate(rows):
-        where = f"{name}: row {number}"
-        try:
-            yield from _pair(row, where, reading)
-        except BadRow as error:
-            reading.problems.append((where, str(error)))
+    return each(rows, reading, _KNOWN, _pair)
 
 
-def _pair(row: Any, where: str, reading: Reading) -> list[Talk]:
-    if not isinstance(row, dict):
-        raise BadRow("not an object")
-    reading.unknown(row, _KNOWN)
+def _pair(row: dict[str, Any], where: str) -> list[Talk]:
     said = row
     if isinstance(row.get("text"), str):
         try:
@@ -63,7 +64,7 @@ def _pair(row: Any, where: str, reading: Reading) -> list[Talk]:
     if not image:
         raise BadRow("has no picture")
     source = str(row.get("ds_name") or "preferences").lower()
-    pair = str(row["idx"]) if row.get("idx") not in (None, "") else where
+    pair = content_name(json.dumps([content_name(encoded) if encoded else image, *texts]).encode())[:16]
     return [
         Talk(
             image,

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from reverie_jax.data.conversation import Conversation
+from reverie_jax.data.files import Rows
 from reverie_jax.data.sources import llava
-from reverie_jax.data.sources.llava import BadRow
-from reverie_jax.data.sources.rows import Reading, Talk
+from reverie_jax.data.sources.rows import BadRow, Reading, Talk, conversation, each
 
 Kind = Literal["positive", "negative"]
 _NEGATIVE = re.compile(
@@ -51,34 +51,29 @@ def explains(prompt: str) -> tuple[Kind, str] | None:
     return ("positive", "") if _POSITIVE.match(text) else None
 
 
-def is_reflective(rows: Sequence[Any]) -> bool:
-    """Whether most rows of a file ask for a rationale in their second question."""
-    asked = 0
-    for row in rows:
-        try:
-            _, turns = llava.turns_of(row, Reading())
-        except BadRow:
-            continue
-        asked += len(turns) > 2 and explains(turns[2].text) is not None
-    return 2 * asked > len(rows)
+def is_reflective(row: Any) -> bool:
+    """Whether a row asks for a rationale in its second question."""
+    try:
+        _, turns = llava.turns_of(row)
+    except (BadRow, RecursionError):
+        return False
+    return len(turns) > 2 and explains(turns[2].text) is not None
 
 
-def talks(name: str, rows: Iterable[Any], reading: Reading) -> Iterator[Talk]:
+def talks(rows: Rows, reading: Reading) -> Iterator[Talk]:
     """The rows' conversations; those that cannot be used go to `reading.problems`.
 
     A negative row opens with the right answer; where one opens with the wrong answer that it explains, the right answer is
     taken from the question's positive row.
 
-    Args:
-        rows: gone through twice.
     """
     right = {
         (talk.image, talk.conversation.turns[0].text): talk.conversation.turns[1]
-        for talk in _split(name, rows, Reading())
+        for talk in _split(rows, Reading())
         if talk.conversation.kind == "positive"
     }
     swapped = 0
-    for talk in _split(name, rows, reading):
+    for talk in _split(rows, reading):
         turns = talk.conversation.turns
         about = explains(turns[2].text) if len(turns) > 2 else None
         if about is not None and about[0] == "negative" and turns[1].text.strip(" .") == about[1].strip(" ."):
@@ -96,21 +91,21 @@ def talks(name: str, rows: Iterable[Any], reading: Reading) -> Iterator[Talk]:
         )
 
 
-def _split(name: str, rows: Iterable[Any], reading: Reading) -> Iterator[Talk]:
-    for number, row in enumerate(rows):
-        where = f"{name}: row {number}"
-        try:
-            image, turns = llava.turns_of(row, reading)
-            if not image:
-                raise BadRow("needs 'image', a file name")
-            pairs = list(zip(turns[2::2], turns[3::2], strict=True))
-            kinds = [explains(prompt.text) for prompt, _ in pairs]
-            if None in kinds:
-                raise BadRow(f"asks for no rationale that is known: {pairs[kinds.index(None)][0].text[:60]!r}")
-            if not pairs:
-                yield Talk(image, llava.conversation(turns, source="reverie"), where)
-            for pair, kind in zip(pairs, kinds, strict=True):
-                assert kind is not None
-                yield Talk(image, llava.conversation([*turns[:2], *pair], source="reverie", kind=kind[0]), where)
-        except BadRow as error:
-            reading.problems.append((where, str(error)))
+def _split(rows: Rows, reading: Reading) -> Iterator[Talk]:
+    def make(row: dict[str, Any], where: str) -> list[Talk]:
+        image, turns = llava.turns_of(row)
+        if not image:
+            raise BadRow("needs 'image', a file name")
+        pairs = list(zip(turns[2::2], turns[3::2], strict=True))
+        kinds = [explains(prompt.text) for prompt, _ in pairs]
+        if None in kinds:
+            raise BadRow(f"asks for no rationale that is known: {pairs[kinds.index(None)][0].text[:60]!r}")
+        if not pairs:
+            return [Talk(image, conversation(turns, source="reverie"), where)]
+        return [
+            Talk(image, conversation([*turns[:2], *pair], source="reverie", kind=kind[0]), where)
+            for pair, kind in zip(pairs, kinds, strict=True)
+            if kind is not None
+        ]
+
+    return each(rows, reading, llava.KNOWN, make)

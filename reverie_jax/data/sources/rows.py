@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from reverie_jax.data.conversation import Conversation
+from reverie_jax.data.conversation import IMAGE, Conversation, Turn
+from reverie_jax.data.files import Rows
 from reverie_jax.data.images import BrokenImage, decode
+from reverie_jax.data.reference import show_first
 from reverie_jax.errors import DataError
+
+_NAMELESS = {"image", "img", "picture", "photo"}
+"""File names that say nothing: a picture is not found by them alone."""
+
+
+class BadRow(ValueError):
+    """Why a row cannot be used."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,21 +94,25 @@ class Pictures:
     def _find(self, name: str) -> Path:
         try:
             path = (self._root / name).resolve()
-        except (ValueError, OSError) as error:
-            raise DataError(f"{self.folder}: {name!r} is no file name ({error})") from None
+            there = path.exists()
+        except (ValueError, OSError, RuntimeError) as error:
+            raise DataError(f"{self.folder}: {name[:80]!r} is no file name ({error})") from None
         if not path.is_relative_to(self._root):
             raise DataError(f"{name}: leaves the picture folder {self.folder}")
-        if path.exists():
+        if there:
             return path
         if self._by_name is None:
             self._by_name = {}
             for file in self._root.rglob("*"):
                 self._by_name.setdefault(file.name, []).append(file)
-        same = self._by_name.get(path.name, [])
+        same = [] if path.stem.lower() in _NAMELESS else self._by_name.get(path.name, [])
         if len(same) != 1:
             why = "No such file or directory" if not same else f"{len(same)} files have that name, none lies there"
             raise DataError(f"{self.folder / name}: cannot be read ({why})")
-        return same[0]
+        found = same[0].resolve()
+        if not found.is_relative_to(self._root):
+            raise DataError(f"{name}: leaves the picture folder {self.folder}")
+        return found
 
     def read(self, name: str) -> bytes:
         """The bytes of a picture that is known to open.
@@ -131,10 +144,70 @@ def embedded(value: Any, path: Any) -> tuple[str, bytes]:
     """(name, encoded file) of a picture as Parquet files hold it: `{"bytes", "path"}`; or a name alone.
 
     One that has no name is named by its content.
+
+    Raises:
+        BadRow: it is neither.
     """
+    if value is not None and not isinstance(value, str | bytes | dict):
+        raise BadRow("'image' must be a file name or a picture")
+    if isinstance(value, dict) and not value.keys() & {"bytes", "path"}:
+        raise BadRow("'image' has neither 'bytes' nor 'path'")
     encoded = value.get("bytes") if isinstance(value, dict) else value if isinstance(value, bytes) else None
+    if encoded is not None and not isinstance(encoded, bytes):
+        raise BadRow("the picture's 'bytes' are none")
     named = [value.get("path") if isinstance(value, dict) else value, path]
     name = next((one for one in reversed(named) if isinstance(one, str) and one), "")
     if encoded and not name:
-        name = hashlib.blake2b(encoded, digest_size=12).hexdigest()
+        name = content_name(encoded)
     return name, encoded or b""
+
+
+def content_name(content: bytes) -> str:
+    """Names a content: 32 hexadecimal digits."""
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def each(
+    rows: Rows, reading: Reading, known: Collection[str], make: Callable[[dict[str, Any], str], Iterable[Talk]]
+) -> Iterator[Talk]:
+    """The talk that `make` finds in each row. Rows that raise `BadRow` go to `reading.problems`.
+
+    Args:
+        known: fields that are used, or known and of no use; others are noted.
+    """
+    for number, row in enumerate(rows):
+        where = rows.name(number, row)
+        try:
+            if not isinstance(row, dict):
+                raise BadRow("not an object")
+            reading.unknown(row, {*known, "pid"})
+            found = list(make(row, where))
+        except BadRow as error:
+            reading.problems.append((where, str(error)))
+        except RecursionError:
+            reading.problems.append((where, "nested too deep"))
+        else:
+            yield from found
+
+
+def conversation(turns: Sequence[Turn], **options: Any) -> Conversation:
+    """The turns about one picture, which each marker shows.
+
+    Raises:
+        BadRow: they do not alternate, or an answer holds a marker.
+    """
+    try:
+        return Conversation(tuple(turns), (0,) * sum(turn.text.count(IMAGE) for turn in turns), **options)
+    except ValueError as error:
+        raise BadRow(str(error)) from None
+
+
+def shown(text: str) -> Turn:
+    """A question about a picture, which it shows first where it does not say where."""
+    turn = Turn("user", text if IMAGE in text else f"{IMAGE}\n{text}")
+    return once(turn)
+
+
+def once(turn: Turn) -> Turn:
+    """A question that shows its picture once."""
+    return Turn(turn.role, show_first(turn.text)) if turn.text.count(IMAGE) > 1 else turn
