@@ -214,9 +214,10 @@ class Recipes:
             print(recipes.recipe(self.name).to_json())
             return
         for name, recipe in sorted(recipes.RECIPES.items()):
-            print(
-                f"{name:24} teaches {recipe.teach.kinds}; {recipe.steps} steps of {recipe.rows} rows, LoRA r {recipe.rank}"
-            )
+            length = f"{recipe.steps} steps" if recipe.steps else f"{recipe.epochs:g} epoch"
+            what = f"LoRA r {recipe.rank}" if recipe.tune == "lora" else recipe.tune
+            size = f"{length} of {recipe.rows} rows of {recipe.row.tokens}"
+            print(f"{name:21} {what}; teaches {recipe.teach.kinds}; {size}")
 
 
 @dataclasses.dataclass(frozen=True)

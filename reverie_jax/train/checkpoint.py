@@ -17,7 +17,7 @@ from reverie_jax.models import VisionLanguageModel
 from reverie_jax.models.checkpoints import identity
 from reverie_jax.models.checkpoints.identity import Identity
 from reverie_jax.train.recipes import Recipe
-from reverie_jax.train.step import TrainState, adapt, trainable
+from reverie_jax.train.step import TrainState, adapt, tuned
 
 IDENTITY = "run.json"
 
@@ -142,7 +142,7 @@ def load_run(model: VisionLanguageModel, folder: Path) -> Recipe:
     if checkpoints.latest is None:
         raise ResumeError(f"{folder}: no whole checkpoint here")
     adapt(model, recipe)
-    params = nnx.state(model, trainable)
+    params = nnx.state(model, tuned(recipe.tune))
     nnx.update(model, checkpoints.restore_params(params))
     checkpoints.close()
     return recipe

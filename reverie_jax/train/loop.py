@@ -26,7 +26,7 @@ from reverie_jax.models.sharding import batch_sharding, make_mesh, place
 from reverie_jax.train.checkpoint import ResumeError, RunCheckpoints
 from reverie_jax.train.metrics import MetricsLog
 from reverie_jax.train.recipes import Recipe
-from reverie_jax.train.step import TrainState, adapt, make_optimizer, make_step, schedule, trainable
+from reverie_jax.train.step import TrainState, adapt, make_optimizer, make_step, schedule, tuned
 
 _log = logging.getLogger(__name__)
 
@@ -69,10 +69,15 @@ def train(
     """
     started = time.perf_counter()
     mesh = mesh or make_mesh()
+    if recipe.template is not None:
+        processor = processor.using(recipe.template)
+    if recipe.aspect is not None:
+        processor = dataclasses.replace(processor, aspect=recipe.aspect)
     found = survey(source, processor, recipe.row, recipe.teach, sharing=recipe.sharing)
+    recipe = dataclasses.replace(recipe, steps=recipe.steps_for(found.rows))
     base = identity(model)
     adapt(model, recipe)
-    graph, params, frozen = nnx.split(model, trainable, ...)  # type: ignore[misc]
+    graph, params, frozen = nnx.split(model, tuned(recipe.tune), ...)  # type: ignore[misc]
     params, frozen = place(params, mesh), place(frozen, mesh)
     optimizer = make_optimizer(recipe)
     with jax.set_mesh(mesh):  # under jit, moments are laid out as the parameters that they belong to

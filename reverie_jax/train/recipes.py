@@ -5,28 +5,37 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import pydantic
 
 from reverie_jax.data.rows import RowShape
 from reverie_jax.data.teaching import Teaching
 from reverie_jax.errors import UserError
+from reverie_jax.models.config import ImageAspect
 from reverie_jax.models.lora import DEFAULT_TARGETS
+
+Tune = Literal["lora", "projector", "full"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """A LoRA run. Adapters and projector are trained; everything else is frozen.
+    """A run: what is tuned, on what, how fast. What is not tuned is frozen.
 
     Attributes:
-        steps: optimizer steps.
-        rows: rows in a batch, over all devices.
+        steps: optimizer steps; 0 for as many as `epochs` take.
+        epochs: passes over the data, where `steps` is 0.
+        rows: rows in a batch, over all devices and micro-batches.
         row: static sizes of a row. With `images=1` a row is one image, so runs of equal steps see equal images.
+        accumulate: micro-batches of a step; `rows` is a multiple.
+        mean: the loss is the mean over all taught tokens of a step, or the mean of the micro-batches' means, as
+            transformers' trainer has it (a token in a micro-batch of few then counts more).
+        tune: adapters and projector, the projector alone, or decoder and projector in full.
         teach: what of each conversation is taught: first answers only, or rationales too, and in which form.
         sharing: an image's conversations as one tree; without, each is computed by itself, as other trainers do.
+        template, aspect: instead of the checkpoint's own.
         rank, alpha, dropout, targets: the adapters (scale alpha / rank).
-        rate: peak learning rate of the adapters.
+        rate: peak learning rate of adapters or decoder.
         projector_rate: peak learning rate of the projector.
         warmup: share of the steps with a rising rate; then cosine to zero.
         clip: largest gradient norm; None for no clipping, as LLaVA's published recipes.
@@ -39,8 +48,14 @@ class Recipe:
     steps: int
     rows: int
     row: RowShape
+    epochs: float = 1.0
+    accumulate: int = 1
+    mean: Literal["tokens", "micro-batches"] = "tokens"
+    tune: Tune = "lora"
     teach: Teaching = Teaching()  # noqa: RUF009
     sharing: bool = True
+    template: str | None = None
+    aspect: ImageAspect | None = None
     rank: int = 16
     alpha: float = 32.0
     dropout: float = 0.05
@@ -53,6 +68,14 @@ class Recipe:
     save_every: int = 100
     keep: int = 2
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.accumulate < 1 or self.rows % self.accumulate:
+            raise ValueError(f"rows={self.rows} cannot be shared out over accumulate={self.accumulate} micro-batches")
+
+    def steps_for(self, rows: int) -> int:
+        """Steps of a run on data that fill so many rows in a pass."""
+        return self.steps or max(1, round(self.epochs * rows / self.rows))
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2)
@@ -75,6 +98,52 @@ _SCENES = Recipe(
     projector_rate=3e-4,
     save_every=100,
 )
+# LLaVA's scripts as published: a conversation a row, 16 a device on 8 devices, each device's mean by itself, no clipping.
+_LLAVA = Recipe(
+    name="llava-1.5-7b-lora",
+    steps=0,
+    rows=128,
+    row=RowShape(tokens=2048, images=1, edges=2048),
+    accumulate=8,
+    mean="micro-batches",
+    teach=Teaching(answers="as-published"),
+    sharing=False,
+    rank=128,
+    alpha=256.0,
+    rate=2e-4,
+    projector_rate=2e-5,
+    clip=None,
+    save_every=500,
+)
+_LLAVA_1_0 = dataclasses.replace(
+    _LLAVA, name="llava-1.0-7b-lora", aspect="square", rank=64, alpha=16.0, rate=2e-5, projector_rate=2e-5
+)
+_FULL = dataclasses.replace(_LLAVA, name="llava-1.5-7b-full", tune="full", rate=2e-5, projector_rate=2e-5)
+_PRETRAIN = dataclasses.replace(
+    _LLAVA,
+    name="llava-1.5-pretrain",
+    rows=256,
+    tune="projector",
+    template="plain",
+    aspect="square",
+    projector_rate=1e-3,
+)
+# The same on trees: about as many conversations a step, every taught token of a step alike.
+_REVERIE = dataclasses.replace(
+    _LLAVA,
+    name="reverie-1.5-7b-lora",
+    rows=8,
+    row=RowShape(tokens=4096, images=8, edges=4096),
+    accumulate=1,
+    mean="tokens",
+    teach=Teaching(),
+    sharing=True,
+)
+
+
+def _named(base: Recipe, *names: str, **changes: Any) -> list[Recipe]:
+    return [dataclasses.replace(base, name=name, **changes) for name in names]
+
 
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
@@ -86,6 +155,14 @@ RECIPES: dict[str, Recipe] = {
             teach=Teaching("responses", answers="as-published"),
             row=RowShape(tokens=192, images=1, edges=96),
         ),
+        *_named(_LLAVA, "llava-1.5-7b-lora", "llava-1.5-13b-lora", "llava-phi3-lora"),
+        _LLAVA_1_0,
+        *_named(_FULL, "llava-1.5-7b-full", "llava-1.5-13b-full", "llava-phi3-full"),
+        *_named(_FULL, "llava-1.0-7b-full", aspect="square"),
+        *_named(_PRETRAIN, "llava-1.5-pretrain", "llava-phi3-pretrain"),
+        *_named(_PRETRAIN, "llava-1.0-pretrain", rows=128, projector_rate=2e-3),
+        *_named(_REVERIE, "reverie-1.5-7b-lora", "reverie-1.5-13b-lora", "reverie-phi3-lora"),
+        *_named(_REVERIE, "reverie-1.0-7b-lora", aspect="square"),
     )
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from reverie_jax.data.rows import Batch
 from reverie_jax.errors import UserError
 from reverie_jax.models import VisionLanguageModel, lora
 from reverie_jax.train.objective import edge_loss
-from reverie_jax.train.recipes import Recipe
+from reverie_jax.train.recipes import Recipe, Tune
 
 
 class TrainState(NamedTuple):
@@ -44,13 +44,25 @@ def trainable(path: tuple[Any, ...], value: Any) -> bool:
     return isinstance(value, nnx.LoRAParam) or (isinstance(value, nnx.Param) and path[0] == "projector")
 
 
+def tuned(tune: Tune) -> Callable[[tuple[Any, ...], Any], bool]:
+    """The filter of what a recipe tunes."""
+    if tune == "lora":
+        return trainable
+    parts = ("projector",) if tune == "projector" else ("projector", "decoder")
+    return lambda path, value: isinstance(value, nnx.Param) and path[0] in parts
+
+
 def adapt(model: VisionLanguageModel, recipe: Recipe) -> None:
     """Fresh adapters as the recipe has them, in place; adapters that the model has already are tuned further.
 
     Raises:
-        UserError: it has some, of another rank or scale than the recipe's.
+        UserError: it has some, of another rank or scale than the recipe's, or that tunes none.
     """
     carriers = list(lora.adapters(model))
+    if recipe.tune != "lora":
+        if carriers:
+            raise UserError(f"recipe {recipe.name} tunes no adapters, and the model has some: merge them first")
+        return
     for path, layer, a, _ in carriers:
         found = a.shape[-1], layer.lora_scale
         if found != (recipe.rank, recipe.alpha / recipe.rank):
@@ -67,7 +79,11 @@ def adapt(model: VisionLanguageModel, recipe: Recipe) -> None:
 
 
 def schedule(peak: float, recipe: Recipe) -> optax.Schedule:
-    """Linear warm-up over ceil(warmup * steps), then cosine to zero, as transformers' `cosine`."""
+    """Linear warm-up over ceil(warmup * steps), then cosine to zero, as transformers' `cosine`.
+
+    Args:
+        recipe: with its steps known.
+    """
     warmup = math.ceil(recipe.warmup * recipe.steps)
     return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(recipe.steps, warmup + 1))
 
@@ -92,14 +108,39 @@ def loss_and_grads(
     frozen: nnx.State,
     batch: Batch,
     key: PRNGKeyArray | None,
+    *,
+    accumulate: int = 1,
+    mean: Literal["tokens", "micro-batches"] = "tokens",
 ) -> tuple[Float[Array, ""], nnx.State]:
-    """Token-weighted mean loss of a batch, and its gradients by the trainable parameters."""
+    """Mean loss of a batch, and its gradients by the trainable parameters.
 
-    def loss_of(params: nnx.State) -> Array:
-        loss = edge_loss(nnx.merge(graph, params, frozen), batch, key=key)
-        return loss.total / jnp.maximum(loss.weight, 1e-6)
+    Args:
+        accumulate: micro-batches, one after the other; row r is in micro-batch r % accumulate, so that each is spread over
+            the devices as the batch is.
+        mean: see `Recipe.mean`.
+    """
 
-    return jax.value_and_grad(loss_of)(params)
+    def total_of(params: nnx.State, part: Batch, key: PRNGKeyArray | None) -> tuple[Array, Array]:
+        loss = edge_loss(nnx.merge(graph, params, frozen), part, key=key)
+        weight = jnp.maximum(loss.weight, 1e-6)
+        return (loss.total, loss.weight) if mean == "tokens" else (loss.total / weight, jnp.ones((), jnp.float32))
+
+    of_part = jax.value_and_grad(total_of, has_aux=True)
+    if accumulate == 1:
+        (total, weight), grads = of_part(params, batch, key)
+    else:
+
+        def add(sums: Any, numbered: tuple[Batch, Array]) -> tuple[Any, None]:
+            part, number = numbered
+            (total, weight), grads = of_part(params, part, None if key is None else jax.random.fold_in(key, number))
+            return jax.tree.map(jnp.add, sums, (total, weight, grads)), None
+
+        split = Batch(*(jnp.moveaxis(x.reshape(len(x) // accumulate, accumulate, *x.shape[1:]), 1, 0) for x in batch))
+        zero = jnp.zeros((), jnp.float32)
+        none = zero, zero, jax.tree.map(jnp.zeros_like, params)
+        (total, weight, grads), _ = jax.lax.scan(add, none, (split, jnp.arange(accumulate, dtype=jnp.uint32)))
+    whole = jnp.maximum(weight, 1e-6)
+    return total / whole, jax.tree.map(lambda g: (g / whole).astype(g.dtype), grads)
 
 
 def make_step(
@@ -111,7 +152,9 @@ def make_step(
     def step(state: TrainState, frozen: nnx.State, batch: Batch) -> tuple[TrainState, StepMetrics]:
         # The key is a function of seed and step alone: a resumed run draws what the uninterrupted one drew.
         key = jax.random.fold_in(jax.random.key(recipe.seed), state.step) if recipe.dropout else None
-        loss, grads = loss_and_grads(graph, state.params, frozen, batch, key)
+        loss, grads = loss_and_grads(
+            graph, state.params, frozen, batch, key, accumulate=recipe.accumulate, mean=recipe.mean
+        )
         with jax.numpy_dtype_promotion("standard"):  # optax raises a Python float to an int32 power
             updates, opt_state = optimizer.update(grads, state.optimizer, state.params)
             params = optax.apply_updates(state.params, updates)

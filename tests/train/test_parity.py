@@ -1,0 +1,125 @@
+"""Fifty LoRA steps against transformers, peft and torch's AdamW: the same data, order, schedule and learning rates."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from peft import PeftModel
+from transformers import LlavaForConditionalGeneration, get_cosine_schedule_with_warmup
+
+from reverie_jax.data.conversation import Tokens
+from reverie_jax.data.rows import Batch, RowShape, element, row, stack
+from reverie_jax.data.tree import grow
+from reverie_jax.models import lora
+from reverie_jax.models.checkpoints import read_model
+from reverie_jax.models.checkpoints.adapters import write_peft
+from reverie_jax.train.recipes import Recipe
+from reverie_jax.train.step import TrainState, adapt, make_optimizer, make_step, trainable
+from tests.models import makers
+from tests.models.oracle import normalised
+
+STEPS, ROWS, PATCHES = 50, 4, 9
+RECIPE = Recipe(
+    name="parity",
+    steps=STEPS,
+    rows=ROWS,
+    row=RowShape(tokens=48, images=1, edges=32),
+    rank=4,
+    alpha=8.0,
+    dropout=0.0,
+    rate=2e-3,
+    projector_rate=2e-4,
+    warmup=0.1,
+    clip=None,
+)
+
+
+def batches(seed: int) -> list[Batch]:
+    """Rows of one conversation each: a picture, a question, an answer that is taught, of many lengths."""
+    random, found = np.random.default_rng(seed), []
+    for _ in range(STEPS):
+        rows = []
+        for _ in range(ROWS):
+            before, asked, said = (int(n) for n in random.integers((1, 2, 3), (4, 9, 20)))
+            words = random.integers(3, makers.WORDS, before + asked + said)
+            ids = np.concatenate([words[:before], np.full(PATCHES, makers.WORDS), words[before:]]).astype(np.int32)
+            weights = np.zeros(len(ids), np.float32)
+            weights[-said:] = 1
+            features = np.full(len(ids), -1, np.int32)
+            features[before : before + PATCHES] = np.arange(PATCHES)
+            pixels = random.integers(0, 256, (1, makers.SIDE, makers.SIDE, 3), dtype=np.uint8)
+            rows.append(row([element(grow([Tokens(ids, weights, features)]), pixels)], RECIPE.row, PATCHES))
+        found.append(stack(rows, ROWS))
+    return found
+
+
+def torch_run(base: Path, adapter: Path, data: list[Batch]) -> tuple[list[float], PeftModel]:
+    """Losses of each step, and the tuned model."""
+    model = PeftModel.from_pretrained(LlavaForConditionalGeneration.from_pretrained(base), adapter, is_trainable=True)
+    projector = [p for name, p in model.named_parameters() if "multi_modal_projector" in name]
+    for parameter in projector:
+        parameter.requires_grad_(True)
+    factors = [p for name, p in model.named_parameters() if "lora_" in name]
+    groups = [{"params": factors, "lr": RECIPE.rate}, {"params": projector, "lr": RECIPE.projector_rate}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(RECIPE.warmup * STEPS), STEPS)
+    losses = []
+    for batch in data:
+        lengths = batch.flat_tokens[:, 0]
+        ids = torch.tensor(batch.tokens, dtype=torch.long)
+        mask = torch.arange(ids.shape[1])[None] < torch.tensor(lengths)[:, None]
+        out = model(input_ids=ids, attention_mask=mask.long(), pixel_values=normalised(batch.pixels)).logits
+        weight = torch.tensor(batch.weight)
+        picked = torch.take_along_dim(out, torch.tensor(batch.source, dtype=torch.long)[..., None], 1)
+        nll = torch.nn.functional.cross_entropy(
+            picked.transpose(1, 2), torch.tensor(batch.target, dtype=torch.long), reduction="none"
+        )
+        loss = (nll * weight).sum() / weight.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        losses.append(float(loss.detach()))
+    return losses, model
+
+
+@pytest.mark.parametrize("kind", makers.KINDS)
+def test_fifty_steps_are_those_of_torch(kind, tmp_path):
+    base = makers.hf_folder(tmp_path / "base", makers.hf(makers.parts(kind)))
+    model, data = read_model(base), batches(3)
+    adapt(model, RECIPE)
+    for name in ("adapter", "tuned"):
+        (tmp_path / name).mkdir()
+    write_peft(model, tmp_path / "adapter", base=str(base), projector=False)
+    wanted, theirs = torch_run(base, tmp_path / "adapter", data)
+
+    graph, params, frozen = nnx.split(model, trainable, ...)
+    optimizer = make_optimizer(RECIPE)
+    step = make_step(graph, optimizer, RECIPE)
+    state = TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+    losses = []
+    for batch in data:
+        state, metrics = step(state, frozen, Batch(*map(jnp.asarray, batch)))
+        losses.append(float(metrics.loss))
+    assert np.ptp(wanted) > 0.1  # something was learnt
+    np.testing.assert_allclose(losses, wanted, rtol=1e-3)
+
+    nnx.update(model, jax.tree.map(jnp.copy, state.params))
+    write_peft(model, tmp_path / "tuned", base=str(base), projector=True)
+    from safetensors.numpy import load_file
+
+    ours = load_file(tmp_path / "tuned" / "adapter_model.safetensors")
+    found = {name.replace(".default", ""): p.detach().numpy() for name, p in theirs.named_parameters()}
+    factors = [name for name in ours if "lora_" in name]
+    assert len(factors) == 2 * 2 * len(makers.LEAVES[kind])
+    assert len(list(lora.adapters(model))) == len(makers.LEAVES[kind])
+    for name in factors:
+        error = np.linalg.norm(ours[name] - found[name]) / np.linalg.norm(found[name])
+        assert error <= 1e-3, (name, error)

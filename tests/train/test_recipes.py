@@ -1,0 +1,138 @@
+"""What recipes tune, how they take a mean over micro-batches, and how long they run."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from reverie_jax.data.pipeline import survey, training_batches
+from reverie_jax.data.rows import Batch
+from reverie_jax.errors import UserError
+from reverie_jax.models import lora
+from reverie_jax.train import recipes
+from reverie_jax.train.checkpoint import load_run
+from reverie_jax.train.loop import train
+from reverie_jax.train.metrics import read_metrics
+from reverie_jax.train.step import adapt, loss_and_grads, trainable
+from tests.train import tiny
+
+
+@functools.cache
+def whole_batch() -> Batch:
+    recipe = tiny.recipe(rows=6)
+    records = tiny.records()
+    data = training_batches(records, tiny.processor(), recipe.row, rows=6, teaching=recipe.teach, seed=0)
+    iterator = iter(data)
+    batch = Batch(*map(jnp.asarray, next(iterator)))
+    iterator.close()
+    return batch
+
+
+@functools.cache
+def split():
+    model = tiny.model()
+    adapt(model, tiny.recipe(dropout=0.0))
+    for _, _, _, b in lora.adapters(model):  # B is zero at first, and A's gradient with it
+        b.set_value(jax.random.normal(jax.random.key(1), b.shape) * 0.1)
+    return nnx.split(model, trainable, ...)
+
+
+jitted = jax.jit(loss_and_grads, static_argnums=0, static_argnames=("accumulate", "mean"))
+
+
+def losses(batch: Batch, accumulate: int, mean: str):
+    return jitted(*split(), batch, None, accumulate=accumulate, mean=mean)
+
+
+def close(one, other) -> None:
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        scale = float(jnp.linalg.norm(b.ravel()))
+        assert float(jnp.linalg.norm((a - b).ravel())) <= 1e-5 * max(scale, 1e-3)
+
+
+@pytest.mark.parametrize("accumulate", [2, 3, 6])
+def test_a_mean_over_tokens_does_not_see_micro_batches(accumulate):
+    whole, parts = losses(whole_batch(), 1, "tokens"), losses(whole_batch(), accumulate, "tokens")
+    assert float(parts[0]) == pytest.approx(float(whole[0]), rel=1e-5)
+    close(parts[1], whole[1])
+
+
+def test_a_mean_of_means_is_that_of_the_micro_batches_alone():
+    batch = whole_batch()
+    found = losses(batch, 3, "micro-batches")
+    alone = [losses(Batch(*(x[part::3] for x in batch)), 1, "tokens") for part in range(3)]
+    assert float(found[0]) == pytest.approx(np.mean([float(loss) for loss, _ in alone]), rel=1e-5)
+    close(found[1], jax.tree.map(lambda *grads: sum(grads) / 3, *(grads for _, grads in alone)))
+    assert abs(float(found[0]) - float(losses(batch, 1, "tokens")[0])) > 1e-6  # rows of unequal lengths
+
+
+def moved(before, model) -> set[str]:
+    after = dict(tiny.flat(model))
+    return {path.split(".")[0] for path in before if not np.array_equal(before[path], after[path])}
+
+
+@pytest.mark.parametrize(("tune", "parts"), [("projector", {"projector"}), ("full", {"projector", "decoder"})])
+def test_what_is_tuned_moves_and_comes_back(tmp_path, tune, parts):
+    model, recipe = tiny.model(), tiny.recipe(steps=3, tune=tune)
+    before = dict(tiny.flat(model))
+    train(model, tiny.processor(), tiny.records(), recipe, tmp_path)
+    assert moved(before, model) == parts
+    assert not list(lora.adapters(model))
+    again = tiny.model()
+    assert load_run(again, tmp_path) == recipe
+    assert all(np.array_equal(a, b) for (_, a), (_, b) in zip(tiny.flat(again), tiny.flat(model), strict=True))
+
+
+def test_adapters_are_not_passed_over_by_a_recipe_that_tunes_none():
+    model = tiny.model()
+    adapt(model, tiny.recipe())
+    with pytest.raises(UserError, match="merge them first"):
+        adapt(model, tiny.recipe(tune="full"))
+
+
+def test_epochs_are_as_many_steps_as_they_fill(tmp_path):
+    recipe = tiny.recipe(steps=0, epochs=2.0)
+    rows = survey(tiny.records(), tiny.processor(), recipe.row, recipe.teach).rows
+    assert rows > 3
+    result = train(tiny.model(), tiny.processor(), tiny.records(), recipe, tmp_path)
+    assert result.steps == round(2 * rows / recipe.rows) == len(read_metrics(tmp_path))
+
+
+def test_rows_must_share_out():
+    with pytest.raises(ValueError, match="accumulate=3"):
+        tiny.recipe(accumulate=3)
+    with pytest.raises(UserError, match="accumulate"):
+        recipes.override(recipes.recipe("scenes-rationales"), ["accumulate=3"])
+
+
+# (rank, alpha, rate, projector's rate, rows, aspect) of LLaVA's scripts.
+PUBLISHED = {
+    "llava-1.0-7b-lora": (64, 16, 2e-5, 2e-5, 128, "square"),
+    "llava-1.5-7b-lora": (128, 256, 2e-4, 2e-5, 128, None),
+    "llava-1.5-13b-lora": (128, 256, 2e-4, 2e-5, 128, None),
+    "llava-phi3-lora": (128, 256, 2e-4, 2e-5, 128, None),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_recipes(name):
+    found = recipes.recipe(name)
+    wanted = (found.rank, found.alpha, found.rate, found.projector_rate, found.rows, found.aspect)
+    assert wanted == PUBLISHED[name]
+    assert (found.dropout, found.warmup, found.clip, found.weight_decay, found.epochs) == (0.05, 0.03, None, 0, 1)
+    assert (found.mean, found.rows // found.accumulate, found.sharing) == ("micro-batches", 16, False)
+
+
+@pytest.mark.parametrize("name", recipes.RECIPES)
+def test_recipes_survive_their_own_words(name):
+    recipe = recipes.recipe(name)
+    assert recipe.name == name
+    assert recipes.Recipe.from_json(recipe.to_json()) == recipe
+    assert dataclasses.asdict(recipes.override(recipe, ["seed=7"]))["seed"] == 7
+    assert recipe.steps_for(1000) > 0
