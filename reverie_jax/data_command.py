@@ -142,6 +142,8 @@ def stats(args: options.Stats) -> None:
 
 def leak(args: options.Leak) -> None:
     threads = os.cpu_count() or 1
+    if args.distance < 0:
+        raise UserError(f"--distance {args.distance}: must not be negative")
     if args.offenders is not None:
         _writable(args.offenders)
     against = leaks.evaluation(args.against, threads)

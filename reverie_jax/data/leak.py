@@ -17,8 +17,8 @@ from reverie_jax.data.files import Rows
 from reverie_jax.data.images import BrokenImage, decode
 from reverie_jax.errors import DataError
 
-COLOURS = 24
-"""Mean difference of the colours (of 255) of two pictures that look alike."""
+COLOURS, PLAIN = 24, 12
+"""Mean difference of the colours (of 255) of two plain pictures that look alike, and spread of what is plain."""
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
 _COCO = re.compile(r"(?:^|_)(\d{12})$")
 
@@ -142,7 +142,8 @@ def find(pictures: Iterable[tuple[str, bytes]], against: Evaluation, *, distance
             bits = distances(own.bits, hashes)
             for place in np.flatnonzero(bits <= distance):
                 other = seen[names[place]]
-                if np.abs(own.colours - other.colours).mean() <= COLOURS:
+                plain = min(_spread(own), _spread(other)) < PLAIN
+                if not plain or np.abs(own.colours - other.colours).mean() <= COLOURS:
                     near[names[place]] = int(bits[place])
         same = by_name.get(known_as(name), [])
         found = [Leak(name, other, "name and look" if other in same else "look", bits) for other, bits in near.items()]
@@ -159,6 +160,11 @@ def find(pictures: Iterable[tuple[str, bytes]], against: Evaluation, *, distance
                 yield from waiting.pop(0).result()
         for future in waiting:
             yield from future.result()
+
+
+def _spread(one: Look) -> float:
+    """How much the colours differ from place to place."""
+    return float(one.colours.std((0, 1)).mean())
 
 
 def distances(one: int, hashes: UInt64[np.ndarray, "n"]) -> np.ndarray:

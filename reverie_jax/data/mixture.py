@@ -115,7 +115,6 @@ class Mixture:
             store.unlink(missing_ok=True)
         self._lock = threading.Lock()
         self._db = sqlite3.connect(store or "", check_same_thread=False, isolation_level=None)
-        self._folders: list[Pictures] = []
         try:
             self._db.executescript(_SCHEMA)
             self._db.execute("BEGIN")

@@ -22,6 +22,7 @@ from reverie_jax.errors import DataError, UserError
 
 _TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
 NAME, VERSION = "reflective_records", "1.0.0"
+ASIDE = "old"
 SHARD = 1024
 """Records of a shard file."""
 
@@ -114,9 +115,11 @@ def building(folder: Path) -> Iterator[Path]:
             mine = False
         if not mine:
             raise DataError(f"{folder}: another run is building it; wait for it or stop it")
+        _put_back(folder, hidden)
         try:
             yield hidden
         except BaseException:
+            _put_back(folder, hidden)
             for path in hidden.iterdir():
                 if path.is_dir():
                     shutil.rmtree(path, ignore_errors=True)
@@ -201,9 +204,16 @@ def _write_records(
     home = folder / NAME / VERSION
     home.parent.mkdir(parents=True, exist_ok=True)
     if home.exists():
-        home.rename(hidden / uuid.uuid4().hex)
+        home.rename(hidden / ASIDE)
     whole.rename(home)
     return home
+
+
+def _put_back(folder: Path, hidden: Path) -> None:
+    """Old records that were set aside for new ones that then did not come."""
+    home, aside = folder / NAME / VERSION, hidden / ASIDE
+    if aside.exists() and not home.exists():
+        os.replace(aside, home)
 
 
 def _also(file: Path, name: Path) -> None:

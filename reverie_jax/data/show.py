@@ -106,10 +106,17 @@ def _words(pieces: list[str], tokenizer: Any) -> str:
     """Pieces as they stand in the text, white space in front included, which `decode` would drop."""
     if not pieces:
         return ""
-    text = tokenizer.convert_tokens_to_string(pieces)
-    if "\ufffd" in text:  # the tree parts within a letter of several bytes
-        return f"⟨{' '.join(pieces)}⟩"
-    return f" {text}" if pieces[0][:1] in ("▁", "Ġ") and not text.startswith(" ") else text
+    # Where the tree parts within a letter of several bytes, neither half can be read.
+    first, past = 0, len(pieces)
+    while first < past and tokenizer.convert_tokens_to_string(pieces[first:past]).endswith("\ufffd"):
+        past -= 1
+    while first < past and tokenizer.convert_tokens_to_string(pieces[first:past]).startswith("\ufffd"):
+        first += 1
+    text = tokenizer.convert_tokens_to_string(pieces[first:past]) if first < past else ""
+    if first < past and pieces[first][:1] in ("▁", "Ġ") and not text.startswith(" "):
+        text = f" {text}"
+    halves = [f"⟨{' '.join(part)}⟩" if part else "" for part in (pieces[:first], pieces[past:])]
+    return halves[0] + text + halves[1]
 
 
 def write(page: Path, records: Iterable[ImageRecord], processor: Processor, teaching: Teaching, title: str) -> int:

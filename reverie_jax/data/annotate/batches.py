@@ -11,7 +11,6 @@ import collections
 import contextlib
 import dataclasses
 import signal
-import tempfile
 import uuid
 from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
@@ -21,6 +20,7 @@ import tenacity
 
 from reverie_jax.data.annotate.interface import (
     AnnotationError,
+    Batch,
     BatchProvider,
     NoAccess,
     Provider,
@@ -65,6 +65,7 @@ class _Run:
         self.waiting = collections.deque(self.askings.values())
         self.unhappy: dict[str, collections.Counter[type]] = collections.defaultdict(collections.Counter)
         self.open: list[_Open] = []
+        self._failures = 0
         self.providers: dict[tuple[str, str], BatchProvider] = {}
         for key, provider in providers.items():
             if not isinstance(provider, BatchProvider):
@@ -78,9 +79,15 @@ class _Run:
             TryAgain, NoAccess, Refused: in the end.
         """
         limits = self.limits
+        grow = tenacity.wait_random_exponential(multiplier=limits.backoff, max=limits.longest)
+
+        def wait(state: tenacity.RetryCallState) -> float:
+            error = state.outcome.exception() if state.outcome else None
+            return max(grow(state), getattr(error, "after", None) or 0.0)
+
         retrying = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception_type(TryAgain),
-            wait=tenacity.wait_random_exponential(multiplier=limits.backoff, max=limits.longest),
+            wait=wait,
             stop=lambda state: state.attempt_number > limits.retries or self.stop.is_set(),
             sleep=self.gate.sleep,
             reraise=True,
@@ -92,6 +99,8 @@ class _Run:
         for label, kind, model, name in self.journal.batches():
             provider, items = self.providers.get((kind, model)), self.journal.in_batch(label)
             if provider is None or not items.keys() & self.askings.keys():
+                for _, stage in items.values():
+                    self.gate.reserve(stage, always=True)
                 continue  # another step's, which will collect it
             if name is None:  # killed while it was handed over
                 name = await self.patiently(provider.find, label)
@@ -110,13 +119,17 @@ class _Run:
         for key, provider in self.providers.items():
             while not self.stop.is_set():
                 chosen: list[Asking] = []
-                with tempfile.TemporaryDirectory() as place:
-                    file = Path(place) / "requests.jsonl"
+                file = self.journal.path.with_name(f".{self.journal.path.name}.requests.jsonl")
+                try:
                     with file.open("w", encoding="utf-8") as lines:
                         self._write(lines, provider, key, chosen)
                     if not chosen:
                         break
                     await self._hand_over(file, provider, key, chosen)
+                except OSError as error:
+                    raise UserError(f"{file}: cannot be written ({error.strerror})") from None
+                finally:
+                    file.unlink(missing_ok=True)
 
     def _write(self, lines: Any, provider: BatchProvider, key: tuple[str, str], chosen: list[Asking]) -> None:
         later: list[Asking] = []
@@ -148,42 +161,61 @@ class _Run:
         self.journal.batch_begins(label, *key, (asking.item for asking in chosen))
         try:
             # Not patiently: a second try could make a second batch, where the first one's answer was lost on the way.
-            try:
-                name = await provider.submit(file, label)
-            except TryAgain:
-                name = await self.patiently(provider.find, label)
-                if name is None:
-                    raise
+            name = await provider.submit(file, label)
+        except TryAgain as error:
+            # Where not even this can be had, the batch stays open under its label: the next run looks for it.
+            found = await self.patiently(provider.find, label)
+            if found is None:
+                self._not_handed_over(label, chosen, error)
+                self._failures += 1
+                longest, wait = self.limits.longest, self.limits.backoff * 2**self._failures
+                await self.gate.sleep(max(min(longest, wait), error.after or 0.0))
+                return
+            name = found
         except AnnotationError as error:
-            self.journal.batch_ended(label, str(error))
-            for asking in chosen:
-                self.gate.leave(asking.item.stage, None)
-                self._unhappy(asking, error)
+            self._not_handed_over(label, chosen, error)
             if isinstance(error, NoAccess):
                 raise
-            await self.gate.sleep(min(self.limits.longest, self.limits.backoff * 2))
             return
+        self._failures = 0
         self.journal.batch_named(label, name)
         self.open.append(_Open(label, provider, name, self.journal.in_batch(label)))
+
+    def _not_handed_over(self, label: str, chosen: list[Asking], error: AnnotationError) -> None:
+        self.journal.batch_ended(label, str(error))
+        for asking in chosen:
+            self.gate.leave(asking.item.stage, None)
+            self._unhappy(asking, error)
+
+    async def _results(self, batch: _Open) -> tuple[Batch, list[tuple[str, Reply | AnnotationError]]]:
+        """How a batch stands, and its results where it has ended."""
+        try:
+            found = await self.patiently(batch.provider.look, batch.name)
+            return found, await self.patiently(batch.provider.results, found) if found.ended else []
+        except NoAccess as error:
+            if " 404" not in str(error):
+                raise
+            return Batch(True, "the provider has the batch no more"), []
 
     async def collect(self) -> None:
         """Takes in the results of the batches that have ended."""
         for batch in list(self.open):
-            found = await self.patiently(batch.provider.look, batch.name)
+            found, results = await self._results(batch)
             if not found.ended:
                 continue
-            results = await self.patiently(batch.provider.results, found)
             refused: NoAccess | None = None
             for key, result in results:
-                if key in batch.items:  # a line that is there twice counts once
+                if key in batch.items and key in self.askings:  # a line that is there twice counts once
                     attempt, stage = batch.items.pop(key)
                     self._take(key, attempt, stage, result)
                     refused = result if isinstance(result, NoAccess) else refused
-            reason = found.reason or "the batch has no result for it"
-            self.journal.batch_ended(batch.label, reason)
-            for key, (_, stage) in batch.items.items():
+            for _, stage in batch.items.values():
                 self.gate.leave(stage, None)
-                if key in self.askings:
+            # What this run does not want, another may: it is left where it is.
+            if not {key for key, _ in results} & batch.items.keys():
+                reason = found.reason or "the batch has no result for it"
+                self.journal.batch_ended(batch.label, reason)
+                for key in batch.items.keys() & self.askings.keys():
                     self._unhappy(self.askings[key], TryAgain(reason))
             self.open.remove(batch)
             self.tell(self.outcome, self.gate)
@@ -191,19 +223,17 @@ class _Run:
                 raise refused
 
     def _take(self, key: str, attempt: int, stage: str, result: Reply | AnnotationError) -> None:
-        asking, journal, gate = self.askings.get(key), self.journal, self.gate
+        asking, journal = self.askings[key], self.journal
         reply = result if isinstance(result, Reply) else getattr(result, "reply", None)
         error = result if isinstance(result, AnnotationError) else None
         if reply is not None:
             reply = dataclasses.replace(reply, text=reply.text.encode("utf-8", "replace").decode("utf-8"))
-        if error is None and asking is None:
-            error = Refused("nobody asks for it any more", reply)
-        if error is None and asking is not None and reply is not None:
             try:
-                asking.read(reply.text)
+                if error is None:
+                    asking.read(reply.text)
             except Refused as problem:
                 error = problem
-        price = gate.leave(stage, reply)
+        price = self.gate.leave(stage, reply)
         if error is None:
             journal.done(attempt, "usable", reply, price=price)
             self.outcome.usable += 1
@@ -211,8 +241,7 @@ class _Run:
             return
         state = "unusable" if isinstance(error, Refused) else "failed"
         journal.done(attempt, state, reply, price=price, reason=str(error))
-        if asking is not None:
-            self._unhappy(asking, error)
+        self._unhappy(asking, error)
 
     def _unhappy(self, asking: Asking, error: AnnotationError) -> None:
         """Puts an item back, or gives it up."""
@@ -228,18 +257,23 @@ class _Run:
     async def all(self) -> Outcome:
         try:
             await self.adopt()
+            adopted = bool(self.open)  # those may have ended long ago
             while not self.stop.is_set():
                 await self.submit()
                 self.tell(self.outcome, self.gate)
                 if not self.open:
                     break
-                await self.gate.sleep(self.limits.poll)
+                if not adopted:
+                    await self.gate.sleep(self.limits.poll)
+                adopted = False
                 if not self.stop.is_set():
                     await self.collect()
         except NoAccess as error:
             raise UserError(str(error)) from None
-        except TryAgain as error:
+        except (TryAgain, Refused) as error:
             self.outcome.stopped = f"{error}; the batches under way are kept, run again to collect them"
+        except asyncio.CancelledError:
+            self.stop.set()
         finally:
             for provider in self.providers.values():
                 await provider.close()
@@ -247,7 +281,7 @@ class _Run:
             count = sum(len(batch.items) for batch in self.open)
             self.outcome.stopped = f"interrupted; {count} requests are under way, run again to collect them"
         elif self.waiting and not self.outcome.stopped:
-            self.outcome.stopped = self.gate.stopped
+            self.outcome.stopped = self.gate.stopped or "the budget has no room beside what is under way"
         return self.outcome
 
 
@@ -269,9 +303,16 @@ def run(
     async def main() -> Outcome:
         one = _Run(askings, providers(), journal, limits, tell)
         loop = asyncio.get_running_loop()
+        task = asyncio.ensure_future(one.all())
+
+        def interrupt() -> None:
+            if one.stop.is_set():  # twice: whoever waits, waits no longer
+                task.cancel()
+            one.stop.set()
+
         for number in (signal.SIGINT, signal.SIGTERM):
             with contextlib.suppress(NotImplementedError, ValueError, RuntimeError):
-                loop.add_signal_handler(number, one.stop.set)
-        return await one.all()
+                loop.add_signal_handler(number, interrupt)
+        return await task
 
     return asyncio.run(main())

@@ -120,7 +120,8 @@ class Journal:
             version = self._db.execute("PRAGMA user_version").fetchone()[0]
             if version not in (0, 1, 2):
                 raise UserError(f"{path}: written by a newer version of reverie-jax")
-            if version == 1:
+            columns = {row[1] for row in self._db.execute("PRAGMA table_info(attempts)")}
+            if columns and "batch" not in columns:  # version 1
                 self._db.execute("ALTER TABLE attempts ADD COLUMN batch TEXT")
             self._db.executescript(_SCHEMA)
             if (found := self._db.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
@@ -169,7 +170,15 @@ class Journal:
         self._db.execute(
             "UPDATE attempts SET state = ?, reason = ?, reply = ?, tokens_in = ?, tokens_out = ?, version = ?, price = ?,"
             " seconds = ? - started WHERE id = ?",
-            (state, reason, reply_text, *tokens, price, time.time(), attempt),
+            (
+                state,
+                reason.encode("utf-8", "replace").decode("utf-8"),
+                reply_text,
+                *tokens,
+                price,
+                time.time(),
+                attempt,
+            ),
         )
 
     def usable(self, item: Item) -> str | None:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from reverie_jax.data.annotate.interface import Provider
+from reverie_jax.data.annotate.interface import AnnotationError, Provider, Reply, TryAgain
 from reverie_jax.errors import UserError
 
 
@@ -116,6 +116,21 @@ def seconds(header: str | None) -> float | None:
         return max(0.0, email.utils.parsedate_to_datetime(header).timestamp() - time.time())
     except (ValueError, TypeError, OverflowError):
         return None
+
+
+def read_lines(
+    content: bytes, read: Callable[[bytes], tuple[str, Reply | AnnotationError] | None]
+) -> list[tuple[str, Reply | AnnotationError]]:
+    """A batch's results, line by line; lines that make no sense are passed over.
+
+    Raises:
+        TryAgain: not one does: it is no file of results.
+    """
+    lines = [line for line in content.split(b"\n") if line.strip()]
+    found = [one for line in lines if (one := read(line)) is not None]
+    if lines and not found:
+        raise TryAgain("the service's results make no sense")
+    return found
 
 
 def _gemini(model: str, url: str | None, settings: Settings, environment: Mapping[str, str]) -> Provider:

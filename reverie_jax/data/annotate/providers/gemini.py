@@ -15,7 +15,7 @@ from google.genai import errors, types
 
 from reverie_jax.data.annotate.interface import AnnotationError, Batch, Reply, Request, TryAgain
 from reverie_jax.data.annotate.pictures import as_sent
-from reverie_jax.data.annotate.providers import TRANSFER, Settings, hide, seconds
+from reverie_jax.data.annotate.providers import TRANSFER, Settings, hide, read_lines, seconds
 from reverie_jax.data.annotate.providers.google_replies import reply, status
 
 _WIRES = {"httpx", "httpx2", "httpcore", "aiohttp", "anyio", "ssl"}
@@ -99,10 +99,15 @@ class Gemini:
 
     async def find(self, label: str) -> str | None:
         async with self._faults(self._settings.timeout):
-            async for batch in await self._client.batches.list(config=types.ListBatchJobsConfig(page_size=100)):
-                if batch.display_name == label:
-                    return batch.name
-        return None
+            pages = await self._client.batches.list(config=types.ListBatchJobsConfig(page_size=100))
+            while True:  # page by page: the SDK's own iteration ends with an error behind two empty ones
+                for batch in pages.page:
+                    if batch.display_name == label:
+                        return batch.name
+                try:
+                    await pages.next_page()
+                except IndexError:
+                    return None
 
     async def look(self, name: str) -> Batch:
         async with self._faults(self._settings.timeout):
@@ -119,17 +124,18 @@ class Gemini:
         for file in batch.results:
             async with self._faults(TRANSFER):
                 content = await self._client.files.download(file=file)
-            lines = content.decode("utf-8", "replace").splitlines()
-            found += [one for line in lines if (one := self._result(line)) is not None]
+            found += read_lines(content, self._result)
         return found
 
-    def _result(self, line: str) -> tuple[str, Reply | AnnotationError] | None:
+    def _result(self, line: bytes) -> tuple[str, Reply | AnnotationError] | None:
         try:
             row = json.loads(line)
             key = row["key"]
+            if not isinstance(key, str):
+                return None
             if "response" in row:
-                known = {name: value for name, value in row["response"].items() if value is not None}
-                return key, reply(types.GenerateContentResponse.model_validate(known))
+                made = types.GenerateContentResponse._from_response(response=row["response"], kwargs={})
+                return key, reply(made)
             said = row.get("error") or row.get("status") or {}
             code = _HTTP.get(int(said["code"]), int(said["code"])) if "code" in said else None
             return key, status(code, str(said.get("message")), None, f"gemini:{self.model}", self._key)

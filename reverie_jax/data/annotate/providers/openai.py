@@ -23,7 +23,7 @@ from reverie_jax.data.annotate.interface import (
     TryAgain,
 )
 from reverie_jax.data.annotate.pictures import as_sent
-from reverie_jax.data.annotate.providers import TRANSFER, Settings, hide, seconds
+from reverie_jax.data.annotate.providers import TRANSFER, Settings, hide, read_lines, seconds
 
 
 class OpenAI:
@@ -77,7 +77,7 @@ class OpenAI:
         except openai.APIStatusError as error:
             after = seconds(error.response.headers.get("retry-after"))
             raise self._status(error.status_code, error.message, error.code, after) from None
-        except (openai.OpenAIError, ValueError) as error:  # a reply that is no completion
+        except (openai.OpenAIError, ValueError, AttributeError) as error:  # a reply of another kind, as a web page
             raise TryAgain(hide(f"the service's reply makes no sense ({error})", self._key)) from None
 
     # Batches.
@@ -97,7 +97,7 @@ class OpenAI:
                 completion_window="24h",
                 metadata={"label": label},
             )
-        return made.id
+            return made.id
 
     async def find(self, label: str) -> str | None:
         async with self._faults(self._settings.timeout):
@@ -109,28 +109,32 @@ class OpenAI:
     async def look(self, name: str) -> Batch:
         async with self._faults(self._settings.timeout):
             found = await self._client.batches.retrieve(name)
-        errors = (found.errors.data or []) if found.errors else []
-        reason = "" if found.status == "completed" else f"the batch is {found.status}"
-        if errors and errors[0].message:
-            reason = hide(f"{reason}: {errors[0].message}", self._key)
-        files = tuple(file for file in (found.output_file_id, found.error_file_id) if file)
-        return Batch(found.status in ("completed", "failed", "expired", "cancelled"), reason, files)
+            errors = (found.errors.data or []) if found.errors else []
+            reason = "" if found.status == "completed" else f"the batch is {found.status}"
+            if errors and errors[0].message:
+                reason = hide(f"{reason}: {errors[0].message}", self._key)
+            files = tuple(file for file in (found.output_file_id, found.error_file_id) if file)
+            return Batch(found.status in ("completed", "failed", "expired", "cancelled"), reason, files)
 
     async def results(self, batch: Batch) -> list[tuple[str, Reply | AnnotationError]]:
         found: list[tuple[str, Reply | AnnotationError]] = []
         for file in batch.results:
             async with self._faults(TRANSFER):
                 content = await self._client.files.content(file, timeout=TRANSFER)
-            found += [one for line in content.text.splitlines() if (one := self._result(line)) is not None]
+            found += read_lines(content.content, self._result)
         return found
 
-    def _result(self, line: str) -> tuple[str, Reply | AnnotationError] | None:
+    def _result(self, line: bytes) -> tuple[str, Reply | AnnotationError] | None:
         try:
             row = json.loads(line)
             key, answer, error = row["custom_id"], row.get("response") or {}, row.get("error") or {}
+            if not isinstance(key, str):
+                return None
             code, body = answer.get("status_code"), answer.get("body") or {}
             if code == 200:
-                return key, self._reply(ChatCompletion.model_validate(body))
+                return key, self._reply(ChatCompletion.construct(**body))
+            if not answer:  # the batch expired before its turn came
+                return key, TryAgain(hide(f"{error.get('code')}: {error.get('message')}", self._key))
             said = body.get("error") or error
             return key, self._status(code or 500, str(said.get("message")), said.get("code"), None)
         except AnnotationError as problem:
