@@ -78,13 +78,22 @@ def build(args: options.Build) -> None:
     parts, reading, jobs = parts_of(args.sources, args.mixture), Reading(), args.jobs or os.cpu_count() or 1
     if not parts:
         raise UserError("name at least one annotation file, as FILE=FOLDER")
+    if args.longest_side is not None and args.longest_side < 1:
+        raise UserError(f"--longest-side {args.longest_side}: must be at least 1")
     if jobs < 1:
         raise UserError(f"--jobs {jobs}: must be at least 1")
     console = Console(stderr=True)
     bar = Progress(*Progress.get_default_columns(), console=console, transient=True, disable=not console.is_terminal)
     with bar, building(args.out) as hidden:
         rows, store = bar.add_task("conversations read", total=None), hidden / "rows.sqlite"
-        with mixture(parts, reading, store, seed=args.seed, told=lambda n: bar.update(rows, completed=n)) as found:
+        with mixture(
+            parts,
+            reading,
+            store,
+            seed=args.seed,
+            side=args.longest_side,
+            told=lambda n: bar.update(rows, completed=n),
+        ) as found:
             say(reading.notes)
             written = bar.add_task("images written", total=len(found))
             folder = write_records(

@@ -28,6 +28,8 @@ class Build:
     """JSON list of further sources: {"file", "pictures", "cap", "weight", "filtered", "splits"}; all but "file" optional."""
     seed: int = 0
     """Decides which conversations a cap keeps."""
+    longest_side: int | None = None
+    """Scale larger pictures down to this, as JPEG; by default every picture stays as it is, byte for byte."""
     jobs: int | None = None
     """Threads that read pictures and write; one a core by default."""
 

@@ -77,6 +77,21 @@ def preprocess(image: Image.Image, size: int, *, pad: bool = True) -> UInt8[np.n
     return np.asarray(image.crop((left, top, left + size, top + size)), np.uint8)
 
 
+def within(encoded: bytes, name: str, side: int) -> bytes:
+    """The picture as it is where no side is longer; else scaled down to it, as a JPEG of quality 95.
+
+    Raises:
+        BrokenImage: the bytes are no picture.
+    """
+    image = decode(encoded, name)
+    if max(image.size) <= side:
+        return encoded
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, format="JPEG", quality=95, subsampling=0)
+    return buffer.getvalue()
+
+
 def thumbnail(encoded: bytes, name: str, side: int) -> str:
     """A small JPEG of a picture as a data address, for pages.
 

@@ -18,6 +18,7 @@ import pydantic
 
 from reverie_jax.data import sources
 from reverie_jax.data.conversation import Conversation, ImageRecord
+from reverie_jax.data.images import within
 from reverie_jax.data.sources import Pictures, Reading, Talk, opened
 from reverie_jax.data.sources.rows import content_name
 from reverie_jax.errors import DataError, UserError
@@ -97,6 +98,7 @@ class Mixture:
         parts: (talk, folder of its pictures, cap, weight) of each file.
         store: database file; in memory or a temporary file by default.
         seed: for caps.
+        side: pictures with a longer one are scaled down; all stay as they are by default.
         told: gets the number of rows read so far, now and then.
 
     Raises:
@@ -109,8 +111,10 @@ class Mixture:
         store: Path | None = None,
         *,
         seed: int = 0,
+        side: int | None = None,
         told: Callable[[int], object] = lambda count: None,
     ):
+        self._side = side
         if store is not None:
             store.unlink(missing_ok=True)
         self._lock = threading.Lock()
@@ -228,11 +232,13 @@ class Mixture:
                 raise DataError(f"{row.file}: cannot be read ({error.strerror})") from None
         else:
             encoded = b""
+        if encoded and self._side is not None:
+            encoded = within(encoded, row.id, self._side)
         return ImageRecord.from_parts(row.id, encoded, row.talks)
 
     def digest(self, start: int, stop: int) -> str:
         """A name for the content of these records: their pictures' files by place, size and time, and all that is said."""
-        found = hashlib.blake2b(digest_size=16)
+        found = hashlib.blake2b(str(self._side).encode(), digest_size=16)
         for index in range(start, stop):
             row = self._row(index)
             found.update(repr((row.id, row.file, row.stat, content_name(row.encoded), row.talks)).encode())
@@ -245,6 +251,7 @@ def mixture(
     store: Path | None = None,
     *,
     seed: int = 0,
+    side: int | None = None,
     told: Callable[[int], object] = lambda count: None,
 ) -> Mixture:
     """The records of a mixture's files.
@@ -268,6 +275,7 @@ def mixture(
         [(read(part), folder, part.cap, part.weight) for part, folder in zip(parts, folders, strict=True)],
         store,
         seed=seed,
+        side=side,
         told=told,
     )
 

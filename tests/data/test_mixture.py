@@ -862,3 +862,15 @@ def test_names_of_no_file_are_refused_in_one_line(tmp_path, pictures, name):
     with pytest.raises(DataError) as error:
         records(path)
     one_line(error, pictures)
+
+
+def test_larger_pictures_are_scaled_down_on_request_alone(tmp_path, pictures):
+    large = Image.new("RGB", (80, 40), (200, 30, 30))
+    large.save(pictures / "large.png")
+    path = written(tmp_path / "a.json", [row("large.png"), row("a.png")])
+    parts = [Part(file=path, pictures=pictures)]
+    with mixture(parts, Reading()) as whole, mixture(parts, Reading(), side=20) as small:
+        assert [one.image for one in whole] == [(pictures / name).read_bytes() for name in ("large.png", "a.png")]
+        assert Image.open(io.BytesIO(small[0].image)).size == (20, 10)
+        assert small[1].image == whole[1].image
+        assert small.digest(0, 2) != whole.digest(0, 2)

@@ -53,42 +53,13 @@ pytest.importorskip("google.genai")
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Inheritance class:DeprecationWarning"),
     pytest.mark.usefixtures("keys"),
+    pytest.mark.slow,  # a minute of two cores; `make test-slow`
 ]
 KINDS = ("openai", "gemini")
 PROVIDERS = pytest.mark.parametrize("provider", KINDS)
 STAGES = ("questions", "rationales", "judge")
 QUICK = Limits(batch=True, poll=0.01, backoff=0.001, longest=0.005)
 KEYS = {"openai": "OPENAI_API_KEY", "gemini": "GEMINI_API_KEY"}
-
-
-def bug(reason: str) -> pytest.MarkDecorator:
-    """A test that shows what is wrong."""
-    return pytest.mark.filterwarnings("default")  # was an xfail: now mended
-
-
-WRITTEN_OFF = bug("a batch whose name was lost is written off where `find` fails too, and all of it is paid for twice")
-SPLIT = bug(
-    "`splitlines` tears lines of results apart at U+2028, U+2029 and U+0085, and the replies are asked for again"
-)
-STRICT = bug(
-    "replies are held to the SDK's types, which direct ones are not: a new field or word, and every reply is lost"
-)
-SURROGATE = bug(
-    "the journal cannot hold half a character in a reason: a traceback at each collection (and without batches)"
-)
-ODD_KEY = bug("a line whose key is a list is a traceback at each collection")
-PAGE_IN_OPENAI = bug("the SDK returns a page of status 200 as a string: AttributeError, a traceback")
-PAGE_AS_RESULTS = bug("a page of status 200 counts as a file without results: all of the batch is paid for twice")
-REFUSED = bug("`Refused` by look, results or find is caught nowhere: a traceback, at each run")
-GONE = bug("a batch or file that is gone (404) ends every run, and without --batch its items are under way: no way out")
-RETRY_AFTER = bug("`patiently` and `_hand_over` do not wait as long as the service asks")
-EMPTY_PAGES = bug("google-genai's pager raises IndexError at the second empty page in a row: a traceback")
-THROWN_AWAY = bug("replies of a batch that this run does not ask for are marked unusable, and paid for again later")
-OTHERS_BUDGET = bug("the gate reserves the batches of this step alone: what is under way of others is spent on top")
-MIGRATION = bug("a journal killed between ALTER TABLE and user_version is said to be broken for ever")
-SECOND_SIGNAL = bug("a second Ctrl-C does nothing, and looks and transfers may take two and ten minutes")
-EXPIRED_IS_500 = bug("an error without an answer is told as 'the service said 500', whatever it says")
-LEFT_BEHIND = bug("a killed run leaves its file of requests, pictures and all, in the folder for temporary files")
 
 
 @pytest.fixture
@@ -330,7 +301,6 @@ def test_only_lines_without_use_are_asked_for_again(make, tmp_path, provider):
 
 
 @PROVIDERS
-@ODD_KEY
 def test_lines_that_are_no_results_are_passed_over(make, provider):
     """No objects, no keys, keys that are no text."""
     with BatchServer(answer, lambda call: Line.ODD) as server:
@@ -380,7 +350,6 @@ def test_a_line_that_denies_access_ends_it_and_the_rest_is_kept(make, provider, 
         assert [len(batch.calls) for batch in server.batches] == [6, 1]
 
 
-@EXPIRED_IS_500
 def test_a_request_whose_time_was_over_says_so(make):
     """OpenAI's lines of expired batches hold an error, and no answer whose status it would be."""
     with BatchServer(answer, lambda call: Line.EXPIRED if call.attempt == 1 else None) as server:
@@ -393,7 +362,7 @@ def test_a_request_whose_time_was_over_says_so(make):
 
 
 @PROVIDERS
-@pytest.mark.parametrize("ascii", [True, pytest.param(False, marks=SPLIT)], ids=["escaped", "as they are"])
+@pytest.mark.parametrize("ascii", [True, False], ids=["escaped", "as they are"])
 def test_a_reply_may_hold_any_separator_of_lines(make, provider, ascii):
     """JSON may have U+2028, U+2029 and U+0085 as they are, and only a line feed ends a line."""
 
@@ -408,7 +377,6 @@ def test_a_reply_may_hold_any_separator_of_lines(make, provider, ascii):
 
 
 @PROVIDERS
-@STRICT
 def test_a_reply_may_say_more_than_the_sdk_knows(make, provider):
     """Services add fields and words to their replies; direct requests do not mind them."""
 
@@ -429,7 +397,6 @@ def test_a_reply_may_say_more_than_the_sdk_knows(make, provider):
 
 
 @PROVIDERS
-@SURROGATE
 def test_half_a_character_in_an_error_is_no_reason_to_break_down(make, provider, pictures):
     """Errors quote requests, and cut them anywhere."""
     first = next(iter(pictures.values()))
@@ -478,9 +445,9 @@ def test_each_step_may_fail_at_first(make, pictures, provider, fault):
 
 
 PAGES = [
-    *(pytest.param("openai", step, marks=PAGE_IN_OPENAI) for step in (Step.UPLOAD, Step.CREATE, Step.LIST, Step.LOOK)),
+    *(("openai", step) for step in (Step.UPLOAD, Step.CREATE, Step.LIST, Step.LOOK)),
     *(("gemini", step) for step in (Step.UPLOAD, Step.CHUNK, Step.CREATE, Step.LIST, Step.LOOK)),
-    *(pytest.param(kind, Step.DOWNLOAD, marks=PAGE_AS_RESULTS) for kind in KINDS),
+    *((kind, Step.DOWNLOAD) for kind in KINDS),
 ]
 
 
@@ -517,7 +484,6 @@ def test_batches_whose_names_were_lost_are_all_found(make, pictures, provider):
 
 
 @PROVIDERS
-@WRITTEN_OFF
 def test_a_batch_whose_name_was_lost_stays_under_way_where_the_list_cannot_be_read(make, provider):
     """The wire is cut as a batch is made: who cannot know whether there is one must not make another."""
     down: list[bool] = []
@@ -575,9 +541,9 @@ def test_what_cannot_be_handed_over_is_reported(make, provider, step):
 @pytest.mark.parametrize(
     ("provider", "step"),
     [
-        pytest.param("openai", Step.LIST, marks=WRITTEN_OFF),
-        pytest.param("openai", Step.LOOK, marks=REFUSED),
-        pytest.param("gemini", Step.DOWNLOAD, marks=REFUSED),
+        ("openai", Step.LIST),
+        ("openai", Step.LOOK),
+        ("gemini", Step.DOWNLOAD),
     ],
 )
 def test_a_request_that_is_said_to_be_none_is_no_traceback(make, provider, step):
@@ -599,7 +565,6 @@ def test_a_request_that_is_said_to_be_none_is_no_traceback(make, provider, step)
 
 
 @pytest.mark.parametrize(("provider", "gone"), [("openai", "batch"), ("gemini", "results")])
-@GONE
 def test_results_that_are_gone_do_not_block_their_items_for_ever(make, provider, gone):
     """Services keep files for days, and people go on holiday. It may be said once; then the items are asked again."""
     with BatchServer(answer) as server:
@@ -616,7 +581,6 @@ def test_results_that_are_gone_do_not_block_their_items_for_ever(make, provider,
 
 
 @pytest.mark.parametrize(("provider", "step"), [("openai", Step.CREATE), ("gemini", Step.LOOK)])
-@RETRY_AFTER
 def test_retry_after_holds_for_batches(make, provider, step):
     """Nobody asks anything until then."""
     met: list[float] = []
@@ -631,7 +595,7 @@ def test_retry_after_holds_for_batches(make, provider, step):
     assert met[1] - met[0] >= 0.5
 
 
-@pytest.mark.parametrize("empty", [1, pytest.param(2, marks=EMPTY_PAGES)])
+@pytest.mark.parametrize("empty", [1, 2])
 def test_empty_pages_are_not_the_end_of_the_list(make, monkeypatch, empty):
     """Google's lists may have pages of nothing with more behind them."""
     usual, seen = BatchServer._page, []
@@ -789,7 +753,6 @@ def test_another_steps_batch_under_way_disturbs_no_step(make, pictures, tmp_path
     assert right(job.folder, more, MODELS["openai"])
 
 
-@THROWN_AWAY
 def test_a_batch_of_more_than_is_asked_now_is_paid_for_once(make, pictures):
     """A run over half the pictures meets the batch of all; what it does not want is still had by who wants it."""
     with BatchServer(answer) as server:
@@ -807,7 +770,7 @@ def test_a_batch_of_more_than_is_asked_now_is_paid_for_once(make, pictures):
         ("openai", Step.UPLOAD),
         ("gemini", Step.UPLOAD),
         ("openai", Step.CREATE),
-        pytest.param("openai", Step.LIST, marks=WRITTEN_OFF),
+        ("openai", Step.LIST),
         ("openai", Step.LOOK),
         ("gemini", Step.LOOK),
         ("gemini", Step.DOWNLOAD),
@@ -955,7 +918,6 @@ def test_a_budget_counts_what_is_under_way(make, tmp_path, kind):
 
 
 @pytest.mark.usefixtures("usual")
-@OTHERS_BUDGET
 def test_a_budget_counts_what_is_under_way_of_another_judge(make):
     """It will be paid for all the same."""
     with BatchServer(answer) as server:
@@ -1085,7 +1047,7 @@ def older(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("batch", "broken_off"),
-    [(True, False), (False, False), pytest.param(True, True, marks=MIGRATION)],
+    [(True, False), (False, False), (True, True)],
     ids=["batch", "direct", "killed on the way"],
 )
 def test_a_journal_of_version_1_goes_on(make, pictures, batch, broken_off):
@@ -1178,7 +1140,6 @@ def test_a_signal_while_a_batch_is_handed_over_loses_none(begin, pictures, tmp_p
     assert len(load(tmp_path / "out", QUESTIONS)) == 6
 
 
-@WRITTEN_OFF
 def test_a_signal_while_the_wire_is_cut_loses_no_batch(begin, pictures):
     """A batch was made, its name never came, and Ctrl-C is pressed while it is looked for."""
     down: list[bool] = []
@@ -1200,7 +1161,6 @@ def test_a_signal_while_the_wire_is_cut_loses_no_batch(begin, pictures):
 
 
 @pytest.mark.parametrize("step", [Step.UPLOAD, Step.LOOK])
-@SECOND_SIGNAL
 def test_a_second_signal_does_not_wait_for_a_service_that_hangs(begin, pictures, step):
     """Two minutes for a look and ten for a file are long."""
     with BatchServer(answer, trouble=lambda at, count: Trouble.HANG if at is step else None) as server:
@@ -1212,7 +1172,6 @@ def test_a_second_signal_does_not_wait_for_a_service_that_hangs(begin, pictures,
         assert child.wait(1.5) in (1, 130), "still waiting"
 
 
-@LEFT_BEHIND
 def test_a_kill_leaves_no_copy_of_the_requests_behind(begin, pictures, tmp_path):
     """Files of batches may be two gigabytes; a further run clears away what a killed one left."""
     with BatchServer(answer, trouble=lambda at, count: Trouble.HANG if at is Step.UPLOAD else None) as server:
