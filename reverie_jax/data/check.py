@@ -85,12 +85,13 @@ def check(path: Path, pictures: Path | None, processor: Processor | None = None)
     seen: set[tuple[Any, ...]] = set()
     kept, lengths = [], []
     for talk in talks:
-        problem = None
         key = content_name(talk.encoded) if talk.encoded else talk.image
-        if key and (talk.encoded or folder is not None):
-            if key not in judged:
-                judged[key] = _content(talk, talk.encoded, "") if talk.encoded else _picture(folder, talk)
-            problem = judged[key]
+        if key and key not in judged:
+            if talk.encoded:
+                judged[key] = _content(talk, talk.encoded, "")
+            elif folder is not None:
+                judged[key] = _picture(folder, talk)
+        problem = judged.get(key)
         if problem is not None:
             offenders.append(dataclasses.replace(problem, where=talk.where))
             if problem.fatal:
@@ -122,9 +123,8 @@ def check(path: Path, pictures: Path | None, processor: Processor | None = None)
     return Found(sum(1 for _ in Rows(path)), kept, offenders, lengths, reading.notes)
 
 
-def _picture(folder: Pictures | None, talk: Talk) -> Offender | None:
+def _picture(folder: Pictures, talk: Talk) -> Offender | None:
     """What is wrong with a picture; its content says what it is, not its name."""
-    assert folder is not None
     try:
         file = folder.find(talk.image)
     except DataError as error:

@@ -30,7 +30,7 @@ from reverie_jax.data.annotate.runner import Asking, Limits, Outcome
 from reverie_jax.data.annotate.session import Estimate, How, Session, Tell
 from reverie_jax.data.annotate.stages import Reflection, conversations
 from reverie_jax.data.files import read_list, write_list
-from reverie_jax.data.sources import reverie
+from reverie_jax.data.sources import judged, reverie
 from reverie_jax.errors import UserError
 
 QUESTIONS = "reasoning_instruct_data.json"
@@ -40,14 +40,11 @@ DROPPED = "dropped.json"
 RELEASED = "reverie.json"
 ADOPTED = "original_rows.json"
 """What was found of the original scripts' output."""
-VERDICT = "gemini_pro_judge"
-"""The original's name for the verdict, whoever judged: `no` keeps a row, `yes` drops it."""
 
 Step = Literal["questions", "rationales", "judge", "export"]
 Votes = Literal["majority", "any", "all"]
 Row = dict[str, Any]
-KEYS = ("image", "question", "correct_answer", "confusing_answer")
-REASONED = ("correct_rationale", "incorrect_rationale")
+KEYS, REASONED, VERDICT = judged.ASKED, judged.REASONED, judged.VERDICT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,17 +215,17 @@ class Pipeline:
         """Asks each judge of each row; rows with a verdict, and those that it drops in a file of their own."""
         rows = read_rows(self.job.folder / RATIONALES, (*KEYS, *REASONED))
         outcome = self._run("judge", ((r["image"], self._ask_judge(r, who)) for r in rows for who in self.judges))
-        judged, dropped = [], []
+        verdicts, dropped = [], []
         for row in rows:
             said = {shown(who): self.session.had(self._ask_judge(row, who)) for who in self.judges}
             votes = {who: replies.verdict(text) for who, text in said.items() if text is not None}
             decision = decide(list(votes.values()), len(self.judges), self.job.votes)
             if decision is None:
                 continue
-            judged.append(row | {VERDICT: decision, "judges": votes})
+            verdicts.append(row | {VERDICT: decision, "judges": votes})
             if decision == "yes":
                 dropped.append(row | {"reason": "judged to contradict each other", "judges": said})
-        write_list(self.job.folder / JUDGED, judged)
+        write_list(self.job.folder / JUDGED, verdicts)
         write_list(self.job.folder / DROPPED, dropped)
         return outcome
 

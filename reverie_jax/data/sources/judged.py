@@ -11,7 +11,10 @@ from reverie_jax.data.files import Rows
 from reverie_jax.data.sources.rows import BadRow, Reading, Talk, each
 
 VERDICT = "gemini_pro_judge"
-KEYS = ("image", "question", "correct_answer", "confusing_answer", "correct_rationale", "incorrect_rationale")
+"""The original's name for the verdict, whoever judged: `no` keeps a row, `yes` drops it."""
+ASKED = ("image", "question", "correct_answer", "confusing_answer")
+REASONED = ("correct_rationale", "incorrect_rationale")
+KEYS = (*ASKED, *REASONED)
 
 
 def talks(rows: Rows, reading: Reading, *, filtered: bool = True) -> Iterator[Talk]:
