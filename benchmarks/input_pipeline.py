@@ -52,7 +52,7 @@ def ours(folder: Path, args: Args) -> tuple[Callable[[], int], int]:
     source = RecordSource(folder / "records")
     processor = mixture_scale.processor(mixture_scale.Args(folder, tokenizer=args.tokenizer))
     processor = dataclasses.replace(processor, aspect="square")
-    shape = RowShape(tokens=4096, images=8, edges=4096)
+    shape = RowShape(tokens=4096, images=6, edges=4096)
     batches = training_batches(source, processor, shape, rows=args.rows, teaching=Teaching(), seed=0, threads=1)
     ready = iter(batches)
     on_device = jax.jit(lambda pixels: normalise(pixels, jnp.float32))

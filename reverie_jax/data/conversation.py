@@ -173,14 +173,14 @@ class Encoder:
             shown = _first_shown(conversation)
         else:
             placeholder, (ids, weights) = self.image_token_id, self._in_one_pass(conversation)
-        if sum(id == placeholder for id in ids) != len(shown):
+        if (found := ids.count(placeholder)) != len(shown):
             raise UserError(
-                f"{sum(id == placeholder for id in ids)} tokens for {len(shown)} pictures: the tokenizer does not make"
+                f"{found} tokens for {len(shown)} pictures: the tokenizer does not make"
                 f" {IMAGE} the token {self.image_token_id} that the model expects, or the template shows no picture here;"
                 " with a tokenizer of original LLaVA use tokens='reference'"
             )
-        found = np.asarray(ids, np.int32)
-        here = found == placeholder
+        numbers = np.asarray(ids, np.int32)
+        here = numbers == placeholder
         # Each placeholder becomes as many as a picture has features.
         counts = np.where(here, self.patches, 1)
         spread = np.repeat(here, counts)
@@ -189,7 +189,7 @@ class Encoder:
         features[spread] = (firsts + np.arange(self.patches, dtype=np.int32)).ravel()
         weight = np.where(here, 0.0, np.asarray(weights, np.float32)).astype(np.float32)
         return Tokens(
-            np.repeat(np.where(here, self.image_token_id, found), counts).astype(np.int32),
+            np.repeat(np.where(here, self.image_token_id, numbers), counts).astype(np.int32),
             np.repeat(weight, counts),
             features,
         )

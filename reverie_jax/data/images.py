@@ -36,6 +36,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("LA")
     if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
         image = image.convert("RGBA")  # the same colours without Pillow's warning
+    if image.mode == "RGB":
+        image.load()
+        return image
     return image.convert("RGB")
 
 
@@ -70,10 +73,17 @@ def preprocess(image: Image.Image, size: int, *, pad: bool = True) -> UInt8[np.n
         canvas = Image.new("RGB", (side, side), PAD_COLOUR)
         canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
         image = canvas
+    short = min(image.size)
+    width, height = size * image.width // short, size * image.height // short
+    left, top = (width - size) // 2, (height - size) // 2
+    box = tuple(edge * image.width / width for edge in (left, left + size))
+    if left and all(float(np.float32(edge)) == edge for edge in box):
+        # Only the square that is kept is computed, where Pillow, which keeps such edges in 32 bits, then gives the same
+        # bytes (4 : 3 is such a shape); across first and then down, as it does for the whole.
+        across = image.resize((size, image.height), Image.Resampling.BICUBIC, box=(box[0], 0, box[1], image.height))
+        return np.asarray(across.resize((size, size), Image.Resampling.BICUBIC), np.uint8)
     if min(image.size) != size:
-        short = min(image.size)
-        image = image.resize((size * image.width // short, size * image.height // short), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
     return np.asarray(image.crop((left, top, left + size, top + size)), np.uint8)
 
 

@@ -7,6 +7,7 @@ tuned on exactly that, so it is kept exactly; `Encoder` with `tokens="hf"` does 
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -37,11 +38,14 @@ class ReferenceTokenizer:
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
         self.legacy = bool(getattr(tokenizer, "legacy", False))
-        self._model = tokenizer.backend_tokenizer.model
+        model = tokenizer.backend_tokenizer.model
+        # The system's words, and what a sample's prefixes repeat, come again and again.
+        self._pieces = functools.lru_cache(8192)(lambda piece: tuple(token.id for token in model.tokenize(piece)))
         self._added = {token.content: (id, token.rstrip) for id, token in tokenizer.added_tokens_decoder.items()}
         longest_first = sorted(self._added, key=len, reverse=True)
         self._cut = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
         self._space = tokenizer.convert_tokens_to_ids("▁")
+        self._bos = tokenizer.bos_token_id
         self._named = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}
 
     def one(self, text: str) -> list[int]:
@@ -60,10 +64,10 @@ class ReferenceTokenizer:
                 ids.append(id)
             elif piece := piece.lstrip() if swallows else piece:
                 spaced = ("▁" if self.legacy else "") + piece.replace(" ", "▁")
-                ids += [token.id for token in self._model.tokenize(spaced)]
+                ids += self._pieces(spaced)
         if not self.legacy and len(ids) > 1 and ids[0] == self._space and ids[1] in self._named:
             del ids[0]
-        return [self.tokenizer.bos_token_id, *ids]
+        return [self._bos, *ids]
 
     def __call__(self, text: str, pictures: bool) -> list[int]:
         """Ids with `PICTURE` where the markers stood; without pictures a marker is ordinary text."""
@@ -109,7 +113,7 @@ def _checked(
     tokens: ReferenceTokenizer, ids: list[int], taught: list[int], counted: int
 ) -> tuple[list[int], list[int]]:
     """The original counts what is no padding, and padding is id 0, which <unk> has too."""
-    if counted < LONGEST and counted != sum(id != 0 for id in ids):
+    if counted < LONGEST and counted != len(ids) - ids.count(0):
         return ids, [-1] * len(ids)
     return ids, taught
 
@@ -175,7 +179,7 @@ def _single(
     def count(text: str) -> int:
         """Without pictures the original counts what is no padding, which <unk> looks like."""
         found = tokens(text, pictures)
-        return len(found) if pictures else sum(id != 0 for id in found)
+        return len(found) if pictures else len(found) - found.count(0)
 
     at = count(header)
     taught[:at] = [-1] * min(at, len(ids))

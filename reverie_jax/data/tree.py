@@ -138,13 +138,14 @@ class Trie:
             raise ValueError("a conversation without tokens")
         if conversation.weights[0] > 0:
             raise ValueError("the first token of a conversation cannot be taught: nothing comes before it")
-        tokens, edges = self.cost(conversation)
         branch, parent, done = len(self._last), self._root, 0
         for run, place, shared in list(self._walk(conversation)):
             if shared < len(run.ids):
                 run = parent.children[run.key()] = run.cut(shared)
             weights = conversation.weights[place : place + shared].astype(np.float64)
-            run.first = np.where((weights > 0) & (run.weights == 0), branch, run.first)
+            newly = (weights > 0) & (run.weights == 0)
+            self._edges += int(np.count_nonzero(newly))
+            run.first = np.where(newly, branch, run.first)
             run.weights = run.weights + weights
             parent, done = run, place + shared
         if done < len(conversation):
@@ -153,10 +154,10 @@ class Trie:
             rest = _Run(conversation.ids[done:], conversation.features[done:], weights, first)
             parent.children[rest.key()] = rest
             parent = rest
+            self._size += len(rest.ids)
+            self._edges += int(np.count_nonzero(weights))
         self._last.append(parent)
         self._flat += len(conversation)
-        self._size += tokens
-        self._edges += edges
 
     def tree(self) -> ConversationTree:
         """The trie in depth-first order, children in the order in which they came."""

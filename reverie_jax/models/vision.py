@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt8
@@ -19,8 +20,10 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 def normalise(pixels: UInt8[Array, "... 3"], dtype: DTypeLike) -> Float[Array, "... 3"]:
     """Bytes to CLIP's normalised floats."""
-    mean, std = (jnp.asarray(v, jnp.float32).reshape((1,) * (pixels.ndim - 1) + (3,)) for v in (CLIP_MEAN, CLIP_STD))
-    return ((pixels.astype(jnp.float32) / 255 - mean) / std).astype(dtype)
+    mean, std = (np.asarray(v, np.float64).reshape((1,) * (pixels.ndim - 1) + (3,)) for v in (CLIP_MEAN, CLIP_STD))
+    # (pixel / 255 - mean) / std as one multiplication and one addition
+    scale, shift = (jnp.asarray(v, jnp.float32) for v in (1 / (255 * std), -mean / std))
+    return (pixels.astype(jnp.float32) * scale + shift).astype(dtype)
 
 
 class VisionLayer(nnx.Module):

@@ -179,3 +179,24 @@ def test_a_picture_that_is_far_too_large_is_refused(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     with pytest.raises(BrokenImage, match=r"a\.png"):
         decode(PNG, "a.png")
+
+
+@pytest.mark.parametrize("width, height", [(640, 480), (500, 375), (400, 300), (640, 427), (480, 640), (333, 500)])
+def test_computing_only_the_crop_changes_no_byte(width, height):
+    image = noise(width, height)
+    short = min(width, height)
+    whole = image.resize((336 * width // short, 336 * height // short), Image.Resampling.BICUBIC)
+    left, top = (whole.width - 336) // 2, (whole.height - 336) // 2
+    cropped = np.asarray(whole.crop((left, top, left + 336, top + 336)))
+    np.testing.assert_array_equal(preprocess(image, 336, pad=False), cropped)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(20, 300), st.integers(20, 300), st.integers(8, 340))
+def test_any_crop_is_of_the_whole(width, height, size):
+    image = noise(width, height)
+    short = min(width, height)
+    whole = image.resize((size * width // short, size * height // short), Image.Resampling.BICUBIC)
+    left, top = (whole.width - size) // 2, (whole.height - size) // 2
+    cropped = np.asarray(whole.crop((left, top, left + size, top + size)))
+    np.testing.assert_array_equal(preprocess(image, size, pad=False), cropped)
