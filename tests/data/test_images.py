@@ -181,7 +181,7 @@ def test_a_picture_that_is_far_too_large_is_refused(monkeypatch):
         decode(PNG, "a.png")
 
 
-@pytest.mark.parametrize("width, height", [(640, 480), (500, 375), (400, 300), (640, 427), (480, 640), (333, 500)])
+@pytest.mark.parametrize(("width", "height"), [(640, 480), (500, 375), (400, 300), (640, 427), (480, 640), (333, 500)])
 def test_computing_only_the_crop_changes_no_byte(width, height):
     image = noise(width, height)
     short = min(width, height)
