@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -65,6 +66,12 @@ class Train:
     """Adapters to tune further: PEFT or LLaVA LoRA folder, or run folder. Fresh ones by default."""
     mesh: str = "data=1,fsdp=1,tensor=1"
     """Devices by axis."""
+    distributed: str = ""
+    """One of several processes: `auto` (SLURM, Open MPI, Kubernetes, TPU pod), or address:port,processes,number."""
+    profile: bool = False
+    """Leave a trace of a few steps in the run folder."""
+    watch: bool = False
+    """Serve TensorBoard while it trains (needs the tensorboard package)."""
     set: tuple[str, ...] = ()
     """Recipe fields to change: `--set steps=200 rate=1e-4 row.tokens=512`."""
     dtype: str = "float32"
@@ -76,8 +83,11 @@ class Train:
         from reverie_jax.data.records import RecordSource
         from reverie_jax.loading import load_model
         from reverie_jax.train import recipes
+        from reverie_jax.train.distributed import join
         from reverie_jax.train.loop import train
+        from reverie_jax.train.metrics import serve
 
+        join(self.distributed)
         recipe = recipes.override(recipes.recipe(self.recipe), self.set)
         source = RecordSource(self.data)
         mesh = parse_mesh(self.mesh)
@@ -85,7 +95,10 @@ class Train:
         model, processor = load_model(
             paths[0], base=paths[1:], adapter=self.adapter, mesh=mesh, dtype=parse_dtype(self.dtype)
         )
-        result = train(model, processor, source, recipe, self.out, mesh=mesh, resume=self.resume)
+        with serve(self.out) if self.watch else contextlib.nullcontext():
+            result = train(
+                model, processor, source, recipe, self.out, mesh=mesh, resume=self.resume, profile=self.profile
+            )
         found = result.survey
         print(
             f"{result.steps} steps in {result.seconds:.0f} s on {found.records} images "

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 
 import grain
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Int32, UInt8
 
 from reverie_jax.data.conversation import Conversation, ImageRecord
+from reverie_jax.data.preferences import Preference, grow_pairs, pairs
 from reverie_jax.data.processor import Processor
 from reverie_jax.data.rows import WINDOW, Batch, Element, RowShape, element, pack, share_out, stack
 from reverie_jax.data.teaching import Teaching
@@ -31,13 +34,43 @@ def trees(
         DataError: one conversation alone is too long for a row; the record is named.
         UserError: or for the decoder.
     """
-    tokens = processor.tokens(record.id, teaching(record.conversations))
+    return [tree for _, tree in _taught(record, processor, shape, teaching(record.conversations), sharing)]
+
+
+def _taught(
+    record: ImageRecord, processor: Processor, shape: RowShape, talks: Sequence[Conversation], sharing: bool
+) -> list[tuple[list[int], ConversationTree]]:
+    """`grow_within`, for a record."""
+    tokens = processor.tokens(record.id, talks)
     branches = (shape.branches or None) if sharing else 1
     try:
-        grown = grow_within(tokens, tokens=shape.tokens, edges=shape.edges, branches=branches)
+        return grow_within(tokens, tokens=shape.tokens, edges=shape.edges, branches=branches)
     except ValueError as error:
         raise DataError(f"record {record.id}: {error}; give rows more room or shorten the conversation") from None
-    return [tree for _, tree in grown]
+
+
+PAIRS = 1 << 10
+"""An answer of a pair has the number record * PAIRS + 2 * pair, and 1 more where it is the rejected one."""
+
+
+def _paired(
+    record: ImageRecord, processor: Processor, shape: RowShape, preference: Preference
+) -> list[tuple[list[int], ConversationTree, list[Conversation]]]:
+    """A record's pairs: (numbers within the record, tree, conversations) of each tree's branches."""
+    sides = pairs(record.id, record.conversations)
+    if 2 * len(sides) > PAIRS:
+        raise DataError(f"record {record.id}: {len(sides)} pairs about one picture; {PAIRS // 2} is the most")
+    found = processor.tokens(record.id, [talk for pair in sides for talk in pair])
+    couples = list(zip(found[::2], found[1::2], strict=True))
+    try:
+        grown = grow_pairs(couples, preference, tokens=shape.tokens, edges=shape.edges, leaves=shape.leaves)
+    except ValueError as error:
+        raise DataError(f"record {record.id}: {error}; give rows more room or shorten the answers") from None
+    made = []
+    for members, tree in grown:
+        numbers = [2 * member + side for member in members for side in (0, 1)]
+        made.append((numbers, tree, [sides[number // 2][number % 2] for number in numbers]))
+    return made
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +84,7 @@ class Survey:
         edges: taught tokens.
         longest: tokens of the largest tree.
         rows: that a pass fills, give or take what the order changes.
+        sources: names of where the conversations came from; an edge's `origin` is an index into them.
     """
 
     records: int
@@ -60,14 +94,21 @@ class Survey:
     edges: int
     longest: int
     rows: int
+    sources: tuple[str, ...]
 
 
 def survey(
-    source: Sequence[ImageRecord], processor: Processor, shape: RowShape, teaching: Teaching, *, sharing: bool = True
+    source: Sequence[ImageRecord],
+    processor: Processor,
+    shape: RowShape,
+    teaching: Teaching | Preference,
+    *,
+    sharing: bool = True,
 ) -> Survey:
     """Tokenises everything once: what does not fit is known before training, not at step 40,000."""
     count = tokens = flat = edges = longest = rows = 0
-    made, window = _Numbered(source, processor, shape, teaching, sharing), []
+    sources: dict[str, int] = {}
+    made, window = _Numbered(source, processor, shape, teaching, sharing, sources, counting=True), []
     for index in range(len(source)):
         window += made(index)
         if len(window) >= WINDOW or index + 1 == len(source):
@@ -78,24 +119,63 @@ def survey(
             rows += len(share_out(window, shape))
             window = []
     if not edges:
-        raise DataError("the data teaches nothing: no conversation has a taught answer")
-    return Survey(len(source), count, tokens, flat, edges, longest, rows)
+        missing = "pair of answers" if isinstance(teaching, Preference) else "conversation with a taught answer"
+        raise DataError(f"the data teaches nothing: no {missing}")
+    return Survey(len(source), count, tokens, flat, edges, longest, rows, tuple(sources))
 
 
 class _Numbered:
-    """A record's number to its trees' elements, pictures by number (from 1): they are decoded after packing."""
+    """A record's number to its trees' elements, pictures by number (from 1): they are decoded after packing.
+
+    Args:
+        sources: names of sources and their numbers; one that is not there counts as the first.
+        counting: adds those that are not there.
+    """
 
     def __init__(
-        self, source: Sequence[ImageRecord], processor: Processor, shape: RowShape, teaching: Teaching, sharing: bool
+        self,
+        source: Sequence[ImageRecord],
+        processor: Processor,
+        shape: RowShape,
+        teaching: Teaching | Preference,
+        sharing: bool,
+        sources: dict[str, int],
+        *,
+        counting: bool = False,
     ):
         self.source, self.processor, self.shape = source, processor, shape
-        self.teaching, self.sharing = teaching, sharing
+        self.teaching, self.sharing, self.sources, self.counting = teaching, sharing, sources, counting
 
     def __call__(self, number: int) -> list[Element]:
         record = self.source[number]
         pictures = np.full(1 if record.image else 0, number + 1, np.int32)
-        grown = trees(record, self.processor, self.shape, self.teaching, sharing=self.sharing)
-        return [element(tree, pictures) for tree in grown]
+        if isinstance(self.teaching, Preference):
+            return [
+                element(
+                    tree,
+                    pictures,
+                    [(number + 1) * PAIRS + branch for branch in branches],
+                    record=number + 1,
+                    origin=self._origins(talks)[tree.branch],
+                )
+                for branches, tree, talks in _paired(record, self.processor, self.shape, self.teaching)
+            ]
+        talks = self.teaching(record.conversations)
+        return [
+            element(
+                tree,
+                pictures,
+                record=number + 1,
+                origin=self._origins([talks[member] for member in members])[tree.branch],
+            )
+            for members, tree in _taught(record, self.processor, self.shape, talks, self.sharing)
+        ]
+
+    def _origins(self, talks: Sequence[Conversation]) -> Int32[np.ndarray, "C"]:
+        if self.counting:
+            for talk in talks:
+                self.sources.setdefault(talk.source, len(self.sources))
+        return np.asarray([self.sources.get(talk.source, 0) for talk in talks], np.int32)
 
 
 class _Flat(grain.experimental.FlatMapTransform):
@@ -130,12 +210,14 @@ def packed_rows(
     source: Sequence[ImageRecord],
     processor: Processor,
     shape: RowShape,
-    teaching: Teaching,
+    teaching: Teaching | Preference,
     *,
     sharing: bool = True,
+    sources: Sequence[str] = (),
 ) -> grain.IterDataset:
     """Rows of the records of these numbers, with numbers (from 1) where pictures' pixels will be."""
-    made = numbers.map(_Numbered(source, processor, shape, teaching, sharing))
+    origins = {name: number for number, name in enumerate(sources)}
+    made = numbers.map(_Numbered(source, processor, shape, teaching, sharing, origins))
     read = made.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=32))
     elements = grain.experimental.FlatMapIterDataset(read, _Flat())
     # Few records need no large window, which would hold many passes over them.
@@ -149,10 +231,11 @@ def training_batches(
     shape: RowShape,
     *,
     rows: int,
-    teaching: Teaching,
+    teaching: Teaching | Preference,
     seed: int,
     sharing: bool = True,
-    shard: tuple[int, int] = (0, 1),
+    sources: Sequence[str] = (),
+    own: slice | None = None,
     threads: int | None = None,
 ) -> grain.IterDataset:
     """Endless batches in an order that the seed alone fixes; the iterator's state is a position, not a count of batches.
@@ -163,23 +246,43 @@ def training_batches(
     Args:
         rows: rows in a batch, over all hosts' devices.
         sharing: see `trees`.
-        shard: (this host, hosts): the part of each batch's rows that this host gets, contiguous.
+        sources: names, in the order that `origin` counts them (`Survey.sources`).
+        own: the part of each batch's rows that this host gets; all by default.
         threads: that decode pictures; one a core by default.
-
-    Raises:
-        ValueError: the rows cannot be shared out evenly.
     """
-    host, hosts = shard
-    if rows % hosts:
-        raise ValueError(f"{rows} rows a batch for {hosts} hosts")
-    own = slice(host * rows // hosts, (host + 1) * rows // hosts)
+    first, past, _ = (own or slice(None)).indices(rows)
     numbers = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
-    packed = packed_rows(numbers, source, processor, shape, teaching, sharing=sharing)
-    batches = packed.batch(rows, batch_fn=lambda part: stack(part[own], rows // hosts))
+    packed = packed_rows(numbers, source, processor, shape, teaching, sharing=sharing, sources=sources)
+    batches = packed.batch(rows, batch_fn=lambda part: stack(part[first:past], past - first))
     threads = threads or os.cpu_count() or 1
     pool = ThreadPoolExecutor(threads) if threads > 1 else None
     shown = batches.map(lambda batch: show(batch, source, processor, pool))
     return grain.experimental.ThreadPrefetchIterDataset(shown, prefetch_buffer_size=2)
+
+
+def every_batch(
+    source: Sequence[ImageRecord],
+    processor: Processor,
+    shape: RowShape,
+    teaching: Teaching | Preference,
+    *,
+    rows: int,
+    own: slice | None = None,
+    sharing: bool = True,
+    sources: Sequence[str] = (),
+) -> Iterator[Batch]:
+    """Every record once, in order; empty rows fill the last batch. Arguments as for `training_batches`."""
+    first, past, _ = (own or slice(None)).indices(rows)
+    numbers = grain.MapDataset.range(len(source))
+    packed = packed_rows(numbers, source, processor, shape, teaching, sharing=sharing, sources=sources)
+
+    def whole(part: Sequence[Batch]) -> Batch:
+        full = stack(part, rows)
+        return show(Batch(*(field[first:past] for field in full)), source, processor)
+
+    with contextlib.closing(iter(packed)) as made:
+        while part := list(itertools.islice(made, rows)):
+            yield whole(part)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -44,24 +44,34 @@ class Batch(NamedTuple):
     features: Int32[Any, "B L"]
     pixels: UInt8[Any, "B M S S 3"]
     source: Int32[Any, "B E"]
+    """Row index of an edge's parent; with `target`, `weight` and `branch` as in `ConversationTree`."""
     target: Int32[Any, "B E"]
     weight: Float32[Any, "B E"]
     branch: Int32[Any, "B E"]
+    """The conversation that an edge belongs to, counted through the row's leaves where it has some."""
+    origin: Int32[Any, "B E"]
+    """Which of the data's sources (`Survey.sources`) an edge came from."""
     leaves: Int32[Any, "B Q"]
     questions: Int32[Any, "B Q"]
     flat_tokens: Int32[Any, "B M"]
     """Per tree, tokens of its conversations one by one; 0 where there is no tree."""
+    records: Int32[Any, "B M"]
+    """Per tree, the number (from 1) of its record; 0 where there is none, or it is not known."""
 
 
 Element = dict[str, np.ndarray]
 
 
-def element(tree: ConversationTree, pixels: Any, questions: Sequence[int] = ()) -> Element:
+def element(
+    tree: ConversationTree, pixels: Any, questions: Sequence[int] = (), *, record: int = 0, origin: Any = None
+) -> Element:
     """A tree and its images as the flat dictionary that Grain packs.
 
     Args:
         pixels: uint8 `m S S 3`, or int32 `m`, numbers from 1 by which they will be found when the rows are packed.
-        questions: an id for each leaf that is to be decoded; none in training.
+        questions: an id for each leaf that is to be decoded, or whose answer is one of a pair; none in other training.
+        record: number (from 1) of the record.
+        origin: of each edge; 0 by default.
     """
     if questions and len(questions) != len(tree.leaves):
         raise ValueError(f"{len(questions)} questions for {len(tree.leaves)} leaves")
@@ -76,9 +86,11 @@ def element(tree: ConversationTree, pixels: Any, questions: Sequence[int] = ()) 
         "target": tree.target,
         "weight": tree.weight,
         "branch": tree.branch,
+        "origin": np.zeros_like(tree.branch) if origin is None else np.asarray(origin, np.int32),
         "leaves": leaves,
         "questions": np.asarray(questions, np.int32),
         "flat_tokens": np.asarray([tree.flat_tokens], np.int32),
+        "records": np.asarray([record], np.int32),
     }
 
 
@@ -109,9 +121,11 @@ def row(elements: Sequence[Element], shape: RowShape, patches: int) -> Batch:
         target=empty("source", np.int32),
         weight=empty("source", np.float32),
         branch=empty("source", np.int32),
+        origin=empty("source", np.int32),
         leaves=empty("leaves", np.int32),
         questions=np.full(shape.leaves, -1, np.int32),
         flat_tokens=np.zeros(shape.images, np.int32),
+        records=np.zeros(shape.images, np.int32),
     )
     token = image = edge = leaf = 0
     for slot, one in enumerate(elements):
@@ -122,10 +136,11 @@ def row(elements: Sequence[Element], shape: RowShape, patches: int) -> Batch:
         made.features[here] = np.where(one["features"] >= 0, one["features"] + image * patches, -1)
         made.pixels[image : image + shown] = one["pixels"]
         made.source[at] = one["source"] + token
-        made.target[at], made.weight[at], made.branch[at] = one["target"], one["weight"], one["branch"]
+        made.target[at], made.weight[at], made.origin[at] = one["target"], one["weight"], one["origin"]
+        made.branch[at] = one["branch"] + leaf
         made.leaves[leaf : leaf + asked] = one["leaves"] + token
         made.questions[leaf : leaf + asked] = one["questions"]
-        made.flat_tokens[slot] = one["flat_tokens"][0]
+        made.flat_tokens[slot], made.records[slot] = one["flat_tokens"][0], one["records"][0]
         token, image, edge, leaf = token + length, image + shown, edge + taught, leaf + asked
     return made
 

@@ -15,6 +15,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from reverie_jax.models.quantise import Bits, pack, unpack
+
 Axes = tuple[str | None, ...]
 
 
@@ -38,7 +40,9 @@ def parameter(
 
 
 class Linear(nnx.Module):
-    """y = x W + b, W of shape (in, out). May carry a LoRA adapter (see `models.lora`)."""
+    """y = x W + b, W of shape (in, out). May carry a LoRA adapter (see `models.lora`), and W may be kept in 8 or 4 bits:
+    then `kernel` holds codes and `scales` what they are multiplied by (see `models.quantise`).
+    """
 
     def __init__(
         self,
@@ -53,12 +57,26 @@ class Linear(nnx.Module):
     ):
         self.inputs, self.outputs, self.axes, self.layers = inputs, outputs, axes, layers
         self.kernel = parameter(rngs, (inputs, outputs), axes, layers=layers, scale=inputs**-0.5, dtype=dtype)
+        self.scales: nnx.Param[Array] | None = nnx.data(None)
         self.bias = parameter(rngs, (outputs,), axes[1:], layers=layers, dtype=dtype) if bias else nnx.data(None)
         self.lora_a: nnx.LoRAParam[Array] | None = nnx.data(None)
         self.lora_b: nnx.LoRAParam[Array] | None = nnx.data(None)
         self.lora_scale = 0.0
         self.lora_dropout = 0.0
         self.lora_on = True
+
+    def weight(self, dtype: DTypeLike) -> Float[Array, "... inputs outputs"]:
+        """W."""
+        if self.scales is None:
+            return self.kernel[...].astype(dtype)
+        return unpack(self.kernel[...], self.scales[...], dtype)
+
+    def quantise(self, bits: Bits) -> None:
+        """Keeps W in so many bits from now on, in place. It must be frozen then."""
+        codes, scales = jax.jit(pack, static_argnums=1)(self.kernel[...], bits)
+        axes = self.kernel.axes
+        self.kernel = nnx.Param(codes, axes=axes)
+        self.scales = nnx.Param(scales, axes=(*axes[:-2], None, axes[-1]))
 
     def __call__(self, x: Float[Array, "... inputs"], key: PRNGKeyArray | None = None) -> Float[Array, "... outputs"]:
         """Applies the layer in x's dtype.
@@ -67,7 +85,7 @@ class Linear(nnx.Module):
             x: input.
             key: randomness of LoRA dropout; None switches dropout off.
         """
-        y = x @ self.kernel[...].astype(x.dtype)
+        y = x @ self.weight(x.dtype)
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
         if self.lora_a is not None and self.lora_b is not None and self.lora_on:

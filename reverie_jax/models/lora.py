@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from reverie_jax.models.layers import Linear
+from reverie_jax.models.quantise import Bits
 from reverie_jax.models.sharding import partition_spec
 from reverie_jax.models.vlm import VisionLanguageModel
 
@@ -99,6 +100,13 @@ def set_like(variable: nnx.Variable[Any], value: ArrayLike) -> None:
     variable.set_value(jax.device_put(new, old.sharding) if isinstance(old.sharding, NamedSharding) else new)
 
 
+def quantise(model: VisionLanguageModel, bits: Bits, targets: str = DEFAULT_TARGETS) -> None:
+    """Keeps the decoder's matrices in few bits, in place: what carries adapters is frozen, and need not be exact."""
+    for path, layer in linears(model):
+        if re.fullmatch(targets, path) and layer.scales is None:
+            layer.quantise(bits)
+
+
 def switch(model: VisionLanguageModel, *, on: bool) -> None:
     """Lets the adapters work or rest, in place. At rest the model is its base, exactly."""
     for _, layer in linears(model):
@@ -118,8 +126,10 @@ def _merged(kernel: Array, a: Array, b: Array, scale: Array) -> Array:
 
 def merge(model: VisionLanguageModel) -> None:
     """Folds every adapter into its layer, in place: in float32, cast once."""
-    for _, layer, *factors in list(adapters(model)):
+    for path, layer, *factors in list(adapters(model)):
         a, b = (factor[...].astype(jnp.float32) for factor in factors)
+        if layer.scales is not None:
+            raise ValueError(f"{path} is kept in few bits: merge the adapter into the whole base")
         layer.kernel.set_value(_merged(layer.kernel[...], a, b, jnp.float32(layer.lora_scale)))
         layer.lora_a, layer.lora_b = nnx.data(None), nnx.data(None)
         layer.lora_scale, layer.lora_dropout = 0.0, 0.0

@@ -101,6 +101,31 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
 
 
+def own_rows(mesh: Mesh, rows: int) -> slice:
+    """Which of a batch's rows this process feeds.
+
+    Raises:
+        ValueError: the rows cannot be shared out evenly over the mesh, or this process's are not side by side.
+    """
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % parts:
+        raise ValueError(f"{rows} rows a batch over data={mesh.shape['data']}, fsdp={mesh.shape['fsdp']}")
+    found = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
+    places = sorted({index[0].indices(rows)[:2] for index in found if index is not None})
+    first, past = places[0][0], places[-1][1]
+    if past - first != sum(end - start for start, end in places):
+        raise ValueError("the rows of this process's devices are not side by side: order the mesh's devices by process")
+    return slice(first, past)
+
+
+def feed(batch: Any, mesh: Mesh, rows: int) -> Any:
+    """A batch's own rows (`own_rows`) as global arrays of `rows` rows."""
+    sharding = batch_sharding(mesh)
+    if jax.process_count() == 1:
+        return jax.device_put(batch, sharding)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x, (rows, *x.shape[1:])), batch)
+
+
 def mesh_of(state: Any) -> Mesh | None:
     """The mesh that a state's parameters lie on, if it is one of ours."""
     leaves = jax.tree.leaves(state)

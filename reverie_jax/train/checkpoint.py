@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
-from collections.abc import Iterator
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,12 @@ from reverie_jax.train.recipes import Recipe
 from reverie_jax.train.step import TrainState, adapt, tuned
 
 IDENTITY = "run.json"
+
+_log = logging.getLogger(__name__)
+
+
+VALIDATION = "validation_loss"
+"""The metric that the best checkpoint is the lowest of."""
 
 
 class ResumeError(UserError):
@@ -72,42 +79,93 @@ class RunCheckpoints:
                     raise ResumeError(
                         f"{folder}: holds a run with another {what}; use a new folder, or the original arguments"
                     )
-        else:
+        elif jax.process_index() == 0:
             part = folder / f"{IDENTITY}.part"
             part.write_text(json.dumps(self.identity, indent=2) + "\n", "utf-8")
             part.replace(folder / IDENTITY)
+        self._folder = (folder / "checkpoints").resolve()
+        keep = ocp.training.preservation_policies
+        policy = keep.LatestN(recipe.keep)
+        if recipe.holdout:
+            best = keep.BestN(get_metric_fn=lambda metrics: metrics[VALIDATION], reverse=True, n=1)
+            policy = keep.AnyPreservationPolicy([policy, best])
         self._saver = ocp.training.Checkpointer(
-            os.fspath((folder / "checkpoints").resolve()),
-            preservation_policy=ocp.training.preservation_policies.LatestN(recipe.keep),
-            cleanup_tmp_directories=True,
+            os.fspath(self._folder), preservation_policy=policy, cleanup_tmp_directories=True
         )
+        self._under_way: tuple[int, Any] | None = None
 
     @property
     def latest(self) -> int | None:
         """The step of the newest whole checkpoint."""
         return None if self._saver.latest is None else self._saver.latest.step
 
-    def save(self, state: TrainState, data: Iterator[Any]) -> None:
-        """Starts a save; the arrays are copied before this returns, the files are written behind training."""
-        self._saver.save_checkpointables_async(
-            int(state.step), {**_plain(state), "data": data}, force=True, custom_metadata=self.identity
-        )
+    def save(self, state: TrainState, data: dict[str, Any], metrics: dict[str, float] | None = None) -> None:
+        """Starts a save; the arrays are copied before this returns, the files are written behind training.
 
-    def restore(self, state: TrainState, data: Iterator[Any]) -> TrainState:
-        """The newest checkpoint, laid out as `state` is; `data` moves to where it stood."""
+        A save that fails (a full disk) is reported and leaves nothing; training may go on, and save again later.
+
+        Args:
+            data: the batches' position, the same on every host.
+            metrics: `VALIDATION`, where records are held out.
+        """
+        self.settle()
+        step = int(state.step)
+        try:
+            response = self._saver.save_checkpointables_async(
+                step,
+                _plain(state),
+                force=True,
+                metrics=metrics,
+                custom_metadata={**self.identity, "data": data},
+            )
+            self._under_way = None if response is None else (step, response)
+        except Exception as error:  # Orbax and tensorstore raise what they like: OSError, ValueError, XlaRuntimeError
+            self._failed(step, error)
+
+    def settle(self) -> bool:
+        """Waits for the save under way; whether it came to a whole checkpoint."""
+        if self._under_way is None:
+            return True
+        (step, response), self._under_way = self._under_way, None
+        try:
+            response.result()
+        except Exception as error:
+            self._failed(step, error)
+            return False
+        return True
+
+    def _failed(self, step: int, error: Exception) -> None:
+        _log.error("the checkpoint of step %d was not written: %s", step, " ".join(str(error).split())[:500])
+        for part in self._folder.glob(f"{step}.*"):  # what Orbax calls a checkpoint that is not whole
+            shutil.rmtree(part, ignore_errors=True)
+
+    def restore(self, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """The newest checkpoint, laid out as `state` is, and where the batches stood."""
         assert self.latest is not None
-        target = {**_abstract(_plain(state)), "data": data}
-        return _restore(state, self._saver.load_checkpointables(self.latest, target))
+        loaded = self._saver.load_checkpointables(self.latest, _abstract(_plain(state)))
+        found = self._saver.checkpointables_metadata(self.latest).custom_metadata
+        return _restore(state, loaded), found["data"]
+
+    @property
+    def best(self) -> int | None:
+        """The step with the lowest loss on what was held out; the newest where nothing was."""
+        scored = [
+            (point.metrics[VALIDATION], point.step)
+            for point in self._saver.checkpoints
+            if point.metrics and VALIDATION in point.metrics
+        ]
+        return min(scored)[1] if scored else self.latest
 
     def restore_params(self, params: nnx.State) -> nnx.State:
-        """The newest checkpoint's trainable parameters alone, laid out as `params` are."""
-        assert self.latest is not None
+        """The best checkpoint's trainable parameters alone, laid out as `params` are."""
+        assert self.best is not None
         target = {"params": _abstract(nnx.to_pure_dict(params))}
-        nnx.replace_by_pure_dict(params, self._saver.load_checkpointables(self.latest, target)["params"])
+        nnx.replace_by_pure_dict(params, self._saver.load_checkpointables(self.best, target)["params"])
         return params
 
     def close(self) -> None:
         """Waits for saves under way."""
+        self.settle()
         self._saver.close()
 
 
@@ -129,7 +187,7 @@ def read_identity(folder: Path) -> dict[str, Any]:
 
 
 def load_run(model: VisionLanguageModel, folder: Path) -> Recipe:
-    """Puts a run's newest adapters and projector into the base that it was tuned on, in place.
+    """Puts a run's adapters and projector (the newest, or with held-out records the best) into the base that it was tuned on, in place.
 
     Returns:
         The run's recipe.

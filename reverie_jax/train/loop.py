@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,19 +19,26 @@ from reverie_jax.data.conversation import ImageRecord
 from reverie_jax.data.pipeline import Survey, survey, training_batches
 from reverie_jax.data.processor import Processor
 from reverie_jax.errors import UserError
-from reverie_jax.models import VisionLanguageModel
+from reverie_jax.models import VisionLanguageModel, lora
 from reverie_jax.models.checkpoints import identity
-from reverie_jax.models.sharding import batch_sharding, make_mesh, place
+from reverie_jax.models.sharding import feed, make_mesh, own_rows, place
 from reverie_jax.train.checkpoint import ResumeError, RunCheckpoints
+from reverie_jax.train.interrupt import Interruption
 from reverie_jax.train.metrics import MetricsLog
 from reverie_jax.train.recipes import Recipe
-from reverie_jax.train.step import TrainState, adapt, make_optimizer, make_step, schedule, tuned
+from reverie_jax.train.reference import Reference, find_reference
+from reverie_jax.train.step import TrainState, adapt, make_optimizer, make_step, tuned
+from reverie_jax.train.validation import Validation, hold_out
+from reverie_jax.train.watch import TrainingFailed, Watch
 
 _log = logging.getLogger(__name__)
 
+_PROFILED = range(3, 6)
+"""Steps of a run that `profile` traces: the first ones compile."""
 
-class TrainingFailed(UserError):
-    """Training that must not go on: the loss is no number any more."""
+
+class Interrupted(UserError):
+    """The run was asked to end (SIGTERM), and is saved."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,19 +59,24 @@ def train(
     *,
     mesh: Mesh | None = None,
     resume: bool = True,
+    profile: bool = False,
     console: Console | None = None,
 ) -> TrainResult:
     """Tunes `model` in place with fresh adapters, and leaves checkpoints and metrics in `folder`.
+
+    Several processes (`jax.distributed`) call it alike; each feeds its own devices' rows, and the first one writes the
+    metrics. SIGTERM ends it at the next step with a checkpoint, from which it goes on when it is called again.
 
     Args:
         source: records, by index.
         mesh: devices; one by default.
         resume: go on from the newest checkpoint in `folder`, if there is one; otherwise there must be none.
+        profile: leave a trace of a few steps in `folder`/profile.
 
     Raises:
         DataError: a record does not fit the recipe's rows.
         ResumeError: the folder holds a run that is not this one.
-        TrainingFailed: the loss became NaN or infinite; the step is named.
+        TrainingFailed: the loss became NaN or infinite, or jumped; the step and its records are named.
     """
     started = time.perf_counter()
     mesh = mesh or make_mesh()
@@ -73,10 +84,22 @@ def train(
         processor = processor.using(recipe.template)
     if recipe.aspect is not None:
         processor = dataclasses.replace(processor, aspect=recipe.aspect)
-    found = survey(source, processor, recipe.row, recipe.teach, sharing=recipe.sharing)
+    try:
+        source, held_out = hold_out(source, recipe.holdout)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    teaching = recipe.preference or recipe.teach
+    found = survey(source, processor, recipe.row, teaching, sharing=recipe.sharing)
     recipe = dataclasses.replace(recipe, steps=recipe.steps_for(found.rows))
+    try:
+        own_rows(mesh, recipe.rows // recipe.accumulate)  # each micro-batch is spread over the devices
+        own = own_rows(mesh, recipe.rows)
+    except ValueError as error:
+        raise UserError(f"recipe {recipe.name}, micro-batches of {recipe.rows // recipe.accumulate}: {error}") from None
     base = identity(model)
-    adapt(model, recipe)
+    fresh = adapt(model, recipe)
+    if recipe.base != "as-is":
+        lora.quantise(model, recipe.base)
     graph, params, frozen = nnx.split(model, tuned(recipe.tune), ...)  # type: ignore[misc]
     params, frozen = place(params, mesh), place(frozen, mesh)
     optimizer = make_optimizer(recipe)
@@ -88,55 +111,52 @@ def train(
             processor,
             recipe.row,
             rows=recipe.rows,
-            teaching=recipe.teach,
+            teaching=teaching,
             sharing=recipe.sharing,
+            sources=found.sources,
             seed=recipe.seed,
+            own=own,
         )
     )
     # Left by an error or Ctrl-C, the block still waits for saves under way.
     with contextlib.closing(batches), contextlib.closing(RunCheckpoints(folder, recipe, base)) as checkpoints:
+        reference = Reference()
+        if recipe.preference is not None:
+            reference = find_reference(model, fresh, params, frozen, processor, source, recipe, folder, mesh)
         if checkpoints.latest is not None:
             if not resume:
                 raise ResumeError(f"{folder}: holds a run already; resume it, or choose another folder")
-            state = checkpoints.restore(state, batches)
+            state, position = checkpoints.restore(state)
+            batches.set_state(position)
             _log.info("resumed from step %d", int(state.step))
-        first, rows = int(state.step), batch_sharding(mesh)
-        step = make_step(graph, optimizer, recipe)
+        first = int(state.step)
+        step = make_step(graph, optimizer, recipe, sources=len(found.sources), reference=reference.graph)
+        validate = Validation(graph, held_out, processor, recipe, mesh)
         log = MetricsLog(folder, recipe.steps, resumed=first, label=recipe.name, console=console)
-        with jax.set_mesh(mesh), log:
+        watch = Watch(source, found.sources, recipe, mesh, log)
+        with jax.set_mesh(mesh), log, Interruption(recipe.save_minutes) as interruption:
             for number in range(first + 1, recipe.steps + 1):
+                if profile and number == first + _PROFILED.start:
+                    jax.profiler.start_trace(str(folder / "profile"))
                 asked = time.perf_counter()
-                batch = jax.device_put(next(batches), rows)
-                fed = time.perf_counter()
-                state, metrics = step(state, frozen, batch)
-                # Reading the numbers waits for the step; the next batch is being made meanwhile.
-                values = {name: float(value) for name, value in metrics._asdict().items()}
-                seconds = time.perf_counter() - asked
-                if not math.isfinite(values["loss"]):
-                    raise TrainingFailed(
-                        f"step {number}: the loss is {values['loss']}; lower the rate or clip gradients"
-                    )
-                log.write(number, _speeds(values, seconds, fed - asked, recipe) | _rates(number, recipe))
-                if number % recipe.save_every == 0 or number == recipe.steps:
-                    checkpoints.save(state, batches)
+                local = next(batches)
+                batch = feed(local, mesh, recipe.rows)
+                waited = time.perf_counter() - asked
+                with jax.transfer_guard("disallow"):  # nothing passes between host and device inside a step
+                    state, metrics = step(state, frozen, batch, reference.held)
+                watch.after(number, metrics, local.records, waited)
+                if profile and number == min(first + _PROFILED.stop, recipe.steps):
+                    jax.block_until_ready(state)
+                    jax.profiler.stop_trace()
+                ends = interruption.asked(number)
+                due = interruption.due(number)
+                if number % recipe.save_every == 0 or number == recipe.steps or ends or due:
+                    watch.settle()  # a state whose loss is no number is never saved
+                    checkpoints.save(state, batches.get_state(), validate(state.params, frozen))
+                if ends and number < recipe.steps:
+                    checkpoints.settle()
+                    raise Interrupted(f"asked to end: step {number} of {recipe.steps} is saved; run again to go on")
+        if not checkpoints.settle():
+            raise TrainingFailed(f"{folder}: the last checkpoint could not be written; free some space and run again")
     nnx.update(model, state.params)
     return TrainResult(found, time.perf_counter() - started, recipe.steps - first)
-
-
-def _rates(step: int, recipe: Recipe) -> dict[str, float]:
-    """Learning rates of the step that was just taken (schedules count from zero)."""
-    return {
-        "rate": float(schedule(recipe.rate, recipe)(step - 1)),
-        "projector_rate": float(schedule(recipe.projector_rate, recipe)(step - 1)),
-    }
-
-
-def _speeds(values: dict[str, float], seconds: float, waited: float, recipe: Recipe) -> dict[str, float]:
-    """A step's metrics, with how fast and how full it was."""
-    return {
-        **values,
-        "tokens_per_second": values["tokens"] / seconds,
-        "supervised_per_second": values["supervised"] / seconds,
-        "packing": values["tokens"] / (recipe.rows * recipe.row.tokens),
-        "input_wait": waited / seconds,
-    }

@@ -1,4 +1,4 @@
-"""What training minimises: weighted cross-entropy over the edges of trees."""
+"""What training minimises: sums of log-probabilities of the edges of trees, by themselves or in pairs of answers."""
 
 from __future__ import annotations
 
@@ -6,28 +6,38 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
+from reverie_jax.data.preferences import Preference
 from reverie_jax.data.rows import Batch
 from reverie_jax.models import VisionLanguageModel
 
 
 class Loss(NamedTuple):
-    """Sums over a batch: of weight * -log p(target | source), and of the weights. Their quotient is the loss."""
+    """Sums over a batch: of weighted losses, and of what they are divided by. Their quotient is the loss."""
 
     total: Float[Array, ""]
     weight: Float[Array, ""]
 
 
-def edge_loss(
+class Rewards(NamedTuple):
+    """Sums over a batch's pairs; divided by the number of pairs they are the metrics that DPO trainers log."""
+
+    chosen_reward: Float[Array, ""]
+    rejected_reward: Float[Array, ""]
+    reward_margin: Float[Array, ""]
+    reward_accuracy: Float[Array, ""]
+
+
+def edge_logps(
     model: VisionLanguageModel,
     batch: Batch,
     *,
     key: PRNGKeyArray | None = None,
     train_tower: bool = False,
     chunk: int = 512,
-) -> Loss:
-    """Cross-entropy of the taught edges.
+) -> Float[Array, "B E"]:
+    """log p(target | source) of each edge.
 
     The LM head runs on edges alone and `chunk` of a row's edges at a time, so B x L x V logits are never built.
 
@@ -48,13 +58,67 @@ def edge_loss(
         return jnp.moveaxis(x.reshape(x.shape[0], chunks, -1, *x.shape[2:]), 1, 0)
 
     @jax.checkpoint
-    def add(total: Array, part: tuple[Array, Array, Array]) -> tuple[Array, None]:
-        state, target, weight = part
+    def of_chunk(none: None, part: tuple[Array, Array]) -> tuple[None, Array]:
+        state, target = part
         logits = model.decoder.logits(state)
         chosen = jnp.take_along_axis(logits, target[:, :, None], axis=-1)[..., 0]
-        nll = jax.nn.logsumexp(logits, axis=-1) - chosen
-        return total + (weight * nll).sum(), None
+        return none, chosen - jax.nn.logsumexp(logits, axis=-1)
 
-    parts = (split(states), split(batch.target), split(batch.weight))
-    total, _ = jax.lax.scan(add, jnp.zeros((), jnp.float32), parts)
-    return Loss(total, batch.weight.sum())
+    _, found = jax.lax.scan(of_chunk, None, (split(states), split(batch.target)))
+    return jnp.moveaxis(found, 0, 1).reshape(states.shape[0], -1)[:, :edges]
+
+
+def cross_entropy(logps: Float[Array, "B E"], batch: Batch) -> Loss:
+    """The sum of weight * -log p, over the sum of weights."""
+    return Loss(-(batch.weight * logps).sum(), batch.weight.sum())
+
+
+def edge_loss(
+    model: VisionLanguageModel,
+    batch: Batch,
+    *,
+    key: PRNGKeyArray | None = None,
+    train_tower: bool = False,
+    chunk: int = 512,
+) -> Loss:
+    """Cross-entropy of the taught edges; see `edge_logps`."""
+    return cross_entropy(edge_logps(model, batch, key=key, train_tower=train_tower, chunk=chunk), batch)
+
+
+def by_origin(logps: Float[Array, "B E"], batch: Batch, sources: int) -> tuple[Float[Array, "S"], Float[Array, "S"]]:
+    """`cross_entropy`'s two sums for each of the data's sources."""
+    place = batch.origin.reshape(-1)
+    losses, weights = -(batch.weight * logps).reshape(-1), batch.weight.reshape(-1)
+    return jax.ops.segment_sum(losses, place, sources), jax.ops.segment_sum(weights, place, sources)
+
+
+def answer_sums(logps: Float[Array, "B E"], batch: Batch) -> Float[Array, "B Q"]:
+    """s of each answer: the weighted sum of its edges' log-probabilities."""
+    answers = batch.leaves.shape[1]
+    return jax.vmap(lambda x, place: jax.ops.segment_sum(x, place, num_segments=answers))(
+        batch.weight * logps, batch.branch
+    )
+
+
+def preference_loss(
+    sums: Float[Array, "B Q"], reference: Float[Array, "B Q"], batch: Batch, preference: Preference
+) -> tuple[Loss, Rewards]:
+    """DPO's loss over the pairs of a batch (Rafailov et al., arXiv 2305.18290; DDPO of RLHF-V, arXiv 2312.00849).
+
+    Args:
+        sums, reference: `answer_sums` of the model and of its reference; chosen and rejected alternate.
+    """
+
+    def split(x: Array) -> tuple[Array, Array]:
+        return x[:, 0::2], x[:, 1::2]
+
+    here: Bool[Array, "B P"] = split(batch.questions)[0] >= 0
+    chosen, rejected = (preference.beta * side for side in split(sums - reference))
+    margin = chosen - rejected
+    losses = preference.weight * -jax.nn.log_sigmoid(margin) - preference.sft * split(sums)[0]
+
+    def total(x: Array) -> Array:
+        return jnp.where(here, x, jnp.zeros_like(x)).sum()
+
+    rewards = Rewards(total(chosen), total(rejected), total(margin), total((margin > 0).astype(jnp.float32)))
+    return Loss(total(losses), here.sum().astype(jnp.float32)), rewards

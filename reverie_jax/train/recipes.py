@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import pydantic
 
+from reverie_jax.data.preferences import Preference
 from reverie_jax.data.rows import RowShape
 from reverie_jax.data.teaching import Teaching
 from reverie_jax.errors import UserError
@@ -32,15 +33,21 @@ class Recipe:
             transformers' trainer has it (a token in a micro-batch of few then counts more).
         tune: adapters and projector, the projector alone, or decoder and projector in full.
         teach: what of each conversation is taught: first answers only, or rationales too, and in which form.
+        preference: tune on pairs of answers by direct preference optimisation instead of on `teach`; a row's `leaves` are
+            then its answers, two a pair, and the loss is the mean over pairs.
         sharing: an image's conversations as one tree; without, each is computed by itself, as other trainers do.
         template, aspect: instead of the checkpoint's own.
+        base: the frozen matrices that carry adapters as they are, or in 8 or 4 bits (QLoRA).
         rank, alpha, dropout, targets: the adapters (scale alpha / rank).
         rate: peak learning rate of adapters or decoder.
         projector_rate: peak learning rate of the projector.
         warmup: share of the steps with a rising rate; then cosine to zero.
         clip: largest gradient norm; None for no clipping, as LLaVA's published recipes.
         save_every: steps between checkpoints.
-        keep: checkpoints that are kept.
+        save_minutes: time between them, whichever comes first; 0 for steps alone.
+        keep: checkpoints that are kept, the newest; with `holdout` the best one is too.
+        holdout: records, the last ones, that are not trained on; the loss on them is taken at each save.
+        spike: nats above the median of the last 50 steps that end the run; none for no such end.
         seed: fixes order, adapters' start and dropout.
     """
 
@@ -53,9 +60,11 @@ class Recipe:
     mean: Literal["tokens", "micro-batches"] = "tokens"
     tune: Tune = "lora"
     teach: Teaching = Teaching()  # noqa: RUF009
+    preference: Preference | None = None
     sharing: bool = True
     template: str | None = None
     aspect: ImageAspect | None = None
+    base: Literal["as-is", "int8", "nf4"] = "as-is"
     rank: int = 16
     alpha: float = 32.0
     dropout: float = 0.05
@@ -66,12 +75,17 @@ class Recipe:
     clip: float | None = 1.0
     weight_decay: float = 0.0
     save_every: int = 100
+    save_minutes: float = 0.0
     keep: int = 2
+    holdout: int = 0
+    spike: float | None = 5.0
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.accumulate < 1 or self.rows % self.accumulate:
             raise ValueError(f"rows={self.rows} cannot be shared out over accumulate={self.accumulate} micro-batches")
+        if self.base != "as-is" and self.tune == "full":
+            raise ValueError(f"base={self.base} is for frozen weights, and tune=full freezes none")
 
     def steps_for(self, rows: int) -> int:
         """Steps of a run on data that fill so many rows in a pass."""
@@ -140,6 +154,55 @@ _REVERIE = dataclasses.replace(
     sharing=True,
 )
 
+# A pair a row, so that a batch has as many pairs as the published one; RLHF-V tunes in full, and so keeps the reference's
+# sums. Its own model is Muffin-13B: here the recipe stands for any LLaVA.
+_DDPO = dataclasses.replace(
+    _LLAVA,
+    name="rlhfv-ddpo-paper",
+    rows=32,
+    row=RowShape(tokens=2048, images=1, edges=2048, leaves=2),
+    epochs=7.0,
+    accumulate=1,
+    mean="tokens",
+    tune="full",
+    sharing=True,
+    rate=5e-7,
+    projector_rate=5e-7,
+    warmup=0.1,
+    clip=1.0,
+    preference=Preference(beta=0.5, gamma=5.0, average=True, reference="stored"),
+)
+_DPO = dataclasses.replace(
+    _DDPO,
+    name="rlaifv-dpo",
+    rows=8,
+    steps=2672,
+    aspect="square",
+    warmup=0.05,
+    weight_decay=0.01,
+    preference=Preference(reference="stored"),
+)
+
+# LRV-Instruction's second version tunes queries and values alone. Its rate, batch and length are not published: those of
+# mPLUG-Owl, which it starts from, stand in.
+_LRV = dataclasses.replace(
+    _LLAVA,
+    name="lrv-sft",
+    rank=8,
+    alpha=32.0,
+    targets=r"decoder\.layers\.(query|value|qkv)",
+    sharing=True,
+    mean="tokens",
+    accumulate=1,
+    rows=32,
+    row=RowShape(tokens=2048, images=4, edges=2048),
+    epochs=3.0,
+    rate=2e-5,
+    projector_rate=2e-5,
+    clip=1.0,
+    weight_decay=1e-4,
+)
+
 
 def _named(base: Recipe, *names: str, **changes: Any) -> list[Recipe]:
     return [dataclasses.replace(base, name=name, **changes) for name in names]
@@ -163,6 +226,18 @@ RECIPES: dict[str, Recipe] = {
         *_named(_PRETRAIN, "llava-1.0-pretrain", rows=128, projector_rate=2e-3),
         *_named(_REVERIE, "reverie-1.5-7b-lora", "reverie-1.5-13b-lora", "reverie-phi3-lora"),
         *_named(_REVERIE, "reverie-1.0-7b-lora", aspect="square"),
+        _DDPO,
+        *_named(
+            _DDPO,
+            "rlhfv-ddpo-script",
+            rows=8,
+            steps=2160,
+            warmup=0.03,
+            preference=Preference(gamma=1.1, reference="stored"),
+        ),
+        _DPO,
+        _LRV,
+        *_named(_DPO, "rlaifv-dpo-lora", tune="lora", rate=1e-5, projector_rate=1e-5, preference=Preference()),
     )
 }
 

@@ -16,7 +16,15 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from reverie_jax.data.rows import Batch
 from reverie_jax.errors import UserError
 from reverie_jax.models import VisionLanguageModel, lora
-from reverie_jax.train.objective import edge_loss
+from reverie_jax.train.objective import (
+    Loss,
+    answer_sums,
+    by_origin,
+    cross_entropy,
+    edge_logps,
+    edge_loss,
+    preference_loss,
+)
 from reverie_jax.train.recipes import Recipe, Tune
 
 
@@ -29,7 +37,12 @@ class TrainState(NamedTuple):
 
 
 class StepMetrics(NamedTuple):
-    """Sums and norms of one step, on device until someone reads them."""
+    """Sums and norms of one step, on device until someone reads them.
+
+    Attributes:
+        sums: of each source its losses and their weights (`source_loss`, `source_weight`), of pairs their `Rewards` and
+            their number (`pairs`).
+    """
 
     loss: Float[Array, ""]
     grad_norm: Float[Array, ""]
@@ -37,6 +50,7 @@ class StepMetrics(NamedTuple):
     flat_tokens: Int[Array, ""]
     supervised: Int[Array, ""]
     images: Int[Array, ""]
+    sums: dict[str, Float[Array, "..."]]
 
 
 def trainable(path: tuple[Any, ...], value: Any) -> bool:
@@ -52,8 +66,11 @@ def tuned(tune: Tune) -> Callable[[tuple[Any, ...], Any], bool]:
     return lambda path, value: isinstance(value, nnx.Param) and path[0] in parts
 
 
-def adapt(model: VisionLanguageModel, recipe: Recipe) -> None:
+def adapt(model: VisionLanguageModel, recipe: Recipe) -> bool:
     """Fresh adapters as the recipe has them, in place; adapters that the model has already are tuned further.
+
+    Returns:
+        Whether the model without adapters is the model as it starts.
 
     Raises:
         UserError: it has some, of another rank or scale than the recipe's, or that tunes none.
@@ -62,7 +79,7 @@ def adapt(model: VisionLanguageModel, recipe: Recipe) -> None:
     if recipe.tune != "lora":
         if carriers:
             raise UserError(f"recipe {recipe.name} tunes no adapters, and the model has some: merge them first")
-        return
+        return False
     for path, layer, a, _ in carriers:
         found = a.shape[-1], layer.lora_scale
         if found != (recipe.rank, recipe.alpha / recipe.rank):
@@ -72,10 +89,11 @@ def adapt(model: VisionLanguageModel, recipe: Recipe) -> None:
             )
         layer.lora_dropout = recipe.dropout
     if carriers:
-        return
+        return False
     lora.attach(
         model, rank=recipe.rank, alpha=recipe.alpha, dropout=recipe.dropout, targets=recipe.targets, seed=recipe.seed
     )
+    return True
 
 
 def schedule(peak: float, recipe: Recipe) -> optax.Schedule:
@@ -102,6 +120,10 @@ def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
     return optax.chain(*clip, by_part)
 
 
+Score = Callable[[nnx.State, Batch, PRNGKeyArray | None], tuple[Loss, dict[str, Array]]]
+"""From parameters, a micro-batch and a key: what is minimised, and sums that are reported."""
+
+
 def loss_and_grads(
     graph: nnx.GraphDef[VisionLanguageModel],
     params: nnx.State,
@@ -112,7 +134,25 @@ def loss_and_grads(
     accumulate: int = 1,
     mean: Literal["tokens", "micro-batches"] = "tokens",
 ) -> tuple[Float[Array, ""], nnx.State]:
-    """Mean loss of a batch, and its gradients by the trainable parameters.
+    """Mean cross-entropy of a batch, and its gradients by the trainable parameters. See `scored`."""
+
+    def score(params: nnx.State, part: Batch, key: PRNGKeyArray | None) -> tuple[Loss, dict[str, Array]]:
+        return edge_loss(nnx.merge(graph, params, frozen), part, key=key), {}
+
+    loss, grads, _ = scored(score, params, batch, key, accumulate=accumulate, mean=mean)
+    return loss, grads
+
+
+def scored(
+    score: Score,
+    params: nnx.State,
+    batch: Batch,
+    key: PRNGKeyArray | None,
+    *,
+    accumulate: int = 1,
+    mean: Literal["tokens", "micro-batches"] = "tokens",
+) -> tuple[Float[Array, ""], nnx.State, dict[str, Array]]:
+    """Mean loss of a batch, its gradients by the trainable parameters, and the reported sums.
 
     Args:
         accumulate: micro-batches, one after the other; row r is in micro-batch r % accumulate, so that each is spread over
@@ -120,40 +160,85 @@ def loss_and_grads(
         mean: see `Recipe.mean`.
     """
 
-    def total_of(params: nnx.State, part: Batch, key: PRNGKeyArray | None) -> tuple[Array, Array]:
-        loss = edge_loss(nnx.merge(graph, params, frozen), part, key=key)
-        weight = jnp.maximum(loss.weight, 1e-6)
-        return (loss.total, loss.weight) if mean == "tokens" else (loss.total / weight, jnp.ones((), jnp.float32))
+    def total_of(params: nnx.State, part: Batch, key: PRNGKeyArray | None) -> tuple[Array, Any]:
+        loss, sums = score(params, part, key)
+        if mean == "tokens":
+            return loss.total, (loss.weight, sums)
+        return loss.total / jnp.maximum(loss.weight, 1e-6), (jnp.ones((), jnp.float32), sums)
 
     of_part = jax.value_and_grad(total_of, has_aux=True)
     if accumulate == 1:
-        (total, weight), grads = of_part(params, batch, key)
+        (total, (weight, sums)), grads = of_part(params, batch, key)
     else:
 
-        def add(sums: Any, numbered: tuple[Batch, Array]) -> tuple[Any, None]:
-            part, number = numbered
-            (total, weight), grads = of_part(params, part, None if key is None else jax.random.fold_in(key, number))
-            return jax.tree.map(jnp.add, sums, (total, weight, grads)), None
+        def one(part: Batch, number: Array) -> Any:
+            return of_part(params, part, None if key is None else jax.random.fold_in(key, number))
+
+        def add(before: Any, numbered: tuple[Batch, Array]) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, before, one(*numbered)), None
 
         split = Batch(*(jnp.moveaxis(x.reshape(len(x) // accumulate, accumulate, *x.shape[1:]), 1, 0) for x in batch))
-        zero = jnp.zeros((), jnp.float32)
-        none = zero, zero, jax.tree.map(jnp.zeros_like, params)
-        (total, weight, grads), _ = jax.lax.scan(add, none, (split, jnp.arange(accumulate, dtype=jnp.uint32)))
+        numbered = split, jnp.arange(accumulate, dtype=jnp.uint32)
+        shapes = jax.eval_shape(one, *jax.tree.map(lambda x: x[0], numbered))
+        none = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        ((total, (weight, sums)), grads), _ = jax.lax.scan(add, none, numbered)
     whole = jnp.maximum(weight, 1e-6)
-    return total / whole, jax.tree.map(lambda g: (g / whole).astype(g.dtype), grads)
+    return total / whole, jax.tree.map(lambda g: (g / whole).astype(g.dtype), grads), sums
 
 
 def make_step(
-    graph: nnx.GraphDef[VisionLanguageModel], optimizer: optax.GradientTransformation, recipe: Recipe
-) -> Callable[[TrainState, nnx.State, Batch], tuple[TrainState, StepMetrics]]:
-    """The jitted step. It donates the trainable state, and never the frozen weights."""
+    graph: nnx.GraphDef[VisionLanguageModel],
+    optimizer: optax.GradientTransformation,
+    recipe: Recipe,
+    *,
+    sources: int = 1,
+    reference: nnx.GraphDef[VisionLanguageModel] | None = None,
+) -> Callable[..., tuple[TrainState, StepMetrics]]:
+    """The jitted step. It donates the trainable state, and never the frozen weights.
+
+    Args:
+        sources: of the data, for the losses of each.
+        reference: `Reference.graph` (preference tuning).
+
+    Returns:
+        step(state, frozen, batch, held=None), with `Reference.held`, to the new state and its metrics.
+    """
+
+    def score_pairs(
+        params: nnx.State, frozen: nnx.State, held: Any, part: Batch, key: PRNGKeyArray | None
+    ) -> tuple[Loss, dict[str, Array]]:
+        assert recipe.preference is not None
+        if reference is None:
+            numbers, stored = held
+            before = stored[jnp.clip(jnp.searchsorted(numbers, part.questions), 0, len(numbers) - 1)]
+        else:
+            before = answer_sums(edge_logps(nnx.merge(reference, nnx.merge_state(params, held), frozen), part), part)
+        logps = edge_logps(nnx.merge(graph, params, frozen), part, key=key)
+        loss, rewards = preference_loss(
+            answer_sums(logps, part), jax.lax.stop_gradient(before), part, recipe.preference
+        )
+        return loss, {**rewards._asdict(), "pairs": loss.weight}
+
+    def score_tokens(
+        params: nnx.State, frozen: nnx.State, held: Any, part: Batch, key: PRNGKeyArray | None
+    ) -> tuple[Loss, dict[str, Array]]:
+        logps = edge_logps(nnx.merge(graph, params, frozen), part, key=key)
+        losses, weights = by_origin(jax.lax.stop_gradient(logps), part, sources)
+        return cross_entropy(logps, part), {"source_loss": losses, "source_weight": weights}
+
+    score = score_tokens if recipe.preference is None else score_pairs
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def step(state: TrainState, frozen: nnx.State, batch: Batch) -> tuple[TrainState, StepMetrics]:
+    def step(state: TrainState, frozen: nnx.State, batch: Batch, held: Any = None) -> tuple[TrainState, StepMetrics]:
         # The key is a function of seed and step alone: a resumed run draws what the uninterrupted one drew.
         key = jax.random.fold_in(jax.random.key(recipe.seed), state.step) if recipe.dropout else None
-        loss, grads = loss_and_grads(
-            graph, state.params, frozen, batch, key, accumulate=recipe.accumulate, mean=recipe.mean
+        loss, grads, sums = scored(
+            lambda params, part, key: score(params, frozen, held, part, key),
+            state.params,
+            batch,
+            key,
+            accumulate=recipe.accumulate,
+            mean=recipe.mean,
         )
         with jax.numpy_dtype_promotion("standard"):  # optax raises a Python float to an int32 power
             updates, opt_state = optimizer.update(grads, state.optimizer, state.params)
@@ -166,6 +251,7 @@ def make_step(
             flat_tokens=batch.flat_tokens.sum().astype(jnp.int32),
             supervised=(batch.weight > 0).sum().astype(jnp.int32),
             images=(batch.flat_tokens > 0).sum().astype(jnp.int32),
+            sums=sums,
         )
         return TrainState(params, opt_state, state.step + 1), metrics
 

@@ -3,7 +3,6 @@
 import dataclasses
 import io
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +92,19 @@ def recipe(**changes):
 KILL_RECIPE = recipe(steps=40, save_every=4)
 
 if __name__ == "__main__":
-    from reverie_jax.train.loop import train
+    import argparse
 
-    train(model(), processor(), records(), KILL_RECIPE, Path(sys.argv[1]))
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--mesh", type=int, nargs=3, default=(1, 1, 1))
+    parser.add_argument("--distributed", default="")
+    parser.add_argument("--set", nargs="*", default=())
+    args = parser.parse_args()
+
+    from reverie_jax.models.sharding import make_mesh
+    from reverie_jax.train.distributed import join
+    from reverie_jax.train.loop import train
+    from reverie_jax.train.recipes import override
+
+    join(args.distributed)
+    train(model(), processor(), records(), override(KILL_RECIPE, args.set), args.folder, mesh=make_mesh(*args.mesh))
