@@ -68,6 +68,8 @@ class Train:
     """Devices by axis."""
     distributed: str = ""
     """One of several processes: `auto` (SLURM, Open MPI, Kubernetes, TPU pod), or address:port,processes,number."""
+    cache_vision: Path | None = None
+    """Folder for the frozen tower's features of every picture, counted once; the records' pictures are not read again."""
     profile: bool = False
     """Leave a trace of a few steps in the run folder."""
     watch: bool = False
@@ -97,7 +99,15 @@ class Train:
         )
         with serve(self.out) if self.watch else contextlib.nullcontext():
             result = train(
-                model, processor, source, recipe, self.out, mesh=mesh, resume=self.resume, profile=self.profile
+                model,
+                processor,
+                source,
+                recipe,
+                self.out,
+                mesh=mesh,
+                resume=self.resume,
+                profile=self.profile,
+                vision_cache=self.cache_vision,
             )
         found = result.survey
         print(

@@ -11,9 +11,10 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 
 import grain
 import numpy as np
-from jaxtyping import Int32, UInt8
+from jaxtyping import Int32
 
 from reverie_jax.data.conversation import Conversation, ImageRecord
+from reverie_jax.data.features import FeatureCache
 from reverie_jax.data.preferences import Preference, grow_pairs, pairs
 from reverie_jax.data.processor import Processor
 from reverie_jax.data.rows import WINDOW, Batch, Element, RowShape, element, pack, share_out, stack
@@ -185,19 +186,28 @@ class _Flat(grain.experimental.FlatMapTransform):
         return elements
 
 
-def show(batch: Batch, source: Sequence[ImageRecord], processor: Processor, pool: Executor | None = None) -> Batch:
-    """The batch with pixels where numbers (from 1) stand for pictures.
+def show(
+    batch: Batch,
+    source: Sequence[ImageRecord],
+    processor: Processor,
+    pool: Executor | None = None,
+    features: FeatureCache | None = None,
+) -> Batch:
+    """The batch with pixels where numbers (from 1) stand for pictures, or with the tower's features of them.
 
     Args:
         pool: decodes side by side; Pillow works outside Python's lock.
     """
 
-    def pixels_of(number: int) -> UInt8[np.ndarray, "S S 3"]:
+    def pixels_of(number: int) -> np.ndarray:
+        if features is not None:
+            return features[number - 1]
         record = source[number - 1]
         return processor.pixels(record.image, record.id)[0]
 
     side = processor.image_size
-    pixels = np.zeros((*batch.pixels.shape, side, side, 3), np.uint8)
+    shape, dtype = ((side, side, 3), np.dtype(np.uint8)) if features is None else (features.shape, features.dtype)
+    pixels = np.zeros((*batch.pixels.shape, *shape), dtype)
     numbers = np.unique(batch.pixels[batch.pixels > 0]).tolist()
     decoded = pool.map(pixels_of, numbers) if pool else map(pixels_of, numbers)
     for number, picture in zip(numbers, decoded, strict=True):
@@ -236,6 +246,7 @@ def training_batches(
     sharing: bool = True,
     sources: Sequence[str] = (),
     own: slice | None = None,
+    features: FeatureCache | None = None,
     threads: int | None = None,
 ) -> grain.IterDataset:
     """Endless batches in an order that the seed alone fixes; the iterator's state is a position, not a count of batches.
@@ -248,6 +259,7 @@ def training_batches(
         sharing: see `trees`.
         sources: names, in the order that `origin` counts them (`Survey.sources`).
         own: the part of each batch's rows that this host gets; all by default.
+        features: of the pictures, which are then not decoded.
         threads: that decode pictures; one a core by default.
     """
     first, past, _ = (own or slice(None)).indices(rows)
@@ -256,7 +268,7 @@ def training_batches(
     batches = packed.batch(rows, batch_fn=lambda part: stack(part[first:past], past - first))
     threads = threads or os.cpu_count() or 1
     pool = ThreadPoolExecutor(threads) if threads > 1 else None
-    shown = batches.map(lambda batch: show(batch, source, processor, pool))
+    shown = batches.map(lambda batch: show(batch, source, processor, pool, features))
     return grain.experimental.ThreadPrefetchIterDataset(shown, prefetch_buffer_size=2)
 
 

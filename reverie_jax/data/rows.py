@@ -43,6 +43,7 @@ class Batch(NamedTuple):
     ends: Int32[Any, "B L"]
     features: Int32[Any, "B L"]
     pixels: UInt8[Any, "B M S S 3"]
+    """Or the tower's features of the pictures, floats B M P W."""
     source: Int32[Any, "B E"]
     """Row index of an edge's parent; with `target`, `weight` and `branch` as in `ConversationTree`."""
     target: Int32[Any, "B E"]

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from reverie_jax.models.attention import attend, attend_leaves, leaf_visible, rope
 from reverie_jax.models.config import TextConfig
-from reverie_jax.models.layers import Linear, RMSNorm, activate, parameter, scan_layers
+from reverie_jax.models.layers import Linear, Remat, RMSNorm, activate, parameter, scan_layers
 
 
 class KV(NamedTuple):
@@ -117,7 +117,7 @@ class Decoder(nnx.Module):
         *,
         key: PRNGKeyArray | None = None,
         keep_kv: bool = False,
-        remat: bool = True,
+        remat: Remat = "full",
     ) -> tuple[Float[Array, "B L D"], KV | None]:
         """Normalised hidden states of a row, and every layer's keys and values where `keep_kv`.
 
@@ -153,7 +153,7 @@ class Decoder(nnx.Module):
             x, grown = layer.extend(x, positions, seen, step, prefix, suffix)
             return x, KV(*grown)
 
-        x, suffix = scan_layers(self.layers, body, x, prefix, suffix, remat=False)
+        x, suffix = scan_layers(self.layers, body, x, prefix, suffix, remat="none")
         return self.norm(x), suffix
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:

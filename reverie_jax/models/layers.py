@@ -7,7 +7,7 @@ compiled body. Each parameter knows its logical axes (`axes`), from which `model
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from reverie_jax.models.quantise import Bits, pack, unpack
 
 Axes = tuple[str | None, ...]
+Remat = Literal["full", "dots", "none"]
 
 
 def parameter(
@@ -147,14 +148,15 @@ def scan_layers(
     carry: Any,
     *per_layer: Any,
     depth: int | None = None,
-    remat: bool = True,
+    remat: Remat = "full",
 ) -> tuple[Any, Any]:
     """Runs `body(layer, carry, *per_layer) -> (carry, output)` over a stacked module as one scan.
 
     Args:
         stack: a module whose every parameter has a leading layer axis.
         depth: run only the first `depth` layers.
-        remat: recompute a layer's inside in the backward pass instead of keeping it.
+        remat: what of a layer's inside the backward pass computes again instead of finding it kept: all of it, all but the
+            products with weights (`dots`), or nothing.
     """
     graph, state = nnx.split(stack)
     if depth is not None:
@@ -164,4 +166,7 @@ def scan_layers(
         layer_state, *rest = inputs
         return body(nnx.merge(graph, layer_state), carry, *rest)
 
-    return jax.lax.scan(jax.checkpoint(step) if remat else step, carry, (state, *per_layer))
+    if remat != "none":
+        kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+        step = jax.checkpoint(step, policy=kept)
+    return jax.lax.scan(step, carry, (state, *per_layer))

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, UInt8
 
 from reverie_jax.models.attention import attend
 from reverie_jax.models.config import VisionConfig
-from reverie_jax.models.layers import LayerNorm, Linear, activate, parameter, scan_layers
+from reverie_jax.models.layers import LayerNorm, Linear, Remat, activate, parameter, scan_layers
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -62,7 +62,7 @@ class VisionTower(nnx.Module):
         self.layers = VisionLayer(config, rngs=rngs, layers=config.layers, dtype=dtype)
         self.post_norm = LayerNorm(config.hidden, config.norm_eps, rngs=rngs)
 
-    def __call__(self, pixels: Float[Array, "B S S 3"], depth: int, *, remat: bool = False) -> Float[Array, "B P W"]:
+    def __call__(self, pixels: Float[Array, "B S S 3"], depth: int, *, remat: Remat = "none") -> Float[Array, "B P W"]:
         """Hidden state `depth` of the patches, class token dropped, without `post_norm`.
 
         Args:

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 from reverie_jax.models.bridge import Projector
 from reverie_jax.models.config import VLMConfig
 from reverie_jax.models.decoder import KV, Decoder
+from reverie_jax.models.layers import Remat
 from reverie_jax.models.sharding import constrain_rows
 from reverie_jax.models.vision import VisionTower, normalise
 
@@ -52,7 +53,7 @@ class VisionLanguageModel(nnx.Module):
         self,
         tokens: Int[Array, "B L"],
         image_slots: Int[Array, "B L"],
-        pixels: UInt8[Array, "B M S S 3"],
+        pixels: UInt8[Array, "B M S S 3"] | Float[Array, "B M P W"],
         *,
         train_tower: bool = False,
     ) -> Float[Array, "B L D"]:
@@ -61,12 +62,16 @@ class VisionLanguageModel(nnx.Module):
         Args:
             tokens: ids; the placeholder's where a feature goes.
             image_slots: -1 for text, else which of the row's M * P features goes here.
-            pixels: images of the row as bytes, zeros where the row has fewer than M.
+            pixels: images of the row as bytes, or the tower's features of them; zeros where the row has fewer than M.
             train_tower: let gradients into the tower (pretraining); it is frozen otherwise.
         """
         batch, images = pixels.shape[:2]
-        floats = normalise(pixels.reshape(batch * images, *pixels.shape[2:]), self.compute_dtype)
-        features = self.vision(floats, self.config.feature_depth, remat=train_tower)
+        flat = pixels.reshape(batch * images, *pixels.shape[2:])
+        if jnp.issubdtype(pixels.dtype, jnp.floating):
+            features = flat.astype(self.compute_dtype)
+        else:
+            floats = normalise(flat, self.compute_dtype)
+            features = self.vision(floats, self.config.feature_depth, remat="full" if train_tower else "none")
         if not train_tower:
             features = jax.lax.stop_gradient(features)
         features = self.projector(features).reshape(batch, images * features.shape[1], -1)
@@ -80,11 +85,11 @@ class VisionLanguageModel(nnx.Module):
         positions: Int[Array, "B L"],
         ends: Int[Array, "B L"],
         image_slots: Int[Array, "B L"],
-        pixels: UInt8[Array, "B M S S 3"],
+        pixels: UInt8[Array, "B M S S 3"] | Float[Array, "B M P W"],
         *,
         key: PRNGKeyArray | None = None,
         train_tower: bool = False,
-        remat: bool = True,
+        remat: Remat = "full",
     ) -> Float[Array, "B L D"]:
         """Final hidden states of rows of trees. Logits are `decoder.logits` of the states one wants, and no others."""
         x = self.embed(tokens, image_slots, pixels, train_tower=train_tower)
@@ -93,7 +98,7 @@ class VisionLanguageModel(nnx.Module):
     def __call__(self, batch: RowBatch) -> Float[Array, "B L V"]:
         """Logits everywhere in a batch's rows, in the order of their trees. For tests and small use: they are large."""
         rows = (batch.tokens, batch.positions, batch.ends, batch.features, batch.pixels)
-        return self.decoder.logits(self.hidden(*map(jnp.asarray, rows), remat=False))
+        return self.decoder.logits(self.hidden(*map(jnp.asarray, rows), remat="none"))
 
     def prefill(
         self,
@@ -105,7 +110,7 @@ class VisionLanguageModel(nnx.Module):
     ) -> tuple[Float[Array, "B L D"], KV]:
         """Hidden states and the row's KV: the one copy that all its leaves decode from."""
         x = self.embed(tokens, image_slots, pixels)
-        hidden, kv = self.decoder(x, positions, ends, keep_kv=True, remat=False)
+        hidden, kv = self.decoder(x, positions, ends, keep_kv=True, remat="none")
         assert kv is not None
         return hidden, kv
 

@@ -187,7 +187,8 @@ def read_identity(folder: Path) -> dict[str, Any]:
 
 
 def load_run(model: VisionLanguageModel, folder: Path) -> Recipe:
-    """Puts a run's adapters and projector (the newest, or with held-out records the best) into the base that it was tuned on, in place.
+    """Puts a run's adapters and projector into the base that it was tuned on, in place: the newest, or the best on records
+    that were held out.
 
     Returns:
         The run's recipe.

@@ -29,6 +29,7 @@ from reverie_jax.train.recipes import Recipe
 from reverie_jax.train.reference import Reference, find_reference
 from reverie_jax.train.step import TrainState, adapt, make_optimizer, make_step, tuned
 from reverie_jax.train.validation import Validation, hold_out
+from reverie_jax.train.vision_cache import cached
 from reverie_jax.train.watch import TrainingFailed, Watch
 
 _log = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ def train(
     mesh: Mesh | None = None,
     resume: bool = True,
     profile: bool = False,
+    vision_cache: Path | None = None,
     console: Console | None = None,
 ) -> TrainResult:
     """Tunes `model` in place with fresh adapters, and leaves checkpoints and metrics in `folder`.
@@ -71,6 +73,7 @@ def train(
         source: records, by index.
         mesh: devices; one by default.
         resume: go on from the newest checkpoint in `folder`, if there is one; otherwise there must be none.
+        vision_cache: folder for the frozen tower's features of the pictures, counted once; none by default.
         profile: leave a trace of a few steps in `folder`/profile.
 
     Raises:
@@ -96,6 +99,7 @@ def train(
         own = own_rows(mesh, recipe.rows)
     except ValueError as error:
         raise UserError(f"recipe {recipe.name}, micro-batches of {recipe.rows // recipe.accumulate}: {error}") from None
+    features = None if vision_cache is None else cached(model, processor, source, vision_cache)
     base = identity(model)
     fresh = adapt(model, recipe)
     if recipe.base != "as-is":
@@ -104,7 +108,10 @@ def train(
     params, frozen = place(params, mesh), place(frozen, mesh)
     optimizer = make_optimizer(recipe)
     with jax.set_mesh(mesh):  # under jit, moments are laid out as the parameters that they belong to
-        state = TrainState(params, jax.jit(optimizer.init)(params), jax.jit(lambda: jnp.zeros((), jnp.int32))())
+        moments = jax.jit(optimizer.init)(params)
+        if recipe.offload:
+            moments = jax.device_put(moments, jax.memory.Space.Host)
+        state = TrainState(params, moments, jax.jit(lambda: jnp.zeros((), jnp.int32))())
     batches = iter(
         training_batches(
             source,
@@ -116,6 +123,7 @@ def train(
             sources=found.sources,
             seed=recipe.seed,
             own=own,
+            features=features,
         )
     )
     # Left by an error or Ctrl-C, the block still waits for saves under way.

@@ -22,7 +22,6 @@ from tensorboardX import SummaryWriter
 
 from reverie_jax.errors import UserError
 
-
 _log = logging.getLogger(__name__)
 
 _ROOM = 256 * 1024

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 from reverie_jax.data.preferences import Preference
 from reverie_jax.data.rows import Batch
 from reverie_jax.models import VisionLanguageModel
+from reverie_jax.models.layers import Remat
 
 
 class Loss(NamedTuple):
@@ -35,6 +36,7 @@ def edge_logps(
     *,
     key: PRNGKeyArray | None = None,
     train_tower: bool = False,
+    remat: Remat = "full",
     chunk: int = 512,
 ) -> Float[Array, "B E"]:
     """log p(target | source) of each edge.
@@ -43,10 +45,14 @@ def edge_logps(
 
     Args:
         key: LoRA dropout; None switches it off.
+        remat: see `models.layers.scan_layers`.
         chunk: edges of a row whose logits exist together.
     """
     hidden = model.hidden(
-        batch.tokens, batch.positions, batch.ends, batch.features, batch.pixels, key=key, train_tower=train_tower
+        *(batch.tokens, batch.positions, batch.ends, batch.features, batch.pixels),
+        key=key,
+        train_tower=train_tower,
+        remat=remat,
     )
     states = jnp.take_along_axis(hidden, batch.source[:, :, None], axis=1)
     edges = states.shape[1]

@@ -14,6 +14,7 @@ from reverie_jax.data.rows import RowShape
 from reverie_jax.data.teaching import Teaching
 from reverie_jax.errors import UserError
 from reverie_jax.models.config import ImageAspect
+from reverie_jax.models.layers import Remat
 from reverie_jax.models.lora import DEFAULT_TARGETS
 
 Tune = Literal["lora", "projector", "full"]
@@ -29,6 +30,9 @@ class Recipe:
         rows: rows in a batch, over all devices and micro-batches.
         row: static sizes of a row. With `images=1` a row is one image, so runs of equal steps see equal images.
         accumulate: micro-batches of a step; `rows` is a multiple.
+        remat: what the backward pass computes again instead of keeping it: a layer's whole inside, all but its products with
+            weights, or nothing.
+        offload: the optimizer's state waits in the host's memory between steps.
         mean: the loss is the mean over all taught tokens of a step, or the mean of the micro-batches' means, as
             transformers' trainer has it (a token in a micro-batch of few then counts more).
         tune: adapters and projector, the projector alone, or decoder and projector in full.
@@ -57,6 +61,8 @@ class Recipe:
     row: RowShape
     epochs: float = 1.0
     accumulate: int = 1
+    remat: Remat = "full"
+    offload: bool = False
     mean: Literal["tokens", "micro-batches"] = "tokens"
     tune: Tune = "lora"
     teach: Teaching = Teaching()  # noqa: RUF009

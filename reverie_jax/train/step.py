@@ -213,7 +213,7 @@ def make_step(
             before = stored[jnp.clip(jnp.searchsorted(numbers, part.questions), 0, len(numbers) - 1)]
         else:
             before = answer_sums(edge_logps(nnx.merge(reference, nnx.merge_state(params, held), frozen), part), part)
-        logps = edge_logps(nnx.merge(graph, params, frozen), part, key=key)
+        logps = edge_logps(nnx.merge(graph, params, frozen), part, key=key, remat=recipe.remat)
         loss, rewards = preference_loss(
             answer_sums(logps, part), jax.lax.stop_gradient(before), part, recipe.preference
         )
@@ -222,7 +222,7 @@ def make_step(
     def score_tokens(
         params: nnx.State, frozen: nnx.State, held: Any, part: Batch, key: PRNGKeyArray | None
     ) -> tuple[Loss, dict[str, Array]]:
-        logps = edge_logps(nnx.merge(graph, params, frozen), part, key=key)
+        logps = edge_logps(nnx.merge(graph, params, frozen), part, key=key, remat=recipe.remat)
         losses, weights = by_origin(jax.lax.stop_gradient(logps), part, sources)
         return cross_entropy(logps, part), {"source_loss": losses, "source_weight": weights}
 
@@ -240,9 +240,14 @@ def make_step(
             accumulate=recipe.accumulate,
             mean=recipe.mean,
         )
+        moments = state.optimizer
+        if recipe.offload:
+            moments = jax.device_put(moments, jax.memory.Space.Device)
         with jax.numpy_dtype_promotion("standard"):  # optax raises a Python float to an int32 power
-            updates, opt_state = optimizer.update(grads, state.optimizer, state.params)
+            updates, moments = optimizer.update(grads, moments, state.params)
             params = optax.apply_updates(state.params, updates)
+        if recipe.offload:
+            moments = jax.device_put(moments, jax.memory.Space.Host)
         metrics = StepMetrics(
             loss=loss,
             grad_norm=optax.tree.norm(grads),
@@ -253,6 +258,6 @@ def make_step(
             images=(batch.flat_tokens > 0).sum().astype(jnp.int32),
             sums=sums,
         )
-        return TrainState(params, opt_state, state.step + 1), metrics
+        return TrainState(params, moments, state.step + 1), metrics
 
     return step
