@@ -130,7 +130,7 @@ def _forward(
         in_specs=[query, key, key, ends_spec],
         out_specs=[query, stats],
         out_shape=[
-            jax.ShapeDtypeStruct(wide[0].shape, q.dtype),
+            jax.ShapeDtypeStruct(wide[0].shape, v.dtype),
             jax.ShapeDtypeStruct((*wide[0].shape[:2], 1, wide[0].shape[2]), jnp.float32),
         ],
         scratch_shapes=[_scratch(block), _scratch(block), _scratch(block, wide[0].shape[3])],
@@ -199,7 +199,7 @@ def _query_major(plan: Plan, width: int) -> tuple[pl.BlockSpec, ...]:
         pl.BlockSpec((None, None, plan.block, width), lambda b, h, i, j, _, resident: (b, h, i, 0)),
         pl.BlockSpec(
             (None, None, plan.block, width),
-            lambda b, h, i, j, _, resident: (b, h // plan.group, key_block(b, i, j, resident), 0),
+            lambda b, h, i, j, _, resident: (b, jax.lax.div(h, plan.group), key_block(b, i, j, resident), 0),
         ),
         pl.BlockSpec((None, 1, plan.block), lambda b, h, i, j, _, resident: (b, 0, key_block(b, i, j, resident))),
         pl.BlockSpec((None, None, 1, plan.block), lambda b, h, i, j, _, resident: (b, h, 0, i)),
