@@ -16,7 +16,8 @@ their taught tokens, likewise. So all ways share the numerator, and rates differ
 in `computed`. The loss is the mean over all taught tokens of the step: one that k conversations share counts k times. Where
 weights are equal (all sizes but 7b) the first two losses of all ways must agree before anything is timed, so nobody compares
 different work; the second needs the first one's gradients. Both of those steps are apart from the timed ones, compilation
-with them. Batches lie on the device before a step begins.
+with them. Batches lie on the device before a step begins. `cpu_seconds` are those of all cores that a step used: on a busy
+machine they tell more than the clock.
 
 Without --tokenizer a small one stands in, with as many tokens a word as LLaMA's has in English.
 """
@@ -331,9 +332,11 @@ def our_ways(args: Args, work: Work, folder: Path) -> dict[str, Way]:
     from reverie_jax.train.step import TrainState, make_optimizer, make_step, trainable
 
     names = [way for way in args.ways if way != "peer"]
-    if not names:
-        return {}
     size = args.chosen
+    if not names:
+        if size.equal and not (folder / "base").exists():
+            our_model(args, work, folder)  # for the peer to read
+        return {}
     graph, params, frozen = nnx.split(our_model(args, work, folder), trainable, ...)
     device = jax.local_devices()[0]
 
@@ -511,7 +514,9 @@ def measure(args: Args, work: Work, folder: Path) -> dict[str, Any]:
         """A step's loss, its seconds, and those of all cores together that it used."""
         started, used = time.perf_counter(), time.process_time()
         loss = ways[name].step()
-        return loss, time.perf_counter() - started, time.process_time() - used
+        seconds, used = time.perf_counter() - started, time.process_time() - used
+        print(f"{name}: loss {loss:.4f}, {seconds:.2f} s, {used:.2f} s of cores", file=sys.stderr)
+        return loss, seconds, used
 
     for number in range(2):
         for name in ways:
@@ -601,7 +606,7 @@ def report(args: Args, work: Work, found: dict[str, Any], load: tuple[float, ...
         "peak_bytes": {name: one["peak"] for name, one in found.items()},
         "device": {name: one["device"] for name, one in found.items()},
         "cores": len(os.sched_getaffinity(0)),
-        "load": {"before": load, "after": os.getloadavg()},
+        "load": {"before": list(load), "after": list(os.getloadavg())},
         "versions": {
             name: importlib.metadata.version(name)
             for name in ("jax", "flax", "optax", "torch", "transformers", "peft", "reverie-jax")
