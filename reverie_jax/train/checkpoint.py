@@ -178,8 +178,9 @@ def read_identity(folder: Path) -> dict[str, Any]:
     path = folder / IDENTITY
     try:
         found = json.loads(path.read_text("utf-8"))
-        Recipe.from_json(json.dumps(found["recipe"]))
-        return {"base": {str(part): str(sum) for part, sum in found["base"].items()}, "recipe": found["recipe"]}
+        # Fields that came later have the value that does what was done without them.
+        recipe = json.loads(Recipe.from_json(json.dumps(found["recipe"])).to_json())
+        return {"base": {str(part): str(sum) for part, sum in found["base"].items()}, "recipe": recipe}
     except OSError as error:
         raise ResumeError(f"{path}: cannot be read ({error.strerror}); `reverie train` writes it") from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
