@@ -22,7 +22,7 @@ from reverie_jax.data.processor import Processor
 from reverie_jax.errors import UserError
 from reverie_jax.models import VisionLanguageModel
 from reverie_jax.models.checkpoints import identity
-from reverie_jax.models.sharding import batch_sharding, make_mesh, place
+from reverie_jax.models.sharding import batch_sharding, make_mesh, place, shardings
 from reverie_jax.train.checkpoint import ResumeError, RunCheckpoints
 from reverie_jax.train.metrics import MetricsLog
 from reverie_jax.train.recipes import Recipe
@@ -80,8 +80,11 @@ def train(
     graph, params, frozen = nnx.split(model, tuned(recipe.tune), ...)  # type: ignore[misc]
     params, frozen = place(params, mesh), place(frozen, mesh)
     optimizer = make_optimizer(recipe)
-    with jax.set_mesh(mesh):  # under jit, moments are laid out as the parameters that they belong to
-        state = TrainState(params, jax.jit(optimizer.init)(params), jax.jit(lambda: jnp.zeros((), jnp.int32))())
+    # Moments lie as the parameters that they belong to. It must be said: zeros depend on none, and jit would replicate them.
+    homes = shardings(jax.eval_shape(optimizer.init, params), mesh)
+    with jax.set_mesh(mesh):
+        moments = jax.jit(optimizer.init, out_shardings=homes)(params)
+        state = TrainState(params, moments, jax.jit(lambda: jnp.zeros((), jnp.int32))())
     batches = iter(
         training_batches(
             source,
