@@ -41,7 +41,7 @@ class Plan:
     dtype: str = "bfloat16"
     """Of the base's matrices and of the computation: float32 or bfloat16. Adapters are float32 always."""
     fit: bool = False
-    """Search rows and mesh for the fastest step that leaves 5 % of the memory free; --mesh, rows and accumulate are chosen."""
+    """Search rows (in one micro-batch) and mesh for the fastest step that leaves 5 % of the memory free."""
     json: bool = False
     """Print one JSON object and nothing else."""
 
@@ -55,10 +55,9 @@ class Plan:
             print(json.dumps(dataclasses.asdict(found)))
         else:
             console = Console()
-            console.print(memory_table(found))
-            console.print(time_table(found))
-            if found.note:
-                console.print(found.note, highlight=False, markup=False)
+            for part in (headline(found), memory_table(found), time_table(found), *formulas(), found.note):
+                if part:
+                    console.print(part, highlight=False, soft_wrap=isinstance(part, str))
         if not found.fits:
             raise SystemExit(1)
 
@@ -100,16 +99,26 @@ def _say(plan: Figures) -> None:
     )
 
 
+def headline(plan: Figures) -> str:
+    """What was planned, and how, in a line."""
+    axes = ", ".join(f"{name} {size}" for name, size in plan.mesh.items())
+    how = f"compiled in {plan.compile_seconds:.0f} s" if plan.compiled else "estimated, not compiled"
+    rows = f"{plan.rows} rows in {plan.accumulate} micro-batch{'es' if plan.accumulate > 1 else ''}"
+    return f"{plan.recipe} ({plan.model}, {plan.dtype}) on {plan.topology}: {axes}; {rows}; {how}"
+
+
+def formulas() -> tuple[str, str]:
+    from reverie_jax.train.costs import FLOPS_FORMULA
+    from reverie_jax.train.plan import ROOFLINE_FORMULA
+
+    return f"step >= {ROOFLINE_FORMULA}", f"model FLOPs = {FLOPS_FORMULA}"
+
+
 def memory_table(plan: Figures) -> Table:
     """Bytes on one chip by kind, against what it has."""
     from rich.table import Table
 
-    axes = ", ".join(f"{name} {size}" for name, size in plan.mesh.items())
-    how = f"compiled in {plan.compile_seconds:.0f} s" if plan.compiled else "estimated, not compiled"
-    rows = f"{plan.rows} rows in {plan.accumulate} micro-batch{'es' if plan.accumulate > 1 else ''}"
-    table = Table(
-        title=f"{plan.recipe} ({plan.model}, {plan.dtype}) on {plan.topology}: {axes}; {rows}; {how}", title_justify="left"
-    )
+    table = Table()
     table.add_column("a chip holds")
     table.add_column("GiB", justify="right")
     table.add_column("of its memory", justify="right")
@@ -134,20 +143,16 @@ def time_table(plan: Figures) -> Table:
     """The least time of a step, by what bounds it."""
     from rich.table import Table
 
-    from reverie_jax.train.costs import FLOPS_FORMULA
-    from reverie_jax.train.plan import ROOFLINE_FORMULA
-
-    table = Table(
-        title="a step at best",
-        title_justify="left",
-        caption=f"step >= {ROOFLINE_FORMULA}\nmodel FLOPs: {FLOPS_FORMULA}",
-        caption_justify="left",
-    )
-    table.add_column("bound")
-    table.add_column("a step has", justify="right")
+    table = Table()
+    table.add_column("a step at best")
+    table.add_column("does", justify="right")
     table.add_column("ms", justify="right")
     links = f"{plan.collective_bytes_per_step / 1e9:.2f} GB into a chip"
-    work = {"compute": f"{plan.flops_per_step / 1e12:.1f} TFLOP", "memory": "see docs/plan.md", "links": links}
+    work = {
+        "compute": f"{plan.flops_per_step / 1e12:.1f} TFLOP",
+        "memory": f"{plan.memory_traffic_per_step / 1e9:.2f} GB on a chip",
+        "links": links,
+    }
     for bound, seconds in plan.roofline.items():
         table.add_row(bound, work[bound], f"{1e3 * seconds:.1f}")
     table.add_section()

@@ -69,7 +69,9 @@ def step_flops(config: VLMConfig, sizes: Sizes, recipe: Recipe, *, causal: bool 
     first, *rest = sizes.projector
     projector = images * vision.patches * (4 * first + 6 * sum(rest))
     seen = vision.patches + 1
-    tower = 2 * sizes.patch * vision.patches + (2 * sizes.tower + 4 * seen * vision.hidden * config.feature_depth) * seen
+    tower = (
+        2 * sizes.patch * vision.patches + (2 * sizes.tower + 4 * seen * vision.hidden * config.feature_depth) * seen
+    )
     return decoder + linear * sizes.head * edges + projector + images * tower
 
 

@@ -68,7 +68,9 @@ def fit(
         for one, mesh in candidates(recipe, topology.chips, most_rows)
     ]
     if not estimates:
-        raise UserError(f"--fit: {topology.chips} chips share out over no batch of a power of two up to {most_rows} rows")
+        raise UserError(
+            f"--fit: {topology.chips} chips share out over no batch of a power of two up to {most_rows} rows"
+        )
     # Of two that are equally fast at best the smaller one: more of its memory is left.
     estimates.sort(key=lambda found: (round(seconds_per_row(found[0]), 6), found[0].peak_bytes_per_chip))
     room = ROOM * topology.chip.hbm
@@ -90,7 +92,7 @@ def fit(
     if not fitting:
         smallest = min(plan.peak_bytes_per_chip for plan, _, _ in estimates)
         raise UserError(
-            f"--fit: nothing that was tried fits {ROOM:.0%} of {topology.chip.hbm / 2**30:.1f} GiB; the smallest candidate is "
+            f"--fit: nothing that was tried fits {ROOM:.0%} of {topology.chip.hbm / 2**30:.1f} GiB; the smallest is "
             f"estimated at {smallest / 2**30:.1f} GiB a chip: take more chips, shorter rows, or a lower rank"
         )
     return min(fitting, key=seconds_per_row)

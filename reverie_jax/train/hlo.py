@@ -25,7 +25,9 @@ _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
 _OPERATION = re.compile(r"(?:^|[\s)}\]])([a-z][a-z0-9\-]*)\(")
 _SHAPE = re.compile(r"\b([a-z]+[0-9]*(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
-_CALLED = re.compile(r"\b(?:calls|to_apply|called_computations|branch_computations|true_computation|false_computation)=")
+_CALLED = re.compile(
+    r"\b(?:calls|to_apply|called_computations|branch_computations|true_computation|false_computation)="
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +92,9 @@ def _parsed(line: str) -> _Instruction | None:
     operands = tuple(re.findall(r"%([\w.\-]+)", inside)) or tuple(
         word.split()[-1] for word in inside.split(", ") if word.strip()
     )
-    return _Instruction(name, rest[: operation.start() + 1], operation[1], operands, rest[end + 1 :], inside, "ROOT" in line[:8])
+    return _Instruction(
+        name, rest[: operation.start() + 1], operation[1], operands, rest[end + 1 :], inside, "ROOT" in line[:8]
+    )
 
 
 def computations(text: str) -> tuple[dict[str, list[_Instruction]], str]:

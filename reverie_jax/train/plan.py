@@ -24,7 +24,7 @@ from reverie_jax.data.rows import Batch
 from reverie_jax.errors import UserError
 from reverie_jax.models import VisionLanguageModel, VLMConfig
 from reverie_jax.models.config import ARCHITECTURES
-from reverie_jax.models.sharding import MESH_AXES, batch_sharding, partition_spec, shardings
+from reverie_jax.models.sharding import MESH_AXES, batch_sharding, shardings
 from reverie_jax.train import costs, hlo
 from reverie_jax.train.recipes import Recipe
 from reverie_jax.train.step import TrainState, adapt, make_optimizer, make_step, tuned
@@ -34,7 +34,8 @@ _UNKNOWN_STEPS = 1000
 """Stands for the steps that only the data can tell; they shape the learning rate and nothing else."""
 
 ROOFLINE_FORMULA = (
-    "max(model FLOPs / (chips x peak), bytes of memory / its bandwidth, bytes over links / their bandwidth), a lower bound"
+    "max(model FLOPs / (chips x peak), bytes of memory / its bandwidth, bytes over links / their bandwidth), "
+    "a lower bound"
 )
 
 
@@ -140,16 +141,9 @@ def abstract_step(
     optimizer = make_optimizer(recipe)
     whole = NamedSharding(mesh, PartitionSpec())
 
-    def home(leaf: Any) -> Any:
-        # Moments carry the axes of the parameters that they belong to; what carries none is a number or two.
-        if not isinstance(leaf, nnx.Variable):
-            return whole
-        return leaf.replace(NamedSharding(mesh, partition_spec(leaf.shape, leaf.axes, mesh)))
-
     moments = jax.eval_shape(optimizer.init, params)
-    homes = jax.tree.map(home, moments, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
-    state = TrainState(_placed(params, shardings(params, mesh)), _placed(moments, homes), step)
+    state = TrainState(_placed(params, shardings(params, mesh)), _placed(moments, shardings(moments, mesh)), step)
     frozen = _placed(frozen, shardings(frozen, mesh))
     return AbstractStep(model, graph, optimizer, state, frozen, _batch(config, recipe, mesh), recipe, mesh)
 
@@ -159,7 +153,7 @@ def _placed(tree: Any, homes: Any) -> Any:
 
 
 def _batch(config: VLMConfig, recipe: Recipe, mesh: Mesh | AbstractMesh) -> Batch:
-    row, side, spread = recipe.row, config.vision.image_size, batch_sharding(mesh)  # type: ignore[arg-type]
+    row, side, spread = recipe.row, config.vision.image_size, batch_sharding(mesh)
 
     def array(*shape: int, dtype: DTypeLike = jnp.int32) -> Any:
         return jax.ShapeDtypeStruct((recipe.rows, *shape), dtype, sharding=spread)
@@ -191,7 +185,8 @@ class Plan:
         hbm_bytes_per_chip: memory of a chip, by its maker.
         flops_per_step: model FLOPs, all chips.
         collective_bytes_per_step: into one chip over its links.
-        collective_operand_bytes_per_step: what one chip hands to collectives.
+        collective_operand_bytes_per_step: what one chip hands to collectives; None where that was not compiled.
+        memory_traffic_per_step: bytes to and from one chip's memory, at least.
         roofline_seconds_per_step: a lower bound, see `ROOFLINE_FORMULA`.
         roofline: its parts, in seconds.
         compiled: by the chip's compiler; else estimated.
@@ -213,6 +208,7 @@ class Plan:
     flops_per_step: int
     collective_bytes_per_step: int
     collective_operand_bytes_per_step: int | None
+    memory_traffic_per_step: int
     roofline_seconds_per_step: float
     roofline: dict[str, float]
     compiled: bool
@@ -267,10 +263,10 @@ def make_plan(
         links = costs.collective_bytes(config, sizes, recipe, mesh, width=width, trained=by_kind["trainable"])
         note = "activations are estimated by a formula (docs/plan.md); arguments are exact"
     peak, chip = sum(by_kind.values()) + temporaries, topology.chip
-    flops = costs.step_flops(config, sizes, recipe)
+    flops, moved = costs.step_flops(config, sizes, recipe), costs.memory_bytes(recipe, mesh, by_kind, work.saved)
     roofline = {
         "compute": flops / topology.chips / chip.flops,
-        "memory": costs.memory_bytes(recipe, mesh, by_kind, work.saved) / chip.bandwidth,
+        "memory": moved / chip.bandwidth,
         "links": links / topology.interconnect,
     }
     return Plan(
@@ -288,6 +284,7 @@ def make_plan(
         flops_per_step=flops,
         collective_bytes_per_step=links,
         collective_operand_bytes_per_step=operands,
+        memory_traffic_per_step=moved,
         roofline_seconds_per_step=max(roofline.values()),
         roofline=roofline,
         compiled=compiled,
