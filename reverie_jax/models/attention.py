@@ -10,6 +10,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from reverie_jax.models.flash import flash
+
+FLASH_FROM = 256  # shorter rows are not worth a kernel
+DENSE_UP_TO = 1024  # longer rows are attended to in chunks of queries
+QUERY_CHUNK = 256
+
 
 def visible(ends: Int[Array, "B L"]) -> Bool[Array, "B L L"]:
     """The rule as a matrix: [b, i, j] says whether query i of row b sees key j."""
@@ -42,6 +48,57 @@ def _scores(q: Float[Array, "B K I d"], k: Float[Array, "B K J d"]) -> Float[Arr
     return jnp.einsum("bkid,bkjd->bkij", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
 
 
+def _weigh(
+    q: Float[Array, "B Q H d"],
+    k: Float[Array, "B K L d"],
+    v: Float[Array, "B K L d"],
+    seen: Bool[Array, "B Q L"] | None,
+) -> Float[Array, "B Q H d"]:
+    """Values weighted by softmax (in float32) over the keys that are seen; `seen=None` is all."""
+    length, kv_heads = q.shape[1], k.shape[1]
+    scores = _scores(_heads_first(q, kv_heads), k)
+    if seen is not None:
+        mask = jnp.tile(seen, (1, q.shape[2] // kv_heads, 1))
+        scores = jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return _heads_last(jnp.einsum("bkij,bkjd->bkid", weights, v), length)
+
+
+def attend_dense(
+    q: Float[Array, "B L H d"],
+    k: Float[Array, "B L K d"],
+    v: Float[Array, "B L K d"],
+    ends: Int[Array, "B L"] | None,
+) -> Float[Array, "B L H d"]:
+    """`attend` with all L x L scores at once: what the other ways are held to, and the fastest for short rows."""
+    seen = None if ends is None else visible(ends)
+    return _weigh(q, _heads_first(k, k.shape[2]), _heads_first(v, v.shape[2]), seen)
+
+
+def attend_chunked(
+    q: Float[Array, "B L H d"],
+    k: Float[Array, "B L K d"],
+    v: Float[Array, "B L K d"],
+    ends: Int[Array, "B L"] | None,
+    chunk: int = QUERY_CHUNK,
+) -> Float[Array, "B L H d"]:
+    """`attend` for `chunk` queries at a time: chunk x L scores exist, also in the backward pass, which recomputes them."""
+    batch, length = q.shape[:2]
+    count = -(-length // chunk)
+    # Queries that fill the last chunk see nothing, weigh all keys alike and are dropped.
+    queries = jnp.pad(q, ((0, 0), (0, count * chunk - length), (0, 0), (0, 0)))
+    queries = queries.reshape(batch, count, chunk, *q.shape[2:]).swapaxes(0, 1)
+    index = jnp.arange(count * chunk, dtype=jnp.int32).reshape(count, chunk)
+    keys, values = _heads_first(k, k.shape[2]), _heads_first(v, v.shape[2])
+
+    def one(part: tuple[Array, Array]) -> Array:
+        leaves = jnp.broadcast_to(part[1][None], (batch, chunk))
+        return _weigh(part[0], keys, values, None if ends is None else leaf_visible(leaves, ends))
+
+    out = jax.lax.map(jax.checkpoint(one, prevent_cse=False), (queries, index))
+    return out.swapaxes(0, 1).reshape(batch, count * chunk, *q.shape[2:])[:, :length]
+
+
 def attend(
     q: Float[Array, "B L H d"],
     k: Float[Array, "B L K d"],
@@ -50,15 +107,18 @@ def attend(
 ) -> Float[Array, "B L H d"]:
     """Attention by the rule; `ends=None` lets every query see every key (the vision tower).
 
-    Softmax in float32. Query head h reads key head h // (H / K).
+    Softmax in float32. Query head h reads key head h // (H / K). Rows long enough to matter go through `flash` where the
+    program is compiled for a TPU (which is known at lowering: also ahead of time, from another machine), and elsewhere
+    through chunks of queries, so that L x L scores never exist.
     """
-    length, kv_heads = q.shape[1], k.shape[2]
-    scores = _scores(_heads_first(q, kv_heads), _heads_first(k, kv_heads))
-    if ends is not None:
-        mask = jnp.tile(visible(ends), (1, q.shape[2] // kv_heads, 1))
-        scores = jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return _heads_last(jnp.einsum("bkij,bkjd->bkid", weights, _heads_first(v, kv_heads)), length)
+    length = q.shape[1]
+    if length < FLASH_FROM:
+        return attend_dense(q, k, v, ends)
+    other = attend_dense if length <= DENSE_UP_TO else attend_chunked
+    # What the branches keep for the backward pass is kept by both (zeros for the other's): nothing of L x L may be in it.
+    # Where a layer is recomputed anyway, XLA merges this recomputation with that one.
+    other = jax.checkpoint(other, prevent_cse=False)
+    return jax.lax.platform_dependent(q, k, v, ends, tpu=flash, default=other)
 
 
 def attend_leaves(

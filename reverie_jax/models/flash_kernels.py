@@ -1,0 +1,247 @@
+"""The flash-attention kernels' bodies (Pallas, Mosaic) and the tables that steer them; `models.flash` calls them.
+
+Queries and keys are cut into blocks of one size. A pair of blocks is either skipped, computed under the mask, or computed
+whole (every query sees every key), as `block_kinds` says; a skipped pair moves no data either, because the block that
+stays in its place is the one that the next computed pair needs (`resident_blocks`). Both tables are scalars that Mosaic
+reads ahead of the grid.
+
+Names: B rows, H query heads, K key heads, L length, P length padded to blocks, D width padded to lanes, N = P / block.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Int
+
+LANES = 128  # the width of a TPU register; also what a block's size is a multiple of
+LONGEST_BLOCK = 640  # 640 x 640 float32 scores and the backward pass's copies of them fit in a v5e's scoped memory
+SKIPPED, MASKED, WHOLE = 0, 1, 2
+LOW = -0.7 * float(jnp.finfo(jnp.float32).max)  # minus infinity would make NaN of a difference of two
+
+
+def block_size(length: int) -> int:
+    """The block that pads `length` least, the largest of equals; short rows are one block."""
+    whole = pl.cdiv(length, LANES) * LANES
+    if whole <= LONGEST_BLOCK:
+        return whole
+    return min(range(LONGEST_BLOCK, LANES, -LANES), key=lambda block: pl.cdiv(length, block) * block)
+
+
+def block_kinds(ends: Int[Array, "B L"] | None, length: int, block: int) -> Int[Array, "R N N"]:
+    """What is done with each pair of blocks, [row, query block, key block]: SKIPPED, MASKED or WHOLE.
+
+    Args:
+        ends: the rule; None lets every query see every key, and R is 1 (otherwise R = B).
+    """
+    count = pl.cdiv(length, block)
+    first = jnp.arange(count, dtype=jnp.int32) * block
+    last = first + (block - 1)
+    if ends is None:
+        whole = jnp.broadcast_to((last < length)[None, None, :], (1, count, count))
+        return jnp.where(whole, WHOLE, MASKED).astype(jnp.int32)
+    cut = pad_ends(ends, count * block).reshape(ends.shape[0], 1, count, block)
+    query_first, query_last = first[None, :, None], last[None, :, None]
+    key_first, key_last = first[None, None, :], last[None, None, :]
+    seen = (key_first <= query_last) & (cut.max(-1) > query_first)
+    whole = (key_last <= query_first) & (cut.min(-1) > query_last)
+    return jnp.where(whole, WHOLE, jnp.where(seen, MASKED, SKIPPED)).astype(jnp.int32)
+
+
+def resident_blocks(kinds: Int[Array, "R N M"]) -> Int[Array, "R N M"]:
+    """The block to hold at each of M steps: the next one that is computed with, else the last that was."""
+    steps = kinds.shape[-1]
+    step = jnp.broadcast_to(jnp.arange(steps, dtype=jnp.int32)[None, None, :], kinds.shape)
+    ahead = jax.lax.cummin(jnp.where(kinds > SKIPPED, step, steps), axis=2, reverse=True)
+    last = jnp.where(kinds > SKIPPED, step, 0).max(-1, keepdims=True)
+    return jnp.minimum(ahead, last)
+
+
+def pad_ends(ends: Int[Array, "B L"], padded: int) -> Int[Array, "B P"]:
+    """Padding sees itself alone."""
+    alone = jnp.arange(1, padded + 1, dtype=ends.dtype)
+    alone = jnp.broadcast_to(alone[None, :], (ends.shape[0], padded))
+    return alone.at[:, : ends.shape[1]].set(ends)
+
+
+def _dot(a: Any, b: Any, contract: tuple[int, int]) -> Any:
+    """Contracts axis `contract[0]` of a with `contract[1]` of b; float32 stays float32 instead of one bfloat16 pass."""
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+    axes = (((contract[0],), (contract[1],)), ((), ()))
+    return jax.lax.dot_general(a, b, axes, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _column(row: Any) -> Any:
+    """A row vector (1, n) as columns (n, LANES) that are all equal."""
+    return jnp.broadcast_to(row, (LANES, row.shape[1])).T
+
+
+class Plan(NamedTuple):
+    """What the kernels know before they run."""
+
+    length: int
+    width: int
+    block: int
+    group: int
+    causal: bool
+    interpret: bool
+
+    @property
+    def blocks(self) -> int:
+        return pl.cdiv(self.length, self.block)
+
+    @property
+    def scale(self) -> float:
+        return self.width**-0.5
+
+    def mask(self, scores: Any, ends: Any, queries: Any, keys: Any, query_axis: int) -> Any:
+        """Scores with LOW where the query does not see the key.
+
+        Args:
+            ends: the keys' ends, of a shape that broadcasts over the queries' axis.
+            queries: which block of queries, likewise `keys`.
+        """
+        key = keys * self.block + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1 - query_axis)
+        if not self.causal:
+            return jnp.where(key < self.length, scores, LOW)
+        query = queries * self.block + jax.lax.broadcasted_iota(jnp.int32, scores.shape, query_axis)
+        return jnp.where((key <= query) & (query < ends), scores, LOW)
+
+    def at(self, row: Any, outer: Any, inner: Any) -> Any:
+        """Where a pair of blocks stands in the flat tables; without ends, one table serves all rows."""
+        return ((row if self.causal else 0) * self.blocks + outer) * self.blocks + inner
+
+    def call(
+        self, kernel: Callable[..., None], grid: tuple[int, ...], kinds: Any, arrays: Any, matmuls: int, **spec: Any
+    ) -> Any:
+        """Runs a kernel over a grid whose first three axes are independent; its first two operands are the tables."""
+        half = 2 if self.causal else 1
+        scores = functools.reduce(int.__mul__, grid) * self.block**2 // half
+        return pl.pallas_call(
+            functools.partial(kernel, self),
+            out_shape=spec.pop("out_shape"),
+            grid_spec=pltpu.PrefetchScalarGridSpec(num_scalar_prefetch=2, grid=grid, **spec),
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=(pltpu.PARALLEL,) * 3 + (pltpu.ARBITRARY,) * (len(grid) - 3)
+            ),
+            # so that XLA knows how much communication fits behind the kernel
+            cost_estimate=pl.CostEstimate(
+                flops=2 * matmuls * scores * arrays[0].shape[-1],
+                transcendentals=scores,
+                bytes_accessed=sum(x.size * x.dtype.itemsize for x in arrays),
+            ),
+            interpret=self.interpret,
+        )(kinds.reshape(-1), resident_blocks(kinds).reshape(-1), *arrays)
+
+    def each(self, kind: Any, add: Callable[[bool], None]) -> None:
+        """Runs `add(masked)` as the pair's kind asks."""
+        pl.when(kind == MASKED)(functools.partial(add, True))
+        pl.when(kind == WHOLE)(functools.partial(add, False))
+
+
+def forward_kernel(
+    plan: Plan,
+    kinds: Any,
+    resident: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    ends: Any,
+    out: Any,
+    lse: Any,
+    top: Any,
+    total: Any,
+    acc: Any,
+) -> None:
+    """One block of queries over the blocks of keys: running maximum and sum (each in all lanes), and weighted values."""
+    row, i, j = pl.program_id(0), pl.program_id(2), pl.program_id(3)
+
+    @pl.when(j == 0)
+    def start() -> None:
+        top[...] = jnp.full_like(top, LOW)
+        total[...] = jnp.zeros_like(total)
+        acc[...] = jnp.zeros_like(acc)
+
+    def add(masked: bool) -> None:
+        scores = _dot(q[...], k[...], (1, 1)) * plan.scale
+        if masked:
+            scores = plan.mask(scores, ends[...], i, j, query_axis=0)
+        # A query that has seen nothing yet sums nonsense with a maximum of LOW; its first real key wipes that: fade = 0.
+        new = jnp.maximum(top[...], scores.max(1, keepdims=True))
+        fade, weights = jnp.exp(top[...] - new), jnp.exp(scores - new[:, :1])
+        top[...] = new
+        total[...] = total[...] * fade + weights.sum(1, keepdims=True)
+        acc[...] = acc[...] * fade[:, :1] + _dot(weights.astype(v.dtype), v[...], (1, 0))
+
+    plan.each(kinds[plan.at(row, i, j)], add)
+
+    @pl.when(j == plan.blocks - 1)
+    def finish() -> None:
+        out[...] = (acc[...] / total[:, :1]).astype(out.dtype)
+        lse[...] = (top[...] + jnp.log(total[...])).T[:1]
+
+
+def query_kernel(
+    plan: Plan,
+    kinds: Any,
+    resident: Any,
+    *refs: Any,
+) -> None:
+    """Gradient of one block of queries, over the blocks of keys."""
+    q, k, v, ends, dout, lse, delta, dq, acc, lses, deltas = refs
+    row, i, j = pl.program_id(0), pl.program_id(2), pl.program_id(3)
+
+    @pl.when(j == 0)
+    def start() -> None:
+        acc[...] = jnp.zeros_like(acc)
+        lses[...], deltas[...] = _column(lse[...]), _column(delta[...])
+
+    def add(masked: bool) -> None:
+        scores = _dot(q[...], k[...], (1, 1)) * plan.scale
+        if masked:
+            scores = plan.mask(scores, ends[...], i, j, query_axis=0)
+        weights = jnp.exp(scores - lses[:, :1])
+        dscores = weights * (_dot(dout[...], v[...], (1, 1)) - deltas[:, :1])
+        acc[...] += _dot(dscores.astype(k.dtype), k[...], (1, 0))
+
+    plan.each(kinds[plan.at(row, i, j)], add)
+
+    @pl.when(j == plan.blocks - 1)
+    def finish() -> None:
+        dq[...] = (acc[...] * plan.scale).astype(dq.dtype)
+
+
+def key_kernel(plan: Plan, kinds: Any, resident: Any, *refs: Any) -> None:
+    """Gradients of one block of keys and values, over the group's heads and the blocks of queries.
+
+    Scores lie [key, query] here, so that the sums over queries are plain products.
+    """
+    q, k, v, ends, dout, lse, delta, dk, dv, acc_k, acc_v, ends_column = refs
+    row, j, member, i = pl.program_id(0), pl.program_id(2), pl.program_id(3), pl.program_id(4)
+
+    @pl.when((member == 0) & (i == 0))
+    def start() -> None:
+        acc_k[...], acc_v[...] = jnp.zeros_like(acc_k), jnp.zeros_like(acc_v)
+        ends_column[...] = _column(ends[...])
+
+    def add(masked: bool) -> None:
+        scores = _dot(k[...], q[...], (1, 1)) * plan.scale
+        if masked:
+            scores = plan.mask(scores, ends_column[:, :1], i, j, query_axis=1)
+        weights = jnp.exp(scores - lse[...])
+        acc_v[...] += _dot(weights.astype(dout.dtype), dout[...], (1, 0))
+        dscores = weights * (_dot(v[...], dout[...], (1, 1)) - delta[...])
+        acc_k[...] += _dot(dscores.astype(q.dtype), q[...], (1, 0))
+
+    plan.each(kinds[plan.at(row, j, i)], add)
+
+    @pl.when((member == plan.group - 1) & (i == plan.blocks - 1))
+    def finish() -> None:
+        dk[...] = (acc_k[...] * plan.scale).astype(dk.dtype)
+        dv[...] = acc_v[...].astype(dv.dtype)
