@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from reverie_jax.models import VisionLanguageModel, lora
+from reverie_jax.models.attention import DENSE_UP_TO, QUERY_CHUNK
 from reverie_jax.models.config import VLMConfig
 from reverie_jax.train.recipes import Recipe
 
@@ -82,7 +83,7 @@ class Activations:
     Attributes:
         saved: the residual stream before every decoder layer, which the backward pass starts from.
         layer: inside of one decoder layer and its gradients, while it is recomputed.
-        scores: of one layer's attention where no kernel keeps them off memory: 2.5 maps of B H L L floats.
+        scores: of one layer's attention off a TPU, of as many queries as go together: 2.5 maps of floats.
         logits: of one chunk of taught tokens, their softmax and gradient, and the gathered head.
         tower: one layer of the tower.
         gathered: two layers' weights, one in use and one on its way.
@@ -112,7 +113,6 @@ def activations(
     *,
     width: int,
     trained: int,
-    dense_attention: bool = True,
 ) -> Activations:
     """An estimate, for machines that are not compiled for and to order candidates.
 
@@ -120,7 +120,6 @@ def activations(
         mesh: chips by axis.
         width: bytes of an element of the computation's type.
         trained: bytes of the trained parameters on a chip.
-        dense_attention: the reference implementation, which writes every score.
     """
     text, vision, row = config.text, config.vision, recipe.row
     rows = -(-recipe.rows // (recipe.accumulate * mesh["data"] * mesh["fsdp"]))
@@ -128,6 +127,7 @@ def activations(
     heads = text.heads * text.head_dim + 2 * text.kv_heads * text.head_dim
     inside = 6 * text.hidden + (heads + text.heads * text.head_dim + 3 * text.mlp) // tensor
     chunk = rows * min(row.edges, EDGE_CHUNK)
+    queries = row.tokens if row.tokens <= DENSE_UP_TO else QUERY_CHUNK
     whole = sizes.layers // text.layers * width // tensor
     spread = mesh["fsdp"] > 1
     patches, floats = rows * row.images * (vision.patches + 1), 4
@@ -135,7 +135,7 @@ def activations(
     return Activations(
         saved=(text.layers + 1) * tokens * text.hidden * width,
         layer=2 * tokens * inside * width,
-        scores=int(2.5 * tokens * row.tokens * text.heads // tensor * floats) if dense_attention else 0,
+        scores=int(2.5 * rows * queries * row.tokens * text.heads // tensor * floats),
         logits=3 * chunk * text.vocab // tensor * floats + spread * sizes.head * width // tensor,
         tower=tower + 2 * patches * (vision.patches + 1) * vision.heads // tensor * floats,
         gathered=2 * whole if spread else 0,

@@ -20,7 +20,7 @@ from reverie_jax.models.config import ARCHITECTURES
 from reverie_jax.models.sharding import batch_sharding, make_mesh, place, shardings
 from reverie_jax.train import costs, hlo, loop, recipes, topology
 from reverie_jax.train import fit as search
-from reverie_jax.train.plan import abstract_step, chip_bytes, make_plan, mesh_sizes, model_name
+from reverie_jax.train.plan import AbstractStep, abstract_step, chip_bytes, make_plan, mesh_sizes, model_name
 from reverie_jax.train.step import TrainState, adapt, make_optimizer, make_step, tuned
 from reverie_jax.train.topology import CHIPS, Topology
 from tests.train import tiny
@@ -297,6 +297,34 @@ def test_a_plan_that_does_not_fit(monkeypatch):
     plan = make_plan(CONFIG, tiny.recipe(rows=4), CPUS, mesh, model="tiny", dtype=jnp.float32, devices=jax.devices())
     assert plan.compiled
     assert not plan.fits
+
+
+class Refused:
+    """A lowered step that its compiler refuses."""
+
+    def __init__(self, said):
+        self.said = said
+
+    def compile(self):
+        raise jax.errors.JaxRuntimeError(self.said)
+
+
+TOO_LARGE = """RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm.
+Used 21.50G of 15.75G hbm. Exceeded hbm capacity by 5.75G."""
+
+
+def test_a_step_that_its_compiler_finds_too_large(monkeypatch):
+    monkeypatch.setattr(AbstractStep, "lower", lambda self: Refused(TOO_LARGE))
+    mesh = {"data": 1, "fsdp": 4, "tensor": 1}
+    plan = make_plan(CONFIG, tiny.recipe(rows=4), CPUS, mesh, model="tiny", devices=jax.devices())
+    assert (plan.fits, plan.compiled, plan.peak_bytes_per_chip) == (False, True, int(21.5 * 2**30))
+    assert "21.50G of 15.75G" in plan.note
+
+
+def test_a_step_that_does_not_compile(monkeypatch):
+    monkeypatch.setattr(AbstractStep, "lower", lambda self: Refused("INTERNAL: Mosaic failed\nand more"))
+    with pytest.raises(UserError, match="does not compile: INTERNAL: Mosaic failed"):
+        make_plan(CONFIG, tiny.recipe(), CPUS, {"data": 1, "fsdp": 1, "tensor": 1}, model="t", devices=jax.devices())
 
 
 def test_search_takes_the_fastest_that_fits():
