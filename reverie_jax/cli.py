@@ -17,6 +17,7 @@ from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional, subco
 from reverie_jax.data.annotate.options import Annotate
 from reverie_jax.data_options import Data
 from reverie_jax.errors import UserError
+from reverie_jax.plan_command import Plan
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -308,6 +309,7 @@ Command = (
     Annotated[Demo, subcommand("demo")]
     | Annotated[Annotate, subcommand("annotate")]
     | Annotated[Data, subcommand("data")]
+    | Annotated[Plan, subcommand("plan")]
     | Annotated[Train, subcommand("train")]
     | Annotated[Evaluate, subcommand("evaluate")]
     | Annotated[Ask, subcommand("ask")]

@@ -13,7 +13,19 @@ from reverie_jax import cli
 from reverie_jax.loading import checkpoint_folder
 
 DATA = [f"data {name}" for name in ("build", "check", "stats", "leak", "show", "questions")]
-COMMANDS = ["demo", "data", *DATA, "train", "evaluate", "ask", "recipes", "scenes", "scenes render", "scenes pretrain"]
+COMMANDS = [
+    "demo",
+    "data",
+    *DATA,
+    "plan",
+    "train",
+    "evaluate",
+    "ask",
+    "recipes",
+    "scenes",
+    "scenes render",
+    "scenes pretrain",
+]
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -49,7 +49,7 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[j
 def partition_spec(
     shape: Sequence[int],
     axes: Sequence[str | None],
-    mesh: Mesh,
+    mesh: Mesh | AbstractMesh,
     rules: Mapping[str, MeshAxes] = RULES,
 ) -> PartitionSpec:
     """The layout of one array.
@@ -81,10 +81,15 @@ def partition_spec(
     return PartitionSpec(*spec)
 
 
-def shardings(state: Any, mesh: Mesh) -> Any:
-    """NamedSharding for each parameter of an `nnx.State`, from the logical axes that it carries."""
+def shardings(state: Any, mesh: Mesh | AbstractMesh) -> Any:
+    """NamedSharding for each parameter of an `nnx.State`, from the logical axes that it carries.
 
-    def of(variable: nnx.Variable[Any]) -> Any:
+    Optimizer states too: moments carry the axes of their parameters, and what carries none (counts) is replicated.
+    """
+
+    def of(variable: Any) -> Any:
+        if not isinstance(variable, nnx.Variable):
+            return NamedSharding(mesh, PartitionSpec())
         spec = partition_spec(variable.shape, variable.axes, mesh)
         return variable.replace(NamedSharding(mesh, spec))
 
@@ -96,7 +101,7 @@ def place(state: Any, mesh: Mesh) -> Any:
     return jax.device_put(state, shardings(state, mesh))
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Rows over the data and fsdp axes."""
     return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
 

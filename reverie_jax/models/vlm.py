@@ -70,8 +70,11 @@ class VisionLanguageModel(nnx.Module):
         if jnp.issubdtype(pixels.dtype, jnp.floating):
             features = flat.astype(self.compute_dtype)
         else:
-            floats = normalise(flat, self.compute_dtype)
+            # Said at both ends of the tower: its parameters lie along its width, and would else pull its activations there,
+            # so that every chip ran all pictures.
+            floats = constrain_rows(normalise(flat, self.compute_dtype))
             features = self.vision(floats, self.config.feature_depth, remat="full" if train_tower else "none")
+        features = constrain_rows(features)
         if not train_tower:
             features = jax.lax.stop_gradient(features)
         features = self.projector(features).reshape(batch, images * features.shape[1], -1)

@@ -21,7 +21,7 @@ from reverie_jax.data.processor import Processor
 from reverie_jax.errors import UserError
 from reverie_jax.models import VisionLanguageModel, lora
 from reverie_jax.models.checkpoints import identity
-from reverie_jax.models.sharding import feed, make_mesh, own_rows, place
+from reverie_jax.models.sharding import feed, make_mesh, own_rows, place, shardings
 from reverie_jax.train.checkpoint import ResumeError, RunCheckpoints
 from reverie_jax.train.interrupt import Interruption
 from reverie_jax.train.metrics import MetricsLog
@@ -107,8 +107,10 @@ def train(
     graph, params, frozen = nnx.split(model, tuned(recipe.tune), ...)  # type: ignore[misc]
     params, frozen = place(params, mesh), place(frozen, mesh)
     optimizer = make_optimizer(recipe)
-    with jax.set_mesh(mesh):  # under jit, moments are laid out as the parameters that they belong to
-        moments = jax.jit(optimizer.init)(params)
+    # Moments lie as the parameters that they belong to. It must be said: zeros depend on none, and jit would replicate them.
+    homes = shardings(jax.eval_shape(optimizer.init, params), mesh)
+    with jax.set_mesh(mesh):
+        moments = jax.jit(optimizer.init, out_shardings=homes)(params)
         if recipe.offload:
             moments = jax.device_put(moments, jax.memory.Space.Host)
         state = TrainState(params, moments, jax.jit(lambda: jnp.zeros((), jnp.int32))())

@@ -84,11 +84,16 @@ def adapters_off(model: VisionLanguageModel, recipe: Recipe, params: nnx.State) 
     Args:
         params: what is tuned, placed.
     """
+    held = nnx.filter_state(params, nnx.PathContains("projector"))
+    return Reference(resting(model, recipe), jax.tree.map(jnp.copy, held))  # the step donates the original
+
+
+def resting(model: VisionLanguageModel, recipe: Recipe) -> nnx.GraphDef[VisionLanguageModel]:
+    """The model's graph with its adapters at rest."""
     lora.switch(model, on=False)
     graph, _, _ = nnx.split(model, tuned(recipe.tune), ...)  # type: ignore[misc]
     lora.switch(model, on=True)
-    held = nnx.filter_state(params, nnx.PathContains("projector"))
-    return Reference(graph, jax.tree.map(jnp.copy, held))  # the step donates the original
+    return graph
 
 
 def stored(

@@ -77,11 +77,10 @@ class Watch:
             self._read(pending)
 
     def _read(self, step: _Pending) -> None:
-        values: dict[str, Any] = jax.tree.map(np.asarray, step.metrics._asdict())
+        sums = {name: np.asarray(value) for name, value in step.metrics.sums.items()}
+        numbers = {name: float(value) for name, value in step.metrics._asdict().items() if name != "sums"}
         now = time.perf_counter()
         seconds, self._ready = now - self._ready, now
-        sums = values.pop("sums")
-        numbers = {name: float(value) for name, value in values.items()}
         self._judge(step, numbers["loss"])
         self.log.write(
             step.number,
