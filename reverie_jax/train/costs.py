@@ -37,7 +37,7 @@ class Sizes:
     @classmethod
     def of(cls, model: VisionLanguageModel) -> Sizes:
         """Of a model, abstract or not. Tower layers above the feature layer never run and are not counted."""
-        kernels = {path: math.prod(layer.kernel.shape) for path, layer in lora.linears(model)}
+        kernels = {path: layer.inputs * layer.outputs * (layer.layers or 1) for path, layer in lora.linears(model)}
         factors = [math.prod(a.shape) + math.prod(b.shape) for _, _, a, b in lora.adapters(model)]
         config = model.config
 
@@ -55,18 +55,31 @@ class Sizes:
 
 
 def step_flops(config: VLMConfig, sizes: Sizes, recipe: Recipe, *, causal: bool = True) -> int:
-    """Model FLOPs of one optimizer step over all chips: useful work, recomputation not counted.
-
-    Filled rows are assumed: padding costs the same. See `FLOPS_FORMULA`.
+    """Model FLOPs of one optimizer step on filled rows, over all chips. See `model_flops`.
 
     Args:
         causal: count the half of the attention map that the rule lets through; a tree of several conversations has less.
     """
-    text, vision, row = config.text, config.vision, recipe.row
-    tokens, edges, images = (recipe.rows * size for size in (row.tokens, row.edges, row.images))
+    row = recipe.row
+    tokens = recipe.rows * row.tokens
+    pairs = tokens * row.tokens // (2 if causal else 1)
+    edges, images = recipe.rows * row.edges, recipe.rows * row.images
+    return model_flops(config, sizes, recipe, tokens=tokens, pairs=pairs, edges=edges, images=images)
+
+
+def model_flops(
+    config: VLMConfig, sizes: Sizes, recipe: Recipe, *, tokens: int, pairs: int, edges: int, images: int
+) -> int:
+    """Useful FLOPs: recomputation, padding and a preference's reference are not counted. See `FLOPS_FORMULA`.
+
+    Args:
+        pairs: of a query and a key that it sees.
+        edges: taught tokens.
+    """
+    text, vision = config.text, config.vision
     linear = 6 if recipe.tune == "full" else 4
-    attention = 12 * row.tokens * text.heads * text.head_dim * text.layers * tokens
-    decoder = (linear * sizes.layers + 6 * sizes.adapters) * tokens + attention // (2 if causal else 1)
+    attention = 12 * pairs * text.heads * text.head_dim * text.layers
+    decoder = (linear * sizes.layers + 6 * sizes.adapters) * tokens + attention
     first, *rest = sizes.projector
     projector = images * vision.patches * (4 * first + 6 * sum(rest))
     seen = vision.patches + 1

@@ -143,7 +143,7 @@ def train(
         step = make_step(graph, optimizer, recipe, sources=len(found.sources), reference=reference.graph)
         validate = Validation(graph, held_out, processor, recipe, mesh)
         log = MetricsLog(folder, recipe.steps, resumed=first, label=recipe.name, console=console)
-        watch = Watch(source, found.sources, recipe, mesh, log)
+        watch = Watch(model, source, found.sources, recipe, mesh, log)
         with jax.set_mesh(mesh), log, Interruption(recipe.save_minutes) as interruption:
             for number in range(first + 1, recipe.steps + 1):
                 if profile and number == first + _PROFILED.start:

@@ -40,6 +40,7 @@ class StepMetrics(NamedTuple):
     """Sums and norms of one step, on device until someone reads them.
 
     Attributes:
+        seen: pairs of a query and a key that it sees.
         sums: of each source its losses and their weights (`source_loss`, `source_weight`), of pairs their `Rewards` and
             their number (`pairs`).
     """
@@ -50,6 +51,7 @@ class StepMetrics(NamedTuple):
     flat_tokens: Int[Array, ""]
     supervised: Int[Array, ""]
     images: Int[Array, ""]
+    seen: Float[Array, ""]
     sums: dict[str, Float[Array, "..."]]
 
 
@@ -256,6 +258,7 @@ def make_step(
             flat_tokens=batch.flat_tokens.sum().astype(jnp.int32),
             supervised=(batch.weight > 0).sum().astype(jnp.int32),
             images=(batch.flat_tokens > 0).sum().astype(jnp.int32),
+            seen=(batch.ends - jnp.arange(batch.ends.shape[1], dtype=jnp.int32)[None]).astype(jnp.float32).sum(),
             sums=sums,
         )
         return TrainState(params, moments, state.step + 1), metrics

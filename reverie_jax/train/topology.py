@@ -52,6 +52,21 @@ CHIPS: dict[str, Chip] = {
 }
 
 
+_SPOKEN = {"v4": "v4", "v5 lite": "v5e", "v5litepod": "v5e", "v5": "v5p", "v6 lite": "v6e"}
+"""TPUs as `jax.Device.device_kind` calls them, behind "TPU "."""
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """The chip that a device says that it is; None where it is none of `CHIPS`."""
+    kind = device_kind.lower()
+    if kind.startswith("tpu "):
+        found = _SPOKEN.get(kind.removeprefix("tpu "), kind.removeprefix("tpu "))
+        return CHIPS.get(found)
+    if "a100" in kind and "40gb" in kind:
+        return CHIPS["a100-40"]
+    return next((CHIPS[name] for name in ("h200", "h100", "a100") if name in kind), None)
+
+
 @dataclasses.dataclass(frozen=True)
 class Topology:
     """Chips of one kind and how they are joined: `v5e:2x4`, `h200:8`."""

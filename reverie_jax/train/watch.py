@@ -16,9 +16,12 @@ from jaxtyping import Int32
 
 from reverie_jax.data.conversation import ImageRecord
 from reverie_jax.errors import UserError
+from reverie_jax.models import VisionLanguageModel
+from reverie_jax.train import costs
 from reverie_jax.train.metrics import MetricsLog
 from reverie_jax.train.recipes import Recipe
 from reverie_jax.train.step import StepMetrics, schedule
+from reverie_jax.train.topology import chip_of
 
 _REMEMBERED = 50
 """Losses that a spike is measured against; fewer than half of them judge nothing."""
@@ -39,14 +42,22 @@ class Watch:
     """Reads each step's numbers, one step late on accelerators, so that these never wait for the host.
 
     Args:
+        model: what a step's FLOPs follow from.
         source: to name the records of a step that failed.
         sources: names, as `origin` counts them.
     """
 
     def __init__(
-        self, source: Sequence[ImageRecord], sources: Sequence[str], recipe: Recipe, mesh: Mesh, log: MetricsLog
+        self,
+        model: VisionLanguageModel,
+        source: Sequence[ImageRecord],
+        sources: Sequence[str],
+        recipe: Recipe,
+        mesh: Mesh,
+        log: MetricsLog,
     ):
         self.source, self.sources, self.recipe, self.log = source, sources, recipe, log
+        self._config, self._sizes = model.config, costs.Sizes.of(model)
         self._devices = mesh.devices.reshape(-1).tolist()
         # Several fake devices on few cores can deadlock where steps are not waited for.
         self._late = jax.default_backend() != "cpu"
@@ -91,6 +102,7 @@ class Watch:
                 "supervised_share": numbers["supervised"] / max(1.0, numbers["tokens"]),
                 "packing": numbers["tokens"] / (self.recipe.rows * self.recipe.row.tokens),
                 "input_wait": min(1.0, step.waited / seconds),
+                **self._work(numbers, seconds),
                 "rate": float(schedule(self.recipe.rate, self.recipe)(step.number - 1)),
                 "projector_rate": float(schedule(self.recipe.projector_rate, self.recipe)(step.number - 1)),
                 **self._parts(sums),
@@ -127,6 +139,19 @@ class Watch:
             for name, loss, weight in zip(self.sources, sums["source_loss"], sums["source_weight"], strict=True)
             if weight > 0
         }
+
+    def _work(self, numbers: dict[str, float], seconds: float) -> dict[str, float]:
+        """Useful TFLOP/s of a device (`costs.FLOPS_FORMULA`), and their share of its peak where that is known."""
+        counts = {"tokens": numbers["tokens"], "pairs": numbers["seen"], "edges": numbers["supervised"]}
+        flops = costs.model_flops(
+            self._config,
+            self._sizes,
+            self.recipe,
+            images=round(numbers["images"]),
+            **{name: round(count) for name, count in counts.items()},
+        )
+        rate, chip = flops / seconds / len(self._devices), chip_of(self._devices[0].device_kind)
+        return {"tflops_per_device": rate / 1e12} | ({"mfu": rate / chip.flops} if chip else {})
 
     def _memory(self) -> dict[str, float]:
         """Largest use of a device's memory so far, in GiB, where devices say it."""
