@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 
 from reverie_jax.data.conversation import ImageRecord
@@ -113,7 +113,7 @@ def train(
         moments = jax.jit(optimizer.init, out_shardings=homes)(params)
         if recipe.offload:
             moments = jax.device_put(moments, jax.memory.Space.Host)
-        state = TrainState(params, moments, jax.jit(lambda: jnp.zeros((), jnp.int32))())
+    state = TrainState(params, moments, jax.device_put(jnp.zeros((), jnp.int32), NamedSharding(mesh, PartitionSpec())))
     batches = iter(
         training_batches(
             source,
@@ -140,7 +140,12 @@ def train(
             batches.set_state(position)
             _log.info("resumed from step %d", int(state.step))
         first = int(state.step)
-        step = make_step(graph, optimizer, recipe, sources=len(found.sources), reference=reference.graph)
+        step = make_step(
+            *(graph, optimizer, recipe),
+            sources=len(found.sources),
+            reference=reference.graph,
+            homes=jax.tree.map(lambda x: x.sharding, state),
+        )
         validate = Validation(graph, held_out, processor, recipe, mesh)
         log = MetricsLog(folder, recipe.steps, resumed=first, label=recipe.name, console=console)
         watch = Watch(model, source, found.sources, recipe, mesh, log)
@@ -162,7 +167,9 @@ def train(
                 due = interruption.due(number)
                 if number % recipe.save_every == 0 or number == recipe.steps or ends or due:
                     watch.settle()  # a state whose loss is no number is never saved
-                    checkpoints.save(state, batches.get_state(), validate(state.params, frozen))
+                    measured = validate(state.params, frozen)
+                    log.validated(number, measured)
+                    checkpoints.save(state, batches.get_state(), measured)
                 if ends and number < recipe.steps:
                     checkpoints.settle()
                     raise Interrupted(f"asked to end: step {number} of {recipe.steps} is saved; run again to go on")

@@ -44,6 +44,7 @@ class MetricsLog:
         if not self._speaks:
             return
         folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
         path = folder / "metrics.jsonl"
         kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= resumed]
         path.write_text("".join(line + "\n" for line in kept), "utf-8")
@@ -80,6 +81,19 @@ class MetricsLog:
                 self._board.add_scalar(name, value, step)
         speed = f"{values.get('tokens_per_second', 0):,.0f}"
         self._progress.update(self._task, completed=step, loss=f"{values['loss']:.3f}", speed=speed)
+
+    def validated(self, step: int, values: dict[str, float] | None) -> None:
+        """What was measured on held-out records, if there are some: a line of `validation.jsonl`."""
+        if not self._speaks or not values:
+            return
+        path = self._folder / "validation.jsonl"
+        lines = [line for line in _whole_lines(path) if json.loads(line)["step"] < step]
+        try:
+            path.write_text("".join(line + "\n" for line in [*lines, json.dumps({"step": step, **values})]), "utf-8")
+        except OSError as error:
+            _log.error("step %d: validation.jsonl cannot be written (%s)", step, error.strerror)
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
 
     def __enter__(self) -> MetricsLog:
         if self._speaks:

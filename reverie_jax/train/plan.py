@@ -67,7 +67,8 @@ class AbstractStep:
         """The step for the mesh's devices, not compiled yet."""
         assert isinstance(self.mesh, Mesh)
         with jax.set_mesh(self.mesh):
-            step: Any = make_step(self.graph, self.optimizer, self.recipe, reference=self.reference.graph)
+            homes = jax.tree.map(lambda x: x.sharding, self.state)
+            step: Any = make_step(self.graph, self.optimizer, self.recipe, reference=self.reference.graph, homes=homes)
             return step.lower(self.state, self.frozen, self.batch, self.reference.held)
 
 

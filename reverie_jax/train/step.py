@@ -195,12 +195,15 @@ def make_step(
     *,
     sources: int = 1,
     reference: nnx.GraphDef[VisionLanguageModel] | None = None,
+    homes: TrainState | None = None,
 ) -> Callable[..., tuple[TrainState, StepMetrics]]:
     """The jitted step. It donates the trainable state, and never the frozen weights.
 
     Args:
         sources: of the data, for the losses of each.
         reference: `Reference.graph` (preference tuning).
+        homes: shardings of the state, which it keeps. Without, XLA chooses those of the new one, and the next step
+            compiles again for them.
 
     Returns:
         step(state, frozen, batch, held=None), with `Reference.held`, to the new state and its metrics.
@@ -230,7 +233,9 @@ def make_step(
 
     score = score_tokens if recipe.preference is None else score_pairs
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    kept = {} if homes is None else {"out_shardings": (homes, None)}
+
+    @functools.partial(jax.jit, donate_argnums=0, **kept)
     def step(state: TrainState, frozen: nnx.State, batch: Batch, held: Any = None) -> tuple[TrainState, StepMetrics]:
         # The key is a function of seed and step alone: a resumed run draws what the uninterrupted one drew.
         key = jax.random.fold_in(jax.random.key(recipe.seed), state.step) if recipe.dropout else None

@@ -1,5 +1,6 @@
 """What a recipe may choose without changing the outcome (remat, offload, cached features), and with a bound (few bits)."""
 
+import json
 import math
 
 import jax.numpy as jnp
@@ -141,8 +142,9 @@ def test_held_out_records_are_not_trained_on_and_are_measured(tmp_path):
     recipe = tiny.recipe(steps=4, save_every=2, holdout=3, dropout=0.0)
     result = train(tiny.model(), tiny.processor(), tiny.records(), recipe, tmp_path)
     assert result.survey.records == 9
-    rows = {row["step"]: row for row in read_metrics(tmp_path)}
-    assert [step for step, row in rows.items() if VALIDATION in row] == [2, 4]
+    rows = [json.loads(line) for line in (tmp_path / "validation.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 4]
+    assert all(0 < row[VALIDATION] < 20 for row in rows)
     with pytest.raises(UserError, match="leaves none"):
         train(tiny.model(), tiny.processor(), tiny.records(), tiny.recipe(holdout=12), tmp_path / "none")
 
@@ -171,14 +173,15 @@ def test_sources_are_told_apart(tmp_path):
     assert not any(name.startswith("loss/") for row in read_metrics(tmp_path) for name in row) or len(parts) == 2
 
 
-def test_one_program_for_the_whole_run(tmp_path, monkeypatch):
+@pytest.mark.parametrize("mesh", [(1, 1, 1), (1, 2, 2)])
+def test_one_program_for_the_whole_run(tmp_path, monkeypatch, mesh):
     """A run of 200 steps compiles its step once (one shape of rows), and copies nothing inside it."""
     from reverie_jax.train import loop
 
     made = []
     make = loop.make_step
     monkeypatch.setattr(loop, "make_step", lambda *args, **options: made.append(make(*args, **options)) or made[-1])
-    losses(tmp_path, steps=200, save_every=1000)
+    losses(tmp_path, steps=200, save_every=1000, rows=4, mesh=make_mesh(*mesh))
     assert len(made) == 1
     assert made[0]._cache_size() == 1
 
