@@ -84,7 +84,7 @@ class Train:
 
     def run(self) -> None:
         from reverie_jax.data.records import RecordSource
-        from reverie_jax.loading import load_model
+        from reverie_jax.loading import bare, load_model, load_with_projector
         from reverie_jax.train import recipes
         from reverie_jax.train.distributed import join
         from reverie_jax.train.loop import train
@@ -94,10 +94,13 @@ class Train:
         recipe = recipes.override(recipes.recipe(self.recipe), self.set)
         source = RecordSource(self.data)
         mesh = parse_mesh(self.mesh)
-        paths = self.base.split(",")
-        model, processor = load_model(
-            paths[0], base=paths[1:], adapter=self.adapter, mesh=mesh, dtype=parse_dtype(self.dtype)
-        )
+        path, *parts = self.base.split(",")
+        where: Any = {"mesh": mesh, "dtype": parse_dtype(self.dtype)}
+        if recipe.tune == "projector" and self.adapter is None and bare(path, parts):
+            kind = recipe.fresh_projector
+            model, processor = load_with_projector(path, base=parts, kind=kind, seed=recipe.seed, **where)
+        else:
+            model, processor = load_model(path, base=parts, adapter=self.adapter, **where)
         with serve(self.out) if self.watch else contextlib.nullcontext():
             result = train(
                 model,

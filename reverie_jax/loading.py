@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
+from safetensors.numpy import save_file
 
 from reverie_jax.data.processor import Processor, example_template
 from reverie_jax.data.tokenizers import load_tokenizer
 from reverie_jax.models import VisionLanguageModel, VLMConfig
 from reverie_jax.models.checkpoints import CheckpointError, attach_adapter, read_config, read_model
-from reverie_jax.models.checkpoints.files import resolve
+from reverie_jax.models.checkpoints.files import read_json, resolve
 from reverie_jax.models.checkpoints.parts import recognise, recorded_base
+from reverie_jax.models.config import ProjectorKind
 from reverie_jax.train.checkpoint import IDENTITY, load_run
 
 SCENES_BASE = "scenes-base"
@@ -75,6 +79,50 @@ def load_model(
     if adapter is not None:
         put_adapter(model, adapter, [folder, *parts])
     return model, Processor.of(model.config, find_tokenizer(model.config, folder, parts), example_template(folder))
+
+
+def load_with_projector(
+    path: str | Path,
+    *,
+    base: Paths = None,
+    kind: ProjectorKind,
+    seed: int = 0,
+    mesh: Mesh | None = None,
+    dtype: DTypeLike | None = None,
+) -> tuple[VisionLanguageModel, Processor]:
+    """`load_model` of a plain language model and a CLIP tower, with a fresh projector between them (LLaVA's first stage).
+
+    Args:
+        path, base: the two, in any order.
+        kind: of the projector. Weights and biases are uniform in +-1/sqrt(inputs), as torch starts a linear layer.
+
+    Raises:
+        CheckpointError: they are not these two.
+    """
+    places = [checkpoint_folder(part) for part in (path, *as_list(base))]
+    found = {recognise(place).kind: place for place in places}
+    if set(found) != {"llm", "clip"} or len(places) != 2:
+        raise CheckpointError(
+            f"{', '.join(map(str, places))}: a fresh projector goes between a plain language model and a CLIP tower"
+        )
+    clip, words = (read_json(found[kind] / "config.json") for kind in ("clip", "llm"))
+    inputs, width = clip.get("vision_config", clip)["hidden_size"], words["hidden_size"]
+    names = {"": (inputs, width)} if kind == "linear" else {"0.": (inputs, width), "2.": (width, width)}
+    rng, tensors = np.random.default_rng(seed), {}
+    for name, (fan_in, fan_out) in names.items():
+        bound = fan_in**-0.5
+        for part, shape in (("weight", (fan_out, fan_in)), ("bias", (fan_out,))):
+            tensors[f"model.mm_projector.{name}{part}"] = rng.uniform(-bound, bound, shape).astype(np.float32)
+    with tempfile.TemporaryDirectory() as place:
+        file = Path(place) / "mm_projector.safetensors"
+        save_file(tensors, file)
+        return load_model(found["llm"], base=[found["clip"], file], mesh=mesh, dtype=dtype)
+
+
+def bare(path: str | Path, base: Paths = None) -> bool:
+    """Whether these are a plain language model and a CLIP tower, with no projector among them."""
+    kinds = [recognise(checkpoint_folder(part)).kind for part in (path, *as_list(base))]
+    return sorted(kinds) == ["clip", "llm"]
 
 
 def load_processor(path: str | Path, *, base: Paths = None) -> Processor:

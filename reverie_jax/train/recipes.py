@@ -13,7 +13,7 @@ from reverie_jax.data.preferences import Preference
 from reverie_jax.data.rows import RowShape
 from reverie_jax.data.teaching import Teaching
 from reverie_jax.errors import UserError
-from reverie_jax.models.config import ImageAspect
+from reverie_jax.models.config import ImageAspect, ProjectorKind
 from reverie_jax.models.layers import Remat
 from reverie_jax.models.lora import DEFAULT_TARGETS
 
@@ -41,6 +41,7 @@ class Recipe:
             then its answers, two a pair, and the loss is the mean over pairs.
         sharing: an image's conversations as one tree; without, each is computed by itself, as other trainers do.
         template, aspect: instead of the checkpoint's own.
+        fresh_projector: the kind that is made where `tune=projector` and the base is a language model and a tower alone.
         base: the frozen matrices that carry adapters as they are, or in 8 or 4 bits (QLoRA).
         rank, alpha, dropout, targets: the adapters (scale alpha / rank).
         rate: peak learning rate of adapters or decoder.
@@ -70,6 +71,7 @@ class Recipe:
     sharing: bool = True
     template: str | None = None
     aspect: ImageAspect | None = None
+    fresh_projector: ProjectorKind = "mlp2x_gelu"
     base: Literal["as-is", "int8", "nf4"] = "as-is"
     rank: int = 16
     alpha: float = 32.0
@@ -229,7 +231,7 @@ RECIPES: dict[str, Recipe] = {
         *_named(_FULL, "llava-1.5-7b-full", "llava-1.5-13b-full", "llava-phi3-full"),
         *_named(_FULL, "llava-1.0-7b-full", aspect="square"),
         *_named(_PRETRAIN, "llava-1.5-pretrain", "llava-phi3-pretrain"),
-        *_named(_PRETRAIN, "llava-1.0-pretrain", rows=128, projector_rate=2e-3),
+        *_named(_PRETRAIN, "llava-1.0-pretrain", rows=128, projector_rate=2e-3, fresh_projector="linear"),
         *_named(_REVERIE, "reverie-1.5-7b-lora", "reverie-1.5-13b-lora", "reverie-phi3-lora"),
         *_named(_REVERIE, "reverie-1.0-7b-lora", aspect="square"),
         _DDPO,

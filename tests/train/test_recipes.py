@@ -137,3 +137,24 @@ def test_recipes_survive_their_own_words(name):
     assert recipes.Recipe.from_json(recipe.to_json()) == recipe
     assert dataclasses.asdict(recipes.override(recipe, ["seed=7"]))["seed"] == 7
     assert recipe.steps_for(1000) > 0
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp2x_gelu"])
+def test_pretraining_makes_a_projector_between_bare_parts(tmp_path, kind):
+    from reverie_jax.loading import bare, load_with_projector
+    from reverie_jax.models.checkpoints import CheckpointError
+    from tests.models import makers
+
+    part = makers.parts()
+    llm, clip = makers.llm_folder(tmp_path / "llm", part), makers.clip_folder(tmp_path / "clip", part)
+    assert bare(llm, [clip])
+    assert not bare(clip)
+    model, _ = load_with_projector(clip, base=[llm], kind=kind, seed=1)
+    again, _ = load_with_projector(llm, base=[clip], kind=kind, seed=1)
+    kernel = np.asarray(model.projector.linear1.kernel[...])
+    assert np.array_equal(kernel, np.asarray(again.projector.linear1.kernel[...]))
+    bound = kernel.shape[0] ** -0.5
+    assert 0.9 * bound < np.abs(kernel).max() <= bound
+    assert (model.projector.linear2 is None) == (kind == "linear")
+    with pytest.raises(CheckpointError, match="a fresh projector goes between"):
+        load_with_projector(llm, kind=kind)
