@@ -244,7 +244,10 @@ class Recipes:
             length = f"{recipe.steps} steps" if recipe.steps else f"{recipe.epochs:g} epoch"
             what = f"LoRA r {recipe.rank}" if recipe.tune == "lora" else recipe.tune
             size = f"{length} of {recipe.rows} rows of {recipe.row.tokens}"
-            print(f"{name:21} {what}; teaches {recipe.teach.kinds}; {size}")
+            taught = f"teaches {recipe.teach.kinds}"
+            if recipe.preference is not None:
+                taught = f"prefers, beta {recipe.preference.beta:g}, gamma {recipe.preference.gamma:g}"
+            print(f"{name:21} {what}; {taught}; {size}")
 
 
 @dataclasses.dataclass(frozen=True)

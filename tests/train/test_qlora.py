@@ -1,0 +1,39 @@
+"""A base in 8 or 4 bits on the embedded world: it learns what the whole base learns."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from reverie_jax.data.scenes import dataset
+from reverie_jax.loading import load_model
+from reverie_jax.models import lora
+from reverie_jax.train import recipes
+from reverie_jax.train.loop import train
+from reverie_jax.train.metrics import read_metrics
+
+STEPS = 80
+
+
+@pytest.fixture(scope="module")
+def losses(tmp_path_factory):
+    """The loss of each step, by base."""
+    folder = tmp_path_factory.mktemp("scenes")
+    dataset.make_training_set(folder / "scenes", 160, size=128, questions=4, seed=5)
+    records, found = list(dataset.records(folder / "scenes")), {}
+    for base in ("as-is", "int8", "nf4"):
+        settings = [f"base={base}", f"steps={STEPS}", "rows=8", "save_every=1000"]
+        recipe = recipes.override(recipes.recipe("scenes-rationales"), settings)
+        model, processor = load_model("scenes-base", dtype=jnp.bfloat16)
+        train(model, processor, records, recipe, folder / base)
+        found[base] = [row["loss"] for row in read_metrics(folder / base)]
+        assert any(layer.scales is not None for _, layer in lora.linears(model)) == (base != "as-is")
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base", ["int8", "nf4"])
+def test_losses_are_within_two_percent_of_the_bfloat16_bases(losses, base):
+    whole, few = (float(np.mean(losses[name][-20:])) for name in ("as-is", base))
+    print(f"mean loss of the last 20 of {STEPS} steps: bfloat16 {whole:.4f}, {base} {few:.4f}")
+    assert whole < losses["as-is"][0] - 0.1
+    assert few == pytest.approx(whole, rel=0.02)
