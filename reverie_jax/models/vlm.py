@@ -65,10 +65,8 @@ class VisionLanguageModel(nnx.Module):
             train_tower: let gradients into the tower (pretraining); it is frozen otherwise.
         """
         batch, images = pixels.shape[:2]
-        # Said at both ends of the tower: its parameters lie along its width, and would else pull its activations there,
-        # so that every chip ran all pictures.
-        floats = constrain_rows(normalise(pixels.reshape(batch * images, *pixels.shape[2:]), self.compute_dtype))
-        features = constrain_rows(self.vision(floats, self.config.feature_depth, remat=train_tower))
+        floats = normalise(pixels.reshape(batch * images, *pixels.shape[2:]), self.compute_dtype)
+        features = self.vision(floats, self.config.feature_depth, remat=train_tower)
         if not train_tower:
             features = jax.lax.stop_gradient(features)
         features = self.projector(features).reshape(batch, images * features.shape[1], -1)

@@ -65,7 +65,8 @@ class AbstractStep:
         """The step for the mesh's devices, not compiled yet."""
         assert isinstance(self.mesh, Mesh)
         with jax.set_mesh(self.mesh):
-            return make_step(self.graph, self.optimizer, self.recipe).lower(self.state, self.frozen, self.batch)
+            step: Any = make_step(self.graph, self.optimizer, self.recipe)
+            return step.lower(self.state, self.frozen, self.batch)
 
 
 def chip_bytes(tree: Any) -> int:
@@ -142,7 +143,7 @@ def abstract_step(
     whole = NamedSharding(mesh, PartitionSpec())
 
     moments = jax.eval_shape(optimizer.init, params)
-    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+    step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
     state = TrainState(_placed(params, shardings(params, mesh)), _placed(moments, shardings(moments, mesh)), step)
     frozen = _placed(frozen, shardings(frozen, mesh))
     return AbstractStep(model, graph, optimizer, state, frozen, _batch(config, recipe, mesh), recipe, mesh)
