@@ -308,9 +308,9 @@ def _too_large(error: Exception) -> tuple[int, str]:
     """
     text = str(error)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    used = re.search(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm", text)
+    used = re.search(r"Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm|\(([\d.]+)([KMG])\) exceeds available HBM.*", text)
     if "RESOURCE_EXHAUSTED" not in text or used is None:
         raise UserError(f"the step does not compile: {lines[0] if lines else type(error).__name__}") from None
+    number, letter = (used[1], used[2]) if used[1] else (used[3], used[4])
     unit = {"K": 2**10, "M": 2**20, "G": 2**30}
-    said = next((line for line in lines if "hbm" in line), lines[0])
-    return int(float(used[1]) * unit[used[2]]), f"compiler: {said[:200]}"
+    return int(float(number) * unit[letter]), f"compiler: {used[0]}"
