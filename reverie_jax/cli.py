@@ -327,15 +327,10 @@ Command = (
 
 def parse_mesh(text: str) -> Mesh:
     """A mesh from "data=2,fsdp=2,tensor=1"; axes left out are 1."""
-    from reverie_jax.models.sharding import MESH_AXES, make_mesh
+    from reverie_jax.models.sharding import make_mesh, mesh_axes
 
-    sizes: dict[str, Any] = {}
-    for part in text.split(","):
-        name, equals, value = part.strip().partition("=")
-        if not equals or name not in MESH_AXES or not value.isdecimal() or int(value) < 1 or name in sizes:
-            raise UserError(f"--mesh {text}: write it as data=1,fsdp=1,tensor=1")
-        sizes[name] = int(value)
     try:
+        sizes: dict[str, Any] = {**mesh_axes(text)}
         return make_mesh(**sizes)
     except ValueError as error:
         raise UserError(f"--mesh {text}: {error}") from None

@@ -31,7 +31,7 @@ class Plan:
     recipe: Positional[str]
     """Name of a recipe; `reverie recipes` lists them."""
     topology: str
-    """Chips: v4, v5e, v5p, v6e with their shape, as v5e:2x4; a100, a100-40, h100, h200 with their number, as h200:8."""
+    """Chips: v5e, v5p, v6e with their shape, as v5e:2x4; a100, a100-40, h100, h200 with their number, as h200:8."""
     mesh: str | None = None
     """Devices by axis, as data=1,fsdp=4,tensor=2; all of them on fsdp by default."""
     set: tuple[str, ...] = ()

@@ -32,6 +32,21 @@ _log = logging.getLogger(__name__)
 _warned: set[tuple[Any, ...]] = set()
 
 
+def mesh_axes(text: str) -> dict[str, int]:
+    """Devices by axis from "data=2,fsdp=2,tensor=1"; axes that are left out are left out.
+
+    Raises:
+        ValueError: it is written otherwise.
+    """
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        name, equals, value = part.strip().partition("=")
+        if not equals or name not in MESH_AXES or not value.isdecimal() or int(value) < 1 or name in sizes:
+            raise ValueError("write it as data=1,fsdp=1,tensor=1")
+        sizes[name] = int(value)
+    return sizes
+
+
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A (data, fsdp, tensor) mesh over the first data * fsdp * tensor devices.
 

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, UInt8
 from reverie_jax.models.attention import attend
 from reverie_jax.models.config import VisionConfig
 from reverie_jax.models.layers import LayerNorm, Linear, Remat, activate, parameter, scan_layers
+from reverie_jax.models.sharding import constrain_rows
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -75,6 +76,8 @@ class VisionTower(nnx.Module):
         x = self.patch(cut.reshape(batch, grid * grid, -1))
         cls = jnp.broadcast_to(self.cls[...].astype(x.dtype), (batch, 1, config.hidden))
         x = jnp.concatenate([cls, x], axis=1) + self.position[...].astype(x.dtype)[None]
-        x = self.pre_norm(x)
-        x, _ = scan_layers(self.layers, lambda layer, x: (layer(x), None), x, depth=depth, remat=remat)
+        # Said inside the loop too: positions and kernels lie along the width over fsdp, and would else pull the
+        # activations there, so that every chip ran all pictures and summed partial products in every layer.
+        x = constrain_rows(self.pre_norm(x))
+        x, _ = scan_layers(self.layers, lambda layer, x: (constrain_rows(layer(x)), None), x, depth=depth, remat=remat)
         return x[:, 1:]

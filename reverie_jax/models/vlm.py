@@ -68,13 +68,10 @@ class VisionLanguageModel(nnx.Module):
         batch, images = pixels.shape[:2]
         flat = pixels.reshape(batch * images, *pixels.shape[2:])
         if jnp.issubdtype(pixels.dtype, jnp.floating):
-            features = flat.astype(self.compute_dtype)
+            features = constrain_rows(flat.astype(self.compute_dtype))
         else:
-            # Said at both ends of the tower: its parameters lie along its width, and would else pull its activations there,
-            # so that every chip ran all pictures.
-            floats = constrain_rows(normalise(flat, self.compute_dtype))
+            floats = normalise(flat, self.compute_dtype)
             features = self.vision(floats, self.config.feature_depth, remat="full" if train_tower else "none")
-        features = constrain_rows(features)
         if not train_tower:
             features = jax.lax.stop_gradient(features)
         features = self.projector(features).reshape(batch, images * features.shape[1], -1)

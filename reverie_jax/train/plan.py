@@ -24,7 +24,7 @@ from reverie_jax.data.rows import Batch
 from reverie_jax.errors import UserError
 from reverie_jax.models import VisionLanguageModel, VLMConfig, lora
 from reverie_jax.models.config import ARCHITECTURES
-from reverie_jax.models.sharding import MESH_AXES, batch_sharding, shardings
+from reverie_jax.models.sharding import MESH_AXES, batch_sharding, mesh_axes, shardings
 from reverie_jax.train import costs, hlo
 from reverie_jax.train.recipes import Recipe
 from reverie_jax.train.reference import Reference, resting
@@ -106,12 +106,10 @@ def mesh_sizes(text: str | None, chips: int) -> dict[str, int]:
     sizes = dict.fromkeys(MESH_AXES, 1)
     if text is None:
         return sizes | {"fsdp": chips}
-    given: dict[str, int] = {}
-    for part in text.split(","):
-        name, equals, value = part.strip().partition("=")
-        if not equals or name not in MESH_AXES or not value.isdecimal() or int(value) < 1 or name in given:
-            raise UserError(f"--mesh {text}: write it as data=1,fsdp={chips},tensor=1")
-        given[name] = int(value)
+    try:
+        given = mesh_axes(text)
+    except ValueError as error:
+        raise UserError(f"--mesh {text}: {error}") from None
     sizes |= given
     if math.prod(sizes.values()) != chips:
         raise UserError(f"--mesh {text}: {math.prod(sizes.values())} chips of a topology of {chips}")
@@ -325,9 +323,9 @@ def _too_large(error: Exception) -> tuple[int, str]:
     """
     text = str(error)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    used = re.search(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm", text)
+    used = re.search(r"Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm|\(([\d.]+)([KMG])\) exceeds available HBM.*", text)
     if "RESOURCE_EXHAUSTED" not in text or used is None:
         raise UserError(f"the step does not compile: {lines[0] if lines else type(error).__name__}") from None
+    number, letter = (used[1], used[2]) if used[1] else (used[3], used[4])
     unit = {"K": 2**10, "M": 2**20, "G": 2**30}
-    said = next((line for line in lines if "hbm" in line), lines[0])
-    return int(float(used[1]) * unit[used[2]]), f"compiler: {said[:200]}"
+    return int(float(number) * unit[letter]), f"compiler: {used[0]}"

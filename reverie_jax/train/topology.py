@@ -41,10 +41,9 @@ class Chip:
 # TPU: cloud.google.com/tpu/docs (system architecture) and jax-ml.github.io/scaling-book (rates of one link, one way).
 # GPU: NVIDIA's data sheets of the SXM parts; memory in units of 10**9 bytes, NVLink one way.
 CHIPS: dict[str, Chip] = {
-    "v4": Chip(32 * GIB, 275e12, 1.228e12, 4.5e10, 3),
-    "v5e": Chip(16 * GIB, 197e12, 0.819e12, 4.5e10, 2),
-    "v5p": Chip(95 * GIB, 459e12, 2.765e12, 9e10, 3),
-    "v6e": Chip(32 * GIB, 918e12, 1.64e12, 9e10, 2),
+    "v5e": Chip(int(15.75 * GIB), 197e12, 0.819e12, 4.5e10, 2),
+    "v5p": Chip(int(95.74 * GIB), 459e12, 2.765e12, 9e10, 3),
+    "v6e": Chip(int(31.25 * GIB), 918e12, 1.64e12, 9e10, 2),
     "a100-40": Chip(40 * 10**9, 312e12, 1.555e12, 3e11),
     "a100": Chip(80 * 10**9, 312e12, 2.04e12, 3e11),
     "h100": Chip(80 * 10**9, 989e12, 3.35e12, 4.5e11),
