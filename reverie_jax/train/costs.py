@@ -5,10 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
-
-import jax
-import jax.numpy as jnp
 
 from reverie_jax.models import VisionLanguageModel, lora
 from reverie_jax.models.attention import DENSE_UP_TO, QUERY_CHUNK
@@ -194,14 +190,3 @@ def memory_bytes(
     weights = 3 * recipe.accumulate * (by_kind["base"] + by_kind["trainable"]) * mesh["fsdp"]
     update = 2 * (2 * by_kind["trainable"] + by_kind["optimizer"])
     return weights + update + 2 * recipe.accumulate * saved
-
-
-def state_bytes(state: Any, shardings: Any) -> int:
-    """Bytes that the arrays of an abstract state take on one chip under their shardings."""
-    leaves, homes = jax.tree.leaves(state), jax.tree.leaves(shardings)
-    if len(leaves) != len(homes):
-        raise ValueError(f"{len(leaves)} arrays and {len(homes)} shardings")
-    return sum(
-        math.prod(home.shard_shape(leaf.shape)) * jnp.dtype(leaf.dtype).itemsize
-        for leaf, home in zip(leaves, homes, strict=True)
-    )
