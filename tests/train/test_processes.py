@@ -31,7 +31,7 @@ from tests.train import tiny
 STEPS = tiny.KILL_RECIPE.steps
 
 
-def start(folder, *, processes=1, devices=1, mesh=(1, 1, 1), settings=()):
+def start(folder, *, processes=1, devices=1, mesh=(1, 1, 1), settings=(), logs=None):
     """The processes of one run."""
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
@@ -42,7 +42,7 @@ def start(folder, *, processes=1, devices=1, mesh=(1, 1, 1), settings=()):
         command = [sys.executable, "-m", "tests.train.tiny", str(folder), "--mesh", *map(str, mesh)]
         command += ["--distributed", f"127.0.0.1:{port},{processes},{number}"] if processes > 1 else []
         command += ["--set", *settings] if settings else []
-        log = (folder.parent / f"{folder.name}.{number}.log").open("ab")
+        log = ((logs or folder.parent) / f"{folder.name}.{number}.log").open("ab")
         # Every program is kept for the next process: most of a short run is compiling.
         environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         started.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment))
@@ -50,14 +50,14 @@ def start(folder, *, processes=1, devices=1, mesh=(1, 1, 1), settings=()):
     return started
 
 
-def end(children, folder, *, seconds=300):
+def end(children, folder, *, seconds=300, logs=None):
     """Waits; on a failure shows what they said."""
     try:
         codes = [child.wait(timeout=seconds) for child in children]
     except subprocess.TimeoutExpired:
         kill(children)
         codes = [None]
-    said = "\n".join(path.read_text()[-3000:] for path in sorted(folder.parent.glob(f"{folder.name}.*.log")))
+    said = "\n".join(path.read_text()[-3000:] for path in sorted((logs or folder.parent).glob(f"{folder.name}.*.log")))
     return codes, said
 
 
@@ -179,7 +179,7 @@ def test_sigterm_saves_and_a_second_start_finishes(tmp_path, processes):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of two megabytes."""
+    """A file system of three megabytes."""
     place = tmp_path / "disk"
     place.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(place)], capture_output=True)
@@ -193,17 +193,20 @@ def test_a_full_disk_is_reported_and_training_goes_on(small_disk, tmp_path):
     """Saves fail while a ballast fills the disk; when it is gone, the next one is whole, and the run resumes from it."""
     folder, ballast = small_disk / "run", small_disk / "ballast"
     folder.mkdir()
-    settings = ("save_every=8", "steps=40", "keep=1")
-    children = start(folder, settings=settings)
+    settings = ("save_every=50", "steps=400", "keep=1")
+    children = start(folder, settings=settings, logs=tmp_path)
     wait_for(folder, 2, children)
     with contextlib.suppress(OSError), ballast.open("wb") as file:
         while True:
             file.write(bytes(4096))
             file.flush()
-    wait_for(folder, 18, children)
+    until = time.monotonic() + 60
+    while time.monotonic() < until and "was not written" not in (tmp_path / "run.0.log").read_text():
+        time.sleep(0.05)
     ballast.unlink()
-    codes, said = end(children, folder)
+    codes, said = end(children, folder, logs=tmp_path)
     assert "was not written" in said
     assert codes == [0], said
     assert json.loads((folder / "run.json").read_text())
-    assert (folder / "checkpoints" / "40").exists()
+    assert (folder / "checkpoints" / "400").exists()
+    assert len(losses(folder)) == 400  # lines that found no room were kept
