@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from reverie_jax import cli
 from reverie_jax.data.rows import RowShape
 from reverie_jax.errors import UserError
-from reverie_jax.models import TextConfig, VisionConfig, VisionLanguageModel, VLMConfig, vision
+from reverie_jax.models import TextConfig, VisionConfig, VisionLanguageModel, VLMConfig, lora, vision
 from reverie_jax.models.config import ARCHITECTURES
 from reverie_jax.models.sharding import batch_sharding, make_mesh, place, shardings
 from reverie_jax.train import costs, hlo, loop, recipes, topology
@@ -63,14 +64,18 @@ def on_chip(tree):
     return sum(part.data.nbytes for leaf in leaves for part in leaf.addressable_shards if part.device == first)
 
 
-@pytest.mark.parametrize("tune", ["lora", "projector", "full"])
+@pytest.mark.parametrize(
+    ("tune", "base"), [("lora", "as-is"), ("projector", "as-is"), ("full", "as-is"), ("lora", "int8"), ("lora", "nf4")]
+)
 @pytest.mark.parametrize("sizes", [(2, 2, 1), (1, 2, 2), (1, 1, 1)])
-def test_planned_bytes_are_those_of_a_placed_model(tune, sizes):
-    recipe, mesh = tiny.recipe(rows=4, tune=tune), make_mesh(*sizes)
+def test_planned_bytes_are_those_of_a_placed_model(tune, base, sizes):
+    recipe, mesh = tiny.recipe(rows=4, tune=tune, base=base), make_mesh(*sizes)
     planned = abstract_step(CONFIG, recipe, mesh, dtype=jnp.bfloat16)
 
     model = VisionLanguageModel(CONFIG, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
     adapt(model, recipe)
+    if base != "as-is":
+        lora.quantise(model, base)
     _, params, frozen = nnx.split(model, tuned(tune), ...)
     params, frozen, optimizer = place(params, mesh), place(frozen, mesh), make_optimizer(recipe)
     with jax.set_mesh(mesh):
@@ -96,9 +101,12 @@ def test_planned_step_is_the_step_that_trains():
     with jax.set_mesh(mesh):
         homes = shardings(jax.eval_shape(optimizer.init, params), mesh)
         moments = jax.jit(optimizer.init, out_shardings=homes)(params)
-        state = TrainState(params, moments, jax.jit(lambda: jnp.zeros((), jnp.int32))())
+        state = TrainState(
+            params, moments, jax.device_put(jnp.zeros((), jnp.int32), NamedSharding(mesh, PartitionSpec()))
+        )
         batch = jax.device_put(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), planned.batch), batch_sharding(mesh))
-        real = make_step(graph, optimizer, recipe).lower(state, frozen, batch)
+        step = make_step(graph, optimizer, recipe, homes=jax.tree.map(lambda x: x.sharding, state))
+        real = step.lower(state, frozen, batch, None)
     assert planned.lower().as_text() == real.as_text()
 
 
@@ -117,12 +125,12 @@ def test_a_run_lays_its_state_as_planned(tmp_path, monkeypatch):
     """Before the first step and after it: moments once lay whole on every device."""
     recipe, mesh, seen = tiny.recipe(rows=4, steps=2), make_mesh(1, 2, 2), []
 
-    def spied(graph, optimizer, recipe):
-        step = make_step(graph, optimizer, recipe)
+    def spied(*args, **options):
+        step = make_step(*args, **options)
 
-        def run(state, frozen, batch):
+        def run(state, frozen, batch, held):
             seen.append([(leaf.sharding, leaf.ndim) for leaf in jax.tree.leaves(state)])
-            return step(state, frozen, batch)
+            return step(state, frozen, batch, held)
 
         return run
 
