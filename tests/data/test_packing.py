@@ -34,9 +34,11 @@ def made(number: int, tokens: int, *, pictures: int = 0, edges: int = 0, leaves:
         "target": np.full(edges, whose, np.int32),
         "weight": np.full(edges, number + 1, np.float32),
         "branch": np.arange(edges, dtype=np.int32),
+        "origin": np.arange(edges, dtype=np.int32),
         "leaves": np.arange(leaves, dtype=np.int32),
         "questions": np.full(leaves, whose, np.int32),
         "flat_tokens": np.asarray([2 * tokens], np.int32),
+        "records": np.asarray([1], np.int32),
     }
 
 
