@@ -40,7 +40,11 @@ def test_what_is_computed_again_changes_nothing(plain, remat, tmp_path):
 
 
 def test_an_optimizer_that_waits_on_the_host_changes_nothing(plain, tmp_path):
-    assert losses(tmp_path / "one", offload=True) == pytest.approx(plain, rel=1e-6)
+    assert losses(tmp_path, offload=True) == pytest.approx(plain, rel=1e-6)
+
+
+@pytest.mark.slow
+def test_an_optimizer_that_waits_on_the_host_of_a_mesh_changes_nothing(tmp_path):
     mesh = losses(tmp_path / "mesh", offload=True, rows=4, mesh=make_mesh(2, 2, 1), save_every=2)
     assert mesh == pytest.approx(losses(tmp_path / "whole", rows=4), rel=1e-5)
 
@@ -95,7 +99,7 @@ def test_nf4_finds_the_nearest_of_its_values():
     np.testing.assert_allclose(np.asarray(back), nearest, atol=1e-6)
 
 
-@pytest.mark.parametrize("base", ["int8", "nf4"])
+@pytest.mark.parametrize("base", [pytest.param("int8", marks=pytest.mark.slow), "nf4"])
 def test_a_base_in_few_bits_trains_and_serves_the_whole_one(base, plain, tmp_path):
     found = losses(tmp_path, base=base, save_every=2)
     assert found == pytest.approx(plain, rel=0.05)
@@ -103,6 +107,11 @@ def test_a_base_in_few_bits_trains_and_serves_the_whole_one(base, plain, tmp_pat
     recipe = load_run(whole, tmp_path)  # the adapters go on the base as it is stored
     assert recipe.base == base
     assert all(layer.scales is None for _, layer in lora.linears(whole))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base", ["int8", "nf4"])
+def test_a_base_in_few_bits_lies_on_a_mesh(base, tmp_path):
     assert losses(tmp_path / "mesh", base=base, rows=4, mesh=make_mesh(1, 2, 2)) == pytest.approx(
         losses(tmp_path / "one", base=base, rows=4), rel=1e-5
     )
@@ -173,7 +182,7 @@ def test_sources_are_told_apart(tmp_path):
     assert not any(name.startswith("loss/") for row in read_metrics(tmp_path) for name in row) or len(parts) == 2
 
 
-@pytest.mark.parametrize("mesh", [(1, 1, 1), (1, 2, 2)])
+@pytest.mark.parametrize("mesh", [(1, 1, 1), pytest.param((1, 2, 2), marks=pytest.mark.slow)])
 def test_one_program_for_the_whole_run(tmp_path, monkeypatch, mesh):
     """A run of 200 steps compiles its step once (one shape of rows), and copies nothing inside it."""
     from reverie_jax.train import loop

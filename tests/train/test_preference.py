@@ -186,7 +186,11 @@ def test_pairs_that_do_not_fit_one_row_are_shared_out_whole():
         survey(tiny.records(), tiny.processor(), ROW, Preference())
 
 
-@pytest.mark.parametrize("preference", [CASES["ddpo-script"], CASES["ddpo-paper"]], ids=["script", "paper"])
+@pytest.mark.parametrize(
+    "preference",
+    [CASES["ddpo-paper"], pytest.param(CASES["ddpo-script"], marks=pytest.mark.slow)],
+    ids=["paper", "script"],
+)
 def test_adapters_off_are_a_second_model(preference):
     """After steps that moved adapters and projector, the step's own reference is the untouched model."""
     base, model = tiny.model(), tiny.model()

@@ -56,7 +56,7 @@ def close(one, other) -> None:
         assert float(jnp.linalg.norm((a - b).ravel())) <= 1e-5 * max(scale, 1e-3)
 
 
-@pytest.mark.parametrize("accumulate", [2, 3, 6])
+@pytest.mark.parametrize("accumulate", [2, *(pytest.param(parts, marks=pytest.mark.slow) for parts in (3, 6))])
 def test_a_mean_over_tokens_does_not_see_micro_batches(accumulate):
     whole, parts = losses(whole_batch(), 1, "tokens"), losses(whole_batch(), accumulate, "tokens")
     assert float(parts[0]) == pytest.approx(float(whole[0]), rel=1e-5)
