@@ -273,9 +273,11 @@ def decoded(model: VisionLanguageModel, rows: Rows) -> np.ndarray:
         target=none,
         weight=none.astype(np.float32),
         branch=none,
+        origin=none,
         leaves=np.full((count, 1), PROMPT - 1, np.int32),
         questions=np.arange(count, dtype=np.int32)[:, None],
         flat_tokens=np.zeros((count, rows.pixels.shape[1]), np.int32),
+        records=np.zeros((count, rows.pixels.shape[1]), np.int32),
     )
     return np.asarray(_decoded(*_split(model), jax.tree.map(jnp.asarray, batch)))[:, 0]
 

@@ -162,7 +162,7 @@ def test_flops_are_those_that_xla_counts(tune, monkeypatch):
     shape = RowShape(tokens=128, images=1, edges=96)
     recipe = tiny.recipe(rows=2, row=shape, tune=tune, rank=16, dropout=0.0, clip=None)
     monkeypatch.setattr(jax.lax, "scan", unrolled)
-    monkeypatch.setattr(jax, "checkpoint", lambda body: body)
+    monkeypatch.setattr(jax, "checkpoint", lambda body, **options: body)
     step = abstract_step(config, recipe, make_mesh(), dtype=jnp.float32)
     counted = step.lower().compile().cost_analysis()["flops"]
     formula = costs.step_flops(config, costs.Sizes.of(step.model), recipe, causal=False)
