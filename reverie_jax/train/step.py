@@ -185,7 +185,7 @@ def scored(
         none = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         ((total, (weight, sums)), grads), _ = jax.lax.scan(add, none, numbered)
     whole = jnp.maximum(weight, 1e-6)
-    return total / whole, jax.tree.map(lambda g: (g / whole).astype(g.dtype), grads), sums
+    return total / whole, jax.tree.map(lambda g: (g.astype(jnp.float32) / whole).astype(g.dtype), grads), sums
 
 
 def make_step(
@@ -257,7 +257,7 @@ def make_step(
             moments = jax.device_put(moments, jax.memory.Space.Host)
         metrics = StepMetrics(
             loss=loss,
-            grad_norm=optax.tree.norm(grads),
+            grad_norm=optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads)),
             # A filled token's subtree is its own index at least; padding says ends = index + 1 at depth 0.
             tokens=((batch.positions > 0).sum() + (batch.flat_tokens > 0).sum()).astype(jnp.int32),
             flat_tokens=batch.flat_tokens.sum().astype(jnp.int32),
