@@ -93,6 +93,7 @@ class RunCheckpoints:
             os.fspath(self._folder), preservation_policy=policy, cleanup_tmp_directories=True
         )
         self._under_way: tuple[int, Any] | None = None
+        self._whole = True  # whether the last save came to a checkpoint
 
     @property
     def latest(self) -> int | None:
@@ -109,7 +110,7 @@ class RunCheckpoints:
             metrics: `VALIDATION`, where records are held out.
         """
         self.settle()
-        step = int(state.step)
+        step, self._whole = int(state.step), True
         try:
             response = self._saver.save_checkpointables_async(
                 step,
@@ -123,18 +124,17 @@ class RunCheckpoints:
             self._failed(step, error)
 
     def settle(self) -> bool:
-        """Waits for the save under way; whether it came to a whole checkpoint."""
-        if self._under_way is None:
-            return True
-        (step, response), self._under_way = self._under_way, None
-        try:
-            response.result()
-        except Exception as error:
-            self._failed(step, error)
-            return False
-        return True
+        """Waits for the save under way; whether the last one came to a whole checkpoint."""
+        if self._under_way is not None:
+            (step, response), self._under_way = self._under_way, None
+            try:
+                response.result()
+            except Exception as error:
+                self._failed(step, error)
+        return self._whole
 
     def _failed(self, step: int, error: Exception) -> None:
+        self._whole = False
         _log.error("the checkpoint of step %d was not written: %s", step, " ".join(str(error).split())[:500])
         for part in self._folder.glob(f"{step}.*"):  # what Orbax calls a checkpoint that is not whole
             shutil.rmtree(part, ignore_errors=True)

@@ -171,8 +171,8 @@ def train(
                     log.validated(number, measured)
                     checkpoints.save(state, batches.get_state(), measured)
                 if ends and number < recipe.steps:
-                    checkpoints.settle()
-                    raise Interrupted(f"asked to end: step {number} of {recipe.steps} is saved; run again to go on")
+                    said = "is saved" if checkpoints.settle() else "could not be saved"
+                    raise Interrupted(f"asked to end: step {number} of {recipe.steps} {said}; run again to go on")
         if not checkpoints.settle():
             raise TrainingFailed(f"{folder}: the last checkpoint could not be written; free some space and run again")
     nnx.update(model, state.params)

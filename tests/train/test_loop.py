@@ -221,3 +221,16 @@ def test_unknown_recipe_names_the_known_ones():
 def test_recipe_survives_json():
     recipe = tiny.recipe(row=RowShape(77, 2, 5))
     assert recipes.Recipe.from_json(recipe.to_json()) == recipe
+
+
+def test_a_last_save_that_fails_at_once_is_an_error(tmp_path, monkeypatch):
+    """Also where Orbax raises before anything is under way."""
+    from reverie_jax.train import checkpoint
+
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.ocp.training.Checkpointer, "save_checkpointables_async", full)
+    with pytest.raises(TrainingFailed, match="the last checkpoint could not be written"):
+        train(tiny.model(), tiny.processor(), tiny.records(), tiny.recipe(steps=2), tmp_path)
+    assert len(read_metrics(tmp_path)) == 2
