@@ -189,7 +189,7 @@ def read_identity(folder: Path) -> dict[str, Any]:
 
 def load_run(model: VisionLanguageModel, folder: Path) -> Recipe:
     """Puts a run's adapters and projector into the base that it was tuned on, in place: the newest, or the best on records
-    that were held out.
+    that were held out. What was tuned of the base itself gets the base's types again.
 
     Returns:
         The run's recipe.
@@ -201,8 +201,9 @@ def load_run(model: VisionLanguageModel, folder: Path) -> Recipe:
     checkpoints = RunCheckpoints(folder, recipe, identity(model))
     if checkpoints.latest is None:
         raise ResumeError(f"{folder}: no whole checkpoint here")
+    kinds = {path: leaf.dtype for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
     adapt(model, recipe)
-    params = nnx.state(model, tuned(recipe.tune))
-    nnx.update(model, checkpoints.restore_params(params))
+    params = checkpoints.restore_params(nnx.state(model, tuned(recipe.tune)))
+    nnx.update(model, nnx.map_state(lambda path, x: x.replace(x.get_value().astype(kinds.get(path, x.dtype))), params))
     checkpoints.close()
     return recipe

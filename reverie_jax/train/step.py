@@ -69,7 +69,8 @@ def tuned(tune: Tune) -> Callable[[tuple[Any, ...], Any], bool]:
 
 
 def adapt(model: VisionLanguageModel, recipe: Recipe) -> bool:
-    """Fresh adapters as the recipe has them, in place; adapters that the model has already are tuned further.
+    """Readies a model for tuning, in place: what is tuned is float32 from here on, and fresh adapters are there as the
+    recipe has them; adapters that the model has already are tuned further.
 
     Returns:
         Whether the model without adapters is the model as it starts.
@@ -77,6 +78,7 @@ def adapt(model: VisionLanguageModel, recipe: Recipe) -> bool:
     Raises:
         UserError: it has some, of another rank or scale than the recipe's, or that tunes none.
     """
+    widen(model, recipe)
     carriers = list(lora.adapters(model))
     if recipe.tune != "lora":
         if carriers:
@@ -96,6 +98,15 @@ def adapt(model: VisionLanguageModel, recipe: Recipe) -> bool:
         model, rank=recipe.rank, alpha=recipe.alpha, dropout=recipe.dropout, targets=recipe.targets, seed=recipe.seed
     )
     return True
+
+
+def widen(model: VisionLanguageModel, recipe: Recipe) -> None:
+    """What the recipe tunes in float32, in place: updates of a usual size are lost in bfloat16's rounding.
+
+    The computation stays in the model's own type: layers round their weights when they use them.
+    """
+    params = nnx.state(model, tuned(recipe.tune))
+    nnx.update(model, jax.tree.map(lambda x: x.astype(jnp.float32), params))
 
 
 def schedule(peak: float, recipe: Recipe) -> optax.Schedule:

@@ -14,7 +14,7 @@ from flax import nnx
 from reverie_jax.data.pipeline import survey, training_batches
 from reverie_jax.data.rows import Batch
 from reverie_jax.errors import UserError
-from reverie_jax.models import lora
+from reverie_jax.models import VisionLanguageModel, lora
 from reverie_jax.train import recipes
 from reverie_jax.train.checkpoint import load_run
 from reverie_jax.train.loop import train
@@ -158,3 +158,35 @@ def test_pretraining_makes_a_projector_between_bare_parts(tmp_path, kind):
     assert (model.projector.linear2 is None) == (kind == "linear")
     with pytest.raises(CheckpointError, match="a fresh projector goes between"):
         load_with_projector(llm, kind=kind)
+
+
+def test_small_updates_of_a_bfloat16_base_are_not_lost(tmp_path):
+    """Each is below half a bfloat16 step of a weight of 0.2; without float32 copies nothing would move."""
+    moved = {}
+    for kind in (jnp.float32, jnp.bfloat16):
+        model = VisionLanguageModel(tiny.CONFIG, rngs=nnx.Rngs(0), dtype=kind)
+        before = np.asarray(model.projector.linear1.kernel[...], np.float32)
+        recipe = tiny.recipe(steps=10, tune="projector", projector_rate=1e-5, warmup=0.0)
+        train(model, tiny.processor(), tiny.records(), recipe, tmp_path / jnp.dtype(kind).name)
+        assert model.compute_dtype == kind
+        moved[kind] = np.asarray(model.projector.linear1.kernel[...], np.float32) - before
+    whole, few = (moved[kind].ravel() for kind in (jnp.float32, jnp.bfloat16))
+    assert np.abs(whole).max() < 2**-9 * 0.2
+    assert whole @ few / np.linalg.norm(whole) / np.linalg.norm(few) > 0.9
+
+
+@pytest.mark.parametrize("tune", ["lora", "projector", "full"])
+def test_a_run_is_served_in_the_types_of_its_base(tune, tmp_path):
+    def base():
+        return VisionLanguageModel(tiny.CONFIG, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
+
+    model, served = base(), base()
+    kinds = {path: leaf.dtype for path, leaf in nnx.to_flat_state(nnx.state(served))}
+    train(model, tiny.processor(), tiny.records(), tiny.recipe(steps=2, tune=tune), tmp_path)
+    load_run(served, tmp_path)
+    trained, found = (dict(nnx.to_flat_state(nnx.state(one))) for one in (model, served))
+    assert trained.keys() == found.keys()
+    assert trained["projector", "linear1", "kernel"].dtype == jnp.float32
+    for path, leaf in found.items():
+        assert leaf.dtype == kinds.get(path, jnp.float32)
+        np.testing.assert_array_equal(leaf.get_value(), trained[path].get_value().astype(leaf.dtype))
