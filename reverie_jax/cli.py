@@ -78,7 +78,7 @@ class Train:
     set: tuple[str, ...] = ()
     """Recipe fields to change: `--set steps=200 rate=1e-4 row.tokens=512`."""
     dtype: str = "float32"
-    """Of the base's matrices and of the computation: float32 or bfloat16. Adapters are float32 always."""
+    """Of the base's matrices and of the computation: float32 or bfloat16. What is tuned is float32 always."""
     resume: bool = True
     """Go on from the newest checkpoint in the run folder; --no-resume refuses a folder that holds one."""
 
