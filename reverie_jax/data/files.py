@@ -76,7 +76,7 @@ class Rows:
                 case "lines":
                     yield from _lines(file)
                 case "[":
-                    yield from _Stream(file).items()
+                    yield from JsonStream(file).items()
                 case "{":
                     yield from self._by_id(file)
                 case _:
@@ -85,7 +85,7 @@ class Rows:
 
     def _by_id(self, file: TextIO) -> Iterator[Any]:
         found = False
-        for key, row in _Stream(file).pairs():
+        for key, row in JsonStream(file).pairs():
             if not found and not isinstance(row, dict):
                 raise self._no_list()
             yield {"pid": key, **row} if isinstance(row, dict) else row
@@ -142,7 +142,7 @@ def _lines(file: TextIO) -> Iterator[Any]:
                 raise ValueError(f"line {number}: {error}") from None
 
 
-class _Stream:
+class JsonStream:
     """A JSON text of any length, value by value."""
 
     def __init__(self, file: TextIO):

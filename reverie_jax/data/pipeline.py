@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 
 import grain
@@ -299,11 +299,18 @@ def every_batch(
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """One picture and the open questions about it, each with the number that its answer will carry."""
+    """One picture and the open questions about it, each with the number that its answer will carry.
+
+    Attributes:
+        encoded: the file's bytes, or what reads them when they are needed; empty for questions about nothing shown.
+    """
 
     name: str
-    encoded: bytes
+    encoded: bytes | Callable[[], bytes]
     questions: Sequence[tuple[int, Conversation]]
+
+    def read(self) -> bytes:
+        return self.encoded if isinstance(self.encoded, bytes) else self.encoded()
 
 
 class _Questions(grain.experimental.FlatMapTransform):
@@ -314,7 +321,7 @@ class _Questions(grain.experimental.FlatMapTransform):
         self.max_fan_out = 1_000
 
     def flat_map(self, picture: Picture) -> list[Element]:
-        pixels = self.processor.pixels(picture.encoded, picture.name)
+        pixels = self.processor.pixels(picture.read(), picture.name)
         numbers, talks = zip(*picture.questions, strict=True)
         tokens = [untaught(talk) for talk in self.processor.tokens(picture.name, talks)]
         try:
@@ -325,11 +332,16 @@ class _Questions(grain.experimental.FlatMapTransform):
 
 
 def question_batches(
-    pictures: Sequence[Picture], processor: Processor, shape: RowShape, *, rows: int
+    pictures: Sequence[Picture], processor: Processor, shape: RowShape, *, rows: int, own: slice | None = None
 ) -> grain.IterDataset:
-    """Every question once, in batches of the same shape; empty rows fill the last one."""
+    """Every question once, in batches of the same shape; empty rows fill the last one.
+
+    Args:
+        own: the part of each batch's rows that this host gets; all by default.
+    """
+    first, past, _ = (own or slice(None)).indices(rows)
     data = grain.MapDataset.source(pictures).to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=32))
     elements = grain.experimental.FlatMapIterDataset(data, _Questions(processor, shape))
     packed = pack(elements, shape, processor.encoder.patches)
-    batches = packed.batch(rows, batch_fn=lambda part: stack(part, rows))
+    batches = packed.batch(rows, batch_fn=lambda part: Batch(*(field[first:past] for field in stack(part, rows))))
     return grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=2)

@@ -5,25 +5,36 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
-from reverie_jax.data.conversation import Conversation, Encoder, ImageRecord
+from reverie_jax.data.conversation import Conversation, ImageRecord, Turn
 from reverie_jax.data.pipeline import Picture, question_batches
 from reverie_jax.data.processor import Processor
 from reverie_jax.data.rows import Batch, RowShape
-from reverie_jax.data.tree import grow, untaught
-from reverie_jax.errors import UserError
+from reverie_jax.data.tree import grow, grow_within, untaught
+from reverie_jax.errors import DataError, UserError
+from reverie_jax.eval import decode
+from reverie_jax.eval.decode import Decoding
 from reverie_jax.models import VisionLanguageModel
-from reverie_jax.models.decoder import KV
-from reverie_jax.models.sharding import batch_sharding, make_mesh, mesh_of, place
+from reverie_jax.models.sharding import feed, make_mesh, mesh_of, own_rows, place
+
+DISTURBING = "You see things that are confused with one another, and are unsure which of them are there."
+"""What stands before a question in the stream that `against="instruction"` contrasts with."""
+_STEP = 64
+"""Rows are as long as a multiple of this."""
+_MOST = 0.9
+"""Share of the trees that the shorter of two row lengths is to hold."""
+_SUFFIXES = 8192
+"""Tokens of all leaves of a row that are decoded at most: their KV is a leaf's own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,59 +52,132 @@ class EngineShape:
     rows: int = 16
 
 
-def fit(pictures: Sequence[Picture], encoder: Encoder, limit: EngineShape) -> RowShape:
-    """The smallest row that holds each picture's questions together, up to the limits."""
-    leaves = min(limit.leaves, max(len(picture.questions) for picture in pictures))
-    longest = 0
-    for picture in pictures:
-        for start in range(0, len(picture.questions), leaves):
-            talks = [encoder(talk) for _, talk in picture.questions[start : start + leaves]]
-            longest = max(longest, len(grow(map(untaught, talks))))
-    return RowShape(tokens=min(limit.tokens, -(-longest // 64) * 64), images=1, leaves=leaves)
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Pictures, each with as many questions as one row holds, that go into batches of one shape.
 
-
-def greedy(model: VisionLanguageModel, batch: Batch, *, new_tokens: int, stops: tuple[int, ...]) -> Int[Array, "B Q T"]:
-    """Greedy continuations of every leaf; the first of `stops` stands for whichever ended an answer, and fills the rest.
-
-    The row's KV exists once. Each leaf sees its ancestors in it, and its own suffix. Decoding stops when all leaves have
-    ended.
+    Attributes:
+        disturbed: the same pictures and questions behind `DISTURBING`, and the shape of their rows.
     """
-    hidden, prefix = model.prefill(batch.tokens, batch.positions, batch.ends, batch.features, batch.pixels)
-    at_leaf = jnp.take_along_axis(hidden, batch.leaves[:, :, None], axis=1)
-    depth = jnp.take_along_axis(batch.positions, batch.leaves, axis=1)
-    end = stops[0]
 
-    def best(logits: Array) -> Array:
-        token = logits.argmax(-1).astype(jnp.int32)
-        return jnp.where(jnp.isin(token, jnp.asarray(stops, jnp.int32)), end, token)
+    shape: RowShape
+    rows: int
+    pictures: list[Picture]
+    disturbed: tuple[RowShape, list[Picture]] | None = None
 
-    token = jnp.where(batch.questions < 0, end, best(model.decoder.logits(at_leaf)))
-    layers, rows, _, heads, width = prefix.k.shape
-    empty = jnp.zeros((layers, rows, batch.leaves.shape[1], new_tokens, heads, width), prefix.k.dtype)
-    out = jnp.full((*token.shape, new_tokens), end, jnp.int32).at[:, :, 0].set(token)
-
-    def more(carry: tuple[Any, ...]) -> Array:
-        step, token, _, _ = carry
-        return (step < new_tokens - 1) & (token != end).any()
-
-    def extend(carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        step, token, out, suffix = carry
-        logits, suffix = model.extend(token, depth + 1 + step, batch.leaves, batch.ends, step, prefix, suffix)
-        token = jnp.where(token == end, end, best(logits))
-        return step + 1, token, out.at[:, :, step + 1].set(token), suffix
-
-    start = (jnp.zeros((), jnp.int32), token, out, KV(empty, empty))
-    return jax.lax.while_loop(more, extend, start)[2]
+    @property
+    def batches(self) -> int:
+        return -(-len(self.pictures) // self.rows)
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "new_tokens", "stops"))
-def _decode(graph: Any, state: Any, batch: Batch, *, new_tokens: int, stops: tuple[int, ...]) -> Array:
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Questions, shared out over batches.
+
+    Attributes:
+        groups: in the order in which they are asked.
+        same: numbers that share the answer of another, by that one's.
+    """
+
+    groups: Sequence[Group]
+    same: Mapping[int, Sequence[int]]
+
+    def numbers(self) -> Iterator[list[int]]:
+        """The questions that each batch answers."""
+        for group in self.groups:
+            for start in range(0, len(group.pictures), group.rows):
+                here = group.pictures[start : start + group.rows]
+                asked = [number for picture in here for number, _ in picture.questions]
+                yield [twin for number in asked for twin in (number, *self.same.get(number, ()))]
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What a model says.
+
+    Attributes:
+        tracked: log-probabilities of `Decoding.track` as its first token.
+    """
+
+    text: str
+    tracked: tuple[float, ...] = ()
+
+
+def plan(
+    pictures: Sequence[Picture], processor: Processor, limit: EngineShape, *, spread: int = 1, disturb: bool = False
+) -> list[Group]:
+    """Shares questions out over rows, and rows over at most two shapes: few long rows do not make the many longer.
+
+    It depends on the questions and the limits alone, so that a run that goes on finds the batches of the one before.
+
+    Args:
+        spread: a batch's rows are a multiple of it, for the mesh.
+
+    Raises:
+        DataError: a question does not fit a row, or (UserError) the decoder's context.
+    """
+    sheets: list[tuple[int, int, Picture]] = []
+    for picture in pictures:
+        if not picture.questions:
+            continue
+        talks = [talk for _, talk in picture.questions]
+        tokens = [untaught(one) for one in processor.tokens(picture.name, talks)]
+        try:
+            grown = grow_within(tokens, tokens=limit.tokens, edges=0, branches=limit.leaves)
+        except ValueError as error:
+            raise DataError(f"{picture.name}: {error}") from None
+        for members, tree in grown:
+            asked = [picture.questions[member] for member in members]
+            sheets.append((len(tree), len(members), dataclasses.replace(picture, questions=asked)))
+    if not sheets:
+        return []
+    lengths = sorted(length for length, _, _ in sheets)
+    short = _rounded(lengths[math.ceil(_MOST * len(lengths)) - 1])
+    bounds = [short, _rounded(lengths[-1])] if short <= 0.75 * _rounded(lengths[-1]) else [_rounded(lengths[-1])]
+    groups = []
+    for below, bound in zip([0, *bounds], bounds, strict=False):
+        here = [(leaves, picture) for length, leaves, picture in sheets if below < length <= bound]
+        if not here:
+            continue
+        leaves = max(leaves for leaves, _ in here)
+        members = [picture for _, picture in here]
+        rows = min(limit.rows, len(members))
+        shape = RowShape(tokens=min(bound, limit.tokens), images=1, leaves=leaves)
+        other = _disturbed(members, processor, leaves) if disturb else None
+        groups.append(Group(shape, -(-rows // spread) * spread, members, other))
+    return groups
+
+
+def _rounded(length: int) -> int:
+    return -(-length // _STEP) * _STEP
+
+
+def _disturbed(pictures: Sequence[Picture], processor: Processor, leaves: int) -> tuple[RowShape, list[Picture]]:
+    def behind(talk: Conversation) -> Conversation:
+        *before, last = talk.turns
+        return dataclasses.replace(talk, turns=(*before, dataclasses.replace(last, text=f"{last.text}\n{DISTURBING}")))
+
+    others, longest = [], 0
+    for picture in pictures:
+        asked = [(number, behind(talk)) for number, talk in picture.questions]
+        found = processor.tokens(picture.name, [talk for _, talk in asked])
+        longest = max(longest, len(grow(map(untaught, found))))
+        others.append(dataclasses.replace(picture, questions=asked))
+    return RowShape(tokens=_rounded(longest), images=1, leaves=leaves), others
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "how", "stops"))
+def _decode(
+    graph: Any, state: Any, batch: Batch, other: Batch | None, *, how: Decoding, stops: tuple[int, ...]
+) -> tuple[Array, Array]:
     # At module level: engines of models of one architecture share the compiled program.
-    return greedy(nnx.merge(graph, state), batch, new_tokens=new_tokens, stops=stops)
+    return decode.generate(nnx.merge(graph, state), batch, how, stops, other)
 
 
 class Engine:
     """Answers questions about pictures with one model.
+
+    Several processes (`jax.distributed`) call it alike; each decodes the pictures of its own rows, and all get all answers.
 
     Args:
         model: with or without adapters; read, never changed.
@@ -123,52 +207,134 @@ class Engine:
         new_tokens: int,
         progress: Callable[[int], None] = lambda answered: None,
     ) -> dict[int, str]:
-        """Each question's answer, by the question's number.
+        """Each question's greedy answer, by the question's number, in the order of the questions.
 
         Args:
             new_tokens: longest answer, in tokens.
             progress: called with the number of answers that a batch brought.
 
+        Raises: as `stream`.
+        """
+        answers: dict[int, str] = {}
+        how = Decoding(new_tokens)
+        for found in self.stream(self.prepare(pictures, how), how):
+            answers |= {number: answer.text for number, answer in found.items()}
+            progress(len(found))
+        return {number: answers[number] for picture in pictures for number, _ in picture.questions}
+
+    def prepare(self, pictures: Sequence[Picture], how: Decoding) -> Work:
+        """Shares questions out over batches, in an order that the questions and the limits alone fix.
+
         Raises:
             ValueError: two questions carry one number.
             DataError: a question is too long for a row.
-            BrokenImage: a picture cannot be read.
         """
         wanted = [number for picture in pictures for number, _ in picture.questions]
         if len(set(wanted)) != len(wanted):
             raise ValueError("two questions carry the same number; answers could not be told apart")
-        # The same question twice (POPE's splits share their positives) is decoded once.
-        first: dict[tuple[str, Conversation], int] = {}
-        same = {
-            number: first.setdefault((picture.name, talk), number)
-            for picture in pictures
-            for number, talk in picture.questions
-        }
-        pictures = [
-            dataclasses.replace(picture, questions=[(n, talk) for n, talk in picture.questions if same[n] == n])
-            for picture in pictures
-        ]
-        if not wanted:
-            return {}
-        row = fit([picture for picture in pictures if picture.questions], self.encoder, self.shape)
-        batches = question_batches(pictures, self.processor, row, rows=self.shape.rows)
-        answers: dict[int, str] = {}
-        end = self.encoder.stop_ids[0]
-        # Closed by hand: a prefetching iterator left to the collector complains when the interpreter ends.
-        with jax.set_mesh(self.mesh), contextlib.closing(iter(batches)) as stream:
-            for batch in stream:
-                ids = self._run(batch, new_tokens)
-                asked = np.argwhere(batch.questions >= 0)
-                for b, q in asked:
-                    text = ids[b, q].tolist()
-                    text = text[: text.index(end)] if end in text else text
-                    answers[int(batch.questions[b, q])] = self.encoder.decode(text)
-                progress(len(asked))
-        return {number: answers[same[number]] for number in wanted}
+        once, same = _once(pictures)
+        room = max(1, _SUFFIXES // (how.new_tokens * how.beams))
+        limit = dataclasses.replace(self.shape, leaves=min(self.shape.leaves, room))
+        spread = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        return Work(plan(once, self.processor, limit, spread=spread, disturb=how.against == "instruction"), same)
 
-    def _run(self, batch: Batch, new_tokens: int) -> np.ndarray:
-        placed = jax.device_put(batch, batch_sharding(self.mesh))
-        return np.asarray(_decode(self.graph, self.state, placed, new_tokens=new_tokens, stops=self.encoder.stop_ids))
+    def stream(
+        self, work: Work, how: Decoding, *, usual: int | None = None, skip: int = 0
+    ) -> Iterator[dict[int, Answer]]:
+        """Answers by the questions' numbers, a batch at a time, in the order of `work.numbers()`.
+
+        Args:
+            usual: tokens that most answers need; longer ones are decoded a second time, with room for `how.new_tokens`.
+            skip: batches that are not asked again.
+
+        Raises:
+            BrokenImage: a picture cannot be read.
+        """
+        for group in work.groups:
+            skipped, skip = min(skip, group.batches), max(0, skip - group.batches)
+            # Closed by hand: a prefetching iterator left to the collector complains when the interpreter ends.
+            with jax.set_mesh(self.mesh), contextlib.ExitStack() as stack:
+                for batch, other in self._batches(group, skipped, stack):
+                    yield {
+                        twin: answer
+                        for number, answer in self._answers(batch, other, how, usual).items()
+                        for twin in (number, *work.same.get(number, ()))
+                    }
+
+    def _batches(self, group: Group, skip: int, stack: contextlib.ExitStack) -> Iterator[tuple[Batch, Batch | None]]:
+        """A group's batches on the devices, from number `skip` on."""
+
+        def of(shape: RowShape, pictures: list[Picture]) -> Iterator[Batch]:
+            rest = pictures[skip * group.rows :]
+            if not rest:
+                return
+            own = own_rows(self.mesh, group.rows)
+            made = iter(question_batches(rest, self.processor, shape, rows=group.rows, own=own))
+            stack.enter_context(contextlib.closing(made))
+            for batch in made:
+                yield feed(batch, self.mesh, group.rows)
+
+        batches = of(group.shape, group.pictures)
+        if group.disturbed is None:
+            for batch in batches:
+                yield batch, None
+        else:
+            yield from zip(batches, of(*group.disturbed), strict=True)
+
+    def _answers(self, batch: Batch, other: Batch | None, how: Decoding, usual: int | None) -> dict[int, Answer]:
+        end, numbers = self.encoder.stop_ids[0], _whole(batch.questions)
+        if usual is not None and usual < how.new_tokens and how.beams == 1:
+            ids, tracked = self._run(batch, other, dataclasses.replace(how, new_tokens=usual))
+            if (long := (ids[..., -1] != end) & (numbers >= 0)).any():
+                full, _ = self._run(batch, other, how)
+                ids = np.concatenate([ids, np.full((*ids.shape[:2], how.new_tokens - usual), end, ids.dtype)], axis=2)
+                ids[long] = full[long]
+        else:
+            ids, tracked = self._run(batch, other, how)
+        found = {}
+        for b, q in np.argwhere(numbers >= 0):
+            tokens = ids[b, q].tolist()
+            text = self.encoder.decode(tokens[: tokens.index(end)] if end in tokens else tokens)
+            found[int(numbers[b, q])] = Answer(text, tuple(tracked[b, q].tolist()))
+        return found
+
+    def _run(
+        self, batch: Batch, other: Batch | None, how: Decoding
+    ) -> tuple[Int[np.ndarray, "B Q T"], Float[np.ndarray, "B Q N"]]:
+        ids, tracked = _decode(self.graph, self.state, batch, other, how=how, stops=self.encoder.stop_ids)
+        return _whole(ids), _whole(tracked)
+
+    def first_token(self, talk: Conversation, answer: str) -> int:
+        """The token that an answer to an open conversation begins with."""
+        closed = dataclasses.replace(talk, turns=(*talk.turns, Turn("assistant", answer)))
+        before, after = self.encoder(talk).ids, self.encoder(closed).ids
+        return int(after[len(before)])
+
+
+def _whole(x: Any) -> np.ndarray:
+    """An array over all processes, on every host."""
+    if jax.process_count() == 1:
+        return np.array(x)
+    return np.array(multihost_utils.process_allgather(x, tiled=True))
+
+
+def _once(pictures: Sequence[Picture]) -> tuple[list[Picture], dict[int, list[int]]]:
+    """Pictures without questions that stand there already, and the numbers that share another's answer.
+
+    POPE's splits share their positives, for one.
+    """
+    first: dict[tuple[str, Conversation], int] = {}
+    same: dict[int, list[int]] = {}
+    kept = []
+    for picture in pictures:
+        asked = []
+        for number, talk in picture.questions:
+            if (original := first.setdefault((picture.name, talk), number)) == number:
+                asked.append((number, talk))
+            else:
+                same.setdefault(original, []).append(number)
+        kept.append(dataclasses.replace(picture, questions=asked))
+    return kept, same
 
 
 def generate(

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
+from scipy.stats import binomtest
 
 Statistic = Callable[[Float[np.ndarray, "... K"]], Float[np.ndarray, "..."]]
 """A metric as a function of summed counts: [..., K] to [...]."""
@@ -54,6 +55,21 @@ def difference(
     drawn = statistic(weights @ ours) - statistic(weights @ theirs)
     low, high = np.nanpercentile(drawn, (2.5, 97.5))
     return Estimate(float(statistic(ours.sum(0)) - statistic(theirs.sum(0))), float(low), float(high))
+
+
+class Mcnemar(NamedTuple):
+    """Of the questions that one of two is right on and the other not: how many each way, and the exact two-sided p."""
+
+    only_ours: int
+    only_theirs: int
+    p: float
+
+
+def mcnemar(only_ours: int, only_theirs: int) -> Mcnemar:
+    """McNemar's exact test: were both equally good, each such question would be either's with probability one half."""
+    together = only_ours + only_theirs
+    p = float(binomtest(only_ours, together, 0.5).pvalue) if together else 1.0
+    return Mcnemar(only_ours, only_theirs, p)
 
 
 def ratio(over: int, under: int, empty: float = 0.0) -> Statistic:

@@ -20,6 +20,7 @@ Stage = Literal[
     "lrv_nonexistent",
     "lrv_existent",
     "lrv_knowledge",
+    "evaluate",
 ]
 QuestionType = Literal["yes/no", "choice", "short", "open"]
 
@@ -88,7 +89,8 @@ class Request:
     Attributes:
         fields: what the stage needs. `questions`: {"count"} and {"confusing"}; `positive`: {"question", "answer"};
             `negative`: {"question", "answer"} with a confusing answer;
-            `judge`: {"question", "answer", "positive", "wrong", "negative"}; `lrv_…`: {"captions", "count", "each"}.
+            `judge`: {"question", "answer", "positive", "wrong", "negative"}; `lrv_…`: {"captions", "count", "each"};
+            `evaluate` (`eval.judge`): {"benchmark", "id", "prompt"}, the last a digest of the words.
         prompt: the same in words, for a hosted model.
         schema: of the reply's JSON; None where the reply is text.
         shown: whether the model sees the picture.

@@ -12,7 +12,8 @@ import jinja2
 from reverie_jax.data.annotate.interface import Stage, digest
 from reverie_jax.errors import UserError
 
-STAGES: tuple[Stage, ...] = get_args(Stage)
+STAGES: tuple[Stage, ...] = tuple(stage for stage in get_args(Stage) if stage != "evaluate")
+"""Those with a prompt here; what a judge of benchmarks is asked is the benchmarks' own (`eval.judge`)."""
 
 
 class Prompts:

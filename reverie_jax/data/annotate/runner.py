@@ -104,6 +104,7 @@ DEFAULT_TOKENS = {
     "lrv_nonexistent": (1500, 350),
     "lrv_existent": (1500, 350),
     "lrv_knowledge": (1500, 350),
+    "evaluate": (1000, 200),
 }
 """(in, out) of a request, before the first reply has told."""
 

@@ -1,0 +1,116 @@
+"""AMBER's descriptions: which nouns are not in the picture (`inference.py` of junyangwang0410/AMBER)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+
+from reverie_jax.eval.benchmarks.interface import BenchmarkError
+
+SIMILAR = 0.8
+
+Nouns = Callable[[str], Sequence[str]]
+"""A text's nouns as lemmas, in order, repeats included."""
+Similarity = Callable[[str, str], float]
+
+
+@functools.cache
+def tools() -> tuple[Nouns, Similarity]:
+    """Those of the official script: NLTK's tagger and lemmas, vectors of spaCy's en_core_web_lg.
+
+    Raises:
+        BenchmarkError: they are not installed.
+    """
+    try:
+        import nltk
+        import spacy
+
+        lemmatize = nltk.stem.WordNetLemmatizer().lemmatize
+
+        def nouns(text: str) -> list[str]:
+            return [lemmatize(word) for word, tag in nltk.pos_tag(nltk.word_tokenize(text)) if tag.startswith("NN")]
+
+        nouns("Dogs.")  # the data is read when it is first asked for
+        document = functools.cache(spacy.load("en_core_web_lg"))
+    except (ImportError, LookupError, OSError) as error:
+        reason = next((line.strip(" *") for line in str(error).splitlines() if line.strip(" *")), type(error).__name__)
+        raise BenchmarkError(
+            "amber: descriptions are scored with NLTK's punkt_tab, averaged_perceptron_tagger_eng and wordnet and spaCy's "
+            f"en_core_web_lg, which are not all here ({reason}); `pip install nltk spacy`, `python -m nltk.downloader "
+            "punkt_tab averaged_perceptron_tagger_eng wordnet`, `python -m spacy download en_core_web_lg`"
+        ) from None
+    return nouns, functools.cache(lambda one, other: float(document(one).similarity(document(other))))
+
+
+class _Words:
+    """One list of a picture's words with what goes with them, and which of the words were mentioned.
+
+    Associations stand before the words themselves, and the first entry that fits is credited: of a word that is twice in the
+    list, the second never is.
+    """
+
+    def __init__(self, words: Sequence[str], relation: Mapping[str, Sequence[str]]):
+        entries = [(other, owner) for owner, word in enumerate(words) for other in relation.get(word, ())]
+        self._entries = entries + [(word, owner) for owner, word in enumerate(words)]
+        self._credited = [False] * len(words)
+
+    def credit(self, fits: Callable[[str], bool]) -> bool:
+        """Credits the first entry that fits; whether there is one."""
+        for word, owner in self._entries:
+            if fits(word):
+                self._credited[owner] = True
+                return True
+        return False
+
+    @property
+    def credited(self) -> int:
+        return sum(self._credited)
+
+    def __len__(self) -> int:
+        return len(self._credited)
+
+
+def described(
+    nouns: Sequence[str],
+    truth: Sequence[str],
+    hallu: Sequence[str],
+    relation: Mapping[str, Sequence[str]],
+    safe: frozenset[str],
+    similarity: Similarity,
+) -> tuple[dict[str, float], list[str]]:
+    """What a description adds to the sums, and the nouns that are flagged.
+
+    Args:
+        truth: what is in the picture.
+        hallu: what models are prone to see in it.
+        relation: words and what goes with them.
+        safe: words that are never flagged.
+    """
+    vocabulary = relation.keys() | {other for others in relation.values() for other in others}
+    kept = [noun for noun in nouns if noun in vocabulary]
+    true, false = _Words(truth, relation), _Words(hallu, relation)
+    flagged = []
+    for noun in kept:
+        same = functools.partial(str.__eq__, noun)
+
+        def similar(word: str, noun: str = noun) -> bool:
+            return similarity(noun, word) > SIMILAR
+
+        if noun in safe or true.credit(same):
+            continue
+        # Both, as officially: the noun itself may stand behind a word that is like it.
+        false.credit(same)
+        false.credit(similar)
+        if not true.credit(similar):
+            flagged.append(noun)
+    amounts: dict[str, float] = {
+        "generated": 1,
+        "clean": not flagged,
+        "nouns": len(kept),
+        "flagged": len(flagged),
+        "truth": len(true),
+        "covered": true.credited,
+        "hallu": len(false),
+        "credited": false.credited,
+    }
+    return amounts, flagged

@@ -1,0 +1,205 @@
+"""Reading benchmarks' files and answer files, with one clear line for whatever is wrong."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from reverie_jax.data.files import Rows
+from reverie_jax.errors import DataError
+from reverie_jax.eval.benchmarks.interface import Benchmark, BenchmarkError, Loaded
+
+T = TypeVar("T")
+
+
+def find(data: Path, *patterns: str, benchmark: Benchmark | type[Benchmark]) -> Path:
+    """The one file that the first matching pattern names, below a folder; or `data` itself where it is a file.
+
+    Raises:
+        BenchmarkError: there is none, or more than one; it says what the benchmark needs and where that comes from.
+    """
+    if data.is_file():
+        return data
+    for pattern in patterns:
+        found = sorted(data.glob(pattern))
+        if len(found) == 1:
+            return found[0]
+        if found:
+            names = ", ".join(path.name for path in found)
+            raise BenchmarkError(f"{data}: {names} are all {pattern}; name one of them, or leave one there")
+    raise BenchmarkError(f"{data}: no {' or '.join(patterns)} there; {benchmark.name} needs {benchmark.needs}")
+
+
+def made(path: Path, what: str, make: Callable[[Any], T], *, least: int = 1) -> list[T]:
+    """What `make` makes of each row of a JSON, JSON-lines or Parquet file.
+
+    Args:
+        what: a row is, for errors.
+
+    Raises:
+        BenchmarkError: the file cannot be read; `make` raised ValueError, KeyError, TypeError or AttributeError.
+    """
+    rows, found = Rows(path, least=least), []
+    try:
+        for number, row in enumerate(rows):
+            try:
+                found.append(make(row))
+            except BenchmarkError:
+                raise
+            except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+                raise BenchmarkError(f"{rows.name(number, row)} is no {what} ({error!r})") from None
+    except DataError as error:
+        raise BenchmarkError(str(error)) from None
+    return found
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file's content.
+
+    Raises:
+        BenchmarkError: it cannot be read.
+    """
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise BenchmarkError(f"{path}: no such file") from None
+    except OSError as error:
+        raise BenchmarkError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise BenchmarkError(f"{path}: not valid JSON ({' '.join(str(error).split())})") from None
+
+
+def table(path: Path, columns: Sequence[str]) -> Iterator[dict[str, str]]:
+    """The rows of a TSV with a head, by column; cells may be megabytes (pictures in base64).
+
+    Raises:
+        BenchmarkError: it cannot be read, or lacks one of `columns`.
+    """
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file, delimiter="\t")
+            if missing := set(columns) - set(reader.fieldnames or ()):
+                raise BenchmarkError(f"{path}: no column {', '.join(sorted(missing))}")
+            for row in reader:
+                if None in row or None in row.values():
+                    raise BenchmarkError(f"{path}: line {reader.line_num} has not as many cells as the head")
+                yield row
+    except OSError as error:
+        raise BenchmarkError(f"{path}: cannot be read ({error.strerror})") from None
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise BenchmarkError(f"{path}: not a TSV file ({error})") from None
+
+
+def distinct(path: Path, ids: Sequence[Any]) -> None:
+    """Raises BenchmarkError where an id stands twice."""
+    seen: set[str] = set()
+    for id in map(str, ids):
+        if id in seen:
+            raise BenchmarkError(f"{path}: question {id} stands there twice")
+        seen.add(id)
+
+
+def pictures(*folders: Path, flag: str = "--images") -> Callable[[str], bytes]:
+    """Finds a picture's file by its name in the first folder that has it.
+
+    Raises (when called):
+        BenchmarkError: none has it, or the name leads out of the folder.
+    """
+
+    def picture(name: str) -> bytes:
+        for folder in folders:
+            path, root = folder / name, folder.resolve()
+            if not path.resolve().is_relative_to(root):
+                raise BenchmarkError(f"picture {name}: leads out of {folder}")
+            try:
+                return path.read_bytes()
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+                continue
+            except OSError as error:
+                raise BenchmarkError(f"{path}: cannot be read ({error.strerror})") from None
+        raise BenchmarkError(
+            f"picture {name}: not in {', '.join(map(str, folders))}; name the folder of pictures with {flag}"
+        )
+
+    return picture
+
+
+def read_answers(path: Path, benchmark: Benchmark, loaded: Loaded, *, partial: bool = False) -> dict[str, str]:
+    """Answers by `str(question.id)`, from an answer file of ours, LLaVA's, or the benchmark's own form.
+
+    Rows are joined by id, never by position.
+
+    Args:
+        partial: questions may lack an answer: they count as the rule says.
+
+    Raises:
+        BenchmarkError: the file cannot be read; an id stands there twice, is unknown, or (unless `partial`) is missing; a
+            row says another question than ours of the same id.
+    """
+    questions = {str(question.id): question for question in loaded.questions}
+    answers: dict[str, str] = {}
+
+    def take(row: Any) -> None:
+        if not isinstance(row, Mapping):
+            raise TypeError("it is no object")
+        for one in benchmark.unfold(row):
+            take_one(one)
+
+    def take_one(row: Mapping[str, Any]) -> None:
+        key, text = benchmark.key(row, loaded), benchmark.text(row)
+        if key is None:
+            raise KeyError("question_id")
+        if not isinstance(text, str):
+            raise TypeError(f"question {key}: its text is {text!r}")
+        if key in loaded.left_out:
+            return
+        if key not in questions:
+            raise BenchmarkError(f"{path}: question {key} is none of {benchmark.name}'s {len(questions)}; {_VERSION}")
+        if key in answers:
+            raise BenchmarkError(f"{path}: question {key} stands there twice")
+        said, ours = row.get("prompt"), questions[key].text
+        if isinstance(said, str) and not benchmark.same(said, questions[key]):
+            raise BenchmarkError(f"{path}: question {key} is {said!r} there and {ours!r} here; {_VERSION}")
+        answers[key] = text
+
+    whole = _by_id(path)
+    if whole is None:
+        made(path, "answer", take)
+    else:
+        for id, text in whole.items():
+            take({"question_id": id, "text": text})
+    missing = [key for key in questions if key not in answers]
+    if missing and not partial:
+        raise BenchmarkError(
+            f"{path}: {len(missing)} of {len(questions)} questions have no answer, the first is {missing[0]}; "
+            f"{_VERSION}, or count them as the rule does with --partial"
+        )
+    return answers
+
+
+def _by_id(path: Path) -> dict[str, str] | None:
+    """The content of a file that is one object of texts by id (MM-Vet's form); None where it is another."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            if file.read(1) != "{" or path.suffix == ".jsonl":
+                return None
+        found = read_json(path)
+    except (OSError, UnicodeDecodeError, BenchmarkError):
+        return None
+    plain = isinstance(found, dict) and all(isinstance(text, str) for text in found.values())
+    return found if plain and "question_id" not in found else None
+
+
+_VERSION = "the answers belong to another version of the questions"
+
+
+def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """JSON lines, in a folder that is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    return path
