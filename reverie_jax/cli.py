@@ -17,6 +17,7 @@ from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional, subco
 from reverie_jax.data.annotate.options import Annotate
 from reverie_jax.data_options import Data
 from reverie_jax.errors import UserError
+from reverie_jax.eval_options import Eval, Judge, Report, Score
 from reverie_jax.plan_command import Plan
 
 if TYPE_CHECKING:
@@ -118,39 +119,6 @@ class Train:
             f"{result.steps} steps in {result.seconds:.0f} s on {found.records} images "
             f"({found.tokens:,} tokens in trees, {found.flat_tokens:,} one by one): {self.out}"
         )
-
-
-@dataclasses.dataclass(frozen=True)
-class Evaluate:
-    """Measure a model on a folder of held-out scenes: POPE, hallucinated objects, correctness of rationales."""
-
-    data: Positional[Path]
-    """Folder that `reverie scenes render --questions pope` wrote."""
-    out: Path
-    """Folder for predictions (one JSONL file a benchmark) and scores.json."""
-    model: str = "scenes-base"
-    """Checkpoint: a folder or hub id of any format that `reverie convert` reads; parts separated by commas."""
-    adapter: str | None = None
-    """Run folder of `reverie train`, PEFT adapter or LLaVA LoRA folder, to go on top of the model."""
-    score_only: bool = False
-    """Score the predictions that are in `out` already; no model is loaded."""
-
-    def run(self) -> None:
-        import json
-
-        from rich.console import Console
-
-        from reverie_jax.eval import report, scenes
-
-        if not self.score_only:
-            model, processor = load_tuned(self.model, self.adapter)
-            from reverie_jax.eval.engine import Engine
-
-            scenes.predict(Engine(model, processor), self.data, self.out)
-        found = scenes.estimates(scenes.score(self.data, self.out))
-        (self.out / "scores.json").write_text(json.dumps(found, indent=2) + "\n", "utf-8")
-        name = Path(self.adapter or self.model).name
-        Console().print(report.scores_table(f"{self.data} (95 % interval)", {name: found}))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -317,7 +285,10 @@ Command = (
     | Annotated[Data, subcommand("data")]
     | Annotated[Plan, subcommand("plan")]
     | Annotated[Train, subcommand("train")]
-    | Annotated[Evaluate, subcommand("evaluate")]
+    | Annotated[Eval, subcommand("eval")]
+    | Annotated[Score, subcommand("score")]
+    | Annotated[Judge, subcommand("judge")]
+    | Annotated[Report, subcommand("report")]
     | Annotated[Ask, subcommand("ask")]
     | Annotated[Convert, subcommand("convert")]
     | Annotated[Recipes, subcommand("recipes")]

@@ -216,7 +216,7 @@ class _Stage:
 
     def run(self, out: Path) -> list[Answer]:
         """Answers in the questions' order, from the file and from the model."""
-        path = out / f"{self.name}.part.jsonl"
+        path = out / f".{self.name}.jsonl"
         work = [(self.prepared(cap), dataclasses.replace(self.how, new_tokens=cap)) for cap in sorted(set(self.caps))]
         answers: list[Answer | None] = [None] * len(self.questions)
         done = 0

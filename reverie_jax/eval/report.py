@@ -20,7 +20,8 @@ from reverie_jax.data.scenes.dataset import PICTURES, read_graphs
 from reverie_jax.data.scenes.language import phrase
 from reverie_jax.eval.benchmarks import pope
 from reverie_jax.eval.benchmarks import scenes as free
-from reverie_jax.eval.scenes import Asked, questions, read_predictions
+from reverie_jax.eval.benchmarks.interface import Question
+from reverie_jax.eval.scenes import answer_file, questions
 
 COLOURS = {"base": "#8a8f98", "responses": "#3b7dd8", "reflective": "#c2571a"}
 
@@ -128,22 +129,17 @@ def gallery(folder: Path, predictions: Mapping[str, Path], *, shown: int = 9) ->
         predictions: each arm's folder of prediction files.
     """
     graphs = read_graphs(folder)
-    by_image: dict[str, list[Asked]] = {image: [] for image in graphs}
+    by_image: dict[str, list[Question]] = {image: [] for image in graphs}
     for asked in questions(folder):
-        by_image[asked.image].append(asked)
-    files = sorted({asked.benchmark for items in by_image.values() for asked in items})
-    said = {
-        (arm, file): read_predictions(path / f"{file.replace('/', '_')}.jsonl")
-        for arm, path in predictions.items()
-        for file in files
-    }
+        by_image[asked.unit].append(asked)
+    said = {arm: answer_file(folder, path) for arm, path in predictions.items()}
     truth = {(q.text, q.image): q.label for file in folder.glob("*_pope_*.json") for q in pope.read_questions(file)}
 
     def disagreement(image: str) -> int:
         yes = [
-            [pope.says_yes(said[arm, a.benchmark][a.id]) for arm in predictions]
+            [pope.says_yes(said[arm][str(a.id)]) for arm in predictions]
             for a in by_image[image]
-            if a.benchmark == "pope/adversarial"
+            if a.known["kind"] == "pope/adversarial"
         ]
         return sum(len(set(row)) > 1 for row in yes)
 
@@ -152,22 +148,21 @@ def gallery(folder: Path, predictions: Mapping[str, Path], *, shown: int = 9) ->
     for image in sorted(chosen, key=list(graphs).index):
         scene, rows = graphs[image], []
         for asked in by_image[image]:
-            if asked.benchmark not in ("pope/adversarial", "description", "rationale"):
+            kind = asked.known["kind"]
+            if kind not in ("pope/adversarial", "description", "rationale"):
                 continue
-            question = asked.talk.turns[0].text.removeprefix("<image>\n")
-            if asked.benchmark == "rationale":
-                question += f" {asked.talk.turns[1].text}. {asked.talk.turns[2].text}"
+            question = " ".join([*(f"{q} {a}." for q, a in asked.before), asked.text])
             answers = []
             for arm in predictions:
-                text = said[arm, asked.benchmark][asked.id]
-                if asked.benchmark == "rationale":
+                text = said[arm][str(asked.id)]
+                if kind == "rationale":
                     good = free.check(scene, text).correct
-                elif asked.benchmark == "description":
+                elif kind == "description":
                     good = not free.description_counts([scene], [text])[0, free.HALLUCINATED]
                 else:
-                    good = pope.says_yes(text) == truth[asked.talk.turns[0].text.removeprefix("<image>\n"), image]
+                    good = pope.says_yes(text) == truth[asked.text, image]
                 answers.append({"arm": arm, "text": text or "(nothing)", "good": bool(good)})
-            rows.append({"kind": asked.benchmark.split("/")[0], "question": question, "answers": answers})
+            rows.append({"kind": kind.split("/")[0], "question": question, "answers": answers})
         cards.append(
             {
                 "picture": base64.b64encode((folder / PICTURES / image).read_bytes()).decode(),

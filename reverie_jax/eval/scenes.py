@@ -1,10 +1,9 @@
-"""Everything that is measured on a folder of held-out scenes: inference writes files, scoring reads them."""
+"""Everything that is measured on a folder of held-out scenes, as one benchmark."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,35 +12,28 @@ from jaxtyping import Float
 
 from reverie_jax.data.annotate.interface import AnnotatedQuestion
 from reverie_jax.data.annotate.stages import WHY, WHY_WRONG
-from reverie_jax.data.conversation import IMAGE, Conversation, Turn
-from reverie_jax.data.pipeline import Picture
 from reverie_jax.data.scenes.annotator import DESCRIBE, SceneAnnotator
 from reverie_jax.data.scenes.dataset import PICTURES, POPE_FILES, read_graphs
 from reverie_jax.data.scenes.graph import Scene
-from reverie_jax.errors import UserError
 from reverie_jax.eval import statistics
-from reverie_jax.eval.benchmarks import pope
+from reverie_jax.eval.benchmarks import files, pope
 from reverie_jax.eval.benchmarks import scenes as free
+from reverie_jax.eval.benchmarks.interface import (
+    OFFICIAL,
+    Benchmark,
+    BenchmarkError,
+    Loaded,
+    Question,
+    Reading,
+    Scored,
+)
+from reverie_jax.eval.decode import Decoding
 from reverie_jax.eval.engine import Engine
+from reverie_jax.eval.predict import PREDICTIONS, Ask
+from reverie_jax.eval.predict import predict as run
 
 QUESTIONS = 3
 """Questions a picture whose rationales are asked for."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Asked:
-    """One thing that is asked of a model, and what its answer counts for.
-
-    Attributes:
-        benchmark: "pope/random", …, "description" or "rationale".
-        id: the benchmark's own id of the question.
-    """
-
-    benchmark: str
-    id: int
-    image: str
-    talk: Conversation
-    tokens: int
 
 
 def _rationale_questions(scene: Scene) -> list[AnnotatedQuestion]:
@@ -50,79 +42,36 @@ def _rationale_questions(scene: Scene) -> list[AnnotatedQuestion]:
     return [question for question in asked if question.type != "open"][:QUESTIONS]
 
 
-def questions(folder: Path) -> list[Asked]:
-    """All that is asked of a model about a folder of scenes.
+def questions(folder: Path) -> list[Question]:
+    """All that is asked of a model about a folder of scenes; ids say what for: "pope/random/7", "description/0", ….
 
     A rationale is asked for behind the right answer, of every model alike: what is measured is whether the model's reasons
     are true, not whether its answer was.
     """
     graphs = read_graphs(folder)
     asked = []
+
+    def add(
+        kind: str, number: int, image: str, text: str, tokens: int, before: tuple[tuple[str, str], ...] = ()
+    ) -> None:
+        known = {"kind": kind, "number": number}
+        asked.append(Question(f"{kind}/{number}", image, text, image, known, before, tokens))
+
     for split, file in POPE_FILES.items():
         for question in pope.read_questions(folder / file):
             if question.image not in graphs:
-                raise UserError(f"{folder / file}: question {question.question_id} is about unknown {question.image}")
-            talk = pope.conversation(question)
-            asked.append(Asked(f"pope/{split}", question.question_id, question.image, talk, pope.NEW_TOKENS))
+                raise BenchmarkError(
+                    f"{folder / file}: question {question.question_id} is about unknown {question.image}"
+                )
+            add(f"pope/{split}", question.question_id, question.image, question.text, pope.NEW_TOKENS)
     for number, (image, scene) in enumerate(graphs.items()):
-        talk = Conversation((Turn("user", f"{IMAGE}\n{DESCRIBE}"),))
-        asked.append(Asked("description", number, image, talk, free.DESCRIPTION_TOKENS))
+        add("description", number, image, DESCRIBE, free.DESCRIPTION_TOKENS)
         for place, known in enumerate(_rationale_questions(scene)):
-            opening = (Turn("user", f"{IMAGE}\n{known.question}"), Turn("assistant", known.correct_answer))
             for side, prompt in enumerate((WHY, WHY_WRONG.format(answer=known.confusing_answers[0]))):
-                talk = Conversation((*opening, Turn("user", prompt)))
                 id = (number * QUESTIONS + place) * 2 + side
-                asked.append(Asked("rationale", id, image, talk, free.RATIONALE_TOKENS))
+                opening = ((known.question, known.correct_answer),)
+                add("rationale", id, image, prompt, free.RATIONALE_TOKENS, opening)
     return asked
-
-
-def predict(
-    engine: Engine, folder: Path, out: Path, *, progress: Callable[[int, int], None] = lambda done, total: None
-) -> None:
-    """Asks a model everything, and writes `out`/<benchmark>.jsonl with `question_id`, `image`, `text` lines."""
-    asked = questions(folder)
-    encoded = {image: (folder / PICTURES / image).read_bytes() for image in {a.image for a in asked}}
-    done, texts = 0, {}
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        progress(min(done, len(asked)), len(asked))
-
-    for tokens in sorted({a.tokens for a in asked}):
-        by_image: dict[str, list[tuple[int, Conversation]]] = {}
-        for number, a in enumerate(asked):
-            if a.tokens == tokens:
-                by_image.setdefault(a.image, []).append((number, a.talk))
-        pictures = [Picture(image, encoded[image], talks) for image, talks in by_image.items()]
-        texts.update(engine.answer(pictures, new_tokens=tokens, progress=advance))
-    rows: dict[str, list[dict[str, Any]]] = {}
-    for number, a in enumerate(asked):
-        rows.setdefault(a.benchmark, []).append({"question_id": a.id, "image": a.image, "text": texts[number]})
-    for benchmark, lines in rows.items():
-        path = out / f"{benchmark.replace('/', '_')}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
-
-
-def read_predictions(path: Path) -> dict[int, str]:
-    """Answers by question id, from a predictions file.
-
-    Raises:
-        BenchmarkError: the file is missing, a line is broken, or an id stands there twice.
-    """
-    try:
-        lines = [json.loads(line) for line in path.read_text("utf-8").split("\n") if line.strip()]
-        answers = {int(line["question_id"]): line["text"] for line in lines}
-        if not all(isinstance(text, str) for text in answers.values()):
-            raise TypeError("'text' must be a string")
-    except OSError as error:
-        raise pope.BenchmarkError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise pope.BenchmarkError(f"{path}: not a predictions file ({error!r})") from None
-    if len(answers) != len(lines):
-        raise pope.BenchmarkError(f"{path}: a question_id stands there twice")
-    return answers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,32 +95,95 @@ class SceneCounts:
         return np.concatenate([self.pope[split] for split in pope.SPLITS], axis=1)
 
 
+class Scenes(Benchmark):
+    """The embedded world: POPE on scenes that break the prior, descriptions, and rationales, all against exact truth."""
+
+    name = "scenes"
+    new_tokens = max(pope.NEW_TOKENS, free.DESCRIPTION_TOKENS, free.RATIONALE_TOKENS)
+    needs = "a folder that `reverie scenes render --questions pope` wrote"
+
+    def load(self, data: Path) -> Loaded:
+        return Loaded(questions(data), files.pictures(data / PICTURES), {}, {"folder": data})
+
+    def score(
+        self,
+        loaded: Loaded,
+        answers: Mapping[str, str],
+        rule: str = OFFICIAL,
+        replies: Mapping[str, str] | None = None,
+    ) -> Scored:
+        counts = count(loaded.known["folder"], answers)
+        tables = {"pope": counts.all_pope, "description": counts.description, "rationale": counts.rationale}
+        columns, start = {}, 0
+        for name, table in tables.items():
+            columns[name] = slice(start, start + table.shape[1])
+            start += table.shape[1]
+
+        def of(table: str, metric: statistics.Statistic) -> statistics.Statistic:
+            return lambda sums: metric(sums[..., columns[table]])
+
+        metrics = {"pope/f1": of("pope", pope.mean_f1)}
+        metrics |= {name: of(table, statistic) for name, (table, statistic) in RATES.items()}
+        labels = {
+            f"pope/{split}/{question.question_id}": question.label
+            for split, file in POPE_FILES.items()
+            for question in pope.read_questions(loaded.known["folder"] / file)
+        }
+        readings = []
+        for question in loaded.questions:
+            id, text = str(question.id), answers.get(str(question.id), "")
+            yes = pope.says_yes(text)
+            parsed = ("yes" if yes else "no") if id in labels else ""
+            right = float(yes == labels[id]) if id in labels else None
+            readings.append(Reading(question.id, parsed, right, category=question.known["kind"]))
+        rows = np.concatenate(list(tables.values()), axis=1)
+        return Scored(readings, list(read_graphs(loaded.known["folder"])), rows, metrics)
+
+
+def answer_file(folder: Path, predictions: Path) -> dict[str, str]:
+    """Answers about a folder of scenes by question, from a folder that holds predictions.jsonl.
+
+    Raises:
+        BenchmarkError: see `files.read_answers`.
+    """
+    benchmark = Scenes()
+    return files.read_answers(predictions / PREDICTIONS, benchmark, benchmark.load(folder))
+
+
 def score(folder: Path, predictions: Path) -> SceneCounts:
-    """Scores prediction files against a folder of scenes; touches no model."""
+    """Scores a folder of predictions against a folder of scenes; touches no model."""
+    return count(folder, answer_file(folder, predictions))
+
+
+def count(folder: Path, answers: Mapping[str, str]) -> SceneCounts:
+    """Counts of each picture, from answers by question."""
     graphs = read_graphs(folder)
-    images = list(graphs)
-    tables = {
-        split: pope.counts(
-            pope.read_questions(folder / file), read_predictions(predictions / f"pope_{split}.jsonl"), images
-        )
-        for split, file in POPE_FILES.items()
-    }
-    described = read_predictions(predictions / "description.jsonl")
-    reasons = read_predictions(predictions / "rationale.jsonl")
-    scenes = list(graphs.values())
-    for name, found in (("description", described), ("rationale", reasons)):
-        missing = {a.id for a in questions(folder) if a.benchmark == name} - found.keys()
-        if missing:
-            raise pope.BenchmarkError(f"{predictions}: {len(missing)} {name}(s) missing, the first is {min(missing)}")
+    images, scenes = list(graphs), list(graphs.values())
+    tables = {}
+    for split, file in POPE_FILES.items():
+        asked = pope.read_questions(folder / file)
+        said = {q.question_id: answers[f"pope/{split}/{q.question_id}"] for q in asked}
+        tables[split] = pope.counts(asked, said, images)
     checked = [
-        [free.check(scene, reasons[id]) for id in range(n * QUESTIONS * 2, (n + 1) * QUESTIONS * 2) if id in reasons]
+        [
+            free.check(scene, answers[f"rationale/{id}"])
+            for id in range(n * QUESTIONS * 2, (n + 1) * QUESTIONS * 2)
+            if f"rationale/{id}" in answers
+        ]
         for n, scene in enumerate(scenes)
     ]
     return SceneCounts(
         tables,
-        free.description_counts(scenes, [described[n] for n in range(len(scenes))]),
+        free.description_counts(scenes, [answers[f"description/{n}"] for n in range(len(scenes))]),
         np.stack([free.rationale_counts(rationales) for rationales in checked]),
     )
+
+
+def predict(engine: Engine, folder: Path, out: Path) -> Path:
+    """Asks a model everything about a folder of scenes; see `eval.predict`."""
+    benchmark = Scenes()
+    ask = Ask(Decoding(benchmark.new_tokens))
+    return run(engine, benchmark, benchmark.load(folder), out, ask, model="", identity={})
 
 
 RATES: dict[str, tuple[str, statistics.Statistic]] = {

@@ -108,6 +108,7 @@ def folders(tmp_path):
     data, said = tmp_path / "data", tmp_path / "said"
     said.mkdir()
     names = dataset.write_pictures(data, [TABLE, other], 8)
+    texts: dict[str, str] = {}
     for split, file in dataset.POPE_FILES.items():
         lines = [
             {"question_id": 1, "image": names[0], "text": "Is there a cup in the image?", "label": "yes"},
@@ -117,11 +118,11 @@ def folders(tmp_path):
         ]
         write(data / file, lines)
         answers = [(4, "Yes"), (3, "No"), (2, "No"), (1, "Yes")]
-        write(said / f"pope_{split}.jsonl", [{"question_id": n, "text": t} for n, t in answers])
-    write(said / "description.jsonl", [{"question_id": 1, "text": "A cup."}, {"question_id": 0, "text": "A red cup."}])
-    asked = [a.id for a in report.questions(data) if a.benchmark == "rationale"]
-    texts = {n: "There is a red cup." if n < report.QUESTIONS * 2 else "A fish." for n in asked}
-    write(said / "rationale.jsonl", [{"question_id": n, "text": text} for n, text in texts.items()])
+        texts |= {f"pope/{split}/{n}": text for n, text in answers}
+    texts |= {"description/1": "A cup.", "description/0": "A red cup."}
+    asked = [a.known["number"] for a in report.questions(data) if a.known["kind"] == "rationale"]
+    texts |= {f"rationale/{n}": "There is a red cup." if n < report.QUESTIONS * 2 else "A fish." for n in asked}
+    write(said / "predictions.jsonl", [{"question_id": id, "text": text} for id, text in texts.items()])
     return data, said, asked
 
 
@@ -153,24 +154,28 @@ def test_a_run_differs_from_itself_by_nothing(folders):
     assert report.estimates(doubled) == report.estimates(counts)
 
 
-@pytest.mark.parametrize("file", ["pope_random.jsonl", "description.jsonl", "rationale.jsonl"])
-def test_missing_predictions_are_refused(folders, file):
+@pytest.mark.parametrize("id", ["pope/random/1", "description/0", "rationale/0"])
+def test_missing_predictions_are_refused(folders, id):
     data, said, _ = folders
-    kept = (said / file).read_text().splitlines()[1:]
-    (said / file).write_text("\n".join(kept) + "\n")
-    with pytest.raises(BenchmarkError):
+    path = said / "predictions.jsonl"
+    path.write_text("".join(line + "\n" for line in path.read_text().splitlines() if f'"{id}"' not in line))
+    with pytest.raises(BenchmarkError, match=id):
         report.score(data, said)
 
 
 def test_every_question_of_a_folder_has_its_own_id(folders):
     asked = report.questions(folders[0])
-    ids = [(a.benchmark, a.id) for a in asked]
-    assert len(set(ids)) == len(ids)
-    assert all(a.talk.open for a in asked)
-    assert {a.benchmark for a in asked} == {
-        "pope/random",
-        "pope/popular",
-        "pope/adversarial",
-        "description",
-        "rationale",
-    }
+    assert len({a.id for a in asked}) == len(asked)
+    kinds = {"pope/random", "pope/popular", "pope/adversarial", "description", "rationale"}
+    assert {a.known["kind"] for a in asked} == kinds
+
+
+def test_as_a_benchmark_it_has_the_same_numbers(folders):
+    data, said, _ = folders
+    benchmark = report.Scenes()
+    scored = benchmark.score(benchmark.load(data), report.answer_file(data, said))
+    found, wanted = scored.values(), report.estimates(report.score(data, said))
+    assert found["pope/f1"] == wanted["pope"]["mean"]["f1"]
+    assert found["chair_i"] == wanted["chair"]["i"]["value"]
+    assert found["rationale_correct"] == pytest.approx(wanted["rationale_correct"]["value"], abs=1e-4)
+    assert sum(reading.right == 1 for reading in scored.readings) == 6

@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from reverie_jax.data.annotate import audit, lrv, pictures
-from reverie_jax.data.annotate.options import Annotate
+from reverie_jax.data.annotate.options import Annotate, Hosted
 from reverie_jax.data.annotate.pipeline import RELEASED, Job, Pipeline, Step, Votes, export
 from reverie_jax.data.annotate.providers import Settings
 from reverie_jax.data.annotate.runner import Limits, Outcome
@@ -36,7 +36,7 @@ SHOWN = 8
 WRITER = "name who writes, as gemini:MODEL or openai:MODEL"
 
 
-def limits(options: Annotate) -> Limits:
+def limits(options: Hosted) -> Limits:
     """The limits that a command line sets.
 
     Raises:
@@ -67,7 +67,7 @@ def limits(options: Annotate) -> Limits:
     )
 
 
-def settings(options: Annotate) -> Settings:
+def settings(options: Hosted) -> Settings:
     """How a command line wants models asked."""
     return Settings(options.timeout, options.structured, options.temperature)
 
@@ -105,8 +105,8 @@ def job(options: Annotate) -> Job:
         votes=options.votes,  # type: ignore[arg-type]
         shown=options.judge_sees_picture,
         prompts=options.prompts,
-        settings=settings(options),
-        limits=limits(options),
+        settings=settings(options.hosted),
+        limits=limits(options.hosted),
     )
 
 
@@ -130,29 +130,29 @@ def annotate(options: Annotate) -> int:
             raise UserError("--dry-run: export asks nothing and costs nothing; run it without")
         return _export(options)
     console = Console(stderr=True)
-    with _progress(console) as progress:
+    with progress_bar(console) as progress:
         if options.step == "lrv":
-            return _lrv(options, console, _teller(progress))
-        return _reflective(options, console, _teller(progress), steps if options.step == "run" else (options.step,))  # type: ignore[arg-type]
+            return _lrv(options, console, teller(progress))
+        return _reflective(options, console, teller(progress), steps if options.step == "run" else (options.step,))  # type: ignore[arg-type]
 
 
 def _reflective(options: Annotate, console: Console, tell: Tell, steps: tuple[Step, ...]) -> int:
     failed: dict[str, Outcome] = {}
     with Pipeline(job(options), os.environ, tell) as pipeline:
-        _note(console, pipeline.session)
+        note(console, pipeline.session)
         if options.dry_run:
-            Console().print(_estimates(pipeline.estimate(steps)))
+            Console().print(estimates_table(pipeline.estimate(steps)))
             return 0
         for step in steps:
             if step == "export":
                 _export(options)
                 continue
             failed[step] = outcome = getattr(pipeline, step)()
-            console.print(f"reverie: {step}: {_told(outcome)}", highlight=False, markup=False)
+            console.print(f"reverie: {step}: {told(outcome)}", highlight=False, markup=False)
             if outcome.stopped:
                 break
-        _sum(console, pipeline.session)
-    return _code(console, failed)
+        tell_sum(console, pipeline.session)
+    return exit_code(console, failed)
 
 
 def _lrv(options: Annotate, console: Console, tell: Tell) -> int:
@@ -163,27 +163,27 @@ def _lrv(options: Annotate, console: Console, tell: Tell) -> int:
         counts=options.counts,
         balance=options.balance,
         prompts=options.prompts,
-        settings=settings(options),
-        limits=limits(options),
+        settings=settings(options.hosted),
+        limits=limits(options.hosted),
     )
     with lrv.Generation(wanted, os.environ, tell) as generation:
-        _note(console, generation.session)
+        note(console, generation.session)
         if options.dry_run:
-            Console().print(_estimates(generation.estimate()))
+            Console().print(estimates_table(generation.estimate()))
             return 0
         outcome = generation.generate()
-        console.print(f"reverie: lrv: {_told(outcome)}", highlight=False, markup=False)
-        _sum(console, generation.session)
+        console.print(f"reverie: lrv: {told(outcome)}", highlight=False, markup=False)
+        tell_sum(console, generation.session)
     print(options.out / lrv.INSTRUCTIONS)
-    return _code(console, {"lrv": outcome})
+    return exit_code(console, {"lrv": outcome})
 
 
-def _note(console: Console, session: Session) -> None:
+def note(console: Console, session: Session) -> None:
     for note in session.notes:
         console.print(f"reverie: {note}", highlight=False, markup=False)
 
 
-def _sum(console: Console, session: Session) -> None:
+def tell_sum(console: Console, session: Session) -> None:
     spent = session.journal.spent()
     price = f", price {spent.price:.4f}" if session.how.limits.price(1, 1) else ""
     console.print(
@@ -193,7 +193,7 @@ def _sum(console: Console, session: Session) -> None:
     )
 
 
-def _code(console: Console, outcomes: dict[str, Outcome]) -> int:
+def exit_code(console: Console, outcomes: dict[str, Outcome]) -> int:
     """The exit code, with a table of reasons where something has no reply."""
     failed = {step: outcome for step, outcome in outcomes.items() if outcome.failed or outcome.stopped}
     if not failed:
@@ -218,11 +218,11 @@ def _export(options: Annotate) -> int:
     return 0
 
 
-def _told(outcome: Outcome) -> str:
+def told(outcome: Outcome) -> str:
     return f"{outcome.usable:,} new, {outcome.had:,} there already, {len(outcome.failed):,} failed"
 
 
-def _progress(console: Console) -> Progress:
+def progress_bar(console: Console) -> Progress:
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -235,7 +235,7 @@ def _progress(console: Console) -> Progress:
     )
 
 
-def _teller(progress: Progress) -> Any:
+def teller(progress: Progress) -> Any:
     bars: dict[str, TaskID] = {}
 
     def tell(step: str, total: int, outcome: Outcome, gate: Any) -> None:
@@ -249,7 +249,7 @@ def _teller(progress: Progress) -> Any:
     return tell
 
 
-def _estimates(rows: list[Estimate]) -> Table:
+def estimates_table(rows: list[Estimate]) -> Table:
     table = Table("stage", "had", "to ask", "tokens in", "tokens out", "price", title="nothing was asked")
     for row in rows:
         numbers = (

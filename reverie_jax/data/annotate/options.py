@@ -6,7 +6,35 @@ import dataclasses
 from pathlib import Path
 
 import tyro
-from tyro.conf import Positional
+from tyro.conf import OmitArgPrefixes, Positional
+
+
+@dataclasses.dataclass(frozen=True)
+class Hosted:
+    """How hosted models are asked."""
+
+    structured: bool = True
+    """Ask for JSON by schema; --no-structured for servers that cannot."""
+    temperature: float | None = None
+    """The provider's own by default."""
+    timeout: float = 120.0
+    """Seconds that one reply may take."""
+    concurrency: int = 16
+    """Requests in flight."""
+    requests_per_minute: float | None = None
+    """Not faster than this."""
+    tokens_per_minute: float | None = None
+    """Not faster than this."""
+    price: tuple[float, float] = (0.0, 0.0)
+    """Of a million tokens, in and out, in your currency."""
+    max_cost: float | None = None
+    """Stop before the price of all attempts in the journal, earlier runs included, exceeds this."""
+    max_tokens: int | None = None
+    """The same in tokens."""
+    batch: bool = False
+    """Hand requests over as batches (gemini, openai): half the price, results within a day. Run again to collect them."""
+    poll: float = 30.0
+    """With --batch: seconds between two looks at the batches under way."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,28 +70,7 @@ class Annotate:
     """Wrong answers a question."""
     prompts: Path | None = None
     """Folder with prompts of your own: questions.txt, positive.txt, negative.txt, judge.txt; ours where one is missing."""
-    structured: bool = True
-    """Ask for JSON by schema; --no-structured for servers that cannot."""
-    temperature: float | None = None
-    """The provider's own by default."""
-    timeout: float = 120.0
-    """Seconds that one reply may take."""
-    concurrency: int = 16
-    """Requests in flight."""
-    requests_per_minute: float | None = None
-    """Not faster than this."""
-    tokens_per_minute: float | None = None
-    """Not faster than this."""
-    price: tuple[float, float] = (0.0, 0.0)
-    """Of a million tokens, in and out, in your currency."""
-    max_cost: float | None = None
-    """Stop before the price of all attempts in the journal, earlier runs included, exceeds this."""
-    max_tokens: int | None = None
-    """The same in tokens."""
-    batch: bool = False
-    """Hand requests over as batches (gemini, openai): half the price, results within a day. Run again to collect them."""
-    poll: float = 30.0
-    """With --batch: seconds between two looks at the batches under way."""
+    hosted: OmitArgPrefixes[Hosted] = Hosted()
     captions: Path | None = None
     """For lrv: Visual Genome's region_descriptions.json, or [{image_id, captions: [{caption, x, y, width, height}]}]."""
     counts: tuple[int, int, int, int] = (20, 6, 6, 0)

@@ -25,6 +25,7 @@ _HOMES = {
     "llava-bench-coco": "llava_bench:LlavaBenchCoco",
     "mm-vet": "mm_vet:MmVet",
     "gavie": "gavie:Gavie",
+    "scenes": "reverie_jax.eval.scenes:Scenes",
 }
 
 NAMES = tuple(_HOMES)
@@ -39,4 +40,5 @@ def benchmark(name: str) -> Benchmark:
     if name not in _HOMES:
         raise UserError(f"unknown benchmark {name!r}; there is {', '.join(NAMES)}")
     module, made = _HOMES[name].split(":")
-    return getattr(importlib.import_module(f"{__name__}.{module}"), made)()
+    place = module if "." in module else f"{__name__}.{module}"
+    return getattr(importlib.import_module(place), made)()

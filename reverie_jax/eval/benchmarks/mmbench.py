@@ -86,6 +86,7 @@ class MmBench(Benchmark):
     """
 
     name = "mmbench"
+    usual_tokens = 8
     rules = (OFFICIAL, JUDGED, LMMS)
     judged = frozenset({JUDGED})
     new_tokens = 1024

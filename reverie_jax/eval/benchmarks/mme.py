@@ -71,6 +71,7 @@ class Mme(Benchmark):
     """See the module's docstring. Ids are LLaVA's, which name the image, with #1 or #2 for the line of the text file."""
 
     name = "mme"
+    usual_tokens = 8
     rules = (OFFICIAL, "lmms-eval", "vlmevalkit")
     needs = f"{_FOLDER}, the folder that MME's authors send out, with a folder for each task"
 

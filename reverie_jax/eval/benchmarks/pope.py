@@ -203,9 +203,7 @@ class Pope(Benchmark):
                 cell = "unread_yes" if label else "unread_no"
             table.add(question.unit, {f"{split}/{cell}": 1})
             right = float(said == ("yes" if label else "no"))
-            readings.append(
-                Reading(question.id, said, right, neither(text) if rule == OFFICIAL else not said, split)
-            )
+            readings.append(Reading(question.id, said, right, neither(text) if rule == OFFICIAL else not said, split))
         metrics = {OFFICIAL: _official, "lmms-eval": _lmms_metrics, "vlmevalkit": _kit_metrics}[rule](splits)
         return Scored(readings, table.units, table.counts, metrics, {"parser": rule})
 

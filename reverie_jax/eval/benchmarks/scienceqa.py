@@ -65,6 +65,7 @@ class ScienceQa(Benchmark):
     """
 
     name = "scienceqa"
+    usual_tokens = 8
     rules = (OFFICIAL, LMMS, KIT)
     new_tokens = 1024
     needs = (

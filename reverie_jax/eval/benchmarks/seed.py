@@ -52,6 +52,7 @@ class Seed(Benchmark):
     """
 
     name = "seed"
+    usual_tokens = 8
     rules = (OFFICIAL, LMMS, KIT)
     needs = (
         f"SEED-Bench.json of AILab-CVC/SEED-Bench, its pictures in {IMAGES}, and for clips LLaVA's middle frames "

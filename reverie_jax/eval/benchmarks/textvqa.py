@@ -204,6 +204,7 @@ class TextVqa(Benchmark):
     """See the module's docstring. Ids are the benchmark's numbers; LLaVA's files name the image and the prompt instead."""
 
     name = "textvqa"
+    usual_tokens = 16
     needs = (
         f"TextVQA_0.5.1_val.json and {_ROSETTA} of TextVQA's download page (or, instead of the second, LLaVA's "
         f"{_LLAVA_QUESTIONS}), and with --images the pictures of train_images"
