@@ -113,7 +113,7 @@ def score(
             intervals[name] = estimate.low, estimate.high
     unread = [reading.id for reading in scored.readings if reading.unread]
     protocol = {**loaded.protocol, **scored.protocol, **judge, **_run(predictions)}
-    protocol |= _calibration(predictions, benchmark, loaded, scored)
+    protocol |= _yes_no(predictions, benchmark, loaded, scored)
     return Score(
         benchmark=benchmark.name,
         rule=rule,
@@ -139,30 +139,36 @@ def _run(predictions: Path) -> dict[str, Any]:
     return {f"run/{key}": found[key] for key in kept if key in found}
 
 
-def _calibration(predictions: Path, benchmark: Benchmark, loaded: Loaded, scored: Scored) -> dict[str, Any]:
-    """Of yes and no: how far the model's own probability of yes is from how often yes is right (ten equal bins)."""
+def _yes_no(predictions: Path, benchmark: Benchmark, loaded: Loaded, scored: Scored) -> dict[str, Any]:
+    """Of yes and no: how often each is said and is right; and, where our engine recorded it, how far the model's own
+    probability of yes is from how often yes is right (ten equal bins).
+    """
     if not benchmark.yes_no:
         return {}
-    found: dict[str, float] = {}
+    truth = {str(q.id): {"yes": True, "no": False}.get(q.known["label"], q.known["label"]) for q in loaded.questions}
+    found = {
+        "yes/said": _round(float(np.mean([reading.parsed == "yes" for reading in scored.readings]))),
+        "yes/right": _round(float(np.mean([truth[str(reading.id)] for reading in scored.readings]))),
+    }
+    chances: dict[str, float] = {}
 
-    def take(row: Mapping[str, Any]) -> None:
-        yes, key = (row.get("metadata") or {}).get("yes"), benchmark.key(row, loaded)
-        if key is not None and isinstance(yes, float | int):
-            found[key] = float(yes)
+    def take(row: Any) -> None:
+        chance = (
+            row["metadata"].get("yes") if isinstance(row, Mapping) and isinstance(row.get("metadata"), dict) else None
+        )
+        key = benchmark.key(row, loaded) if isinstance(chance, float | int) else None
+        if key in truth:
+            chances[key] = float(chance)
 
     files.made(predictions, "answer", take)
-    pairs = [
-        (found[str(question.id)], bool(question.known["label"]))
-        for question in loaded.questions
-        if str(question.id) in found and isinstance(question.known.get("label"), bool)
-    ]
-    if not pairs:
-        return {}
-    chance, label = np.asarray([p for p, _ in pairs]), np.asarray([float(truth) for _, truth in pairs])
+    if not chances:
+        return found
+    chance = np.asarray(list(chances.values()))
+    label = np.asarray([float(truth[key]) for key in chances])
     place = np.minimum((chance * 10).astype(int), 9)
     gaps = [abs(chance[place == b].sum() - label[place == b].sum()) for b in range(10)]
-    return {
-        "calibration/error": _round(float(sum(gaps) / len(pairs))),
+    return found | {
+        "calibration/error": _round(float(sum(gaps) / len(chances))),
         "calibration/brier": _round(float(np.mean((chance - label) ** 2))),
         "calibration/mean_yes": _round(float(chance.mean())),
     }

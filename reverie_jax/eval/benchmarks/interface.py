@@ -136,7 +136,8 @@ class Benchmark:
         rules: the first is the benchmark's own.
         new_tokens: longest answer by LLaVA's protocol.
         usual_tokens: what most answers need, where that is much less: longer ones are decoded twice.
-        yes_no: answers are yes or no; how likely the model held each is recorded too.
+        yes_no: answers are yes or no, as `known["label"]` (a bool, or the word) says; how likely the model held each is
+            recorded too.
         judged: rules that need replies of a judge.
         needs: what `data` must hold, and where that comes from: one line.
     """

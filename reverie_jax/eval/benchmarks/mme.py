@@ -72,6 +72,7 @@ class Mme(Benchmark):
 
     name = "mme"
     usual_tokens = 8
+    yes_no = True
     rules = (OFFICIAL, "lmms-eval", "vlmevalkit")
     needs = f"{_FOLDER}, the folder that MME's authors send out, with a folder for each task"
 
