@@ -217,8 +217,8 @@ class Way:
     peak: Callable[[], int | None]
 
 
-def small_tokenizer() -> Any:
-    """BPE of the words that `mixture_scale` uses and of the prompts around them."""
+def small_tokenizer(*more: str) -> Any:
+    """BPE of the words that `mixture_scale` uses and of the prompts around them, and of `more`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -233,7 +233,7 @@ def small_tokenizer() -> Any:
     )
     system = " Explain why this answer is wrong: instead. Including any necessary facts or knowledge."
     known = " ".join(mixture_scale.words())
-    bpe.train_from_iterator([TEMPLATES["vicuna_v1"].system, system, f" {known} {known.title()}"], trainer)
+    bpe.train_from_iterator([TEMPLATES["vicuna_v1"].system, system, f" {known} {known.title()}", *more], trainer)
     bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>", additional_special_tokens=[IMAGE]

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from reverie_jax.data.rows import Batch
-from reverie_jax.eval.engine import greedy
+from reverie_jax.eval.decode import Decoding, generate
 from reverie_jax.models import TextConfig, VisionConfig
 from reverie_jax.models.sharding import partition_spec
 from reverie_jax.models.vision import normalise
@@ -260,7 +260,7 @@ def assert_close(ours: np.ndarray, theirs: np.ndarray, atol: float = TOLERANCE) 
 @quickly
 def _decoded(graph: Any, state: Any, batch: Batch) -> jax.Array:
     model = nnx.merge(graph, state)
-    return greedy(model, batch, new_tokens=NEW, stops=(model.config.text.vocab,))  # no token's id: nothing stops
+    return generate(model, batch, Decoding(NEW), stops=(model.config.text.vocab,))[0]  # no token's id: nothing stops
 
 
 def decoded(model: VisionLanguageModel, rows: Rows) -> np.ndarray:

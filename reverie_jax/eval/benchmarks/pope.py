@@ -27,7 +27,7 @@ from reverie_jax.eval.benchmarks.interface import (
     Scored,
     Table,
 )
-from reverie_jax.eval.benchmarks.yes_no import kit_word
+from reverie_jax.eval.benchmarks.yes_no import kit_word, neither
 from reverie_jax.eval.statistics import Statistic
 
 SPLITS = ("random", "popular", "adversarial")

@@ -1,0 +1,317 @@
+"""Answers to POPE-shaped questions, ours against transformers' `generate`: the same weights, pictures and questions.
+
+    python -m benchmarks.evaluate [--size tiny|small|7b] [--images N] [--questions 18] [--peer-images N] [--rounds N]
+
+Prints one JSON object. Both sides answer greedily with as many tokens as POPE's "Yes" and its end take, and on the sizes
+with equal weights both must say the same tokens before anything is timed.
+
+    peer  LlavaForConditionalGeneration.generate: a question a sequence with its own picture, padded to the left as its
+          documentation has it, at the batch size that was fastest of those tried. Its pictures are decoded and normalised
+          and its words tokenised before the clock runs.
+    ours  `eval.engine.Engine`: pictures read, decoded and scaled and words tokenised while the clock runs.
+
+The peer answers about `--peer-images` of the pictures and ours about all of them: rates are questions a second. Alternating
+rounds. On a GPU of a known kind it also says how near ours comes to the chip: model FLOPs of the prefill over its peak, and
+bytes that decoding must read (weights once a step, the row's KV once a step and row) over its bandwidth.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from flax import nnx
+from PIL import Image
+
+from benchmarks.train_step import SIZES, peer_device, small_tokenizer, spread
+from reverie_jax.data.conversation import IMAGE, Conversation, Encoder, Turn
+from reverie_jax.data.pipeline import Picture
+from reverie_jax.data.processor import Processor
+from reverie_jax.eval.benchmarks.interface import SHORT
+from reverie_jax.eval.decode import Decoding
+from reverie_jax.eval.engine import Engine, EngineShape, Work
+from reverie_jax.models import VisionConfig, VisionLanguageModel, VLMConfig
+from reverie_jax.models.vision import CLIP_MEAN, CLIP_STD
+
+THINGS = [
+    "cup",
+    "plate",
+    "apple",
+    "chair",
+    "table",
+    "dog",
+    "cat",
+    "car",
+    "bus",
+    "tree",
+    "book",
+    "lamp",
+    "bottle",
+    "clock",
+    "shoe",
+    "flower",
+    "fork",
+    "spoon",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    size: Literal["tiny", "small", "7b"] = "small"
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of weights and computation; bfloat16 by default for 7b, float32 for the others."""
+    images: int = 500
+    """Pictures that ours is asked about."""
+    questions: int = 18
+    """Questions a picture."""
+    peer_images: int = 4
+    """Pictures that the peer is asked about in a round."""
+    new_tokens: int = 2
+    """Tokens of an answer."""
+    rounds: int = 3
+    """Timed rounds of each side, alternating."""
+    rows: int = 4
+    """Pictures in a batch of ours."""
+    batches: tuple[int, ...] = (1, 4, 18)
+    """Batch sizes of the peer that are tried."""
+    cores: int | None = None
+    """Threads of torch; give ours as many with `taskset`."""
+
+    @property
+    def precision(self) -> str:
+        return self.dtype or ("bfloat16" if self.size == "7b" else "float32")
+
+    @property
+    def config(self) -> VLMConfig:
+        """The size's architecture, with LLaVA-1.5's 576 tokens a picture (but for tiny)."""
+        found = SIZES[self.size].config
+        if self.size != "small":
+            return found
+        wide: VisionConfig = dataclasses.replace(found.vision, image_size=336)
+        return dataclasses.replace(found, vision=wide)
+
+
+def pictures(args: Args) -> list[Picture]:
+    """JPEGs of 640 x 480, each with its questions."""
+    found = []
+    for number in range(args.images):
+        rng = np.random.default_rng(number)
+        small = Image.fromarray(rng.integers(0, 255, (15, 20, 3), dtype=np.uint8))
+        buffer = io.BytesIO()
+        small.resize((640, 480), Image.Resampling.BICUBIC).save(buffer, format="JPEG")
+        asked = []
+        for place in range(args.questions):
+            text = f"Is there a {THINGS[place % len(THINGS)]} in the image?\n{SHORT}"
+            asked.append((number * args.questions + place, Conversation((Turn("user", f"{IMAGE}\n{text}"),))))
+        found.append(Picture(f"{number}.jpg", buffer.getvalue(), asked))
+    return found
+
+
+def peer_model(args: Args, config: VLMConfig, folder: Path, device: str) -> Any:
+    import torch
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    from reverie_jax.models.checkpoints.configs import llava_hf_json
+    from reverie_jax.models.checkpoints.write import LLAMA_SPECIAL
+
+    dtype = getattr(torch, args.precision)
+    if SIZES[args.size].equal:
+        return LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype).to(device).eval()
+    theirs = LlavaConfig.from_dict(llava_hf_json(config, args.precision, LLAMA_SPECIAL))
+    with torch.device(device):
+        return LlavaForConditionalGeneration._from_config(theirs, dtype=dtype).eval()
+
+
+class Peer:
+    """transformers' generate over questions that lie ready."""
+
+    def __init__(self, args: Args, config: VLMConfig, processor: Processor, shown: Sequence[Picture], folder: Path):
+        import torch
+
+        device = peer_device()
+        assert device is not None
+        if args.cores is not None:
+            torch.set_num_threads(args.cores)
+        self.torch, self.device, self.args = torch, device, args
+        self.model = peer_model(args, config, folder, device)
+        self.rows: list[tuple[int, list[int], int]] = []
+        floats = []
+        for place, picture in enumerate(shown):
+            pixels = processor.pixels(picture.read(), picture.name)[0]
+            floats.append(np.moveaxis((pixels / 255 - np.asarray(CLIP_MEAN)) / np.asarray(CLIP_STD), -1, 0))
+            for number, talk in picture.questions:
+                self.rows.append((number, processor.encoder(talk).ids.tolist(), place))
+        self.pixels = torch.tensor(np.stack(floats), dtype=getattr(torch, args.precision), device=device)
+        self.rows.sort(key=lambda row: len(row[1]))
+
+    def answer(self, batch: int, rows: int | None = None) -> dict[int, list[int]]:
+        torch, found = self.torch, {}
+        chosen = self.rows[:rows]
+        for start in range(0, len(chosen), batch):
+            part = chosen[start : start + batch]
+            longest = max(len(ids) for _, ids, _ in part)
+            ids = torch.zeros((len(part), longest), dtype=torch.long)
+            mask = torch.zeros_like(ids)
+            for row, (_, tokens, _) in enumerate(part):
+                ids[row, longest - len(tokens) :] = torch.tensor(tokens)
+                mask[row, longest - len(tokens) :] = 1
+            pixels = self.pixels[[place for _, _, place in part]]
+            with torch.no_grad():
+                out = self.model.generate(
+                    input_ids=ids.to(self.device),
+                    attention_mask=mask.to(self.device),
+                    pixel_values=pixels,
+                    max_new_tokens=self.args.new_tokens,
+                    min_new_tokens=self.args.new_tokens,
+                    do_sample=False,
+                    eos_token_id=None,
+                    pad_token_id=0,
+                )
+            for (number, _, _), said in zip(part, out[:, longest:].tolist(), strict=True):
+                found[number] = said
+        return found
+
+
+class Ours:
+    """Engine over all pictures, tokens instead of texts."""
+
+    def __init__(self, args: Args, model: VisionLanguageModel, processor: Processor, shown: Sequence[Picture]):
+        shape = EngineShape(tokens=4096, leaves=32, rows=args.rows)
+        self.engine, self.how, self.shown = Engine(model, processor, shape), Decoding(args.new_tokens), shown
+        # No token's id: random weights end no answer, and must not end one by chance on one side.
+        self.engine.encoder.stop_ids = (model.config.text.vocab,)
+        self.engine.encoder.decode = lambda ids: " ".join(map(str, ids))  # type: ignore[method-assign]
+
+    def answer(self, shown: Sequence[Picture] | None = None) -> dict[int, list[int]]:
+        work: Work = self.engine.prepare(self.shown if shown is None else shown, self.how)
+        found: dict[int, list[int]] = {}
+        for answers in self.engine.stream(work, self.how):
+            found |= {number: [int(id) for id in answer.text.split()] for number, answer in answers.items()}
+        return found
+
+    def shapes(self) -> list[dict[str, int]]:
+        work = self.engine.prepare(self.shown, self.how)
+        return [
+            {"rows": g.rows, "tokens": g.shape.tokens, "leaves": g.shape.leaves, "batches": g.batches}
+            for g in work.groups
+        ]
+
+
+def near_the_chip(
+    args: Args, config: VLMConfig, model: VisionLanguageModel, ours: Ours, seconds: float
+) -> dict[str, Any]:
+    """Prefill's model FLOPs and decoding's bytes, over what the chip could do in the time; nothing for an unknown chip."""
+    from reverie_jax.train import costs
+    from reverie_jax.train.topology import chip_of
+
+    chip = chip_of(jax.devices()[0].device_kind)
+    if chip is None:
+        return {}
+    sizes, width = costs.Sizes.of(model), jnp.dtype(args.precision).itemsize
+    text, vision = config.text, config.vision
+    tokens = pairs = 0
+    for picture in ours.shown:
+        lengths = [len(ours.engine.encoder(talk)) for _, talk in picture.questions]
+        shared = vision.patches
+        tokens += shared + sum(length - shared for length in lengths)
+        pairs += shared**2 // 2 + sum((length - shared) * (length + shared) // 2 for length in lengths)
+    layers = 2 * sizes.layers * tokens + 4 * pairs * text.heads * text.head_dim * text.layers
+    tower = (2 * sizes.tower + 4 * (vision.patches + 1) * vision.hidden * config.feature_depth) * (vision.patches + 1)
+    flops = layers + len(ours.shown) * (tower + 2 * sum(sizes.projector) * vision.patches)
+    read = 0
+    for group in ours.shapes():
+        steps = group["batches"] * (args.new_tokens - 1)
+        kv = 2 * group["rows"] * group["tokens"] * text.kv_heads * text.head_dim * text.layers
+        read += steps * width * (sizes.layers + sizes.head + kv)
+    return {
+        "prefill_flops": flops,
+        "share_of_peak_flops": round(flops / seconds / chip.flops, 4),
+        "decode_bytes": read,
+        "share_of_bandwidth": round(read / seconds / chip.bandwidth, 4),
+    }
+
+
+def run(args: Args) -> dict[str, Any]:
+    from reverie_jax.models.checkpoints.write import write_model
+
+    config = dataclasses.replace(args.config, image_token_id=3, tokens="hf")
+    asked = " ".join(f"USER: Is there a {thing} in the image?\n{SHORT} ASSISTANT:" for thing in THINGS)
+    encoder = Encoder(small_tokenizer(asked), "vicuna_v1", config.vision.patches, 3)
+    processor = Processor(encoder, config.vision.image_size, context=config.text.context)
+    model = VisionLanguageModel(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(args.precision))
+    shown = pictures(args)
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        if SIZES[args.size].equal:
+            write_model(model, folder)
+        few = shown[: args.peer_images]
+        peer = Peer(args, config, processor, few, folder) if peer_device() else None
+        ours = Ours(args, model, processor, shown)
+        said = ours.answer(few)  # compiles
+        found: dict[str, Any] = {
+            "size": args.size,
+            "dtype": args.precision,
+            "image_tokens": config.vision.patches,
+            "pictures": args.images,
+            "questions_a_picture": args.questions,
+            "new_tokens": args.new_tokens,
+            "shapes": ours.shapes(),
+        }
+        best = 1
+        if peer is not None:
+            tried = {}
+            for batch in args.batches:
+                peer.answer(batch, batch)  # warms up
+                started = time.perf_counter()
+                rows = max(batch, min(args.questions, len(peer.rows)))
+                peer.answer(batch, rows)
+                tried[batch] = rows / (time.perf_counter() - started)
+            best = max(tried, key=lambda batch: tried[batch])
+            found["peer_batch"] = best
+            found["peer_questions_per_second_by_batch"] = {str(b): round(rate, 3) for b, rate in tried.items()}
+            if SIZES[args.size].equal:
+                theirs = peer.answer(best)
+                differ = [number for number, tokens in theirs.items() if said[number] != tokens]
+                if differ:
+                    raise RuntimeError(f"{len(differ)} of {len(theirs)} answers differ, the first is {differ[0]}")
+        rates: dict[str, list[float]] = {"ours": [], "peer": []}
+        for _ in range(args.rounds):
+            if peer is not None:
+                started = time.perf_counter()
+                count = len(peer.answer(best))
+                rates["peer"].append(count / (time.perf_counter() - started))
+            started = time.perf_counter()
+            count = len(ours.answer())
+            seconds = time.perf_counter() - started
+            rates["ours"].append(count / seconds)
+        found |= {
+            "questions_per_second": {side: spread(values) for side, values in rates.items() if values},
+            **near_the_chip(args, config, model, ours, args.images * args.questions / statistics.median(rates["ours"])),
+            "device": str(jax.devices()[0].device_kind),
+            "cores": len(os.sched_getaffinity(0)),
+            "load": [round(x, 2) for x in os.getloadavg()],
+        }
+        if rates["peer"]:
+            ratios = [mine / yours for mine, yours in zip(rates["ours"], rates["peer"], strict=True)]
+            found["ours_over_peer"] = spread(ratios)
+        return found
+
+
+def main(args: Args) -> None:
+    print(json.dumps(run(args), indent=2))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
