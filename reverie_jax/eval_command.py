@@ -35,7 +35,7 @@ def load(benchmark: Benchmark, data: Path, images: Path | None = None) -> Loaded
     return dataclasses.replace(loaded, picture=files.pictures(images))
 
 
-def places(names: str, data: Path | None, out: Path) -> list[tuple[Benchmark, Path | None, Path]]:
+def places(names: str, data: Path, out: Path) -> list[tuple[Benchmark, Path, Path]]:
     """Benchmarks with the folder of their files and that of their answers."""
     found = [find_benchmark(name.strip()) for name in names.split(",")]
     if len(found) == 1:
@@ -46,8 +46,8 @@ def places(names: str, data: Path | None, out: Path) -> list[tuple[Benchmark, Pa
     return [(one, _of(data, one.name), out / one.name) for one in found]
 
 
-def _of(data: Path | None, name: str) -> Path | None:
-    return data / name if data is not None and (data / name).is_dir() else data
+def _of(data: Path, name: str) -> Path:
+    return data / name if (data / name).is_dir() else data
 
 
 def evaluate(options: options.Eval) -> None:
@@ -70,7 +70,7 @@ def evaluate(options: options.Eval) -> None:
     found = [
         (one, load(one, data, options.images), out)
         for one, data, out in places(options.benchmark, options.data, options.out)
-    ]  # type: ignore[arg-type]
+    ]
     for one, _, _ in found:
         if options.rule is not None and options.rule not in one.rules:
             raise UserError(f"--rule {options.rule}: {one.name} has {', '.join(one.rules)}")
@@ -85,8 +85,8 @@ def evaluate(options: options.Eval) -> None:
     model, processor = load_model(
         path, base=base, adapter=options.adapter, mesh=parse_mesh(options.mesh), dtype=parse_dtype(options.dtype)
     )
-    weights = identity(model) | ({"adapter": str(options.adapter)} if options.adapter else {})
     lora.merge(model)
+    weights = identity(model)  # of the tuned model: an adapter that was trained further is another one
     shape = EngineShape(tokens=options.row_tokens, leaves=options.leaves, rows=options.rows)
     engine = Engine(model, processor.using(options.template), shape)
     console = Console(stderr=True)

@@ -127,8 +127,8 @@ def plan(
         except ValueError as error:
             raise DataError(f"{picture.name}: {error}") from None
         for members, tree in grown:
-            asked = [picture.questions[member] for member in members]
-            sheets.append((len(tree), len(members), dataclasses.replace(picture, questions=asked)))
+            part = dataclasses.replace(picture, questions=[picture.questions[member] for member in members])
+            sheets.append((len(tree), len(members), part))
     if not sheets:
         return []
     lengths = sorted(length for length, _, _ in sheets)
@@ -140,11 +140,11 @@ def plan(
         if not here:
             continue
         leaves = max(leaves for leaves, _ in here)
-        members = [picture for _, picture in here]
-        rows = min(limit.rows, len(members))
+        asked = [picture for _, picture in here]
+        rows = min(limit.rows, len(asked))
         shape = RowShape(tokens=min(bound, limit.tokens), images=1, leaves=leaves)
-        other = _disturbed(members, processor, leaves) if disturb else None
-        groups.append(Group(shape, -(-rows // spread) * spread, members, other))
+        other = _disturbed(asked, processor, leaves) if disturb else None
+        groups.append(Group(shape, -(-rows // spread) * spread, asked, other))
     return groups
 
 

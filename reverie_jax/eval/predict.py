@@ -344,7 +344,7 @@ def _finish(
     try:
         with part.open("w", encoding="utf-8") as file:
             for number, (question, answer) in enumerate(zip(questions, answers, strict=True)):
-                row = {
+                row: dict[str, Any] = {
                     "question_id": question.id,
                     "image": question.image,
                     "prompt": question.text,

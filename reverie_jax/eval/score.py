@@ -153,12 +153,10 @@ def _yes_no(predictions: Path, benchmark: Benchmark, loaded: Loaded, scored: Sco
     chances: dict[str, float] = {}
 
     def take(row: Any) -> None:
-        chance = (
-            row["metadata"].get("yes") if isinstance(row, Mapping) and isinstance(row.get("metadata"), dict) else None
-        )
-        key = benchmark.key(row, loaded) if isinstance(chance, float | int) else None
-        if key in truth:
-            chances[key] = float(chance)
+        noted = row.get("metadata") if isinstance(row, Mapping) else None
+        chance = noted.get("yes") if isinstance(noted, dict) else None
+        if isinstance(chance, float | int) and (key := benchmark.key(row, loaded)) in truth:
+            chances[str(key)] = float(chance)
 
     files.made(predictions, "answer", take)
     if not chances:

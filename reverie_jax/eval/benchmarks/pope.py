@@ -160,7 +160,8 @@ class Pope(Benchmark):
     )
 
     def load(self, data: Path) -> Loaded:
-        questions, protocol = [], {}
+        questions: list[Question] = []
+        protocol: dict[str, Any] = {}
         for split in SPLITS:
             found = sorted(data.glob(f"*pope*{split}*.json"))
             if len(found) > 1:
