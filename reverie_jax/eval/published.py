@@ -39,7 +39,7 @@ ITEMS: Mapping[str, int] = {
     "amber": 15220,
 }
 """Questions that the published scores are of: scores of other questions are not set beside them. MMBench: rows of
-mmbench_dev_20230712, a rotation each. Of MMBench-CN the number was not read, so it is not compared."""
+mmbench_dev_20230712, a rotation each. Of MMBench-CN the number was not read, so it is not checked."""
 
 
 class Published(NamedTuple):
@@ -137,3 +137,8 @@ SCORES: tuple[Published, ...] = tuple(
 def of(benchmark: str) -> list[Published]:
     """The published scores of a benchmark, by its official rule."""
     return [score for score in SCORES if score.benchmark == benchmark]
+
+
+def beside(benchmark: str, rule: str, official: str, items: int) -> bool:
+    """Whether published scores may stand beside one of `items` questions by `rule`: by the official one, of as many."""
+    return bool(of(benchmark)) and rule == official and ITEMS.get(benchmark, items) == items
