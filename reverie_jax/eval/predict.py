@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -24,6 +25,8 @@ from reverie_jax.eval.engine import Answer, Engine
 
 PREDICTIONS = "predictions.jsonl"
 RUN = "run.json"
+STAGES = ("first", "rationales", "answers")
+"""Each has a file of its own while a run is under way."""
 
 REVISE = "With this in mind, answer the question once more. {question}"
 """What the model is asked behind its rationale (`Ask.reflect`)."""
@@ -187,12 +190,16 @@ def _begin(out: Path, record: Mapping[str, Any]) -> None:
                     f"{out}: holds answers of another run ({', '.join(differs)} differ); choose another folder, or delete it"
                 )
             return
+        for name in (PREDICTIONS, *(f".{stage}.jsonl" for stage in STAGES)):
+            (out / name).unlink(missing_ok=True)  # whose they are, nothing says
         part = out / f".{RUN}.part"
         part.write_text(json.dumps(record, indent=2) + "\n", "utf-8")
         os.replace(part, path)
+    except UserError:  # which is a ValueError
+        raise
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror})") from None
-    except ValueError:
+    except (ValueError, AttributeError):
         raise UserError(f"{path}: is broken; delete it and the answers beside it") from None
 
 
@@ -281,7 +288,8 @@ class _Lines:
 
     def __exit__(self, *error: object) -> None:
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # what a full disk left in the buffer, tried once more
+                self._file.close()
 
     def resume(self, batches: Sequence[list[int]]) -> int:
         """Cuts the file behind the last whole batch.

@@ -47,7 +47,7 @@ from tests.train import tiny
 
 SHAPE = EngineShape(tokens=192, leaves=4, rows=2)
 LONGEST = 6
-YES, NO = 198, 199
+YES, NO = 4 + ord("_"), 4 + ord("p")  # what the model likes to say
 
 
 class Words(tiny.Words):
@@ -170,14 +170,14 @@ def begun(whole, tmp_path):
 @pytest.fixture
 def asked(monkeypatch):
     """How many batches went through the model."""
-    counted, real = [], Engine._answers
+    counted, real = [], Engine.stream
 
-    def count(self, *args):
-        found = real(self, *args)
-        counted.append(sorted(found))
-        return found
+    def count(self, *args, **more):
+        for found in real(self, *args, **more):
+            counted.append(sorted(found))
+            yield found
 
-    monkeypatch.setattr(Engine, "_answers", count)
+    monkeypatch.setattr(Engine, "stream", count)
     return counted
 
 
@@ -259,13 +259,14 @@ def test_how_likely_yes_is(tmp_path):
         )
         yes, no = (float(np.exp(float(logits[token]))) for token in (YES, NO))
         expected.append(yes / (yes + no))
-    assert found == pytest.approx(expected, abs=2e-5)
+    assert found == pytest.approx(expected, abs=5e-6)
     assert len({round(value, 2) for value in found}) == 4
     assert [row["text"] for row in made] == [row["text"] for row in rows(run(tmp_path / "plain", loaded))]
 
 
 REFLECTING = EngineShape(tokens=512, leaves=4, rows=2)
-ONE_EACH = Loaded([*mixed().questions[:2], *mixed().questions[2:5], Question("t/3", None, "Say.", "t/3")], shown)
+ONE_EACH = Loaded(mixed().questions[:5], shown)
+"""One question a picture, and one about none: by hand and through the tree the programs are the same."""
 
 
 @pytest.fixture
@@ -302,7 +303,7 @@ def test_reflecting_goes_on_after_any_stop(tmp_path, short_rationales, asked):
     batches = list(asked)
     asked.clear()
     kept = stopped(tmp_path / "cut", ONE_EACH, ask=ask, engine=engine(REFLECTING))
-    assert len(kept) >= 3 + len(batches)
+    assert len(kept) == 3 + len(batches)
     assert same(tmp_path / "cut", tmp_path / "whole")
     assert asked == batches, "a batch was asked twice, or left out"
 
@@ -350,27 +351,24 @@ class Stop(Exception):
 
 
 def stopped(out, *args, **more):
-    """Stops at every report of progress that a run makes, each time one further on; then runs to the end.
+    """Stops at every report of progress that is new, then runs to the end.
 
     Returns:
         What was raised, with all that hangs on it, as a debugger would keep it.
     """
-    raised = []
-    for wanted in itertools.count(1):
-        seen = 0
+    raised, known = [], set()
 
-        def stop(stage, done, total, wanted=wanted):
-            nonlocal seen
-            seen += 1
-            if seen == wanted:
-                raise Stop
+    def stop(*said):
+        if said not in known:
+            known.add(said)
+            raise Stop
 
+    while True:
         try:
             run(out, *args, progress=stop, **more)
             return raised
         except Stop as error:
             raised.append(error)
-    raise AssertionError
 
 
 def test_a_run_that_was_stopped_anywhere_goes_on(whole, tmp_path, asked):
@@ -402,7 +400,7 @@ def test_a_run_that_was_stopped_anywhere_goes_on(whole, tmp_path, asked):
 
 def test_stopped_at_every_report(whole, tmp_path, asked):
     kept = stopped(tmp_path / "cut")
-    assert len(kept) > 4
+    assert len(kept) == 1 + len(asked)
     assert same(tmp_path / "cut", whole)
     gc.collect()
     assert jax.sharding.get_mesh().empty, "a stopped run leaves its mesh behind"
@@ -460,7 +458,7 @@ OTHERS = {
     "contrast": (lambda: {"ask": Ask(Decoding(LONGEST, against="image"))}, "decoding"),
     "shorter": (lambda: {"ask": Ask(Decoding(5))}, "decoding, new_tokens"),
     "reflect": (lambda: {"ask": Ask(Decoding(LONGEST), reflect=True), "loaded": ONE_EACH}, "reflect"),
-    "template": (lambda: {"engine": Engine(model(), processor().using("v1"), SHAPE)}, "template"),
+    "template": (lambda: {"engine": Engine(model(), processor().using("plain"), SHAPE)}, "template"),
     "rows": (lambda: {"engine": engine(EngineShape(tokens=192, leaves=4, rows=3))}, "shape"),
 }
 
@@ -481,9 +479,10 @@ def test_another_runs_folder_is_refused_by_name(begun, asked, kind):
 
 
 def test_a_broken_record_is_named(begun):
-    (begun / "run.json").write_text('{"benchmark": ')
-    with pytest.raises(UserError, match=r"run\.json: is broken"):
-        run(begun)
+    for content in ('{"benchmark": ', "[]", ""):
+        (begun / "run.json").write_text(content)
+        with pytest.raises(UserError, match=r"run\.json: is broken"):
+            run(begun)
 
 
 def test_answers_without_their_record_are_nobodys(begun, tmp_path, asked):
@@ -682,18 +681,17 @@ def killed(out, kills, seed, *words, processes=1):
     return left
 
 
-def test_kills_change_nothing(tmp_path):
+def test_a_kill_changes_nothing(tmp_path):
     run(tmp_path / "whole", many(PICTURES))
-    left = killed(tmp_path / "cut", 2, 7)
-    assert left == sorted(left)
+    killed(tmp_path / "cut", 1, 7)
     assert same(tmp_path / "cut", tmp_path / "whole")
 
 
 @pytest.mark.slow
 def test_twelve_kills_change_nothing(tmp_path):
     run(tmp_path / "whole", many(PICTURES))
-    for seed, kills in enumerate((4, 4, 4)):
-        killed(tmp_path / f"cut{seed}", kills, seed)
+    for seed in range(3):
+        killed(tmp_path / f"cut{seed}", 4, seed)
         assert same(tmp_path / f"cut{seed}", tmp_path / "whole")
 
 
@@ -711,7 +709,7 @@ def test_two_processes_answer_as_one(tmp_path, kind):
     end(start(tmp_path / "one", "--kind", kind), tmp_path / "one")
     end(start(tmp_path / "two", "--kind", kind, "--mesh", 2, processes=2), tmp_path / "two")
     assert alike(tmp_path / "two", tmp_path / "one")
-    assert [path.name for path in tmp_path.glob("two/*")] and not list(tmp_path.glob("two/.*.part"))
+    assert not list(tmp_path.glob("two/.*.part"))
 
 
 @pytest.mark.slow
@@ -771,7 +769,7 @@ def _memory(out, count):
     def look(stage, done, total):
         ahead.append(seen - done // 10)
 
-    asked = [Question(n, f"{n // 10}.png", f"Is it {n}?", f"{n // 10}.png") for n in range(count)]
+    asked = [Question(n, f"{n // 10}.png", f"Is it {n:06}?", f"{n // 10}.png") for n in range(count)]
     made = Engine(model(), processor(), EngineShape(tokens=512, leaves=32, rows=16))
     ask = Ask(Decoding(2))
     path = predict(made, Made(), Loaded(asked, read), out, ask, model="tiny", identity={}, progress=look)

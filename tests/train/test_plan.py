@@ -356,8 +356,27 @@ def test_search_takes_the_fastest_that_fits():
     found = search.fit(CONFIG, tiny.recipe(), CPUS, model="tiny", most_rows=8, tried=tried.append, **here)
     assert found.fits
     assert found.compiled
-    assert tried[-1] == found
+    assert found in tried
+    assert search.seconds_per_row(found) == min(search.seconds_per_row(plan) for plan in tried if plan.fits)
     assert {math.prod(plan.mesh.values()) for plan in tried} == {4}
+
+
+def test_search_goes_on_where_the_compiler_keeps_less_than_the_formula_promised(monkeypatch):
+    """Tensor parallelism looks best by the formula, and compiled takes three times as long."""
+    honest = make_plan
+
+    def told(config, recipe, topology, mesh, *, compiled=True, **options):
+        plan = honest(config, recipe, topology, mesh, compiled=False, **{**options, "devices": None})
+        fast = 1.0 if mesh["tensor"] == 4 else 2.0
+        seconds = recipe.rows * (3.0 if compiled and mesh["tensor"] == 4 else fast)
+        return dataclasses.replace(plan, roofline_seconds_per_step=seconds, compiled=compiled)
+
+    monkeypatch.setattr(search, "make_plan", told)
+    tried = []
+    found = search.fit(CONFIG, tiny.recipe(), CPUS, model="t", most_rows=2, tried=tried.append, devices=jax.devices())
+    assert tried[0].mesh["tensor"] == 4
+    assert found.mesh["tensor"] < 4
+    assert len(tried) <= search.MOST_COMPILED
 
 
 def test_search_on_gpus_is_by_formula():
