@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +51,22 @@ def _of(data: Path, name: str) -> Path:
     return data / name if (data / name).is_dir() else data
 
 
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+
+
 def evaluate(options: options.Eval) -> None:
     """Predicts and scores.
 
     Raises:
         UserError: something that the user must mend.
     """
+    import jax
+
     from reverie_jax.cli import parse_dtype, parse_mesh
     from reverie_jax.eval import predict as inference
     from reverie_jax.eval.decode import Decoding
@@ -67,6 +78,11 @@ def evaluate(options: options.Eval) -> None:
 
     if options.against not in ("", "image", "instruction"):
         raise UserError(f"--against {options.against}: must be image or instruction")
+    for word in ("rows", "leaves", "row_tokens", "new_tokens", "limit"):
+        if (value := getattr(options, word)) is not None and value < 1:
+            raise UserError(f"--{word.replace('_', '-')} {value}: must be at least 1")
+    if not 0 <= options.noise <= 1000:
+        raise UserError(f"--noise {options.noise}: must be 0 to 1000")
     found = [
         (one, load(one, data, options.images), out)
         for one, data, out in places(options.benchmark, options.data, options.out)
@@ -78,7 +94,8 @@ def evaluate(options: options.Eval) -> None:
     if options.dump_prompts is not None:
         encoder = load_processor(path, base=base).using(options.template).encoder
         asked = [question for _, loaded, _ in found for question in loaded.questions[: options.limit]]
-        inference.dump_prompts(encoder, asked, options.dump_prompts)
+        with _writing(options.dump_prompts):
+            inference.dump_prompts(encoder, asked, options.dump_prompts)
         print(f"{len(asked)} prompts: {options.dump_prompts}")
         return
     join(options.distributed)
@@ -109,6 +126,8 @@ def evaluate(options: options.Eval) -> None:
         name = Path(options.adapter or path).name
         with _Bars(console, one.name, loaded, ask) as tell:
             predictions = inference.predict(engine, one, loaded, out, ask, model=name, identity=weights, progress=tell)
+        if jax.process_index():
+            continue  # the first process has the file, and scores it
         if options.limit is not None:
             print(f"{predictions}: {len(ask.questions(loaded))} of {len(loaded.questions)} answers, not scored")
             continue
@@ -119,7 +138,8 @@ def evaluate(options: options.Eval) -> None:
             )
             continue
         result = scoring.score(one, loaded, predictions, rule)
-        scoring.write_score(result, out / SCORES)
+        with _writing(out / SCORES):
+            scoring.write_score(result, out / SCORES)
         Console().print(table(result))
 
 
@@ -190,6 +210,8 @@ def score(options: options.Score) -> None:
     rules: Sequence[str | None] = [options.rule]
     if options.rule == "all":
         rules = [rule for rule in one.rules if rule not in one.judged or options.replies is not None]
+        if not rules:
+            raise UserError(f"--rule all: {one.name}'s rules all need a judge's replies; name the file with --replies")
     results = [by(rule, options.predictions) for rule in rules]
     shown = results[0].json()
     if len(results) > 1:
@@ -197,9 +219,16 @@ def score(options: options.Score) -> None:
     if options.against is not None:
         shown["against"] = scoring.compare(results[0], by(rules[0], options.against))
     if options.items is not None:
-        results[0].write_items(options.items)
+        with _writing(options.items):
+            results[0].write_items(options.items)
     if options.export is not None:
-        made = one.export(loaded, results[0].answers, options.export)
+        try:
+            with _writing(options.export):
+                made = one.export(loaded, results[0].answers, options.export)
+        except KeyError as error:
+            if not results[0].missing:
+                raise
+            raise UserError(f"--export: {one.name}'s file needs every answer, and {error} has none") from None
         if not made:
             raise UserError(f"--export: {one.name} has no server and no script that takes a file")
     if options.json:

@@ -19,7 +19,10 @@ COMMANDS = [
     *DATA,
     "plan",
     "train",
-    "evaluate",
+    "eval",
+    "score",
+    "judge",
+    "report",
     "ask",
     "recipes",
     "scenes",
@@ -74,7 +77,9 @@ def test_help_names_what_there_is(reverie, command):
     assert out.startswith(f"usage: reverie {command}".rstrip())
     assert "None" not in out.replace("{None}", "").replace("(default: None)", "")
     if command == "":
-        assert all(name in out for name in ("demo", "data", "train", "evaluate", "ask", "recipes", "scenes"))
+        assert all(
+            name in out for name in ("demo", "data", "train", "eval", "score", "judge", "ask", "recipes", "scenes")
+        )
 
 
 def test_recipes_are_listed_and_printed(reverie):
@@ -95,7 +100,8 @@ def test_wrong_paths(reverie, tmp_path):
         reverie("train", "scenes-responses", "--data", gone, "--out", tmp_path / "run"), gone, "reverie data build"
     )
     assert refused(reverie("data", "build", gone, "--out", tmp_path / "out"), gone)
-    assert refused(reverie("evaluate", gone, "--out", tmp_path / "e"), gone)
+    scenes = ("--benchmark", "scenes", "--data", gone, "--out", tmp_path / "e")
+    assert refused(reverie("eval", "scenes-base", *scenes), gone)
     assert refused(reverie("ask", gone, "What is it?"), gone)
     assert refused(reverie("demo", "--out", tmp_path / "demo", "--base", gone), gone)
     assert not (tmp_path / "run").exists()
@@ -139,7 +145,7 @@ def test_ask_answers_each_question(reverie, training_set):
     assert lines[3].strip().lower().startswith(("yes", "no"))
 
 
-def test_build_train_evaluate(reverie, training_set, tmp_path):
+def test_build_train_eval_score(reverie, training_set, tmp_path):
     """The commands hand over to one another through files."""
     code, out, _ = reverie("data", "build", training_set / "reverie.json", "--out", tmp_path / "records")
     assert code == 0
@@ -151,13 +157,19 @@ def test_build_train_evaluate(reverie, training_set, tmp_path):
     assert out.startswith("2 steps")
     code, out, _ = reverie("scenes", "render", tmp_path / "test", "--questions", "pope", "--count", 3)
     assert code == 0
-    code, out, _ = reverie("evaluate", tmp_path / "test", "--out", tmp_path / "scores", "--adapter", run)
+    scores = tmp_path / "scores"
+    asked = ("--benchmark", "scenes", "--data", tmp_path / "test", "--out", scores)
+    code, out, _ = reverie("eval", "scenes-base", *asked, "--adapter", run)
     assert code == 0
-    assert "POPE mean F1" in out
-    first = json.loads((tmp_path / "scores" / "scores.json").read_text())
-    assert 0 <= first["pope"]["mean"]["f1"] <= 1
-    assert reverie("evaluate", tmp_path / "test", "--out", tmp_path / "scores", "--score-only")[0] == 0
-    assert json.loads((tmp_path / "scores" / "scores.json").read_text()) == first
+    assert "scenes by the rule official" in out
+    first = json.loads((scores / "scores.json").read_text())
+    assert 0 <= first["metrics"]["pope/f1"] <= 1
+    assert first["protocol"]["run/model"] == "run"
+    answers = ("--predictions", scores / "predictions.jsonl", "--annotations", tmp_path / "test")
+    code, out, _ = reverie("score", "scenes", *answers, "--json")
+    assert code == 0
+    assert json.loads(out) == first
+    assert refused(reverie("eval", "scenes-base", *asked), scores, "another run", "model, identity")
     assert refused(reverie("ask", training_set / "pictures" / "000000.png", "?", "--adapter", tmp_path), tmp_path)
 
 

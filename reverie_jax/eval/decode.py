@@ -90,7 +90,10 @@ def prefill(
         The scores of each leaf's first token, and the stream to extend.
     """
     shown = batch.pixels if pixels is None else pixels
-    hidden, prefix = model.prefill(batch.tokens, batch.positions, batch.ends, batch.features, shown)
+    # `model.prefill` in its parts: that takes pictures alone, and noise is on what the tower has seen already.
+    embedded = model.embed(batch.tokens, batch.features, shown)
+    hidden, prefix = model.decoder(embedded, batch.positions, batch.ends, keep_kv=True, remat="none")
+    assert prefix is not None
     at_leaf = jnp.take_along_axis(hidden, batch.leaves[:, :, None], axis=1)
     depth = jnp.take_along_axis(batch.positions, batch.leaves, axis=1) + 1
     layers, rows, _, heads, width = prefix.k.shape

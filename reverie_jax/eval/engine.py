@@ -232,7 +232,8 @@ class Engine:
         wanted = [number for picture in pictures for number, _ in picture.questions]
         if len(set(wanted)) != len(wanted):
             raise ValueError("two questions carry the same number; answers could not be told apart")
-        once, same = _once(pictures)
+        # A question that is drawn for twice may have two answers.
+        once, same = (pictures, {}) if how.temperature else _once(pictures)
         room = max(1, _SUFFIXES // (how.new_tokens * how.beams))
         limit = dataclasses.replace(self.shape, leaves=min(self.shape.leaves, room))
         spread = self.mesh.shape["data"] * self.mesh.shape["fsdp"]

@@ -86,10 +86,11 @@ def beside_published(runs: Sequence[Run], names: Sequence[str]) -> dict[str, Any
         there = {m for run in runs if run.name in fits for m in run.parts[name].scores["metrics"]}
         for metric in dict.fromkeys(score.metric for score in found if score.metric in there):
             row = row_of([run for run in runs if run.name in fits], name, metric)
-            models = {score.model: score for score in found if score.metric == metric}
-            columns.append({"benchmark": name, "models": models, **row, "cells": {c["run"]: c for c in row["cells"]}})
+            others = {score.model: score for score in found if score.metric == metric}
+            columns.append({"benchmark": name, "models": others, **row, "cells": {c["run"]: c for c in row["cells"]}})
     rows = {model for column in columns for model in column["models"]}
     models = list(dict.fromkeys(score.model for score in published.SCORES if score.model in rows))
     used = list(dict.fromkeys(score.source for column in columns for score in column["models"].values()))
     sources = [(key, *published.SOURCES[key]) for key in published.SOURCES if key in used]
-    return {"columns": columns, "models": models, "sources": sources, "apart": apart}
+    here = {run for column in columns for run in column["cells"]}
+    return {"columns": columns, "runs": here, "models": models, "sources": sources, "apart": apart}

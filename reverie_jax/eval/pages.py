@@ -6,6 +6,7 @@ It says what was measured; no sentence is ahead of the numbers. Without the benc
 from __future__ import annotations
 
 import datetime
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ COLOURS = ("#8a8f98", "#3b7dd8", "#c2571a", "#2a9d6f", "#a05bc4", "#b8901c", "#d
 MAIN = 6
 """Metrics beneath a headline in the table of scores; the section of the benchmark has all."""
 
+_DIGEST = re.compile(r"\b([0-9a-f]{8})[0-9a-f]{8,}\b")
 _OUTCOMES = ("calibration/", "yes/", "run/model", "run/identity", "judge/answers", "judge/date")
 _COUNTED = ("not inferred", "replies of a judge", "unread_replies")
 """Parts of a protocol that are a run's own, and no way in which it was measured."""
@@ -96,14 +98,16 @@ def _measured(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
 
     def of(key: str) -> list[str]:
         values = [[part.scores["protocol"].get(f"run/{key}") for part in run.parts.values()] for run in runs]
-        return ["; ".join(dict.fromkeys(_plain(value) for value in row if value is not None)) for row in values]
+        # Digests are told apart by their beginnings; the protocol below has them whole.
+        short = [[_DIGEST.sub(r"\1", _plain(value)) for value in row if value is not None] for row in values]
+        return ["; ".join(dict.fromkeys(row)) for row in short]
 
     def each(value: Any) -> list[str]:
         return ["; ".join(dict.fromkeys(value(part) for part in run.parts.values())) for run in runs]
 
     rows = [
         ("model", of("model")),
-        ("weights (digests)", of("identity")),
+        ("weights", of("identity")),
         ("template", of("template")),
         ("picture", of("aspect")),
         ("decoding", each(lambda part: _decoding(part.scores["protocol"]))),
@@ -126,7 +130,7 @@ def _decoding(protocol: Mapping[str, Any]) -> str:
             f"drawn at temperature {how['temperature']:g}, top-p {how.get('top_p', 1):g}, seed {how.get('seed')}"
         )
     if how.get("against"):
-        words.append(f"contrasted with {how['against']} (alpha {how.get('alpha')}, beta {how.get('beta')})")
+        words.append(f"contrasted by {how['against']} (alpha {how.get('alpha')}, beta {how.get('beta')})")
     if protocol.get("run/reflect"):
         words.append("the second answer, behind a rationale")
     return ", ".join(words if words else ["greedy"])
@@ -211,7 +215,7 @@ def _section(runs: Sequence[Run], name: str, again: Again | None, shown: int) ->
     """A benchmark's own section: categories, yes and no, rules, unread answers, pictures."""
     whole, groups = grouped(metrics_of(runs, name))
     headline = whole[0].rpartition("/")[2]
-    tables = []
+    tables: list[dict[str, Any]] = []
     for what in dict.fromkeys(what for group in groups.values() for what in group):
         rows = [{"name": group, **row_of(runs, name, here[what])} for group, here in groups.items() if what in here]
         tables.append({"what": what, "rows": rows})

@@ -45,8 +45,8 @@ class Score:
     answers: Mapping[str, str]
 
     def json(self) -> dict[str, Any]:
-        found = dataclasses.asdict(dataclasses.replace(self, scored=None, answers={}))  # type: ignore[arg-type]
-        del found["scored"], found["answers"]
+        kept = [field.name for field in dataclasses.fields(self) if field.name not in ("scored", "answers")]
+        found = {name: getattr(self, name) for name in kept}
         found["metrics"] = {name: _round(value) for name, value in self.metrics.items()}
         found["intervals"] = {name: [_round(low), _round(high)] for name, (low, high) in self.intervals.items()}
         return found

@@ -45,12 +45,12 @@ def seconds_per_row(plan: Plan) -> float:
 
 
 def _order(plan: Plan) -> tuple[float, bool, int]:
-    """Fastest first; of equally fast ones those whose bound is compute by far, and of them the smallest: more of the memory
-    is left.
+    """Fastest first, to three digits; of equally fast ones those whose bound is compute by far; of them the smallest, which
+    leaves most of the memory.
     """
     parts = plan.roofline
     hidden = parts["memory"] + parts["links"] <= HIDDEN * parts["compute"]
-    return round(seconds_per_row(plan), 6), not hidden, plan.peak_bytes_per_chip
+    return float(f"{seconds_per_row(plan):.2e}"), not hidden, plan.peak_bytes_per_chip
 
 
 def fit(

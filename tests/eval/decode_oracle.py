@@ -69,6 +69,8 @@ def theirs(seed: int) -> LlavaForConditionalGeneration:
     with torch.no_grad():
         model.lm_head.weight *= 2.5
         model.lm_head.weight[[END, OTHER_END]] *= 1.7
+        # A picture's placeholder in an answer: transformers would look for its picture when it runs everything again.
+        model.lm_head.weight[oracle.IMAGE] = 0
     return model
 
 
@@ -100,10 +102,16 @@ def seen(encoded: bytes) -> torch.Tensor:
 
 
 def generated(
-    seed: int, picture: Picture, talk: Conversation, new_tokens: int, ends: Sequence[int] = (END,), **options: Any
+    seed: int,
+    picture: Picture,
+    talk: Conversation,
+    new_tokens: int,
+    processor: Processor = PROCESSOR,
+    **options: Any,
 ) -> list[int]:
     """What transformers' `generate` says to one conversation, without what ends it."""
-    ids = torch.tensor(PROCESSOR.encoder(talk).ids, dtype=torch.long)[None]
+    ids = torch.tensor(processor.encoder(talk).ids, dtype=torch.long)[None]
+    ends = processor.encoder.stop_ids
     shown = {"pixel_values": seen(picture.read())} if picture.encoded else {}
     with torch.no_grad():
         out = theirs(seed).generate(
@@ -145,9 +153,7 @@ def contrasted(plain: np.ndarray, against: np.ndarray, alpha: float, beta: float
     return np.where(probability >= beta * probability.max(), np.log(mixed / mixed.sum()), -np.inf)
 
 
-def stepwise(
-    step: Callable[[list[int]], np.ndarray], new_tokens: int, ends: Sequence[int] = (END,), tie: float = TIE
-) -> list[int]:
+def stepwise(step: Callable[[list[int]], np.ndarray], new_tokens: int) -> list[int]:
     """Greedy by running everything again for each token.
 
     Args:
@@ -157,9 +163,9 @@ def stepwise(
     while len(answer) < new_tokens:
         found = step(answer)
         best = np.sort(found)[-2:]
-        assert best[1] - best[0] > tie, "near a tie: take another seed"
+        assert best[1] - best[0] > TIE, "near a tie: take another seed"
         token = int(found.argmax())
-        if token in ends:
+        if token == END:
             break
         answer.append(token)
     return answer

@@ -357,7 +357,8 @@ def test_search_takes_the_fastest_that_fits():
     assert found.fits
     assert found.compiled
     assert found in tried
-    assert search.seconds_per_row(found) == min(search.seconds_per_row(plan) for plan in tried if plan.fits)
+    fastest = min(search.seconds_per_row(plan) for plan in tried if plan.fits)
+    assert search.seconds_per_row(found) == pytest.approx(fastest, rel=0.01)
     assert {math.prod(plan.mesh.values()) for plan in tried} == {4}
 
 
@@ -389,7 +390,7 @@ def test_search_on_gpus_is_by_formula():
         *((rows, 2) for rows in (2, 4, 8, 16)),
         *((rows, 4) for rows in (1, 2, 4, 8, 16)),
     }
-    assert search.seconds_per_row(found) == min(map(search.seconds_per_row, tried))
+    assert search.seconds_per_row(found) == pytest.approx(min(map(search.seconds_per_row, tried)), rel=0.01)
 
 
 def test_search_without_success(monkeypatch):
