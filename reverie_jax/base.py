@@ -41,7 +41,7 @@ Made by `reverie scenes pretrain` in {seconds:,.0f} seconds. Format: llava-hf sa
 | never seen | rationales, validation and test scenes (no scene graph is in two splits) |
 | last loss | tower {tower_loss:.3f}, language {language_loss:.3f} |
 
-Scores on {test} held-out scenes that break the prior (`reverie eval --benchmark scenes`, 95 % interval of a bootstrap over pictures):
+Scores on {test} held-out scenes that break the prior (`reverie eval`, 95 % interval of a bootstrap over pictures):
 
 | | |
 |---|---|

@@ -158,7 +158,8 @@ def _yes_no(predictions: Path, benchmark: Benchmark, loaded: Loaded, scored: Sco
         if isinstance(chance, float | int) and (key := benchmark.key(row, loaded)) in truth:
             chances[str(key)] = float(chance)
 
-    files.made(predictions, "answer", take)
+    if files.by_id(predictions) is None:  # texts by id say no more than that
+        files.made(predictions, "answer", take)
     if not chances:
         return found
     chance = np.asarray(list(chances.values()))

@@ -17,6 +17,8 @@ from reverie_jax.errors import UserError
 from reverie_jax.eval import gallery, page_answers, page_tables, pages, published, score
 from reverie_jax.eval.benchmarks import NAMES, benchmark
 from reverie_jax.eval.benchmarks.interface import Question, Reading
+from tests.eval.benchmarks import makers as make
+from tests.eval.benchmarks import makers_free as make_free
 
 IMAGES = [f"{number}.png" for number in range(8)]
 EVIL = "<script>alert('x')</script> & \"quoted\" {{ 7 * 7 }}"
@@ -262,6 +264,52 @@ def test_several_benchmarks_and_answers_without_a_score(data, tmp_path):
     page = pages.render([run], data=data, images=None, shown=1)
     assert "answers without a score" in page
     assert "mm-vet" in page
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory) -> Path:
+    """Official files of five benchmarks, by their names."""
+    home = tmp_path_factory.mktemp("many")
+    asked = {"cat.jpg": [("Is it a cat?", "Yes"), ("Is it a dog?", "No")]}
+    make.mme(home / "mme", {"existence": asked, "count": {"two.jpg": asked["cat.jpg"]}, "OCR": asked})
+    rows = make.rotations(1, "What is it?", ["cat", "dog"], "A") + make.rotations(
+        2, "Where is it?", ["left", "right"], "B", category="spatial_relationship"
+    )
+    make.mmbench(home / "mmbench" / "mmbench_dev_20230712.tsv", rows)
+    problems = {
+        "5": make.problem("Which?", ["iron", "ice"], 1),
+        "6": make.problem("Who?", ["he", "she"], 0, image=None),
+    }
+    make.scienceqa(home / "scienceqa", problems)
+    make.seed(home / "seed", [make.seed_question("7", 1, "B"), make.seed_question("8", 2, "A")])
+    (home / "amber" / "query").mkdir(parents=True)
+    kinds = [("discriminative-hallucination", "no"), ("discriminative-relation", "yes")]
+    make_free.amber(home / "amber", [], kinds)
+    return home
+
+
+@pytest.mark.parametrize("judged", [False, True])
+def test_every_kind_of_benchmark_has_its_place(many, tmp_path, judged):
+    for run, text in (("one", "A"), ("two", "Yes")):
+        for place in sorted(many.iterdir()):
+            one = benchmark(place.name)
+            loaded = one.load(place)
+            folder = tmp_path / run / place.name
+            folder.mkdir(parents=True)
+            rows = [{"question_id": q.id, "prompt": q.text, "text": text} for q in loaded.questions]
+            (folder / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+            found = score.score(one, loaded, folder / "predictions.jsonl", draws=20)
+            score.write_score(found, folder / "scores.json")
+            if judged and place.name == "mmbench":
+                stored = json.loads((folder / "scores.json").read_text())
+                (folder / "scores.json").write_text(json.dumps(stored | {"rule": sorted(one.judged)[0]}))
+    page = rendered([tmp_path / "one", tmp_path / "two"], many)
+    parsed(page)
+    for part in ("mme · perception", "mmbench · accuracy", "scienceqa · img_accuracy", "seed · accuracy", "amber · F1"):
+        assert part in page
+    assert "one right, two wrong" in page
+    assert "Truth: A. cat" in page or judged
+    assert ("needs a judge" in page) == judged
 
 
 def test_a_name_may_be_left_out_and_a_folder_may_hold_the_sign(data, tmp_path):

@@ -762,7 +762,7 @@ def _memory(out, count):
     """Ten questions a picture, over four tiny files; tells the peak of the resident memory in megabytes."""
     encoded = [shown(f"{n}.png") for n in range(4)]
     opened, ahead = itertools.count(), []
-    seen = last = 0
+    seen, last = 0, 0.0
 
     def read(name):
         nonlocal seen
@@ -781,9 +781,8 @@ def _memory(out, count):
     with path.open() as file:
         answers = sum(1 for _ in file)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    told = {"answers": answers, "opened": seen, "alive": _Held.most, "ahead": max(ahead), "peak": round(peak)} | {
-        "last": round(last)
-    }
+    told = {"answers": answers, "opened": seen, "alive": _Held.most, "ahead": max(ahead)}
+    told |= {"peak": round(peak), "last": round(last)}
     print(json.dumps(told))
 
 

@@ -167,7 +167,7 @@ def read_answers(path: Path, benchmark: Benchmark, loaded: Loaded, *, partial: b
             raise BenchmarkError(f"{path}: question {key} is {said!r} there and {ours!r} here; {_VERSION}")
         answers[key] = text
 
-    whole = _by_id(path)
+    whole = by_id(path)
     if whole is None:
         made(path, "answer", take)
     else:
@@ -182,7 +182,7 @@ def read_answers(path: Path, benchmark: Benchmark, loaded: Loaded, *, partial: b
     return answers
 
 
-def _by_id(path: Path) -> dict[str, str] | None:
+def by_id(path: Path) -> dict[str, str] | None:
     """The content of a file that is one object of texts by id (MM-Vet's form); None where it is another."""
     try:
         with path.open(encoding="utf-8") as file:
