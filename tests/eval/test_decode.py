@@ -117,6 +117,7 @@ def test_beams_on_a_mesh():
     assert answers == beams_of_transformers(4, how)
 
 
+@pytest.mark.slow
 def test_a_beam_of_one_token():
     how = Decoding(1, beams=3)
     assert says(2, how) == beams_of_transformers(2, how)
@@ -143,10 +144,17 @@ def test_greedy_is_transformers(usual):
 
 @pytest.mark.parametrize("axes", [(4, 1, 1), (2, 2, 1), (1, 2, 2)])
 def test_greedy_on_a_mesh(axes):
-    shape = EngineShape(rows=4)
-    assert len(shapes(shape, make_mesh(*axes))) == 2
     for seed in (2, 4):
-        assert says(seed, Decoding(NEW_TOKENS), MANY, shape, mesh=make_mesh(*axes)) == greedy(seed)
+        answers = says(seed, Decoding(NEW_TOKENS), shape=EngineShape(rows=4), mesh=make_mesh(*axes))
+        assert answers == greedy_of_few(seed)
+
+
+@pytest.mark.slow
+def test_two_shapes_on_a_mesh():
+    mesh, shape = make_mesh(2, 2, 1), EngineShape(rows=4)
+    assert len(shapes(shape, mesh)) == 2
+    for seed in (2, 4):
+        assert says(seed, Decoding(NEW_TOKENS), MANY, shape, mesh=mesh, usual=3) == greedy(seed)
 
 
 def test_two_tokens_end_answers():
@@ -182,27 +190,31 @@ def test_sampling_has_greedy_as_its_limit(limit):
 
 
 DRAW = Decoding(NEW_TOKENS, temperature=1.0, top_p=0.9, seed=7)
+OFTEN = [*PICTURES, Picture("a again", png(0), [(n, ask("is it?")) for n in range(50, 57)])]
 
 
 def test_draws_depend_on_the_seed_and_the_question_alone():
-    expected = says(0, DRAW)
-    assert says(0, DRAW) == expected
-    assert sum(text != greedy(0)[n] for n, text in expected.items()) > 5
-    backwards = [dataclasses.replace(p, questions=p.questions[::-1]) for p in reversed(PICTURES)]
-    assert says(0, DRAW, backwards, EngineShape(rows=3, leaves=2)) == expected
-    fewer = [dataclasses.replace(p, questions=p.questions[1:]) for p in PICTURES[:2]]
-    assert says(0, DRAW, fewer).items() <= expected.items()
-    assert says(0, DRAW, shape=EngineShape(rows=4), mesh=make_mesh(2, 2, 1)) == expected
-    assert says(0, DRAW, usual=3) == expected
-    others = says(0, dataclasses.replace(DRAW, seed=8))
-    assert sum(others[n] != text for n, text in expected.items()) > 7
+    expected = says(0, DRAW, OFTEN)
+    assert sum(text != greedy(0)[n] for n, text in expected.items() if n in greedy(0)) > 5
+    # Other company, another order, other rows, on several devices.
+    backwards = [dataclasses.replace(p, questions=p.questions[:0:-1]) for p in reversed(PICTURES)]
+    fewer = says(0, DRAW, backwards, EngineShape(rows=4, leaves=2), mesh=make_mesh(2, 2, 1))
+    assert len(fewer) == 6
+    assert fewer.items() <= expected.items()
+    others = says(0, dataclasses.replace(DRAW, seed=8), OFTEN)
+    assert sum(others[n] != text for n, text in expected.items()) > 14
 
 
 def test_a_question_asked_many_times_is_drawn_many_times():
-    often = [Picture("a", png(0), [(n, ask("is it?")) for n in range(8)])]
-    answers = says(0, DRAW, often)
-    assert len(set(answers.values())) > 5
-    assert answers[0] == says(0, DRAW)[0]
+    answers = says(0, DRAW, OFTEN)
+    assert len({answers[n] for n in range(50, 57)}) > 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [DRAW, dataclasses.replace(DRAW, against="image")], ids=["plain", "contrasted"])
+def test_draws_decoded_a_second_time_are_the_same(how):
+    assert says(0, how, usual=3) == says(0, how)
+    assert says(0, how) == says(0, how)
 
 
 DRAWS = 8192
@@ -311,7 +323,7 @@ def test_contrast_with_no_cut():
     [
         Decoding(NEW_TOKENS, against="image", alpha=0.0),
         Decoding(NEW_TOKENS, against="image", noise=0),
-        Decoding(NEW_TOKENS, against="instruction", alpha=0.0),
+        pytest.param(Decoding(NEW_TOKENS, against="instruction", alpha=0.0), marks=pytest.mark.slow),
     ],
     ids=["image, alpha 0", "image, no noise", "instruction, alpha 0"],
 )
@@ -332,6 +344,9 @@ def test_noise_by_its_schedule(steps):
     found = decode.noisy(jnp.asarray(pixels), steps, 5)
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, kept**0.5 * shown + (1 - kept) ** 0.5 * noise, rtol=0, atol=2e-4)
+
+
+VCD = Decoding(NEW_TOKENS, against="image", seed=3, track=(22, 0))
 
 
 def contrasted(seed, plain, against, how):
@@ -374,7 +389,7 @@ def against_instruction(seed, how):
 @pytest.mark.parametrize(
     ("how", "brute"),
     [
-        (Decoding(NEW_TOKENS, against="image", seed=3), against_noise),
+        (VCD, against_noise),
         pytest.param(
             Decoding(NEW_TOKENS, against="image", alpha=0.5, beta=0.3, noise=900),
             against_noise,
@@ -400,9 +415,9 @@ def test_contrasted_answers_step_by_step(how, brute):
     "how",
     [
         Decoding(1, track=(9, 22, END)),
-        Decoding(1, track=(22,), against="image"),
-        Decoding(1, track=(60, 0), temperature=2.0),
-        Decoding(1, track=(3, 22), beams=2),
+        VCD,
+        pytest.param(Decoding(1, track=(60, 0), temperature=2.0), marks=pytest.mark.slow),
+        pytest.param(Decoding(1, track=(3, 22), beams=2), marks=pytest.mark.slow),
     ],
     ids=["greedy", "against noise", "drawn", "beams"],
 )
@@ -424,18 +439,17 @@ PROCESSOR = tiny.processor()
 WORDS = ["is it red?", "is it", "a", "b?", "what is there to see?", "is it red? " * 4, "why " * 15, "z" * 90]
 
 
-@st.composite
-def pictures(draw):
-    made, numbers = [], itertools.count(draw(st.integers(0, 5)))
-    words = st.sampled_from(WORDS)
-    for n in range(draw(st.integers(0, 14))):
-        shown = draw(st.booleans())
-        talks = []
-        for text in draw(st.lists(words, max_size=7)):
-            more = [("yes", draw(words))] if draw(st.integers(0, 3)) == 0 else []
-            talks.append((next(numbers), ask(text, *more, shown=shown)))
-        made.append(Picture(f"p{n}", b"bytes" if shown else b"", talks))
-    return made
+def made(sketch):
+    """Pictures, from (whether one is shown, the questions about it, each with what is asked behind its answer)."""
+    numbers = itertools.count(3)
+    return [
+        Picture(
+            f"p{n}",
+            b"bytes" if shown else b"",
+            [(next(numbers), ask(text, *(("yes", more) for more in then), shown=shown)) for text, then in asked],
+        )
+        for n, (shown, asked) in enumerate(sketch)
+    ]
 
 
 def nodes(talks):
@@ -449,14 +463,19 @@ def nodes(talks):
 
 
 @given(
-    pictures(),
-    st.builds(
-        EngineShape, tokens=st.sampled_from([64, 100, 128, 256]), leaves=st.integers(1, 5), rows=st.integers(1, 5)
+    st.lists(
+        st.tuples(
+            st.booleans(),
+            st.lists(st.tuples(st.sampled_from(WORDS), st.lists(st.sampled_from(WORDS[:5]), max_size=1)), max_size=7),
+        ),
+        max_size=14,
     ),
+    st.tuples(st.sampled_from([64, 100, 128, 256]), st.integers(1, 5), st.integers(1, 5)),
     st.sampled_from([1, 2, 4]),
     st.booleans(),
 )
-def test_a_plan_asks_everything_once_and_fits(asked, limit, spread, disturb):
+def test_a_plan_asks_everything_once_and_fits(sketch, limit, spread, disturb):
+    asked, limit = made(sketch), EngineShape(*limit)
     longest = max((len(PROCESSOR.encoder(talk)) for p in asked for _, talk in p.questions), default=0)
     if longest > limit.tokens:
         with pytest.raises(DataError, match="p"):
