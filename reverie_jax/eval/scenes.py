@@ -112,6 +112,8 @@ class Scenes(Benchmark):
         rule: str = OFFICIAL,
         replies: Mapping[str, str] | None = None,
     ) -> Scored:
+        # What was not answered counts as an empty answer.
+        answers = {str(question.id): answers.get(str(question.id), "") for question in loaded.questions}
         counts = count(loaded.known["folder"], answers)
         tables = {"pope": counts.all_pope, "description": counts.description, "rationale": counts.rationale}
         columns, start = {}, 0
@@ -131,7 +133,7 @@ class Scenes(Benchmark):
         }
         readings = []
         for question in loaded.questions:
-            id, text = str(question.id), answers.get(str(question.id), "")
+            id, text = str(question.id), answers[str(question.id)]
             yes = pope.says_yes(text)
             parsed = ("yes" if yes else "no") if id in labels else ""
             right = float(yes == labels[id]) if id in labels else None
