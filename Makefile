@@ -39,6 +39,7 @@ test-gpu: $(VENV)/.test
 
 bench: $(VENV)/.test
 	$(BIN)/python -m benchmarks.tree_step
+	$(BIN)/python -m benchmarks.evaluate --images 40 --peer-images 1
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
