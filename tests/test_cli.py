@@ -75,7 +75,7 @@ def test_help_names_what_there_is(reverie, command):
     assert code == 0
     assert err == ""
     assert out.startswith(f"usage: reverie {command}".rstrip())
-    assert "None" not in out.replace("{None}", "").replace("(default: None)", "")
+    assert "None" not in " ".join(out.split()).replace("{None}", "").replace("(default: None)", "")
     if command == "":
         assert all(
             name in out for name in ("demo", "data", "train", "eval", "score", "judge", "ask", "recipes", "scenes")

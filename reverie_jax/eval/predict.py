@@ -108,16 +108,18 @@ def predict(
     how = ask.decoding
     if benchmark.yes_no and questions:
         opening = conversation(questions[0])
-        how = dataclasses.replace(how, track=tuple(engine.first_token(opening, word) for word in ("Yes", "No")))
+        yes, no = (engine.first_token(opening, word) for word in ("Yes", "No"))
+        # A tokenizer may begin both with the same token, which then says nothing.
+        how = dataclasses.replace(how, track=(yes, no) if yes != no else ())
     record = _record(benchmark, loaded, questions, engine, ask, model, identity)
-    if jax.process_index() == 0:
-        _begin(out, record)
+    _first(lambda: _begin(out, record))
     talks = [conversation(question) for question in questions]
     usual = benchmark.usual_tokens
     caps = [min(how.new_tokens, question.new_tokens or benchmark.new_tokens) for question in questions]
     if not ask.reflect:
         stage = _Stage(engine, loaded, questions, talks, caps, how, usual, "answers", progress)
-        _finish(out, questions, stage.run(out), None, model)
+        answers = stage.run(out)
+        _first(lambda: _finish(out, questions, answers, None, model))
         return out / PREDICTIONS
     first = _Stage(engine, loaded, questions, talks, caps, how, usual, "first", progress).run(out)
     texts = [answer.text for answer in first]
@@ -130,7 +132,7 @@ def predict(
         for talk, reason, question in zip(talks, why, questions, strict=True)
     ]
     last = _Stage(engine, loaded, questions, talks, caps, how, usual, "answers", progress).run(out)
-    _finish(out, questions, last, (first, why), model)
+    _first(lambda: _finish(out, questions, last, (first, why), model))
     return out / PREDICTIONS
 
 
@@ -170,6 +172,26 @@ def _record(
         "reflect": ask.reflect,
         "shape": dataclasses.asdict(engine.shape),
     }
+
+
+def _first(do: Callable[[], None]) -> None:
+    """What the first process does for all. Where it fails, all end: none must wait for one that has left.
+
+    Raises:
+        UserError: what `do` raised; in the other processes, that it did.
+    """
+    error = None
+    if jax.process_index() == 0:
+        try:
+            do()
+        except UserError as raised:
+            error = raised
+    if jax.process_count() > 1:
+        failed = multihost_utils.broadcast_one_to_all(np.asarray(error is not None, np.int32))
+        if failed and error is None:
+            raise UserError("the first process could not go on; it says why")
+    if error is not None:
+        raise error
 
 
 def _begin(out: Path, record: Mapping[str, Any]) -> None:
@@ -279,7 +301,7 @@ class _Lines:
     """The answers so far, a line each, in the order of the batches. The first process's file; the others write none."""
 
     def __init__(self, path: Path):
-        self.path, self.writes = path, jax.process_index() == 0
+        self.path = path
         self.found: list[tuple[int, Answer]] = []
         self._file: Any = None
 
@@ -306,20 +328,25 @@ class _Lines:
             self.found += [(row["number"], Answer(row["text"], tuple(row["tracked"]))) for row in part]
             at, whole = at + len(numbers), whole + 1
         if jax.process_count() > 1:
-            first = int(multihost_utils.broadcast_one_to_all(np.asarray(whole, np.int32)))
-            if whole != first:
+            counts = multihost_utils.process_allgather(np.asarray(whole, np.int32))
+            if np.ptp(counts):
                 raise UserError(f"{self.path}: processes see different answers; the folder must be shared by all hosts")
-        if self.writes:
-            kept = sum(len(line) + 1 for line in lines[:at])
+        _first(lambda: self._open(sum(len(line) + 1 for line in lines[:at])))
+        return whole
+
+    def _open(self, kept: int) -> None:
+        try:
             self._file = self.path.open("r+b" if self.path.exists() else "w+b")
             self._file.truncate(kept)
             self._file.seek(kept)
-        return whole
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written ({error.strerror}); run again to go on") from None
 
     def add(self, found: Mapping[int, Answer]) -> None:
         """Writes a batch's answers."""
-        if not self.writes:
-            return
+        _first(lambda: self._write(found))
+
+    def _write(self, found: Mapping[int, Answer]) -> None:
         rows = [{"number": number, "text": a.text, "tracked": list(a.tracked)} for number, a in found.items()]
         try:
             self._file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
@@ -346,8 +373,6 @@ def _finish(
     model: str,
 ) -> None:
     """The whole file, in one move."""
-    if jax.process_index() != 0:
-        return
     part = out / f".{PREDICTIONS}.part"
     try:
         with part.open("w", encoding="utf-8") as file:

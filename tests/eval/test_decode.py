@@ -23,7 +23,7 @@ from reverie_jax.eval.decode import Decoding
 from reverie_jax.eval.engine import DISTURBING, Engine, EngineShape, plan
 from reverie_jax.models.sharding import make_mesh
 from tests.eval import decode_oracle as oracle
-from tests.eval.decode_oracle import END, NEW_TOKENS, OTHER_END, ask, each, generated, png, stepwise
+from tests.eval.decode_oracle import ALIKE, END, NEW_TOKENS, OTHER_END, ask, each, generated, png, stepwise
 from tests.train import tiny
 
 # Several questions a picture; one that another goes on from; one picture alone; two questions about nothing shown.
@@ -90,9 +90,9 @@ def beams_of_transformers(seed, how, processor=oracle.PROCESSOR):
     ("beams", "penalty", "two_ends", "seeds"),
     [
         (3, 1.0, False, range(8)),
-        (2, 0.3, False, range(8)),
+        (2, 0.3, True, [*range(8), *range(ALIKE, ALIKE + 6)]),
         (4, 2.0, False, range(8)),
-        (3, 1.0, True, range(8)),
+        pytest.param(3, 1.0, True, range(8), marks=pytest.mark.slow),
         pytest.param(2, -1.0, True, range(8), marks=pytest.mark.slow),
         pytest.param(4, 0.0, True, range(8), marks=pytest.mark.slow),
     ],
@@ -105,12 +105,14 @@ def test_beam_search_is_transformers(beams, penalty, two_ends, seeds):
         expected = beams_of_transformers(seed, how, processor)
         assert says(seed, how, processor=processor) == expected
         found.update(len(text.split()) for text in expected.values())
-        differ += sum(text != greedy_of_few(seed)[number] for number, text in expected.items())
+        if seed < ALIKE:
+            differ += sum(text != greedy_of_few(seed)[number] for number, text in expected.items())
     assert found[NEW_TOKENS] > 5, "no answer reaches the longest length"
     assert sum(found.values()) - found[NEW_TOKENS] > 5, "no answer ends"
     assert differ > 10, "beams find what greedy decoding does"
 
 
+@pytest.mark.slow
 def test_beams_on_a_mesh():
     how = Decoding(NEW_TOKENS, beams=3)
     answers = says(4, how, shape=EngineShape(rows=4), mesh=make_mesh(2, 2, 1))
@@ -322,7 +324,7 @@ def test_contrast_with_no_cut():
     "how",
     [
         Decoding(NEW_TOKENS, against="image", alpha=0.0),
-        Decoding(NEW_TOKENS, against="image", noise=0),
+        pytest.param(Decoding(NEW_TOKENS, against="image", noise=0), marks=pytest.mark.slow),
         pytest.param(Decoding(NEW_TOKENS, against="instruction", alpha=0.0), marks=pytest.mark.slow),
     ],
     ids=["image, alpha 0", "image, no noise", "instruction, alpha 0"],
@@ -391,7 +393,7 @@ def against_instruction(seed, how):
     [
         (VCD, against_noise),
         pytest.param(
-            Decoding(NEW_TOKENS, against="image", alpha=0.5, beta=0.3, noise=900),
+            Decoding(NEW_TOKENS, against="image", alpha=0.5, beta=0.2, noise=900, seed=1),
             against_noise,
             marks=pytest.mark.slow,
         ),

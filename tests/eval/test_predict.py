@@ -720,6 +720,22 @@ def test_two_processes_that_are_killed_go_on(tmp_path):
     assert alike(tmp_path / "two", tmp_path / "one")
 
 
+@pytest.mark.slow
+def test_what_stops_the_first_process_stops_all(tmp_path):
+    """A folder of another run: neither waits for the other."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "run.json").write_text('{"benchmark": "another"}')
+    children = start(out, "--mesh", 2, processes=2)
+    try:
+        assert all(child.wait(timeout=90) for child in children)
+    finally:
+        kill(children)
+    said = [(tmp_path / f"out.{number}.log").read_text() for number in range(2)]
+    assert "holds answers of another run" in said[0]
+    assert "the first process could not go on" in said[1]
+
+
 PICTURES = 40
 BOUND = 150
 """Megabytes that 90,000 further questions may take."""

@@ -241,7 +241,7 @@ class Amber(Benchmark):
         categories = [name for name in _ALL if name in kinds]
         describe, reason = self._describe(loaded, rule, "generative" in kinds, bool(categories))
         columns = [*_TASK, *(f"{category}/{cell}" for category in categories for cell in _CELLS)]
-        table = Table(columns, list(dict.fromkeys(question.unit for question in loaded.questions)))
+        table = Table(columns, loaded.units)
         readings = []
         for question in loaded.questions:
             answer, category = answers.get(str(question.id)), question.known["category"]

@@ -142,7 +142,7 @@ class Chair(Benchmark):
             | {name for caption in loaded.known["captions"].get(id, ()) for _, name in words.mentions(caption)}
             for id, segments in loaded.known["segments"].items()
         }
-        table, readings = Table(COLUMNS, units(loaded)), []
+        table, readings = Table(COLUMNS, loaded.units), []
         for question in loaded.questions:
             caption = answers.get(str(question.id))
             if caption is None:
@@ -207,11 +207,6 @@ COLUMNS = (
     "words",
 )
 """Sums of a picture: `found` of the `there` classes that are in it are mentioned."""
-
-
-def units(loaded: Loaded) -> list[str]:
-    """The pictures, in the questions' order."""
-    return list(dict.fromkeys(question.unit for question in loaded.questions))
 
 
 def compared(mentioned: Sequence[str], there: set[str]) -> dict[str, float]:

@@ -139,7 +139,7 @@ class Gavie(Benchmark):
         said = needed(self, replies, (str(q.id) for q in loaded.questions if str(q.id) in answers))
         table = Table(
             ["questions", "unread", *(f"{name}/{cell}" for name in CRITERIA for cell in ("sum", "given"))],
-            list(dict.fromkeys(question.unit for question in loaded.questions)),
+            loaded.units,
         )
         readings = []
         for question in loaded.questions:

@@ -80,7 +80,7 @@ class Gqa(Benchmark):
         groups = ["accuracy", "binary", "open"] + [f"{kind}/{type}" for kind in _KINDS for type in types[kind]]
         table = Table(
             [f"{group} {cell}" for group in groups for cell in ("right", "questions")],
-            list(dict.fromkeys(question.unit for question in loaded.questions)),
+            loaded.units,
         )
         readings = []
         for question in loaded.questions:

@@ -70,6 +70,11 @@ class Loaded:
     known: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     left_out: frozenset[str] = frozenset()
 
+    @property
+    def units(self) -> list[str]:
+        """Names of the units, in the order in which they come first."""
+        return list(dict.fromkeys(question.unit for question in self.questions))
+
 
 @dataclasses.dataclass(frozen=True)
 class Reading:

@@ -145,7 +145,7 @@ class _Rated(Benchmark):
         kinds = [kind for kind in CATEGORIES if any(q.known["category"] == kind for q in loaded.questions)]
         table = Table(
             [f"{kind}/{cell}" for kind in kinds for cell in _CELLS],
-            list(dict.fromkeys(question.unit for question in loaded.questions)),
+            loaded.units,
         )
         readings = []
         for question in loaded.questions:

@@ -122,7 +122,7 @@ class MmVet(Benchmark):
 
         mixes = list(dict.fromkeys(together(q.known["capability"]) for q in loaded.questions))
         cells = [f"{mix}/{cell}" for mix in mixes for cell in ("questions", *map(str, runs))]
-        table = Table(cells, list(dict.fromkeys(q.unit for q in loaded.questions)))
+        table = Table(cells, loaded.units)
         readings = []
         for question in loaded.questions:
             id, mix = str(question.id), together(question.known["capability"])

@@ -212,7 +212,7 @@ class ObjectHalBench(Benchmark):
         words = chair_words.refined() if official else chair_words.chair()
         tagger = (self._tagger or _spacy()) if official else None
         lemma = (self._lemma or _wordnet()) if official else None
-        table, readings, unread = Table(COLUMNS, units(loaded)), [], 0
+        table, readings, unread = Table(COLUMNS, loaded.units), [], 0
         for question in loaded.questions:
             answer = answers.get(str(question.id))
             if answer is None:

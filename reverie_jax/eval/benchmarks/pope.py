@@ -192,7 +192,7 @@ class Pope(Benchmark):
         splits = [split for split in SPLITS if any(q.known["split"] == split for q in loaded.questions)]
         table = Table(
             [f"{split}/{cell}" for split in splits for cell in _CELLS],
-            list(dict.fromkeys(question.unit for question in loaded.questions)),
+            loaded.units,
         )
         readings = []
         for question in loaded.questions:

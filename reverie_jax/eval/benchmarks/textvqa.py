@@ -258,7 +258,7 @@ class TextVqa(Benchmark):
         rule: str = OFFICIAL,
         replies: Mapping[str, str] | None = None,
     ) -> Scored:
-        units = list(dict.fromkeys(question.unit for question in loaded.questions))
+        units = loaded.units
         table, readings = Table(("score", "questions"), units), []
         for question in loaded.questions:
             text = answers.get(str(question.id))
