@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from reverie_jax.eval.benchmarks import chair_words, coco, files
-from reverie_jax.eval.benchmarks.chair import COLUMNS, compared, reading, units
+from reverie_jax.eval.benchmarks.chair import COLUMNS, compared, reading
 from reverie_jax.eval.benchmarks.interface import (
     OFFICIAL,
     Benchmark,
