@@ -38,7 +38,7 @@ class Decoding:
             question behind a disturbing instruction (ICD, Wang et al., arXiv 2403.18715), or nothing.
         alpha: strength of the contrast.
         beta: tokens that are less likely than this share of the likeliest are out, whatever the contrast says.
-        noise: diffusion steps of 1,000 that the picture is put under.
+        noise: how much of it the picture is put under, of 1,000; see `noisy`.
         track: tokens whose log-probability as an answer's first one is wanted too.
     """
 
@@ -90,10 +90,7 @@ def prefill(
         The scores of each leaf's first token, and the stream to extend.
     """
     shown = batch.pixels if pixels is None else pixels
-    # `model.prefill` in its parts: that takes pictures alone, and noise is on what the tower has seen already.
-    embedded = model.embed(batch.tokens, batch.features, shown)
-    hidden, prefix = model.decoder(embedded, batch.positions, batch.ends, keep_kv=True, remat="none")
-    assert prefix is not None
+    hidden, prefix = model.prefill(batch.tokens, batch.positions, batch.ends, batch.features, shown)
     at_leaf = jnp.take_along_axis(hidden, batch.leaves[:, :, None], axis=1)
     depth = jnp.take_along_axis(batch.positions, batch.leaves, axis=1) + 1
     layers, rows, _, heads, width = prefix.k.shape
@@ -113,11 +110,11 @@ def extend(
 
 
 def noisy(pixels: Any, steps: int, seed: int) -> Float[Array, "B M S S 3"]:
-    """Normalised pictures after so many diffusion steps of 1,000 (VCD's schedule). The noise is the same for all pictures:
-    an answer depends on no other picture in the batch.
+    """Normalised pictures under VCD's noise of that number, of 1,000 (its script counts from 0: number n has n + 1 diffusion
+    steps behind it); 0 for none. The noise is the same for all pictures: an answer depends on no other picture in the batch.
     """
     betas = jax.nn.sigmoid(jnp.linspace(-6, 6, 1000)) * (0.5e-2 - 1e-5) + 1e-5
-    kept = jnp.cumprod(1 - betas)[steps - 1] if steps else jnp.ones(())
+    kept = jnp.cumprod(1 - betas)[min(steps, 999)] if steps else jnp.ones(())
     shown = normalise(pixels, jnp.float32)
     noise = jax.random.normal(jax.random.key(seed), pixels.shape[2:])
     return jnp.sqrt(kept) * shown + jnp.sqrt(1 - kept) * noise[None, None]

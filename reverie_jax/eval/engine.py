@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from reverie_jax.data.conversation import Conversation, ImageRecord, Turn
+from reverie_jax.data.conversation import IMAGE, Conversation, ImageRecord, Turn
 from reverie_jax.data.pipeline import Picture, question_batches
 from reverie_jax.data.processor import Processor
 from reverie_jax.data.rows import Batch, RowShape
@@ -155,7 +155,9 @@ def _rounded(length: int) -> int:
 def _disturbed(pictures: Sequence[Picture], processor: Processor, leaves: int) -> tuple[RowShape, list[Picture]]:
     def behind(talk: Conversation) -> Conversation:
         *before, last = talk.turns
-        return dataclasses.replace(talk, turns=(*before, dataclasses.replace(last, text=f"{last.text}\n{DISTURBING}")))
+        opening = f"{IMAGE}\n" if last.text.startswith(f"{IMAGE}\n") else ""
+        text = f"{opening}{DISTURBING} {last.text.removeprefix(opening)}"
+        return dataclasses.replace(talk, turns=(*before, dataclasses.replace(last, text=text)))
 
     others, longest = [], 0
     for picture in pictures:

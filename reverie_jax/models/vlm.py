@@ -106,7 +106,7 @@ class VisionLanguageModel(nnx.Module):
         positions: Int[Array, "B L"],
         ends: Int[Array, "B L"],
         image_slots: Int[Array, "B L"],
-        pixels: UInt8[Array, "B M S S 3"],
+        pixels: UInt8[Array, "B M S S 3"] | Float[Array, "B M P W"],
     ) -> tuple[Float[Array, "B L D"], KV]:
         """Hidden states and the row's KV: the one copy that all its leaves decode from."""
         x = self.embed(tokens, image_slots, pixels)

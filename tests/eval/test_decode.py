@@ -341,7 +341,7 @@ def test_noise_by_its_schedule(steps):
     shown = np.moveaxis(oracle.oracle.normalised(pixels).numpy(), 1, -1).reshape(pixels.shape)
     # A step at a time: each keeps sqrt(1 - beta) of the picture. Noise of n steps sums to one normal variable.
     kept = 1.0
-    for step in range(steps):
+    for step in range(min(steps + 1, 1000) if steps else 0):
         kept *= 1 - (1e-5 + (0.5e-2 - 1e-5) / (1 + np.exp(6 - 12 * step / 999)))
     found = decode.noisy(jnp.asarray(pixels), steps, 5)
     assert found.dtype == jnp.float32
@@ -377,10 +377,15 @@ def against_noise(seed, how):
     return each(PICTURES, answer)
 
 
+def disturbed(text):
+    shown, said = ("<image>\n", text[8:]) if text.startswith("<image>\n") else ("", text)
+    return f"{shown}{DISTURBING} {said}"
+
+
 def against_instruction(seed, how):
     def answer(picture, talk):
         *before, last = talk.turns
-        second = Conversation((*before, Turn("user", last.text + "\n" + DISTURBING)), talk.images)
+        second = Conversation((*before, Turn("user", disturbed(last.text))), talk.images)
         shown = oracle.seen(picture.read()) if picture.encoded else None
         first, second = (oracle.PROCESSOR.encoder(one).ids.tolist() for one in (talk, second))
         return contrasted(seed, (shown, first), (shown, second), how)
@@ -511,4 +516,4 @@ def test_a_plan_asks_everything_once_and_fits(sketch, limit, spread, disturb):
             assert nodes([talk for _, talk in other.questions]) <= shape.tokens
             for (_, behind), (_, talk) in zip(other.questions, sheet.questions, strict=True):
                 assert [t.text for t in behind.turns[:-1]] == [t.text for t in talk.turns[:-1]]
-                assert behind.turns[-1].text == f"{talk.turns[-1].text}\n{DISTURBING}"
+                assert behind.turns[-1].text == disturbed(talk.turns[-1].text)
