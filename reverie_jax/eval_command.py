@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,22 +19,13 @@ from reverie_jax.errors import UserError
 from reverie_jax.eval import score as scoring
 from reverie_jax.eval.benchmarks import benchmark as find_benchmark
 from reverie_jax.eval.benchmarks import files
-from reverie_jax.eval.benchmarks.interface import Benchmark, JudgeRequest, Loaded
+from reverie_jax.eval.benchmarks.files import SCORES
+from reverie_jax.eval.benchmarks.interface import Benchmark, JudgeRequest, Loaded, NotScorable
 
-SCORES = "scores.json"
-
+_LOGGED = 60.0
+"""Seconds between two lines about the progress, where there is no terminal."""
 _SHOWN = 16
 """Metrics in a table; all are in the JSON."""
-
-
-def load(benchmark: Benchmark, data: Path, images: Path | None = None) -> Loaded:
-    """The questions, and pictures from a folder of their own where one is named."""
-    loaded = benchmark.load(data)
-    if images is None:
-        return loaded
-    if not images.is_dir():
-        raise UserError(f"--images {images}: no such folder")
-    return dataclasses.replace(loaded, picture=files.pictures(images))
 
 
 def places(names: str, data: Path, out: Path) -> list[tuple[Benchmark, Path, Path]]:
@@ -71,9 +63,9 @@ def evaluate(options: options.Eval) -> None:
     from reverie_jax.eval import predict as inference
     from reverie_jax.eval.decode import Decoding
     from reverie_jax.eval.engine import Engine, EngineShape
-    from reverie_jax.loading import load_model, load_processor
+    from reverie_jax.loading import as_tuned, load_model, load_processor
     from reverie_jax.models import lora
-    from reverie_jax.models.checkpoints import identity
+    from reverie_jax.models.checkpoints import fingerprint, identity
     from reverie_jax.train.distributed import join
 
     if options.against not in ("", "image", "instruction"):
@@ -81,10 +73,8 @@ def evaluate(options: options.Eval) -> None:
     for word in ("rows", "leaves", "row_tokens", "new_tokens", "limit"):
         if (value := getattr(options, word)) is not None and value < 1:
             raise UserError(f"--{word.replace('_', '-')} {value}: must be at least 1")
-    if not 0 <= options.noise <= 1000:
-        raise UserError(f"--noise {options.noise}: must be 0 to 1000")
     found = [
-        (one, load(one, data, options.images), out)
+        (one, files.shown_from(one.load(data), options.images), out)
         for one, data, out in places(options.benchmark, options.data, options.out)
     ]
     for one, _, _ in found:
@@ -92,8 +82,10 @@ def evaluate(options: options.Eval) -> None:
             raise UserError(f"--rule {options.rule}: {one.name} has {', '.join(one.rules)}")
     path, *base = options.model.split(",")
     if options.dump_prompts is not None:
-        encoder = load_processor(path, base=base).using(options.template).encoder
-        asked = [question for _, loaded, _ in found for question in loaded.questions[: options.limit]]
+        processor = load_processor(path, base=base)
+        processor = processor if options.adapter is None else as_tuned(processor, Path(options.adapter))
+        encoder = processor.using(options.template).encoder
+        asked = [question for _, loaded, _ in found for question in loaded.asked[: options.limit]]
         with _writing(options.dump_prompts):
             inference.dump_prompts(encoder, asked, options.dump_prompts)
         print(f"{len(asked)} prompts: {options.dump_prompts}")
@@ -103,15 +95,16 @@ def evaluate(options: options.Eval) -> None:
         path, base=base, adapter=options.adapter, mesh=parse_mesh(options.mesh), dtype=parse_dtype(options.dtype)
     )
     lora.merge(model)
-    weights = identity(model)  # of the tuned model: an adapter that was trained further is another one
+    # Of the tuned model, whole: an adapter that was trained further is another one.
+    weights = {**identity(model), "all": fingerprint(model)}
     shape = EngineShape(tokens=options.row_tokens, leaves=options.leaves, rows=options.rows)
     engine = Engine(model, processor.using(options.template), shape)
-    console = Console(stderr=True)
+    console, failed = Console(stderr=True), list[str]()
     for one, loaded, out in found:
         try:
             how = Decoding(
                 options.new_tokens or one.new_tokens,
-                beams=options.beams,
+                beams=_beams(options, one),
                 temperature=options.temperature,
                 top_p=options.top_p,
                 seed=options.seed,
@@ -131,22 +124,31 @@ def evaluate(options: options.Eval) -> None:
         if options.limit is not None:
             print(f"{predictions}: {len(ask.questions(loaded))} of {len(loaded.questions)} answers, not scored")
             continue
-        rule = options.rule or one.rules[0]
-        if rule in one.judged:
-            print(
-                f"{predictions}: the rule {rule} needs a judge: `reverie judge {one.name}`, then `reverie score {one.name}`"
-            )
-            continue
-        result = scoring.score(one, loaded, predictions, rule)
-        with _writing(out / SCORES):
-            scoring.write_score(result, out / SCORES)
-        Console().print(table(result))
+        try:
+            result = scoring.score(one, loaded, predictions, options.rule)
+            with _writing(out / SCORES):
+                scoring.write_score(result, out / SCORES)
+            Console().print(table(result))
+        except NotScorable as error:
+            print(f"{predictions}: not scored: {error}")
+        except UserError as error:  # the answers are there; further benchmarks are asked all the same
+            failed.append(f"{one.name}: {error}")
+    if failed:
+        raise UserError("; ".join(failed))
+
+
+def _beams(options: options.Eval, benchmark: Benchmark) -> int:
+    """Those asked for; else the benchmark's protocol's, where nothing is asked for that goes with none."""
+    if options.beams is not None:
+        return options.beams
+    return 1 if options.temperature or options.against else benchmark.beams
 
 
 class _Bars:
     """Answers so far, with answers and pictures a second, on a terminal."""
 
     def __init__(self, console: Console, name: str, loaded: Loaded, ask: Any):
+        import jax
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         questions = ask.questions(loaded)
@@ -158,8 +160,9 @@ class _Bars:
             TextColumn("{task.fields[rate]}"),
             TimeRemainingColumn(),
         )
-        self.name, self.bars = name, dict[str, Any]()
-        self.progress = Progress(*columns, console=console, disable=not console.is_terminal)
+        self.name, self.bars, self.console = name, dict[str, Any](), console
+        self.first, self.said = jax.process_index() == 0, time.monotonic()
+        self.progress = Progress(*columns, console=console, disable=not (console.is_terminal and self.first))
 
     def __enter__(self) -> Any:
         self.progress.start()
@@ -175,6 +178,10 @@ class _Bars:
         speed = task.speed or 0.0
         rate = f"{speed:.1f} answers/s, {speed * self.pictures:.1f} images/s"
         self.progress.update(self.bars[stage], completed=done, rate=rate)
+        # A log has lines now and then instead of a bar.
+        if self.first and not self.console.is_terminal and time.monotonic() - self.said > _LOGGED:
+            self.said = time.monotonic()
+            self.console.print(f"reverie: {self.name} {stage}: {done:,} of {total:,}, {rate}", highlight=False)
 
 
 def table(result: scoring.Score) -> Table:
@@ -202,50 +209,67 @@ def score(options: options.Score) -> None:
         UserError: something that the user must mend.
     """
     one = find_benchmark(options.benchmark)
-    loaded = load(one, options.annotations)
+    loaded = one.load(options.annotations)
+    made = _export(options, one, loaded) if options.export is not None else []
 
-    def by(rule: str | None, predictions: Path) -> scoring.Score:
-        return scoring.score(one, loaded, predictions, rule, replies=options.replies, partial=options.partial)
+    def by(rule: str | None, predictions: Path, replies: Path | None) -> scoring.Score:
+        return scoring.score(one, loaded, predictions, rule, replies=replies, partial=options.partial)
 
     rules: Sequence[str | None] = [options.rule]
     if options.rule == "all":
         rules = [rule for rule in one.rules if rule not in one.judged or options.replies is not None]
         if not rules:
             raise UserError(f"--rule all: {one.name}'s rules all need a judge's replies; name the file with --replies")
-    results = [by(rule, options.predictions) for rule in rules]
-    shown = results[0].json()
-    if len(results) > 1:
+    try:
+        results = [by(rule, options.predictions, options.replies) for rule in rules]
+    except NotScorable as error:
+        if not made:
+            raise
+        print(f"{', '.join(map(str, made))}: written; not scored: {error}")
+        return
+    first = results[0]
+    shown = first.json()
+    if options.rule == "all":
         shown = {"rules": [result.json() for result in results], "agreement": scoring.agreement(results)}
     if options.against is not None:
-        shown["against"] = scoring.compare(results[0], by(rules[0], options.against))
+        replies = options.against_replies if first.rule in one.judged else options.replies
+        shown["against"] = scoring.compare(first, by(rules[0], options.against, replies))
     if options.items is not None:
         with _writing(options.items):
-            results[0].write_items(options.items)
-    if options.export is not None:
-        try:
-            with _writing(options.export):
-                made = one.export(loaded, results[0].answers, options.export)
-        except KeyError as error:
-            if not results[0].missing:
-                raise
-            raise UserError(f"--export: {one.name}'s file needs every answer, and {error} has none") from None
-        if not made:
-            raise UserError(f"--export: {one.name} has no server and no script that takes a file")
+            first.write_items(options.items)
+    if options.out is not None:
+        with _writing(options.out):
+            scoring.write_score(first, options.out / SCORES)
     if options.json:
         print(json.dumps(shown))
         return
     console = Console()
     for result in results:
         console.print(table(result))
-    if len(results) > 1:
-        for row in shown["agreement"]:
-            console.print(
-                f"{row['rules'][0]} and {row['rules'][1]} agree on {row['agree']:.1%} of {row['items']:,} questions"
-            )
+    for row in shown.get("agreement", ()):
+        console.print(
+            f"{row['rules'][0]} and {row['rules'][1]} agree on {row['agree']:.1%} of {row['items']:,} questions"
+        )
     if options.against is not None:
         console.print(_against(shown["against"]))
-    if options.export is not None:
+    if made:
         console.print(", ".join(map(str, made)), soft_wrap=True, highlight=False)
+
+
+def _export(options: options.Score, one: Benchmark, loaded: Loaded) -> list[Path]:
+    """The files that the benchmark's server or script takes; no score is needed for them."""
+    assert options.export is not None
+    answers = files.read_answers(options.predictions, one, loaded, partial=options.partial)
+    try:
+        with _writing(options.export):
+            made = one.export(loaded, answers, options.export)
+    except KeyError as error:
+        if len(answers) == len(loaded.questions):
+            raise
+        raise UserError(f"--export: {one.name}'s file needs every answer, and {error} has none") from None
+    if not made:
+        raise UserError(f"--export: {one.name} has no server and no script that takes a file")
+    return made
 
 
 def _against(found: Mapping[str, Any]) -> Table:
@@ -274,12 +298,22 @@ def judge(options: options.Judge) -> int:
     from reverie_jax.data.annotate import command as annotate
     from reverie_jax.data.annotate.session import How
     from reverie_jax.eval import judge as judging
+    from reverie_jax.eval.benchmarks.mm_vet import MmVet
 
     one = find_benchmark(options.benchmark)
-    loaded = load(one, options.annotations)
+    loaded = one.load(options.annotations)
+    if isinstance(one, MmVet):
+        try:
+            one = MmVet(options.runs)
+        except ValueError as error:
+            raise UserError(f"--runs {options.runs}: {error}") from None
+    elif options.runs != 1:
+        raise UserError(f"--runs {options.runs}: only mm-vet asks its judge several times")
     rule = options.rule or next((rule for rule in one.rules if rule in one.judged), one.rules[0])
     answers = files.read_answers(options.predictions, one, loaded, partial=True)
     settings = dataclasses.replace(annotate.settings(options.hosted), longest=options.longest, structured=False)
+    if settings.temperature is None:
+        settings = dataclasses.replace(settings, temperature=one.judge_temperature)
     how = How(settings=settings, limits=annotate.limits(options.hosted))
     common: dict[str, Any] = {
         "who": options.judge,
@@ -333,6 +367,7 @@ def report(options: options.Report) -> None:
 
     runs = pages.read_runs(options.runs)
     page = pages.render(runs, data=options.data, images=options.images, shown=options.shown)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(page, "utf-8")
+    with _writing(options.out):
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(page, "utf-8")
     print(options.out)

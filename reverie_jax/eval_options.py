@@ -52,8 +52,8 @@ class Eval:
     """Longest row; a picture's questions that do not fit take several."""
     new_tokens: int | None = None
     """Longest answer, where it is to be shorter than the benchmark's protocol has it."""
-    beams: int = 1
-    """Beam search with so many beams (Object HalBench's protocol: 3)."""
+    beams: int | None = None
+    """Beam search with so many beams; by the benchmark's protocol by default: 3 for Object HalBench, 1 (none) for others."""
     temperature: float = 0.0
     """Draw answers; greedy by default."""
     top_p: float = 1.0
@@ -68,7 +68,7 @@ class Eval:
     beta: float = 0.1
     """Tokens less likely than this share of the likeliest stay out of it."""
     noise: int = 500
-    """Diffusion steps of 1,000 that the picture is put under."""
+    """How much noise the picture is put under, 0 to 999."""
     reflect: bool = False
     """Answer, then write why, then answer again: the second answer is scored, both are kept."""
     limit: int | None = None
@@ -104,6 +104,10 @@ class Score:
     """Questions may lack an answer: they count as the rule says."""
     against: Path | None = None
     """A second answer file to the same questions: differences, each with its interval, and McNemar's test."""
+    against_replies: Path | None = None
+    """The judge's replies to those."""
+    out: Path | None = None
+    """Folder for scores.json, as `reverie eval` writes it: that of the answers, for `reverie report`."""
     json: bool = False
     """One JSON object on stdout, and nothing else."""
     items: Path | None = None
@@ -123,7 +127,7 @@ class Judge:
 
     Every reply is kept in OUT/journal.sqlite as it comes: nothing that was paid for is asked again. Keys are taken from
     GEMINI_API_KEY (or GOOGLE_API_KEY) and OPENAI_API_KEY. The prompts are in our own words unless --prompts names others, so
-    scores stand beside published ones with that difference.
+    scores stand beside published ones with that difference. The temperature is the benchmark's by default (0, or 0.2).
     """
 
     benchmark: Name
@@ -144,9 +148,11 @@ class Judge:
     """Show the picture to the judge where the benchmark does."""
     longest: int = 1024
     """Tokens of a reply."""
+    runs: int = 1
+    """Times that the judge is asked about each answer, for MM-Vet (published figures are means of five)."""
     dry_run: bool = False
     """Say how many requests, tokens and how much money it would take; ask nothing."""
-    hosted: OmitArgPrefixes[Hosted] = dataclasses.field(default_factory=lambda: Hosted(temperature=0.0))
+    hosted: OmitArgPrefixes[Hosted] = dataclasses.field(default_factory=Hosted)
 
     def run(self) -> None:
         from reverie_jax import eval_command

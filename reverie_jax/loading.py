@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import tempfile
 from collections.abc import Sequence
@@ -22,7 +23,8 @@ from reverie_jax.models.checkpoints import CheckpointError, attach_adapter, read
 from reverie_jax.models.checkpoints.files import read_json, resolve
 from reverie_jax.models.checkpoints.parts import recognise, recorded_base
 from reverie_jax.models.config import ProjectorKind
-from reverie_jax.train.checkpoint import IDENTITY, load_run
+from reverie_jax.train.checkpoint import IDENTITY, load_run, read_identity
+from reverie_jax.train.recipes import Recipe
 
 SCENES_BASE = "scenes-base"
 """Names the small base that ships with the package."""
@@ -78,7 +80,8 @@ def load_model(
         model = read_model(folder, base=parts, dtype=jnp.bfloat16, mesh=mesh)
     if adapter is not None:
         put_adapter(model, adapter, [folder, *parts])
-    return model, Processor.of(model.config, find_tokenizer(model.config, folder, parts), example_template(folder))
+    processor = Processor.of(model.config, find_tokenizer(model.config, folder, parts), example_template(folder))
+    return model, processor if adapter is None else as_tuned(processor, Path(adapter))
 
 
 def load_with_projector(
@@ -134,6 +137,16 @@ def load_processor(path: str | Path, *, base: Paths = None) -> Processor:
     folder, parts = checkpoint_folder(path), [checkpoint_folder(part) for part in as_list(base)]
     config = read_config(folder, base=parts)
     return Processor.of(config, find_tokenizer(config, folder, parts), example_template(folder))
+
+
+def as_tuned(processor: Processor, adapter: Path) -> Processor:
+    """The processor as a run of `reverie train` had it: its recipe may have chosen template and aspect. Other adapters do
+    not say, and a projector's first training has a template that is good for nothing else.
+    """
+    if not (adapter / IDENTITY).exists():
+        return processor
+    recipe = Recipe.from_json(json.dumps(read_identity(adapter)["recipe"]))
+    return processor if recipe.tune == "projector" else processor.using(recipe.template, aspect=recipe.aspect)
 
 
 def put_adapter(model: VisionLanguageModel, adapter: str | Path, base: Sequence[Path]) -> tuple[str, bool]:

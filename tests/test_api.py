@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
+import json
 import subprocess
 import sys
 
@@ -16,7 +18,9 @@ import reverie_jax
 from reverie_jax.data.conversation import IMAGE, Conversation, Turn
 from reverie_jax.errors import UserError
 from reverie_jax.eval.engine import Engine
+from reverie_jax.loading import as_tuned, load_processor
 from reverie_jax.models.checkpoints import CheckpointError, files
+from reverie_jax.train import recipes
 from tests.models import oracle
 
 
@@ -216,3 +220,12 @@ def test_what_is_no_hub_id_is_not_asked_for(hub, name):
     with pytest.raises(CheckpointError, match="no such file or folder"):
         reverie_jax.load_model(name)
     assert fake.asked == []
+
+
+@pytest.mark.parametrize(("settings", "wanted"), [({}, "square"), ({"tune": "projector", "template": "plain"}, "pad")])
+def test_a_run_is_served_with_its_recipes_pictures(settings, wanted, tmp_path):
+    """As it was tuned, so it is asked; but a projector's first training has a template of its own."""
+    recipe = dataclasses.replace(recipes.recipe("scenes-responses"), aspect="square", **settings)
+    (tmp_path / "run.json").write_text(json.dumps({"base": {}, "recipe": json.loads(recipe.to_json())}))
+    found = as_tuned(load_processor("scenes-base"), tmp_path)
+    assert (found.aspect, found.encoder.template.name) == (wanted, "llava-hf")

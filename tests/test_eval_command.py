@@ -167,7 +167,8 @@ def test_several_benchmarks_at_once(reverie, data, tmp_path):
     code, shown, err = reverie("eval", "scenes-base", "--benchmark", "mme, mmhal", "--data", data, "--out", out, *few)
     assert (code, err) == (0, "")
     assert "mme by the rule official (4 questions)" in shown
-    assert "mmhal/predictions.jsonl: the rule official needs a judge: `reverie judge mmhal`" in " ".join(shown.split())
+    assert "mmhal/predictions.jsonl: not scored: " in " ".join(shown.split())
+    assert "`reverie judge mmhal`" in shown
     assert [row["question_id"] for row in rows(out / "mmhal" / "predictions.jsonl")] == [0, 1, 2]
     assert not (out / "mmhal" / "scores.json").exists()
     assert json.loads((out / "mme" / "scores.json").read_text())["benchmark"] == "mme"
@@ -239,7 +240,7 @@ WRONG = {
     "--rows": (0, ("--rows 0",)),
     "--leaves": (0, ("--leaves 0",)),
     "--row-tokens": (0, ("--row-tokens 0",)),
-    "--noise": (1001, ("--noise 1001",)),
+    "--noise": (1000, ("noise be 0 to 999",)),
 }
 
 

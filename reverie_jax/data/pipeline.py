@@ -186,9 +186,13 @@ class _Flat(grain.experimental.FlatMapTransform):
         return elements
 
 
+Encoded = Callable[[int], tuple[str, bytes]]
+"""A picture's name and file by its number from 1."""
+
+
 def show(
     batch: Batch,
-    source: Sequence[ImageRecord],
+    encoded: Encoded,
     processor: Processor,
     pool: Executor | None = None,
     features: FeatureCache | None = None,
@@ -202,8 +206,8 @@ def show(
     def pixels_of(number: int) -> np.ndarray:
         if features is not None:
             return features[number - 1]
-        record = source[number - 1]
-        return processor.pixels(record.image, record.id)[0]
+        name, file = encoded(number)
+        return processor.pixels(file, name)[0]
 
     side = processor.image_size
     shape, dtype = ((side, side, 3), np.dtype(np.uint8)) if features is None else (features.shape, features.dtype)
@@ -213,6 +217,16 @@ def show(
     for number, picture in zip(numbers, decoded, strict=True):
         pixels[batch.pixels == number] = picture
     return batch._replace(pixels=pixels)
+
+
+def of_records(source: Sequence[ImageRecord]) -> Encoded:
+    """Records' pictures by number."""
+
+    def encoded(number: int) -> tuple[str, bytes]:
+        record = source[number - 1]
+        return record.id, record.image
+
+    return encoded
 
 
 def packed_rows(
@@ -268,7 +282,7 @@ def training_batches(
     batches = packed.batch(rows, batch_fn=lambda part: stack(part[first:past], past - first))
     threads = threads or os.cpu_count() or 1
     pool = ThreadPoolExecutor(threads) if threads > 1 else None
-    shown = batches.map(lambda batch: show(batch, source, processor, pool, features))
+    shown = batches.map(lambda batch: show(batch, of_records(source), processor, pool, features))
     return grain.experimental.ThreadPrefetchIterDataset(shown, prefetch_buffer_size=2)
 
 
@@ -290,7 +304,7 @@ def every_batch(
 
     def whole(part: Sequence[Batch]) -> Batch:
         full = stack(part, rows)
-        return show(Batch(*(field[first:past] for field in full)), source, processor)
+        return show(Batch(*(field[first:past] for field in full)), of_records(source), processor)
 
     with contextlib.closing(iter(packed)) as made:
         while part := list(itertools.islice(made, rows)):
@@ -314,34 +328,49 @@ class Picture:
 
 
 class _Questions(grain.experimental.FlatMapTransform):
-    """A picture's questions as one tree, or as few as fit."""
+    """A picture's questions as one tree, or as few as fit; the number of the picture (from 1) where its pixels will be."""
 
-    def __init__(self, processor: Processor, shape: RowShape):
-        self.processor, self.shape = processor, shape
+    def __init__(self, pictures: Sequence[Picture], processor: Processor, shape: RowShape):
+        self.pictures, self.processor, self.shape = pictures, processor, shape
         self.max_fan_out = 1_000
 
-    def flat_map(self, picture: Picture) -> list[Element]:
-        pixels = self.processor.pixels(picture.read(), picture.name)
+    def flat_map(self, number: int) -> list[Element]:
+        picture = self.pictures[number]
+        shown = np.full(1 if picture.encoded else 0, number + 1, np.int32)
         numbers, talks = zip(*picture.questions, strict=True)
         tokens = [untaught(talk) for talk in self.processor.tokens(picture.name, talks)]
         try:
             grown = grow_within(tokens, tokens=self.shape.tokens, edges=0, branches=self.shape.leaves)
         except ValueError as error:
             raise DataError(f"{picture.name}: {error}") from None
-        return [element(tree, pixels, [numbers[member] for member in members]) for members, tree in grown]
+        return [element(tree, shown, [numbers[member] for member in members]) for members, tree in grown]
 
 
 def question_batches(
-    pictures: Sequence[Picture], processor: Processor, shape: RowShape, *, rows: int, own: slice | None = None
+    pictures: Sequence[Picture],
+    processor: Processor,
+    shape: RowShape,
+    *,
+    rows: int,
+    own: slice | None = None,
+    pool: Executor | None = None,
 ) -> grain.IterDataset:
     """Every question once, in batches of the same shape; empty rows fill the last one.
 
     Args:
-        own: the part of each batch's rows that this host gets; all by default.
+        own: the part of each batch's rows that this host gets, whose pictures alone it reads; all by default.
+        pool: decodes pictures side by side.
     """
     first, past, _ = (own or slice(None)).indices(rows)
-    data = grain.MapDataset.source(pictures).to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=32))
-    elements = grain.experimental.FlatMapIterDataset(data, _Questions(processor, shape))
+    numbers = grain.MapDataset.range(len(pictures)).to_iter_dataset(
+        grain.ReadOptions(num_threads=1, prefetch_buffer_size=32)
+    )
+    elements = grain.experimental.FlatMapIterDataset(numbers, _Questions(pictures, processor, shape))
     packed = pack(elements, shape, processor.encoder.patches)
     batches = packed.batch(rows, batch_fn=lambda part: Batch(*(field[first:past] for field in stack(part, rows))))
-    return grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=2)
+
+    def encoded(number: int) -> tuple[str, bytes]:
+        return pictures[number - 1].name, pictures[number - 1].read()
+
+    shown = batches.map(lambda batch: show(batch, encoded, processor, pool))
+    return grain.experimental.ThreadPrefetchIterDataset(shown, prefetch_buffer_size=2)

@@ -52,8 +52,15 @@ class Processor:
         )
         return cls(encoder, config.vision.image_size, config.image_aspect, config.text.context)
 
-    def using(self, template: str | Template | None = None, tokens: TokenMode | None = None) -> Processor:
-        """The same with another template or manner of tokens than the checkpoint's own; says so in the log."""
+    def using(
+        self,
+        template: str | Template | None = None,
+        tokens: TokenMode | None = None,
+        aspect: ImageAspect | None = None,
+    ) -> Processor:
+        """The same with another template, manner of tokens or of making pictures square than the checkpoint's own; the first
+        two are told in the log.
+        """
         now = self.encoder
         chosen = now.template if template is None else template
         manner = tokens or now.tokens
@@ -63,7 +70,7 @@ class Processor:
                 "template %s, tokens %s instead of the checkpoint's %s, %s",
                 *(encoder.template.name, manner, now.template.name, now.tokens),
             )
-        return dataclasses.replace(self, encoder=encoder)
+        return dataclasses.replace(self, encoder=encoder, aspect=aspect or self.aspect)
 
     def tokens(self, name: str, conversations: Iterable[Conversation], more: int = 0) -> list[Tokens]:
         """Conversations as numbers. None is longer than the decoder is exact on; a tree may be: only its depth counts.

@@ -59,6 +59,8 @@ class Decoding:
             raise ValueError("new_tokens and beams must be at least 1")
         if self.beams > 1 and (self.temperature or self.against):
             raise ValueError("beam search goes with neither sampling nor a contrast")
+        if not 0 < self.beta <= 1 or self.alpha < 0 or not 0 <= self.noise <= 999:
+            raise ValueError("alpha must not be negative, beta be above 0 and at most 1, and noise be 0 to 999")
         if self.temperature < 0 or not 0 < self.top_p <= 1:
             raise ValueError("temperature must not be negative, and top_p be above 0 and at most 1")
 
@@ -114,7 +116,7 @@ def noisy(pixels: Any, steps: int, seed: int) -> Float[Array, "B M S S 3"]:
     steps behind it); 0 for none. The noise is the same for all pictures: an answer depends on no other picture in the batch.
     """
     betas = jax.nn.sigmoid(jnp.linspace(-6, 6, 1000)) * (0.5e-2 - 1e-5) + 1e-5
-    kept = jnp.cumprod(1 - betas)[min(steps, 999)] if steps else jnp.ones(())
+    kept = jnp.cumprod(1 - betas)[steps] if steps else jnp.ones(())
     shown = normalise(pixels, jnp.float32)
     noise = jax.random.normal(jax.random.key(seed), pixels.shape[2:])
     return jnp.sqrt(kept) * shown + jnp.sqrt(1 - kept) * noise[None, None]

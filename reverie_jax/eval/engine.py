@@ -6,10 +6,13 @@ import contextlib
 import dataclasses
 import functools
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
@@ -25,7 +28,7 @@ from reverie_jax.errors import DataError, UserError
 from reverie_jax.eval import decode
 from reverie_jax.eval.decode import Decoding
 from reverie_jax.models import VisionLanguageModel
-from reverie_jax.models.sharding import feed, make_mesh, mesh_of, own_rows, place
+from reverie_jax.models.sharding import batch_sharding, feed, make_mesh, mesh_of, own_rows, place
 
 DISTURBING = "You see things that are confused with one another, and are unsure which of them are there."
 """What stands before a question in the stream that `against="instruction"` contrasts with."""
@@ -33,8 +36,8 @@ _STEP = 64
 """Rows are as long as a multiple of this."""
 _MOST = 0.9
 """Share of the trees that the shorter of two row lengths is to hold."""
-_SUFFIXES = 8192
-"""Tokens of all leaves of a row that are decoded at most: their KV is a leaf's own."""
+SUFFIX_BYTES = 4 << 30
+"""Of the KV of all leaves' own tokens, on the devices of one row: batches are so small that they fit."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,6 +202,9 @@ class Engine:
         self.graph, state = nnx.split(model)
         self.mesh = mesh or mesh_of(state) or make_mesh()
         self.state = place(state, self.mesh)
+        text = model.config.text
+        self.dtype = jnp.dtype(model.compute_dtype).name
+        self._token_bytes = 2 * text.layers * text.kv_heads * text.head_dim * jnp.dtype(model.compute_dtype).itemsize
         if not self.encoder.stop_ids:
             raise ValueError("the tokenizer has no end-of-sequence token: answers would never stop")
 
@@ -224,8 +230,11 @@ class Engine:
             progress(len(found))
         return {number: answers[number] for picture in pictures for number, _ in picture.questions}
 
-    def prepare(self, pictures: Sequence[Picture], how: Decoding) -> Work:
+    def prepare(self, pictures: Sequence[Picture], how: Decoding, *, usual: int | None = None) -> Work:
         """Shares questions out over batches, in an order that the questions and the limits alone fix.
+
+        Args:
+            usual: see `stream`.
 
         Raises:
             ValueError: two questions carry one number.
@@ -236,10 +245,19 @@ class Engine:
             raise ValueError("two questions carry the same number; answers could not be told apart")
         # A question that is drawn for twice may have two answers.
         once, same = (pictures, {}) if how.temperature else _once(pictures)
-        room = max(1, _SUFFIXES // (how.new_tokens * how.beams))
-        limit = dataclasses.replace(self.shape, leaves=min(self.shape.leaves, room))
-        spread = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        spread, length = self._spread, min(usual or how.new_tokens, how.new_tokens)
+        limit = dataclasses.replace(self.shape, leaves=min(self.shape.leaves, self._room(length, how)))
+        limit = dataclasses.replace(limit, rows=min(limit.rows, spread * (self._room(length, how) // limit.leaves)))
         return Work(plan(once, self.processor, limit, spread=spread, disturb=how.against == "instruction"), same)
+
+    @property
+    def _spread(self) -> int:
+        return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+
+    def _room(self, new_tokens: int, how: Decoding) -> int:
+        """How many leaves' answers of that length are decoded together on the devices of one row."""
+        streams = how.beams + bool(how.against)
+        return max(1, SUFFIX_BYTES // (self._token_bytes * new_tokens * streams))
 
     def stream(
         self, work: Work, how: Decoding, *, usual: int | None = None, skip: int = 0
@@ -267,12 +285,15 @@ class Engine:
     def _batches(self, group: Group, skip: int, stack: contextlib.ExitStack) -> Iterator[tuple[Batch, Batch | None]]:
         """A group's batches on the devices, from number `skip` on."""
 
+        # Left last, after the batches that it works for.
+        pool = stack.enter_context(ThreadPoolExecutor(os.cpu_count() or 1))
+
         def of(shape: RowShape, pictures: list[Picture]) -> Iterator[Batch]:
             rest = pictures[skip * group.rows :]
             if not rest:
                 return
             own = own_rows(self.mesh, group.rows)
-            made = iter(question_batches(rest, self.processor, shape, rows=group.rows, own=own))
+            made = iter(question_batches(rest, self.processor, shape, rows=group.rows, own=own, pool=pool))
             stack.enter_context(contextlib.closing(made))
             for batch in made:
                 yield feed(batch, self.mesh, group.rows)
@@ -289,7 +310,7 @@ class Engine:
         if usual is not None and usual < how.new_tokens and how.beams == 1:
             ids, tracked = self._run(batch, other, dataclasses.replace(how, new_tokens=usual))
             if (long := (ids[..., -1] != end) & (numbers >= 0)).any():
-                full, _ = self._run(batch, other, how)
+                full = self._in_parts(batch, other, how)
                 ids = np.concatenate([ids, np.full((*ids.shape[:2], how.new_tokens - usual), end, ids.dtype)], axis=2)
                 ids[long] = full[long]
         else:
@@ -300,6 +321,28 @@ class Engine:
             text = self.encoder.decode(tokens[: tokens.index(end)] if end in tokens else tokens)
             found[int(numbers[b, q])] = Answer(text, tuple(tracked[b, q].tolist()))
         return found
+
+    def _in_parts(self, batch: Batch, other: Batch | None, how: Decoding) -> Int[np.ndarray, "B Q T"]:
+        """Rows with long answers, as many together as their KV has room."""
+        rows, leaves = batch.leaves.shape
+        part = min(rows, self._spread * max(1, self._room(how.new_tokens, how) // leaves))
+        while rows % part:
+            part -= self._spread
+
+        def cut(whole: Batch | None, start: int) -> Batch | None:
+            return None if whole is None else Batch(*(field[start : start + part] for field in whole))
+
+        if part == rows:
+            return self._run(batch, other, how)[0]
+        own = batch_sharding(self.mesh)
+        parts = []
+        for start in range(0, rows, part):
+            here, there = (
+                None if x is None else jax.device_put(x, own) for x in (cut(batch, start), cut(other, start))
+            )
+            assert here is not None
+            parts.append(self._run(here, there, how)[0])
+        return np.concatenate(parts)
 
     def _run(
         self, batch: Batch, other: Batch | None, how: Decoding

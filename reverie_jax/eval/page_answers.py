@@ -23,7 +23,6 @@ FEW = 20
 """Fewer units than this make an interval that is only rough."""
 BINS = 10
 
-PREDICTIONS = "predictions.jsonl"
 """As `eval.predict` calls it, which needs a model to be imported."""
 
 Row = Mapping[str, Any]
@@ -84,11 +83,9 @@ def read(name: str, folders: Mapping[str, Path], stored: Mapping[str, Row], data
         UserError: the benchmark's files cannot be used.
     """
     one = find_benchmark(name)
-    loaded = one.load(data / name if (data / name).is_dir() else data)
-    if images is not None:
-        loaded = dataclasses.replace(loaded, picture=files.pictures(images))
+    loaded = files.shown_from(one.load(data / name if (data / name).is_dir() else data), images)
     scores, rows, notes = {}, {}, []
-    paths = {run: folder / PREDICTIONS for run, folder in folders.items()}
+    paths = {run: folder / files.PREDICTIONS for run, folder in folders.items()}
     for run, path in paths.items():
         rule, replies = stored[run]["rule"], path.with_name(REPLIES)
         try:
@@ -206,7 +203,7 @@ def categories(again: Again) -> dict[str, dict[str, statistics.Estimate]]:
                 table.add(unit[id], {"right": reading.right, "all": 1})
         for category, table in tables.items():
             weights = statistics.resamples(len(table.counts))
-            estimate = statistics.bootstrap(table.counts, statistics.ratio(0, 1), weights)
+            estimate = statistics.bootstrap(table.counts, statistics.share(0, 1), weights)
             found.setdefault(category, {})[run] = estimate
     return found if len(found) > 1 else {}
 

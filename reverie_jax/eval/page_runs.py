@@ -10,9 +10,6 @@ from typing import Any
 
 from reverie_jax.errors import UserError
 from reverie_jax.eval.benchmarks import NAMES, files
-from reverie_jax.eval.page_answers import PREDICTIONS
-
-SCORES = "scores.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,13 +55,13 @@ def _read_run(text: str) -> Run:
     folder = Path(path)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    inside = sorted(place for place in folder.iterdir() if place.is_dir() and (place / PREDICTIONS).is_file())
-    if any((folder / file).exists() for file in (SCORES, PREDICTIONS)):
+    inside = sorted(place for place in folder.iterdir() if place.is_dir() and (place / files.PREDICTIONS).is_file())
+    if any((folder / file).exists() for file in (files.SCORES, files.PREDICTIONS)):
         inside = [folder]
     parts: dict[str, Part] = {}
     unscored = []
     for place in inside:
-        if place is not folder and not (place / SCORES).exists():
+        if place is not folder and not (place / files.SCORES).exists():
             unscored.append(place.name)
             continue
         part = _read_part(place)
@@ -74,18 +71,20 @@ def _read_run(text: str) -> Run:
             )
         parts[part.scores["benchmark"]] = part
     if not parts:
-        raise UserError(f"{folder}: no {SCORES} beside a {PREDICTIONS}, there or one folder deeper; {_MAKE}")
+        raise UserError(
+            f"{folder}: no {files.SCORES} beside a {files.PREDICTIONS}, there or one folder deeper; {_MAKE}"
+        )
     return Run(name or folder.resolve().name, folder, parts, unscored)
 
 
-_MAKE = f"`reverie eval` writes both, `reverie score --json` prints what {SCORES} holds"
+_MAKE = "`reverie eval` writes both, `reverie score --out` the score"
 
 
 def _read_part(folder: Path) -> Part:
-    for file in (SCORES, PREDICTIONS):
+    for file in (files.SCORES, files.PREDICTIONS):
         if not (folder / file).is_file():
             raise UserError(f"{folder}: has no {file}; {_MAKE}")
-    found = files.read_json(folder / SCORES)
+    found = files.read_json(folder / files.SCORES)
     try:
         metrics, intervals = found["metrics"], found["intervals"]
         good = found["benchmark"] in NAMES and isinstance(found["rule"], str) and isinstance(found["protocol"], dict)
@@ -96,6 +95,6 @@ def _read_part(folder: Path) -> Part:
     except (KeyError, TypeError, ValueError, AttributeError):
         good = False
     if not good:
-        raise UserError(f"{folder / SCORES}: is no score of a benchmark; {_MAKE}")
-    written = datetime.date.fromtimestamp((folder / PREDICTIONS).stat().st_mtime)
+        raise UserError(f"{folder / files.SCORES}: is no score of a benchmark; {_MAKE}")
+    written = datetime.date.fromtimestamp((folder / files.PREDICTIONS).stat().st_mtime)
     return Part(folder, found, written.isoformat())

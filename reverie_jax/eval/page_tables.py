@@ -74,10 +74,7 @@ def beside_published(runs: Sequence[Run], names: Sequence[str]) -> dict[str, Any
     for name in names:
         official = find_benchmark(name).rules[0]
         fits = {
-            run.name
-            for run in runs
-            if name in run.parts
-            and published.beside(name, run.parts[name].scores["rule"], official, run.parts[name].scores["items"])
+            run.name for run in runs if name in run.parts and published.beside(name, official, run.parts[name].scores)
         }
         found = published.of(name)
         if found and not fits:

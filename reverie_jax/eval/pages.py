@@ -17,7 +17,7 @@ from reverie_jax.errors import UserError
 from reverie_jax.eval import page_answers
 from reverie_jax.eval.benchmarks import files
 from reverie_jax.eval.gallery import clip, galleries
-from reverie_jax.eval.page_answers import PREDICTIONS, Again, number, verdict
+from reverie_jax.eval.page_answers import Again, number, verdict
 from reverie_jax.eval.page_runs import Part, Run, read_runs
 from reverie_jax.eval.page_tables import axis, beside_published, grouped, metrics_of, row_of
 
@@ -282,7 +282,7 @@ def _unread(run: str, part: Part) -> dict[str, Any] | None:
     if not scores["unparsed"]:
         return None
     rows: dict[str, Any] = {}
-    files.made(part.folder / PREDICTIONS, "answer", lambda row: rows.update({str(row.get("question_id")): row}))
+    files.made(part.folder / files.PREDICTIONS, "answer", lambda row: rows.update({str(row.get("question_id")): row}))
     listed = []
     for id in scores["unparsed_ids"]:
         row = rows.get(str(id), {})

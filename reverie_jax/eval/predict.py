@@ -19,12 +19,11 @@ from reverie_jax.data.annotate.stages import WHY
 from reverie_jax.data.conversation import IMAGE, Conversation, Encoder, Turn
 from reverie_jax.data.pipeline import Picture
 from reverie_jax.errors import UserError
+from reverie_jax.eval.benchmarks.files import PREDICTIONS, RUN
 from reverie_jax.eval.benchmarks.interface import Benchmark, Loaded, Question
 from reverie_jax.eval.decode import Decoding
 from reverie_jax.eval.engine import Answer, Engine
 
-PREDICTIONS = "predictions.jsonl"
-RUN = "run.json"
 STAGES = ("first", "rationales", "answers")
 """Each has a file of its own while a run is under way."""
 
@@ -51,7 +50,7 @@ class Ask:
     limit: int | None = None
 
     def questions(self, loaded: Loaded) -> Sequence[Question]:
-        return loaded.questions if self.limit is None else loaded.questions[: self.limit]
+        return loaded.asked if self.limit is None else loaded.asked[: self.limit]
 
 
 def conversation(question: Question) -> Conversation:
@@ -164,13 +163,13 @@ def _record(
         "protocol": dict(loaded.protocol),
         "model": model,
         "identity": dict(identity),
+        "dtype": engine.dtype,
         "template": encoder.template.name,
         "tokens": encoder.tokens,
         "aspect": processor.aspect,
         "decoding": {k: v for k, v in dataclasses.asdict(ask.decoding).items() if k != "track"},
         "new_tokens": min(ask.decoding.new_tokens, benchmark.new_tokens),
         "reflect": ask.reflect,
-        "shape": dataclasses.asdict(engine.shape),
     }
 
 
@@ -206,14 +205,20 @@ def _begin(out: Path, record: Mapping[str, Any]) -> None:
         out.mkdir(parents=True, exist_ok=True)
         if path.exists():
             found = json.loads(path.read_text("utf-8"))
+            if "benchmark" not in found and "recipe" in found:
+                raise UserError(f"{out}: is the folder of another command's run; choose another")
             differs = [key for key in wanted if found.get(key) != wanted[key]]
             if differs:
                 raise UserError(
                     f"{out}: holds answers of another run ({', '.join(differs)} differ); choose another folder, or delete it"
                 )
             return
-        for name in (PREDICTIONS, *(f".{stage}.jsonl" for stage in STAGES)):
-            (out / name).unlink(missing_ok=True)  # whose they are, nothing says
+        if (out / PREDICTIONS).exists():
+            raise UserError(
+                f"{out}: holds a {PREDICTIONS} that no run here wrote; choose another folder, or move it away"
+            )
+        for stage in STAGES:
+            (out / f".{stage}.jsonl").unlink(missing_ok=True)  # whose they are, nothing says
         part = out / f".{RUN}.part"
         part.write_text(json.dumps(record, indent=2) + "\n", "utf-8")
         os.replace(part, path)
@@ -226,7 +231,7 @@ def _begin(out: Path, record: Mapping[str, Any]) -> None:
 
 
 class _Stage:
-    """One answer to each of some questions, in a file of its own while it is under way."""
+    """One answer to each of some questions, in a file of its own, which stays: a further run finds all of them there."""
 
     def __init__(
         self,
@@ -267,7 +272,7 @@ class _Stage:
 
     def prepared(self, cap: int) -> Any:
         how = dataclasses.replace(self.how, new_tokens=cap)
-        return self.engine.prepare(self.pictures(cap), how)
+        return self.engine.prepare(self.pictures(cap), how, usual=self.usual)
 
     def pictures(self, cap: int) -> list[Picture]:
         """Questions by what they show, in the order in which each picture comes first."""

@@ -6,7 +6,7 @@ LLaVA-1.5 13B with LoRA is not there: its row of the model zoo was not read. The
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 SOURCES: Mapping[str, tuple[str, bool]] = {
     "zoo": ("LLaVA's docs/MODEL_ZOO.md", False),
@@ -139,6 +139,10 @@ def of(benchmark: str) -> list[Published]:
     return [score for score in SCORES if score.benchmark == benchmark]
 
 
-def beside(benchmark: str, rule: str, official: str, items: int) -> bool:
-    """Whether published scores may stand beside one of `items` questions by `rule`: by the official one, of as many."""
-    return bool(of(benchmark)) and rule == official and ITEMS.get(benchmark, items) == items
+def beside(benchmark: str, official: str, score: Mapping[str, Any]) -> bool:
+    """Whether published scores may stand beside a score: by the official rule, of as many questions, all of them answered,
+    and with OCR tokens in the prompt where they belong there.
+    """
+    whole = ITEMS.get(benchmark, score["items"]) == score["items"] and not score.get("missing")
+    asked = score["protocol"].get("ocr tokens") != "none"
+    return bool(of(benchmark)) and score["rule"] == official and whole and asked

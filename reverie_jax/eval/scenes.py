@@ -29,7 +29,7 @@ from reverie_jax.eval.benchmarks.interface import (
 )
 from reverie_jax.eval.decode import Decoding
 from reverie_jax.eval.engine import Engine
-from reverie_jax.eval.predict import PREDICTIONS, Ask
+from reverie_jax.eval.predict import Ask
 from reverie_jax.eval.predict import predict as run
 
 QUESTIONS = 3
@@ -149,7 +149,7 @@ def answer_file(folder: Path, predictions: Path) -> dict[str, str]:
         BenchmarkError: see `files.read_answers`.
     """
     benchmark = Scenes()
-    return files.read_answers(predictions / PREDICTIONS, benchmark, benchmark.load(folder))
+    return files.read_answers(predictions / files.PREDICTIONS, benchmark, benchmark.load(folder))
 
 
 def score(folder: Path, predictions: Path) -> SceneCounts:
@@ -189,12 +189,12 @@ def predict(engine: Engine, folder: Path, out: Path) -> Path:
 
 
 RATES: dict[str, tuple[str, statistics.Statistic]] = {
-    "chair_i": ("description", statistics.ratio(free.HALLUCINATED, free.MENTIONS)),
-    "chair_s": ("description", statistics.ratio(free.HALLUCINATING, free.CAPTIONS)),
-    "coverage": ("description", statistics.ratio(free.COVERED, free.PRESENT)),
-    "rationale_correct": ("rationale", statistics.ratio(free.CORRECT, free.RATIONALES)),
-    "claims_true": ("rationale", statistics.ratio(free.TRUE_CLAIMS, free.CLAIMS)),
-    "rationale_empty": ("rationale", statistics.ratio(free.EMPTY, free.RATIONALES)),
+    "chair_i": ("description", statistics.share(free.HALLUCINATED, free.MENTIONS)),
+    "chair_s": ("description", statistics.share(free.HALLUCINATING, free.CAPTIONS)),
+    "coverage": ("description", statistics.share(free.COVERED, free.PRESENT)),
+    "rationale_correct": ("rationale", statistics.share(free.CORRECT, free.RATIONALES)),
+    "claims_true": ("rationale", statistics.share(free.TRUE_CLAIMS, free.CLAIMS)),
+    "rationale_empty": ("rationale", statistics.share(free.EMPTY, free.RATIONALES)),
 }
 
 

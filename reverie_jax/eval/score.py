@@ -13,7 +13,7 @@ import numpy as np
 from reverie_jax.errors import UserError
 from reverie_jax.eval import statistics
 from reverie_jax.eval.benchmarks import files
-from reverie_jax.eval.benchmarks.interface import Benchmark, BenchmarkError, Loaded, Scored
+from reverie_jax.eval.benchmarks.interface import Benchmark, BenchmarkError, Loaded, NotScorable, Scored
 from reverie_jax.eval.replies import of_answers, read_replies
 
 DRAWS = 2000
@@ -95,22 +95,20 @@ def score(
     if rule not in benchmark.rules:
         raise BenchmarkError(f"--rule {rule}: {benchmark.name} has {', '.join(benchmark.rules)}")
     if rule in benchmark.judged and replies is None:
-        raise BenchmarkError(
+        raise NotScorable(
             f"{benchmark.name} by the rule {rule} needs a judge's replies: `reverie judge {benchmark.name}` writes them; "
             "name the file with --replies"
         )
     answers = files.read_answers(predictions, benchmark, loaded, partial=partial)
+    if not any(key in answers for key in loaded.left_out):
+        loaded = dataclasses.replace(loaded, questions=loaded.asked)
     said, judge = (None, {}) if replies is None else read_replies(replies)
     if judge.get("judge/answers", of_answers(answers)) != of_answers(answers):
         raise BenchmarkError(f"{replies}: the judge saw other answers than those of {predictions}; judge these first")
     scored = benchmark.score(loaded, answers, rule, said)
     values = scored.values()
-    intervals = {}
-    if draws and len(scored.counts) > 1:
-        weights = statistics.resamples(len(scored.counts), draws=draws)
-        for name, metric in scored.metrics.items():
-            estimate = statistics.bootstrap(scored.counts, metric, weights)
-            intervals[name] = estimate.low, estimate.high
+    enough = draws and len(scored.counts) > 1
+    intervals = statistics.intervals(scored.counts, scored.metrics, draws=draws) if enough else {}
     unread = [reading.id for reading in scored.readings if reading.unread]
     protocol = {**loaded.protocol, **scored.protocol, **judge, **_run(predictions)}
     protocol |= _yes_no(predictions, benchmark, loaded, scored)
@@ -131,11 +129,11 @@ def score(
 
 def _run(predictions: Path) -> dict[str, Any]:
     """How our own answers were made, from the record beside them."""
-    path = predictions.parent / "run.json"
-    if predictions.name != "predictions.jsonl" or not path.exists():
+    path = predictions.parent / files.RUN
+    if predictions.name != files.PREDICTIONS or not path.exists():
         return {}
     found = files.read_json(path)
-    kept = ("model", "identity", "template", "tokens", "aspect", "decoding", "new_tokens", "reflect")
+    kept = ("model", "identity", "dtype", "template", "tokens", "aspect", "decoding", "new_tokens", "reflect")
     return {f"run/{key}": found[key] for key in kept if key in found}
 
 
@@ -188,14 +186,15 @@ def compare(ours: Score, theirs: Score, *, draws: int = DRAWS) -> dict[str, Any]
         )
     if list(ours.scored.units) != list(theirs.scored.units) or list(ours.metrics) != list(theirs.metrics):
         raise UserError(f"{ours.benchmark} by {ours.rule}: the two files are counted in different units")
-    weights = statistics.resamples(len(ours.scored.counts), draws=draws)
-    found: dict[str, Any] = {"benchmark": ours.benchmark, "rule": ours.rule, "differences": {}}
-    for name, metric in ours.scored.metrics.items():
-        estimate = statistics.difference(ours.scored.counts, theirs.scored.counts, metric, weights)
-        found["differences"][name] = {
-            "value": _round(estimate.value),
-            "ci95": [_round(estimate.low), _round(estimate.high)],
-        }
+    apart = statistics.differences(ours.scored.counts, theirs.scored.counts, ours.scored.metrics, draws=draws)
+    found: dict[str, Any] = {
+        "benchmark": ours.benchmark,
+        "rule": ours.rule,
+        "differences": {
+            name: {"value": _round(one.value), "ci95": [_round(one.low), _round(one.high)]}
+            for name, one in apart.items()
+        },
+    }
     pairs = [
         (mine.right, yours.right)
         for mine, yours in zip(ours.scored.readings, theirs.scored.readings, strict=True)

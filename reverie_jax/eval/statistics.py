@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -57,6 +57,53 @@ def difference(
     return Estimate(float(statistic(ours.sum(0)) - statistic(theirs.sum(0))), float(low), float(high))
 
 
+_CHUNK = 200
+"""Resamples that are drawn together: of a hundred thousand units, all of them would take gigabytes."""
+
+
+def resampled(counts: Float[np.ndarray, "N K"], *, draws: int = 2000, seed: int = 0) -> Float[np.ndarray, "R K"]:
+    """The sums of each resample of the units: those of `resamples(N)`, a part at a time."""
+    rng = np.random.default_rng(seed)
+    chance = np.full(len(counts), 1 / len(counts))
+
+    def parts() -> Iterator[np.ndarray]:
+        for start in range(0, draws, _CHUNK):
+            yield rng.multinomial(len(counts), chance, size=min(_CHUNK, draws - start)) @ counts
+
+    return np.concatenate(list(parts()))
+
+
+def interval(drawn: Float[np.ndarray, "..."]) -> tuple[float, float]:
+    """Of a metric's values in all resamples: where the middle 95 % lie."""
+    low, high = np.nanpercentile(drawn, (2.5, 97.5))
+    return float(low), float(high)
+
+
+def intervals(
+    counts: Float[np.ndarray, "N K"], metrics: Mapping[str, Statistic], *, draws: int = 2000
+) -> dict[str, tuple[float, float]]:
+    """The interval of every metric, over the same resamples."""
+    sums = resampled(counts, draws=draws)
+    return {name: interval(metric(sums)) for name, metric in metrics.items()}
+
+
+def differences(
+    ours: Float[np.ndarray, "N K"],
+    theirs: Float[np.ndarray, "N K"],
+    metrics: Mapping[str, Statistic],
+    *,
+    draws: int = 2000,
+) -> dict[str, Estimate]:
+    """Every metric of `ours` minus that of `theirs`, the same units resampled for both."""
+    width = ours.shape[1]
+    sums = resampled(np.concatenate([ours, theirs], axis=1), draws=draws)
+    found = {}
+    for name, metric in metrics.items():
+        value = float(metric(ours.sum(0)) - metric(theirs.sum(0)))
+        found[name] = Estimate(value, *interval(metric(sums[:, :width]) - metric(sums[:, width:])))
+    return found
+
+
 class Mcnemar(NamedTuple):
     """Of the questions that one of two is right on and the other not: how many each way, and the exact two-sided p."""
 
@@ -72,11 +119,14 @@ def mcnemar(only_ours: int, only_theirs: int) -> Mcnemar:
     return Mcnemar(only_ours, only_theirs, p)
 
 
-def ratio(over: int, under: int, empty: float = 0.0) -> Statistic:
-    """Sum number `over` divided by sum number `under`; `empty` where there is nothing to divide by."""
+def share(
+    over: int | Sequence[int], under: int | Sequence[int], *, scale: float = 1.0, empty: float = 0.0
+) -> Statistic:
+    """Sum of the columns `over`, divided by that of the columns `under`, times `scale`; `empty` where that is nothing."""
+    above, below = ([c] if isinstance(c, int) else list(c) for c in (over, under))
 
     def statistic(sums: Float[np.ndarray, "... K"]) -> Float[np.ndarray, "..."]:
-        below = sums[..., under]
-        return np.where(below > 0, sums[..., over] / np.maximum(below, 1e-12), empty)
+        bottom = sums[..., below].sum(-1)
+        return np.where(bottom > 0, scale * sums[..., above].sum(-1) / np.where(bottom > 0, bottom, 1.0), empty)
 
     return statistic

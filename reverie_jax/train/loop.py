@@ -83,10 +83,7 @@ def train(
     """
     started = time.perf_counter()
     mesh = mesh or make_mesh()
-    if recipe.template is not None:
-        processor = processor.using(recipe.template)
-    if recipe.aspect is not None:
-        processor = dataclasses.replace(processor, aspect=recipe.aspect)
+    processor = processor.using(recipe.template, aspect=recipe.aspect)
     try:
         source, held_out = hold_out(source, recipe.holdout)
     except ValueError as error:

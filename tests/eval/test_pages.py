@@ -169,9 +169,14 @@ def test_without_data_there_are_tables_alone_and_the_page_says_so(two):
 
 
 def test_pictures_that_are_missing_are_said_to_be(two, data, tmp_path):
-    page = rendered(two, data, tmp_path)
+    (tmp_path / "images").mkdir()
+    for file in data.glob("*.json"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    page = rendered(two, tmp_path, tmp_path / "images")
     assert "<img" not in page
-    assert f"not in {tmp_path}" in page
+    assert f"not in {tmp_path / 'images'}" in page
+    # Those that are not in the folder that is named are looked for with the questions.
+    assert "<img" in rendered(two, data, tmp_path / "images")
 
 
 def test_protocols_that_differ_are_told(two, data, tmp_path):

@@ -110,6 +110,11 @@ def many(pictures):
 
 
 @functools.cache
+def half():
+    return VisionLanguageModel(tiny.CONFIG, rngs=nnx.Rngs(3), dtype=jnp.bfloat16)
+
+
+@functools.cache
 def engine(shape=SHAPE):
     return Engine(model(), processor(), shape)
 
@@ -460,7 +465,7 @@ OTHERS = {
     "shorter": (lambda: {"ask": Ask(Decoding(5))}, "decoding, new_tokens"),
     "reflect": (lambda: {"ask": Ask(Decoding(LONGEST), reflect=True), "loaded": ONE_EACH}, "reflect"),
     "template": (lambda: {"engine": Engine(model(), processor().using("plain"), SHAPE)}, "template"),
-    "rows": (lambda: {"engine": engine(EngineShape(tokens=192, leaves=4, rows=3))}, "shape"),
+    "dtype": (lambda: {"engine": Engine(half(), processor(), SHAPE)}, "dtype"),
 }
 
 
@@ -489,11 +494,14 @@ def test_a_broken_record_is_named(begun):
 def test_answers_without_their_record_are_nobodys(begun, tmp_path, asked):
     """`rm OUT/*` takes the record and leaves what begins with a dot: another model must not inherit it."""
     (begun / "run.json").unlink()
-    (begun / "predictions.jsonl").write_text("old")
+    (begun / "predictions.jsonl").write_text("somebody's")
+    with pytest.raises(UserError, match=r"holds a predictions\.jsonl that no run here wrote"):
+        run(begun)
+    assert (begun / "predictions.jsonl").read_text() == "somebody's"
+    (begun / "predictions.jsonl").unlink()
     other = Engine(VisionLanguageModel(tiny.CONFIG, rngs=nnx.Rngs(5)), processor(), SHAPE)
     with pytest.raises(Stop):
         run(begun, engine=other, identity={"decoder": "other"}, progress=_raise)
-    assert not (begun / "predictions.jsonl").exists()
     run(begun, engine=other, identity={"decoder": "other"})
     run(tmp_path / "fresh", engine=other, identity={"decoder": "other"})
     assert sum(map(len, asked)) == 32
@@ -614,7 +622,7 @@ def test_pictures_are_read_when_their_turn_comes(tmp_path):
         run(tmp_path, loaded, progress=look)
     assert ahead[0] == 0
     assert max(ahead) <= 5 * SHAPE.rows
-    assert opened == [f"{n}.png" for n in range(len(opened))]
+    assert sorted(opened, key=lambda name: int(name[:-4])) == [f"{n}.png" for n in range(len(opened))]
     before = len(opened)
     run(tmp_path, loaded)
     assert opened[before:] == [f"{n}.png" for n in range(40, 60)]

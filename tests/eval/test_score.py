@@ -67,7 +67,10 @@ def official(questions, answers):
     found = {}
     for split in ("random", "adversarial"):
         asked = [
-            (q.known["label"], says_yes(answers.get(str(q.id), ""))) for q in questions if q.known["split"] == split
+            # What is not answered is wrong.
+            (q.known["label"], says_yes(answers[str(q.id)]) if str(q.id) in answers else not q.known["label"])
+            for q in questions
+            if q.known["split"] == split
         ]
         both = sum(label and yes for label, yes in asked)
         found[f"{split}/accuracy"] = sum(label == yes for label, yes in asked) / len(asked) if asked else 0.0

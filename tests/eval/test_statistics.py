@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reverie_jax.eval.statistics import Estimate, bootstrap, difference, ratio, resamples
+from reverie_jax.eval.statistics import Estimate, bootstrap, difference, resamples, share
 
-SHARE = ratio(0, 1)
+SHARE = share(0, 1)
 
 
 def percentile(values: list[float], percent: float) -> float:
@@ -117,13 +117,13 @@ def test_one_image_leaves_no_doubt():
 @given(st.integers(0, 9), st.integers(0, 9))
 def test_ratio_divides_sums_or_says_empty(over, under):
     sums = np.asarray([over, 99, under], float)
-    assert float(ratio(0, 2, empty=-1.0)(sums)) == pytest.approx(over / under if under else -1)
-    assert ratio(0, 2)(np.stack([sums, sums])).shape == (2,)
+    assert float(share(0, 2, empty=-1.0)(sums)) == pytest.approx(over / under if under else -1)
+    assert share(0, 2)(np.stack([sums, sums])).shape == (2,)
 
 
 def test_undefined_resamples_are_left_out():
     counts = np.asarray([[1.0, 1.0], [0.0, 0.0]])
-    found = bootstrap(counts, ratio(0, 1, empty=float("nan")), resamples(2))
+    found = bootstrap(counts, share(0, 1, empty=float("nan")), resamples(2))
     assert found == Estimate(1, 1, 1)
 
 

@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 from reverie_jax.data.conversation import Conversation, ImageRecord, Turn
-from reverie_jax.data.pipeline import packed_rows, show
+from reverie_jax.data.pipeline import of_records, packed_rows, show
 from reverie_jax.data.processor import Processor
 from reverie_jax.data.rows import Batch, RowShape, stack
 from reverie_jax.data.scenes import dataset
@@ -50,7 +50,7 @@ def batches(records: list[ImageRecord], processor: Processor, *, sharing: bool, 
     numbers = grain.MapDataset.range(len(records))
     rows = list(packed_rows(numbers, records, processor, shape, teaching, sharing=sharing))
     groups = [rows[start : start + ROWS] for start in range(0, len(rows), ROWS)]
-    return [show(stack(group, ROWS), records, processor) for group in groups]
+    return [show(stack(group, ROWS), of_records(records), processor) for group in groups]
 
 
 def loss_of(model, found: list[Batch]) -> tuple[float, float]:

@@ -6,7 +6,6 @@ descriptions `relation.json` (words and what goes with them) and `safe_words.txt
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from reverie_jax.eval.benchmarks.interface import (
     need,
     share,
 )
+from reverie_jax.eval.benchmarks.yes_no import kit_word
 from reverie_jax.eval.statistics import Statistic
 
 LMMS, KIT = "lmms-eval", "vlmevalkit"
@@ -70,16 +70,10 @@ def _lmms(answer: str) -> str:
     return "yes" if "yes" in lower else "no" if "no" in lower else ""
 
 
-def _kit(answer: str) -> str:
-    """VLMEvalKit: one of yes and no as a word, and not the other."""
-    said = {"yes", "no"} & set(re.sub(r"[^\w\s]", " ", answer.lower()).split())
-    return said.pop() if len(said) == 1 else ""
-
-
 _READERS: dict[str, Callable[[str], str]] = {
     OFFICIAL: lambda answer: {"Yes": "yes", "No": "no"}.get(answer, ""),
     LMMS: _lmms,
-    KIT: _kit,
+    KIT: kit_word,
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,6 +13,9 @@ from typing import Any, TypeVar
 from reverie_jax.data.files import Rows
 from reverie_jax.errors import DataError
 from reverie_jax.eval.benchmarks.interface import Benchmark, BenchmarkError, Loaded
+
+PREDICTIONS, RUN, SCORES = "predictions.jsonl", "run.json", "scores.json"
+"""What `reverie eval` leaves in a folder."""
 
 T = TypeVar("T")
 
@@ -129,6 +133,30 @@ def pictures(*folders: Path, flag: str = "--images") -> Callable[[str], bytes]:
     return picture
 
 
+def shown_from(loaded: Loaded, images: Path | None) -> Loaded:
+    """The questions, their pictures looked for in a folder of the user's first, and then where the benchmark has them.
+
+    Raises:
+        BenchmarkError: there is no such folder.
+    """
+    if images is None:
+        return loaded
+    if not images.is_dir():
+        raise BenchmarkError(f"--images {images}: no such folder")
+    first = pictures(images)
+
+    def picture(name: str) -> bytes:
+        try:
+            return first(name)
+        except BenchmarkError as missing:
+            try:
+                return loaded.picture(name)
+            except BenchmarkError:
+                raise missing from None
+
+    return dataclasses.replace(loaded, picture=picture)
+
+
 def read_answers(path: Path, benchmark: Benchmark, loaded: Loaded, *, partial: bool = False) -> dict[str, str]:
     """Answers by `str(question.id)`, from an answer file of ours, LLaVA's, or the benchmark's own form.
 
@@ -156,10 +184,10 @@ def read_answers(path: Path, benchmark: Benchmark, loaded: Loaded, *, partial: b
             raise KeyError("question_id")
         if not isinstance(text, str):
             raise TypeError(f"question {key}: its text is {text!r}")
-        if key in loaded.left_out:
-            return
         if key not in questions:
             raise BenchmarkError(f"{path}: question {key} is none of {benchmark.name}'s {len(questions)}; {_VERSION}")
+        if key in answers:
+            key = next((twin for twin in benchmark.twins(key, loaded) if twin not in answers), key)
         if key in answers:
             raise BenchmarkError(f"{path}: question {key} stands there twice")
         said, ours = row.get("prompt"), questions[key].text
@@ -173,7 +201,9 @@ def read_answers(path: Path, benchmark: Benchmark, loaded: Loaded, *, partial: b
     else:
         for id, text in whole.items():
             take({"question_id": id, "text": text})
-    missing = [key for key in questions if key not in answers]
+    # None of the left out, or all of them.
+    wanted = questions if any(key in answers for key in loaded.left_out) else {str(q.id) for q in loaded.asked}
+    missing = [key for key in questions if key in wanted and key not in answers]
     if missing and not partial:
         raise BenchmarkError(
             f"{path}: {len(missing)} of {len(questions)} questions have no answer, the first is {missing[0]}; "

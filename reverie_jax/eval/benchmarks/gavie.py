@@ -34,7 +34,7 @@ ANNOTATIONS = "vg_annotation.json"
 CRITERIA = ("accuracy", "relevancy")
 _BEFORE = r"^[ \t#*>_\-\d.)(]*"
 _HEADING = re.compile(rf"{_BEFORE}(relevancy|accuracy)[ \t*_.:]*$|{_BEFORE}(relevancy|accuracy)[ \t*_]*:", re.I | re.M)
-_SCORE = re.compile(r"score\s+of\s+(?:the\s+)?answer\s*1?[\s*_]*:[\s*_]*(\d+(?:\.\d+)?)(?!\.?\d)", re.I)
+_SCORE = re.compile(r"score\s+of\s+(?:the\s+)?answer\s*1?[\s*_]*:[\s*_<\[(]*(\d+(?:\.\d+)?)(?!\.?\d)", re.I)
 
 
 def scores(reply: str) -> dict[str, float]:

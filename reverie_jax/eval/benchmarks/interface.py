@@ -14,7 +14,25 @@ import numpy as np
 from jaxtyping import Float
 
 from reverie_jax.errors import UserError
-from reverie_jax.eval.statistics import Statistic
+from reverie_jax.eval.statistics import Statistic, share
+
+__all__ = [
+    "LETTER",
+    "OFFICIAL",
+    "SHORT",
+    "Benchmark",
+    "BenchmarkError",
+    "JudgeRequest",
+    "Key",
+    "Loaded",
+    "NotScorable",
+    "Question",
+    "Reading",
+    "Scored",
+    "Table",
+    "need",
+    "share",
+]
 
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
@@ -28,6 +46,10 @@ Key = int | str
 
 class BenchmarkError(UserError):
     """Benchmark files that cannot be used; the message names the file, the line and the remedy."""
+
+
+class NotScorable(BenchmarkError):
+    """Answers that cannot be scored here: a judge's replies or the labels are missing. They can be exported all the same."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +83,8 @@ class Loaded:
         picture: an image's encoded file, read when it is asked for. Raises BenchmarkError where there is none.
         protocol: which version of the questions and labels this is, for the score's record: plain values.
         known: what scoring needs beside the questions: tables of associations, ground truth by picture.
-        left_out: ids of questions that are not asked here, with the reason in `protocol`; answers to them are passed over.
+        left_out: ids of questions that cannot be asked here, with the reason in `protocol`. They count only where an answer
+            file has answers to some of them.
     """
 
     questions: Sequence[Question]
@@ -69,6 +92,11 @@ class Loaded:
     protocol: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     known: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     left_out: frozenset[str] = frozenset()
+
+    @property
+    def asked(self) -> Sequence[Question]:
+        """The questions that can be asked here."""
+        return [q for q in self.questions if str(q.id) not in self.left_out] if self.left_out else self.questions
 
     @property
     def units(self) -> list[str]:
@@ -140,6 +168,8 @@ class Benchmark:
         name: on the command line.
         rules: the first is the benchmark's own.
         new_tokens: longest answer by LLaVA's protocol.
+        beams: of beam search, by the benchmark's protocol; 1 for none.
+        judge_temperature: that its judge is asked with, by its protocol.
         usual_tokens: what most answers need, where that is much less: longer ones are decoded twice.
         yes_no: answers are yes or no, as `known["label"]` (a bool, or the word) says; how likely the model held each is
             recorded too.
@@ -150,6 +180,8 @@ class Benchmark:
     name: ClassVar[str]
     rules: ClassVar[tuple[str, ...]] = (OFFICIAL,)
     new_tokens: ClassVar[int] = 128
+    beams: ClassVar[int] = 1
+    judge_temperature: ClassVar[float] = 0.0
     usual_tokens: ClassVar[int | None] = None
     yes_no: ClassVar[bool] = False
     judged: ClassVar[frozenset[str]] = frozenset()
@@ -189,6 +221,10 @@ class Benchmark:
         """The question that a row of an answer file belongs to, LLaVA's files included; None where it names none."""
         return None if row.get("question_id") is None else str(row["question_id"])
 
+    def twins(self, key: str, loaded: Loaded) -> Sequence[str]:
+        """Questions that the rows of an answer file do not tell apart from this one: their n-th row is the n-th one's."""
+        return ()
+
     def text(self, row: Mapping[str, Any]) -> Any:
         """The answer in a row of an answer file."""
         # "answer" comes last: upload files have the right one under that name.
@@ -218,19 +254,6 @@ def need(condition: bool, message: str) -> None:
     """Raises BenchmarkError with the message where the condition does not hold."""
     if not condition:
         raise BenchmarkError(message)
-
-
-def share(
-    over: int | Sequence[int], under: int | Sequence[int], *, scale: float = 1.0, empty: float = 0.0
-) -> Statistic:
-    """Sum of the columns `over`, divided by that of the columns `under`, times `scale`; `empty` where that is nothing."""
-    above, below = ([c] if isinstance(c, int) else list(c) for c in (over, under))
-
-    def statistic(sums: Float[np.ndarray, "... K"]) -> Float[np.ndarray, "..."]:
-        bottom = sums[..., below].sum(-1)
-        return np.where(bottom > 0, scale * sums[..., above].sum(-1) / np.where(bottom > 0, bottom, 1.0), empty)
-
-    return statistic
 
 
 class Table:

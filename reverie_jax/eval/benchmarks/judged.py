@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from reverie_jax.eval.benchmarks.interface import Benchmark, BenchmarkError
+from reverie_jax.eval.benchmarks.interface import Benchmark, BenchmarkError, NotScorable
 
 
 def fill(prompts: Mapping[str, str], name: str, **fields: str) -> str:
@@ -34,7 +34,7 @@ def needed(benchmark: Benchmark, replies: Mapping[str, str] | None, ids: Iterabl
         BenchmarkError: some are missing.
     """
     if replies is None:
-        raise BenchmarkError(
+        raise NotScorable(
             f"{benchmark.name}: scored by what a judge replies; ask one with `reverie judge`, and name the file of replies"
         )
     wanted = list(ids)

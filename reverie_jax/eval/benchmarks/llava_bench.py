@@ -192,6 +192,7 @@ class LlavaBench(_Rated):
     """In the wild: 60 questions about 24 pictures."""
 
     name = "llava-bench"
+    judge_temperature = 0.2
     rules = (OFFICIAL, "lmms-eval")
     judged = frozenset(rules)
     needs = "questions.jsonl, context.jsonl, answers_gpt4.jsonl and images/ of liuhaotian/llava-bench-in-the-wild"

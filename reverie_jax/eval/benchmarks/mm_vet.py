@@ -101,6 +101,7 @@ class MmVet(Benchmark):
             # The file writes "a<AND>b"; the judge gets spaces around the words, as officially.
             reference = question.known["reference"].replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
             prompt = fill(prompts, "mm_vet", question=question.text, answer=reference, prediction=answers[id])
+            prompt = prompt.rstrip("\n")  # the judge goes on in the table's last line
             found += [JudgeRequest(f"{id}#{run}", prompt) for run in range(self.runs)]
         return found
 

@@ -21,6 +21,7 @@ from reverie_jax.eval.benchmarks.interface import (
     BenchmarkError,
     JudgeRequest,
     Loaded,
+    NotScorable,
     Question,
     Reading,
     Scored,
@@ -172,11 +173,11 @@ class MmBench(Benchmark):
         """A missing answer is wrong. `first_pass` is of the first passes alone, read in the same way."""
         asked = {str(question.id): question for question in loaded.questions}
         hidden = next((id for id, question in asked.items() if not question.known["answer"]), None)
-        need(
-            hidden is None,
-            f"{self.name}: question {hidden} has no answer in {loaded.protocol.get('file')}, as all of the test split; "
-            "score the dev split, or write the upload for the benchmark's server",
-        )
+        if hidden is not None:
+            raise NotScorable(
+                f"{self.name}: question {hidden} has no answer in {loaded.protocol.get('file')}, as all of the test split; "
+                f"`reverie score {self.name} --export FOLDER` writes the upload for the benchmark's server"
+            )
         said = {id: _READERS[rule](answers.get(id, ""), question.known["options"]) for id, question in asked.items()}
         unread = {id for id, letter in said.items() if not letter}
         doubtful = [] if rule == LMMS else _open(asked, answers, said)

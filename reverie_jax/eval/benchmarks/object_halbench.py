@@ -128,6 +128,8 @@ class ObjectHalBench(Benchmark):
     """
 
     name = "object-halbench"
+    beams = 3
+    judge_temperature = 0.2
     rules = (OFFICIAL, PLAIN)
     new_tokens = 1024
     judged = frozenset((OFFICIAL,))
@@ -165,7 +167,7 @@ class ObjectHalBench(Benchmark):
 
         protocol = {
             "questions": len(questions),
-            "decoding": "published for LLaVA by RLAIF-V: 3 beams, temperature 0, 1024 new tokens",
+            "published decoding": "for LLaVA by RLAIF-V: 3 beams, temperature 0, 1024 new tokens",
         }
         known = {
             "segments": truth.segments,

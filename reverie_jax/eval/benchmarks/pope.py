@@ -196,7 +196,11 @@ class Pope(Benchmark):
         )
         readings = []
         for question in loaded.questions:
-            text, label, split = answers.get(str(question.id), ""), question.known["label"], question.known["split"]
+            text, label, split = answers.get(str(question.id)), question.known["label"], question.known["split"]
+            if text is None:  # wrong; an empty answer would be a yes
+                table.add(question.unit, {f"{split}/{'fn' if label else 'fp'}": 1})
+                readings.append(Reading(question.id, "", 0.0, True, split))
+                continue
             said = _READERS[rule](text)
             if said:
                 cell = {(True, "yes"): "tp", (False, "yes"): "fp", (False, "no"): "tn", (True, "no"): "fn"}[label, said]

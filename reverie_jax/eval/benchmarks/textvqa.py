@@ -230,6 +230,9 @@ class TextVqa(Benchmark):
 
         questions = _rows(path, "TextVQA question", make)
         files.distinct(path, [question.id for question in questions])
+        asked_by: dict[tuple[str, str], list[str]] = {}
+        for question in questions:
+            asked_by.setdefault((question.unit, question.known["question"]), []).append(str(question.id))
         source = "LLaVA's questions" if texts else "none" if tokens is None else "Rosetta v0.2"
         return Loaded(
             questions,
@@ -237,7 +240,7 @@ class TextVqa(Benchmark):
             {"file": path.name, "questions": len(questions), "ocr tokens": source},
             {
                 "ids": frozenset(str(question.id) for question in questions),
-                "asked": {(question.unit, question.known["question"]): str(question.id) for question in questions},
+                "asked": asked_by,
             },
         )
 
@@ -245,7 +248,11 @@ class TextVqa(Benchmark):
         said = super().key(row, loaded)
         if said is None or said in loaded.known["ids"] or not isinstance(row.get("prompt"), str):
             return said
-        return loaded.known["asked"].get((said, asked(row["prompt"])), said)
+        return loaded.known["asked"].get((said, asked(row["prompt"])), [said])[0]
+
+    def twins(self, key: str, loaded: Loaded) -> Sequence[str]:
+        """Two questions about a picture in the same words."""
+        return next((ids for ids in loaded.known["asked"].values() if key in ids), ())
 
     def same(self, said: str, question: Question) -> bool:
         """By the question alone: with other tokens of OCR it is the same."""

@@ -35,6 +35,15 @@ def _checksum(x: jax.Array) -> jax.Array:
     return bits
 
 
+def fingerprint(model: VisionLanguageModel) -> str:
+    """Content of every parameter, adapters too, as a short hex string."""
+    digest = hashlib.sha256()
+    for path, leaf in sorted(nnx.to_flat_state(nnx.state(model, nnx.Param)), key=lambda pair: pair[0]):
+        digest.update(f"{'.'.join(map(str, path))}:{tuple(leaf.shape)}".encode())
+        digest.update(np.uint32(_checksum(leaf.get_value())).tobytes())
+    return digest.hexdigest()[:16]
+
+
 def identity(model: VisionLanguageModel) -> Identity:
     """Shapes and content of decoder, tower and projector, each as a short hex string; adapters do not count."""
     flat = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}

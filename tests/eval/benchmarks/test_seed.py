@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from reverie_jax.eval.benchmarks import files
 from reverie_jax.eval.benchmarks.interface import BenchmarkError
+from reverie_jax.eval.score import score
 from tests.eval.benchmarks.makers import (
     SEED_TYPES,
     check,
@@ -70,16 +71,19 @@ def test_pictures_and_middle_frames_are_found_where_llava_has_them(data):
     assert loaded.picture(loaded.questions[3].image)[:4] == b"\x89PNG"
 
 
-def test_clips_without_frames_are_left_out_and_told(data, tmp_path):
-    """Pictures alone are what most later work reports. Answers about such clips are passed over."""
+def test_clips_without_frames_are_not_asked_and_count_where_they_are_answered(data, tmp_path):
+    """Pictures alone are what most later work reports; but LLaVA's own answer files are about clips too."""
     (data / "SEED-Bench-video-image" / "10_v1738.png").rename(data / "SEED-Bench-video-image" / "11_v1738.png")
     bench, loaded = opened("seed", data)
-    assert ids(loaded) == ["101669", "101670", "5", "v99"]
+    assert [str(question.id) for question in loaded.asked] == ["101669", "101670", "5", "v99"]
     assert loaded.left_out == {"v1738"}
-    assert {1} <= {value for name, value in loaded.protocol.items() if "left out" in name}
+    assert loaded.protocol["clips without a frame"] == 1
     rows = [{"question_id": row["question_id"], "text": row["answer"]} for row in QUESTIONS]
-    found = files.read_answers(lines(tmp_path / "a.jsonl", rows), bench, loaded)
-    assert found == {id: row["answer"] for row in QUESTIONS if (id := row["question_id"]) != "v1738"}
+    every = score(bench, loaded, lines(tmp_path / "a.jsonl", rows))
+    assert (every.items, every.metrics["accuracy"]) == (5, 100.0)
+    rows = [row for row in rows if row["question_id"] != "v1738"]
+    few = score(bench, loaded, lines(tmp_path / "b.jsonl", rows))
+    assert (few.items, few.metrics["accuracy"]) == (4, 100.0)
 
 
 def test_missing_and_broken_files_are_refused_in_one_line(tmp_path):
