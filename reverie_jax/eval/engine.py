@@ -246,8 +246,9 @@ class Engine:
         # A question that is drawn for twice may have two answers.
         once, same = (pictures, {}) if how.temperature else _once(pictures)
         spread, length = self._spread, min(usual or how.new_tokens, how.new_tokens)
-        limit = dataclasses.replace(self.shape, leaves=min(self.shape.leaves, self._room(length, how)))
-        limit = dataclasses.replace(limit, rows=min(limit.rows, spread * (self._room(length, how) // limit.leaves)))
+        leaves = min(self.shape.leaves, self._room(how.new_tokens, how))
+        rows = min(self.shape.rows, spread * max(1, self._room(length, how) // leaves))
+        limit = dataclasses.replace(self.shape, leaves=leaves, rows=rows)
         return Work(plan(once, self.processor, limit, spread=spread, disturb=how.against == "instruction"), same)
 
     @property

@@ -14,6 +14,8 @@ from reverie_jax.data.conversation import Conversation, Turn
 from reverie_jax.data.images import decode, preprocess
 from reverie_jax.data.pipeline import Picture
 from reverie_jax.errors import DataError
+from reverie_jax.eval import engine as engines
+from reverie_jax.eval.decode import Decoding
 from reverie_jax.eval.engine import Engine, EngineShape
 from reverie_jax.models import VisionLanguageModel
 from reverie_jax.models.sharding import make_mesh
@@ -140,3 +142,17 @@ def test_a_question_longer_than_a_row_is_named():
     long = [picture("long.png", [(0, ask("x" * 300))], 0)]
     with pytest.raises(DataError, match=r"long\.png"):
         Engine(model(), tiny.processor(), EngineShape(tokens=128)).answer(long, new_tokens=2)
+
+
+@pytest.mark.parametrize("room", [8000, 400])
+def test_little_room_for_answers_changes_none(room, monkeypatch):
+    """Fewer questions a row, fewer rows a batch; and long answers are decoded again a part of the rows at a time."""
+    monkeypatch.setattr(engines, "SUFFIX_BYTES", room)
+    engine, how = Engine(model(), tiny.processor()), Decoding(NEW_TOKENS)
+    work = engine.prepare(PICTURES, how, usual=2)
+    (group,) = work.groups
+    assert group.shape.leaves < 4
+    found = {}
+    for answers in engine.stream(work, how, usual=2):
+        found |= {number: answer.text for number, answer in answers.items()}
+    assert found == expected()
