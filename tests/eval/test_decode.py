@@ -91,7 +91,7 @@ def beams_of_transformers(seed, how, processor=oracle.PROCESSOR):
     [
         (3, 1.0, False, range(8)),
         (2, 0.3, True, [*range(8), *range(ALIKE, ALIKE + 6)]),
-        (4, 2.0, False, range(8)),
+        pytest.param(4, 2.0, False, range(8), marks=pytest.mark.slow),
         pytest.param(3, 1.0, True, range(8), marks=pytest.mark.slow),
         pytest.param(2, -1.0, True, range(8), marks=pytest.mark.slow),
         pytest.param(4, 0.0, True, range(8), marks=pytest.mark.slow),
@@ -144,7 +144,7 @@ def test_greedy_is_transformers(usual):
     assert {0, 2, 3, 4, NEW_TOKENS} <= found
 
 
-@pytest.mark.parametrize("axes", [(4, 1, 1), (2, 2, 1), (1, 2, 2)])
+@pytest.mark.parametrize("axes", [(4, 1, 1), (2, 2, 1), pytest.param((1, 2, 2), marks=pytest.mark.slow)])
 def test_greedy_on_a_mesh(axes):
     for seed in (2, 4):
         answers = says(seed, Decoding(NEW_TOKENS), shape=EngineShape(rows=4), mesh=make_mesh(*axes))
