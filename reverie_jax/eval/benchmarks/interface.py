@@ -221,8 +221,8 @@ class Benchmark:
         """The question that a row of an answer file belongs to, LLaVA's files included; None where it names none."""
         return None if row.get("question_id") is None else str(row["question_id"])
 
-    def twins(self, key: str, loaded: Loaded) -> Sequence[str]:
-        """Questions that the rows of an answer file do not tell apart from this one: their n-th row is the n-th one's."""
+    def twins(self, key: str, row: Mapping[str, Any], loaded: Loaded) -> Sequence[str]:
+        """Questions that a row of an answer file does not tell apart from this one: the n-th such row is the n-th one's."""
         return ()
 
     def text(self, row: Mapping[str, Any]) -> Any:

@@ -250,8 +250,10 @@ class TextVqa(Benchmark):
             return said
         return loaded.known["asked"].get((said, asked(row["prompt"])), [said])[0]
 
-    def twins(self, key: str, loaded: Loaded) -> Sequence[str]:
-        """Two questions about a picture in the same words."""
+    def twins(self, key: str, row: Mapping[str, Any], loaded: Loaded) -> Sequence[str]:
+        """Two questions about a picture in the same words, where a row names but the picture, as LLaVA's do."""
+        if super().key(row, loaded) in loaded.known["ids"]:
+            return ()
         return next((ids for ids in loaded.known["asked"].values() if key in ids), ())
 
     def same(self, said: str, question: Question) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -84,6 +86,22 @@ def test_answers_by_llava_are_joined_by_picture_and_question(data, tmp_path):
     other = said("0054c91397f2fe05", f"who is it?\nReference OCR token: a\n{SHORT}", "x")
     with pytest.raises(BenchmarkError):
         files.read_answers(lines(tmp_path / "a.jsonl", [*rows[:2], other]), bench, loaded)
+
+
+def test_a_question_that_stands_there_twice(data, tmp_path):
+    """LLaVA's rows do not tell the two apart, and are taken in turn; ours do, and an id that is repeated is an error."""
+    path = data / "TextVQA_0.5.1_val.json"
+    content = json.loads(path.read_text())
+    content["data"].append({**content["data"][2], "question_id": 34605})
+    dump(path, content)
+    bench, loaded = opened("textvqa", data)
+    keys = [*SHOWN, list(SHOWN)[2]]
+    rows = [said(key[1], prompt(key), f"answer {n}") for n, key in enumerate(keys)]
+    found = files.read_answers(lines(tmp_path / "a.jsonl", rows), bench, loaded)
+    assert found == {"34602": "answer 0", "34603": "answer 1", "34604": "answer 2", "34605": "answer 3"}
+    ours = [{"question_id": id, "text": "a"} for id in (34602, 34603, 34604, 34604)]
+    with pytest.raises(BenchmarkError, match="34604 stands there twice"):
+        files.read_answers(lines(tmp_path / "a.jsonl", ours), bench, loaded)
 
 
 def test_own_answers_are_joined_by_our_id(data, tmp_path):
