@@ -120,7 +120,7 @@ def main(args: Args) -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         mixture_scale.make(folder, args.pictures / mixture_scale.IMAGES, side=640)
-        from reverie_jax import data_options
+        from reverie_jax.cli import data_options
 
         data_options.Build((str(folder / "reverie.json"),), folder / "records").run()
         our_round, batch = ours(folder, args)

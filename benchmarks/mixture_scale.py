@@ -133,7 +133,7 @@ def main(args: Args) -> None:
         print(json.dumps(pack(args) | peak()))
         return
     if args.stage == "build":
-        from reverie_jax import data_options
+        from reverie_jax.cli import data_options
 
         data_options.Build((str(args.folder / "reverie.json"),), args.folder / "records").run()
         print(json.dumps(peak()))

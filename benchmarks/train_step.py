@@ -242,7 +242,7 @@ def small_tokenizer(*more: str) -> Any:
 
 def make_work(args: Args) -> Work:
     """Pictures and conversations in REVERIE's proportions, by way of `reverie data build`."""
-    from reverie_jax import data_options
+    from reverie_jax.cli import data_options
     from reverie_jax.data.records import RecordSource
     from reverie_jax.data.teaching import Teaching
     from reverie_jax.data.tokenizers import load_tokenizer

@@ -18,10 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from reverie_jax.cli.data_options import Leak as Command
 from reverie_jax.data.images import BrokenImage
 from reverie_jax.data.leak import COLOURS, Evaluation, Leak, Look, distances, evaluation, find, known_as, look
 from reverie_jax.data.records import write_records
-from reverie_jax.data_options import Leak as Command
 from reverie_jax.errors import DataError, UserError
 from tests.data.fakes import png, records
 

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from reverie_jax.cli.data_options import Show
 from reverie_jax.data.conversation import IMAGE, Conversation, Encoder, ImageRecord, Tokens, Turn
 from reverie_jax.data.processor import Processor
 from reverie_jax.data.records import write_records
@@ -22,7 +23,6 @@ from reverie_jax.data.scenes.dataset import records as scene_records
 from reverie_jax.data.show import Limb, Span, limbs, write
 from reverie_jax.data.teaching import Teaching
 from reverie_jax.data.tree import grow
-from reverie_jax.data_options import Show
 from reverie_jax.errors import UserError
 from tests.data.fakes import IMAGE_ID, WordTokenizer, png, records, talk
 

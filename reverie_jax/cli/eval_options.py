@@ -77,9 +77,9 @@ class Eval:
     """Write every prompt to this file, and ask nothing."""
 
     def run(self) -> None:
-        from reverie_jax import eval_command
+        from reverie_jax.cli import evaluate
 
-        eval_command.evaluate(self)
+        evaluate.evaluate(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,9 +116,9 @@ class Score:
     """Write what the benchmark's server or own script takes into this folder."""
 
     def run(self) -> None:
-        from reverie_jax import eval_command
+        from reverie_jax.cli import evaluate
 
-        eval_command.score(self)
+        evaluate.score(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,9 +155,9 @@ class Judge:
     hosted: OmitArgPrefixes[Hosted] = dataclasses.field(default_factory=Hosted)
 
     def run(self) -> None:
-        from reverie_jax import eval_command
+        from reverie_jax.cli import evaluate
 
-        raise SystemExit(eval_command.judge(self))
+        raise SystemExit(evaluate.judge(self))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,6 +176,6 @@ class Report:
     """Pictures in each gallery."""
 
     def run(self) -> None:
-        from reverie_jax import eval_command
+        from reverie_jax.cli import evaluate
 
-        eval_command.report(self)
+        evaluate.report(self)

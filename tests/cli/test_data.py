@@ -22,13 +22,13 @@ import tensorflow_datasets as tfds
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from reverie_jax.cli.data_options import Build
 from reverie_jax.data import records as records_module
 from reverie_jax.data.conversation import ImageRecord
 from reverie_jax.data.images import encode_png
 from reverie_jax.data.mixture import Part, mixture
 from reverie_jax.data.records import RecordSource, write_records
 from reverie_jax.data.sources import Reading
-from reverie_jax.data_options import Build
 from reverie_jax.errors import DataError, UserError
 from tests.data.fakes import records
 
@@ -550,7 +550,7 @@ HELPER = """
 import json, os, resource, sys, time
 from reverie_jax import cli
 from reverie_jax.data import records
-import reverie_jax.data_command, tensorflow_datasets
+import reverie_jax.cli.data, tensorflow_datasets
 print(json.dumps("ready"), flush=True)
 running = set()
 for line in sys.stdin:

@@ -34,7 +34,7 @@ class Build:
     """Threads that read pictures and write; one a core by default."""
 
     def run(self) -> None:
-        from reverie_jax import data_command as command
+        from reverie_jax.cli import data as command
 
         command.build(self)
 
@@ -55,7 +55,7 @@ class Check:
     """Write the file without the rows that cannot be used here."""
 
     def run(self) -> None:
-        from reverie_jax import data_command as command
+        from reverie_jax.cli import data as command
 
         command.check(self)
 
@@ -70,7 +70,7 @@ class Stats:
     """Print JSON."""
 
     def run(self) -> None:
-        from reverie_jax import data_command as command
+        from reverie_jax.cli import data as command
 
         command.stats(self)
 
@@ -89,7 +89,7 @@ class Leak:
     """Write what was found, as JSON lines."""
 
     def run(self) -> None:
-        from reverie_jax import data_command as command
+        from reverie_jax.cli import data as command
 
         command.leak(self)
 
@@ -112,7 +112,7 @@ class Show:
     """Show what an arm teaches, in a recipe's words: `--teach kinds=negative context=positive-first`."""
 
     def run(self) -> None:
-        from reverie_jax import data_command as command
+        from reverie_jax.cli import data as command
 
         command.show(self)
 
@@ -131,7 +131,7 @@ class Questions:
     """Rows of these splits."""
 
     def run(self) -> None:
-        from reverie_jax import data_command as command
+        from reverie_jax.cli import data as command
 
         command.questions(self)
 

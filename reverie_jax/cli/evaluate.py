@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from reverie_jax import eval_options as options
+from reverie_jax.cli import eval_options as options
 from reverie_jax.errors import UserError
 from reverie_jax.eval import score as scoring
 from reverie_jax.eval.benchmarks import benchmark as find_benchmark

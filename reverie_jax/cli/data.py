@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from reverie_jax import data_options as options
+from reverie_jax.cli import data_options as options
 from reverie_jax.data import card
 from reverie_jax.data import check as checks
 from reverie_jax.data import leak as leaks
