@@ -32,7 +32,7 @@ test-slow: $(VENV)/.test
 test-old-sdk:
 	test -x $(VENV)-old/bin/python || $(PYTHON) -m venv $(VENV)-old
 	$(VENV)-old/bin/python -m pip install --quiet --editable '.[google-generativeai]' pytest hypothesis beartype
-	$(VENV)-old/bin/python -m pytest tests/data/annotate/test_google_generativeai.py
+	$(VENV)-old/bin/python -m pytest tests/hosted/test_google_generativeai.py
 
 test-gpu: $(VENV)/.test
 	JAX_PLATFORMS=cuda $(BIN)/python -m pytest -m gpu

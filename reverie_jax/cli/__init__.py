@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional, subcommand
 
+from reverie_jax.cli.annotate_options import Annotate
 from reverie_jax.cli.data_options import Data
 from reverie_jax.cli.eval_options import Eval, Judge, Report, Score
 from reverie_jax.cli.plan import Plan
-from reverie_jax.data.annotate.options import Annotate
 from reverie_jax.errors import UserError
 
 if TYPE_CHECKING:

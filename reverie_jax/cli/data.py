@@ -210,7 +210,7 @@ def show(args: options.Show) -> None:
 
 
 def questions(args: options.Questions) -> None:
-    from reverie_jax.data.annotate.pipeline import QUESTIONS
+    from reverie_jax.annotate.pipeline import QUESTIONS
 
     reading = Reading()
     if args.wrong < 1:

@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional
 
-from reverie_jax.data.annotate.options import Hosted
+from reverie_jax.cli.annotate_options import Hosted
 
 Name = Annotated[Positional[str], tyro.conf.arg(metavar="BENCHMARK")]
 

@@ -295,10 +295,10 @@ def judge(options: options.Judge) -> int:
     Raises:
         UserError: something that the user must mend.
     """
-    from reverie_jax.data.annotate import command as annotate
-    from reverie_jax.data.annotate.session import How
+    from reverie_jax.cli import annotate
     from reverie_jax.eval import judge as judging
     from reverie_jax.eval.benchmarks.mm_vet import MmVet
+    from reverie_jax.hosted.session import How
 
     one = find_benchmark(options.benchmark)
     loaded = one.load(options.annotations)

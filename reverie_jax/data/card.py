@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-from reverie_jax.data.annotate.replies import kind_of
+from reverie_jax.annotate.parsing import kind_of
 from reverie_jax.data.conversation import IMAGE, Conversation
 
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Literal
 
-from reverie_jax.data.annotate.replies import kind_of
+from reverie_jax.annotate.parsing import kind_of
 from reverie_jax.data.conversation import IMAGE, Conversation, Turn
 from reverie_jax.data.sources.reverie import explains
 

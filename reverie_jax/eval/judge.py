@@ -19,15 +19,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from reverie_jax.data.annotate.interface import Picture, Refused, Request, digest
-from reverie_jax.data.annotate.items import content_of
-from reverie_jax.data.annotate.journal import Item, Spent
-from reverie_jax.data.annotate.providers import parse
-from reverie_jax.data.annotate.runner import Asking, Outcome
-from reverie_jax.data.annotate.session import Estimate, How, Session, Tell
 from reverie_jax.errors import UserError
 from reverie_jax.eval.benchmarks.interface import Benchmark, JudgeRequest, Loaded
 from reverie_jax.eval.replies import REPLIES, Said, of_answers, read_replies, write
+from reverie_jax.hosted.interface import Picture, Refused, Request, digest
+from reverie_jax.hosted.journal import Item, Spent
+from reverie_jax.hosted.providers import parse
+from reverie_jax.hosted.request_key import content_of
+from reverie_jax.hosted.runner import Asking, Outcome
+from reverie_jax.hosted.session import Estimate, How, Session, Tell
 
 __all__ = ["Generate", "JudgeOutcome", "estimate", "judge", "of_answers", "prompts", "read_replies"]
 

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from reverie_jax.data.annotate.stages import WHY
+from reverie_jax.annotate.stages import WHY
 from reverie_jax.data.conversation import IMAGE, Conversation, Encoder, Turn
 from reverie_jax.data.pipeline import Picture
 from reverie_jax.errors import UserError

@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from reverie_jax.data.annotate.interface import digest
 from reverie_jax.errors import UserError
 from reverie_jax.eval.benchmarks import files
 from reverie_jax.eval.benchmarks.interface import BenchmarkError
+from reverie_jax.hosted.interface import digest
 
 REPLIES = "replies.jsonl"
 

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from reverie_jax.data.annotate.interface import AnnotatedQuestion
-from reverie_jax.data.annotate.stages import WHY, WHY_WRONG
+from reverie_jax.annotate.stages import WHY, WHY_WRONG
 from reverie_jax.data.scenes.annotator import DESCRIBE, SceneAnnotator
 from reverie_jax.data.scenes.dataset import PICTURES, POPE_FILES, read_graphs
 from reverie_jax.data.scenes.graph import Scene
@@ -31,6 +30,7 @@ from reverie_jax.eval.decode import Decoding
 from reverie_jax.eval.engine import Engine
 from reverie_jax.eval.predict import Ask
 from reverie_jax.eval.predict import predict as run
+from reverie_jax.hosted.interface import AnnotatedQuestion
 
 QUESTIONS = 3
 """Questions a picture whose rationales are asked for."""

@@ -14,10 +14,10 @@ import pytest
 from reverie_jax import cli
 from reverie_jax.eval.benchmarks import NAMES
 from reverie_jax.eval.engine import Engine
-from tests.data.annotate.conftest import keys  # noqa: F401  (a fixture)
-from tests.data.annotate.server import Call, Fault, Server
+from tests.annotate.conftest import keys  # noqa: F401  (a fixture)
 from tests.eval.benchmarks.makers import SHORT, dump, lines, mme, opened, picture, pope, said
 from tests.eval.benchmarks.makers_free import mmhal_rows
+from tests.hosted.server import Call, Fault, Server
 
 THINGS = ("cup", "dog", "car")
 

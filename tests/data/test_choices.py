@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from reverie_jax.annotate.pipeline import KEYS, QUESTIONS, RATIONALES
 from reverie_jax.data import check as checking
 from reverie_jax.data import sources
-from reverie_jax.data.annotate.pipeline import KEYS, QUESTIONS, RATIONALES
 from reverie_jax.data.card import statistics_of
 from reverie_jax.data.conversation import IMAGE
 from reverie_jax.data.mixture import Part, mixture
@@ -18,7 +18,7 @@ from reverie_jax.data.sources import Reading, Rows, choices
 from reverie_jax.data.sources.reverie import explains
 from reverie_jax.data.teaching import Teaching
 from reverie_jax.errors import DataError
-from tests.data.annotate import helpers
+from tests.annotate import helpers
 from tests.data.fakes import Given, png
 from tests.data.test_check import claimed
 

@@ -15,8 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reverie_jax.data.annotate.interface import AnnotationError, Picture, Request
-from reverie_jax.data.annotate.stages import WHY, WHY_WRONG, Reflection, annotate, conversations
+from reverie_jax.annotate.stages import WHY, WHY_WRONG, Reflection, annotate, conversations
 from reverie_jax.data.conversation import ImageRecord, Turn
 from reverie_jax.data.scenes import annotator as ask
 from reverie_jax.data.scenes import dataset
@@ -38,6 +37,7 @@ from reverie_jax.data.scenes.graph import (
 )
 from reverie_jax.data.scenes.language import Claim, claims, describe, mentioned
 from reverie_jax.errors import DataError
+from reverie_jax.hosted.interface import AnnotationError, Picture, Request
 
 SKEWED, BROKEN = World.skewed(), World.broken()
 TRAIN = take(SKEWED, "train", 0, 300)

@@ -17,17 +17,17 @@ from pathlib import Path
 
 import pytest
 
-from reverie_jax.data.annotate.runner import Limits
-from reverie_jax.data.annotate.session import How
 from reverie_jax.errors import UserError
 from reverie_jax.eval.benchmarks.interface import BenchmarkError, JudgeRequest, Loaded
 from reverie_jax.eval.benchmarks.mm_vet import MmVet
 from reverie_jax.eval.benchmarks.mmhal import TYPES, MmHal
 from reverie_jax.eval.judge import LOCAL, estimate, judge, of_answers, prompts, read_replies
-from tests.data.annotate import helpers
-from tests.data.annotate.conftest import keys  # noqa: F401  (a fixture)
-from tests.data.annotate.server import Call, Fault, Server
+from reverie_jax.hosted.runner import Limits
+from reverie_jax.hosted.session import How
+from tests.annotate import helpers
+from tests.annotate.conftest import keys  # noqa: F401  (a fixture)
 from tests.data.fakes import png
+from tests.hosted.server import Call, Fault, Server
 
 pytest.importorskip("openai")
 pytest.importorskip("google.genai")
@@ -409,8 +409,8 @@ def test_files_of_replies_from_elsewhere(tmp_path):
 CHILD = """
 import json, os, sys
 from pathlib import Path
-from reverie_jax.data.annotate.runner import Limits
-from reverie_jax.data.annotate.session import How
+from reverie_jax.hosted.runner import Limits
+from reverie_jax.hosted.session import How
 from reverie_jax.eval.benchmarks.mmhal import MmHal
 from reverie_jax.eval.judge import judge
 data, who, count = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])

@@ -30,7 +30,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from reverie_jax.data.annotate.stages import WHY
+from reverie_jax.annotate.stages import WHY
 from reverie_jax.data.conversation import IMAGE, Conversation, Turn
 from reverie_jax.data.images import decode, preprocess
 from reverie_jax.data.pipeline import Picture

@@ -6,12 +6,6 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from reverie_jax.data.annotate.interface import (
-    AnnotatedQuestion,
-    AnnotationError,
-    QuestionSet,
-    Request,
-)
 from reverie_jax.data.scenes.graph import CATEGORIES, COLOURS, PARTNER, Scene, plural
 from reverie_jax.data.scenes.language import (
     NUMBERS,
@@ -24,6 +18,7 @@ from reverie_jax.data.scenes.language import (
     phrase,
     relations,
 )
+from reverie_jax.hosted.interface import AnnotatedQuestion, AnnotationError, QuestionSet, Request
 
 DESCRIBE = "Describe the image."
 LETTERS = "ABCD"

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
-from reverie_jax.data.annotate.interface import Picture
-from reverie_jax.data.annotate.stages import annotate, conversations
+from reverie_jax.annotate.stages import annotate, conversations
 from reverie_jax.data.mixture import Mixture, Part, mixture
 from reverie_jax.data.scenes.annotator import SceneAnnotator, existence
 from reverie_jax.data.scenes.corpus import picture
 from reverie_jax.data.scenes.graph import CATEGORIES, Scene, Thing, World, cooccurrence, take
 from reverie_jax.data.sources import Reading, reverie
 from reverie_jax.errors import DataError
+from reverie_jax.hosted.interface import Picture
 
 ANNOTATIONS, GRAPHS, PICTURES = "reverie.json", "scenes.jsonl", "pictures"
 POPE_FILES = {split: f"scenes_pope_{split}.json" for split in ("random", "popular", "adversarial")}

@@ -10,7 +10,7 @@ import collections
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from reverie_jax.data.annotate.stages import WHY
+from reverie_jax.annotate.stages import WHY
 from reverie_jax.data.conversation import IMAGE, Turn
 from reverie_jax.data.files import Rows
 from reverie_jax.data.sources.rows import (

@@ -1,0 +1,78 @@
+"""The stages in order, for one picture: questions, rationales, judge, conversations."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from reverie_jax.annotate import parsing
+from reverie_jax.data.conversation import IMAGE, Conversation, Kind, Turn
+from reverie_jax.hosted.interface import AnnotatedQuestion, AnnotationError, Annotator, Picture, Request
+
+WHY = "Explain why."
+WHY_WRONG = "Explain why this answer is wrong: {answer}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Reflection:
+    """A question with its rationales: one positive, and one negative for each confusing answer."""
+
+    question: AnnotatedQuestion
+    positive: str
+    negatives: tuple[tuple[str, str], ...]
+    """(confusing answer, why it is wrong)."""
+
+
+def annotate(picture: Picture, annotator: Annotator, count: int) -> tuple[list[Reflection], list[str]]:
+    """Asks everything about one picture.
+
+    Returns:
+        The reflections, and the reasons of what was dropped: replies that could not be used, and rationales that the
+        judge found to contradict each other.
+    """
+
+    def ask(stage: str, **fields: str) -> str:
+        return annotator.reply(Request(stage, picture, fields)).strip()  # type: ignore[arg-type]
+
+    try:
+        asked = parsing.questions(ask("questions", count=str(count), confusing="1"), confusing=99)
+    except AnnotationError as error:
+        return [], [f"{picture.key}: questions: {' '.join(str(error).split())}"]
+    kept, dropped = [], []
+    for question in asked:
+        about = {"question": question.question, "answer": question.correct_answer}
+        where = f"{picture.key}: {question.question!r}"
+        try:
+            positive = ask("positive", **about)
+        except AnnotationError as error:
+            dropped.append(f"{where}: {error}")
+            continue
+        negatives = []
+        for wrong in question.confusing_answers:
+            try:
+                negative = ask("negative", question=question.question, answer=wrong)
+                said = ask("judge", **about, positive=positive, wrong=wrong, negative=negative)
+                verdict = parsing.verdict(said)
+            except AnnotationError as error:  # what was had for this question stays
+                dropped.append(f"{where}, {wrong!r}: {error}")
+                continue
+            if verdict == "no":
+                negatives.append((wrong, negative))
+            else:
+                dropped.append(f"{where}, {wrong!r}: the judge said {said!r}")
+        kept.append(Reflection(question, positive, tuple(negatives)))
+    return kept, dropped
+
+
+def conversations(reflection: Reflection) -> list[Conversation]:
+    """The talks that one reflection teaches: REVERIE's separate four-turn conversations, one a rationale.
+
+    The right answer opens each of them, also where a wrong answer is explained.
+    """
+    question, answer = reflection.question.question, reflection.question.correct_answer
+    prompts: list[tuple[Kind, str, str]] = [("positive", WHY, reflection.positive)]
+    prompts += [("negative", WHY_WRONG.format(answer=wrong), why) for wrong, why in reflection.negatives]
+    opening = (Turn("user", f"{IMAGE}\n{question}"), Turn("assistant", answer))
+    return [
+        Conversation((*opening, Turn("user", prompt), Turn("assistant", why)), source="reflective", kind=kind)
+        for kind, prompt, why in prompts
+    ]

@@ -1,0 +1,166 @@
+"""Whom to ask: hosted models, the embedded world, a recorded run. All the same to the pipeline."""
+
+from __future__ import annotations
+
+import dataclasses
+import email.utils
+import re
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from reverie_jax.errors import UserError
+from reverie_jax.hosted.interface import AnnotationError, Provider, Reply, TryAgain
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a hosted model is asked with.
+
+    Attributes:
+        timeout: seconds that one reply may take.
+        structured: asks for JSON by schema where the provider can do that.
+        temperature: None leaves it to the provider.
+        longest: tokens of a reply, None leaves it to the provider.
+    """
+
+    timeout: float = 120.0
+    structured: bool = True
+    temperature: float | None = None
+    longest: int | None = None
+
+    @property
+    def version(self) -> str:
+        """What of this changes replies."""
+        return f"structured={self.structured} temperature={self.temperature} longest={self.longest}"
+
+
+TRANSFER = 600.0
+"""Seconds that a file of requests or results may take."""
+KINDS = ("gemini", "openai", "google-generativeai", "scenes", "replay")
+
+
+def parse(who: str) -> tuple[str, str, str | None]:
+    """(kind, model, address) of "gemini:MODEL", "openai:MODEL@http://host/v1", "scenes:FOLDER" or "replay:JOURNAL".
+
+    Raises:
+        UserError: it is none of these.
+    """
+    kind, colon, model = who.partition(":")
+    model, at, url = model.partition("@http")
+    if kind not in KINDS or not colon or not model:
+        raise UserError(f"{who!r}: name a model as PROVIDER:MODEL; providers are {', '.join(KINDS)}")
+    return kind, model, f"http{url}" if at else None
+
+
+def shown(who: str) -> str:
+    """A name that can be written down: without the password that its address may hold."""
+    return re.sub(r"(@https?://)[^/@]*@", r"\1", who)
+
+
+def provider(who: str, settings: Settings, environment: Mapping[str, str]) -> Provider:
+    """Opens a provider. Keys come from the environment.
+
+    Raises:
+        UserError: an unknown name, a package that is not installed, a key that is not set.
+    """
+    kind, model, url = parse(who)
+    makers: dict[str, Callable[[], Provider]] = {
+        "gemini": lambda: _gemini(model, url, settings, environment),
+        "openai": lambda: _openai(model, url, settings, environment),
+        "google-generativeai": lambda: _google_generativeai(model, url, settings, environment),
+        "scenes": lambda: _scenes(model),
+        "replay": lambda: _replay(model),
+    }
+    try:
+        return makers[kind]()
+    except ImportError as error:
+        raise UserError(
+            f"{kind} needs a package that is not installed ({error}): pip install 'reverie-jax[{kind}]'"
+        ) from None
+
+
+def key(environment: Mapping[str, str], *names: str, needed: bool = True) -> str:
+    """The first of the variables that is set.
+
+    Raises:
+        UserError: none is, and one is needed.
+    """
+    for name in names:
+        if found := environment.get(name, "").strip():
+            return found
+    if needed:
+        raise UserError(f"no key: set {' or '.join(names)} in the environment")
+    return ""
+
+
+def hide(text: str, secret: str) -> str:
+    """A message in one line, without the key; services quote keys, whole or in part."""
+    line = " ".join(text.split())
+    if len(secret) >= 4:
+        line = line.replace(secret, "***")
+    if len(secret) >= 8 and "key" in line.lower():
+        line = line.replace(secret[:8], "***").replace(secret[-4:], "***")
+    return line[:500]
+
+
+def seconds(header: str | None) -> float | None:
+    """What a Retry-After header says, in seconds or as a date."""
+    if not header:
+        return None
+    try:
+        return max(0.0, float(header))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(header).timestamp() - time.time())
+    except (ValueError, TypeError, OverflowError):
+        return None
+
+
+def read_lines(
+    content: bytes, read: Callable[[bytes], tuple[str, Reply | AnnotationError] | None]
+) -> list[tuple[str, Reply | AnnotationError]]:
+    """A batch's results, line by line; lines that make no sense are passed over.
+
+    Raises:
+        TryAgain: not one does: it is no file of results.
+    """
+    lines = [line for line in content.split(b"\n") if line.strip()]
+    found = [one for line in lines if (one := read(line)) is not None]
+    if lines and not found:
+        raise TryAgain("the service's results make no sense")
+    return found
+
+
+def _gemini(model: str, url: str | None, settings: Settings, environment: Mapping[str, str]) -> Provider:
+    from reverie_jax.hosted.providers.gemini import Gemini
+
+    return Gemini(model, url, settings, key(environment, "GEMINI_API_KEY", "GOOGLE_API_KEY"))
+
+
+def _openai(model: str, url: str | None, settings: Settings, environment: Mapping[str, str]) -> Provider:
+    from reverie_jax.hosted.providers.openai import OpenAI
+
+    elsewhere = url is not None or "OPENAI_BASE_URL" in environment  # local servers want no key
+    return OpenAI(model, url, settings, key(environment, "OPENAI_API_KEY", needed=not elsewhere))
+
+
+def _google_generativeai(model: str, url: str | None, settings: Settings, environment: Mapping[str, str]) -> Provider:
+    from reverie_jax.hosted.providers.google_generativeai import GoogleGenerativeAI
+
+    return GoogleGenerativeAI(model, url, settings, key(environment, "GEMINI_API_KEY", "GOOGLE_API_KEY"))
+
+
+def _scenes(folder: str) -> Provider:
+    from reverie_jax.data.scenes.annotator import SceneAnnotator
+    from reverie_jax.data.scenes.dataset import read_graphs
+    from reverie_jax.hosted.providers.local import Local
+
+    return Local(SceneAnnotator(read_graphs(Path(folder))), folder)
+
+
+def _replay(journal: str) -> Provider:
+    from reverie_jax.hosted.providers.local import Replay
+
+    return Replay(Path(journal))
