@@ -40,11 +40,11 @@ def make(folder: Path, architecture: str) -> None:
     from flax import nnx
     from safetensors.numpy import save_file
 
-    from reverie_jax.data.scenes.tokenizer import train_tokenizer
     from reverie_jax.models.checkpoints.configs import llava_hf_json, preprocessor_json
     from reverie_jax.models.checkpoints.names import entries, to_theirs
     from reverie_jax.models.checkpoints.read import abstract_model
     from reverie_jax.models.config import ARCHITECTURES
+    from reverie_jax.scenes.tokenizer import train_tokenizer
 
     config = ARCHITECTURES[architecture]
     text = dataclasses.replace(config.text, vocab=32064)

@@ -96,8 +96,8 @@ def make(folder: Path, scale: float, side: int = 64) -> None:
 def processor(args: Args) -> Any:
     from reverie_jax.data.conversation import Encoder
     from reverie_jax.data.processor import Processor
-    from reverie_jax.data.scenes.tokenizer import train_tokenizer
     from reverie_jax.data.tokenizers import load_tokenizer
+    from reverie_jax.scenes.tokenizer import train_tokenizer
 
     if args.tokenizer is None:
         tokenizer = train_tokenizer(4000, 0)

@@ -21,12 +21,12 @@ from flax import nnx
 
 from reverie_jax.annotate.stages import annotate, conversations
 from reverie_jax.data.rows import Batch, RowShape, element, pack, stack
-from reverie_jax.data.scenes.annotator import SceneAnnotator
-from reverie_jax.data.scenes.corpus import picture
-from reverie_jax.data.scenes.graph import World, take
 from reverie_jax.data.tree import grow
 from reverie_jax.hosted.interface import Picture
 from reverie_jax.loading import load_model
+from reverie_jax.scenes.annotator import SceneAnnotator
+from reverie_jax.scenes.corpus import picture
+from reverie_jax.scenes.graph import World, take
 from reverie_jax.train.recipes import RECIPES
 from reverie_jax.train.step import adapt, loss_and_grads, trainable
 

@@ -46,7 +46,7 @@ class Demo:
     """Checkpoint to start from; the small base that ships with the package by default."""
 
     def run(self) -> None:
-        from reverie_jax import demo
+        from reverie_jax.scenes import demo
 
         size = demo.DemoSize(train_images=self.train_images, test_images=self.test_images, steps=self.steps)
         demo.run(self.out, size=size, seeds=self.seeds, base=self.base)
@@ -234,7 +234,7 @@ class Render:
     """The same seed draws the same scenes."""
 
     def run(self) -> None:
-        from reverie_jax.data.scenes import dataset
+        from reverie_jax.scenes import dataset
 
         if self.count < 1 or self.size < 32:
             raise UserError("--count must be at least 1, and --size at least 32")
@@ -264,7 +264,7 @@ class Pretrain:
     """Steps of the language stage; the recipe's by default."""
 
     def run(self) -> None:
-        from reverie_jax import base
+        from reverie_jax.scenes import make_base as base
 
         base.make(self.out, seed=self.seed, tower_steps=self.tower_steps, steps=self.steps)
 

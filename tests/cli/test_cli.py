@@ -50,7 +50,7 @@ def reverie(monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def training_set(tmp_path_factory):
-    from reverie_jax.data.scenes.dataset import make_training_set
+    from reverie_jax.scenes.dataset import make_training_set
 
     folder = tmp_path_factory.mktemp("scenes")
     make_training_set(folder, 4, size=128, questions=2, seed=3)

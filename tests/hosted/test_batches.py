@@ -23,12 +23,12 @@ import pytest
 
 from reverie_jax.annotate import lrv
 from reverie_jax.annotate.pipeline import Job, Outcome, Pipeline, export
-from reverie_jax.data.scenes.dataset import GRAPHS
 from reverie_jax.errors import UserError
 from reverie_jax.hosted import providers
 from reverie_jax.hosted.interface import Reply, Request
 from reverie_jax.hosted.providers import Settings, gemini, openai
 from reverie_jax.hosted.runner import Limits
+from reverie_jax.scenes.dataset import GRAPHS
 from tests.annotate import helpers
 from tests.annotate.helpers import (
     FILES,

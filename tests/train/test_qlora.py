@@ -4,9 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from reverie_jax.data.scenes import dataset
 from reverie_jax.loading import load_model
 from reverie_jax.models import lora
+from reverie_jax.scenes import dataset
 from reverie_jax.train import recipes
 from reverie_jax.train.loop import train
 from reverie_jax.train.metrics import read_metrics

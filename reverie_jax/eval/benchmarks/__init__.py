@@ -25,7 +25,7 @@ _HOMES = {
     "llava-bench-coco": "llava_bench:LlavaBenchCoco",
     "mm-vet": "mm_vet:MmVet",
     "gavie": "gavie:Gavie",
-    "scenes": "reverie_jax.eval.scenes:Scenes",
+    "scenes": "reverie_jax.scenes.benchmark:Scenes",
 }
 
 NAMES = tuple(_HOMES)

@@ -153,9 +153,9 @@ def _google_generativeai(model: str, url: str | None, settings: Settings, enviro
 
 
 def _scenes(folder: str) -> Provider:
-    from reverie_jax.data.scenes.annotator import SceneAnnotator
-    from reverie_jax.data.scenes.dataset import read_graphs
     from reverie_jax.hosted.providers.local import Local
+    from reverie_jax.scenes.annotator import SceneAnnotator
+    from reverie_jax.scenes.dataset import read_graphs
 
     return Local(SceneAnnotator(read_graphs(Path(folder))), folder)
 

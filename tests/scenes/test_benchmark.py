@@ -7,10 +7,10 @@ import json
 import numpy as np
 import pytest
 
-from reverie_jax.data.scenes.graph import Scene, Thing
-from reverie_jax.eval import scenes as report
-from reverie_jax.eval.benchmarks import scenes as bench
 from reverie_jax.eval.benchmarks.pope import BenchmarkError
+from reverie_jax.scenes import benchmark as report
+from reverie_jax.scenes import scoring as bench
+from reverie_jax.scenes.graph import Scene, Thing
 
 
 def scene(*things: Thing, seed: int = 0) -> Scene:
@@ -100,7 +100,7 @@ def write(path, rows):
 @pytest.fixture
 def folders(tmp_path):
     """Two pictures, one POPE question of each label a picture, and predictions that are right for the first only."""
-    from reverie_jax.data.scenes import dataset
+    from reverie_jax.scenes import dataset
 
     other = scene(
         Thing("cat", "red", "large", "plain", 0.2, 0.5), Thing("dog", "red", "large", "plain", 0.8, 0.5), seed=1

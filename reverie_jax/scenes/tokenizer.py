@@ -6,8 +6,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from reverie_jax.data.conversation import IMAGE
-from reverie_jax.data.scenes.corpus import texts
-from reverie_jax.data.scenes.graph import World, take
+from reverie_jax.scenes.corpus import texts
+from reverie_jax.scenes.graph import World, take
 
 SPECIAL = ("<pad>", "<s>", "</s>", IMAGE)
 

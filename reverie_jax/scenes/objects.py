@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from PIL import Image
 
-from reverie_jax.data.scenes.pen import (
+from reverie_jax.scenes.canvas import (
     BODY,
     DARK,
     GLOW,

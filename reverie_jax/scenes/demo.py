@@ -19,13 +19,12 @@ from rich.console import Console
 import reverie_jax
 from reverie_jax.data.pipeline import Survey
 from reverie_jax.data.records import RecordSource, write_records
-from reverie_jax.data.scenes import dataset
 from reverie_jax.errors import UserError
-from reverie_jax.eval import report, scenes
 from reverie_jax.eval.engine import Engine
-from reverie_jax.eval.scenes import SceneCounts
 from reverie_jax.loading import SCENES_BASE, load_model
 from reverie_jax.models import lora
+from reverie_jax.scenes import benchmark, dataset, report
+from reverie_jax.scenes.benchmark import SceneCounts
 from reverie_jax.train.loop import train
 from reverie_jax.train.metrics import read_metrics
 from reverie_jax.train.recipes import RECIPES, Recipe
@@ -96,9 +95,9 @@ def run(out: Path, *, size: DemoSize | None = None, seeds: int = 1, base: str = 
     def evaluate(arm: str, model: Any, seed: int) -> None:
         with clock.stage(f"evaluate_{arm}", f"Asking the {arm} model" + (f", seed {seed}" if seeds > 1 else "")):
             predictions = out / "predictions" / arm / f"seed{seed}"
-            scenes.predict(Engine(model, processor), test, predictions)
-            found = scenes.score(test, predictions)
-        per_seed[arm].append(round(float(scenes.pope.mean_f1(found.all_pope.sum(0))), 4))
+            benchmark.predict(Engine(model, processor), test, predictions)
+            found = benchmark.score(test, predictions)
+        per_seed[arm].append(round(float(benchmark.pope.mean_f1(found.all_pope.sum(0))), 4))
         counts[arm] = counts[arm] + found if arm in counts else found
 
     evaluate("base", model, 0)
@@ -123,14 +122,16 @@ def run(out: Path, *, size: DemoSize | None = None, seeds: int = 1, base: str = 
             surveys[arm], recipes[arm] = result.survey, recipe
             lora.merge(tuned)
             evaluate(arm, tuned, seed)
-    found = {arm: scenes.estimates(table) | {"pope_mean_f1_per_seed": per_seed[arm]} for arm, table in counts.items()}
+    found = {
+        arm: benchmark.estimates(table) | {"pope_mean_f1_per_seed": per_seed[arm]} for arm, table in counts.items()
+    }
     reflective = surveys["reflective"]
     result_json: dict[str, Any] = {
         "arms": found,
         "differences": {
-            "responses_minus_base": scenes.differences(counts["responses"], counts["base"]),
-            "reflective_minus_base": scenes.differences(counts["reflective"], counts["base"]),
-            "reflective_minus_responses": scenes.differences(counts["reflective"], counts["responses"]),
+            "responses_minus_base": benchmark.differences(counts["responses"], counts["base"]),
+            "reflective_minus_base": benchmark.differences(counts["reflective"], counts["base"]),
+            "reflective_minus_responses": benchmark.differences(counts["reflective"], counts["responses"]),
         },
         "tokens": {
             "flat": reflective.flat_tokens,

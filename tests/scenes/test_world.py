@@ -17,11 +17,13 @@ from hypothesis import strategies as st
 
 from reverie_jax.annotate.stages import WHY, WHY_WRONG, Reflection, annotate, conversations
 from reverie_jax.data.conversation import ImageRecord, Turn
-from reverie_jax.data.scenes import annotator as ask
-from reverie_jax.data.scenes import dataset
-from reverie_jax.data.scenes.corpus import plain_talks
-from reverie_jax.data.scenes.draw import render
-from reverie_jax.data.scenes.graph import (
+from reverie_jax.errors import DataError
+from reverie_jax.hosted.interface import AnnotationError, Picture, Request
+from reverie_jax.scenes import annotator as ask
+from reverie_jax.scenes import dataset
+from reverie_jax.scenes.corpus import plain_talks
+from reverie_jax.scenes.draw import render
+from reverie_jax.scenes.graph import (
     CATEGORIES,
     COLOURS,
     PARTNER,
@@ -35,9 +37,7 @@ from reverie_jax.data.scenes.graph import (
     scenes,
     take,
 )
-from reverie_jax.data.scenes.language import Claim, claims, describe, mentioned
-from reverie_jax.errors import DataError
-from reverie_jax.hosted.interface import AnnotationError, Picture, Request
+from reverie_jax.scenes.language import Claim, claims, describe, mentioned
 
 SKEWED, BROKEN = World.skewed(), World.broken()
 TRAIN = take(SKEWED, "train", 0, 300)

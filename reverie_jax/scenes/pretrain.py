@@ -20,13 +20,13 @@ from flax import nnx
 
 from reverie_jax.data.conversation import Encoder
 from reverie_jax.data.rows import Batch, RowShape, element, pack
-from reverie_jax.data.scenes.corpus import plain_talks
-from reverie_jax.data.scenes.draw import render
-from reverie_jax.data.scenes.graph import CATEGORIES, COLOURS, SIZES, TEXTURES, Scene, World, take
 from reverie_jax.data.tree import Trie
 from reverie_jax.models import TextConfig, VisionConfig, VisionLanguageModel, VLMConfig
 from reverie_jax.models.layers import Linear
 from reverie_jax.models.vision import VisionTower, normalise
+from reverie_jax.scenes.corpus import plain_talks
+from reverie_jax.scenes.draw import render
+from reverie_jax.scenes.graph import CATEGORIES, COLOURS, SIZES, TEXTURES, Scene, World, take
 from reverie_jax.train.objective import edge_loss
 
 

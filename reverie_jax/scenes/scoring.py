@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float
 
-from reverie_jax.data.scenes.graph import Scene
-from reverie_jax.data.scenes.language import Claim, claims, mentioned
+from reverie_jax.scenes.graph import Scene
+from reverie_jax.scenes.language import Claim, claims, mentioned
 
 DESCRIPTION_TOKENS = 80
 RATIONALE_TOKENS = 80

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from reverie_jax.data.scenes.graph import CATEGORIES, COLOURS, SIZES, TEXTURES, Scene, Thing, plural, relation
+from reverie_jax.scenes.graph import CATEGORIES, COLOURS, SIZES, TEXTURES, Scene, Thing, plural, relation
 
 NUMBERS: tuple[str, ...] = ("none", "one", "two", "three", "four", "five", "six")
 WHERE = {"left": "on the left", "middle": "in the middle", "right": "on the right"}

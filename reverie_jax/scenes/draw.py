@@ -9,9 +9,9 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image, ImageDraw
 
-from reverie_jax.data.scenes.graph import Scene, Thing
-from reverie_jax.data.scenes.pen import Role
-from reverie_jax.data.scenes.things import roles
+from reverie_jax.scenes.canvas import Role
+from reverie_jax.scenes.graph import Scene, Thing
+from reverie_jax.scenes.objects import roles
 
 Colour = tuple[int, int, int]
 

@@ -11,12 +11,12 @@ import numpy as np
 
 from reverie_jax.annotate.stages import annotate, conversations
 from reverie_jax.data.mixture import Mixture, Part, mixture
-from reverie_jax.data.scenes.annotator import SceneAnnotator, existence
-from reverie_jax.data.scenes.corpus import picture
-from reverie_jax.data.scenes.graph import CATEGORIES, Scene, Thing, World, cooccurrence, take
 from reverie_jax.data.sources import Reading, reverie
 from reverie_jax.errors import DataError
 from reverie_jax.hosted.interface import Picture
+from reverie_jax.scenes.annotator import SceneAnnotator, existence
+from reverie_jax.scenes.corpus import picture
+from reverie_jax.scenes.graph import CATEGORIES, Scene, Thing, World, cooccurrence, take
 
 ANNOTATIONS, GRAPHS, PICTURES = "reverie.json", "scenes.jsonl", "pictures"
 POPE_FILES = {split: f"scenes_pope_{split}.json" for split in ("random", "popular", "adversarial")}

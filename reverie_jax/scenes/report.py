@@ -16,12 +16,12 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from reverie_jax.data.scenes.dataset import PICTURES, read_graphs
-from reverie_jax.data.scenes.language import phrase
 from reverie_jax.eval.benchmarks import pope
-from reverie_jax.eval.benchmarks import scenes as free
 from reverie_jax.eval.benchmarks.interface import Question
-from reverie_jax.eval.scenes import answer_file, questions
+from reverie_jax.scenes import scoring as free
+from reverie_jax.scenes.benchmark import answer_file, questions
+from reverie_jax.scenes.dataset import PICTURES, read_graphs
+from reverie_jax.scenes.language import phrase
 
 COLOURS = {"base": "#8a8f98", "responses": "#3b7dd8", "reflective": "#c2571a"}
 

@@ -11,12 +11,8 @@ import numpy as np
 from jaxtyping import Float
 
 from reverie_jax.annotate.stages import WHY, WHY_WRONG
-from reverie_jax.data.scenes.annotator import DESCRIBE, SceneAnnotator
-from reverie_jax.data.scenes.dataset import PICTURES, POPE_FILES, read_graphs
-from reverie_jax.data.scenes.graph import Scene
 from reverie_jax.eval import statistics
 from reverie_jax.eval.benchmarks import files, pope
-from reverie_jax.eval.benchmarks import scenes as free
 from reverie_jax.eval.benchmarks.interface import (
     OFFICIAL,
     Benchmark,
@@ -31,6 +27,10 @@ from reverie_jax.eval.engine import Engine
 from reverie_jax.eval.predict import Ask
 from reverie_jax.eval.predict import predict as run
 from reverie_jax.hosted.interface import AnnotatedQuestion
+from reverie_jax.scenes import scoring as free
+from reverie_jax.scenes.annotator import DESCRIBE, SceneAnnotator
+from reverie_jax.scenes.dataset import PICTURES, POPE_FILES, read_graphs
+from reverie_jax.scenes.graph import Scene
 
 QUESTIONS = 3
 """Questions a picture whose rationales are asked for."""

@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from reverie_jax.data.scenes.graph import CATEGORIES, COLOURS, PARTNER, Scene, plural
-from reverie_jax.data.scenes.language import (
+from reverie_jax.hosted.interface import AnnotatedQuestion, AnnotationError, QuestionSet, Request
+from reverie_jax.scenes.graph import CATEGORIES, COLOURS, PARTNER, Scene, plural
+from reverie_jax.scenes.language import (
     NUMBERS,
     RELATIONS,
     WHERE,
@@ -18,7 +19,6 @@ from reverie_jax.data.scenes.language import (
     phrase,
     relations,
 )
-from reverie_jax.hosted.interface import AnnotatedQuestion, AnnotationError, QuestionSet, Request
 
 DESCRIBE = "Describe the image."
 LETTERS = "ABCD"

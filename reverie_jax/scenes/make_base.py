@@ -13,14 +13,12 @@ from flax import nnx
 
 from reverie_jax.data.conversation import IMAGE
 from reverie_jax.data.processor import Processor
-from reverie_jax.data.scenes import dataset
-from reverie_jax.data.scenes.tokenizer import train_tokenizer
-from reverie_jax.eval import report, scenes
 from reverie_jax.eval.engine import Engine
 from reverie_jax.loading import load_model
 from reverie_jax.models import VisionLanguageModel
 from reverie_jax.models.checkpoints import write_model
-from reverie_jax.train import pretrain
+from reverie_jax.scenes import benchmark, dataset, pretrain, report
+from reverie_jax.scenes.tokenizer import train_tokenizer
 
 CARD = """\
 # scenes-base
@@ -93,8 +91,8 @@ def card(out: Path, recipe: pretrain.PretrainRecipe, seconds: float, losses: dic
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         dataset.make_test_set(folder, test, size=model.config.vision.image_size, seed=0)
-        scenes.predict(Engine(model, processor), folder, folder / "predictions")
-        found = scenes.estimates(scenes.score(folder, folder / "predictions"))
+        benchmark.predict(Engine(model, processor), folder, folder / "predictions")
+        found = benchmark.estimates(benchmark.score(folder, folder / "predictions"))
     parameters = sum(leaf.size for leaf in nnx.to_flat_state(nnx.state(model, nnx.Param)).leaves)
     text = CARD.format(
         **dataclasses.asdict(recipe) | {"rate": recipe.rate},

@@ -9,10 +9,10 @@ import numpy as np
 from reverie_jax.annotate.stages import annotate, conversations
 from reverie_jax.data.conversation import IMAGE, Conversation, Turn
 from reverie_jax.data.images import encode_png
-from reverie_jax.data.scenes import annotator as ask
-from reverie_jax.data.scenes.draw import render
-from reverie_jax.data.scenes.graph import CATEGORIES, Scene
 from reverie_jax.hosted.interface import Picture
+from reverie_jax.scenes import annotator as ask
+from reverie_jax.scenes.draw import render
+from reverie_jax.scenes.graph import CATEGORIES, Scene
 
 PLAIN_ASKERS = (ask.ask_present, ask.ask_colour, ask.ask_count, ask.ask_place, ask.ask_relation, ask.ask_choice)
 
