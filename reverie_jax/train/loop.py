@@ -23,14 +23,14 @@ from reverie_jax.models import VisionLanguageModel, lora
 from reverie_jax.models.checkpoints import identity
 from reverie_jax.models.sharding import feed, make_mesh, own_rows, place, shardings
 from reverie_jax.train.checkpoint import ResumeError, RunCheckpoints
-from reverie_jax.train.interrupt import Interruption
 from reverie_jax.train.metrics import MetricsLog
+from reverie_jax.train.monitor import TrainingFailed, Watch
+from reverie_jax.train.preemption import Interruption
 from reverie_jax.train.recipes import Recipe
-from reverie_jax.train.reference import Reference, find_reference
+from reverie_jax.train.reference_model import Reference, find_reference
 from reverie_jax.train.step import TrainState, adapt, make_optimizer, make_step, tuned
 from reverie_jax.train.validation import Validation, hold_out
 from reverie_jax.train.vision_cache import cached
-from reverie_jax.train.watch import TrainingFailed, Watch
 
 _log = logging.getLogger(__name__)
 

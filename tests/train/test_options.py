@@ -18,7 +18,7 @@ from reverie_jax.train import recipes
 from reverie_jax.train.checkpoint import VALIDATION, RunCheckpoints, load_run, read_identity
 from reverie_jax.train.loop import train
 from reverie_jax.train.metrics import read_metrics
-from reverie_jax.train.watch import TrainingFailed
+from reverie_jax.train.monitor import TrainingFailed
 from tests.train import tiny
 
 
@@ -205,9 +205,9 @@ def test_a_profile_is_left(tmp_path):
 
 def test_the_speed_of_reading_does_not_hide_a_bad_loss(tmp_path, monkeypatch):
     """Numbers are read a step late on accelerators: a state whose loss is no number is not saved all the same."""
-    from reverie_jax.train import watch
+    from reverie_jax.train import monitor
 
-    monkeypatch.setattr(watch.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(monitor.jax, "default_backend", lambda: "gpu")
     recipe = tiny.recipe(steps=6, save_every=2, rate=float("inf"), clip=None, dropout=0.0)
     with pytest.raises(TrainingFailed, match="the loss is nan"):
         train(tiny.model(), tiny.processor(), tiny.records(), recipe, tmp_path)

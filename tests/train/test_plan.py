@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
+from reverie_jax.train.plan.plan.plan import AbstractStep, abstract_step, chip_bytes, make_plan, mesh_sizes, model_name
+from reverie_jax.train.plan.plan.topology import CHIPS, Topology
 
 from reverie_jax import cli
 from reverie_jax.data.rows import RowShape
@@ -19,11 +21,9 @@ from reverie_jax.errors import UserError
 from reverie_jax.models import TextConfig, VisionConfig, VisionLanguageModel, VLMConfig, lora, vision
 from reverie_jax.models.config import ARCHITECTURES
 from reverie_jax.models.sharding import batch_sharding, make_mesh, place, shardings
-from reverie_jax.train import costs, hlo, loop, recipes, topology
-from reverie_jax.train import fit as search
-from reverie_jax.train.plan import AbstractStep, abstract_step, chip_bytes, make_plan, mesh_sizes, model_name
+from reverie_jax.train import loop, recipes
+from reverie_jax.train.plan.plan import costs, hlo, search, topology
 from reverie_jax.train.step import TrainState, adapt, make_optimizer, make_step, tuned
-from reverie_jax.train.topology import CHIPS, Topology
 from tests.train import tiny
 
 CONFIG = tiny.CONFIG
@@ -188,7 +188,7 @@ def test_flops_of_llava_are_the_published_arithmetic():
 PROGRAM = """
 import sys, jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from reverie_jax.train.hlo import traffic
+from reverie_jax.train.plan.hlo import traffic
 mesh = Mesh(np.asarray(jax.devices()), ("x",))
 def body(carry, weight):
     whole = jax.lax.all_gather(weight, "x", tiled=True)       # 8 x 16 floats from 2 x 16

@@ -23,7 +23,7 @@ from reverie_jax.train.loop import train
 from reverie_jax.train.metrics import read_metrics
 from reverie_jax.train.objective import answer_sums, edge_logps, preference_loss
 from reverie_jax.train.recipes import Recipe
-from reverie_jax.train.reference import STORED
+from reverie_jax.train.reference_model import STORED
 from reverie_jax.train.step import TrainState, adapt, make_optimizer, make_step, trainable
 from tests.train import tiny
 
@@ -197,7 +197,7 @@ def test_adapters_off_are_a_second_model(preference):
     chosen = recipe(preference, steps=5, rate=1e-2, projector_rate=1e-2)
     adapt(base, chosen)
     adapt(model, chosen)
-    from reverie_jax.train.reference import adapters_off
+    from reverie_jax.train.reference_model import adapters_off
 
     graph, params, frozen = nnx.split(model, trainable, ...)
     optimizer = make_optimizer(chosen)

@@ -8,12 +8,12 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
+from reverie_jax.train.plan.plan.plan import Plan, make_plan
+from reverie_jax.train.plan.plan.topology import Topology, tpu_devices
 
 from reverie_jax.errors import UserError
 from reverie_jax.models import VLMConfig
-from reverie_jax.train.plan import Plan, make_plan
 from reverie_jax.train.recipes import Recipe
-from reverie_jax.train.topology import Topology, tpu_devices
 
 ROOM = 0.95
 """Share of a chip's memory that a found plan may take: the runtime keeps some, and memory fragments."""

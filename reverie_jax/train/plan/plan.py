@@ -19,17 +19,17 @@ import optax
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
+from reverie_jax.train.plan.plan.topology import Topology, plan_mesh, tpu_devices
 
 from reverie_jax.data.rows import Batch
 from reverie_jax.errors import UserError
 from reverie_jax.models import VisionLanguageModel, VLMConfig, lora
 from reverie_jax.models.config import ARCHITECTURES
 from reverie_jax.models.sharding import MESH_AXES, batch_sharding, mesh_axes, shardings
-from reverie_jax.train import costs, hlo
+from reverie_jax.train.plan.plan import costs, hlo
 from reverie_jax.train.recipes import Recipe
-from reverie_jax.train.reference import Reference, resting
+from reverie_jax.train.reference_model import Reference, resting
 from reverie_jax.train.step import TrainState, adapt, make_optimizer, make_step, tuned
-from reverie_jax.train.topology import Topology, plan_mesh, tpu_devices
 
 _UNKNOWN_STEPS = 1000
 """Stands for the steps that only the data can tell; they shape the learning rate and nothing else."""

@@ -17,11 +17,11 @@ from jaxtyping import Int32
 from reverie_jax.data.conversation import ImageRecord
 from reverie_jax.errors import UserError
 from reverie_jax.models import VisionLanguageModel
-from reverie_jax.train import costs
 from reverie_jax.train.metrics import MetricsLog
+from reverie_jax.train.plan.plan import costs
+from reverie_jax.train.plan.plan.topology import chip_of
 from reverie_jax.train.recipes import Recipe
 from reverie_jax.train.step import StepMetrics, schedule
-from reverie_jax.train.topology import chip_of
 
 _REMEMBERED = 50
 """Losses that a spike is measured against; fewer than half of them judge nothing."""
