@@ -363,7 +363,7 @@ def report(options: options.Report) -> None:
     Raises:
         UserError: something that the user must mend.
     """
-    from reverie_jax.eval import pages
+    from reverie_jax.eval.report import page as pages
 
     runs = pages.read_runs(options.runs)
     page = pages.render(runs, data=options.data, images=options.images, shown=options.shown)

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from reverie_jax.errors import UserError
 from reverie_jax.eval.benchmarks.interface import Benchmark, JudgeRequest, Loaded
-from reverie_jax.eval.replies import REPLIES, Said, of_answers, read_replies, write
+from reverie_jax.eval.judge_replies import REPLIES, Said, of_answers, read_replies, write
 from reverie_jax.hosted.interface import Picture, Refused, Request, digest
 from reverie_jax.hosted.journal import Item, Spent
 from reverie_jax.hosted.providers import parse

@@ -14,7 +14,7 @@ from reverie_jax.errors import UserError
 from reverie_jax.eval import statistics
 from reverie_jax.eval.benchmarks import files
 from reverie_jax.eval.benchmarks.interface import Benchmark, BenchmarkError, Loaded, NotScorable, Scored
-from reverie_jax.eval.replies import of_answers, read_replies
+from reverie_jax.eval.judge_replies import of_answers, read_replies
 
 DRAWS = 2000
 LISTED = 20

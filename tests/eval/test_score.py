@@ -12,7 +12,7 @@ import pytest
 from reverie_jax.errors import UserError
 from reverie_jax.eval.benchmarks.interface import BenchmarkError
 from reverie_jax.eval.benchmarks.pope import says_yes
-from reverie_jax.eval.replies import of_answers
+from reverie_jax.eval.judge_replies import of_answers
 from reverie_jax.eval.score import LISTED, agreement, compare, score, write_score
 from reverie_jax.eval.statistics import resamples
 from tests.eval.benchmarks.makers import dump, lines, mme, opened, pope, said

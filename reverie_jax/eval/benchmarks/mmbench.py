@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from reverie_jax.eval.benchmarks import choices, files, judged
+from reverie_jax.eval.benchmarks import choice_parsing, files, judged
 from reverie_jax.eval.benchmarks.interface import (
     LETTER,
     OFFICIAL,
@@ -65,10 +65,10 @@ _CHINESE = re.compile("[\u4e00-\u9fff]")
 _UNWRITABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f]")
 """Characters that an xlsx cell cannot hold."""
 
-_READERS: dict[str, Callable[[str, choices.Options], str]] = {
-    OFFICIAL: choices.kit,
-    JUDGED: choices.kit,
-    LMMS: choices.lmms,
+_READERS: dict[str, Callable[[str, choice_parsing.Options], str]] = {
+    OFFICIAL: choice_parsing.kit,
+    JUDGED: choice_parsing.kit,
+    LMMS: choice_parsing.lmms,
 }
 
 
@@ -135,17 +135,19 @@ class MmBench(Benchmark):
     ) -> Question:
         base = index % PASS
         need(base in rows, f"{path}: row {index}: question {base} has no row of its own; take the whole file")
-        options = {letter: row[letter] for letter in choices.LETTERS if letter in row and not _empty(row[letter])}
+        options = {
+            letter: row[letter] for letter in choice_parsing.LETTERS if letter in row and not _empty(row[letter])
+        }
         answer = row.get("answer", "")
         # An option's text may be one of the words for nothing, as "None", and be right all the same.
         need(
-            _empty(answer) or (len(answer) == 1 and answer in choices.LETTERS and bool(row.get(answer))),
+            _empty(answer) or (len(answer) == 1 and answer in choice_parsing.LETTERS and bool(row.get(answer))),
             f"{path}: row {index}: its answer {answer!r} is none of its options",
         )
         parts = (
             "" if _empty(row.get("hint")) else row["hint"],
             row["question"],
-            choices.lines(_prefix(row)),
+            choice_parsing.lines(_prefix(row)),
             self.suffix,
         )
         text = "\n".join(part for part in parts if part)
@@ -186,7 +188,7 @@ class MmBench(Benchmark):
         replied = [id for id in doubtful if id in (replies or {})]
         for id in replied:
             # VLMEvalKit asks three times and then draws an option by lot; here it is none of them.
-            said[id] = choices.kit((replies or {})[id], asked[id].known["options"])
+            said[id] = choice_parsing.kit((replies or {})[id], asked[id].known["options"])
         unread -= {id for id in replied if said[id]}
         right = {id: said[id] == question.known["answer"] for id, question in asked.items()}
         missed = {question.unit for id, question in asked.items() if not right[id]}
@@ -226,13 +228,19 @@ class MmBench(Benchmark):
         if rule != JUDGED:
             return []
         asked = {str(question.id): question for question in loaded.questions}
-        said = {id: choices.kit(answers.get(id, ""), question.known["options"]) for id, question in asked.items()}
+        said = {
+            id: choice_parsing.kit(answers.get(id, ""), question.known["options"]) for id, question in asked.items()
+        }
         made = []
         for id in _open(asked, answers, said):
             known = asked[id].known
             # VLMEvalKit goes by the question's language too, not by the file's.
             name = "mmbench_cn" if _CHINESE.search(known["question"]) else "mmbench"
-            fields = {"question": known["question"], "options": choices.lines(known["options"]), "answer": answers[id]}
+            fields = {
+                "question": known["question"],
+                "options": choice_parsing.lines(known["options"]),
+                "answer": answers[id],
+            }
             made.append(JudgeRequest(id, judged.fill(prompts, name, **fields).rstrip()))
         return made
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from reverie_jax.eval.benchmarks import choices, files
+from reverie_jax.eval.benchmarks import choice_parsing, files
 from reverie_jax.eval.benchmarks.interface import (
     LETTER,
     OFFICIAL,
@@ -124,7 +124,7 @@ class ScienceQa(Benchmark):
         for question in loaded.questions:
             id, known = str(question.id), question.known
             said = _read(answers.get(id, ""), known["choices"], rule)
-            right = float(said == choices.LETTERS[known["answer"]])
+            right = float(said == choice_parsing.LETTERS[known["answer"]])
             counted = rule != KIT or question.image is not None
             mark = right if counted else None
             readings.append(Reading(question.id, said, mark, counted and not said, known["subject"]))
@@ -144,7 +144,7 @@ class ScienceQa(Benchmark):
             id, known = str(question.id), question.known
             outputs[id] = answers.get(id, FAILED)
             said = official(outputs[id])
-            place = choices.LETTERS.find(said) if said else -1
+            place = choice_parsing.LETTERS.find(said) if said else -1
             results[id] = place if place < len(known["choices"]) else -1
             correct += results[id] == known["answer"]
         count = len(loaded.questions)
@@ -171,7 +171,7 @@ def _question(row: Mapping[str, Any], split: str) -> Question:
     lettered = {letter: str(option) for letter, option in zip(_OPTIONS, options, strict=False)}
     context = f"Context: {hint}\n" if hint else ""
     # LLaVA strips what it asks before it puts the suffix behind it.
-    body = f"{context}{row['question']}\n{choices.lines(lettered)}".strip()
+    body = f"{context}{row['question']}\n{choice_parsing.lines(lettered)}".strip()
     image = f"{row.get('split') or split}/{row['pid']}/{row['image']}" if row.get("image") else None
     known = {
         "choices": lettered,
@@ -214,7 +214,7 @@ def _pictures(*homes: Path) -> Callable[[str], bytes]:
 def _read(answer: str, options: Mapping[str, str], rule: str) -> str:
     if rule == OFFICIAL:
         return official(answer)
-    return lmms(answer, "".join(options)) if rule == LMMS else choices.kit(answer, options)
+    return lmms(answer, "".join(options)) if rule == LMMS else choice_parsing.kit(answer, options)
 
 
 def _metrics(table: Table, loaded: Loaded, rule: str) -> dict[str, Statistic]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from reverie_jax.eval.benchmarks import choices, files
+from reverie_jax.eval.benchmarks import choice_parsing, files
 from reverie_jax.eval.benchmarks.interface import (
     LETTER,
     OFFICIAL,
@@ -108,7 +108,7 @@ class Seed(Benchmark):
                 if rule == OFFICIAL
                 else lmms(text)
                 if rule == LMMS
-                else choices.kit(text, known["options"])
+                else choice_parsing.kit(text, known["options"])
             )
             right = float(said == known["answer"])
             if rule == KIT and known["kind"] != "image":
@@ -150,5 +150,5 @@ def _question(row: Mapping[str, Any], names: Mapping[Any, str]) -> Question:
         "kind": kind,
         "type": names[number],
     }
-    text = f"{row['question']}\n{choices.lines(options)}\n{LETTER}"
+    text = f"{row['question']}\n{choice_parsing.lines(options)}\n{LETTER}"
     return Question(id, image, text, f"{kind}/{row['data_id']}", known)

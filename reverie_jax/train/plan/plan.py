@@ -19,7 +19,6 @@ import optax
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
-from reverie_jax.train.plan.plan.topology import Topology, plan_mesh, tpu_devices
 
 from reverie_jax.data.rows import Batch
 from reverie_jax.errors import UserError
@@ -27,6 +26,7 @@ from reverie_jax.models import VisionLanguageModel, VLMConfig, lora
 from reverie_jax.models.config import ARCHITECTURES
 from reverie_jax.models.sharding import MESH_AXES, batch_sharding, mesh_axes, shardings
 from reverie_jax.train.plan.plan import costs, hlo
+from reverie_jax.train.plan.plan.topology import Topology, plan_mesh, tpu_devices
 from reverie_jax.train.recipes import Recipe
 from reverie_jax.train.reference_model import Reference, resting
 from reverie_jax.train.step import TrainState, adapt, make_optimizer, make_step, tuned

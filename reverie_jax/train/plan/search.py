@@ -8,11 +8,11 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from reverie_jax.train.plan.plan.plan import Plan, make_plan
-from reverie_jax.train.plan.plan.topology import Topology, tpu_devices
 
 from reverie_jax.errors import UserError
 from reverie_jax.models import VLMConfig
+from reverie_jax.train.plan.plan.plan import Plan, make_plan
+from reverie_jax.train.plan.plan.topology import Topology, tpu_devices
 from reverie_jax.train.recipes import Recipe
 
 ROOM = 0.95

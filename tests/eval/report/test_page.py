@@ -13,9 +13,11 @@ import pytest
 from PIL import Image
 
 from reverie_jax.errors import UserError
-from reverie_jax.eval import gallery, pages, published, score
+from reverie_jax.eval import score
 from reverie_jax.eval.benchmarks import benchmark
 from reverie_jax.eval.benchmarks.interface import Question
+from reverie_jax.eval.report import gallery, published
+from reverie_jax.eval.report import page as pages
 from tests.eval.benchmarks import makers as make
 from tests.eval.benchmarks import makers_free as make_free
 

@@ -14,12 +14,12 @@ from typing import Any
 import jinja2
 
 from reverie_jax.errors import UserError
-from reverie_jax.eval import page_answers
 from reverie_jax.eval.benchmarks import files
-from reverie_jax.eval.gallery import clip, galleries
-from reverie_jax.eval.page_answers import Again, number, verdict
-from reverie_jax.eval.page_runs import Part, Run, read_runs
-from reverie_jax.eval.page_tables import axis, beside_published, grouped, metrics_of, row_of
+from reverie_jax.eval.report import answers
+from reverie_jax.eval.report.answers import Again, number, verdict
+from reverie_jax.eval.report.gallery import clip, galleries
+from reverie_jax.eval.report.runs import Part, Run, read_runs
+from reverie_jax.eval.report.tables import axis, beside_published, grouped, metrics_of, row_of
 
 __all__ = ["Part", "Run", "read_runs", "render"]
 
@@ -85,7 +85,7 @@ def _again(
         folders = {run.name: run.parts[name].folder for run in runs if name in run.parts}
         stored = {run.name: run.parts[name].scores for run in runs if name in run.parts}
         try:
-            found[name] = page_answers.read(name, folders, stored, data, images)  # type: ignore[arg-type]
+            found[name] = answers.read(name, folders, stored, data, images)  # type: ignore[arg-type]
         except UserError as error:
             failed.append(f"{name}: {error}")
     if failed and not found:
@@ -180,7 +180,7 @@ def _differences(runs: Sequence[Run], again: Again) -> dict[str, Any]:
     """A benchmark's differences to the first run that has it."""
     name = again.benchmark.name
     first = next(run.name for run in runs if name in run.parts)
-    found, notes = page_answers.differences(again, first)
+    found, notes = answers.differences(again, first)
     whole, _ = grouped(metrics_of(runs, name))
     pairs = []
     for run, compared in found.items():
@@ -220,7 +220,7 @@ def _section(runs: Sequence[Run], name: str, again: Again | None, shown: int) ->
         rows = [{"name": group, **row_of(runs, name, here[what])} for group, here in groups.items() if what in here]
         tables.append({"what": what, "rows": rows})
     tables.sort(key=lambda table: table["what"] not in (headline, "score"))
-    right = page_answers.categories(again) if again is not None and not groups else {}
+    right = answers.categories(again) if again is not None and not groups else {}
     if right:
         none = (None, None, None)
         cells = [
@@ -243,13 +243,13 @@ def _section(runs: Sequence[Run], name: str, again: Again | None, shown: int) ->
         "rule": _rule(runs, name),
         "rest": [row_of(runs, name, metric) for metric in whole[MAIN + 1 :]],
         "tables": tables,
-        "yes_no": page_answers.yes_no(again) if again is not None else _yes_no(runs, name),
+        "yes_no": answers.yes_no(again) if again is not None else _yes_no(runs, name),
         "calibration": {
             run: {key: protocol[f"calibration/{key}"] for key in ("error", "brier", "mean_yes")}
             for run, protocol in protocols.items()
             if "calibration/error" in protocol
         },
-        "rules": page_answers.rules(again) if again is not None else [],
+        "rules": answers.rules(again) if again is not None else [],
         "unread": [
             found for run in runs if name in run.parts for found in [_unread(run.name, run.parts[name])] if found
         ],

@@ -16,7 +16,7 @@ from reverie_jax.eval import statistics
 from reverie_jax.eval.benchmarks import benchmark as find_benchmark
 from reverie_jax.eval.benchmarks import files
 from reverie_jax.eval.benchmarks.interface import Benchmark, Loaded, Question, Reading, Table
-from reverie_jax.eval.replies import REPLIES
+from reverie_jax.eval.judge_replies import REPLIES
 from reverie_jax.eval.score import Score, agreement, compare, score
 
 FEW = 20

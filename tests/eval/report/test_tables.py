@@ -7,9 +7,10 @@ import math
 import numpy as np
 import pytest
 
-from reverie_jax.eval import gallery, page_answers, page_tables, published
 from reverie_jax.eval.benchmarks import NAMES, benchmark
 from reverie_jax.eval.benchmarks.interface import Loaded, Question, Reading, Scored
+from reverie_jax.eval.report import answers as page_answers
+from reverie_jax.eval.report import gallery, published, tables
 from reverie_jax.eval.score import Score
 
 
@@ -39,12 +40,12 @@ def test_published_scores_are_of_metrics_and_sources_that_exist():
 
 
 def test_metrics_in_groups():
-    whole, groups = page_tables.grouped(["perception", "cognition", "OCR", "OCR/acc", "OCR/acc+", "count", "count/acc"])
+    whole, groups = tables.grouped(["perception", "cognition", "OCR", "OCR/acc", "OCR/acc+", "count", "count/acc"])
     assert whole == ["perception", "cognition"]
     assert groups["OCR"] == {"score": "OCR", "acc": "OCR/acc", "acc+": "OCR/acc+"}
     assert list(groups) == ["OCR", "count"]
-    assert page_tables.grouped(["pope/f1", "chair_i"]) == (["pope/f1", "chair_i"], {})
-    _, listed = page_tables.grouped(["total", "capability/rec", "capability/ocr"])
+    assert tables.grouped(["pope/f1", "chair_i"]) == (["pope/f1", "chair_i"], {})
+    _, listed = tables.grouped(["total", "capability/rec", "capability/ocr"])
     assert list(listed) == ["capability/rec", "capability/ocr"]
 
 
@@ -52,7 +53,7 @@ def test_metrics_in_groups():
     "values", [[0.5], [0.0, 0.0], [], [None, math.nan], [-3.0, 2000.0], [0.801, 0.802], [12.5, 87.1]]
 )
 def test_an_axis_holds_its_values(values):
-    found = page_tables.axis(values)
+    found = tables.axis(values)
     assert found["low"] < found["high"]
     assert 2 <= len(found["ticks"]) <= 8
     real = [value for value in values if value is not None and not math.isnan(value)]

@@ -13,7 +13,7 @@ from PIL import Image
 from reverie_jax.data import images as pictures
 from reverie_jax.errors import UserError
 from reverie_jax.eval.benchmarks.interface import LETTER, SHORT, Reading
-from reverie_jax.eval.page_answers import Again, truth
+from reverie_jax.eval.report.answers import Again, truth
 from reverie_jax.scenes.dataset import read_graphs
 from reverie_jax.scenes.language import mentioned
 

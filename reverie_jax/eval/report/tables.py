@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from reverie_jax.eval import published
 from reverie_jax.eval.benchmarks import benchmark as find_benchmark
-from reverie_jax.eval.page_answers import number
-from reverie_jax.eval.page_runs import Run
+from reverie_jax.eval.report import published
+from reverie_jax.eval.report.answers import number
+from reverie_jax.eval.report.runs import Run
 
 _LISTS = ("capability", "integration")
 """What stands before "/" there is no group: MM-Vet's capabilities are."""
