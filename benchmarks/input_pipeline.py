@@ -43,10 +43,10 @@ def ours(folder: Path, args: Args) -> tuple[Callable[[], int], int]:
     import jax
     import jax.numpy as jnp
 
+    from reverie_jax.data.packing import RowShape
     from reverie_jax.data.pipeline import training_batches
     from reverie_jax.data.records import RecordSource
-    from reverie_jax.data.rows import RowShape
-    from reverie_jax.data.teaching import Teaching
+    from reverie_jax.data.supervision import Teaching
     from reverie_jax.models.vision import normalise
 
     source = RecordSource(folder / "records")

@@ -96,7 +96,7 @@ def make(folder: Path, scale: float, side: int = 64) -> None:
 def processor(args: Args) -> Any:
     from reverie_jax.data.conversation import Encoder
     from reverie_jax.data.processor import Processor
-    from reverie_jax.data.tokenizers import load_tokenizer
+    from reverie_jax.data.tokenization import load_tokenizer
     from reverie_jax.scenes.tokenizer import train_tokenizer
 
     if args.tokenizer is None:
@@ -111,10 +111,10 @@ def pack(args: Args) -> dict[str, Any]:
     """One epoch of trees in rows; pictures stay packed away."""
     import grain
 
+    from reverie_jax.data.packing import RowShape
     from reverie_jax.data.pipeline import packed_rows
     from reverie_jax.data.records import RecordSource
-    from reverie_jax.data.rows import RowShape
-    from reverie_jax.data.teaching import Teaching
+    from reverie_jax.data.supervision import Teaching
 
     source, words_to = RecordSource(args.folder / "records"), processor(args)
     shape = RowShape(tokens=args.tokens, images=args.images, edges=args.tokens)

@@ -47,8 +47,8 @@ from flax import nnx
 
 from benchmarks import mixture_scale
 from reverie_jax.data.conversation import IMAGE, TEMPLATES, Encoder, ImageRecord, Tokens
+from reverie_jax.data.packing import Batch, RowShape
 from reverie_jax.data.processor import Processor
-from reverie_jax.data.rows import Batch, RowShape
 from reverie_jax.models import TextConfig, VisionConfig, VisionLanguageModel, VLMConfig
 from reverie_jax.models.config import ARCHITECTURES
 from reverie_jax.train.recipes import RECIPES, Recipe
@@ -244,8 +244,8 @@ def make_work(args: Args) -> Work:
     """Pictures and conversations in REVERIE's proportions, by way of `reverie data build`."""
     from reverie_jax.cli import data_options
     from reverie_jax.data.records import RecordSource
-    from reverie_jax.data.teaching import Teaching
-    from reverie_jax.data.tokenizers import load_tokenizer
+    from reverie_jax.data.supervision import Teaching
+    from reverie_jax.data.tokenization import load_tokenizer
 
     size = args.chosen
     vision = size.config.vision
@@ -270,9 +270,9 @@ def our_batch(work: Work, size: Size, *, sharing: bool, fit: bool) -> Batch:
     """All rows of a step, blank ones included that fill the last micro-batch."""
     import grain
 
+    from reverie_jax.data.packing import stack
     from reverie_jax.data.pipeline import packed_rows, show
-    from reverie_jax.data.rows import stack
-    from reverie_jax.data.teaching import Teaching
+    from reverie_jax.data.supervision import Teaching
 
     numbers = grain.MapDataset.range(len(work.records))
     # As often as they are repeated: `make_work` has left out the repetitions already, where they are to be.

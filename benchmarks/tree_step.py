@@ -20,7 +20,7 @@ import tyro
 from flax import nnx
 
 from reverie_jax.annotate.stages import annotate, conversations
-from reverie_jax.data.rows import Batch, RowShape, element, pack, stack
+from reverie_jax.data.packing import Batch, RowShape, element, pack, stack
 from reverie_jax.data.tree import grow
 from reverie_jax.hosted.interface import Picture
 from reverie_jax.loading import load_model

@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from safetensors.numpy import save_file
 
 from reverie_jax.data.processor import Processor, example_template
-from reverie_jax.data.tokenizers import load_tokenizer
+from reverie_jax.data.tokenization import load_tokenizer
 from reverie_jax.models import VisionLanguageModel, VLMConfig
 from reverie_jax.models.checkpoints import CheckpointError, attach_adapter, read_config, read_model
 from reverie_jax.models.checkpoints.files import read_json, resolve

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from reverie_jax.annotate import parsing
-from reverie_jax.data.files import read_list, write_list
+from reverie_jax.data.row_files import read_list, write_list
 from reverie_jax.errors import UserError
 from reverie_jax.hosted.interface import INSTRUCTIONS_SCHEMA, Picture, Request, Stage, digest
 from reverie_jax.hosted.providers import Settings, parse

@@ -16,8 +16,8 @@ from typing import Any, Literal
 
 from reverie_jax.annotate import parsing
 from reverie_jax.annotate.stages import Reflection, conversations
-from reverie_jax.data.files import read_list, write_list
-from reverie_jax.data.sources import judged, reverie
+from reverie_jax.data.row_files import read_list, write_list
+from reverie_jax.data.sources import annotated, reverie
 from reverie_jax.errors import UserError
 from reverie_jax.hosted import images as pictures
 from reverie_jax.hosted.interface import (
@@ -45,7 +45,7 @@ ADOPTED = "original_rows.json"
 Step = Literal["questions", "rationales", "judge", "export"]
 Votes = Literal["majority", "any", "all"]
 Row = dict[str, Any]
-KEYS, REASONED, VERDICT = judged.ASKED, judged.REASONED, judged.VERDICT
+KEYS, REASONED, VERDICT = annotated.ASKED, annotated.REASONED, annotated.VERDICT
 
 
 @dataclasses.dataclass(frozen=True)

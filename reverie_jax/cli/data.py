@@ -17,16 +17,16 @@ from rich.progress import Progress
 from rich.table import Table
 
 from reverie_jax.cli import data_options as options
-from reverie_jax.data import card
 from reverie_jax.data import check as checks
-from reverie_jax.data import leak as leaks
-from reverie_jax.data import show as pages
+from reverie_jax.data import contamination as leaks
+from reverie_jax.data import stats as card
+from reverie_jax.data import visualize as pages
 from reverie_jax.data.conversation import Conversation, ImageRecord
-from reverie_jax.data.files import Rows, write_list
 from reverie_jax.data.mixture import Mixture, Part, mixture, read_parts
 from reverie_jax.data.records import RecordSource, building, write_records
-from reverie_jax.data.sources import Reading, choices
-from reverie_jax.data.teaching import Teaching
+from reverie_jax.data.row_files import Rows, write_list
+from reverie_jax.data.sources import Reading, multiple_choice
+from reverie_jax.data.supervision import Teaching
 from reverie_jax.errors import UserError
 
 
@@ -215,7 +215,7 @@ def questions(args: options.Questions) -> None:
     reading = Reading()
     if args.wrong < 1:
         raise UserError(f"--wrong {args.wrong}: must be at least 1")
-    made = choices.questions(Rows(args.annotations), reading, splits=args.splits, most=args.wrong)
+    made = multiple_choice.questions(Rows(args.annotations), reading, splits=args.splits, most=args.wrong)
     say(reading.notes)
     if reading.problems:
         say([f"{where}: {why}; left out" for where, why in reading.problems[:5]])

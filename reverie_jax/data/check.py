@@ -15,11 +15,11 @@ from rich.table import Table
 from rich.text import Text
 
 from reverie_jax.data import sources
-from reverie_jax.data.files import Rows, write_list
 from reverie_jax.data.images import decode
 from reverie_jax.data.processor import Processor
+from reverie_jax.data.row_files import Rows, write_list
 from reverie_jax.data.sources import Pictures, Reading, Talk
-from reverie_jax.data.sources.rows import content_name
+from reverie_jax.data.sources.common import content_name
 from reverie_jax.errors import DataError, UserError
 
 _SUFFIXES = {

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float32, Int32
 
-from reverie_jax.data.reference import PICTURE, ReferenceTokenizer, show_first, training_ids
+from reverie_jax.data.llava_tokenization import PICTURE, ReferenceTokenizer, show_first, training_ids
 from reverie_jax.data.templates import IMAGE, TEMPLATES, Template, v0
 from reverie_jax.data.templates import template as find_template
 from reverie_jax.errors import UserError
@@ -118,12 +118,12 @@ class Encoder:
     Args:
         tokenizer: transformers' fast tokenizers fit; asked for are `eos_token`, `eos_token_id`,
             `tokenizer(text, return_offsets_mapping=True)` and `decode(ids, skip_special_tokens=True)`; in the
-            reference's manner also what `data.reference` asks for.
+            reference's manner also what `data.llava_tokenization` asks for.
         template: a name in `TEMPLATES`, or a template.
         patches: feature tokens of one image.
         image_token_id: the placeholder's id.
         tokens: "hf": the whole text in one pass, as transformers does, taught spans found by offsets.
-            "reference": exactly as original LLaVA does (`data.reference`).
+            "reference": exactly as original LLaVA does (`data.llava_tokenization`).
 
     Raises:
         UserError: an unknown template, or one that needs more than its name.

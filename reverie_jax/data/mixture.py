@@ -20,7 +20,7 @@ from reverie_jax.data import sources
 from reverie_jax.data.conversation import Conversation, ImageRecord
 from reverie_jax.data.images import within
 from reverie_jax.data.sources import Pictures, Reading, Talk, opened
-from reverie_jax.data.sources.rows import content_name
+from reverie_jax.data.sources.common import content_name
 from reverie_jax.errors import DataError, UserError
 
 

@@ -14,11 +14,11 @@ import numpy as np
 from jaxtyping import Int32
 
 from reverie_jax.data.conversation import Conversation, ImageRecord
-from reverie_jax.data.features import FeatureCache
+from reverie_jax.data.feature_cache import FeatureCache
+from reverie_jax.data.packing import WINDOW, Batch, Element, RowShape, element, pack, share_out, stack
 from reverie_jax.data.preferences import Preference, grow_pairs, pairs
 from reverie_jax.data.processor import Processor
-from reverie_jax.data.rows import WINDOW, Batch, Element, RowShape, element, pack, share_out, stack
-from reverie_jax.data.teaching import Teaching
+from reverie_jax.data.supervision import Teaching
 from reverie_jax.data.tree import ConversationTree, grow_within, untaught
 from reverie_jax.errors import DataError
 

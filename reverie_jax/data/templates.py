@@ -18,7 +18,7 @@ class Template:
     """How turns become text: `{user}{text}{assistant}`, then `{answer_prefix}{answer}{end}`, again and again.
 
     Attributes:
-        style: by which rule original LLaVA masked its training samples (`data.reference`).
+        style: by which rule original LLaVA masked its training samples (`data.llava_tokenization`).
         system: text before the first turn.
         user: what introduces a user's turn.
         assistant: what follows it; the generation prompt ends here.

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from reverie_jax.data.rows import Batch
+from reverie_jax.data.packing import Batch
 from reverie_jax.models import VisionLanguageModel
 from reverie_jax.models.decoder import KV
 from reverie_jax.models.vision import normalise

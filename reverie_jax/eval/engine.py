@@ -20,9 +20,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from reverie_jax.data.conversation import IMAGE, Conversation, ImageRecord, Turn
+from reverie_jax.data.packing import Batch, RowShape
 from reverie_jax.data.pipeline import Picture, question_batches
 from reverie_jax.data.processor import Processor
-from reverie_jax.data.rows import Batch, RowShape
 from reverie_jax.data.tree import grow, grow_within, untaught
 from reverie_jax.errors import DataError, UserError
 from reverie_jax.eval import decode

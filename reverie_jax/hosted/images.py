@@ -10,8 +10,8 @@ from pathlib import Path, PurePath
 
 from PIL import Image, UnidentifiedImageError
 
-from reverie_jax.data.files import read_list
 from reverie_jax.data.images import BrokenImage, decode
+from reverie_jax.data.row_files import read_list
 from reverie_jax.errors import UserError
 from reverie_jax.hosted.interface import Picture, Refused
 

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from reverie_jax.models.quantise import Bits, pack, unpack
+from reverie_jax.models.quantize import Bits, pack, unpack
 
 Axes = tuple[str | None, ...]
 Remat = Literal["full", "dots", "none"]
@@ -42,7 +42,7 @@ def parameter(
 
 class Linear(nnx.Module):
     """y = x W + b, W of shape (in, out). May carry a LoRA adapter (see `models.lora`), and W may be kept in 8 or 4 bits:
-    then `kernel` holds codes and `scales` what they are multiplied by (see `models.quantise`).
+    then `kernel` holds codes and `scales` what they are multiplied by (see `models.quantize`).
     """
 
     def __init__(

@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from reverie_jax.models.layers import Linear
-from reverie_jax.models.quantise import Bits
+from reverie_jax.models.quantize import Bits
 from reverie_jax.models.sharding import partition_spec
 from reverie_jax.models.vlm import VisionLanguageModel
 

@@ -10,17 +10,17 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
-from reverie_jax.models.bridge import Projector
 from reverie_jax.models.config import VLMConfig
 from reverie_jax.models.decoder import KV, Decoder
 from reverie_jax.models.layers import Remat
+from reverie_jax.models.projector import Projector
 from reverie_jax.models.sharding import constrain_rows
 from reverie_jax.models.vision import VisionTower, normalise
 
 
 @runtime_checkable
 class RowBatch(Protocol):
-    """What the model asks of a batch (`data.rows.Batch`)."""
+    """What the model asks of a batch (`data.packing.Batch`)."""
 
     @property
     def tokens(self) -> Any: ...

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
+from reverie_jax.data.packing import Batch
 from reverie_jax.data.preferences import Preference
-from reverie_jax.data.rows import Batch
 from reverie_jax.models import VisionLanguageModel
 from reverie_jax.models.layers import Remat
 

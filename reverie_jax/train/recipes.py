@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 import pydantic
 
+from reverie_jax.data.packing import RowShape
 from reverie_jax.data.preferences import Preference
-from reverie_jax.data.rows import RowShape
-from reverie_jax.data.teaching import Teaching
+from reverie_jax.data.supervision import Teaching
 from reverie_jax.errors import UserError
 from reverie_jax.models.config import ImageAspect, ProjectorKind
 from reverie_jax.models.layers import Remat

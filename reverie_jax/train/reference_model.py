@@ -17,9 +17,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from reverie_jax.data.conversation import ImageRecord
+from reverie_jax.data.packing import Batch
 from reverie_jax.data.pipeline import every_batch
 from reverie_jax.data.processor import Processor
-from reverie_jax.data.rows import Batch
 from reverie_jax.errors import UserError
 from reverie_jax.models import VisionLanguageModel, lora
 from reverie_jax.models.sharding import feed, own_rows

@@ -13,7 +13,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from reverie_jax.data.rows import Batch
+from reverie_jax.data.packing import Batch
 from reverie_jax.errors import UserError
 from reverie_jax.models import VisionLanguageModel, lora
 from reverie_jax.train.objective import (

@@ -12,9 +12,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from reverie_jax.data.conversation import ImageRecord
+from reverie_jax.data.packing import Batch
 from reverie_jax.data.pipeline import every_batch
 from reverie_jax.data.processor import Processor
-from reverie_jax.data.rows import Batch
 from reverie_jax.models import VisionLanguageModel
 from reverie_jax.models.sharding import feed, own_rows
 from reverie_jax.train.checkpoint import VALIDATION

@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array, Float, UInt8
 
 from reverie_jax.data.conversation import ImageRecord
-from reverie_jax.data.features import FeatureCache, exists, write
+from reverie_jax.data.feature_cache import FeatureCache, exists, write
 from reverie_jax.data.processor import Processor
 from reverie_jax.models import VisionLanguageModel
 from reverie_jax.models.checkpoints import identity

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from reverie_jax.data.conversation import IMAGE, Conversation, ImageRecord, Turn
-from reverie_jax.data.files import Rows
+from reverie_jax.data.row_files import Rows
 
 IMAGE_ID = 3
 

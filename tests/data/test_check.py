@@ -10,9 +10,9 @@ from PIL import Image
 
 from reverie_jax import loading
 from reverie_jax.data import check as checking
-from reverie_jax.data.card import statistics_of
 from reverie_jax.data.conversation import IMAGE
 from reverie_jax.data.images import BrokenImage, decode
+from reverie_jax.data.stats import statistics_of
 from tests.data.fakes import png
 
 WHY_NOT = "Explain why this answer is wrong: {}"

@@ -23,7 +23,7 @@ from reverie_jax.data.conversation import IMAGE, Conversation, Encoder, Turn
 from reverie_jax.data.images import MAX_PIXELS
 from reverie_jax.data.mixture import Mixture, Part, mixture, read_parts
 from reverie_jax.data.sources import Pictures, Reading, Rows, Talk, llava
-from reverie_jax.data.teaching import Teaching
+from reverie_jax.data.supervision import Teaching
 from reverie_jax.data.tree import grow
 from reverie_jax.errors import DataError, UserError
 from tests.data.fakes import IMAGE_ID, Given, WordTokenizer, png
@@ -214,7 +214,7 @@ def test_deep_nesting_is_refused_before_it_fills_the_memory(tmp_path, small_memo
     path.write_text(form % ("[" * 30_000 + "]" * 30_000))
     code = """
 import sys, pathlib
-from reverie_jax.data.files import Rows
+from reverie_jax.data.row_files import Rows
 from reverie_jax.errors import DataError
 try:
     list(Rows(pathlib.Path(sys.argv[1])))

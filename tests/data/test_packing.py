@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reverie_jax.data.rows import WINDOW, Batch, Element, RowShape, fill, pack, row, share_out
+from reverie_jax.data.packing import WINDOW, Batch, Element, RowShape, fill, pack, row, share_out
 
 PATCHES = 2
 

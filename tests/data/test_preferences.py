@@ -16,7 +16,7 @@ from reverie_jax.data.conversation import IMAGE
 from reverie_jax.data.mixture import Part, mixture
 from reverie_jax.data.preferences import pairs
 from reverie_jax.data.sources import Reading
-from reverie_jax.data.teaching import Teaching
+from reverie_jax.data.supervision import Teaching
 from reverie_jax.errors import DataError
 from tests.data.fakes import png
 from tests.data.test_check import claimed

@@ -26,7 +26,7 @@ from transformers import (
     Phi3ForCausalLM,
 )
 
-from reverie_jax.data.rows import Batch
+from reverie_jax.data.packing import Batch
 from reverie_jax.eval.decode import Decoding, generate
 from reverie_jax.models import TextConfig, VisionConfig
 from reverie_jax.models.sharding import partition_spec

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from reverie_jax.data.rows import RowShape
+from reverie_jax.data.packing import RowShape
 from reverie_jax.errors import UserError
 from reverie_jax.models import VisionLanguageModel
 from reverie_jax.models.sharding import make_mesh

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reverie_jax.data.teaching import Teaching
+from reverie_jax.data.supervision import Teaching
 from reverie_jax.errors import DataError, UserError
 from reverie_jax.models import lora
-from reverie_jax.models.quantise import BLOCK, pack, unpack
+from reverie_jax.models.quantize import BLOCK, pack, unpack
 from reverie_jax.models.sharding import make_mesh
 from reverie_jax.train import recipes
 from reverie_jax.train.checkpoint import VALIDATION, RunCheckpoints, load_run, read_identity
@@ -91,7 +91,7 @@ def test_few_bits_are_near(inputs, outputs, seed, bits):
 
 
 def test_nf4_finds_the_nearest_of_its_values():
-    from reverie_jax.models.quantise import _NF4
+    from reverie_jax.models.quantize import _NF4
 
     rng = np.random.default_rng(0)
     kernel = rng.normal(size=(64, 5)).astype(np.float32)

@@ -16,7 +16,7 @@ from reverie_jax.train.plan.plan.plan import AbstractStep, abstract_step, chip_b
 from reverie_jax.train.plan.plan.topology import CHIPS, Topology
 
 from reverie_jax import cli
-from reverie_jax.data.rows import RowShape
+from reverie_jax.data.packing import RowShape
 from reverie_jax.errors import UserError
 from reverie_jax.models import TextConfig, VisionConfig, VisionLanguageModel, VLMConfig, lora, vision
 from reverie_jax.models.config import ARCHITECTURES

@@ -12,9 +12,9 @@ import torch
 from flax import nnx
 
 from reverie_jax.data.conversation import Conversation, Turn
+from reverie_jax.data.packing import Batch, RowShape, element, row, stack
 from reverie_jax.data.pipeline import PAIRS, every_batch, survey, training_batches
 from reverie_jax.data.preferences import Preference, pairs, token_weights
-from reverie_jax.data.rows import Batch, RowShape, element, row, stack
 from reverie_jax.data.tree import grow, untaught
 from reverie_jax.errors import DataError, UserError
 from reverie_jax.models import lora

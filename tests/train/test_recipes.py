@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from reverie_jax.data.packing import Batch
 from reverie_jax.data.pipeline import survey, training_batches
-from reverie_jax.data.rows import Batch
 from reverie_jax.errors import UserError
 from reverie_jax.models import VisionLanguageModel, lora
 from reverie_jax.train import recipes

@@ -13,10 +13,10 @@ import pytest
 from flax import nnx
 
 from reverie_jax.data.conversation import Conversation, ImageRecord, Turn
+from reverie_jax.data.packing import Batch, RowShape, stack
 from reverie_jax.data.pipeline import of_records, packed_rows, show
 from reverie_jax.data.processor import Processor
-from reverie_jax.data.rows import Batch, RowShape, stack
-from reverie_jax.data.teaching import Teaching
+from reverie_jax.data.supervision import Teaching
 from reverie_jax.loading import load_model
 from reverie_jax.scenes import dataset
 from reverie_jax.train.objective import edge_loss

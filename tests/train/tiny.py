@@ -10,8 +10,8 @@ from flax import nnx
 from PIL import Image
 
 from reverie_jax.data.conversation import Conversation, ImageRecord, Turn
+from reverie_jax.data.packing import RowShape
 from reverie_jax.data.processor import Processor
-from reverie_jax.data.rows import RowShape
 from reverie_jax.models import TextConfig, VisionConfig, VisionLanguageModel, VLMConfig
 from reverie_jax.train.recipes import Recipe
 

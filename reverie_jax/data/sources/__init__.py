@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from reverie_jax.data.files import Rows
-from reverie_jax.data.sources import choices, judged, llava, lrv, preferences, reverie
-from reverie_jax.data.sources.rows import Pictures, Reading, Talk, opened
+from reverie_jax.data.row_files import Rows
+from reverie_jax.data.sources import annotated, llava, lrv, multiple_choice, preference_pairs, reverie
+from reverie_jax.data.sources.common import Pictures, Reading, Talk, opened
 from reverie_jax.errors import DataError
 
 __all__ = ["Pictures", "Reading", "Rows", "Talk", "opened", "read", "recognise"]
@@ -43,13 +43,13 @@ def recognise(rows: Rows) -> str:
 def _form(row: dict[str, Any]) -> str:
     if {"conversations", "messages"} & row.keys():
         return "turns"
-    if preferences.is_one(row):
+    if preference_pairs.is_one(row):
         return "preferences"
     if {"correct_rationale", "incorrect_rationale"} <= row.keys():
         return "judged"
     if {"image_id", "answer"} <= row.keys() and {"question", "instruction"} & row.keys() and "choices" not in row:
         return "lrv"
-    return choices.is_one(row)
+    return multiple_choice.is_one(row)
 
 
 def read(path: Path, reading: Reading, *, filtered: bool = True, splits: Sequence[str] = ("train",)) -> Iterator[Talk]:
@@ -67,11 +67,11 @@ def read(path: Path, reading: Reading, *, filtered: bool = True, splits: Sequenc
         case "reverie":
             return reverie.talks(rows, reading)
         case "judged":
-            return judged.talks(rows, reading, filtered=filtered)
+            return annotated.talks(rows, reading, filtered=filtered)
         case "preferences":
-            return preferences.talks(rows, reading)
+            return preference_pairs.talks(rows, reading)
         case "scienceqa" | "aokvqa" as source:
-            return choices.talks(rows, reading, source=source, splits=splits)
+            return multiple_choice.talks(rows, reading, source=source, splits=splits)
         case "lrv":
             return lrv.talks(rows, reading)
         case _:

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from reverie_jax.data.conversation import IMAGE, Turn
-from reverie_jax.data.files import Rows
-from reverie_jax.data.sources.rows import BadRow, Reading, Talk, conversation, each, once, shown
+from reverie_jax.data.row_files import Rows
+from reverie_jax.data.sources.common import BadRow, Reading, Talk, conversation, each, once, shown
 
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant"}
 KNOWN = {"id", "image", "images", "conversations", "messages", "model", "source", "question_type"}

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from reverie_jax.data.conversation import Turn
-from reverie_jax.data.files import Rows
-from reverie_jax.data.sources.rows import BadRow, Reading, Talk, conversation, each, shown
+from reverie_jax.data.row_files import Rows
+from reverie_jax.data.sources.common import BadRow, Reading, Talk, conversation, each, shown
 
 _KNOWN = {"image_id", "question", "instruction", "answer", "task", "kind"}
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from reverie_jax.data.conversation import Conversation
-from reverie_jax.data.files import Rows
+from reverie_jax.data.row_files import Rows
 from reverie_jax.data.sources import llava
-from reverie_jax.data.sources.rows import BadRow, Reading, Talk, conversation, each
+from reverie_jax.data.sources.common import BadRow, Reading, Talk, conversation, each
 
 Kind = Literal["positive", "negative"]
 _NEGATIVE = re.compile(

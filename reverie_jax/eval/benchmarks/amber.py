@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from reverie_jax.data.files import write_list
+from reverie_jax.data.row_files import write_list
 from reverie_jax.eval.benchmarks import amber_words, files
 from reverie_jax.eval.benchmarks.interface import (
     OFFICIAL,

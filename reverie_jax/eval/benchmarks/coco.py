@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from reverie_jax.data.files import JsonStream
+from reverie_jax.data.row_files import JsonStream
 from reverie_jax.eval.benchmarks import chair_words
 from reverie_jax.eval.benchmarks.interface import BenchmarkError, need
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from reverie_jax.data.files import Rows
+from reverie_jax.data.row_files import Rows
 from reverie_jax.errors import DataError
 from reverie_jax.eval.benchmarks.interface import Benchmark, BenchmarkError, Loaded
 

@@ -20,7 +20,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from reverie_jax.data.rows import Batch
+from reverie_jax.data.packing import Batch
 from reverie_jax.errors import UserError
 from reverie_jax.models import VisionLanguageModel, VLMConfig, lora
 from reverie_jax.models.config import ARCHITECTURES

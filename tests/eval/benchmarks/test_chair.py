@@ -12,7 +12,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from reverie_jax.data.files import Rows
+from reverie_jax.data.row_files import Rows
 from reverie_jax.eval.benchmarks import benchmark
 from tests.eval.benchmarks import makers_free as make
 

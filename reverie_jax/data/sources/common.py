@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from reverie_jax.data.conversation import IMAGE, Conversation, Turn
-from reverie_jax.data.files import Rows
 from reverie_jax.data.images import BrokenImage, decode
-from reverie_jax.data.reference import show_first
+from reverie_jax.data.llava_tokenization import show_first
+from reverie_jax.data.row_files import Rows
 from reverie_jax.errors import DataError
 
 _NAMELESS = {"image", "img", "picture", "photo"}

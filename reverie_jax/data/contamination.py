@@ -13,8 +13,8 @@ import numpy as np
 from jaxtyping import Int16, UInt64
 from PIL import Image
 
-from reverie_jax.data.files import Rows
 from reverie_jax.data.images import BrokenImage, decode
+from reverie_jax.data.row_files import Rows
 from reverie_jax.errors import DataError
 
 COLOURS, PLAIN = 24, 12

@@ -32,7 +32,7 @@ class ReferenceTokenizer:
     """The slow LLaMA tokenizer of the original stack (transformers 4.37; 4.41 for Phi-3), played by today's.
 
     Args:
-        tokenizer: transformers' `LlamaTokenizer` (`data.tokenizers`); its `legacy` decides what follows an end token.
+        tokenizer: transformers' `LlamaTokenizer` (`data.tokenization`); its `legacy` decides what follows an end token.
     """
 
     def __init__(self, tokenizer: Any):

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from reverie_jax.annotate.pipeline import KEYS, QUESTIONS, RATIONALES
 from reverie_jax.data import check as checking
 from reverie_jax.data import sources
-from reverie_jax.data.card import statistics_of
 from reverie_jax.data.conversation import IMAGE
 from reverie_jax.data.mixture import Part, mixture
-from reverie_jax.data.sources import Reading, Rows, choices
+from reverie_jax.data.sources import Reading, Rows, multiple_choice
 from reverie_jax.data.sources.reverie import explains
-from reverie_jax.data.teaching import Teaching
+from reverie_jax.data.stats import statistics_of
+from reverie_jax.data.supervision import Teaching
 from reverie_jax.errors import DataError
 from tests.annotate import helpers
 from tests.data.fakes import Given, png
@@ -454,7 +454,7 @@ def test_the_letter_taught_is_the_right_options(tmp_path_factory, data):
 
 def asked_about(rows, most=3, splits=("train",)):
     reading = Reading()
-    return choices.questions(Given(rows), reading, splits=splits, most=most), reading
+    return multiple_choice.questions(Given(rows), reading, splits=splits, most=most), reading
 
 
 @pytest.mark.parametrize("most", [1, 2, 3])

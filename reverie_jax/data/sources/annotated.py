@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from reverie_jax.annotate.stages import Reflection, conversations
-from reverie_jax.data.files import Rows
-from reverie_jax.data.sources.rows import BadRow, Reading, Talk, each
+from reverie_jax.data.row_files import Rows
+from reverie_jax.data.sources.common import BadRow, Reading, Talk, each
 from reverie_jax.hosted.interface import AnnotatedQuestion
 
 VERDICT = "gemini_pro_judge"

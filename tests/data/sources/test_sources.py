@@ -8,7 +8,7 @@ from reverie_jax.data import sources
 from reverie_jax.data.conversation import IMAGE
 from reverie_jax.data.mixture import Mixture
 from reverie_jax.data.sources import Pictures, Reading, reverie
-from reverie_jax.data.teaching import Teaching
+from reverie_jax.data.supervision import Teaching
 from reverie_jax.errors import DataError
 from tests.data.fakes import png
 

@@ -15,7 +15,7 @@ import numpy as np
 from reverie_jax.data.conversation import ImageRecord
 from reverie_jax.data.images import thumbnail
 from reverie_jax.data.processor import Processor
-from reverie_jax.data.teaching import Teaching
+from reverie_jax.data.supervision import Teaching
 from reverie_jax.data.tree import ConversationTree, grow
 
 SIDE = 360

@@ -12,17 +12,8 @@ from typing import Any, NamedTuple
 
 from reverie_jax.annotate.stages import WHY
 from reverie_jax.data.conversation import IMAGE, Turn
-from reverie_jax.data.files import Rows
-from reverie_jax.data.sources.rows import (
-    BadRow,
-    Reading,
-    Talk,
-    content_name,
-    conversation,
-    each,
-    embedded,
-    shown,
-)
+from reverie_jax.data.row_files import Rows
+from reverie_jax.data.sources.common import BadRow, Reading, Talk, content_name, conversation, each, embedded, shown
 
 LETTERS = "ABCDEFGHIJ"
 SUFFIX = "Answer with the option's letter from the given choices directly."

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from reverie_jax.cli.data_options import Leak as Command
+from reverie_jax.data.contamination import COLOURS, Evaluation, Leak, Look, distances, evaluation, find, known_as, look
 from reverie_jax.data.images import BrokenImage
-from reverie_jax.data.leak import COLOURS, Evaluation, Leak, Look, distances, evaluation, find, known_as, look
 from reverie_jax.data.records import write_records
 from reverie_jax.errors import DataError, UserError
 from tests.data.fakes import png, records
@@ -199,7 +199,7 @@ GREY = np.full((8, 8, 3), 100, np.int16)
 @pytest.mark.parametrize(("more", "alike"), [(0, True), (COLOURS, True), (COLOURS + 1, False), (-COLOURS - 1, False)])
 def test_looks_of_other_colours_are_others(more, alike):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("reverie_jax.data.leak.look", lambda encoded, name: Look(7, GREY))
+        patch.setattr("reverie_jax.data.contamination.look", lambda encoded, name: Look(7, GREY))
         found = leaks("t.png", b"x", Evaluation({"e.png": Look(7, (GREY + more).astype(np.int16))}))
     assert bool(found) == alike
 
@@ -209,7 +209,7 @@ def test_looks_of_other_colours_are_others(more, alike):
 def test_the_distance_is_the_last_that_counts(own, flipped, distance):
     other = own ^ sum(1 << bit for bit in flipped)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("reverie_jax.data.leak.look", lambda encoded, name: Look(own, GREY))
+        patch.setattr("reverie_jax.data.contamination.look", lambda encoded, name: Look(own, GREY))
         found = leaks("t.png", b"x", Evaluation({"e.png": Look(other, GREY)}), distance)
     assert found == ([Leak("t.png", "e.png", "look", len(flipped))] if len(flipped) <= distance else [])
 

@@ -14,7 +14,7 @@ from reverie_jax.data import sources
 from reverie_jax.data.conversation import IMAGE, Conversation, Encoder, Turn
 from reverie_jax.data.sources import Reading, lrv
 from reverie_jax.data.sources.reverie import explains
-from reverie_jax.data.teaching import Teaching
+from reverie_jax.data.supervision import Teaching
 from reverie_jax.data.tree import grow
 from tests.data.fakes import IMAGE_ID, Given, WordTokenizer
 

@@ -18,9 +18,9 @@ from reverie_jax.cli.data_options import Show
 from reverie_jax.data.conversation import IMAGE, Conversation, Encoder, ImageRecord, Tokens, Turn
 from reverie_jax.data.processor import Processor
 from reverie_jax.data.records import write_records
-from reverie_jax.data.show import Limb, Span, limbs, write
-from reverie_jax.data.teaching import Teaching
+from reverie_jax.data.supervision import Teaching
 from reverie_jax.data.tree import grow
+from reverie_jax.data.visualize import Limb, Span, limbs, write
 from reverie_jax.errors import UserError
 from reverie_jax.scenes.dataset import ANNOTATIONS, PICTURES, make_training_set
 from reverie_jax.scenes.dataset import records as scene_records

@@ -7,17 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from reverie_jax.data.conversation import Turn
-from reverie_jax.data.files import Rows
-from reverie_jax.data.sources.rows import (
-    BadRow,
-    Reading,
-    Talk,
-    content_name,
-    conversation,
-    each,
-    embedded,
-    shown,
-)
+from reverie_jax.data.row_files import Rows
+from reverie_jax.data.sources.common import BadRow, Reading, Talk, content_name, conversation, each, embedded, shown
 
 _SIDES = ("chosen", "rejected")
 _KNOWN = {

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reverie_jax.data.conversation import Tokens
-from reverie_jax.data.rows import Batch, Element, RowShape, element, pack, stack
+from reverie_jax.data.packing import Batch, Element, RowShape, element, pack, stack
 from reverie_jax.data.tree import ConversationTree, grow
 
 PATCHES, SIDE = 3, 2
