@@ -36,9 +36,10 @@ from flax import nnx
 from PIL import Image
 
 from benchmarks.train_step import SIZES, peer_device, small_tokenizer, spread
-from reverie_jax.data.conversation import IMAGE, Conversation, Encoder, Turn
+from reverie_jax.data.conversation import IMAGE, Conversation, Turn
 from reverie_jax.data.pipeline import Picture
 from reverie_jax.data.processor import Processor
+from reverie_jax.data.tokenization import Encoder
 from reverie_jax.eval.benchmarks.interface import SHORT
 from reverie_jax.eval.decode import Decoding
 from reverie_jax.eval.engine import Engine, EngineShape, Work

@@ -46,7 +46,7 @@ class Args:
 
 def words() -> list[str]:
     """English words, from the package's own prompts."""
-    texts = (Path(__file__).parent.parent / "reverie_jax" / "data" / "annotate" / "prompts").glob("*.txt")
+    texts = (Path(__file__).parent.parent / "reverie_jax" / "annotate" / "prompts").glob("*.txt")
     return sorted(set(re.findall(r"[a-z]{2,}", " ".join(path.read_text("utf-8").lower() for path in sorted(texts)))))
 
 
@@ -94,9 +94,8 @@ def make(folder: Path, scale: float, side: int = 64) -> None:
 
 
 def processor(args: Args) -> Any:
-    from reverie_jax.data.conversation import Encoder
     from reverie_jax.data.processor import Processor
-    from reverie_jax.data.tokenization import load_tokenizer
+    from reverie_jax.data.tokenization import Encoder, load_tokenizer
     from reverie_jax.scenes.tokenizer import train_tokenizer
 
     if args.tokenizer is None:

@@ -46,9 +46,11 @@ import tyro
 from flax import nnx
 
 from benchmarks import mixture_scale
-from reverie_jax.data.conversation import IMAGE, TEMPLATES, Encoder, ImageRecord, Tokens
+from reverie_jax.data.conversation import IMAGE, ImageRecord
 from reverie_jax.data.packing import Batch, RowShape
 from reverie_jax.data.processor import Processor
+from reverie_jax.data.templates import TEMPLATES
+from reverie_jax.data.tokenization import Encoder, Tokens
 from reverie_jax.models import TextConfig, VisionConfig, VisionLanguageModel, VLMConfig
 from reverie_jax.models.config import ARCHITECTURES
 from reverie_jax.train.recipes import RECIPES, Recipe

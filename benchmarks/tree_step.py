@@ -19,8 +19,9 @@ import numpy as np
 import tyro
 from flax import nnx
 
-from reverie_jax.annotate.stages import annotate, conversations
+from reverie_jax.annotate.stages import annotate
 from reverie_jax.data.packing import Batch, RowShape, element, pack, stack
+from reverie_jax.data.reflection import conversations
 from reverie_jax.data.tree import grow
 from reverie_jax.hosted.interface import Picture
 from reverie_jax.loading import load_model

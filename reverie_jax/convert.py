@@ -13,9 +13,10 @@ import numpy as np
 from jax.typing import DTypeLike
 
 import reverie_jax
-from reverie_jax.data.conversation import IMAGE, Encoder
+from reverie_jax.data.conversation import IMAGE
 from reverie_jax.data.processor import EXAMPLE, Processor, example_template
 from reverie_jax.data.templates import jinja
+from reverie_jax.data.tokenization import Encoder
 from reverie_jax.errors import UserError
 from reverie_jax.loading import Paths, as_list, checkpoint_folder, find_tokenizer, put_adapter
 from reverie_jax.models import VisionLanguageModel, lora

@@ -7,3 +7,7 @@ class UserError(ValueError):
 
 class DataError(UserError):
     """Data that cannot be used; the message names the file, the record and the remedy."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that cannot be used; the message names the file, what is wrong and what would help."""

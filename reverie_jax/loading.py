@@ -18,8 +18,9 @@ from safetensors.numpy import save_file
 
 from reverie_jax.data.processor import Processor, example_template
 from reverie_jax.data.tokenization import load_tokenizer
+from reverie_jax.errors import CheckpointError
 from reverie_jax.models import VisionLanguageModel, VLMConfig
-from reverie_jax.models.checkpoints import CheckpointError, attach_adapter, read_config, read_model
+from reverie_jax.models.checkpoints import attach_adapter, read_config, read_model
 from reverie_jax.models.checkpoints.files import read_json, resolve
 from reverie_jax.models.checkpoints.parts import recognise, recorded_base
 from reverie_jax.models.config import ProjectorKind
@@ -40,7 +41,7 @@ def checkpoint_folder(name: str | Path) -> Path:
     Raises:
         CheckpointError: there is none.
     """
-    shipped = Path(__file__).parent / "data" / "scenes" / "base"
+    shipped = Path(__file__).parent / "scenes" / "base"
     return shipped if str(name) == SCENES_BASE else resolve(name)
 
 

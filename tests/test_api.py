@@ -16,10 +16,10 @@ from PIL import Image
 
 import reverie_jax
 from reverie_jax.data.conversation import IMAGE, Conversation, Turn
-from reverie_jax.errors import UserError
+from reverie_jax.errors import CheckpointError, UserError
 from reverie_jax.eval.engine import Engine
 from reverie_jax.loading import as_tuned, load_processor
-from reverie_jax.models.checkpoints import CheckpointError, files
+from reverie_jax.models.checkpoints import files
 from reverie_jax.train import recipes
 from tests.models import oracle
 

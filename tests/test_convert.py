@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from transformers import AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration
 
 from reverie_jax.convert import convert
-from reverie_jax.errors import UserError
-from reverie_jax.models.checkpoints import CheckpointError, read_config, read_model
+from reverie_jax.errors import CheckpointError, UserError
+from reverie_jax.models.checkpoints import read_config, read_model
 from tests.models import makers
 from tests.models.makers import KINDS, ROWS, SIDE, TOWER, WORDS
 from tests.models.oracle import llava_logits, logits

@@ -15,7 +15,8 @@ import threading
 import pytest
 
 from reverie_jax.convert import convert
-from reverie_jax.models.checkpoints import CheckpointError, identity, read_model
+from reverie_jax.errors import CheckpointError
+from reverie_jax.models.checkpoints import identity, read_model
 from tests.models import makers
 
 

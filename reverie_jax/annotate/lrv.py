@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from reverie_jax.annotate import parsing
+from reverie_jax.annotate.prompts import Prompts
+from reverie_jax.annotate.schemas import INSTRUCTIONS_SCHEMA
 from reverie_jax.data.row_files import read_list, write_list
 from reverie_jax.errors import UserError
-from reverie_jax.hosted.interface import INSTRUCTIONS_SCHEMA, Picture, Request, Stage, digest
+from reverie_jax.hosted.interface import Picture, Request, Stage, digest
 from reverie_jax.hosted.providers import Settings, parse
 from reverie_jax.hosted.request_key import content_of
 from reverie_jax.hosted.runner import Asking, Limits, Outcome
@@ -102,7 +104,9 @@ class Generation:
             raise UserError(f"--balance {job.balance}: must not be negative")
         parse(job.model)
         self.job, self.described = job, read_captions(job.captions)
-        self.session = Session(job.folder, How(job.prompts, job.settings, job.limits), environment, tell)
+        self.prompts = Prompts(job.prompts)
+        how = How(job.settings, job.limits)
+        self.session = Session(job.folder, how, environment, tell, self.prompts.versions)
 
     def __enter__(self) -> Generation:
         return self
@@ -115,7 +119,7 @@ class Generation:
         fields = {"captions": picture.text, "count": str(count), "each": each}
 
         def request() -> Request:
-            prompt = self.session.prompts(kind, fields, shown=False)
+            prompt = self.prompts(kind, fields, shown=False)
             return Request(kind, Picture(str(picture.image_id), b""), fields, prompt, False, INSTRUCTIONS_SCHEMA)
 
         content = content_of(kind, digest(picture.text), fields)

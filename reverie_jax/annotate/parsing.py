@@ -10,7 +10,9 @@ from typing import Any, Literal
 
 import pydantic
 
-from reverie_jax.hosted.interface import AnnotatedQuestion, Instruction, QuestionType, Refused
+from reverie_jax.annotate.schemas import Instruction
+from reverie_jax.data.reflection import AnnotatedQuestion, QuestionType
+from reverie_jax.hosted.interface import Refused
 
 _FENCE = re.compile(r"```[a-zA-Z]*\s*(.*?)```", re.DOTALL)
 _KEYS = {
@@ -114,15 +116,6 @@ def _words(value: Any) -> str:
 def clean(text: str) -> str:
     """Words that can be stored and taught: half characters and the marker of a picture have no place in them."""
     return text.encode("utf-8", "ignore").decode("utf-8").replace("<image>", "image").strip()
-
-
-def kind_of(question: str, answer: str) -> QuestionType:
-    """The type of a question that says none."""
-    if re.fullmatch(r"(yes|no)\W*", answer.strip(), re.IGNORECASE):
-        return "yes/no"
-    if re.search(r"(^|\s)\(?A[.):]\s.*\sB[.):]?\s", question.replace("(B)", "B.").replace("(A)", "A."), re.DOTALL):
-        return "choice"
-    return "short" if len(answer.split()) <= 5 else "open"
 
 
 def _groups(found: Any) -> list[dict[str, Any]]:

@@ -15,20 +15,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from reverie_jax.annotate import parsing
-from reverie_jax.annotate.stages import Reflection, conversations
+from reverie_jax.annotate.prompts import Prompts
+from reverie_jax.annotate.schemas import QUESTIONS_SCHEMA, QuestionSet
+from reverie_jax.data import reflection
+from reverie_jax.data.reflection import AnnotatedQuestion, Reflection, conversations
 from reverie_jax.data.row_files import read_list, write_list
 from reverie_jax.data.sources import annotated, reverie
 from reverie_jax.errors import UserError
 from reverie_jax.hosted import images as pictures
-from reverie_jax.hosted.interface import (
-    QUESTIONS_SCHEMA,
-    AnnotatedQuestion,
-    AnnotationError,
-    QuestionSet,
-    Refused,
-    Request,
-    Stage,
-)
+from reverie_jax.hosted.interface import AnnotationError, Refused, Request, Stage
 from reverie_jax.hosted.providers import Settings, parse, shown
 from reverie_jax.hosted.request_key import content_of
 from reverie_jax.hosted.runner import Asking, Limits, Outcome
@@ -98,7 +93,9 @@ class Pipeline:
             raise UserError(
                 "--judge: two judges have one name; servers at two addresses must call their models differently"
             )
-        self.session = Session(job.folder, How(job.prompts, job.settings, job.limits), environment, tell)
+        self.prompts = Prompts(job.prompts)
+        how = How(job.settings, job.limits)
+        self.session = Session(job.folder, how, environment, tell, self.prompts.versions)
         self.journal, self.notes = self.session.journal, self.session.notes
         self._digests: dict[str, str] = {}
         self._unreadable: dict[str, str] = {}
@@ -147,7 +144,7 @@ class Pipeline:
         def request() -> Request:
             picture = pictures.read(self.job.pictures, name)
             schema = QUESTIONS_SCHEMA if stage == "questions" else None
-            prompt = self.session.prompts(stage, fields, shown=shown)
+            prompt = self.prompts(stage, fields, shown=shown)
             return Request(stage, picture, fields, prompt, shown, schema)
 
         content = content_of(stage, digest, dict(fields))
@@ -353,7 +350,7 @@ class Pipeline:
                 questions=[
                     AnnotatedQuestion(
                         question=question,
-                        type=parsing.kind_of(question, answer),
+                        type=reflection.kind_of(question, answer),
                         correct_answer=answer,
                         confusing_answers=wrong,
                     )
@@ -386,7 +383,7 @@ def export(folder: Path) -> int:
         about = (row["question"], row["correct_answer"])
         of_image = talks.setdefault(row["image"], {})
         if about not in of_image:
-            kind = row.get("question_type") or parsing.kind_of(*about)
+            kind = row.get("question_type") or reflection.kind_of(*about)
             asked = AnnotatedQuestion(question=about[0], type=kind, correct_answer=about[1], confusing_answers=[])
             of_image[about] = Reflection(asked, row["correct_rationale"], ())
         old = of_image[about]

@@ -2,24 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 from reverie_jax.annotate import parsing
-from reverie_jax.data.conversation import IMAGE, Conversation, Kind, Turn
-from reverie_jax.hosted.interface import AnnotatedQuestion, AnnotationError, Annotator, Picture, Request
-
-WHY = "Explain why."
-WHY_WRONG = "Explain why this answer is wrong: {answer}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Reflection:
-    """A question with its rationales: one positive, and one negative for each confusing answer."""
-
-    question: AnnotatedQuestion
-    positive: str
-    negatives: tuple[tuple[str, str], ...]
-    """(confusing answer, why it is wrong)."""
+from reverie_jax.hosted.interface import AnnotationError, Annotator, Picture, Request
 
 
 def annotate(picture: Picture, annotator: Annotator, count: int) -> tuple[list[Reflection], list[str]]:
@@ -61,18 +45,3 @@ def annotate(picture: Picture, annotator: Annotator, count: int) -> tuple[list[R
                 dropped.append(f"{where}, {wrong!r}: the judge said {said!r}")
         kept.append(Reflection(question, positive, tuple(negatives)))
     return kept, dropped
-
-
-def conversations(reflection: Reflection) -> list[Conversation]:
-    """The talks that one reflection teaches: REVERIE's separate four-turn conversations, one a rationale.
-
-    The right answer opens each of them, also where a wrong answer is explained.
-    """
-    question, answer = reflection.question.question, reflection.question.correct_answer
-    prompts: list[tuple[Kind, str, str]] = [("positive", WHY, reflection.positive)]
-    prompts += [("negative", WHY_WRONG.format(answer=wrong), why) for wrong, why in reflection.negatives]
-    opening = (Turn("user", f"{IMAGE}\n{question}"), Turn("assistant", answer))
-    return [
-        Conversation((*opening, Turn("user", prompt), Turn("assistant", why)), source="reflective", kind=kind)
-        for kind, prompt, why in prompts
-    ]

@@ -10,7 +10,8 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Bool
 
-from reverie_jax.data.conversation import Conversation, Tokens
+from reverie_jax.data.conversation import Conversation
+from reverie_jax.data.tokenization import Tokens
 from reverie_jax.data.tree import ConversationTree, Trie, untaught
 from reverie_jax.errors import DataError
 

@@ -14,10 +14,11 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from reverie_jax.data.conversation import IMAGE, Conversation, Encoder, ImageRecord, Tokens, Turn
+from reverie_jax.data.conversation import IMAGE, Conversation, ImageRecord, Turn
 from reverie_jax.data.images import decode, preprocess, to_rgb
 from reverie_jax.data.packing import Batch, RowShape, element, row, stack
 from reverie_jax.data.templates import Template, v0
+from reverie_jax.data.tokenization import Encoder, Tokens
 from reverie_jax.data.tree import grow
 from reverie_jax.errors import UserError
 from reverie_jax.models import VLMConfig

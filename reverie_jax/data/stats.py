@@ -9,8 +9,8 @@ from typing import Any
 
 from rich.table import Table
 
-from reverie_jax.annotate.parsing import kind_of
 from reverie_jax.data.conversation import IMAGE, Conversation
+from reverie_jax.data.reflection import kind_of
 
 
 def statistics_of(talks: Iterable[tuple[str, Conversation]]) -> dict[str, Any]:

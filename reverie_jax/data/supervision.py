@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Literal
 
-from reverie_jax.annotate.parsing import kind_of
 from reverie_jax.data.conversation import IMAGE, Conversation, Turn
+from reverie_jax.data.reflection import kind_of
 from reverie_jax.data.sources.reverie import explains
 
 _GUIDANCE = "Including any necessary facts or knowledge."

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Int32
 
-from reverie_jax.data.conversation import Tokens
+from reverie_jax.data.tokenization import Tokens
 
 
 @dataclasses.dataclass(frozen=True)

@@ -138,7 +138,7 @@ def write(page: Path, records: Iterable[ImageRecord], processor: Processor, teac
                 "limbs": limbs(tree, processor.encoder.tokenizer, patches=processor.encoder.patches, shared=shared),
             }
         )
-    template = (importlib.resources.files("reverie_jax.data") / "show.html").read_text("utf-8")
+    template = (importlib.resources.files("reverie_jax.data") / "visualize.html").read_text("utf-8")
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(
         jinja2.Environment(autoescape=True, trim_blocks=True)

@@ -220,7 +220,7 @@ def judge(
 
     if hosted:
         askings = {one: [_asking(benchmark, loaded, r, one, how) for r in plan.requests] for one in hosted}
-        with contextlib.closing(Session(out, dataclasses.replace(how, prompts=None), environment, tell)) as session:
+        with contextlib.closing(Session(out, how, environment, tell)) as session:
             ended = False
             try:
                 total = session.ask("judge", (asking for some in askings.values() for asking in some), hosted)
@@ -262,7 +262,7 @@ def estimate(
     """
     _places(who, out)
     plan, found = _plan(benchmark, loaded, answers, rule, prompts, images), []
-    with contextlib.closing(Session(out, dataclasses.replace(how, prompts=None), environment)) as session:
+    with contextlib.closing(Session(out, how, environment)) as session:
         for one in who:
             if not one.startswith(LOCAL):
                 row = session.estimate(STAGE, [_asking(benchmark, loaded, r, one, how) for r in plan.requests])

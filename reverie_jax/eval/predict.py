@@ -15,9 +15,10 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from reverie_jax.annotate.stages import WHY
-from reverie_jax.data.conversation import IMAGE, Conversation, Encoder, Turn
+from reverie_jax.data.conversation import IMAGE, Conversation, Turn
 from reverie_jax.data.pipeline import Picture
+from reverie_jax.data.reflection import WHY
+from reverie_jax.data.tokenization import Encoder
 from reverie_jax.errors import UserError
 from reverie_jax.eval.benchmarks.files import PREDICTIONS, RUN
 from reverie_jax.eval.benchmarks.interface import Benchmark, Loaded, Question

@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
-import pydantic
-
 Stage = Literal[
     "questions",
     "positive",
@@ -22,56 +20,6 @@ Stage = Literal[
     "lrv_knowledge",
     "evaluate",
 ]
-QuestionType = Literal["yes/no", "choice", "short", "open"]
-
-
-class AnnotatedQuestion(pydantic.BaseModel):
-    """A question about an image, its right answer, and answers that would confuse."""
-
-    model_config = pydantic.ConfigDict(extra="forbid")
-
-    question: str = pydantic.Field(min_length=1)
-    type: QuestionType
-    correct_answer: str = pydantic.Field(min_length=1)
-    confusing_answers: list[str]
-
-
-class QuestionSet(pydantic.BaseModel):
-    """Reply of the stage `questions`."""
-
-    model_config = pydantic.ConfigDict(extra="forbid")
-
-    questions: list[AnnotatedQuestion]
-
-
-class Instruction(pydantic.BaseModel):
-    """An instruction of LRV's kind; `task` is empty where it is a misleading one."""
-
-    model_config = pydantic.ConfigDict(extra="forbid")
-
-    instruction: str = pydantic.Field(min_length=1)
-    answer: str = pydantic.Field(min_length=1)
-    task: str
-
-
-class InstructionSet(pydantic.BaseModel):
-    """Reply of the stages `lrv_…`."""
-
-    model_config = pydantic.ConfigDict(extra="forbid")
-
-    instructions: list[Instruction]
-
-
-def _plain(schema: Any) -> Any:
-    """A schema without bounds: services that hold replies to it know only the shape."""
-    if isinstance(schema, dict):
-        return {key: _plain(value) for key, value in schema.items() if key != "minLength"}
-    return [_plain(value) for value in schema] if isinstance(schema, list) else schema
-
-
-QUESTIONS_SCHEMA: dict[str, Any] = _plain(QuestionSet.model_json_schema())
-INSTRUCTIONS_SCHEMA: dict[str, Any] = _plain(InstructionSet.model_json_schema())
-"""Replies as JSON schemas, for providers that write to one."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from reverie_jax.annotate.prompts import Prompts
 from reverie_jax.errors import UserError
 from reverie_jax.hosted import batches
 from reverie_jax.hosted.interface import Stage
@@ -31,13 +30,8 @@ class Estimate(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class How:
-    """How hosted models are asked.
+    """How hosted models are asked."""
 
-    Attributes:
-        prompts: folder with prompts of the user's own.
-    """
-
-    prompts: Path | None = None
     settings: Settings = dataclasses.field(default_factory=Settings)
     limits: Limits = dataclasses.field(default_factory=Limits)
 
@@ -47,18 +41,26 @@ Tell = Callable[[str, int, Outcome, Any], None]
 
 
 class Session:
-    """The journal of a folder, prompts, and the running of items. Close it, or use it as a context.
+    """The journal of a folder and the running of items. Close it, or use it as a context.
 
     Args:
         environment: where keys are.
+        versions: the version of each stage's prompt, a part of a request's identity.
 
     Raises:
-        UserError: the folder's journal is in use or broken, or prompts are missing.
+        UserError: the folder's journal is in use or broken.
     """
 
-    def __init__(self, folder: Path, how: How, environment: Mapping[str, str], tell: Tell | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        how: How,
+        environment: Mapping[str, str],
+        tell: Tell | None = None,
+        versions: Mapping[str, str] | None = None,
+    ):
         self.how, self._environment, self._tell = how, environment, tell or (lambda step, total, outcome, gate: None)
-        self.prompts = Prompts(how.prompts)
+        self._versions = versions or {}
         self.journal = Journal(folder / JOURNAL)
         self.notes: list[str] = []
         """What a user should know, line by line."""
@@ -73,9 +75,7 @@ class Session:
     def item(self, stage: Stage, who: str, content: str, shown: bool = True) -> Item:
         """How something is known that is asked of a model in a prompt's words."""
         kind, model, _ = parse(who)
-        return Item(
-            stage, content, kind, model, f"{self.prompts.versions[stage]} {self.how.settings.version} shown={shown}"
-        )
+        return Item(stage, content, kind, model, f"{self._versions[stage]} {self.how.settings.version} shown={shown}")
 
     def had(self, asking: Asking | None) -> str | None:
         """The raw reply that is there already."""

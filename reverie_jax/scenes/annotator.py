@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from reverie_jax.hosted.interface import AnnotatedQuestion, AnnotationError, QuestionSet, Request
+from reverie_jax.annotate.schemas import QuestionSet
+from reverie_jax.data.reflection import AnnotatedQuestion
+from reverie_jax.hosted.interface import AnnotationError, Request
 from reverie_jax.scenes.graph import CATEGORIES, COLOURS, PARTNER, Scene, plural
 from reverie_jax.scenes.language import (
     NUMBERS,

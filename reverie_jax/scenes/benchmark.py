@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from reverie_jax.annotate.stages import WHY, WHY_WRONG
+from reverie_jax.data.reflection import WHY, WHY_WRONG, AnnotatedQuestion
 from reverie_jax.eval import statistics
 from reverie_jax.eval.benchmarks import files, pope
 from reverie_jax.eval.benchmarks.interface import (
@@ -26,7 +26,6 @@ from reverie_jax.eval.decode import Decoding
 from reverie_jax.eval.engine import Engine
 from reverie_jax.eval.predict import Ask
 from reverie_jax.eval.predict import predict as run
-from reverie_jax.hosted.interface import AnnotatedQuestion
 from reverie_jax.scenes import scoring as free
 from reverie_jax.scenes.annotator import DESCRIBE, SceneAnnotator
 from reverie_jax.scenes.dataset import PICTURES, POPE_FILES, read_graphs

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from reverie_jax.annotate.stages import annotate, conversations
+from reverie_jax.annotate.stages import annotate
 from reverie_jax.data.conversation import IMAGE, Conversation, Turn
 from reverie_jax.data.images import encode_png
+from reverie_jax.data.reflection import conversations
 from reverie_jax.hosted.interface import Picture
 from reverie_jax.scenes import annotator as ask
 from reverie_jax.scenes.draw import render

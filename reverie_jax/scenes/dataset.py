@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from reverie_jax.annotate.stages import annotate, conversations
+from reverie_jax.annotate.stages import annotate
 from reverie_jax.data.mixture import Mixture, Part, mixture
+from reverie_jax.data.reflection import conversations
 from reverie_jax.data.sources import Reading, reverie
 from reverie_jax.errors import DataError
 from reverie_jax.hosted.interface import Picture

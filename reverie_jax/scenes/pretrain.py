@@ -18,8 +18,8 @@ import numpy as np
 import optax
 from flax import nnx
 
-from reverie_jax.data.conversation import Encoder
 from reverie_jax.data.packing import Batch, RowShape, element, pack
+from reverie_jax.data.tokenization import Encoder
 from reverie_jax.data.tree import Trie
 from reverie_jax.models import TextConfig, VisionConfig, VisionLanguageModel, VLMConfig
 from reverie_jax.models.layers import Linear

@@ -10,7 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reverie_jax.annotate import parsing
-from reverie_jax.hosted.interface import AnnotatedQuestion, QuestionSet, Refused
+from reverie_jax.annotate.schemas import QuestionSet
+from reverie_jax.data import reflection
+from reverie_jax.data.reflection import AnnotatedQuestion
+from reverie_jax.hosted.interface import Refused
 
 ONE = '{"question": "How many?", "type": "short", "correct_answer": "two", "confusing_answers": ["three"]}'
 OTHER = '{"question": "Is it red?", "type": "yes/no", "correct_answer": "Yes", "confusing_answers": ["No"]}'
@@ -227,7 +230,7 @@ def test_as_many_wrong_answers_as_asked(text: str, asked: int, kept: list[str]):
     ],
 )
 def test_kind_of_a_question_that_says_none(question: str, answer: str, kind: str):
-    assert parsing.kind_of(question, answer) == kind
+    assert reflection.kind_of(question, answer) == kind
 
 
 @pytest.mark.parametrize(

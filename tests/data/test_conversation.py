@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from reverie_jax.data.conversation import IMAGE, Conversation, Encoder, ImageRecord, Tokens, Turn
+from reverie_jax.data.conversation import IMAGE, Conversation, ImageRecord, Turn
+from reverie_jax.data.tokenization import Encoder, Tokens
 from reverie_jax.errors import UserError
 from tests.data.fakes import IMAGE_ID, WordTokenizer, talk
 

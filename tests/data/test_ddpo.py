@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reverie_jax.data.conversation import Conversation, Tokens, Turn
+from reverie_jax.data.conversation import Conversation, Turn
 from reverie_jax.data.preferences import corrected, pairs, token_weights
+from reverie_jax.data.tokenization import Tokens
 from reverie_jax.errors import DataError
 
 

@@ -13,8 +13,9 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from reverie_jax.data.conversation import Conversation, Encoder, Turn, v0
-from reverie_jax.data.tokenization import load_tokenizer
+from reverie_jax.data.conversation import Conversation, Turn
+from reverie_jax.data.templates import v0
+from reverie_jax.data.tokenization import Encoder, load_tokenizer
 from reverie_jax.errors import UserError
 from tests.data import llama_oracle
 from tests.data.llama_oracle import IMAGE, KINDS, SlowLlama

@@ -19,11 +19,12 @@ from PIL import Image
 
 from reverie_jax.data import check as checking
 from reverie_jax.data import sources
-from reverie_jax.data.conversation import IMAGE, Conversation, Encoder, Turn
+from reverie_jax.data.conversation import IMAGE, Conversation, Turn
 from reverie_jax.data.images import MAX_PIXELS
 from reverie_jax.data.mixture import Mixture, Part, mixture, read_parts
 from reverie_jax.data.sources import Pictures, Reading, Rows, Talk, llava
 from reverie_jax.data.supervision import Teaching
+from reverie_jax.data.tokenization import Encoder
 from reverie_jax.data.tree import grow
 from reverie_jax.errors import DataError, UserError
 from tests.data.fakes import IMAGE_ID, Given, WordTokenizer, png

@@ -20,13 +20,14 @@ from hypothesis import strategies as st
 
 from reverie_jax.data import packing as rows_module
 from reverie_jax.data import pipeline as pipeline_module
-from reverie_jax.data.conversation import IMAGE, Conversation, Encoder, ImageRecord, Tokens, Turn
+from reverie_jax.data.conversation import IMAGE, Conversation, ImageRecord, Turn
 from reverie_jax.data.images import BrokenImage
 from reverie_jax.data.packing import Batch, RowShape
 from reverie_jax.data.pipeline import packed_rows, training_batches
 from reverie_jax.data.processor import Processor
 from reverie_jax.data.records import RecordSource, write_records
 from reverie_jax.data.supervision import Teaching
+from reverie_jax.data.tokenization import Encoder, Tokens
 from tests.data.fakes import IMAGE_ID, WordTokenizer, png
 
 PATCHES, SIDE = 4, 8

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reverie_jax.data.conversation import IMAGE, Conversation, Encoder, ImageRecord, Turn
+from reverie_jax.data.conversation import IMAGE, Conversation, ImageRecord, Turn
 from reverie_jax.data.mixture import Part, mixture
 from reverie_jax.data.packing import Batch, RowShape
 from reverie_jax.data.pipeline import Picture, question_batches, survey, training_batches, trees
@@ -20,6 +20,7 @@ from reverie_jax.data.processor import Processor
 from reverie_jax.data.records import RecordSource, write_records
 from reverie_jax.data.sources import Reading, llava, reverie
 from reverie_jax.data.supervision import Teaching
+from reverie_jax.data.tokenization import Encoder
 from reverie_jax.errors import DataError, UserError
 from tests.data.fakes import IMAGE_ID, WordTokenizer, png, records, talk
 

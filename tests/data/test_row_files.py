@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reverie_jax.data.conversation import Tokens
 from reverie_jax.data.packing import Batch, Element, RowShape, element, pack, stack
+from reverie_jax.data.tokenization import Tokens
 from reverie_jax.data.tree import ConversationTree, grow
 
 PATCHES, SIDE = 3, 2

@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reverie_jax.data import sources
-from reverie_jax.data.conversation import IMAGE, Conversation, Encoder, Turn
+from reverie_jax.data.conversation import IMAGE, Conversation, Turn
 from reverie_jax.data.sources import Reading, lrv
 from reverie_jax.data.sources.reverie import explains
 from reverie_jax.data.supervision import Teaching
+from reverie_jax.data.tokenization import Encoder
 from reverie_jax.data.tree import grow
 from tests.data.fakes import IMAGE_ID, Given, WordTokenizer
 

@@ -10,7 +10,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from reverie_jax.data.conversation import Conversation, Encoder, Tokens, Turn, v0
+from reverie_jax.data.conversation import Conversation, Turn
+from reverie_jax.data.templates import v0
+from reverie_jax.data.tokenization import Encoder, Tokens
 from tests.data import llama_oracle
 from tests.data.llama_oracle import IMAGE
 

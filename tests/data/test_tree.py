@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from reverie_jax.data.conversation import Tokens
+from reverie_jax.data.tokenization import Tokens
 from reverie_jax.data.tree import ConversationTree, Trie, grow, grow_within, untaught
 
 WEIGHTS = (0.0, 0.0, 0.5, 1.0, 3.0)  # exact in float32, so sums are too

@@ -15,10 +15,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from reverie_jax.cli.data_options import Show
-from reverie_jax.data.conversation import IMAGE, Conversation, Encoder, ImageRecord, Tokens, Turn
+from reverie_jax.data.conversation import IMAGE, Conversation, ImageRecord, Turn
 from reverie_jax.data.processor import Processor
 from reverie_jax.data.records import write_records
 from reverie_jax.data.supervision import Teaching
+from reverie_jax.data.tokenization import Encoder, Tokens
 from reverie_jax.data.tree import grow
 from reverie_jax.data.visualize import Limb, Span, limbs, write
 from reverie_jax.errors import UserError

@@ -30,11 +30,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from reverie_jax.annotate.stages import WHY
 from reverie_jax.data.conversation import IMAGE, Conversation, Turn
 from reverie_jax.data.images import decode, preprocess
 from reverie_jax.data.pipeline import Picture
 from reverie_jax.data.processor import Processor
+from reverie_jax.data.reflection import WHY
 from reverie_jax.errors import UserError
 from reverie_jax.eval import predict as prediction
 from reverie_jax.eval.benchmarks.interface import Benchmark, BenchmarkError, Loaded, Question

@@ -31,7 +31,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from reverie_jax.models.checkpoints import CheckpointError, attach_adapter, read_model
+from reverie_jax.errors import CheckpointError
+from reverie_jax.models.checkpoints import attach_adapter, read_model
 from tests.models.oracle import GROUPED, llava_logits, normalised, picture_rows, randomise
 
 KINDS = ("llama", "phi3")

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 import reverie_jax
 from reverie_jax.convert import convert
-from reverie_jax.models.checkpoints import CheckpointError, attach_adapter, read_model
+from reverie_jax.errors import CheckpointError
+from reverie_jax.models.checkpoints import attach_adapter, read_model
 from tests.models import makers
 from tests.models.makers import DECODER, Bench, Parts, assert_close, opened, refused, with_adapter
 from tests.models.oracle import flat, llava_logits, logits

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from reverie_jax.models.checkpoints import CheckpointError, read_model, write_model
+from reverie_jax.errors import CheckpointError
+from reverie_jax.models.checkpoints import read_model, write_model
 from reverie_jax.models.lora import attach
 from tests.models.oracle import flat, random_model
 

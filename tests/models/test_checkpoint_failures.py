@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 import reverie_jax
-from reverie_jax.models.checkpoints import CheckpointError, read_model
+from reverie_jax.errors import CheckpointError
+from reverie_jax.models.checkpoints import read_model
 from tests.models import makers
 from tests.models.makers import TOWER
 

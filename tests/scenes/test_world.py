@@ -15,8 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reverie_jax.annotate.stages import WHY, WHY_WRONG, Reflection, annotate, conversations
+from reverie_jax.annotate.stages import annotate
 from reverie_jax.data.conversation import ImageRecord, Turn
+from reverie_jax.data.reflection import WHY, WHY_WRONG, Reflection, conversations
 from reverie_jax.errors import DataError
 from reverie_jax.hosted.interface import AnnotationError, Picture, Request
 from reverie_jax.scenes import annotator as ask

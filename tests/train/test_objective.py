@@ -12,8 +12,8 @@ import optax
 import pytest
 from flax import nnx
 
-from reverie_jax.data.conversation import Tokens
 from reverie_jax.data.packing import Batch, RowShape, element, pack, stack
+from reverie_jax.data.tokenization import Tokens
 from reverie_jax.data.tree import grow
 from reverie_jax.models import lora
 from reverie_jax.train.objective import edge_loss

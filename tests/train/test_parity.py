@@ -14,8 +14,8 @@ from flax import nnx
 from peft import PeftModel
 from transformers import LlavaForConditionalGeneration, get_cosine_schedule_with_warmup
 
-from reverie_jax.data.conversation import Tokens
 from reverie_jax.data.packing import Batch, RowShape, element, row, stack
+from reverie_jax.data.tokenization import Tokens
 from reverie_jax.data.tree import grow
 from reverie_jax.models import lora
 from reverie_jax.models.checkpoints import read_model

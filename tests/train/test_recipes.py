@@ -141,8 +141,8 @@ def test_recipes_survive_their_own_words(name):
 
 @pytest.mark.parametrize("kind", ["linear", "mlp2x_gelu"])
 def test_pretraining_makes_a_projector_between_bare_parts(tmp_path, kind):
+    from reverie_jax.errors import CheckpointError
     from reverie_jax.loading import bare, load_with_projector
-    from reverie_jax.models.checkpoints import CheckpointError
     from tests.models import makers
 
     part = makers.parts()

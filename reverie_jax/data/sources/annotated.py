@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from reverie_jax.annotate.stages import Reflection, conversations
+from reverie_jax.data.reflection import AnnotatedQuestion, Reflection, conversations
 from reverie_jax.data.row_files import Rows
 from reverie_jax.data.sources.common import BadRow, Reading, Talk, each
-from reverie_jax.hosted.interface import AnnotatedQuestion
 
 VERDICT = "gemini_pro_judge"
 """The original's name for the verdict, whoever judged: `no` keeps a row, `yes` drops it."""

@@ -10,8 +10,8 @@ import collections
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from reverie_jax.annotate.stages import WHY
 from reverie_jax.data.conversation import IMAGE, Turn
+from reverie_jax.data.reflection import WHY
 from reverie_jax.data.row_files import Rows
 from reverie_jax.data.sources.common import BadRow, Reading, Talk, content_name, conversation, each, embedded, shown
 

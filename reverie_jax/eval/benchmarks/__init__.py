@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 
 from reverie_jax.errors import UserError
 from reverie_jax.eval.benchmarks.interface import Benchmark
@@ -25,20 +26,26 @@ _HOMES = {
     "llava-bench-coco": "llava_bench:LlavaBenchCoco",
     "mm-vet": "mm_vet:MmVet",
     "gavie": "gavie:Gavie",
-    "scenes": "reverie_jax.scenes.benchmark:Scenes",
 }
 
-NAMES = tuple(_HOMES)
+GROUP = "reverie_jax.benchmarks"
+"""Entry-point group of further benchmarks; each is a class that is called without arguments."""
+
+
+def names() -> tuple[str, ...]:
+    """Return the names of all benchmarks: built in, then registered under `GROUP` by installed packages."""
+    return (*_HOMES, *importlib.metadata.entry_points(group=GROUP).names)
 
 
 def benchmark(name: str) -> Benchmark:
-    """The benchmark of that name; its module is imported when it is first asked for.
+    """Return the benchmark of that name; its module is imported when it is first asked for.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such benchmark.
     """
-    if name not in _HOMES:
-        raise UserError(f"unknown benchmark {name!r}; there is {', '.join(NAMES)}")
-    module, made = _HOMES[name].split(":")
-    place = module if "." in module else f"{__name__}.{module}"
-    return getattr(importlib.import_module(place), made)()
+    if name in _HOMES:
+        module, made = _HOMES[name].split(":")
+        return getattr(importlib.import_module(f"{__name__}.{module}"), made)()
+    for found in importlib.metadata.entry_points(group=GROUP, name=name):
+        return found.load()()
+    raise UserError(f"unknown benchmark {name!r}; choose from {', '.join(names())}")

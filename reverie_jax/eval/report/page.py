@@ -52,7 +52,7 @@ def render(runs: Sequence[Run], *, data: Path | None, images: Path | None, shown
     """
     names = list(dict.fromkeys(name for run in runs for name in run.parts))
     again, failed = _again(runs, names, data, images)
-    source = (Path(__file__).parent / "pages.html").read_text("utf-8")
+    source = (Path(__file__).parent / "page.html").read_text("utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters |= {"number": number}
     return environment.from_string(source).render(

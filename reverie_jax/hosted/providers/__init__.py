@@ -1,9 +1,10 @@
-"""Whom to ask: hosted models, the embedded world, a recorded run. All the same to the pipeline."""
+"""Model providers: hosted APIs, recorded replies, and those that other packages register."""
 
 from __future__ import annotations
 
 import dataclasses
 import email.utils
+import importlib.metadata
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -37,7 +38,13 @@ class Settings:
 
 TRANSFER = 600.0
 """Seconds that a file of requests or results may take."""
-KINDS = ("gemini", "openai", "google-generativeai", "scenes", "replay")
+GROUP = "reverie_jax.providers"
+"""Entry-point group of further providers; each is a function (model, url, settings, environment) -> Provider."""
+
+
+def names() -> tuple[str, ...]:
+    """Return the names of all providers: built in, then registered under `GROUP` by installed packages."""
+    return (*_BUILT_IN, *importlib.metadata.entry_points(group=GROUP).names)
 
 
 def parse(who: str) -> tuple[str, str, str | None]:
@@ -48,8 +55,8 @@ def parse(who: str) -> tuple[str, str, str | None]:
     """
     kind, colon, model = who.partition(":")
     model, at, url = model.partition("@http")
-    if kind not in KINDS or not colon or not model:
-        raise UserError(f"{who!r}: name a model as PROVIDER:MODEL; providers are {', '.join(KINDS)}")
+    if kind not in (known := names()) or not colon or not model:
+        raise UserError(f"{who!r}: name a model as PROVIDER:MODEL; providers are {', '.join(known)}")
     return kind, model, f"http{url}" if at else None
 
 
@@ -65,15 +72,11 @@ def provider(who: str, settings: Settings, environment: Mapping[str, str]) -> Pr
         UserError: an unknown name, a package that is not installed, a key that is not set.
     """
     kind, model, url = parse(who)
-    makers: dict[str, Callable[[], Provider]] = {
-        "gemini": lambda: _gemini(model, url, settings, environment),
-        "openai": lambda: _openai(model, url, settings, environment),
-        "google-generativeai": lambda: _google_generativeai(model, url, settings, environment),
-        "scenes": lambda: _scenes(model),
-        "replay": lambda: _replay(model),
-    }
     try:
-        return makers[kind]()
+        if kind in _BUILT_IN:
+            return _BUILT_IN[kind](model, url, settings, environment)
+        (found,) = importlib.metadata.entry_points(group=GROUP, name=kind)
+        return found.load()(model, url, settings, environment)
     except ImportError as error:
         raise UserError(
             f"{kind} needs a package that is not installed ({error}): pip install 'reverie-jax[{kind}]'"
@@ -152,15 +155,15 @@ def _google_generativeai(model: str, url: str | None, settings: Settings, enviro
     return GoogleGenerativeAI(model, url, settings, key(environment, "GEMINI_API_KEY", "GOOGLE_API_KEY"))
 
 
-def _scenes(folder: str) -> Provider:
-    from reverie_jax.hosted.providers.local import Local
-    from reverie_jax.scenes.annotator import SceneAnnotator
-    from reverie_jax.scenes.dataset import read_graphs
-
-    return Local(SceneAnnotator(read_graphs(Path(folder))), folder)
-
-
-def _replay(journal: str) -> Provider:
+def _replay(journal: str, url: str | None, settings: Settings, environment: Mapping[str, str]) -> Provider:
     from reverie_jax.hosted.providers.local import Replay
 
     return Replay(Path(journal))
+
+
+_BUILT_IN = {
+    "gemini": _gemini,
+    "openai": _openai,
+    "google-generativeai": _google_generativeai,
+    "replay": _replay,
+}

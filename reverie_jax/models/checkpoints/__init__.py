@@ -1,9 +1,8 @@
 """Checkpoints on disk: readers, writers, adapters, identities. The only part of `models` that touches files."""
 
 from reverie_jax.models.checkpoints.adapters import attach_adapter
-from reverie_jax.models.checkpoints.errors import CheckpointError
 from reverie_jax.models.checkpoints.identity import fingerprint, identity
 from reverie_jax.models.checkpoints.read import read_config, read_model
 from reverie_jax.models.checkpoints.write import write_model
 
-__all__ = ["CheckpointError", "attach_adapter", "fingerprint", "identity", "read_config", "read_model", "write_model"]
+__all__ = ["attach_adapter", "fingerprint", "identity", "read_config", "read_model", "write_model"]

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
+from reverie_jax.errors import CheckpointError
 from reverie_jax.models import lora
 from reverie_jax.models.checkpoints.configs import original_json
-from reverie_jax.models.checkpoints.errors import CheckpointError
 from reverie_jax.models.checkpoints.files import Tensors, read_json, weights_of, write_json
 from reverie_jax.models.checkpoints.identity import Identity, identity
 from reverie_jax.models.checkpoints.names import (

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, get_args
 
-from reverie_jax.models.checkpoints.errors import CheckpointError
+from reverie_jax.errors import CheckpointError
 from reverie_jax.models.checkpoints.files import read_json
 from reverie_jax.models.config import (
     CLIP_TOWERS,

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from reverie_jax.models.checkpoints.errors import CheckpointError
+from reverie_jax.errors import CheckpointError
 
 _log = logging.getLogger(__name__)
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from reverie_jax.errors import CheckpointError
 from reverie_jax.models.checkpoints.configs import (
     LANGUAGE_MODELS,
     TOWER_KEY,
@@ -20,7 +21,6 @@ from reverie_jax.models.checkpoints.configs import (
     tower_name,
     vision_config,
 )
-from reverie_jax.models.checkpoints.errors import CheckpointError
 from reverie_jax.models.checkpoints.files import Tensors, read_json, resolve, weights_of
 from reverie_jax.models.checkpoints.names import CLIP_REST, IGNORED, canonical, projector_name
 from reverie_jax.models.config import ProjectorKind, VisionConfig, VLMConfig

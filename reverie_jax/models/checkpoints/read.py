@@ -16,9 +16,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
+from reverie_jax.errors import CheckpointError
 from reverie_jax.models.checkpoints import orbax
 from reverie_jax.models.checkpoints.adapters import attach_lora
-from reverie_jax.models.checkpoints.errors import CheckpointError
 from reverie_jax.models.checkpoints.names import Entry, entries, to_ours, to_theirs
 from reverie_jax.models.checkpoints.parts import Assembly, assemble, recognise, rows, stored_dtype
 from reverie_jax.models.config import VLMConfig

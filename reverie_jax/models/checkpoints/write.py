@@ -12,8 +12,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from safetensors.numpy import save_file
 
+from reverie_jax.errors import CheckpointError
 from reverie_jax.models.checkpoints.configs import llava_hf_json, original_json, preprocessor_json
-from reverie_jax.models.checkpoints.errors import CheckpointError
 from reverie_jax.models.checkpoints.files import write_json
 from reverie_jax.models.checkpoints.names import Entry, entries, original_name, to_theirs
 from reverie_jax.models.lora import set_like
