@@ -94,7 +94,7 @@ def test_answers_come_in_the_order_of_the_questions(loaded):
 def test_question_without_a_picture(loaded):
     model, processor = loaded
     batch = processor([reverie_jax.ask(None, "Is there a cup?")])
-    assert (batch.features == -1).all()
+    assert (batch.image_slots == -1).all()
     assert (
         len(reverie_jax.generate(model, processor, [reverie_jax.ask(None, "Is there a cup?")], max_new_tokens=4)) == 1
     )

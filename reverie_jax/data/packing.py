@@ -41,7 +41,7 @@ class Batch(NamedTuple):
     tokens: Int32[Any, "B L"]
     positions: Int32[Any, "B L"]
     ends: Int32[Any, "B L"]
-    features: Int32[Any, "B L"]
+    image_slots: Int32[Any, "B L"]
     pixels: UInt8[Any, "B M S S 3"]
     """Or the tower's features of the pictures, floats B M P W."""
     source: Int32[Any, "B E"]
@@ -81,7 +81,7 @@ def element(
         "tokens": tree.tokens,
         "positions": tree.positions,
         "ends": tree.ends,
-        "features": tree.features,
+        "image_slots": tree.image_slots,
         "pixels": pixels,
         "source": tree.source,
         "target": tree.target,
@@ -116,7 +116,7 @@ def row(elements: Sequence[Element], shape: RowShape, patches: int) -> Batch:
         tokens=empty("tokens", np.int32),
         positions=empty("tokens", np.int32),
         ends=np.arange(1, shape.tokens + 1, dtype=np.int32),
-        features=np.full(shape.tokens, -1, np.int32),
+        image_slots=np.full(shape.tokens, -1, np.int32),
         pixels=empty("pixels", elements[0]["pixels"].dtype),
         source=empty("source", np.int32),
         target=empty("source", np.int32),
@@ -134,7 +134,7 @@ def row(elements: Sequence[Element], shape: RowShape, patches: int) -> Batch:
         here, at = slice(token, token + length), slice(edge, edge + taught)
         made.tokens[here], made.positions[here] = one["tokens"], one["positions"]
         made.ends[here] = one["ends"] + token
-        made.features[here] = np.where(one["features"] >= 0, one["features"] + image * patches, -1)
+        made.image_slots[here] = np.where(one["image_slots"] >= 0, one["image_slots"] + image * patches, -1)
         made.pixels[image : image + shown] = one["pixels"]
         made.source[at] = one["source"] + token
         made.target[at], made.weight[at], made.origin[at] = one["target"], one["weight"], one["origin"]
@@ -153,7 +153,7 @@ def stack(rows: Sequence[Batch], wanted: int) -> Batch:
     length = len(first.tokens)
     blank = blank._replace(
         ends=np.arange(1, length + 1, dtype=np.int32),
-        features=np.full(length, -1, np.int32),
+        image_slots=np.full(length, -1, np.int32),
         questions=np.full_like(first.questions, -1),
     )
     full = [*rows, *([blank] * (wanted - len(rows)))]

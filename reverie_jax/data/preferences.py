@@ -94,7 +94,7 @@ def token_weights(rejected: Tokens, chosen: Tokens, gamma: float) -> tuple[Token
     sides, places = (rejected, chosen), []
     for side in sides:
         later_patch = np.zeros(len(side), bool)
-        later_patch[1:] = (side.features[1:] >= 0) & (side.features[1:] == side.features[:-1] + 1)
+        later_patch[1:] = (side.image_slots[1:] >= 0) & (side.image_slots[1:] == side.image_slots[:-1] + 1)
         later_patch[0] = True  # nothing predicts the first token
         places.append(np.flatnonzero(~later_patch))
     marks = corrected(*(side.ids[place].tolist() for side, place in zip(sides, places, strict=True)))
@@ -109,7 +109,7 @@ def token_weights(rejected: Tokens, chosen: Tokens, gamma: float) -> tuple[Token
 def shared(one: Tokens, other: Tokens) -> int:
     """Tokens that two conversations begin with in common."""
     most = min(len(one), len(other))
-    differs = (one.ids[:most] != other.ids[:most]) | (one.features[:most] != other.features[:most])
+    differs = (one.ids[:most] != other.ids[:most]) | (one.image_slots[:most] != other.image_slots[:most])
     return int(differs.argmax()) if differs.any() else most
 
 

@@ -71,7 +71,7 @@ class Tokens:
 
     ids: Int32[np.ndarray, "n"]
     weights: Float32[np.ndarray, "n"]
-    features: Int32[np.ndarray, "n"]
+    image_slots: Int32[np.ndarray, "n"]
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -149,14 +149,14 @@ class Encoder:
         # Each placeholder becomes as many as a picture has features.
         counts = np.where(here, self.patches, 1)
         spread = np.repeat(here, counts)
-        features = np.full(len(spread), -1, np.int32)
+        image_slots = np.full(len(spread), -1, np.int32)
         firsts = np.asarray(shown, np.int32)[:, None] * self.patches
-        features[spread] = (firsts + np.arange(self.patches, dtype=np.int32)).ravel()
+        image_slots[spread] = (firsts + np.arange(self.patches, dtype=np.int32)).ravel()
         weight = np.where(here, 0.0, np.asarray(weights, np.float32)).astype(np.float32)
         return Tokens(
             np.repeat(np.where(here, self.image_token_id, numbers), counts).astype(np.int32),
             np.repeat(weight, counts),
-            features,
+            image_slots,
         )
 
     def _in_one_pass(self, conversation: Conversation) -> tuple[list[int], list[float]]:

@@ -36,7 +36,7 @@ class ConversationTree:
     tokens: Int32[np.ndarray, "L"]
     positions: Int32[np.ndarray, "L"]
     ends: Int32[np.ndarray, "L"]
-    features: Int32[np.ndarray, "L"]
+    image_slots: Int32[np.ndarray, "L"]
     source: Int32[np.ndarray, "E"]
     target: Int32[np.ndarray, "E"]
     weight: Float32[np.ndarray, "E"]
@@ -65,17 +65,17 @@ class _Run:
 
     __slots__ = ("children", "features", "first", "ids", "weights")
 
-    def __init__(self, ids: Any, features: Any, weights: Any, first: Any) -> None:
-        self.ids, self.features, self.weights, self.first = ids, features, weights, first
+    def __init__(self, ids: Any, image_slots: Any, weights: Any, first: Any) -> None:
+        self.ids, self.image_slots, self.weights, self.first = ids, image_slots, weights, first
         self.children: dict[tuple[int, int], _Run] = {}
 
     def key(self) -> tuple[int, int]:
-        return int(self.ids[0]), int(self.features[0])
+        return int(self.ids[0]), int(self.image_slots[0])
 
     def cut(self, length: int) -> _Run:
         """Gives the first `length` tokens to a new run that this one now follows. Whoever ends here still does."""
-        above = _Run(self.ids[:length], self.features[:length], self.weights[:length], self.first[:length])
-        self.ids, self.features = self.ids[length:], self.features[length:]
+        above = _Run(self.ids[:length], self.image_slots[:length], self.weights[:length], self.first[:length])
+        self.ids, self.image_slots = self.ids[length:], self.image_slots[length:]
         self.weights, self.first = self.weights[length:], self.first[length:]
         above.children[self.key()] = self
         return above
@@ -106,12 +106,12 @@ class Trie:
         """(run, where the conversation meets it, how many tokens they share), from the root down."""
         run, place = self._root, 0
         while place < len(conversation):
-            child = run.children.get((int(conversation.ids[place]), int(conversation.features[place])))
+            child = run.children.get((int(conversation.ids[place]), int(conversation.image_slots[place])))
             if child is None:
                 return
             most = min(len(child.ids), len(conversation) - place)
             differs = (child.ids[:most] != conversation.ids[place : place + most]) | (
-                child.features[:most] != conversation.features[place : place + most]
+                child.image_slots[:most] != conversation.image_slots[place : place + most]
             )
             shared = int(differs.argmax()) if differs.any() else most
             yield child, place, shared
@@ -151,7 +151,7 @@ class Trie:
         if done < len(conversation):
             weights = conversation.weights[done:].astype(np.float64)
             first = np.where(weights > 0, branch, -1).astype(np.int32)
-            rest = _Run(conversation.ids[done:], conversation.features[done:], weights, first)
+            rest = _Run(conversation.ids[done:], conversation.image_slots[done:], weights, first)
             parent.children[rest.key()] = rest
             parent = rest
             self._size += len(rest.ids)
@@ -198,7 +198,7 @@ class Trie:
             tokens=tokens,
             positions=index - np.repeat(starts - np.asarray(depth, np.int32), lengths).astype(np.int32),
             ends=np.repeat(np.asarray(ends, np.int32), lengths),
-            features=joined([run.features for run in runs], np.int32),
+            image_slots=joined([run.image_slots for run in runs], np.int32),
             source=parents[taught],
             target=tokens[taught],
             weight=weight[taught].astype(np.float32),

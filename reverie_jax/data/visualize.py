@@ -58,8 +58,8 @@ def limbs(tree: ConversationTree, tokenizer: Any, *, patches: int = 0, shared: C
 
     def spans(start: int, past: int) -> list[Span]:
         kinds = [
-            (int(tree.features[j]) // patches if patches else 0, 0.0, False)
-            if tree.features[j] >= 0
+            (int(tree.image_slots[j]) // patches if patches else 0, 0.0, False)
+            if tree.image_slots[j] >= 0
             else (-1, float(weights[j]), j in shared)
             for j in range(start, past)
         ]
@@ -88,7 +88,7 @@ def taught_places(tree: ConversationTree) -> list[int]:
     parents = _parents(tree)
     found = []
     for source, target in zip(tree.source, tree.target, strict=True):
-        (place,) = np.flatnonzero((parents == source) & (tree.tokens == target) & (tree.features < 0))
+        (place,) = np.flatnonzero((parents == source) & (tree.tokens == target) & (tree.image_slots < 0))
         found.append(int(place))
     return found
 

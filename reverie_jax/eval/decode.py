@@ -92,7 +92,7 @@ def prefill(
         The scores of each leaf's first token, and the stream to extend.
     """
     shown = batch.pixels if pixels is None else pixels
-    hidden, prefix = model.prefill(batch.tokens, batch.positions, batch.ends, batch.features, shown)
+    hidden, prefix = model.prefill(batch.tokens, batch.positions, batch.ends, batch.image_slots, shown)
     at_leaf = jnp.take_along_axis(hidden, batch.leaves[:, :, None], axis=1)
     depth = jnp.take_along_axis(batch.positions, batch.leaves, axis=1) + 1
     layers, rows, _, heads, width = prefix.k.shape

@@ -29,7 +29,7 @@ class RowBatch(Protocol):
     @property
     def ends(self) -> Any: ...
     @property
-    def features(self) -> Any: ...
+    def image_slots(self) -> Any: ...
     @property
     def pixels(self) -> Any: ...
 
@@ -97,7 +97,7 @@ class VisionLanguageModel(nnx.Module):
 
     def __call__(self, batch: RowBatch) -> Float[Array, "B L V"]:
         """Logits everywhere in a batch's rows, in the order of their trees. For tests and small use: they are large."""
-        rows = (batch.tokens, batch.positions, batch.ends, batch.features, batch.pixels)
+        rows = (batch.tokens, batch.positions, batch.ends, batch.image_slots, batch.pixels)
         return self.decoder.logits(self.hidden(*map(jnp.asarray, rows), remat="none"))
 
     def prefill(

@@ -49,7 +49,7 @@ def edge_logps(
         chunk: edges of a row whose logits exist together.
     """
     hidden = model.hidden(
-        *(batch.tokens, batch.positions, batch.ends, batch.features, batch.pixels),
+        *(batch.tokens, batch.positions, batch.ends, batch.image_slots, batch.pixels),
         key=key,
         train_tower=train_tower,
         remat=remat,

@@ -92,7 +92,7 @@ def test_open_conversation_is_a_prefix_of_the_answered_one(words):
     for turns in (1, 3):
         question, answered = encode(Conversation(closed.turns[:turns])), encode(closed)
         assert np.array_equal(question.ids, answered.ids[: len(question)])
-        assert np.array_equal(question.features, answered.features[: len(question)])
+        assert np.array_equal(question.image_slots, answered.image_slots[: len(question)])
 
 
 def test_conversation_is_open_after_the_user():
@@ -109,15 +109,15 @@ def test_pictures_stand_at_their_markers(words):
     assert spoken(words, tokens.ids.tolist()) == f"<s>USER: {asked} ASSISTANT: Alike.</s>USER: And {IMAGE}? ASSISTANT:"
     at = tokens.ids == IMAGE_ID
     expected = [image * PATCHES + patch for image in (2, 0, 1) for patch in range(PATCHES)]
-    assert tokens.features[at].tolist() == expected
-    assert (tokens.features[~at] == -1).all()
+    assert tokens.image_slots[at].tolist() == expected
+    assert (tokens.image_slots[~at] == -1).all()
     assert not tokens.weights[at].any()
 
 
 def test_talk_without_a_picture(words):
     tokens = encoder(words)(Conversation((Turn("user", "Hello"), Turn("assistant", "Hi")), images=()))
     assert spoken(words, tokens.ids.tolist()) == "<s>USER: Hello ASSISTANT: Hi</s>"
-    assert (tokens.features == -1).all()
+    assert (tokens.image_slots == -1).all()
 
 
 def test_tokenizer_without_special_tokens_adds_none(words):
@@ -138,7 +138,7 @@ def test_encoding_twice_gives_the_same(words):
     first, second = encode(said), encode(said)
     assert np.array_equal(first.ids, second.ids)
     assert np.array_equal(first.weights, second.weights)
-    assert len(first) == len(first.ids) == len(first.weights) == len(first.features)
+    assert len(first) == len(first.ids) == len(first.weights) == len(first.image_slots)
 
 
 texts = st.text(st.characters(exclude_categories=("Cs",)), max_size=20).filter(lambda text: IMAGE not in text)

@@ -55,7 +55,7 @@ def conversation(turns: tuple[str, ...] | list[str], weights: tuple[float, ...] 
     return Conversation(spoken, (0,) * sum(text.count(IMAGE) for text in turns))
 
 
-def bare(ids: np.ndarray, features: np.ndarray) -> list[int]:
+def bare(ids: np.ndarray, image_slots: np.ndarray) -> list[int]:
     """Ids with -200 where a picture's positions stand; these are whole and in order."""
     out = [int(id) for id, feature in zip(ids, features, strict=True) if feature < 0]
     starts = np.flatnonzero(features == 0)
@@ -72,7 +72,7 @@ def held(encoder, template: str, kind: str, turns: list[str]) -> None:
     """A taught conversation's ids, features and taught positions are the oracle's."""
     found = encoder(template, kind)(conversation(turns))
     item = llama_oracle.training(SlowLlama(kind), template, turns)
-    assert bare(found.ids, found.features) == item.ids
+    assert bare(found.ids, found.image_slots) == item.ids
     wanted = item.expanded(PATCHES, FILLER)
     assert found.ids.tolist() == wanted.ids
     assert np.flatnonzero(found.weights).tolist() == wanted.taught
@@ -114,7 +114,7 @@ def test_prompt_is_the_published_one(encoder, template, kind):
     assert len(expected) == 50
     assert llama_oracle.question(SlowLlama(kind), template, DESCRIBE) == expected
     found = encoder(template, kind)(conversation(DESCRIBE))
-    assert bare(found.ids, found.features) == expected
+    assert bare(found.ids, found.image_slots) == expected
     assert not found.weights.any()
 
 
@@ -128,7 +128,7 @@ def test_oracle_teaches_what_the_original_was_seen_to_teach(template, kind):
 @pytest.mark.parametrize(("template", "kind"), PAIRS)
 def test_sample_teaches_what_the_original_was_seen_to_teach(encoder, template, kind):
     found = encoder(template, kind)(conversation(DIALOGUE))
-    ids = bare(found.ids, found.features)
+    ids = bare(found.ids, found.image_slots)
     assert len(ids) == (72 if template == "llava_v0" else LENGTH[kind])
     text = [place if place < ids.index(-200) else place + PATCHES - 1 for place in TAUGHT[template, kind]]
     assert np.flatnonzero(found.weights).tolist() == text
@@ -137,21 +137,21 @@ def test_sample_teaches_what_the_original_was_seen_to_teach(encoder, template, k
 @pytest.mark.parametrize("kind", ["legacy", "modern"])
 def test_second_round_follows_the_end_token_as_the_tokenizers_kind_has_it(encoder, kind):
     found = encoder("vicuna_v1", kind)(conversation(DIALOGUE))
-    ids = bare(found.ids, found.features)
+    ids = bare(found.ids, found.image_slots)
     assert ids[42:51] == numbers("319 1799 9047 13566 29901 319 6635 29889 2")
     assert ids[51:] == numbers(SECOND_ROUND[kind])
 
 
 def test_phi3_sample_is_the_observed_one(encoder):
     found = encoder("phi3_instruct", "phi3")(conversation(DIALOGUE))
-    assert bare(found.ids, found.features) == numbers(PHI3)
+    assert bare(found.ids, found.image_slots) == numbers(PHI3)
 
 
 @pytest.mark.parametrize("kind", ["legacy", "modern"])
 def test_caption_is_taught_with_its_newline(encoder, kind):
     said = [f"Describe it.\n{IMAGE}", "A cat."]
     found = encoder("plain", kind)(conversation(said))
-    assert bare(found.ids, found.features) == [1, -200, 319, 6635, 29889, 13]
+    assert bare(found.ids, found.image_slots) == [1, -200, 319, 6635, 29889, 13]
     assert found.weights.tolist() == [0] * (1 + PATCHES) + [1] * 4
     held(encoder, "plain", kind, said)
 
@@ -309,7 +309,7 @@ def test_any_caption_is_the_originals(encoder, kind, asked, caption):
 def test_any_prompt_is_the_originals(encoder, template, kind, turns):
     asked = [llama_oracle.normal(text) for text in turns[:-1]]  # evaluation puts the picture in front itself
     found = encoder(template, kind)(conversation(asked))
-    assert bare(found.ids, found.features) == llama_oracle.question(SlowLlama(kind), template, asked)
+    assert bare(found.ids, found.image_slots) == llama_oracle.question(SlowLlama(kind), template, asked)
     assert not found.weights.any()
 
 
@@ -321,11 +321,11 @@ def test_v0_shows_its_example_in_prompts_only(tokenizers):
     found = ours(conversation(DESCRIBE))
     example = ["Is tea hot?", "It is."]
     expected = llama_oracle.question(SlowLlama("modern"), "llava_v0", [*example, *DESCRIBE])
-    assert bare(found.ids, found.features) == expected
+    assert bare(found.ids, found.image_slots) == expected
     # Its training form names the system's words alone, as llava_v0's does.
     item = llama_oracle.training(SlowLlama("modern"), "llava_v0", DIALOGUE)
     taught = ours(conversation(DIALOGUE))
-    assert bare(taught.ids, taught.features) == item.ids
+    assert bare(taught.ids, taught.image_slots) == item.ids
     assert np.flatnonzero(taught.weights).tolist() == item.expanded(PATCHES, FILLER).taught
 
 

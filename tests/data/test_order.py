@@ -240,7 +240,7 @@ def check_pictures(row: Batch) -> list[int]:
     slot = 0
     trees = trees_of(row)
     for tree, (number, start, end) in enumerate(trees):
-        features = row.features[start:end]
+        features = row.image_slots[start:end]
         assert row.flat_tokens[tree] >= end - start
         if number % 3 == 2:
             assert (features == -1).all()
@@ -271,7 +271,7 @@ def test_a_row_of_text_alone_has_no_pixels():
         assert (batch.weight > 0).any()
         assert batch.pixels.shape == (4, SHAPE.images, SIDE, SIDE, 3)
         assert not batch.pixels.any()
-        assert (batch.features == -1).all()
+        assert (batch.image_slots == -1).all()
 
 
 def test_one_picture_in_two_trees_of_a_row_is_there_twice():

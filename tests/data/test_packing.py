@@ -28,7 +28,7 @@ def made(number: int, tokens: int, *, pictures: int = 0, edges: int = 0, leaves:
         "tokens": np.full(tokens, whose, np.int32),
         "positions": np.arange(tokens, dtype=np.int32),
         "ends": np.full(tokens, tokens, np.int32),
-        "features": features,
+        "image_slots": features,
         "pixels": np.full(pictures, number + 1, np.int32),
         "source": np.zeros(edges, np.int32),
         "target": np.full(edges, whose, np.int32),
@@ -275,9 +275,9 @@ def test_each_row_is_its_elements_side_by_side(count, seed, window):
             assert one.positions[token : token + size].tolist() == list(range(size))
             assert (one.ends[token : token + size] == token + size).all()
             assert one.pixels[picture : picture + shown].tolist() == [number + 1] * shown
-            mine = one.features[token : token + size]
+            mine = one.image_slots[token : token + size]
             assert mine[mine >= 0].tolist() == [
-                picture * PATCHES + n for n in range(int((wanted["features"] >= 0).sum()))
+                picture * PATCHES + n for n in range(int((wanted["image_slots"] >= 0).sum()))
             ]
             assert one.weight[edge : edge + taught].tolist() == [number + 1] * taught
             assert (one.source[edge : edge + taught] == token).all()
@@ -285,7 +285,7 @@ def test_each_row_is_its_elements_side_by_side(count, seed, window):
             token, picture, edge = token + size, picture + shown, edge + taught
         assert not one.tokens[token:].any()
         assert one.ends[token:].tolist() == list(range(token + 1, SHAPE.tokens + 1))
-        assert (one.features[token:] == -1).all()
+        assert (one.image_slots[token:] == -1).all()
         assert not one.pixels[picture:].any()
         assert not one.weight[edge:].any()
         assert not one.flat_tokens[len(members) :].any()

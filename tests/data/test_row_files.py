@@ -79,8 +79,8 @@ def check_row(row: Batch, samples: list[Sample]) -> list[int]:
         assert np.array_equal(row.positions[here], tree.positions)
         assert np.array_equal(row.ends[here] - start, tree.ends)
         assert np.array_equal(row.pixels[slot], samples[number].pixels[0])
-        shifted = np.where(tree.features >= 0, tree.features + slot * PATCHES, -1)
-        assert np.array_equal(row.features[here], shifted)
+        shifted = np.where(tree.image_slots >= 0, tree.image_slots + slot * PATCHES, -1)
+        assert np.array_equal(row.image_slots[here], shifted)
         mine = (row.weight > 0) & (row.source >= start) & (row.source < end)
         assert np.array_equal(row.source[mine] - start, tree.source)
         for field in ("target", "weight", "branch"):
@@ -102,7 +102,7 @@ def check_row(row: Batch, samples: list[Sample]) -> list[int]:
 def check_padding(row: Batch, filled: np.ndarray) -> None:
     empty = np.flatnonzero(~filled)
     assert np.array_equal(row.ends[empty], empty + 1)
-    assert (row.features[empty] == -1).all()
+    assert (row.image_slots[empty] == -1).all()
     spare = row.weight == 0
     assert (row.source[spare] == 0).all()
     assert (row.leaves[row.questions == -1] == 0).all()
@@ -143,7 +143,7 @@ def test_every_question_keeps_its_leaf(count, seed, images):
 def test_rows_have_the_shape_asked_for():
     shape = RowShape(tokens=40, images=2, edges=9, leaves=4)
     (row, *_) = packed(stream(1, 0), shape)
-    assert row.tokens.shape == row.positions.shape == row.ends.shape == row.features.shape == (40,)
+    assert row.tokens.shape == row.positions.shape == row.ends.shape == row.image_slots.shape == (40,)
     assert row.source.shape == row.target.shape == row.weight.shape == row.branch.shape == (9,)
     assert row.leaves.shape == row.questions.shape == (4,)
     assert row.pixels.shape == (2, SIDE, SIDE, 3)
@@ -220,6 +220,6 @@ def test_a_tree_may_show_several_images():
     elements = [element(one.tree, shown), element(other.tree, other.pixels)]
     shape = RowShape(tokens=len(one.tree) + len(other.tree), images=3, edges=200)
     (packed,) = pack(grain.MapDataset.source(elements).to_iter_dataset(), shape, PATCHES)
-    features = packed.features[len(one.tree) :]
+    features = packed.image_slots[len(one.tree) :]
     # The second tree's image stands in the third slot.
-    assert features[features >= 0].min() == 2 * PATCHES + other.tree.features[other.tree.features >= 0].min()
+    assert features[features >= 0].min() == 2 * PATCHES + other.tree.image_slots[other.tree.image_slots >= 0].min()

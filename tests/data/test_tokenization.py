@@ -212,10 +212,10 @@ def test_ids_are_those_of_transformers_single_pass(tokenizers, encoder, template
     turns = turns[: len(turns) - open]
     found = encoder(template, kind)(conversation(turns))
     assert found.ids.tolist() == one_pass(tokenizers[kind], rendered(template, turns))
-    assert len(found.ids) == len(found.weights) == len(found.features)
-    shown = found.features >= 0
+    assert len(found.ids) == len(found.weights) == len(found.image_slots)
+    shown = found.image_slots >= 0
     assert (found.ids[shown] == IMAGE_ID[kind]).all()
-    assert found.features[shown].tolist() == list(range(PATCHES)) * sum(text.count(IMAGE) for text in turns)
+    assert found.image_slots[shown].tolist() == list(range(PATCHES)) * sum(text.count(IMAGE) for text in turns)
     assert not found.weights[shown].any()
     if open and len(turns) == 1:
         assert not found.weights.any()
@@ -247,7 +247,7 @@ def test_an_open_dialogue_is_the_answered_ones_beginning_and_the_rest_is_taught(
     encode = encoder(template, kind)
     asked, answered = encode(conversation(turns[:-1])), encode(conversation(turns))
     assert answered.ids[: len(asked)].tolist() == asked.ids.tolist()
-    assert answered.features[: len(asked)].tolist() == asked.features.tolist()
+    assert answered.image_slots[: len(asked)].tolist() == asked.image_slots.tolist()
     assert answered.weights[: len(asked)].tolist() == asked.weights.tolist()
     assert (answered.weights[len(asked) :] == 1).all()
 
@@ -260,12 +260,12 @@ def test_reference_mode_keeps_the_prompt_a_prefix_too(tokenizers, kind):
     for turns in (1, 3):
         asked = encode(conversation(DIALOGUE[:turns]))
         assert answered.ids[: len(asked)].tolist() == asked.ids.tolist()
-        assert answered.features[: len(asked)].tolist() == asked.features.tolist()
+        assert answered.image_slots[: len(asked)].tolist() == asked.image_slots.tolist()
 
 
 def test_pictures_are_the_ones_that_the_conversation_names(tokenizers, encoder):
     found = encoder("llava-hf", "modern")(
         conversation([f"{IMAGE} or {IMAGE}?", "So.", f"And {IMAGE}?"], images=(2, 0, 1))
     )
-    shown = found.features[found.features >= 0]
+    shown = found.image_slots[found.image_slots >= 0]
     assert shown.tolist() == [image * PATCHES + patch for image in (2, 0, 1) for patch in range(PATCHES)]

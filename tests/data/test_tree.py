@@ -43,7 +43,7 @@ def many(draw: st.DrawFn, most: int = 7) -> list[Tokens]:
 
 
 def places(talk: Tokens) -> list[Place]:
-    return list(zip(talk.ids.tolist(), talk.features.tolist(), strict=True))
+    return list(zip(talk.ids.tolist(), talk.image_slots.tolist(), strict=True))
 
 
 def sees(tree: ConversationTree) -> np.ndarray:
@@ -58,7 +58,7 @@ def path(tree: ConversationTree, index: int) -> list[int]:
 
 
 def names(tree: ConversationTree, index: int) -> tuple[Place, ...]:
-    return tuple((int(tree.tokens[j]), int(tree.features[j])) for j in path(tree, index))
+    return tuple((int(tree.tokens[j]), int(tree.image_slots[j])) for j in path(tree, index))
 
 
 def prefixes(talks: list[Tokens]) -> set[tuple[Place, ...]]:
@@ -101,7 +101,7 @@ def test_nodes_are_the_distinct_prefixes(talks):
 def test_siblings_differ_in_token_or_feature(talks):
     tree, children = grow(talks), defaultdict(list)
     for index in range(len(tree)):
-        children[tuple(path(tree, index)[:-1])].append((int(tree.tokens[index]), int(tree.features[index])))
+        children[tuple(path(tree, index)[:-1])].append((int(tree.tokens[index]), int(tree.image_slots[index])))
     assert all(len(set(group)) == len(group) for group in children.values())
     assert sum(map(len, children.values())) == len(tree)
 

@@ -83,7 +83,7 @@ def many(draw: st.DrawFn) -> list[Tokens]:
 
 
 def key(talk: Tokens, length: int) -> tuple[Place, ...]:
-    return tuple(zip(talk.ids[:length].tolist(), talk.features[:length].tolist(), strict=True))
+    return tuple(zip(talk.ids[:length].tolist(), talk.image_slots[:length].tolist(), strict=True))
 
 
 def paths(grown: Sequence[Limb]) -> list[list[Span]]:

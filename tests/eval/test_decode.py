@@ -464,7 +464,7 @@ def nodes(talks):
     found = set()
     for talk in talks:
         tokens = PROCESSOR.encoder(talk)
-        pairs = list(zip(tokens.ids.tolist(), tokens.features.tolist(), strict=True))
+        pairs = list(zip(tokens.ids.tolist(), tokens.image_slots.tolist(), strict=True))
         found |= {tuple(pairs[: n + 1]) for n in range(len(pairs))}
     return len(found)
 

@@ -57,7 +57,7 @@ PICTURES = [
 
 
 @jax.jit
-def _last_logits(tokens, features, pixels, last):
+def _last_logits(tokens, image_slots, pixels, last):
     length = tokens.shape[1]
     positions = jnp.arange(length, dtype=jnp.int32)[None]
     # Plain causal attention over one conversation, padding behind it.
@@ -68,7 +68,7 @@ def _last_logits(tokens, features, pixels, last):
 def one_at_a_time(encoded, talk):
     """Greedy decoding by running the whole conversation again for each token: no tree, no cache."""
     tokens = tiny.processor().encoder(talk)
-    ids, features = tokens.ids.tolist(), tokens.features.tolist()
+    ids, features = tokens.ids.tolist(), tokens.image_slots.tolist()
     pixels = jnp.asarray(preprocess(decode(encoded, "x"), 24)[None, None])
     answer = []
     for _ in range(NEW_TOKENS):

@@ -239,7 +239,7 @@ def test_the_longest_answer_of_the_command_line_is_a_limit_only(tmp_path):
 @functools.cache
 def _scores():
     @jax.jit
-    def last(tokens, features, pixels, place):
+    def last(tokens, image_slots, pixels, place):
         length = tokens.shape[1]
         positions = jnp.arange(length, dtype=jnp.int32)[None]
         hidden = model().hidden(tokens, positions, jnp.full((1, length), length, jnp.int32), features, pixels)
@@ -259,7 +259,7 @@ def test_how_likely_yes_is(tmp_path):
         pad = 96 - len(tokens)
         logits = _scores()(
             jnp.asarray([[*tokens.ids.tolist(), *[0] * pad]], jnp.int32),
-            jnp.asarray([[*tokens.features.tolist(), *[-1] * pad]], jnp.int32),
+            jnp.asarray([[*tokens.image_slots.tolist(), *[-1] * pad]], jnp.int32),
             jnp.asarray(preprocess(decode(shown(question.image), "x"), 24)[None, None]),
             len(tokens) - 1,
         )

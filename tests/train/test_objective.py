@@ -135,7 +135,7 @@ def test_chunking_changes_nothing(chunk):
 def test_loss_is_the_weighted_cross_entropy_written_out():
     graph, params, frozen = split_model()
     model, batch = nnx.merge(graph, params, frozen), example_batch()
-    hidden = model.hidden(batch.tokens, batch.positions, batch.ends, batch.features, batch.pixels)
+    hidden = model.hidden(batch.tokens, batch.positions, batch.ends, batch.image_slots, batch.pixels)
     logits = np.asarray(model.decoder.logits(hidden), np.float64)[0]
     logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     by_hand = -sum(

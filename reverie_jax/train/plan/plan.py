@@ -177,7 +177,7 @@ def _batch(config: VLMConfig, recipe: Recipe, mesh: Mesh | AbstractMesh) -> Batc
         tokens=tokens,
         positions=tokens,
         ends=tokens,
-        features=tokens,
+        image_slots=tokens,
         pixels=array(row.images, side, side, 3, dtype=jnp.uint8),
         source=edges,
         target=edges,
