@@ -362,7 +362,7 @@ def our_ways(args: Args, work: Work, folder: Path) -> dict[str, Way]:
             jax.block_until_ready(state)
             return float(metrics.loss)
 
-        computed = {"tokens": batch.tokens.size, "pictures": batch.flat_tokens.size, "head": batch.source.size}
+        computed = {"tokens": batch.tokens.size, "pictures": batch.flat_tokens.size, "head": batch.parent.size}
         return Way(step, computed, device.device_kind, peak)
 
     return {name: made(name == "tree") for name in names}

@@ -44,7 +44,7 @@ class Batch(NamedTuple):
     image_slots: Int32[Any, "B L"]
     pixels: UInt8[Any, "B M S S 3"]
     """Or the tower's features of the pictures, floats B M P W."""
-    source: Int32[Any, "B E"]
+    parent: Int32[Any, "B E"]
     """Row index of an edge's parent; with `target`, `weight` and `branch` as in `ConversationTree`."""
     target: Int32[Any, "B E"]
     weight: Float32[Any, "B E"]
@@ -83,7 +83,7 @@ def element(
         "ends": tree.ends,
         "image_slots": tree.image_slots,
         "pixels": pixels,
-        "source": tree.source,
+        "parent": tree.parent,
         "target": tree.target,
         "weight": tree.weight,
         "branch": tree.branch,
@@ -104,7 +104,7 @@ def row(elements: Sequence[Element], shape: RowShape, patches: int) -> Batch:
     Raises:
         ValueError: they do not fit.
     """
-    sizes = {"tokens": shape.tokens, "pixels": shape.images, "source": shape.edges, "leaves": shape.leaves}
+    sizes = {"tokens": shape.tokens, "pixels": shape.images, "parent": shape.edges, "leaves": shape.leaves}
     for name, room in [*sizes.items(), ("flat_tokens", shape.images)]:
         if (wanted := sum(len(one[name]) for one in elements)) > room:
             raise ValueError(f"{wanted} {name} for a row of {room}")
@@ -118,11 +118,11 @@ def row(elements: Sequence[Element], shape: RowShape, patches: int) -> Batch:
         ends=np.arange(1, shape.tokens + 1, dtype=np.int32),
         image_slots=np.full(shape.tokens, -1, np.int32),
         pixels=empty("pixels", elements[0]["pixels"].dtype),
-        source=empty("source", np.int32),
-        target=empty("source", np.int32),
-        weight=empty("source", np.float32),
-        branch=empty("source", np.int32),
-        origin=empty("source", np.int32),
+        parent=empty("parent", np.int32),
+        target=empty("parent", np.int32),
+        weight=empty("parent", np.float32),
+        branch=empty("parent", np.int32),
+        origin=empty("parent", np.int32),
         leaves=empty("leaves", np.int32),
         questions=np.full(shape.leaves, -1, np.int32),
         flat_tokens=np.zeros(shape.images, np.int32),
@@ -136,7 +136,7 @@ def row(elements: Sequence[Element], shape: RowShape, patches: int) -> Batch:
         made.ends[here] = one["ends"] + token
         made.image_slots[here] = np.where(one["image_slots"] >= 0, one["image_slots"] + image * patches, -1)
         made.pixels[image : image + shown] = one["pixels"]
-        made.source[at] = one["source"] + token
+        made.parent[at] = one["parent"] + token
         made.target[at], made.weight[at], made.origin[at] = one["target"], one["weight"], one["origin"]
         made.branch[at] = one["branch"] + leaf
         made.leaves[leaf : leaf + asked] = one["leaves"] + token
@@ -198,7 +198,7 @@ def share_out(elements: Sequence[Element], shape: RowShape) -> list[list[int]]:
         ValueError: one does not fit a row by itself.
     """
     rooms = np.asarray([shape.tokens, shape.images, shape.edges, shape.leaves, shape.images])
-    names = ("tokens", "pixels", "source", "leaves", "flat_tokens")
+    names = ("tokens", "pixels", "parent", "leaves", "flat_tokens")
     sizes = np.asarray([[len(one[name]) for name in names] for one in elements]).reshape(-1, len(names))
     if (beyond := np.argwhere(sizes > rooms)).size:
         number, which = beyond[0]

@@ -170,10 +170,10 @@ def _branched(tree: ConversationTree, branches: Sequence[Tokens], preference: Pr
         if preference.average:
             weight = weight / max(weight.sum(), 1e-6)
         parts.append((path[taught - 1], side.ids[taught], weight, np.full(len(taught), number)))
-    source, target, weight, branch = (np.concatenate(part) for part in zip(*parts, strict=True))
+    parent, target, weight, branch = (np.concatenate(part) for part in zip(*parts, strict=True))
     return dataclasses.replace(
         tree,
-        source=source.astype(np.int32),
+        parent=parent.astype(np.int32),
         target=target.astype(np.int32),
         weight=weight.astype(np.float32),
         branch=branch.astype(np.int32),

@@ -37,7 +37,7 @@ class ConversationTree:
     positions: Int32[np.ndarray, "L"]
     ends: Int32[np.ndarray, "L"]
     image_slots: Int32[np.ndarray, "L"]
-    source: Int32[np.ndarray, "E"]
+    parent: Int32[np.ndarray, "E"]
     target: Int32[np.ndarray, "E"]
     weight: Float32[np.ndarray, "E"]
     branch: Int32[np.ndarray, "E"]
@@ -199,7 +199,7 @@ class Trie:
             positions=index - np.repeat(starts - np.asarray(depth, np.int32), lengths).astype(np.int32),
             ends=np.repeat(np.asarray(ends, np.int32), lengths),
             image_slots=joined([run.image_slots for run in runs], np.int32),
-            source=parents[taught],
+            parent=parents[taught],
             target=tokens[taught],
             weight=weight[taught].astype(np.float32),
             branch=joined([run.first for run in runs], np.int32)[taught],

@@ -87,7 +87,7 @@ def taught_places(tree: ConversationTree) -> list[int]:
     """Row index of the token that each edge predicts."""
     parents = _parents(tree)
     found = []
-    for source, target in zip(tree.source, tree.target, strict=True):
+    for source, target in zip(tree.parent, tree.target, strict=True):
         (place,) = np.flatnonzero((parents == source) & (tree.tokens == target) & (tree.image_slots < 0))
         found.append(int(place))
     return found
@@ -134,7 +134,7 @@ def write(page: Path, records: Iterable[ImageRecord], processor: Processor, teac
                 "conversations": len(tree.leaves),
                 "tokens": len(tree),
                 "flat": tree.flat_tokens,
-                "taught": len(tree.source),
+                "taught": len(tree.parent),
                 "limbs": limbs(tree, processor.encoder.tokenizer, patches=processor.encoder.patches, shared=shared),
             }
         )

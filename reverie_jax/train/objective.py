@@ -54,7 +54,7 @@ def edge_logps(
         train_tower=train_tower,
         remat=remat,
     )
-    states = jnp.take_along_axis(hidden, batch.source[:, :, None], axis=1)
+    states = jnp.take_along_axis(hidden, batch.parent[:, :, None], axis=1)
     edges = states.shape[1]
     chunks = max(1, -(-edges // chunk))
     padding = chunks * -(-edges // chunks) - edges

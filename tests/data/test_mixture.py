@@ -547,7 +547,7 @@ TALK = [
 def same_tree(one, other):
     assert all(
         np.array_equal(getattr(one, field), getattr(other, field))
-        for field in ("tokens", "positions", "ends", "features", "source", "target", "weight")
+        for field in ("tokens", "positions", "ends", "image_slots", "parent", "target", "weight")
     )
 
 

@@ -303,7 +303,7 @@ def lessons(rows: Iterator[Batch]) -> tuple[dict[Lesson, float], int]:
     flat = 0
     for row in rows:
         flat += int(row.flat_tokens.sum())
-        for source, target, weight in zip(row.source.tolist(), row.target.tolist(), row.weight.tolist(), strict=True):
+        for source, target, weight in zip(row.parent.tolist(), row.target.tolist(), row.weight.tolist(), strict=True):
             if weight:
                 before = tuple(int(row.tokens[j]) for j in range(source + 1) if source < row.ends[j])
                 found[before, target] += weight

@@ -30,7 +30,7 @@ def made(number: int, tokens: int, *, pictures: int = 0, edges: int = 0, leaves:
         "ends": np.full(tokens, tokens, np.int32),
         "image_slots": features,
         "pixels": np.full(pictures, number + 1, np.int32),
-        "source": np.zeros(edges, np.int32),
+        "parent": np.zeros(edges, np.int32),
         "target": np.full(edges, whose, np.int32),
         "weight": np.full(edges, number + 1, np.float32),
         "branch": np.arange(edges, dtype=np.int32),
@@ -82,7 +82,7 @@ SHAPE = RowShape(tokens=30, images=3, edges=8, leaves=4)
 
 def budgets(elements: Sequence[Element], members: Sequence[int]) -> list[int]:
     """Tokens, pictures, taught tokens, questions and trees of a row."""
-    names = ("tokens", "pixels", "source", "leaves", "flat_tokens")
+    names = ("tokens", "pixels", "parent", "leaves", "flat_tokens")
     return [sum(len(elements[number][name]) for number in members) for name in names]
 
 
@@ -270,7 +270,7 @@ def test_each_row_is_its_elements_side_by_side(count, seed, window):
         members = members_of(one)
         for slot, number in enumerate(members):
             wanted = elements[number]
-            size, shown, taught = (len(wanted[name]) for name in ("tokens", "pixels", "source"))
+            size, shown, taught = (len(wanted[name]) for name in ("tokens", "pixels", "parent"))
             assert (one.tokens[token : token + size] == 1000 + number).all()
             assert one.positions[token : token + size].tolist() == list(range(size))
             assert (one.ends[token : token + size] == token + size).all()
@@ -280,7 +280,7 @@ def test_each_row_is_its_elements_side_by_side(count, seed, window):
                 picture * PATCHES + n for n in range(int((wanted["image_slots"] >= 0).sum()))
             ]
             assert one.weight[edge : edge + taught].tolist() == [number + 1] * taught
-            assert (one.source[edge : edge + taught] == token).all()
+            assert (one.parent[edge : edge + taught] == token).all()
             assert one.flat_tokens[slot] == 2 * size
             token, picture, edge = token + size, picture + shown, edge + taught
         assert not one.tokens[token:].any()

@@ -407,7 +407,7 @@ def test_edge_weights_are_the_conversations_weights(teach):
     assert (counted.records, counted.trees) == (3, len(grown))
     assert counted.tokens == sum(map(len, grown))
     assert counted.flat_tokens == sum(len(encoder()(t)) for record in source for t in arm(teach)(record.conversations))
-    assert counted.edges == sum(len(tree.source) for tree in grown)
+    assert counted.edges == sum(len(tree.parent) for tree in grown)
     assert counted.longest == max(map(len, grown))
 
 

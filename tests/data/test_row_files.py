@@ -81,8 +81,8 @@ def check_row(row: Batch, samples: list[Sample]) -> list[int]:
         assert np.array_equal(row.pixels[slot], samples[number].pixels[0])
         shifted = np.where(tree.image_slots >= 0, tree.image_slots + slot * PATCHES, -1)
         assert np.array_equal(row.image_slots[here], shifted)
-        mine = (row.weight > 0) & (row.source >= start) & (row.source < end)
-        assert np.array_equal(row.source[mine] - start, tree.source)
+        mine = (row.weight > 0) & (row.parent >= start) & (row.parent < end)
+        assert np.array_equal(row.parent[mine] - start, tree.parent)
         for field in ("target", "weight", "branch"):
             assert np.array_equal(getattr(row, field)[mine], getattr(tree, field)), field
         asked = (row.questions >= 0) & (row.leaves >= start) & (row.leaves < end)
@@ -90,7 +90,7 @@ def check_row(row: Batch, samples: list[Sample]) -> list[int]:
         if samples[number].questions:
             assert np.array_equal(row.leaves[asked] - start, tree.leaves)
         assert row.flat_tokens[slot] == tree.flat_tokens
-        edge_count, leaf_count = edge_count + len(tree.source), leaf_count + int(asked.sum())
+        edge_count, leaf_count = edge_count + len(tree.parent), leaf_count + int(asked.sum())
     assert (row.weight > 0).sum() == edge_count
     assert (row.questions >= 0).sum() == leaf_count
     assert not row.flat_tokens[len(places) :].any()
@@ -104,7 +104,7 @@ def check_padding(row: Batch, filled: np.ndarray) -> None:
     assert np.array_equal(row.ends[empty], empty + 1)
     assert (row.image_slots[empty] == -1).all()
     spare = row.weight == 0
-    assert (row.source[spare] == 0).all()
+    assert (row.parent[spare] == 0).all()
     assert (row.leaves[row.questions == -1] == 0).all()
 
 
@@ -144,7 +144,7 @@ def test_rows_have_the_shape_asked_for():
     shape = RowShape(tokens=40, images=2, edges=9, leaves=4)
     (row, *_) = packed(stream(1, 0), shape)
     assert row.tokens.shape == row.positions.shape == row.ends.shape == row.image_slots.shape == (40,)
-    assert row.source.shape == row.target.shape == row.weight.shape == row.branch.shape == (9,)
+    assert row.parent.shape == row.target.shape == row.weight.shape == row.branch.shape == (9,)
     assert row.leaves.shape == row.questions.shape == (4,)
     assert row.pixels.shape == (2, SIDE, SIDE, 3)
     assert row.flat_tokens.shape == (2,)

@@ -117,7 +117,7 @@ def test_edges_carry_the_sum_of_the_conversations_weights(talks):
                 key = tuple(places(talk)[: n + 1])
                 wanted[key] += weight
                 first.setdefault(key, number)
-    edges = zip(tree.source.tolist(), tree.target.tolist(), tree.weight.tolist(), tree.branch.tolist(), strict=True)
+    edges = zip(tree.parent.tolist(), tree.target.tolist(), tree.weight.tolist(), tree.branch.tolist(), strict=True)
     found = [(names(tree, source), target, weight, branch) for source, target, weight, branch in edges]
     brute = [(key[:-1], key[-1][0], weight, first[key]) for key, weight in wanted.items()]
     assert sorted(found) == sorted(brute)
@@ -139,7 +139,7 @@ def test_children_and_leaves_keep_the_order_of_arrival(talks):
 @given(many())
 def test_repeated_conversations_add_weight_and_no_node(talks):
     once, twice = grow(talks), grow([*talks, *talks])
-    for field in ("tokens", "positions", "ends", "features", "source", "target", "branch"):
+    for field in ("tokens", "positions", "ends", "image_slots", "parent", "target", "branch"):
         assert np.array_equal(getattr(once, field), getattr(twice, field)), field
     assert np.array_equal(2 * once.weight, twice.weight)
     assert np.array_equal(np.tile(once.leaves, 2), twice.leaves)
@@ -148,7 +148,7 @@ def test_repeated_conversations_add_weight_and_no_node(talks):
 @given(many())
 def test_untaught_conversations_have_no_edges(talks):
     tree = grow([untaught(talk) for talk in talks])
-    assert len(tree.source) == len(tree.target) == len(tree.weight) == len(tree.branch) == 0
+    assert len(tree.parent) == len(tree.target) == len(tree.weight) == len(tree.branch) == 0
     assert np.array_equal(tree.tokens, grow(talks).tokens)
 
 
@@ -177,12 +177,12 @@ def test_grow_within_fits_and_covers_all(talks, limit, edges):
     for number, (members, tree) in enumerate(parts):
         assert members == sorted(members)
         assert len(tree) <= limit
-        assert len(tree.source) <= edges
+        assert len(tree.parent) <= edges
         assert np.array_equal(tree.tokens, grow([talks[index] for index in members]).tokens)
         # A tree is opened only for a conversation that fitted in none of those before it.
         for earlier, _ in parts[:number]:
             both = grow([talks[index] for index in earlier if index < members[0]] + [talks[members[0]]])
-            assert len(both) > limit or len(both.source) > edges
+            assert len(both) > limit or len(both.parent) > edges
 
 
 @given(many(), st.integers(1, 3))
@@ -221,7 +221,7 @@ def test_images_part_where_their_features_do():
     tree = grow([one, two])
     assert tree.tokens.tolist() == [9, 9, 5, 9, 9, 5]
     assert tree.ends.tolist() == [3, 3, 3, 6, 6, 6]
-    assert tree.source.tolist() == [1, 4]
+    assert tree.parent.tolist() == [1, 4]
 
 
 def test_a_small_tree_by_hand():
@@ -230,6 +230,6 @@ def test_a_small_tree_by_hand():
     assert tree.positions.tolist() == [0, 1, 2, 3, 2, 3]
     assert tree.ends.tolist() == [6, 6, 4, 4, 6, 6]
     assert tree.leaves.tolist() == [3, 4, 1, 5]
-    assert (tree.source.tolist(), tree.target.tolist()) == ([0, 2, 1, 4], [2, 4, 5, 6])
+    assert (tree.parent.tolist(), tree.target.tolist()) == ([0, 2, 1, 4], [2, 4, 5, 6])
     assert (tree.weight.tolist(), tree.branch.tolist()) == ([1, 1, 2, 1], [2, 0, 1, 3])
     assert tree.flat_tokens == 13

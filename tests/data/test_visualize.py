@@ -278,7 +278,7 @@ def test_a_page_shows_each_record_with_its_numbers(tmp_path):
         tree = grow(tokens)
         numbers = [int(one.replace(",", "")) for one in re.findall(r"[\d,]*\d", caption.removeprefix(record.id))]
         assert caption.startswith(record.id)
-        assert numbers == [len(tokens), len(tree), sum(map(len, tokens)), len(tree.source)]
+        assert numbers == [len(tokens), len(tree), sum(map(len, tokens)), len(tree.parent)]
 
 
 def test_a_page_marks_what_is_taught_and_nothing_else(tmp_path):
@@ -289,7 +289,7 @@ def test_a_page_marks_what_is_taught_and_nothing_else(tmp_path):
         tree = grow(said.tokens(record.id, teaching(record.conversations)))
         marked = "".join(text for text, *_ in page.marked[0])
         assert marked == "".join(said.encoder.tokenizer.words[int(target)] for target in tree.target)
-        assert sum(int(title.split()[0]) for *_, title in page.marked[0]) == len(tree.source)
+        assert sum(int(title.split()[0]) for *_, title in page.marked[0]) == len(tree.parent)
         taught = sum(int(title.split()[0]) * float(title.rsplit(" ", 1)[1]) for *_, title in page.marked[0])
         assert taught == tree.weight.sum()
 

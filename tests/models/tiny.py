@@ -269,7 +269,7 @@ def decoded(model: VisionLanguageModel, rows: Rows) -> np.ndarray:
     none = np.zeros((count, 0), np.int32)
     batch = Batch(
         *rows,
-        source=none,
+        parent=none,
         target=none,
         weight=none.astype(np.float32),
         branch=none,

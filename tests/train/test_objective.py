@@ -140,7 +140,7 @@ def test_loss_is_the_weighted_cross_entropy_written_out():
     logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     by_hand = -sum(
         w * logp[s, t]
-        for s, t, w in zip(*(np.asarray(x)[0] for x in (batch.source, batch.target, batch.weight)), strict=True)
+        for s, t, w in zip(*(np.asarray(x)[0] for x in (batch.parent, batch.target, batch.weight)), strict=True)
     )
     assert float(edge_loss(model, batch).total) == pytest.approx(by_hand, rel=1e-5)
 

@@ -77,7 +77,7 @@ def torch_run(base: Path, adapter: Path, data: list[Batch]) -> tuple[list[float]
         mask = torch.arange(ids.shape[1])[None] < torch.tensor(lengths)[:, None]
         out = model(input_ids=ids, attention_mask=mask.long(), pixel_values=normalised(batch.pixels)).logits
         weight = torch.tensor(batch.weight)
-        picked = torch.take_along_dim(out, torch.tensor(batch.source, dtype=torch.long)[..., None], 1)
+        picked = torch.take_along_dim(out, torch.tensor(batch.parent, dtype=torch.long)[..., None], 1)
         nll = torch.nn.functional.cross_entropy(
             picked.transpose(1, 2), torch.tensor(batch.target, dtype=torch.long), reduction="none"
         )

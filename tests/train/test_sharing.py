@@ -117,6 +117,6 @@ def test_changing_one_record_changes_no_other_in_its_row(base, records):
     start = int(np.flatnonzero(one.positions[0][1:] == 0)[0]) + 1  # the second tree's root
     assert (one.flat_tokens > 0).sum() == 2
     second = one.flat_tokens[0].tolist().index(int(alone.flat_tokens[0][0]))
-    mine = one.source >= start if second == 1 else one.source < start
+    mine = one.parent >= start if second == 1 else one.parent < start
     only = one._replace(weight=np.where(mine, one.weight, 0).astype(np.float32))
     assert loss_of(model, [only])[0] == pytest.approx(loss_of(model, [alone])[0], rel=1e-5)

@@ -179,7 +179,7 @@ def _batch(config: VLMConfig, recipe: Recipe, mesh: Mesh | AbstractMesh) -> Batc
         ends=tokens,
         image_slots=tokens,
         pixels=array(row.images, side, side, 3, dtype=jnp.uint8),
-        source=edges,
+        parent=edges,
         target=edges,
         weight=array(row.edges, dtype=jnp.float32),
         branch=edges,
