@@ -38,7 +38,7 @@ class Conversation:
 
     turns: tuple[Turn, ...]
     images: tuple[int, ...] = (0,)
-    source: str = ""
+    dataset: str = ""
     kind: Kind = ""
     pair: str = ""
 
@@ -63,7 +63,7 @@ class Conversation:
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> Conversation:
         turns = tuple(Turn(**turn) for turn in row["turns"])
-        return cls(turns, tuple(row["images"]), row["source"], row.get("kind", ""), row.get("pair", ""))
+        return cls(turns, tuple(row["images"]), row["dataset"], row.get("kind", ""), row.get("pair", ""))
 
 
 @dataclasses.dataclass(frozen=True)

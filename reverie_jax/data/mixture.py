@@ -284,7 +284,7 @@ def _weighted(talk: Conversation, weight: float) -> Conversation:
     if weight == 1:
         return talk
     turns = [type(turn)(turn.role, turn.text, turn.weight * weight) for turn in talk.turns]
-    return type(talk)(tuple(turns), talk.images, talk.source, talk.kind, talk.pair)
+    return type(talk)(tuple(turns), talk.images, talk.dataset, talk.kind, talk.pair)
 
 
 _SCHEMA = """

@@ -95,7 +95,7 @@ class Survey:
     edges: int
     longest: int
     rows: int
-    sources: tuple[str, ...]
+    datasets: tuple[str, ...]
 
 
 def survey(
@@ -108,8 +108,8 @@ def survey(
 ) -> Survey:
     """Tokenises everything once: what does not fit is known before training, not at step 40,000."""
     count = tokens = flat = edges = longest = rows = 0
-    sources: dict[str, int] = {}
-    made, window = _Numbered(source, processor, shape, teaching, sharing, sources, counting=True), []
+    datasets: dict[str, int] = {}
+    made, window = _Numbered(source, processor, shape, teaching, sharing, datasets, counting=True), []
     for index in range(len(source)):
         window += made(index)
         if len(window) >= WINDOW or index + 1 == len(source):
@@ -122,7 +122,7 @@ def survey(
     if not edges:
         missing = "pair of answers" if isinstance(teaching, Preference) else "conversation with a taught answer"
         raise DataError(f"the data teaches nothing: no {missing}")
-    return Survey(len(source), count, tokens, flat, edges, longest, rows, tuple(sources))
+    return Survey(len(source), count, tokens, flat, edges, longest, rows, tuple(datasets))
 
 
 class _Numbered:
@@ -140,12 +140,12 @@ class _Numbered:
         shape: RowShape,
         teaching: Teaching | Preference,
         sharing: bool,
-        sources: dict[str, int],
+        datasets: dict[str, int],
         *,
         counting: bool = False,
     ):
         self.source, self.processor, self.shape = source, processor, shape
-        self.teaching, self.sharing, self.sources, self.counting = teaching, sharing, sources, counting
+        self.teaching, self.sharing, self.datasets, self.counting = teaching, sharing, datasets, counting
 
     def __call__(self, number: int) -> list[Element]:
         record = self.source[number]
@@ -175,8 +175,8 @@ class _Numbered:
     def _origins(self, talks: Sequence[Conversation]) -> Int32[np.ndarray, "C"]:
         if self.counting:
             for talk in talks:
-                self.sources.setdefault(talk.source, len(self.sources))
-        return np.asarray([self.sources.get(talk.source, 0) for talk in talks], np.int32)
+                self.datasets.setdefault(talk.dataset, len(self.datasets))
+        return np.asarray([self.datasets.get(talk.dataset, 0) for talk in talks], np.int32)
 
 
 class _Flat(grain.experimental.FlatMapTransform):
@@ -237,10 +237,10 @@ def packed_rows(
     teaching: Teaching | Preference,
     *,
     sharing: bool = True,
-    sources: Sequence[str] = (),
+    datasets: Sequence[str] = (),
 ) -> grain.IterDataset:
     """Rows of the records of these numbers, with numbers (from 1) where pictures' pixels will be."""
-    origins = {name: number for number, name in enumerate(sources)}
+    origins = {name: number for number, name in enumerate(datasets)}
     made = numbers.map(_Numbered(source, processor, shape, teaching, sharing, origins))
     read = made.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=32))
     elements = grain.experimental.FlatMapIterDataset(read, _Flat())
@@ -258,7 +258,7 @@ def training_batches(
     teaching: Teaching | Preference,
     seed: int,
     sharing: bool = True,
-    sources: Sequence[str] = (),
+    datasets: Sequence[str] = (),
     own: slice | None = None,
     features: FeatureCache | None = None,
     threads: int | None = None,
@@ -278,7 +278,7 @@ def training_batches(
     """
     first, past, _ = (own or slice(None)).indices(rows)
     numbers = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
-    packed = packed_rows(numbers, source, processor, shape, teaching, sharing=sharing, sources=sources)
+    packed = packed_rows(numbers, source, processor, shape, teaching, sharing=sharing, datasets=datasets)
     batches = packed.batch(rows, batch_fn=lambda part: stack(part[first:past], past - first))
     threads = threads or os.cpu_count() or 1
     pool = ThreadPoolExecutor(threads) if threads > 1 else None
@@ -295,12 +295,12 @@ def every_batch(
     rows: int,
     own: slice | None = None,
     sharing: bool = True,
-    sources: Sequence[str] = (),
+    datasets: Sequence[str] = (),
 ) -> Iterator[Batch]:
     """Every record once, in order; empty rows fill the last batch. Arguments as for `training_batches`."""
     first, past, _ = (own or slice(None)).indices(rows)
     numbers = grain.MapDataset.range(len(source))
-    packed = packed_rows(numbers, source, processor, shape, teaching, sharing=sharing, sources=sources)
+    packed = packed_rows(numbers, source, processor, shape, teaching, sharing=sharing, datasets=datasets)
 
     def whole(part: Sequence[Batch]) -> Batch:
         full = stack(part, rows)

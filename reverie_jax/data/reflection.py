@@ -50,7 +50,7 @@ def conversations(reflection: Reflection) -> list[Conversation]:
     prompts += [("negative", WHY_WRONG.format(answer=wrong), why) for wrong, why in reflection.negatives]
     opening = (Turn("user", f"{IMAGE}\n{question}"), Turn("assistant", answer))
     return [
-        Conversation((*opening, Turn("user", prompt), Turn("assistant", why)), source="reflective", kind=kind)
+        Conversation((*opening, Turn("user", prompt), Turn("assistant", why)), dataset="reflective", kind=kind)
         for kind, prompt, why in prompts
     ]
 

@@ -34,7 +34,7 @@ def statistics_of(talks: Iterable[tuple[str, Conversation]]) -> dict[str, Any]:
         question = said.turns[0].text.replace(IMAGE, "").strip()
         instructions.setdefault((image, question), said.turns[1].text)
         kinds[said.kind or "no rationale"] += 1
-        by_source[said.source] += 1
+        by_source[said.dataset] += 1
         if said.kind and len(said.turns) > 3:
             words.append(len(said.turns[3].text.split()))
     types = collections.Counter(kind_of(question, answer) for (_, question), answer in instructions.items())

@@ -18,9 +18,9 @@ from reverie_jax.scenes.graph import CATEGORIES, Scene
 PLAIN_ASKERS = (ask.ask_present, ask.ask_colour, ask.ask_count, ask.ask_place, ask.ask_relation, ask.ask_choice)
 
 
-def talk(question: str, answer: str, source: str) -> Conversation:
+def talk(question: str, answer: str, dataset: str) -> Conversation:
     """One question about the picture and its answer."""
-    return Conversation((Turn("user", f"{IMAGE}\n{question}"), Turn("assistant", answer)), source=source)
+    return Conversation((Turn("user", f"{IMAGE}\n{question}"), Turn("assistant", answer)), dataset=source)
 
 
 def plain_talks(scene: Scene, rng: np.random.Generator, questions: int, absent_share: float) -> list[Conversation]:

@@ -119,7 +119,7 @@ def train(
             rows=recipe.rows,
             teaching=teaching,
             sharing=recipe.sharing,
-            sources=found.sources,
+            datasets=found.datasets,
             seed=recipe.seed,
             own=own,
             features=features,
@@ -139,13 +139,13 @@ def train(
         first = int(state.step)
         step = make_step(
             *(graph, optimizer, recipe),
-            sources=len(found.sources),
+            datasets=len(found.datasets),
             reference=reference.graph,
             homes=jax.tree.map(lambda x: x.sharding, state),
         )
         validate = Validation(graph, held_out, processor, recipe, mesh)
         log = MetricsLog(folder, recipe.steps, resumed=first, label=recipe.name, console=console)
-        watch = Watch(model, source, found.sources, recipe, mesh, log)
+        watch = Watch(model, source, found.datasets, recipe, mesh, log)
         with jax.set_mesh(mesh), log, Interruption(recipe.save_minutes) as interruption:
             for number in range(first + 1, recipe.steps + 1):
                 if profile and number == first + _PROFILED.start:

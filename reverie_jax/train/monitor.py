@@ -51,12 +51,12 @@ class Watch:
         self,
         model: VisionLanguageModel,
         source: Sequence[ImageRecord],
-        sources: Sequence[str],
+        datasets: Sequence[str],
         recipe: Recipe,
         mesh: Mesh,
         log: MetricsLog,
     ):
-        self.source, self.sources, self.recipe, self.log = source, sources, recipe, log
+        self.source, self.datasets, self.recipe, self.log = source, datasets, recipe, log
         self._config, self._sizes = model.config, costs.Sizes.of(model)
         self._devices = mesh.devices.reshape(-1).tolist()
         # Several fake devices on few cores can deadlock where steps are not waited for.
@@ -132,11 +132,11 @@ class Watch:
         if "pairs" in sums:
             pairs = max(1.0, float(sums.pop("pairs")))
             return {name: float(value) / pairs for name, value in sums.items()}
-        if len(self.sources) < 2:
+        if len(self.datasets) < 2:
             return {}
         return {
             f"loss/{name or 'unnamed'}": float(loss) / float(weight)
-            for name, loss, weight in zip(self.sources, sums["source_loss"], sums["source_weight"], strict=True)
+            for name, loss, weight in zip(self.datasets, sums["source_loss"], sums["source_weight"], strict=True)
             if weight > 0
         }
 

@@ -91,11 +91,11 @@ def edge_loss(
     return cross_entropy(edge_logps(model, batch, key=key, train_tower=train_tower, chunk=chunk), batch)
 
 
-def by_origin(logps: Float[Array, "B E"], batch: Batch, sources: int) -> tuple[Float[Array, "S"], Float[Array, "S"]]:
+def by_origin(logps: Float[Array, "B E"], batch: Batch, datasets: int) -> tuple[Float[Array, "S"], Float[Array, "S"]]:
     """`cross_entropy`'s two sums for each of the data's sources."""
     place = batch.origin.reshape(-1)
     losses, weights = -(batch.weight * logps).reshape(-1), batch.weight.reshape(-1)
-    return jax.ops.segment_sum(losses, place, sources), jax.ops.segment_sum(weights, place, sources)
+    return jax.ops.segment_sum(losses, place, datasets), jax.ops.segment_sum(weights, place, datasets)
 
 
 def answer_sums(logps: Float[Array, "B E"], batch: Batch) -> Float[Array, "B Q"]:

@@ -204,7 +204,7 @@ def make_step(
     optimizer: optax.GradientTransformation,
     recipe: Recipe,
     *,
-    sources: int = 1,
+    datasets: int = 1,
     reference: nnx.GraphDef[VisionLanguageModel] | None = None,
     homes: TrainState | None = None,
 ) -> Callable[..., tuple[TrainState, StepMetrics]]:

@@ -145,7 +145,7 @@ texts = st.text(st.characters(exclude_categories=("Cs",)), max_size=20).filter(l
 
 
 @given(st.lists(st.tuples(texts, st.floats(0, 4)), min_size=1, max_size=6), texts, st.integers(0, 3))
-def test_record_survives_json(parts, source, images):
+def test_record_survives_json(parts, dataset, images):
     marks = IMAGE * images
     turns = tuple(
         Turn(("user", "assistant")[n % 2], (marks if n == 0 else "") + text, weight)

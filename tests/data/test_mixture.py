@@ -524,12 +524,12 @@ def weights(conversations):
 def test_a_weight_multiplies_the_loss_of_each_answer(shared, weight, turns):
     exchange = [Turn("assistant", "A.", 0.25) if n % 2 else Turn("user", f"Q{n}?") for n in range(2 * turns)]
     exchange[0] = Turn("user", f"{IMAGE}\nQ?")
-    plain = Conversation(tuple(exchange), source="s", kind="negative", pair="p")
+    plain = Conversation(tuple(exchange), dataset="s", kind="negative", pair="p")
     with Mixture([([Talk("a.png", plain, "f: row 0")], Pictures(shared), None, weight)]) as found:
         (got,) = found[0].conversations
     assert weights([got]) == [0.25 * weight] * turns
     assert [turn.text for turn in got.turns] == [turn.text for turn in plain.turns]
-    assert (got.source, got.kind, got.pair, got.images) == ("s", "negative", "p", (0,))
+    assert (got.dataset, got.kind, got.pair, got.images) == ("s", "negative", "p", (0,))
 
 
 REFLECTIVE = [
@@ -600,7 +600,7 @@ def test_a_digest_is_of_its_records_alone(shared, images, more):
 
 @pytest.mark.parametrize("field", ["source", "kind", "pair"])
 def test_a_digest_knows_what_a_conversation_is(shared, field):
-    plain = said("Q?", "A.", "a.png", source="s", kind="chosen", pair="1")
+    plain = said("Q?", "A.", "a.png", dataset="s", kind="chosen", pair="1")
     other = said("Q?", "A.", "a.png", **{"source": "s", "kind": "chosen", "pair": "1"} | {field: "rejected"})
     one, two = ([Talk("a.png", conversation, "f: row 0")] for conversation in (plain, other))
     assert digest([one], shared) != digest([two], shared)

@@ -138,7 +138,7 @@ def test_each_row_is_a_chosen_and_a_rejected_conversation_about_its_picture(tmp_
     assert [talk.conversation.kind for talk in talks] == ["chosen", "rejected"] * 3
     assert [talk.conversation.images for talk in talks] == [(0,)] * 6
     assert [talk.encoded for talk in talks[::2]] == [png((number, 0, 0)) for number in range(3)]
-    assert {talk.conversation.source for talk in talks} == {form.split()[0]}
+    assert {talk.conversation.dataset for talk in talks} == {form.split()[0]}
     assert [talk.where for talk in talks[1::2]] == [f"{tmp_path / 'a.parquet'}: row {number}" for number in range(3)]
 
 

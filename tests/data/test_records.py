@@ -32,7 +32,7 @@ def folder(tmp_path_factory) -> Path:
     return write_records(tmp_path_factory.mktemp("records"), {"train": records(5), "test": records(2, seed=1)})
 
 
-def by_id(source: RecordSource) -> list[ImageRecord]:
+def by_id(dataset: RecordSource) -> list[ImageRecord]:
     """All records in the order of their ids."""
     return sorted((source[index] for index in range(len(source))), key=lambda record: record.id)
 
@@ -176,7 +176,7 @@ def test_rows_of_one_picture_become_one_record(pictures):
     found = read(pictures, [row("b.png"), row("a.png"), row("b.png", first="Other?")])
     assert [(record.id, len(record.conversations)) for record in found] == [("b.png", 2), ("a.png", 1)]
     assert all(record.image == png() for record in found)
-    assert {t.source for record in found for t in record.conversations} == {"reverie"}
+    assert {t.dataset for record in found for t in record.conversations} == {"reverie"}
 
 
 def test_repeated_answers_are_taught_once_where_rationales_repeat_them(pictures):
@@ -324,7 +324,7 @@ def processor() -> Processor:
     return Processor(encoder(), SIDE)
 
 
-def batches(source: list[ImageRecord], *, images: int = 1, seed: int = 0, teach: str = "rationales", length: int = 90):
+def batches(dataset: list[ImageRecord], *, images: int = 1, seed: int = 0, teach: str = "rationales", length: int = 90):
     shape = RowShape(tokens=length, images=images, edges=60)
     return training_batches(source, processor(), shape, rows=2, teaching=arm(teach), seed=seed)
 

@@ -173,7 +173,9 @@ def test_sources_are_told_apart(tmp_path):
     mixed = tiny.Records(
         dataclasses.replace(
             record,
-            conversations=tuple(dataclasses.replace(t, source="ab"[n % 2]) for n, t in enumerate(record.conversations)),
+            conversations=tuple(
+                dataclasses.replace(t, dataset="ab"[n % 2]) for n, t in enumerate(record.conversations)
+            ),
         )
         for record in tiny.records()
     )

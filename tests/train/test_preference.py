@@ -39,7 +39,7 @@ def record(number):
         question = "what?" if pair < 2 else f"is it {number}?"
         for kind, answer in zip(("chosen", "rejected"), answers, strict=True):
             turns = (Turn("user", f"<image>\n{question}"), Turn("assistant", answer))
-            talks.append(Conversation(turns, kind=kind, pair=f"{number}-{pair}", source="pairs"))
+            talks.append(Conversation(turns, kind=kind, pair=f"{number}-{pair}", dataset="pairs"))
     return dataclasses.replace(plain, conversations=tuple(talks))
 
 

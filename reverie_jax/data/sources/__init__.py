@@ -71,7 +71,7 @@ def read(path: Path, reading: Reading, *, filtered: bool = True, splits: Sequenc
         case "preferences":
             return preference_pairs.talks(rows, reading)
         case "scienceqa" | "aokvqa" as source:
-            return multiple_choice.talks(rows, reading, source=source, splits=splits)
+            return multiple_choice.talks(rows, reading, dataset=source, splits=splits)
         case "lrv":
             return lrv.talks(rows, reading)
         case _:

@@ -73,6 +73,6 @@ def talks(rows: Rows, reading: Reading) -> Iterator[Talk]:
 
     def make(row: dict[str, Any], where: str) -> list[Talk]:
         image, turns = turns_of(row)
-        return [Talk(image, conversation(turns, source="llava"), where)]
+        return [Talk(image, conversation(turns, dataset="llava"), where)]
 
     return each(rows, reading, KNOWN, make)

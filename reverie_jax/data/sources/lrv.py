@@ -26,7 +26,7 @@ def talks(rows: Rows, reading: Reading) -> Iterator[Talk]:
             raise BadRow("needs 'image_id', 'question' and 'answer'")
         name = str(image).strip()
         kind = "negative" if row.get("task") == "negative" else ""
-        said = conversation([shown(asked.strip()), Turn("assistant", answer.strip())], source="lrv", kind=kind)
+        said = conversation([shown(asked.strip()), Turn("assistant", answer.strip())], dataset="lrv", kind=kind)
         return [Talk(name if "." in name.rsplit("/", 1)[-1] else f"{name}.jpg", said, where)]
 
     return each(rows, reading, _KNOWN, make)

@@ -72,7 +72,7 @@ def _read(
         reading.notes.append(f"{rows.path}: {count} rows of the split {split!r} are left out")
 
 
-def talks(rows: Rows, reading: Reading, *, source: str, splits: Sequence[str]) -> Iterator[Talk]:
+def talks(rows: Rows, reading: Reading, *, dataset: str, splits: Sequence[str]) -> Iterator[Talk]:
     """A conversation for each rationale; a question without one is asked and answered."""
 
     def make(found: Choice) -> Iterator[Talk]:
@@ -82,7 +82,7 @@ def talks(rows: Rows, reading: Reading, *, source: str, splits: Sequence[str]) -
         said.append(Turn("assistant", LETTERS[found.answer]))
         for why in found.rationales or ("",):
             more = [Turn("user", WHY), Turn("assistant", why)] if why else []
-            talk = conversation([*said, *more], source=source, kind="positive" if why else "")
+            talk = conversation([*said, *more], dataset=source, kind="positive" if why else "")
             yield Talk(found.image, talk, found.where, found.encoded)
 
     return _read(rows, reading, splits, make)

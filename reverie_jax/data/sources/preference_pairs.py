@@ -59,7 +59,7 @@ def _pair(row: dict[str, Any], where: str) -> list[Talk]:
     return [
         Talk(
             image,
-            conversation([shown(question), Turn("assistant", answer)], source=source, kind=side, pair=pair),
+            conversation([shown(question), Turn("assistant", answer)], dataset=source, kind=side, pair=pair),
             where,
             encoded,
         )

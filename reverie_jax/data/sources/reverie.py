@@ -101,9 +101,9 @@ def _split(rows: Rows, reading: Reading) -> Iterator[Talk]:
         if None in kinds:
             raise BadRow(f"asks for no rationale that is known: {pairs[kinds.index(None)][0].text[:60]!r}")
         if not pairs:
-            return [Talk(image, conversation(turns, source="reverie"), where)]
+            return [Talk(image, conversation(turns, dataset="reverie"), where)]
         return [
-            Talk(image, conversation([*turns[:2], *pair], source="reverie", kind=kind[0]), where)
+            Talk(image, conversation([*turns[:2], *pair], dataset="reverie", kind=kind[0]), where)
             for pair, kind in zip(pairs, kinds, strict=True)
             if kind is not None
         ]

@@ -62,7 +62,7 @@ def read_questions(path: Path) -> list[PopeQuestion]:
 
 def conversation(question: PopeQuestion) -> Conversation:
     """The question as the model gets it."""
-    return Conversation((Turn("user", f"{IMAGE}\n{question.text}"),), source="pope")
+    return Conversation((Turn("user", f"{IMAGE}\n{question.text}"),), dataset="pope")
 
 
 def says_yes(answer: str) -> bool:

@@ -138,7 +138,7 @@ def test_a_problem_is_asked_answered_by_its_letter_and_explained_by_its_solution
     assert [line for line in asked.split("\n") if line[1:3] == ". "] == ["A. coal", "B. glass", "C. paper"]
     assert (answer, why) == ("A", "Coal forms in nature.")
     assert explains(prompt) == ("positive", "")
-    assert (talks[0].conversation.kind, talks[0].conversation.source) == ("positive", "scienceqa")
+    assert (talks[0].conversation.kind, talks[0].conversation.dataset) == ("positive", "scienceqa")
     assert talks[0].image == "train/7/image.png"
     assert "7" in talks[0].where.rsplit("row ")[1]
 
@@ -299,7 +299,7 @@ def test_a_question_is_taught_once_for_each_of_its_rationales(tmp_path):
     talks, reading = read(written(tmp_path / "aokvqa.json", [annotated()]))
     assert reading == Reading()
     assert {talk.image for talk in talks} == {"000000299207.jpg"}
-    assert {(talk.conversation.kind, talk.conversation.source) for talk in talks} == {("positive", "aokvqa")}
+    assert {(talk.conversation.kind, talk.conversation.dataset) for talk in talks} == {("positive", "aokvqa")}
     assert len({turns[0] for turns in spoken(talks)}) == 1
     assert [turns[1:] for turns in spoken(talks)] == [["D", "Explain why.", why] for why in annotated()["rationales"]]
     once = Teaching()([talk.conversation for talk in talks])

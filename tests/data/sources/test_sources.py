@@ -49,7 +49,7 @@ def test_llava_rows(tmp_path):
     assert [talk.image for talk in talks] == ["coco/a.jpg", "a.jpg", ""]
     assert spoken(talks)[0] == [f"{IMAGE}\nWhat?", "A cup.", "Whose?", "Mine."]
     assert talks[2].conversation.images == ()
-    assert {talk.conversation.source for talk in talks} == {"llava"}
+    assert {talk.conversation.dataset for talk in talks} == {"llava"}
     assert {talk.conversation.kind for talk in talks} == {""}
 
 
@@ -129,7 +129,7 @@ def test_prompts_say_the_kind(tmp_path, prompt, kind, quoted):
     talks, reading = read(tmp_path, [reflective(prompt=prompt)])
     assert reading.problems == []
     assert [talk.conversation.kind for talk in talks] == [kind]
-    assert {talk.conversation.source for talk in talks} == {"reverie"}
+    assert {talk.conversation.dataset for talk in talks} == {"reverie"}
 
 
 def test_a_row_of_another_kind_is_named(tmp_path):
@@ -247,7 +247,7 @@ def test_one_record_for_what_several_files_say_about_a_picture(tmp_path, folder)
         ("a.png", 1, True),
         (f"{tmp_path / 'two.json'}: row 1", 1, False),
     ]
-    assert [talk.source for talk in found[0].conversations] == ["reverie", "llava"]
+    assert [talk.dataset for talk in found[0].conversations] == ["reverie", "llava"]
 
 
 def test_equal_names_in_two_folders_are_two_pictures(tmp_path, folder):
