@@ -99,7 +99,7 @@ class Survey:
 
 
 def survey(
-    source: Sequence[ImageRecord],
+    records: Sequence[ImageRecord],
     processor: Processor,
     shape: RowShape,
     teaching: Teaching | Preference,
@@ -109,10 +109,10 @@ def survey(
     """Tokenises everything once: what does not fit is known before training, not at step 40,000."""
     count = tokens = flat = edges = longest = rows = 0
     datasets: dict[str, int] = {}
-    made, window = _Numbered(source, processor, shape, teaching, sharing, datasets, counting=True), []
-    for index in range(len(source)):
+    made, window = _Numbered(records, processor, shape, teaching, sharing, datasets, counting=True), []
+    for index in range(len(records)):
         window += made(index)
-        if len(window) >= WINDOW or index + 1 == len(source):
+        if len(window) >= WINDOW or index + 1 == len(records):
             lengths = [len(one["tokens"]) for one in window]
             count, tokens, longest = count + len(window), tokens + sum(lengths), max([longest, *lengths])
             flat += sum(int(one["flat_tokens"][0]) for one in window)
@@ -122,7 +122,7 @@ def survey(
     if not edges:
         missing = "pair of answers" if isinstance(teaching, Preference) else "conversation with a taught answer"
         raise DataError(f"the data teaches nothing: no {missing}")
-    return Survey(len(source), count, tokens, flat, edges, longest, rows, tuple(datasets))
+    return Survey(len(records), count, tokens, flat, edges, longest, rows, tuple(datasets))
 
 
 class _Numbered:
@@ -135,7 +135,7 @@ class _Numbered:
 
     def __init__(
         self,
-        source: Sequence[ImageRecord],
+        records: Sequence[ImageRecord],
         processor: Processor,
         shape: RowShape,
         teaching: Teaching | Preference,
@@ -144,11 +144,11 @@ class _Numbered:
         *,
         counting: bool = False,
     ):
-        self.source, self.processor, self.shape = source, processor, shape
+        self.records, self.processor, self.shape = records, processor, shape
         self.teaching, self.sharing, self.datasets, self.counting = teaching, sharing, datasets, counting
 
     def __call__(self, number: int) -> list[Element]:
-        record = self.source[number]
+        record = self.records[number]
         pictures = np.full(1 if record.image else 0, number + 1, np.int32)
         if isinstance(self.teaching, Preference):
             return [
@@ -219,11 +219,11 @@ def show(
     return batch._replace(pixels=pixels)
 
 
-def of_records(source: Sequence[ImageRecord]) -> Encoded:
+def of_records(records: Sequence[ImageRecord]) -> Encoded:
     """Records' pictures by number."""
 
     def encoded(number: int) -> tuple[str, bytes]:
-        record = source[number - 1]
+        record = records[number - 1]
         return record.id, record.image
 
     return encoded
@@ -231,7 +231,7 @@ def of_records(source: Sequence[ImageRecord]) -> Encoded:
 
 def packed_rows(
     numbers: grain.MapDataset,
-    source: Sequence[ImageRecord],
+    records: Sequence[ImageRecord],
     processor: Processor,
     shape: RowShape,
     teaching: Teaching | Preference,
@@ -241,16 +241,16 @@ def packed_rows(
 ) -> grain.IterDataset:
     """Rows of the records of these numbers, with numbers (from 1) where pictures' pixels will be."""
     origins = {name: number for number, name in enumerate(datasets)}
-    made = numbers.map(_Numbered(source, processor, shape, teaching, sharing, origins))
+    made = numbers.map(_Numbered(records, processor, shape, teaching, sharing, origins))
     read = made.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=32))
     elements = grain.experimental.FlatMapIterDataset(read, _Flat())
     # Few records need no large window, which would hold many passes over them.
-    window = 1 if shape.images == 1 else min(WINDOW, max(32, 2 * len(source)))
+    window = 1 if shape.images == 1 else min(WINDOW, max(32, 2 * len(records)))
     return pack(elements, shape, processor.encoder.patches, window=window)
 
 
 def training_batches(
-    source: Sequence[ImageRecord],
+    records: Sequence[ImageRecord],
     processor: Processor,
     shape: RowShape,
     *,
@@ -277,17 +277,17 @@ def training_batches(
         threads: that decode pictures; one a core by default.
     """
     first, past, _ = (own or slice(None)).indices(rows)
-    numbers = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
-    packed = packed_rows(numbers, source, processor, shape, teaching, sharing=sharing, datasets=datasets)
+    numbers = grain.MapDataset.range(len(records)).seed(seed).shuffle().repeat()
+    packed = packed_rows(numbers, records, processor, shape, teaching, sharing=sharing, datasets=datasets)
     batches = packed.batch(rows, batch_fn=lambda part: stack(part[first:past], past - first))
     threads = threads or os.cpu_count() or 1
     pool = ThreadPoolExecutor(threads) if threads > 1 else None
-    shown = batches.map(lambda batch: show(batch, of_records(source), processor, pool, features))
+    shown = batches.map(lambda batch: show(batch, of_records(records), processor, pool, features))
     return grain.experimental.ThreadPrefetchIterDataset(shown, prefetch_buffer_size=2)
 
 
 def every_batch(
-    source: Sequence[ImageRecord],
+    records: Sequence[ImageRecord],
     processor: Processor,
     shape: RowShape,
     teaching: Teaching | Preference,
@@ -299,12 +299,12 @@ def every_batch(
 ) -> Iterator[Batch]:
     """Every record once, in order; empty rows fill the last batch. Arguments as for `training_batches`."""
     first, past, _ = (own or slice(None)).indices(rows)
-    numbers = grain.MapDataset.range(len(source))
-    packed = packed_rows(numbers, source, processor, shape, teaching, sharing=sharing, datasets=datasets)
+    numbers = grain.MapDataset.range(len(records))
+    packed = packed_rows(numbers, records, processor, shape, teaching, sharing=sharing, datasets=datasets)
 
     def whole(part: Sequence[Batch]) -> Batch:
         full = stack(part, rows)
-        return show(Batch(*(field[first:past] for field in full)), of_records(source), processor)
+        return show(Batch(*(field[first:past] for field in full)), of_records(records), processor)
 
     with contextlib.closing(iter(packed)) as made:
         while part := list(itertools.islice(made, rows)):

@@ -54,7 +54,7 @@ class TrainResult:
 def train(
     model: VisionLanguageModel,
     processor: Processor,
-    source: Sequence[ImageRecord],
+    records: Sequence[ImageRecord],
     recipe: Recipe,
     folder: Path,
     *,
@@ -85,18 +85,18 @@ def train(
     mesh = mesh or make_mesh()
     processor = processor.using(recipe.template, aspect=recipe.aspect)
     try:
-        source, held_out = hold_out(source, recipe.holdout)
+        records, held_out = hold_out(records, recipe.holdout)
     except ValueError as error:
         raise UserError(str(error)) from None
     teaching = recipe.preference or recipe.teach
-    found = survey(source, processor, recipe.row, teaching, sharing=recipe.sharing)
+    found = survey(records, processor, recipe.row, teaching, sharing=recipe.sharing)
     recipe = dataclasses.replace(recipe, steps=recipe.steps_for(found.rows))
     try:
         own_rows(mesh, recipe.rows // recipe.accumulate)  # each micro-batch is spread over the devices
         own = own_rows(mesh, recipe.rows)
     except ValueError as error:
         raise UserError(f"recipe {recipe.name}, micro-batches of {recipe.rows // recipe.accumulate}: {error}") from None
-    features = None if vision_cache is None else cached(model, processor, source, vision_cache)
+    features = None if vision_cache is None else cached(model, processor, records, vision_cache)
     base = identity(model)
     fresh = adapt(model, recipe)
     if recipe.base != "as-is":
@@ -113,7 +113,7 @@ def train(
     state = TrainState(params, moments, jax.device_put(jnp.zeros((), jnp.int32), NamedSharding(mesh, PartitionSpec())))
     batches = iter(
         training_batches(
-            source,
+            records,
             processor,
             recipe.row,
             rows=recipe.rows,
@@ -129,7 +129,7 @@ def train(
     with contextlib.closing(batches), contextlib.closing(RunCheckpoints(folder, recipe, base)) as checkpoints:
         reference = Reference()
         if recipe.preference is not None:
-            reference = find_reference(model, fresh, params, frozen, processor, source, recipe, folder, mesh)
+            reference = find_reference(model, fresh, params, frozen, processor, records, recipe, folder, mesh)
         if checkpoints.latest is not None:
             if not resume:
                 raise ResumeError(f"{folder}: holds a run already; resume it, or choose another folder")
@@ -145,7 +145,7 @@ def train(
         )
         validate = Validation(graph, held_out, processor, recipe, mesh)
         log = MetricsLog(folder, recipe.steps, resumed=first, label=recipe.name, console=console)
-        watch = Watch(model, source, found.datasets, recipe, mesh, log)
+        watch = Watch(model, records, found.datasets, recipe, mesh, log)
         with jax.set_mesh(mesh), log, Interruption(recipe.save_minutes) as interruption:
             for number in range(first + 1, recipe.steps + 1):
                 if profile and number == first + _PROFILED.start:

@@ -50,13 +50,13 @@ class Watch:
     def __init__(
         self,
         model: VisionLanguageModel,
-        source: Sequence[ImageRecord],
+        records: Sequence[ImageRecord],
         datasets: Sequence[str],
         recipe: Recipe,
         mesh: Mesh,
         log: MetricsLog,
     ):
-        self.source, self.datasets, self.recipe, self.log = source, datasets, recipe, log
+        self.records, self.datasets, self.recipe, self.log = records, datasets, recipe, log
         self._config, self._sizes = model.config, costs.Sizes.of(model)
         self._devices = mesh.devices.reshape(-1).tolist()
         # Several fake devices on few cores can deadlock where steps are not waited for.
@@ -124,7 +124,7 @@ class Watch:
         self._losses.append(loss)
 
     def _named(self, step: _Pending) -> str:
-        ids = [self.source[number - 1].id for number in np.unique(step.records[step.records > 0]).tolist()]
+        ids = [self.records[number - 1].id for number in np.unique(step.records[step.records > 0]).tolist()]
         return f"Its records: {', '.join(ids)}"
 
     def _parts(self, sums: dict[str, Any]) -> dict[str, float]:

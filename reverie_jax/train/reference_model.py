@@ -52,7 +52,7 @@ def find_reference(
     params: nnx.State,
     frozen: nnx.State,
     processor: Processor,
-    source: Sequence[ImageRecord],
+    records: Sequence[ImageRecord],
     recipe: Recipe,
     folder: Path,
     mesh: Mesh,
@@ -69,7 +69,7 @@ def find_reference(
     assert recipe.preference is not None
     if recipe.preference.reference == "stored":
         graph, _, _ = nnx.split(model, tuned(recipe.tune), ...)  # type: ignore[misc]
-        return stored(graph, params, frozen, processor, source, recipe, folder, mesh)
+        return stored(graph, params, frozen, processor, records, recipe, folder, mesh)
     if not fresh:
         raise UserError(
             f"recipe {recipe.name}: without fresh adapters there is none to switch off for the reference;"
@@ -101,7 +101,7 @@ def stored(
     params: nnx.State,
     frozen: nnx.State,
     processor: Processor,
-    source: Sequence[ImageRecord],
+    records: Sequence[ImageRecord],
     recipe: Recipe,
     folder: Path,
     mesh: Mesh,
@@ -111,7 +111,7 @@ def stored(
     if multihost_utils.broadcast_one_to_all(np.asarray(path.exists())):
         numbers, sums = _read(path)
     else:
-        numbers, sums = _count(graph, params, frozen, processor, source, recipe, mesh)
+        numbers, sums = _count(graph, params, frozen, processor, records, recipe, mesh)
         if jax.process_index() == 0:
             folder.mkdir(parents=True, exist_ok=True)
             part = folder / f".{STORED}.part"
@@ -145,7 +145,7 @@ def _count(
     params: nnx.State,
     frozen: nnx.State,
     processor: Processor,
-    source: Sequence[ImageRecord],
+    records: Sequence[ImageRecord],
     recipe: Recipe,
     mesh: Mesh,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -157,9 +157,9 @@ def _count(
 
     jitted = jax.jit(score, out_shardings=everywhere)
     rows = recipe.rows // recipe.accumulate
-    batches = every_batch(source, processor, recipe.row, recipe.preference, rows=rows, own=own_rows(mesh, rows))
+    batches = every_batch(records, processor, recipe.row, recipe.preference, rows=rows, own=own_rows(mesh, rows))
     numbers, sums = [], []
-    _log.info("counting the reference's sums of %d records", len(source))
+    _log.info("counting the reference's sums of %d records", len(records))
     with jax.set_mesh(mesh):
         for batch in batches:
             asked, found = map(np.asarray, jitted(params, frozen, feed(batch, mesh, rows)))

@@ -25,8 +25,8 @@ from reverie_jax.train.recipes import Recipe
 class Part(Sequence[ImageRecord]):
     """Records from one number up to another."""
 
-    def __init__(self, source: Sequence[ImageRecord], first: int, past: int):
-        self.source, self.first, self.past = source, first, past
+    def __init__(self, records: Sequence[ImageRecord], first: int, past: int):
+        self.records, self.first, self.past = records, first, past
 
     def __len__(self) -> int:
         return self.past - self.first
@@ -40,24 +40,24 @@ class Part(Sequence[ImageRecord]):
             return [self[number] for number in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):
             raise IndexError(index)
-        return self.source[self.first + index % len(self)]
+        return self.records[self.first + index % len(self)]
 
     def __repr__(self) -> str:
-        return f"Part({self.source!r}, {self.first}, {self.past})"
+        return f"Part({self.records!r}, {self.first}, {self.past})"
 
 
-def hold_out(source: Sequence[ImageRecord], records: int) -> tuple[Sequence[ImageRecord], Sequence[ImageRecord]]:
-    """The records that are trained on, and the last `records`, which are not.
+def hold_out(records: Sequence[ImageRecord], count: int) -> tuple[Sequence[ImageRecord], Sequence[ImageRecord]]:
+    """The records that are trained on, and the last `count`, which are not.
 
     Raises:
         ValueError: that leaves none.
     """
-    if not records:
-        return source, ()
-    first = len(source) - records
+    if not count:
+        return records, ()
+    first = len(records) - count
     if first < 1:
-        raise ValueError(f"holdout={records} of {len(source)} records leaves none to train on")
-    return Part(source, 0, first), Part(source, first, len(source))
+        raise ValueError(f"holdout={count} of {len(records)} records leaves none to train on")
+    return Part(records, 0, first), Part(records, first, len(records))
 
 
 class Validation:
@@ -66,12 +66,12 @@ class Validation:
     def __init__(
         self,
         graph: nnx.GraphDef[VisionLanguageModel],
-        source: Sequence[ImageRecord],
+        records: Sequence[ImageRecord],
         processor: Processor,
         recipe: Recipe,
         mesh: Mesh,
     ):
-        self.source, self.processor, self.recipe, self.mesh = source, processor, recipe, mesh
+        self.records, self.processor, self.recipe, self.mesh = records, processor, recipe, mesh
 
         def sums(params: nnx.State, frozen: nnx.State, batch: Batch) -> tuple[Array, Array]:
             loss = edge_loss(nnx.merge(graph, params, frozen), batch)
@@ -81,12 +81,12 @@ class Validation:
 
     def __call__(self, params: nnx.State, frozen: nnx.State) -> dict[str, float] | None:
         """The mean over all taught tokens, under the name that checkpoints are ranked by; None without such records."""
-        if not self.source:
+        if not self.records:
             return None
         recipe = self.recipe
         rows = recipe.rows // recipe.accumulate
         batches = every_batch(
-            self.source,
+            self.records,
             self.processor,
             recipe.row,
             recipe.preference or recipe.teach,

@@ -27,19 +27,19 @@ _TOGETHER = 16
 """Pictures that the tower sees at once."""
 
 
-def key_of(model: VisionLanguageModel, processor: Processor, source: Sequence[ImageRecord]) -> str:
+def key_of(model: VisionLanguageModel, processor: Processor, records: Sequence[ImageRecord]) -> str:
     """What features depend on: the tower's content, the layer, how pictures are made square, and which they are."""
     config = model.config
     digest = hashlib.sha256()
     tower = identity(model)["vision"], config.feature_layer, config.vision.image_size, processor.aspect
-    digest.update(repr((tower, str(model.compute_dtype), len(source))).encode())
-    for record in (source[number] for number in range(len(source))):
+    digest.update(repr((tower, str(model.compute_dtype), len(records))).encode())
+    for record in (records[number] for number in range(len(records))):
         digest.update(record.id.encode() + b"\0" + hashlib.sha256(record.image).digest())
     return digest.hexdigest()
 
 
 def cached(
-    model: VisionLanguageModel, processor: Processor, source: Sequence[ImageRecord], folder: Path
+    model: VisionLanguageModel, processor: Processor, records: Sequence[ImageRecord], folder: Path
 ) -> FeatureCache:
     """The features of every record's picture, from the folder, or counted now and put there (by the first process).
 
@@ -47,18 +47,18 @@ def cached(
         DataError: the folder's are of another tower or other pictures.
         BrokenImage: a picture cannot be read.
     """
-    key = key_of(model, processor, source)
+    key = key_of(model, processor, records)
     if jax.process_index() == 0 and not exists(folder):
-        _log.info("counting vision features of %d records: %s", len(source), folder)
+        _log.info("counting vision features of %d records: %s", len(records), folder)
         config = model.config.vision
-        write(folder, key, (config.patches, config.hidden), _features(model, processor, source))
+        write(folder, key, (config.patches, config.hidden), _features(model, processor, records))
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("vision features")
     return FeatureCache(folder, key)
 
 
 def _features(
-    model: VisionLanguageModel, processor: Processor, source: Sequence[ImageRecord]
+    model: VisionLanguageModel, processor: Processor, records: Sequence[ImageRecord]
 ) -> Iterator[Float[np.ndarray, "P W"]]:
     graph, state = nnx.split(model.vision)
     depth, dtype = model.config.feature_depth, model.compute_dtype
@@ -67,9 +67,9 @@ def _features(
     def run(state: nnx.State, pixels: UInt8[Array, "B S S 3"]) -> Float[Array, "B P W"]:
         return nnx.merge(graph, state)(normalise(pixels, dtype), depth)
 
-    numbers = iter(range(len(source)))
+    numbers = iter(range(len(records)))
     while part := list(itertools.islice(numbers, _TOGETHER)):
-        pixels = [processor.pixels(record.image, record.id) for record in (source[number] for number in part)]
+        pixels = [processor.pixels(record.image, record.id) for record in (records[number] for number in part)]
         shown = np.concatenate(pixels)
         filled = np.zeros((_TOGETHER, *shown.shape[1:]), np.uint8)
         filled[: len(shown)] = shown
