@@ -189,7 +189,7 @@ class Ours:
     """Engine over all pictures, tokens instead of texts."""
 
     def __init__(self, args: Args, model: VisionLanguageModel, processor: Processor, shown: Sequence[Picture]):
-        shape = EngineShape(tokens=4096, leaves=32, rows=args.rows)
+        shape = EngineShape(sequence_length=4096, questions=32, batch_size=args.rows)
         self.engine, self.how, self.shown = Engine(model, processor, shape), Decoding(args.new_tokens), shown
         # No token's id: random weights end no answer, and must not end one by chance on one side.
         self.engine.encoder.stop_ids = (model.config.text.vocab,)
@@ -205,7 +205,7 @@ class Ours:
     def shapes(self) -> list[dict[str, int]]:
         work = self.engine.prepare(self.shown, self.how)
         return [
-            {"rows": g.rows, "tokens": g.shape.tokens, "leaves": g.shape.leaves, "batches": g.batches}
+            {"rows": g.rows, "tokens": g.shape.length, "leaves": g.shape.questions, "batches": g.batches}
             for g in work.groups
         ]
 

@@ -110,13 +110,13 @@ def pack(args: Args) -> dict[str, Any]:
     """One epoch of trees in rows; pictures stay packed away."""
     import grain
 
-    from reverie_jax.data.packing import RowShape
+    from reverie_jax.data.packing import SequenceShape
     from reverie_jax.data.pipeline import packed_rows
     from reverie_jax.data.records import RecordSource
     from reverie_jax.data.supervision import Teaching
 
     source, words_to = RecordSource(args.folder / "records"), processor(args)
-    shape = RowShape(tokens=args.tokens, images=args.images, edges=args.tokens)
+    shape = SequenceShape(length=args.tokens, images=args.images, edges=args.tokens)
     numbers = grain.MapDataset.range(len(source)).seed(0).shuffle()
     rows = tokens = flat = trees = 0
     for row in packed_rows(numbers, source, words_to, shape, Teaching()):

@@ -47,7 +47,7 @@ from flax import nnx
 
 from benchmarks import mixture_scale
 from reverie_jax.data.conversation import IMAGE, ImageRecord
-from reverie_jax.data.packing import Batch, RowShape
+from reverie_jax.data.packing import Batch, SequenceShape
 from reverie_jax.data.processor import Processor
 from reverie_jax.data.templates import TEMPLATES
 from reverie_jax.data.tokenization import Encoder, Tokens
@@ -73,7 +73,7 @@ class Size:
     """
 
     config: VLMConfig
-    row: RowShape
+    row: SequenceShape
     images: int
     rows: int
     talks: int
@@ -89,7 +89,7 @@ SIZES = {
             VisionConfig(hidden=32, layers=2, heads=2, mlp=64, image_size=28, patch_size=14),
             TextConfig(vocab=1280, hidden=48, layers=2, heads=4, kv_heads=4, head_dim=12, mlp=96),
         ),
-        RowShape(tokens=512, images=4, edges=512),
+        SequenceShape(length=512, images=4, edges=512),
         images=2,
         rows=1,
         talks=4,
@@ -101,7 +101,7 @@ SIZES = {
             VisionConfig(hidden=192, layers=3, heads=3, mlp=768, image_size=224, patch_size=14),
             TextConfig(vocab=4096, hidden=512, layers=4, heads=8, kv_heads=8, head_dim=64, mlp=1376),
         ),
-        RowShape(tokens=1024, images=3, edges=512),
+        SequenceShape(length=1024, images=3, edges=512),
         images=2,
         rows=1,
         talks=4,
@@ -162,7 +162,7 @@ class Args:
     def chosen(self) -> Size:
         """The size, with what was set instead of its own."""
         size = SIZES[self.size]
-        row = dataclasses.replace(size.row, tokens=self.tokens or size.row.tokens)
+        row = dataclasses.replace(size.row, length=self.tokens or size.row.length)
         row = dataclasses.replace(row, edges=min(row.edges, row.tokens))
         return dataclasses.replace(
             size,
@@ -280,7 +280,7 @@ def our_batch(work: Work, size: Size, *, sharing: bool, fit: bool) -> Batch:
     # As often as they are repeated: `make_work` has left out the repetitions already, where they are to be.
     teaching = Teaching(answers="as-published")
 
-    def rows_of(shape: RowShape) -> list[Batch]:
+    def rows_of(shape: SequenceShape) -> list[Batch]:
         return list(packed_rows(numbers, work.records, work.processor, shape, teaching, sharing=sharing))
 
     rows = rows_of(size.row)

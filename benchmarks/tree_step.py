@@ -20,7 +20,7 @@ import tyro
 from flax import nnx
 
 from reverie_jax.annotate.stages import annotate
-from reverie_jax.data.packing import Batch, RowShape, element, pack, stack
+from reverie_jax.data.packing import Batch, SequenceShape, element, pack, stack
 from reverie_jax.data.reflection import conversations
 from reverie_jax.data.tree import grow
 from reverie_jax.hosted.interface import Picture
@@ -63,7 +63,7 @@ def main(args: Args) -> None:
         flat += [element(grow([talk]), pixels) for talk in talks if (talk.weights > 0).any()]
 
     def batches(elements: list[dict[str, np.ndarray]], images: int) -> list[Batch]:
-        shape = RowShape(tokens=args.tokens, images=images, edges=args.tokens)
+        shape = SequenceShape(length=args.tokens, images=images, edges=args.tokens)
         rows = list(pack(grain.MapDataset.source(elements).to_iter_dataset(), shape, processor.encoder.patches))
         groups = [rows[i : i + args.rows] for i in range(0, len(rows), args.rows)]
         return [Batch(*map(jnp.asarray, stack(group, args.rows))) for group in groups]

@@ -149,7 +149,7 @@ class Ask:
         decode(encoded, str(self.picture))
         model, processor = load_tuned(self.model, self.adapter)
         asked = [(n, Conversation((Turn("user", f"{IMAGE}\n{text}"),))) for n, text in enumerate(self.question)]
-        engine = Engine(model, processor, EngineShape(rows=1))
+        engine = Engine(model, processor, EngineShape(batch_size=1))
         answers = engine.answer([Picture(str(self.picture), encoded, asked)], new_tokens=self.new_tokens)
         for number, text in enumerate(self.question):
             print(f"{text}\n  {answers[number]}")
@@ -211,7 +211,7 @@ class Recipes:
         for name, recipe in sorted(recipes.RECIPES.items()):
             length = f"{recipe.steps} steps" if recipe.steps else f"{recipe.epochs:g} epoch"
             what = f"LoRA r {recipe.rank}" if recipe.tune == "lora" else recipe.tune
-            size = f"{length} of {recipe.rows} rows of {recipe.row.tokens}"
+            size = f"{length} of {recipe.rows} rows of {recipe.row.length}"
             taught = f"teaches {recipe.teach.kinds}"
             if recipe.preference is not None:
                 taught = f"prefers, beta {recipe.preference.beta:g}, gamma {recipe.preference.gamma:g}"

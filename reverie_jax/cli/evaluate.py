@@ -97,7 +97,7 @@ def evaluate(options: options.Eval) -> None:
     lora.merge(model)
     # Of the tuned model, whole: an adapter that was trained further is another one.
     weights = {**identity(model), "all": fingerprint(model)}
-    shape = EngineShape(tokens=options.row_tokens, leaves=options.leaves, rows=options.rows)
+    shape = EngineShape(sequence_length=options.row_tokens, questions=options.leaves, batch_size=options.rows)
     engine = Engine(model, processor.using(options.template), shape)
     console, failed = Console(stderr=True), list[str]()
     for one, loaded, out in found:

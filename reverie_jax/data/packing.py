@@ -14,21 +14,21 @@ from reverie_jax.data.tree import ConversationTree
 
 
 @dataclasses.dataclass(frozen=True)
-class RowShape:
+class SequenceShape:
     """The static sizes of a row; one compiled program a shape.
 
     Attributes:
-        tokens: L.
+        length: L, tokens.
         images: M; at most this many trees share a row, whether they show one image, several or none.
         edges: E, taught tokens.
-        leaves: Q, open questions (evaluation; 0 in training).
+        questions: Q, open questions (evaluation; 0 in training).
         branches: most conversations of a tree; 0 for any number. A tree with more shares them out.
     """
 
-    tokens: int
+    length: int
     images: int = 1
     edges: int = 0
-    leaves: int = 0
+    questions: int = 0
     branches: int = 0
 
 
@@ -95,7 +95,7 @@ def element(
     }
 
 
-def row(elements: Sequence[Element], shape: RowShape, patches: int) -> Batch:
+def row(elements: Sequence[Element], shape: SequenceShape, patches: int) -> Batch:
     """Places trees side by side: indices within a tree become indices within the row.
 
     Args:
@@ -104,7 +104,7 @@ def row(elements: Sequence[Element], shape: RowShape, patches: int) -> Batch:
     Raises:
         ValueError: they do not fit.
     """
-    sizes = {"tokens": shape.tokens, "pixels": shape.images, "parent": shape.edges, "leaves": shape.leaves}
+    sizes = {"tokens": shape.length, "pixels": shape.images, "parent": shape.edges, "leaves": shape.questions}
     for name, room in [*sizes.items(), ("flat_tokens", shape.images)]:
         if (wanted := sum(len(one[name]) for one in elements)) > room:
             raise ValueError(f"{wanted} {name} for a row of {room}")
@@ -115,8 +115,8 @@ def row(elements: Sequence[Element], shape: RowShape, patches: int) -> Batch:
     made = Batch(
         tokens=empty("tokens", np.int32),
         positions=empty("tokens", np.int32),
-        ends=np.arange(1, shape.tokens + 1, dtype=np.int32),
-        image_slots=np.full(shape.tokens, -1, np.int32),
+        ends=np.arange(1, shape.length + 1, dtype=np.int32),
+        image_slots=np.full(shape.length, -1, np.int32),
         pixels=empty("pixels", elements[0]["pixels"].dtype),
         parent=empty("parent", np.int32),
         target=empty("parent", np.int32),
@@ -124,7 +124,7 @@ def row(elements: Sequence[Element], shape: RowShape, patches: int) -> Batch:
         branch=empty("parent", np.int32),
         origin=empty("parent", np.int32),
         leaves=empty("leaves", np.int32),
-        questions=np.full(shape.leaves, -1, np.int32),
+        questions=np.full(shape.questions, -1, np.int32),
         flat_tokens=np.zeros(shape.images, np.int32),
         records=np.zeros(shape.images, np.int32),
     )
@@ -166,7 +166,9 @@ _CANDIDATES = 64
 """Trees that are tried for the rest of a row, of all sizes that are left."""
 
 
-def pack(elements: grain.IterDataset, shape: RowShape, patches: int, *, window: int | None = None) -> grain.IterDataset:
+def pack(
+    elements: grain.IterDataset, shape: SequenceShape, patches: int, *, window: int | None = None
+) -> grain.IterDataset:
     """Rows from elements; the iterator's state can be saved.
 
     The trees of a window are packed by themselves, each row around the largest one left, by the sizes that fill it best.
@@ -183,7 +185,7 @@ def pack(elements: grain.IterDataset, shape: RowShape, patches: int, *, window: 
 class _Window(grain.experimental.FlatMapTransform):
     """The rows of a window, in the order of their first trees."""
 
-    def __init__(self, shape: RowShape, patches: int, size: int):
+    def __init__(self, shape: SequenceShape, patches: int, size: int):
         self.shape, self.patches, self.max_fan_out = shape, patches, size
 
     def flat_map(self, elements: list[Element]) -> list[Batch]:
@@ -191,13 +193,13 @@ class _Window(grain.experimental.FlatMapTransform):
         return [row([elements[number] for number in one], self.shape, self.patches) for one in bins]
 
 
-def share_out(elements: Sequence[Element], shape: RowShape) -> list[list[int]]:
+def share_out(elements: Sequence[Element], shape: SequenceShape) -> list[list[int]]:
     """Which elements go into a row together, by number; each goes into one.
 
     Raises:
         ValueError: one does not fit a row by itself.
     """
-    rooms = np.asarray([shape.tokens, shape.images, shape.edges, shape.leaves, shape.images])
+    rooms = np.asarray([shape.length, shape.images, shape.edges, shape.questions, shape.images])
     names = ("tokens", "pixels", "parent", "leaves", "flat_tokens")
     sizes = np.asarray([[len(one[name]) for name in names] for one in elements]).reshape(-1, len(names))
     if (beyond := np.argwhere(sizes > rooms)).size:

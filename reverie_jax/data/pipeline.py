@@ -15,7 +15,7 @@ from jaxtyping import Int32
 
 from reverie_jax.data.conversation import Conversation, ImageRecord
 from reverie_jax.data.feature_cache import FeatureCache
-from reverie_jax.data.packing import WINDOW, Batch, Element, RowShape, element, pack, share_out, stack
+from reverie_jax.data.packing import WINDOW, Batch, Element, SequenceShape, element, pack, share_out, stack
 from reverie_jax.data.preferences import Preference, grow_pairs, pairs
 from reverie_jax.data.processor import Processor
 from reverie_jax.data.supervision import Teaching
@@ -24,7 +24,7 @@ from reverie_jax.errors import DataError
 
 
 def trees(
-    record: ImageRecord, processor: Processor, shape: RowShape, teaching: Teaching, *, sharing: bool = True
+    record: ImageRecord, processor: Processor, shape: SequenceShape, teaching: Teaching, *, sharing: bool = True
 ) -> list[ConversationTree]:
     """The record's conversations as trees that each fit a row.
 
@@ -39,13 +39,13 @@ def trees(
 
 
 def _taught(
-    record: ImageRecord, processor: Processor, shape: RowShape, talks: Sequence[Conversation], sharing: bool
+    record: ImageRecord, processor: Processor, shape: SequenceShape, talks: Sequence[Conversation], sharing: bool
 ) -> list[tuple[list[int], ConversationTree]]:
     """`grow_within`, for a record."""
     tokens = processor.tokens(record.id, talks)
     branches = (shape.branches or None) if sharing else 1
     try:
-        return grow_within(tokens, tokens=shape.tokens, edges=shape.edges, branches=branches)
+        return grow_within(tokens, tokens=shape.length, edges=shape.edges, branches=branches)
     except ValueError as error:
         raise DataError(f"record {record.id}: {error}; give rows more room or shorten the conversation") from None
 
@@ -55,7 +55,7 @@ PAIRS = 1 << 10
 
 
 def _paired(
-    record: ImageRecord, processor: Processor, shape: RowShape, preference: Preference
+    record: ImageRecord, processor: Processor, shape: SequenceShape, preference: Preference
 ) -> list[tuple[list[int], ConversationTree, list[Conversation]]]:
     """A record's pairs: (numbers within the record, tree, conversations) of each tree's branches."""
     sides = pairs(record.id, record.conversations)
@@ -64,7 +64,7 @@ def _paired(
     found = processor.tokens(record.id, [talk for pair in sides for talk in pair])
     couples = list(zip(found[::2], found[1::2], strict=True))
     try:
-        grown = grow_pairs(couples, preference, tokens=shape.tokens, edges=shape.edges, leaves=shape.leaves)
+        grown = grow_pairs(couples, preference, tokens=shape.length, edges=shape.edges, leaves=shape.questions)
     except ValueError as error:
         raise DataError(f"record {record.id}: {error}; give rows more room or shorten the answers") from None
     made = []
@@ -101,7 +101,7 @@ class Survey:
 def survey(
     records: Sequence[ImageRecord],
     processor: Processor,
-    shape: RowShape,
+    shape: SequenceShape,
     teaching: Teaching | Preference,
     *,
     sharing: bool = True,
@@ -137,7 +137,7 @@ class _Numbered:
         self,
         records: Sequence[ImageRecord],
         processor: Processor,
-        shape: RowShape,
+        shape: SequenceShape,
         teaching: Teaching | Preference,
         sharing: bool,
         datasets: dict[str, int],
@@ -233,7 +233,7 @@ def packed_rows(
     numbers: grain.MapDataset,
     records: Sequence[ImageRecord],
     processor: Processor,
-    shape: RowShape,
+    shape: SequenceShape,
     teaching: Teaching | Preference,
     *,
     sharing: bool = True,
@@ -252,7 +252,7 @@ def packed_rows(
 def training_batches(
     records: Sequence[ImageRecord],
     processor: Processor,
-    shape: RowShape,
+    shape: SequenceShape,
     *,
     rows: int,
     teaching: Teaching | Preference,
@@ -289,7 +289,7 @@ def training_batches(
 def every_batch(
     records: Sequence[ImageRecord],
     processor: Processor,
-    shape: RowShape,
+    shape: SequenceShape,
     teaching: Teaching | Preference,
     *,
     rows: int,
@@ -330,7 +330,7 @@ class Picture:
 class _Questions(grain.experimental.FlatMapTransform):
     """A picture's questions as one tree, or as few as fit; the number of the picture (from 1) where its pixels will be."""
 
-    def __init__(self, pictures: Sequence[Picture], processor: Processor, shape: RowShape):
+    def __init__(self, pictures: Sequence[Picture], processor: Processor, shape: SequenceShape):
         self.pictures, self.processor, self.shape = pictures, processor, shape
         self.max_fan_out = 1_000
 
@@ -340,7 +340,7 @@ class _Questions(grain.experimental.FlatMapTransform):
         numbers, talks = zip(*picture.questions, strict=True)
         tokens = [untaught(talk) for talk in self.processor.tokens(picture.name, talks)]
         try:
-            grown = grow_within(tokens, tokens=self.shape.tokens, edges=0, branches=self.shape.leaves)
+            grown = grow_within(tokens, tokens=self.shape.length, edges=0, branches=self.shape.questions)
         except ValueError as error:
             raise DataError(f"{picture.name}: {error}") from None
         return [element(tree, shown, [numbers[member] for member in members]) for members, tree in grown]
@@ -349,7 +349,7 @@ class _Questions(grain.experimental.FlatMapTransform):
 def question_batches(
     pictures: Sequence[Picture],
     processor: Processor,
-    shape: RowShape,
+    shape: SequenceShape,
     *,
     rows: int,
     own: slice | None = None,

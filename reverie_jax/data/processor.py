@@ -16,7 +16,7 @@ from PIL import Image
 
 from reverie_jax.data.conversation import IMAGE, Conversation, ImageRecord, Turn
 from reverie_jax.data.images import decode, preprocess, to_rgb
-from reverie_jax.data.packing import Batch, RowShape, element, row, stack
+from reverie_jax.data.packing import Batch, SequenceShape, element, row, stack
 from reverie_jax.data.templates import Template, v0
 from reverie_jax.data.tokenization import Encoder, Tokens
 from reverie_jax.data.tree import grow
@@ -121,11 +121,11 @@ class Processor:
             numbers = list(range(number, number + len(tree.leaves)))
             number += len(tree.leaves)
             elements.append(element(tree, self.pixels(record.image, record.id), numbers))
-        shape = RowShape(
-            tokens=max(len(e["tokens"]) for e in elements),
+        shape = SequenceShape(
+            length=max(len(e["tokens"]) for e in elements),
             images=max(1, *(len(e["pixels"]) for e in elements)),
             edges=max(len(e["source"]) for e in elements),
-            leaves=max(len(e["leaves"]) for e in elements),
+            questions=max(len(e["leaves"]) for e in elements),
         )
         rows = [row([e], shape, self.encoder.patches) for e in elements]
         return stack(rows, len(rows))

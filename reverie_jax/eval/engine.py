@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from reverie_jax.data.conversation import IMAGE, Conversation, ImageRecord, Turn
-from reverie_jax.data.packing import Batch, RowShape
+from reverie_jax.data.packing import Batch, SequenceShape
 from reverie_jax.data.pipeline import Picture, question_batches
 from reverie_jax.data.processor import Processor
 from reverie_jax.data.tree import grow, grow_within, untaught
@@ -45,14 +45,14 @@ class EngineShape:
     """Limits of inference; the sizes in use fit the questions, in steps that keep compiled programs few.
 
     Attributes:
-        tokens: longest row; a picture's questions that do not fit one row take several.
-        leaves: most questions that decode together from one row.
-        rows: rows in a batch.
+        sequence_length: longest sequence, in tokens; a picture's questions that do not fit one row take several.
+        questions: most questions that decode together from one row.
+        batch_size: sequences in a batch.
     """
 
-    tokens: int = 1024
-    leaves: int = 32
-    rows: int = 16
+    sequence_length: int = 1024
+    questions: int = 32
+    batch_size: int = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,10 +63,10 @@ class Group:
         disturbed: the same pictures and questions behind `DISTURBING`, and the shape of their rows.
     """
 
-    shape: RowShape
+    shape: SequenceShape
     rows: int
     pictures: list[Picture]
-    disturbed: tuple[RowShape, list[Picture]] | None = None
+    disturbed: tuple[SequenceShape, list[Picture]] | None = None
 
     @property
     def batches(self) -> int:
@@ -126,7 +126,7 @@ def plan(
         talks = [talk for _, talk in picture.questions]
         tokens = [untaught(one) for one in processor.tokens(picture.name, talks)]
         try:
-            grown = grow_within(tokens, tokens=limit.tokens, edges=0, branches=limit.leaves)
+            grown = grow_within(tokens, tokens=limit.sequence_length, edges=0, branches=limit.questions)
         except ValueError as error:
             raise DataError(f"{picture.name}: {error}") from None
         for members, tree in grown:
@@ -144,8 +144,8 @@ def plan(
             continue
         leaves = max(leaves for leaves, _ in here)
         asked = [picture for _, picture in here]
-        rows = min(limit.rows, len(asked))
-        shape = RowShape(tokens=min(bound, limit.tokens), images=1, leaves=leaves)
+        rows = min(limit.batch_size, len(asked))
+        shape = SequenceShape(length=min(bound, limit.sequence_length), images=1, questions=leaves)
         other = _disturbed(asked, processor, leaves) if disturb else None
         groups.append(Group(shape, -(-rows // spread) * spread, asked, other))
     return groups
@@ -155,7 +155,7 @@ def _rounded(length: int) -> int:
     return -(-length // _STEP) * _STEP
 
 
-def _disturbed(pictures: Sequence[Picture], processor: Processor, leaves: int) -> tuple[RowShape, list[Picture]]:
+def _disturbed(pictures: Sequence[Picture], processor: Processor, leaves: int) -> tuple[SequenceShape, list[Picture]]:
     def behind(talk: Conversation) -> Conversation:
         *before, last = talk.turns
         opening = f"{IMAGE}\n" if last.text.startswith(f"{IMAGE}\n") else ""
@@ -168,7 +168,7 @@ def _disturbed(pictures: Sequence[Picture], processor: Processor, leaves: int) -
         found = processor.tokens(picture.name, [talk for _, talk in asked])
         longest = max(longest, len(grow(map(untaught, found))))
         others.append(dataclasses.replace(picture, questions=asked))
-    return RowShape(tokens=_rounded(longest), images=1, leaves=leaves), others
+    return SequenceShape(length=_rounded(longest), images=1, questions=leaves), others
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "how", "stops"))
@@ -246,9 +246,9 @@ class Engine:
         # A question that is drawn for twice may have two answers.
         once, same = (pictures, {}) if how.temperature else _once(pictures)
         spread, length = self._spread, min(usual or how.new_tokens, how.new_tokens)
-        leaves = min(self.shape.leaves, self._room(how.new_tokens, how))
-        rows = min(self.shape.rows, spread * max(1, self._room(length, how) // leaves))
-        limit = dataclasses.replace(self.shape, leaves=leaves, rows=rows)
+        leaves = min(self.shape.questions, self._room(how.new_tokens, how))
+        rows = min(self.shape.batch_size, spread * max(1, self._room(length, how) // leaves))
+        limit = dataclasses.replace(self.shape, questions=leaves, batch_size=rows)
         return Work(plan(once, self.processor, limit, spread=spread, disturb=how.against == "instruction"), same)
 
     @property
@@ -289,7 +289,7 @@ class Engine:
         # Left last, after the batches that it works for.
         pool = stack.enter_context(ThreadPoolExecutor(os.cpu_count() or 1))
 
-        def of(shape: RowShape, pictures: list[Picture]) -> Iterator[Batch]:
+        def of(shape: SequenceShape, pictures: list[Picture]) -> Iterator[Batch]:
             rest = pictures[skip * group.rows :]
             if not rest:
                 return
@@ -417,7 +417,7 @@ def generate(
         # Two records may share a name and show different pictures.
         pictures.append(Picture(f"{record.id} ({index})", record.image, questions))
     # Long enough for any one conversation; a record's tree takes several rows where it is longer.
-    shape = EngineShape(tokens=max(2048, processor.context), rows=min(8, max(1, len(pictures))))
+    shape = EngineShape(sequence_length=max(2048, processor.context), batch_size=min(8, max(1, len(pictures))))
     engine = Engine(model, processor, shape, mesh=mesh)
     answers = engine.answer(pictures, new_tokens=max_new_tokens)
     return [answers[n] for n in range(number)]

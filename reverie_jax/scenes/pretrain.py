@@ -18,7 +18,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from reverie_jax.data.packing import Batch, RowShape, element, pack
+from reverie_jax.data.packing import Batch, SequenceShape, element, pack
 from reverie_jax.data.tokenization import Encoder
 from reverie_jax.data.tree import Trie
 from reverie_jax.models import TextConfig, VisionConfig, VisionLanguageModel, VLMConfig
@@ -52,7 +52,7 @@ class PretrainRecipe:
     finish_steps: int = 150
     finish_rate: float = 7e-4
     finish_absent_share: float = 0.01
-    row: RowShape = dataclasses.field(default_factory=lambda: RowShape(tokens=256, images=1, edges=128))
+    row: SequenceShape = dataclasses.field(default_factory=lambda: SequenceShape(length=256, images=1, edges=128))
     seed: int = 0
 
 
@@ -116,7 +116,7 @@ def language_batches(scenes: list[Scene], recipe: PretrainRecipe, encoder: Encod
         for conversation in plain_talks(scene, rng, recipe.questions, recipe.absent_share):
             tokens = encoder(conversation)
             more, edges = trie.cost(tokens)
-            if len(trie) + more <= recipe.row.tokens and trie.edges + edges <= recipe.row.edges:
+            if len(trie) + more <= recipe.row.length and trie.edges + edges <= recipe.row.edges:
                 trie.add(tokens)
         return element(trie.tree(), render(scene, size)[None])
 

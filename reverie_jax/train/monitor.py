@@ -100,7 +100,7 @@ class Watch:
                 "tokens_per_second": numbers["tokens"] / seconds,
                 "supervised_per_second": numbers["supervised"] / seconds,
                 "supervised_share": numbers["supervised"] / max(1.0, numbers["tokens"]),
-                "packing": numbers["tokens"] / (self.recipe.rows * self.recipe.row.tokens),
+                "packing": numbers["tokens"] / (self.recipe.rows * self.recipe.row.length),
                 "input_wait": min(1.0, step.waited / seconds),
                 **self._work(numbers, seconds),
                 "rate": float(schedule(self.recipe.rate, self.recipe)(step.number - 1)),

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import pydantic
 
-from reverie_jax.data.packing import RowShape
+from reverie_jax.data.packing import SequenceShape
 from reverie_jax.data.preferences import Preference
 from reverie_jax.data.supervision import Teaching
 from reverie_jax.errors import UserError
@@ -59,7 +59,7 @@ class Recipe:
     name: str
     steps: int
     rows: int
-    row: RowShape
+    row: SequenceShape
     epochs: float = 1.0
     accumulate: int = 1
     remat: Remat = "full"
@@ -111,7 +111,7 @@ _SCENES = Recipe(
     name="scenes-rationales",
     steps=200,
     rows=16,
-    row=RowShape(tokens=448, images=1, edges=288),
+    row=SequenceShape(length=448, images=1, edges=288),
     teach=Teaching(answers="as-published"),
     rank=16,
     alpha=32.0,
@@ -125,7 +125,7 @@ _LLAVA = Recipe(
     name="llava-1.5-7b-lora",
     steps=0,
     rows=128,
-    row=RowShape(tokens=2048, images=1, edges=2048),
+    row=SequenceShape(length=2048, images=1, edges=2048),
     accumulate=8,
     mean="micro-batches",
     teach=Teaching(answers="as-published"),
@@ -155,7 +155,7 @@ _REVERIE = dataclasses.replace(
     _LLAVA,
     name="reverie-1.5-7b-lora",
     rows=8,
-    row=RowShape(tokens=4096, images=8, edges=4096),
+    row=SequenceShape(length=4096, images=8, edges=4096),
     accumulate=1,
     mean="tokens",
     teach=Teaching(),
@@ -168,7 +168,7 @@ _DDPO = dataclasses.replace(
     _LLAVA,
     name="rlhfv-ddpo-paper",
     rows=32,
-    row=RowShape(tokens=2048, images=1, edges=2048, leaves=2),
+    row=SequenceShape(length=2048, images=1, edges=2048, questions=2),
     epochs=7.0,
     accumulate=1,
     mean="tokens",
@@ -203,7 +203,7 @@ _LRV = dataclasses.replace(
     mean="tokens",
     accumulate=1,
     rows=32,
-    row=RowShape(tokens=2048, images=4, edges=2048),
+    row=SequenceShape(length=2048, images=4, edges=2048),
     epochs=3.0,
     rate=2e-5,
     projector_rate=2e-5,
@@ -224,7 +224,7 @@ RECIPES: dict[str, Recipe] = {
             _SCENES,
             name="scenes-responses",
             teach=Teaching("responses", answers="as-published"),
-            row=RowShape(tokens=192, images=1, edges=96),
+            row=SequenceShape(length=192, images=1, edges=96),
         ),
         *_named(_LLAVA, "llava-1.5-7b-lora", "llava-1.5-13b-lora", "llava-phi3-lora"),
         _LLAVA_1_0,

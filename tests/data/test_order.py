@@ -22,7 +22,7 @@ from reverie_jax.data import packing as rows_module
 from reverie_jax.data import pipeline as pipeline_module
 from reverie_jax.data.conversation import IMAGE, Conversation, ImageRecord, Turn
 from reverie_jax.data.images import BrokenImage
-from reverie_jax.data.packing import Batch, RowShape
+from reverie_jax.data.packing import Batch, SequenceShape
 from reverie_jax.data.pipeline import packed_rows, training_batches
 from reverie_jax.data.processor import Processor
 from reverie_jax.data.records import RecordSource, write_records
@@ -31,7 +31,7 @@ from reverie_jax.data.tokenization import Encoder, Tokens
 from tests.data.fakes import IMAGE_ID, WordTokenizer, png
 
 PATCHES, SIDE = 4, 8
-SHAPE = RowShape(tokens=160, images=4, edges=120)
+SHAPE = SequenceShape(length=160, images=4, edges=120)
 
 
 def set_window(patch: pytest.MonkeyPatch, size: int) -> None:
@@ -292,7 +292,7 @@ def test_one_picture_in_two_trees_of_a_row_is_there_twice():
 Lesson = tuple[tuple[int, ...], int]
 
 
-def epoch(source: Sequence[ImageRecord], shape: RowShape, sharing: bool) -> Iterator[Batch]:
+def epoch(source: Sequence[ImageRecord], shape: SequenceShape, sharing: bool) -> Iterator[Batch]:
     numbers = grain.MapDataset.range(len(source)).seed(5).shuffle()
     return iter(packed_rows(numbers, source, PROCESSOR, shape, TEACHING, sharing=sharing))
 
@@ -326,7 +326,7 @@ def by_hand(source: Sequence[ImageRecord]) -> tuple[dict[Lesson, float], int]:
 @given(st.integers(1, 12), st.integers(0, 10**6), st.sampled_from((0, 2)))
 def test_an_epoch_teaches_the_same_shared_or_one_by_one(count, seed, branches):
     source = coded(count, seed)
-    shape = RowShape(SHAPE.tokens, SHAPE.images, SHAPE.edges, branches=branches)
+    shape = SequenceShape(SHAPE.length, SHAPE.images, SHAPE.edges, branches=branches)
     wanted = by_hand(source)
     assert lessons(epoch(source, shape, sharing=True)) == wanted
     assert lessons(epoch(source, shape, sharing=False)) == wanted

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reverie_jax.data.packing import WINDOW, Batch, Element, RowShape, fill, pack, row, share_out
+from reverie_jax.data.packing import WINDOW, Batch, Element, SequenceShape, fill, pack, row, share_out
 
 PATCHES = 2
 
@@ -77,7 +77,7 @@ def test_fill_at_its_edges(sizes, room, most, wanted):
 
 
 sizes_of_one = st.tuples(st.integers(1, 30), st.integers(0, 3), st.integers(0, 8), st.integers(0, 4))
-SHAPE = RowShape(tokens=30, images=3, edges=8, leaves=4)
+SHAPE = SequenceShape(length=30, images=3, edges=8, questions=4)
 
 
 def budgets(elements: Sequence[Element], members: Sequence[int]) -> list[int]:
@@ -92,7 +92,7 @@ def test_every_element_goes_into_one_row_and_no_budget_is_overdrawn(sizes):
     elements = [made(n, t, pictures=p, edges=e, leaves=q) for n, (t, p, e, q) in enumerate(sizes)]
     bins = share_out(elements, SHAPE)
     assert sorted(itertools.chain.from_iterable(bins)) == list(range(len(elements)))
-    rooms = [SHAPE.tokens, SHAPE.images, SHAPE.edges, SHAPE.leaves, SHAPE.images]
+    rooms = [SHAPE.length, SHAPE.images, SHAPE.edges, SHAPE.questions, SHAPE.images]
     for members in bins:
         assert members
         assert all(used <= room for used, room in zip(budgets(elements, members), rooms, strict=True))
@@ -104,7 +104,7 @@ def test_every_element_goes_into_one_row_and_no_budget_is_overdrawn(sizes):
 def test_each_row_is_filled_best_around_the_largest_that_is_left(sizes, trees):
     elements = [made(number, size) for number, size in enumerate(sizes)]
     left = set(range(len(sizes)))
-    for members in share_out(elements, RowShape(tokens=40, images=trees)):
+    for members in share_out(elements, SequenceShape(length=40, images=trees)):
         largest = max(sizes[number] for number in left)
         assert max(sizes[number] for number in members) == largest
         others = sorted(sizes[number] for number in left)
@@ -118,7 +118,7 @@ def test_each_row_is_filled_best_around_the_largest_that_is_left(sizes, trees):
 @settings(max_examples=30)
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=7), st.integers(1, 4))
 def test_no_more_rows_than_twice_the_fewest(sizes, trees):
-    found = len(share_out([made(number, size) for number, size in enumerate(sizes)], RowShape(12, trees)))
+    found = len(share_out([made(number, size) for number, size in enumerate(sizes)], SequenceShape(12, trees)))
     assert found <= 2 * fewest(sizes, 12, trees)
 
 
@@ -175,7 +175,7 @@ def test_nothing_is_shared_out_to_no_rows():
 
 def test_a_row_of_one_tree_holds_one_though_more_would_fit():
     elements = [made(number, 2) for number in range(3)]
-    assert sorted(share_out(elements, RowShape(tokens=30, images=1))) == [[0], [1], [2]]
+    assert sorted(share_out(elements, SequenceShape(length=30, images=1))) == [[0], [1], [2]]
 
 
 # How full rows are.
@@ -201,12 +201,12 @@ FULLNESS = {"like trees": 0.97, "even": 0.97, "long tail": 0.97}
 def test_rows_are_full_where_trees_are_a_quarter_of_them(kind, least):
     length = 4096
     sizes = lengths(kind, WINDOW, length)
-    bins = share_out([made(number, size) for number, size in enumerate(sizes)], RowShape(length, 12))
+    bins = share_out([made(number, size) for number, size in enumerate(sizes)], SequenceShape(length, 12))
     assert sum(sizes) / (len(bins) * length) >= least
 
 
 def test_rows_are_full_over_many_windows():
-    length, shape = 2048, RowShape(2048, 12)
+    length, shape = 2048, SequenceShape(2048, 12)
     sizes = lengths("like trees", 2000, length)
     elements = [made(number, size) for number, size in enumerate(sizes)]
     rows = list(rows_of(elements, shape))
@@ -217,7 +217,7 @@ def test_rows_are_full_over_many_windows():
 # Rows as an iterator.
 
 
-def rows_of(elements: Sequence[Element], shape: RowShape, window: int | None = None) -> grain.IterDataset:
+def rows_of(elements: Sequence[Element], shape: SequenceShape, window: int | None = None) -> grain.IterDataset:
     source = grain.MapDataset.source(elements)
     return pack(source.to_iter_dataset(grain.ReadOptions(num_threads=0)), shape, PATCHES, window=window)
 
@@ -284,7 +284,7 @@ def test_each_row_is_its_elements_side_by_side(count, seed, window):
             assert one.flat_tokens[slot] == 2 * size
             token, picture, edge = token + size, picture + shown, edge + taught
         assert not one.tokens[token:].any()
-        assert one.ends[token:].tolist() == list(range(token + 1, SHAPE.tokens + 1))
+        assert one.ends[token:].tolist() == list(range(token + 1, SHAPE.length + 1))
         assert (one.image_slots[token:] == -1).all()
         assert not one.pixels[picture:].any()
         assert not one.weight[edge:].any()
@@ -336,5 +336,5 @@ def test_the_order_depends_on_nothing_but_the_elements():
 
 def test_the_default_window_is_one_where_a_row_holds_one_tree():
     elements = [made(number, 3 + number) for number in range(5)]
-    order = [members_of(one) for one in rows_of(elements, RowShape(tokens=30, images=1))]
+    order = [members_of(one) for one in rows_of(elements, SequenceShape(length=30, images=1))]
     assert order == [[0], [1], [2], [3], [4]]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from reverie_jax.data.conversation import IMAGE, Conversation, ImageRecord, Turn
 from reverie_jax.data.mixture import Part, mixture
-from reverie_jax.data.packing import Batch, RowShape
+from reverie_jax.data.packing import Batch, SequenceShape
 from reverie_jax.data.pipeline import Picture, question_batches, survey, training_batches, trees
 from reverie_jax.data.processor import Processor
 from reverie_jax.data.records import RecordSource, write_records
@@ -325,7 +325,7 @@ def processor() -> Processor:
 
 
 def batches(dataset: list[ImageRecord], *, images: int = 1, seed: int = 0, teach: str = "rationales", length: int = 90):
-    shape = RowShape(tokens=length, images=images, edges=60)
+    shape = SequenceShape(length=length, images=images, edges=60)
     return training_batches(source, processor(), shape, rows=2, teaching=arm(teach), seed=seed)
 
 
@@ -399,7 +399,7 @@ def test_arms_teach_their_own_words(teach):
 @pytest.mark.parametrize("teach", ["responses", "rationales"])
 def test_edge_weights_are_the_conversations_weights(teach):
     source = records(3)
-    shape = RowShape(tokens=90, images=1, edges=60)
+    shape = SequenceShape(length=90, images=1, edges=60)
     wanted = sum(float(encoder()(t).weights.sum()) for record in source for t in arm(teach)(record.conversations))
     grown = [tree for record in source for tree in trees(record, processor(), shape, arm(teach))]
     assert sum(float(tree.weight.sum()) for tree in grown) == wanted
@@ -413,14 +413,14 @@ def test_edge_weights_are_the_conversations_weights(teach):
 
 def test_too_long_conversation_names_its_record():
     with pytest.raises(DataError, match="record r1: conversation 0 has") as error:
-        survey(records(2)[1:], processor(), RowShape(tokens=10, images=1, edges=60), arm("rationales"))
+        survey(records(2)[1:], processor(), SequenceShape(length=10, images=1, edges=60), arm("rationales"))
     one_line(error, "r1")
 
 
 def test_conversation_beyond_the_decoders_context_names_its_record():
     short = dataclasses.replace(processor(), context=12)
     with pytest.raises(UserError, match=r"record r0: conversation 0 has .* exact up to 12") as error:
-        survey(records(2), short, RowShape(tokens=90, images=1, edges=60), arm("rationales"))
+        survey(records(2), short, SequenceShape(length=90, images=1, edges=60), arm("rationales"))
     one_line(error, "r0")
 
 
@@ -428,7 +428,7 @@ def test_data_that_teaches_nothing_is_refused():
     record = ImageRecord("a", png(), (talk("What?", "A cup.", weight=0.0),))
     for teach in ("responses", "rationales"):
         with pytest.raises(DataError, match="teaches nothing"):
-            survey([record], processor(), RowShape(tokens=90, edges=60), arm(teach))
+            survey([record], processor(), SequenceShape(length=90, edges=60), arm(teach))
 
 
 def test_record_without_responses_is_passed_over():
@@ -446,7 +446,7 @@ def test_every_question_is_asked_once():
     for index, count in enumerate((5, 1, 3)):
         asked = [(next(number), open_talk(f"Is there x{n} here?")) for n in range(count)]
         pictures.append(Picture(f"p{index}", png((index, 0, 0)), asked))
-    shape, words = RowShape(tokens=40, images=1, leaves=2), processor()
+    shape, words = SequenceShape(length=40, images=1, questions=2), processor()
     found = {}
     for batch in question_batches(pictures, words, shape, rows=4):
         assert len(batch.tokens) == 4
@@ -464,7 +464,7 @@ def test_every_question_is_asked_once():
 
 def test_too_long_question_names_its_picture():
     asked = [(0, Conversation((Turn("user", f"{IMAGE}\n" + "word " * 60),)))]
-    shape = RowShape(tokens=40, images=1, leaves=2)
+    shape = SequenceShape(length=40, images=1, questions=2)
     with pytest.raises(DataError) as error:
         list(question_batches([Picture("p0", png(), asked)], processor(), shape, rows=1))
     one_line(error, "p0")

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reverie_jax.data.packing import Batch, Element, RowShape, element, pack, stack
+from reverie_jax.data.packing import Batch, Element, SequenceShape, element, pack, stack
 from reverie_jax.data.tokenization import Tokens
 from reverie_jax.data.tree import ConversationTree, grow
 
@@ -50,13 +50,13 @@ def stream(count: int, seed: int, taught: bool = True) -> list[Sample]:
     return [sample(number, rng, taught) for number in range(count)]
 
 
-def packed(samples: list[Sample], shape: RowShape, window: int | None = None) -> grain.IterDataset:
+def packed(samples: list[Sample], shape: SequenceShape, window: int | None = None) -> grain.IterDataset:
     source = grain.MapDataset.source([s.element() for s in samples])
     return pack(source.to_iter_dataset(grain.ReadOptions(num_threads=0)), shape, PATCHES, window=window)
 
 
-def training(tokens: int, images: int) -> RowShape:
-    return RowShape(tokens=tokens, images=images, edges=16)
+def training(tokens: int, images: int) -> SequenceShape:
+    return SequenceShape(length=tokens, images=images, edges=16)
 
 
 def found(row: Batch) -> dict[int, tuple[int, int]]:
@@ -133,7 +133,7 @@ def test_every_tree_stands_in_one_row_as_it_is(count, seed, images, length, wind
 @given(st.integers(1, 8), st.integers(0, 10**6), st.integers(1, 3))
 def test_every_question_keeps_its_leaf(count, seed, images):
     samples = stream(count, seed, taught=False)
-    shape = RowShape(tokens=50, images=images, leaves=6)
+    shape = SequenceShape(length=50, images=images, questions=6)
     rows = list(packed(samples, shape))
     assert sorted(n for row in rows for n in check_row(row, samples)) == list(range(count))
     asked = [q for row in rows for q in row.questions.tolist() if q >= 0]
@@ -141,7 +141,7 @@ def test_every_question_keeps_its_leaf(count, seed, images):
 
 
 def test_rows_have_the_shape_asked_for():
-    shape = RowShape(tokens=40, images=2, edges=9, leaves=4)
+    shape = SequenceShape(length=40, images=2, edges=9, questions=4)
     (row, *_) = packed(stream(1, 0), shape)
     assert row.tokens.shape == row.positions.shape == row.ends.shape == row.image_slots.shape == (40,)
     assert row.parent.shape == row.target.shape == row.weight.shape == row.branch.shape == (9,)
@@ -187,7 +187,7 @@ def test_grain_finds_the_same_output_after_a_checkpoint():
 
 def test_blank_rows_fill_a_batch():
     samples = stream(2, 4, taught=False)
-    rows = list(packed(samples, RowShape(tokens=40, images=1, leaves=3)))
+    rows = list(packed(samples, SequenceShape(length=40, images=1, questions=3)))
     batch = stack(rows, 4)
     assert all(len(field) == 4 for field in batch)
     for number in range(4):
@@ -218,7 +218,7 @@ def test_a_tree_may_show_several_images():
     one, other = stream(2, 0)
     shown = np.concatenate([one.pixels, one.pixels])
     elements = [element(one.tree, shown), element(other.tree, other.pixels)]
-    shape = RowShape(tokens=len(one.tree) + len(other.tree), images=3, edges=200)
+    shape = SequenceShape(length=len(one.tree) + len(other.tree), images=3, edges=200)
     (packed,) = pack(grain.MapDataset.source(elements).to_iter_dataset(), shape, PATCHES)
     features = packed.image_slots[len(one.tree) :]
     # The second tree's image stands in the third slot.

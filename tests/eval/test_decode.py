@@ -44,7 +44,7 @@ MANY = [
     *(Picture(f"m{n}", png(10 + n), [(20 + n, ask("abcdefg"[n] * (n + 1) + "?"))]) for n in range(7)),
     Picture("long", png(30), [(40, ask(LONG)), (41, ask("is it?", ("yes", LONG)))]),
 ]
-SHAPE = EngineShape(rows=2)
+SHAPE = EngineShape(batch_size=2)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -115,7 +115,7 @@ def test_beam_search_is_transformers(beams, penalty, two_ends, seeds):
 @pytest.mark.slow
 def test_beams_on_a_mesh():
     how = Decoding(NEW_TOKENS, beams=3)
-    answers = says(4, how, shape=EngineShape(rows=4), mesh=make_mesh(2, 2, 1))
+    answers = says(4, how, shape=EngineShape(batch_size=4), mesh=make_mesh(2, 2, 1))
     assert answers == beams_of_transformers(4, how)
 
 
@@ -130,12 +130,12 @@ def test_a_beam_of_one_token():
 
 def shapes(shape, mesh=None):
     engine = Engine(oracle.ours(0), oracle.PROCESSOR, shape, mesh=mesh)
-    return [group.shape.tokens for group in engine.prepare(MANY, Decoding(NEW_TOKENS)).groups]
+    return [group.shape.length for group in engine.prepare(MANY, Decoding(NEW_TOKENS)).groups]
 
 
 @pytest.mark.parametrize("usual", [None, 3])
 def test_greedy_is_transformers(usual):
-    shape = EngineShape(rows=4)
+    shape = EngineShape(batch_size=4)
     assert len(shapes(shape)) == 2
     found = set()
     for seed in range(6):
@@ -147,13 +147,13 @@ def test_greedy_is_transformers(usual):
 @pytest.mark.parametrize("axes", [(4, 1, 1), (2, 2, 1), pytest.param((1, 2, 2), marks=pytest.mark.slow)])
 def test_greedy_on_a_mesh(axes):
     for seed in (2, 4):
-        answers = says(seed, Decoding(NEW_TOKENS), shape=EngineShape(rows=4), mesh=make_mesh(*axes))
+        answers = says(seed, Decoding(NEW_TOKENS), shape=EngineShape(batch_size=4), mesh=make_mesh(*axes))
         assert answers == greedy_of_few(seed)
 
 
 @pytest.mark.slow
 def test_two_shapes_on_a_mesh():
-    mesh, shape = make_mesh(2, 2, 1), EngineShape(rows=4)
+    mesh, shape = make_mesh(2, 2, 1), EngineShape(batch_size=4)
     assert len(shapes(shape, mesh)) == 2
     for seed in (2, 4):
         assert says(seed, Decoding(NEW_TOKENS), MANY, shape, mesh=mesh, usual=3) == greedy(seed)
@@ -172,7 +172,7 @@ def test_two_tokens_end_answers():
 
 
 def test_batches_that_are_skipped_change_no_other():
-    engine = Engine(oracle.ours(0), oracle.PROCESSOR, EngineShape(rows=4))
+    engine = Engine(oracle.ours(0), oracle.PROCESSOR, EngineShape(batch_size=4))
     work = engine.prepare(MANY, Decoding(NEW_TOKENS))
     announced = list(work.numbers())
     assert len(announced) > 3
@@ -200,7 +200,7 @@ def test_draws_depend_on_the_seed_and_the_question_alone():
     assert sum(text != greedy(0)[n] for n, text in expected.items() if n in greedy(0)) > 5
     # Other company, another order, other rows, on several devices.
     backwards = [dataclasses.replace(p, questions=p.questions[:0:-1]) for p in reversed(PICTURES)]
-    fewer = says(0, DRAW, backwards, EngineShape(rows=4, leaves=2), mesh=make_mesh(2, 2, 1))
+    fewer = says(0, DRAW, backwards, EngineShape(batch_size=4, questions=2), mesh=make_mesh(2, 2, 1))
     assert len(fewer) == 6
     assert fewer.items() <= expected.items()
     others = says(0, dataclasses.replace(DRAW, seed=8), OFTEN)
@@ -496,24 +496,24 @@ def test_a_plan_asks_everything_once_and_fits(sketch, limit, spread, disturb):
     assert Counter((s.name, s.encoded, number, talk) for _, s in sheets for number, talk in s.questions) == wanted
     assert set(wanted.values()) <= {1}
     assert len(groups) <= 2
-    assert [g.shape.tokens for g in groups] == sorted({g.shape.tokens for g in groups})
+    assert [g.shape.length for g in groups] == sorted({g.shape.length for g in groups})
     for group in groups:
         assert group.rows % spread == 0
         assert group.rows < limit.rows + spread
         assert group.batches * group.rows >= len(group.pictures) > (group.batches - 1) * group.rows
-        assert group.shape.tokens <= limit.tokens
+        assert group.shape.length <= limit.tokens
         assert (group.disturbed is not None) == disturb
     for group, sheet in sheets:
-        assert 1 <= len(sheet.questions) <= group.shape.leaves <= limit.leaves
-        assert nodes([talk for _, talk in sheet.questions]) <= group.shape.tokens
+        assert 1 <= len(sheet.questions) <= group.shape.questions <= limit.leaves
+        assert nodes([talk for _, talk in sheet.questions]) <= group.shape.length
     for group in groups if disturb else []:
         shape, others = group.disturbed
-        assert shape.leaves == group.shape.leaves
+        assert shape.questions == group.shape.questions
         # Leaf by leaf the same questions: what is contrasted is one question's.
         assert [[n for n, _ in o.questions] for o in others] == [[n for n, _ in s.questions] for s in group.pictures]
         for other, sheet in zip(others, group.pictures, strict=True):
             assert other.name == sheet.name
-            assert nodes([talk for _, talk in other.questions]) <= shape.tokens
+            assert nodes([talk for _, talk in other.questions]) <= shape.length
             for (_, behind), (_, talk) in zip(other.questions, sheet.questions, strict=True):
                 assert [t.text for t in behind.turns[:-1]] == [t.text for t in talk.turns[:-1]]
                 assert behind.turns[-1].text == disturbed(talk.turns[-1].text)

@@ -95,7 +95,12 @@ def expected():
 
 @pytest.mark.parametrize(
     "shape",
-    [EngineShape(), EngineShape(rows=2), EngineShape(rows=1, leaves=2), EngineShape(tokens=80, rows=3)],
+    [
+        EngineShape(),
+        EngineShape(batch_size=2),
+        EngineShape(batch_size=1, questions=2),
+        EngineShape(sequence_length=80, batch_size=3),
+    ],
     ids=["default", "two rows", "two leaves", "short rows"],
 )
 def test_tree_decoding_equals_one_question_at_a_time(shape):
@@ -114,7 +119,7 @@ def test_answers_do_not_depend_on_their_company():
 
 
 def test_a_mesh_gives_the_same_answers():
-    engine = Engine(model(), tiny.processor(), EngineShape(rows=4), mesh=make_mesh(2, 2, 1))
+    engine = Engine(model(), tiny.processor(), EngineShape(batch_size=4), mesh=make_mesh(2, 2, 1))
     assert engine.answer(PICTURES, new_tokens=NEW_TOKENS) == expected()
 
 
@@ -141,7 +146,7 @@ def test_the_same_number_twice_is_refused():
 def test_a_question_longer_than_a_row_is_named():
     long = [picture("long.png", [(0, ask("x" * 300))], 0)]
     with pytest.raises(DataError, match=r"long\.png"):
-        Engine(model(), tiny.processor(), EngineShape(tokens=128)).answer(long, new_tokens=2)
+        Engine(model(), tiny.processor(), EngineShape(sequence_length=128)).answer(long, new_tokens=2)
 
 
 @pytest.mark.parametrize("room", [8000, 400])
@@ -151,7 +156,7 @@ def test_little_room_for_answers_changes_none(room, monkeypatch):
     engine, how = Engine(model(), tiny.processor()), Decoding(NEW_TOKENS)
     work = engine.prepare(PICTURES, how, usual=2)
     (group,) = work.groups
-    assert group.shape.leaves < 4
+    assert group.shape.questions < 4
     found = {}
     for answers in engine.stream(work, how, usual=2):
         found |= {number: answer.text for number, answer in answers.items()}

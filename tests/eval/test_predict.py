@@ -45,7 +45,7 @@ from reverie_jax.models import VisionLanguageModel
 from reverie_jax.models.sharding import make_mesh
 from tests.train import tiny
 
-SHAPE = EngineShape(tokens=192, leaves=4, rows=2)
+SHAPE = EngineShape(sequence_length=192, questions=4, batch_size=2)
 LONGEST = 6
 YES, NO = 4 + ord("_"), 4 + ord("p")  # what the model likes to say
 
@@ -270,7 +270,7 @@ def test_how_likely_yes_is(tmp_path):
     assert [row["text"] for row in made] == [row["text"] for row in rows(run(tmp_path / "plain", loaded))]
 
 
-REFLECTING = EngineShape(tokens=512, leaves=4, rows=2)
+REFLECTING = EngineShape(sequence_length=512, questions=4, batch_size=2)
 ONE_EACH = Loaded(mixed().questions[:5], shown)
 """One question a picture, and one about none: by hand and through the tree the programs are the same."""
 
@@ -799,7 +799,7 @@ def _memory(out, count):
         last = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
 
     asked = [Question(n, f"{n // 10}.png", f"Is it {n:06}?", f"{n // 10}.png") for n in range(count)]
-    made = Engine(model(), processor(), EngineShape(tokens=512, leaves=32, rows=16))
+    made = Engine(model(), processor(), EngineShape(sequence_length=512, questions=32, batch_size=16))
     ask = Ask(Decoding(2))
     path = predict(made, Made(), Loaded(asked, read), out, ask, model="tiny", identity={}, progress=look)
     with path.open() as file:

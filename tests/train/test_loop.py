@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from reverie_jax.data.packing import RowShape
+from reverie_jax.data.packing import SequenceShape
 from reverie_jax.errors import UserError
 from reverie_jax.models import VisionLanguageModel
 from reverie_jax.models.sharding import make_mesh
@@ -203,7 +203,7 @@ def test_overrides_change_typed_fields():
     base = recipes.recipe("scenes-rationales")
     changed = recipes.override(base, ["steps=7", "rate=1e-3", "row.tokens=512", "clip=none"])
     assert changed == dataclasses.replace(
-        base, steps=7, rate=1e-3, row=dataclasses.replace(base.row, tokens=512), clip=None
+        base, steps=7, rate=1e-3, row=dataclasses.replace(base.row, length=512), clip=None
     )
 
 
@@ -219,7 +219,7 @@ def test_unknown_recipe_names_the_known_ones():
 
 
 def test_recipe_survives_json():
-    recipe = tiny.recipe(row=RowShape(77, 2, 5))
+    recipe = tiny.recipe(row=SequenceShape(77, 2, 5))
     assert recipes.Recipe.from_json(recipe.to_json()) == recipe
 
 

@@ -12,7 +12,7 @@ import optax
 import pytest
 from flax import nnx
 
-from reverie_jax.data.packing import Batch, RowShape, element, pack, stack
+from reverie_jax.data.packing import Batch, SequenceShape, element, pack, stack
 from reverie_jax.data.tokenization import Tokens
 from reverie_jax.data.tree import grow
 from reverie_jax.models import lora
@@ -21,8 +21,8 @@ from reverie_jax.train.step import loss_and_grads, trainable
 from tests.train import tiny
 
 PATCHES = tiny.CONFIG.vision.patches
-SHAPE = RowShape(tokens=160, images=3, edges=96)
-FLAT = RowShape(tokens=64, images=2, edges=40)
+SHAPE = SequenceShape(length=160, images=3, edges=96)
+FLAT = SequenceShape(length=64, images=2, edges=40)
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from flax import nnx
 from peft import PeftModel
 from transformers import LlavaForConditionalGeneration, get_cosine_schedule_with_warmup
 
-from reverie_jax.data.packing import Batch, RowShape, element, row, stack
+from reverie_jax.data.packing import Batch, SequenceShape, element, row, stack
 from reverie_jax.data.tokenization import Tokens
 from reverie_jax.data.tree import grow
 from reverie_jax.models import lora
@@ -30,7 +30,7 @@ RECIPE = Recipe(
     name="parity",
     steps=STEPS,
     rows=ROWS,
-    row=RowShape(tokens=48, images=1, edges=32),
+    row=SequenceShape(length=48, images=1, edges=32),
     rank=4,
     alpha=8.0,
     dropout=0.0,

@@ -16,7 +16,7 @@ from reverie_jax.train.plan.plan.plan import AbstractStep, abstract_step, chip_b
 from reverie_jax.train.plan.plan.topology import CHIPS, Topology
 
 from reverie_jax import cli
-from reverie_jax.data.packing import RowShape
+from reverie_jax.data.packing import SequenceShape
 from reverie_jax.errors import UserError
 from reverie_jax.models import TextConfig, VisionConfig, VisionLanguageModel, VLMConfig, lora, vision
 from reverie_jax.models.config import ARCHITECTURES
@@ -159,7 +159,7 @@ def test_flops_are_those_that_xla_counts(tune, monkeypatch):
         text=TextConfig(vocab=1000, hidden=256, layers=2, heads=4, kv_heads=4, head_dim=64, mlp=768),
         image_token_id=3,
     )
-    shape = RowShape(tokens=128, images=1, edges=96)
+    shape = SequenceShape(length=128, images=1, edges=96)
     recipe = tiny.recipe(rows=2, row=shape, tune=tune, rank=16, dropout=0.0, clip=None)
     monkeypatch.setattr(jax.lax, "scan", unrolled)
     monkeypatch.setattr(jax, "checkpoint", lambda body, **options: body)
@@ -178,7 +178,7 @@ def test_flops_of_llava_are_the_published_arithmetic():
     assert sizes.adapters == pytest.approx(319.8e6, rel=1e-3)
     assert sizes.head == pytest.approx(0.131e9, rel=1e-2)
     blind = dataclasses.replace(recipe, row=dataclasses.replace(recipe.row, images=0))
-    per_token = costs.step_flops(config, sizes, blind) / (recipe.rows * recipe.row.tokens)
+    per_token = costs.step_flops(config, sizes, blind) / (recipe.rows * recipe.row.length)
     assert per_token == pytest.approx(0.0283e12 + 0.061 * 4 * sizes.layers, rel=5e-3)
     image = costs.step_flops(config, sizes, recipe) - costs.step_flops(config, sizes, blind)
     projector = 576 * (4 * 1024 * 4096 + 6 * 4096**2)

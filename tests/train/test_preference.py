@@ -12,7 +12,7 @@ import torch
 from flax import nnx
 
 from reverie_jax.data.conversation import Conversation, Turn
-from reverie_jax.data.packing import Batch, RowShape, element, row, stack
+from reverie_jax.data.packing import Batch, SequenceShape, element, row, stack
 from reverie_jax.data.pipeline import PAIRS, every_batch, survey, training_batches
 from reverie_jax.data.preferences import Preference, pairs, token_weights
 from reverie_jax.data.tree import grow, untaught
@@ -27,7 +27,7 @@ from reverie_jax.train.reference_model import STORED
 from reverie_jax.train.step import TrainState, adapt, make_optimizer, make_step, trainable
 from tests.train import tiny
 
-ROW = RowShape(tokens=220, images=2, edges=160, leaves=6)
+ROW = SequenceShape(length=220, images=2, edges=160, questions=6)
 ANSWERS = [("the cat sleeps on a red mat", "the dog sleeps on a mat"), ("two of them", "two of those there")]
 
 
@@ -85,7 +85,7 @@ def by_hand(model, preference, base):
             sums = {}
             for name, side in weighted.items():
                 alone = element(grow([untaught(side)]), processor.pixels(one.image, one.id))
-                alone = stack([row([alone], RowShape(120, 1), processor.encoder.patches)], 1)
+                alone = stack([row([alone], SequenceShape(120, 1), processor.encoder.patches)], 1)
                 for who, net in (("policy", model), ("reference", base)):
                     table = torch.tensor(np.asarray(logps(net, alone))[0])
                     picked = table[torch.arange(len(side) - 1), torch.tensor(side.ids[1:].astype(np.int64))]
@@ -173,7 +173,7 @@ def test_a_pairs_branches_share_the_picture_and_the_question():
 
 
 def test_pairs_that_do_not_fit_one_row_are_shared_out_whole():
-    small = dataclasses.replace(ROW, images=1, leaves=2)
+    small = dataclasses.replace(ROW, images=1, questions=2)
     batches = batch_of(Preference(), row=small)
     numbers = np.concatenate([np.asarray(batch.questions).reshape(-1, 2) for batch in batches])
     numbers = numbers[numbers[:, 0] >= 0]
@@ -181,7 +181,7 @@ def test_pairs_that_do_not_fit_one_row_are_shared_out_whole():
     assert np.array_equal(numbers[:, 0] + 1, numbers[:, 1])
     assert sorted(set((numbers[:, 0] // PAIRS).tolist())) == [1, 2, 3, 4, 5, 6]
     with pytest.raises(DataError, match="pair 0 has"):
-        batch_of(Preference(), row=dataclasses.replace(ROW, leaves=1))
+        batch_of(Preference(), row=dataclasses.replace(ROW, questions=1))
     with pytest.raises(DataError, match="no pair of answers"):
         survey(tiny.records(), tiny.processor(), ROW, Preference())
 

@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 from reverie_jax.data.conversation import Conversation, ImageRecord, Turn
-from reverie_jax.data.packing import Batch, RowShape, stack
+from reverie_jax.data.packing import Batch, SequenceShape, stack
 from reverie_jax.data.pipeline import of_records, packed_rows, show
 from reverie_jax.data.processor import Processor
 from reverie_jax.data.supervision import Teaching
@@ -46,7 +46,7 @@ def summed():
 
 
 def batches(records: list[ImageRecord], processor: Processor, *, sharing: bool, teaching: Teaching) -> list[Batch]:
-    shape = RowShape(tokens=512, images=4, edges=400)
+    shape = SequenceShape(length=512, images=4, edges=400)
     numbers = grain.MapDataset.range(len(records))
     rows = list(packed_rows(numbers, records, processor, shape, teaching, sharing=sharing))
     groups = [rows[start : start + ROWS] for start in range(0, len(rows), ROWS)]

@@ -10,7 +10,7 @@ from flax import nnx
 from PIL import Image
 
 from reverie_jax.data.conversation import Conversation, ImageRecord, Turn
-from reverie_jax.data.packing import RowShape
+from reverie_jax.data.packing import SequenceShape
 from reverie_jax.data.processor import Processor
 from reverie_jax.models import TextConfig, VisionConfig, VisionLanguageModel, VLMConfig
 from reverie_jax.train.recipes import Recipe
@@ -79,7 +79,7 @@ def recipe(**changes):
         name="tiny",
         steps=6,
         rows=2,
-        row=RowShape(tokens=160, images=2, edges=80),
+        row=SequenceShape(length=160, images=2, edges=80),
         rank=4,
         alpha=8.0,
         rate=5e-3,

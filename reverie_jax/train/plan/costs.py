@@ -168,7 +168,7 @@ def collective_bytes(
     whole = (sizes.layers + sizes.adapters + sizes.head) * width // tensor
     gathered = 3 * recipe.accumulate * whole * (fsdp - 1) // fsdp
     summed = recipe.accumulate * trained * (fsdp - 1) + 2 * trained * (data - 1) // data
-    stream = recipe.rows // (data * fsdp) * recipe.row.tokens * config.text.hidden * width
+    stream = recipe.rows // (data * fsdp) * recipe.row.length * config.text.hidden * width
     return gathered + summed + 3 * 2 * config.text.layers * 2 * stream * (tensor - 1) // tensor
 
 
