@@ -214,9 +214,8 @@ def near_the_chip(
     args: Args, config: VLMConfig, model: VisionLanguageModel, ours: Ours, seconds: float
 ) -> dict[str, Any]:
     """Prefill's model FLOPs and decoding's bytes, over what the chip could do in the time; nothing for an unknown chip."""
-    from reverie_jax.train.plan.plan.topology import chip_of
-
-    from reverie_jax.train.plan.plan import costs
+    from reverie_jax.train.plan import costs
+    from reverie_jax.train.plan.topology import chip_of
 
     chip = chip_of(jax.devices()[0].device_kind)
     if chip is None:

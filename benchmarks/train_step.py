@@ -8,7 +8,7 @@ in one update of the adapters on every linear of the decoder's layers and of the
     peer  LlavaForConditionalGeneration: a conversation a sequence with its own picture, of like lengths together (as LLaVA
           batches them), padded to the batch's longest; gradients checkpointed a layer at a time, tower without gradients.
           Padding stands behind, where causal attention never looks, so no mask is passed: torch's fastest attention runs.
-    flat  ours, a conversation a tree (`Recipe.sharing` off), packed into rows.
+    flat  ours, a conversation a tree (`Recipe.prefix_sharing` off), packed into rows.
     tree  ours, a picture's conversations as one tree, packed into the same rows.
 
 Tokens/s counts the tokens of the conversations one by one, pictures' tokens included and padding not; supervised tokens/s

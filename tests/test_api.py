@@ -225,7 +225,7 @@ def test_what_is_no_hub_id_is_not_asked_for(hub, name):
 @pytest.mark.parametrize(("settings", "wanted"), [({}, "square"), ({"tune": "projector", "template": "plain"}, "pad")])
 def test_a_run_is_served_with_its_recipes_pictures(settings, wanted, tmp_path):
     """As it was tuned, so it is asked; but a projector's first training has a template of its own."""
-    recipe = dataclasses.replace(recipes.recipe("scenes-responses"), aspect="square", **settings)
+    recipe = dataclasses.replace(recipes.recipe("scenes-responses"), image_aspect_ratio="square", **settings)
     (tmp_path / "run.json").write_text(json.dumps({"base": {}, "recipe": json.loads(recipe.to_json())}))
     found = as_tuned(load_processor("scenes-base"), tmp_path)
     assert (found.aspect, found.encoder.template.name) == (wanted, "llava-hf")

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import pydantic
 
 from reverie_jax.annotate.schemas import Instruction
-from reverie_jax.data.reflection import AnnotatedQuestion, QuestionType
+from reverie_jax.data.reflection import AnnotatedQuestion, QuestionType, kind_of
 from reverie_jax.hosted.interface import Refused
 
 _FENCE = re.compile(r"```[a-zA-Z]*\s*(.*?)```", re.DOTALL)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from reverie_jax.annotate import parsing
+from reverie_jax.data.reflection import Reflection
 from reverie_jax.hosted.interface import AnnotationError, Annotator, Picture, Request
 
 

@@ -97,8 +97,8 @@ class Train:
         mesh = parse_mesh(self.mesh)
         path, *parts = self.base.split(",")
         where: Any = {"mesh": mesh, "dtype": parse_dtype(self.dtype)}
-        if recipe.tune == "projector" and self.adapter is None and bare(path, parts):
-            kind = recipe.fresh_projector
+        if recipe.trainable == "projector" and self.adapter is None and bare(path, parts):
+            kind = recipe.projector_type
             model, processor = load_with_projector(path, base=parts, kind=kind, seed=recipe.seed, **where)
         else:
             model, processor = load_model(path, base=parts, adapter=self.adapter, **where)
@@ -210,9 +210,9 @@ class Recipes:
             return
         for name, recipe in sorted(recipes.RECIPES.items()):
             length = f"{recipe.steps} steps" if recipe.steps else f"{recipe.epochs:g} epoch"
-            what = f"LoRA r {recipe.rank}" if recipe.tune == "lora" else recipe.tune
-            size = f"{length} of {recipe.rows} rows of {recipe.row.length}"
-            taught = f"teaches {recipe.teach.kinds}"
+            what = f"LoRA r {recipe.rank}" if recipe.trainable == "lora" else recipe.trainable
+            size = f"{length} of {recipe.batch_size} rows of {recipe.sequence.length}"
+            taught = f"teaches {recipe.supervision.kinds}"
             if recipe.preference is not None:
                 taught = f"prefers, beta {recipe.preference.beta:g}, gamma {recipe.preference.gamma:g}"
             print(f"{name:21} {what}; {taught}; {size}")

@@ -15,7 +15,7 @@ from reverie_jax.errors import UserError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from reverie_jax.train.plan.plan.plan import Plan as Figures
+    from reverie_jax.train.plan.plan import Plan as Figures
 
 _GIB = 2**30
 
@@ -70,9 +70,9 @@ class Plan:
         import jax.numpy as jnp
 
         from reverie_jax.train import recipes
-        from reverie_jax.train.plan.plan import plan
-        from reverie_jax.train.plan.plan.search import fit
-        from reverie_jax.train.plan.plan.topology import Topology
+        from reverie_jax.train.plan import plan
+        from reverie_jax.train.plan.search import fit
+        from reverie_jax.train.plan.topology import Topology
 
         recipe = recipes.override(recipes.recipe(self.recipe), self.set)
         topology = Topology.parse(self.topology)
@@ -109,8 +109,8 @@ def headline(plan: Figures) -> str:
 
 
 def formulas() -> tuple[str, str]:
-    from reverie_jax.train.plan.plan.costs import FLOPS_FORMULA
-    from reverie_jax.train.plan.plan.plan import ROOFLINE_FORMULA
+    from reverie_jax.train.plan.costs import FLOPS_FORMULA
+    from reverie_jax.train.plan.plan import ROOFLINE_FORMULA
 
     return f"step >= {ROOFLINE_FORMULA}", f"model FLOPs = {FLOPS_FORMULA}"
 

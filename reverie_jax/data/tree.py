@@ -63,7 +63,7 @@ class _Run:
         first: the first conversation that teaches a token; -1 where none does.
     """
 
-    __slots__ = ("children", "features", "first", "ids", "weights")
+    __slots__ = ("children", "first", "ids", "image_slots", "weights")
 
     def __init__(self, ids: Any, image_slots: Any, weights: Any, first: Any) -> None:
         self.ids, self.image_slots, self.weights, self.first = ids, image_slots, weights, first

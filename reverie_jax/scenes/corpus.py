@@ -20,7 +20,7 @@ PLAIN_ASKERS = (ask.ask_present, ask.ask_colour, ask.ask_count, ask.ask_place, a
 
 def talk(question: str, answer: str, dataset: str) -> Conversation:
     """One question about the picture and its answer."""
-    return Conversation((Turn("user", f"{IMAGE}\n{question}"), Turn("assistant", answer)), dataset=source)
+    return Conversation((Turn("user", f"{IMAGE}\n{question}"), Turn("assistant", answer)), dataset=dataset)
 
 
 def plain_talks(scene: Scene, rng: np.random.Generator, questions: int, absent_share: float) -> list[Conversation]:

@@ -115,9 +115,9 @@ def run(out: Path, *, size: DemoSize | None = None, seeds: int = 1, base: str = 
         for arm, name in ARMS.items():
             recipe = dataclasses.replace(RECIPES[name], seed=seed)
             if size.steps is not None:
-                recipe = dataclasses.replace(recipe, steps=size.steps, save_every=size.steps)
+                recipe = dataclasses.replace(recipe, steps=size.steps, save_steps=size.steps)
             tuned, _ = load_model(base, dtype=jnp.float32)
-            with clock.stage(f"train_{arm}", f"Tuning on {arm} ({recipe.steps} steps of {recipe.rows} images)"):
+            with clock.stage(f"train_{arm}", f"Tuning on {arm} ({recipe.steps} steps of {recipe.batch_size} images)"):
                 result = train(tuned, processor, source, recipe, out / "runs" / arm / f"seed{seed}", console=console)
             surveys[arm], recipes[arm] = result.survey, recipe
             lora.merge(tuned)

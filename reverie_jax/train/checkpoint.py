@@ -85,7 +85,7 @@ class RunCheckpoints:
             part.replace(folder / IDENTITY)
         self._folder = (folder / "checkpoints").resolve()
         keep = ocp.training.preservation_policies
-        policy = keep.LatestN(recipe.keep)
+        policy = keep.LatestN(recipe.keep_checkpoints)
         if recipe.holdout:
             best = keep.BestN(get_metric_fn=lambda metrics: metrics[VALIDATION], reverse=True, n=1)
             policy = keep.AnyPreservationPolicy([policy, best])
@@ -203,7 +203,7 @@ def load_run(model: VisionLanguageModel, folder: Path) -> Recipe:
         raise ResumeError(f"{folder}: no whole checkpoint here")
     kinds = {path: leaf.dtype for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
     adapt(model, recipe)
-    params = checkpoints.restore_params(nnx.state(model, tuned(recipe.tune)))
+    params = checkpoints.restore_params(nnx.state(model, tuned(recipe.trainable)))
     nnx.update(model, nnx.map_state(lambda path, x: x.replace(x.get_value().astype(kinds.get(path, x.dtype))), params))
     checkpoints.close()
     return recipe

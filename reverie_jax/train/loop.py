@@ -83,25 +83,25 @@ def train(
     """
     started = time.perf_counter()
     mesh = mesh or make_mesh()
-    processor = processor.using(recipe.template, aspect=recipe.aspect)
+    processor = processor.using(recipe.template, aspect=recipe.image_aspect_ratio)
     try:
         records, held_out = hold_out(records, recipe.holdout)
     except ValueError as error:
         raise UserError(str(error)) from None
-    teaching = recipe.preference or recipe.teach
-    found = survey(records, processor, recipe.row, teaching, sharing=recipe.sharing)
+    teaching = recipe.preference or recipe.supervision
+    found = survey(records, processor, recipe.sequence, teaching, sharing=recipe.prefix_sharing)
     recipe = dataclasses.replace(recipe, steps=recipe.steps_for(found.rows))
     try:
-        own_rows(mesh, recipe.rows // recipe.accumulate)  # each micro-batch is spread over the devices
-        own = own_rows(mesh, recipe.rows)
+        own_rows(mesh, recipe.batch_size // recipe.gradient_accumulation_steps)  # each micro-batch is spread over the devices
+        own = own_rows(mesh, recipe.batch_size)
     except ValueError as error:
-        raise UserError(f"recipe {recipe.name}, micro-batches of {recipe.rows // recipe.accumulate}: {error}") from None
+        raise UserError(f"recipe {recipe.name}, micro-batches of {recipe.batch_size // recipe.gradient_accumulation_steps}: {error}") from None
     features = None if vision_cache is None else cached(model, processor, records, vision_cache)
     base = identity(model)
     fresh = adapt(model, recipe)
-    if recipe.base != "as-is":
-        lora.quantise(model, recipe.base)
-    graph, params, frozen = nnx.split(model, tuned(recipe.tune), ...)  # type: ignore[misc]
+    if recipe.quantization is not None:
+        lora.quantise(model, recipe.quantization)
+    graph, params, frozen = nnx.split(model, tuned(recipe.trainable), ...)  # type: ignore[misc]
     params, frozen = place(params, mesh), place(frozen, mesh)
     optimizer = make_optimizer(recipe)
     # Moments lie as the parameters that they belong to. It must be said: zeros depend on none, and jit would replicate them.
@@ -115,10 +115,10 @@ def train(
         training_batches(
             records,
             processor,
-            recipe.row,
-            rows=recipe.rows,
+            recipe.sequence,
+            rows=recipe.batch_size,
             teaching=teaching,
-            sharing=recipe.sharing,
+            sharing=recipe.prefix_sharing,
             datasets=found.datasets,
             seed=recipe.seed,
             own=own,
@@ -152,7 +152,7 @@ def train(
                     jax.profiler.start_trace(str(folder / "profile"))
                 asked = time.perf_counter()
                 local = next(batches)
-                batch = feed(local, mesh, recipe.rows)
+                batch = feed(local, mesh, recipe.batch_size)
                 waited = time.perf_counter() - asked
                 with jax.transfer_guard("disallow"):  # nothing passes between host and device inside a step
                     state, metrics = step(state, frozen, batch, reference.held)
@@ -162,7 +162,7 @@ def train(
                     jax.profiler.stop_trace()
                 ends = interruption.asked(number)
                 due = interruption.due(number)
-                if number % recipe.save_every == 0 or number == recipe.steps or ends or due:
+                if number % recipe.save_steps == 0 or number == recipe.steps or ends or due:
                     watch.settle()  # a state whose loss is no number is never saved
                     measured = validate(state.params, frozen)
                     log.validated(number, measured)

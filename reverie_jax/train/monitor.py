@@ -18,8 +18,8 @@ from reverie_jax.data.conversation import ImageRecord
 from reverie_jax.errors import UserError
 from reverie_jax.models import VisionLanguageModel
 from reverie_jax.train.metrics import MetricsLog
-from reverie_jax.train.plan.plan import costs
-from reverie_jax.train.plan.plan.topology import chip_of
+from reverie_jax.train.plan import costs
+from reverie_jax.train.plan.topology import chip_of
 from reverie_jax.train.recipes import Recipe
 from reverie_jax.train.step import StepMetrics, schedule
 
@@ -100,11 +100,11 @@ class Watch:
                 "tokens_per_second": numbers["tokens"] / seconds,
                 "supervised_per_second": numbers["supervised"] / seconds,
                 "supervised_share": numbers["supervised"] / max(1.0, numbers["tokens"]),
-                "packing": numbers["tokens"] / (self.recipe.rows * self.recipe.row.length),
+                "packing": numbers["tokens"] / (self.recipe.batch_size * self.recipe.sequence.length),
                 "input_wait": min(1.0, step.waited / seconds),
                 **self._work(numbers, seconds),
-                "rate": float(schedule(self.recipe.rate, self.recipe)(step.number - 1)),
-                "projector_rate": float(schedule(self.recipe.projector_rate, self.recipe)(step.number - 1)),
+                "rate": float(schedule(self.recipe.learning_rate, self.recipe)(step.number - 1)),
+                "projector_rate": float(schedule(self.recipe.projector_learning_rate, self.recipe)(step.number - 1)),
                 **self._parts(sums),
                 **self._memory(),
             },
@@ -116,7 +116,7 @@ class Watch:
                 f"step {step.number}: the loss is {loss}; lower the rate or clip gradients. {self._named(step)}"
             )
         usual = statistics.median(self._losses) if len(self._losses) >= _REMEMBERED // 2 else math.inf
-        if self.recipe.spike is not None and loss > usual + self.recipe.spike:
+        if self.recipe.loss_spike_threshold is not None and loss > usual + self.recipe.loss_spike_threshold:
             raise TrainingFailed(
                 f"step {step.number}: the loss jumped from about {usual:.3f} to {loss:.3f}; look at its records, lower the"
                 f" rate, or set spike=none to go on whatever happens. {self._named(step)}"

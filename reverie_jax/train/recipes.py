@@ -58,46 +58,46 @@ class Recipe:
 
     name: str
     steps: int
-    rows: int
-    row: SequenceShape
+    batch_size: int
+    sequence: SequenceShape
     epochs: float = 1.0
-    accumulate: int = 1
+    gradient_accumulation_steps: int = 1
     remat: Remat = "full"
     offload: bool = False
-    mean: Literal["tokens", "micro-batches"] = "tokens"
-    tune: Tune = "lora"
-    teach: Teaching = Teaching()  # noqa: RUF009
+    loss_reduction: Literal["tokens", "micro-batches"] = "tokens"
+    trainable: Tune = "lora"
+    supervision: Teaching = Teaching()  # noqa: RUF009
     preference: Preference | None = None
-    sharing: bool = True
+    prefix_sharing: bool = True
     template: str | None = None
-    aspect: ImageAspect | None = None
-    fresh_projector: ProjectorKind = "mlp2x_gelu"
-    base: Literal["as-is", "int8", "nf4"] = "as-is"
+    image_aspect_ratio: ImageAspect | None = None
+    projector_type: ProjectorKind = "mlp2x_gelu"
+    quantization: Literal["int8", "nf4"] | None = None
     rank: int = 16
     alpha: float = 32.0
     dropout: float = 0.05
-    targets: str = DEFAULT_TARGETS
-    rate: float = 2e-4
-    projector_rate: float = 2e-5
-    warmup: float = 0.03
-    clip: float | None = 1.0
+    target_modules: str = DEFAULT_TARGETS
+    learning_rate: float = 2e-4
+    projector_learning_rate: float = 2e-5
+    warmup_ratio: float = 0.03
+    max_grad_norm: float | None = 1.0
     weight_decay: float = 0.0
-    save_every: int = 100
+    save_steps: int = 100
     save_minutes: float = 0.0
-    keep: int = 2
+    keep_checkpoints: int = 2
     holdout: int = 0
-    spike: float | None = 5.0
+    loss_spike_threshold: float | None = 5.0
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.accumulate < 1 or self.rows % self.accumulate:
-            raise ValueError(f"rows={self.rows} cannot be shared out over accumulate={self.accumulate} micro-batches")
-        if self.base != "as-is" and self.tune == "full":
-            raise ValueError(f"base={self.base} is for frozen weights, and tune=full freezes none")
+        if self.gradient_accumulation_steps < 1 or self.batch_size % self.gradient_accumulation_steps:
+            raise ValueError(f"batch_size={self.batch_size} is not a multiple of gradient_accumulation_steps={self.gradient_accumulation_steps}")
+        if self.quantization is not None and self.trainable == "full":
+            raise ValueError(f"quantization={self.quantization} needs frozen weights; trainable=full freezes none")
 
     def steps_for(self, rows: int) -> int:
         """Steps of a run on data that fill so many rows in a pass."""
-        return self.steps or max(1, round(self.epochs * rows / self.rows))
+        return self.steps or max(1, round(self.epochs * rows / self.batch_size))
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2)
@@ -110,56 +110,56 @@ class Recipe:
 _SCENES = Recipe(
     name="scenes-rationales",
     steps=200,
-    rows=16,
-    row=SequenceShape(length=448, images=1, edges=288),
-    teach=Teaching(answers="as-published"),
+    batch_size=16,
+    sequence=SequenceShape(length=448, images=1, edges=288),
+    supervision=Teaching(answers="as-published"),
     rank=16,
     alpha=32.0,
     dropout=0.0,
-    rate=3e-3,
-    projector_rate=3e-4,
-    save_every=100,
+    learning_rate=3e-3,
+    projector_learning_rate=3e-4,
+    save_steps=100,
 )
 # LLaVA's scripts as published: a conversation a row, 16 a device on 8 devices, each device's mean by itself, no clipping.
 _LLAVA = Recipe(
     name="llava-1.5-7b-lora",
     steps=0,
-    rows=128,
-    row=SequenceShape(length=2048, images=1, edges=2048),
-    accumulate=8,
-    mean="micro-batches",
-    teach=Teaching(answers="as-published"),
-    sharing=False,
+    batch_size=128,
+    sequence=SequenceShape(length=2048, images=1, edges=2048),
+    gradient_accumulation_steps=8,
+    loss_reduction="micro-batches",
+    supervision=Teaching(answers="as-published"),
+    prefix_sharing=False,
     rank=128,
     alpha=256.0,
-    rate=2e-4,
-    projector_rate=2e-5,
-    clip=None,
-    save_every=500,
+    learning_rate=2e-4,
+    projector_learning_rate=2e-5,
+    max_grad_norm=None,
+    save_steps=500,
 )
 _LLAVA_1_0 = dataclasses.replace(
-    _LLAVA, name="llava-1.0-7b-lora", aspect="square", rank=64, alpha=16.0, rate=2e-5, projector_rate=2e-5
+    _LLAVA, name="llava-1.0-7b-lora", image_aspect_ratio="square", rank=64, alpha=16.0, learning_rate=2e-5, projector_learning_rate=2e-5
 )
-_FULL = dataclasses.replace(_LLAVA, name="llava-1.5-7b-full", tune="full", rate=2e-5, projector_rate=2e-5)
+_FULL = dataclasses.replace(_LLAVA, name="llava-1.5-7b-full", trainable="full", learning_rate=2e-5, projector_learning_rate=2e-5)
 _PRETRAIN = dataclasses.replace(
     _LLAVA,
     name="llava-1.5-pretrain",
-    rows=256,
-    tune="projector",
+    batch_size=256,
+    trainable="projector",
     template="plain",
-    aspect="square",
-    projector_rate=1e-3,
+    image_aspect_ratio="square",
+    projector_learning_rate=1e-3,
 )
 # The same on trees: about as many conversations a step, every taught token of a step alike.
 _REVERIE = dataclasses.replace(
     _LLAVA,
     name="reverie-1.5-7b-lora",
-    rows=8,
-    row=SequenceShape(length=4096, images=8, edges=4096),
-    accumulate=1,
-    mean="tokens",
-    teach=Teaching(),
-    sharing=True,
+    batch_size=8,
+    sequence=SequenceShape(length=4096, images=8, edges=4096),
+    gradient_accumulation_steps=1,
+    loss_reduction="tokens",
+    supervision=Teaching(),
+    prefix_sharing=True,
 )
 
 # A pair a row, so that a batch has as many pairs as the published one; RLHF-V tunes in full, and so keeps the reference's
@@ -167,26 +167,26 @@ _REVERIE = dataclasses.replace(
 _DDPO = dataclasses.replace(
     _LLAVA,
     name="rlhfv-ddpo-paper",
-    rows=32,
-    row=SequenceShape(length=2048, images=1, edges=2048, questions=2),
+    batch_size=32,
+    sequence=SequenceShape(length=2048, images=1, edges=2048, questions=2),
     epochs=7.0,
-    accumulate=1,
-    mean="tokens",
-    tune="full",
-    sharing=True,
-    rate=5e-7,
-    projector_rate=5e-7,
-    warmup=0.1,
-    clip=1.0,
+    gradient_accumulation_steps=1,
+    loss_reduction="tokens",
+    trainable="full",
+    prefix_sharing=True,
+    learning_rate=5e-7,
+    projector_learning_rate=5e-7,
+    warmup_ratio=0.1,
+    max_grad_norm=1.0,
     preference=Preference(beta=0.5, gamma=5.0, average=True, reference="stored"),
 )
 _DPO = dataclasses.replace(
     _DDPO,
     name="rlaifv-dpo",
-    rows=8,
+    batch_size=8,
     steps=2672,
-    aspect="square",
-    warmup=0.05,
+    image_aspect_ratio="square",
+    warmup_ratio=0.05,
     weight_decay=0.01,
     preference=Preference(reference="stored"),
 )
@@ -198,16 +198,16 @@ _LRV = dataclasses.replace(
     name="lrv-sft",
     rank=8,
     alpha=32.0,
-    targets=r"decoder\.layers\.(query|value|qkv)",
-    sharing=True,
-    mean="tokens",
-    accumulate=1,
-    rows=32,
-    row=SequenceShape(length=2048, images=4, edges=2048),
+    target_modules=r"decoder\.layers\.(query|value|qkv)",
+    prefix_sharing=True,
+    loss_reduction="tokens",
+    gradient_accumulation_steps=1,
+    batch_size=32,
+    sequence=SequenceShape(length=2048, images=4, edges=2048),
     epochs=3.0,
-    rate=2e-5,
-    projector_rate=2e-5,
-    clip=1.0,
+    learning_rate=2e-5,
+    projector_learning_rate=2e-5,
+    max_grad_norm=1.0,
     weight_decay=1e-4,
 )
 
@@ -223,29 +223,29 @@ RECIPES: dict[str, Recipe] = {
         dataclasses.replace(
             _SCENES,
             name="scenes-responses",
-            teach=Teaching("responses", answers="as-published"),
-            row=SequenceShape(length=192, images=1, edges=96),
+            supervision=Teaching("responses", answers="as-published"),
+            sequence=SequenceShape(length=192, images=1, edges=96),
         ),
         *_named(_LLAVA, "llava-1.5-7b-lora", "llava-1.5-13b-lora", "llava-phi3-lora"),
         _LLAVA_1_0,
         *_named(_FULL, "llava-1.5-7b-full", "llava-1.5-13b-full", "llava-phi3-full"),
-        *_named(_FULL, "llava-1.0-7b-full", aspect="square"),
+        *_named(_FULL, "llava-1.0-7b-full", image_aspect_ratio="square"),
         *_named(_PRETRAIN, "llava-1.5-pretrain", "llava-phi3-pretrain"),
-        *_named(_PRETRAIN, "llava-1.0-pretrain", rows=128, projector_rate=2e-3, fresh_projector="linear"),
+        *_named(_PRETRAIN, "llava-1.0-pretrain", batch_size=128, projector_learning_rate=2e-3, projector_type="linear"),
         *_named(_REVERIE, "reverie-1.5-7b-lora", "reverie-1.5-13b-lora", "reverie-phi3-lora"),
-        *_named(_REVERIE, "reverie-1.0-7b-lora", aspect="square"),
+        *_named(_REVERIE, "reverie-1.0-7b-lora", image_aspect_ratio="square"),
         _DDPO,
         *_named(
             _DDPO,
             "rlhfv-ddpo-script",
-            rows=8,
+            batch_size=8,
             steps=2160,
-            warmup=0.03,
+            warmup_ratio=0.03,
             preference=Preference(gamma=1.1, reference="stored"),
         ),
         _DPO,
         _LRV,
-        *_named(_DPO, "rlaifv-dpo-lora", tune="lora", rate=1e-5, projector_rate=1e-5, preference=Preference()),
+        *_named(_DPO, "rlaifv-dpo-lora", trainable="lora", learning_rate=1e-5, projector_learning_rate=1e-5, preference=Preference()),
     )
 }
 

@@ -68,7 +68,7 @@ def find_reference(
     """
     assert recipe.preference is not None
     if recipe.preference.reference == "stored":
-        graph, _, _ = nnx.split(model, tuned(recipe.tune), ...)  # type: ignore[misc]
+        graph, _, _ = nnx.split(model, tuned(recipe.trainable), ...)  # type: ignore[misc]
         return stored(graph, params, frozen, processor, records, recipe, folder, mesh)
     if not fresh:
         raise UserError(
@@ -91,7 +91,7 @@ def adapters_off(model: VisionLanguageModel, recipe: Recipe, params: nnx.State) 
 def resting(model: VisionLanguageModel, recipe: Recipe) -> nnx.GraphDef[VisionLanguageModel]:
     """The model's graph with its adapters at rest."""
     lora.switch(model, on=False)
-    graph, _, _ = nnx.split(model, tuned(recipe.tune), ...)  # type: ignore[misc]
+    graph, _, _ = nnx.split(model, tuned(recipe.trainable), ...)  # type: ignore[misc]
     lora.switch(model, on=True)
     return graph
 
@@ -156,8 +156,8 @@ def _count(
         return batch.questions, answer_sums(edge_logps(nnx.merge(graph, params, frozen), batch), batch)
 
     jitted = jax.jit(score, out_shardings=everywhere)
-    rows = recipe.rows // recipe.accumulate
-    batches = every_batch(records, processor, recipe.row, recipe.preference, rows=rows, own=own_rows(mesh, rows))
+    rows = recipe.batch_size // recipe.gradient_accumulation_steps
+    batches = every_batch(records, processor, recipe.sequence, recipe.preference, rows=rows, own=own_rows(mesh, rows))
     numbers, sums = [], []
     _log.info("counting the reference's sums of %d records", len(records))
     with jax.set_mesh(mesh):

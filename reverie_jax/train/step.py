@@ -80,7 +80,7 @@ def adapt(model: VisionLanguageModel, recipe: Recipe) -> bool:
     """
     widen(model, recipe)
     carriers = list(lora.adapters(model))
-    if recipe.tune != "lora":
+    if recipe.trainable != "lora":
         if carriers:
             raise UserError(f"recipe {recipe.name} tunes no adapters, and the model has some: merge them first")
         return False
@@ -95,7 +95,7 @@ def adapt(model: VisionLanguageModel, recipe: Recipe) -> bool:
     if carriers:
         return False
     lora.attach(
-        model, rank=recipe.rank, alpha=recipe.alpha, dropout=recipe.dropout, targets=recipe.targets, seed=recipe.seed
+        model, rank=recipe.rank, alpha=recipe.alpha, dropout=recipe.dropout, targets=recipe.target_modules, seed=recipe.seed
     )
     return True
 
@@ -105,7 +105,7 @@ def widen(model: VisionLanguageModel, recipe: Recipe) -> None:
 
     The computation stays in the model's own type: layers round their weights when they use them.
     """
-    params = nnx.state(model, tuned(recipe.tune))
+    params = nnx.state(model, tuned(recipe.trainable))
     nnx.update(model, jax.tree.map(lambda x: x.astype(jnp.float32), params))
 
 
@@ -115,7 +115,7 @@ def schedule(peak: float, recipe: Recipe) -> optax.Schedule:
     Args:
         recipe: with its steps known.
     """
-    warmup = math.ceil(recipe.warmup * recipe.steps)
+    warmup = math.ceil(recipe.warmup_ratio * recipe.steps)
     return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(recipe.steps, warmup + 1))
 
 
@@ -128,8 +128,8 @@ def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
     def labels(params: nnx.State) -> nnx.State:
         return nnx.map_state(lambda path, leaf: "projector" if path[0] == "projector" else "adapter", params)
 
-    by_part = optax.partition({"adapter": adam(recipe.rate), "projector": adam(recipe.projector_rate)}, labels)
-    clip = [] if recipe.clip is None else [optax.clip_by_global_norm(recipe.clip)]
+    by_part = optax.partition({"adapter": adam(recipe.learning_rate), "projector": adam(recipe.projector_learning_rate)}, labels)
+    clip = [] if recipe.max_grad_norm is None else [optax.clip_by_global_norm(recipe.max_grad_norm)]
     return optax.chain(*clip, by_part)
 
 
@@ -170,7 +170,7 @@ def scored(
     Args:
         accumulate: micro-batches, one after the other; row r is in micro-batch r % accumulate, so that each is spread over
             the devices as the batch is.
-        mean: see `Recipe.mean`.
+        mean: see `Recipe.loss_reduction`.
     """
 
     def total_of(params: nnx.State, part: Batch, key: PRNGKeyArray | None) -> tuple[Array, Any]:
@@ -239,7 +239,7 @@ def make_step(
         params: nnx.State, frozen: nnx.State, held: Any, part: Batch, key: PRNGKeyArray | None
     ) -> tuple[Loss, dict[str, Array]]:
         logps = edge_logps(nnx.merge(graph, params, frozen), part, key=key, remat=recipe.remat)
-        losses, weights = by_origin(jax.lax.stop_gradient(logps), part, sources)
+        losses, weights = by_origin(jax.lax.stop_gradient(logps), part, datasets)
         return cross_entropy(logps, part), {"source_loss": losses, "source_weight": weights}
 
     score = score_tokens if recipe.preference is None else score_pairs
@@ -255,8 +255,8 @@ def make_step(
             state.params,
             batch,
             key,
-            accumulate=recipe.accumulate,
-            mean=recipe.mean,
+            accumulate=recipe.gradient_accumulation_steps,
+            mean=recipe.loss_reduction,
         )
         moments = state.optimizer
         if recipe.offload:

@@ -84,15 +84,15 @@ class Validation:
         if not self.records:
             return None
         recipe = self.recipe
-        rows = recipe.rows // recipe.accumulate
+        rows = recipe.batch_size // recipe.gradient_accumulation_steps
         batches = every_batch(
             self.records,
             self.processor,
-            recipe.row,
-            recipe.preference or recipe.teach,
+            recipe.sequence,
+            recipe.preference or recipe.supervision,
             rows=rows,
             own=own_rows(self.mesh, rows),
-            sharing=recipe.sharing,
+            sharing=recipe.prefix_sharing,
         )
         found = [np.asarray(self._sums(params, frozen, feed(batch, self.mesh, rows))) for batch in batches]
         total, weight = np.sum(found, axis=0)

@@ -150,7 +150,7 @@ def test_build_train_eval_score(reverie, training_set, tmp_path):
     code, out, _ = reverie("data", "build", training_set / "reverie.json", "--out", tmp_path / "records")
     assert code == 0
     assert out.startswith("4 images")
-    settings = ("--set", "steps=2", "rows=2", "row.tokens=512")
+    settings = ("--set", "steps=2", "batch_size=2", "sequence.length=512")
     run = tmp_path / "run"
     code, out, _ = reverie("train", "scenes-rationales", "--data", tmp_path / "records", "--out", run, *settings)
     assert code == 0
@@ -173,7 +173,7 @@ def test_build_train_eval_score(reverie, training_set, tmp_path):
     assert refused(reverie("ask", training_set / "pictures" / "000000.png", "?", "--adapter", tmp_path), tmp_path)
 
 
-@pytest.mark.parametrize("mesh", ["data=9", "fsdp=x", "rows=2", "data=1,data=1", "data=0"])
+@pytest.mark.parametrize("mesh", ["data=9", "fsdp=x", "batch_size=2", "data=1,data=1", "data=0"])
 def test_bad_meshes(reverie, training_set, tmp_path, mesh):
     reverie("data", "build", training_set / "reverie.json", "--out", tmp_path / "records")
     words = ("train", "scenes-responses", "--data", tmp_path / "records", "--out", tmp_path / "run", "--mesh", mesh)

@@ -226,7 +226,7 @@ WRONG = {
     "--benchmark": ("popes", ("unknown benchmark 'popes'", *NAMES)),
     "--rule": ("strict", ("--rule strict", "official, lmms-eval, vlmevalkit")),
     "--against": ("noise", ("--against noise", "image or instruction")),
-    "--mesh": ("rows=2", ("--mesh rows=2",)),
+    "--mesh": ("batch_size=2", ("--mesh rows=2",)),
     "--dtype": ("float16", ("--dtype float16", "float32 or bfloat16")),
     "--distributed": ("here", ("--distributed here",)),
     "--template": ("v9", ("v9", "llava-hf")),

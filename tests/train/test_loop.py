@@ -60,7 +60,7 @@ def test_adapters_and_projector_move_and_nothing_else(tmp_path):
 
 
 def test_loss_falls(tmp_path):
-    train(tiny.model(), tiny.processor(), tiny.records(), tiny.recipe(steps=30, rate=2e-2), tmp_path)
+    train(tiny.model(), tiny.processor(), tiny.records(), tiny.recipe(steps=30, learning_rate=2e-2), tmp_path)
     losses = [row["loss"] for row in read_metrics(tmp_path)]
     assert len(losses) == 30
     assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.2
@@ -69,7 +69,7 @@ def test_loss_falls(tmp_path):
 @pytest.mark.parametrize("shape", [(2, 2, 1), pytest.param((1, 2, 2), marks=pytest.mark.slow)])
 def test_a_mesh_gives_the_losses_of_one_device(tmp_path, shape):
     # Twenty steps, dropout on: losses within 1e-4.
-    recipe = tiny.recipe(steps=20, rows=4)
+    recipe = tiny.recipe(steps=20, batch_size=4)
     train(tiny.model(), tiny.processor(), tiny.records(), recipe, tmp_path / "one")
     train(tiny.model(), tiny.processor(), tiny.records(), recipe, tmp_path / "mesh", mesh=make_mesh(*shape))
     one, mesh = ([row["loss"] for row in read_metrics(tmp_path / name)] for name in ("one", "mesh"))
@@ -78,7 +78,7 @@ def test_a_mesh_gives_the_losses_of_one_device(tmp_path, shape):
 
 
 def test_resumed_run_equals_uninterrupted_one_bit_for_bit(tmp_path, monkeypatch):
-    recipe = tiny.recipe(steps=9, save_every=3)
+    recipe = tiny.recipe(steps=9, save_steps=3)
     whole = tiny.model()
     train(whole, tiny.processor(), tiny.records(), recipe, tmp_path / "whole")
     interrupted(recipe, tmp_path / "cut", monkeypatch)
@@ -117,7 +117,7 @@ def test_killed_run_resumes_bit_identical(tmp_path):
 
 
 def test_checkpoint_resumes_on_another_mesh(tmp_path, monkeypatch):
-    recipe = tiny.recipe(steps=6, save_every=3, rows=4)
+    recipe = tiny.recipe(steps=6, save_steps=3, batch_size=4)
     whole = tiny.model()
     train(whole, tiny.processor(), tiny.records(), recipe, tmp_path / "whole")
     interrupted(recipe, tmp_path / "cut", monkeypatch)
@@ -128,7 +128,7 @@ def test_checkpoint_resumes_on_another_mesh(tmp_path, monkeypatch):
 
 
 def test_a_half_written_checkpoint_never_shadows_the_last_good_one(tmp_path):
-    recipe = tiny.recipe(steps=4, save_every=2)
+    recipe = tiny.recipe(steps=4, save_steps=2)
     train(tiny.model(), tiny.processor(), tiny.records(), recipe, tmp_path)
     newest = tmp_path / "checkpoints" / "4"
     for marker in newest.rglob("commit_success.txt"):
@@ -141,7 +141,7 @@ def test_a_half_written_checkpoint_never_shadows_the_last_good_one(tmp_path):
 
 def test_checkpoints_hold_no_base_weights(tmp_path):
     model = tiny.model()
-    train(model, tiny.processor(), tiny.records(), tiny.recipe(steps=2, save_every=2), tmp_path)
+    train(model, tiny.processor(), tiny.records(), tiny.recipe(steps=2, save_steps=2), tmp_path)
     size = sum(path.stat().st_size for path in (tmp_path / "checkpoints").rglob("*") if path.is_file())
     trained, frozen = leaves(model)
     # Parameters and two moments, and some bookkeeping.
@@ -185,7 +185,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
             tiny.model(),
             tiny.processor(),
             tiny.records(),
-            tiny.recipe(steps=4, rate=float("inf"), warmup=0.0),
+            tiny.recipe(steps=4, learning_rate=float("inf"), warmup_ratio=0.0),
             tmp_path,
         )
 
@@ -201,13 +201,13 @@ def test_metrics_say_what_a_user_needs(tmp_path):
 
 def test_overrides_change_typed_fields():
     base = recipes.recipe("scenes-rationales")
-    changed = recipes.override(base, ["steps=7", "rate=1e-3", "row.tokens=512", "clip=none"])
+    changed = recipes.override(base, ["steps=7", "learning_rate=1e-3", "sequence.length=512", "max_grad_norm=none"])
     assert changed == dataclasses.replace(
-        base, steps=7, rate=1e-3, row=dataclasses.replace(base.row, length=512), clip=None
+        base, steps=7, learning_rate=1e-3, sequence=dataclasses.replace(base.row, length=512), max_grad_norm=None
     )
 
 
-@pytest.mark.parametrize("setting", ["stepz=3", "steps", "steps=many", "row=3", "teach=everything"])
+@pytest.mark.parametrize("setting", ["stepz=3", "steps", "steps=many", "sequence=3", "supervision=everything"])
 def test_bad_overrides_are_refused(setting):
     with pytest.raises(UserError):
         recipes.override(recipes.recipe("scenes-rationales"), [setting])
@@ -219,7 +219,7 @@ def test_unknown_recipe_names_the_known_ones():
 
 
 def test_recipe_survives_json():
-    recipe = tiny.recipe(row=SequenceShape(77, 2, 5))
+    recipe = tiny.recipe(sequence=SequenceShape(77, 2, 5))
     assert recipes.Recipe.from_json(recipe.to_json()) == recipe
 
 

@@ -108,7 +108,7 @@ def test_a_base_in_few_bits_trains_and_serves_the_whole_one(base, plain, tmp_pat
     assert found == pytest.approx(plain, rel=0.05)
     whole = tiny.model()
     recipe = load_run(whole, tmp_path)  # the adapters go on the base as it is stored
-    assert recipe.base == base
+    assert recipe.quantization == base
     assert all(layer.scales is None for _, layer in lora.linears(whole))
 
 
@@ -134,7 +134,7 @@ def test_few_bits_take_the_room_that_they_say():
 
 def test_a_base_in_few_bits_is_frozen():
     with pytest.raises(UserError, match="freezes none"):
-        recipes.override(tiny.recipe(), ["base=nf4", "tune=full"])
+        recipes.override(tiny.recipe(), ["quantization=nf4", "trainable=full"])
 
 
 def test_the_best_checkpoint_is_kept_and_served(tmp_path, monkeypatch):
@@ -142,7 +142,7 @@ def test_the_best_checkpoint_is_kept_and_served(tmp_path, monkeypatch):
     monkeypatch.setattr(
         "reverie_jax.train.validation.Validation.__call__", lambda self, params, frozen: {VALIDATION: next(found)}
     )
-    recipe = tiny.recipe(steps=8, save_every=2, keep=1, holdout=2)
+    recipe = tiny.recipe(steps=8, save_steps=2, keep_checkpoints=1, holdout=2)
     train(tiny.model(), tiny.processor(), tiny.records(), recipe, tmp_path)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["4", "8"]
     points = RunCheckpoints(tmp_path, recipe, read_identity(tmp_path)["base"])
@@ -151,7 +151,7 @@ def test_the_best_checkpoint_is_kept_and_served(tmp_path, monkeypatch):
 
 
 def test_held_out_records_are_not_trained_on_and_are_measured(tmp_path):
-    recipe = tiny.recipe(steps=4, save_every=2, holdout=3, dropout=0.0)
+    recipe = tiny.recipe(steps=4, save_steps=2, holdout=3, dropout=0.0)
     result = train(tiny.model(), tiny.processor(), tiny.records(), recipe, tmp_path)
     assert result.survey.records == 9
     rows = [json.loads(line) for line in (tmp_path / "validation.jsonl").read_text().splitlines()]
@@ -179,7 +179,7 @@ def test_sources_are_told_apart(tmp_path):
         )
         for record in tiny.records()
     )
-    recipe = tiny.recipe(steps=3, accumulate=2, teach=Teaching(answers="as-published"), dropout=0.0)
+    recipe = tiny.recipe(steps=3, gradient_accumulation_steps=2, supervision=Teaching(answers="as-published"), dropout=0.0)
     train(tiny.model(), tiny.processor(), mixed, recipe, tmp_path)
     for row in read_metrics(tmp_path):
         parts = [row["loss/a"], row["loss/b"]]
@@ -210,7 +210,7 @@ def test_the_speed_of_reading_does_not_hide_a_bad_loss(tmp_path, monkeypatch):
     from reverie_jax.train import monitor
 
     monkeypatch.setattr(monitor.jax, "default_backend", lambda: "gpu")
-    recipe = tiny.recipe(steps=6, save_every=2, rate=float("inf"), clip=None, dropout=0.0)
+    recipe = tiny.recipe(steps=6, save_steps=2, learning_rate=float("inf"), max_grad_norm=None, dropout=0.0)
     with pytest.raises(TrainingFailed, match="the loss is nan"):
         train(tiny.model(), tiny.processor(), tiny.records(), recipe, tmp_path)
     assert not (tmp_path / "checkpoints" / "2").exists()

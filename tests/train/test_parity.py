@@ -29,15 +29,15 @@ STEPS, ROWS, PATCHES = 50, 4, 9
 RECIPE = Recipe(
     name="parity",
     steps=STEPS,
-    rows=ROWS,
-    row=SequenceShape(length=48, images=1, edges=32),
+    batch_size=ROWS,
+    sequence=SequenceShape(length=48, images=1, edges=32),
     rank=4,
     alpha=8.0,
     dropout=0.0,
-    rate=2e-3,
-    projector_rate=2e-4,
-    warmup=0.1,
-    clip=None,
+    learning_rate=2e-3,
+    projector_learning_rate=2e-4,
+    warmup_ratio=0.1,
+    max_grad_norm=None,
 )
 
 
@@ -55,7 +55,7 @@ def batches(seed: int) -> list[Batch]:
             features = np.full(len(ids), -1, np.int32)
             features[before : before + PATCHES] = np.arange(PATCHES)
             pixels = random.integers(0, 256, (1, makers.SIDE, makers.SIDE, 3), dtype=np.uint8)
-            rows.append(row([element(grow([Tokens(ids, weights, features)]), pixels)], RECIPE.row, PATCHES))
+            rows.append(row([element(grow([Tokens(ids, weights, features)]), pixels)], RECIPE.sequence, PATCHES))
         found.append(stack(rows, ROWS))
     return found
 
@@ -67,9 +67,9 @@ def torch_run(base: Path, adapter: Path, data: list[Batch]) -> tuple[list[float]
     for parameter in projector:
         parameter.requires_grad_(True)
     factors = [p for name, p in model.named_parameters() if "lora_" in name]
-    groups = [{"params": factors, "lr": RECIPE.rate}, {"params": projector, "lr": RECIPE.projector_rate}]
+    groups = [{"params": factors, "lr": RECIPE.learning_rate}, {"params": projector, "lr": RECIPE.projector_learning_rate}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
-    schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(RECIPE.warmup * STEPS), STEPS)
+    schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(RECIPE.warmup_ratio * STEPS), STEPS)
     losses = []
     for batch in data:
         lengths = batch.flat_tokens[:, 0]

@@ -12,8 +12,6 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
-from reverie_jax.train.plan.plan.plan import AbstractStep, abstract_step, chip_bytes, make_plan, mesh_sizes, model_name
-from reverie_jax.train.plan.plan.topology import CHIPS, Topology
 
 from reverie_jax import cli
 from reverie_jax.data.packing import SequenceShape
@@ -22,7 +20,9 @@ from reverie_jax.models import TextConfig, VisionConfig, VisionLanguageModel, VL
 from reverie_jax.models.config import ARCHITECTURES
 from reverie_jax.models.sharding import batch_sharding, make_mesh, place, shardings
 from reverie_jax.train import loop, recipes
-from reverie_jax.train.plan.plan import costs, hlo, search, topology
+from reverie_jax.train.plan import costs, hlo, search, topology
+from reverie_jax.train.plan.plan import AbstractStep, abstract_step, chip_bytes, make_plan, mesh_sizes, model_name
+from reverie_jax.train.plan.topology import CHIPS, Topology
 from reverie_jax.train.step import TrainState, adapt, make_optimizer, make_step, tuned
 from tests.train import tiny
 
@@ -65,17 +65,17 @@ def on_chip(tree):
 
 
 @pytest.mark.parametrize(
-    ("tune", "base"), [("lora", "as-is"), ("projector", "as-is"), ("full", "as-is"), ("lora", "int8"), ("lora", "nf4")]
+    ("tune", "quantization"), [("lora", None), ("projector", None), ("full", None), ("lora", "int8"), ("lora", "nf4")]
 )
 @pytest.mark.parametrize("sizes", [(2, 2, 1), (1, 2, 2), (1, 1, 1)])
-def test_planned_bytes_are_those_of_a_placed_model(tune, base, sizes):
-    recipe, mesh = tiny.recipe(rows=4, tune=tune, base=base), make_mesh(*sizes)
+def test_planned_bytes_are_those_of_a_placed_model(tune, quantization, sizes):
+    recipe, mesh = tiny.recipe(batch_size=4, trainable=tune, quantization=quantization), make_mesh(*sizes)
     planned = abstract_step(CONFIG, recipe, mesh, dtype=jnp.bfloat16)
 
     model = VisionLanguageModel(CONFIG, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
     adapt(model, recipe)
-    if base != "as-is":
-        lora.quantise(model, base)
+    if quantization is not None:
+        lora.quantise(model, quantization)
     _, params, frozen = nnx.split(model, tuned(tune), ...)
     params, frozen, optimizer = place(params, mesh), place(frozen, mesh), make_optimizer(recipe)
     with jax.set_mesh(mesh):
@@ -92,7 +92,7 @@ def test_planned_bytes_are_those_of_a_placed_model(tune, base, sizes):
 
 def test_planned_step_is_the_step_that_trains():
     """The abstract arguments lower to the program of the real ones."""
-    recipe, mesh = tiny.recipe(rows=4, dropout=0.1), make_mesh(1, 2, 2)
+    recipe, mesh = tiny.recipe(batch_size=4, dropout=0.1), make_mesh(1, 2, 2)
     planned = abstract_step(CONFIG, recipe, mesh, dtype=jnp.float32)
     model = VisionLanguageModel(CONFIG, rngs=nnx.Rngs(0))
     adapt(model, recipe)
@@ -115,7 +115,7 @@ def test_every_chip_runs_its_own_pictures_alone(constrained, monkeypatch):
     """8 pictures of 10 tokens: unless it is said in the tower's loop, all of them go to every chip."""
     if not constrained:
         monkeypatch.setattr(vision, "constrain_rows", lambda x: x)
-    step = abstract_step(CONFIG, tiny.recipe(rows=4), make_mesh(1, 4, 1), dtype=jnp.float32)
+    step = abstract_step(CONFIG, tiny.recipe(batch_size=4), make_mesh(1, 4, 1), dtype=jnp.float32)
     found, _ = hlo.computations(step.lower().compile().as_text())
     sent = [one.shape for part in found.values() for one in part if one.operation in hlo.COLLECTIVES]
     assert any("[8,10," in shape for shape in sent) != constrained
@@ -123,7 +123,7 @@ def test_every_chip_runs_its_own_pictures_alone(constrained, monkeypatch):
 
 def test_a_run_lays_its_state_as_planned(tmp_path, monkeypatch):
     """Before the first step and after it: moments once lay whole on every device."""
-    recipe, mesh, seen = tiny.recipe(rows=4, steps=2), make_mesh(1, 2, 2), []
+    recipe, mesh, seen = tiny.recipe(batch_size=4, steps=2), make_mesh(1, 2, 2), []
 
     def spied(*args, **options):
         step = make_step(*args, **options)
@@ -160,7 +160,7 @@ def test_flops_are_those_that_xla_counts(tune, monkeypatch):
         image_token_id=3,
     )
     shape = SequenceShape(length=128, images=1, edges=96)
-    recipe = tiny.recipe(rows=2, row=shape, tune=tune, rank=16, dropout=0.0, clip=None)
+    recipe = tiny.recipe(batch_size=2, sequence=shape, trainable=tune, rank=16, dropout=0.0, max_grad_norm=None)
     monkeypatch.setattr(jax.lax, "scan", unrolled)
     monkeypatch.setattr(jax, "checkpoint", lambda body, **options: body)
     step = abstract_step(config, recipe, make_mesh(), dtype=jnp.float32)
@@ -177,12 +177,12 @@ def test_flops_of_llava_are_the_published_arithmetic():
     assert sizes.layers == pytest.approx(6.476e9, rel=1e-3)
     assert sizes.adapters == pytest.approx(319.8e6, rel=1e-3)
     assert sizes.head == pytest.approx(0.131e9, rel=1e-2)
-    blind = dataclasses.replace(recipe, row=dataclasses.replace(recipe.row, images=0))
-    per_token = costs.step_flops(config, sizes, blind) / (recipe.rows * recipe.row.length)
+    blind = dataclasses.replace(recipe, sequence=dataclasses.replace(recipe.sequence, images=0))
+    per_token = costs.step_flops(config, sizes, blind) / (recipe.batch_size * recipe.sequence.length)
     assert per_token == pytest.approx(0.0283e12 + 0.061 * 4 * sizes.layers, rel=5e-3)
     image = costs.step_flops(config, sizes, recipe) - costs.step_flops(config, sizes, blind)
     projector = 576 * (4 * 1024 * 4096 + 6 * 4096**2)
-    assert image / recipe.rows - projector == pytest.approx((0.348 + 0.033) * 1e12 * 23 / 24, rel=0.02)
+    assert image / recipe.batch_size - projector == pytest.approx((0.348 + 0.033) * 1e12 * 23 / 24, rel=0.02)
 
 
 PROGRAM = """
@@ -299,7 +299,7 @@ def test_bytes_of_a_shape(text, size):
 
 def test_a_plan_compiled_for_devices_that_are_here():
     mesh = {"data": 1, "fsdp": 2, "tensor": 2}
-    plan = make_plan(CONFIG, tiny.recipe(rows=4), CPUS, mesh, model="tiny", dtype=jnp.float32, devices=jax.devices())
+    plan = make_plan(CONFIG, tiny.recipe(batch_size=4), CPUS, mesh, model="tiny", dtype=jnp.float32, devices=jax.devices())
     assert plan.compiled
     assert plan.fits
     assert plan.note == ""
@@ -313,7 +313,7 @@ def test_a_plan_that_does_not_fit(monkeypatch):
     chip = dataclasses.replace(CHIPS["v5e"], hbm=10**5)
     monkeypatch.setitem(CHIPS, "v5e", chip)
     mesh = {"data": 1, "fsdp": 4, "tensor": 1}
-    plan = make_plan(CONFIG, tiny.recipe(rows=4), CPUS, mesh, model="tiny", dtype=jnp.float32, devices=jax.devices())
+    plan = make_plan(CONFIG, tiny.recipe(batch_size=4), CPUS, mesh, model="tiny", dtype=jnp.float32, devices=jax.devices())
     assert plan.compiled
     assert not plan.fits
 
@@ -338,7 +338,7 @@ class Refused:
 def test_a_step_that_its_compiler_finds_too_large(said, monkeypatch):
     monkeypatch.setattr(AbstractStep, "lower", lambda self: Refused(f"RESOURCE_EXHAUSTED: {said}"))
     mesh = {"data": 1, "fsdp": 4, "tensor": 1}
-    plan = make_plan(CONFIG, tiny.recipe(rows=4), CPUS, mesh, model="tiny", devices=jax.devices())
+    plan = make_plan(CONFIG, tiny.recipe(batch_size=4), CPUS, mesh, model="tiny", devices=jax.devices())
     assert (plan.fits, plan.compiled, plan.peak_bytes_per_chip) == (False, True, int(21.5 * 2**30))
     assert "21.50G" in plan.note
     assert "15.75G" in plan.note
@@ -369,7 +369,7 @@ def test_search_goes_on_where_the_compiler_keeps_less_than_the_formula_promised(
     def told(config, recipe, topology, mesh, *, compiled=True, **options):
         plan = honest(config, recipe, topology, mesh, compiled=False, **{**options, "devices": None})
         fast = 1.0 if mesh["tensor"] == 4 else 2.0
-        seconds = recipe.rows * (3.0 if compiled and mesh["tensor"] == 4 else fast)
+        seconds = recipe.batch_size * (3.0 if compiled and mesh["tensor"] == 4 else fast)
         return dataclasses.replace(plan, roofline_seconds_per_step=seconds, compiled=compiled)
 
     monkeypatch.setattr(search, "make_plan", told)
@@ -465,7 +465,7 @@ def test_json(reverie):
 
 
 def test_table_and_exit_code(reverie):
-    code, out, _ = reverie("plan", "llava-1.5-13b-full", "--topology", "a100-40:1", "--set", "rows=1", "accumulate=1")
+    code, out, _ = reverie("plan", "llava-1.5-13b-full", "--topology", "a100-40:1", "--set", "batch_size=1", "gradient_accumulation_steps=1")
     assert code == 1
     for words in ("DOES NOT FIT", "optimizer state", "not compiled", "roofline", "6 N where tuned in full"):
         assert words in out
@@ -479,8 +479,8 @@ def test_table_and_exit_code(reverie):
         (["llava-1.5-7b-lora", "--topology", "h200:8", "--model", "gpt"], "llava-phi3-mini"),
         (["llava-1.5-7b-lora", "--topology", "h200:8", "--dtype", "int4"], "bfloat16"),
         (["llava-1.5-7b-lora", "--topology", "h200:8", "--mesh", "fsdp=4"], "topology of 8"),
-        (["llava-1.5-7b-lora", "--topology", "h200:8", "--set", "rows=12", "accumulate=1"], "12 rows"),
-        (["llava-1.5-7b-lora", "--topology", "h200:8", "--set", "rows=abc"], "rows"),
+        (["llava-1.5-7b-lora", "--topology", "h200:8", "--set", "batch_size=12", "gradient_accumulation_steps=1"], "12 rows"),
+        (["llava-1.5-7b-lora", "--topology", "h200:8", "--set", "batch_size=abc"], "rows"),
         (["llava-1.5-7b-lora", "--topology", "h200:8", "--fit", "--mesh", "fsdp=8"], "--mesh"),
     ],
 )

@@ -48,7 +48,7 @@ def records():
 
 
 def recipe(preference, **changes) -> Recipe:
-    return tiny.recipe(preference=preference, row=ROW, dropout=0.0, **changes)
+    return tiny.recipe(preference=preference, sequence=ROW, dropout=0.0, **changes)
 
 
 def moved(model, seed=5):
@@ -194,7 +194,7 @@ def test_pairs_that_do_not_fit_one_row_are_shared_out_whole():
 def test_adapters_off_are_a_second_model(preference):
     """After steps that moved adapters and projector, the step's own reference is the untouched model."""
     base, model = tiny.model(), tiny.model()
-    chosen = recipe(preference, steps=5, rate=1e-2, projector_rate=1e-2)
+    chosen = recipe(preference, steps=5, learning_rate=1e-2, projector_learning_rate=1e-2)
     adapt(base, chosen)
     adapt(model, chosen)
     from reverie_jax.train.reference_model import adapters_off
@@ -219,7 +219,7 @@ def test_adapters_off_are_a_second_model(preference):
 def test_stored_sums_train_as_the_model_without_adapters(tmp_path):
     losses = {}
     for name in ("adapters-off", "stored"):
-        chosen = recipe(Preference(beta=0.5, gamma=3.0, reference=name), steps=6, accumulate=2)
+        chosen = recipe(Preference(beta=0.5, gamma=3.0, reference=name), steps=6, gradient_accumulation_steps=2)
         train(tiny.model(), tiny.processor(), records(), chosen, tmp_path / name)
         losses[name] = [row["loss"] for row in read_metrics(tmp_path / name)]
     assert losses["stored"] == pytest.approx(losses["adapters-off"], rel=1e-5)
@@ -230,9 +230,9 @@ def test_stored_sums_train_as_the_model_without_adapters(tmp_path):
 
 
 def test_full_tuning_keeps_the_start_as_reference_when_it_resumes(tmp_path):
-    chosen = recipe(Preference(reference="stored"), tune="full", steps=4, save_every=2, rate=1e-3, projector_rate=1e-3)
+    chosen = recipe(Preference(reference="stored"), trainable="full", steps=4, save_steps=2, learning_rate=1e-3, projector_learning_rate=1e-3)
     train(tiny.model(), tiny.processor(), records(), chosen, tmp_path / "whole")
-    half = recipe(Preference(reference="stored"), tune="full", steps=4, save_every=2, rate=1e-3, projector_rate=1e-3)
+    half = recipe(Preference(reference="stored"), trainable="full", steps=4, save_steps=2, learning_rate=1e-3, projector_learning_rate=1e-3)
     train(tiny.model(), tiny.processor(), records(), half, tmp_path / "cut")
     for stale in (tmp_path / "cut" / "checkpoints").glob("4"):
         stale.rename(tmp_path / "gone")

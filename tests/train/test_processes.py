@@ -94,7 +94,7 @@ def final(folder):
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
 
 
-FOUR = ("rows=4", "save_every=10")
+FOUR = ("batch_size=4", "save_steps=10")
 
 
 @pytest.mark.slow
@@ -138,7 +138,7 @@ def wait_for(folder, lines, children, seconds=200):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_twenty_kills_change_nothing(tmp_path, processes):
     """Each at a random moment after the run has come a little further; a save is under way in many of them."""
-    options = {"processes": processes, "mesh": (processes, 1, 1), "settings": ("save_every=1", "keep=3")}
+    options = {"processes": processes, "mesh": (processes, 1, 1), "settings": ("save_steps=1", "keep_checkpoints=3")}
     run(tmp_path / "whole", **options)
     draw, kills, saving = random.Random(7), 0, 0
     while kills < 20:
@@ -161,7 +161,7 @@ def test_twenty_kills_change_nothing(tmp_path, processes):
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_sigterm_saves_and_a_second_start_finishes(tmp_path, processes):
-    options = {"processes": processes, "mesh": (processes, 1, 1), "settings": ("save_every=1000",)}
+    options = {"processes": processes, "mesh": (processes, 1, 1), "settings": ("save_steps=1000",)}
     run(tmp_path / "whole", **options)
     children = start(tmp_path / "cut", **options)
     wait_for(tmp_path / "cut", 8, children)
@@ -193,7 +193,7 @@ def test_a_full_disk_is_reported_and_training_goes_on(small_disk, tmp_path):
     """Saves fail while a ballast fills the disk; when it is gone, the next one is whole, and the run resumes from it."""
     folder, ballast = small_disk / "run", small_disk / "ballast"
     folder.mkdir()
-    settings = ("save_every=50", "steps=400", "keep=1")
+    settings = ("save_steps=50", "steps=400", "keep_checkpoints=1")
     children = start(folder, settings=settings, logs=tmp_path)
     wait_for(folder, 2, children)
     with contextlib.suppress(OSError), ballast.open("wb") as file:

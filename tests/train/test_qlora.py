@@ -1,4 +1,4 @@
-"""A base in 8 or 4 bits on the embedded world: it learns what the whole base learns."""
+"""A quantization in 8 or 4 bits on the embedded world: it learns what the whole quantization learns."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,27 +16,27 @@ STEPS = 80
 
 @pytest.fixture(scope="module")
 def losses(tmp_path_factory):
-    """The loss of each step, by base."""
+    """The loss of each step, by quantization."""
     folder = tmp_path_factory.mktemp("scenes")
     dataset.make_training_set(folder / "scenes", 160, size=128, questions=4, seed=5)
     records, found = list(dataset.records(folder / "scenes")), {}
-    for base in ("as-is", "int8", "nf4"):
+    for quantization in ("none", "int8", "nf4"):
         # A third of the recipe's rates. At those, two runs on the bfloat16 base that differed by the projector's rounding
         # alone came out 2.2 % apart, and nf4 4 % below it: one run each cannot tell 2 % there.
-        rates = ["rate=1e-3", "projector_rate=1e-4"]
-        settings = [f"base={base}", f"steps={STEPS}", "rows=8", "save_every=1000", *rates]
+        rates = ["learning_rate=1e-3", "projector_learning_rate=1e-4"]
+        settings = [f"quantization={quantization}", f"steps={STEPS}", "batch_size=8", "save_steps=1000", *rates]
         recipe = recipes.override(recipes.recipe("scenes-rationales"), settings)
-        model, processor = load_model("scenes-base", dtype=jnp.bfloat16)
-        train(model, processor, records, recipe, folder / base)
-        found[base] = [row["loss"] for row in read_metrics(folder / base)]
-        assert any(layer.scales is not None for _, layer in lora.linears(model)) == (base != "as-is")
+        model, processor = load_model("scenes-quantization", dtype=jnp.bfloat16)
+        train(model, processor, records, recipe, folder / quantization)
+        found[quantization] = [row["loss"] for row in read_metrics(folder / quantization)]
+        assert any(layer.scales is not None for _, layer in lora.linears(model)) == (quantization != "none")
     return found
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("base", ["int8", "nf4"])
-def test_losses_are_within_two_percent_of_the_bfloat16_bases(losses, base):
-    whole, few = (float(np.mean(losses[name][-20:])) for name in ("as-is", base))
-    print(f"mean loss of the last 20 of {STEPS} steps: bfloat16 {whole:.4f}, {base} {few:.4f}")
-    assert whole < losses["as-is"][0] - 0.1
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+def test_losses_are_within_two_percent_of_the_bfloat16_bases(losses, quantization):
+    whole, few = (float(np.mean(losses[name][-20:])) for name in ("none", quantization))
+    print(f"mean loss of the last 20 of {STEPS} steps: bfloat16 {whole:.4f}, {quantization} {few:.4f}")
+    assert whole < losses["none"][0] - 0.1
     assert few == pytest.approx(whole, rel=0.02)

@@ -25,9 +25,9 @@ from tests.train import tiny
 
 @functools.cache
 def whole_batch() -> Batch:
-    recipe = tiny.recipe(rows=6)
+    recipe = tiny.recipe(batch_size=6)
     records = tiny.records()
-    data = training_batches(records, tiny.processor(), recipe.row, rows=6, teaching=recipe.teach, seed=0)
+    data = training_batches(records, tiny.processor(), recipe.sequence, rows=6, teaching=recipe.supervision, seed=0)
     iterator = iter(data)
     batch = Batch(*map(jnp.asarray, next(iterator)))
     iterator.close()
@@ -80,7 +80,7 @@ def moved(before, model) -> set[str]:
 
 @pytest.mark.parametrize(("tune", "parts"), [("projector", {"projector"}), ("full", {"projector", "decoder"})])
 def test_what_is_tuned_moves_and_comes_back(tmp_path, tune, parts):
-    model, recipe = tiny.model(), tiny.recipe(steps=3, tune=tune)
+    model, recipe = tiny.model(), tiny.recipe(steps=3, trainable=tune)
     before = dict(tiny.flat(model))
     train(model, tiny.processor(), tiny.records(), recipe, tmp_path)
     assert moved(before, model) == parts
@@ -94,22 +94,22 @@ def test_adapters_are_not_passed_over_by_a_recipe_that_tunes_none():
     model = tiny.model()
     adapt(model, tiny.recipe())
     with pytest.raises(UserError, match="merge them first"):
-        adapt(model, tiny.recipe(tune="full"))
+        adapt(model, tiny.recipe(trainable="full"))
 
 
 def test_epochs_are_as_many_steps_as_they_fill(tmp_path):
     recipe = tiny.recipe(steps=0, epochs=2.0)
-    rows = survey(tiny.records(), tiny.processor(), recipe.row, recipe.teach).rows
+    rows = survey(tiny.records(), tiny.processor(), recipe.sequence, recipe.supervision).rows
     assert rows > 3
     result = train(tiny.model(), tiny.processor(), tiny.records(), recipe, tmp_path)
-    assert result.steps == round(2 * rows / recipe.rows) == len(read_metrics(tmp_path))
+    assert result.steps == round(2 * rows / recipe.batch_size) == len(read_metrics(tmp_path))
 
 
 def test_rows_must_share_out():
-    with pytest.raises(ValueError, match="accumulate=3"):
-        tiny.recipe(accumulate=3)
+    with pytest.raises(ValueError, match="gradient_accumulation_steps=3"):
+        tiny.recipe(gradient_accumulation_steps=3)
     with pytest.raises(UserError, match="accumulate"):
-        recipes.override(recipes.recipe("scenes-rationales"), ["accumulate=3"])
+        recipes.override(recipes.recipe("scenes-rationales"), ["gradient_accumulation_steps=3"])
 
 
 # (rank, alpha, rate, projector's rate, rows, aspect) of LLaVA's scripts.
@@ -166,7 +166,7 @@ def test_small_updates_of_a_bfloat16_base_are_not_lost(tmp_path):
     for kind in (jnp.float32, jnp.bfloat16):
         model = VisionLanguageModel(tiny.CONFIG, rngs=nnx.Rngs(0), dtype=kind)
         before = np.asarray(model.projector.linear1.kernel[...], np.float32)
-        recipe = tiny.recipe(steps=10, tune="projector", projector_rate=1e-5, warmup=0.0)
+        recipe = tiny.recipe(steps=10, trainable="projector", projector_learning_rate=1e-5, warmup_ratio=0.0)
         train(model, tiny.processor(), tiny.records(), recipe, tmp_path / jnp.dtype(kind).name)
         assert model.compute_dtype == kind
         moved[kind] = np.asarray(model.projector.linear1.kernel[...], np.float32) - before
@@ -182,7 +182,7 @@ def test_a_run_is_served_in_the_types_of_its_base(tune, tmp_path):
 
     model, served = base(), base()
     kinds = {path: leaf.dtype for path, leaf in nnx.to_flat_state(nnx.state(served))}
-    train(model, tiny.processor(), tiny.records(), tiny.recipe(steps=2, tune=tune), tmp_path)
+    train(model, tiny.processor(), tiny.records(), tiny.recipe(steps=2, trainable=tune), tmp_path)
     load_run(served, tmp_path)
     trained, found = (dict(nnx.to_flat_state(nnx.state(one))) for one in (model, served))
     assert trained.keys() == found.keys()

@@ -78,18 +78,18 @@ def recipe(**changes):
     base = Recipe(
         name="tiny",
         steps=6,
-        rows=2,
-        row=SequenceShape(length=160, images=2, edges=80),
+        batch_size=2,
+        sequence=SequenceShape(length=160, images=2, edges=80),
         rank=4,
         alpha=8.0,
-        rate=5e-3,
-        projector_rate=1e-3,
-        save_every=100,
+        learning_rate=5e-3,
+        projector_learning_rate=1e-3,
+        save_steps=100,
     )
     return dataclasses.replace(base, **changes)
 
 
-KILL_RECIPE = recipe(steps=40, save_every=4)
+KILL_RECIPE = recipe(steps=40, save_steps=4)
 
 if __name__ == "__main__":
     import argparse

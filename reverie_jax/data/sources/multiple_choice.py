@@ -82,7 +82,7 @@ def talks(rows: Rows, reading: Reading, *, dataset: str, splits: Sequence[str]) 
         said.append(Turn("assistant", LETTERS[found.answer]))
         for why in found.rationales or ("",):
             more = [Turn("user", WHY), Turn("assistant", why)] if why else []
-            talk = conversation([*said, *more], dataset=source, kind="positive" if why else "")
+            talk = conversation([*said, *more], dataset=dataset, kind="positive" if why else "")
             yield Talk(found.image, talk, found.where, found.encoded)
 
     return _read(rows, reading, splits, make)

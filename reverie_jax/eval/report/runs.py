@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from reverie_jax.errors import UserError
-from reverie_jax.eval.benchmarks import NAMES, files
+from reverie_jax.eval.benchmarks import files, names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +87,7 @@ def _read_part(folder: Path) -> Part:
     found = files.read_json(folder / files.SCORES)
     try:
         metrics, intervals = found["metrics"], found["intervals"]
-        good = found["benchmark"] in NAMES and isinstance(found["rule"], str) and isinstance(found["protocol"], dict)
+        good = found["benchmark"] in names() and isinstance(found["rule"], str) and isinstance(found["protocol"], dict)
         good &= bool(metrics) and all(isinstance(value, int | float) for value in metrics.values())
         good &= all(isinstance(end, int | float) for low, high in intervals.values() for end in (low, high))
         good &= all(isinstance(found[key], int) for key in ("items", "unparsed", "missing"))

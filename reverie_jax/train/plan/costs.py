@@ -56,10 +56,10 @@ def step_flops(config: VLMConfig, sizes: Sizes, recipe: Recipe, *, causal: bool 
     Args:
         causal: count the half of the attention map that the rule lets through; a tree of several conversations has less.
     """
-    row = recipe.row
-    tokens = recipe.rows * row.tokens
-    pairs = tokens * row.tokens // (2 if causal else 1)
-    edges, images = recipe.rows * row.edges, recipe.rows * row.images
+    row = recipe.sequence
+    tokens = recipe.batch_size * row.length
+    pairs = tokens * row.length // (2 if causal else 1)
+    edges, images = recipe.batch_size * row.edges, recipe.batch_size * row.images
     return model_flops(config, sizes, recipe, tokens=tokens, pairs=pairs, edges=edges, images=images)
 
 
@@ -73,7 +73,7 @@ def model_flops(
         edges: taught tokens.
     """
     text, vision = config.text, config.vision
-    linear = 6 if recipe.tune == "full" else 4
+    linear = 6 if recipe.trainable == "full" else 4
     attention = 12 * pairs * text.heads * text.head_dim * text.layers
     decoder = (linear * sizes.layers + 6 * sizes.adapters) * tokens + attention
     first, *rest = sizes.projector
@@ -130,13 +130,13 @@ def activations(
         width: bytes of an element of the computation's type.
         trained: bytes of the trained parameters on a chip.
     """
-    text, vision, row = config.text, config.vision, recipe.row
-    rows = -(-recipe.rows // (recipe.accumulate * mesh["data"] * mesh["fsdp"]))
-    tensor, tokens = mesh["tensor"], rows * row.tokens
+    text, vision, row = config.text, config.vision, recipe.sequence
+    rows = -(-recipe.batch_size // (recipe.gradient_accumulation_steps * mesh["data"] * mesh["fsdp"]))
+    tensor, tokens = mesh["tensor"], rows * row.length
     heads = text.heads * text.head_dim + 2 * text.kv_heads * text.head_dim
     inside = 6 * text.hidden + (heads + text.heads * text.head_dim + 3 * text.mlp) // tensor
     chunk = rows * min(row.edges, EDGE_CHUNK)
-    queries = row.tokens if row.tokens <= DENSE_UP_TO else QUERY_CHUNK
+    queries = row.length if row.length <= DENSE_UP_TO else QUERY_CHUNK
     whole = sizes.layers // text.layers * width // tensor
     spread = mesh["fsdp"] > 1
     patches, floats = rows * row.images * (vision.patches + 1), 4
@@ -144,11 +144,11 @@ def activations(
     return Activations(
         saved=(text.layers + 1) * tokens * text.hidden * width,
         layer=2 * tokens * inside * width,
-        scores=int(2.5 * rows * queries * row.tokens * text.heads // tensor * floats),
+        scores=int(2.5 * rows * queries * row.length * text.heads // tensor * floats),
         logits=3 * chunk * text.vocab // tensor * floats + spread * sizes.head * width // tensor,
         tower=tower + 2 * patches * (vision.patches + 1) * vision.heads // tensor * floats,
         gathered=2 * whole if spread else 0,
-        gradients=trained * (1 if recipe.accumulate == 1 else 2),
+        gradients=trained * (1 if recipe.gradient_accumulation_steps == 1 else 2),
     )
 
 
@@ -166,9 +166,9 @@ def collective_bytes(
     """
     fsdp, tensor, data = mesh["fsdp"], mesh["tensor"], mesh["data"]
     whole = (sizes.layers + sizes.adapters + sizes.head) * width // tensor
-    gathered = 3 * recipe.accumulate * whole * (fsdp - 1) // fsdp
-    summed = recipe.accumulate * trained * (fsdp - 1) + 2 * trained * (data - 1) // data
-    stream = recipe.rows // (data * fsdp) * recipe.row.length * config.text.hidden * width
+    gathered = 3 * recipe.gradient_accumulation_steps * whole * (fsdp - 1) // fsdp
+    summed = recipe.gradient_accumulation_steps * trained * (fsdp - 1) + 2 * trained * (data - 1) // data
+    stream = recipe.batch_size // (data * fsdp) * recipe.sequence.length * config.text.hidden * width
     return gathered + summed + 3 * 2 * config.text.layers * 2 * stream * (tensor - 1) // tensor
 
 
@@ -187,6 +187,6 @@ def memory_bytes(
         by_kind: bytes on the chip: base, trainable, optimizer.
         saved: of `Activations.saved`.
     """
-    weights = 3 * recipe.accumulate * (by_kind["base"] + by_kind["trainable"]) * mesh["fsdp"]
+    weights = 3 * recipe.gradient_accumulation_steps * (by_kind["base"] + by_kind["trainable"]) * mesh["fsdp"]
     update = 2 * (2 * by_kind["trainable"] + by_kind["optimizer"])
-    return weights + update + 2 * recipe.accumulate * saved
+    return weights + update + 2 * recipe.gradient_accumulation_steps * saved

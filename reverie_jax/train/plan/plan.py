@@ -25,8 +25,8 @@ from reverie_jax.errors import UserError
 from reverie_jax.models import VisionLanguageModel, VLMConfig, lora
 from reverie_jax.models.config import ARCHITECTURES
 from reverie_jax.models.sharding import MESH_AXES, batch_sharding, mesh_axes, shardings
-from reverie_jax.train.plan.plan import costs, hlo
-from reverie_jax.train.plan.plan.topology import Topology, plan_mesh, tpu_devices
+from reverie_jax.train.plan import costs, hlo
+from reverie_jax.train.plan.topology import Topology, plan_mesh, tpu_devices
 from reverie_jax.train.recipes import Recipe
 from reverie_jax.train.reference_model import Reference, resting
 from reverie_jax.train.step import TrainState, adapt, make_optimizer, make_step, tuned
@@ -127,21 +127,21 @@ def abstract_step(
     if not recipe.steps:
         recipe = dataclasses.replace(recipe, steps=_UNKNOWN_STEPS)
     spread = mesh.shape["data"] * mesh.shape["fsdp"]
-    if recipe.rows // recipe.accumulate % spread:
+    if recipe.batch_size // recipe.gradient_accumulation_steps % spread:
         raise UserError(
-            f"{recipe.rows // recipe.accumulate} rows of a micro-batch cannot be spread over data x fsdp = {spread} chips: "
+            f"{recipe.batch_size // recipe.gradient_accumulation_steps} rows of a micro-batch cannot be spread over data x fsdp = {spread} chips: "
             "set rows and accumulate, or a mesh with more of tensor"
         )
 
     def make() -> VisionLanguageModel:
         model = VisionLanguageModel(config, rngs=nnx.Rngs(0), dtype=dtype)
         adapt(model, recipe)
-        if recipe.base != "as-is":
-            lora.quantise(model, recipe.base)
+        if recipe.quantization is not None:
+            lora.quantise(model, recipe.quantization)
         return model
 
     model = nnx.eval_shape(make)
-    graph, params, frozen = nnx.split(model, tuned(recipe.tune), ...)  # type: ignore[misc]
+    graph, params, frozen = nnx.split(model, tuned(recipe.trainable), ...)  # type: ignore[misc]
     optimizer = make_optimizer(recipe)
     whole = NamedSharding(mesh, PartitionSpec())
 
@@ -167,12 +167,12 @@ def _placed(tree: Any, homes: Any) -> Any:
 
 
 def _batch(config: VLMConfig, recipe: Recipe, mesh: Mesh | AbstractMesh) -> Batch:
-    row, side, spread = recipe.row, config.vision.image_size, batch_sharding(mesh)
+    row, side, spread = recipe.sequence, config.vision.image_size, batch_sharding(mesh)
 
     def array(*shape: int, dtype: DTypeLike = jnp.int32) -> Any:
-        return jax.ShapeDtypeStruct((recipe.rows, *shape), dtype, sharding=spread)
+        return jax.ShapeDtypeStruct((recipe.batch_size, *shape), dtype, sharding=spread)
 
-    tokens, edges, leaves, slots = (array(size) for size in (row.tokens, row.edges, row.leaves, row.images))
+    tokens, edges, leaves, slots = (array(size) for size in (row.length, row.edges, row.questions, row.images))
     return Batch(
         tokens=tokens,
         positions=tokens,
@@ -290,8 +290,8 @@ def make_plan(
         model=model,
         topology=topology.name,
         mesh=dict(mesh),
-        rows=recipe.rows,
-        accumulate=recipe.accumulate,
+        rows=recipe.batch_size,
+        accumulate=recipe.gradient_accumulation_steps,
         dtype=str(jnp.dtype(dtype)),
         fits=peak <= chip.hbm and not note.startswith("compiler:"),
         peak_bytes_per_chip=peak,

@@ -11,8 +11,8 @@ from jax.typing import DTypeLike
 
 from reverie_jax.errors import UserError
 from reverie_jax.models import VLMConfig
-from reverie_jax.train.plan.plan.plan import Plan, make_plan
-from reverie_jax.train.plan.plan.topology import Topology, tpu_devices
+from reverie_jax.train.plan.plan import Plan, make_plan
+from reverie_jax.train.plan.topology import Topology, tpu_devices
 from reverie_jax.train.recipes import Recipe
 
 ROOM = 0.95
@@ -36,7 +36,7 @@ def candidates(recipe: Recipe, chips: int, most_rows: int = MOST_ROWS) -> Iterat
         fsdp, rows = chips // tensor, 1
         while rows <= max(most_rows, fsdp):
             if rows % fsdp == 0:
-                yield dataclasses.replace(recipe, rows=rows, accumulate=1), {"data": 1, "fsdp": fsdp, "tensor": tensor}
+                yield dataclasses.replace(recipe, batch_size=rows, gradient_accumulation_steps=1), {"data": 1, "fsdp": fsdp, "tensor": tensor}
             rows *= 2
 
 
