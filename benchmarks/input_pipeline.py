@@ -46,14 +46,14 @@ def ours(folder: Path, args: Args) -> tuple[Callable[[], int], int]:
     from reverie_jax.data.packing import SequenceShape
     from reverie_jax.data.pipeline import training_batches
     from reverie_jax.data.records import RecordSource
-    from reverie_jax.data.supervision import Teaching
+    from reverie_jax.data.supervision import Supervision
     from reverie_jax.models.vision import normalise
 
     source = RecordSource(folder / "records")
     processor = mixture_scale.processor(mixture_scale.Args(folder, tokenizer=args.tokenizer))
     processor = dataclasses.replace(processor, aspect="square")
     shape = SequenceShape(length=4096, images=6, edges=4096)
-    batches = training_batches(source, processor, shape, rows=args.rows, teaching=Teaching(), seed=0, threads=1)
+    batches = training_batches(source, processor, shape, rows=args.rows, supervision=Supervision(), seed=0, threads=1)
     ready = iter(batches)
     on_device = jax.jit(lambda pixels: normalise(pixels, jnp.float32))
 

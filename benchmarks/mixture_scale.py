@@ -113,13 +113,13 @@ def pack(args: Args) -> dict[str, Any]:
     from reverie_jax.data.packing import SequenceShape
     from reverie_jax.data.pipeline import packed_rows
     from reverie_jax.data.records import RecordSource
-    from reverie_jax.data.supervision import Teaching
+    from reverie_jax.data.supervision import Supervision
 
     source, words_to = RecordSource(args.folder / "records"), processor(args)
     shape = SequenceShape(length=args.tokens, images=args.images, edges=args.tokens)
     numbers = grain.MapDataset.range(len(source)).seed(0).shuffle()
     rows = tokens = flat = trees = 0
-    for row in packed_rows(numbers, source, words_to, shape, Teaching()):
+    for row in packed_rows(numbers, source, words_to, shape, Supervision()):
         rows += 1
         tokens += int((row.ends > np.arange(1, args.tokens + 1)).sum() + (row.flat_tokens > 0).sum())
         flat += int(row.flat_tokens.sum())

@@ -246,7 +246,7 @@ def make_work(args: Args) -> Work:
     """Pictures and conversations in REVERIE's proportions, by way of `reverie data build`."""
     from reverie_jax.cli import data_options
     from reverie_jax.data.records import RecordSource
-    from reverie_jax.data.supervision import Teaching
+    from reverie_jax.data.supervision import Supervision
     from reverie_jax.data.tokenization import load_tokenizer
 
     size = args.chosen
@@ -261,10 +261,10 @@ def make_work(args: Args) -> Work:
         mixture_scale.make(folder, size.images / mixture_scale.IMAGES, side=max(64, vision.image_size))
         data_options.Build((str(folder / "reverie.json"),), folder / "records", jobs=1).run()
         source = RecordSource(folder / "records")
-        teaching = Teaching(answers=args.answers)
+        supervision = Supervision(answers=args.answers)
         records = [source[number] for number in range(len(source))]
     # Taught as the arm has it here, once for all ways.
-    records = [dataclasses.replace(one, conversations=tuple(teaching(one.conversations))) for one in records]
+    records = [dataclasses.replace(one, conversations=tuple(supervision(one.conversations))) for one in records]
     return Work(records, [processor.tokens(one.id, one.conversations) for one in records], processor)
 
 
@@ -274,14 +274,14 @@ def our_batch(work: Work, size: Size, *, sharing: bool, fit: bool) -> Batch:
 
     from reverie_jax.data.packing import stack
     from reverie_jax.data.pipeline import packed_rows, show
-    from reverie_jax.data.supervision import Teaching
+    from reverie_jax.data.supervision import Supervision
 
     numbers = grain.MapDataset.range(len(work.records))
     # As often as they are repeated: `make_work` has left out the repetitions already, where they are to be.
-    teaching = Teaching(answers="as-published")
+    supervision = Supervision(answers="as-published")
 
     def rows_of(shape: SequenceShape) -> list[Batch]:
-        return list(packed_rows(numbers, work.records, work.processor, shape, teaching, sharing=sharing))
+        return list(packed_rows(numbers, work.records, work.processor, shape, supervision, sharing=sharing))
 
     rows = rows_of(size.row)
     if fit:

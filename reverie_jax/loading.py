@@ -147,7 +147,11 @@ def as_tuned(processor: Processor, adapter: Path) -> Processor:
     if not (adapter / IDENTITY).exists():
         return processor
     recipe = Recipe.from_json(json.dumps(read_identity(adapter)["recipe"]))
-    return processor if recipe.trainable == "projector" else processor.using(recipe.template, aspect=recipe.image_aspect_ratio)
+    return (
+        processor
+        if recipe.trainable == "projector"
+        else processor.using(recipe.template, aspect=recipe.image_aspect_ratio)
+    )
 
 
 def put_adapter(model: VisionLanguageModel, adapter: str | Path, base: Sequence[Path]) -> tuple[str, bool]:

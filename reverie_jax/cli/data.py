@@ -26,7 +26,7 @@ from reverie_jax.data.mixture import Mixture, Part, mixture, read_parts
 from reverie_jax.data.records import RecordSource, building, write_records
 from reverie_jax.data.row_files import Rows, write_list
 from reverie_jax.data.sources import Reading, multiple_choice
-from reverie_jax.data.supervision import Teaching
+from reverie_jax.data.supervision import Supervision
 from reverie_jax.errors import UserError
 
 
@@ -190,11 +190,11 @@ def show(args: options.Show) -> None:
     if args.count < 1:
         raise UserError(f"--count {args.count}: must be at least 1")
     fields = dict(setting.partition("=")[::2] for setting in args.teach)
-    if unknown := fields.keys() - {field.name for field in dataclasses.fields(Teaching)}:
-        known = ", ".join(field.name for field in dataclasses.fields(Teaching))
+    if unknown := fields.keys() - {field.name for field in dataclasses.fields(Supervision)}:
+        known = ", ".join(field.name for field in dataclasses.fields(Supervision))
         raise UserError(f"--teach {min(unknown)}: must be {known}")
     try:
-        teaching = pydantic.TypeAdapter(Teaching).validate_python(fields)
+        supervision = pydantic.TypeAdapter(Supervision).validate_python(fields)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"--teach {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
@@ -205,7 +205,7 @@ def show(args: options.Show) -> None:
         places = [(source, index) for source in sources for index in range(len(source))]
         chosen = random.Random(args.seed).sample(places, min(args.count, len(places)))
         title = f"Samples of {', '.join(Path(source.partition('=')[0]).name for source in args.sources)}"
-        count = pages.write(args.out, (source[index] for source, index in chosen), processor, teaching, title)
+        count = pages.write(args.out, (source[index] for source, index in chosen), processor, supervision, title)
     print(f"{count} records: {args.out}")
 
 

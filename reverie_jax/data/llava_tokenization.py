@@ -110,12 +110,12 @@ def _plain(tokens: ReferenceTokenizer, turns: Sequence[tuple[str, str]]) -> tupl
 
 
 def _checked(
-    tokens: ReferenceTokenizer, ids: list[int], taught: list[int], counted: int
+    tokens: ReferenceTokenizer, ids: list[int], supervised: list[int], counted: int
 ) -> tuple[list[int], list[int]]:
     """The original counts what is no padding, and padding is id 0, which <unk> has too."""
     if counted < LONGEST and counted != len(ids) - ids.count(0):
         return ids, [-1] * len(ids)
-    return ids, taught
+    return ids, supervised
 
 
 def _two(
@@ -127,7 +127,7 @@ def _two(
         text += f"{user} {asked} " if asked else user
         text += f"{assistant} {said}{end}" if said else assistant
     ids = tokens(text, pictures)
-    taught = [-1] * len(ids)
+    supervised = [-1] * len(ids)
     at = 1
     for number, part in enumerate(text.split(end)):
         pieces = part.split(sign)
@@ -136,9 +136,9 @@ def _two(
         less = int(number > 0 and not tokens.legacy)
         length = len(tokens(part, pictures)) - less
         skipped = len(tokens(pieces[0] + sign, pictures)) - 2 - less
-        _teach(taught, at + skipped, at + length, number, turns)
+        _mark_supervised(supervised, at + skipped, at + length, number, turns)
         at += length
-    return _checked(tokens, ids, taught, at)
+    return _checked(tokens, ids, supervised, at)
 
 
 def _phi3(
@@ -149,7 +149,7 @@ def _phi3(
     for asked, said in turns:
         text += (f"{user}{asked}{end}" if asked else user) + (f"{assistant}{said}{end}" if said else assistant)
     ids = tokens(text, pictures)
-    taught = [-1] * len(ids)
+    supervised = [-1] * len(ids)
     pieces = text.split(end)
     rounds = [end.join(pieces[:3]), *(end.join(pieces[i : i + 2]) for i in range(3, len(pieces), 2))]
     at = 0
@@ -160,9 +160,9 @@ def _phi3(
         more = 1 if number == 0 else -2 + int(tokens.legacy)
         length = len(tokens(part, pictures)) + more
         skipped = len(tokens(halves[0] + end + assistant, pictures)) - 1 + more
-        _teach(taught, at + skipped, at + length, number, turns)
+        _mark_supervised(supervised, at + skipped, at + length, number, turns)
         at += length
-    return _checked(tokens, ids, taught, at)
+    return _checked(tokens, ids, supervised, at)
 
 
 def _single(
@@ -174,7 +174,7 @@ def _single(
         f"### {who}: {words}\n" for turn in turns for who, words in zip(("Human", "Assistant"), turn, strict=True)
     ]
     ids = tokens(header + "".join(sentences) + "### ", pictures)
-    taught = [(len(turns) - 1) if turns else -1] * len(ids)
+    supervised = [(len(turns) - 1) if turns else -1] * len(ids)
 
     def count(text: str) -> int:
         """Without pictures the original counts what is no padding, which <unk> looks like."""
@@ -182,18 +182,20 @@ def _single(
         return len(found) if pictures else len(found) - found.count(0)
 
     at = count(header)
-    taught[:at] = [-1] * min(at, len(ids))
+    supervised[:at] = [-1] * min(at, len(ids))
     for number, sentence in enumerate(sentences):
         length = count(sentence)
         here = slice(min(at, len(ids)), min(at + length, len(ids)))
-        taught[here] = [number // 2] * (here.stop - here.start)
+        supervised[here] = [number // 2] * (here.stop - here.start)
         if number % 2 == 0:
             masked = slice(min(at + 2, len(ids)), here.stop)
-            taught[masked] = [-1] * max(0, masked.stop - masked.start)
+            supervised[masked] = [-1] * max(0, masked.stop - masked.start)
         at += length
-    return ids, taught
+    return ids, supervised
 
 
-def _teach(taught: list[int], start: int, stop: int, number: int, turns: Sequence[tuple[str, str]]) -> None:
-    start, stop = max(0, start), min(len(taught), stop)
-    taught[start:stop] = [min(number, len(turns) - 1)] * max(0, stop - start)
+def _mark_supervised(
+    supervised: list[int], start: int, stop: int, number: int, turns: Sequence[tuple[str, str]]
+) -> None:
+    start, stop = max(0, start), min(len(supervised), stop)
+    supervised[start:stop] = [min(number, len(turns) - 1)] * max(0, stop - start)

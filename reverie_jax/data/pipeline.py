@@ -18,13 +18,13 @@ from reverie_jax.data.feature_cache import FeatureCache
 from reverie_jax.data.packing import WINDOW, Batch, Element, SequenceShape, element, pack, share_out, stack
 from reverie_jax.data.preferences import Preference, grow_pairs, pairs
 from reverie_jax.data.processor import Processor
-from reverie_jax.data.supervision import Teaching
-from reverie_jax.data.tree import ConversationTree, grow_within, untaught
+from reverie_jax.data.supervision import Supervision
+from reverie_jax.data.tree import ConversationTree, grow_within, unsupervised
 from reverie_jax.errors import DataError
 
 
 def trees(
-    record: ImageRecord, processor: Processor, shape: SequenceShape, teaching: Teaching, *, sharing: bool = True
+    record: ImageRecord, processor: Processor, shape: SequenceShape, supervision: Supervision, *, sharing: bool = True
 ) -> list[ConversationTree]:
     """The record's conversations as trees that each fit a row.
 
@@ -35,10 +35,10 @@ def trees(
         DataError: one conversation alone is too long for a row; the record is named.
         UserError: or for the decoder.
     """
-    return [tree for _, tree in _taught(record, processor, shape, teaching(record.conversations), sharing)]
+    return [tree for _, tree in _supervised(record, processor, shape, supervision(record.conversations), sharing)]
 
 
-def _taught(
+def _supervised(
     record: ImageRecord, processor: Processor, shape: SequenceShape, talks: Sequence[Conversation], sharing: bool
 ) -> list[tuple[list[int], ConversationTree]]:
     """`grow_within`, for a record."""
@@ -102,14 +102,14 @@ def survey(
     records: Sequence[ImageRecord],
     processor: Processor,
     shape: SequenceShape,
-    teaching: Teaching | Preference,
+    supervision: Supervision | Preference,
     *,
     sharing: bool = True,
 ) -> Survey:
     """Tokenises everything once: what does not fit is known before training, not at step 40,000."""
     count = tokens = flat = edges = longest = rows = 0
     datasets: dict[str, int] = {}
-    made, window = _Numbered(records, processor, shape, teaching, sharing, datasets, counting=True), []
+    made, window = _Numbered(records, processor, shape, supervision, sharing, datasets, counting=True), []
     for index in range(len(records)):
         window += made(index)
         if len(window) >= WINDOW or index + 1 == len(records):
@@ -120,7 +120,7 @@ def survey(
             rows += len(share_out(window, shape))
             window = []
     if not edges:
-        missing = "pair of answers" if isinstance(teaching, Preference) else "conversation with a taught answer"
+        missing = "pair of answers" if isinstance(supervision, Preference) else "conversation with a taught answer"
         raise DataError(f"the data teaches nothing: no {missing}")
     return Survey(len(records), count, tokens, flat, edges, longest, rows, tuple(datasets))
 
@@ -138,19 +138,19 @@ class _Numbered:
         records: Sequence[ImageRecord],
         processor: Processor,
         shape: SequenceShape,
-        teaching: Teaching | Preference,
+        supervision: Supervision | Preference,
         sharing: bool,
         datasets: dict[str, int],
         *,
         counting: bool = False,
     ):
         self.records, self.processor, self.shape = records, processor, shape
-        self.teaching, self.sharing, self.datasets, self.counting = teaching, sharing, datasets, counting
+        self.supervision, self.sharing, self.datasets, self.counting = supervision, sharing, datasets, counting
 
     def __call__(self, number: int) -> list[Element]:
         record = self.records[number]
         pictures = np.full(1 if record.image else 0, number + 1, np.int32)
-        if isinstance(self.teaching, Preference):
+        if isinstance(self.supervision, Preference):
             return [
                 element(
                     tree,
@@ -159,9 +159,9 @@ class _Numbered:
                     record=number + 1,
                     origin=self._origins(talks)[tree.branch],
                 )
-                for branches, tree, talks in _paired(record, self.processor, self.shape, self.teaching)
+                for branches, tree, talks in _paired(record, self.processor, self.shape, self.supervision)
             ]
-        talks = self.teaching(record.conversations)
+        talks = self.supervision(record.conversations)
         return [
             element(
                 tree,
@@ -169,7 +169,7 @@ class _Numbered:
                 record=number + 1,
                 origin=self._origins([talks[member] for member in members])[tree.branch],
             )
-            for members, tree in _taught(record, self.processor, self.shape, talks, self.sharing)
+            for members, tree in _supervised(record, self.processor, self.shape, talks, self.sharing)
         ]
 
     def _origins(self, talks: Sequence[Conversation]) -> Int32[np.ndarray, "C"]:
@@ -234,14 +234,14 @@ def packed_rows(
     records: Sequence[ImageRecord],
     processor: Processor,
     shape: SequenceShape,
-    teaching: Teaching | Preference,
+    supervision: Supervision | Preference,
     *,
     sharing: bool = True,
     datasets: Sequence[str] = (),
 ) -> grain.IterDataset:
     """Rows of the records of these numbers, with numbers (from 1) where pictures' pixels will be."""
     origins = {name: number for number, name in enumerate(datasets)}
-    made = numbers.map(_Numbered(records, processor, shape, teaching, sharing, origins))
+    made = numbers.map(_Numbered(records, processor, shape, supervision, sharing, origins))
     read = made.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=32))
     elements = grain.experimental.FlatMapIterDataset(read, _Flat())
     # Few records need no large window, which would hold many passes over them.
@@ -255,7 +255,7 @@ def training_batches(
     shape: SequenceShape,
     *,
     rows: int,
-    teaching: Teaching | Preference,
+    supervision: Supervision | Preference,
     seed: int,
     sharing: bool = True,
     datasets: Sequence[str] = (),
@@ -278,7 +278,7 @@ def training_batches(
     """
     first, past, _ = (own or slice(None)).indices(rows)
     numbers = grain.MapDataset.range(len(records)).seed(seed).shuffle().repeat()
-    packed = packed_rows(numbers, records, processor, shape, teaching, sharing=sharing, datasets=datasets)
+    packed = packed_rows(numbers, records, processor, shape, supervision, sharing=sharing, datasets=datasets)
     batches = packed.batch(rows, batch_fn=lambda part: stack(part[first:past], past - first))
     threads = threads or os.cpu_count() or 1
     pool = ThreadPoolExecutor(threads) if threads > 1 else None
@@ -290,7 +290,7 @@ def every_batch(
     records: Sequence[ImageRecord],
     processor: Processor,
     shape: SequenceShape,
-    teaching: Teaching | Preference,
+    supervision: Supervision | Preference,
     *,
     rows: int,
     own: slice | None = None,
@@ -300,7 +300,7 @@ def every_batch(
     """Every record once, in order; empty rows fill the last batch. Arguments as for `training_batches`."""
     first, past, _ = (own or slice(None)).indices(rows)
     numbers = grain.MapDataset.range(len(records))
-    packed = packed_rows(numbers, records, processor, shape, teaching, sharing=sharing, datasets=datasets)
+    packed = packed_rows(numbers, records, processor, shape, supervision, sharing=sharing, datasets=datasets)
 
     def whole(part: Sequence[Batch]) -> Batch:
         full = stack(part, rows)
@@ -338,7 +338,7 @@ class _Questions(grain.experimental.FlatMapTransform):
         picture = self.pictures[number]
         shown = np.full(1 if picture.encoded else 0, number + 1, np.int32)
         numbers, talks = zip(*picture.questions, strict=True)
-        tokens = [untaught(talk) for talk in self.processor.tokens(picture.name, talks)]
+        tokens = [unsupervised(talk) for talk in self.processor.tokens(picture.name, talks)]
         try:
             grown = grow_within(tokens, tokens=self.shape.length, edges=0, branches=self.shape.questions)
         except ValueError as error:

@@ -12,7 +12,7 @@ from jaxtyping import Bool
 
 from reverie_jax.data.conversation import Conversation
 from reverie_jax.data.tokenization import Tokens
-from reverie_jax.data.tree import ConversationTree, Trie, untaught
+from reverie_jax.data.tree import ConversationTree, Trie, unsupervised
 from reverie_jax.errors import DataError
 
 SHORTEST = 3
@@ -154,7 +154,7 @@ def grow_pairs(
         members, trie, branches = best[1]
         members.append(index)
         for side in (chosen, rejected):
-            trie.add(untaught(side))
+            trie.add(unsupervised(side))
             branches.append(side)
     return [(members, _branched(trie.tree(), branches, preference)) for members, trie, branches in open_tries]
 

@@ -20,7 +20,7 @@ _BY_TYPE = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Teaching:
+class Supervision:
     """One arm.
 
     Attributes:

@@ -49,7 +49,7 @@ class ConversationTree:
         return len(self.tokens)
 
 
-def untaught(conversation: Tokens) -> Tokens:
+def unsupervised(conversation: Tokens) -> Tokens:
     """The same tokens, none of them taught: a question that waits for its answer."""
     return dataclasses.replace(conversation, weights=np.zeros_like(conversation.weights))
 
@@ -121,11 +121,11 @@ class Trie:
 
     def cost(self, conversation: Tokens) -> tuple[int, int]:
         """How many nodes and edges the conversation would add."""
-        taught = conversation.weights > 0
-        tokens, edges = len(conversation), int(taught.sum())
+        supervised = conversation.weights > 0
+        tokens, edges = len(conversation), int(supervised.sum())
         for run, place, shared in self._walk(conversation):
             tokens -= shared
-            edges -= int((taught[place : place + shared] & (run.weights[:shared] > 0)).sum())
+            edges -= int((supervised[place : place + shared] & (run.weights[:shared] > 0)).sum())
         return tokens, edges
 
     def add(self, conversation: Tokens) -> None:
@@ -193,16 +193,16 @@ class Trie:
 
         tokens = joined([run.ids for run in runs], np.int32)
         weight = joined([run.weights for run in runs], np.float64)
-        taught = weight > 0
+        supervised = weight > 0
         return ConversationTree(
             tokens=tokens,
             positions=index - np.repeat(starts - np.asarray(depth, np.int32), lengths).astype(np.int32),
             ends=np.repeat(np.asarray(ends, np.int32), lengths),
             image_slots=joined([run.image_slots for run in runs], np.int32),
-            parent=parents[taught],
-            target=tokens[taught],
-            weight=weight[taught].astype(np.float32),
-            branch=joined([run.first for run in runs], np.int32)[taught],
+            parent=parents[supervised],
+            target=tokens[supervised],
+            weight=weight[supervised].astype(np.float32),
+            branch=joined([run.first for run in runs], np.int32)[supervised],
             leaves=np.asarray([start[id(run)] + len(run.ids) - 1 for run in self._last], np.int32),
             flat_tokens=self._flat,
         )
@@ -238,17 +238,17 @@ def grow_within(
     for index, conversation in enumerate(conversations):
         best: tuple[int, list[int], Trie] | None = None
         for members, trie in open_tries:
-            more, taught = trie.cost(conversation)
-            fits = len(trie) + more <= tokens and trie.edges + taught <= edges
+            more, supervised = trie.cost(conversation)
+            fits = len(trie) + more <= tokens and trie.edges + supervised <= edges
             fits = fits and (branches is None or trie.branches < branches)
             if fits and (best is None or more < best[0]):
                 best = more, members, trie
         if best is None:
             trie = Trie()
-            more, taught = trie.cost(conversation)
-            if more > tokens or taught > edges:
+            more, supervised = trie.cost(conversation)
+            if more > tokens or supervised > edges:
                 raise ValueError(
-                    f"conversation {index} has {more} tokens and teaches {taught}; "
+                    f"conversation {index} has {more} tokens and teaches {supervised}; "
                     f"a row holds {tokens} tokens and {edges} taught ones"
                 )
             best = more, [], trie

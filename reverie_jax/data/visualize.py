@@ -15,7 +15,7 @@ import numpy as np
 from reverie_jax.data.conversation import ImageRecord
 from reverie_jax.data.images import thumbnail
 from reverie_jax.data.processor import Processor
-from reverie_jax.data.supervision import Teaching
+from reverie_jax.data.supervision import Supervision
 from reverie_jax.data.tree import ConversationTree, grow
 
 SIDE = 360
@@ -53,7 +53,7 @@ def limbs(tree: ConversationTree, tokenizer: Any, *, patches: int = 0, shared: C
         shared: row indices of tokens that several conversations teach.
     """
     weights = np.zeros(len(tree), np.float32)
-    for place, weight in zip(taught_places(tree), tree.weight, strict=True):
+    for place, weight in zip(supervised_positions(tree), tree.weight, strict=True):
         weights[place] = weight
 
     def spans(start: int, past: int) -> list[Span]:
@@ -83,7 +83,7 @@ def limbs(tree: ConversationTree, tokenizer: Any, *, patches: int = 0, shared: C
     return below(0, len(tree))
 
 
-def taught_places(tree: ConversationTree) -> list[int]:
+def supervised_positions(tree: ConversationTree) -> list[int]:
     """Row index of the token that each edge predicts."""
     parents = _parents(tree)
     found = []
@@ -119,14 +119,16 @@ def _words(pieces: list[str], tokenizer: Any) -> str:
     return halves[0] + text + halves[1]
 
 
-def write(page: Path, records: Iterable[ImageRecord], processor: Processor, teaching: Teaching, title: str) -> int:
+def write(
+    page: Path, records: Iterable[ImageRecord], processor: Processor, supervision: Supervision, title: str
+) -> int:
     """Writes the page; returns how many records it shows."""
     samples = []
     for record in records:
-        tokens = processor.tokens(record.id, teaching(record.conversations))
+        tokens = processor.tokens(record.id, supervision(record.conversations))
         tree = grow(tokens)
         once = grow(dataclasses.replace(one, weights=(one.weights > 0).astype(np.float32)) for one in tokens)
-        shared = {place for place, count in zip(taught_places(once), once.weight, strict=True) if count > 1}
+        shared = {place for place, count in zip(supervised_positions(once), once.weight, strict=True) if count > 1}
         samples.append(
             {
                 "id": record.id,
@@ -143,7 +145,7 @@ def write(page: Path, records: Iterable[ImageRecord], processor: Processor, teac
     page.write_text(
         jinja2.Environment(autoescape=True, trim_blocks=True)
         .from_string(template)
-        .render(samples=samples, title=title, template=processor.encoder.template.name, teaching=teaching),
+        .render(samples=samples, title=title, template=processor.encoder.template.name, supervision=supervision),
         "utf-8",
     )
     return len(samples)

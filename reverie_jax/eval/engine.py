@@ -23,7 +23,7 @@ from reverie_jax.data.conversation import IMAGE, Conversation, ImageRecord, Turn
 from reverie_jax.data.packing import Batch, SequenceShape
 from reverie_jax.data.pipeline import Picture, question_batches
 from reverie_jax.data.processor import Processor
-from reverie_jax.data.tree import grow, grow_within, untaught
+from reverie_jax.data.tree import grow, grow_within, unsupervised
 from reverie_jax.errors import DataError, UserError
 from reverie_jax.eval import decode
 from reverie_jax.eval.decode import Decoding
@@ -124,7 +124,7 @@ def plan(
         if not picture.questions:
             continue
         talks = [talk for _, talk in picture.questions]
-        tokens = [untaught(one) for one in processor.tokens(picture.name, talks)]
+        tokens = [unsupervised(one) for one in processor.tokens(picture.name, talks)]
         try:
             grown = grow_within(tokens, tokens=limit.sequence_length, edges=0, branches=limit.questions)
         except ValueError as error:
@@ -166,7 +166,7 @@ def _disturbed(pictures: Sequence[Picture], processor: Processor, leaves: int) -
     for picture in pictures:
         asked = [(number, behind(talk)) for number, talk in picture.questions]
         found = processor.tokens(picture.name, [talk for _, talk in asked])
-        longest = max(longest, len(grow(map(untaught, found))))
+        longest = max(longest, len(grow(map(unsupervised, found))))
         others.append(dataclasses.replace(picture, questions=asked))
     return SequenceShape(length=_rounded(longest), images=1, questions=leaves), others
 

@@ -88,14 +88,18 @@ def train(
         records, held_out = hold_out(records, recipe.holdout)
     except ValueError as error:
         raise UserError(str(error)) from None
-    teaching = recipe.preference or recipe.supervision
-    found = survey(records, processor, recipe.sequence, teaching, sharing=recipe.prefix_sharing)
+    supervision = recipe.preference or recipe.supervision
+    found = survey(records, processor, recipe.sequence, supervision, sharing=recipe.prefix_sharing)
     recipe = dataclasses.replace(recipe, steps=recipe.steps_for(found.rows))
     try:
-        own_rows(mesh, recipe.batch_size // recipe.gradient_accumulation_steps)  # each micro-batch is spread over the devices
+        own_rows(
+            mesh, recipe.batch_size // recipe.gradient_accumulation_steps
+        )  # each micro-batch is spread over the devices
         own = own_rows(mesh, recipe.batch_size)
     except ValueError as error:
-        raise UserError(f"recipe {recipe.name}, micro-batches of {recipe.batch_size // recipe.gradient_accumulation_steps}: {error}") from None
+        raise UserError(
+            f"recipe {recipe.name}, micro-batches of {recipe.batch_size // recipe.gradient_accumulation_steps}: {error}"
+        ) from None
     features = None if vision_cache is None else cached(model, processor, records, vision_cache)
     base = identity(model)
     fresh = adapt(model, recipe)
@@ -117,7 +121,7 @@ def train(
             processor,
             recipe.sequence,
             rows=recipe.batch_size,
-            teaching=teaching,
+            supervision=supervision,
             sharing=recipe.prefix_sharing,
             datasets=found.datasets,
             seed=recipe.seed,

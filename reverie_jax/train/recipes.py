@@ -11,7 +11,7 @@ import pydantic
 
 from reverie_jax.data.packing import SequenceShape
 from reverie_jax.data.preferences import Preference
-from reverie_jax.data.supervision import Teaching
+from reverie_jax.data.supervision import Supervision
 from reverie_jax.errors import UserError
 from reverie_jax.models.config import ImageAspect, ProjectorKind
 from reverie_jax.models.layers import Remat
@@ -66,7 +66,7 @@ class Recipe:
     offload: bool = False
     loss_reduction: Literal["tokens", "micro-batches"] = "tokens"
     trainable: Tune = "lora"
-    supervision: Teaching = Teaching()  # noqa: RUF009
+    supervision: Supervision = Supervision()  # noqa: RUF009
     preference: Preference | None = None
     prefix_sharing: bool = True
     template: str | None = None
@@ -91,7 +91,9 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.gradient_accumulation_steps < 1 or self.batch_size % self.gradient_accumulation_steps:
-            raise ValueError(f"batch_size={self.batch_size} is not a multiple of gradient_accumulation_steps={self.gradient_accumulation_steps}")
+            raise ValueError(
+                f"batch_size={self.batch_size} is not a multiple of gradient_accumulation_steps={self.gradient_accumulation_steps}"
+            )
         if self.quantization is not None and self.trainable == "full":
             raise ValueError(f"quantization={self.quantization} needs frozen weights; trainable=full freezes none")
 
@@ -112,7 +114,7 @@ _SCENES = Recipe(
     steps=200,
     batch_size=16,
     sequence=SequenceShape(length=448, images=1, edges=288),
-    supervision=Teaching(answers="as-published"),
+    supervision=Supervision(answers="as-published"),
     rank=16,
     alpha=32.0,
     dropout=0.0,
@@ -128,7 +130,7 @@ _LLAVA = Recipe(
     sequence=SequenceShape(length=2048, images=1, edges=2048),
     gradient_accumulation_steps=8,
     loss_reduction="micro-batches",
-    supervision=Teaching(answers="as-published"),
+    supervision=Supervision(answers="as-published"),
     prefix_sharing=False,
     rank=128,
     alpha=256.0,
@@ -138,9 +140,17 @@ _LLAVA = Recipe(
     save_steps=500,
 )
 _LLAVA_1_0 = dataclasses.replace(
-    _LLAVA, name="llava-1.0-7b-lora", image_aspect_ratio="square", rank=64, alpha=16.0, learning_rate=2e-5, projector_learning_rate=2e-5
+    _LLAVA,
+    name="llava-1.0-7b-lora",
+    image_aspect_ratio="square",
+    rank=64,
+    alpha=16.0,
+    learning_rate=2e-5,
+    projector_learning_rate=2e-5,
 )
-_FULL = dataclasses.replace(_LLAVA, name="llava-1.5-7b-full", trainable="full", learning_rate=2e-5, projector_learning_rate=2e-5)
+_FULL = dataclasses.replace(
+    _LLAVA, name="llava-1.5-7b-full", trainable="full", learning_rate=2e-5, projector_learning_rate=2e-5
+)
 _PRETRAIN = dataclasses.replace(
     _LLAVA,
     name="llava-1.5-pretrain",
@@ -158,7 +168,7 @@ _REVERIE = dataclasses.replace(
     sequence=SequenceShape(length=4096, images=8, edges=4096),
     gradient_accumulation_steps=1,
     loss_reduction="tokens",
-    supervision=Teaching(),
+    supervision=Supervision(),
     prefix_sharing=True,
 )
 
@@ -223,7 +233,7 @@ RECIPES: dict[str, Recipe] = {
         dataclasses.replace(
             _SCENES,
             name="scenes-responses",
-            supervision=Teaching("responses", answers="as-published"),
+            supervision=Supervision("responses", answers="as-published"),
             sequence=SequenceShape(length=192, images=1, edges=96),
         ),
         *_named(_LLAVA, "llava-1.5-7b-lora", "llava-1.5-13b-lora", "llava-phi3-lora"),
@@ -245,7 +255,14 @@ RECIPES: dict[str, Recipe] = {
         ),
         _DPO,
         _LRV,
-        *_named(_DPO, "rlaifv-dpo-lora", trainable="lora", learning_rate=1e-5, projector_learning_rate=1e-5, preference=Preference()),
+        *_named(
+            _DPO,
+            "rlaifv-dpo-lora",
+            trainable="lora",
+            learning_rate=1e-5,
+            projector_learning_rate=1e-5,
+            preference=Preference(),
+        ),
     )
 }
 

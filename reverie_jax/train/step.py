@@ -95,7 +95,12 @@ def adapt(model: VisionLanguageModel, recipe: Recipe) -> bool:
     if carriers:
         return False
     lora.attach(
-        model, rank=recipe.rank, alpha=recipe.alpha, dropout=recipe.dropout, targets=recipe.target_modules, seed=recipe.seed
+        model,
+        rank=recipe.rank,
+        alpha=recipe.alpha,
+        dropout=recipe.dropout,
+        targets=recipe.target_modules,
+        seed=recipe.seed,
     )
     return True
 
@@ -128,7 +133,9 @@ def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
     def labels(params: nnx.State) -> nnx.State:
         return nnx.map_state(lambda path, leaf: "projector" if path[0] == "projector" else "adapter", params)
 
-    by_part = optax.partition({"adapter": adam(recipe.learning_rate), "projector": adam(recipe.projector_learning_rate)}, labels)
+    by_part = optax.partition(
+        {"adapter": adam(recipe.learning_rate), "projector": adam(recipe.projector_learning_rate)}, labels
+    )
     clip = [] if recipe.max_grad_norm is None else [optax.clip_by_global_norm(recipe.max_grad_norm)]
     return optax.chain(*clip, by_part)
 

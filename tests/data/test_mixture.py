@@ -23,7 +23,7 @@ from reverie_jax.data.conversation import IMAGE, Conversation, Turn
 from reverie_jax.data.images import MAX_PIXELS
 from reverie_jax.data.mixture import Mixture, Part, mixture, read_parts
 from reverie_jax.data.sources import Pictures, Reading, Rows, Talk, llava
-from reverie_jax.data.supervision import Teaching
+from reverie_jax.data.supervision import Supervision
 from reverie_jax.data.tokenization import Encoder
 from reverie_jax.data.tree import grow
 from reverie_jax.errors import DataError, UserError
@@ -554,7 +554,7 @@ def same_tree(one, other):
 @pytest.mark.parametrize("rows", [REFLECTIVE, TALK], ids=["reflective", "talk"])
 @pytest.mark.parametrize("weight", [2, 3])
 def test_a_weight_is_as_good_as_repeating_the_rows(tmp_path, pictures, rows, weight):
-    path, words, teach = written(tmp_path / "a.json", rows), encoder(), Teaching(answers="as-published")
+    path, words, teach = written(tmp_path / "a.json", rows), encoder(), Supervision(answers="as-published")
     (weighed,) = records(Part(file=path, weight=weight))
     (repeated,) = records(*[path] * weight)
     assert len(repeated.conversations) == weight * len(weighed.conversations)

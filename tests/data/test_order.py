@@ -26,7 +26,7 @@ from reverie_jax.data.packing import Batch, SequenceShape
 from reverie_jax.data.pipeline import packed_rows, training_batches
 from reverie_jax.data.processor import Processor
 from reverie_jax.data.records import RecordSource, write_records
-from reverie_jax.data.supervision import Teaching
+from reverie_jax.data.supervision import Supervision
 from reverie_jax.data.tokenization import Encoder, Tokens
 from tests.data.fakes import IMAGE_ID, WordTokenizer, png
 
@@ -86,11 +86,11 @@ PROCESSOR = Processor(Remembering(WordTokenizer(), "llava-hf", PATCHES, IMAGE_ID
 NAMES = {PROCESSOR.encoder.tokenizer.encode(f" rec{n}")[0]: n for n in range(99)} | {
     PROCESSOR.encoder.tokenizer.encode(f"\nrec{n}")[0]: n for n in range(99)
 }
-TEACHING = Teaching()
+TEACHING = Supervision()
 
 
 def batches(source: Sequence[ImageRecord] = RECORDS, *, seed: int = 3, rows: int = 4, **options: Any):
-    return training_batches(source, PROCESSOR, SHAPE, rows=rows, teaching=TEACHING, seed=seed, **options)
+    return training_batches(source, PROCESSOR, SHAPE, rows=rows, supervision=TEACHING, seed=seed, **options)
 
 
 def own(host: int, hosts: int, rows: int = 4) -> slice:

@@ -16,7 +16,7 @@ from reverie_jax.data.conversation import IMAGE
 from reverie_jax.data.mixture import Part, mixture
 from reverie_jax.data.preferences import pairs
 from reverie_jax.data.sources import Reading
-from reverie_jax.data.supervision import Teaching
+from reverie_jax.data.supervision import Supervision
 from reverie_jax.errors import DataError
 from tests.data.fakes import png
 from tests.data.test_check import claimed
@@ -263,7 +263,7 @@ def test_a_cap_keeps_the_same_answers_whatever_the_order_of_rows(tmp_path):
 
 
 ARMS = [
-    Teaching(*arm, answer_weight=weight)
+    Supervision(*arm, answer_weight=weight)
     for arm in itertools.product(
         ("responses", "positive", "negative", "rationales"),
         ("once", "as-published"),

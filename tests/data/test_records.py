@@ -19,7 +19,7 @@ from reverie_jax.data.pipeline import Picture, question_batches, survey, trainin
 from reverie_jax.data.processor import Processor
 from reverie_jax.data.records import RecordSource, write_records
 from reverie_jax.data.sources import Reading, llava, reverie
-from reverie_jax.data.supervision import Teaching
+from reverie_jax.data.supervision import Supervision
 from reverie_jax.data.tokenization import Encoder
 from reverie_jax.errors import DataError, UserError
 from tests.data.fakes import IMAGE_ID, WordTokenizer, png, records, talk
@@ -182,11 +182,11 @@ def test_rows_of_one_picture_become_one_record(pictures):
 def test_repeated_answers_are_taught_once_where_rationales_repeat_them(pictures):
     rows = [row(why="One."), row(why="Two."), row(answer="Yes"), row("b.png"), row(first=f"{IMAGE}\nIs it red?")]
     first, second = read(pictures, rows)
-    taught = [Teaching()(record.conversations) for record in (first, second)]
+    taught = [Supervision()(record.conversations) for record in (first, second)]
     assert [t.turns[1].weight for t in taught[0]] == [1, 0, 1, 0]
     assert [t.turns[3].weight for t in taught[0]] == [1, 1, 1, 1]
     assert [t.turns[1].weight for t in taught[1]] == [1]
-    published = Teaching(answers="as-published")(first.conversations)
+    published = Supervision(answers="as-published")(first.conversations)
     assert [t.turns[1].weight for t in published] == [1, 1, 1, 1]
 
 
@@ -316,8 +316,8 @@ def encoder() -> Encoder:
     return Encoder(WordTokenizer(), "llava-hf", PATCHES, IMAGE_ID)
 
 
-def arm(kinds: str) -> Teaching:
-    return Teaching(kinds, answers="as-published")
+def arm(kinds: str) -> Supervision:
+    return Supervision(kinds, answers="as-published")
 
 
 def processor() -> Processor:
@@ -326,7 +326,7 @@ def processor() -> Processor:
 
 def batches(dataset: list[ImageRecord], *, images: int = 1, seed: int = 0, teach: str = "rationales", length: int = 90):
     shape = SequenceShape(length=length, images=images, edges=60)
-    return training_batches(source, processor(), shape, rows=2, teaching=arm(teach), seed=seed)
+    return training_batches(source, processor(), shape, rows=2, supervision=arm(teach), seed=seed)
 
 
 def equal(one: Batch, other: Batch) -> bool:

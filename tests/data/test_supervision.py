@@ -14,7 +14,7 @@ from reverie_jax.data import sources
 from reverie_jax.data.conversation import IMAGE, Conversation, Turn
 from reverie_jax.data.sources import Reading, lrv
 from reverie_jax.data.sources.reverie import explains
-from reverie_jax.data.supervision import Teaching
+from reverie_jax.data.supervision import Supervision
 from reverie_jax.data.tokenization import Encoder
 from reverie_jax.data.tree import grow
 from tests.data.fakes import IMAGE_ID, Given, WordTokenizer
@@ -106,7 +106,7 @@ def wanted(conversations, kinds, how_often, answer_weight=1.0, rationale_weight=
 @given(plan=plans)
 def test_kinds_and_answers_teach_what_they_say(kinds, how_often, plan):
     record = built(plan)
-    assert taught(Teaching(kinds, how_often)(record)) == wanted(record, kinds, how_often)
+    assert taught(Supervision(kinds, how_often)(record)) == wanted(record, kinds, how_often)
 
 
 @settings(max_examples=60)
@@ -120,14 +120,14 @@ def test_kinds_and_answers_teach_what_they_say(kinds, how_often, plan):
 )
 def test_weights_multiply_what_parts_weigh(plan, weights, kinds, how_often, answer, rationale):
     record = built(plan, weights)
-    arm = Teaching(kinds, how_often, answer_weight=answer, rationale_weight=rationale)
+    arm = Supervision(kinds, how_often, answer_weight=answer, rationale_weight=rationale)
     assert taught(arm(record)) == wanted(record, kinds, how_often, answer, rationale)
 
 
 @given(plan=plans, arm=arms)
 def test_nothing_is_left_that_teaches_nothing_and_no_order_changes(plan, arm):
     record = built(plan)
-    arm = Teaching(*arm)
+    arm = Supervision(*arm)
     found = arm(record)
     assert all(any(turn.weight > 0 for turn in one.turns[1::2]) for one in found)
     assert [one for one in found if one.kind in ("", "chosen")] == [one for one in record if one.kind in ("", "chosen")]
@@ -141,7 +141,7 @@ def test_nothing_is_left_that_teaches_nothing_and_no_order_changes(plan, arm):
 def test_an_arm_changes_nothing_that_it_was_given(plan):
     record = built(plan)
     before = [dataclasses.replace(one) for one in record]
-    for arm in (Teaching(), Teaching("negative"), Teaching(context="positive-first", prompts="guided")):
+    for arm in (Supervision(), Supervision("negative"), Supervision(context="positive-first", prompts="guided")):
         assert arm(record) == arm(record)
         assert arm(tuple(record)) == arm(record)
     assert record == before
@@ -150,7 +150,7 @@ def test_an_arm_changes_nothing_that_it_was_given(plan):
 def test_answers_are_taught_in_full_by_every_arm():
     record = [reflective(kind, "Q?", "A.", f"{kind}.") for kind in ("negative", "positive", "negative")]
     for arm in itertools.product(KINDS, ANSWERS, CONTEXTS, PROMPTS):
-        found = taught(Teaching(*arm)(record))
+        found = taught(Supervision(*arm)(record))
         assert found[((f"{IMAGE}\nQ?",), "A.", 1.0)] >= 1
 
 
@@ -160,28 +160,28 @@ def test_as_published_answers_count_once_a_rationale():
         *(reflective("negative", "Q?", "A.", f"No {n}.") for n in range(3)),
     ]
     for kinds in KINDS:
-        found = taught(Teaching(kinds, "as-published")(record))
+        found = taught(Supervision(kinds, "as-published")(record))
         assert found[((f"{IMAGE}\nQ?",), "A.", 1.0)] == 4
 
 
 def test_a_weight_of_nothing_teaches_the_rest():
     record = [reflective("positive", "Q?", "A.", "So."), reflective("negative", "Q?", "A.", "No.")]
-    assert [text for _, text, _ in taught(Teaching(answer_weight=0)(record))] == ["So.", "No."]
-    assert [text for _, text, _ in taught(Teaching(rationale_weight=0)(record))] == ["A."]
-    assert Teaching("responses", answer_weight=0)(record) == []
-    assert Teaching(answer_weight=0, rationale_weight=0)(record) == []
+    assert [text for _, text, _ in taught(Supervision(answer_weight=0)(record))] == ["So.", "No."]
+    assert [text for _, text, _ in taught(Supervision(rationale_weight=0)(record))] == ["A."]
+    assert Supervision("responses", answer_weight=0)(record) == []
+    assert Supervision(answer_weight=0, rationale_weight=0)(record) == []
 
 
 def test_the_first_that_teaches_an_answer_may_be_cut_from_its_rationale():
     record = [reflective("negative", "Q?", "A.", "No."), reflective("positive", "Q?", "A.", "So.")]
-    cut, whole = Teaching("positive")(record)
+    cut, whole = Supervision("positive")(record)
     assert [turn.text for turn in cut.turns] == [f"{IMAGE}\nQ?", "A."]
     assert [turn.weight for turn in whole.turns[1::2]] == [0, 1]
 
 
 def test_an_answer_that_weighs_nothing_in_one_row_is_taught_by_another():
     record = [reflective("positive", "Q?", "A.", "So.", weight=0.0), reflective("negative", "Q?", "A.", "No.")]
-    assert taught(Teaching()(record))[((f"{IMAGE}\nQ?",), "A.", 1.0)] == 1
+    assert taught(Supervision()(record))[((f"{IMAGE}\nQ?",), "A.", 1.0)] == 1
 
 
 # Contexts.
@@ -219,7 +219,7 @@ def joined(record, first, kinds="rationales"):
 @given(plan=plans)
 def test_contexts_join_the_nth_rationales_of_both_kinds(first, plan):
     record = built(plan)
-    arm = Teaching("rationales", "as-published", f"{first}-first")
+    arm = Supervision("rationales", "as-published", f"{first}-first")
     assert [[turn.text for turn in one.turns] for one in arm(record)] == joined(record, first)
 
 
@@ -229,7 +229,7 @@ def test_contexts_join_the_nth_rationales_of_both_kinds(first, plan):
 def test_contexts_change_nothing_where_one_kind_is_missing(first, kinds, plan):
     record = built(plan)
     separate, together = (
-        Teaching(kinds, "as-published", context)(record) for context in ("separate", f"{first}-first")
+        Supervision(kinds, "as-published", context)(record) for context in ("separate", f"{first}-first")
     )
     assert together == separate
     assert [[turn.text for turn in one.turns] for one in together] == joined(record, first, kinds)
@@ -238,7 +238,7 @@ def test_contexts_change_nothing_where_one_kind_is_missing(first, kinds, plan):
 @given(plan=plans, context=st.sampled_from(CONTEXTS), how_often=st.sampled_from(ANSWERS))
 def test_contexts_lose_and_double_no_rationale(plan, context, how_often):
     record = built(plan)
-    found = Teaching("rationales", how_often, context)(record)
+    found = Supervision("rationales", how_often, context)(record)
     said = collections.Counter((turn.text, turn.weight) for one in found for turn in one.turns[3::2])
     rationales = [(one.turns[3].text, 1.0) for one in record if is_long(one)]
     talk = [(turn.text, 1.0) for one in record if one.kind == "" for turn in one.turns[3::2]]
@@ -261,7 +261,7 @@ def test_leftovers_stay_alone_and_in_their_places():
         reflective("positive", "Q?", "B.", "Because B."),
     ]
     for first, order in (("positive", ["So 0.", "No 0."]), ("negative", ["No 0.", "So 0."])):
-        found = Teaching(context=f"{first}-first")(record)
+        found = Supervision(context=f"{first}-first")(record)
         assert [[turn.text for turn in one.turns[3::2]] for one in found] == [
             order,
             ["No 1."],
@@ -278,7 +278,7 @@ def test_rationales_keep_the_weights_of_their_parts_in_one_talk():
         reflective("positive", "Q?", "A.", "So.", weight=2.0),
         reflective("negative", "Q?", "A.", "No.", weight=0.5),
     ]
-    (found,) = Teaching(context="negative-first", rationale_weight=3)(record)
+    (found,) = Supervision(context="negative-first", rationale_weight=3)(record)
     assert [(turn.text, turn.weight) for turn in found.turns[3::2]] == [("No.", 1.5), ("So.", 6.0)]
 
 
@@ -321,7 +321,7 @@ def test_prompts_quote_the_wrong_answer_in_their_own_words(prompts, wrong, form,
         conversation("negative", question, "Yes", form.format(wrong), why),
         conversation("positive", question, "Yes", "Explain why, please.", why),
     ]
-    against, for_it = (one.turns[2].text for one in Teaching(prompts=prompts)(record))
+    against, for_it = (one.turns[2].text for one in Supervision(prompts=prompts)(record))
     core = wrong.strip().rstrip(". ")
     assert core in against
     assert against.index(core) < len(against) - len(core) or prompts == "bare"
@@ -335,13 +335,13 @@ def test_prompts_quote_the_wrong_answer_in_their_own_words(prompts, wrong, form,
 def test_prompts_as_written_stay_as_they_are(plan):
     record = built(plan)
     asked = {turn.text for one in record for turn in one.turns[2::2]}
-    assert {turn.text for one in Teaching(prompts="as-written")(record) for turn in one.turns[2::2]} <= asked
+    assert {turn.text for one in Supervision(prompts="as-written")(record) for turn in one.turns[2::2]} <= asked
 
 
 @given(plan=plans, prompts=st.sampled_from(PROMPTS), context=st.sampled_from(CONTEXTS))
 def test_prompts_change_only_the_words_that_ask_why(plan, prompts, context):
     record = built(plan)
-    plain, other = (Teaching(context=context, prompts=one)(record) for one in ("as-written", prompts))
+    plain, other = (Supervision(context=context, prompts=one)(record) for one in ("as-written", prompts))
     assert len(plain) == len(other)
     for one, two in zip(plain, other, strict=True):
         assert one.turns[:2] == two.turns[:2]
@@ -353,7 +353,7 @@ def test_prompts_change_only_the_words_that_ask_why(plan, prompts, context):
 def test_a_length_is_the_rationales_own_to_the_nearest_ten():
     for words in (1, 9, 26, 44, 57, 123):
         record = [reflective("negative", "Q?", "A.", " ".join(["word"] * words), "a 77 jug")]
-        (found,) = Teaching(prompts="guided-length")(record)
+        (found,) = Supervision(prompts="guided-length")(record)
         (said,) = map(int, re.findall(r"\d+", found.turns[2].text.replace("a 77 jug", "")))
         assert said == max(10, 10 * ((words + 5) // 10))
 
@@ -370,7 +370,7 @@ def test_a_line_for_the_type_depends_on_the_question_and_its_answer_alone():
         record = [reflective(one, *about, why) for one in ("positive", "negative") for why in ("So.", "No, for this.")]
         found = {
             one.turns[2].text.split(GUIDANCE)[1]
-            for one in Teaching(prompts="guided-type", answers="as-published")(record)
+            for one in Supervision(prompts="guided-type", answers="as-published")(record)
         }
         (lines[kind],) = found
     assert len(set(lines.values())) == 4
@@ -379,10 +379,10 @@ def test_a_line_for_the_type_depends_on_the_question_and_its_answer_alone():
 def test_what_asks_for_no_rationale_is_not_reworded():
     record = [conversation("positive", "Q?", "A.", "And what else?", "A jug.")]
     for prompts in PROMPTS:
-        assert Teaching(prompts=prompts)(record) == record
+        assert Supervision(prompts=prompts)(record) == record
 
 
-@pytest.mark.parametrize("arm", [Teaching("responses"), Teaching(prompts="bare")], ids=["responses", "bare"])
+@pytest.mark.parametrize("arm", [Supervision("responses"), Supervision(prompts="bare")], ids=["responses", "bare"])
 def test_a_question_why_that_shows_the_picture_again_can_be_cut(tmp_path, arm):
     said = [f"{IMAGE}\nQ?", "A.", f"Explain why. {IMAGE}", "So."]
     turns = [{"from": ("human", "gpt")[n % 2], "value": text} for n, text in enumerate(said)]
@@ -399,7 +399,7 @@ def test_a_question_why_that_shows_the_picture_again_can_be_cut(tmp_path, arm):
 @given(plan=plans, arm=arms)
 def test_talk_of_many_turns_is_never_cut(plan, arm):
     record = built(plan)
-    arm = Teaching(*arm)
+    arm = Supervision(*arm)
     whole = conversation(
         "", "Is it red?", "Yes", "Explain why.", "It is.", "Explain why this answer is wrong: No", "So."
     )
@@ -421,12 +421,12 @@ def test_lrvs_two_turns_are_taught_by_every_arm():
     record = lrv_record()
     assert [one.kind for one in record] == ["negative", ""]
     for arm in itertools.product(KINDS, ANSWERS, CONTEXTS, PROMPTS):
-        assert Teaching(*arm)(record) == record
+        assert Supervision(*arm)(record) == record
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.5])
 def test_lrvs_answers_weigh_the_same_whatever_their_task(weight):
-    found = taught(Teaching(answer_weight=weight)(lrv_record()))
+    found = taught(Supervision(answer_weight=weight)(lrv_record()))
     assert len({weight for _, _, weight in found}) == 1
     assert len(found) in (0, 2)
 
@@ -442,7 +442,7 @@ def test_lrvs_answers_weigh_the_same_whatever_their_task(weight):
 )
 def test_an_arm_on_what_it_made_changes_nothing_more(plan, kinds, how_often, prompts):
     record = built(plan)
-    arm = Teaching(kinds, how_often, prompts=prompts)
+    arm = Supervision(kinds, how_often, prompts=prompts)
     once = arm(record)
     assert arm(once) == once
 
@@ -451,8 +451,8 @@ def test_an_arm_on_what_it_made_changes_nothing_more(plan, kinds, how_often, pro
 def test_narrower_arms_after_wider_ones_are_the_narrower_ones(plan):
     record = built(plan)
     for kinds in KINDS:
-        narrow = Teaching(kinds, "as-published")
-        assert narrow(Teaching(answers="as-published")(record)) == narrow(record)
+        narrow = Supervision(kinds, "as-published")
+        assert narrow(Supervision(answers="as-published")(record)) == narrow(record)
 
 
 # Trees.
@@ -472,7 +472,7 @@ def loss_weight(conversations):
 @given(plan=plans)
 def test_in_a_tree_an_answer_weighs_one_or_as_many_as_its_rows(plan):
     record = [one for one in built(plan) if is_long(one)]
-    once, published = (loss_weight(Teaching(answers=how_often)(record)) for how_often in ANSWERS)
+    once, published = (loss_weight(Supervision(answers=how_often)(record)) for how_often in ANSWERS)
     rows = collections.Counter((one.turns[0].text, one.turns[1].text) for one in record)
     for answer in ("Yes", "A cup."):
         word = answer.split()[-1]

@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from reverie_jax.data.tokenization import Tokens
-from reverie_jax.data.tree import ConversationTree, Trie, grow, grow_within, untaught
+from reverie_jax.data.tree import ConversationTree, Trie, grow, grow_within, unsupervised
 
 WEIGHTS = (0.0, 0.0, 0.5, 1.0, 3.0)  # exact in float32, so sums are too
 Place = tuple[int, int]
@@ -147,7 +147,7 @@ def test_repeated_conversations_add_weight_and_no_node(talks):
 
 @given(many())
 def test_untaught_conversations_have_no_edges(talks):
-    tree = grow([untaught(talk) for talk in talks])
+    tree = grow([unsupervised(talk) for talk in talks])
     assert len(tree.parent) == len(tree.target) == len(tree.weight) == len(tree.branch) == 0
     assert np.array_equal(tree.tokens, grow(talks).tokens)
 

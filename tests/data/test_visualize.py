@@ -18,7 +18,7 @@ from reverie_jax.cli.data_options import Show
 from reverie_jax.data.conversation import IMAGE, Conversation, ImageRecord, Turn
 from reverie_jax.data.processor import Processor
 from reverie_jax.data.records import write_records
-from reverie_jax.data.supervision import Teaching
+from reverie_jax.data.supervision import Supervision
 from reverie_jax.data.tokenization import Encoder, Tokens
 from reverie_jax.data.tree import grow
 from reverie_jax.data.visualize import Limb, Span, limbs, write
@@ -264,8 +264,10 @@ class Page(html.parser.HTMLParser):
             self.legend += data
 
 
-def page_of(path: Path, found: Sequence[ImageRecord], teaching: Teaching | None = None, title: str = "Samples") -> Page:
-    assert write(path / "page.html", found, processor(), teaching or Teaching(), title) == len(found)
+def page_of(
+    path: Path, found: Sequence[ImageRecord], supervision: Supervision | None = None, title: str = "Samples"
+) -> Page:
+    assert write(path / "page.html", found, processor(), supervision or Supervision(), title) == len(found)
     return Page(path / "page.html")
 
 
@@ -274,7 +276,7 @@ def test_a_page_shows_each_record_with_its_numbers(tmp_path):
     page = page_of(tmp_path, found)
     assert len(page.captions) == len(page.images) == 3
     for record, caption in zip(found, page.captions, strict=True):
-        tokens = processor().tokens(record.id, Teaching()(record.conversations))
+        tokens = processor().tokens(record.id, Supervision()(record.conversations))
         tree = grow(tokens)
         numbers = [int(one.replace(",", "")) for one in re.findall(r"[\d,]*\d", caption.removeprefix(record.id))]
         assert caption.startswith(record.id)
@@ -282,11 +284,11 @@ def test_a_page_shows_each_record_with_its_numbers(tmp_path):
 
 
 def test_a_page_marks_what_is_taught_and_nothing_else(tmp_path):
-    for teaching in (Teaching(), Teaching(answers="as-published"), Teaching(kinds="responses")):
+    for supervision in (Supervision(), Supervision(answers="as-published"), Supervision(kinds="responses")):
         record = records(1)[0]
-        page = page_of(tmp_path, [record], teaching)
+        page = page_of(tmp_path, [record], supervision)
         said = processor()
-        tree = grow(said.tokens(record.id, teaching(record.conversations)))
+        tree = grow(said.tokens(record.id, supervision(record.conversations)))
         marked = "".join(text for text, *_ in page.marked[0])
         assert marked == "".join(said.encoder.tokenizer.words[int(target)] for target in tree.target)
         assert sum(int(title.split()[0]) for *_, title in page.marked[0]) == len(tree.parent)
@@ -296,7 +298,7 @@ def test_a_page_marks_what_is_taught_and_nothing_else(tmp_path):
 
 def test_answers_that_are_taught_twice_are_darker(tmp_path):
     twice = [talk("Red?", "No it is.", ("Why?", "One.")), talk("Red?", "No it is.", ("Why?", "Two."))]
-    page = page_of(tmp_path, [ImageRecord("a", png(), tuple(twice))], Teaching(answers="as-published"))
+    page = page_of(tmp_path, [ImageRecord("a", png(), tuple(twice))], Supervision(answers="as-published"))
     kinds = {text.strip(): kind for text, kind, _ in page.marked[0]}
     assert kinds == {"No it is.</s>": "more", "One.</s>": "", "Two.</s>": ""}
 
@@ -306,7 +308,7 @@ def test_darker_are_those_that_several_conversations_teach(tmp_path, weight):
     one = [talk("Red?", "No.", weight=weight)]
     two = [talk("Red?", "No.", ("Why?", f"{n}."), weight=weight) for n in range(2)]
     taught = [
-        page_of(tmp_path, [ImageRecord("a", png(), tuple(talks))], Teaching(answers="as-published")).marked[0][0]
+        page_of(tmp_path, [ImageRecord("a", png(), tuple(talks))], Supervision(answers="as-published")).marked[0][0]
         for talks in (one, two)
     ]
     assert [kind for _, kind, _ in taught] == ["", "more"]
@@ -473,7 +475,7 @@ def test_letters_of_several_bytes_stay_whole(tmp_path, words):
     from reverie_jax.loading import load_processor
 
     record = ImageRecord("a", png(), tuple(talk("Was?", word) for word in words))
-    write(tmp_path / "page.html", [record], load_processor("scenes-base"), Teaching(), "Samples")
+    write(tmp_path / "page.html", [record], load_processor("scenes-base"), Supervision(), "Samples")
     assert "\ufffd" not in Page(tmp_path / "page.html").texts[0]
 
 
@@ -481,5 +483,5 @@ def test_words_behind_a_broken_letter_stay_readable(tmp_path):
     from reverie_jax.loading import load_processor
 
     record = ImageRecord("a", png(), tuple(talk("Was?", f"{letter} is a red boat on the left.") for letter in "éè"))
-    write(tmp_path / "page.html", [record], load_processor("scenes-base"), Teaching(), "Samples")
+    write(tmp_path / "page.html", [record], load_processor("scenes-base"), Supervision(), "Samples")
     assert Page(tmp_path / "page.html").texts[0].count(" is a red boat on the left.") == 2

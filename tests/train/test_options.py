@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reverie_jax.data.supervision import Teaching
+from reverie_jax.data.supervision import Supervision
 from reverie_jax.errors import DataError, UserError
 from reverie_jax.models import lora
 from reverie_jax.models.quantize import BLOCK, pack, unpack
@@ -179,7 +179,9 @@ def test_sources_are_told_apart(tmp_path):
         )
         for record in tiny.records()
     )
-    recipe = tiny.recipe(steps=3, gradient_accumulation_steps=2, supervision=Teaching(answers="as-published"), dropout=0.0)
+    recipe = tiny.recipe(
+        steps=3, gradient_accumulation_steps=2, supervision=Supervision(answers="as-published"), dropout=0.0
+    )
     train(tiny.model(), tiny.processor(), mixed, recipe, tmp_path)
     for row in read_metrics(tmp_path):
         parts = [row["loss/a"], row["loss/b"]]

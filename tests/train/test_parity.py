@@ -67,7 +67,10 @@ def torch_run(base: Path, adapter: Path, data: list[Batch]) -> tuple[list[float]
     for parameter in projector:
         parameter.requires_grad_(True)
     factors = [p for name, p in model.named_parameters() if "lora_" in name]
-    groups = [{"params": factors, "lr": RECIPE.learning_rate}, {"params": projector, "lr": RECIPE.projector_learning_rate}]
+    groups = [
+        {"params": factors, "lr": RECIPE.learning_rate},
+        {"params": projector, "lr": RECIPE.projector_learning_rate},
+    ]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(RECIPE.warmup_ratio * STEPS), STEPS)
     losses = []

@@ -299,7 +299,9 @@ def test_bytes_of_a_shape(text, size):
 
 def test_a_plan_compiled_for_devices_that_are_here():
     mesh = {"data": 1, "fsdp": 2, "tensor": 2}
-    plan = make_plan(CONFIG, tiny.recipe(batch_size=4), CPUS, mesh, model="tiny", dtype=jnp.float32, devices=jax.devices())
+    plan = make_plan(
+        CONFIG, tiny.recipe(batch_size=4), CPUS, mesh, model="tiny", dtype=jnp.float32, devices=jax.devices()
+    )
     assert plan.compiled
     assert plan.fits
     assert plan.note == ""
@@ -313,7 +315,9 @@ def test_a_plan_that_does_not_fit(monkeypatch):
     chip = dataclasses.replace(CHIPS["v5e"], hbm=10**5)
     monkeypatch.setitem(CHIPS, "v5e", chip)
     mesh = {"data": 1, "fsdp": 4, "tensor": 1}
-    plan = make_plan(CONFIG, tiny.recipe(batch_size=4), CPUS, mesh, model="tiny", dtype=jnp.float32, devices=jax.devices())
+    plan = make_plan(
+        CONFIG, tiny.recipe(batch_size=4), CPUS, mesh, model="tiny", dtype=jnp.float32, devices=jax.devices()
+    )
     assert plan.compiled
     assert not plan.fits
 
@@ -465,7 +469,15 @@ def test_json(reverie):
 
 
 def test_table_and_exit_code(reverie):
-    code, out, _ = reverie("plan", "llava-1.5-13b-full", "--topology", "a100-40:1", "--set", "batch_size=1", "gradient_accumulation_steps=1")
+    code, out, _ = reverie(
+        "plan",
+        "llava-1.5-13b-full",
+        "--topology",
+        "a100-40:1",
+        "--set",
+        "batch_size=1",
+        "gradient_accumulation_steps=1",
+    )
     assert code == 1
     for words in ("DOES NOT FIT", "optimizer state", "not compiled", "roofline", "6 N where tuned in full"):
         assert words in out
@@ -479,7 +491,10 @@ def test_table_and_exit_code(reverie):
         (["llava-1.5-7b-lora", "--topology", "h200:8", "--model", "gpt"], "llava-phi3-mini"),
         (["llava-1.5-7b-lora", "--topology", "h200:8", "--dtype", "int4"], "bfloat16"),
         (["llava-1.5-7b-lora", "--topology", "h200:8", "--mesh", "fsdp=4"], "topology of 8"),
-        (["llava-1.5-7b-lora", "--topology", "h200:8", "--set", "batch_size=12", "gradient_accumulation_steps=1"], "12 rows"),
+        (
+            ["llava-1.5-7b-lora", "--topology", "h200:8", "--set", "batch_size=12", "gradient_accumulation_steps=1"],
+            "12 rows",
+        ),
         (["llava-1.5-7b-lora", "--topology", "h200:8", "--set", "batch_size=abc"], "rows"),
         (["llava-1.5-7b-lora", "--topology", "h200:8", "--fit", "--mesh", "fsdp=8"], "--mesh"),
     ],

@@ -15,7 +15,7 @@ from reverie_jax.data.conversation import Conversation, Turn
 from reverie_jax.data.packing import Batch, SequenceShape, element, row, stack
 from reverie_jax.data.pipeline import PAIRS, every_batch, survey, training_batches
 from reverie_jax.data.preferences import Preference, pairs, token_weights
-from reverie_jax.data.tree import grow, untaught
+from reverie_jax.data.tree import grow, unsupervised
 from reverie_jax.errors import DataError, UserError
 from reverie_jax.models import lora
 from reverie_jax.train import recipes
@@ -84,7 +84,7 @@ def by_hand(model, preference, base):
             weighted = dict(zip(("rejected", "chosen"), token_weights(rejected, chosen, preference.gamma), strict=True))
             sums = {}
             for name, side in weighted.items():
-                alone = element(grow([untaught(side)]), processor.pixels(one.image, one.id))
+                alone = element(grow([unsupervised(side)]), processor.pixels(one.image, one.id))
                 alone = stack([row([alone], SequenceShape(120, 1), processor.encoder.patches)], 1)
                 for who, net in (("policy", model), ("reference", base)):
                     table = torch.tensor(np.asarray(logps(net, alone))[0])
@@ -230,9 +230,23 @@ def test_stored_sums_train_as_the_model_without_adapters(tmp_path):
 
 
 def test_full_tuning_keeps_the_start_as_reference_when_it_resumes(tmp_path):
-    chosen = recipe(Preference(reference="stored"), trainable="full", steps=4, save_steps=2, learning_rate=1e-3, projector_learning_rate=1e-3)
+    chosen = recipe(
+        Preference(reference="stored"),
+        trainable="full",
+        steps=4,
+        save_steps=2,
+        learning_rate=1e-3,
+        projector_learning_rate=1e-3,
+    )
     train(tiny.model(), tiny.processor(), records(), chosen, tmp_path / "whole")
-    half = recipe(Preference(reference="stored"), trainable="full", steps=4, save_steps=2, learning_rate=1e-3, projector_learning_rate=1e-3)
+    half = recipe(
+        Preference(reference="stored"),
+        trainable="full",
+        steps=4,
+        save_steps=2,
+        learning_rate=1e-3,
+        projector_learning_rate=1e-3,
+    )
     train(tiny.model(), tiny.processor(), records(), half, tmp_path / "cut")
     for stale in (tmp_path / "cut" / "checkpoints").glob("4"):
         stale.rename(tmp_path / "gone")

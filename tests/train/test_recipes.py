@@ -27,7 +27,7 @@ from tests.train import tiny
 def whole_batch() -> Batch:
     recipe = tiny.recipe(batch_size=6)
     records = tiny.records()
-    data = training_batches(records, tiny.processor(), recipe.sequence, rows=6, teaching=recipe.supervision, seed=0)
+    data = training_batches(records, tiny.processor(), recipe.sequence, rows=6, supervision=recipe.supervision, seed=0)
     iterator = iter(data)
     batch = Batch(*map(jnp.asarray, next(iterator)))
     iterator.close()

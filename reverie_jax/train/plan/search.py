@@ -36,7 +36,10 @@ def candidates(recipe: Recipe, chips: int, most_rows: int = MOST_ROWS) -> Iterat
         fsdp, rows = chips // tensor, 1
         while rows <= max(most_rows, fsdp):
             if rows % fsdp == 0:
-                yield dataclasses.replace(recipe, batch_size=rows, gradient_accumulation_steps=1), {"data": 1, "fsdp": fsdp, "tensor": tensor}
+                yield (
+                    dataclasses.replace(recipe, batch_size=rows, gradient_accumulation_steps=1),
+                    {"data": 1, "fsdp": fsdp, "tensor": tensor},
+                )
             rows *= 2
 
 

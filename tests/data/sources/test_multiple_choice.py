@@ -16,7 +16,7 @@ from reverie_jax.data.mixture import Part, mixture
 from reverie_jax.data.sources import Reading, Rows, multiple_choice
 from reverie_jax.data.sources.reverie import explains
 from reverie_jax.data.stats import statistics_of
-from reverie_jax.data.supervision import Teaching
+from reverie_jax.data.supervision import Supervision
 from reverie_jax.errors import DataError
 from tests.annotate import helpers
 from tests.data.fakes import Given, png
@@ -169,7 +169,7 @@ def test_an_empty_solution_leaves_a_question_and_its_answer(tmp_path, empty):
     assert reading.problems == []
     assert [turns[1:] for turns in spoken(talks)] == [["A"]]
     assert talks[0].conversation.kind == ""
-    assert Teaching("negative")([talks[0].conversation]) == [talks[0].conversation]
+    assert Supervision("negative")([talks[0].conversation]) == [talks[0].conversation]
 
 
 def test_each_problem_shows_the_picture_of_its_own_folder(tmp_path, pictures):
@@ -302,7 +302,7 @@ def test_a_question_is_taught_once_for_each_of_its_rationales(tmp_path):
     assert {(talk.conversation.kind, talk.conversation.dataset) for talk in talks} == {("positive", "aokvqa")}
     assert len({turns[0] for turns in spoken(talks)}) == 1
     assert [turns[1:] for turns in spoken(talks)] == [["D", "Explain why.", why] for why in annotated()["rationales"]]
-    once = Teaching()([talk.conversation for talk in talks])
+    once = Supervision()([talk.conversation for talk in talks])
     assert [talk.turns[1].weight for talk in once] == [1, 0, 0]
     assert [talk.turns[3].weight for talk in once] == [1, 1, 1]
 

@@ -8,7 +8,7 @@ from reverie_jax.data import sources
 from reverie_jax.data.conversation import IMAGE
 from reverie_jax.data.mixture import Mixture
 from reverie_jax.data.sources import Pictures, Reading, reverie
-from reverie_jax.data.supervision import Teaching
+from reverie_jax.data.supervision import Supervision
 from reverie_jax.errors import DataError
 from tests.data.fakes import png
 
@@ -179,7 +179,7 @@ def test_six_turns_become_two_conversations(tmp_path):
 def test_arms_of_the_ablation(tmp_path, teach, expected):
     rows = [reflective(), reflective(prompt=WHY_NOT.format("A jug"), why="No spout.")]
     talks, _ = read(tmp_path, rows)
-    kept = Teaching(teach)([talk.conversation for talk in talks])
+    kept = Supervision(teach)([talk.conversation for talk in talks])
     found = [(k.turns[1].text, k.turns[1].weight, k.turns[3].text if len(k.turns) > 2 else None) for k in kept]
     assert found == expected
 
