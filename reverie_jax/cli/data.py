@@ -25,7 +25,7 @@ from reverie_jax.data.conversation import Conversation, ImageRecord
 from reverie_jax.data.mixture import Mixture, Part, mixture, read_parts
 from reverie_jax.data.records import RecordSource, building, write_records
 from reverie_jax.data.row_files import Rows, write_list
-from reverie_jax.data.sources import Reading, multiple_choice
+from reverie_jax.data.sources import ReadLog, multiple_choice
 from reverie_jax.data.supervision import Supervision
 from reverie_jax.errors import UserError
 
@@ -62,9 +62,9 @@ def opened(sources: Sequence[str]) -> Iterator[Mixture | list[RecordSource]]:
         return
     if any(folders):
         raise UserError("name annotation files, or folders of records; not both")
-    reading = Reading()
-    with mixture(parts_of(sources), reading) as found:
-        say(reading.notes)
+    log = ReadLog()
+    with mixture(parts_of(sources), log) as found:
+        say(log.notes)
         yield found
 
 
@@ -75,7 +75,7 @@ def _records(found: Mixture | list[RecordSource]) -> Iterator[ImageRecord]:
 
 
 def build(args: options.Build) -> None:
-    parts, reading, jobs = parts_of(args.sources, args.mixture), Reading(), args.jobs or os.cpu_count() or 1
+    parts, log, jobs = parts_of(args.sources, args.mixture), ReadLog(), args.jobs or os.cpu_count() or 1
     if not parts:
         raise UserError("name at least one annotation file, as FILE=FOLDER")
     if args.longest_side is not None and args.longest_side < 1:
@@ -88,13 +88,13 @@ def build(args: options.Build) -> None:
         rows, store = bar.add_task("conversations read", total=None), hidden / "rows.sqlite"
         with mixture(
             parts,
-            reading,
+            log,
             store,
             seed=args.seed,
             side=args.longest_side,
             told=lambda n: bar.update(rows, completed=n),
         ) as found:
-            say(reading.notes)
+            say(log.notes)
             written = bar.add_task("images written", total=len(found))
             folder = write_records(
                 args.out, {"train": found}, hidden=hidden, jobs=jobs, told=lambda count: bar.advance(written, count)
@@ -212,15 +212,15 @@ def show(args: options.Show) -> None:
 def questions(args: options.Questions) -> None:
     from reverie_jax.annotate.pipeline import QUESTIONS
 
-    reading = Reading()
+    log = ReadLog()
     if args.wrong < 1:
         raise UserError(f"--wrong {args.wrong}: must be at least 1")
-    made = multiple_choice.questions(Rows(args.annotations), reading, splits=args.splits, most=args.wrong)
-    say(reading.notes)
-    if reading.problems:
-        say([f"{where}: {why}; left out" for where, why in reading.problems[:5]])
-        if len(reading.problems) > 5:
-            say([f"{len(reading.problems) - 5} more rows are left out"])
+    made = multiple_choice.questions(Rows(args.annotations), log, splits=args.splits, most=args.wrong)
+    say(log.notes)
+    if log.problems:
+        say([f"{where}: {why}; left out" for where, why in log.problems[:5]])
+        if len(log.problems) > 5:
+            say([f"{len(log.problems) - 5} more rows are left out"])
     if not made:
         raise UserError(f"{args.annotations}: has no question with options and a picture in {', '.join(args.splits)}")
     path = args.out / QUESTIONS

@@ -18,7 +18,7 @@ from reverie_jax.data import sources
 from reverie_jax.data.images import decode
 from reverie_jax.data.processor import Processor
 from reverie_jax.data.row_files import Rows, write_list
-from reverie_jax.data.sources import Pictures, Reading, Talk
+from reverie_jax.data.sources import Example, Pictures, ReadLog
 from reverie_jax.data.sources.common import content_name
 from reverie_jax.errors import DataError, UserError
 
@@ -57,7 +57,7 @@ class Found:
     """
 
     rows: int
-    talks: list[Talk]
+    talks: list[Example]
     offenders: list[Offender]
     lengths: list[int]
     notes: list[str]
@@ -77,8 +77,8 @@ def check(path: Path, pictures: Path | None, processor: Processor | None = None)
     Raises:
         DataError: the file cannot be read at all.
     """
-    reading = Reading()
-    talks = sources.read(path, reading)
+    log = ReadLog()
+    talks = sources.read(path, log)
     offenders: list[Offender] = []
     folder = None if pictures is None else Pictures(pictures)
     judged: dict[str, Offender | None] = {}
@@ -119,11 +119,11 @@ def check(path: Path, pictures: Path | None, processor: Processor | None = None)
                 offenders.append(Offender(talk.where, talk.image, "too long", why))
                 continue
         kept.append(talk)
-    offenders = [Offender(where, "", "bad row", why) for where, why in reading.problems] + offenders
-    return Found(sum(1 for _ in Rows(path)), kept, offenders, lengths, reading.notes)
+    offenders = [Offender(where, "", "bad row", why) for where, why in log.problems] + offenders
+    return Found(sum(1 for _ in Rows(path)), kept, offenders, lengths, log.notes)
 
 
-def _picture(folder: Pictures, talk: Talk) -> Offender | None:
+def _picture(folder: Pictures, talk: Example) -> Offender | None:
     """What is wrong with a picture; its content says what it is, not its name."""
     try:
         file = folder.find(talk.image)
@@ -137,7 +137,7 @@ def _picture(folder: Pictures, talk: Talk) -> Offender | None:
     return _content(talk, encoded, file.suffix.lower())
 
 
-def _content(talk: Talk, encoded: bytes, suffix: str) -> Offender | None:
+def _content(talk: Example, encoded: bytes, suffix: str) -> Offender | None:
     try:
         decode(encoded, talk.image)
     except UserError as error:

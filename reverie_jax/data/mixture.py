@@ -19,7 +19,7 @@ import pydantic
 from reverie_jax.data import sources
 from reverie_jax.data.conversation import Conversation, ImageRecord
 from reverie_jax.data.images import within
-from reverie_jax.data.sources import Pictures, Reading, Talk, opened
+from reverie_jax.data.sources import Example, Pictures, ReadLog, opened
 from reverie_jax.data.sources.common import content_name
 from reverie_jax.errors import DataError, UserError
 
@@ -49,9 +49,9 @@ class Part(pydantic.BaseModel):
     def folder(self) -> Path:
         return self.pictures or self.file.parent / "pictures"
 
-    def talks(self, reading: Reading) -> Iterator[Talk]:
+    def talks(self, log: ReadLog) -> Iterator[Example]:
         """The file's talk; see `sources.read`."""
-        return sources.read(self.file, reading, filtered=self.filtered, splits=self.splits)
+        return sources.read(self.file, log, filtered=self.filtered, splits=self.splits)
 
 
 def read_parts(path: Path) -> list[Part]:
@@ -107,7 +107,7 @@ class Mixture:
 
     def __init__(
         self,
-        parts: Iterable[tuple[Iterable[Talk], Pictures | None, int | None, float]],
+        parts: Iterable[tuple[Iterable[Example], Pictures | None, int | None, float]],
         store: Path | None = None,
         *,
         seed: int = 0,
@@ -247,7 +247,7 @@ class Mixture:
 
 def mixture(
     parts: Sequence[Part],
-    reading: Reading,
+    log: ReadLog,
     store: Path | None = None,
     *,
     seed: int = 0,
@@ -263,9 +263,9 @@ def mixture(
         DataError: a file, a row or a picture's name cannot be used; the first is named.
     """
 
-    def read(part: Part) -> Iterator[Talk]:
-        yield from part.talks(reading)
-        reading.settle()
+    def read(part: Part) -> Iterator[Example]:
+        yield from part.talks(log)
+        log.settle()
 
     folders = [Pictures(part.folder) if part.folder.is_dir() else None for part in parts]
     for part, folder in zip(parts, folders, strict=True):

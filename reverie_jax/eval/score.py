@@ -59,10 +59,10 @@ class Score:
                 "text": self.answers.get(str(reading.id)),
                 "parsed": reading.parsed,
                 "right": reading.right,
-                "unparsed": reading.unread,
+                "unparsed": reading.unparsed,
                 "category": reading.category,
             }
-            for reading in self.scored.readings
+            for reading in self.scored.parsed_answers
         ]
         files.write_lines(path, rows)
 
@@ -109,7 +109,7 @@ def score(
     values = scored.values()
     enough = draws and len(scored.counts) > 1
     intervals = statistics.intervals(scored.counts, scored.metrics, draws=draws) if enough else {}
-    unread = [reading.id for reading in scored.readings if reading.unread]
+    unparsed = [reading.id for reading in scored.parsed_answers if reading.unparsed]
     protocol = {**loaded.protocol, **scored.protocol, **judge, **_run(predictions)}
     protocol |= _yes_no(predictions, benchmark, loaded, scored)
     return Score(
@@ -118,9 +118,9 @@ def score(
         protocol=protocol,
         metrics=values,
         intervals=intervals,
-        items=len(scored.readings),
-        unparsed=len(unread),
-        unparsed_ids=unread[:LISTED],
+        items=len(scored.parsed_answers),
+        unparsed=len(unparsed),
+        unparsed_ids=unparsed[:LISTED],
         missing=sum(str(question.id) not in answers for question in loaded.questions),
         scored=scored,
         answers=answers,
@@ -145,8 +145,8 @@ def _yes_no(predictions: Path, benchmark: Benchmark, loaded: Loaded, scored: Sco
         return {}
     truth = {str(q.id): {"yes": True, "no": False}.get(q.known["label"], q.known["label"]) for q in loaded.questions}
     found = {
-        "yes/said": _round(float(np.mean([reading.parsed == "yes" for reading in scored.readings]))),
-        "yes/right": _round(float(np.mean([truth[str(reading.id)] for reading in scored.readings]))),
+        "yes/said": _round(float(np.mean([reading.parsed == "yes" for reading in scored.parsed_answers]))),
+        "yes/right": _round(float(np.mean([truth[str(reading.id)] for reading in scored.parsed_answers]))),
     }
     chances: dict[str, float] = {}
 
@@ -178,7 +178,9 @@ def compare(ours: Score, theirs: Score, *, draws: int = DRAWS) -> dict[str, Any]
     Raises:
         UserError: they are not of the same questions and rule.
     """
-    same = [str(reading.id) for reading in ours.scored.readings] == [str(r.id) for r in theirs.scored.readings]
+    same = [str(reading.id) for reading in ours.scored.parsed_answers] == [
+        str(r.id) for r in theirs.scored.parsed_answers
+    ]
     if (ours.benchmark, ours.rule) != (theirs.benchmark, theirs.rule) or not same:
         raise UserError(
             f"{ours.benchmark} by {ours.rule} and {theirs.benchmark} by {theirs.rule}: only answers to the same questions, "
@@ -197,7 +199,7 @@ def compare(ours: Score, theirs: Score, *, draws: int = DRAWS) -> dict[str, Any]
     }
     pairs = [
         (mine.right, yours.right)
-        for mine, yours in zip(ours.scored.readings, theirs.scored.readings, strict=True)
+        for mine, yours in zip(ours.scored.parsed_answers, theirs.scored.parsed_answers, strict=True)
         if mine.right in (0.0, 1.0) and yours.right in (0.0, 1.0)
     ]
     if pairs:
@@ -212,10 +214,10 @@ def agreement(scores: Sequence[Score]) -> list[dict[str, Any]]:
     rows = []
     for number, one in enumerate(scores):
         for other in scores[number + 1 :]:
-            right = {str(reading.id): reading.right for reading in other.scored.readings}
+            right = {str(reading.id): reading.right for reading in other.scored.parsed_answers}
             pairs = [
                 (reading.right, right[str(reading.id)])
-                for reading in one.scored.readings
+                for reading in one.scored.parsed_answers
                 if reading.right is not None and right.get(str(reading.id)) is not None
             ]
             if pairs:

@@ -19,7 +19,7 @@ from reverie_jax.eval.benchmarks.interface import (
     BenchmarkError,
     Loaded,
     Question,
-    Reading,
+    ReadLog,
     Scored,
 )
 from reverie_jax.eval.decode import Decoding
@@ -130,15 +130,15 @@ class Scenes(Benchmark):
             for split, file in POPE_FILES.items()
             for question in pope.read_questions(loaded.known["folder"] / file)
         }
-        readings = []
+        parsed_answers = []
         for question in loaded.questions:
             id, text = str(question.id), answers[str(question.id)]
             yes = pope.says_yes(text)
             parsed = ("yes" if yes else "no") if id in labels else ""
             right = float(yes == labels[id]) if id in labels else None
-            readings.append(Reading(question.id, parsed, right, category=question.known["kind"]))
+            parsed_answers.append(ReadLog(question.id, parsed, right, category=question.known["kind"]))
         rows = np.concatenate(list(tables.values()), axis=1)
-        return Scored(readings, list(read_graphs(loaded.known["folder"])), rows, metrics)
+        return Scored(parsed_answers, list(read_graphs(loaded.known["folder"])), rows, metrics)
 
 
 def answer_file(folder: Path, predictions: Path) -> dict[str, str]:

@@ -12,7 +12,7 @@ import numpy as np
 from reverie_jax.annotate.stages import annotate
 from reverie_jax.data.mixture import Mixture, Part, mixture
 from reverie_jax.data.reflection import conversations
-from reverie_jax.data.sources import Reading, reverie
+from reverie_jax.data.sources import ReadLog, reverie
 from reverie_jax.errors import DataError
 from reverie_jax.hosted.interface import Picture
 from reverie_jax.scenes.annotator import SceneAnnotator, existence
@@ -77,7 +77,7 @@ def write_annotations(
 
 def records(folder: Path) -> Mixture:
     """A folder's annotations as records."""
-    return mixture([Part(file=folder / ANNOTATIONS, pictures=folder / PICTURES)], Reading())
+    return mixture([Part(file=folder / ANNOTATIONS, pictures=folder / PICTURES)], ReadLog())
 
 
 def pope_negatives(scenes: Sequence[Scene], prior: Sequence[Scene], seed: int) -> dict[str, list[list[str]]]:

@@ -28,7 +28,7 @@ from reverie_jax.data.conversation import ImageRecord
 from reverie_jax.data.images import encode_png
 from reverie_jax.data.mixture import Part, mixture
 from reverie_jax.data.records import RecordSource, write_records
-from reverie_jax.data.sources import Reading
+from reverie_jax.data.sources import ReadLog
 from reverie_jax.errors import DataError, UserError
 from tests.data.fakes import records
 
@@ -262,7 +262,7 @@ def test_a_picture_alone_in_its_name_is_called_by_it(tmp_path):
         parts.append(tmp_path / f"{folder}.json")
     for seed in range(20):  # until the cap takes x.png of the first part away
         caps = [Part(file=parts[0], pictures=tmp_path / "a", cap=1), Part(file=parts[1], pictures=tmp_path / "b")]
-        with mixture(caps, Reading(), seed=seed) as found:
+        with mixture(caps, ReadLog(), seed=seed) as found:
             ids = [record.id for record in found]
         if ids[0] == "a.png":
             assert ids == ["a.png", "x.png", "b.png"]
@@ -386,7 +386,7 @@ def test_a_bad_picture_leaves_the_old_records_and_one_line(tmp_path, capsys):
 def test_a_picture_that_goes_away_is_one_line(tmp_path):
     world = World(tmp_path / "w").make(4)
     parts = [Part(file=file, pictures=tmp_path / "w" / "pictures") for file in world.files]
-    with mixture(parts, Reading()) as found:
+    with mixture(parts, ReadLog()) as found:
         world.picture(2).unlink()
         with pytest.raises(DataError) as error:
             write_records(world.out, {"train": found})
@@ -526,7 +526,7 @@ def test_splits_have_shards_of_their_own(tmp_path):
 def test_splits_of_the_same_records_share_their_shards(tmp_path):
     world = World(tmp_path / "w").make(4, silent=0)
     parts = [Part(file=file, pictures=world.folder / "pictures") for file in world.files]
-    with mixture(parts, Reading()) as found:
+    with mixture(parts, ReadLog()) as found:
         folder = write_records(world.out, {"train": found, "test": found}, jobs=2)
     assert held(RecordSource(folder)) == held(RecordSource(folder, "test")) == world.wanted()
 

@@ -474,9 +474,9 @@ def test_the_command_ends_with_zero_where_there_is_none(world, capsys, tmp_path)
 
 def test_records_are_compared_as_their_annotation_files_are(world, capsys):
     from reverie_jax.data.mixture import Part, mixture
-    from reverie_jax.data.sources import Reading
+    from reverie_jax.data.sources import ReadLog
 
-    with mixture([Part(file=world.rows)], Reading()) as found:
+    with mixture([Part(file=world.rows)], ReadLog()) as found:
         write_records(world.records, {"train": found})
     sources = (str(world.records), str(world.rows))
     results = []

@@ -22,7 +22,7 @@ from reverie_jax.data import sources
 from reverie_jax.data.conversation import IMAGE, Conversation, Turn
 from reverie_jax.data.images import MAX_PIXELS
 from reverie_jax.data.mixture import Mixture, Part, mixture, read_parts
-from reverie_jax.data.sources import Pictures, Reading, Rows, Talk, llava
+from reverie_jax.data.sources import Example, Pictures, ReadLog, Rows, llava
 from reverie_jax.data.supervision import Supervision
 from reverie_jax.data.tokenization import Encoder
 from reverie_jax.data.tree import grow
@@ -47,13 +47,13 @@ def written(path, rows):
 
 
 def read(path, **options):
-    reading = Reading()
+    reading = ReadLog()
     return list(sources.read(path, reading, **options)), reading
 
 
 def records(*parts, **options):
     made = [part if isinstance(part, Part) else Part(file=part) for part in parts]
-    with mixture(made, Reading(), **options) as found:
+    with mixture(made, ReadLog(), **options) as found:
         return list(found)
 
 
@@ -250,7 +250,7 @@ def test_an_error_names_its_file_once(tmp_path, content):
 
 
 def test_a_turn_nested_deep_is_a_broken_row():
-    nested, reading = [], Reading()
+    nested, reading = [], ReadLog()
     for _ in range(200_000):
         nested = [nested]
     talks = list(llava.talks(Given([row("a.png"), {"conversations": [nested, 3]}]), reading))
@@ -279,7 +279,7 @@ def kinds(talks):
 
 def test_a_judged_row_is_a_positive_and_a_negative_conversation(tmp_path):
     talks, reading = read(written(tmp_path / "a.json", [judged()]))
-    assert reading == Reading()
+    assert reading == ReadLog()
     assert kinds(talks) == ["positive", "negative"]
     positive, negative = ([turn.text for turn in talk.conversation.turns] for talk in talks)
     assert positive[:2] == negative[:2] == [f"{IMAGE}\nIs it day?", "Yes"]
@@ -362,7 +362,7 @@ def said(question, answer, image, **more):
 
 
 def talk(number, image, place=0, encoded=b""):
-    return Talk(image, said(f"Q{number}?", f"A{number}.", image), f"f{place}: row {number}", encoded)
+    return Example(image, said(f"Q{number}?", f"A{number}.", image), f"f{place}: row {number}", encoded)
 
 
 @pytest.fixture(scope="module")
@@ -525,7 +525,7 @@ def test_a_weight_multiplies_the_loss_of_each_answer(shared, weight, turns):
     exchange = [Turn("assistant", "A.", 0.25) if n % 2 else Turn("user", f"Q{n}?") for n in range(2 * turns)]
     exchange[0] = Turn("user", f"{IMAGE}\nQ?")
     plain = Conversation(tuple(exchange), dataset="s", kind="negative", pair="p")
-    with Mixture([([Talk("a.png", plain, "f: row 0")], Pictures(shared), None, weight)]) as found:
+    with Mixture([([Example("a.png", plain, "f: row 0")], Pictures(shared), None, weight)]) as found:
         (got,) = found[0].conversations
     assert weights([got]) == [0.25 * weight] * turns
     assert [turn.text for turn in got.turns] == [turn.text for turn in plain.turns]
@@ -586,7 +586,7 @@ def test_a_digest_changes_when_any_word_does_and_not_before(shared, files, data)
         (asked, Turn("assistant", answer.text, 0.5)),
         (asked,),
     ][data.draw(st.integers(0, 3))]
-    talks[part][place] = Talk(old.image, Conversation(changed, old.conversation.images), old.where)
+    talks[part][place] = Example(old.image, Conversation(changed, old.conversation.images), old.where)
     assert digest(talks, shared) != before
 
 
@@ -602,7 +602,7 @@ def test_a_digest_is_of_its_records_alone(shared, images, more):
 def test_a_digest_knows_what_a_conversation_is(shared, field):
     plain = said("Q?", "A.", "a.png", dataset="s", kind="chosen", pair="1")
     other = said("Q?", "A.", "a.png", **{"source": "s", "kind": "chosen", "pair": "1"} | {field: "rejected"})
-    one, two = ([Talk("a.png", conversation, "f: row 0")] for conversation in (plain, other))
+    one, two = ([Example("a.png", conversation, "f: row 0")] for conversation in (plain, other))
     assert digest([one], shared) != digest([two], shared)
 
 
@@ -610,7 +610,7 @@ def test_a_digest_changes_with_a_pictures_file(tmp_path, pictures):
     path = written(tmp_path / "a.json", [row("a.png"), row("b.png")])
 
     def found():
-        with mixture([Part(file=path)], Reading()) as made:
+        with mixture([Part(file=path)], ReadLog()) as made:
             return made.digest(0, 1), made.digest(1, 2)
 
     before = found()
@@ -870,7 +870,7 @@ def test_larger_pictures_are_scaled_down_on_request_alone(tmp_path, pictures):
     large.save(pictures / "large.png")
     path = written(tmp_path / "a.json", [row("large.png"), row("a.png")])
     parts = [Part(file=path, pictures=pictures)]
-    with mixture(parts, Reading()) as whole, mixture(parts, Reading(), side=20) as small:
+    with mixture(parts, ReadLog()) as whole, mixture(parts, ReadLog(), side=20) as small:
         assert [one.image for one in whole] == [(pictures / name).read_bytes() for name in ("large.png", "a.png")]
         assert Image.open(io.BytesIO(small[0].image)).size == (20, 10)
         assert small[1].image == whole[1].image

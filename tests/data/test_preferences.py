@@ -15,7 +15,7 @@ from reverie_jax.data import sources
 from reverie_jax.data.conversation import IMAGE
 from reverie_jax.data.mixture import Part, mixture
 from reverie_jax.data.preferences import pairs
-from reverie_jax.data.sources import Reading
+from reverie_jax.data.sources import ReadLog
 from reverie_jax.data.supervision import Supervision
 from reverie_jax.errors import DataError
 from tests.data.fakes import png
@@ -78,12 +78,12 @@ def written(path, rows):
 
 
 def read(path):
-    reading = Reading()
+    reading = ReadLog()
     return list(sources.read(path, reading)), reading
 
 
 def records(*paths, **options):
-    with mixture([Part(file=path, **options) for path in paths], Reading()) as found:
+    with mixture([Part(file=path, **options) for path in paths], ReadLog()) as found:
         return list(found)
 
 
@@ -133,7 +133,7 @@ FORMS = {
 def test_each_row_is_a_chosen_and_a_rejected_conversation_about_its_picture(tmp_path, form):
     schema, row = FORMS[form]
     talks, reading = read(parquet(tmp_path / "a.parquet", [row(number) for number in range(3)], schema))
-    assert reading == Reading()
+    assert reading == ReadLog()
     assert spoken(talks) == wanted(0, 1, 2)
     assert [talk.conversation.kind for talk in talks] == ["chosen", "rejected"] * 3
     assert [talk.conversation.images for talk in talks] == [(0,)] * 6
@@ -147,7 +147,7 @@ def test_each_row_is_a_chosen_and_a_rejected_conversation_about_its_picture(tmp_
 def test_json_with_pictures_in_files_says_the_same(tmp_path, pictures, name, row):
     path = written(tmp_path / name, [filed(row(0)), filed(row(1), "b.png"), filed(row(2))])
     talks, reading = read(path)
-    assert reading == Reading()
+    assert reading == ReadLog()
     assert spoken(talks) == wanted(0, 1, 2)
     first, second = records(path)
     assert [first.id, second.id] == ["a.png", "b.png"]
@@ -377,7 +377,7 @@ HOSTILE = {
 @pytest.mark.parametrize("picture", HOSTILE.values(), ids=HOSTILE)
 def test_an_embedded_picture_that_cannot_be_opened_is_refused_by_name(tmp_path, picture):
     path = parquet(tmp_path / "a.parquet", [rlhf(0), rlhf(1, picture), rlhf(2)])
-    with mixture([Part(file=path)], Reading()) as found:
+    with mixture([Part(file=path)], ReadLog()) as found:
         assert found[0].image == png((0, 0, 0))
         with pytest.raises(DataError) as error:
             found[1]
@@ -485,7 +485,7 @@ def test_finding_the_form_does_not_hold_the_pictures(tmp_path):
     del rows
     tracemalloc.start()
     try:
-        next(sources.read(path, Reading()))
+        next(sources.read(path, ReadLog()))
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

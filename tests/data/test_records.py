@@ -18,7 +18,7 @@ from reverie_jax.data.packing import Batch, SequenceShape
 from reverie_jax.data.pipeline import Picture, question_batches, survey, training_batches, trees
 from reverie_jax.data.processor import Processor
 from reverie_jax.data.records import RecordSource, write_records
-from reverie_jax.data.sources import Reading, llava, reverie
+from reverie_jax.data.sources import ReadLog, llava, reverie
 from reverie_jax.data.supervision import Supervision
 from reverie_jax.data.tokenization import Encoder
 from reverie_jax.errors import DataError, UserError
@@ -161,7 +161,7 @@ def annotations(pictures: Path, rows: object) -> Path:
 
 
 def read(pictures: Path, rows: object) -> list[ImageRecord]:
-    with mixture([Part(file=annotations(pictures, rows), pictures=pictures)], Reading()) as found:
+    with mixture([Part(file=annotations(pictures, rows), pictures=pictures)], ReadLog()) as found:
         return list(found)
 
 
@@ -200,7 +200,7 @@ def test_written_rows_are_read_back(tmp_path_factory, texts):
     (folder / "ü.png").write_bytes(png())
     talks = [talk(asked, said, ("Explain why.", why)) for asked, said, why in texts]
     assert reverie.write(folder / "rows.json", [("7", "ü.png", talks)]) == len(talks)
-    with mixture([Part(file=folder / "rows.json", pictures=folder)], Reading()) as found:
+    with mixture([Part(file=folder / "rows.json", pictures=folder)], ReadLog()) as found:
         (record,) = found
     assert record.id == "ü.png"
     assert [t.turns for t in record.conversations] == [t.turns for t in talks]
@@ -270,20 +270,20 @@ def test_file_that_is_no_unicode_is_named(pictures):
     path = pictures.parent / "rows.json"
     path.write_bytes(b'["\xff"]')
     with pytest.raises(DataError) as error:
-        mixture([Part(file=path, pictures=pictures)], Reading())
+        mixture([Part(file=path, pictures=pictures)], ReadLog())
     one_line(error, path)
 
 
 def test_missing_annotations_and_pictures_are_named(pictures):
     with pytest.raises(DataError, match=r"none\.json"):
-        mixture([Part(file=pictures / "none.json", pictures=pictures)], Reading())
+        mixture([Part(file=pictures / "none.json", pictures=pictures)], ReadLog())
     with pytest.raises(DataError, match="nowhere"):
-        list(mixture([Part(file=annotations(pictures, [row()]), pictures=pictures / "nowhere")], Reading()))
+        list(mixture([Part(file=annotations(pictures, [row()]), pictures=pictures / "nowhere")], ReadLog()))
 
 
 def test_a_folder_is_no_annotation_file(pictures):
     with pytest.raises(DataError) as error:
-        mixture([Part(file=pictures, pictures=pictures)], Reading())
+        mixture([Part(file=pictures, pictures=pictures)], ReadLog())
     one_line(error, pictures)
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from reverie_jax.data import sources
 from reverie_jax.data.conversation import IMAGE, Conversation, Turn
-from reverie_jax.data.sources import Reading, lrv
+from reverie_jax.data.sources import ReadLog, lrv
 from reverie_jax.data.sources.reverie import explains
 from reverie_jax.data.supervision import Supervision
 from reverie_jax.data.tokenization import Encoder
@@ -388,7 +388,7 @@ def test_a_question_why_that_shows_the_picture_again_can_be_cut(tmp_path, arm):
     turns = [{"from": ("human", "gpt")[n % 2], "value": text} for n, text in enumerate(said)]
     rows = tmp_path / "a.jsonl"
     rows.write_text(json.dumps({"image": "a.png", "conversations": turns}))
-    talks = [talk.conversation for talk in sources.read(rows, Reading())]
+    talks = [talk.conversation for talk in sources.read(rows, ReadLog())]
     (found,) = arm(talks)
     assert found.turns[1].text == "A."
 
@@ -414,7 +414,7 @@ LRV = [
 
 
 def lrv_record():
-    return [talk.conversation for talk in lrv.talks(Given(LRV), Reading())]
+    return [talk.conversation for talk in lrv.talks(Given(LRV), ReadLog())]
 
 
 def test_lrvs_two_turns_are_taught_by_every_arm():

@@ -149,15 +149,15 @@ def test_what_says_nothing_is_listed_and_counted(opened_pope, tmp_path, seed):
     bench, loaded = opened_pope
     answers = drawn(loaded, seed, ("Yes", "No", "A table.", "It may be.", ""))
     found = score(bench, loaded, written(tmp_path / "a.jsonl", loaded, answers), "lmms-eval", draws=0)
-    unread = [q.id for q in loaded.questions if answers[str(q.id)] not in ("Yes", "No")]
-    assert len(unread) > LISTED
-    assert found.unparsed == len(unread)
-    assert found.unparsed_ids == unread[:LISTED]
-    assert found.json()["unparsed_ids"] == unread[:LISTED]
+    unparsed = [q.id for q in loaded.questions if answers[str(q.id)] not in ("Yes", "No")]
+    assert len(unparsed) > LISTED
+    assert found.unparsed == len(unparsed)
+    assert found.unparsed_ids == unparsed[:LISTED]
+    assert found.json()["unparsed_ids"] == unparsed[:LISTED]
     found.write_items(tmp_path / "deep" / "items.jsonl")
     rows = [json.loads(line) for line in (tmp_path / "deep" / "items.jsonl").read_text("utf-8").splitlines()]
     assert [row["question_id"] for row in rows] == [q.id for q in loaded.questions]
-    assert [row["question_id"] for row in rows if row["unparsed"]] == unread
+    assert [row["question_id"] for row in rows if row["unparsed"]] == unparsed
     for row, question in zip(rows, loaded.questions, strict=True):
         text = answers[str(question.id)]
         assert row["text"] == text
@@ -291,7 +291,8 @@ def test_partial_marks_are_no_pairs(judged):
     half = dataclasses.replace(
         mine,
         scored=dataclasses.replace(
-            mine.scored, readings=[dataclasses.replace(reading, right=0.5) for reading in mine.scored.readings]
+            mine.scored,
+            parsed_answers=[dataclasses.replace(reading, right=0.5) for reading in mine.scored.parsed_answers],
         ),
     )
     assert "mcnemar" not in compare(half, mine)

@@ -9,7 +9,7 @@ from typing import Any
 
 from reverie_jax.data.row_files import Rows
 from reverie_jax.data.sources import annotated, llava, lrv, multiple_choice, preference_pairs, reverie
-from reverie_jax.data.sources.common import Pictures, Reading, Talk, opened
+from reverie_jax.data.sources.common import Example, Pictures, ReadLog, opened
 from reverie_jax.errors import DataError
 
 __all__ = ["Pictures", "Reading", "Rows", "Talk", "opened", "read", "recognise"]
@@ -52,7 +52,7 @@ def _form(row: dict[str, Any]) -> str:
     return multiple_choice.is_one(row)
 
 
-def read(path: Path, reading: Reading, *, filtered: bool = True, splits: Sequence[str] = ("train",)) -> Iterator[Talk]:
+def read(path: Path, log: ReadLog, *, filtered: bool = True, splits: Sequence[str] = ("train",)) -> Iterator[Example]:
     """A file's talk, row by row. Rows that cannot be used go to `reading.problems`; `reading.settle()` makes them an error.
 
     Args:
@@ -65,14 +65,14 @@ def read(path: Path, reading: Reading, *, filtered: bool = True, splits: Sequenc
     rows = Rows(path)
     match recognise(rows):
         case "reverie":
-            return reverie.talks(rows, reading)
+            return reverie.talks(rows, log)
         case "judged":
-            return annotated.talks(rows, reading, filtered=filtered)
+            return annotated.talks(rows, log, filtered=filtered)
         case "preferences":
-            return preference_pairs.talks(rows, reading)
+            return preference_pairs.talks(rows, log)
         case "scienceqa" | "aokvqa" as source:
-            return multiple_choice.talks(rows, reading, dataset=source, splits=splits)
+            return multiple_choice.talks(rows, log, dataset=source, splits=splits)
         case "lrv":
-            return lrv.talks(rows, reading)
+            return lrv.talks(rows, log)
         case _:
-            return llava.talks(rows, reading)
+            return llava.talks(rows, log)

@@ -7,7 +7,7 @@ from typing import Any
 
 from reverie_jax.data.reflection import AnnotatedQuestion, Reflection, conversations
 from reverie_jax.data.row_files import Rows
-from reverie_jax.data.sources.common import BadRow, Reading, Talk, each
+from reverie_jax.data.sources.common import BadRow, Example, ReadLog, each
 
 VERDICT = "gemini_pro_judge"
 """The original's name for the verdict, whoever judged: `no` keeps a row, `yes` drops it."""
@@ -16,7 +16,7 @@ REASONED = ("correct_rationale", "incorrect_rationale")
 KEYS = (*ASKED, *REASONED)
 
 
-def talks(rows: Rows, reading: Reading, *, filtered: bool = True) -> Iterator[Talk]:
+def talks(rows: Rows, log: ReadLog, *, filtered: bool = True) -> Iterator[Example]:
     """The rows' conversations: a positive one for each question, and a negative one for each wrong answer.
 
     Args:
@@ -25,7 +25,7 @@ def talks(rows: Rows, reading: Reading, *, filtered: bool = True) -> Iterator[Ta
     explained: set[tuple[str, ...]] = set()
     dropped = 0
 
-    def make(row: dict[str, Any], where: str) -> list[Talk]:
+    def make(row: dict[str, Any], where: str) -> list[Example]:
         nonlocal dropped
         lacking = [key for key in KEYS if not isinstance(row.get(key), str) or not row[key].strip()]
         if lacking:
@@ -40,12 +40,12 @@ def talks(rows: Rows, reading: Reading, *, filtered: bool = True) -> Iterator[Ta
         except ValueError as error:
             raise BadRow(str(error)) from None
         about = (image, question, right, why)
-        found = [Talk(image, negative, where)]
+        found = [Example(image, negative, where)]
         if about not in explained:
             explained.add(about)
-            found.insert(0, Talk(image, positive, where))
+            found.insert(0, Example(image, positive, where))
         return found
 
-    yield from each(rows, reading, {*KEYS, VERDICT, "judges", "question_type", "reason"}, make)
+    yield from each(rows, log, {*KEYS, VERDICT, "judges", "question_type", "reason"}, make)
     if dropped:
-        reading.notes.append(f"{rows.path}: {dropped} rows without the judge's consent are left out")
+        log.notes.append(f"{rows.path}: {dropped} rows without the judge's consent are left out")

@@ -23,7 +23,7 @@ class BadRow(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Talk:
+class Example:
     """One conversation as a file gives it.
 
     Attributes:
@@ -39,7 +39,7 @@ class Talk:
 
 
 @dataclasses.dataclass
-class Reading:
+class ReadLog:
     """What was found in a file besides talk.
 
     Attributes:
@@ -168,8 +168,8 @@ def content_name(content: bytes) -> str:
 
 
 def each(
-    rows: Rows, reading: Reading, known: Collection[str], make: Callable[[dict[str, Any], str], Iterable[Talk]]
-) -> Iterator[Talk]:
+    rows: Rows, log: ReadLog, known: Collection[str], make: Callable[[dict[str, Any], str], Iterable[Example]]
+) -> Iterator[Example]:
     """The talk that `make` finds in each row. Rows that raise `BadRow` go to `reading.problems`.
 
     Args:
@@ -180,12 +180,12 @@ def each(
         try:
             if not isinstance(row, dict):
                 raise BadRow("not an object")
-            reading.unknown(row, {*known, "pid"})
+            log.unknown(row, {*known, "pid"})
             found = list(make(row, where))
         except BadRow as error:
-            reading.problems.append((where, str(error)))
+            log.problems.append((where, str(error)))
         except RecursionError:
-            reading.problems.append((where, "nested too deep"))
+            log.problems.append((where, "nested too deep"))
         else:
             yield from found
 

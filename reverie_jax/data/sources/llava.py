@@ -11,7 +11,7 @@ from typing import Any
 
 from reverie_jax.data.conversation import IMAGE, Turn
 from reverie_jax.data.row_files import Rows
-from reverie_jax.data.sources.common import BadRow, Reading, Talk, conversation, each, once, shown
+from reverie_jax.data.sources.common import BadRow, Example, ReadLog, conversation, each, once, shown
 
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant"}
 KNOWN = {"id", "image", "images", "conversations", "messages", "model", "source", "question_type"}
@@ -68,11 +68,11 @@ def _no_turn(turn: Any) -> BadRow:
     return BadRow(f"a turn needs 'from' (human or gpt) and 'value'; found {found}")
 
 
-def talks(rows: Rows, reading: Reading) -> Iterator[Talk]:
+def talks(rows: Rows, log: ReadLog) -> Iterator[Example]:
     """The rows' conversations; those that cannot be used go to `reading.problems`."""
 
-    def make(row: dict[str, Any], where: str) -> list[Talk]:
+    def make(row: dict[str, Any], where: str) -> list[Example]:
         image, turns = turns_of(row)
-        return [Talk(image, conversation(turns, dataset="llava"), where)]
+        return [Example(image, conversation(turns, dataset="llava"), where)]
 
-    return each(rows, reading, KNOWN, make)
+    return each(rows, log, KNOWN, make)

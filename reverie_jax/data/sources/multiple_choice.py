@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from reverie_jax.data.conversation import IMAGE, Turn
 from reverie_jax.data.reflection import WHY
 from reverie_jax.data.row_files import Rows
-from reverie_jax.data.sources.common import BadRow, Reading, Talk, content_name, conversation, each, embedded, shown
+from reverie_jax.data.sources.common import BadRow, Example, ReadLog, content_name, conversation, each, embedded, shown
 
 LETTERS = "ABCDEFGHIJ"
 SUFFIX = "Answer with the option's letter from the given choices directly."
@@ -49,10 +49,10 @@ def is_one(row: dict[str, Any]) -> str:
 
 def _read(
     rows: Rows,
-    reading: Reading,
+    log: ReadLog,
     splits: Sequence[str],
-    make: Callable[[Choice], Iterable[Talk]],
-) -> Iterator[Talk]:
+    make: Callable[[Choice], Iterable[Example]],
+) -> Iterator[Example]:
     """What `make` finds in the rows' questions.
 
     Args:
@@ -60,22 +60,22 @@ def _read(
     """
     left = collections.Counter[str]()
 
-    def one(row: dict[str, Any], where: str) -> Iterable[Talk]:
+    def one(row: dict[str, Any], where: str) -> Iterable[Example]:
         split = row.get("split")
         if split is not None and split not in splits:
             left[str(split)] += 1
             return []
         return make((_aokvqa if is_one(row) == "aokvqa" else _scienceqa)(row, where))
 
-    yield from each(rows, reading, _KNOWN, one)
+    yield from each(rows, log, _KNOWN, one)
     for split, count in left.items():
-        reading.notes.append(f"{rows.path}: {count} rows of the split {split!r} are left out")
+        log.notes.append(f"{rows.path}: {count} rows of the split {split!r} are left out")
 
 
-def talks(rows: Rows, reading: Reading, *, dataset: str, splits: Sequence[str]) -> Iterator[Talk]:
+def talks(rows: Rows, log: ReadLog, *, dataset: str, splits: Sequence[str]) -> Iterator[Example]:
     """A conversation for each rationale; a question without one is asked and answered."""
 
-    def make(found: Choice) -> Iterator[Talk]:
+    def make(found: Choice) -> Iterator[Example]:
         if not found.image and IMAGE in found.asked():
             raise BadRow(f"{IMAGE} in a row without a picture")
         said = [shown(found.asked()) if found.image else Turn("user", found.asked())]
@@ -83,12 +83,12 @@ def talks(rows: Rows, reading: Reading, *, dataset: str, splits: Sequence[str]) 
         for why in found.rationales or ("",):
             more = [Turn("user", WHY), Turn("assistant", why)] if why else []
             talk = conversation([*said, *more], dataset=dataset, kind="positive" if why else "")
-            yield Talk(found.image, talk, found.where, found.encoded)
+            yield Example(found.image, talk, found.where, found.encoded)
 
-    return _read(rows, reading, splits, make)
+    return _read(rows, log, splits, make)
 
 
-def questions(rows: Rows, reading: Reading, *, splits: Sequence[str], most: int) -> list[dict[str, str]]:
+def questions(rows: Rows, log: ReadLog, *, splits: Sequence[str], most: int) -> list[dict[str, str]]:
     """Rows as REVERIE's first stage writes them, one a wrong option, with the human's rationale where there is one.
 
     Args:
@@ -96,7 +96,7 @@ def questions(rows: Rows, reading: Reading, *, splits: Sequence[str], most: int)
     """
     made: list[dict[str, str]] = []
 
-    def make(found: Choice) -> list[Talk]:
+    def make(found: Choice) -> list[Example]:
         if not found.image or found.encoded:
             raise BadRow("has no picture file of its own to ask about")
         for number in [n for n in range(len(found.options)) if n != found.answer][:most]:
@@ -110,7 +110,7 @@ def questions(rows: Rows, reading: Reading, *, splits: Sequence[str], most: int)
             made.append(row | ({"correct_rationale": found.rationales[0]} if found.rationales else {}))
         return []
 
-    for _ in _read(rows, reading, splits, make):
+    for _ in _read(rows, log, splits, make):
         pass
     return made
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from reverie_jax.data.conversation import Turn
 from reverie_jax.data.row_files import Rows
-from reverie_jax.data.sources.common import BadRow, Reading, Talk, content_name, conversation, each, embedded, shown
+from reverie_jax.data.sources.common import BadRow, Example, ReadLog, content_name, conversation, each, embedded, shown
 
 _SIDES = ("chosen", "rejected")
 _KNOWN = {
@@ -30,14 +30,14 @@ def is_one(row: dict[str, Any]) -> bool:
     return {"chosen", "rejected"} <= row.keys() or (isinstance(row.get("text"), str) and '"rejected"' in row["text"])
 
 
-def talks(rows: Rows, reading: Reading) -> Iterator[Talk]:
+def talks(rows: Rows, log: ReadLog) -> Iterator[Example]:
     """Two conversations a row, `chosen` and `rejected`, of one `pair`, which its content names; rows that cannot be used go
     to `reading.problems`.
     """
-    return each(rows, reading, _KNOWN, _pair)
+    return each(rows, log, _KNOWN, _pair)
 
 
-def _pair(row: dict[str, Any], where: str) -> list[Talk]:
+def _pair(row: dict[str, Any], where: str) -> list[Example]:
     said = row
     if isinstance(row.get("text"), str):
         try:
@@ -57,7 +57,7 @@ def _pair(row: dict[str, Any], where: str) -> list[Talk]:
     source = str(row.get("ds_name") or "preferences").lower()
     pair = content_name(json.dumps([content_name(encoded) if encoded else image, *texts]).encode())[:16]
     return [
-        Talk(
+        Example(
             image,
             conversation([shown(question), Turn("assistant", answer)], dataset=source, kind=side, pair=pair),
             where,

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from reverie_jax.data.conversation import Conversation
 from reverie_jax.data.row_files import Rows
 from reverie_jax.data.sources import llava
-from reverie_jax.data.sources.common import BadRow, Reading, Talk, conversation, each
+from reverie_jax.data.sources.common import BadRow, Example, ReadLog, conversation, each
 
 Kind = Literal["positive", "negative"]
 _NEGATIVE = re.compile(
@@ -60,7 +60,7 @@ def is_reflective(row: Any) -> bool:
     return len(turns) > 2 and explains(turns[2].text) is not None
 
 
-def talks(rows: Rows, reading: Reading) -> Iterator[Talk]:
+def talks(rows: Rows, log: ReadLog) -> Iterator[Example]:
     """The rows' conversations; those that cannot be used go to `reading.problems`.
 
     A negative row opens with the right answer; where one opens with the wrong answer that it explains, the right answer is
@@ -69,30 +69,30 @@ def talks(rows: Rows, reading: Reading) -> Iterator[Talk]:
     """
     right = {
         (talk.image, talk.conversation.turns[0].text): talk.conversation.turns[1]
-        for talk in _split(rows, Reading())
+        for talk in _split(rows, ReadLog())
         if talk.conversation.kind == "positive"
     }
     swapped = 0
-    for talk in _split(rows, reading):
+    for talk in _split(rows, log):
         turns = talk.conversation.turns
         about = explains(turns[2].text) if len(turns) > 2 else None
         if about is not None and about[0] == "negative" and turns[1].text.strip(" .") == about[1].strip(" ."):
             known = right.get((talk.image, turns[0].text))
             if known is None or known.text == turns[1].text:
                 why = "its answer is the wrong one that it explains, and no row has the right one"
-                reading.problems.append((talk.where, why))
+                log.problems.append((talk.where, why))
                 continue
             said = dataclasses.replace(talk.conversation, turns=(turns[0], known, *turns[2:]))
             talk, swapped = dataclasses.replace(talk, conversation=said), swapped + 1
         yield talk
     if swapped:
-        reading.notes.append(
+        log.notes.append(
             f"{swapped} negative rows opened with the wrong answer; they got the right one of their question"
         )
 
 
-def _split(rows: Rows, reading: Reading) -> Iterator[Talk]:
-    def make(row: dict[str, Any], where: str) -> list[Talk]:
+def _split(rows: Rows, log: ReadLog) -> Iterator[Example]:
+    def make(row: dict[str, Any], where: str) -> list[Example]:
         image, turns = llava.turns_of(row)
         if not image:
             raise BadRow("needs 'image', a file name")
@@ -101,11 +101,11 @@ def _split(rows: Rows, reading: Reading) -> Iterator[Talk]:
         if None in kinds:
             raise BadRow(f"asks for no rationale that is known: {pairs[kinds.index(None)][0].text[:60]!r}")
         if not pairs:
-            return [Talk(image, conversation(turns, dataset="reverie"), where)]
+            return [Example(image, conversation(turns, dataset="reverie"), where)]
         return [
-            Talk(image, conversation([*turns[:2], *pair], dataset="reverie", kind=kind[0]), where)
+            Example(image, conversation([*turns[:2], *pair], dataset="reverie", kind=kind[0]), where)
             for pair, kind in zip(pairs, kinds, strict=True)
             if kind is not None
         ]
 
-    return each(rows, reading, llava.KNOWN, make)
+    return each(rows, log, llava.KNOWN, make)

@@ -20,8 +20,8 @@ from reverie_jax.eval.benchmarks.interface import (
     Benchmark,
     BenchmarkError,
     Loaded,
+    ParsedAnswer,
     Question,
-    Reading,
     Scored,
     Table,
     need,
@@ -236,16 +236,16 @@ class Amber(Benchmark):
         describe, reason = self._describe(loaded, rule, "generative" in kinds, bool(categories))
         columns = [*_TASK, *(f"{category}/{cell}" for category in categories for cell in _CELLS)]
         table = Table(columns, loaded.units)
-        readings = []
+        parsed_answers = []
         for question in loaded.questions:
             answer, category = answers.get(str(question.id)), question.known["category"]
             if answer is None or (category == "generative" and describe is None):
-                readings.append(Reading(question.id, "", unread=answer is None, category=category))
+                parsed_answers.append(ParsedAnswer(question.id, "", unparsed=answer is None, category=category))
             elif category == "generative" and describe is not None:
                 amounts, flagged = describe(answer, question.known)
                 table.add(question.unit, amounts)
-                clean, unread = float(not flagged), not amounts["nouns"]
-                readings.append(Reading(question.id, ", ".join(flagged), clean, unread, category))
+                clean, unparsed = float(not flagged), not amounts["nouns"]
+                parsed_answers.append(ParsedAnswer(question.id, ", ".join(flagged), clean, unparsed, category))
             else:
                 said, truth = _READERS[rule](answer), question.known["truth"]
                 cells = {
@@ -256,10 +256,10 @@ class Amber(Benchmark):
                     "both_no": said == truth == "no",
                 }
                 table.add(question.unit, {f"{category}/{cell}": float(amount) for cell, amount in cells.items()})
-                readings.append(Reading(question.id, said, float(said == truth), not said, category))
+                parsed_answers.append(ParsedAnswer(question.id, said, float(said == truth), not said, category))
         scored = [*(["descriptions"] if describe is not None else []), *(["yes/no"] if categories else [])]
         metrics = _kit_metrics(table, categories) if rule == KIT else _official(table, categories, describe is not None)
-        return Scored(readings, table.units, table.counts, metrics, {"parser": rule, "scored": scored, **reason})
+        return Scored(parsed_answers, table.units, table.counts, metrics, {"parser": rule, "scored": scored, **reason})
 
     def _describe(
         self, loaded: Loaded, rule: str, asked: bool, others: bool

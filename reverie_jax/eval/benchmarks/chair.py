@@ -19,8 +19,8 @@ from reverie_jax.eval.benchmarks.interface import (
     Benchmark,
     BenchmarkError,
     Loaded,
+    ParsedAnswer,
     Question,
-    Reading,
     Scored,
     Table,
     need,
@@ -142,16 +142,16 @@ class Chair(Benchmark):
             | {name for caption in loaded.known["captions"].get(id, ()) for _, name in words.mentions(caption)}
             for id, segments in loaded.known["segments"].items()
         }
-        table, readings = Table(COLUMNS, loaded.units), []
+        table, parsed_answers = Table(COLUMNS, loaded.units), []
         for question in loaded.questions:
             caption = answers.get(str(question.id))
             if caption is None:
-                readings.append(Reading(question.id, "", unread=True))
+                parsed_answers.append(ParsedAnswer(question.id, "", unparsed=True))
                 continue
             found = [name for _, name in words.mentions(caption)]
             amounts = compared(found, truth[question.known["image_id"]])
             table.add(question.unit, {**amounts, "words": len(caption.split())})
-            readings.append(reading(question, found, truth[question.known["image_id"]]))
+            parsed_answers.append(reading(question, found, truth[question.known["image_id"]]))
         metrics = {
             "CHAIRs": share(table["wrong_captions"], table["captions"], scale=100),
             "CHAIRi": share(table["wrong_mentions"], table["mentions"], scale=100),
@@ -159,7 +159,7 @@ class Chair(Benchmark):
             "Len": share(table["words"], table["captions"]),
         }
         return Scored(
-            readings, table.units, table.counts, metrics, {"parser": "punkt, treebank, pattern.en.singularize"}
+            parsed_answers, table.units, table.counts, metrics, {"parser": "punkt, treebank, pattern.en.singularize"}
         )
 
     def key(self, row: Mapping[str, Any], loaded: Loaded) -> str | None:
@@ -223,8 +223,8 @@ def compared(mentioned: Sequence[str], there: set[str]) -> dict[str, float]:
     }
 
 
-def reading(question: Question, mentioned: Sequence[str], there: set[str]) -> Reading:
+def reading(question: Question, mentioned: Sequence[str], there: set[str]) -> ParsedAnswer:
     """A caption as it was read: its classes once each, "not:" before those that are not there."""
     names = [name if name in there else f"not: {name}" for name in dict.fromkeys(mentioned)]
     right = float(all(name in there for name in mentioned))
-    return Reading(question.id, ", ".join(names), right, not mentioned)
+    return ParsedAnswer(question.id, ", ".join(names), right, not mentioned)

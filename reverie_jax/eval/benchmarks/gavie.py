@@ -22,8 +22,8 @@ from reverie_jax.eval.benchmarks.interface import (
     BenchmarkError,
     JudgeRequest,
     Loaded,
+    ParsedAnswer,
     Question,
-    Reading,
     Scored,
     Table,
     share,
@@ -141,21 +141,21 @@ class Gavie(Benchmark):
             ["questions", "unread", *(f"{name}/{cell}" for name in CRITERIA for cell in ("sum", "given"))],
             loaded.units,
         )
-        readings = []
+        parsed_answers = []
         for question in loaded.questions:
             id = str(question.id)
             found = scores(said[id]) if id in answers else dict.fromkeys(CRITERIA, 0.0)
-            unread = id not in answers or len(found) < len(CRITERIA)
+            unparsed = id not in answers or len(found) < len(CRITERIA)
             table.add(question.unit, {"questions": 1, "unread": len(found) < len(CRITERIA)})
             for name, value in found.items():
                 table.add(question.unit, {f"{name}/sum": value, f"{name}/given": 1})
             parsed = ", ".join(f"{name} {found[name]:g}" for name in CRITERIA if name in found)
             right = found["accuracy"] / 10 if "accuracy" in found else None
-            readings.append(Reading(question.id, parsed if id in answers else "", right, unread))
+            parsed_answers.append(ParsedAnswer(question.id, parsed if id in answers else "", right, unparsed))
         metrics = {name: share(table[f"{name}/sum"], table[f"{name}/given"]) for name in CRITERIA}
         metrics["unread"] = share(table["unread"], table["questions"])
         protocol = {"parser": "ours", "unread scores": "left out of the mean", "missing answers": "0"}
-        return Scored(readings, table.units, table.counts, metrics, protocol)
+        return Scored(parsed_answers, table.units, table.counts, metrics, protocol)
 
     def export(self, loaded: Loaded, answers: Mapping[str, str], out: Path) -> list[Path]:
         """The evaluation set with an `answer` each."""

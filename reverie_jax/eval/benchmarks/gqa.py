@@ -17,8 +17,8 @@ from reverie_jax.eval.benchmarks.interface import (
     SHORT,
     Benchmark,
     Loaded,
+    ParsedAnswer,
     Question,
-    Reading,
     Scored,
     Table,
     need,
@@ -82,7 +82,7 @@ class Gqa(Benchmark):
             [f"{group} {cell}" for group in groups for cell in ("right", "questions")],
             loaded.units,
         )
-        readings = []
+        parsed_answers = []
         for question in loaded.questions:
             text, known = answers.get(str(question.id)), question.known
             said = prediction(text or "")
@@ -90,14 +90,14 @@ class Gqa(Benchmark):
             form = "open" if known["structural"] == "query" else "binary"
             for group in ("accuracy", form, *(f"{kind}/{known[kind]}" for kind in _KINDS)):
                 table.add(question.unit, {f"{group} right": right, f"{group} questions": 1})
-            readings.append(Reading(question.id, said, right, not said.strip(), known["structural"]))
+            parsed_answers.append(ParsedAnswer(question.id, said, right, not said.strip(), known["structural"]))
 
         metrics: dict[str, Statistic] = {}
         for group in groups:
             name = f"{group}/accuracy" if "/" in group else group
             metrics[name] = share(table[f"{group} right"], table[f"{group} questions"], scale=100.0)
         protocol = {"parser": "exact match; full stops at the end dropped, in lower case"}
-        return Scored(readings, table.units, table.counts, metrics, protocol)
+        return Scored(parsed_answers, table.units, table.counts, metrics, protocol)
 
     def export(self, loaded: Loaded, answers: Mapping[str, str], out: Path) -> list[Path]:
         """GQA's predictions, as its script and server take them."""

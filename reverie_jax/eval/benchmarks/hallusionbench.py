@@ -26,8 +26,8 @@ from reverie_jax.eval.benchmarks.interface import (
     BenchmarkError,
     JudgeRequest,
     Loaded,
+    ParsedAnswer,
     Question,
-    Reading,
     Scored,
     Table,
     share,
@@ -159,19 +159,21 @@ class HallusionBench(Benchmark):
             return _kit(loaded.questions, answers)
         codes = _read(loaded.questions, answers) if rule == YES_NO else _judge(loaded.questions, answers, replies or {})
         blames = _blames(loaded.questions, answers, codes, replies or {}) if rule == OFFICIAL else None
-        readings = []
+        parsed_answers = []
         for question in loaded.questions:
             id, known = str(question.id), question.known
             said = kit_word(answers.get(id, "")) if rule == YES_NO else _WORDS[codes[id]] if id in answers else ""
-            unread = id not in answers or codes[id] == UNCLEAR
-            readings.append(Reading(question.id, said, float(is_right(known, codes[id])), unread, _category(known)))
+            unparsed = id not in answers or codes[id] == UNCLEAR
+            parsed_answers.append(
+                ParsedAnswer(question.id, said, float(is_right(known, codes[id])), unparsed, _category(known))
+            )
         protocol: dict[str, Any] = {"parser": "judge" if rule == OFFICIAL else rule}
         if rule == YES_NO:
             protocol["stand-in"] = "yes or no as a word, against the label: offline, and not the judged number"
         elif blames is None:
             protocol["LH, VI and Mixed"] = "left out: no replies on whether answers agree, or no first figures"
         table, metrics = _official(loaded.questions, codes, blames)
-        return Scored(readings, table.units, table.counts, metrics, protocol)
+        return Scored(parsed_answers, table.units, table.counts, metrics, protocol)
 
     def export(self, loaded: Loaded, answers: Mapping[str, str], out: Path) -> list[Path]:
         """The benchmark's own result file: its rows, and the answers as `model_prediction`."""
@@ -359,15 +361,15 @@ _KIT_CELLS = ("rows", "right", "figures", "figure right", "questions", "question
 
 def _kit(questions: Sequence[Question], answers: Mapping[str, str]) -> Scored:
     """VLMEvalKit: rows with a figure; groups by subcategory and set alone, so that VD's and VS's ocr run together."""
-    readings, kept = [], []
+    parsed_answers, kept = [], []
     for question in questions:
         category = _category(question.known)
         if question.image is None:
-            readings.append(Reading(question.id, "", None, False, category))
+            parsed_answers.append(ParsedAnswer(question.id, "", None, False, category))
             continue
         said = kit_word(answers.get(str(question.id), ""))
         right = bool(said) and (said == "yes") == question.known["yes"]
-        readings.append(Reading(question.id, said, float(right), not said, category))
+        parsed_answers.append(ParsedAnswer(question.id, said, float(right), not said, category))
         kept.append((question.unit, question.known, right))
 
     splits = ["", *dict.fromkeys(f"{known['category']}/" for _, known, _ in kept)]
@@ -394,7 +396,7 @@ def _kit(questions: Sequence[Question], answers: Mapping[str, str]) -> Scored:
             metrics["Overall"] = _mean(list(three.values()))
         metrics |= {split + name: metric for name, metric in three.items()}
     protocol = {"parser": KIT, "questions with a figure, which alone count": len(kept)}
-    return Scored(readings, table.units, table.counts, metrics, protocol)
+    return Scored(parsed_answers, table.units, table.counts, metrics, protocol)
 
 
 def _mean(statistics: Sequence[Statistic]) -> Statistic:

@@ -105,7 +105,7 @@ class Loaded:
 
 
 @dataclasses.dataclass(frozen=True)
-class Reading:
+class ParsedAnswer:
     """An answer as a rule reads it.
 
     Attributes:
@@ -118,7 +118,7 @@ class Reading:
     id: Key
     parsed: str
     right: float | None = None
-    unread: bool = False
+    unparsed: bool = False
     category: str = ""
 
 
@@ -134,7 +134,7 @@ class Scored:
         protocol: what the score depends on beside the questions: parser, judge, options.
     """
 
-    readings: Sequence[Reading]
+    parsed_answers: Sequence[ParsedAnswer]
     units: Sequence[str]
     counts: Float[np.ndarray, "N K"]
     metrics: Mapping[str, Statistic]

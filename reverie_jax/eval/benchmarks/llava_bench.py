@@ -25,8 +25,8 @@ from reverie_jax.eval.benchmarks.interface import (
     BenchmarkError,
     JudgeRequest,
     Loaded,
+    ParsedAnswer,
     Question,
-    Reading,
     Scored,
     Table,
 )
@@ -147,18 +147,18 @@ class _Rated(Benchmark):
             [f"{kind}/{cell}" for kind in kinds for cell in _CELLS],
             loaded.units,
         )
-        readings = []
+        parsed_answers = []
         for question in loaded.questions:
             id, kind = str(question.id), question.known["category"]
             reference, model = _READERS[rule](said[id]) if id in answers else FAILED
-            unread = (reference, model) == FAILED
+            unparsed = (reference, model) == FAILED
             if not (self.skips and reference == -1):
                 table.add(
                     question.unit,
                     {f"{kind}/rated": 1, f"{kind}/reference": reference, f"{kind}/model": model},
                 )
-            parsed = "" if unread else f"{reference:g} {model:g}"
-            readings.append(Reading(question.id, parsed, None, unread, kind))
+            parsed = "" if unparsed else f"{reference:g} {model:g}"
+            parsed_answers.append(ParsedAnswer(question.id, parsed, None, unparsed, kind))
 
         metrics: dict[str, Statistic] = {}
         for kind, title in self.titles(rule).items():
@@ -170,7 +170,7 @@ class _Rated(Benchmark):
             metrics[f"{title}/reference"] = _ten(columns[0], columns[1])
             metrics[f"{title}/model"] = _ten(columns[0], columns[2])
         protocol = {"parser": rule, "unread replies": "left out" if self.skips else "-1 for both, averaged in"}
-        return Scored(readings, table.units, table.counts, metrics, protocol)
+        return Scored(parsed_answers, table.units, table.counts, metrics, protocol)
 
     def export(self, loaded: Loaded, answers: Mapping[str, str], out: Path) -> list[Path]:
         """LLaVA's answer file. Its script zips the files, so all questions are there; and it wants an `answer_id`."""

@@ -19,8 +19,8 @@ from reverie_jax.eval.benchmarks.interface import (
     Benchmark,
     JudgeRequest,
     Loaded,
+    ParsedAnswer,
     Question,
-    Reading,
     Scored,
     Table,
     share,
@@ -124,7 +124,7 @@ class MmVet(Benchmark):
         mixes = list(dict.fromkeys(together(q.known["capability"]) for q in loaded.questions))
         cells = [f"{mix}/{cell}" for mix in mixes for cell in ("questions", *map(str, runs))]
         table = Table(cells, loaded.units)
-        readings = []
+        parsed_answers = []
         for question in loaded.questions:
             id, mix = str(question.id), together(question.known["capability"])
             grades = [grade(found[f"{id}#{run}"]) if id in answers else None for run in runs]
@@ -133,9 +133,9 @@ class MmVet(Benchmark):
                 question.unit,
                 {f"{mix}/questions": 1, **{f"{mix}/{run}": v for run, v in zip(runs, values, strict=True)}},
             )
-            unread = None in grades
+            unparsed = None in grades
             parsed = " ".join("?" if value is None else f"{value:g}" for value in grades)
-            readings.append(Reading(question.id, parsed, sum(values) / len(values), unread, mix))
+            parsed_answers.append(ParsedAnswer(question.id, parsed, sum(values) / len(values), unparsed, mix))
 
         def of(names: Sequence[str], which: Sequence[int] = runs) -> Statistic:
             over = [table[f"{name}/{run}"] for name in names for run in which]
@@ -152,7 +152,7 @@ class MmVet(Benchmark):
         metrics |= {f"capability/{name}": of([m for m in mixes if name in m.split("_")]) for name in abilities}
         metrics |= {f"integration/{mix}": of([mix]) for mix in mixes}
         protocol = {"parser": rule, "runs of the judge": len(runs), "unread replies": "graded 0"}
-        return Scored(readings, table.units, table.counts, metrics, protocol)
+        return Scored(parsed_answers, table.units, table.counts, metrics, protocol)
 
     def export(self, loaded: Loaded, answers: Mapping[str, str], out: Path) -> list[Path]:
         """The official answer file, `{"v1_0": text, …}`."""

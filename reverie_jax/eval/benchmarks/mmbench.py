@@ -22,8 +22,8 @@ from reverie_jax.eval.benchmarks.interface import (
     JudgeRequest,
     Loaded,
     NotScorable,
+    ParsedAnswer,
     Question,
-    Reading,
     Scored,
     Table,
     need,
@@ -181,7 +181,7 @@ class MmBench(Benchmark):
                 f"`reverie score {self.name} --export FOLDER` writes the upload for the benchmark's server"
             )
         said = {id: _READERS[rule](answers.get(id, ""), question.known["options"]) for id, question in asked.items()}
-        unread = {id for id, letter in said.items() if not letter}
+        unparsed = {id for id, letter in said.items() if not letter}
         doubtful = [] if rule == LMMS else _open(asked, answers, said)
         if rule == JUDGED and doubtful:
             replies = judged.needed(self, replies, doubtful)
@@ -189,7 +189,7 @@ class MmBench(Benchmark):
         for id in replied:
             # VLMEvalKit asks three times and then draws an option by lot; here it is none of them.
             said[id] = choice_parsing.kit((replies or {})[id], asked[id].known["options"])
-        unread -= {id for id in replied if said[id]}
+        unparsed -= {id for id in replied if said[id]}
         right = {id: said[id] == question.known["answer"] for id, question in asked.items()}
         missed = {question.unit for id, question in asked.items() if not right[id]}
         firsts = {id: question for id, question in asked.items() if question.known["first"]}
@@ -207,12 +207,12 @@ class MmBench(Benchmark):
             for group, name in groups:
                 if question.known[group] == name:
                     table.add(question.unit, {f"{group}={name}/hits": hit, f"{group}={name}/questions": 1.0})
-        readings = [
-            Reading(question.id, said[id], float(right[id]), id in unread, question.known["category"])
+        parsed_answers = [
+            ParsedAnswer(question.id, said[id], float(right[id]), id in unparsed, question.known["category"])
             for id, question in asked.items()
         ]
-        protocol = {"parser": rule, "not inferred": len(unread), "replies of a judge": len(replied)}
-        return Scored(readings, table.units, table.counts, _metrics(table, groups), protocol)
+        protocol = {"parser": rule, "not inferred": len(unparsed), "replies of a judge": len(replied)}
+        return Scored(parsed_answers, table.units, table.counts, _metrics(table, groups), protocol)
 
     def key(self, row: Mapping[str, Any], loaded: Loaded) -> str | None:
         """LLaVA numbers the passes of `--all-rounds` apart, in `round_id`."""

@@ -20,8 +20,8 @@ from reverie_jax.eval.benchmarks.interface import (
     Benchmark,
     BenchmarkError,
     Loaded,
+    ParsedAnswer,
     Question,
-    Reading,
     Scored,
     Table,
     need,
@@ -142,19 +142,19 @@ class Mme(Benchmark):
         there = {question.known["task"] for question in loaded.questions}
         tasks = [task for task in TASKS if task in there]
         rights: dict[str, list[bool]] = {question.unit: [] for question in loaded.questions}
-        readings = []
+        parsed_answers = []
         for question in loaded.questions:
             known = question.known
             said = _READERS[rule](answers.get(str(question.id), ""))
             right = said == known["label"]
             rights[question.unit].append(right)
-            readings.append(Reading(question.id, said, float(right), not said, known["task"]))
+            parsed_answers.append(ParsedAnswer(question.id, said, float(right), not said, known["task"]))
         table = Table([f"{task}/{cell}" for task in tasks for cell in _CELLS], list(rights))
         for unit, pair in rights.items():
             amounts = (sum(pair), len(pair), all(pair), 1)
             task = unit.split("/")[0]
             table.add(unit, {f"{task}/{cell}": float(n) for cell, n in zip(_CELLS, amounts, strict=True)})
-        return Scored(readings, table.units, table.counts, _metrics(table, tasks, rule), {"parser": rule})
+        return Scored(parsed_answers, table.units, table.counts, _metrics(table, tasks, rule), {"parser": rule})
 
     def export(self, loaded: Loaded, answers: Mapping[str, str], out: Path) -> list[Path]:
         """MME's result folder: a text file for each task, lines of image, question, label and answer."""

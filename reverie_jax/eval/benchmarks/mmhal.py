@@ -20,8 +20,8 @@ from reverie_jax.eval.benchmarks.interface import (
     BenchmarkError,
     JudgeRequest,
     Loaded,
+    ParsedAnswer,
     Question,
-    Reading,
     Scored,
     Table,
     share,
@@ -136,7 +136,7 @@ class MmHal(Benchmark):
         said = needed(self, replies, (str(q.id) for q in loaded.questions if str(q.id) in answers))
         kinds = [kind for kind in TYPES if any(q.known["category"] == kind for q in loaded.questions)]
         table = Table([f"{kind}/{cell}" for kind in kinds for cell in _CELLS], [q.unit for q in loaded.questions])
-        readings = []
+        parsed_answers = []
         for question in loaded.questions:
             id, kind = str(question.id), question.known["category"]
             read = rating(said[id]) if id in answers else None
@@ -150,7 +150,9 @@ class MmHal(Benchmark):
                     f"{kind}/informative": score - 3 if score >= 3 else score,
                 },
             )
-            readings.append(Reading(question.id, "" if read is None else str(read), score / 6, read is None, kind))
+            parsed_answers.append(
+                ParsedAnswer(question.id, "" if read is None else str(read), score / 6, read is None, kind)
+            )
 
         def metric(cell: str, names: list[str], scale: float = 1.0) -> Statistic:
             over, under = [table[f"{name}/{cell}"] for name in names], [table[f"{name}/questions"] for name in names]
@@ -164,7 +166,7 @@ class MmHal(Benchmark):
         for kind in kinds:
             metrics[f"{kind}/score"] = metric("score", [kind])
             metrics[f"{kind}/hallucination_rate"] = metric("hallucinated", [kind])
-        return Scored(readings, table.units, table.counts, metrics, {"parser": rule, "unread replies": "rated 0"})
+        return Scored(parsed_answers, table.units, table.counts, metrics, {"parser": rule, "unread replies": "rated 0"})
 
     def export(self, loaded: Loaded, answers: Mapping[str, str], out: Path) -> list[Path]:
         """The official list with its `model_answer` filled in."""

@@ -22,8 +22,8 @@ from reverie_jax.eval.benchmarks.interface import (
     BenchmarkError,
     JudgeRequest,
     Loaded,
+    ParsedAnswer,
     Question,
-    Reading,
     Scored,
     Table,
     share,
@@ -214,11 +214,11 @@ class ObjectHalBench(Benchmark):
         words = chair_words.refined() if official else chair_words.chair()
         tagger = (self._tagger or _spacy()) if official else None
         lemma = (self._lemma or _wordnet()) if official else None
-        table, readings, unread = Table(COLUMNS, loaded.units), [], 0
+        table, parsed_answers, unparsed = Table(COLUMNS, loaded.units), [], 0
         for question in loaded.questions:
             answer = answers.get(str(question.id))
             if answer is None:
-                readings.append(Reading(question.id, "", unread=True))
+                parsed_answers.append(ParsedAnswer(question.id, "", unparsed=True))
                 continue
             caption, id = _caption(answer), question.known["image_id"]
             if tagger is None or replies is None:
@@ -233,9 +233,9 @@ class ObjectHalBench(Benchmark):
             }
             mentioned = [name for _, name in found or ()]
             table.add(question.unit, {**compared(mentioned, there), "words": len(caption.split(" "))})
-            unread += found is None
-            readings.append(
-                Reading(question.id, "", unread=True) if found is None else reading(question, mentioned, there)
+            unparsed += found is None
+            parsed_answers.append(
+                ParsedAnswer(question.id, "", unparsed=True) if found is None else reading(question, mentioned, there)
             )
         metrics = {
             "CHAIRs_refine": share(table["wrong_captions"], table["captions_with_objects"], scale=100),
@@ -245,7 +245,7 @@ class ObjectHalBench(Benchmark):
             "CHAIRs": share(table["wrong_captions"], table["captions"], scale=100),
         }
         protocol = {"objects": "the judge's" if official else "CHAIR's parse: a stand-in, not the published figure"}
-        return Scored(readings, table.units, table.counts, metrics, protocol | {"unread_replies": unread})
+        return Scored(parsed_answers, table.units, table.counts, metrics, protocol | {"unread_replies": unparsed})
 
     def export(self, loaded: Loaded, answers: Mapping[str, str], out: Path) -> list[Path]:
         """The answer file that the official script takes."""

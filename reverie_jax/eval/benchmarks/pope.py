@@ -22,8 +22,8 @@ from reverie_jax.eval.benchmarks.interface import (
     Benchmark,
     BenchmarkError,
     Loaded,
+    ParsedAnswer,
     Question,
-    Reading,
     Scored,
     Table,
 )
@@ -194,12 +194,12 @@ class Pope(Benchmark):
             [f"{split}/{cell}" for split in splits for cell in _CELLS],
             loaded.units,
         )
-        readings = []
+        parsed_answers = []
         for question in loaded.questions:
             text, label, split = answers.get(str(question.id)), question.known["label"], question.known["split"]
             if text is None:  # wrong; an empty answer would be a yes
                 table.add(question.unit, {f"{split}/{'fn' if label else 'fp'}": 1})
-                readings.append(Reading(question.id, "", 0.0, True, split))
+                parsed_answers.append(ParsedAnswer(question.id, "", 0.0, True, split))
                 continue
             said = _READERS[rule](text)
             if said:
@@ -208,9 +208,11 @@ class Pope(Benchmark):
                 cell = "unread_yes" if label else "unread_no"
             table.add(question.unit, {f"{split}/{cell}": 1})
             right = float(said == ("yes" if label else "no"))
-            readings.append(Reading(question.id, said, right, neither(text) if rule == OFFICIAL else not said, split))
+            parsed_answers.append(
+                ParsedAnswer(question.id, said, right, neither(text) if rule == OFFICIAL else not said, split)
+            )
         metrics = {OFFICIAL: _official, "lmms-eval": _lmms_metrics, "vlmevalkit": _kit_metrics}[rule](splits)
-        return Scored(readings, table.units, table.counts, metrics, {"parser": rule})
+        return Scored(parsed_answers, table.units, table.counts, metrics, {"parser": rule})
 
     def export(self, loaded: Loaded, answers: Mapping[str, str], out: Path) -> list[Path]:
         """POPE's own answer files: question and answer, in the order of the question files."""

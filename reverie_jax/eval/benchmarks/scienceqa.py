@@ -18,8 +18,8 @@ from reverie_jax.eval.benchmarks.interface import (
     Benchmark,
     BenchmarkError,
     Loaded,
+    ParsedAnswer,
     Question,
-    Reading,
     Scored,
     Table,
     need,
@@ -120,14 +120,14 @@ class ScienceQa(Benchmark):
             *(f"{g}/{what}" for g in _GROUPS for what in ("right", "all")),
         ]
         table = Table(columns, [question.unit for question in loaded.questions])
-        readings = []
+        parsed_answers = []
         for question in loaded.questions:
             id, known = str(question.id), question.known
             said = _read(answers.get(id, ""), known["choices"], rule)
             right = float(said == choice_parsing.LETTERS[known["answer"]])
             counted = rule != KIT or question.image is not None
             mark = right if counted else None
-            readings.append(Reading(question.id, said, mark, counted and not said, known["subject"]))
+            parsed_answers.append(ParsedAnswer(question.id, said, mark, counted and not said, known["subject"]))
             if not counted:
                 continue
             table.add(question.unit, {"right": right, "all": 1.0})
@@ -135,7 +135,7 @@ class ScienceQa(Benchmark):
                 table.add(question.unit, {"img_right": right, "img_all": 1.0})
             for group in known["groups"]:
                 table.add(question.unit, {f"{group}/right": right, f"{group}/all": 1.0})
-        return Scored(readings, table.units, table.counts, _metrics(table, loaded, rule), {"parser": rule})
+        return Scored(parsed_answers, table.units, table.counts, _metrics(table, loaded, rule), {"parser": rule})
 
     def export(self, loaded: Loaded, answers: Mapping[str, str], out: Path) -> list[Path]:
         """LLaVA's result file, which the leaderboard's and the official scripts read."""

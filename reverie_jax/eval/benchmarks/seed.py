@@ -16,8 +16,8 @@ from reverie_jax.eval.benchmarks.interface import (
     Benchmark,
     BenchmarkError,
     Loaded,
+    ParsedAnswer,
     Question,
-    Reading,
     Scored,
     Table,
     share,
@@ -100,7 +100,7 @@ class Seed(Benchmark):
         kinds = [kind for kind in _KINDS if any(question.known["kind"] == kind for question in counted)]
         groups = ["", *(f"{kind}/" for kind in kinds), *(f"{name}/" for name in types)]
         table = Table([f"{group}{what}" for group in groups for what in ("right", "all")], [q.unit for q in counted])
-        readings = []
+        parsed_answers = []
         for question in loaded.questions:
             known, text = question.known, answers.get(str(question.id), "")
             said = (
@@ -112,15 +112,15 @@ class Seed(Benchmark):
             )
             right = float(said == known["answer"])
             if rule == KIT and known["kind"] != "image":
-                readings.append(Reading(question.id, said, None, False, known["type"]))
+                parsed_answers.append(ParsedAnswer(question.id, said, None, False, known["type"]))
                 continue
-            readings.append(Reading(question.id, said, right, not said, known["type"]))
+            parsed_answers.append(ParsedAnswer(question.id, said, right, not said, known["type"]))
             for group in ("", f"{known['kind']}/", f"{known['type']}/"):
                 table.add(question.unit, {f"{group}right": right, f"{group}all": 1.0})
         metrics: dict[str, Statistic] = {
             f"{group}accuracy": share(table[f"{group}right"], table[f"{group}all"], scale=100.0) for group in groups
         }
-        return Scored(readings, table.units, table.counts, metrics, {"parser": rule})
+        return Scored(parsed_answers, table.units, table.counts, metrics, {"parser": rule})
 
     def export(self, loaded: Loaded, answers: Mapping[str, str], out: Path) -> list[Path]:
         """What the leaderboard takes: `question_id` as in the question file, and `prediction`."""

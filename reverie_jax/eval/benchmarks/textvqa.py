@@ -20,8 +20,8 @@ from reverie_jax.eval.benchmarks.interface import (
     Benchmark,
     BenchmarkError,
     Loaded,
+    ParsedAnswer,
     Question,
-    Reading,
     Scored,
     Table,
     need,
@@ -268,16 +268,16 @@ class TextVqa(Benchmark):
         replies: Mapping[str, str] | None = None,
     ) -> Scored:
         units = loaded.units
-        table, readings = Table(("score", "questions"), units), []
+        table, parsed_answers = Table(("score", "questions"), units), []
         for question in loaded.questions:
             text = answers.get(str(question.id))
             said = comparable(text or "")
             right = 0.0 if text is None else soft_accuracy(said, question.known["answers"])
             table.add(question.unit, {"score": right, "questions": 1})
-            readings.append(Reading(question.id, said, right, not said))
+            parsed_answers.append(ParsedAnswer(question.id, said, right, not said))
         metrics = {"accuracy": share(table["score"], table["questions"], scale=100.0)}
         protocol = {"parser": "EvalAI's answer processor", "accuracy": "soft, each person left out in turn"}
-        return Scored(readings, table.units, table.counts, metrics, protocol)
+        return Scored(parsed_answers, table.units, table.counts, metrics, protocol)
 
 
 def _rows(path: Path, what: str, make: Callable[[Any], T]) -> list[T]:

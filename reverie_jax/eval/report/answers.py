@@ -15,7 +15,7 @@ from reverie_jax.errors import UserError
 from reverie_jax.eval import statistics
 from reverie_jax.eval.benchmarks import benchmark as find_benchmark
 from reverie_jax.eval.benchmarks import files
-from reverie_jax.eval.benchmarks.interface import Benchmark, Loaded, Question, Reading, Table
+from reverie_jax.eval.benchmarks.interface import Benchmark, Loaded, ParsedAnswer, Question, Table
 from reverie_jax.eval.judge_replies import REPLIES
 from reverie_jax.eval.score import Score, agreement, compare, score
 
@@ -66,9 +66,9 @@ class Again:
         return {str(question.id): question for question in self.loaded.questions}
 
     @functools.cached_property
-    def readings(self) -> dict[str, dict[str, Reading]]:
+    def parsed_answers(self) -> dict[str, dict[str, ParsedAnswer]]:
         """By run and question."""
-        return {run: {str(r.id): r for r in found.scored.readings} for run, found in self.scores.items()}
+        return {run: {str(r.id): r for r in found.scored.parsed_answers} for run, found in self.scores.items()}
 
 
 def read(name: str, folders: Mapping[str, Path], stored: Mapping[str, Row], data: Path, images: Path | None) -> Again:
@@ -172,7 +172,7 @@ def rules(again: Again) -> list[dict[str, Any]]:
     return found
 
 
-def truth(question: Question, reading: Reading | None = None) -> str:
+def truth(question: Question, reading: ParsedAnswer | None = None) -> str:
     """The right answer by the benchmark's files, or as a yes/no reading that is right or wrong tells it; else ""."""
     known = question.known
     label = next((known[key] for key in ("label", "yes", "truth", "answer", "reference") if key in known), None)
@@ -195,9 +195,9 @@ def categories(again: Again) -> dict[str, dict[str, statistics.Estimate]]:
     """By category and run: the share of right answers, with its interval over the benchmark's units."""
     unit = {id: question.unit for id, question in again.questions.items()}
     found: dict[str, dict[str, statistics.Estimate]] = {}
-    for run, readings in again.readings.items():
+    for run, parsed_answers in again.parsed_answers.items():
         tables: dict[str, Table] = {}
-        for id, reading in readings.items():
+        for id, reading in parsed_answers.items():
             if reading.category and reading.right is not None:
                 table = tables.setdefault(reading.category, Table(("right", "all")))
                 table.add(unit[id], {"right": reading.right, "all": 1})
@@ -211,11 +211,11 @@ def categories(again: Again) -> dict[str, dict[str, statistics.Estimate]]:
 def yes_no(again: Again) -> list[dict[str, Any]]:
     """By run, of questions whose truth is yes or no: how often it says yes, how often that is right, and its calibration."""
     found = []
-    for run, readings in again.readings.items():
+    for run, parsed_answers in again.parsed_answers.items():
         pairs = [
-            (readings[id].parsed, truth(question, readings[id]))
+            (parsed_answers[id].parsed, truth(question, parsed_answers[id]))
             for id, question in again.questions.items()
-            if id in readings
+            if id in parsed_answers
         ]
         asked = [(said, label) for said, label in pairs if label in ("yes", "no") and said in ("yes", "no", "")]
         if not any(said for said, _ in asked):
@@ -240,7 +240,7 @@ def _bins(again: Again, run: str) -> list[tuple[float, float, int]]:
     for id, row in again.rows[run].items():
         said, question = (row.get("metadata") or {}).get("yes"), again.questions.get(id)
         if question is not None and isinstance(said, int | float):
-            label = truth(question, again.readings[run].get(id))
+            label = truth(question, again.parsed_answers[run].get(id))
             if label in ("yes", "no"):
                 pairs.append((float(said), float(label == "yes")))
     if not pairs:

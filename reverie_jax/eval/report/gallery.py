@@ -12,7 +12,7 @@ from PIL import Image
 
 from reverie_jax.data import images as pictures
 from reverie_jax.errors import UserError
-from reverie_jax.eval.benchmarks.interface import LETTER, SHORT, Reading
+from reverie_jax.eval.benchmarks.interface import LETTER, SHORT, ParsedAnswer
 from reverie_jax.eval.report.answers import Again, truth
 from reverie_jax.scenes.dataset import read_graphs
 from reverie_jax.scenes.language import mentioned
@@ -24,7 +24,7 @@ CLIP = 700
 ROWS = 4
 """Questions about one picture in a gallery."""
 
-_NONE = Reading("", "")
+_NONE = ParsedAnswer("", "")
 
 Flags = Callable[[str, str], Sequence[str]]
 
@@ -34,13 +34,18 @@ def flags(again: Again) -> Flags:
     graphs = read_graphs(again.loaded.known["folder"]) if again.benchmark.name == "scenes" else {}
 
     def flagged(run: str, id: str) -> Sequence[str]:
-        reading, question = again.readings[run].get(id, _NONE), again.questions[id]
+        reading, question = again.parsed_answers[run].get(id, _NONE), again.questions[id]
         if graphs and reading.category == "description":
             there = set(graphs[question.unit].categories)
             return [name for name in mentioned(_text(again, run, id)) if name not in there]
         if again.benchmark.name == "amber" and reading.category == "generative" and reading.right == 0:
             return reading.parsed.split(", ")
-        if again.benchmark.name == "mmhal" and not reading.unread and reading.right is not None and reading.right < 0.5:
+        if (
+            again.benchmark.name == "mmhal"
+            and not reading.unparsed
+            and reading.right is not None
+            and reading.right < 0.5
+        ):
             return [f"rated {reading.parsed}"]
         marked = [part for part in reading.parsed.split(", ") if part.startswith("not: ")]
         return [part.removeprefix("not: ") for part in marked]
@@ -50,8 +55,8 @@ def flags(again: Again) -> Flags:
 
 def galleries(again: Again, first: str, shown: int) -> list[dict[str, Any]]:
     """Titles, how many questions and pictures each is about, and at most `shown` pictures, spread over the benchmark."""
-    readings, flagged = again.readings, flags(again)
-    other = [run for run in readings if run != first] if first in readings else []
+    parsed_answers, flagged = again.parsed_answers, flags(again)
+    other = [run for run in parsed_answers if run != first] if first in parsed_answers else []
     picked: list[tuple[str, list[str], bool]] = []
     for run in other:
         for title, bad, good in (
@@ -61,10 +66,10 @@ def galleries(again: Again, first: str, shown: int) -> list[dict[str, Any]]:
             ids = [
                 id
                 for id in again.questions
-                if readings[bad].get(id, _NONE).right == 0 and readings[good].get(id, _NONE).right == 1
+                if parsed_answers[bad].get(id, _NONE).right == 0 and parsed_answers[good].get(id, _NONE).right == 1
             ]
             picked.append((title, ids, True))
-    for run, found in readings.items():
+    for run, found in parsed_answers.items():
         said = {id: found.get(id, _NONE) for id in again.questions}
         yes = [
             id
@@ -123,9 +128,9 @@ class _Cards:
 
     def _row(self, id: str) -> dict[str, Any]:
         again, question = self.again, self.again.questions[id]
-        readings = {run: found[id] for run, found in again.readings.items() if id in found}
+        parsed_answers = {run: found[id] for run, found in again.parsed_answers.items() if id in found}
         answers = []
-        for run, reading in readings.items():
+        for run, reading in parsed_answers.items():
             row = again.rows[run].get(id, {})
             answers.append(
                 {
@@ -139,7 +144,7 @@ class _Cards:
             )
         text = question.text.removesuffix(SHORT).removesuffix(LETTER).rstrip()
         asked = " ".join([*(f"{ask} {said}" for ask, said in question.before), text])
-        label = truth(question, next(iter(readings.values()), None))
+        label = truth(question, next(iter(parsed_answers.values()), None))
         return {"id": id, "question": clip(asked), "truth": clip(label), "answers": answers}
 
 

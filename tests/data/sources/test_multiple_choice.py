@@ -13,7 +13,7 @@ from reverie_jax.data import check as checking
 from reverie_jax.data import sources
 from reverie_jax.data.conversation import IMAGE
 from reverie_jax.data.mixture import Part, mixture
-from reverie_jax.data.sources import Reading, Rows, multiple_choice
+from reverie_jax.data.sources import ReadLog, Rows, multiple_choice
 from reverie_jax.data.sources.reverie import explains
 from reverie_jax.data.stats import statistics_of
 from reverie_jax.data.supervision import Supervision
@@ -96,12 +96,12 @@ def written(path, rows):
 
 
 def read(path, **options):
-    reading = Reading()
+    reading = ReadLog()
     return list(sources.read(path, reading, **options)), reading
 
 
 def records(path, **options):
-    with mixture([Part(file=path, **options)], Reading()) as found:
+    with mixture([Part(file=path, **options)], ReadLog()) as found:
         return list(found)
 
 
@@ -132,7 +132,7 @@ def pictures(tmp_path):
 
 def test_a_problem_is_asked_answered_by_its_letter_and_explained_by_its_solution(tmp_path):
     talks, reading = read(written(tmp_path / "problems.json", {"7": problem()}))
-    assert reading == Reading()
+    assert reading == ReadLog()
     ((asked, answer, prompt, why),) = spoken(talks)
     assert asked.startswith(f"{IMAGE}\nWhich of these is a rock?\n")
     assert [line for line in asked.split("\n") if line[1:3] == ". "] == ["A. coal", "B. glass", "C. paper"]
@@ -191,7 +191,7 @@ def test_the_parquet_form_holds_pictures_of_one_name_apart(tmp_path):
     rows = [embedded(problem(), number) for number in range(3)] + [without(problem(image=None), "split")]
     path = parquet(tmp_path / "train.parquet", rows, SCIENCEQA)
     talks, reading = read(path)
-    assert reading == Reading()
+    assert reading == ReadLog()
     assert {tuple(turns[1:]) for turns in spoken(talks)} == {("A", "Explain why.", "Coal forms in nature.")}
     found = records(path)
     assert [record.image for record in found] == [*(png((number, 0, 0)) for number in range(3)), b""]
@@ -297,7 +297,7 @@ def test_a_clean_copy_of_problems_is_otherwise_the_same(tmp_path):
 
 def test_a_question_is_taught_once_for_each_of_its_rationales(tmp_path):
     talks, reading = read(written(tmp_path / "aokvqa.json", [annotated()]))
-    assert reading == Reading()
+    assert reading == ReadLog()
     assert {talk.image for talk in talks} == {"000000299207.jpg"}
     assert {(talk.conversation.kind, talk.conversation.dataset) for talk in talks} == {("positive", "aokvqa")}
     assert len({turns[0] for turns in spoken(talks)}) == 1
@@ -334,7 +334,7 @@ def test_cocos_pictures_are_found_by_number(tmp_path, pictures):
 def test_the_parquet_form_of_aokvqa_holds_its_pictures(tmp_path):
     rows = [embedded(annotated(), number, path=None) for number in (0, 1, 0)]
     path = parquet(tmp_path / "train.parquet", rows, AOKVQA)
-    assert read(path)[1] == Reading()
+    assert read(path)[1] == ReadLog()
     found = records(path)
     assert [record.image for record in found] == [png((number, 0, 0)) for number in range(2)]
     assert [len(record.conversations) for record in found] == [6, 3]
@@ -440,7 +440,7 @@ def test_the_letter_taught_is_the_right_options(tmp_path_factory, data):
     rows = [{"1": problem(choices=kept, answer=answer)}, [annotated(choices=kept, correct_choice_idx=answer)]]
     for content in rows:
         talks, reading = read(written(path, content))
-        assert reading == Reading()
+        assert reading == ReadLog()
         asked, said = spoken(talks)[0][:2]
         lines = asked.split("\n")
         assert f"{said}. {kept[answer].strip()}" in lines
@@ -453,14 +453,14 @@ def test_the_letter_taught_is_the_right_options(tmp_path_factory, data):
 
 
 def asked_about(rows, most=3, splits=("train",)):
-    reading = Reading()
+    reading = ReadLog()
     return multiple_choice.questions(Given(rows), reading, splits=splits, most=most), reading
 
 
 @pytest.mark.parametrize("most", [1, 2, 3])
 def test_each_wrong_option_is_a_row_of_the_first_stage(most):
     made, reading = asked_about([annotated(), {"pid": "7", **problem(solution="")}], most)
-    assert reading == Reading()
+    assert reading == ReadLog()
     assert [row["confusing_answer"][0] for row in made] == [*"ABC"[:most], *"BC"[:most]]
     for row in made:
         assert set(KEYS) <= row.keys()

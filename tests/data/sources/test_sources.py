@@ -7,7 +7,7 @@ import pytest
 from reverie_jax.data import sources
 from reverie_jax.data.conversation import IMAGE
 from reverie_jax.data.mixture import Mixture
-from reverie_jax.data.sources import Pictures, Reading, reverie
+from reverie_jax.data.sources import Pictures, ReadLog, reverie
 from reverie_jax.data.supervision import Supervision
 from reverie_jax.errors import DataError
 from tests.data.fakes import png
@@ -21,7 +21,7 @@ def said(*texts, keys=("from", "value"), roles=("human", "gpt"), first=0):
 
 
 def read(tmp_path, rows, name="rows.json", **options):
-    path, reading = tmp_path / name, Reading()
+    path, reading = tmp_path / name, ReadLog()
     text = "\n".join(map(json.dumps, rows)) if name.endswith("jsonl") else json.dumps(rows)
     path.write_text(text, "utf-8")
     return list(sources.read(path, reading, **options)), reading
@@ -45,7 +45,7 @@ def test_llava_rows(tmp_path):
         {"id": "text", "model": "", "conversations": said("Two and two?", "Four.")},
     ]
     talks, reading = read(tmp_path, rows)
-    assert reading == Reading()
+    assert reading == ReadLog()
     assert [talk.image for talk in talks] == ["coco/a.jpg", "a.jpg", ""]
     assert spoken(talks)[0] == [f"{IMAGE}\nWhat?", "A cup.", "Whose?", "Mine."]
     assert talks[2].conversation.images == ()

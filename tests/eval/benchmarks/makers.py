@@ -248,8 +248,8 @@ def headline(scored: Scored) -> float:
 def check(bench: Benchmark, loaded: Loaded, answers: Mapping[str, str], rule: str = "official", **more: Any) -> Scored:
     """Scores, and sees to what holds for any score: shapes, metrics of many sums at once, units that share no group."""
     scored = bench.score(loaded, answers, rule, **more)
-    assert [reading.id for reading in scored.readings] == [question.id for question in loaded.questions]
-    assert all(reading.right is None or 0 <= reading.right <= 1 for reading in scored.readings)
+    assert [reading.id for reading in scored.parsed_answers] == [question.id for question in loaded.questions]
+    assert all(reading.right is None or 0 <= reading.right <= 1 for reading in scored.parsed_answers)
     assert scored.counts.shape[0] == len(scored.units) == len(set(scored.units))
     assert np.isfinite(scored.counts).all()
     sums = scored.counts.sum(0)

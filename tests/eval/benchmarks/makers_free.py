@@ -224,7 +224,7 @@ def headline(scored: Scored) -> float:
 
 def sound(loaded: Loaded, scored: Scored) -> None:
     """What every score holds: a reading a question, the questions' units, metrics of sums over any leading axes."""
-    assert [str(reading.id) for reading in scored.readings] == [str(question.id) for question in loaded.questions]
+    assert [str(reading.id) for reading in scored.parsed_answers] == [str(question.id) for question in loaded.questions]
     assert set(scored.units) == {question.unit for question in loaded.questions}
     assert len(scored.units) == len(set(scored.units)) == len(scored.counts)
     assert np.isfinite(scored.counts).all()
@@ -268,7 +268,7 @@ def partial(benchmark: Benchmark, loaded: Loaded, prompts: Mapping[str, str], re
     assert asked
     assert lost not in {id.split("#")[0] for id in asked}
     scored = benchmark.score(loaded, answers, replies=dict.fromkeys(asked, reply))
-    assert [str(reading.id) for reading in scored.readings if reading.unread] == [lost]
+    assert [str(reading.id) for reading in scored.parsed_answers if reading.unparsed] == [lost]
     sound(loaded, scored)
     return scored
 

@@ -285,7 +285,7 @@ def test_only_the_bare_word_counts(amber, tmp_path, said, right, told):
     assert found(scored, "", "Accuracy") == shown((2 + right) / 3.001 * 100)
     assert found(scored, "", "Recall") == shown((1 + right) / 2.001 * 100)
     assert found(scored, "", "Precision") == shown((1 + (told and right)) / (1.001 + told) * 100)
-    assert scored.readings[0].right == float(right)
+    assert scored.parsed_answers[0].right == float(right)
 
 
 def test_other_text_is_no_answer_no(amber, tmp_path):
@@ -335,7 +335,7 @@ def test_lmms_eval_searches_the_text(amber, tmp_path):
     loaded = asked(amber, tmp_path, [("relation", "no")] * 4)
     said = ["no.", "There is NO dog", "Nothing at all", "Oh no, yes"]
     scored = amber.score(loaded, make.by_question(loaded, said), rule="lmms-eval")
-    assert [reading.parsed.lower() for reading in scored.readings] == ["no", "no", "no", "yes"]
+    assert [reading.parsed.lower() for reading in scored.parsed_answers] == ["no", "no", "no", "yes"]
 
 
 def test_vlmevalkit_means_three_accuracies(amber, tmp_path, mixed):

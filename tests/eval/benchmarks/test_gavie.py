@@ -67,11 +67,11 @@ def both(scored) -> tuple[float, float]:
 def test_reply_is_read(bench, loaded, text):
     wanted = REPLIES[text]
     scored = score(bench, loaded, [text, *[reply(5, 5)] * 4])
-    assert scored.readings[0].unread == (None in wanted)
+    assert scored.parsed_answers[0].unparsed == (None in wanted)
     assert np.isfinite(list(scored.values().values())).all()
     if None not in wanted:
         assert both(scored) == pytest.approx(((wanted[0] + 20) / 5, (wanted[1] + 20) / 5))
-    assert not any(reading.unread for reading in scored.readings[1:])
+    assert not any(reading.unparsed for reading in scored.parsed_answers[1:])
 
 
 @pytest.mark.parametrize("seed", range(3))

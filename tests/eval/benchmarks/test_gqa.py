@@ -129,7 +129,7 @@ def test_answer_must_be_the_truth_itself(tmp_path, answer, truth, right):
     dump(tmp_path / "testdev_balanced_questions.json", {"1": question("n1", "What?", truth)})
     bench, loaded = opened("gqa", tmp_path)
     scored = bench.score(loaded, {"1": answer})
-    assert scored.readings[0].right == right
+    assert scored.parsed_answers[0].right == right
     assert headline(scored) == 100 * right
 
 

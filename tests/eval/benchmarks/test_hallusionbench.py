@@ -277,7 +277,7 @@ def test_comparisons_are_read_as_published(data, reply, alike):
 def test_not_knowing_without_a_picture_is_right_for_vs_alone(data):
     bench, loaded = opened("hallusionbench", data)
     scored = score(bench, loaded, [2] * len(ROWS), [False] * len(ROWS))
-    right = {id for id, reading in zip(ids(loaded), scored.readings, strict=True) if reading.right}
+    right = {id for id, reading in zip(ids(loaded), scored.parsed_answers, strict=True) if reading.right}
     blind = {str(q.id) for q, each in zip(loaded.questions, ROWS, strict=True) if each["visual_input"] == "0"}
     assert right == blind
 
@@ -336,13 +336,13 @@ READ = {
 def test_rule_without_a_judge_reads_words(data, answer):
     bench, loaded = opened("hallusionbench", data)
     scored = bench.score(loaded, everyone(loaded, answer), "vlmevalkit")
-    read = {q.id: reading for q, reading in zip(loaded.questions, scored.readings, strict=True)}
+    read = {q.id: reading for q, reading in zip(loaded.questions, scored.parsed_answers, strict=True)}
     for question, each in zip(loaded.questions, ROWS, strict=True):
         if each["filename"] is None:
             continue
         reading = read[question.id]
         assert reading.parsed == READ[answer]
-        assert reading.unread is (READ[answer] == "")
+        assert reading.unparsed is (READ[answer] == "")
         assert bool(reading.right) is (READ[answer] == {"1": "yes", "0": "no"}[each["gt_answer"]])
 
 

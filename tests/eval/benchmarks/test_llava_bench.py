@@ -79,8 +79,8 @@ def read(bench, loaded, reply: str) -> tuple[float, float]:
 @pytest.mark.parametrize("reply", PAIRS, ids=repr)
 def test_first_line_is_read_as_llava_does(wild, loaded, reply):
     assert read(wild, loaded, reply) == pytest.approx(PAIRS[reply], abs=0.05)  # the means are rounded
-    reading = score(wild, loaded, [reply, *["8 8"] * 5]).readings[0]
-    assert reading.unread == (PAIRS[reply] == FAILED)
+    reading = score(wild, loaded, [reply, *["8 8"] * 5]).parsed_answers[0]
+    assert reading.unparsed == (PAIRS[reply] == FAILED)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -115,7 +115,7 @@ def test_a_run_in_which_every_reply_failed(wild, loaded):
     """-1 over -1; upstream says 100, and so the number of failed replies must stand beside it."""
     scored = score(wild, loaded, ["no"] * 6)
     assert make.headline(scored) == pytest.approx(100)
-    assert all(reading.unread for reading in scored.readings)
+    assert all(reading.unparsed for reading in scored.parsed_answers)
 
 
 def test_nothing_to_divide_by(wild, loaded):
@@ -289,7 +289,7 @@ def test_coco_leaves_failed_replies_out(other, coco):
     pairs = [(8, 6), FAILED, (8, 8), (4, 6), FAILED, (2, 2)]
     scored = score(other, coco, ["no" if pair == FAILED else f"{pair[0]} {pair[1]}" for pair in pairs])
     assert make.headline(scored) == pytest.approx(relative([pair for pair in pairs if pair != FAILED]), abs=0.01)
-    assert [reading.unread for reading in scored.readings] == [pair == FAILED for pair in pairs]
+    assert [reading.unparsed for reading in scored.parsed_answers] == [pair == FAILED for pair in pairs]
     make.sound(coco, scored)
 
 

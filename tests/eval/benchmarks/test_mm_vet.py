@@ -69,8 +69,8 @@ def test_reply_is_read_as_the_official_evaluator_does(vet, loaded, reply):
     grade = GRADES[reply]
     scored = score(vet, loaded, [reply, *["0.0"] * 5])
     assert make.headline(scored) == pytest.approx(100 * (grade or 0.0) / 6)
-    assert scored.readings[0].unread == (grade is None)
-    assert not any(reading.unread for reading in scored.readings[1:])
+    assert scored.parsed_answers[0].unparsed == (grade is None)
+    assert not any(reading.unparsed for reading in scored.parsed_answers[1:])
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -203,10 +203,10 @@ def cars(tmp_path_factory):
 @pytest.mark.parametrize("answer", READ, ids=repr)
 def test_option_is_inferred_as_by_the_leaderboard(cars, answer):
     bench, loaded = cars
-    (reading,) = bench.score(loaded, {"4": answer}).readings
+    (reading,) = bench.score(loaded, {"4": answer}).parsed_answers
     assert reading.parsed == READ[answer]
     assert reading.right == float(READ[answer] == "B")
-    assert reading.unread is (READ[answer] == "")
+    assert reading.unparsed is (READ[answer] == "")
 
 
 def infer(answer: str, options: Sequence[str]) -> str:
@@ -236,7 +236,7 @@ PIECES = ["A", "B", "a", "Z", "It is ", "a blue truck", "a dog", " ", ".", "*", 
 def test_any_answer_is_inferred_by_the_published_steps(cars, pieces):
     bench, loaded = cars
     answer = "".join(pieces)
-    assert bench.score(loaded, {"4": answer}).readings[0].parsed == infer(answer, CARS)
+    assert bench.score(loaded, {"4": answer}).parsed_answers[0].parsed == infer(answer, CARS)
 
 
 def test_table_agrees_with_the_published_steps():
@@ -251,19 +251,19 @@ def test_text_is_looked_for_in_short_answers_only(cars, length):
     """Twice the options' text is 74 characters."""
     bench, loaded = cars
     answer = "it is a blue truck".ljust(length, ".")
-    (reading,) = bench.score(loaded, {"4": answer}).readings
+    (reading,) = bench.score(loaded, {"4": answer}).parsed_answers
     assert reading.parsed == ("B" if length == 74 else "")
 
 
 @pytest.mark.parametrize("answer", ["none", "Not really", "I know", "no", "No"])
 def test_options_are_looked_for_within_words(tmp_path, answer):
     bench, loaded = single(tmp_path, rotations(7, "Is it?", ["yes", "no"], "A", passes=1)[0])
-    assert bench.score(loaded, {"7": answer}).readings[0].parsed == "B"
+    assert bench.score(loaded, {"7": answer}).parsed_answers[0].parsed == "B"
 
 
 def test_letter_beyond_the_options_is_none(tmp_path):
     bench, loaded = single(tmp_path, rotations(7, "Is it?", ["yes", "no"], "A", passes=1)[0])
-    (reading,) = bench.score(loaded, {"7": "C"}).readings
+    (reading,) = bench.score(loaded, {"7": "C"}).parsed_answers
     assert (reading.parsed, reading.right) == ("", 0.0)
 
 

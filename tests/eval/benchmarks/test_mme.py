@@ -157,11 +157,11 @@ def two(tmp_path_factory):
 def test_answers_are_read_by_each_rule(two, answer, rule):
     bench, loaded = two
     wanted = READ[answer][RULES.index(rule)]
-    readings = bench.score(loaded, everyone(loaded, answer), rule).readings
-    assert [reading.parsed for reading in readings] == [wanted] * 2
-    assert [reading.right for reading in readings] == [wanted == "yes", wanted == "no"]
+    parsed_answers = bench.score(loaded, everyone(loaded, answer), rule).parsed_answers
+    assert [reading.parsed for reading in parsed_answers] == [wanted] * 2
+    assert [reading.right for reading in parsed_answers] == [wanted == "yes", wanted == "no"]
     if rule == "official" and not wanted:
-        assert all(reading.unread for reading in readings)
+        assert all(reading.unparsed for reading in parsed_answers)
 
 
 def by_hand(rows: list[tuple[str, str, str, str]]) -> dict[str, float]:

@@ -66,16 +66,16 @@ def score(mmhal, loaded, replies):
 def read(mmhal, loaded, reply: str):
     """Score and reading of one reply, the other 95 rated 0."""
     scored = score(mmhal, loaded, [reply, *["Rating: 0"] * 95])
-    return make.headline(scored) * 96, scored.readings[0]
+    return make.headline(scored) * 96, scored.parsed_answers[0]
 
 
 @pytest.mark.parametrize("reply", RATINGS, ids=repr)
 def test_reply_is_read_as_the_official_search_does(mmhal, loaded, reply):
     found, reading = read(mmhal, loaded, reply)
     assert found == pytest.approx(RATINGS[reply])
-    assert not (reading.unread and RATINGS[reply])
+    assert not (reading.unparsed and RATINGS[reply])
     if reply in SILENT:
-        assert reading.unread
+        assert reading.unparsed
 
 
 def by_hand(scores) -> dict[str, float]:

@@ -219,7 +219,7 @@ def test_reply_that_is_no_list_is_counted_as_unread(bench, tmp_path, reply):
     """Upstream asks again up to a hundred times, then fails; a string or an object gets past its parser and breaks later."""
     loaded = bench.load(files(tmp_path, {1: ([], ["Nothing."]), 2: (["zebra"], ["So."])}))
     scored = score(bench, loaded, [reply, ["zebra"]])
-    assert [reading.unread for reading in scored.readings] == [True, False]
+    assert [reading.unparsed for reading in scored.parsed_answers] == [True, False]
     assert scored.protocol["unread_replies"] == 1
     assert mention(scored) == 0
 
@@ -284,7 +284,7 @@ def test_truth_is_segments_and_captions_by_lemma(bench, tmp_path):
     loaded = bench.load(files(tmp_path, images))
     there = [["bus", "child"], [], ["kite", "woman", "wine glass", "coffee table"], ["toilet", "goose", "ski"]]
     scored = score(bench, loaded, [there[0], ["man"], there[2], there[3]])
-    wrong = [reading for reading in scored.readings if reading.right == 0]
+    wrong = [reading for reading in scored.parsed_answers if reading.right == 0]
     assert mention(scored) == pytest.approx(100 * 1 / 10)
     assert len(wrong) in (0, 1)  # where readings are marked right or wrong, one is wrong
 

@@ -171,15 +171,15 @@ def test_answers_are_read_by_each_rule(answer, rule):
     loaded = made({"random": [("a", True), ("b", False)]})
     scored = Pope().score(loaded, everyone(loaded, answer), rule)
     wanted = READ[answer][Pope.rules.index(rule)]
-    assert [reading.parsed for reading in scored.readings] == [wanted] * 2
-    assert [reading.right for reading in scored.readings] == [wanted == "yes", wanted == "no"]
+    assert [reading.parsed for reading in scored.parsed_answers] == [wanted] * 2
+    assert [reading.right for reading in scored.parsed_answers] == [wanted == "yes", wanted == "no"]
 
 
 # VLMEvalKit takes away the signs of VQA's scorer alone: those that are none of them stay at the word.
 @pytest.mark.parametrize("answer", ["**No**", "'No'", "No:", "# No", "Yes.No"], ids=repr)
 def test_vlmevalkit_leaves_other_signs_at_the_word(answer):
     loaded = made({"random": [("a", False)]})
-    (reading,) = Pope().score(loaded, everyone(loaded, answer), "vlmevalkit").readings
+    (reading,) = Pope().score(loaded, everyone(loaded, answer), "vlmevalkit").parsed_answers
     assert (reading.parsed, reading.right) == (("no", 1.0) if answer == "# No" else ("", 0.0))
 
 
@@ -196,10 +196,10 @@ def test_vlmevalkit_leaves_other_signs_at_the_word(answer):
     ],
     ids=repr,
 )
-def test_answers_that_say_neither_are_counted_apart(answer, unread):
+def test_answers_that_say_neither_are_counted_apart(answer, unparsed):
     loaded = made({"random": [("a", True)]})
-    (reading,) = Pope().score(loaded, everyone(loaded, answer)).readings
-    assert reading.unread is unread
+    (reading,) = Pope().score(loaded, everyone(loaded, answer)).parsed_answers
+    assert reading.unparsed is unparsed
     assert reading.parsed  # the official rule takes a side nevertheless
 
 

@@ -143,10 +143,10 @@ def five(tmp_path_factory):
 def test_answers_are_read_as_llava_does(five, answer):
     bench, loaded = five
     scored = bench.score(loaded, {"1": answer})
-    (reading,) = scored.readings
+    (reading,) = scored.parsed_answers
     assert reading.parsed == READ[answer]
     assert reading.right == float(READ[answer] == "B")
-    assert reading.unread is (READ[answer] == "")
+    assert reading.unparsed is (READ[answer] == "")
     assert headline(scored) == 100 * (READ[answer] == "B")
 
 
@@ -169,7 +169,7 @@ def test_any_answer_is_read_by_the_published_steps(five, pieces):
             place = answer.find(start, place + (16 if hit else 1))
         wanted = found[0] if len(found) == 1 else ""
     bench, loaded = five
-    (reading,) = bench.score(loaded, {"1": answer}).readings
+    (reading,) = bench.score(loaded, {"1": answer}).parsed_answers
     assert reading.right == float(wanted == "B")
     assert wanted == "F" or reading.parsed == wanted
 
@@ -179,7 +179,7 @@ def test_letter_beyond_the_choices_is_wrong(data, answer):
     bench, loaded = opened("scienceqa", data)
     answers = everyone(loaded, right) | {"4": answer}
     scored = bench.score(loaded, answers)
-    assert [reading.right for reading in scored.readings] == [1, 0, 1, 1]
+    assert [reading.right for reading in scored.parsed_answers] == [1, 0, 1, 1]
 
 
 @pytest.fixture(scope="module")
@@ -247,7 +247,7 @@ LMMS = {
 def test_lmms_eval_reads_letters_of_any_case(five, answer):
     bench, loaded = five
     assert "lmms-eval" in bench.rules
-    (reading,) = bench.score(loaded, {"1": answer}, "lmms-eval").readings
+    (reading,) = bench.score(loaded, {"1": answer}, "lmms-eval").parsed_answers
     assert reading.right == float(LMMS[answer] == "B")
 
 

@@ -138,13 +138,13 @@ def test_answer_must_be_the_letter_itself(data, answer):
             wanted = [row["answer"] == "B" for row in QUESTIONS]
         if answer == "The answer is A" and number:
             wanted = [False] * 5  # its first letter is T
-        assert [bool(reading.right) for reading in scored.readings] == wanted
+        assert [bool(reading.right) for reading in scored.parsed_answers] == wanted
 
 
 @pytest.mark.parametrize(("answer", "unread"), [("A", False), ("D", False), ("", True), ("E", True), ("a cup", True)])
-def test_answers_that_are_no_letter_are_counted_apart(data, answer, unread):
+def test_answers_that_are_no_letter_are_counted_apart(data, answer, unparsed):
     bench, loaded = opened("seed", data)
-    assert [r.unread for r in bench.score(loaded, everyone(loaded, answer)).readings] == [unread] * 5
+    assert [r.unparsed for r in bench.score(loaded, everyone(loaded, answer)).parsed_answers] == [unparsed] * 5
 
 
 KINDS, TRUTHS = [1, 1, 2, 9, 9, 10, 11, 11], "ABCDABCA"

@@ -203,9 +203,9 @@ def one(folder, answers: list[str]):
 def test_spellings_are_one_after_normalising(tmp_path, answer, other, same):
     assert (normal(answer) == normal(other)) is same
     bench, loaded, id = one(tmp_path, [other] * 10)
-    assert bench.score(loaded, {id: answer}).readings[0].right == float(same)
+    assert bench.score(loaded, {id: answer}).parsed_answers[0].right == float(same)
     bench, loaded, id = one(tmp_path, [answer] * 10)
-    assert bench.score(loaded, {id: other}).readings[0].right == float(same)
+    assert bench.score(loaded, {id: other}).parsed_answers[0].right == float(same)
 
 
 PIECES = [
@@ -236,13 +236,13 @@ PIECES = [
 def test_any_answer_is_normalised_by_the_published_steps(tmp_path_factory, pieces, more):
     answer, other = "".join(pieces), "".join(pieces + more)
     bench, loaded, id = one(tmp_path_factory.getbasetemp(), [other] * 10)
-    assert bench.score(loaded, {id: answer}).readings[0].right == float(normal(answer) == normal(other))
+    assert bench.score(loaded, {id: answer}).parsed_answers[0].right == float(normal(answer) == normal(other))
 
 
 def test_no_more_than_32_full_stops_go(tmp_path):
     bench, loaded, id = one(tmp_path, ["x" + "." * 40] * 10)
-    assert bench.score(loaded, {id: "x" + "." * 8}).readings[0].right == 0.0
-    assert bench.score(loaded, {id: "x" + "." * 40}).readings[0].right == 1.0
+    assert bench.score(loaded, {id: "x" + "." * 8}).parsed_answers[0].right == 0.0
+    assert bench.score(loaded, {id: "x" + "." * 40}).parsed_answers[0].right == 1.0
 
 
 @pytest.mark.parametrize("agreed", range(11))
@@ -253,13 +253,13 @@ def test_share_is_the_mean_over_people_left_out(tmp_path, agreed):
     left_out = [min(1, sum(word == "stop" for word in people[:n] + people[n + 1 :]) / 3) for n in range(10)]
     assert sum(left_out) / 10 == pytest.approx((0, 0.3, 0.6, 0.9, 1)[min(agreed, 4)])
     scored = check(bench, loaded, {id: "Stop."})
-    assert scored.readings[0].right == pytest.approx(sum(left_out) / 10)
+    assert scored.parsed_answers[0].right == pytest.approx(sum(left_out) / 10)
     assert headline(scored) == pytest.approx(10 * sum(left_out))
 
 
 def test_people_agree_after_normalising(tmp_path):
     bench, loaded, id = one(tmp_path, ["Stop", "stop.", "the stop", "STOP", *"abcdef"])
-    assert bench.score(loaded, {id: "stop!"}).readings[0].right == 1.0
+    assert bench.score(loaded, {id: "stop!"}).parsed_answers[0].right == 1.0
 
 
 def test_empty_answer_earns_nothing_and_no_error(tmp_path):
@@ -271,7 +271,7 @@ def test_headline_is_the_mean_in_percent(data):
     bench, loaded = opened("textvqa", data)
     texts = dict(zip(ids(loaded), ["Dakota", "Stockholm", "blue"], strict=True))
     scored = check(bench, loaded, texts)
-    assert [reading.right for reading in scored.readings] == pytest.approx([1, 0, 0.9])
+    assert [reading.right for reading in scored.parsed_answers] == pytest.approx([1, 0, 0.9])
     assert headline(scored) == pytest.approx(190 / 3)
 
 

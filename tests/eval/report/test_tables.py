@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from reverie_jax.eval.benchmarks import NAMES, benchmark
-from reverie_jax.eval.benchmarks.interface import Loaded, Question, Reading, Scored
+from reverie_jax.eval.benchmarks.interface import Loaded, ParsedAnswer, Question, Scored
 from reverie_jax.eval.report import answers as page_answers
 from reverie_jax.eval.report import gallery, published, tables
 from reverie_jax.eval.score import Score
@@ -81,14 +81,18 @@ def test_truth_of_a_question(known, says):
 
 
 def test_truth_follows_from_a_reading():
-    assert page_answers.truth(Question(1, None, "?", "u"), Reading(1, "yes", 0.0)) == "no"
-    assert page_answers.truth(Question(1, None, "?", "u"), Reading(1, "no", 1.0)) == "no"
+    assert page_answers.truth(Question(1, None, "?", "u"), ParsedAnswer(1, "yes", 0.0)) == "no"
+    assert page_answers.truth(Question(1, None, "?", "u"), ParsedAnswer(1, "no", 1.0)) == "no"
 
 
 def test_descriptions_that_name_what_is_not_there_are_shown():
     questions = [Question(number, None, "Describe it.", str(number)) for number in range(3)]
-    readings = [Reading(0, "cat, not: dog, not: tie", 0.0), Reading(1, "cat", 1.0), Reading(2, "", None, True)]
-    scored = Scored(readings, ["0", "1", "2"], np.zeros((3, 1)), {})
+    parsed_answers = [
+        ParsedAnswer(0, "cat, not: dog, not: tie", 0.0),
+        ParsedAnswer(1, "cat", 1.0),
+        ParsedAnswer(2, "", None, True),
+    ]
+    scored = Scored(parsed_answers, ["0", "1", "2"], np.zeros((3, 1)), {})
     answers = {"0": "A cat, a dog and a tie.", "1": "A cat.", "2": ""}
     found = Score("chair", "official", {}, {}, {}, 3, 1, [2], 0, scored, answers)
     loaded = Loaded(questions, lambda name: b"")
