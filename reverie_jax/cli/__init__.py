@@ -114,7 +114,7 @@ class Train:
                 profile=self.profile,
                 vision_cache=self.cache_vision,
             )
-        found = result.survey
+        found = result.dataset_stats
         print(
             f"{result.steps} steps in {result.seconds:.0f} s on {found.records} images "
             f"({found.tokens:,} tokens in trees, {found.flat_tokens:,} one by one): {self.out}"

@@ -28,7 +28,7 @@ def show_first(text: str) -> str:
     return f"{IMAGE}\n{text.replace(IMAGE, '').strip()}".strip()
 
 
-class ReferenceTokenizer:
+class LlavaTokenizer:
     """The slow LLaMA tokenizer of the original stack (transformers 4.37; 4.41 for Phi-3), played by today's.
 
     Args:
@@ -81,7 +81,7 @@ class ReferenceTokenizer:
 
 
 def training_ids(
-    tokens: ReferenceTokenizer, template: Template, turns: Sequence[tuple[str, str]], pictures: bool
+    tokens: LlavaTokenizer, template: Template, turns: Sequence[tuple[str, str]], pictures: bool
 ) -> tuple[list[int], list[int]]:
     """A training sample.
 
@@ -102,7 +102,7 @@ def training_ids(
     return _two(tokens, template, turns, pictures)
 
 
-def _plain(tokens: ReferenceTokenizer, turns: Sequence[tuple[str, str]]) -> tuple[list[int], list[int]]:
+def _plain(tokens: LlavaTokenizer, turns: Sequence[tuple[str, str]]) -> tuple[list[int], list[int]]:
     """Pretraining: the picture and its caption; what the user says is dropped."""
     ids = tokens(IMAGE + turns[0][1] + "\n", True)
     masked = len(tokens(IMAGE, True))
@@ -110,7 +110,7 @@ def _plain(tokens: ReferenceTokenizer, turns: Sequence[tuple[str, str]]) -> tupl
 
 
 def _checked(
-    tokens: ReferenceTokenizer, ids: list[int], supervised: list[int], counted: int
+    tokens: LlavaTokenizer, ids: list[int], supervised: list[int], counted: int
 ) -> tuple[list[int], list[int]]:
     """The original counts what is no padding, and padding is id 0, which <unk> has too."""
     if counted < LONGEST and counted != len(ids) - ids.count(0):
@@ -119,7 +119,7 @@ def _checked(
 
 
 def _two(
-    tokens: ReferenceTokenizer, template: Template, turns: Sequence[tuple[str, str]], pictures: bool
+    tokens: LlavaTokenizer, template: Template, turns: Sequence[tuple[str, str]], pictures: bool
 ) -> tuple[list[int], list[int]]:
     end, sign = tokens.tokenizer.eos_token, f"{template.assistant} "
     user, assistant, text = template.user.rstrip(), sign.strip(), template.system
@@ -142,7 +142,7 @@ def _two(
 
 
 def _phi3(
-    tokens: ReferenceTokenizer, template: Template, turns: Sequence[tuple[str, str]], pictures: bool
+    tokens: LlavaTokenizer, template: Template, turns: Sequence[tuple[str, str]], pictures: bool
 ) -> tuple[list[int], list[int]]:
     end, user, assistant = "<|end|>", "\n<|user|>\n", "\n<|assistant|>\n"
     text = template.sentence + end
@@ -166,7 +166,7 @@ def _phi3(
 
 
 def _single(
-    tokens: ReferenceTokenizer, template: Template, turns: Sequence[tuple[str, str]], pictures: bool
+    tokens: LlavaTokenizer, template: Template, turns: Sequence[tuple[str, str]], pictures: bool
 ) -> tuple[list[int], list[int]]:
     """Each sentence is counted with a BOS that the whole does not have, so what is masked drifts. Nothing is checked."""
     header = f"{template.sentence}\n\n"

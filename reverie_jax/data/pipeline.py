@@ -16,7 +16,7 @@ from jaxtyping import Int32
 from reverie_jax.data.conversation import Conversation, ImageRecord
 from reverie_jax.data.feature_cache import FeatureCache
 from reverie_jax.data.packing import WINDOW, Batch, Element, SequenceShape, element, pack, share_out, stack
-from reverie_jax.data.preferences import Preference, grow_pairs, pairs
+from reverie_jax.data.preferences import DPOConfig, grow_pairs, pairs
 from reverie_jax.data.processor import Processor
 from reverie_jax.data.supervision import Supervision
 from reverie_jax.data.tree import ConversationTree, grow_within, unsupervised
@@ -55,7 +55,7 @@ PAIRS = 1 << 10
 
 
 def _paired(
-    record: ImageRecord, processor: Processor, shape: SequenceShape, preference: Preference
+    record: ImageRecord, processor: Processor, shape: SequenceShape, preference: DPOConfig
 ) -> list[tuple[list[int], ConversationTree, list[Conversation]]]:
     """A record's pairs: (numbers within the record, tree, conversations) of each tree's branches."""
     sides = pairs(record.id, record.conversations)
@@ -75,7 +75,7 @@ def _paired(
 
 
 @dataclasses.dataclass(frozen=True)
-class Survey:
+class DatasetStats:
     """What a training set holds, counted before the first step.
 
     Attributes:
@@ -98,14 +98,14 @@ class Survey:
     datasets: tuple[str, ...]
 
 
-def survey(
+def dataset_stats(
     records: Sequence[ImageRecord],
     processor: Processor,
     shape: SequenceShape,
-    supervision: Supervision | Preference,
+    supervision: Supervision | DPOConfig,
     *,
     sharing: bool = True,
-) -> Survey:
+) -> DatasetStats:
     """Tokenises everything once: what does not fit is known before training, not at step 40,000."""
     count = tokens = flat = edges = longest = rows = 0
     datasets: dict[str, int] = {}
@@ -120,9 +120,9 @@ def survey(
             rows += len(share_out(window, shape))
             window = []
     if not edges:
-        missing = "pair of answers" if isinstance(supervision, Preference) else "conversation with a taught answer"
+        missing = "pair of answers" if isinstance(supervision, DPOConfig) else "conversation with a taught answer"
         raise DataError(f"the data teaches nothing: no {missing}")
-    return Survey(len(records), count, tokens, flat, edges, longest, rows, tuple(datasets))
+    return DatasetStats(len(records), count, tokens, flat, edges, longest, rows, tuple(datasets))
 
 
 class _Numbered:
@@ -138,7 +138,7 @@ class _Numbered:
         records: Sequence[ImageRecord],
         processor: Processor,
         shape: SequenceShape,
-        supervision: Supervision | Preference,
+        supervision: Supervision | DPOConfig,
         sharing: bool,
         datasets: dict[str, int],
         *,
@@ -150,7 +150,7 @@ class _Numbered:
     def __call__(self, number: int) -> list[Element]:
         record = self.records[number]
         pictures = np.full(1 if record.image else 0, number + 1, np.int32)
-        if isinstance(self.supervision, Preference):
+        if isinstance(self.supervision, DPOConfig):
             return [
                 element(
                     tree,
@@ -234,7 +234,7 @@ def packed_rows(
     records: Sequence[ImageRecord],
     processor: Processor,
     shape: SequenceShape,
-    supervision: Supervision | Preference,
+    supervision: Supervision | DPOConfig,
     *,
     sharing: bool = True,
     datasets: Sequence[str] = (),
@@ -255,7 +255,7 @@ def training_batches(
     shape: SequenceShape,
     *,
     rows: int,
-    supervision: Supervision | Preference,
+    supervision: Supervision | DPOConfig,
     seed: int,
     sharing: bool = True,
     datasets: Sequence[str] = (),
@@ -290,7 +290,7 @@ def every_batch(
     records: Sequence[ImageRecord],
     processor: Processor,
     shape: SequenceShape,
-    supervision: Supervision | Preference,
+    supervision: Supervision | DPOConfig,
     *,
     rows: int,
     own: slice | None = None,

@@ -20,7 +20,7 @@ SHORTEST = 3
 
 
 @dataclasses.dataclass(frozen=True)
-class Preference:
+class DPOConfig:
     """Direct preference optimisation over pairs of answers (Rafailov et al., arXiv 2305.18290), dense where `gamma` > 1
     (RLHF-V).
 
@@ -114,7 +114,7 @@ def shared(one: Tokens, other: Tokens) -> int:
 
 
 def grow_pairs(
-    sides: Sequence[tuple[Tokens, Tokens]], preference: Preference, *, tokens: int, edges: int, leaves: int
+    sides: Sequence[tuple[Tokens, Tokens]], preference: DPOConfig, *, tokens: int, edges: int, leaves: int
 ) -> list[tuple[list[int], ConversationTree]]:
     """Pairs (chosen, rejected) about one picture as few trees; a pair's two branches stay together.
 
@@ -159,7 +159,7 @@ def grow_pairs(
     return [(members, _branched(trie.tree(), branches, preference)) for members, trie, branches in open_tries]
 
 
-def _branched(tree: ConversationTree, branches: Sequence[Tokens], preference: Preference) -> ConversationTree:
+def _branched(tree: ConversationTree, branches: Sequence[Tokens], preference: DPOConfig) -> ConversationTree:
     """The tree with the edges of each branch by itself."""
     index = np.arange(len(tree))
     parts = []

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float32, Int32
 
 from reverie_jax.data.conversation import IMAGE, Conversation
-from reverie_jax.data.llava_tokenization import PICTURE, ReferenceTokenizer, show_first, training_ids
+from reverie_jax.data.llava_tokenization import PICTURE, LlavaTokenizer, show_first, training_ids
 from reverie_jax.data.templates import Template
 from reverie_jax.data.templates import template as find_template
 from reverie_jax.errors import UserError
@@ -105,7 +105,7 @@ class Encoder:
         self.tokenizer = tokenizer
         self.template = find_template(template) if isinstance(template, str) else template
         self.patches, self.image_token_id, self.tokens = patches, image_token_id, tokens
-        self._reference = ReferenceTokenizer(tokenizer) if tokens == "reference" else None
+        self._reference = LlavaTokenizer(tokenizer) if tokens == "reference" else None
         stops = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         if (end := self.template.end or "").startswith("<|"):
             stops.append(tokenizer.convert_tokens_to_ids(end))

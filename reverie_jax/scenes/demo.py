@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from rich.console import Console
 
 import reverie_jax
-from reverie_jax.data.pipeline import Survey
+from reverie_jax.data.pipeline import DatasetStats
 from reverie_jax.data.records import RecordSource, write_records
 from reverie_jax.errors import UserError
 from reverie_jax.eval.engine import Engine
@@ -101,7 +101,7 @@ def run(out: Path, *, size: DemoSize | None = None, seeds: int = 1, base: str = 
         counts[arm] = counts[arm] + found if arm in counts else found
 
     evaluate("base", model, 0)
-    surveys: dict[str, Survey] = {}
+    surveys: dict[str, DatasetStats] = {}
     recipes: dict[str, Recipe] = {}
     annotated = None
     for seed in range(seeds):
@@ -119,7 +119,7 @@ def run(out: Path, *, size: DemoSize | None = None, seeds: int = 1, base: str = 
             tuned, _ = load_model(base, dtype=jnp.float32)
             with clock.stage(f"train_{arm}", f"Tuning on {arm} ({recipe.steps} steps of {recipe.batch_size} images)"):
                 result = train(tuned, processor, source, recipe, out / "runs" / arm / f"seed{seed}", console=console)
-            surveys[arm], recipes[arm] = result.survey, recipe
+            surveys[arm], recipes[arm] = result.dataset_stats, recipe
             lora.merge(tuned)
             evaluate(arm, tuned, seed)
     found = {

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 
 from reverie_jax.data.conversation import ImageRecord
-from reverie_jax.data.pipeline import Survey, survey, training_batches
+from reverie_jax.data.pipeline import DatasetStats, dataset_stats, training_batches
 from reverie_jax.data.processor import Processor
 from reverie_jax.errors import UserError
 from reverie_jax.models import VisionLanguageModel, lora
@@ -24,10 +24,10 @@ from reverie_jax.models.checkpoints import identity
 from reverie_jax.models.sharding import feed, make_mesh, own_rows, place, shardings
 from reverie_jax.train.checkpoint import ResumeError, RunCheckpoints
 from reverie_jax.train.metrics import MetricsLog
-from reverie_jax.train.monitor import TrainingFailed, Watch
+from reverie_jax.train.monitor import StepMonitor, TrainingFailed
 from reverie_jax.train.preemption import Interruption
 from reverie_jax.train.recipes import Recipe
-from reverie_jax.train.reference_model import Reference, find_reference
+from reverie_jax.train.reference_model import ReferenceModel, find_reference
 from reverie_jax.train.step import TrainState, adapt, make_optimizer, make_step, tuned
 from reverie_jax.train.validation import Validation, hold_out
 from reverie_jax.train.vision_cache import cached
@@ -46,7 +46,7 @@ class Interrupted(UserError):
 class TrainResult:
     """What a run leaves in memory; the rest is in its folder."""
 
-    survey: Survey
+    dataset_stats: DatasetStats
     seconds: float
     steps: int
 
@@ -89,7 +89,7 @@ def train(
     except ValueError as error:
         raise UserError(str(error)) from None
     supervision = recipe.preference or recipe.supervision
-    found = survey(records, processor, recipe.sequence, supervision, sharing=recipe.prefix_sharing)
+    found = dataset_stats(records, processor, recipe.sequence, supervision, sharing=recipe.prefix_sharing)
     recipe = dataclasses.replace(recipe, steps=recipe.steps_for(found.rows))
     try:
         own_rows(
@@ -131,7 +131,7 @@ def train(
     )
     # Left by an error or Ctrl-C, the block still waits for saves under way.
     with contextlib.closing(batches), contextlib.closing(RunCheckpoints(folder, recipe, base)) as checkpoints:
-        reference = Reference()
+        reference = ReferenceModel()
         if recipe.preference is not None:
             reference = find_reference(model, fresh, params, frozen, processor, records, recipe, folder, mesh)
         if checkpoints.latest is not None:
@@ -149,7 +149,7 @@ def train(
         )
         validate = Validation(graph, held_out, processor, recipe, mesh)
         log = MetricsLog(folder, recipe.steps, resumed=first, label=recipe.name, console=console)
-        watch = Watch(model, records, found.datasets, recipe, mesh, log)
+        monitor = StepMonitor(model, records, found.datasets, recipe, mesh, log)
         with jax.set_mesh(mesh), log, Interruption(recipe.save_minutes) as interruption:
             for number in range(first + 1, recipe.steps + 1):
                 if profile and number == first + _PROFILED.start:
@@ -160,14 +160,14 @@ def train(
                 waited = time.perf_counter() - asked
                 with jax.transfer_guard("disallow"):  # nothing passes between host and device inside a step
                     state, metrics = step(state, frozen, batch, reference.held)
-                watch.after(number, metrics, local.records, waited)
+                monitor.after(number, metrics, local.records, waited)
                 if profile and number == min(first + _PROFILED.stop, recipe.steps):
                     jax.block_until_ready(state)
                     jax.profiler.stop_trace()
                 ends = interruption.asked(number)
                 due = interruption.due(number)
                 if number % recipe.save_steps == 0 or number == recipe.steps or ends or due:
-                    watch.settle()  # a state whose loss is no number is never saved
+                    monitor.settle()  # a state whose loss is no number is never saved
                     measured = validate(state.params, frozen)
                     log.validated(number, measured)
                     checkpoints.save(state, batches.get_state(), measured)

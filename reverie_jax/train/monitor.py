@@ -38,7 +38,7 @@ class _Pending(NamedTuple):
     waited: float
 
 
-class Watch:
+class StepMonitor:
     """Reads each step's numbers, one step late on accelerators, so that these never wait for the host.
 
     Args:

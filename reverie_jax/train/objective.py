@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from reverie_jax.data.packing import Batch
-from reverie_jax.data.preferences import Preference
+from reverie_jax.data.preferences import DPOConfig
 from reverie_jax.models import VisionLanguageModel
 from reverie_jax.models.layers import Remat
 
@@ -107,7 +107,7 @@ def answer_sums(logps: Float[Array, "B E"], batch: Batch) -> Float[Array, "B Q"]
 
 
 def preference_loss(
-    sums: Float[Array, "B Q"], reference: Float[Array, "B Q"], batch: Batch, preference: Preference
+    sums: Float[Array, "B Q"], reference: Float[Array, "B Q"], batch: Batch, preference: DPOConfig
 ) -> tuple[Loss, Rewards]:
     """DPO's loss over the pairs of a batch (Rafailov et al., arXiv 2305.18290; DDPO of RLHF-V, arXiv 2312.00849).
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import pydantic
 
 from reverie_jax.data.packing import SequenceShape
-from reverie_jax.data.preferences import Preference
+from reverie_jax.data.preferences import DPOConfig
 from reverie_jax.data.supervision import Supervision
 from reverie_jax.errors import UserError
 from reverie_jax.models.config import ImageAspect, ProjectorKind
@@ -67,7 +67,7 @@ class Recipe:
     loss_reduction: Literal["tokens", "micro-batches"] = "tokens"
     trainable: Tune = "lora"
     supervision: Supervision = Supervision()  # noqa: RUF009
-    preference: Preference | None = None
+    preference: DPOConfig | None = None
     prefix_sharing: bool = True
     template: str | None = None
     image_aspect_ratio: ImageAspect | None = None
@@ -188,7 +188,7 @@ _DDPO = dataclasses.replace(
     projector_learning_rate=5e-7,
     warmup_ratio=0.1,
     max_grad_norm=1.0,
-    preference=Preference(beta=0.5, gamma=5.0, average=True, reference="stored"),
+    preference=DPOConfig(beta=0.5, gamma=5.0, average=True, reference="stored"),
 )
 _DPO = dataclasses.replace(
     _DDPO,
@@ -198,7 +198,7 @@ _DPO = dataclasses.replace(
     image_aspect_ratio="square",
     warmup_ratio=0.05,
     weight_decay=0.01,
-    preference=Preference(reference="stored"),
+    preference=DPOConfig(reference="stored"),
 )
 
 # LRV-Instruction's second version tunes queries and values alone. Its rate, batch and length are not published: those of
@@ -251,7 +251,7 @@ RECIPES: dict[str, Recipe] = {
             batch_size=8,
             steps=2160,
             warmup_ratio=0.03,
-            preference=Preference(gamma=1.1, reference="stored"),
+            preference=DPOConfig(gamma=1.1, reference="stored"),
         ),
         _DPO,
         _LRV,
@@ -261,7 +261,7 @@ RECIPES: dict[str, Recipe] = {
             trainable="lora",
             learning_rate=1e-5,
             projector_learning_rate=1e-5,
-            preference=Preference(),
+            preference=DPOConfig(),
         ),
     )
 }

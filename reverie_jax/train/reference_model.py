@@ -34,7 +34,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
-class Reference:
+class ReferenceModel:
     """What a step needs for the reference's sums.
 
     Attributes:
@@ -56,7 +56,7 @@ def find_reference(
     recipe: Recipe,
     folder: Path,
     mesh: Mesh,
-) -> Reference:
+) -> ReferenceModel:
     """The reference that the recipe asks for, from the model as it starts.
 
     Args:
@@ -78,17 +78,19 @@ def find_reference(
     return adapters_off(model, recipe, params)
 
 
-def adapters_off(model: VisionLanguageModel, recipe: Recipe, params: nnx.State) -> Reference:
+def adapters_off(model: VisionLanguageModel, recipe: Recipe, params: nnx.State) -> ReferenceModel:
     """The model without its adapters: no second copy of anything but the projector.
 
     Args:
         params: what is tuned, placed.
     """
     held = nnx.filter_state(params, nnx.PathContains("projector"))
-    return Reference(resting(model, recipe), jax.tree.map(jnp.copy, held))  # the step donates the original
+    return ReferenceModel(
+        without_adapters(model, recipe), jax.tree.map(jnp.copy, held)
+    )  # the step donates the original
 
 
-def resting(model: VisionLanguageModel, recipe: Recipe) -> nnx.GraphDef[VisionLanguageModel]:
+def without_adapters(model: VisionLanguageModel, recipe: Recipe) -> nnx.GraphDef[VisionLanguageModel]:
     """The model's graph with its adapters at rest."""
     lora.switch(model, on=False)
     graph, _, _ = nnx.split(model, tuned(recipe.trainable), ...)  # type: ignore[misc]
@@ -105,7 +107,7 @@ def stored(
     recipe: Recipe,
     folder: Path,
     mesh: Mesh,
-) -> Reference:
+) -> ReferenceModel:
     """The sums of every answer under the model as it starts, counted once and kept in the run folder."""
     path = folder / STORED
     if multihost_utils.broadcast_one_to_all(np.asarray(path.exists())):
@@ -123,7 +125,7 @@ def stored(
     def everywhere(x: np.ndarray) -> jax.Array:
         return jax.make_array_from_callback(x.shape, whole, lambda index: x[index])
 
-    return Reference(None, (everywhere(numbers), everywhere(sums)))
+    return ReferenceModel(None, (everywhere(numbers), everywhere(sums)))
 
 
 def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:

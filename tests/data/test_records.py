@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from reverie_jax.data.conversation import IMAGE, Conversation, ImageRecord, Turn
 from reverie_jax.data.mixture import Part, mixture
 from reverie_jax.data.packing import Batch, SequenceShape
-from reverie_jax.data.pipeline import Picture, question_batches, survey, training_batches, trees
+from reverie_jax.data.pipeline import Picture, dataset_stats, question_batches, training_batches, trees
 from reverie_jax.data.processor import Processor
 from reverie_jax.data.records import RecordSource, write_records
 from reverie_jax.data.sources import ReadLog, llava, reverie
@@ -403,7 +403,7 @@ def test_edge_weights_are_the_conversations_weights(teach):
     wanted = sum(float(encoder()(t).weights.sum()) for record in source for t in arm(teach)(record.conversations))
     grown = [tree for record in source for tree in trees(record, processor(), shape, arm(teach))]
     assert sum(float(tree.weight.sum()) for tree in grown) == wanted
-    counted = survey(source, processor(), shape, arm(teach))
+    counted = dataset_stats(source, processor(), shape, arm(teach))
     assert (counted.records, counted.trees) == (3, len(grown))
     assert counted.tokens == sum(map(len, grown))
     assert counted.flat_tokens == sum(len(encoder()(t)) for record in source for t in arm(teach)(record.conversations))
@@ -413,14 +413,14 @@ def test_edge_weights_are_the_conversations_weights(teach):
 
 def test_too_long_conversation_names_its_record():
     with pytest.raises(DataError, match="record r1: conversation 0 has") as error:
-        survey(records(2)[1:], processor(), SequenceShape(length=10, images=1, edges=60), arm("rationales"))
+        dataset_stats(records(2)[1:], processor(), SequenceShape(length=10, images=1, edges=60), arm("rationales"))
     one_line(error, "r1")
 
 
 def test_conversation_beyond_the_decoders_context_names_its_record():
     short = dataclasses.replace(processor(), context=12)
     with pytest.raises(UserError, match=r"record r0: conversation 0 has .* exact up to 12") as error:
-        survey(records(2), short, SequenceShape(length=90, images=1, edges=60), arm("rationales"))
+        dataset_stats(records(2), short, SequenceShape(length=90, images=1, edges=60), arm("rationales"))
     one_line(error, "r0")
 
 
@@ -428,7 +428,7 @@ def test_data_that_teaches_nothing_is_refused():
     record = ImageRecord("a", png(), (talk("What?", "A cup.", weight=0.0),))
     for teach in ("responses", "rationales"):
         with pytest.raises(DataError, match="teaches nothing"):
-            survey([record], processor(), SequenceShape(length=90, edges=60), arm(teach))
+            dataset_stats([record], processor(), SequenceShape(length=90, edges=60), arm(teach))
 
 
 def test_record_without_responses_is_passed_over():

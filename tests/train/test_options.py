@@ -153,7 +153,7 @@ def test_the_best_checkpoint_is_kept_and_served(tmp_path, monkeypatch):
 def test_held_out_records_are_not_trained_on_and_are_measured(tmp_path):
     recipe = tiny.recipe(steps=4, save_steps=2, holdout=3, dropout=0.0)
     result = train(tiny.model(), tiny.processor(), tiny.records(), recipe, tmp_path)
-    assert result.survey.records == 9
+    assert result.dataset_stats.records == 9
     rows = [json.loads(line) for line in (tmp_path / "validation.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [2, 4]
     assert all(0 < row[VALIDATION] < 20 for row in rows)

@@ -13,8 +13,8 @@ from flax import nnx
 
 from reverie_jax.data.conversation import Conversation, Turn
 from reverie_jax.data.packing import Batch, SequenceShape, element, row, stack
-from reverie_jax.data.pipeline import PAIRS, every_batch, survey, training_batches
-from reverie_jax.data.preferences import Preference, pairs, token_weights
+from reverie_jax.data.pipeline import PAIRS, dataset_stats, every_batch, training_batches
+from reverie_jax.data.preferences import DPOConfig, pairs, token_weights
 from reverie_jax.data.tree import grow, unsupervised
 from reverie_jax.errors import DataError, UserError
 from reverie_jax.models import lora
@@ -101,10 +101,10 @@ def by_hand(model, preference, base):
 
 
 CASES = {
-    "dpo": Preference(beta=0.1),
-    "ddpo-script": Preference(beta=0.1, gamma=1.1),
-    "ddpo-paper": Preference(beta=0.5, gamma=5.0, average=True),
-    "with sft": Preference(beta=0.3, gamma=2.0, weight=0.7, sft=0.2),
+    "dpo": DPOConfig(beta=0.1),
+    "ddpo-script": DPOConfig(beta=0.1, gamma=1.1),
+    "ddpo-paper": DPOConfig(beta=0.5, gamma=5.0, average=True),
+    "with sft": DPOConfig(beta=0.3, gamma=2.0, weight=0.7, sft=0.2),
 }
 
 
@@ -157,15 +157,15 @@ def test_gradients_by_log_probabilities_are_torchs(preference):
 
 def test_gamma_one_unnormalised_is_dpo():
     """Whatever is corrected: every taught token weighs one, and what both answers begin with cancels."""
-    batch = batch_of(Preference(gamma=1.0))[0]
+    batch = batch_of(DPOConfig(gamma=1.0))[0]
     assert set(np.asarray(batch.weight).ravel().tolist()) == {0.0, 1.0}
-    dense = batch_of(Preference(gamma=5.0))[0]
+    dense = batch_of(DPOConfig(gamma=5.0))[0]
     assert np.array_equal(batch.target, dense.target)
     assert set(np.asarray(dense.weight).ravel().tolist()) == {0.0, 1.0, 5.0}
 
 
 def test_a_pairs_branches_share_the_picture_and_the_question():
-    found = survey(records(), tiny.processor(), ROW, Preference())
+    found = dataset_stats(records(), tiny.processor(), ROW, DPOConfig())
     flat = [tiny.processor().tokens(one.id, one.conversations) for one in records()]
     assert found.flat_tokens == sum(len(tokens) for talk in flat for tokens in talk)
     assert found.tokens == sum(len(grow(talk)) for talk in flat)
@@ -174,16 +174,16 @@ def test_a_pairs_branches_share_the_picture_and_the_question():
 
 def test_pairs_that_do_not_fit_one_row_are_shared_out_whole():
     small = dataclasses.replace(ROW, images=1, questions=2)
-    batches = batch_of(Preference(), row=small)
+    batches = batch_of(DPOConfig(), row=small)
     numbers = np.concatenate([np.asarray(batch.questions).reshape(-1, 2) for batch in batches])
     numbers = numbers[numbers[:, 0] >= 0]
     assert len(numbers) == 15
     assert np.array_equal(numbers[:, 0] + 1, numbers[:, 1])
     assert sorted(set((numbers[:, 0] // PAIRS).tolist())) == [1, 2, 3, 4, 5, 6]
     with pytest.raises(DataError, match="pair 0 has"):
-        batch_of(Preference(), row=dataclasses.replace(ROW, questions=1))
+        batch_of(DPOConfig(), row=dataclasses.replace(ROW, questions=1))
     with pytest.raises(DataError, match="no pair of answers"):
-        survey(tiny.records(), tiny.processor(), ROW, Preference())
+        dataset_stats(tiny.records(), tiny.processor(), ROW, DPOConfig())
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ def test_adapters_off_are_a_second_model(preference):
 def test_stored_sums_train_as_the_model_without_adapters(tmp_path):
     losses = {}
     for name in ("adapters-off", "stored"):
-        chosen = recipe(Preference(beta=0.5, gamma=3.0, reference=name), steps=6, gradient_accumulation_steps=2)
+        chosen = recipe(DPOConfig(beta=0.5, gamma=3.0, reference=name), steps=6, gradient_accumulation_steps=2)
         train(tiny.model(), tiny.processor(), records(), chosen, tmp_path / name)
         losses[name] = [row["loss"] for row in read_metrics(tmp_path / name)]
     assert losses["stored"] == pytest.approx(losses["adapters-off"], rel=1e-5)
@@ -231,7 +231,7 @@ def test_stored_sums_train_as_the_model_without_adapters(tmp_path):
 
 def test_full_tuning_keeps_the_start_as_reference_when_it_resumes(tmp_path):
     chosen = recipe(
-        Preference(reference="stored"),
+        DPOConfig(reference="stored"),
         trainable="full",
         steps=4,
         save_steps=2,
@@ -240,7 +240,7 @@ def test_full_tuning_keeps_the_start_as_reference_when_it_resumes(tmp_path):
     )
     train(tiny.model(), tiny.processor(), records(), chosen, tmp_path / "whole")
     half = recipe(
-        Preference(reference="stored"),
+        DPOConfig(reference="stored"),
         trainable="full",
         steps=4,
         save_steps=2,
@@ -262,11 +262,11 @@ def test_adapters_that_are_not_fresh_need_stored_sums(tmp_path):
     model = tiny.model()
     lora.attach(model, rank=4, alpha=8.0)
     with pytest.raises(UserError, match=r"preference.reference=stored"):
-        train(model, tiny.processor(), records(), recipe(Preference()), tmp_path)
+        train(model, tiny.processor(), records(), recipe(DPOConfig()), tmp_path)
 
 
 def test_rewards_are_logged(tmp_path):
-    train(tiny.model(), tiny.processor(), records(), recipe(Preference(), steps=2), tmp_path)
+    train(tiny.model(), tiny.processor(), records(), recipe(DPOConfig(), steps=2), tmp_path)
     row = read_metrics(tmp_path)[-1]
     assert {"chosen_reward", "rejected_reward", "reward_margin", "reward_accuracy"} <= row.keys()
     assert 0 <= row["reward_accuracy"] <= 1
@@ -274,9 +274,9 @@ def test_rewards_are_logged(tmp_path):
 
 def test_recipes_are_the_published_ones():
     paper, script = recipes.recipe("rlhfv-ddpo-paper"), recipes.recipe("rlhfv-ddpo-script")
-    assert paper.preference == Preference(0.5, 5.0, True, reference="stored")
+    assert paper.preference == DPOConfig(0.5, 5.0, True, reference="stored")
     assert (paper.rows, paper.epochs, paper.warmup, paper.rate) == (32, 7.0, 0.1, 5e-7)
-    assert script.preference == Preference(0.1, 1.1, False, reference="stored")
+    assert script.preference == DPOConfig(0.1, 1.1, False, reference="stored")
     assert (script.rows, script.steps, script.warmup, script.rate) == (8, 2160, 0.03, 5e-7)
     assert recipes.override(paper, ["preference.beta=0.2"]).preference.beta == 0.2
     assert Recipe.from_json(paper.to_json()) == paper
@@ -285,7 +285,7 @@ def test_recipes_are_the_published_ones():
 
 def test_the_order_of_pairs_does_not_depend_on_hosts():
     source, row = records(), ROW
-    make = {"rows": 2, "teaching": Preference(), "seed": 3}
+    make = {"rows": 2, "teaching": DPOConfig(), "seed": 3}
     whole = iter(training_batches(source, tiny.processor(), row, **make))
     parts = [iter(training_batches(source, tiny.processor(), row, own=slice(n, n + 1), **make)) for n in range(2)]
     for _ in range(4):

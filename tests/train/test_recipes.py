@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from reverie_jax.data.packing import Batch
-from reverie_jax.data.pipeline import survey, training_batches
+from reverie_jax.data.pipeline import dataset_stats, training_batches
 from reverie_jax.errors import UserError
 from reverie_jax.models import VisionLanguageModel, lora
 from reverie_jax.train import recipes
@@ -99,7 +99,7 @@ def test_adapters_are_not_passed_over_by_a_recipe_that_tunes_none():
 
 def test_epochs_are_as_many_steps_as_they_fill(tmp_path):
     recipe = tiny.recipe(steps=0, epochs=2.0)
-    rows = survey(tiny.records(), tiny.processor(), recipe.sequence, recipe.supervision).rows
+    rows = dataset_stats(tiny.records(), tiny.processor(), recipe.sequence, recipe.supervision).rows
     assert rows > 3
     result = train(tiny.model(), tiny.processor(), tiny.records(), recipe, tmp_path)
     assert result.steps == round(2 * rows / recipe.batch_size) == len(read_metrics(tmp_path))

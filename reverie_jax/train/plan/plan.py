@@ -28,7 +28,7 @@ from reverie_jax.models.sharding import MESH_AXES, batch_sharding, mesh_axes, sh
 from reverie_jax.train.plan import costs, hlo
 from reverie_jax.train.plan.topology import Topology, plan_mesh, tpu_devices
 from reverie_jax.train.recipes import Recipe
-from reverie_jax.train.reference_model import Reference, resting
+from reverie_jax.train.reference_model import ReferenceModel, without_adapters
 from reverie_jax.train.step import TrainState, adapt, make_optimizer, make_step, tuned
 
 _UNKNOWN_STEPS = 1000
@@ -52,7 +52,7 @@ class AbstractStep:
     batch: Batch
     recipe: Recipe
     mesh: Mesh | AbstractMesh
-    reference: Reference
+    reference: ReferenceModel
 
     def bytes_by_kind(self) -> dict[str, int]:
         """Bytes of the arguments on one chip; a batch is counted with what preference tuning's reference holds."""
@@ -152,13 +152,15 @@ def abstract_step(
         homes = jax.tree.map(lambda home: home.with_memory_kind("pinned_host"), homes)
     state = TrainState(_placed(params, shardings(params, mesh)), _placed(moments, homes), step)
     frozen = _placed(frozen, shardings(frozen, mesh))
-    reference = Reference()
+    reference = ReferenceModel()
     if recipe.preference is not None and recipe.preference.reference == "stored":
-        reference = Reference(
+        reference = ReferenceModel(
             None, tuple(jax.ShapeDtypeStruct((2,), kind, sharding=whole) for kind in (jnp.int32, jnp.float32))
         )
     elif recipe.preference is not None:
-        reference = Reference(resting(model, recipe), nnx.filter_state(state.params, nnx.PathContains("projector")))
+        reference = ReferenceModel(
+            without_adapters(model, recipe), nnx.filter_state(state.params, nnx.PathContains("projector"))
+        )
     return AbstractStep(model, graph, optimizer, state, frozen, _batch(config, recipe, mesh), recipe, mesh, reference)
 
 
