@@ -18,10 +18,10 @@ from reverie_jax.annotate.schemas import INSTRUCTIONS_SCHEMA
 from reverie_jax.data.row_files import read_list, write_list
 from reverie_jax.errors import UserError
 from reverie_jax.hosted.interface import Picture, Request, Stage, digest
-from reverie_jax.hosted.providers import Settings, parse
+from reverie_jax.hosted.providers import RequestSettings, parse
 from reverie_jax.hosted.request_key import content_of
-from reverie_jax.hosted.runner import Asking, Limits, Outcome
-from reverie_jax.hosted.session import Estimate, How, Session, Tell
+from reverie_jax.hosted.runner import Limits, Outcome, Task
+from reverie_jax.hosted.session import Estimate, ProgressCallback, RequestConfig, Session
 
 INSTRUCTIONS = "lrv_instruct_data.json"
 NEGATIVE = "negative"
@@ -50,7 +50,7 @@ class Job:
     counts: tuple[int, int, int, int] = (20, 6, 6, 0)
     balance: float | None = None
     prompts: Path | None = None
-    settings: Settings = dataclasses.field(default_factory=Settings)
+    settings: RequestSettings = dataclasses.field(default_factory=RequestSettings)
     limits: Limits = dataclasses.field(default_factory=Limits)
 
 
@@ -97,7 +97,7 @@ class Generation:
         UserError: the job cannot be right; nothing has been asked.
     """
 
-    def __init__(self, job: Job, environment: Mapping[str, str], tell: Tell | None = None):
+    def __init__(self, job: Job, environment: Mapping[str, str], on_progress: ProgressCallback | None = None):
         if min(job.counts) < 0 or not any(job.counts):
             raise UserError("--counts: four numbers of instructions, and not all of them 0")
         if job.balance is not None and job.balance < 0:
@@ -105,8 +105,8 @@ class Generation:
         parse(job.model)
         self.job, self.described = job, read_captions(job.captions)
         self.prompts = Prompts(job.prompts)
-        how = How(job.settings, job.limits)
-        self.session = Session(job.folder, how, environment, tell, self.prompts.versions)
+        how = RequestConfig(job.settings, job.limits)
+        self.session = Session(job.folder, how, environment, on_progress, self.prompts.versions)
 
     def __enter__(self) -> Generation:
         return self
@@ -114,7 +114,7 @@ class Generation:
     def __exit__(self, *_: object) -> None:
         self.session.close()
 
-    def _asking(self, kind: Stage, count: int, picture: Described) -> Asking:
+    def _task(self, kind: Stage, count: int, picture: Described) -> Task:
         each = str(max(2, count // 7))
         fields = {"captions": picture.text, "count": str(count), "each": each}
 
@@ -123,24 +123,24 @@ class Generation:
             return Request(kind, Picture(str(picture.image_id), b""), fields, prompt, False, INSTRUCTIONS_SCHEMA)
 
         content = content_of(kind, digest(picture.text), fields)
-        return Asking(
+        return Task(
             self.session.item(kind, self.job.model, content, False),
             str(picture.image_id),
             request,
             parsing.instructions,
         )
 
-    def _askings(self) -> list[tuple[Described, Stage, Asking]]:
+    def _tasks(self) -> list[tuple[Described, Stage, Task]]:
         kinds = [(kind, count) for kind, count in zip(KINDS, self.job.counts, strict=True) if count]
-        return [(one, kind, self._asking(kind, count, one)) for one in self.described for kind, count in kinds]
+        return [(one, kind, self._task(kind, count, one)) for one in self.described for kind, count in kinds]
 
     def generate(self) -> Outcome:
         """Asks what is missing, and writes LRV's records: `image_id`, `question`, `answer`, `task`, and the `kind`."""
-        askings = self._askings()
-        outcome = self.session.ask("lrv", (asking for _, _, asking in askings), [self.job.model])
+        tasks = self._tasks()
+        outcome = self.session.ask("lrv", (task for _, _, task in tasks), [self.job.model])
         rows = []
-        for picture, kind, asking in askings:
-            text = self.session.had(asking)
+        for picture, kind, task in tasks:
+            text = self.session.had(task)
             task = None if kind == "lrv_positive" else NEGATIVE
             for made in [] if text is None else parsing.instructions(text, task=task):
                 rows.append(
@@ -157,9 +157,9 @@ class Generation:
 
     def estimate(self) -> list[Estimate]:
         """What it would take."""
-        askings = self._askings()
+        tasks = self._tasks()
         kinds = [kind for kind, count in zip(KINDS, self.job.counts, strict=True) if count]
-        return [self.session.estimate(kind, [a for _, k, a in askings if k == kind]) for kind in kinds]
+        return [self.session.estimate(kind, [a for _, k, a in tasks if k == kind]) for kind in kinds]
 
 
 def balanced(rows: list[dict[str, Any]], ratio: float | None, seed: int = 0) -> list[dict[str, Any]]:

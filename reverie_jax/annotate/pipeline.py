@@ -24,10 +24,10 @@ from reverie_jax.data.sources import annotated, reverie
 from reverie_jax.errors import UserError
 from reverie_jax.hosted import images as pictures
 from reverie_jax.hosted.interface import AnnotationError, Refused, Request, Stage
-from reverie_jax.hosted.providers import Settings, parse, shown
+from reverie_jax.hosted.providers import RequestSettings, parse, shown
 from reverie_jax.hosted.request_key import content_of
-from reverie_jax.hosted.runner import Asking, Limits, Outcome
-from reverie_jax.hosted.session import Estimate, How, Session, Tell
+from reverie_jax.hosted.runner import Limits, Outcome, Task
+from reverie_jax.hosted.session import Estimate, ProgressCallback, RequestConfig, Session
 
 QUESTIONS = "reasoning_instruct_data.json"
 RATIONALES = "rationale_instruct_data.json"
@@ -69,7 +69,7 @@ class Job:
     votes: Votes = "majority"
     shown: bool = False
     prompts: Path | None = None
-    settings: Settings = dataclasses.field(default_factory=Settings)
+    settings: RequestSettings = dataclasses.field(default_factory=RequestSettings)
     limits: Limits = dataclasses.field(default_factory=Limits)
 
 
@@ -84,7 +84,7 @@ class Pipeline:
         UserError: the job cannot be right; nothing has been asked.
     """
 
-    def __init__(self, job: Job, environment: Mapping[str, str], tell: Tell | None = None):
+    def __init__(self, job: Job, environment: Mapping[str, str], on_progress: ProgressCallback | None = None):
         if job.count < 1 or job.confusing < 1:
             raise UserError("--questions and --confusing must be at least 1")
         self.job, self.judges = job, tuple(dict.fromkeys(job.judges or (job.model,)))
@@ -94,8 +94,8 @@ class Pipeline:
                 "--judge: two judges have one name; servers at two addresses must call their models differently"
             )
         self.prompts = Prompts(job.prompts)
-        how = How(job.settings, job.limits)
-        self.session = Session(job.folder, how, environment, tell, self.prompts.versions)
+        how = RequestConfig(job.settings, job.limits)
+        self.session = Session(job.folder, how, environment, on_progress, self.prompts.versions)
         self.journal, self.notes = self.session.journal, self.session.notes
         self._digests: dict[str, str] = {}
         self._unreadable: dict[str, str] = {}
@@ -128,7 +128,7 @@ class Pipeline:
                 self._unreadable[name] = str(error)
         return self._digests.get(name)
 
-    def _asking(
+    def _task(
         self,
         stage: Stage,
         who: str,
@@ -136,7 +136,7 @@ class Pipeline:
         fields: Mapping[str, str],
         read: Callable[[str], Any],
         shown: bool = True,
-    ) -> Asking | None:
+    ) -> Task | None:
         digest = self._digest(name)
         if digest is None:
             return None
@@ -148,7 +148,7 @@ class Pipeline:
             return Request(stage, picture, fields, prompt, shown, schema)
 
         content = content_of(stage, digest, dict(fields))
-        return Asking(self.session.item(stage, who, content, shown), name, request, read)
+        return Task(self.session.item(stage, who, content, shown), name, request, read)
 
     def _fields(self) -> dict[str, str]:
         return {"count": str(self.job.count), "confusing": str(self.job.confusing)}
@@ -156,16 +156,16 @@ class Pipeline:
     def _read_questions(self, text: str) -> list[AnnotatedQuestion]:
         return parsing.questions(text, confusing=self.job.confusing)
 
-    def _ask_questions(self) -> Iterator[tuple[str, Asking | None]]:
+    def _question_tasks(self) -> Iterator[tuple[str, Task | None]]:
         for name in self.job.images:
-            yield name, self._asking("questions", self.job.model, name, self._fields(), self._read_questions)
+            yield name, self._task("questions", self.job.model, name, self._fields(), self._read_questions)
 
-    def _ask_rationale(self, row: Row, stage: Stage) -> Asking | None:
+    def _rationale_task(self, row: Row, stage: Stage) -> Task | None:
         answer = row["correct_answer" if stage == "positive" else "confusing_answer"]
         fields = {"question": row["question"], "answer": answer}
-        return self._asking(stage, self.job.model, row["image"], fields, parsing.rationale)
+        return self._task(stage, self.job.model, row["image"], fields, parsing.rationale)
 
-    def _ask_judge(self, row: Row, who: str) -> Asking | None:
+    def _judge_task(self, row: Row, who: str) -> Task | None:
         fields = {
             "question": row["question"],
             "answer": row["correct_answer"],
@@ -173,17 +173,17 @@ class Pipeline:
             "wrong": row["confusing_answer"],
             "negative": row["incorrect_rationale"],
         }
-        return self._asking("judge", who, row["image"], fields, parsing.verdict, self.job.shown)
+        return self._task("judge", who, row["image"], fields, parsing.verdict, self.job.shown)
 
     # The stages.
 
     def questions(self) -> Outcome:
         """Asks for questions; writes one row a question and wrong answer."""
-        outcome = self._run("questions", self._ask_questions())
+        outcome = self._run("questions", self._question_tasks())
         rows: list[Row] = []
-        for name, asking in self._ask_questions():
-            text = self.session.had(asking)
-            if asking is not None and self.journal.original(asking.item):
+        for name, task in self._question_tasks():
+            text = self.session.had(task)
+            if task is not None and self.journal.original(task.item):
                 made_here = [] if text is None else parsing.questions(text, confusing=99)
             else:
                 made_here = [] if text is None else self._read_questions(text)[: self.job.count]
@@ -198,10 +198,10 @@ class Pipeline:
         """Asks why the right answers are right and the wrong ones wrong."""
         rows = read_rows(self.job.folder / QUESTIONS, KEYS)
         wanted: tuple[Stage, ...] = ("positive", "negative")
-        outcome = self._run("rationales", ((r["image"], self._ask_rationale(r, s)) for r in rows for s in wanted))
+        outcome = self._run("rationales", ((r["image"], self._rationale_task(r, s)) for r in rows for s in wanted))
         made = []
         for row in rows:
-            texts = [self.session.had(self._ask_rationale(row, stage)) for stage in wanted]
+            texts = [self.session.had(self._rationale_task(row, stage)) for stage in wanted]
             if None not in texts:
                 made.append(
                     row | {key: parsing.rationale(text or "") for key, text in zip(REASONED, texts, strict=True)}
@@ -212,10 +212,10 @@ class Pipeline:
     def judge(self) -> Outcome:
         """Asks each judge of each row; rows with a verdict, and those that it drops in a file of their own."""
         rows = read_rows(self.job.folder / RATIONALES, (*KEYS, *REASONED))
-        outcome = self._run("judge", ((r["image"], self._ask_judge(r, who)) for r in rows for who in self.judges))
+        outcome = self._run("judge", ((r["image"], self._judge_task(r, who)) for r in rows for who in self.judges))
         verdicts, dropped = [], []
         for row in rows:
-            said = {shown(who): self.session.had(self._ask_judge(row, who)) for who in self.judges}
+            said = {shown(who): self.session.had(self._judge_task(row, who)) for who in self.judges}
             votes = {who: parsing.verdict(text) for who, text in said.items() if text is not None}
             decision = decide(list(votes.values()), len(self.judges), self.job.votes)
             if decision is None:
@@ -227,27 +227,27 @@ class Pipeline:
         write_list(self.job.folder / DROPPED, dropped)
         return outcome
 
-    def _run(self, step: str, asked: Iterable[tuple[str, Asking | None]]) -> Outcome:
+    def _run(self, step: str, asked: Iterable[tuple[str, Task | None]]) -> Outcome:
         with self.journal.together():  # pictures' digests are written on the way
             found = list(asked)
         names = self.judges if step == "judge" else (self.job.model,)
-        outcome = self.session.ask(step, (asking for _, asking in found if asking is not None), names)
-        outcome.failed.update({name: self._unreadable[name] for name, asking in found if asking is None})
+        outcome = self.session.ask(step, (task for _, task in found if task is not None), names)
+        outcome.failed.update({name: self._unreadable[name] for name, task in found if task is None})
         return outcome
 
     # Before the first call.
 
     def estimate(self, steps: Iterable[Step]) -> list[Estimate]:
         """What each stage would take, by the journal's means or plain guesses."""
-        asked: dict[str, list[Asking | None]] = {"questions": [asking for _, asking in self._ask_questions()]}
-        unknown = sum(asking is not None and self.session.had(asking) is None for asking in asked["questions"])
+        asked: dict[str, list[Task | None]] = {"questions": [task for _, task in self._question_tasks()]}
+        unknown = sum(task is not None and self.session.had(task) is None for task in asked["questions"])
         steps = list(steps)
         rows = read_rows(self.job.folder / QUESTIONS, KEYS) if (self.job.folder / QUESTIONS).exists() else []
-        asked["positive"] = [self._ask_rationale(row, "positive") for row in rows]
-        asked["negative"] = [self._ask_rationale(row, "negative") for row in rows]
+        asked["positive"] = [self._rationale_task(row, "positive") for row in rows]
+        asked["negative"] = [self._rationale_task(row, "negative") for row in rows]
         file = self.job.folder / RATIONALES
         reasoned = read_rows(file, (*KEYS, *REASONED)) if file.exists() else []
-        asked["judge"] = [self._ask_judge(row, who) for row in reasoned for who in self.judges]
+        asked["judge"] = [self._judge_task(row, who) for row in reasoned for who in self.judges]
         more = unknown * self.job.count if "questions" in steps else 0
         beyond = {
             "questions": 0,
@@ -290,18 +290,18 @@ class Pipeline:
                     item = self.session.item("questions", self.job.model, content)
                     taken["questions"] += self.journal.adopt(item, text)
             for row in rows:
-                asked: list[tuple[str, Asking | None]] = []
+                asked: list[tuple[str, Task | None]] = []
                 stages: tuple[Stage, ...] = ("positive", "negative")
                 for key, stage in zip(REASONED, stages, strict=True):
                     if row.get(key):
-                        asked.append((row[key], self._ask_rationale(row, stage)))
+                        asked.append((row[key], self._rationale_task(row, stage)))
                 if len(asked) == 2 and row.get(VERDICT):
-                    asked.append((row[VERDICT], self._ask_judge(row, self.judges[0])))
-                for text, asking in asked:
-                    if asking is not None:
+                    asked.append((row[VERDICT], self._judge_task(row, self.judges[0])))
+                for text, task in asked:
+                    if task is not None:
                         with contextlib.suppress(Refused):  # a verdict that is none is asked for again
-                            asking.read(text)
-                            taken[asking.item.stage] += self.journal.adopt(asking.item, text)
+                            task.read(text)
+                            taken[task.item.stage] += self.journal.adopt(task.item, text)
         if taken.total():
             counts = ", ".join(f"{count} {stage}" for stage, count in taken.items())
             self.notes.append(f"taken over from the original scripts: {len(rows)} rows ({counts})")

@@ -20,12 +20,12 @@ from rich.text import Text
 
 from reverie_jax.annotate import audit, lrv
 from reverie_jax.annotate.pipeline import RELEASED, Job, Pipeline, Step, Votes, export
-from reverie_jax.cli.annotate_options import Annotate, Hosted
+from reverie_jax.cli.annotate_options import Annotate, ProviderOptions
 from reverie_jax.errors import UserError
 from reverie_jax.hosted import images
-from reverie_jax.hosted.providers import Settings
+from reverie_jax.hosted.providers import RequestSettings
 from reverie_jax.hosted.runner import Limits, Outcome
-from reverie_jax.hosted.session import Estimate, Session, Tell
+from reverie_jax.hosted.session import Estimate, ProgressCallback, Session
 
 INCOMPLETE = 1
 """Exit code where some items have no usable reply: the rest is written, and a further run asks for them again."""
@@ -37,7 +37,7 @@ SHOWN = 8
 WRITER = "name who writes, as gemini:MODEL or openai:MODEL"
 
 
-def limits(options: Hosted) -> Limits:
+def limits(options: ProviderOptions) -> Limits:
     """The limits that a command line sets.
 
     Raises:
@@ -68,9 +68,9 @@ def limits(options: Hosted) -> Limits:
     )
 
 
-def settings(options: Hosted) -> Settings:
+def settings(options: ProviderOptions) -> RequestSettings:
     """How a command line wants models asked."""
-    return Settings(options.timeout, options.structured, options.temperature)
+    return RequestSettings(options.timeout, options.structured, options.temperature)
 
 
 def needed(value: Any, name: str, what: str) -> Any:
@@ -133,13 +133,15 @@ def annotate(options: Annotate) -> int:
     console = Console(stderr=True)
     with progress_bar(console) as progress:
         if options.step == "lrv":
-            return _lrv(options, console, teller(progress))
-        return _reflective(options, console, teller(progress), steps if options.step == "run" else (options.step,))  # type: ignore[arg-type]
+            return _lrv(options, console, progress_callback(progress))
+        return _reflective(
+            options, console, progress_callback(progress), steps if options.step == "run" else (options.step,)
+        )  # type: ignore[arg-type]
 
 
-def _reflective(options: Annotate, console: Console, tell: Tell, steps: tuple[Step, ...]) -> int:
+def _reflective(options: Annotate, console: Console, on_progress: ProgressCallback, steps: tuple[Step, ...]) -> int:
     failed: dict[str, Outcome] = {}
-    with Pipeline(job(options), os.environ, tell) as pipeline:
+    with Pipeline(job(options), os.environ, on_progress) as pipeline:
         note(console, pipeline.session)
         if options.dry_run:
             Console().print(estimates_table(pipeline.estimate(steps)))
@@ -156,7 +158,7 @@ def _reflective(options: Annotate, console: Console, tell: Tell, steps: tuple[St
     return exit_code(console, failed)
 
 
-def _lrv(options: Annotate, console: Console, tell: Tell) -> int:
+def _lrv(options: Annotate, console: Console, on_progress: ProgressCallback) -> int:
     wanted = lrv.Job(
         folder=options.out,
         captions=needed(options.captions, "--captions", "name the file of captions"),
@@ -167,7 +169,7 @@ def _lrv(options: Annotate, console: Console, tell: Tell) -> int:
         settings=settings(options.hosted),
         limits=limits(options.hosted),
     )
-    with lrv.Generation(wanted, os.environ, tell) as generation:
+    with lrv.Generation(wanted, os.environ, on_progress) as generation:
         note(console, generation.session)
         if options.dry_run:
             Console().print(estimates_table(generation.estimate()))
@@ -236,10 +238,10 @@ def progress_bar(console: Console) -> Progress:
     )
 
 
-def teller(progress: Progress) -> Any:
+def progress_callback(progress: Progress) -> Any:
     bars: dict[str, TaskID] = {}
 
-    def tell(step: str, total: int, outcome: Outcome, gate: Any) -> None:
+    def on_progress(step: str, total: int, outcome: Outcome, gate: Any) -> None:
         if step not in bars:
             bars[step] = progress.add_task(step, total=total, rate="")
         speed = progress.tasks[-1].speed or 0.0
@@ -247,7 +249,7 @@ def teller(progress: Progress) -> Any:
         rate = f"{60 * speed:.0f}/min{cost}, {len(outcome.failed)} failed"
         progress.update(bars[step], completed=outcome.asked, rate=rate)
 
-    return tell
+    return on_progress
 
 
 def estimates_table(rows: list[Estimate]) -> Table:

@@ -10,7 +10,7 @@ from tyro.conf import OmitArgPrefixes, Positional
 
 
 @dataclasses.dataclass(frozen=True)
-class Hosted:
+class ProviderOptions:
     """How hosted models are asked."""
 
     structured: bool = True
@@ -70,7 +70,7 @@ class Annotate:
     """Wrong answers a question."""
     prompts: Path | None = None
     """Folder with prompts of your own: questions.txt, positive.txt, negative.txt, judge.txt; ours where one is missing."""
-    hosted: OmitArgPrefixes[Hosted] = Hosted()
+    hosted: OmitArgPrefixes[ProviderOptions] = ProviderOptions()
     captions: Path | None = None
     """For lrv: Visual Genome's region_descriptions.json, or [{image_id, captions: [{caption, x, y, width, height}]}]."""
     counts: tuple[int, int, int, int] = (20, 6, 6, 0)

@@ -92,12 +92,16 @@ def build(args: options.Build) -> None:
             store,
             seed=args.seed,
             side=args.longest_side,
-            told=lambda n: bar.update(rows, completed=n),
+            on_progress=lambda n: bar.update(rows, completed=n),
         ) as found:
             say(log.notes)
             written = bar.add_task("images written", total=len(found))
             folder = write_records(
-                args.out, {"train": found}, hidden=hidden, jobs=jobs, told=lambda count: bar.advance(written, count)
+                args.out,
+                {"train": found},
+                hidden=hidden,
+                jobs=jobs,
+                on_progress=lambda count: bar.advance(written, count),
             )
             conversations = found.conversations
     print(f"{len(RecordSource(folder))} images, {conversations} conversations: {folder}")

@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional
 
-from reverie_jax.cli.annotate_options import Hosted
+from reverie_jax.cli.annotate_options import ProviderOptions
 
 Name = Annotated[Positional[str], tyro.conf.arg(metavar="BENCHMARK")]
 
@@ -152,7 +152,7 @@ class Judge:
     """Times that the judge is asked about each answer, for MM-Vet (published figures are means of five)."""
     dry_run: bool = False
     """Say how many requests, tokens and how much money it would take; ask nothing."""
-    hosted: OmitArgPrefixes[Hosted] = dataclasses.field(default_factory=Hosted)
+    hosted: OmitArgPrefixes[ProviderOptions] = dataclasses.field(default_factory=ProviderOptions)
 
     def run(self) -> None:
         from reverie_jax.cli import evaluate

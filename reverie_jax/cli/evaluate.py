@@ -117,8 +117,10 @@ def evaluate(options: options.Eval) -> None:
             raise UserError(str(error)) from None
         ask = inference.Ask(how, options.reflect, options.limit)
         name = Path(options.adapter or path).name
-        with _Bars(console, one.name, loaded, ask) as tell:
-            predictions = inference.predict(engine, one, loaded, out, ask, model=name, identity=weights, progress=tell)
+        with _Bars(console, one.name, loaded, ask) as on_progress:
+            predictions = inference.predict(
+                engine, one, loaded, out, ask, model=name, identity=weights, progress=on_progress
+            )
         if jax.process_index():
             continue  # the first process has the file, and scores it
         if options.limit is not None:
@@ -298,7 +300,7 @@ def judge(options: options.Judge) -> int:
     from reverie_jax.cli import annotate
     from reverie_jax.eval import judge as judging
     from reverie_jax.eval.benchmarks.mm_vet import MmVet
-    from reverie_jax.hosted.session import How
+    from reverie_jax.hosted.session import RequestConfig
 
     one = find_benchmark(options.benchmark)
     loaded = one.load(options.annotations)
@@ -314,7 +316,7 @@ def judge(options: options.Judge) -> int:
     settings = dataclasses.replace(annotate.settings(options.hosted), longest=options.longest, structured=False)
     if settings.temperature is None:
         settings = dataclasses.replace(settings, temperature=one.judge_temperature)
-    how = How(settings=settings, limits=annotate.limits(options.hosted))
+    how = RequestConfig(settings=settings, limits=annotate.limits(options.hosted))
     common: dict[str, Any] = {
         "who": options.judge,
         "out": options.out,
@@ -330,7 +332,9 @@ def judge(options: options.Judge) -> int:
     local = [who.removeprefix(judging.LOCAL) for who in options.judge if who.startswith(judging.LOCAL)]
     generate = _local(local[0], loaded, options.longest) if local else None
     with annotate.progress_bar(console) as bar:
-        made = judging.judge(one, loaded, answers, rule, **common, tell=annotate.teller(bar), generate=generate)
+        made = judging.judge(
+            one, loaded, answers, rule, **common, on_progress=annotate.progress_callback(bar), generate=generate
+        )
     for note in made.notes:
         console.print(f"reverie: {note}", highlight=False, markup=False)
     console.print(f"reverie: {annotate.told(made.outcome)}", highlight=False, markup=False)

@@ -112,7 +112,7 @@ class Mixture:
         *,
         seed: int = 0,
         side: int | None = None,
-        told: Callable[[int], object] = lambda count: None,
+        on_progress: Callable[[int], object] = lambda count: None,
     ):
         self._side = side
         if store is not None:
@@ -122,7 +122,7 @@ class Mixture:
         try:
             self._db.executescript(_SCHEMA)
             self._db.execute("BEGIN")
-            self._read(parts, seed, told)
+            self._read(parts, seed, on_progress)
         except sqlite3.Error as error:
             self.close()
             raise DataError(f"{store or 'a temporary file'}: cannot be written ({error})") from None
@@ -130,7 +130,7 @@ class Mixture:
             self.close()
             raise
 
-    def _read(self, parts: Iterable[Any], seed: int, told: Callable[[int], object]) -> None:
+    def _read(self, parts: Iterable[Any], seed: int, on_progress: Callable[[int], object]) -> None:
         count = 0
         for number, (talks, pictures, cap, weight) in enumerate(parts):
             for talk in talks:
@@ -153,7 +153,7 @@ class Mixture:
                 )
                 count += 1
                 if count % 1000 == 0:
-                    told(count)
+                    on_progress(count)
             if cap is not None:
                 self._db.execute(
                     "DELETE FROM talks WHERE part = ? AND id NOT IN"
@@ -165,7 +165,7 @@ class Mixture:
                     " (SELECT draw FROM talks WHERE part = ? AND pair GROUP BY draw HAVING count(*) % 2)",
                     (number, number),
                 )
-        told(count)
+        on_progress(count)
         self._db.execute("DELETE FROM pictures WHERE id NOT IN (SELECT picture FROM talks WHERE picture NOT NULL)")
         self._db.executescript(_ORDER)
         (self._records,) = self._db.execute("SELECT count(*) FROM records").fetchone()
@@ -252,7 +252,7 @@ def mixture(
     *,
     seed: int = 0,
     side: int | None = None,
-    told: Callable[[int], object] = lambda count: None,
+    on_progress: Callable[[int], object] = lambda count: None,
 ) -> Mixture:
     """The records of a mixture's files.
 
@@ -276,7 +276,7 @@ def mixture(
         store,
         seed=seed,
         side=side,
-        told=told,
+        on_progress=on_progress,
     )
 
 

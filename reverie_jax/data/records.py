@@ -137,7 +137,7 @@ def write_records(
     *,
     hidden: Path | None = None,
     jobs: int = 1,
-    told: Callable[[int], object] = lambda count: None,
+    on_progress: Callable[[int], object] = lambda count: None,
 ) -> Path:
     """Writes the splits below `folder` as TFDS does; returns the folder to read.
 
@@ -154,15 +154,15 @@ def write_records(
     """
     if hidden is None:
         with building(folder) as hidden:
-            return write_records(folder, splits, hidden=hidden, jobs=jobs, told=told)
+            return write_records(folder, splits, hidden=hidden, jobs=jobs, on_progress=on_progress)
     try:
-        return _write_records(folder, splits, hidden, jobs, told)
+        return _write_records(folder, splits, hidden, jobs, on_progress)
     except (OSError, RuntimeError) as error:
         raise DataError(f"{folder}: cannot be written ({' '.join(str(error).split())[:300]})") from None
 
 
 def _write_records(
-    folder: Path, splits: Mapping[str, Records], hidden: Path, jobs: int, told: Callable[[int], object]
+    folder: Path, splits: Mapping[str, Records], hidden: Path, jobs: int, on_progress: Callable[[int], object]
 ) -> Path:
     made: dict[str, list[tuple[Path, int]]] = {}
     for split, records in splits.items():
@@ -175,7 +175,7 @@ def _write_records(
             try:
                 for future in done:
                     made[split].append(future.result())
-                    told(made[split][-1][1])
+                    on_progress(made[split][-1][1])
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise

@@ -21,13 +21,13 @@ from typing import NamedTuple
 
 from reverie_jax.errors import UserError
 from reverie_jax.eval.benchmarks.interface import Benchmark, JudgeRequest, Loaded
-from reverie_jax.eval.judge_replies import REPLIES, Said, of_answers, read_replies, write
+from reverie_jax.eval.judge_replies import REPLIES, JudgeReply, of_answers, read_replies, write
 from reverie_jax.hosted.interface import Picture, Refused, Request, digest
 from reverie_jax.hosted.journal import Item, Spent
 from reverie_jax.hosted.providers import parse
 from reverie_jax.hosted.request_key import content_of
-from reverie_jax.hosted.runner import Asking, Outcome
-from reverie_jax.hosted.session import Estimate, How, Session, Tell
+from reverie_jax.hosted.runner import Outcome, Task
+from reverie_jax.hosted.session import Estimate, ProgressCallback, RequestConfig, Session
 
 __all__ = ["Generate", "JudgeOutcome", "estimate", "judge", "of_answers", "prompts", "read_replies"]
 
@@ -146,7 +146,7 @@ def _places(who: Sequence[str], out: Path) -> dict[str, Path]:
     return places
 
 
-def _asking(benchmark: Benchmark, loaded: Loaded, request: JudgeRequest, who: str, how: How) -> Asking:
+def _task(benchmark: Benchmark, loaded: Loaded, request: JudgeRequest, who: str, how: RequestConfig) -> Task:
     shown = request.image is not None
 
     def encoded() -> bytes:
@@ -161,7 +161,7 @@ def _asking(benchmark: Benchmark, loaded: Loaded, request: JudgeRequest, who: st
     def ask() -> Request:
         return Request("evaluate", Picture(request.image or request.id, encoded()), fields, request.prompt, shown)
 
-    return Asking(item, request.id, ask, _there)
+    return Task(item, request.id, ask, _there)
 
 
 def _there(reply: str) -> str:
@@ -179,10 +179,10 @@ def judge(
     *,
     who: Sequence[str],
     out: Path,
-    how: How,
+    how: RequestConfig,
     environment: Mapping[str, str],
     prompts: Path | None,
-    tell: Tell | None = None,
+    on_progress: ProgressCallback | None = None,
     images: bool = True,
     generate: Generate | None = None,
 ) -> JudgeOutcome:
@@ -210,7 +210,7 @@ def judge(
         raise UserError(f"{out}: cannot be written ({error.strerror})") from None
     total, spent, notes = Outcome(), Spent(0, 0, 0, 0.0), list[str]()
 
-    def keep(one: str, said: Mapping[str, Said], temperature: float | None) -> None:
+    def keep(one: str, said: Mapping[str, JudgeReply], temperature: float | None) -> None:
         rows = [
             said[request.id].row(request.id, _label(one), plan.prompt, plan.answers, temperature)
             for request in plan.requests
@@ -219,14 +219,14 @@ def judge(
         write(places[_label(one)], rows)
 
     if hosted:
-        askings = {one: [_asking(benchmark, loaded, r, one, how) for r in plan.requests] for one in hosted}
-        with contextlib.closing(Session(out, how, environment, tell)) as session:
+        tasks = {one: [_task(benchmark, loaded, r, one, how) for r in plan.requests] for one in hosted}
+        with contextlib.closing(Session(out, how, environment, on_progress)) as session:
             ended = False
             try:
-                total = session.ask("judge", (asking for some in askings.values() for asking in some), hosted)
+                total = session.ask("judge", (task for some in tasks.values() for task in some), hosted)
                 ended = True
             finally:
-                for one, some in askings.items():
+                for one, some in tasks.items():
                     said = _had(session.journal.path, some)
                     if said or ended:  # what came before an error is paid for; nothing is no reason to replace a file
                         keep(one, said, how.settings.temperature)
@@ -236,7 +236,7 @@ def judge(
             assert generate is not None
             texts = generate(plan.requests) if plan.requests else []
             today = datetime.datetime.now(datetime.UTC).date().isoformat()
-            said = {r.id: Said(text, one, today) for r, text in zip(plan.requests, texts, strict=True)}
+            said = {r.id: JudgeReply(text, one, today) for r, text in zip(plan.requests, texts, strict=True)}
             keep(one, said, 0.0)  # greedy, whatever the hosted ones are asked with
             total.asked, total.usable = total.asked + len(said), total.usable + len(said)
     return JudgeOutcome(total, places, spent, notes)
@@ -250,7 +250,7 @@ def estimate(
     *,
     who: Sequence[str],
     out: Path,
-    how: How,
+    how: RequestConfig,
     environment: Mapping[str, str],
     prompts: Path | None,
     images: bool = True,
@@ -265,21 +265,21 @@ def estimate(
     with contextlib.closing(Session(out, how, environment)) as session:
         for one in who:
             if not one.startswith(LOCAL):
-                row = session.estimate(STAGE, [_asking(benchmark, loaded, r, one, how) for r in plan.requests])
+                row = session.estimate(STAGE, [_task(benchmark, loaded, r, one, how) for r in plan.requests])
                 found.append(row._replace(stage=_label(one)))
     return found
 
 
-def _had(journal: Path, askings: Sequence[Asking]) -> dict[str, Said]:
+def _had(journal: Path, tasks: Sequence[Task]) -> dict[str, JudgeReply]:
     """The journal's replies by request's id."""
     found = {}
     with contextlib.closing(sqlite3.connect(f"{journal.resolve().as_uri()}?mode=ro", uri=True)) as db:
-        for asking in askings:
+        for task in tasks:
             row = db.execute(
                 "SELECT reply, version, started FROM attempts WHERE state = 'usable' AND item = ? ORDER BY id LIMIT 1",
-                (asking.item.key,),
+                (task.item.key,),
             ).fetchone()
             if row is not None:
                 day = datetime.datetime.fromtimestamp(row[2], datetime.UTC).date()
-                found[asking.name] = Said(row[0], row[1], day.isoformat())
+                found[task.name] = JudgeReply(row[0], row[1], day.isoformat())
     return found

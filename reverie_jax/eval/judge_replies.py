@@ -25,7 +25,7 @@ def of_answers(answers: Mapping[str, str]) -> str:
     return digest("answers", dict(answers))[:12]
 
 
-class Said(NamedTuple):
+class JudgeReply(NamedTuple):
     """A reply, the name by which the model calls itself, and the day it came (YYYY-MM-DD, UTC)."""
 
     reply: str

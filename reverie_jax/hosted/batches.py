@@ -30,7 +30,7 @@ from reverie_jax.hosted.interface import (
     TryAgain,
 )
 from reverie_jax.hosted.journal import Journal
-from reverie_jax.hosted.runner import Asking, Gate, Limits, Outcome
+from reverie_jax.hosted.runner import Gate, Limits, Outcome, Task
 
 
 @dataclasses.dataclass
@@ -52,17 +52,17 @@ class _Run:
 
     def __init__(
         self,
-        askings: Iterable[Asking],
+        tasks: Iterable[Task],
         providers: dict[tuple[str, str], Provider],
         journal: Journal,
         limits: Limits,
-        tell: Callable[[Outcome, Gate], None],
+        on_progress: Callable[[Outcome, Gate], None],
     ):
-        self.journal, self.limits, self.tell = journal, limits, tell
+        self.journal, self.limits, self.on_progress = journal, limits, on_progress
         self.stop = asyncio.Event()
         self.gate, self.outcome = Gate(limits, journal, self.stop), Outcome()
-        self.askings = {asking.item.key: asking for asking in askings}
-        self.waiting = collections.deque(self.askings.values())
+        self.tasks = {task.item.key: task for task in tasks}
+        self.waiting = collections.deque(self.tasks.values())
         self.unhappy: dict[str, collections.Counter[type]] = collections.defaultdict(collections.Counter)
         self.open: list[_Open] = []
         self._failures = 0
@@ -98,7 +98,7 @@ class _Run:
         """Goes on with the batches that an earlier run left under way."""
         for label, kind, model, name in self.journal.batches():
             provider, items = self.providers.get((kind, model)), self.journal.in_batch(label)
-            if provider is None or not items.keys() & self.askings.keys():
+            if provider is None or not items.keys() & self.tasks.keys():
                 for _, stage in items.values():
                     self.gate.reserve(stage, always=True)
                 continue  # another step's, which will collect it
@@ -118,7 +118,7 @@ class _Run:
         """Hands over what waits, as few batches as the providers' limits and the budget allow."""
         for key, provider in self.providers.items():
             while not self.stop.is_set():
-                chosen: list[Asking] = []
+                chosen: list[Task] = []
                 file = self.journal.path.with_name(f".{self.journal.path.name}.requests.jsonl")
                 try:
                     with file.open("w", encoding="utf-8") as lines:
@@ -131,34 +131,34 @@ class _Run:
                 finally:
                     file.unlink(missing_ok=True)
 
-    def _write(self, lines: Any, provider: BatchProvider, key: tuple[str, str], chosen: list[Asking]) -> None:
-        later: list[Asking] = []
+    def _write(self, lines: Any, provider: BatchProvider, key: tuple[str, str], chosen: list[Task]) -> None:
+        later: list[Task] = []
         size = 0
         while self.waiting and len(chosen) < provider.most:
-            asking = self.waiting.popleft()
-            item = asking.item
+            task = self.waiting.popleft()
+            item = task.item
             if (item.provider, item.model) != key:
-                later.append(asking)
+                later.append(task)
                 continue
             try:
-                line = provider.line(item.key, asking.request())
+                line = provider.line(item.key, task.request())
             except Refused as error:  # its picture cannot be read
-                self._unhappy(asking, error)
+                self._unhappy(task, error)
                 continue
             if chosen and size + len(line) + 1 > provider.room:
-                later.append(asking)
+                later.append(task)
                 break
             if not self.gate.reserve(item.stage):
-                later.append(asking)
+                later.append(task)
                 break
             lines.write(line + "\n")
             size += len(line.encode()) + 1
-            chosen.append(asking)
+            chosen.append(task)
         self.waiting.extendleft(reversed(later))
 
-    async def _hand_over(self, file: Path, provider: BatchProvider, key: tuple[str, str], chosen: list[Asking]) -> None:
+    async def _hand_over(self, file: Path, provider: BatchProvider, key: tuple[str, str], chosen: list[Task]) -> None:
         label = f"reverie-{uuid.uuid4().hex}"
-        self.journal.batch_begins(label, *key, (asking.item for asking in chosen))
+        self.journal.batch_begins(label, *key, (task.item for task in chosen))
         try:
             # Not patiently: a second try could make a second batch, where the first one's answer was lost on the way.
             name = await provider.submit(file, label)
@@ -181,11 +181,11 @@ class _Run:
         self.journal.batch_named(label, name)
         self.open.append(_Open(label, provider, name, self.journal.in_batch(label)))
 
-    def _not_handed_over(self, label: str, chosen: list[Asking], error: AnnotationError) -> None:
+    def _not_handed_over(self, label: str, chosen: list[Task], error: AnnotationError) -> None:
         self.journal.batch_ended(label, str(error))
-        for asking in chosen:
-            self.gate.leave(asking.item.stage, None)
-            self._unhappy(asking, error)
+        for task in chosen:
+            self.gate.leave(task.item.stage, None)
+            self._unhappy(task, error)
 
     async def _results(self, batch: _Open) -> tuple[Batch, list[tuple[str, Reply | AnnotationError]]]:
         """How a batch stands, and its results where it has ended."""
@@ -205,7 +205,7 @@ class _Run:
                 continue
             refused: NoAccess | None = None
             for key, result in results:
-                if key in batch.items and key in self.askings:  # a line that is there twice counts once
+                if key in batch.items and key in self.tasks:  # a line that is there twice counts once
                     attempt, stage = batch.items.pop(key)
                     self._take(key, attempt, stage, result)
                     refused = result if isinstance(result, NoAccess) else refused
@@ -215,22 +215,22 @@ class _Run:
             if not {key for key, _ in results} & batch.items.keys():
                 reason = found.reason or "the batch has no result for it"
                 self.journal.batch_ended(batch.label, reason)
-                for key in batch.items.keys() & self.askings.keys():
-                    self._unhappy(self.askings[key], TryAgain(reason))
+                for key in batch.items.keys() & self.tasks.keys():
+                    self._unhappy(self.tasks[key], TryAgain(reason))
             self.open.remove(batch)
-            self.tell(self.outcome, self.gate)
+            self.on_progress(self.outcome, self.gate)
             if refused is not None:
                 raise refused
 
     def _take(self, key: str, attempt: int, stage: str, result: Reply | AnnotationError) -> None:
-        asking, journal = self.askings[key], self.journal
+        task, journal = self.tasks[key], self.journal
         reply = result if isinstance(result, Reply) else getattr(result, "reply", None)
         error = result if isinstance(result, AnnotationError) else None
         if reply is not None:
             reply = dataclasses.replace(reply, text=reply.text.encode("utf-8", "replace").decode("utf-8"))
             try:
                 if error is None:
-                    asking.read(reply.text)
+                    task.read(reply.text)
             except Refused as problem:
                 error = problem
         price = self.gate.leave(stage, reply)
@@ -241,16 +241,16 @@ class _Run:
             return
         state = "unusable" if isinstance(error, Refused) else "failed"
         journal.done(attempt, state, reply, price=price, reason=str(error))
-        self._unhappy(asking, error)
+        self._unhappy(task, error)
 
-    def _unhappy(self, asking: Asking, error: AnnotationError) -> None:
+    def _unhappy(self, task: Task, error: AnnotationError) -> None:
         """Puts an item back, or gives it up."""
-        seen = self.unhappy[asking.item.key]
+        seen = self.unhappy[task.item.key]
         seen[type(error)] += 1
         if seen[Refused] < self.limits.tries and seen[TryAgain] <= self.limits.retries and not seen[NoAccess]:
-            self.waiting.append(asking)
+            self.waiting.append(task)
             return
-        name = asking.name if asking.name not in self.outcome.failed else f"{asking.name} ({asking.item.key})"
+        name = task.name if task.name not in self.outcome.failed else f"{task.name} ({task.item.key})"
         self.outcome.failed[name] = str(error)
         self.outcome.asked += 1
 
@@ -260,7 +260,7 @@ class _Run:
             adopted = bool(self.open)  # those may have ended long ago
             while not self.stop.is_set():
                 await self.submit()
-                self.tell(self.outcome, self.gate)
+                self.on_progress(self.outcome, self.gate)
                 if not self.open:
                     break
                 if not adopted:
@@ -286,11 +286,11 @@ class _Run:
 
 
 def run(
-    askings: Iterable[Asking],
+    tasks: Iterable[Task],
     providers: Callable[[], dict[tuple[str, str], Provider]],
     journal: Journal,
     limits: Limits,
-    tell: Callable[[Outcome, Any], None] = lambda outcome, gate: None,
+    on_progress: Callable[[Outcome, Any], None] = lambda outcome, gate: None,
 ) -> Outcome:
     """Asks every item, as `runner.run` does, but by batches.
 
@@ -301,7 +301,7 @@ def run(
     """
 
     async def main() -> Outcome:
-        one = _Run(askings, providers(), journal, limits, tell)
+        one = _Run(tasks, providers(), journal, limits, on_progress)
         loop = asyncio.get_running_loop()
         task = asyncio.ensure_future(one.all())
 

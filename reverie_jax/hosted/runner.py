@@ -57,7 +57,7 @@ class Limits:
 
 
 @dataclasses.dataclass(frozen=True)
-class Asking:
+class Task:
     """One item to ask: how it is known, how its request is made, and what reads its reply.
 
     Attributes:
@@ -243,15 +243,15 @@ class _Worker:
     def __init__(self, gate: Gate, journal: Journal, providers: dict[tuple[str, str], Provider], stop: asyncio.Event):
         self.gate, self.journal, self.providers, self.stop = gate, journal, providers, stop
 
-    async def once(self, asking: Asking) -> None:
+    async def once(self, task: Task) -> None:
         """One attempt.
 
         Raises:
             TryAgain, Refused, NoAccess: as the provider says; the reply, where there is one, is written down.
             asyncio.CancelledError: the run has been stopped before the request could leave.
         """
-        item, journal = asking.item, self.journal
-        request = asking.request()
+        item, journal = task.item, self.journal
+        request = task.request()
         if self.stop.is_set() or not await self.gate.enter(item.stage) or self.stop.is_set():
             self.stop.set()
             raise _Stopped
@@ -260,7 +260,7 @@ class _Worker:
             reply = await self.providers[item.provider, item.model].ask(request)
             reply = dataclasses.replace(reply, text=reply.text.encode("utf-8", "replace").decode("utf-8"))
             self.gate.reached = True
-            asking.read(reply.text)
+            task.read(reply.text)
         except TryAgain as error:
             self.gate.leave(item.stage, None)
             journal.done(attempt, "failed", reason=str(error))
@@ -280,7 +280,7 @@ class _Worker:
             raise
         journal.done(attempt, "usable", reply, price=self.gate.leave(item.stage, reply))
 
-    async def until_done(self, asking: Asking) -> None:
+    async def until_done(self, task: Task) -> None:
         """As many attempts as the limits allow."""
         limits, seen = self.gate.limits, collections.Counter[type]()
         grow = tenacity.wait_random_exponential(multiplier=limits.backoff, max=limits.longest)
@@ -300,7 +300,7 @@ class _Worker:
             sleep=self.gate.sleep,
             reraise=True,
         )
-        await retrying(self.once, asking)
+        await retrying(self.once, task)
 
 
 class _Stopped(Exception):
@@ -308,11 +308,11 @@ class _Stopped(Exception):
 
 
 async def _run(
-    askings: Iterator[Asking],
+    tasks: Iterator[Task],
     providers: dict[tuple[str, str], Provider],
     journal: Journal,
     limits: Limits,
-    tell: Callable[[Outcome, Gate], None],
+    on_progress: Callable[[Outcome, Gate], None],
 ) -> Outcome:
     outcome, stop = Outcome(), asyncio.Event()
     gate = Gate(limits, journal, stop)
@@ -331,14 +331,14 @@ async def _run(
 
     async def work() -> None:
         worker = _Worker(gate, journal, providers, stop)
-        for asking in askings:
+        for task in tasks:
             if stop.is_set():
                 return
-            if journal.usable(asking.item) is not None:
+            if journal.usable(task.item) is not None:
                 outcome.had += 1
                 continue
             try:
-                await worker.until_done(asking)
+                await worker.until_done(task)
                 outcome.usable += 1
             except _Stopped:
                 return
@@ -347,10 +347,10 @@ async def _run(
                 stop.set()
                 return
             except (TryAgain, Refused) as error:
-                name = asking.name if asking.name not in outcome.failed else f"{asking.name} ({asking.item.key})"
+                name = task.name if task.name not in outcome.failed else f"{task.name} ({task.item.key})"
                 outcome.failed[name] = str(error)
             outcome.asked += 1
-            tell(outcome, gate)
+            on_progress(outcome, gate)
 
     handled = []
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -380,11 +380,11 @@ async def _run(
 
 
 def run(
-    askings: Iterable[Asking],
+    tasks: Iterable[Task],
     providers: Callable[[], dict[tuple[str, str], Provider]],
     journal: Journal,
     limits: Limits,
-    tell: Callable[[Outcome, Any], None] = lambda outcome, gate: None,
+    on_progress: Callable[[Outcome, Any], None] = lambda outcome, gate: None,
 ) -> Outcome:
     """Asks every item that has no usable reply yet.
 
@@ -399,6 +399,6 @@ def run(
     """
 
     async def main() -> Outcome:
-        return await _run(iter(askings), providers(), journal, limits, tell)
+        return await _run(iter(tasks), providers(), journal, limits, on_progress)
 
     return asyncio.run(main())

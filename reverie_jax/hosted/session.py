@@ -11,8 +11,8 @@ from reverie_jax.errors import UserError
 from reverie_jax.hosted import batches
 from reverie_jax.hosted.interface import Stage
 from reverie_jax.hosted.journal import Item, Journal
-from reverie_jax.hosted.providers import Settings, parse, provider
-from reverie_jax.hosted.runner import DEFAULT_TOKENS, Asking, Limits, Outcome, run
+from reverie_jax.hosted.providers import RequestSettings, parse, provider
+from reverie_jax.hosted.runner import DEFAULT_TOKENS, Limits, Outcome, Task, run
 
 JOURNAL = "journal.sqlite"
 
@@ -29,14 +29,14 @@ class Estimate(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class How:
+class RequestConfig:
     """How hosted models are asked."""
 
-    settings: Settings = dataclasses.field(default_factory=Settings)
+    settings: RequestSettings = dataclasses.field(default_factory=RequestSettings)
     limits: Limits = dataclasses.field(default_factory=Limits)
 
 
-Tell = Callable[[str, int, Outcome, Any], None]
+ProgressCallback = Callable[[str, int, Outcome, Any], None]
 """Called after each item as `tell(step, total, outcome, gate)`."""
 
 
@@ -54,12 +54,16 @@ class Session:
     def __init__(
         self,
         folder: Path,
-        how: How,
+        how: RequestConfig,
         environment: Mapping[str, str],
-        tell: Tell | None = None,
+        on_progress: ProgressCallback | None = None,
         versions: Mapping[str, str] | None = None,
     ):
-        self.how, self._environment, self._tell = how, environment, tell or (lambda step, total, outcome, gate: None)
+        self.how, self._environment, self._on_progress = (
+            how,
+            environment,
+            on_progress or (lambda step, total, outcome, gate: None),
+        )
         self._versions = versions or {}
         self.journal = Journal(folder / JOURNAL)
         self.notes: list[str] = []
@@ -77,11 +81,11 @@ class Session:
         kind, model, _ = parse(who)
         return Item(stage, content, kind, model, f"{self._versions[stage]} {self.how.settings.version} shown={shown}")
 
-    def had(self, asking: Asking | None) -> str | None:
+    def had(self, task: Task | None) -> str | None:
         """The raw reply that is there already."""
-        return None if asking is None else self.journal.usable(asking.item)
+        return None if task is None else self.journal.usable(task.item)
 
-    def ask(self, step: str, askings: Iterable[Asking], who: Iterable[str]) -> Outcome:
+    def ask(self, step: str, tasks: Iterable[Task], who: Iterable[str]) -> Outcome:
         """Asks what has no reply yet.
 
         Args:
@@ -90,14 +94,14 @@ class Session:
         Raises:
             UserError: a service will not have us.
         """
-        unique = {asking.item.key: asking for asking in askings}
-        open_ones = [asking for asking in unique.values() if self.had(asking) is None]
+        unique = {task.item.key: task for task in tasks}
+        open_ones = [task for task in unique.values() if self.had(task) is None]
         had = len(unique) - len(open_ones)
         if not open_ones:
             return Outcome(had=had)
         if self.how.limits.batch:
             how = batches.run
-        elif waiting := self.journal.under_way() & {asking.item.key for asking in open_ones}:
+        elif waiting := self.journal.under_way() & {task.item.key for task in open_ones}:
             raise UserError(
                 f"{self.journal.path}: {len(waiting)} requests are under way in a batch; run with --batch to collect it"
             )
@@ -108,18 +112,18 @@ class Session:
             lambda: {parse(name)[:2]: provider(name, self.how.settings, self._environment) for name in who},
             self.journal,
             self.how.limits,
-            lambda now, gate: self._tell(step, len(open_ones), now, gate),
+            lambda now, gate: self._on_progress(step, len(open_ones), now, gate),
         )
         return dataclasses.replace(outcome, had=had + outcome.had)
 
-    def estimate(self, stage: str, askings: Iterable[Asking | None], more: int = 0) -> Estimate:
+    def estimate(self, stage: str, tasks: Iterable[Task | None], more: int = 0) -> Estimate:
         """What a stage would take, by the journal's means or plain guesses.
 
         Args:
             more: items that are not known yet.
         """
-        unique = {asking.item.key: asking for asking in askings if asking is not None}
-        had = sum(self.had(asking) is not None for asking in unique.values())
+        unique = {task.item.key: task for task in tasks if task is not None}
+        had = sum(self.had(task) is not None for task in unique.values())
         to_ask = len(unique) - had + more
         mean = self.journal.mean_tokens(stage) or DEFAULT_TOKENS[stage]
         tokens_in, tokens_out = to_ask * mean[0], to_ask * mean[1]

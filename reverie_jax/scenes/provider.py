@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from reverie_jax.hosted.interface import Provider
-from reverie_jax.hosted.providers import Settings
+from reverie_jax.hosted.providers import RequestSettings
 from reverie_jax.hosted.providers.local import Local
 from reverie_jax.scenes.annotator import SceneAnnotator
 from reverie_jax.scenes.dataset import read_graphs
 
 
-def provider(folder: str, url: str | None, settings: Settings, environment: Mapping[str, str]) -> Provider:
+def provider(folder: str, url: str | None, settings: RequestSettings, environment: Mapping[str, str]) -> Provider:
     """Open the provider; it needs neither address, settings nor keys.
 
     Raises:

@@ -27,7 +27,7 @@ from typing import Any
 
 from reverie_jax.hosted import providers
 from reverie_jax.hosted.interface import Refused, Reply, Request, TryAgain
-from reverie_jax.hosted.providers import Settings
+from reverie_jax.hosted.providers import RequestSettings
 from tests.data.fakes import png
 from tests.hosted import server as loopback
 from tests.hosted.server import Call, Fault, Kind
@@ -261,7 +261,7 @@ class Memory:
 class _Client:
     name = "openai"
 
-    def __init__(self, memory: Memory, model: str, settings: Settings):
+    def __init__(self, memory: Memory, model: str, settings: RequestSettings):
         self.model, self._memory, self._structured = model, memory, settings.structured
         memory.opened.append(self)
 

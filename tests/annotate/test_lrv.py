@@ -6,7 +6,7 @@ import pytest
 
 from reverie_jax.annotate import lrv
 from reverie_jax.errors import UserError
-from reverie_jax.hosted.providers import Settings
+from reverie_jax.hosted.providers import RequestSettings
 from reverie_jax.hosted.runner import Limits
 from tests.hosted.server import HARMLESS, REPLY, TRANSPORT, Server, share
 
@@ -67,7 +67,7 @@ def genome(tmp_path):
 def job(tmp_path, genome, server, **options):
     quick = Limits(backoff=0.01, longest=0.05)
     who = f"openai:m@{server.url}/v1"
-    return lrv.Job(tmp_path / "out", genome, who, settings=Settings(timeout=2.0), limits=quick, **options)
+    return lrv.Job(tmp_path / "out", genome, who, settings=RequestSettings(timeout=2.0), limits=quick, **options)
 
 
 def written(tmp_path):

@@ -62,7 +62,7 @@ from reverie_jax.annotate.pipeline import Job, Pipeline, decide, export
 from reverie_jax.data.mixture import Part, mixture
 from reverie_jax.data.sources import Reading
 from reverie_jax.errors import UserError
-from reverie_jax.hosted.providers import Settings
+from reverie_jax.hosted.providers import RequestSettings
 from reverie_jax.hosted.runner import Limits
 from tests.annotate import helpers
 from tests.annotate.helpers import (
@@ -157,7 +157,7 @@ def test_end_to_end(make, pictures, provider):
     """All faults at once: every file as it has to be, every whole answer asked for once, every key in its place."""
     plan = share(0.35, seed=3)
     with Server(answer, plan, hold=5.0, retry_after=0.05, is_judge=lambda call: stage_of(call) == "judge") as server:
-        job = make(server, provider, count=2, confusing=2, settings=Settings(timeout=1.0))
+        job = make(server, provider, count=2, confusing=2, settings=RequestSettings(timeout=1.0))
         outcomes = run(job)
         assert set(server.served.values()) == {1}
         assert sum(server.faulted.values()) > 15
@@ -183,14 +183,14 @@ def test_end_to_end(make, pictures, provider):
 def test_what_arrives(make, provider, tmp_path):
     """The picture goes with questions and rationales, the schema with questions, and the settings with all."""
     with Server(answer) as server:
-        run(make(server, provider, settings=Settings(temperature=0.25)))
+        run(make(server, provider, settings=RequestSettings(temperature=0.25)))
         for call in server.calls:
             stage = stage_of(call)
             assert call.structured == (stage == "questions")
             assert len(call.images) == (stage != "judge")
             settings = call.body if provider == "openai" else call.body["generationConfig"]
             assert settings["temperature"] == 0.25
-        run(make(server, provider, out="plain", settings=Settings(structured=False)), "questions")
+        run(make(server, provider, out="plain", settings=RequestSettings(structured=False)), "questions")
         assert not server.calls[-1].structured
 
 

@@ -34,8 +34,8 @@ from tests.data.fakes import records
 
 SHARD = 3
 """Records of a shard in these tests."""
-Said = tuple[str, str, str, str]
-Held = dict[str, tuple[bytes, list[Said]]]
+JudgeReply = tuple[str, str, str, str]
+Held = dict[str, tuple[bytes, list[JudgeReply]]]
 """By name: the picture, and what is said of it; or, of one without a picture, by what is said."""
 
 
@@ -197,7 +197,7 @@ def test_records_of_any_number_come_back_in_their_order(tmp_path_factory, count,
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(records_module, "SHARD", size)
         told: list[int] = []
-        source = RecordSource(write_records(folder, {"train": found}, jobs=jobs, told=told.append))
+        source = RecordSource(write_records(folder, {"train": found}, jobs=jobs, on_progress=told.append))
     assert list(source) == found
     assert sum(told) == count
     assert told[:-1] == [size] * (len(told) - 1)

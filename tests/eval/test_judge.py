@@ -23,7 +23,7 @@ from reverie_jax.eval.benchmarks.mm_vet import MmVet
 from reverie_jax.eval.benchmarks.mmhal import TYPES, MmHal
 from reverie_jax.eval.judge import LOCAL, estimate, judge, of_answers, prompts, read_replies
 from reverie_jax.hosted.runner import Limits
-from reverie_jax.hosted.session import How
+from reverie_jax.hosted.session import RequestConfig
 from tests.annotate import helpers
 from tests.annotate.conftest import keys  # noqa: F401  (a fixture)
 from tests.data.fakes import png
@@ -93,7 +93,7 @@ def ask(loaded, tmp_path):
             "official",
             who=who,
             out=tmp_path / out,
-            how=How(limits=limits),
+            how=RequestConfig(limits=limits),
             environment=os.environ if environment is None else environment,
             prompts=more.pop("prompts", None),
             **more,
@@ -192,7 +192,7 @@ def test_a_budget_stops_and_a_larger_one_goes_on(ask, tmp_path):
 def test_what_it_would_take(loaded, tmp_path):
     with Server(verdict) as server:
         more = {"environment": os.environ, "prompts": None, "out": tmp_path / "out"}
-        how = How(limits=dataclasses.replace(QUICK, price_in=1.0, price_out=1.0))
+        how = RequestConfig(limits=dataclasses.replace(QUICK, price_in=1.0, price_out=1.0))
         who = [address(server), f"{LOCAL}mine"]
         (row,) = estimate(MmHal(), loaded, ANSWERS, "official", who=who, how=how, **more)
         assert server.calls == []
@@ -353,7 +353,7 @@ def test_braces_in_answers_are_no_placeholders(ask):
 
 
 def test_a_rule_without_a_judge(loaded, tmp_path):
-    more = {"how": How(), "environment": {}, "prompts": None, "out": tmp_path, "who": ["openai:tiny"]}
+    more = {"how": RequestConfig(), "environment": {}, "prompts": None, "out": tmp_path, "who": ["openai:tiny"]}
     with pytest.raises(UserError, match="needs no judge; of its rules, official does"):
         judge(MmHal(), loaded, ANSWERS, "other", **more)
     with pytest.raises(UserError, match="PROVIDER:MODEL"):

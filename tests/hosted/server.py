@@ -170,7 +170,7 @@ class Server:
         self._served: Counter[str] = Counter()
         self._faulted: Counter[Fault] = Counter()
         self._connections: set[socket.socket] = set()
-        self._asking: set[socket.socket] = set()
+        self._task: set[socket.socket] = set()
         self._failures: list[Exception] = []
 
     @property
@@ -195,7 +195,7 @@ class Server:
     def in_flight(self) -> int:
         """Requests that wait for a reply now; one whose client has gone waits no more."""
         with self._lock:
-            return sum(not _gone(connection) for connection in self._asking)
+            return sum(not _gone(connection) for connection in self._task)
 
     def __enter__(self) -> Server:
         self._listener = _Listener(("127.0.0.1", 0), _Handler)
@@ -242,13 +242,13 @@ class Server:
                 arrived=time.monotonic(),
             )
             self._calls.append(call)
-            self._asking.add(connection)
+            self._task.add(connection)
             self.peak = max(self.peak, self.in_flight)
         return call
 
     def _leaves(self, connection: socket.socket) -> None:
         with self._lock:
-            self._asking.discard(connection)
+            self._task.discard(connection)
 
     def _planned(self, call: Call) -> Fault | None:
         fault = self.faults(call) if self.faults else None

@@ -26,7 +26,7 @@ from reverie_jax.annotate.pipeline import Job, Outcome, Pipeline, export
 from reverie_jax.errors import UserError
 from reverie_jax.hosted import providers
 from reverie_jax.hosted.interface import Reply, Request
-from reverie_jax.hosted.providers import Settings, gemini, openai
+from reverie_jax.hosted.providers import RequestSettings, gemini, openai
 from reverie_jax.hosted.runner import Limits
 from reverie_jax.scenes.dataset import GRAPHS
 from tests.annotate import helpers
@@ -436,7 +436,7 @@ def test_each_step_may_fail_at_first(make, pictures, provider, fault):
     with BatchServer(answer, page=2, hold=1.0, retry_after=0.01) as server:
         server.strangers(provider, 5)
         server.trouble = lambda step, count: fault if count == 1 else None
-        job = make(server, provider, settings=Settings(timeout=0.3))
+        job = make(server, provider, settings=RequestSettings(timeout=0.3))
         outcome = run(job, "questions")["questions"]
         assert (outcome.usable, outcome.failed, outcome.stopped) == (6, {}, "")
         assert once(server)

@@ -8,7 +8,7 @@ import pytest
 from reverie_jax.annotate.pipeline import RELEASED, Job, Pipeline, export
 from reverie_jax.errors import UserError
 from reverie_jax.hosted import images
-from reverie_jax.hosted.providers import Settings
+from reverie_jax.hosted.providers import RequestSettings
 from reverie_jax.hosted.runner import Limits
 from tests.data.fakes import png
 from tests.hosted.server import ALL, Server, share
@@ -47,7 +47,13 @@ def job(tmp_path, url):
     limits = Limits(backoff=0.01, longest=0.1)
     names = tuple(images.listed(folder))
     return Job(
-        tmp_path / "out", folder, names, f"google-generativeai:m@{url}", count=1, settings=Settings(1.0), limits=limits
+        tmp_path / "out",
+        folder,
+        names,
+        f"google-generativeai:m@{url}",
+        count=1,
+        settings=RequestSettings(1.0),
+        limits=limits,
     )
 
 

@@ -17,7 +17,7 @@ from reverie_jax.annotate.pipeline import Job, Pipeline
 from reverie_jax.errors import UserError
 from reverie_jax.hosted.interface import Reply
 from reverie_jax.hosted.journal import Item, Journal
-from reverie_jax.hosted.providers import Settings
+from reverie_jax.hosted.providers import RequestSettings
 from reverie_jax.hosted.runner import Limits
 from tests.annotate import helpers
 from tests.data.fakes import png
@@ -288,7 +288,7 @@ def test_the_same_again_is_not_asked(asked):
     assert asked() == 3
     assert asked() == 0
     assert asked(limits=Limits(concurrency=1, requests=1e6)) == 0
-    assert asked(settings=Settings(timeout=3.0)) == 0
+    assert asked(settings=RequestSettings(timeout=3.0)) == 0
 
 
 def test_another_prompt_is_asked(asked):
@@ -310,9 +310,9 @@ def test_another_model_is_asked(asked):
 
 def test_another_temperature_is_asked(asked):
     assert asked() == 3
-    assert asked(settings=Settings(temperature=0.0)) == 3
-    assert asked(settings=Settings(temperature=0.5)) == 3
-    assert asked(settings=Settings(temperature=0.0)) == 0
+    assert asked(settings=RequestSettings(temperature=0.0)) == 3
+    assert asked(settings=RequestSettings(temperature=0.5)) == 3
+    assert asked(settings=RequestSettings(temperature=0.0)) == 0
 
 
 def test_another_count_is_asked(asked):

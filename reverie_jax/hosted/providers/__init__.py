@@ -47,31 +47,31 @@ def names() -> tuple[str, ...]:
     return (*_BUILT_IN, *importlib.metadata.entry_points(group=GROUP).names)
 
 
-def parse(who: str) -> tuple[str, str, str | None]:
+def parse(model_spec: str) -> tuple[str, str, str | None]:
     """(kind, model, address) of "gemini:MODEL", "openai:MODEL@http://host/v1", "scenes:FOLDER" or "replay:JOURNAL".
 
     Raises:
         UserError: it is none of these.
     """
-    kind, colon, model = who.partition(":")
+    kind, colon, model = model_spec.partition(":")
     model, at, url = model.partition("@http")
     if kind not in (known := names()) or not colon or not model:
-        raise UserError(f"{who!r}: name a model as PROVIDER:MODEL; providers are {', '.join(known)}")
+        raise UserError(f"{model_spec!r}: name a model as PROVIDER:MODEL; providers are {', '.join(known)}")
     return kind, model, f"http{url}" if at else None
 
 
-def shown(who: str) -> str:
+def shown(model_spec: str) -> str:
     """A name that can be written down: without the password that its address may hold."""
-    return re.sub(r"(@https?://)[^/@]*@", r"\1", who)
+    return re.sub(r"(@https?://)[^/@]*@", r"\1", model_spec)
 
 
-def provider(who: str, settings: Settings, environment: Mapping[str, str]) -> Provider:
+def provider(model_spec: str, settings: Settings, environment: Mapping[str, str]) -> Provider:
     """Opens a provider. Keys come from the environment.
 
     Raises:
         UserError: an unknown name, a package that is not installed, a key that is not set.
     """
-    kind, model, url = parse(who)
+    kind, model, url = parse(model_spec)
     try:
         if kind in _BUILT_IN:
             return _BUILT_IN[kind](model, url, settings, environment)
