@@ -37,7 +37,7 @@ from PIL import Image
 
 from benchmarks.train_step import SIZES, peer_device, small_tokenizer, spread
 from reverie_jax.data.conversation import IMAGE, Conversation, Turn
-from reverie_jax.data.pipeline import Picture
+from reverie_jax.data.pipeline import ImageQuestions
 from reverie_jax.data.processor import Processor
 from reverie_jax.data.tokenization import Encoder
 from reverie_jax.eval.benchmarks.interface import SHORT
@@ -104,7 +104,7 @@ class Args:
         return dataclasses.replace(found, vision=wide)
 
 
-def pictures(args: Args) -> list[Picture]:
+def pictures(args: Args) -> list[ImageQuestions]:
     """JPEGs of 640 x 480, each with its questions."""
     found = []
     for number in range(args.images):
@@ -116,7 +116,7 @@ def pictures(args: Args) -> list[Picture]:
         for place in range(args.questions):
             text = f"Is there a {THINGS[place % len(THINGS)]} in the image?\n{SHORT}"
             asked.append((number * args.questions + place, Conversation((Turn("user", f"{IMAGE}\n{text}"),))))
-        found.append(Picture(f"{number}.jpg", buffer.getvalue(), asked))
+        found.append(ImageQuestions(f"{number}.jpg", buffer.getvalue(), asked))
     return found
 
 
@@ -138,7 +138,9 @@ def peer_model(args: Args, config: VLMConfig, folder: Path, device: str) -> Any:
 class Peer:
     """transformers' generate over questions that lie ready."""
 
-    def __init__(self, args: Args, config: VLMConfig, processor: Processor, shown: Sequence[Picture], folder: Path):
+    def __init__(
+        self, args: Args, config: VLMConfig, processor: Processor, shown: Sequence[ImageQuestions], folder: Path
+    ):
         import torch
 
         device = peer_device()
@@ -188,14 +190,14 @@ class Peer:
 class Ours:
     """Engine over all pictures, tokens instead of texts."""
 
-    def __init__(self, args: Args, model: VisionLanguageModel, processor: Processor, shown: Sequence[Picture]):
+    def __init__(self, args: Args, model: VisionLanguageModel, processor: Processor, shown: Sequence[ImageQuestions]):
         shape = EngineShape(sequence_length=4096, questions=32, batch_size=args.rows)
         self.engine, self.how, self.shown = Engine(model, processor, shape), Decoding(args.new_tokens), shown
         # No token's id: random weights end no answer, and must not end one by chance on one side.
         self.engine.encoder.stop_ids = (model.config.text.vocab,)
         self.engine.encoder.decode = lambda ids: " ".join(map(str, ids))  # type: ignore[method-assign]
 
-    def answer(self, shown: Sequence[Picture] | None = None) -> dict[int, list[int]]:
+    def answer(self, shown: Sequence[ImageQuestions] | None = None) -> dict[int, list[int]]:
         work: Work = self.engine.prepare(self.shown if shown is None else shown, self.how)
         found: dict[int, list[int]] = {}
         for answers in self.engine.stream(work, self.how):

@@ -23,7 +23,7 @@ from reverie_jax.annotate.stages import annotate
 from reverie_jax.data.packing import Batch, SequenceShape, element, pack, stack
 from reverie_jax.data.reflection import conversations
 from reverie_jax.data.tree import grow
-from reverie_jax.hosted.interface import Picture
+from reverie_jax.hosted.interface import ImageQuestions
 from reverie_jax.loading import load_model
 from reverie_jax.scenes.annotator import SceneAnnotator
 from reverie_jax.scenes.corpus import picture
@@ -57,7 +57,7 @@ def main(args: Args) -> None:
     for index, scene in enumerate(scenes):
         encoded = picture(scene, model.config.vision.image_size)
         pixels = processor.pixels(encoded, str(index))
-        kept, _ = annotate(Picture(str(index), encoded), annotator, 4)
+        kept, _ = annotate(ImageQuestions(str(index), encoded), annotator, 4)
         talks = [processor.encoder(talk) for reflection in kept for talk in conversations(reflection)]
         trees.append(element(grow(talks), pixels))
         flat += [element(grow([talk]), pixels) for talk in talks if (talk.weights > 0).any()]

@@ -17,11 +17,11 @@ from reverie_jax.annotate.prompts import Prompts
 from reverie_jax.annotate.schemas import INSTRUCTIONS_SCHEMA
 from reverie_jax.data.row_files import read_list, write_list
 from reverie_jax.errors import UserError
-from reverie_jax.hosted.interface import Picture, Request, Stage, digest
+from reverie_jax.hosted.interface import Request, RequestImage, Stage, digest
 from reverie_jax.hosted.providers import RequestSettings, parse
 from reverie_jax.hosted.request_key import content_of
 from reverie_jax.hosted.runner import Limits, Outcome, Task
-from reverie_jax.hosted.session import Estimate, ProgressCallback, RequestConfig, Session
+from reverie_jax.hosted.session import CostEstimate, ProgressCallback, RequestConfig, Session
 
 INSTRUCTIONS = "lrv_instruct_data.json"
 NEGATIVE = "negative"
@@ -32,7 +32,7 @@ MOST_CAPTIONS = 50
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class LrvJob:
     """What to generate.
 
     Attributes:
@@ -97,7 +97,7 @@ class Generation:
         UserError: the job cannot be right; nothing has been asked.
     """
 
-    def __init__(self, job: Job, environment: Mapping[str, str], on_progress: ProgressCallback | None = None):
+    def __init__(self, job: LrvJob, environment: Mapping[str, str], on_progress: ProgressCallback | None = None):
         if min(job.counts) < 0 or not any(job.counts):
             raise UserError("--counts: four numbers of instructions, and not all of them 0")
         if job.balance is not None and job.balance < 0:
@@ -120,7 +120,7 @@ class Generation:
 
         def request() -> Request:
             prompt = self.prompts(kind, fields, shown=False)
-            return Request(kind, Picture(str(picture.image_id), b""), fields, prompt, False, INSTRUCTIONS_SCHEMA)
+            return Request(kind, RequestImage(str(picture.image_id), b""), fields, prompt, False, INSTRUCTIONS_SCHEMA)
 
         content = content_of(kind, digest(picture.text), fields)
         return Task(
@@ -155,7 +155,7 @@ class Generation:
         write_list(self.job.folder / INSTRUCTIONS, balanced(rows, self.job.balance))
         return outcome
 
-    def estimate(self) -> list[Estimate]:
+    def estimate(self) -> list[CostEstimate]:
         """What it would take."""
         tasks = self._tasks()
         kinds = [kind for kind, count in zip(KINDS, self.job.counts, strict=True) if count]

@@ -27,7 +27,7 @@ from reverie_jax.hosted.interface import AnnotationError, Refused, Request, Stag
 from reverie_jax.hosted.providers import RequestSettings, parse, shown
 from reverie_jax.hosted.request_key import content_of
 from reverie_jax.hosted.runner import Limits, Outcome, Task
-from reverie_jax.hosted.session import Estimate, ProgressCallback, RequestConfig, Session
+from reverie_jax.hosted.session import CostEstimate, ProgressCallback, RequestConfig, Session
 
 QUESTIONS = "reasoning_instruct_data.json"
 RATIONALES = "rationale_instruct_data.json"
@@ -44,7 +44,7 @@ KEYS, REASONED, VERDICT = annotated.ASKED, annotated.REASONED, annotated.VERDICT
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class AnnotationJob:
     """What to annotate, how, and by whom.
 
     Attributes:
@@ -84,7 +84,7 @@ class Pipeline:
         UserError: the job cannot be right; nothing has been asked.
     """
 
-    def __init__(self, job: Job, environment: Mapping[str, str], on_progress: ProgressCallback | None = None):
+    def __init__(self, job: AnnotationJob, environment: Mapping[str, str], on_progress: ProgressCallback | None = None):
         if job.count < 1 or job.confusing < 1:
             raise UserError("--questions and --confusing must be at least 1")
         self.job, self.judges = job, tuple(dict.fromkeys(job.judges or (job.model,)))
@@ -237,7 +237,7 @@ class Pipeline:
 
     # Before the first call.
 
-    def estimate(self, steps: Iterable[Step]) -> list[Estimate]:
+    def estimate(self, steps: Iterable[Step]) -> list[CostEstimate]:
         """What each stage would take, by the journal's means or plain guesses."""
         asked: dict[str, list[Task | None]] = {"questions": [task for _, task in self._question_tasks()]}
         unknown = sum(task is not None and self.session.had(task) is None for task in asked["questions"])

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from reverie_jax.annotate import parsing
 from reverie_jax.data.reflection import Reflection
-from reverie_jax.hosted.interface import AnnotationError, Annotator, Picture, Request
+from reverie_jax.hosted.interface import AnnotationError, Annotator, Request, RequestImage
 
 
-def annotate(picture: Picture, annotator: Annotator, count: int) -> tuple[list[Reflection], list[str]]:
+def annotate(picture: RequestImage, annotator: Annotator, count: int) -> tuple[list[Reflection], list[str]]:
     """Asks everything about one picture.
 
     Returns:

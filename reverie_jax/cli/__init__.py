@@ -139,7 +139,7 @@ class Ask:
     def run(self) -> None:
         from reverie_jax.data.conversation import IMAGE, Conversation, Turn
         from reverie_jax.data.images import decode
-        from reverie_jax.data.pipeline import Picture
+        from reverie_jax.data.pipeline import ImageQuestions
         from reverie_jax.eval.engine import Engine, EngineShape
 
         try:
@@ -150,7 +150,7 @@ class Ask:
         model, processor = load_tuned(self.model, self.adapter)
         asked = [(n, Conversation((Turn("user", f"{IMAGE}\n{text}"),))) for n, text in enumerate(self.question)]
         engine = Engine(model, processor, EngineShape(batch_size=1))
-        answers = engine.answer([Picture(str(self.picture), encoded, asked)], new_tokens=self.new_tokens)
+        answers = engine.answer([ImageQuestions(str(self.picture), encoded, asked)], new_tokens=self.new_tokens)
         for number, text in enumerate(self.question):
             print(f"{text}\n  {answers[number]}")
 

@@ -19,13 +19,13 @@ from rich.table import Table
 from rich.text import Text
 
 from reverie_jax.annotate import audit, lrv
-from reverie_jax.annotate.pipeline import RELEASED, Job, Pipeline, Step, Votes, export
+from reverie_jax.annotate.pipeline import RELEASED, AnnotationJob, Pipeline, Step, Votes, export
 from reverie_jax.cli.annotate_options import Annotate, ProviderOptions
 from reverie_jax.errors import UserError
 from reverie_jax.hosted import images
 from reverie_jax.hosted.providers import RequestSettings
 from reverie_jax.hosted.runner import Limits, Outcome
-from reverie_jax.hosted.session import Estimate, ProgressCallback, Session
+from reverie_jax.hosted.session import CostEstimate, ProgressCallback, Session
 
 INCOMPLETE = 1
 """Exit code where some items have no usable reply: the rest is written, and a further run asks for them again."""
@@ -84,7 +84,7 @@ def needed(value: Any, name: str, what: str) -> Any:
     return value
 
 
-def job(options: Annotate) -> Job:
+def job(options: Annotate) -> AnnotationJob:
     """The job that a command line describes.
 
     Raises:
@@ -95,7 +95,7 @@ def job(options: Annotate) -> Job:
     folder, listed = needed(options.pictures, "--pictures", "name the folder of pictures"), options.list
     if listed is None and (options.out / "image_list.json").exists():
         listed = options.out / "image_list.json"  # where the original scripts have it
-    return Job(
+    return AnnotationJob(
         folder=options.out,
         pictures=folder,
         images=tuple(images.listed(folder, listed)),
@@ -159,7 +159,7 @@ def _reflective(options: Annotate, console: Console, on_progress: ProgressCallba
 
 
 def _lrv(options: Annotate, console: Console, on_progress: ProgressCallback) -> int:
-    wanted = lrv.Job(
+    wanted = lrv.AnnotationJob(
         folder=options.out,
         captions=needed(options.captions, "--captions", "name the file of captions"),
         model=needed(options.model, "--model", WRITER),
@@ -252,7 +252,7 @@ def progress_callback(progress: Progress) -> Any:
     return on_progress
 
 
-def estimates_table(rows: list[Estimate]) -> Table:
+def estimates_table(rows: list[CostEstimate]) -> Table:
     table = Table("stage", "had", "to ask", "tokens in", "tokens out", "price", title="nothing was asked")
     for row in rows:
         numbers = (

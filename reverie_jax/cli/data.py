@@ -22,7 +22,7 @@ from reverie_jax.data import contamination as leaks
 from reverie_jax.data import stats as card
 from reverie_jax.data import visualize as pages
 from reverie_jax.data.conversation import Conversation, ImageRecord
-from reverie_jax.data.mixture import Mixture, Part, mixture, read_parts
+from reverie_jax.data.mixture import Mixture, MixtureEntry, mixture, read_parts
 from reverie_jax.data.records import RecordSource, building, write_records
 from reverie_jax.data.row_files import Rows, write_list
 from reverie_jax.data.sources import ReadLog, multiple_choice
@@ -30,7 +30,7 @@ from reverie_jax.data.supervision import Supervision
 from reverie_jax.errors import UserError
 
 
-def parts_of(sources: Sequence[str], file: Path | None = None) -> list[Part]:
+def parts_of(sources: Sequence[str], file: Path | None = None) -> list[MixtureEntry]:
     """FILE=FOLDER each, and those of a mixture file."""
     found = []
     for source in sources:
@@ -38,7 +38,7 @@ def parts_of(sources: Sequence[str], file: Path | None = None) -> list[Part]:
         name, equals, folder = (source, "", "") if Path(source).exists() else source.rpartition("=")
         if not equals:
             name = source
-        found.append(Part(file=Path(name), pictures=Path(folder) if equals else None))
+        found.append(MixtureEntry(file=Path(name), pictures=Path(folder) if equals else None))
     return found + (read_parts(file) if file is not None else [])
 
 

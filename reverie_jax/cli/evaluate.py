@@ -115,7 +115,7 @@ def evaluate(options: options.Eval) -> None:
             )
         except ValueError as error:
             raise UserError(str(error)) from None
-        ask = inference.Ask(how, options.reflect, options.limit)
+        ask = inference.PredictOptions(how, options.reflect, options.limit)
         name = Path(options.adapter or path).name
         with _Bars(console, one.name, loaded, ask) as on_progress:
             predictions = inference.predict(

@@ -15,7 +15,7 @@ from reverie_jax.errors import UserError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from reverie_jax.train.plan.plan import Plan as Figures
+    from reverie_jax.train.plan.plan import StepPlan
 
 _GIB = 2**30
 
@@ -61,7 +61,7 @@ class Plan:
         if not found.fits:
             raise SystemExit(1)
 
-    def figures(self) -> Figures:
+    def figures(self) -> StepPlan:
         """The plan of what was asked for.
 
         Raises:
@@ -89,7 +89,7 @@ class Plan:
         return plan.make_plan(config, recipe, topology, mesh, model=model, dtype=dtype)
 
 
-def _say(plan: Figures) -> None:
+def _say(plan: StepPlan) -> None:
     """One line on stderr for a plan that the search looked at."""
     axes = ",".join(f"{name}={size}" for name, size in plan.mesh.items())
     verdict = "fits" if plan.fits else "does not fit"
@@ -100,7 +100,7 @@ def _say(plan: Figures) -> None:
     )
 
 
-def headline(plan: Figures) -> str:
+def headline(plan: StepPlan) -> str:
     """What was planned, and how, in a line."""
     axes = ", ".join(f"{name} {size}" for name, size in plan.mesh.items())
     how = f"compiled in {plan.compile_seconds:.0f} s" if plan.compiled else "estimated, not compiled"
@@ -115,7 +115,7 @@ def formulas() -> tuple[str, str]:
     return f"step >= {ROOFLINE_FORMULA}", f"model FLOPs = {FLOPS_FORMULA}"
 
 
-def memory_table(plan: Figures) -> Table:
+def memory_table(plan: StepPlan) -> Table:
     """Bytes on one chip by kind, against what it has."""
     from rich.table import Table
 
@@ -140,7 +140,7 @@ def memory_table(plan: Figures) -> Table:
     return table
 
 
-def time_table(plan: Figures) -> Table:
+def time_table(plan: StepPlan) -> Table:
     """The least time of a step, by what bounds it."""
     from rich.table import Table
 

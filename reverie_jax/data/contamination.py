@@ -24,7 +24,7 @@ _COCO = re.compile(r"(?:^|_)(\d{12})$")
 
 
 @dataclasses.dataclass(frozen=True)
-class Leak:
+class Match:
     """A picture of the training data that is one of the evaluation's.
 
     Attributes:
@@ -39,7 +39,7 @@ class Leak:
 
 
 @dataclasses.dataclass(frozen=True)
-class Look:
+class ImageHash:
     """How a picture looks.
 
     Attributes:
@@ -59,17 +59,17 @@ class Evaluation:
         unreadable: files that are no pictures, and why.
     """
 
-    looks: dict[str, Look | None] = dataclasses.field(default_factory=dict)
+    looks: dict[str, ImageHash | None] = dataclasses.field(default_factory=dict)
     unreadable: list[str] = dataclasses.field(default_factory=list)
 
 
-def known_as(name: str) -> str:
+def canonical_name(name: str) -> str:
     """What identifies a picture in its name: COCO's number, whatever the release puts before it; else the name's stem."""
     stem = name.rsplit("/", 1)[-1].rsplit(".", 1)[0].lower()
     return found[1] if (found := _COCO.search(stem)) else stem
 
 
-def look(encoded: bytes, name: str) -> Look:
+def image_hash(encoded: bytes, name: str) -> ImageHash:
     """How a picture looks.
 
     Raises:
@@ -78,7 +78,7 @@ def look(encoded: bytes, name: str) -> Look:
     image = decode(encoded, name)
     bits = imagehash.phash(image).hash.flatten()
     colours = np.asarray(image.resize((8, 8), Image.Resampling.BOX), np.int16)
-    return Look(int.from_bytes(np.packbits(bits).tobytes(), "big"), colours)
+    return ImageHash(int.from_bytes(np.packbits(bits).tobytes(), "big"), colours)
 
 
 def evaluation(places: Sequence[Path], threads: int) -> Evaluation:
@@ -112,14 +112,14 @@ def evaluation(places: Sequence[Path], threads: int) -> Evaluation:
     return found
 
 
-def _look_of(path: Path) -> Look | str:
+def _look_of(path: Path) -> ImageHash | str:
     try:
-        return look(path.read_bytes(), str(path))
+        return image_hash(path.read_bytes(), str(path))
     except (BrokenImage, OSError) as error:
         return str(error)
 
 
-def find(pictures: Iterable[tuple[str, bytes]], against: Evaluation, *, distance: int, threads: int) -> Iterator[Leak]:
+def find(pictures: Iterable[tuple[str, bytes]], against: Evaluation, *, distance: int, threads: int) -> Iterator[Match]:
     """The training pictures that are evaluation pictures.
 
     One name for two pictures that do not look alike is no leak, where both are at hand.
@@ -132,11 +132,11 @@ def find(pictures: Iterable[tuple[str, bytes]], against: Evaluation, *, distance
     names, hashes = list(seen), np.asarray([value.bits for value in seen.values()], np.uint64)
     by_name: dict[str, list[str]] = {}
     for name in against.looks:
-        by_name.setdefault(known_as(name), []).append(name)
+        by_name.setdefault(canonical_name(name), []).append(name)
 
-    def compare(one: tuple[str, bytes]) -> list[Leak]:
+    def compare(one: tuple[str, bytes]) -> list[Match]:
         name, encoded = one
-        own = look(encoded, name) if encoded else None
+        own = image_hash(encoded, name) if encoded else None
         near: dict[str, int] = {}
         if own is not None and len(hashes):
             bits = distances(own.bits, hashes)
@@ -145,11 +145,11 @@ def find(pictures: Iterable[tuple[str, bytes]], against: Evaluation, *, distance
                 plain = min(_spread(own), _spread(other)) < PLAIN
                 if not plain or np.abs(own.colours - other.colours).mean() <= COLOURS:
                     near[names[place]] = int(bits[place])
-        same = by_name.get(known_as(name), [])
-        found = [Leak(name, other, "name and look" if other in same else "look", bits) for other, bits in near.items()]
+        same = by_name.get(canonical_name(name), [])
+        found = [Match(name, other, "name and look" if other in same else "look", bits) for other, bits in near.items()]
         # Where a picture of that name is at hand, what it looks like decides.
         if own is None or not any(other in seen for other in same):
-            found += [Leak(name, other, "name", None) for other in same if other not in near]
+            found += [Match(name, other, "name", None) for other in same if other not in near]
         return found
 
     with ThreadPoolExecutor(threads) as pool:
@@ -162,7 +162,7 @@ def find(pictures: Iterable[tuple[str, bytes]], against: Evaluation, *, distance
             yield from future.result()
 
 
-def _spread(one: Look) -> float:
+def _spread(one: ImageHash) -> float:
     """How much the colours differ from place to place."""
     return float(one.colours.std((0, 1)).mean())
 

@@ -24,7 +24,7 @@ from reverie_jax.data.sources.common import content_name
 from reverie_jax.errors import DataError, UserError
 
 
-class Part(pydantic.BaseModel):
+class MixtureEntry(pydantic.BaseModel):
     """One file of a mixture.
 
     Attributes:
@@ -54,14 +54,14 @@ class Part(pydantic.BaseModel):
         return sources.read(self.file, log, filtered=self.filtered, splits=self.splits)
 
 
-def read_parts(path: Path) -> list[Part]:
+def read_parts(path: Path) -> list[MixtureEntry]:
     """A mixture file: a JSON list of parts; their paths are relative to the file.
 
     Raises:
         UserError: it is none.
     """
     try:
-        parts = pydantic.TypeAdapter(list[Part]).validate_json(path.read_text("utf-8"))
+        parts = pydantic.TypeAdapter(list[MixtureEntry]).validate_json(path.read_text("utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except (pydantic.ValidationError, UnicodeDecodeError) as error:
@@ -246,7 +246,7 @@ class Mixture:
 
 
 def mixture(
-    parts: Sequence[Part],
+    parts: Sequence[MixtureEntry],
     log: ReadLog,
     store: Path | None = None,
     *,
@@ -263,7 +263,7 @@ def mixture(
         DataError: a file, a row or a picture's name cannot be used; the first is named.
     """
 
-    def read(part: Part) -> Iterator[Example]:
+    def read(part: MixtureEntry) -> Iterator[Example]:
         yield from part.talks(log)
         log.settle()
 

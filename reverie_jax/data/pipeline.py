@@ -312,7 +312,7 @@ def every_batch(
 
 
 @dataclasses.dataclass(frozen=True)
-class Picture:
+class ImageQuestions:
     """One picture and the open questions about it, each with the number that its answer will carry.
 
     Attributes:
@@ -330,7 +330,7 @@ class Picture:
 class _Questions(grain.experimental.FlatMapTransform):
     """A picture's questions as one tree, or as few as fit; the number of the picture (from 1) where its pixels will be."""
 
-    def __init__(self, pictures: Sequence[Picture], processor: Processor, shape: SequenceShape):
+    def __init__(self, pictures: Sequence[ImageQuestions], processor: Processor, shape: SequenceShape):
         self.pictures, self.processor, self.shape = pictures, processor, shape
         self.max_fan_out = 1_000
 
@@ -347,7 +347,7 @@ class _Questions(grain.experimental.FlatMapTransform):
 
 
 def question_batches(
-    pictures: Sequence[Picture],
+    pictures: Sequence[ImageQuestions],
     processor: Processor,
     shape: SequenceShape,
     *,

@@ -38,14 +38,16 @@ class Span:
 
 
 @dataclasses.dataclass(frozen=True)
-class Limb:
+class TreeNode:
     """Tokens up to where the tree parts, and what follows."""
 
     spans: list[Span]
-    limbs: list[Limb]
+    tree_nodes: list[TreeNode]
 
 
-def limbs(tree: ConversationTree, tokenizer: Any, *, patches: int = 0, shared: Collection[int] = ()) -> list[Limb]:
+def tree_nodes(
+    tree: ConversationTree, tokenizer: Any, *, patches: int = 0, shared: Collection[int] = ()
+) -> list[TreeNode]:
     """The tree as text, each shared part once.
 
     Args:
@@ -70,13 +72,13 @@ def limbs(tree: ConversationTree, tokenizer: Any, *, patches: int = 0, shared: C
             found.append(Span(_words(pieces, tokenizer), kind[1], len(places), kind[0] >= 0, kind[2]))
         return found
 
-    def below(start: int, stop: int) -> list[Limb]:
+    def below(start: int, stop: int) -> list[TreeNode]:
         found = []
         while start < stop:
             past, end = start + 1, int(tree.ends[start])
             while past < end and int(tree.ends[past]) == end:  # an only child
                 past += 1
-            found.append(Limb(spans(start, past), below(past, end)))
+            found.append(TreeNode(spans(start, past), below(past, end)))
             start = end
         return found
 
@@ -137,7 +139,9 @@ def write(
                 "tokens": len(tree),
                 "flat": tree.flat_tokens,
                 "taught": len(tree.parent),
-                "limbs": limbs(tree, processor.encoder.tokenizer, patches=processor.encoder.patches, shared=shared),
+                "limbs": tree_nodes(
+                    tree, processor.encoder.tokenizer, patches=processor.encoder.patches, shared=shared
+                ),
             }
         )
     template = (importlib.resources.files("reverie_jax.data") / "visualize.html").read_text("utf-8")

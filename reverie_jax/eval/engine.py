@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from reverie_jax.data.conversation import IMAGE, Conversation, ImageRecord, Turn
 from reverie_jax.data.packing import Batch, SequenceShape
-from reverie_jax.data.pipeline import Picture, question_batches
+from reverie_jax.data.pipeline import ImageQuestions, question_batches
 from reverie_jax.data.processor import Processor
 from reverie_jax.data.tree import grow, grow_within, unsupervised
 from reverie_jax.errors import DataError, UserError
@@ -65,8 +65,8 @@ class Group:
 
     shape: SequenceShape
     rows: int
-    pictures: list[Picture]
-    disturbed: tuple[SequenceShape, list[Picture]] | None = None
+    pictures: list[ImageQuestions]
+    disturbed: tuple[SequenceShape, list[ImageQuestions]] | None = None
 
     @property
     def batches(self) -> int:
@@ -107,7 +107,12 @@ class Answer:
 
 
 def plan(
-    pictures: Sequence[Picture], processor: Processor, limit: EngineShape, *, spread: int = 1, disturb: bool = False
+    pictures: Sequence[ImageQuestions],
+    processor: Processor,
+    limit: EngineShape,
+    *,
+    spread: int = 1,
+    disturb: bool = False,
 ) -> list[Group]:
     """Shares questions out over rows, and rows over at most two shapes: few long rows do not make the many longer.
 
@@ -119,7 +124,7 @@ def plan(
     Raises:
         DataError: a question does not fit a row, or (UserError) the decoder's context.
     """
-    sheets: list[tuple[int, int, Picture]] = []
+    sheets: list[tuple[int, int, ImageQuestions]] = []
     for picture in pictures:
         if not picture.questions:
             continue
@@ -155,7 +160,9 @@ def _rounded(length: int) -> int:
     return -(-length // _STEP) * _STEP
 
 
-def _disturbed(pictures: Sequence[Picture], processor: Processor, leaves: int) -> tuple[SequenceShape, list[Picture]]:
+def _disturbed(
+    pictures: Sequence[ImageQuestions], processor: Processor, leaves: int
+) -> tuple[SequenceShape, list[ImageQuestions]]:
     def behind(talk: Conversation) -> Conversation:
         *before, last = talk.turns
         opening = f"{IMAGE}\n" if last.text.startswith(f"{IMAGE}\n") else ""
@@ -210,7 +217,7 @@ class Engine:
 
     def answer(
         self,
-        pictures: Sequence[Picture],
+        pictures: Sequence[ImageQuestions],
         *,
         new_tokens: int,
         progress: Callable[[int], None] = lambda answered: None,
@@ -230,7 +237,7 @@ class Engine:
             progress(len(found))
         return {number: answers[number] for picture in pictures for number, _ in picture.questions}
 
-    def prepare(self, pictures: Sequence[Picture], how: Decoding, *, usual: int | None = None) -> Work:
+    def prepare(self, pictures: Sequence[ImageQuestions], how: Decoding, *, usual: int | None = None) -> Work:
         """Shares questions out over batches, in an order that the questions and the limits alone fix.
 
         Args:
@@ -289,7 +296,7 @@ class Engine:
         # Left last, after the batches that it works for.
         pool = stack.enter_context(ThreadPoolExecutor(os.cpu_count() or 1))
 
-        def of(shape: SequenceShape, pictures: list[Picture]) -> Iterator[Batch]:
+        def of(shape: SequenceShape, pictures: list[ImageQuestions]) -> Iterator[Batch]:
             rest = pictures[skip * group.rows :]
             if not rest:
                 return
@@ -365,7 +372,7 @@ def _whole(x: Any) -> np.ndarray:
     return np.array(multihost_utils.process_allgather(x, tiled=True))
 
 
-def _once(pictures: Sequence[Picture]) -> tuple[list[Picture], dict[int, list[int]]]:
+def _once(pictures: Sequence[ImageQuestions]) -> tuple[list[ImageQuestions], dict[int, list[int]]]:
     """Pictures without questions that stand there already, and the numbers that share another's answer.
 
     POPE's splits share their positives, for one.
@@ -415,7 +422,7 @@ def generate(
         questions = [(number + n, talk) for n, talk in enumerate(record.conversations)]
         number += len(questions)
         # Two records may share a name and show different pictures.
-        pictures.append(Picture(f"{record.id} ({index})", record.image, questions))
+        pictures.append(ImageQuestions(f"{record.id} ({index})", record.image, questions))
     # Long enough for any one conversation; a record's tree takes several rows where it is longer.
     shape = EngineShape(sequence_length=max(2048, processor.context), batch_size=min(8, max(1, len(pictures))))
     engine = Engine(model, processor, shape, mesh=mesh)

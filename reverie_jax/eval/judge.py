@@ -22,12 +22,12 @@ from typing import NamedTuple
 from reverie_jax.errors import UserError
 from reverie_jax.eval.benchmarks.interface import Benchmark, JudgeRequest, Loaded
 from reverie_jax.eval.judge_replies import REPLIES, JudgeReply, of_answers, read_replies, write
-from reverie_jax.hosted.interface import Picture, Refused, Request, digest
+from reverie_jax.hosted.interface import Refused, Request, RequestImage, digest
 from reverie_jax.hosted.journal import Item, Spent
 from reverie_jax.hosted.providers import parse
 from reverie_jax.hosted.request_key import content_of
 from reverie_jax.hosted.runner import Outcome, Task
-from reverie_jax.hosted.session import Estimate, ProgressCallback, RequestConfig, Session
+from reverie_jax.hosted.session import CostEstimate, ProgressCallback, RequestConfig, Session
 
 __all__ = ["Generate", "JudgeOutcome", "estimate", "judge", "of_answers", "prompts", "read_replies"]
 
@@ -100,7 +100,7 @@ def prompts(folder: Path | None = None) -> dict[str, str]:
     return found
 
 
-class _Plan(NamedTuple):
+class _JudgePlan(NamedTuple):
     """What to ask, and short digests of the templates it was made with and of the answers."""
 
     requests: list[JudgeRequest]
@@ -108,9 +108,9 @@ class _Plan(NamedTuple):
     answers: str
 
 
-def _plan(
+def _judge_plan(
     benchmark: Benchmark, loaded: Loaded, answers: Mapping[str, str], rule: str, folder: Path | None, images: bool
-) -> _Plan:
+) -> _JudgePlan:
     if rule not in benchmark.judged:
         named = (
             f"of its rules, {', '.join(sorted(benchmark.judged))} does"
@@ -125,7 +125,7 @@ def _plan(
         raise ValueError(f"{benchmark.name}: two requests carry the same id; replies could not be told apart")
     if not images:
         requests = [dataclasses.replace(request, image=None) for request in requests]
-    return _Plan(requests, digest("templates", templates.used)[:12], of_answers(answers))
+    return _JudgePlan(requests, digest("templates", templates.used)[:12], of_answers(answers))
 
 
 def _label(who: str) -> str:
@@ -159,7 +159,7 @@ def _task(benchmark: Benchmark, loaded: Loaded, request: JudgeRequest, who: str,
     item = Item(STAGE, content, kind, model, f"temperature={settings.temperature} longest={settings.longest} {shown=}")
 
     def ask() -> Request:
-        return Request("evaluate", Picture(request.image or request.id, encoded()), fields, request.prompt, shown)
+        return Request("evaluate", RequestImage(request.image or request.id, encoded()), fields, request.prompt, shown)
 
     return Task(item, request.id, ask, _there)
 
@@ -203,7 +203,7 @@ def judge(
     hosted = [one for one in who if not one.startswith(LOCAL)]
     if len(who) - len(hosted) > 1 or (len(who) > len(hosted) and generate is None):
         raise UserError("one local judge at a time, and something to run it with")
-    plan = _plan(benchmark, loaded, answers, rule, prompts, images)
+    plan = _judge_plan(benchmark, loaded, answers, rule, prompts, images)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -254,14 +254,14 @@ def estimate(
     environment: Mapping[str, str],
     prompts: Path | None,
     images: bool = True,
-) -> list[Estimate]:
+) -> list[CostEstimate]:
     """What `judge` would take, a row a hosted judge; nothing is asked.
 
     Raises:
         UserError: as `judge` does.
     """
     _places(who, out)
-    plan, found = _plan(benchmark, loaded, answers, rule, prompts, images), []
+    plan, found = _judge_plan(benchmark, loaded, answers, rule, prompts, images), []
     with contextlib.closing(Session(out, how, environment)) as session:
         for one in who:
             if not one.startswith(LOCAL):

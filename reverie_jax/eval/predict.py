@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from reverie_jax.data.conversation import IMAGE, Conversation, Turn
-from reverie_jax.data.pipeline import Picture
+from reverie_jax.data.pipeline import ImageQuestions
 from reverie_jax.data.reflection import WHY
 from reverie_jax.data.tokenization import Encoder
 from reverie_jax.errors import UserError
@@ -37,7 +37,7 @@ _TOGETHER = 16
 
 
 @dataclasses.dataclass(frozen=True)
-class Ask:
+class PredictOptions:
     """How a benchmark is put to a model.
 
     Attributes:
@@ -79,7 +79,7 @@ def predict(
     benchmark: Benchmark,
     loaded: Loaded,
     out: Path,
-    ask: Ask,
+    ask: PredictOptions,
     *,
     model: str,
     identity: Mapping[str, Any],
@@ -148,7 +148,7 @@ def _record(
     loaded: Loaded,
     questions: Sequence[Question],
     engine: Engine,
-    ask: Ask,
+    ask: PredictOptions,
     model: str,
     identity: Mapping[str, Any],
 ) -> dict[str, Any]:
@@ -275,7 +275,7 @@ class _Stage:
         how = dataclasses.replace(self.how, new_tokens=cap)
         return self.engine.prepare(self.pictures(cap), how, usual=self.usual)
 
-    def pictures(self, cap: int) -> list[Picture]:
+    def pictures(self, cap: int) -> list[ImageQuestions]:
         """Questions by what they show, in the order in which each picture comes first."""
         by_image: dict[str, list[int]] = {}
         unseen: list[int] = []
@@ -286,10 +286,10 @@ class _Stage:
         def asked(numbers: Sequence[int]) -> list[tuple[int, Conversation]]:
             return [(number, self.talks[number]) for number in numbers]
 
-        found = [Picture(name, _Reader(self.loaded, name), asked(numbers)) for name, numbers in by_image.items()]
+        found = [ImageQuestions(name, _Reader(self.loaded, name), asked(numbers)) for name, numbers in by_image.items()]
         for start in range(0, len(unseen), _TOGETHER):
             part = unseen[start : start + _TOGETHER]
-            found.append(Picture(f"question {self.questions[part[0]].id}", b"", asked(part)))
+            found.append(ImageQuestions(f"question {self.questions[part[0]].id}", b"", asked(part)))
         return found
 
 

@@ -21,8 +21,8 @@ import tenacity
 from reverie_jax.errors import UserError
 from reverie_jax.hosted.interface import (
     AnnotationError,
-    Batch,
     BatchProvider,
+    BatchStatus,
     NoAccess,
     Provider,
     Refused,
@@ -187,7 +187,7 @@ class _Run:
             self.gate.leave(task.item.stage, None)
             self._unhappy(task, error)
 
-    async def _results(self, batch: _Open) -> tuple[Batch, list[tuple[str, Reply | AnnotationError]]]:
+    async def _results(self, batch: _Open) -> tuple[BatchStatus, list[tuple[str, Reply | AnnotationError]]]:
         """How a batch stands, and its results where it has ended."""
         try:
             found = await self.patiently(batch.provider.look, batch.name)
@@ -195,7 +195,7 @@ class _Run:
         except NoAccess as error:
             if " 404" not in str(error):
                 raise
-            return Batch(True, "the provider has the batch no more"), []
+            return BatchStatus(True, "the provider has the batch no more"), []
 
     async def collect(self) -> None:
         """Takes in the results of the batches that have ended."""

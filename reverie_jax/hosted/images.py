@@ -13,13 +13,13 @@ from PIL import Image, UnidentifiedImageError
 from reverie_jax.data.images import BrokenImage, decode
 from reverie_jax.data.row_files import read_list
 from reverie_jax.errors import UserError
-from reverie_jax.hosted.interface import Picture, Refused
+from reverie_jax.hosted.interface import Refused, RequestImage
 
 _TAKEN = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 
 
-def as_sent(picture: Picture) -> tuple[str, bytes]:
+def as_sent(picture: RequestImage) -> tuple[str, bytes]:
     """(media type, bytes) by content, whatever the name says; other formats become PNG.
 
     Raises:
@@ -44,7 +44,7 @@ def hashed(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:32]
 
 
-def read(folder: Path, name: str) -> Picture:
+def read(folder: Path, name: str) -> RequestImage:
     """A picture that opens.
 
     Raises:
@@ -57,7 +57,7 @@ def read(folder: Path, name: str) -> Picture:
         raise Refused(f"picture cannot be read ({error.strerror})") from None
     except UserError as error:
         raise Refused(str(error).replace(f"{name}: ", "", 1)) from None
-    return Picture(name, encoded)
+    return RequestImage(name, encoded)
 
 
 def place(folder: Path, name: str) -> Path:

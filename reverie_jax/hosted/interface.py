@@ -23,7 +23,7 @@ Stage = Literal[
 
 
 @dataclasses.dataclass(frozen=True)
-class Picture:
+class RequestImage:
     """An image as an annotator gets it: `key` is its name, `encoded` the file's bytes (PNG, JPEG, …)."""
 
     key: str
@@ -45,7 +45,7 @@ class Request:
     """
 
     stage: Stage
-    picture: Picture
+    picture: RequestImage
     fields: Mapping[str, str]
     prompt: str = ""
     shown: bool = True
@@ -99,7 +99,7 @@ class Provider(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Batch:
+class BatchStatus:
     """How a batch stands at its provider.
 
     Attributes:
@@ -139,9 +139,9 @@ class BatchProvider(Provider, Protocol):
         """The name of the batch that has our label; None where the provider has none."""
         ...
 
-    async def look(self, name: str) -> Batch: ...
+    async def look(self, name: str) -> BatchStatus: ...
 
-    async def results(self, batch: Batch) -> list[tuple[str, Reply | AnnotationError]]:
+    async def results(self, batch: BatchStatus) -> list[tuple[str, Reply | AnnotationError]]:
         """(key, reply or why there is none) of each request that has a result."""
         ...
 

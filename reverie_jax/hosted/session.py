@@ -17,7 +17,7 @@ from reverie_jax.hosted.runner import DEFAULT_TOKENS, Limits, Outcome, Task, run
 JOURNAL = "journal.sqlite"
 
 
-class Estimate(NamedTuple):
+class CostEstimate(NamedTuple):
     """A stage before it runs."""
 
     stage: str
@@ -116,7 +116,7 @@ class Session:
         )
         return dataclasses.replace(outcome, had=had + outcome.had)
 
-    def estimate(self, stage: str, tasks: Iterable[Task | None], more: int = 0) -> Estimate:
+    def estimate(self, stage: str, tasks: Iterable[Task | None], more: int = 0) -> CostEstimate:
         """What a stage would take, by the journal's means or plain guesses.
 
         Args:
@@ -127,4 +127,4 @@ class Session:
         to_ask = len(unique) - had + more
         mean = self.journal.mean_tokens(stage) or DEFAULT_TOKENS[stage]
         tokens_in, tokens_out = to_ask * mean[0], to_ask * mean[1]
-        return Estimate(stage, had, to_ask, tokens_in, tokens_out, self.how.limits.price(tokens_in, tokens_out))
+        return CostEstimate(stage, had, to_ask, tokens_in, tokens_out, self.how.limits.price(tokens_in, tokens_out))

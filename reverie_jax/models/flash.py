@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from reverie_jax.models import flash_kernels as kernels
-from reverie_jax.models.flash_kernels import LANES, Plan
+from reverie_jax.models.flash_kernels import LANES, KernelPlan
 from reverie_jax.models.sharding import MESH_AXES, RULES
 
 Rows = Float[Array, "B L _ d"]
@@ -103,14 +103,14 @@ def _heads_last(x: Float[Array, "B H P D"], length: int, width: int) -> Float[Ar
     return x[:, :, :length, :width].transpose(0, 2, 1, 3)
 
 
-def _ends(plan: Plan, ends: Array | None, rows: int) -> Int[Array, "B 1 P"]:
+def _ends(plan: KernelPlan, ends: Array | None, rows: int) -> Int[Array, "B 1 P"]:
     if ends is None:  # not read
         return jnp.zeros((rows, 1, plan.blocks * plan.block), jnp.int32)
     return kernels.pad_ends(ends, plan.blocks * plan.block)[:, None]
 
 
-def _plan(q: Array, k: Array, ends: Array | None, block: int, interpret: bool) -> Plan:
-    return Plan(q.shape[1], q.shape[3], block, q.shape[2] // k.shape[2], ends is not None, interpret)
+def _plan(q: Array, k: Array, ends: Array | None, block: int, interpret: bool) -> KernelPlan:
+    return KernelPlan(q.shape[1], q.shape[3], block, q.shape[2] // k.shape[2], ends is not None, interpret)
 
 
 def _forward(
@@ -189,7 +189,7 @@ def _scratch(block: int, width: int = LANES, dtype: Any = jnp.float32) -> Any:
     return pltpu.VMEM((block, width), dtype)
 
 
-def _query_major(plan: Plan, width: int) -> tuple[pl.BlockSpec, ...]:
+def _query_major(plan: KernelPlan, width: int) -> tuple[pl.BlockSpec, ...]:
     """Blocks of queries, keys, ends and statistics on a grid (row, head, query block, key block)."""
 
     def key_block(b: Any, i: Any, j: Any, resident: Any) -> Any:
@@ -206,7 +206,7 @@ def _query_major(plan: Plan, width: int) -> tuple[pl.BlockSpec, ...]:
     )
 
 
-def _key_major(plan: Plan, width: int) -> tuple[pl.BlockSpec, ...]:
+def _key_major(plan: KernelPlan, width: int) -> tuple[pl.BlockSpec, ...]:
     """The same on a grid (row, key head, key block, head within the group, query block)."""
 
     def query_block(b: Any, j: Any, i: Any, resident: Any) -> Any:

@@ -82,7 +82,7 @@ def _column(row: Any) -> Any:
     return jnp.broadcast_to(row, (LANES, row.shape[1])).T
 
 
-class Plan(NamedTuple):
+class KernelPlan(NamedTuple):
     """What the kernels know before they run."""
 
     length: int
@@ -146,7 +146,7 @@ class Plan(NamedTuple):
 
 
 def forward_kernel(
-    plan: Plan,
+    plan: KernelPlan,
     kinds: Any,
     resident: Any,
     q: Any,
@@ -188,7 +188,7 @@ def forward_kernel(
 
 
 def query_kernel(
-    plan: Plan,
+    plan: KernelPlan,
     kinds: Any,
     resident: Any,
     *refs: Any,
@@ -217,7 +217,7 @@ def query_kernel(
         dq[...] = (acc[...] * plan.scale).astype(dq.dtype)
 
 
-def key_kernel(plan: Plan, kinds: Any, resident: Any, *refs: Any) -> None:
+def key_kernel(plan: KernelPlan, kinds: Any, resident: Any, *refs: Any) -> None:
     """Gradients of one block of keys and values, over the group's heads and the blocks of queries.
 
     Scores lie [key, query] here, so that the sums over queries are plain products.

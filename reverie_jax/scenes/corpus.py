@@ -10,7 +10,7 @@ from reverie_jax.annotate.stages import annotate
 from reverie_jax.data.conversation import IMAGE, Conversation, Turn
 from reverie_jax.data.images import encode_png
 from reverie_jax.data.reflection import conversations
-from reverie_jax.hosted.interface import Picture
+from reverie_jax.hosted.interface import RequestImage
 from reverie_jax.scenes import annotator as ask
 from reverie_jax.scenes.draw import render
 from reverie_jax.scenes.graph import CATEGORIES, Scene
@@ -55,7 +55,7 @@ def texts(scenes: list[Scene], seed: int) -> Iterator[str]:
     pictures = {str(index): scene for index, scene in enumerate(scenes)}
     annotator = ask.SceneAnnotator(pictures, seed)
     for key in pictures:
-        for reflection in annotate(Picture(key, b""), annotator, 12)[0]:
+        for reflection in annotate(RequestImage(key, b""), annotator, 12)[0]:
             for talk in conversations(reflection):
                 yield " ".join(turn.text for turn in talk.turns)
                 yield "USER: ASSISTANT:"

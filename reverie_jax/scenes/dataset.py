@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from reverie_jax.annotate.stages import annotate
-from reverie_jax.data.mixture import Mixture, Part, mixture
+from reverie_jax.data.mixture import Mixture, MixtureEntry, mixture
 from reverie_jax.data.reflection import conversations
 from reverie_jax.data.sources import ReadLog, reverie
 from reverie_jax.errors import DataError
-from reverie_jax.hosted.interface import Picture
+from reverie_jax.hosted.interface import RequestImage
 from reverie_jax.scenes.annotator import SceneAnnotator, existence
 from reverie_jax.scenes.corpus import picture
 from reverie_jax.scenes.graph import CATEGORIES, Scene, Thing, World, cooccurrence, take
@@ -69,7 +69,7 @@ def write_annotations(
     rows, dropped = [], []
     for name in names:
         encoded = (folder / PICTURES / name).read_bytes()
-        kept, lost = annotate(Picture(name, encoded), annotator, questions)
+        kept, lost = annotate(RequestImage(name, encoded), annotator, questions)
         dropped += lost
         rows.append((name, name, [talk for reflection in kept for talk in conversations(reflection)]))
     return Annotated(reverie.write(folder / ANNOTATIONS, rows), tuple(dropped))
@@ -77,7 +77,7 @@ def write_annotations(
 
 def records(folder: Path) -> Mixture:
     """A folder's annotations as records."""
-    return mixture([Part(file=folder / ANNOTATIONS, pictures=folder / PICTURES)], ReadLog())
+    return mixture([MixtureEntry(file=folder / ANNOTATIONS, pictures=folder / PICTURES)], ReadLog())
 
 
 def pope_negatives(scenes: Sequence[Scene], prior: Sequence[Scene], seed: int) -> dict[str, list[list[str]]]:

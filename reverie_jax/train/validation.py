@@ -22,7 +22,7 @@ from reverie_jax.train.objective import edge_loss
 from reverie_jax.train.recipes import Recipe
 
 
-class Part(Sequence[ImageRecord]):
+class RecordSlice(Sequence[ImageRecord]):
     """Records from one number up to another."""
 
     def __init__(self, records: Sequence[ImageRecord], first: int, past: int):
@@ -43,7 +43,7 @@ class Part(Sequence[ImageRecord]):
         return self.records[self.first + index % len(self)]
 
     def __repr__(self) -> str:
-        return f"Part({self.records!r}, {self.first}, {self.past})"
+        return f"RecordSlice({self.records!r}, {self.first}, {self.past})"
 
 
 def hold_out(records: Sequence[ImageRecord], count: int) -> tuple[Sequence[ImageRecord], Sequence[ImageRecord]]:
@@ -57,7 +57,7 @@ def hold_out(records: Sequence[ImageRecord], count: int) -> tuple[Sequence[Image
     first = len(records) - count
     if first < 1:
         raise ValueError(f"holdout={count} of {len(records)} records leaves none to train on")
-    return Part(records, 0, first), Part(records, first, len(records))
+    return RecordSlice(records, 0, first), RecordSlice(records, first, len(records))
 
 
 class Validation:

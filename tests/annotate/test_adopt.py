@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from reverie_jax.annotate.pipeline import Job, Pipeline, export
+from reverie_jax.annotate.pipeline import AnnotationJob, Pipeline, export
 from reverie_jax.errors import UserError
 from reverie_jax.hosted.journal import Journal
 from reverie_jax.hosted.runner import Limits
@@ -81,14 +81,14 @@ def original(tmp_path, pictures):
 
 
 @pytest.fixture
-def job(tmp_path, pictures) -> Job:
+def job(tmp_path, pictures) -> AnnotationJob:
     prompts = helpers.write_prompts(tmp_path / "prompts")
     limits = Limits(concurrency=4, backoff=0.001, longest=0.001)
     folder = tmp_path / "target"
-    return Job(folder, tmp_path / "pictures", tuple(pictures), WHO, count=1, prompts=prompts, limits=limits)
+    return AnnotationJob(folder, tmp_path / "pictures", tuple(pictures), WHO, count=1, prompts=prompts, limits=limits)
 
 
-def go_on(job: Job, *stages: str) -> tuple[dict[str, int], list[str]]:
+def go_on(job: AnnotationJob, *stages: str) -> tuple[dict[str, int], list[str]]:
     """Runs all stages; how many requests were made for each, and the notes."""
     with Memory(answer) as server:
         with Pipeline(job, os.environ) as pipeline:
@@ -101,7 +101,7 @@ def go_on(job: Job, *stages: str) -> tuple[dict[str, int], list[str]]:
         return dict(Counter(map(stage_of, server.calls))), notes
 
 
-def same(job: Job, wanted: dict[str, Any]) -> bool:
+def same(job: AnnotationJob, wanted: dict[str, Any]) -> bool:
     for name in (QUESTIONS, RATIONALES, JUDGED, RELEASED):
         assert load(job.folder, name) == wanted[name], name
     return True

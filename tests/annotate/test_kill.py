@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-from reverie_jax.annotate.pipeline import Job, Pipeline, export
+from reverie_jax.annotate.pipeline import AnnotationJob, Pipeline, export
 from reverie_jax.hosted.runner import Limits
 from tests.annotate import helpers
 from tests.annotate.helpers import FILES, JOURNAL, answer, marks, stage_of
@@ -80,7 +80,7 @@ def undisturbed(folder: Path, pictures: tuple[str, ...], who: str, count: int, m
     provider = who.split(":")[0]
     with Server(answer, lambda call: Fault.EMPTY if hopeless(call) else None) as server:
         monkeypatch.setenv(ADDRESS[provider], f"{server.url}/v1" if provider == "openai" else server.url)
-        job = Job(
+        job = AnnotationJob(
             folder / "calm",
             folder / "pictures",
             pictures,

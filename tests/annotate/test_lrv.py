@@ -67,7 +67,7 @@ def genome(tmp_path):
 def job(tmp_path, genome, server, **options):
     quick = Limits(backoff=0.01, longest=0.05)
     who = f"openai:m@{server.url}/v1"
-    return lrv.Job(tmp_path / "out", genome, who, settings=RequestSettings(timeout=2.0), limits=quick, **options)
+    return lrv.LrvJob(tmp_path / "out", genome, who, settings=RequestSettings(timeout=2.0), limits=quick, **options)
 
 
 def written(tmp_path):
@@ -139,4 +139,4 @@ def test_other_files_are_refused_in_one_line(tmp_path, text):
 @pytest.mark.parametrize("counts", [(0, 0, 0, 0), (-1, 2, 2, 2)])
 def test_counts_that_make_no_sense(tmp_path, genome, counts):
     with pytest.raises(UserError, match="--counts"):
-        lrv.Generation(lrv.Job(tmp_path / "out", genome, "openai:m", counts=counts), KEY)
+        lrv.Generation(lrv.LrvJob(tmp_path / "out", genome, "openai:m", counts=counts), KEY)

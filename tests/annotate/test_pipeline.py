@@ -58,7 +58,7 @@ import pytest
 from PIL import Image
 
 from reverie_jax.annotate import pipeline as pipelines
-from reverie_jax.annotate.pipeline import Job, Pipeline, decide, export
+from reverie_jax.annotate.pipeline import AnnotationJob, Pipeline, decide, export
 from reverie_jax.data.mixture import Part, mixture
 from reverie_jax.data.sources import Reading
 from reverie_jax.errors import UserError
@@ -108,7 +108,9 @@ def pictures(tmp_path) -> dict[str, bytes]:
 def make(tmp_path, prompts, pictures):
     """A job over the six pictures; a server stands for who writes and judges."""
 
-    def job(server: Server | Memory | None = None, provider: str = "openai", out: str = "out", **changes) -> Job:
+    def job(
+        server: Server | Memory | None = None, provider: str = "openai", out: str = "out", **changes
+    ) -> AnnotationJob:
         options = {
             "folder": tmp_path / out,
             "pictures": tmp_path / "pictures",
@@ -118,7 +120,7 @@ def make(tmp_path, prompts, pictures):
             "prompts": prompts,
             "limits": QUICK,
         }
-        return Job(**(options | changes))
+        return AnnotationJob(**(options | changes))
 
     return job
 
@@ -127,7 +129,7 @@ def name_of(server: Server | Memory, provider: str = "openai", model: str = "tin
     return f"{provider}:{model}@{server.url}" + ("/v1" if provider == "openai" else "")
 
 
-def run(job: Job, *stages: str) -> dict[str, pipelines.Outcome]:
+def run(job: AnnotationJob, *stages: str) -> dict[str, pipelines.Outcome]:
     with Pipeline(job, os.environ) as pipeline:
         found = {stage: getattr(pipeline, stage)() for stage in stages or STAGES}
     if not stages:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from reverie_jax.data.mixture import Part, mixture
+from reverie_jax.data.mixture import MixtureEntry, mixture
 from reverie_jax.data.sources import ReadLog
 from tests.annotate import helpers
 from tests.annotate.helpers import (
@@ -448,7 +448,7 @@ def test_scenes(annotate, reverie, tmp_path):
     assert {row["question_type"] for row in questions} <= {"yes/no", "choice", "short", "open"}
     assert {row["gemini_pro_judge"] for row in judged} == {"no"}  # exact rationales never contradict each other
     assert load(out, DROPPED) == []
-    assert len(list(mixture([Part(file=out / RELEASED, pictures=folder)], ReadLog()))) == 4
+    assert len(list(mixture([MixtureEntry(file=out / RELEASED, pictures=folder)], ReadLog()))) == 4
     assert len(load(out, RELEASED)) == 24
     first = {name: (out / name).read_bytes() for name in (QUESTIONS, RATIONALES, JUDGED, RELEASED)}
     again = tmp_path / "again"

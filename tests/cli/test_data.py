@@ -26,7 +26,7 @@ from reverie_jax.cli.data_options import Build
 from reverie_jax.data import records as records_module
 from reverie_jax.data.conversation import ImageRecord
 from reverie_jax.data.images import encode_png
-from reverie_jax.data.mixture import Part, mixture
+from reverie_jax.data.mixture import MixtureEntry, mixture
 from reverie_jax.data.records import RecordSource, write_records
 from reverie_jax.data.sources import ReadLog
 from reverie_jax.errors import DataError, UserError
@@ -261,7 +261,10 @@ def test_a_picture_alone_in_its_name_is_called_by_it(tmp_path):
         (tmp_path / f"{folder}.json").write_text(json.dumps(rows))
         parts.append(tmp_path / f"{folder}.json")
     for seed in range(20):  # until the cap takes x.png of the first part away
-        caps = [Part(file=parts[0], pictures=tmp_path / "a", cap=1), Part(file=parts[1], pictures=tmp_path / "b")]
+        caps = [
+            MixtureEntry(file=parts[0], pictures=tmp_path / "a", cap=1),
+            MixtureEntry(file=parts[1], pictures=tmp_path / "b"),
+        ]
         with mixture(caps, ReadLog(), seed=seed) as found:
             ids = [record.id for record in found]
         if ids[0] == "a.png":
@@ -385,7 +388,7 @@ def test_a_bad_picture_leaves_the_old_records_and_one_line(tmp_path, capsys):
 
 def test_a_picture_that_goes_away_is_one_line(tmp_path):
     world = World(tmp_path / "w").make(4)
-    parts = [Part(file=file, pictures=tmp_path / "w" / "pictures") for file in world.files]
+    parts = [MixtureEntry(file=file, pictures=tmp_path / "w" / "pictures") for file in world.files]
     with mixture(parts, ReadLog()) as found:
         world.picture(2).unlink()
         with pytest.raises(DataError) as error:
@@ -525,7 +528,7 @@ def test_splits_have_shards_of_their_own(tmp_path):
 
 def test_splits_of_the_same_records_share_their_shards(tmp_path):
     world = World(tmp_path / "w").make(4, silent=0)
-    parts = [Part(file=file, pictures=world.folder / "pictures") for file in world.files]
+    parts = [MixtureEntry(file=file, pictures=world.folder / "pictures") for file in world.files]
     with mixture(parts, ReadLog()) as found:
         folder = write_records(world.out, {"train": found, "test": found}, jobs=2)
     assert held(RecordSource(folder)) == held(RecordSource(folder, "test")) == world.wanted()

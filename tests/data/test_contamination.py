@@ -18,8 +18,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from reverie_jax.cli.data_options import Leak as Command
-from reverie_jax.data.contamination import COLOURS, Evaluation, Leak, Look, distances, evaluation, find, known_as, look
+from reverie_jax.cli.data_options import Match as Command
+from reverie_jax.data.contamination import (
+    COLOURS,
+    Evaluation,
+    ImageHash,
+    Match,
+    canonical_name,
+    distances,
+    evaluation,
+    find,
+    image_hash,
+)
 from reverie_jax.data.images import BrokenImage
 from reverie_jax.data.records import write_records
 from reverie_jax.errors import DataError, UserError
@@ -53,13 +63,13 @@ def against(**pictures: bytes | None) -> Evaluation:
     """Evaluation pictures by name; None where only the name is known. Two underscores are a dot."""
     return Evaluation(
         {
-            name.replace("__", "."): None if picture is None else look(picture, name)
+            name.replace("__", "."): None if picture is None else image_hash(picture, name)
             for name, picture in pictures.items()
         }
     )
 
 
-def leaks(name: str, picture: bytes, known: Evaluation, distance: int = 4) -> list[Leak]:
+def leaks(name: str, picture: bytes, known: Evaluation, distance: int = 4) -> list[Match]:
     return list(find([(name, picture)], known, distance=distance, threads=2))
 
 
@@ -81,8 +91,8 @@ SAME = [
 @pytest.mark.parametrize("name", SAME)
 @pytest.mark.parametrize("other", SAME)
 def test_a_coco_picture_is_known_by_its_number_in_every_release(name, other):
-    assert known_as(name) == known_as(other)
-    assert leaks(name, b"", Evaluation({other: None})) == [Leak(name, other, "name", None)]
+    assert canonical_name(name) == canonical_name(other)
+    assert leaks(name, b"", Evaluation({other: None})) == [Match(name, other, "name", None)]
 
 
 @pytest.mark.parametrize(
@@ -114,13 +124,13 @@ def test_other_pictures_are_known_by_their_names(one, other, same):
     st.sampled_from((".jpg", ".JPG", ".png", "")),
 )
 def test_the_number_of_any_coco_name_is_found(number, prefix, folder, suffix):
-    assert known_as(f"{folder}{prefix}{number:012d}{suffix}") == f"{number:012d}"
+    assert canonical_name(f"{folder}{prefix}{number:012d}{suffix}") == f"{number:012d}"
 
 
 def test_a_name_alone_is_a_leak_where_either_picture_is_not_at_hand():
     picture, other = encoded(natural(1)), encoded(natural(2))
-    assert leaks("a.png", picture, against(a__jpg=None)) == [Leak("a.png", "a.jpg", "name", None)]
-    assert leaks("a.png", b"", against(a__jpg=other)) == [Leak("a.png", "a.jpg", "name", None)]
+    assert leaks("a.png", picture, against(a__jpg=None)) == [Match("a.png", "a.jpg", "name", None)]
+    assert leaks("a.png", b"", against(a__jpg=other)) == [Match("a.png", "a.jpg", "name", None)]
 
 
 def test_one_name_for_two_pictures_is_no_leak_where_both_are_at_hand():
@@ -129,12 +139,12 @@ def test_one_name_for_two_pictures_is_no_leak_where_both_are_at_hand():
 
 def test_one_name_for_one_picture_is_found_by_both():
     picture = encoded(natural(1))
-    assert leaks("x/a.png", picture, against(a__jpg=picture)) == [Leak("x/a.png", "a.jpg", "name and look", 0)]
+    assert leaks("x/a.png", picture, against(a__jpg=picture)) == [Match("x/a.png", "a.jpg", "name and look", 0)]
 
 
 def test_another_name_is_found_by_its_look_alone():
     picture = encoded(natural(1))
-    assert leaks("x.png", picture, against(a__jpg=picture)) == [Leak("x.png", "a.jpg", "look", 0)]
+    assert leaks("x.png", picture, against(a__jpg=picture)) == [Match("x.png", "a.jpg", "look", 0)]
 
 
 def test_every_likeness_is_told():
@@ -178,7 +188,7 @@ def test_a_changed_copy_is_found(change, seed):
 
 
 def test_different_pictures_do_not_look_alike():
-    looks = [look(encoded(natural(seed)), "x") for seed in range(24)]
+    looks = [image_hash(encoded(natural(seed)), "x") for seed in range(24)]
     hashes = np.asarray([one.bits for one in looks], np.uint64)
     apart = [distances(int(one), np.delete(hashes, number)).min() for number, one in enumerate(hashes)]
     assert min(apart) > 8
@@ -199,8 +209,8 @@ GREY = np.full((8, 8, 3), 100, np.int16)
 @pytest.mark.parametrize(("more", "alike"), [(0, True), (COLOURS, True), (COLOURS + 1, False), (-COLOURS - 1, False)])
 def test_looks_of_other_colours_are_others(more, alike):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("reverie_jax.data.contamination.look", lambda encoded, name: Look(7, GREY))
-        found = leaks("t.png", b"x", Evaluation({"e.png": Look(7, (GREY + more).astype(np.int16))}))
+        patch.setattr("reverie_jax.data.contamination.look", lambda encoded, name: ImageHash(7, GREY))
+        found = leaks("t.png", b"x", Evaluation({"e.png": ImageHash(7, (GREY + more).astype(np.int16))}))
     assert bool(found) == alike
 
 
@@ -209,21 +219,21 @@ def test_looks_of_other_colours_are_others(more, alike):
 def test_the_distance_is_the_last_that_counts(own, flipped, distance):
     other = own ^ sum(1 << bit for bit in flipped)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("reverie_jax.data.contamination.look", lambda encoded, name: Look(own, GREY))
-        found = leaks("t.png", b"x", Evaluation({"e.png": Look(other, GREY)}), distance)
-    assert found == ([Leak("t.png", "e.png", "look", len(flipped))] if len(flipped) <= distance else [])
+        patch.setattr("reverie_jax.data.contamination.look", lambda encoded, name: ImageHash(own, GREY))
+        found = leaks("t.png", b"x", Evaluation({"e.png": ImageHash(other, GREY)}), distance)
+    assert found == ([Match("t.png", "e.png", "look", len(flipped))] if len(flipped) <= distance else [])
 
 
 def test_distance_zero_finds_only_the_same_look():
     picture, known = natural(3), against(e__png=encoded(natural(3)))
-    assert leaks("t.bmp", encoded(picture, "BMP"), known, 0) == [Leak("t.bmp", "e.png", "look", 0)]
+    assert leaks("t.bmp", encoded(picture, "BMP"), known, 0) == [Match("t.bmp", "e.png", "look", 0)]
     squeezed = next(
         one
         for one in (
             encoded(picture.rotate(angle, Image.Resampling.BICUBIC, fillcolor=(128, 128, 128)))
             for angle in np.linspace(0.2, 3, 20).tolist()
         )
-        if look(one, "x").bits != look(encoded(picture), "x").bits
+        if image_hash(one, "x").bits != image_hash(encoded(picture), "x").bits
     )
     assert leaks("t.png", squeezed, known, 0) == []
     assert leaks("t.png", squeezed, known, 63)
@@ -238,7 +248,7 @@ def test_black_and_white_are_no_leak():
 
 
 def test_a_flat_picture_looks_like_no_natural_one():
-    known = Evaluation({str(n): look(encoded(natural(n)), "x") for n in range(10)})
+    known = Evaluation({str(n): image_hash(encoded(natural(n)), "x") for n in range(10)})
     assert leaks("flat.png", png(), known) == []
 
 
@@ -290,7 +300,7 @@ def test_pictures_of_a_folder_are_found_at_any_depth(tmp_path):
     found = evaluation([tmp_path / "e"], 2)
     values = {Path(name).name: value for name, value in found.looks.items()}
     assert set(values) == {"a.png", "b.JPG", "c.webp"}
-    assert values["a.png"].bits == look(png(), "x").bits
+    assert values["a.png"].bits == image_hash(png(), "x").bits
     assert found.unreadable == []
 
 
@@ -457,9 +467,9 @@ def test_the_command_names_what_it_finds_and_ends_with_one(world, capsys):
     assert "2 of 4 records show one of 3 evaluation pictures" in out
     found = {row["training"]: row for row in written(world.out)}
     assert set(found) == {"seen.png", f"coco/train2017/{NUMBER}.png"}
-    look, name = found["seen.png"], found[f"coco/train2017/{NUMBER}.png"]
-    assert (Path(look["evaluation"]).name, look["how"]) == ("unseen.jpg", "look")
-    assert 0 <= look["distance"] <= 4
+    image_hash, name = found["seen.png"], found[f"coco/train2017/{NUMBER}.png"]
+    assert (Path(image_hash["evaluation"]).name, image_hash["how"]) == ("unseen.jpg", "look")
+    assert 0 <= image_hash["distance"] <= 4
     assert (name["evaluation"], name["how"], name["distance"]) == (f"COCO_val2014_{NUMBER}.jpg", "name", None)
 
 
@@ -473,10 +483,10 @@ def test_the_command_ends_with_zero_where_there_is_none(world, capsys, tmp_path)
 
 
 def test_records_are_compared_as_their_annotation_files_are(world, capsys):
-    from reverie_jax.data.mixture import Part, mixture
+    from reverie_jax.data.mixture import MixtureEntry, mixture
     from reverie_jax.data.sources import ReadLog
 
-    with mixture([Part(file=world.rows)], ReadLog()) as found:
+    with mixture([MixtureEntry(file=world.rows)], ReadLog()) as found:
         write_records(world.records, {"train": found})
     sources = (str(world.records), str(world.rows))
     results = []
@@ -499,8 +509,8 @@ def test_the_command_says_what_it_could_not_compare(world, capsys, tmp_path):
 def test_the_distance_of_the_command_is_kept(world, capsys, tmp_path):
     far = place(tmp_path / "e", far__png=encoded(natural(1).rotate(4, Image.Resampling.BICUBIC)))
     bits = distances(
-        look(encoded(natural(1)), "x").bits,
-        np.asarray([look((far / "far.png").read_bytes(), "x").bits], np.uint64),
+        image_hash(encoded(natural(1)), "x").bits,
+        np.asarray([image_hash((far / "far.png").read_bytes(), "x").bits], np.uint64),
     ).item()
     assert bits > 0
     assert run(capsys, Command((str(world.rows),), (far,), distance=bits))[0] == 1

@@ -21,7 +21,7 @@ from reverie_jax.data import check as checking
 from reverie_jax.data import sources
 from reverie_jax.data.conversation import IMAGE, Conversation, Turn
 from reverie_jax.data.images import MAX_PIXELS
-from reverie_jax.data.mixture import Mixture, Part, mixture, read_parts
+from reverie_jax.data.mixture import Mixture, MixtureEntry, mixture, read_parts
 from reverie_jax.data.sources import Example, Pictures, ReadLog, Rows, llava
 from reverie_jax.data.supervision import Supervision
 from reverie_jax.data.tokenization import Encoder
@@ -52,7 +52,7 @@ def read(path, **options):
 
 
 def records(*parts, **options):
-    made = [part if isinstance(part, Part) else Part(file=part) for part in parts]
+    made = [part if isinstance(part, MixtureEntry) else MixtureEntry(file=part) for part in parts]
     with mixture(made, ReadLog(), **options) as found:
         return list(found)
 
@@ -309,7 +309,7 @@ def test_rows_that_nobody_judged_are_left_out_unless_all_are_wanted(tmp_path, pi
     unjudged = {key: value for key, value in judged().items() if key != "gemini_pro_judge"}
     path = written(tmp_path / "a.json", [unjudged, judged(1)])
     assert [talk.turns[3].text for talk in records(path)[0].conversations] == ["The sun shines.", "No lamp is lit 1."]
-    (record,) = records(Part(file=path, filtered=False))
+    (record,) = records(MixtureEntry(file=path, filtered=False))
     assert [talk.kind for talk in record.conversations] == ["positive", "negative", "negative"]
 
 
@@ -429,7 +429,7 @@ def test_one_name_in_two_folders_is_two_pictures(tmp_path, pictures):
     other.mkdir()
     (other / "a.png").write_bytes(png((9, 9, 9)))
     one, two = written(tmp_path / "1.json", [row("a.png")]), written(tmp_path / "2.json", [row("a.png"), row("a.png")])
-    found = records(one, Part(file=two, pictures=other))
+    found = records(one, MixtureEntry(file=two, pictures=other))
     assert [(record.image, len(record.conversations)) for record in found] == [(png((0, 0, 0)), 1), (png((9, 9, 9)), 2)]
     assert len({record.id for record in found}) == 2
 
@@ -495,7 +495,7 @@ def test_pictures_without_a_row_that_is_kept_are_no_records(shared):
 
 def test_a_cap_keeps_the_same_rows_whatever_they_weigh(tmp_path, pictures):
     path = written(tmp_path / "a.json", [row("a.png", f"Q{number}?", "A.") for number in range(20)])
-    one, two = (records(Part(file=path, cap=4, weight=weight))[0] for weight in (1.0, 2.0))
+    one, two = (records(MixtureEntry(file=path, cap=4, weight=weight))[0] for weight in (1.0, 2.0))
     assert [talk.turns[0].text for talk in one.conversations] == [talk.turns[0].text for talk in two.conversations]
 
 
@@ -504,8 +504,8 @@ def test_a_cap_does_not_rename_a_picture(tmp_path, pictures):
     other.mkdir()
     (other / "a.png").write_bytes(png((9, 9, 9)))
     first = written(tmp_path / "1.json", [row("a.png"), *(row("b.png", f"Q{n}?", "A.") for n in range(40))])
-    second = Part(file=written(tmp_path / "2.json", [row("a.png")]), pictures=other)
-    found = records(Part(file=first, cap=1), second)
+    second = MixtureEntry(file=written(tmp_path / "2.json", [row("a.png")]), pictures=other)
+    found = records(MixtureEntry(file=first, cap=1), second)
     assert [record.id for record in found] == ["b.png", "a.png"]
 
 
@@ -555,7 +555,7 @@ def same_tree(one, other):
 @pytest.mark.parametrize("weight", [2, 3])
 def test_a_weight_is_as_good_as_repeating_the_rows(tmp_path, pictures, rows, weight):
     path, words, teach = written(tmp_path / "a.json", rows), encoder(), Supervision(answers="as-published")
-    (weighed,) = records(Part(file=path, weight=weight))
+    (weighed,) = records(MixtureEntry(file=path, weight=weight))
     (repeated,) = records(*[path] * weight)
     assert len(repeated.conversations) == weight * len(weighed.conversations)
     trees = [grow([words(one) for one in teach(record.conversations)]) for record in (weighed, repeated)]
@@ -610,7 +610,7 @@ def test_a_digest_changes_with_a_pictures_file(tmp_path, pictures):
     path = written(tmp_path / "a.json", [row("a.png"), row("b.png")])
 
     def found():
-        with mixture([Part(file=path)], ReadLog()) as made:
+        with mixture([MixtureEntry(file=path)], ReadLog()) as made:
             return made.digest(0, 1), made.digest(1, 2)
 
     before = found()
@@ -663,7 +663,7 @@ def test_paths_of_a_mixture_file_are_relative_to_it(tmp_path, pictures, monkeypa
 def test_a_mixture_file_says_everything_that_a_part_can_be(tmp_path):
     whole = {"file": "a.json", "pictures": "p", "cap": 3, "weight": 0.5, "filtered": False, "splits": ["train", "val"]}
     (part,) = read_parts(written(tmp_path / "m.json", [whole]))
-    assert part == Part(
+    assert part == MixtureEntry(
         file=tmp_path / "a.json", pictures=tmp_path / "p", cap=3, weight=0.5, filtered=False, splits=("train", "val")
     )
 
@@ -716,8 +716,8 @@ def test_a_weight_without_end_is_refused(tmp_path, weight):
 
 
 def test_missing_files_and_folders_of_a_mixture_are_named(tmp_path, pictures):
-    good = Part(file=written(tmp_path / "a.json", [row("a.png")]))
-    for bad in (Part(file=tmp_path / "none.json"), Part(file=good.file, pictures=tmp_path / "nowhere")):
+    good = MixtureEntry(file=written(tmp_path / "a.json", [row("a.png")]))
+    for bad in (MixtureEntry(file=tmp_path / "none.json"), MixtureEntry(file=good.file, pictures=tmp_path / "nowhere")):
         with pytest.raises(DataError) as error:
             records(good, bad)
         one_line(error, "none.json" if bad.pictures is None else "nowhere")
@@ -775,7 +775,7 @@ def test_traps_are_small_and_refused_by_name_in_files(tmp_path, traps, name):
     assert len(TRAPS[name]) < 250_000
     path = written(tmp_path / "a.json", [row(f"{name}.png")])
     with pytest.raises(DataError) as error:
-        records(Part(file=path, pictures=traps))
+        records(MixtureEntry(file=path, pictures=traps))
     one_line(error, f"{name}.png")
     (offender,) = checking.check(path, traps).offenders
     assert offender.fatal
@@ -869,7 +869,7 @@ def test_larger_pictures_are_scaled_down_on_request_alone(tmp_path, pictures):
     large = Image.new("RGB", (80, 40), (200, 30, 30))
     large.save(pictures / "large.png")
     path = written(tmp_path / "a.json", [row("large.png"), row("a.png")])
-    parts = [Part(file=path, pictures=pictures)]
+    parts = [MixtureEntry(file=path, pictures=pictures)]
     with mixture(parts, ReadLog()) as whole, mixture(parts, ReadLog(), side=20) as small:
         assert [one.image for one in whole] == [(pictures / name).read_bytes() for name in ("large.png", "a.png")]
         assert Image.open(io.BytesIO(small[0].image)).size == (20, 10)

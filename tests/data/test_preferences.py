@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from reverie_jax.data import check as checking
 from reverie_jax.data import sources
 from reverie_jax.data.conversation import IMAGE
-from reverie_jax.data.mixture import Part, mixture
+from reverie_jax.data.mixture import MixtureEntry, mixture
 from reverie_jax.data.preferences import pairs
 from reverie_jax.data.sources import ReadLog
 from reverie_jax.data.supervision import Supervision
@@ -83,7 +83,7 @@ def read(path):
 
 
 def records(*paths, **options):
-    with mixture([Part(file=path, **options) for path in paths], ReadLog()) as found:
+    with mixture([MixtureEntry(file=path, **options) for path in paths], ReadLog()) as found:
         return list(found)
 
 
@@ -377,7 +377,7 @@ HOSTILE = {
 @pytest.mark.parametrize("picture", HOSTILE.values(), ids=HOSTILE)
 def test_an_embedded_picture_that_cannot_be_opened_is_refused_by_name(tmp_path, picture):
     path = parquet(tmp_path / "a.parquet", [rlhf(0), rlhf(1, picture), rlhf(2)])
-    with mixture([Part(file=path)], ReadLog()) as found:
+    with mixture([MixtureEntry(file=path)], ReadLog()) as found:
         assert found[0].image == png((0, 0, 0))
         with pytest.raises(DataError) as error:
             found[1]

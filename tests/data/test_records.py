@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reverie_jax.data.conversation import IMAGE, Conversation, ImageRecord, Turn
-from reverie_jax.data.mixture import Part, mixture
+from reverie_jax.data.mixture import MixtureEntry, mixture
 from reverie_jax.data.packing import Batch, SequenceShape
-from reverie_jax.data.pipeline import Picture, dataset_stats, question_batches, training_batches, trees
+from reverie_jax.data.pipeline import ImageQuestions, dataset_stats, question_batches, training_batches, trees
 from reverie_jax.data.processor import Processor
 from reverie_jax.data.records import RecordSource, write_records
 from reverie_jax.data.sources import ReadLog, llava, reverie
@@ -161,7 +161,7 @@ def annotations(pictures: Path, rows: object) -> Path:
 
 
 def read(pictures: Path, rows: object) -> list[ImageRecord]:
-    with mixture([Part(file=annotations(pictures, rows), pictures=pictures)], ReadLog()) as found:
+    with mixture([MixtureEntry(file=annotations(pictures, rows), pictures=pictures)], ReadLog()) as found:
         return list(found)
 
 
@@ -200,7 +200,7 @@ def test_written_rows_are_read_back(tmp_path_factory, texts):
     (folder / "ü.png").write_bytes(png())
     talks = [talk(asked, said, ("Explain why.", why)) for asked, said, why in texts]
     assert reverie.write(folder / "rows.json", [("7", "ü.png", talks)]) == len(talks)
-    with mixture([Part(file=folder / "rows.json", pictures=folder)], ReadLog()) as found:
+    with mixture([MixtureEntry(file=folder / "rows.json", pictures=folder)], ReadLog()) as found:
         (record,) = found
     assert record.id == "ü.png"
     assert [t.turns for t in record.conversations] == [t.turns for t in talks]
@@ -270,20 +270,20 @@ def test_file_that_is_no_unicode_is_named(pictures):
     path = pictures.parent / "rows.json"
     path.write_bytes(b'["\xff"]')
     with pytest.raises(DataError) as error:
-        mixture([Part(file=path, pictures=pictures)], ReadLog())
+        mixture([MixtureEntry(file=path, pictures=pictures)], ReadLog())
     one_line(error, path)
 
 
 def test_missing_annotations_and_pictures_are_named(pictures):
     with pytest.raises(DataError, match=r"none\.json"):
-        mixture([Part(file=pictures / "none.json", pictures=pictures)], ReadLog())
+        mixture([MixtureEntry(file=pictures / "none.json", pictures=pictures)], ReadLog())
     with pytest.raises(DataError, match="nowhere"):
-        list(mixture([Part(file=annotations(pictures, [row()]), pictures=pictures / "nowhere")], ReadLog()))
+        list(mixture([MixtureEntry(file=annotations(pictures, [row()]), pictures=pictures / "nowhere")], ReadLog()))
 
 
 def test_a_folder_is_no_annotation_file(pictures):
     with pytest.raises(DataError) as error:
-        mixture([Part(file=pictures, pictures=pictures)], ReadLog())
+        mixture([MixtureEntry(file=pictures, pictures=pictures)], ReadLog())
     one_line(error, pictures)
 
 
@@ -445,7 +445,7 @@ def test_every_question_is_asked_once():
     pictures, number = [], itertools.count()
     for index, count in enumerate((5, 1, 3)):
         asked = [(next(number), open_talk(f"Is there x{n} here?")) for n in range(count)]
-        pictures.append(Picture(f"p{index}", png((index, 0, 0)), asked))
+        pictures.append(ImageQuestions(f"p{index}", png((index, 0, 0)), asked))
     shape, words = SequenceShape(length=40, images=1, questions=2), processor()
     found = {}
     for batch in question_batches(pictures, words, shape, rows=4):
@@ -466,5 +466,5 @@ def test_too_long_question_names_its_picture():
     asked = [(0, Conversation((Turn("user", f"{IMAGE}\n" + "word " * 60),)))]
     shape = SequenceShape(length=40, images=1, questions=2)
     with pytest.raises(DataError) as error:
-        list(question_batches([Picture("p0", png(), asked)], processor(), shape, rows=1))
+        list(question_batches([ImageQuestions("p0", png(), asked)], processor(), shape, rows=1))
     one_line(error, "p0")

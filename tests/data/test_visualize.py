@@ -21,7 +21,7 @@ from reverie_jax.data.records import write_records
 from reverie_jax.data.supervision import Supervision
 from reverie_jax.data.tokenization import Encoder, Tokens
 from reverie_jax.data.tree import grow
-from reverie_jax.data.visualize import Limb, Span, limbs, write
+from reverie_jax.data.visualize import Span, TreeNode, tree_nodes, write
 from reverie_jax.errors import UserError
 from reverie_jax.scenes.dataset import ANNOTATIONS, PICTURES, make_training_set
 from reverie_jax.scenes.dataset import records as scene_records
@@ -86,9 +86,9 @@ def key(talk: Tokens, length: int) -> tuple[Place, ...]:
     return tuple(zip(talk.ids[:length].tolist(), talk.image_slots[:length].tolist(), strict=True))
 
 
-def paths(grown: Sequence[Limb]) -> list[list[Span]]:
+def paths(grown: Sequence[TreeNode]) -> list[list[Span]]:
     """The spans from a root to each limb's end without another, in the order of the page."""
-    return [[*limb.spans, *rest] for limb in grown for rest in (paths(limb.limbs) if limb.limbs else [[]])]
+    return [[*limb.spans, *rest] for limb in grown for rest in (paths(limb.tree_nodes) if limb.tree_nodes else [[]])]
 
 
 def letters(spans: Sequence[Span]) -> list[tuple[bool, float]]:
@@ -96,8 +96,8 @@ def letters(spans: Sequence[Span]) -> list[tuple[bool, float]]:
     return [(span.picture, span.weight) for span in spans for _ in range(span.tokens)]
 
 
-def check_limbs(talks: Sequence[Tokens], tokenizer: Numbered) -> list[Limb]:
-    grown = limbs(grow(talks), tokenizer)
+def check_limbs(talks: Sequence[Tokens], tokenizer: Numbered) -> list[TreeNode]:
+    grown = tree_nodes(grow(talks), tokenizer)
     whole = {key(talk, len(talk)) for talk in talks}
     longest = {one for one in whole if not any(o[: len(one)] == one and o != one for o in whole)}
     found = paths(grown)
@@ -114,7 +114,7 @@ def check_limbs(talks: Sequence[Tokens], tokenizer: Numbered) -> list[Limb]:
         assert (tuple(wanted), text) in told
     for limb in every(grown):
         assert limb.spans
-        assert len(limb.limbs) != 1  # an only child belongs to its parent
+        assert len(limb.tree_nodes) != 1  # an only child belongs to its parent
         assert all(span.tokens > 0 for span in limb.spans)
         assert all(
             (one.picture, one.weight) != (two.picture, two.weight) for one, two in itertools.pairwise(limb.spans)
@@ -122,8 +122,8 @@ def check_limbs(talks: Sequence[Tokens], tokenizer: Numbered) -> list[Limb]:
     return grown
 
 
-def every(grown: Sequence[Limb]) -> list[Limb]:
-    return [one for limb in grown for one in (limb, *every(limb.limbs))]
+def every(grown: Sequence[TreeNode]) -> list[TreeNode]:
+    return [one for limb in grown for one in (limb, *every(limb.tree_nodes))]
 
 
 @settings(max_examples=150)
@@ -139,21 +139,21 @@ def test_a_token_that_two_teach_is_one_span_of_their_weights():
     talks = [plain([1, 2, 3, 4], [0, 0, 1, 1]), plain([1, 2, 3, 5], [0, 0, 1, 0.5])]
     (root,) = check_limbs(talks, Numbered())
     assert [(span.text, span.weight) for span in root.spans] == [(" t1 t2", 0), (" t3", 2)]
-    assert [[(s.text, s.weight) for s in limb.spans] for limb in root.limbs] == [[(" t4", 1)], [(" t5", 0.5)]]
+    assert [[(s.text, s.weight) for s in limb.spans] for limb in root.tree_nodes] == [[(" t4", 1)], [(" t5", 0.5)]]
 
 
 def test_the_last_branch_keeps_what_it_teaches():
     talks = [plain([1, 2], [0, 0]), plain([1, 3], [0, 0]), plain([1, 4, 2], [0, 1, 1])]
     (root,) = check_limbs(talks, Numbered())
-    assert [limb.spans[0].weight for limb in root.limbs] == [0, 0, 1]
-    assert root.limbs[-1].spans[0].tokens == 2
+    assert [limb.spans[0].weight for limb in root.tree_nodes] == [0, 0, 1]
+    assert root.tree_nodes[-1].spans[0].tokens == 2
 
 
 def test_the_same_word_taught_in_one_branch_stays_untaught_in_the_other():
     talks = [plain([1, 2, 9], [0, 0, 1]), plain([1, 3, 9], [0, 0, 0])]
     (root,) = check_limbs(talks, Numbered())
-    assert [limb.spans[-1].weight for limb in root.limbs] == [1, 0]
-    assert [len(limb.spans) for limb in root.limbs] == [2, 1]
+    assert [limb.spans[-1].weight for limb in root.tree_nodes] == [1, 0]
+    assert [len(limb.spans) for limb in root.tree_nodes] == [2, 1]
 
 
 def test_conversations_without_anything_in_common_are_roots_of_their_own():
@@ -176,7 +176,7 @@ def test_pictures_in_several_turns_are_spans_of_their_own():
 
 def test_pictures_side_by_side_are_two():
     one = tokens_of([(1, -1), *[(7, n) for n in range(6)], (2, -1)], [0] * 7 + [1])  # two of three features
-    (root,) = limbs(grow([one]), Numbered(), patches=3)
+    (root,) = tree_nodes(grow([one]), Numbered(), patches=3)
     assert sum(span.picture for span in root.spans) == 2
 
 

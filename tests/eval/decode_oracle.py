@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import LlavaForConditionalGeneration
 
 from reverie_jax.data.conversation import Conversation, Turn
-from reverie_jax.data.pipeline import Picture
+from reverie_jax.data.pipeline import ImageQuestions
 from reverie_jax.data.processor import Processor
 from reverie_jax.data.templates import Template
 from reverie_jax.models import TextConfig, VisionConfig, VisionLanguageModel
@@ -107,7 +107,7 @@ def seen(encoded: bytes) -> torch.Tensor:
 
 def generated(
     seed: int,
-    picture: Picture,
+    picture: ImageQuestions,
     talk: Conversation,
     new_tokens: int,
     processor: Processor = PROCESSOR,
@@ -179,6 +179,8 @@ def text(tokens: Sequence[int]) -> str:
     return " ".join(map(str, tokens))
 
 
-def each(pictures: Sequence[Picture], answer: Callable[[Picture, Conversation], list[int]]) -> Mapping[int, str]:
+def each(
+    pictures: Sequence[ImageQuestions], answer: Callable[[ImageQuestions, Conversation], list[int]]
+) -> Mapping[int, str]:
     """By the question's number, the answers of an oracle that sees one conversation at a time."""
     return {number: text(answer(picture, talk)) for picture in pictures for number, talk in picture.questions}

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from reverie_jax.data.conversation import Conversation, ImageRecord, Turn
-from reverie_jax.data.pipeline import Picture
+from reverie_jax.data.pipeline import ImageQuestions
 from reverie_jax.errors import DataError
 from reverie_jax.eval import decode
 from reverie_jax.eval.decode import Decoding
@@ -28,21 +28,21 @@ from tests.train import tiny
 
 # Several questions a picture; one that another goes on from; one picture alone; two questions about nothing shown.
 PICTURES = [
-    Picture("a", png(0), [(0, ask("is it?")), (1, ask("is it red?")), (2, ask("is it?", ("yes", "why?")))]),
-    Picture(
+    ImageQuestions("a", png(0), [(0, ask("is it?")), (1, ask("is it red?")), (2, ask("is it?", ("yes", "why?")))]),
+    ImageQuestions(
         "b",
         png(1),
         [(3, ask("what")), (4, ask("is it?")), (5, ask("z")), (6, ask("is it red?", ("no", "why is that?")))],
     ),
-    Picture("none", b"", [(7, ask("is it?", shown=False)), (8, ask("name a colour", shown=False))]),
-    Picture("c", png(2), [(9, ask("is it?"))]),
+    ImageQuestions("none", b"", [(7, ask("is it?", shown=False)), (8, ask("name a colour", shown=False))]),
+    ImageQuestions("c", png(2), [(9, ask("is it?"))]),
 ]
 # One sheet in ten is long: two shapes.
 LONG = "tell me all that there is to see, from left to right and from the top down. "
 MANY = [
     *PICTURES,
-    *(Picture(f"m{n}", png(10 + n), [(20 + n, ask("abcdefg"[n] * (n + 1) + "?"))]) for n in range(7)),
-    Picture("long", png(30), [(40, ask(LONG)), (41, ask("is it?", ("yes", LONG)))]),
+    *(ImageQuestions(f"m{n}", png(10 + n), [(20 + n, ask("abcdefg"[n] * (n + 1) + "?"))]) for n in range(7)),
+    ImageQuestions("long", png(30), [(40, ask(LONG)), (41, ask("is it?", ("yes", LONG)))]),
 ]
 SHAPE = EngineShape(batch_size=2)
 
@@ -192,7 +192,7 @@ def test_sampling_has_greedy_as_its_limit(limit):
 
 
 DRAW = Decoding(NEW_TOKENS, temperature=1.0, top_p=0.9, seed=7)
-OFTEN = [*PICTURES, Picture("a again", png(0), [(n, ask("is it?")) for n in range(50, 57)])]
+OFTEN = [*PICTURES, ImageQuestions("a again", png(0), [(n, ask("is it?")) for n in range(50, 57)])]
 
 
 def test_draws_depend_on_the_seed_and_the_question_alone():
@@ -450,7 +450,7 @@ def made(sketch):
     """Pictures, from (whether one is shown, the questions about it, each with what is asked behind its answer)."""
     numbers = itertools.count(3)
     return [
-        Picture(
+        ImageQuestions(
             f"p{n}",
             b"bytes" if shown else b"",
             [(next(numbers), ask(text, *(("yes", more) for more in then), shown=shown)) for text, then in asked],

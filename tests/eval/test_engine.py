@@ -12,7 +12,7 @@ from PIL import Image
 
 from reverie_jax.data.conversation import Conversation, Turn
 from reverie_jax.data.images import decode, preprocess
-from reverie_jax.data.pipeline import Picture
+from reverie_jax.data.pipeline import ImageQuestions
 from reverie_jax.errors import DataError
 from reverie_jax.eval import engine as engines
 from reverie_jax.eval.decode import Decoding
@@ -37,7 +37,7 @@ def picture(name, questions, seed):
     rng = np.random.default_rng(seed)
     buffer = io.BytesIO()
     Image.fromarray(rng.integers(0, 255, (24, 24, 3), dtype=np.uint8)).save(buffer, format="PNG")
-    return Picture(name, buffer.getvalue(), questions)
+    return ImageQuestions(name, buffer.getvalue(), questions)
 
 
 def ask(text, *more):
@@ -114,7 +114,7 @@ def test_answers_do_not_depend_on_their_company():
     alone = {}
     for shown in PICTURES:
         for number, talk in shown.questions:
-            alone |= engine.answer([Picture(shown.name, shown.encoded, [(number, talk)])], new_tokens=NEW_TOKENS)
+            alone |= engine.answer([ImageQuestions(shown.name, shown.encoded, [(number, talk)])], new_tokens=NEW_TOKENS)
     assert alone == expected()
 
 

@@ -32,7 +32,7 @@ from flax import nnx
 
 from reverie_jax.data.conversation import IMAGE, Conversation, Turn
 from reverie_jax.data.images import decode, preprocess
-from reverie_jax.data.pipeline import Picture
+from reverie_jax.data.pipeline import ImageQuestions
 from reverie_jax.data.processor import Processor
 from reverie_jax.data.reflection import WHY
 from reverie_jax.errors import UserError
@@ -40,7 +40,7 @@ from reverie_jax.eval import predict as prediction
 from reverie_jax.eval.benchmarks.interface import Benchmark, BenchmarkError, Loaded, Question
 from reverie_jax.eval.decode import Decoding
 from reverie_jax.eval.engine import Engine, EngineShape
-from reverie_jax.eval.predict import Ask, dump_prompts, predict
+from reverie_jax.eval.predict import PredictOptions, dump_prompts, predict
 from reverie_jax.models import VisionLanguageModel
 from reverie_jax.models.sharding import make_mesh
 from tests.train import tiny
@@ -126,7 +126,7 @@ def run(out, loaded=None, benchmark=None, ask=None, *, engine=None, model="tiny"
         benchmark or Made(),
         loaded or mixed(),
         out,
-        ask or Ask(Decoding(LONGEST)),
+        ask or PredictOptions(Decoding(LONGEST)),
         model=model,
         identity={"decoder": "abc"} if identity is None else identity,
         **more,
@@ -143,7 +143,9 @@ def by_hand(talks, caps, shape=SHAPE):
     found = {}
     for cap in sorted(set(caps)):
         pictures = [
-            Picture(f"copy {n}", b"" if name is None else shown(name), [(n, Conversation(turns, (0,) if name else ()))])
+            ImageQuestions(
+                f"copy {n}", b"" if name is None else shown(name), [(n, Conversation(turns, (0,) if name else ()))]
+            )
             for n, ((name, turns), mine) in enumerate(zip(talks, caps, strict=True))
             if mine == cap
         ]
@@ -215,12 +217,12 @@ def test_answers_are_in_the_questions_order_and_in_llavas_form(whole):
 
 
 def test_a_limit_asks_the_first_questions_only(whole, tmp_path, asked):
-    path = run(tmp_path / "few", ask=Ask(Decoding(LONGEST), limit=4))
+    path = run(tmp_path / "few", ask=PredictOptions(Decoding(LONGEST), limit=4))
     assert path == tmp_path / "few" / "predictions.jsonl"
     assert rows(path) == rows(whole / "predictions.jsonl")[:4]
     assert sum(map(len, asked)) == 4
     with pytest.raises(UserError, match=r"questions, content differ"):
-        run(tmp_path / "few", ask=Ask(Decoding(LONGEST), limit=5))
+        run(tmp_path / "few", ask=PredictOptions(Decoding(LONGEST), limit=5))
 
 
 def test_nothing_to_ask(tmp_path, asked):
@@ -230,7 +232,7 @@ def test_nothing_to_ask(tmp_path, asked):
 
 
 def test_the_longest_answer_of_the_command_line_is_a_limit_only(tmp_path):
-    path = run(tmp_path / "two", ask=Ask(Decoding(2)))
+    path = run(tmp_path / "two", ask=PredictOptions(Decoding(2)))
     assert all(len(row["text"]) <= 2 for row in rows(path))
     assert json.loads((tmp_path / "two" / "run.json").read_text())["new_tokens"] == 2
     assert json.loads((tmp_path / "two" / "run.json").read_text())["decoding"]["new_tokens"] == 2
@@ -281,7 +283,7 @@ def short_rationales(monkeypatch):
 
 
 def test_reflecting_is_the_same_conversation_by_hand(tmp_path, short_rationales):
-    ask = Ask(Decoding(LONGEST), reflect=True)
+    ask = PredictOptions(Decoding(LONGEST), reflect=True)
     made = rows(run(tmp_path, ONE_EACH, ask=ask, engine=engine(REFLECTING)))
     opened = [(q.image, [f"{IMAGE}\n{q.text}" if q.image else q.text]) for q in ONE_EACH.questions]
 
@@ -304,7 +306,7 @@ def test_reflecting_is_the_same_conversation_by_hand(tmp_path, short_rationales)
 
 
 def test_reflecting_goes_on_after_any_stop(tmp_path, short_rationales, asked):
-    ask = Ask(Decoding(LONGEST), reflect=True)
+    ask = PredictOptions(Decoding(LONGEST), reflect=True)
     run(tmp_path / "whole", ONE_EACH, ask=ask, engine=engine(REFLECTING))
     batches = list(asked)
     asked.clear()
@@ -316,7 +318,7 @@ def test_reflecting_goes_on_after_any_stop(tmp_path, short_rationales, asked):
 
 def test_there_is_no_reflecting_on_a_turn_of_a_conversation(tmp_path):
     with pytest.raises(UserError, match="made: its questions are conversations"):
-        run(tmp_path / "out", ask=Ask(Decoding(LONGEST), reflect=True))
+        run(tmp_path / "out", ask=PredictOptions(Decoding(LONGEST), reflect=True))
     assert not (tmp_path / "out").exists()
 
 
@@ -328,7 +330,7 @@ def test_a_models_answer_shows_no_picture(tmp_path, monkeypatch, short_rationale
         return {n: dataclasses.replace(a, text=f"an {IMAGE} of {a.text}") for n, a in real(self, *args).items()}
 
     monkeypatch.setattr(Engine, "_answers", says)
-    ask = Ask(Decoding(LONGEST), reflect=True)
+    ask = PredictOptions(Decoding(LONGEST), reflect=True)
     made = rows(run(tmp_path, ONE_EACH, ask=ask, engine=engine(REFLECTING)))
     assert all(row[name].startswith(f"an {IMAGE}") for row in made for name in ("first_text", "rationale", "text"))
 
@@ -457,13 +459,13 @@ OTHERS = {
     "text": (lambda: other_questions({"text": "Is it z?"}), "content"),
     "picture": (lambda: other_questions({"image": "4.png"}), "content"),
     "before": (lambda: other_questions({"before": (("a", "b"),)}), "content"),
-    "fewer": (lambda: {"ask": Ask(Decoding(LONGEST), limit=3)}, "questions, content"),
+    "fewer": (lambda: {"ask": PredictOptions(Decoding(LONGEST), limit=3)}, "questions, content"),
     "version": (lambda: {"loaded": dataclasses.replace(mixed(), protocol={"version": "2"})}, "protocol"),
-    "drawn": (lambda: {"ask": Ask(Decoding(LONGEST, temperature=1.0))}, "decoding"),
-    "beams": (lambda: {"ask": Ask(Decoding(LONGEST, beams=3))}, "decoding"),
-    "contrast": (lambda: {"ask": Ask(Decoding(LONGEST, against="image"))}, "decoding"),
-    "shorter": (lambda: {"ask": Ask(Decoding(5))}, "decoding, new_tokens"),
-    "reflect": (lambda: {"ask": Ask(Decoding(LONGEST), reflect=True), "loaded": ONE_EACH}, "reflect"),
+    "drawn": (lambda: {"ask": PredictOptions(Decoding(LONGEST, temperature=1.0))}, "decoding"),
+    "beams": (lambda: {"ask": PredictOptions(Decoding(LONGEST, beams=3))}, "decoding"),
+    "contrast": (lambda: {"ask": PredictOptions(Decoding(LONGEST, against="image"))}, "decoding"),
+    "shorter": (lambda: {"ask": PredictOptions(Decoding(5))}, "decoding, new_tokens"),
+    "reflect": (lambda: {"ask": PredictOptions(Decoding(LONGEST), reflect=True), "loaded": ONE_EACH}, "reflect"),
     "template": (lambda: {"engine": Engine(model(), processor().using("plain"), SHAPE)}, "template"),
     "dtype": (lambda: {"engine": Engine(half(), processor(), SHAPE)}, "dtype"),
 }
@@ -800,7 +802,7 @@ def _memory(out, count):
 
     asked = [Question(n, f"{n // 10}.png", f"Is it {n:06}?", f"{n // 10}.png") for n in range(count)]
     made = Engine(model(), processor(), EngineShape(sequence_length=512, questions=32, batch_size=16))
-    ask = Ask(Decoding(2))
+    ask = PredictOptions(Decoding(2))
     path = predict(made, Made(), Loaded(asked, read), out, ask, model="tiny", identity={}, progress=look)
     with path.open() as file:
         answers = sum(1 for _ in file)
@@ -828,7 +830,7 @@ def _main():
     shape = REFLECTING if args.kind == "reflect" else SHAPE
     made = Engine(model(), processor(), shape, mesh=make_mesh(args.mesh))
     loaded = {"many": many(PICTURES), "mixed": mixed(), "sure": many(7), "reflect": ONE_EACH}[args.kind]
-    ask = Ask(Decoding(LONGEST), reflect=args.kind == "reflect")
+    ask = PredictOptions(Decoding(LONGEST), reflect=args.kind == "reflect")
     benchmark = Sure() if args.kind == "sure" else Made()
     return run(args.out, loaded, benchmark, ask, engine=made, progress=lambda *said: time.sleep(args.pause))
 

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from reverie_jax.annotate import lrv
-from reverie_jax.annotate.pipeline import Job, Outcome, Pipeline, export
+from reverie_jax.annotate.pipeline import AnnotationJob, Outcome, Pipeline, export
 from reverie_jax.errors import UserError
 from reverie_jax.hosted import providers
 from reverie_jax.hosted.interface import Reply, Request
@@ -74,10 +74,12 @@ def pictures(tmp_path) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def make(tmp_path, prompts, pictures, monkeypatch) -> Callable[..., Job]:
+def make(tmp_path, prompts, pictures, monkeypatch) -> Callable[..., AnnotationJob]:
     """A job over the six pictures, one question each; both providers' addresses are the server's."""
 
-    def job(server: Server, provider: str = "openai", out: str = "out", limits: Limits = QUICK, **changes: Any) -> Job:
+    def job(
+        server: Server, provider: str = "openai", out: str = "out", limits: Limits = QUICK, **changes: Any
+    ) -> AnnotationJob:
         for name, value in addresses(server).items():
             monkeypatch.setenv(name, value)
         options = {
@@ -89,7 +91,7 @@ def make(tmp_path, prompts, pictures, monkeypatch) -> Callable[..., Job]:
             "prompts": prompts,
             "limits": limits,
         }
-        return Job(**(options | changes))
+        return AnnotationJob(**(options | changes))
 
     return job
 
@@ -117,7 +119,7 @@ def addresses(server: Server) -> dict[str, str]:
     return {"OPENAI_BASE_URL": f"{server.url}/v1", "GOOGLE_GEMINI_BASE_URL": server.url}
 
 
-def run(job: Job, *stages: str) -> dict[str, Outcome]:
+def run(job: AnnotationJob, *stages: str) -> dict[str, Outcome]:
     with Pipeline(job, os.environ) as pipeline:
         found = {stage: getattr(pipeline, stage)() for stage in stages or STAGES}
     if not stages:
@@ -151,7 +153,7 @@ def under_way(path: Path) -> list[tuple[Any, ...]]:
         return db.execute("SELECT label, name FROM batches WHERE state != 'ended'").fetchall()
 
 
-def leave(job: Job, server: BatchServer, *stages: str) -> dict[str, Outcome]:
+def leave(job: AnnotationJob, server: BatchServer, *stages: str) -> dict[str, Outcome]:
     """Runs until a batch is under way, and leaves it there."""
     server.trouble = lambda step, count: Fault.UNAVAILABLE if step is Step.LOOK else None
     found = run(dataclasses.replace(job, limits=dataclasses.replace(job.limits, retries=1)), *stages)
@@ -217,7 +219,9 @@ def test_lrv_goes_by_batches_too(tmp_path, make, provider):
     for batch in (False, True):
         with BatchServer(lambda call: said) as server:
             limits = make(server, provider, limits=dataclasses.replace(QUICK, batch=batch)).limits
-            job = lrv.Job(tmp_path / f"out{batch}", tmp_path / "captions.json", MODELS[provider], limits=limits)
+            job = lrv.AnnotationJob(
+                tmp_path / f"out{batch}", tmp_path / "captions.json", MODELS[provider], limits=limits
+            )
             with lrv.Generation(job, os.environ) as generation:
                 assert generation.generate().usable == 9
             assert (server.direct, len(server.batches)) == ((0, 1) if batch else (9, 0))

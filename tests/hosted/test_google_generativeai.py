@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from reverie_jax.annotate.pipeline import RELEASED, Job, Pipeline, export
+from reverie_jax.annotate.pipeline import RELEASED, AnnotationJob, Pipeline, export
 from reverie_jax.errors import UserError
 from reverie_jax.hosted import images
 from reverie_jax.hosted.providers import RequestSettings
@@ -46,7 +46,7 @@ def job(tmp_path, url):
         (folder / f"{n:02}.png").write_bytes(png((20 * n, 3, 4)))
     limits = Limits(backoff=0.01, longest=0.1)
     names = tuple(images.listed(folder))
-    return Job(
+    return AnnotationJob(
         tmp_path / "out",
         folder,
         names,

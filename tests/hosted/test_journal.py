@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from reverie_jax.annotate.pipeline import Job, Pipeline
+from reverie_jax.annotate.pipeline import AnnotationJob, Pipeline
 from reverie_jax.errors import UserError
 from reverie_jax.hosted.interface import Reply
 from reverie_jax.hosted.journal import Item, Journal
@@ -274,7 +274,7 @@ def asked(tmp_path, keys):
         options = {"model": "openai:m", "prompts": prompts, "count": 1, "limits": Limits(concurrency=2)} | changes
         rows = len(images) * options["count"] * options.get("confusing", 1)
         with helpers.Memory(helpers.answer) as service:
-            with Pipeline(Job(tmp_path / "out", folder, tuple(images), **options), keys) as pipeline:
+            with Pipeline(AnnotationJob(tmp_path / "out", folder, tuple(images), **options), keys) as pipeline:
                 outcome = pipeline.questions()
             assert not outcome.failed
             assert len(helpers.load(tmp_path / "out", helpers.QUESTIONS)) == rows

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from reverie_jax.annotate.pipeline import Job, Pipeline
+from reverie_jax.annotate.pipeline import AnnotationJob, Pipeline
 from reverie_jax.errors import UserError
 from reverie_jax.hosted.interface import NoAccess
 from reverie_jax.hosted.providers import seconds
@@ -41,7 +41,9 @@ def ask(tmp_path):
 
     def run(count: int, limits: Limits, model: str = "openai:tiny", out: str = "out") -> Outcome:
         names = tuple(helpers.write_pictures(tmp_path / "pictures", count))
-        job = Job(tmp_path / out, tmp_path / "pictures", names, model, count=1, prompts=prompts, limits=limits)
+        job = AnnotationJob(
+            tmp_path / out, tmp_path / "pictures", names, model, count=1, prompts=prompts, limits=limits
+        )
         with Pipeline(job, os.environ) as pipeline:
             return pipeline.questions()
 

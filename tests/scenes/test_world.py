@@ -19,7 +19,7 @@ from reverie_jax.annotate.stages import annotate
 from reverie_jax.data.conversation import ImageRecord, Turn
 from reverie_jax.data.reflection import WHY, WHY_WRONG, Reflection, conversations
 from reverie_jax.errors import DataError
-from reverie_jax.hosted.interface import AnnotationError, Picture, Request
+from reverie_jax.hosted.interface import AnnotationError, Request, RequestImage
 from reverie_jax.scenes import annotator as ask
 from reverie_jax.scenes import dataset
 from reverie_jax.scenes.corpus import plain_talks
@@ -412,7 +412,7 @@ def annotator() -> ask.SceneAnnotator:
 
 
 def test_same_request_same_reply(annotator):
-    picture = Picture("3.png", b"")
+    picture = RequestImage("3.png", b"")
     again = ask.SceneAnnotator({"3.png": TRAIN[3]}, seed=3)
     first, lost = annotate(picture, annotator, 6)
     assert annotate(picture, annotator, 6) == annotate(picture, again, 6) == (first, lost)
@@ -420,7 +420,7 @@ def test_same_request_same_reply(annotator):
 
 
 def test_unknown_picture_is_dropped_with_its_reason(annotator):
-    kept, dropped = annotate(Picture("none.png", b""), annotator, 6)
+    kept, dropped = annotate(RequestImage("none.png", b""), annotator, 6)
     assert kept == []
     assert len(dropped) == 1
     assert "none.png" in dropped[0]
@@ -428,7 +428,7 @@ def test_unknown_picture_is_dropped_with_its_reason(annotator):
 
 def test_nothing_true_is_dropped(annotator):
     for number in range(20):
-        kept, dropped = annotate(Picture(f"{number}.png", b""), annotator, 6)
+        kept, dropped = annotate(RequestImage(f"{number}.png", b""), annotator, 6)
         assert dropped == []
         assert len(kept) == 6
         for reflection in kept:
@@ -459,14 +459,14 @@ ONE_QUESTION = json.dumps({"questions": [ASKED]})
 
 @pytest.mark.parametrize("verdict", ["No", "no", " No\n", "No.", "No, they agree.", "**No**"])
 def test_judge_keeps_what_agrees(verdict):
-    kept, dropped = annotate(Picture("a", b""), Scripted(ONE_QUESTION, verdict), 1)
+    kept, dropped = annotate(RequestImage("a", b""), Scripted(ONE_QUESTION, verdict), 1)
     assert dropped == []
     assert [wrong for wrong, _ in kept[0].negatives] == ["Yes", "Maybe"]
 
 
 @pytest.mark.parametrize("verdict", ["Yes", "yes, they do", "", "Nobody can say", "?"])
 def test_judge_drops_what_contradicts_with_its_reason(verdict):
-    kept, dropped = annotate(Picture("a", b""), Scripted(ONE_QUESTION, verdict), 1)
+    kept, dropped = annotate(RequestImage("a", b""), Scripted(ONE_QUESTION, verdict), 1)
     assert kept[0].negatives == ()
     assert len(dropped) == 2
     assert all("Is it red?" in reason and reason.startswith("a: ") for reason in dropped)
@@ -474,14 +474,14 @@ def test_judge_drops_what_contradicts_with_its_reason(verdict):
 
 @pytest.mark.parametrize("reply", ["", "{", "[]", json.dumps({"questions": [{**ASKED, "confusing_answers": ["no."]}]})])
 def test_unusable_questions_are_dropped_with_one_line(reply):
-    kept, dropped = annotate(Picture("a", b""), Scripted(reply), 1)
+    kept, dropped = annotate(RequestImage("a", b""), Scripted(reply), 1)
     assert kept == []
     assert len(dropped) == 1
     assert "\n" not in dropped[0]
 
 
 def test_a_failed_negative_is_dropped_with_its_reason_and_the_positive_stays():
-    kept, dropped = annotate(Picture("a", b""), Scripted(ONE_QUESTION, negative=None), 1)
+    kept, dropped = annotate(RequestImage("a", b""), Scripted(ONE_QUESTION, negative=None), 1)
     assert kept[0].positive
     assert kept[0].negatives == ()
     assert len(dropped) == 2

@@ -44,7 +44,7 @@ def verdict(low: float, high: float, units: int) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Again:
+class RescoredRun:
     """A benchmark's answers, read once more beside its files.
 
     Attributes:
@@ -71,7 +71,9 @@ class Again:
         return {run: {str(r.id): r for r in found.scored.parsed_answers} for run, found in self.scores.items()}
 
 
-def read(name: str, folders: Mapping[str, Path], stored: Mapping[str, Row], data: Path, images: Path | None) -> Again:
+def read(
+    name: str, folders: Mapping[str, Path], stored: Mapping[str, Row], data: Path, images: Path | None
+) -> RescoredRun:
     """Scores a benchmark's answers of several runs once more.
 
     Args:
@@ -112,7 +114,7 @@ def read(name: str, folders: Mapping[str, Path], stored: Mapping[str, Row], data
                 f"{run}: scores.json and its answers beside these files differ ({', '.join(differs[:3]) or 'questions'}); "
                 "the files are of another version, or the answers have changed"
             )
-    return Again(one, loaded, scores, paths, rows, notes)
+    return RescoredRun(one, loaded, scores, paths, rows, notes)
 
 
 def _same(one: float, other: Any) -> bool:
@@ -134,7 +136,7 @@ def _rows(path: Path, one: Benchmark, loaded: Loaded) -> dict[str, Row]:
     return found
 
 
-def differences(again: Again, first: str) -> tuple[dict[str, dict[str, Any]], list[str]]:
+def differences(again: RescoredRun, first: str) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """By other run, `score.compare` with the first one, and its number of units; and why the rest is not compared."""
     found: dict[str, dict[str, Any]] = {}
     notes = []
@@ -147,7 +149,7 @@ def differences(again: Again, first: str) -> tuple[dict[str, dict[str, Any]], li
     return found, notes
 
 
-def rules(again: Again) -> list[dict[str, Any]]:
+def rules(again: RescoredRun) -> list[dict[str, Any]]:
     """By run: its headline by every rule that needs no judge, and how far every two of them agree on who is right."""
     found = []
     names = [rule for rule in again.benchmark.rules if rule not in again.benchmark.judged]
@@ -191,7 +193,7 @@ def truth(question: Question, reading: ParsedAnswer | None = None) -> str:
     return ""
 
 
-def categories(again: Again) -> dict[str, dict[str, statistics.Estimate]]:
+def categories(again: RescoredRun) -> dict[str, dict[str, statistics.Estimate]]:
     """By category and run: the share of right answers, with its interval over the benchmark's units."""
     unit = {id: question.unit for id, question in again.questions.items()}
     found: dict[str, dict[str, statistics.Estimate]] = {}
@@ -208,7 +210,7 @@ def categories(again: Again) -> dict[str, dict[str, statistics.Estimate]]:
     return found if len(found) > 1 else {}
 
 
-def yes_no(again: Again) -> list[dict[str, Any]]:
+def yes_no(again: RescoredRun) -> list[dict[str, Any]]:
     """By run, of questions whose truth is yes or no: how often it says yes, how often that is right, and its calibration."""
     found = []
     for run, parsed_answers in again.parsed_answers.items():
@@ -234,7 +236,7 @@ def yes_no(again: Again) -> list[dict[str, Any]]:
     return found
 
 
-def _bins(again: Again, run: str) -> list[tuple[float, float, int]]:
+def _bins(again: RescoredRun, run: str) -> list[tuple[float, float, int]]:
     """Ten equal bins of the model's own probability of yes: its mean, the share where yes is right, and how many."""
     pairs = []
     for id, row in again.rows[run].items():

@@ -13,7 +13,7 @@ from PIL import Image
 from reverie_jax.data import images as pictures
 from reverie_jax.errors import UserError
 from reverie_jax.eval.benchmarks.interface import LETTER, SHORT, ParsedAnswer
-from reverie_jax.eval.report.answers import Again, truth
+from reverie_jax.eval.report.answers import RescoredRun, truth
 from reverie_jax.scenes.dataset import read_graphs
 from reverie_jax.scenes.language import mentioned
 
@@ -29,7 +29,7 @@ _NONE = ParsedAnswer("", "")
 Flags = Callable[[str, str], Sequence[str]]
 
 
-def flags(again: Again) -> Flags:
+def flags(again: RescoredRun) -> Flags:
     """What a run's answer to a question names that is not there: a function of run and question."""
     graphs = read_graphs(again.loaded.known["folder"]) if again.benchmark.name == "scenes" else {}
 
@@ -53,7 +53,7 @@ def flags(again: Again) -> Flags:
     return flagged
 
 
-def galleries(again: Again, first: str, shown: int) -> list[dict[str, Any]]:
+def galleries(again: RescoredRun, first: str, shown: int) -> list[dict[str, Any]]:
     """Titles, how many questions and pictures each is about, and at most `shown` pictures, spread over the benchmark."""
     parsed_answers, flagged = again.parsed_answers, flags(again)
     other = [run for run in parsed_answers if run != first] if first in parsed_answers else []
@@ -87,14 +87,14 @@ def galleries(again: Again, first: str, shown: int) -> list[dict[str, Any]]:
     ]
 
 
-def _text(again: Again, run: str, id: str) -> str:
+def _text(again: RescoredRun, run: str, id: str) -> str:
     return again.scores[run].answers.get(id, "")
 
 
 class _Cards:
     """Pictures with questions and every run's answers; each picture is made once."""
 
-    def __init__(self, again: Again, flagged: Flags):
+    def __init__(self, again: RescoredRun, flagged: Flags):
         self.again, self.flagged = again, flagged
         self.picture = functools.cache(self._picture)
 

@@ -16,9 +16,9 @@ import jinja2
 from reverie_jax.errors import UserError
 from reverie_jax.eval.benchmarks import files
 from reverie_jax.eval.report import answers
-from reverie_jax.eval.report.answers import Again, number, verdict
+from reverie_jax.eval.report.answers import RescoredRun, number, verdict
 from reverie_jax.eval.report.gallery import clip, galleries
-from reverie_jax.eval.report.runs import Part, Run, read_runs
+from reverie_jax.eval.report.runs import BenchmarkResult, Run, read_runs
 from reverie_jax.eval.report.tables import axis, beside_published, grouped, metrics_of, row_of
 
 __all__ = ["Part", "Run", "read_runs", "render"]
@@ -73,9 +73,9 @@ def render(runs: Sequence[Run], *, data: Path | None, images: Path | None, shown
 
 def _again(
     runs: Sequence[Run], names: Sequence[str], data: Path | None, images: Path | None
-) -> tuple[dict[str, Again], list[str]]:
+) -> tuple[dict[str, RescoredRun], list[str]]:
     """Answers beside their files, by benchmark; and why the others could not be read so."""
-    found: dict[str, Again] = {}
+    found: dict[str, RescoredRun] = {}
     failed = []
     if images is not None and not images.is_dir():
         raise UserError(f"--images {images}: no such folder")
@@ -176,7 +176,7 @@ def _rows(runs: Sequence[Run], name: str) -> list[dict[str, Any]]:
     return [row_of(runs, name, metric) for metric in whole[: MAIN + 1]]
 
 
-def _differences(runs: Sequence[Run], again: Again) -> dict[str, Any]:
+def _differences(runs: Sequence[Run], again: RescoredRun) -> dict[str, Any]:
     """A benchmark's differences to the first run that has it."""
     name = again.benchmark.name
     first = next(run.name for run in runs if name in run.parts)
@@ -211,7 +211,7 @@ def _differences(runs: Sequence[Run], again: Again) -> dict[str, Any]:
     return {"benchmark": name, "first": first, "pairs": pairs, "notes": [*again.notes, *notes]}
 
 
-def _section(runs: Sequence[Run], name: str, again: Again | None, shown: int) -> dict[str, Any]:
+def _section(runs: Sequence[Run], name: str, again: RescoredRun | None, shown: int) -> dict[str, Any]:
     """A benchmark's own section: categories, yes and no, rules, unread answers, pictures."""
     whole, groups = grouped(metrics_of(runs, name))
     headline = whole[0].rpartition("/")[2]
@@ -276,7 +276,7 @@ def _yes_no(runs: Sequence[Run], name: str) -> list[dict[str, Any]]:
     return found
 
 
-def _unread(run: str, part: Part) -> dict[str, Any] | None:
+def _unread(run: str, part: BenchmarkResult) -> dict[str, Any] | None:
     """Answers that say nothing the rule looks for: those that the score names, with what was asked."""
     scores = part.scores
     if not scores["unparsed"]:

@@ -13,7 +13,7 @@ from reverie_jax.eval.benchmarks import files, names
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class BenchmarkResult:
     """A benchmark's answers and score in a run: `scores` is its scores.json, `day` when the answers were written."""
 
     folder: Path
@@ -27,7 +27,7 @@ class Run:
 
     name: str
     folder: Path
-    parts: Mapping[str, Part]
+    parts: Mapping[str, BenchmarkResult]
     unscored: Sequence[str] = ()
 
 
@@ -58,7 +58,7 @@ def _read_run(text: str) -> Run:
     inside = sorted(place for place in folder.iterdir() if place.is_dir() and (place / files.PREDICTIONS).is_file())
     if any((folder / file).exists() for file in (files.SCORES, files.PREDICTIONS)):
         inside = [folder]
-    parts: dict[str, Part] = {}
+    parts: dict[str, BenchmarkResult] = {}
     unscored = []
     for place in inside:
         if place is not folder and not (place / files.SCORES).exists():
@@ -80,7 +80,7 @@ def _read_run(text: str) -> Run:
 _MAKE = "`reverie eval` writes both, `reverie score --out` the score"
 
 
-def _read_part(folder: Path) -> Part:
+def _read_part(folder: Path) -> BenchmarkResult:
     for file in (files.SCORES, files.PREDICTIONS):
         if not (folder / file).is_file():
             raise UserError(f"{folder}: has no {file}; {_MAKE}")
@@ -97,4 +97,4 @@ def _read_part(folder: Path) -> Part:
     if not good:
         raise UserError(f"{folder / files.SCORES}: is no score of a benchmark; {_MAKE}")
     written = datetime.date.fromtimestamp((folder / files.PREDICTIONS).stat().st_mtime)
-    return Part(folder, found, written.isoformat())
+    return BenchmarkResult(folder, found, written.isoformat())

@@ -14,7 +14,7 @@ from google import genai
 from google.genai import errors, types
 
 from reverie_jax.hosted.images import as_sent
-from reverie_jax.hosted.interface import AnnotationError, Batch, Reply, Request, TryAgain
+from reverie_jax.hosted.interface import AnnotationError, BatchStatus, Reply, Request, TryAgain
 from reverie_jax.hosted.providers import TRANSFER, Settings, hide, read_lines, seconds
 from reverie_jax.hosted.providers.google_replies import reply, status
 
@@ -109,7 +109,7 @@ class Gemini:
                 except IndexError:
                     return None
 
-    async def look(self, name: str) -> Batch:
+    async def look(self, name: str) -> BatchStatus:
         async with self._faults(self._settings.timeout):
             found = await self._client.batches.get(name=name)
         state = found.state.name if found.state else ""
@@ -117,9 +117,9 @@ class Gemini:
         error = hide(f": {found.error.message}", self._key) if found.error and found.error.message else ""
         file = found.dest.file_name if found.dest else None
         reason = "" if state == "JOB_STATE_SUCCEEDED" else f"the batch is {word}{error}"
-        return Batch(bool(found.done), reason, (file,) if file else ())
+        return BatchStatus(bool(found.done), reason, (file,) if file else ())
 
-    async def results(self, batch: Batch) -> list[tuple[str, Reply | AnnotationError]]:
+    async def results(self, batch: BatchStatus) -> list[tuple[str, Reply | AnnotationError]]:
         found: list[tuple[str, Reply | AnnotationError]] = []
         for file in batch.results:
             async with self._faults(TRANSFER):

@@ -14,7 +14,7 @@ import openai
 from openai.types.chat import ChatCompletion
 
 from reverie_jax.hosted.images import as_sent
-from reverie_jax.hosted.interface import AnnotationError, Batch, NoAccess, Refused, Reply, Request, TryAgain
+from reverie_jax.hosted.interface import AnnotationError, BatchStatus, NoAccess, Refused, Reply, Request, TryAgain
 from reverie_jax.hosted.providers import TRANSFER, Settings, hide, read_lines, seconds
 
 
@@ -98,7 +98,7 @@ class OpenAI:
                     return batch.id
         return None
 
-    async def look(self, name: str) -> Batch:
+    async def look(self, name: str) -> BatchStatus:
         async with self._faults(self._settings.timeout):
             found = await self._client.batches.retrieve(name)
             errors = (found.errors.data or []) if found.errors else []
@@ -106,9 +106,9 @@ class OpenAI:
             if errors and errors[0].message:
                 reason = hide(f"{reason}: {errors[0].message}", self._key)
             files = tuple(file for file in (found.output_file_id, found.error_file_id) if file)
-            return Batch(found.status in ("completed", "failed", "expired", "cancelled"), reason, files)
+            return BatchStatus(found.status in ("completed", "failed", "expired", "cancelled"), reason, files)
 
-    async def results(self, batch: Batch) -> list[tuple[str, Reply | AnnotationError]]:
+    async def results(self, batch: BatchStatus) -> list[tuple[str, Reply | AnnotationError]]:
         found: list[tuple[str, Reply | AnnotationError]] = []
         for file in batch.results:
             async with self._faults(TRANSFER):

@@ -27,7 +27,7 @@ from reverie_jax.models.checkpoints.names import (
     to_ours,
     to_theirs,
 )
-from reverie_jax.models.checkpoints.parts import ADAPTER_CONFIG, NON_LORA, SAID, WHOLE, Part, recognise
+from reverie_jax.models.checkpoints.parts import ADAPTER_CONFIG, NON_LORA, SAID, WHOLE, CheckpointPart, recognise
 from reverie_jax.models.vlm import VisionLanguageModel
 
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -92,7 +92,7 @@ def attach_adapter(model: VisionLanguageModel, folder: str | Path, *, base: Sequ
     return attach_lora(model, part, base)
 
 
-def attach_lora(model: VisionLanguageModel, part: Part, base: Sequence[str | Path]) -> Adapter:
+def attach_lora(model: VisionLanguageModel, part: CheckpointPart, base: Sequence[str | Path]) -> Adapter:
     """See `attach_adapter`.
 
     Args:
@@ -151,7 +151,7 @@ def _scale(path: Path, settings: dict[str, Any]) -> float:
     return float(alpha) / (rank**0.5 if settings.get("use_rslora") else rank)
 
 
-def _check_base_kind(part: Part, trained_on: str, base: Sequence[str | Path]) -> None:
+def _check_base_kind(part: CheckpointPart, trained_on: str, base: Sequence[str | Path]) -> None:
     """LLaVA's adapters stand on the plain language model; on a LLaVA they load without a murmur and answer worse."""
     last = trained_on.rstrip("/").split("/")[-1]
     for name in base:
@@ -165,7 +165,7 @@ def _check_base_kind(part: Part, trained_on: str, base: Sequence[str | Path]) ->
 
 
 def _sorted(
-    part: Part, tensors: Tensors, by_name: dict[str, tuple[Entry, int]]
+    part: CheckpointPart, tensors: Tensors, by_name: dict[str, tuple[Entry, int]]
 ) -> tuple[dict[str, dict[str, list[str]]], dict[str, str]]:
     """Stored names by linear layer, side and depth; and a projector's by canonical name.
 
@@ -206,7 +206,7 @@ def _sorted(
 
 
 def _check_shapes(
-    part: Part, tensors: Tensors, factors: dict[str, dict[str, list[str]]], layers: dict[str, Any], rank: int
+    part: CheckpointPart, tensors: Tensors, factors: dict[str, dict[str, list[str]]], layers: dict[str, Any], rank: int
 ) -> None:
     for side in "AB":
         for path, sides in factors.items():
@@ -219,7 +219,7 @@ def _check_shapes(
                     )
 
 
-def _non_lora(part: Part) -> dict[str, np.ndarray]:
+def _non_lora(part: CheckpointPart) -> dict[str, np.ndarray]:
     found: dict[str, np.ndarray] = {}
 
     def use(name: str, array: np.ndarray) -> None:

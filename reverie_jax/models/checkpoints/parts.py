@@ -44,7 +44,7 @@ ORBAX_PARAMS = "params"
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class CheckpointPart:
     """A folder or file that holds a model or a piece of one.
 
     Attributes:
@@ -60,7 +60,7 @@ class Part:
         return self.place / "config.json"
 
 
-def recognise(name: str | Path) -> Part:
+def recognise(name: str | Path) -> CheckpointPart:
     """What a path (or hub id) holds, by its content and never by its name.
 
     Raises:
@@ -68,29 +68,29 @@ def recognise(name: str | Path) -> Part:
     """
     place = resolve(name)
     if not place.is_dir():
-        return Part(place, "projector", {})
+        return CheckpointPart(place, "projector", {})
     if (place / ADAPTER_CONFIG).exists():
         if (place / NON_LORA).exists():
-            return Part(place, "llava-lora", read_json(place / "config.json"))
-        return Part(place, "peft", {})
+            return CheckpointPart(place, "llava-lora", read_json(place / "config.json"))
+        return CheckpointPart(place, "peft", {})
     if not (place / "config.json").exists():
         if (place / PROJECTOR_FILE).exists():
-            return Part(place, "projector", {})
+            return CheckpointPart(place, "projector", {})
         raise CheckpointError(f"{place / 'config.json'}: no such file; a checkpoint folder has one")
     raw = read_json(place / "config.json")
     said = raw.get("model_type")
     if said == "reverie":
-        return Part(place, "orbax", raw)
+        return CheckpointPart(place, "orbax", raw)
     if said in ("clip", "clip_vision_model"):
-        return Part(place, "clip", raw)
+        return CheckpointPart(place, "clip", raw)
     if isinstance(raw.get("text_config"), dict) and isinstance(raw.get("vision_config"), dict):
-        return Part(place, "llava-hf", raw)
+        return CheckpointPart(place, "llava-hf", raw)
     if tower_name(raw) or str(said).startswith("llava"):
         if weights_of(place) is None and (place / PROJECTOR_FILE).exists():
-            return Part(place, "projector", raw)
-        return Part(place, "llava", raw)
+            return CheckpointPart(place, "projector", raw)
+        return CheckpointPart(place, "llava", raw)
     if said in LANGUAGE_MODELS:
-        return Part(place, "llm", raw)
+        return CheckpointPart(place, "llm", raw)
     raise CheckpointError(
         f"{place / 'config.json'}: describes a {said!r} model; llava-hf (text_config and vision_config), original LLaVA "
         f"(mm_vision_tower), {', '.join(LANGUAGE_MODELS)} and CLIP are read"
@@ -110,7 +110,7 @@ class Assembly:
     tensors: dict[str, tuple[Tensors, str]]
 
 
-def _weights(part: Part) -> Tensors:
+def _weights(part: CheckpointPart) -> Tensors:
     if part.kind == "projector":
         file = part.place if part.place.is_file() else part.place / PROJECTOR_FILE
         return Tensors([file])
@@ -123,7 +123,7 @@ def _weights(part: Part) -> Tensors:
     return found
 
 
-def _named(part: Part, only: str = "") -> dict[str, tuple[Tensors, str]]:
+def _named(part: CheckpointPart, only: str = "") -> dict[str, tuple[Tensors, str]]:
     """A part's tensors by canonical name, without those that a named rule ignores.
 
     Args:
@@ -194,21 +194,21 @@ def assemble(name: str | Path, base: Sequence[str | Path] = ()) -> Assembly:
     return _original(main, under, tower, main)
 
 
-def _only(parts: Iterable[Part], kinds: tuple[Kind, ...]) -> Part | None:
+def _only(parts: Iterable[CheckpointPart], kinds: tuple[Kind, ...]) -> CheckpointPart | None:
     found = [part for part in parts if part.kind in kinds]
     if len(found) > 1:
         raise CheckpointError(f"{found[0].place} and {found[1].place}: both are {SAID[found[1].kind]}; one is needed")
     return found[0] if found else None
 
 
-def _none_left(parts: Sequence[Part], main: Part) -> None:
+def _none_left(parts: Sequence[CheckpointPart], main: CheckpointPart) -> None:
     if parts:
         raise CheckpointError(
             f"{parts[0].place}: {SAID[parts[0].kind]} that {main.place} ({SAID[main.kind]}) has no use for"
         )
 
 
-def recorded_base(main: Part) -> Part:
+def recorded_base(main: CheckpointPart) -> CheckpointPart:
     """The language model that a LoRA folder says it was trained on."""
     lacking = f"{main.place}: {SAID[main.kind]} lacks its language model; give it as a base"
     if main.kind != "llava-lora":
@@ -223,7 +223,9 @@ def recorded_base(main: Part) -> Part:
     return part
 
 
-def _original(settings: Part, under: Part, tower: Part | None, projector: Part | None) -> Assembly:
+def _original(
+    settings: CheckpointPart, under: CheckpointPart, tower: CheckpointPart | None, projector: CheckpointPart | None
+) -> Assembly:
     """A model in original LLaVA's manner.
 
     Args:
@@ -268,7 +270,7 @@ def _original(settings: Part, under: Part, tower: Part | None, projector: Part |
     return Assembly(settings.place, original_config(config, raw, text, sizes, shape), found)
 
 
-def _tower_sizes(tower: Part) -> VisionConfig:
+def _tower_sizes(tower: CheckpointPart) -> VisionConfig:
     raw = tower.raw.get("vision_config", tower.raw) if tower.raw["model_type"] == "clip" else tower.raw
     if not isinstance(raw, dict):
         raise CheckpointError(f"{tower.config}: vision_config is no object")

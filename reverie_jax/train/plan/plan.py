@@ -194,7 +194,7 @@ def _batch(config: VLMConfig, recipe: Recipe, mesh: Mesh | AbstractMesh) -> Batc
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class StepPlan:
     """What a step takes on one chip, and the time that it needs at least.
 
     Attributes:
@@ -244,7 +244,7 @@ def make_plan(
     dtype: DTypeLike = jnp.bfloat16,
     devices: list[Any] | None = None,
     compiled: bool = True,
-) -> Plan:
+) -> StepPlan:
     """The plan of one step.
 
     Args:
@@ -287,7 +287,7 @@ def make_plan(
         "memory": moved / chip.bandwidth,
         "links": links / topology.interconnect,
     }
-    return Plan(
+    return StepPlan(
         recipe=recipe.name,
         model=model,
         topology=topology.name,

@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 
 from reverie_jax.errors import UserError
 from reverie_jax.models import VLMConfig
-from reverie_jax.train.plan.plan import Plan, make_plan
+from reverie_jax.train.plan.plan import StepPlan, make_plan
 from reverie_jax.train.plan.topology import Topology, tpu_devices
 from reverie_jax.train.recipes import Recipe
 
@@ -43,11 +43,11 @@ def candidates(recipe: Recipe, chips: int, most_rows: int = MOST_ROWS) -> Iterat
             rows *= 2
 
 
-def seconds_per_row(plan: Plan) -> float:
+def seconds_per_row(plan: StepPlan) -> float:
     return plan.roofline_seconds_per_step / plan.rows
 
 
-def _order(plan: Plan) -> tuple[float, bool, int]:
+def _order(plan: StepPlan) -> tuple[float, bool, int]:
     """Fastest first, to three digits; of equally fast ones those whose bound is compute by far; of them the smallest, which
     leaves most of the memory.
     """
@@ -65,8 +65,8 @@ def fit(
     dtype: DTypeLike = jnp.bfloat16,
     devices: list[Any] | None = None,
     most_rows: int = MOST_ROWS,
-    tried: Callable[[Plan], None] = lambda plan: None,
-) -> Plan:
+    tried: Callable[[StepPlan], None] = lambda plan: None,
+) -> StepPlan:
     """The plan with the fewest roofline seconds a row among those within `ROOM` of the memory.
 
     Args:

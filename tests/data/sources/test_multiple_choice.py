@@ -12,7 +12,7 @@ from reverie_jax.annotate.pipeline import KEYS, QUESTIONS, RATIONALES
 from reverie_jax.data import check as checking
 from reverie_jax.data import sources
 from reverie_jax.data.conversation import IMAGE
-from reverie_jax.data.mixture import Part, mixture
+from reverie_jax.data.mixture import MixtureEntry, mixture
 from reverie_jax.data.sources import ReadLog, Rows, multiple_choice
 from reverie_jax.data.sources.reverie import explains
 from reverie_jax.data.stats import statistics_of
@@ -101,7 +101,7 @@ def read(path, **options):
 
 
 def records(path, **options):
-    with mixture([Part(file=path, **options)], ReadLog()) as found:
+    with mixture([MixtureEntry(file=path, **options)], ReadLog()) as found:
         return list(found)
 
 

@@ -96,7 +96,7 @@ def test_descriptions_that_name_what_is_not_there_are_shown():
     answers = {"0": "A cat, a dog and a tie.", "1": "A cat.", "2": ""}
     found = Score("chair", "official", {}, {}, {}, 3, 1, [2], 0, scored, answers)
     loaded = Loaded(questions, lambda name: b"")
-    again = page_answers.Again(benchmark("chair"), loaded, {"run": found}, {}, {"run": {}}, [])
+    again = page_answers.RescoredRun(benchmark("chair"), loaded, {"run": found}, {}, {"run": {}}, [])
     (shown,) = gallery.galleries(again, "run", 6)
     assert (shown["title"], shown["questions"]) == ("run names what is not there", 1)
     (card,) = shown["cards"]
