@@ -47,7 +47,7 @@ def ours(folder: Path, args: Args) -> tuple[Callable[[], int], int]:
     from reverie_jax.data.pipeline import training_batches
     from reverie_jax.data.records import RecordSource
     from reverie_jax.data.supervision import Supervision
-    from reverie_jax.models.vision import normalise
+    from reverie_jax.models.vision import normalize
 
     source = RecordSource(folder / "records")
     processor = mixture_scale.processor(mixture_scale.Args(folder, tokenizer=args.tokenizer))
@@ -55,7 +55,7 @@ def ours(folder: Path, args: Args) -> tuple[Callable[[], int], int]:
     shape = SequenceShape(length=4096, images=6, edges=4096)
     batches = training_batches(source, processor, shape, rows=args.rows, supervision=Supervision(), seed=0, threads=1)
     ready = iter(batches)
-    on_device = jax.jit(lambda pixels: normalise(pixels, jnp.float32))
+    on_device = jax.jit(lambda pixels: normalize(pixels, jnp.float32))
 
     def one_round() -> int:
         fed = 0

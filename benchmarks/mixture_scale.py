@@ -111,7 +111,7 @@ def pack(args: Args) -> dict[str, Any]:
     import grain
 
     from reverie_jax.data.packing import SequenceShape
-    from reverie_jax.data.pipeline import packed_rows
+    from reverie_jax.data.pipeline import packed_sequences
     from reverie_jax.data.records import RecordSource
     from reverie_jax.data.supervision import Supervision
 
@@ -119,7 +119,7 @@ def pack(args: Args) -> dict[str, Any]:
     shape = SequenceShape(length=args.tokens, images=args.images, edges=args.tokens)
     numbers = grain.MapDataset.range(len(source)).seed(0).shuffle()
     rows = tokens = flat = trees = 0
-    for row in packed_rows(numbers, source, words_to, shape, Supervision()):
+    for row in packed_sequences(numbers, source, words_to, shape, Supervision()):
         rows += 1
         tokens += int((row.ends > np.arange(1, args.tokens + 1)).sum() + (row.flat_tokens > 0).sum())
         flat += int(row.flat_tokens.sum())

@@ -273,7 +273,7 @@ def our_batch(work: Work, size: Size, *, sharing: bool, fit: bool) -> Batch:
     import grain
 
     from reverie_jax.data.packing import stack
-    from reverie_jax.data.pipeline import packed_rows, show
+    from reverie_jax.data.pipeline import packed_sequences, show
     from reverie_jax.data.supervision import Supervision
 
     numbers = grain.MapDataset.range(len(work.records))
@@ -281,7 +281,7 @@ def our_batch(work: Work, size: Size, *, sharing: bool, fit: bool) -> Batch:
     supervision = Supervision(answers="as-published")
 
     def rows_of(shape: SequenceShape) -> list[Batch]:
-        return list(packed_rows(numbers, work.records, work.processor, shape, supervision, sharing=sharing))
+        return list(packed_sequences(numbers, work.records, work.processor, shape, supervision, prefix_sharing=sharing))
 
     rows = rows_of(size.row)
     if fit:

@@ -22,7 +22,7 @@ from flax import nnx
 from reverie_jax.annotate.stages import annotate
 from reverie_jax.data.packing import Batch, SequenceShape, element, pack, stack
 from reverie_jax.data.reflection import conversations
-from reverie_jax.data.tree import grow
+from reverie_jax.data.tree import build_tree
 from reverie_jax.hosted.interface import ImageQuestions
 from reverie_jax.loading import load_model
 from reverie_jax.scenes.annotator import SceneAnnotator
@@ -59,8 +59,8 @@ def main(args: Args) -> None:
         pixels = processor.pixels(encoded, str(index))
         kept, _ = annotate(ImageQuestions(str(index), encoded), annotator, 4)
         talks = [processor.encoder(talk) for reflection in kept for talk in conversations(reflection)]
-        trees.append(element(grow(talks), pixels))
-        flat += [element(grow([talk]), pixels) for talk in talks if (talk.weights > 0).any()]
+        trees.append(element(build_tree(talks), pixels))
+        flat += [element(build_tree([talk]), pixels) for talk in talks if (talk.weights > 0).any()]
 
     def batches(elements: list[dict[str, np.ndarray]], images: int) -> list[Batch]:
         shape = SequenceShape(length=args.tokens, images=images, edges=args.tokens)

@@ -63,7 +63,7 @@ def test_batch_of_answered_conversations_gives_transformers_logits(loaded, tmp_p
     )
     batch = processor([reverie_jax.ImageRecord("a", buffer.getvalue(), talks)])
     ours = np.asarray(model(batch))
-    pixels = oracle.normalised(np.asarray(picture)[None])
+    pixels = oracle.normalized(np.asarray(picture)[None])
     for branch, talk in enumerate(talks):
         text, _ = processor.encoder.text(talk)
         ids = processor.encoder.tokenizer(text.replace(IMAGE, IMAGE * processor.encoder.patches)).input_ids

@@ -108,10 +108,10 @@ def evaluate(options: options.Eval) -> None:
                 temperature=options.temperature,
                 top_p=options.top_p,
                 seed=options.seed,
-                against=options.against,  # type: ignore[arg-type]
+                contrast=options.against,  # type: ignore[arg-type]
                 alpha=options.alpha,
                 beta=options.beta,
-                noise=options.noise,
+                noise_step=options.noise,
             )
         except ValueError as error:
             raise UserError(str(error)) from None

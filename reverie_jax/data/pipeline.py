@@ -16,15 +16,20 @@ from jaxtyping import Int32
 from reverie_jax.data.conversation import Conversation, ImageRecord
 from reverie_jax.data.feature_cache import FeatureCache
 from reverie_jax.data.packing import WINDOW, Batch, Element, SequenceShape, element, pack, share_out, stack
-from reverie_jax.data.preferences import DPOConfig, grow_pairs, pairs
+from reverie_jax.data.preferences import DPOConfig, build_pair_trees, pairs
 from reverie_jax.data.processor import Processor
 from reverie_jax.data.supervision import Supervision
-from reverie_jax.data.tree import ConversationTree, grow_within, unsupervised
+from reverie_jax.data.tree import ConversationTree, build_trees, unsupervised
 from reverie_jax.errors import DataError
 
 
 def trees(
-    record: ImageRecord, processor: Processor, shape: SequenceShape, supervision: Supervision, *, sharing: bool = True
+    record: ImageRecord,
+    processor: Processor,
+    shape: SequenceShape,
+    supervision: Supervision,
+    *,
+    prefix_sharing: bool = True,
 ) -> list[ConversationTree]:
     """The record's conversations as trees that each fit a row.
 
@@ -35,17 +40,19 @@ def trees(
         DataError: one conversation alone is too long for a row; the record is named.
         UserError: or for the decoder.
     """
-    return [tree for _, tree in _supervised(record, processor, shape, supervision(record.conversations), sharing)]
+    return [
+        tree for _, tree in _supervised(record, processor, shape, supervision(record.conversations), prefix_sharing)
+    ]
 
 
 def _supervised(
-    record: ImageRecord, processor: Processor, shape: SequenceShape, talks: Sequence[Conversation], sharing: bool
+    record: ImageRecord, processor: Processor, shape: SequenceShape, talks: Sequence[Conversation], prefix_sharing: bool
 ) -> list[tuple[list[int], ConversationTree]]:
     """`grow_within`, for a record."""
     tokens = processor.tokens(record.id, talks)
-    branches = (shape.branches or None) if sharing else 1
+    branches = (shape.branches or None) if prefix_sharing else 1
     try:
-        return grow_within(tokens, tokens=shape.length, edges=shape.edges, branches=branches)
+        return build_trees(tokens, tokens=shape.length, edges=shape.edges, branches=branches)
     except ValueError as error:
         raise DataError(f"record {record.id}: {error}; give rows more room or shorten the conversation") from None
 
@@ -64,7 +71,7 @@ def _paired(
     found = processor.tokens(record.id, [talk for pair in sides for talk in pair])
     couples = list(zip(found[::2], found[1::2], strict=True))
     try:
-        grown = grow_pairs(couples, preference, tokens=shape.length, edges=shape.edges, leaves=shape.questions)
+        grown = build_pair_trees(couples, preference, tokens=shape.length, edges=shape.edges, leaves=shape.questions)
     except ValueError as error:
         raise DataError(f"record {record.id}: {error}; give rows more room or shorten the answers") from None
     made = []
@@ -104,12 +111,12 @@ def dataset_stats(
     shape: SequenceShape,
     supervision: Supervision | DPOConfig,
     *,
-    sharing: bool = True,
+    prefix_sharing: bool = True,
 ) -> DatasetStats:
     """Tokenises everything once: what does not fit is known before training, not at step 40,000."""
     count = tokens = flat = edges = longest = rows = 0
     datasets: dict[str, int] = {}
-    made, window = _Numbered(records, processor, shape, supervision, sharing, datasets, counting=True), []
+    made, window = _Numbered(records, processor, shape, supervision, prefix_sharing, datasets, counting=True), []
     for index in range(len(records)):
         window += made(index)
         if len(window) >= WINDOW or index + 1 == len(records):
@@ -139,13 +146,18 @@ class _Numbered:
         processor: Processor,
         shape: SequenceShape,
         supervision: Supervision | DPOConfig,
-        sharing: bool,
+        prefix_sharing: bool,
         datasets: dict[str, int],
         *,
         counting: bool = False,
     ):
         self.records, self.processor, self.shape = records, processor, shape
-        self.supervision, self.sharing, self.datasets, self.counting = supervision, sharing, datasets, counting
+        self.supervision, self.prefix_sharing, self.datasets, self.counting = (
+            supervision,
+            prefix_sharing,
+            datasets,
+            counting,
+        )
 
     def __call__(self, number: int) -> list[Element]:
         record = self.records[number]
@@ -169,7 +181,7 @@ class _Numbered:
                 record=number + 1,
                 origin=self._origins([talks[member] for member in members])[tree.branch],
             )
-            for members, tree in _supervised(record, self.processor, self.shape, talks, self.sharing)
+            for members, tree in _supervised(record, self.processor, self.shape, talks, self.prefix_sharing)
         ]
 
     def _origins(self, talks: Sequence[Conversation]) -> Int32[np.ndarray, "C"]:
@@ -229,19 +241,19 @@ def of_records(records: Sequence[ImageRecord]) -> Encoded:
     return encoded
 
 
-def packed_rows(
+def packed_sequences(
     numbers: grain.MapDataset,
     records: Sequence[ImageRecord],
     processor: Processor,
     shape: SequenceShape,
     supervision: Supervision | DPOConfig,
     *,
-    sharing: bool = True,
+    prefix_sharing: bool = True,
     datasets: Sequence[str] = (),
 ) -> grain.IterDataset:
     """Rows of the records of these numbers, with numbers (from 1) where pictures' pixels will be."""
     origins = {name: number for number, name in enumerate(datasets)}
-    made = numbers.map(_Numbered(records, processor, shape, supervision, sharing, origins))
+    made = numbers.map(_Numbered(records, processor, shape, supervision, prefix_sharing, origins))
     read = made.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=32))
     elements = grain.experimental.FlatMapIterDataset(read, _Flat())
     # Few records need no large window, which would hold many passes over them.
@@ -257,9 +269,9 @@ def training_batches(
     rows: int,
     supervision: Supervision | DPOConfig,
     seed: int,
-    sharing: bool = True,
+    prefix_sharing: bool = True,
     datasets: Sequence[str] = (),
-    own: slice | None = None,
+    local: slice | None = None,
     features: FeatureCache | None = None,
     threads: int | None = None,
 ) -> grain.IterDataset:
@@ -276,9 +288,11 @@ def training_batches(
         features: of the pictures, which are then not decoded.
         threads: that decode pictures; one a core by default.
     """
-    first, past, _ = (own or slice(None)).indices(rows)
+    first, past, _ = (local or slice(None)).indices(rows)
     numbers = grain.MapDataset.range(len(records)).seed(seed).shuffle().repeat()
-    packed = packed_rows(numbers, records, processor, shape, supervision, sharing=sharing, datasets=datasets)
+    packed = packed_sequences(
+        numbers, records, processor, shape, supervision, prefix_sharing=prefix_sharing, datasets=datasets
+    )
     batches = packed.batch(rows, batch_fn=lambda part: stack(part[first:past], past - first))
     threads = threads or os.cpu_count() or 1
     pool = ThreadPoolExecutor(threads) if threads > 1 else None
@@ -293,14 +307,16 @@ def every_batch(
     supervision: Supervision | DPOConfig,
     *,
     rows: int,
-    own: slice | None = None,
-    sharing: bool = True,
+    local: slice | None = None,
+    prefix_sharing: bool = True,
     datasets: Sequence[str] = (),
 ) -> Iterator[Batch]:
     """Every record once, in order; empty rows fill the last batch. Arguments as for `training_batches`."""
-    first, past, _ = (own or slice(None)).indices(rows)
+    first, past, _ = (local or slice(None)).indices(rows)
     numbers = grain.MapDataset.range(len(records))
-    packed = packed_rows(numbers, records, processor, shape, supervision, sharing=sharing, datasets=datasets)
+    packed = packed_sequences(
+        numbers, records, processor, shape, supervision, prefix_sharing=prefix_sharing, datasets=datasets
+    )
 
     def whole(part: Sequence[Batch]) -> Batch:
         full = stack(part, rows)
@@ -340,7 +356,7 @@ class _Questions(grain.experimental.FlatMapTransform):
         numbers, talks = zip(*picture.questions, strict=True)
         tokens = [unsupervised(talk) for talk in self.processor.tokens(picture.name, talks)]
         try:
-            grown = grow_within(tokens, tokens=self.shape.length, edges=0, branches=self.shape.questions)
+            grown = build_trees(tokens, tokens=self.shape.length, edges=0, branches=self.shape.questions)
         except ValueError as error:
             raise DataError(f"{picture.name}: {error}") from None
         return [element(tree, shown, [numbers[member] for member in members]) for members, tree in grown]
@@ -352,7 +368,7 @@ def question_batches(
     shape: SequenceShape,
     *,
     rows: int,
-    own: slice | None = None,
+    local: slice | None = None,
     pool: Executor | None = None,
 ) -> grain.IterDataset:
     """Every question once, in batches of the same shape; empty rows fill the last one.
@@ -361,7 +377,7 @@ def question_batches(
         own: the part of each batch's rows that this host gets, whose pictures alone it reads; all by default.
         pool: decodes pictures side by side.
     """
-    first, past, _ = (own or slice(None)).indices(rows)
+    first, past, _ = (local or slice(None)).indices(rows)
     numbers = grain.MapDataset.range(len(pictures)).to_iter_dataset(
         grain.ReadOptions(num_threads=1, prefetch_buffer_size=32)
     )

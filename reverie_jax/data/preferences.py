@@ -113,7 +113,7 @@ def shared(one: Tokens, other: Tokens) -> int:
     return int(differs.argmax()) if differs.any() else most
 
 
-def grow_pairs(
+def build_pair_trees(
     sides: Sequence[tuple[Tokens, Tokens]], preference: DPOConfig, *, tokens: int, edges: int, leaves: int
 ) -> list[tuple[list[int], ConversationTree]]:
     """Pairs (chosen, rejected) about one picture as few trees; a pair's two branches stay together.

@@ -19,7 +19,7 @@ from reverie_jax.data.images import decode, preprocess, to_rgb
 from reverie_jax.data.packing import Batch, SequenceShape, element, row, stack
 from reverie_jax.data.templates import Template, v0
 from reverie_jax.data.tokenization import Encoder, Tokens
-from reverie_jax.data.tree import grow
+from reverie_jax.data.tree import build_tree
 from reverie_jax.errors import UserError
 from reverie_jax.models import VLMConfig
 from reverie_jax.models.config import ImageAspect, TokenMode
@@ -117,7 +117,7 @@ class Processor:
             raise UserError("no conversations to make a batch of")
         elements, number = [], 0
         for record in conversations:
-            tree = grow(self.tokens(record.id, record.conversations))
+            tree = build_tree(self.tokens(record.id, record.conversations))
             numbers = list(range(number, number + len(tree.leaves)))
             number += len(tree.leaves)
             elements.append(element(tree, self.pixels(record.image, record.id), numbers))

@@ -208,7 +208,7 @@ class Trie:
         )
 
 
-def grow(conversations: Iterable[Tokens]) -> ConversationTree:
+def build_tree(conversations: Iterable[Tokens]) -> ConversationTree:
     """One tree of all the conversations."""
     trie = Trie()
     for conversation in conversations:
@@ -216,7 +216,7 @@ def grow(conversations: Iterable[Tokens]) -> ConversationTree:
     return trie.tree()
 
 
-def grow_within(
+def build_trees(
     conversations: Sequence[Tokens], *, tokens: int, edges: int, branches: int | None = None
 ) -> list[tuple[list[int], ConversationTree]]:
     """As few trees as it takes for each to fit a row: a tree too large shares out its branches.

@@ -16,7 +16,7 @@ from reverie_jax.data.conversation import ImageRecord
 from reverie_jax.data.images import thumbnail
 from reverie_jax.data.processor import Processor
 from reverie_jax.data.supervision import Supervision
-from reverie_jax.data.tree import ConversationTree, grow
+from reverie_jax.data.tree import ConversationTree, build_tree
 
 SIDE = 360
 
@@ -128,8 +128,8 @@ def write(
     samples = []
     for record in records:
         tokens = processor.tokens(record.id, supervision(record.conversations))
-        tree = grow(tokens)
-        once = grow(dataclasses.replace(one, weights=(one.weights > 0).astype(np.float32)) for one in tokens)
+        tree = build_tree(tokens)
+        once = build_tree(dataclasses.replace(one, weights=(one.weights > 0).astype(np.float32)) for one in tokens)
         shared = {place for place, count in zip(supervised_positions(once), once.weight, strict=True) if count > 1}
         samples.append(
             {

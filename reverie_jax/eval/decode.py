@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from reverie_jax.data.packing import Batch
 from reverie_jax.models import VisionLanguageModel
 from reverie_jax.models.decoder import KV
-from reverie_jax.models.vision import normalise
+from reverie_jax.models.vision import normalize
 
 Against = Literal["", "image", "instruction"]
 
@@ -48,18 +48,18 @@ class Decoding:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
-    against: Against = ""
+    contrast: Against = ""
     alpha: float = 1.0
     beta: float = 0.1
-    noise: int = 500
+    noise_step: int = 500
     track: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.new_tokens < 1 or self.beams < 1:
             raise ValueError("new_tokens and beams must be at least 1")
-        if self.beams > 1 and (self.temperature or self.against):
+        if self.beams > 1 and (self.temperature or self.contrast):
             raise ValueError("beam search goes with neither sampling nor a contrast")
-        if not 0 < self.beta <= 1 or self.alpha < 0 or not 0 <= self.noise <= 999:
+        if not 0 < self.beta <= 1 or self.alpha < 0 or not 0 <= self.noise_step <= 999:
             raise ValueError("alpha must not be negative, beta be above 0 and at most 1, and noise be 0 to 999")
         if self.temperature < 0 or not 0 < self.top_p <= 1:
             raise ValueError("temperature must not be negative, and top_p be above 0 and at most 1")
@@ -117,25 +117,25 @@ def noisy(pixels: Any, steps: int, seed: int) -> Float[Array, "B M S S 3"]:
     """
     betas = jax.nn.sigmoid(jnp.linspace(-6, 6, 1000)) * (0.5e-2 - 1e-5) + 1e-5
     kept = jnp.cumprod(1 - betas)[steps] if steps else jnp.ones(())
-    shown = normalise(pixels, jnp.float32)
-    noise = jax.random.normal(jax.random.key(seed), pixels.shape[2:])
-    return jnp.sqrt(kept) * shown + jnp.sqrt(1 - kept) * noise[None, None]
+    shown = normalize(pixels, jnp.float32)
+    noise_step = jax.random.normal(jax.random.key(seed), pixels.shape[2:])
+    return jnp.sqrt(kept) * shown + jnp.sqrt(1 - kept) * noise_step[None, None]
 
 
 def distorted(model: VisionLanguageModel, batch: Batch, how: Decoding) -> Float[Array, "B M P W"]:
     """The tower's features of the batch's pictures under noise."""
-    pixels = noisy(batch.pixels, how.noise, how.seed)
+    pixels = noisy(batch.pixels, how.noise_step, how.seed)
     flat = pixels.reshape(-1, *pixels.shape[2:]).astype(model.compute_dtype)
     features = model.vision(flat, model.config.feature_depth)
     return features.reshape(*pixels.shape[:2], *features.shape[1:])
 
 
 def contrast(
-    scores: Float[Array, "B Q V"], against: Float[Array, "B Q V"], alpha: float, beta: float
+    scores: Float[Array, "B Q V"], contrast: Float[Array, "B Q V"], alpha: float, beta: float
 ) -> Float[Array, "B Q V"]:
     """(1 + alpha) scores - alpha against, among the tokens that are likely enough by the scores alone."""
     likely = scores >= scores.max(-1, keepdims=True) + jnp.log(beta)
-    return jnp.where(likely, (1 + alpha) * scores - alpha * against, -jnp.inf)
+    return jnp.where(likely, (1 + alpha) * scores - alpha * contrast, -jnp.inf)
 
 
 def generate(
@@ -158,11 +158,11 @@ def generate(
     if how.beams > 1:
         return _beam_search(model, batch, scores, stream, how, stops), tracked
     streams = [stream]
-    if how.against:
-        pixels = distorted(model, batch, how) if how.against == "image" else None
-        against, second = prefill(model, batch if other is None else other, how.new_tokens, pixels)
+    if how.contrast:
+        pixels = distorted(model, batch, how) if how.contrast == "image" else None
+        contrast, second = prefill(model, batch if other is None else other, how.new_tokens, pixels)
         streams.append(second)
-        scores = contrast(scores, against, how.alpha, how.beta)
+        scores = contrast(scores, contrast, how.alpha, how.beta)
     return _one_by_one(model, batch, scores, streams, how, stops), tracked
 
 
@@ -267,7 +267,7 @@ def _beam_search(
         open=batch.questions >= 0,
     )
 
-    def grow(now: _Beams, scores: Float[Array, "B Q K V"]) -> tuple[_Beams, Int[Array, "B Q K"]]:
+    def build_tree(now: _Beams, scores: Float[Array, "B Q K V"]) -> tuple[_Beams, Int[Array, "B Q K"]]:
         """One more token a beam; and which beam each new one came from."""
         sums = (jax.nn.log_softmax(scores, axis=-1) + now.sums[..., None]).reshape(rows, leaves, -1)
         sums, place = jax.lax.top_k(sums, keep)
@@ -304,7 +304,7 @@ def _beam_search(
         suffix = jax.tree.map(lambda x: jnp.take_along_axis(x, index, axis=2), stream.suffix)
         token = jax.lax.dynamic_index_in_dim(now.tokens, now.step - 1, axis=3, keepdims=False).reshape(rows, -1)
         scores, stream = extend(model, stream._replace(suffix=suffix), token, now.step - 1)
-        after, origin = grow(now, scores.reshape(rows, leaves, beams, -1))
+        after, origin = build_tree(now, scores.reshape(rows, leaves, beams, -1))
         return after, origin, stream
 
     def more(carry: tuple[_Beams, Any, Any]) -> Array:
@@ -312,7 +312,7 @@ def _beam_search(
         return (now.step < longest) & now.open.any()
 
     opening = jnp.broadcast_to(first[:, :, None], (rows, leaves, beams, first.shape[-1]))
-    now, origin = grow(start, opening)
+    now, origin = build_tree(start, opening)
     found = jax.lax.while_loop(more, one, (now, origin, stream))[0].finished[:, :, 0]
     # One id for all that end an answer, and behind it nothing else.
     stop = jnp.isin(found, jnp.asarray(stops, jnp.int32))

@@ -23,12 +23,12 @@ from reverie_jax.data.conversation import IMAGE, Conversation, ImageRecord, Turn
 from reverie_jax.data.packing import Batch, SequenceShape
 from reverie_jax.data.pipeline import ImageQuestions, question_batches
 from reverie_jax.data.processor import Processor
-from reverie_jax.data.tree import grow, grow_within, unsupervised
+from reverie_jax.data.tree import build_tree, build_trees, unsupervised
 from reverie_jax.errors import DataError, UserError
 from reverie_jax.eval import decode
 from reverie_jax.eval.decode import Decoding
 from reverie_jax.models import VisionLanguageModel
-from reverie_jax.models.sharding import batch_sharding, feed, make_mesh, mesh_of, own_rows, place
+from reverie_jax.models.sharding import batch_sharding, feed, local_rows, make_mesh, mesh_of, place
 
 DISTURBING = "You see things that are confused with one another, and are unsure which of them are there."
 """What stands before a question in the stream that `against="instruction"` contrasts with."""
@@ -131,7 +131,7 @@ def plan(
         talks = [talk for _, talk in picture.questions]
         tokens = [unsupervised(one) for one in processor.tokens(picture.name, talks)]
         try:
-            grown = grow_within(tokens, tokens=limit.sequence_length, edges=0, branches=limit.questions)
+            grown = build_trees(tokens, tokens=limit.sequence_length, edges=0, branches=limit.questions)
         except ValueError as error:
             raise DataError(f"{picture.name}: {error}") from None
         for members, tree in grown:
@@ -173,7 +173,7 @@ def _disturbed(
     for picture in pictures:
         asked = [(number, behind(talk)) for number, talk in picture.questions]
         found = processor.tokens(picture.name, [talk for _, talk in asked])
-        longest = max(longest, len(grow(map(unsupervised, found))))
+        longest = max(longest, len(build_tree(map(unsupervised, found))))
         others.append(dataclasses.replace(picture, questions=asked))
     return SequenceShape(length=_rounded(longest), images=1, questions=leaves), others
 
@@ -256,7 +256,7 @@ class Engine:
         leaves = min(self.shape.questions, self._room(how.new_tokens, how))
         rows = min(self.shape.batch_size, spread * max(1, self._room(length, how) // leaves))
         limit = dataclasses.replace(self.shape, questions=leaves, batch_size=rows)
-        return Work(plan(once, self.processor, limit, spread=spread, disturb=how.against == "instruction"), same)
+        return Work(plan(once, self.processor, limit, spread=spread, disturb=how.contrast == "instruction"), same)
 
     @property
     def _spread(self) -> int:
@@ -264,7 +264,7 @@ class Engine:
 
     def _room(self, new_tokens: int, how: Decoding) -> int:
         """How many leaves' answers of that length are decoded together on the devices of one row."""
-        streams = how.beams + bool(how.against)
+        streams = how.beams + bool(how.contrast)
         return max(1, SUFFIX_BYTES // (self._token_bytes * new_tokens * streams))
 
     def stream(
@@ -300,8 +300,8 @@ class Engine:
             rest = pictures[skip * group.rows :]
             if not rest:
                 return
-            own = own_rows(self.mesh, group.rows)
-            made = iter(question_batches(rest, self.processor, shape, rows=group.rows, own=own, pool=pool))
+            local = local_rows(self.mesh, group.rows)
+            made = iter(question_batches(rest, self.processor, shape, rows=group.rows, local=local, pool=pool))
             stack.enter_context(contextlib.closing(made))
             for batch in made:
                 yield feed(batch, self.mesh, group.rows)
@@ -342,11 +342,11 @@ class Engine:
 
         if part == rows:
             return self._run(batch, other, how)[0]
-        own = batch_sharding(self.mesh)
+        local = batch_sharding(self.mesh)
         parts = []
         for start in range(0, rows, part):
             here, there = (
-                None if x is None else jax.device_put(x, own) for x in (cut(batch, start), cut(other, start))
+                None if x is None else jax.device_put(x, local) for x in (cut(batch, start), cut(other, start))
             )
             assert here is not None
             parts.append(self._run(here, there, how)[0])

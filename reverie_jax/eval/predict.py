@@ -114,7 +114,7 @@ def predict(
     record = _record(benchmark, loaded, questions, engine, ask, model, identity)
     _first(lambda: _begin(out, record))
     talks = [conversation(question) for question in questions]
-    usual = benchmark.usual_tokens
+    usual = benchmark.expected_new_tokens
     caps = [min(how.new_tokens, question.new_tokens or benchmark.new_tokens) for question in questions]
     if not ask.reflect:
         stage = _Stage(engine, loaded, questions, talks, caps, how, usual, "answers", progress)

@@ -79,11 +79,11 @@ class _Run:
             TryAgain, NoAccess, Refused: in the end.
         """
         limits = self.limits
-        grow = tenacity.wait_random_exponential(multiplier=limits.backoff, max=limits.longest)
+        build_tree = tenacity.wait_random_exponential(multiplier=limits.backoff, max=limits.longest)
 
         def wait(state: tenacity.RetryCallState) -> float:
             error = state.outcome.exception() if state.outcome else None
-            return max(grow(state), getattr(error, "after", None) or 0.0)
+            return max(build_tree(state), getattr(error, "after", None) or 0.0)
 
         retrying = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception_type(TryAgain),

@@ -283,11 +283,11 @@ class _Worker:
     async def until_done(self, task: Task) -> None:
         """As many attempts as the limits allow."""
         limits, seen = self.gate.limits, collections.Counter[type]()
-        grow = tenacity.wait_random_exponential(multiplier=limits.backoff, max=limits.longest)
+        build_tree = tenacity.wait_random_exponential(multiplier=limits.backoff, max=limits.longest)
 
         def wait(state: tenacity.RetryCallState) -> float:
             error = state.outcome.exception() if state.outcome else None
-            return max(grow(state), error.after or 0.0) if isinstance(error, TryAgain) else 0.0
+            return max(build_tree(state), error.after or 0.0) if isinstance(error, TryAgain) else 0.0
 
         def enough(state: tenacity.RetryCallState) -> bool:
             seen[type(state.outcome.exception() if state.outcome else None)] += 1

@@ -72,7 +72,7 @@ class Linear(nnx.Module):
             return self.kernel[...].astype(dtype)
         return unpack(self.kernel[...], self.scales[...], dtype)
 
-    def quantise(self, bits: Bits) -> None:
+    def quantize(self, bits: Bits) -> None:
         """Keeps W in so many bits from now on, in place. It must be frozen then."""
         codes, scales = jax.jit(pack, static_argnums=1)(self.kernel[...], bits)
         axes = self.kernel.axes

@@ -100,11 +100,11 @@ def set_like(variable: nnx.Variable[Any], value: ArrayLike) -> None:
     variable.set_value(jax.device_put(new, old.sharding) if isinstance(old.sharding, NamedSharding) else new)
 
 
-def quantise(model: VisionLanguageModel, bits: Bits, targets: str = DEFAULT_TARGETS) -> None:
+def quantize(model: VisionLanguageModel, bits: Bits, targets: str = DEFAULT_TARGETS) -> None:
     """Keeps the decoder's matrices in few bits, in place: what carries adapters is frozen, and need not be exact."""
     for path, layer in linears(model):
         if re.fullmatch(targets, path) and layer.scales is None:
-            layer.quantise(bits)
+            layer.quantize(bits)
 
 
 def switch(model: VisionLanguageModel, *, on: bool) -> None:

@@ -121,7 +121,7 @@ def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
 
 
-def own_rows(mesh: Mesh, rows: int) -> slice:
+def local_rows(mesh: Mesh, rows: int) -> slice:
     """Which of a batch's rows this process feeds.
 
     Raises:

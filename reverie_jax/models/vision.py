@@ -19,7 +19,7 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def normalise(pixels: UInt8[Array, "... 3"], dtype: DTypeLike) -> Float[Array, "... 3"]:
+def normalize(pixels: UInt8[Array, "... 3"], dtype: DTypeLike) -> Float[Array, "... 3"]:
     """Bytes to CLIP's normalised floats."""
     mean, std = (np.asarray(v, np.float64).reshape((1,) * (pixels.ndim - 1) + (3,)) for v in (CLIP_MEAN, CLIP_STD))
     # (pixel / 255 - mean) / std as one multiplication and one addition

@@ -15,7 +15,7 @@ from reverie_jax.models.decoder import KV, Decoder
 from reverie_jax.models.layers import Remat
 from reverie_jax.models.projector import Projector
 from reverie_jax.models.sharding import constrain_rows
-from reverie_jax.models.vision import VisionTower, normalise
+from reverie_jax.models.vision import VisionTower, normalize
 
 
 @runtime_checkable
@@ -70,7 +70,7 @@ class VisionLanguageModel(nnx.Module):
         if jnp.issubdtype(pixels.dtype, jnp.floating):
             features = constrain_rows(flat.astype(self.compute_dtype))
         else:
-            floats = normalise(flat, self.compute_dtype)
+            floats = normalize(flat, self.compute_dtype)
             features = self.vision(floats, self.config.feature_depth, remat="full" if train_tower else "none")
         if not train_tower:
             features = jax.lax.stop_gradient(features)

@@ -23,7 +23,7 @@ from reverie_jax.data.tokenization import Encoder
 from reverie_jax.data.tree import Trie
 from reverie_jax.models import TextConfig, VisionConfig, VisionLanguageModel, VLMConfig
 from reverie_jax.models.layers import Linear
-from reverie_jax.models.vision import VisionTower, normalise
+from reverie_jax.models.vision import VisionTower, normalize
 from reverie_jax.scenes.corpus import plain_talks
 from reverie_jax.scenes.draw import render
 from reverie_jax.scenes.graph import CATEGORIES, COLOURS, SIZES, TEXTURES, Scene, World, take
@@ -137,7 +137,7 @@ def pretrain_tower(model: VisionLanguageModel, scenes: list[Scene], recipe: Pret
 
     def loss_of(params: Any, pixels: jax.Array, labels: jax.Array) -> jax.Array:
         vision: VisionTower = nnx.merge(tower_graph, params[0])
-        features = vision(normalise(pixels, jnp.float32), model.config.feature_depth, remat="full")
+        features = vision(normalize(pixels, jnp.float32), model.config.feature_depth, remat="full")
         return nnx.merge(heads_graph, params[1]).loss(features, labels)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))

@@ -18,7 +18,7 @@ from reverie_jax.models import VisionLanguageModel
 from reverie_jax.models.checkpoints import identity
 from reverie_jax.models.checkpoints.identity import Identity
 from reverie_jax.train.recipes import Recipe
-from reverie_jax.train.step import TrainState, adapt, tuned
+from reverie_jax.train.step import TrainState, adapt, trainable_filter
 
 IDENTITY = "run.json"
 
@@ -203,7 +203,7 @@ def load_run(model: VisionLanguageModel, folder: Path) -> Recipe:
         raise ResumeError(f"{folder}: no whole checkpoint here")
     kinds = {path: leaf.dtype for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
     adapt(model, recipe)
-    params = checkpoints.restore_params(nnx.state(model, tuned(recipe.trainable)))
+    params = checkpoints.restore_params(nnx.state(model, trainable_filter(recipe.trainable)))
     nnx.update(model, nnx.map_state(lambda path, x: x.replace(x.get_value().astype(kinds.get(path, x.dtype))), params))
     checkpoints.close()
     return recipe

@@ -21,14 +21,14 @@ from reverie_jax.data.processor import Processor
 from reverie_jax.errors import UserError
 from reverie_jax.models import VisionLanguageModel, lora
 from reverie_jax.models.checkpoints import identity
-from reverie_jax.models.sharding import feed, make_mesh, own_rows, place, shardings
+from reverie_jax.models.sharding import feed, local_rows, make_mesh, place, shardings
 from reverie_jax.train.checkpoint import ResumeError, RunCheckpoints
 from reverie_jax.train.metrics import MetricsLog
 from reverie_jax.train.monitor import StepMonitor, TrainingFailed
 from reverie_jax.train.preemption import Interruption
 from reverie_jax.train.recipes import Recipe
 from reverie_jax.train.reference_model import ReferenceModel, find_reference
-from reverie_jax.train.step import TrainState, adapt, make_optimizer, make_step, tuned
+from reverie_jax.train.step import TrainState, adapt, make_optimizer, make_step, trainable_filter
 from reverie_jax.train.validation import Validation, hold_out
 from reverie_jax.train.vision_cache import cached
 
@@ -89,13 +89,13 @@ def train(
     except ValueError as error:
         raise UserError(str(error)) from None
     supervision = recipe.preference or recipe.supervision
-    found = dataset_stats(records, processor, recipe.sequence, supervision, sharing=recipe.prefix_sharing)
+    found = dataset_stats(records, processor, recipe.sequence, supervision, prefix_sharing=recipe.prefix_sharing)
     recipe = dataclasses.replace(recipe, steps=recipe.steps_for(found.rows))
     try:
-        own_rows(
+        local_rows(
             mesh, recipe.batch_size // recipe.gradient_accumulation_steps
         )  # each micro-batch is spread over the devices
-        own = own_rows(mesh, recipe.batch_size)
+        local = local_rows(mesh, recipe.batch_size)
     except ValueError as error:
         raise UserError(
             f"recipe {recipe.name}, micro-batches of {recipe.batch_size // recipe.gradient_accumulation_steps}: {error}"
@@ -104,14 +104,14 @@ def train(
     base = identity(model)
     fresh = adapt(model, recipe)
     if recipe.quantization is not None:
-        lora.quantise(model, recipe.quantization)
-    graph, params, frozen = nnx.split(model, tuned(recipe.trainable), ...)  # type: ignore[misc]
+        lora.quantize(model, recipe.quantization)
+    graph, params, frozen = nnx.split(model, trainable_filter(recipe.trainable), ...)  # type: ignore[misc]
     params, frozen = place(params, mesh), place(frozen, mesh)
     optimizer = make_optimizer(recipe)
     # Moments lie as the parameters that they belong to. It must be said: zeros depend on none, and jit would replicate them.
-    homes = shardings(jax.eval_shape(optimizer.init, params), mesh)
+    layout = shardings(jax.eval_shape(optimizer.init, params), mesh)
     with jax.set_mesh(mesh):
-        moments = jax.jit(optimizer.init, out_shardings=homes)(params)
+        moments = jax.jit(optimizer.init, out_shardings=layout)(params)
         if recipe.offload:
             moments = jax.device_put(moments, jax.memory.Space.Host)
     state = TrainState(params, moments, jax.device_put(jnp.zeros((), jnp.int32), NamedSharding(mesh, PartitionSpec())))
@@ -122,10 +122,10 @@ def train(
             recipe.sequence,
             rows=recipe.batch_size,
             supervision=supervision,
-            sharing=recipe.prefix_sharing,
+            prefix_sharing=recipe.prefix_sharing,
             datasets=found.datasets,
             seed=recipe.seed,
-            own=own,
+            local=local,
             features=features,
         )
     )
@@ -145,7 +145,7 @@ def train(
             *(graph, optimizer, recipe),
             datasets=len(found.datasets),
             reference=reference.graph,
-            homes=jax.tree.map(lambda x: x.sharding, state),
+            layout=jax.tree.map(lambda x: x.sharding, state),
         )
         validate = Validation(graph, held_out, processor, recipe, mesh)
         log = MetricsLog(folder, recipe.steps, resumed=first, label=recipe.name, console=console)

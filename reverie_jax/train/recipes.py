@@ -17,7 +17,7 @@ from reverie_jax.models.config import ImageAspect, ProjectorKind
 from reverie_jax.models.layers import Remat
 from reverie_jax.models.lora import DEFAULT_TARGETS
 
-Tune = Literal["lora", "projector", "full"]
+Trainable = Literal["lora", "projector", "full"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Recipe:
     remat: Remat = "full"
     offload: bool = False
     loss_reduction: Literal["tokens", "micro-batches"] = "tokens"
-    trainable: Tune = "lora"
+    trainable: Trainable = "lora"
     supervision: Supervision = Supervision()  # noqa: RUF009
     preference: DPOConfig | None = None
     prefix_sharing: bool = True

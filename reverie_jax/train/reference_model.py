@@ -22,10 +22,10 @@ from reverie_jax.data.pipeline import every_batch
 from reverie_jax.data.processor import Processor
 from reverie_jax.errors import UserError
 from reverie_jax.models import VisionLanguageModel, lora
-from reverie_jax.models.sharding import feed, own_rows
+from reverie_jax.models.sharding import feed, local_rows
 from reverie_jax.train.objective import answer_sums, edge_logps
 from reverie_jax.train.recipes import Recipe
-from reverie_jax.train.step import tuned
+from reverie_jax.train.step import trainable_filter
 
 STORED = "reference.npz"
 """In a run folder: the answers' numbers and their sums under the reference."""
@@ -68,7 +68,7 @@ def find_reference(
     """
     assert recipe.preference is not None
     if recipe.preference.reference == "stored":
-        graph, _, _ = nnx.split(model, tuned(recipe.trainable), ...)  # type: ignore[misc]
+        graph, _, _ = nnx.split(model, trainable_filter(recipe.trainable), ...)  # type: ignore[misc]
         return stored(graph, params, frozen, processor, records, recipe, folder, mesh)
     if not fresh:
         raise UserError(
@@ -93,7 +93,7 @@ def adapters_off(model: VisionLanguageModel, recipe: Recipe, params: nnx.State) 
 def without_adapters(model: VisionLanguageModel, recipe: Recipe) -> nnx.GraphDef[VisionLanguageModel]:
     """The model's graph with its adapters at rest."""
     lora.switch(model, on=False)
-    graph, _, _ = nnx.split(model, tuned(recipe.trainable), ...)  # type: ignore[misc]
+    graph, _, _ = nnx.split(model, trainable_filter(recipe.trainable), ...)  # type: ignore[misc]
     lora.switch(model, on=True)
     return graph
 
@@ -159,7 +159,9 @@ def _count(
 
     jitted = jax.jit(score, out_shardings=everywhere)
     rows = recipe.batch_size // recipe.gradient_accumulation_steps
-    batches = every_batch(records, processor, recipe.sequence, recipe.preference, rows=rows, own=own_rows(mesh, rows))
+    batches = every_batch(
+        records, processor, recipe.sequence, recipe.preference, rows=rows, local=local_rows(mesh, rows)
+    )
     numbers, sums = [], []
     _log.info("counting the reference's sums of %d records", len(records))
     with jax.set_mesh(mesh):

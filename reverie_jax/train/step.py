@@ -25,7 +25,7 @@ from reverie_jax.train.objective import (
     edge_loss,
     preference_loss,
 )
-from reverie_jax.train.recipes import Recipe, Tune
+from reverie_jax.train.recipes import Recipe, Trainable
 
 
 class TrainState(NamedTuple):
@@ -60,11 +60,11 @@ def trainable(path: tuple[Any, ...], value: Any) -> bool:
     return isinstance(value, nnx.LoRAParam) or (isinstance(value, nnx.Param) and path[0] == "projector")
 
 
-def tuned(tune: Tune) -> Callable[[tuple[Any, ...], Any], bool]:
+def trainable_filter(trainable: Trainable) -> Callable[[tuple[Any, ...], Any], bool]:
     """The filter of what a recipe tunes."""
-    if tune == "lora":
+    if trainable == "lora":
         return trainable
-    parts = ("projector",) if tune == "projector" else ("projector", "decoder")
+    parts = ("projector",) if trainable == "projector" else ("projector", "decoder")
     return lambda path, value: isinstance(value, nnx.Param) and path[0] in parts
 
 
@@ -110,7 +110,7 @@ def widen(model: VisionLanguageModel, recipe: Recipe) -> None:
 
     The computation stays in the model's own type: layers round their weights when they use them.
     """
-    params = nnx.state(model, tuned(recipe.trainable))
+    params = nnx.state(model, trainable_filter(recipe.trainable))
     nnx.update(model, jax.tree.map(lambda x: x.astype(jnp.float32), params))
 
 
@@ -152,14 +152,14 @@ def loss_and_grads(
     key: PRNGKeyArray | None,
     *,
     accumulate: int = 1,
-    mean: Literal["tokens", "micro-batches"] = "tokens",
+    loss_reduction: Literal["tokens", "micro-batches"] = "tokens",
 ) -> tuple[Float[Array, ""], nnx.State]:
     """Mean cross-entropy of a batch, and its gradients by the trainable parameters. See `scored`."""
 
     def score(params: nnx.State, part: Batch, key: PRNGKeyArray | None) -> tuple[Loss, dict[str, Array]]:
         return edge_loss(nnx.merge(graph, params, frozen), part, key=key), {}
 
-    loss, grads, _ = scored(score, params, batch, key, accumulate=accumulate, mean=mean)
+    loss, grads, _ = scored(score, params, batch, key, accumulate=accumulate, loss_reduction=loss_reduction)
     return loss, grads
 
 
@@ -170,7 +170,7 @@ def scored(
     key: PRNGKeyArray | None,
     *,
     accumulate: int = 1,
-    mean: Literal["tokens", "micro-batches"] = "tokens",
+    loss_reduction: Literal["tokens", "micro-batches"] = "tokens",
 ) -> tuple[Float[Array, ""], nnx.State, dict[str, Array]]:
     """Mean loss of a batch, its gradients by the trainable parameters, and the reported sums.
 
@@ -182,7 +182,7 @@ def scored(
 
     def total_of(params: nnx.State, part: Batch, key: PRNGKeyArray | None) -> tuple[Array, Any]:
         loss, sums = score(params, part, key)
-        if mean == "tokens":
+        if loss_reduction == "tokens":
             return loss.total, (loss.weight, sums)
         return loss.total / jnp.maximum(loss.weight, 1e-6), (jnp.ones((), jnp.float32), sums)
 
@@ -213,7 +213,7 @@ def make_step(
     *,
     datasets: int = 1,
     reference: nnx.GraphDef[VisionLanguageModel] | None = None,
-    homes: TrainState | None = None,
+    shardings: TrainState | None = None,
 ) -> Callable[..., tuple[TrainState, StepMetrics]]:
     """The jitted step. It donates the trainable state, and never the frozen weights.
 
@@ -251,7 +251,7 @@ def make_step(
 
     score = score_tokens if recipe.preference is None else score_pairs
 
-    kept = {} if homes is None else {"out_shardings": (homes, None)}
+    kept = {} if shardings is None else {"out_shardings": (shardings, None)}
 
     @functools.partial(jax.jit, donate_argnums=0, **kept)
     def step(state: TrainState, frozen: nnx.State, batch: Batch, held: Any = None) -> tuple[TrainState, StepMetrics]:
@@ -263,7 +263,7 @@ def make_step(
             batch,
             key,
             accumulate=recipe.gradient_accumulation_steps,
-            mean=recipe.loss_reduction,
+            loss_reduction=recipe.loss_reduction,
         )
         moments = state.optimizer
         if recipe.offload:

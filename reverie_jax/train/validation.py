@@ -16,7 +16,7 @@ from reverie_jax.data.packing import Batch
 from reverie_jax.data.pipeline import every_batch
 from reverie_jax.data.processor import Processor
 from reverie_jax.models import VisionLanguageModel
-from reverie_jax.models.sharding import feed, own_rows
+from reverie_jax.models.sharding import feed, local_rows
 from reverie_jax.train.checkpoint import VALIDATION
 from reverie_jax.train.objective import edge_loss
 from reverie_jax.train.recipes import Recipe
@@ -91,8 +91,8 @@ class Validation:
             recipe.sequence,
             recipe.preference or recipe.supervision,
             rows=rows,
-            own=own_rows(self.mesh, rows),
-            sharing=recipe.prefix_sharing,
+            local=local_rows(self.mesh, rows),
+            prefix_sharing=recipe.prefix_sharing,
         )
         found = [np.asarray(self._sums(params, frozen, feed(batch, self.mesh, rows))) for batch in batches]
         total, weight = np.sum(found, axis=0)

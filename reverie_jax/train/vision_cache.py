@@ -19,7 +19,7 @@ from reverie_jax.data.feature_cache import FeatureCache, exists, write
 from reverie_jax.data.processor import Processor
 from reverie_jax.models import VisionLanguageModel
 from reverie_jax.models.checkpoints import identity
-from reverie_jax.models.vision import normalise
+from reverie_jax.models.vision import normalize
 
 _log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def _features(
 
     @jax.jit
     def run(state: nnx.State, pixels: UInt8[Array, "B S S 3"]) -> Float[Array, "B P W"]:
-        return nnx.merge(graph, state)(normalise(pixels, dtype), depth)
+        return nnx.merge(graph, state)(normalize(pixels, dtype), depth)
 
     numbers = iter(range(len(records)))
     while part := list(itertools.islice(numbers, _TOGETHER)):

@@ -25,7 +25,7 @@ from reverie_jax.data.mixture import Mixture, MixtureEntry, mixture, read_parts
 from reverie_jax.data.sources import Example, Pictures, ReadLog, Rows, llava
 from reverie_jax.data.supervision import Supervision
 from reverie_jax.data.tokenization import Encoder
-from reverie_jax.data.tree import grow
+from reverie_jax.data.tree import build_tree
 from reverie_jax.errors import DataError, UserError
 from tests.data.fakes import IMAGE_ID, Given, WordTokenizer, png
 from tests.data.test_check import claimed
@@ -558,7 +558,7 @@ def test_a_weight_is_as_good_as_repeating_the_rows(tmp_path, pictures, rows, wei
     (weighed,) = records(MixtureEntry(file=path, weight=weight))
     (repeated,) = records(*[path] * weight)
     assert len(repeated.conversations) == weight * len(weighed.conversations)
-    trees = [grow([words(one) for one in teach(record.conversations)]) for record in (weighed, repeated)]
+    trees = [build_tree([words(one) for one in teach(record.conversations)]) for record in (weighed, repeated)]
     same_tree(*trees)
     assert trees[0].weight.max() >= weight
 

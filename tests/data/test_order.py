@@ -23,7 +23,7 @@ from reverie_jax.data import pipeline as pipeline_module
 from reverie_jax.data.conversation import IMAGE, Conversation, ImageRecord, Turn
 from reverie_jax.data.images import BrokenImage
 from reverie_jax.data.packing import Batch, SequenceShape
-from reverie_jax.data.pipeline import packed_rows, training_batches
+from reverie_jax.data.pipeline import packed_sequences, training_batches
 from reverie_jax.data.processor import Processor
 from reverie_jax.data.records import RecordSource, write_records
 from reverie_jax.data.supervision import Supervision
@@ -259,7 +259,7 @@ def check_pictures(row: Batch) -> list[int]:
 def test_each_picture_is_in_the_row_of_its_words(hosts, sharing):
     seen = collections.Counter[int]()
     for host in range(hosts):
-        for batch in take(batches(threads=3, own=own(host, hosts), sharing=sharing), 5):
+        for batch in take(batches(threads=3, own=own(host, hosts), prefix_sharing=sharing), 5):
             for number in range(len(batch.tokens)):
                 seen.update(check_pictures(row_of(batch, number)))
     assert len(seen) == len(RECORDS)
@@ -278,7 +278,7 @@ def test_one_picture_in_two_trees_of_a_row_is_there_twice():
     source = [record for record in coded(4) if len(record.conversations) > 1 and record.image][:1]
     (record,) = source
     number = int(record.id.removeprefix("rec"))
-    (batch,) = take(batches(source, threads=2, sharing=False), 1)
+    (batch,) = take(batches(source, threads=2, prefix_sharing=False), 1)
     for one in range(4):
         row = row_of(batch, one)
         trees = trees_of(row)
@@ -294,7 +294,7 @@ Lesson = tuple[tuple[int, ...], int]
 
 def epoch(source: Sequence[ImageRecord], shape: SequenceShape, sharing: bool) -> Iterator[Batch]:
     numbers = grain.MapDataset.range(len(source)).seed(5).shuffle()
-    return iter(packed_rows(numbers, source, PROCESSOR, shape, TEACHING, sharing=sharing))
+    return iter(packed_sequences(numbers, source, PROCESSOR, shape, TEACHING, prefix_sharing=sharing))
 
 
 def lessons(rows: Iterator[Batch]) -> tuple[dict[Lesson, float], int]:
@@ -328,12 +328,12 @@ def test_an_epoch_teaches_the_same_shared_or_one_by_one(count, seed, branches):
     source = coded(count, seed)
     shape = SequenceShape(SHAPE.length, SHAPE.images, SHAPE.edges, branches=branches)
     wanted = by_hand(source)
-    assert lessons(epoch(source, shape, sharing=True)) == wanted
-    assert lessons(epoch(source, shape, sharing=False)) == wanted
+    assert lessons(epoch(source, shape, prefix_sharing=True)) == wanted
+    assert lessons(epoch(source, shape, prefix_sharing=False)) == wanted
 
 
 def test_each_record_is_there_once_an_epoch():
-    records = [number for row in epoch(RECORDS, SHAPE, sharing=True) for number, *_ in trees_of(row)]
+    records = [number for row in epoch(RECORDS, SHAPE, prefix_sharing=True) for number, *_ in trees_of(row)]
     assert sorted(records) == list(range(len(RECORDS)))
 
 

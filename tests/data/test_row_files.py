@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from reverie_jax.data.packing import Batch, Element, SequenceShape, element, pack, stack
 from reverie_jax.data.tokenization import Tokens
-from reverie_jax.data.tree import ConversationTree, grow
+from reverie_jax.data.tree import ConversationTree, build_tree
 
 PATCHES, SIDE = 3, 2
 ROOT = 1000
@@ -40,7 +40,7 @@ def sample(number: int, rng: np.random.Generator, taught: bool) -> Sample:
             weights[1 + PATCHES :] = rng.choice([0.0, 1.0, 2.0], len(text))
         features = np.asarray([-1, *range(PATCHES), *[-1] * len(text)], np.int32)
         talks.append(Tokens(ids, weights, features))
-    tree = grow(talks)
+    tree = build_tree(talks)
     pixels = rng.integers(0, 256, (1, SIDE, SIDE, 3)).astype(np.uint8)
     return Sample(tree, pixels, [] if taught else [100 * number + n for n in range(len(talks))])
 

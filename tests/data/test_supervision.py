@@ -16,7 +16,7 @@ from reverie_jax.data.sources import ReadLog, lrv
 from reverie_jax.data.sources.reverie import explains
 from reverie_jax.data.supervision import Supervision
 from reverie_jax.data.tokenization import Encoder
-from reverie_jax.data.tree import grow
+from reverie_jax.data.tree import build_tree
 from tests.data.fakes import IMAGE_ID, Given, WordTokenizer
 
 KINDS = ("responses", "positive", "negative", "rationales")
@@ -461,7 +461,7 @@ def test_narrower_arms_after_wider_ones_are_the_narrower_ones(plan):
 def loss_weight(conversations):
     """Of each taught edge of the tree, by what is predicted."""
     words = Encoder(WordTokenizer(), "llava-hf", 4, IMAGE_ID)
-    tree = grow([words(one) for one in conversations])
+    tree = build_tree([words(one) for one in conversations])
     found = collections.Counter()
     for target, weight in zip(tree.target.tolist(), tree.weight.tolist(), strict=True):
         found[words.tokenizer.words[target].strip()] += weight

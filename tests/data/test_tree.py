@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from reverie_jax.data.tokenization import Tokens
-from reverie_jax.data.tree import ConversationTree, Trie, grow, grow_within, unsupervised
+from reverie_jax.data.tree import ConversationTree, Trie, build_tree, build_trees, unsupervised
 
 WEIGHTS = (0.0, 0.0, 0.5, 1.0, 3.0)  # exact in float32, so sums are too
 Place = tuple[int, int]
@@ -67,7 +67,7 @@ def prefixes(talks: list[Tokens]) -> set[tuple[Place, ...]]:
 
 @given(many())
 def test_walking_up_from_a_leaf_gives_its_conversation_back(talks):
-    tree = grow(talks)
+    tree = build_tree(talks)
     assert len(tree.leaves) == len(talks)
     for talk, leaf in zip(talks, tree.leaves.tolist(), strict=True):
         assert list(names(tree, leaf)) == places(talk)
@@ -76,7 +76,7 @@ def test_walking_up_from_a_leaf_gives_its_conversation_back(talks):
 
 @given(many())
 def test_rule_is_the_ancestor_matrix(talks):
-    tree = grow(talks)
+    tree = build_tree(talks)
     # Parents by depth alone: in depth-first order, a token's parent is the last one before it that is one higher up.
     ancestors = np.zeros((len(tree), len(tree)), bool)
     last: dict[int, int] = {}
@@ -90,7 +90,7 @@ def test_rule_is_the_ancestor_matrix(talks):
 
 @given(many())
 def test_nodes_are_the_distinct_prefixes(talks):
-    tree = grow(talks)
+    tree = build_tree(talks)
     found = [names(tree, index) for index in range(len(tree))]
     assert len(set(found)) == len(found)  # so no two siblings are alike either
     assert set(found) == prefixes(talks)
@@ -99,7 +99,7 @@ def test_nodes_are_the_distinct_prefixes(talks):
 
 @given(many())
 def test_siblings_differ_in_token_or_feature(talks):
-    tree, children = grow(talks), defaultdict(list)
+    tree, children = build_tree(talks), defaultdict(list)
     for index in range(len(tree)):
         children[tuple(path(tree, index)[:-1])].append((int(tree.tokens[index]), int(tree.image_slots[index])))
     assert all(len(set(group)) == len(group) for group in children.values())
@@ -108,7 +108,7 @@ def test_siblings_differ_in_token_or_feature(talks):
 
 @given(many())
 def test_edges_carry_the_sum_of_the_conversations_weights(talks):
-    tree = grow(talks)
+    tree = build_tree(talks)
     wanted: dict[tuple[Place, ...], float] = defaultdict(float)
     first: dict[tuple[Place, ...], int] = {}
     for number, talk in enumerate(talks):
@@ -125,7 +125,7 @@ def test_edges_carry_the_sum_of_the_conversations_weights(talks):
 
 @given(many())
 def test_children_and_leaves_keep_the_order_of_arrival(talks):
-    tree = grow(talks)
+    tree = build_tree(talks)
     # The prefixes, each once, in the order of first appearance; depth-first order keeps it among siblings.
     arrived = list(dict.fromkeys(tuple(places(talk)[: n + 1]) for talk in talks for n in range(len(talk))))
     rank = {key: number for number, key in enumerate(arrived)}
@@ -138,7 +138,7 @@ def test_children_and_leaves_keep_the_order_of_arrival(talks):
 
 @given(many())
 def test_repeated_conversations_add_weight_and_no_node(talks):
-    once, twice = grow(talks), grow([*talks, *talks])
+    once, twice = build_tree(talks), build_tree([*talks, *talks])
     for field in ("tokens", "positions", "ends", "image_slots", "parent", "target", "branch"):
         assert np.array_equal(getattr(once, field), getattr(twice, field)), field
     assert np.array_equal(2 * once.weight, twice.weight)
@@ -147,9 +147,9 @@ def test_repeated_conversations_add_weight_and_no_node(talks):
 
 @given(many())
 def test_untaught_conversations_have_no_edges(talks):
-    tree = grow([unsupervised(talk) for talk in talks])
+    tree = build_tree([unsupervised(talk) for talk in talks])
     assert len(tree.parent) == len(tree.target) == len(tree.weight) == len(tree.branch) == 0
-    assert np.array_equal(tree.tokens, grow(talks).tokens)
+    assert np.array_equal(tree.tokens, build_tree(talks).tokens)
 
 
 @given(many())
@@ -170,24 +170,24 @@ def test_grow_within_fits_and_covers_all(talks, limit, edges):
     if any(length > limit or taught > edges for length, taught in alone):
         bad = next(n for n, (length, taught) in enumerate(alone) if length > limit or taught > edges)
         with pytest.raises(ValueError, match=rf"conversation {bad} has {alone[bad][0]} tokens"):
-            grow_within(talks, tokens=limit, edges=edges)
+            build_trees(talks, tokens=limit, edges=edges)
         return
-    parts = grow_within(talks, tokens=limit, edges=edges)
+    parts = build_trees(talks, tokens=limit, edges=edges)
     assert sorted(index for members, _ in parts for index in members) == list(range(len(talks)))
     for number, (members, tree) in enumerate(parts):
         assert members == sorted(members)
         assert len(tree) <= limit
         assert len(tree.parent) <= edges
-        assert np.array_equal(tree.tokens, grow([talks[index] for index in members]).tokens)
+        assert np.array_equal(tree.tokens, build_tree([talks[index] for index in members]).tokens)
         # A tree is opened only for a conversation that fitted in none of those before it.
         for earlier, _ in parts[:number]:
-            both = grow([talks[index] for index in earlier if index < members[0]] + [talks[members[0]]])
+            both = build_tree([talks[index] for index in earlier if index < members[0]] + [talks[members[0]]])
             assert len(both) > limit or len(both.parent) > edges
 
 
 @given(many(), st.integers(1, 3))
 def test_branches_of_a_tree_are_bounded(talks, most):
-    parts = grow_within(talks, tokens=100, edges=100, branches=most)
+    parts = build_trees(talks, tokens=100, edges=100, branches=most)
     assert all(len(members) <= most for members, _ in parts)
     assert len(parts) == -(-len(talks) // most)
 
@@ -195,37 +195,37 @@ def test_branches_of_a_tree_are_bounded(talks, most):
 def test_branches_go_where_they_add_least():
     one, other = [1] * 6, [2] * 6
     talks = [plain([*one, 3], 1), plain([*other, 3], 1), plain([*one, 4], 1), plain([*other, 4], 1)]
-    assert [members for members, _ in grow_within(talks, tokens=8, edges=9)] == [[0, 2], [1, 3]]
+    assert [members for members, _ in build_trees(talks, tokens=8, edges=9)] == [[0, 2], [1, 3]]
 
 
 def test_nothing_grows_from_nothing():
-    assert grow_within([], tokens=5, edges=5) == []
-    tree = grow([])
+    assert build_trees([], tokens=5, edges=5) == []
+    tree = build_tree([])
     assert len(tree) == 0
     assert len(tree.leaves) == 0
 
 
 def test_empty_conversation_is_refused():
     with pytest.raises(ValueError, match="without tokens"):
-        grow([plain([1]), plain([])])
+        build_tree([plain([1]), plain([])])
 
 
 def test_teaching_the_first_token_is_refused():
     with pytest.raises(ValueError, match="first token"):
-        grow([plain([1, 2], 2)])
+        build_tree([plain([1, 2], 2)])
 
 
 def test_images_part_where_their_features_do():
     one = tokens_of([(9, 0), (9, 1), (5, -1)], [0, 0, 1.0])
     two = tokens_of([(9, 2), (9, 3), (5, -1)], [0, 0, 1.0])
-    tree = grow([one, two])
+    tree = build_tree([one, two])
     assert tree.tokens.tolist() == [9, 9, 5, 9, 9, 5]
     assert tree.ends.tolist() == [3, 3, 3, 6, 6, 6]
     assert tree.parent.tolist() == [1, 4]
 
 
 def test_a_small_tree_by_hand():
-    tree = grow([plain([1, 2, 3, 4], 1), plain([1, 2, 5], 1), plain([1, 2], 1), plain([1, 2, 5, 6], 2)])
+    tree = build_tree([plain([1, 2, 3, 4], 1), plain([1, 2, 5], 1), plain([1, 2], 1), plain([1, 2, 5, 6], 2)])
     assert tree.tokens.tolist() == [1, 2, 3, 4, 5, 6]
     assert tree.positions.tolist() == [0, 1, 2, 3, 2, 3]
     assert tree.ends.tolist() == [6, 6, 4, 4, 6, 6]

@@ -20,7 +20,7 @@ from reverie_jax.data.processor import Processor
 from reverie_jax.data.records import write_records
 from reverie_jax.data.supervision import Supervision
 from reverie_jax.data.tokenization import Encoder, Tokens
-from reverie_jax.data.tree import grow
+from reverie_jax.data.tree import build_tree
 from reverie_jax.data.visualize import Span, TreeNode, tree_nodes, write
 from reverie_jax.errors import UserError
 from reverie_jax.scenes.dataset import ANNOTATIONS, PICTURES, make_training_set
@@ -97,7 +97,7 @@ def letters(spans: Sequence[Span]) -> list[tuple[bool, float]]:
 
 
 def check_limbs(talks: Sequence[Tokens], tokenizer: Numbered) -> list[TreeNode]:
-    grown = tree_nodes(grow(talks), tokenizer)
+    grown = tree_nodes(build_tree(talks), tokenizer)
     whole = {key(talk, len(talk)) for talk in talks}
     longest = {one for one in whole if not any(o[: len(one)] == one and o != one for o in whole)}
     found = paths(grown)
@@ -176,7 +176,7 @@ def test_pictures_in_several_turns_are_spans_of_their_own():
 
 def test_pictures_side_by_side_are_two():
     one = tokens_of([(1, -1), *[(7, n) for n in range(6)], (2, -1)], [0] * 7 + [1])  # two of three features
-    (root,) = tree_nodes(grow([one]), Numbered(), patches=3)
+    (root,) = tree_nodes(build_tree([one]), Numbered(), patches=3)
     assert sum(span.picture for span in root.spans) == 2
 
 
@@ -277,7 +277,7 @@ def test_a_page_shows_each_record_with_its_numbers(tmp_path):
     assert len(page.captions) == len(page.images) == 3
     for record, caption in zip(found, page.captions, strict=True):
         tokens = processor().tokens(record.id, Supervision()(record.conversations))
-        tree = grow(tokens)
+        tree = build_tree(tokens)
         numbers = [int(one.replace(",", "")) for one in re.findall(r"[\d,]*\d", caption.removeprefix(record.id))]
         assert caption.startswith(record.id)
         assert numbers == [len(tokens), len(tree), sum(map(len, tokens)), len(tree.parent)]
@@ -288,7 +288,7 @@ def test_a_page_marks_what_is_taught_and_nothing_else(tmp_path):
         record = records(1)[0]
         page = page_of(tmp_path, [record], supervision)
         said = processor()
-        tree = grow(said.tokens(record.id, supervision(record.conversations)))
+        tree = build_tree(said.tokens(record.id, supervision(record.conversations)))
         marked = "".join(text for text, *_ in page.marked[0])
         assert marked == "".join(said.encoder.tokenizer.words[int(target)] for target in tree.target)
         assert sum(int(title.split()[0]) for *_, title in page.marked[0]) == len(tree.parent)

@@ -102,7 +102,7 @@ def ask(text: str, *more: tuple[str, str], shown: bool = True) -> Conversation:
 
 def seen(encoded: bytes) -> torch.Tensor:
     """The picture as CLIP wants it in torch."""
-    return oracle.normalised(PROCESSOR.pixels(encoded, "picture"))
+    return oracle.normalized(PROCESSOR.pixels(encoded, "picture"))
 
 
 def generated(

@@ -213,7 +213,7 @@ def test_a_question_asked_many_times_is_drawn_many_times():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [DRAW, dataclasses.replace(DRAW, against="image")], ids=["plain", "contrasted"])
+@pytest.mark.parametrize("how", [DRAW, dataclasses.replace(DRAW, contrast="image")], ids=["plain", "contrasted"])
 def test_draws_decoded_a_second_time_are_the_same(how):
     assert says(0, how, usual=3) == says(0, how)
     assert says(0, how) == says(0, how)
@@ -323,9 +323,9 @@ def test_contrast_with_no_cut():
 @pytest.mark.parametrize(
     "how",
     [
-        Decoding(NEW_TOKENS, against="image", alpha=0.0),
-        pytest.param(Decoding(NEW_TOKENS, against="image", noise=0), marks=pytest.mark.slow),
-        pytest.param(Decoding(NEW_TOKENS, against="instruction", alpha=0.0), marks=pytest.mark.slow),
+        Decoding(NEW_TOKENS, contrast="image", alpha=0.0),
+        pytest.param(Decoding(NEW_TOKENS, contrast="image", noise_step=0), marks=pytest.mark.slow),
+        pytest.param(Decoding(NEW_TOKENS, contrast="instruction", alpha=0.0), marks=pytest.mark.slow),
     ],
     ids=["image, alpha 0", "image, no noise", "instruction, alpha 0"],
 )
@@ -338,7 +338,7 @@ def test_a_contrast_with_nothing_is_greedy(how):
 def test_noise_by_its_schedule(steps):
     pixels = np.random.default_rng(1).integers(0, 256, (2, 3, 24, 24, 3), dtype=np.uint8)
     noise = np.asarray(jax.random.normal(jax.random.key(5), (24, 24, 3)), np.float64)
-    shown = np.moveaxis(oracle.oracle.normalised(pixels).numpy(), 1, -1).reshape(pixels.shape)
+    shown = np.moveaxis(oracle.oracle.normalized(pixels).numpy(), 1, -1).reshape(pixels.shape)
     # A step at a time: each keeps sqrt(1 - beta) of the picture. Noise of n steps sums to one normal variable.
     kept = 1.0
     for step in range(min(steps + 1, 1000) if steps else 0):
@@ -348,7 +348,7 @@ def test_noise_by_its_schedule(steps):
     np.testing.assert_allclose(found, kept**0.5 * shown + (1 - kept) ** 0.5 * noise, rtol=0, atol=2e-4)
 
 
-VCD = Decoding(NEW_TOKENS, against="image", seed=3, track=(22, 0))
+VCD = Decoding(NEW_TOKENS, contrast="image", seed=3, track=(22, 0))
 
 
 def contrasted(seed, plain, against, how):
@@ -398,11 +398,11 @@ def against_instruction(seed, how):
     [
         (VCD, against_noise),
         pytest.param(
-            Decoding(NEW_TOKENS, against="image", alpha=0.5, beta=0.2, noise=900, seed=1),
+            Decoding(NEW_TOKENS, contrast="image", alpha=0.5, beta=0.2, noise_step=900, seed=1),
             against_noise,
             marks=pytest.mark.slow,
         ),
-        (Decoding(NEW_TOKENS, against="instruction"), against_instruction),
+        (Decoding(NEW_TOKENS, contrast="instruction"), against_instruction),
     ],
     ids=["VCD", "VCD, other settings", "ICD"],
 )

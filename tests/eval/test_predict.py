@@ -463,7 +463,7 @@ OTHERS = {
     "version": (lambda: {"loaded": dataclasses.replace(mixed(), protocol={"version": "2"})}, "protocol"),
     "drawn": (lambda: {"ask": PredictOptions(Decoding(LONGEST, temperature=1.0))}, "decoding"),
     "beams": (lambda: {"ask": PredictOptions(Decoding(LONGEST, beams=3))}, "decoding"),
-    "contrast": (lambda: {"ask": PredictOptions(Decoding(LONGEST, against="image"))}, "decoding"),
+    "contrast": (lambda: {"ask": PredictOptions(Decoding(LONGEST, contrast="image"))}, "decoding"),
     "shorter": (lambda: {"ask": PredictOptions(Decoding(5))}, "decoding, new_tokens"),
     "reflect": (lambda: {"ask": PredictOptions(Decoding(LONGEST), reflect=True), "loaded": ONE_EACH}, "reflect"),
     "template": (lambda: {"engine": Engine(model(), processor().using("plain"), SHAPE)}, "template"),

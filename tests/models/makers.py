@@ -33,7 +33,7 @@ from transformers import (
 
 from reverie_jax.errors import CheckpointError
 from reverie_jax.models.checkpoints import attach_adapter, read_model
-from tests.models.oracle import GROUPED, llava_logits, normalised, picture_rows, randomise
+from tests.models.oracle import GROUPED, llava_logits, normalized, picture_rows, randomise
 
 KINDS = ("llama", "phi3")
 WORDS = 90  # size of the tokenizer without <image>, and of an original model's vocabulary
@@ -135,7 +135,7 @@ def original_logits(part: Parts, rows: tuple[np.ndarray, ...]) -> np.ndarray:
     """As original LLaVA computes them: features spliced in as embeddings, no token standing for them."""
     tokens, _, _, slots, pixels = rows
     with torch.no_grad():
-        states = part.tower(normalised(pixels), output_hidden_states=True).hidden_states[-2]
+        states = part.tower(normalized(pixels), output_hidden_states=True).hidden_states[-2]
         features = part.projector(states[:, 1:]).reshape(len(tokens), -1, part.llm.config.hidden_size)
         ids = torch.tensor(np.where(slots >= 0, 0, tokens), dtype=torch.long)
         embedded = part.llm.get_input_embeddings()(ids)

@@ -93,7 +93,7 @@ def llava(sizes: Sizes = GROUPED, seed: int = 0, **config: object) -> LlavaForCo
     return randomise(model, seed)
 
 
-def normalised(pixels: np.ndarray) -> torch.Tensor:
+def normalized(pixels: np.ndarray) -> torch.Tensor:
     """[..., S, S, 3] bytes as CLIP wants them in torch: one axis of images, channels second."""
     floats = (pixels.astype(np.float64) / 255 - np.array(CLIP_MEAN)) / np.array(CLIP_STD)
     return torch.tensor(np.moveaxis(floats.reshape(-1, *pixels.shape[-3:]), -1, 1), dtype=torch.float32)
@@ -135,7 +135,7 @@ def llava_logits(model: torch.nn.Module, batch: tuple[np.ndarray, ...]) -> np.nd
     """transformers' logits of the same causal rows."""
     tokens, _, _, _, pixels = batch
     with torch.no_grad():
-        out = model(input_ids=torch.tensor(tokens, dtype=torch.long), pixel_values=normalised(pixels))
+        out = model(input_ids=torch.tensor(tokens, dtype=torch.long), pixel_values=normalized(pixels))
     return out.logits.numpy()
 
 

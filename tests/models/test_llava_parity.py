@@ -12,7 +12,7 @@ from transformers import CLIPImageProcessor, LlavaForConditionalGeneration
 
 from reverie_jax.models.checkpoints import read_config, read_model, write_model
 from reverie_jax.models.decoder import KV
-from reverie_jax.models.vision import CLIP_MEAN, CLIP_STD, normalise
+from reverie_jax.models.vision import CLIP_MEAN, CLIP_STD, normalize
 from tests.models import oracle
 from tests.models.oracle import GROUPED, SINGLE_KEY, llava, llava_logits, logits, picture_rows, random_model, saved
 
@@ -73,9 +73,9 @@ def test_config(sizes, tmp_path):
 def test_vision_features_of_the_selected_layer(theirs, model, layer):
     pixels = picture_rows()[-1][:, 0]
     with torch.no_grad():
-        tower = theirs.model.vision_tower(oracle.normalised(pixels), output_hidden_states=True)
+        tower = theirs.model.vision_tower(oracle.normalized(pixels), output_hidden_states=True)
     depth = dataclasses.replace(model.config, feature_layer=layer).feature_depth
-    run = jax.jit(lambda state, x: nnx.merge(graph, state)(normalise(x, jnp.float32), depth))
+    run = jax.jit(lambda state, x: nnx.merge(graph, state)(normalize(x, jnp.float32), depth))
     graph, state = nnx.split(model.vision)
     assert_close(run(state, jnp.asarray(pixels)), tower.hidden_states[layer][:, 1:].numpy())
 
@@ -83,7 +83,7 @@ def test_vision_features_of_the_selected_layer(theirs, model, layer):
 def test_features_placed_in_the_row(theirs, model):
     tokens, _, _, slots, pixels = picture_rows()
     with torch.no_grad():
-        expected = theirs.model.get_image_features(oracle.normalised(pixels), return_dict=True).pooler_output
+        expected = theirs.model.get_image_features(oracle.normalized(pixels), return_dict=True).pooler_output
     placed = np.asarray(jax.jit(model.embed)(*map(jnp.asarray, (tokens, slots, pixels))))
     assert_close(placed[slots >= 0], torch.cat(list(expected)).numpy())
 
@@ -94,7 +94,7 @@ def test_normalise_is_clips(theirs):
         do_resize=False, do_center_crop=False, do_convert_rgb=False, image_mean=CLIP_MEAN, image_std=CLIP_STD
     )
     expected = np.stack(processor(list(pixels), return_tensors="np", input_data_format="channels_last")["pixel_values"])
-    np.testing.assert_allclose(normalise(jnp.asarray(pixels), jnp.float32), np.moveaxis(expected, 1, -1), atol=1e-5)
+    np.testing.assert_allclose(normalize(jnp.asarray(pixels), jnp.float32), np.moveaxis(expected, 1, -1), atol=1e-5)
 
 
 def test_classic_names(folder, model, tmp_path):

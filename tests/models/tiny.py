@@ -30,8 +30,8 @@ from reverie_jax.data.packing import Batch
 from reverie_jax.eval.decode import Decoding, generate
 from reverie_jax.models import TextConfig, VisionConfig
 from reverie_jax.models.sharding import partition_spec
-from reverie_jax.models.vision import normalise
-from tests.models.oracle import IMAGE, flat, normalised
+from reverie_jax.models.vision import normalize
+from tests.models.oracle import IMAGE, flat, normalized
 
 NEW = 32  # tokens that greedy decoding adds
 PROMPT = 26
@@ -160,7 +160,7 @@ class Parts:
     @torch.no_grad()
     def features(self, pixels: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Of every picture: the last hidden state but one without its class token, and that through the projector."""
-        seen = self.tower(normalised(pixels), output_hidden_states=True).hidden_states[-2][:, 1:]
+        seen = self.tower(normalized(pixels), output_hidden_states=True).hidden_states[-2][:, 1:]
         return seen, self.projector(seen)
 
     @torch.no_grad()
@@ -224,7 +224,7 @@ quickly = functools.partial(jax.jit, static_argnums=0, compiler_options={"xla_ba
 @quickly
 def _computed(graph: Any, state: Any, rows: Rows) -> tuple[jax.Array, ...]:
     model = nnx.merge(graph, state)
-    pixels = normalise(rows.pixels.reshape(-1, *rows.pixels.shape[2:]), jnp.float32)
+    pixels = normalize(rows.pixels.reshape(-1, *rows.pixels.shape[2:]), jnp.float32)
     seen = model.vision(pixels, model.config.feature_depth)
     return seen, model.projector(seen), model.decoder.logits(model.hidden(*rows))
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel
 
 from reverie_jax.models import TextConfig
-from tests.models.oracle import IMAGE, normalised
+from tests.models.oracle import IMAGE, normalized
 from tests.models.tiny import KINDS, LLAMA, PHI, VISION, Kind, Parts, Rows, llava, parts, vision_config
 
 Tensors = dict[str, torch.Tensor]
@@ -442,7 +442,7 @@ class Tuned(NamedTuple):
         """Of prompts: where their ids say so stand their pictures, in order."""
         shown = [rows.pixels[row, image] for row, image in zip(*_pictures(rows), strict=True)]
         ids = torch.tensor(rows.tokens, dtype=torch.long)
-        return self.model(input_ids=ids, pixel_values=normalised(np.stack(shown))).logits.numpy()
+        return self.model(input_ids=ids, pixel_values=normalized(np.stack(shown))).logits.numpy()
 
 
 def _pictures(rows: Rows) -> tuple[np.ndarray, np.ndarray]:

@@ -150,12 +150,12 @@ def test_checkpoints_hold_no_base_weights(tmp_path):
 
 
 def test_loaded_run_equals_the_model_in_memory(tmp_path):
-    tuned = tiny.model()
-    train(tuned, tiny.processor(), tiny.records(), tiny.recipe(steps=3), tmp_path)
+    trainable_filter = tiny.model()
+    train(trainable_filter, tiny.processor(), tiny.records(), tiny.recipe(steps=3), tmp_path)
     loaded = tiny.model()
     load_run(loaded, tmp_path)
-    assert same(leaves(tuned)[0], leaves(loaded)[0])
-    assert same(leaves(tuned)[1], leaves(loaded)[1])
+    assert same(leaves(trainable_filter)[0], leaves(loaded)[0])
+    assert same(leaves(trainable_filter)[1], leaves(loaded)[1])
 
 
 def test_a_run_on_another_base_is_refused(tmp_path):

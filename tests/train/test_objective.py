@@ -14,7 +14,7 @@ from flax import nnx
 
 from reverie_jax.data.packing import Batch, SequenceShape, element, pack, stack
 from reverie_jax.data.tokenization import Tokens
-from reverie_jax.data.tree import grow
+from reverie_jax.data.tree import build_tree
 from reverie_jax.models import lora
 from reverie_jax.train.objective import edge_loss
 from reverie_jax.train.step import loss_and_grads, trainable
@@ -97,8 +97,8 @@ def test_packed_trees_equal_conversations_one_by_one(case):
         openings = [rng.integers(5, 8, int(rng.integers(1, 5))).tolist() for _ in range(int(rng.integers(1, 3)))]
         conversations = [random_talk(rng, openings, images) for _ in range(talks)]
         pixels = rng.integers(0, 255, (images, 24, 24, 3), dtype=np.uint8)
-        elements.append(element(grow(conversations), pixels))
-        flat += [element(grow([talk]), pixels) for talk in conversations]
+        elements.append(element(build_tree(conversations), pixels))
+        flat += [element(build_tree([talk]), pixels) for talk in conversations]
     rows = rows_of(elements, SHAPE)
     loss, grads = jitted()(batch_of(rows, 4))
     total, weight, sums = 0.0, 0.0, None
@@ -119,7 +119,7 @@ def example_batch():
     rng = np.random.default_rng(0)
     talks = [random_talk(rng, [[5, 6]], 1) for _ in range(4)]
     pixels = rng.integers(0, 255, (1, 24, 24, 3), dtype=np.uint8)
-    return batch_of(rows_of([element(grow(talks), pixels)], SHAPE))
+    return batch_of(rows_of([element(build_tree(talks), pixels)], SHAPE))
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 32, 96, 500])

@@ -124,7 +124,7 @@ def test_few_bits_take_the_room_that_they_say():
     model = tiny.model()
     kernels = [layer.kernel for path, layer in lora.linears(model) if path.startswith("decoder.layers")]
     whole = sum(kernel[...].size for kernel in kernels)
-    lora.quantise(model, "nf4")
+    lora.quantize(model, "nf4")
     layers = [layer for path, layer in lora.linears(model) if path.startswith("decoder.layers")]
     assert sum(layer.kernel[...].nbytes for layer in layers) == whole / 2
     lora.attach(model, rank=2, alpha=2.0)

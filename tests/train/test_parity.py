@@ -16,14 +16,14 @@ from transformers import LlavaForConditionalGeneration, get_cosine_schedule_with
 
 from reverie_jax.data.packing import Batch, SequenceShape, element, row, stack
 from reverie_jax.data.tokenization import Tokens
-from reverie_jax.data.tree import grow
+from reverie_jax.data.tree import build_tree
 from reverie_jax.models import lora
 from reverie_jax.models.checkpoints import read_model
 from reverie_jax.models.checkpoints.adapters import write_peft
 from reverie_jax.train.recipes import Recipe
 from reverie_jax.train.step import TrainState, adapt, make_optimizer, make_step, trainable
 from tests.models import makers
-from tests.models.oracle import normalised
+from tests.models.oracle import normalized
 
 STEPS, ROWS, PATCHES = 50, 4, 9
 RECIPE = Recipe(
@@ -55,7 +55,7 @@ def batches(seed: int) -> list[Batch]:
             features = np.full(len(ids), -1, np.int32)
             features[before : before + PATCHES] = np.arange(PATCHES)
             pixels = random.integers(0, 256, (1, makers.SIDE, makers.SIDE, 3), dtype=np.uint8)
-            rows.append(row([element(grow([Tokens(ids, weights, features)]), pixels)], RECIPE.sequence, PATCHES))
+            rows.append(row([element(build_tree([Tokens(ids, weights, features)]), pixels)], RECIPE.sequence, PATCHES))
         found.append(stack(rows, ROWS))
     return found
 
@@ -78,7 +78,7 @@ def torch_run(base: Path, adapter: Path, data: list[Batch]) -> tuple[list[float]
         lengths = batch.flat_tokens[:, 0]
         ids = torch.tensor(batch.tokens, dtype=torch.long)
         mask = torch.arange(ids.shape[1])[None] < torch.tensor(lengths)[:, None]
-        out = model(input_ids=ids, attention_mask=mask.long(), pixel_values=normalised(batch.pixels)).logits
+        out = model(input_ids=ids, attention_mask=mask.long(), pixel_values=normalized(batch.pixels)).logits
         weight = torch.tensor(batch.weight)
         picked = torch.take_along_dim(out, torch.tensor(batch.parent, dtype=torch.long)[..., None], 1)
         nll = torch.nn.functional.cross_entropy(

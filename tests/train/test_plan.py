@@ -23,7 +23,7 @@ from reverie_jax.train import loop, recipes
 from reverie_jax.train.plan import costs, hlo, search, topology
 from reverie_jax.train.plan.plan import AbstractStep, abstract_step, chip_bytes, make_plan, mesh_sizes, model_name
 from reverie_jax.train.plan.topology import CHIPS, Topology
-from reverie_jax.train.step import TrainState, adapt, make_optimizer, make_step, tuned
+from reverie_jax.train.step import TrainState, adapt, make_optimizer, make_step, trainable_filter
 from tests.train import tiny
 
 CONFIG = tiny.CONFIG
@@ -75,8 +75,8 @@ def test_planned_bytes_are_those_of_a_placed_model(tune, quantization, sizes):
     model = VisionLanguageModel(CONFIG, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
     adapt(model, recipe)
     if quantization is not None:
-        lora.quantise(model, quantization)
-    _, params, frozen = nnx.split(model, tuned(tune), ...)
+        lora.quantize(model, quantization)
+    _, params, frozen = nnx.split(model, trainable_filter(tune), ...)
     params, frozen, optimizer = place(params, mesh), place(frozen, mesh), make_optimizer(recipe)
     with jax.set_mesh(mesh):
         moments = jax.jit(optimizer.init, out_shardings=shardings(jax.eval_shape(optimizer.init, params), mesh))(params)
@@ -96,7 +96,7 @@ def test_planned_step_is_the_step_that_trains():
     planned = abstract_step(CONFIG, recipe, mesh, dtype=jnp.float32)
     model = VisionLanguageModel(CONFIG, rngs=nnx.Rngs(0))
     adapt(model, recipe)
-    graph, params, frozen = nnx.split(model, tuned("lora"), ...)
+    graph, params, frozen = nnx.split(model, trainable_filter("lora"), ...)
     params, frozen, optimizer = place(params, mesh), place(frozen, mesh), make_optimizer(recipe)
     with jax.set_mesh(mesh):
         homes = shardings(jax.eval_shape(optimizer.init, params), mesh)
@@ -105,7 +105,7 @@ def test_planned_step_is_the_step_that_trains():
             params, moments, jax.device_put(jnp.zeros((), jnp.int32), NamedSharding(mesh, PartitionSpec()))
         )
         batch = jax.device_put(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), planned.batch), batch_sharding(mesh))
-        step = make_step(graph, optimizer, recipe, homes=jax.tree.map(lambda x: x.sharding, state))
+        step = make_step(graph, optimizer, recipe, shardings=jax.tree.map(lambda x: x.sharding, state))
         real = step.lower(state, frozen, batch, None)
     assert planned.lower().as_text() == real.as_text()
 

@@ -15,7 +15,7 @@ from reverie_jax.data.conversation import Conversation, Turn
 from reverie_jax.data.packing import Batch, SequenceShape, element, row, stack
 from reverie_jax.data.pipeline import PAIRS, dataset_stats, every_batch, training_batches
 from reverie_jax.data.preferences import DPOConfig, pairs, token_weights
-from reverie_jax.data.tree import grow, unsupervised
+from reverie_jax.data.tree import build_tree, unsupervised
 from reverie_jax.errors import DataError, UserError
 from reverie_jax.models import lora
 from reverie_jax.train import recipes
@@ -84,7 +84,7 @@ def by_hand(model, preference, base):
             weighted = dict(zip(("rejected", "chosen"), token_weights(rejected, chosen, preference.gamma), strict=True))
             sums = {}
             for name, side in weighted.items():
-                alone = element(grow([unsupervised(side)]), processor.pixels(one.image, one.id))
+                alone = element(build_tree([unsupervised(side)]), processor.pixels(one.image, one.id))
                 alone = stack([row([alone], SequenceShape(120, 1), processor.encoder.patches)], 1)
                 for who, net in (("policy", model), ("reference", base)):
                     table = torch.tensor(np.asarray(logps(net, alone))[0])
@@ -168,7 +168,7 @@ def test_a_pairs_branches_share_the_picture_and_the_question():
     found = dataset_stats(records(), tiny.processor(), ROW, DPOConfig())
     flat = [tiny.processor().tokens(one.id, one.conversations) for one in records()]
     assert found.flat_tokens == sum(len(tokens) for talk in flat for tokens in talk)
-    assert found.tokens == sum(len(grow(talk)) for talk in flat)
+    assert found.tokens == sum(len(build_tree(talk)) for talk in flat)
     assert found.tokens < 0.6 * found.flat_tokens
 
 
@@ -287,7 +287,7 @@ def test_the_order_of_pairs_does_not_depend_on_hosts():
     source, row = records(), ROW
     make = {"rows": 2, "teaching": DPOConfig(), "seed": 3}
     whole = iter(training_batches(source, tiny.processor(), row, **make))
-    parts = [iter(training_batches(source, tiny.processor(), row, own=slice(n, n + 1), **make)) for n in range(2)]
+    parts = [iter(training_batches(source, tiny.processor(), row, local=slice(n, n + 1), **make)) for n in range(2)]
     for _ in range(4):
         one, halves = next(whole), [next(part) for part in parts]
         assert np.array_equal(one.questions, np.concatenate([half.questions for half in halves]))

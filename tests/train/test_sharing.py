@@ -14,7 +14,7 @@ from flax import nnx
 
 from reverie_jax.data.conversation import Conversation, ImageRecord, Turn
 from reverie_jax.data.packing import Batch, SequenceShape, stack
-from reverie_jax.data.pipeline import of_records, packed_rows, show
+from reverie_jax.data.pipeline import of_records, packed_sequences, show
 from reverie_jax.data.processor import Processor
 from reverie_jax.data.supervision import Supervision
 from reverie_jax.loading import load_model
@@ -50,7 +50,7 @@ def batches(
 ) -> list[Batch]:
     shape = SequenceShape(length=512, images=4, edges=400)
     numbers = grain.MapDataset.range(len(records))
-    rows = list(packed_rows(numbers, records, processor, shape, supervision, sharing=sharing))
+    rows = list(packed_sequences(numbers, records, processor, shape, supervision, prefix_sharing=sharing))
     groups = [rows[start : start + ROWS] for start in range(0, len(rows), ROWS)]
     return [show(stack(group, ROWS), of_records(records), processor) for group in groups]
 
@@ -72,7 +72,9 @@ def loss_of(model, found: list[Batch]) -> tuple[float, float]:
 )
 def test_packed_trees_lose_what_conversations_lose_alone(base, records, template, supervision):
     model, processor = base[0], base[1].using(template)
-    trees, flat = (batches(records, processor, sharing=sharing, supervision=supervision) for sharing in (True, False))
+    trees, flat = (
+        batches(records, processor, prefix_sharing=sharing, supervision=supervision) for sharing in (True, False)
+    )
     assert sum(int(batch.flat_tokens.sum()) for batch in trees) == sum(int(batch.flat_tokens.sum()) for batch in flat)
     assert sum(int((batch.flat_tokens > 0).sum()) for batch in trees) < sum(
         int((batch.flat_tokens > 0).sum()) for batch in flat
@@ -96,7 +98,7 @@ def test_changing_one_conversation_changes_no_others_loss(base, records):
         """Loss by (record, conversation): each taught edge counted for the conversation that brought it."""
         found: dict[tuple[int, int], float] = {}
         for number, record in enumerate(given):
-            (batch,) = batches([record], processor, sharing=True, supervision=Supervision())
+            (batch,) = batches([record], processor, prefix_sharing=True, supervision=Supervision())
             for branch in range(len(record.conversations)):
                 only = batch._replace(weight=np.where(batch.branch == branch, batch.weight, 0).astype(np.float32))
                 found[number, branch] = loss_of(model, [only])[0]
@@ -114,8 +116,8 @@ def test_changing_one_conversation_changes_no_others_loss(base, records):
 def test_changing_one_record_changes_no_other_in_its_row(base, records):
     """The same, across the trees of a row: the sums of the others do not move."""
     model, processor = base
-    (one,) = batches(records[:2], processor, sharing=True, supervision=Supervision())
-    (alone,) = batches(records[1:2], processor, sharing=True, supervision=Supervision())
+    (one,) = batches(records[:2], processor, prefix_sharing=True, supervision=Supervision())
+    (alone,) = batches(records[1:2], processor, prefix_sharing=True, supervision=Supervision())
     start = int(np.flatnonzero(one.positions[0][1:] == 0)[0]) + 1  # the second tree's root
     assert (one.flat_tokens > 0).sum() == 2
     second = one.flat_tokens[0].tolist().index(int(alone.flat_tokens[0][0]))

@@ -27,7 +27,7 @@ from reverie_jax.eval.benchmarks.interface import (
     need,
     share,
 )
-from reverie_jax.eval.benchmarks.yes_no import kit_word
+from reverie_jax.eval.benchmarks.yes_no import vlmevalkit_yes_no
 from reverie_jax.eval.statistics import Statistic
 
 LMMS, KIT = "lmms-eval", "vlmevalkit"
@@ -73,7 +73,7 @@ def _lmms(answer: str) -> str:
 _READERS: dict[str, Callable[[str], str]] = {
     OFFICIAL: lambda answer: {"Yes": "yes", "No": "no"}.get(answer, ""),
     LMMS: _lmms,
-    KIT: kit_word,
+    KIT: vlmevalkit_yes_no,
 }
 
 
@@ -132,7 +132,7 @@ def _official(table: Table, categories: Sequence[str], described: bool) -> dict[
     return found
 
 
-def _kit_metrics(table: Table, categories: Sequence[str]) -> dict[str, Statistic]:
+def _vlmevalkit_metrics(table: Table, categories: Sequence[str]) -> dict[str, Statistic]:
     """Accuracies of the three dimensions, and their plain mean."""
     parts = {
         name: [part for part in DIMENSIONS[name] if part in categories]
@@ -258,7 +258,11 @@ class Amber(Benchmark):
                 table.add(question.unit, {f"{category}/{cell}": float(amount) for cell, amount in cells.items()})
                 parsed_answers.append(ParsedAnswer(question.id, said, float(said == truth), not said, category))
         scored = [*(["descriptions"] if describe is not None else []), *(["yes/no"] if categories else [])]
-        metrics = _kit_metrics(table, categories) if rule == KIT else _official(table, categories, describe is not None)
+        metrics = (
+            _vlmevalkit_metrics(table, categories)
+            if rule == KIT
+            else _official(table, categories, describe is not None)
+        )
         return Scored(parsed_answers, table.units, table.counts, metrics, {"parser": rule, "scored": scored, **reason})
 
     def _describe(

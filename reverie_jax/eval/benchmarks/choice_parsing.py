@@ -31,12 +31,12 @@ def lines(options: Options) -> str:
     return "\n".join(f"{letter}. {text}" for letter, text in options.items())
 
 
-def kit(answer: str, options: Options) -> str:
+def vlmevalkit(answer: str, options: Options) -> str:
     """VLMEvalKit: by letter, else by text. "Z" for none of the options; "" where it cannot be inferred."""
-    return _kit_letter(answer, options) or _kit_text(answer, options)
+    return _vlmevalkit_letter(answer, options) or _vlmevalkit_text(answer, options)
 
 
-def _kit_letter(answer: str, letters: Collection[str]) -> str:
+def _vlmevalkit_letter(answer: str, letters: Collection[str]) -> str:
     """The only option letter among the words, if it is one of the last four. No article is told from option A.
 
     Else the first "answer is X", where X need not end there and may be small: "the answer is blue" is B.
@@ -53,7 +53,7 @@ def _kit_letter(answer: str, letters: Collection[str]) -> str:
     return found[1].upper() if found and found[1].upper() in letters else ""
 
 
-def _kit_text(answer: str, options: Options) -> str:
+def _vlmevalkit_text(answer: str, options: Options) -> str:
     """The only option whose text is part of the answer; nothing where the answer is twice as long as all options."""
     if len(answer) > 2 * sum(map(len, options.values())):
         return ""

@@ -187,7 +187,7 @@ def read_answers(path: Path, benchmark: Benchmark, loaded: Loaded, *, partial: b
         if key not in questions:
             raise BenchmarkError(f"{path}: question {key} is none of {benchmark.name}'s {len(questions)}; {_VERSION}")
         if key in answers:
-            key = next((twin for twin in benchmark.twins(key, row, loaded) if twin not in answers), key)
+            key = next((twin for twin in benchmark.duplicates(key, row, loaded) if twin not in answers), key)
         if key in answers:
             raise BenchmarkError(f"{path}: question {key} stands there twice")
         said, ours = row.get("prompt"), questions[key].text

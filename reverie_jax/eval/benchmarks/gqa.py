@@ -38,7 +38,7 @@ class Gqa(Benchmark):
     """See the module's docstring. Ids are GQA's, which are text."""
 
     name = "gqa"
-    usual_tokens = 16
+    expected_new_tokens = 16
     needs = "testdev_balanced_questions.json of GQA's questions1.2, and with --images its pictures"
 
     def load(self, data: Path) -> Loaded:

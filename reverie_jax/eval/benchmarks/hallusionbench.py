@@ -32,7 +32,7 @@ from reverie_jax.eval.benchmarks.interface import (
     Table,
     share,
 )
-from reverie_jax.eval.benchmarks.yes_no import kit_word
+from reverie_jax.eval.benchmarks.yes_no import vlmevalkit_yes_no
 from reverie_jax.eval.statistics import Statistic
 
 YES_NO = "yes-no"
@@ -162,7 +162,9 @@ class HallusionBench(Benchmark):
         parsed_answers = []
         for question in loaded.questions:
             id, known = str(question.id), question.known
-            said = kit_word(answers.get(id, "")) if rule == YES_NO else _WORDS[codes[id]] if id in answers else ""
+            said = (
+                vlmevalkit_yes_no(answers.get(id, "")) if rule == YES_NO else _WORDS[codes[id]] if id in answers else ""
+            )
             unparsed = id not in answers or codes[id] == UNCLEAR
             parsed_answers.append(
                 ParsedAnswer(question.id, said, float(is_right(known, codes[id])), unparsed, _category(known))
@@ -223,7 +225,7 @@ def _read(questions: Sequence[Question], answers: Mapping[str, str]) -> dict[str
     codes = {}
     for question in questions:
         id = str(question.id)
-        said = kit_word(answers.get(id, ""))
+        said = vlmevalkit_yes_no(answers.get(id, ""))
         codes[id] = (RIGHT if (said == "yes") == question.known["yes"] else WRONG) if said else UNCLEAR
         if id not in answers:
             codes[id] = WRONG
@@ -367,7 +369,7 @@ def _kit(questions: Sequence[Question], answers: Mapping[str, str]) -> Scored:
         if question.image is None:
             parsed_answers.append(ParsedAnswer(question.id, "", None, False, category))
             continue
-        said = kit_word(answers.get(str(question.id), ""))
+        said = vlmevalkit_yes_no(answers.get(str(question.id), ""))
         right = bool(said) and (said == "yes") == question.known["yes"]
         parsed_answers.append(ParsedAnswer(question.id, said, float(right), not said, category))
         kept.append((question.unit, question.known, right))

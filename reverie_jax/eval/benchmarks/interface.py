@@ -182,7 +182,7 @@ class Benchmark:
     new_tokens: ClassVar[int] = 128
     beams: ClassVar[int] = 1
     judge_temperature: ClassVar[float] = 0.0
-    usual_tokens: ClassVar[int | None] = None
+    expected_new_tokens: ClassVar[int | None] = None
     yes_no: ClassVar[bool] = False
     judged: ClassVar[frozenset[str]] = frozenset()
     needs: ClassVar[str]
@@ -221,7 +221,7 @@ class Benchmark:
         """The question that a row of an answer file belongs to, LLaVA's files included; None where it names none."""
         return None if row.get("question_id") is None else str(row["question_id"])
 
-    def twins(self, key: str, row: Mapping[str, Any], loaded: Loaded) -> Sequence[str]:
+    def duplicates(self, key: str, row: Mapping[str, Any], loaded: Loaded) -> Sequence[str]:
         """Questions that a row of an answer file does not tell apart from this one: the n-th such row is the n-th one's."""
         return ()
 

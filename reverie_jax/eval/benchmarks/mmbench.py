@@ -66,8 +66,8 @@ _UNWRITABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f]")
 """Characters that an xlsx cell cannot hold."""
 
 _READERS: dict[str, Callable[[str, choice_parsing.Options], str]] = {
-    OFFICIAL: choice_parsing.kit,
-    JUDGED: choice_parsing.kit,
+    OFFICIAL: choice_parsing.vlmevalkit,
+    JUDGED: choice_parsing.vlmevalkit,
     LMMS: choice_parsing.lmms,
 }
 
@@ -87,7 +87,7 @@ class MmBench(Benchmark):
     """
 
     name = "mmbench"
-    usual_tokens = 8
+    expected_new_tokens = 8
     rules = (OFFICIAL, JUDGED, LMMS)
     judged = frozenset({JUDGED})
     new_tokens = 1024
@@ -188,7 +188,7 @@ class MmBench(Benchmark):
         replied = [id for id in doubtful if id in (replies or {})]
         for id in replied:
             # VLMEvalKit asks three times and then draws an option by lot; here it is none of them.
-            said[id] = choice_parsing.kit((replies or {})[id], asked[id].known["options"])
+            said[id] = choice_parsing.vlmevalkit((replies or {})[id], asked[id].known["options"])
         unparsed -= {id for id in replied if said[id]}
         right = {id: said[id] == question.known["answer"] for id, question in asked.items()}
         missed = {question.unit for id, question in asked.items() if not right[id]}
@@ -229,7 +229,8 @@ class MmBench(Benchmark):
             return []
         asked = {str(question.id): question for question in loaded.questions}
         said = {
-            id: choice_parsing.kit(answers.get(id, ""), question.known["options"]) for id, question in asked.items()
+            id: choice_parsing.vlmevalkit(answers.get(id, ""), question.known["options"])
+            for id, question in asked.items()
         }
         made = []
         for id in _open(asked, answers, said):

@@ -27,7 +27,7 @@ from reverie_jax.eval.benchmarks.interface import (
     need,
     share,
 )
-from reverie_jax.eval.benchmarks.yes_no import kit_word
+from reverie_jax.eval.benchmarks.yes_no import vlmevalkit_yes_no
 from reverie_jax.eval.statistics import Statistic
 
 PERCEPTION = (
@@ -58,7 +58,7 @@ def _lmms(answer: str) -> str:
     return {"y": "yes", "n": "no"}.get(text, "") if len(text) == 1 else official(text)
 
 
-_READERS: Mapping[str, Callable[[str], str]] = {OFFICIAL: official, "lmms-eval": _lmms, "vlmevalkit": kit_word}
+_READERS: Mapping[str, Callable[[str], str]] = {OFFICIAL: official, "lmms-eval": _lmms, "vlmevalkit": vlmevalkit_yes_no}
 _SUMS = {
     OFFICIAL: ("perception", "cognition"),
     "lmms-eval": ("mme_perception_score", "mme_cognition_score"),
@@ -71,7 +71,7 @@ class Mme(Benchmark):
     """See the module's docstring. Ids are LLaVA's, which name the image, with #1 or #2 for the line of the text file."""
 
     name = "mme"
-    usual_tokens = 8
+    expected_new_tokens = 8
     yes_no = True
     rules = (OFFICIAL, "lmms-eval", "vlmevalkit")
     needs = f"{_FOLDER}, the folder that MME's authors send out, with a folder for each task"

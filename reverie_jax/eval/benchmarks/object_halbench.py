@@ -90,7 +90,7 @@ def extracted(reply: str) -> list[Any] | None:
     return found if isinstance(found, list) else None
 
 
-def normalised(objects: Sequence[Any], words: chair_words.Vocabulary, tagger: Tagger) -> list[str]:
+def normalized(objects: Sequence[Any], words: chair_words.Vocabulary, tagger: Tagger) -> list[str]:
     """The judge's objects as lemmas, each once: the known pairs of words in one, or else its runs of nouns."""
     found: list[str] = []
     for object in objects:
@@ -227,7 +227,7 @@ class ObjectHalBench(Benchmark):
                 found = []
             else:
                 objects = extracted(replies[str(question.id)])
-                found = None if objects is None else words.objects(normalised(objects, words, tagger))
+                found = None if objects is None else words.objects(normalized(objects, words, tagger))
             there = loaded.known["segments"][id] | {
                 name for text in loaded.known["captions"].get(id, ()) for _, name in words.mentions(text, lemma)
             }

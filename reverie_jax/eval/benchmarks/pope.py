@@ -27,7 +27,7 @@ from reverie_jax.eval.benchmarks.interface import (
     Scored,
     Table,
 )
-from reverie_jax.eval.benchmarks.yes_no import kit_word, neither
+from reverie_jax.eval.benchmarks.yes_no import neither, vlmevalkit_yes_no
 from reverie_jax.eval.statistics import Statistic
 
 SPLITS = ("random", "popular", "adversarial")
@@ -143,7 +143,7 @@ def _lmms(answer: str) -> str:
 _READERS = {
     OFFICIAL: lambda answer: "yes" if says_yes(answer) else "no",
     "lmms-eval": _lmms,
-    "vlmevalkit": kit_word,
+    "vlmevalkit": vlmevalkit_yes_no,
 }
 
 
@@ -151,7 +151,7 @@ class Pope(Benchmark):
     """See the module's docstring. Ids are LLaVA's: adversarial from 1, random from 10,000,001, popular from 20,000,001."""
 
     name = "pope"
-    usual_tokens = 8
+    expected_new_tokens = 8
     yes_no = True
     rules = (OFFICIAL, "lmms-eval", "vlmevalkit")
     needs = (
@@ -211,7 +211,7 @@ class Pope(Benchmark):
             parsed_answers.append(
                 ParsedAnswer(question.id, said, right, neither(text) if rule == OFFICIAL else not said, split)
             )
-        metrics = {OFFICIAL: _official, "lmms-eval": _lmms_metrics, "vlmevalkit": _kit_metrics}[rule](splits)
+        metrics = {OFFICIAL: _official, "lmms-eval": _lmms_metrics, "vlmevalkit": _vlmevalkit_metrics}[rule](splits)
         return Scored(parsed_answers, table.units, table.counts, metrics, {"parser": rule})
 
     def export(self, loaded: Loaded, answers: Mapping[str, str], out: Path) -> list[Path]:
@@ -271,7 +271,7 @@ def _lmms_metrics(splits: Sequence[str]) -> dict[str, Statistic]:
     }
 
 
-def _kit_metrics(splits: Sequence[str]) -> dict[str, Statistic]:
+def _vlmevalkit_metrics(splits: Sequence[str]) -> dict[str, Statistic]:
     """In percent, pooled, then by split. What is unknown is not yes in F1, and wrong in accuracy."""
 
     def four(names: Sequence[str], prefix: str, offset: int) -> dict[str, Statistic]:

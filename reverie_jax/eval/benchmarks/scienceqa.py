@@ -65,7 +65,7 @@ class ScienceQa(Benchmark):
     """
 
     name = "scienceqa"
-    usual_tokens = 8
+    expected_new_tokens = 8
     rules = (OFFICIAL, LMMS, KIT)
     new_tokens = 1024
     needs = (
@@ -214,7 +214,7 @@ def _pictures(*homes: Path) -> Callable[[str], bytes]:
 def _read(answer: str, options: Mapping[str, str], rule: str) -> str:
     if rule == OFFICIAL:
         return official(answer)
-    return lmms(answer, "".join(options)) if rule == LMMS else choice_parsing.kit(answer, options)
+    return lmms(answer, "".join(options)) if rule == LMMS else choice_parsing.vlmevalkit(answer, options)
 
 
 def _metrics(table: Table, loaded: Loaded, rule: str) -> dict[str, Statistic]:

@@ -51,7 +51,7 @@ class Seed(Benchmark):
     """
 
     name = "seed"
-    usual_tokens = 8
+    expected_new_tokens = 8
     rules = (OFFICIAL, LMMS, KIT)
     needs = (
         f"SEED-Bench.json of AILab-CVC/SEED-Bench, its pictures in {IMAGES}, and for clips LLaVA's middle frames "
@@ -108,7 +108,7 @@ class Seed(Benchmark):
                 if rule == OFFICIAL
                 else lmms(text)
                 if rule == LMMS
-                else choice_parsing.kit(text, known["options"])
+                else choice_parsing.vlmevalkit(text, known["options"])
             )
             right = float(said == known["answer"])
             if rule == KIT and known["kind"] != "image":

@@ -204,7 +204,7 @@ class TextVqa(Benchmark):
     """See the module's docstring. Ids are the benchmark's numbers; LLaVA's files name the image and the prompt instead."""
 
     name = "textvqa"
-    usual_tokens = 16
+    expected_new_tokens = 16
     needs = (
         f"TextVQA_0.5.1_val.json and {_ROSETTA} of TextVQA's download page (or, instead of the second, LLaVA's "
         f"{_LLAVA_QUESTIONS}), and with --images the pictures of train_images"
@@ -250,7 +250,7 @@ class TextVqa(Benchmark):
             return said
         return loaded.known["asked"].get((said, asked(row["prompt"])), [said])[0]
 
-    def twins(self, key: str, row: Mapping[str, Any], loaded: Loaded) -> Sequence[str]:
+    def duplicates(self, key: str, row: Mapping[str, Any], loaded: Loaded) -> Sequence[str]:
         """Two questions about a picture in the same words, where a row names but the picture, as LLaVA's do."""
         if super().key(row, loaded) in loaded.known["ids"]:
             return ()

@@ -7,7 +7,7 @@ import re
 from reverie_jax.eval.benchmarks.textvqa import without_marks
 
 
-def kit_word(answer: str) -> str:
+def vlmevalkit_yes_no(answer: str) -> str:
     """VLMEvalKit: one of yes and no as a word, and not the other; "" else."""
     said = {"yes", "no"} & set(without_marks(answer.lower()).split())
     return said.pop() if len(said) == 1 else ""

@@ -29,7 +29,7 @@ from reverie_jax.train.plan import costs, hlo
 from reverie_jax.train.plan.topology import Topology, plan_mesh, tpu_devices
 from reverie_jax.train.recipes import Recipe
 from reverie_jax.train.reference_model import ReferenceModel, without_adapters
-from reverie_jax.train.step import TrainState, adapt, make_optimizer, make_step, tuned
+from reverie_jax.train.step import TrainState, adapt, make_optimizer, make_step, trainable_filter
 
 _UNKNOWN_STEPS = 1000
 """Stands for the steps that only the data can tell; they shape the learning rate and nothing else."""
@@ -67,8 +67,10 @@ class AbstractStep:
         """The step for the mesh's devices, not compiled yet."""
         assert isinstance(self.mesh, Mesh)
         with jax.set_mesh(self.mesh):
-            homes = jax.tree.map(lambda x: x.sharding, self.state)
-            step: Any = make_step(self.graph, self.optimizer, self.recipe, reference=self.reference.graph, homes=homes)
+            layout = jax.tree.map(lambda x: x.sharding, self.state)
+            step: Any = make_step(
+                self.graph, self.optimizer, self.recipe, reference=self.reference.graph, layout=layout
+            )
             return step.lower(self.state, self.frozen, self.batch, self.reference.held)
 
 
@@ -137,20 +139,20 @@ def abstract_step(
         model = VisionLanguageModel(config, rngs=nnx.Rngs(0), dtype=dtype)
         adapt(model, recipe)
         if recipe.quantization is not None:
-            lora.quantise(model, recipe.quantization)
+            lora.quantize(model, recipe.quantization)
         return model
 
     model = nnx.eval_shape(make)
-    graph, params, frozen = nnx.split(model, tuned(recipe.trainable), ...)  # type: ignore[misc]
+    graph, params, frozen = nnx.split(model, trainable_filter(recipe.trainable), ...)  # type: ignore[misc]
     optimizer = make_optimizer(recipe)
     whole = NamedSharding(mesh, PartitionSpec())
 
     moments = jax.eval_shape(optimizer.init, params)
     step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
-    homes = shardings(moments, mesh)
+    layout = shardings(moments, mesh)
     if recipe.offload:
-        homes = jax.tree.map(lambda home: home.with_memory_kind("pinned_host"), homes)
-    state = TrainState(_placed(params, shardings(params, mesh)), _placed(moments, homes), step)
+        layout = jax.tree.map(lambda home: home.with_memory_kind("pinned_host"), layout)
+    state = TrainState(_placed(params, shardings(params, mesh)), _placed(moments, layout), step)
     frozen = _placed(frozen, shardings(frozen, mesh))
     reference = ReferenceModel()
     if recipe.preference is not None and recipe.preference.reference == "stored":
@@ -164,8 +166,8 @@ def abstract_step(
     return AbstractStep(model, graph, optimizer, state, frozen, _batch(config, recipe, mesh), recipe, mesh, reference)
 
 
-def _placed(tree: Any, homes: Any) -> Any:
-    return jax.tree.map(lambda leaf, home: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=home), tree, homes)
+def _placed(tree: Any, layout: Any) -> Any:
+    return jax.tree.map(lambda leaf, home: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=home), tree, layout)
 
 
 def _batch(config: VLMConfig, recipe: Recipe, mesh: Mesh | AbstractMesh) -> Batch:
