@@ -331,7 +331,7 @@ def our_model(args: Args, work: Work, folder: Path) -> VisionLanguageModel:
 
 
 def our_ways(args: Args, work: Work, folder: Path) -> dict[str, Way]:
-    from reverie_jax.train.step import TrainState, make_optimizer, make_step, trainable
+    from reverie_jax.train.step import TrainState, lora_and_projector, make_optimizer, make_step
 
     names = [way for way in args.ways if way != "peer"]
     size = args.chosen
@@ -339,7 +339,7 @@ def our_ways(args: Args, work: Work, folder: Path) -> dict[str, Way]:
         if size.equal and not (folder / "base").exists():
             our_model(args, work, folder)  # for the peer to read
         return {}
-    graph, params, frozen = nnx.split(our_model(args, work, folder), trainable, ...)
+    graph, params, frozen = nnx.split(our_model(args, work, folder), lora_and_projector, ...)
     device = jax.local_devices()[0]
 
     def peak() -> int | None:

@@ -29,7 +29,7 @@ from reverie_jax.scenes.annotator import SceneAnnotator
 from reverie_jax.scenes.corpus import picture
 from reverie_jax.scenes.graph import World, take
 from reverie_jax.train.recipes import RECIPES
-from reverie_jax.train.step import adapt, loss_and_grads, trainable
+from reverie_jax.train.step import adapt, lora_and_projector, loss_and_grads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ def main(args: Args) -> None:
 
     model, processor = load_model("scenes-base", dtype=jnp.float32)
     adapt(model, dataclasses.replace(RECIPES["scenes-rationales"], dropout=0.0))
-    graph, params, frozen = nnx.split(model, trainable, ...)
+    graph, params, frozen = nnx.split(model, lora_and_projector, ...)
     step = jax.jit(lambda batch: loss_and_grads(graph, params, frozen, batch, None)[0])
     scenes = take(World.annotated(), "train", 0, args.images)
     annotator = SceneAnnotator({str(index): scene for index, scene in enumerate(scenes)})

@@ -20,7 +20,7 @@ from reverie_jax.errors import UserError
 from reverie_jax.hosted.interface import Request, RequestImage, Stage, digest
 from reverie_jax.hosted.providers import RequestSettings, parse
 from reverie_jax.hosted.request_key import content_of
-from reverie_jax.hosted.runner import Limits, Outcome, Task
+from reverie_jax.hosted.runner import Limits, Outcome, RequestTask
 from reverie_jax.hosted.session import CostEstimate, ProgressCallback, RequestConfig, Session
 
 INSTRUCTIONS = "lrv_instruct_data.json"
@@ -114,7 +114,7 @@ class Generation:
     def __exit__(self, *_: object) -> None:
         self.session.close()
 
-    def _task(self, kind: Stage, count: int, picture: Described) -> Task:
+    def _task(self, kind: Stage, count: int, picture: Described) -> RequestTask:
         each = str(max(2, count // 7))
         fields = {"captions": picture.text, "count": str(count), "each": each}
 
@@ -123,14 +123,14 @@ class Generation:
             return Request(kind, RequestImage(str(picture.image_id), b""), fields, prompt, False, INSTRUCTIONS_SCHEMA)
 
         content = content_of(kind, digest(picture.text), fields)
-        return Task(
+        return RequestTask(
             self.session.item(kind, self.job.model, content, False),
             str(picture.image_id),
             request,
             parsing.instructions,
         )
 
-    def _tasks(self) -> list[tuple[Described, Stage, Task]]:
+    def _tasks(self) -> list[tuple[Described, Stage, RequestTask]]:
         kinds = [(kind, count) for kind, count in zip(KINDS, self.job.counts, strict=True) if count]
         return [(one, kind, self._task(kind, count, one)) for one in self.described for kind, count in kinds]
 
@@ -141,8 +141,8 @@ class Generation:
         rows = []
         for picture, kind, task in tasks:
             text = self.session.had(task)
-            task = None if kind == "lrv_positive" else NEGATIVE
-            for made in [] if text is None else parsing.instructions(text, task=task):
+            label = None if kind == "lrv_positive" else NEGATIVE
+            for made in [] if text is None else parsing.instructions(text, task=label):
                 rows.append(
                     {
                         "image_id": picture.image_id,

@@ -26,7 +26,7 @@ from reverie_jax.hosted import images as pictures
 from reverie_jax.hosted.interface import AnnotationError, Refused, Request, Stage
 from reverie_jax.hosted.providers import RequestSettings, parse, shown
 from reverie_jax.hosted.request_key import content_of
-from reverie_jax.hosted.runner import Limits, Outcome, Task
+from reverie_jax.hosted.runner import Limits, Outcome, RequestTask
 from reverie_jax.hosted.session import CostEstimate, ProgressCallback, RequestConfig, Session
 
 QUESTIONS = "reasoning_instruct_data.json"
@@ -136,7 +136,7 @@ class Pipeline:
         fields: Mapping[str, str],
         read: Callable[[str], Any],
         shown: bool = True,
-    ) -> Task | None:
+    ) -> RequestTask | None:
         digest = self._digest(name)
         if digest is None:
             return None
@@ -148,7 +148,7 @@ class Pipeline:
             return Request(stage, picture, fields, prompt, shown, schema)
 
         content = content_of(stage, digest, dict(fields))
-        return Task(self.session.item(stage, who, content, shown), name, request, read)
+        return RequestTask(self.session.item(stage, who, content, shown), name, request, read)
 
     def _fields(self) -> dict[str, str]:
         return {"count": str(self.job.count), "confusing": str(self.job.confusing)}
@@ -156,16 +156,16 @@ class Pipeline:
     def _read_questions(self, text: str) -> list[AnnotatedQuestion]:
         return parsing.questions(text, confusing=self.job.confusing)
 
-    def _question_tasks(self) -> Iterator[tuple[str, Task | None]]:
+    def _question_tasks(self) -> Iterator[tuple[str, RequestTask | None]]:
         for name in self.job.images:
             yield name, self._task("questions", self.job.model, name, self._fields(), self._read_questions)
 
-    def _rationale_task(self, row: Row, stage: Stage) -> Task | None:
+    def _rationale_task(self, row: Row, stage: Stage) -> RequestTask | None:
         answer = row["correct_answer" if stage == "positive" else "confusing_answer"]
         fields = {"question": row["question"], "answer": answer}
         return self._task(stage, self.job.model, row["image"], fields, parsing.rationale)
 
-    def _judge_task(self, row: Row, who: str) -> Task | None:
+    def _judge_task(self, row: Row, who: str) -> RequestTask | None:
         fields = {
             "question": row["question"],
             "answer": row["correct_answer"],
@@ -227,7 +227,7 @@ class Pipeline:
         write_list(self.job.folder / DROPPED, dropped)
         return outcome
 
-    def _run(self, step: str, asked: Iterable[tuple[str, Task | None]]) -> Outcome:
+    def _run(self, step: str, asked: Iterable[tuple[str, RequestTask | None]]) -> Outcome:
         with self.journal.together():  # pictures' digests are written on the way
             found = list(asked)
         names = self.judges if step == "judge" else (self.job.model,)
@@ -239,7 +239,7 @@ class Pipeline:
 
     def estimate(self, steps: Iterable[Step]) -> list[CostEstimate]:
         """What each stage would take, by the journal's means or plain guesses."""
-        asked: dict[str, list[Task | None]] = {"questions": [task for _, task in self._question_tasks()]}
+        asked: dict[str, list[RequestTask | None]] = {"questions": [task for _, task in self._question_tasks()]}
         unknown = sum(task is not None and self.session.had(task) is None for task in asked["questions"])
         steps = list(steps)
         rows = read_rows(self.job.folder / QUESTIONS, KEYS) if (self.job.folder / QUESTIONS).exists() else []
@@ -290,7 +290,7 @@ class Pipeline:
                     item = self.session.item("questions", self.job.model, content)
                     taken["questions"] += self.journal.adopt(item, text)
             for row in rows:
-                asked: list[tuple[str, Task | None]] = []
+                asked: list[tuple[str, RequestTask | None]] = []
                 stages: tuple[Stage, ...] = ("positive", "negative")
                 for key, stage in zip(REASONED, stages, strict=True):
                     if row.get(key):

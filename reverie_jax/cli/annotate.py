@@ -159,7 +159,7 @@ def _reflective(options: Annotate, console: Console, on_progress: ProgressCallba
 
 
 def _lrv(options: Annotate, console: Console, on_progress: ProgressCallback) -> int:
-    wanted = lrv.AnnotationJob(
+    wanted = lrv.LrvJob(
         folder=options.out,
         captions=needed(options.captions, "--captions", "name the file of captions"),
         model=needed(options.model, "--model", WRITER),

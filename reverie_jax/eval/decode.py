@@ -160,9 +160,9 @@ def generate(
     streams = [stream]
     if how.contrast:
         pixels = distorted(model, batch, how) if how.contrast == "image" else None
-        contrast, second = prefill(model, batch if other is None else other, how.new_tokens, pixels)
+        contrasted, second = prefill(model, batch if other is None else other, how.new_tokens, pixels)
         streams.append(second)
-        scores = contrast(scores, contrast, how.alpha, how.beta)
+        scores = contrast(scores, contrasted, how.alpha, how.beta)
     return _one_by_one(model, batch, scores, streams, how, stops), tracked
 
 

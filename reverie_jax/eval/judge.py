@@ -26,7 +26,7 @@ from reverie_jax.hosted.interface import Refused, Request, RequestImage, digest
 from reverie_jax.hosted.journal import Item, Spent
 from reverie_jax.hosted.providers import parse
 from reverie_jax.hosted.request_key import content_of
-from reverie_jax.hosted.runner import Outcome, Task
+from reverie_jax.hosted.runner import Outcome, RequestTask
 from reverie_jax.hosted.session import CostEstimate, ProgressCallback, RequestConfig, Session
 
 __all__ = ["Generate", "JudgeOutcome", "estimate", "judge", "of_answers", "prompts", "read_replies"]
@@ -146,7 +146,7 @@ def _places(who: Sequence[str], out: Path) -> dict[str, Path]:
     return places
 
 
-def _task(benchmark: Benchmark, loaded: Loaded, request: JudgeRequest, who: str, how: RequestConfig) -> Task:
+def _task(benchmark: Benchmark, loaded: Loaded, request: JudgeRequest, who: str, how: RequestConfig) -> RequestTask:
     shown = request.image is not None
 
     def encoded() -> bytes:
@@ -161,7 +161,7 @@ def _task(benchmark: Benchmark, loaded: Loaded, request: JudgeRequest, who: str,
     def ask() -> Request:
         return Request("evaluate", RequestImage(request.image or request.id, encoded()), fields, request.prompt, shown)
 
-    return Task(item, request.id, ask, _there)
+    return RequestTask(item, request.id, ask, _there)
 
 
 def _there(reply: str) -> str:
@@ -270,7 +270,7 @@ def estimate(
     return found
 
 
-def _had(journal: Path, tasks: Sequence[Task]) -> dict[str, JudgeReply]:
+def _had(journal: Path, tasks: Sequence[RequestTask]) -> dict[str, JudgeReply]:
     """The journal's replies by request's id."""
     found = {}
     with contextlib.closing(sqlite3.connect(f"{journal.resolve().as_uri()}?mode=ro", uri=True)) as db:

@@ -30,7 +30,7 @@ from reverie_jax.hosted.interface import (
     TryAgain,
 )
 from reverie_jax.hosted.journal import Journal
-from reverie_jax.hosted.runner import Gate, Limits, Outcome, Task
+from reverie_jax.hosted.runner import Gate, Limits, Outcome, RequestTask
 
 
 @dataclasses.dataclass
@@ -52,7 +52,7 @@ class _Run:
 
     def __init__(
         self,
-        tasks: Iterable[Task],
+        tasks: Iterable[RequestTask],
         providers: dict[tuple[str, str], Provider],
         journal: Journal,
         limits: Limits,
@@ -118,7 +118,7 @@ class _Run:
         """Hands over what waits, as few batches as the providers' limits and the budget allow."""
         for key, provider in self.providers.items():
             while not self.stop.is_set():
-                chosen: list[Task] = []
+                chosen: list[RequestTask] = []
                 file = self.journal.path.with_name(f".{self.journal.path.name}.requests.jsonl")
                 try:
                     with file.open("w", encoding="utf-8") as lines:
@@ -131,8 +131,8 @@ class _Run:
                 finally:
                     file.unlink(missing_ok=True)
 
-    def _write(self, lines: Any, provider: BatchProvider, key: tuple[str, str], chosen: list[Task]) -> None:
-        later: list[Task] = []
+    def _write(self, lines: Any, provider: BatchProvider, key: tuple[str, str], chosen: list[RequestTask]) -> None:
+        later: list[RequestTask] = []
         size = 0
         while self.waiting and len(chosen) < provider.most:
             task = self.waiting.popleft()
@@ -156,7 +156,9 @@ class _Run:
             chosen.append(task)
         self.waiting.extendleft(reversed(later))
 
-    async def _hand_over(self, file: Path, provider: BatchProvider, key: tuple[str, str], chosen: list[Task]) -> None:
+    async def _hand_over(
+        self, file: Path, provider: BatchProvider, key: tuple[str, str], chosen: list[RequestTask]
+    ) -> None:
         label = f"reverie-{uuid.uuid4().hex}"
         self.journal.batch_begins(label, *key, (task.item for task in chosen))
         try:
@@ -181,7 +183,7 @@ class _Run:
         self.journal.batch_named(label, name)
         self.open.append(_Open(label, provider, name, self.journal.in_batch(label)))
 
-    def _not_handed_over(self, label: str, chosen: list[Task], error: AnnotationError) -> None:
+    def _not_handed_over(self, label: str, chosen: list[RequestTask], error: AnnotationError) -> None:
         self.journal.batch_ended(label, str(error))
         for task in chosen:
             self.gate.leave(task.item.stage, None)
@@ -243,7 +245,7 @@ class _Run:
         journal.done(attempt, state, reply, price=price, reason=str(error))
         self._unhappy(task, error)
 
-    def _unhappy(self, task: Task, error: AnnotationError) -> None:
+    def _unhappy(self, task: RequestTask, error: AnnotationError) -> None:
         """Puts an item back, or gives it up."""
         seen = self.unhappy[task.item.key]
         seen[type(error)] += 1
@@ -286,7 +288,7 @@ class _Run:
 
 
 def run(
-    tasks: Iterable[Task],
+    tasks: Iterable[RequestTask],
     providers: Callable[[], dict[tuple[str, str], Provider]],
     journal: Journal,
     limits: Limits,

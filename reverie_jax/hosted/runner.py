@@ -57,7 +57,7 @@ class Limits:
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
+class RequestTask:
     """One item to ask: how it is known, how its request is made, and what reads its reply.
 
     Attributes:
@@ -243,7 +243,7 @@ class _Worker:
     def __init__(self, gate: Gate, journal: Journal, providers: dict[tuple[str, str], Provider], stop: asyncio.Event):
         self.gate, self.journal, self.providers, self.stop = gate, journal, providers, stop
 
-    async def once(self, task: Task) -> None:
+    async def once(self, task: RequestTask) -> None:
         """One attempt.
 
         Raises:
@@ -280,7 +280,7 @@ class _Worker:
             raise
         journal.done(attempt, "usable", reply, price=self.gate.leave(item.stage, reply))
 
-    async def until_done(self, task: Task) -> None:
+    async def until_done(self, task: RequestTask) -> None:
         """As many attempts as the limits allow."""
         limits, seen = self.gate.limits, collections.Counter[type]()
         build_tree = tenacity.wait_random_exponential(multiplier=limits.backoff, max=limits.longest)
@@ -308,7 +308,7 @@ class _Stopped(Exception):
 
 
 async def _run(
-    tasks: Iterator[Task],
+    tasks: Iterator[RequestTask],
     providers: dict[tuple[str, str], Provider],
     journal: Journal,
     limits: Limits,
@@ -322,8 +322,8 @@ async def _run(
     def interrupt() -> None:
         nonlocal interrupted
         if interrupted:  # twice: whoever waits, waits no longer
-            for task in tasks:
-                task.cancel()
+            for worker in workers:
+                worker.cancel()
         interrupted = True
         stop.set()
 
@@ -359,9 +359,9 @@ async def _run(
         ):  # not in the main thread, or no signals
             loop.add_signal_handler(number, interrupt)
             handled.append(number)
-    tasks = [asyncio.create_task(work()) for _ in range(limits.concurrency)]
+    workers = [asyncio.create_task(work()) for _ in range(limits.concurrency)]
     try:
-        results = await asyncio.gather(*tasks, return_exceptions=True)
+        results = await asyncio.gather(*workers, return_exceptions=True)
     finally:
         for number in handled:
             loop.remove_signal_handler(number)
@@ -380,7 +380,7 @@ async def _run(
 
 
 def run(
-    tasks: Iterable[Task],
+    tasks: Iterable[RequestTask],
     providers: Callable[[], dict[tuple[str, str], Provider]],
     journal: Journal,
     limits: Limits,

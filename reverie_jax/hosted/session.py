@@ -12,7 +12,7 @@ from reverie_jax.hosted import batches
 from reverie_jax.hosted.interface import Stage
 from reverie_jax.hosted.journal import Item, Journal
 from reverie_jax.hosted.providers import RequestSettings, parse, provider
-from reverie_jax.hosted.runner import DEFAULT_TOKENS, Limits, Outcome, Task, run
+from reverie_jax.hosted.runner import DEFAULT_TOKENS, Limits, Outcome, RequestTask, run
 
 JOURNAL = "journal.sqlite"
 
@@ -81,11 +81,11 @@ class Session:
         kind, model, _ = parse(who)
         return Item(stage, content, kind, model, f"{self._versions[stage]} {self.how.settings.version} shown={shown}")
 
-    def had(self, task: Task | None) -> str | None:
+    def had(self, task: RequestTask | None) -> str | None:
         """The raw reply that is there already."""
         return None if task is None else self.journal.usable(task.item)
 
-    def ask(self, step: str, tasks: Iterable[Task], who: Iterable[str]) -> Outcome:
+    def ask(self, step: str, tasks: Iterable[RequestTask], who: Iterable[str]) -> Outcome:
         """Asks what has no reply yet.
 
         Args:
@@ -116,7 +116,7 @@ class Session:
         )
         return dataclasses.replace(outcome, had=had + outcome.had)
 
-    def estimate(self, stage: str, tasks: Iterable[Task | None], more: int = 0) -> CostEstimate:
+    def estimate(self, stage: str, tasks: Iterable[RequestTask | None], more: int = 0) -> CostEstimate:
         """What a stage would take, by the journal's means or plain guesses.
 
         Args:

@@ -18,13 +18,13 @@ from reverie_jax.eval.benchmarks.interface import (
     Benchmark,
     BenchmarkError,
     Loaded,
+    ParsedAnswer,
     Question,
-    ReadLog,
     Scored,
 )
 from reverie_jax.eval.decode import Decoding
 from reverie_jax.eval.engine import Engine
-from reverie_jax.eval.predict import Ask
+from reverie_jax.eval.predict import PredictOptions
 from reverie_jax.eval.predict import predict as run
 from reverie_jax.scenes import scoring as free
 from reverie_jax.scenes.annotator import DESCRIBE, SceneAnnotator
@@ -136,7 +136,7 @@ class Scenes(Benchmark):
             yes = pope.says_yes(text)
             parsed = ("yes" if yes else "no") if id in labels else ""
             right = float(yes == labels[id]) if id in labels else None
-            parsed_answers.append(ReadLog(question.id, parsed, right, category=question.known["kind"]))
+            parsed_answers.append(ParsedAnswer(question.id, parsed, right, category=question.known["kind"]))
         rows = np.concatenate(list(tables.values()), axis=1)
         return Scored(parsed_answers, list(read_graphs(loaded.known["folder"])), rows, metrics)
 
@@ -183,7 +183,7 @@ def count(folder: Path, answers: Mapping[str, str]) -> SceneCounts:
 def predict(engine: Engine, folder: Path, out: Path) -> Path:
     """Asks a model everything about a folder of scenes; see `eval.predict`."""
     benchmark = Scenes()
-    ask = Ask(Decoding(benchmark.new_tokens))
+    ask = PredictOptions(Decoding(benchmark.new_tokens))
     return run(engine, benchmark, benchmark.load(folder), out, ask, model="", identity={})
 
 

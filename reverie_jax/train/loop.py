@@ -145,7 +145,7 @@ def train(
             *(graph, optimizer, recipe),
             datasets=len(found.datasets),
             reference=reference.graph,
-            layout=jax.tree.map(lambda x: x.sharding, state),
+            shardings=jax.tree.map(lambda x: x.sharding, state),
         )
         validate = Validation(graph, held_out, processor, recipe, mesh)
         log = MetricsLog(folder, recipe.steps, resumed=first, label=recipe.name, console=console)
@@ -155,12 +155,12 @@ def train(
                 if profile and number == first + _PROFILED.start:
                     jax.profiler.start_trace(str(folder / "profile"))
                 asked = time.perf_counter()
-                local = next(batches)
-                batch = feed(local, mesh, recipe.batch_size)
+                rows = next(batches)
+                batch = feed(rows, mesh, recipe.batch_size)
                 waited = time.perf_counter() - asked
                 with jax.transfer_guard("disallow"):  # nothing passes between host and device inside a step
                     state, metrics = step(state, frozen, batch, reference.held)
-                monitor.after(number, metrics, local.records, waited)
+                monitor.after(number, metrics, rows.records, waited)
                 if profile and number == min(first + _PROFILED.stop, recipe.steps):
                     jax.block_until_ready(state)
                     jax.profiler.stop_trace()

@@ -55,7 +55,7 @@ class StepMetrics(NamedTuple):
     sums: dict[str, Float[Array, "..."]]
 
 
-def trainable(path: tuple[Any, ...], value: Any) -> bool:
+def lora_and_projector(path: tuple[Any, ...], value: Any) -> bool:
     """Filter for `nnx.split`: adapters and projector are trained; the rest is frozen."""
     return isinstance(value, nnx.LoRAParam) or (isinstance(value, nnx.Param) and path[0] == "projector")
 
@@ -63,7 +63,7 @@ def trainable(path: tuple[Any, ...], value: Any) -> bool:
 def trainable_filter(trainable: Trainable) -> Callable[[tuple[Any, ...], Any], bool]:
     """The filter of what a recipe tunes."""
     if trainable == "lora":
-        return trainable
+        return lora_and_projector
     parts = ("projector",) if trainable == "projector" else ("projector", "decoder")
     return lambda path, value: isinstance(value, nnx.Param) and path[0] in parts
 

@@ -21,11 +21,11 @@ from reverie_jax.train import recipes
 from reverie_jax.train.checkpoint import ResumeError, RunCheckpoints, load_run
 from reverie_jax.train.loop import TrainingFailed, train
 from reverie_jax.train.metrics import MetricsLog, read_metrics
-from reverie_jax.train.step import trainable
+from reverie_jax.train.step import lora_and_projector
 from tests.train import tiny
 
 
-def leaves(model, part=trainable):
+def leaves(model, part=lora_and_projector):
     _, params, rest = nnx.split(model, part, ...)
     return [np.asarray(x) for x in jax.tree.leaves(params)], [np.asarray(x) for x in jax.tree.leaves(rest)]
 

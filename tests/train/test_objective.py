@@ -17,7 +17,7 @@ from reverie_jax.data.tokenization import Tokens
 from reverie_jax.data.tree import build_tree
 from reverie_jax.models import lora
 from reverie_jax.train.objective import edge_loss
-from reverie_jax.train.step import loss_and_grads, trainable
+from reverie_jax.train.step import lora_and_projector, loss_and_grads
 from tests.train import tiny
 
 PATCHES = tiny.CONFIG.vision.patches
@@ -34,7 +34,7 @@ def split_model():
         if layer.lora_b is not None:
             noise = jax.random.normal(jax.random.key(layer.inputs), layer.lora_b.shape)
             layer.lora_b.set_value(0.1 * noise)
-    return nnx.split(model, trainable, ...)
+    return nnx.split(model, lora_and_projector, ...)
 
 
 @functools.cache

@@ -21,7 +21,7 @@ from reverie_jax.models import lora
 from reverie_jax.models.checkpoints import read_model
 from reverie_jax.models.checkpoints.adapters import write_peft
 from reverie_jax.train.recipes import Recipe
-from reverie_jax.train.step import TrainState, adapt, make_optimizer, make_step, trainable
+from reverie_jax.train.step import TrainState, adapt, lora_and_projector, make_optimizer, make_step
 from tests.models import makers
 from tests.models.oracle import normalized
 
@@ -103,7 +103,7 @@ def test_fifty_steps_are_those_of_torch(kind, tmp_path):
     write_peft(model, tmp_path / "adapter", base=str(base), projector=False)
     wanted, theirs = torch_run(base, tmp_path / "adapter", data)
 
-    graph, params, frozen = nnx.split(model, trainable, ...)
+    graph, params, frozen = nnx.split(model, lora_and_projector, ...)
     optimizer = make_optimizer(RECIPE)
     step = make_step(graph, optimizer, RECIPE)
     state = TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))

@@ -24,7 +24,7 @@ from reverie_jax.train.metrics import read_metrics
 from reverie_jax.train.objective import answer_sums, edge_logps, preference_loss
 from reverie_jax.train.recipes import Recipe
 from reverie_jax.train.reference_model import STORED
-from reverie_jax.train.step import TrainState, adapt, make_optimizer, make_step, trainable
+from reverie_jax.train.step import TrainState, adapt, lora_and_projector, make_optimizer, make_step
 from tests.train import tiny
 
 ROW = SequenceShape(length=220, images=2, edges=160, questions=6)
@@ -53,7 +53,7 @@ def recipe(preference, **changes) -> Recipe:
 
 def moved(model, seed=5):
     """Adapters and projector of a run that has gone on for a while."""
-    graph, params, rest = nnx.split(model, trainable, ...)
+    graph, params, rest = nnx.split(model, lora_and_projector, ...)
     rng = np.random.default_rng(seed)
     params = jax.tree.map(lambda x: x + jnp.asarray(0.1 * rng.normal(size=x.shape), x.dtype), params)
     return nnx.merge(graph, params, rest)
@@ -199,7 +199,7 @@ def test_adapters_off_are_a_second_model(preference):
     adapt(model, chosen)
     from reverie_jax.train.reference_model import adapters_off
 
-    graph, params, frozen = nnx.split(model, trainable, ...)
+    graph, params, frozen = nnx.split(model, lora_and_projector, ...)
     optimizer = make_optimizer(chosen)
     reference = adapters_off(model, chosen, params)
     state = TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))

@@ -25,7 +25,7 @@ from reverie_jax.models.checkpoints import identity
 from reverie_jax.train.checkpoint import RunCheckpoints, read_identity
 from reverie_jax.train.metrics import read_metrics
 from reverie_jax.train.recipes import Recipe
-from reverie_jax.train.step import TrainState, adapt, make_optimizer, trainable
+from reverie_jax.train.step import TrainState, adapt, lora_and_projector, make_optimizer
 from tests.train import tiny
 
 STEPS = tiny.KILL_RECIPE.steps
@@ -86,7 +86,7 @@ def final(folder):
     model = tiny.model()
     points = RunCheckpoints(folder, recipe, identity(model))
     adapt(model, recipe)
-    params = nnx.state(model, trainable)
+    params = nnx.state(model, lora_and_projector)
     state = TrainState(params, make_optimizer(recipe).init(params), jnp.zeros((), jnp.int32))
     state, _ = points.restore(state)
     points.close()

@@ -19,7 +19,7 @@ from reverie_jax.train import recipes
 from reverie_jax.train.checkpoint import load_run
 from reverie_jax.train.loop import train
 from reverie_jax.train.metrics import read_metrics
-from reverie_jax.train.step import adapt, loss_and_grads, trainable
+from reverie_jax.train.step import adapt, lora_and_projector, loss_and_grads
 from tests.train import tiny
 
 
@@ -40,7 +40,7 @@ def split():
     adapt(model, tiny.recipe(dropout=0.0))
     for _, _, _, b in lora.adapters(model):  # B is zero at first, and A's gradient with it
         b.set_value(jax.random.normal(jax.random.key(1), b.shape) * 0.1)
-    return nnx.split(model, trainable, ...)
+    return nnx.split(model, lora_and_projector, ...)
 
 
 jitted = jax.jit(loss_and_grads, static_argnums=0, static_argnames=("accumulate", "mean"))

@@ -21,7 +21,7 @@ from reverie_jax.eval.report.gallery import clip, galleries
 from reverie_jax.eval.report.runs import BenchmarkResult, Run, read_runs
 from reverie_jax.eval.report.tables import axis, beside_published, grouped, metrics_of, row_of
 
-__all__ = ["Part", "Run", "read_runs", "render"]
+__all__ = ["BenchmarkResult", "Run", "read_runs", "render"]
 
 COLOURS = ("#8a8f98", "#3b7dd8", "#c2571a", "#2a9d6f", "#a05bc4", "#b8901c", "#d0477a", "#3aa3b0")
 MAIN = 6

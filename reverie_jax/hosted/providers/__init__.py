@@ -15,7 +15,7 @@ from reverie_jax.hosted.interface import AnnotationError, Provider, Reply, TryAg
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class RequestSettings:
     """What a hosted model is asked with.
 
     Attributes:
@@ -65,7 +65,7 @@ def shown(model_spec: str) -> str:
     return re.sub(r"(@https?://)[^/@]*@", r"\1", model_spec)
 
 
-def provider(model_spec: str, settings: Settings, environment: Mapping[str, str]) -> Provider:
+def provider(model_spec: str, settings: RequestSettings, environment: Mapping[str, str]) -> Provider:
     """Opens a provider. Keys come from the environment.
 
     Raises:
@@ -136,26 +136,28 @@ def read_lines(
     return found
 
 
-def _gemini(model: str, url: str | None, settings: Settings, environment: Mapping[str, str]) -> Provider:
+def _gemini(model: str, url: str | None, settings: RequestSettings, environment: Mapping[str, str]) -> Provider:
     from reverie_jax.hosted.providers.gemini import Gemini
 
     return Gemini(model, url, settings, key(environment, "GEMINI_API_KEY", "GOOGLE_API_KEY"))
 
 
-def _openai(model: str, url: str | None, settings: Settings, environment: Mapping[str, str]) -> Provider:
+def _openai(model: str, url: str | None, settings: RequestSettings, environment: Mapping[str, str]) -> Provider:
     from reverie_jax.hosted.providers.openai import OpenAI
 
     elsewhere = url is not None or "OPENAI_BASE_URL" in environment  # local servers want no key
     return OpenAI(model, url, settings, key(environment, "OPENAI_API_KEY", needed=not elsewhere))
 
 
-def _google_generativeai(model: str, url: str | None, settings: Settings, environment: Mapping[str, str]) -> Provider:
+def _google_generativeai(
+    model: str, url: str | None, settings: RequestSettings, environment: Mapping[str, str]
+) -> Provider:
     from reverie_jax.hosted.providers.google_generativeai import GoogleGenerativeAI
 
     return GoogleGenerativeAI(model, url, settings, key(environment, "GEMINI_API_KEY", "GOOGLE_API_KEY"))
 
 
-def _replay(journal: str, url: str | None, settings: Settings, environment: Mapping[str, str]) -> Provider:
+def _replay(journal: str, url: str | None, settings: RequestSettings, environment: Mapping[str, str]) -> Provider:
     from reverie_jax.hosted.providers.local import Replay
 
     return Replay(Path(journal))

@@ -15,7 +15,7 @@ from google.genai import errors, types
 
 from reverie_jax.hosted.images import as_sent
 from reverie_jax.hosted.interface import AnnotationError, BatchStatus, Reply, Request, TryAgain
-from reverie_jax.hosted.providers import TRANSFER, Settings, hide, read_lines, seconds
+from reverie_jax.hosted.providers import TRANSFER, RequestSettings, hide, read_lines, seconds
 from reverie_jax.hosted.providers.google_replies import reply, status
 
 _WIRES = {"httpx", "httpx2", "httpcore", "aiohttp", "anyio", "ssl"}
@@ -29,7 +29,7 @@ class Gemini:
 
     name = "gemini"
 
-    def __init__(self, model: str, url: str | None, settings: Settings, key: str):
+    def __init__(self, model: str, url: str | None, settings: RequestSettings, key: str):
         self.model, self._settings, self._key = model, settings, key
         once = types.HttpRetryOptions(attempts=1)  # left to itself, the SDK may retry behind our back
         options = types.HttpOptions(base_url=url, timeout=int(settings.timeout * 1000), retry_options=once)

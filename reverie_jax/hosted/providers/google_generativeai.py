@@ -11,7 +11,7 @@ from google.protobuf.json_format import ParseError
 
 from reverie_jax.hosted.images import as_sent
 from reverie_jax.hosted.interface import Reply, Request, TryAgain
-from reverie_jax.hosted.providers import Settings, hide, seconds
+from reverie_jax.hosted.providers import RequestSettings, hide, seconds
 from reverie_jax.hosted.providers.google_replies import reply, status
 
 
@@ -20,7 +20,7 @@ class GoogleGenerativeAI:
 
     name = "google-generativeai"
 
-    def __init__(self, model: str, url: str | None, settings: Settings, key: str):
+    def __init__(self, model: str, url: str | None, settings: RequestSettings, key: str):
         self.model, self._settings, self._key = model, settings, key
         options = {"api_endpoint": url} if url else None
         genai.configure(api_key=key, transport="rest", client_options=options)

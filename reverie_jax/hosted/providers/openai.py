@@ -15,7 +15,7 @@ from openai.types.chat import ChatCompletion
 
 from reverie_jax.hosted.images import as_sent
 from reverie_jax.hosted.interface import AnnotationError, BatchStatus, NoAccess, Refused, Reply, Request, TryAgain
-from reverie_jax.hosted.providers import TRANSFER, Settings, hide, read_lines, seconds
+from reverie_jax.hosted.providers import TRANSFER, RequestSettings, hide, read_lines, seconds
 
 
 class OpenAI:
@@ -23,7 +23,7 @@ class OpenAI:
 
     name = "openai"
 
-    def __init__(self, model: str, url: str | None, settings: Settings, key: str):
+    def __init__(self, model: str, url: str | None, settings: RequestSettings, key: str):
         self.model, self._settings, self._key = model, settings, key
         self._client = openai.AsyncOpenAI(
             api_key=key or "none",  # local servers want none, and the client wants one

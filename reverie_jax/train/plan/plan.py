@@ -69,7 +69,7 @@ class AbstractStep:
         with jax.set_mesh(self.mesh):
             layout = jax.tree.map(lambda x: x.sharding, self.state)
             step: Any = make_step(
-                self.graph, self.optimizer, self.recipe, reference=self.reference.graph, layout=layout
+                self.graph, self.optimizer, self.recipe, reference=self.reference.graph, shardings=layout
             )
             return step.lower(self.state, self.frozen, self.batch, self.reference.held)
 
