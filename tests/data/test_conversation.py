@@ -151,7 +151,7 @@ def test_record_survives_json(parts, dataset, images):
         Turn(("user", "assistant")[n % 2], (marks if n == 0 else "") + text, weight)
         for n, (text, weight) in enumerate(parts)
     )
-    conversation = Conversation(turns, tuple(range(images)), source)
+    conversation = Conversation(turns, tuple(range(images)), dataset)
     assert Conversation.from_json(json.loads(json.dumps(conversation.to_json()))) == conversation
     record = ImageRecord("a", b"x", (conversation, conversation))
     assert ImageRecord.from_parts("a", b"x", record.talks_json()) == record

@@ -57,12 +57,12 @@ def conversation(turns: tuple[str, ...] | list[str], weights: tuple[float, ...] 
 
 def bare(ids: np.ndarray, image_slots: np.ndarray) -> list[int]:
     """Ids with -200 where a picture's positions stand; these are whole and in order."""
-    out = [int(id) for id, feature in zip(ids, features, strict=True) if feature < 0]
-    starts = np.flatnonzero(features == 0)
+    out = [int(id) for id, feature in zip(ids, image_slots, strict=True) if feature < 0]
+    starts = np.flatnonzero(image_slots == 0)
     for start in starts:
-        assert features[start : start + PATCHES].tolist() == list(range(PATCHES))
+        assert image_slots[start : start + PATCHES].tolist() == list(range(PATCHES))
         assert (ids[start : start + PATCHES] == FILLER).all()
-    assert (features >= 0).sum() == PATCHES * len(starts)
+    assert (image_slots >= 0).sum() == PATCHES * len(starts)
     for number, start in enumerate(starts):
         out.insert(start - number * (PATCHES - 1), llama_oracle.IMAGE_ID)
     return out

@@ -32,7 +32,7 @@ def folder(tmp_path_factory) -> Path:
     return write_records(tmp_path_factory.mktemp("records"), {"train": records(5), "test": records(2, seed=1)})
 
 
-def by_id(dataset: RecordSource) -> list[ImageRecord]:
+def by_id(source: RecordSource) -> list[ImageRecord]:
     """All records in the order of their ids."""
     return sorted((source[index] for index in range(len(source))), key=lambda record: record.id)
 
@@ -324,7 +324,7 @@ def processor() -> Processor:
     return Processor(encoder(), SIDE)
 
 
-def batches(dataset: list[ImageRecord], *, images: int = 1, seed: int = 0, teach: str = "rationales", length: int = 90):
+def batches(source: list[ImageRecord], *, images: int = 1, seed: int = 0, teach: str = "rationales", length: int = 90):
     shape = SequenceShape(length=length, images=images, edges=60)
     return training_batches(source, processor(), shape, rows=2, supervision=arm(teach), seed=seed)
 

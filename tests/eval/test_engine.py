@@ -61,21 +61,21 @@ def _last_logits(tokens, image_slots, pixels, last):
     length = tokens.shape[1]
     positions = jnp.arange(length, dtype=jnp.int32)[None]
     # Plain causal attention over one conversation, padding behind it.
-    hidden = model().hidden(tokens, positions, jnp.full((1, length), length, jnp.int32), features, pixels)
+    hidden = model().hidden(tokens, positions, jnp.full((1, length), length, jnp.int32), image_slots, pixels)
     return model().decoder.logits(hidden[0, last])
 
 
 def one_at_a_time(encoded, talk):
     """Greedy decoding by running the whole conversation again for each token: no tree, no cache."""
     tokens = tiny.processor().encoder(talk)
-    ids, features = tokens.ids.tolist(), tokens.image_slots.tolist()
+    ids, image_slots = tokens.ids.tolist(), tokens.image_slots.tolist()
     pixels = jnp.asarray(preprocess(decode(encoded, "x"), 24)[None, None])
     answer = []
     for _ in range(NEW_TOKENS):
         pad = 96 - len(ids)
         logits = _last_logits(
             jnp.asarray([ids + [0] * pad], jnp.int32),
-            jnp.asarray([features + [-1] * pad], jnp.int32),
+            jnp.asarray([image_slots + [-1] * pad], jnp.int32),
             pixels,
             len(ids) - 1,
         )
@@ -84,7 +84,7 @@ def one_at_a_time(encoded, talk):
             break
         answer.append(token)
         ids.append(token)
-        features.append(-1)
+        image_slots.append(-1)
     return tiny.processor().encoder.decode(answer)
 
 

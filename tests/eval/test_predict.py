@@ -244,7 +244,7 @@ def _scores():
     def last(tokens, image_slots, pixels, place):
         length = tokens.shape[1]
         positions = jnp.arange(length, dtype=jnp.int32)[None]
-        hidden = model().hidden(tokens, positions, jnp.full((1, length), length, jnp.int32), features, pixels)
+        hidden = model().hidden(tokens, positions, jnp.full((1, length), length, jnp.int32), image_slots, pixels)
         return model().decoder.logits(hidden[0, place])
 
     return last
