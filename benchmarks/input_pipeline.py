@@ -89,7 +89,7 @@ def peer(folder: Path, args: Args, batch: int) -> Callable[[], int]:
 
         def __getitem__(self, number: int) -> Any:
             name = self.names[number]
-            image = Image.open(folder / "pictures" / name).convert("RGB")
+            image = Image.open(folder / "images" / name).convert("RGB")
             pixels = images(image, return_tensors="pt")["pixel_values"][0]
             return pixels, [torch.tensor(encoder.tokenizer(said)["input_ids"]) for said in talks[name]]
 

@@ -56,14 +56,14 @@ def make(folder: Path, scale: float, side: int = 64) -> None:
 
     rng, known = np.random.default_rng(0), np.asarray(words())
     images, questions, wrong = (max(1, round(count * scale)) for count in (IMAGES, QUESTIONS, WRONG))
-    (folder / "pictures").mkdir(parents=True)
+    (folder / "images").mkdir(parents=True)
     for number in range(images):
         blots = Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8))
         noise = rng.integers(-12, 13, (side * 3 // 4, side, 3))
         pixels = np.asarray(blots.resize((side, side * 3 // 4), Image.Resampling.BICUBIC)) + noise
         buffer = io.BytesIO()
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(buffer, format="JPEG", quality=85)
-        (folder / "pictures" / f"{number:06d}.jpg").write_bytes(buffer.getvalue())
+        (folder / "images" / f"{number:06d}.jpg").write_bytes(buffer.getvalue())
     # Every picture has a question and every question a wrong answer; the others are spread.
     of_image = np.concatenate([np.arange(images), rng.integers(0, images, questions - images)])
     of_question = np.concatenate([np.arange(questions), rng.integers(0, questions, wrong - questions)])

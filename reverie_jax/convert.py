@@ -35,14 +35,14 @@ class Source:
 
     Attributes:
         names: the paths or ids as the user gave them: first the source, then base and adapter.
-        base: what an adapter's `base_model_name_or_path` shall say.
+        base_model: what an adapter's `base_model_name_or_path` shall say.
         projector: the adapters came with a projector of their own.
         identity: of the base under the adapters.
     """
 
     names: tuple[str, ...]
     kind: str
-    base: str
+    base_model: str
     projector: bool
     identity: dict[str, str]
 
@@ -52,7 +52,7 @@ def convert(
     dst: str | Path,
     *,
     to: str = "llava-hf",
-    base: Paths = None,
+    components: Paths = None,
     adapter: str | Path | None = None,
     dtype: DTypeLike | None = None,
     shard_bytes: int = write.SHARD_BYTES,
@@ -77,13 +77,13 @@ def convert(
     dst = Path(dst)
     with new_folder(dst) as folder:
         start = checkpoint_folder(src)
-        parts = [checkpoint_folder(part) for part in as_list(base)]
-        model = read_model(start, base=parts, dtype=None if dtype is None else jnp.dtype(dtype))
+        parts = [checkpoint_folder(part) for part in as_list(components)]
+        model = read_model(start, components=parts, dtype=None if dtype is None else jnp.dtype(dtype))
         tokenizer = find_tokenizer(model.config, start, parts)
-        source = _source(model, src, start, as_list(base), adapter)
+        source = _source(model, src, start, as_list(components), adapter)
         if adapter is not None:
             name, projector = put_adapter(model, adapter, [start, *parts])
-            source = dataclasses.replace(source, base=name or str(src), projector=projector)
+            source = dataclasses.replace(source, base_model=name or str(src), projector=projector)
         if to in ("peft", "llava-lora"):
             _write_adapter(model, folder, to, source, tokenizer)
         else:
@@ -116,9 +116,9 @@ def special_ids(tokenizer: Any) -> dict[str, Any]:
 
 def _write_adapter(model: VisionLanguageModel, folder: Path, to: str, source: Source, tokenizer: Any) -> None:
     if to == "peft":
-        adapters.write_peft(model, folder, base=source.base, projector=source.projector)
+        adapters.write_peft(model, folder, base=source.base_model, projector=source.projector)
     else:
-        adapters.write_llava_lora(model, folder, base=source.base, special=special_ids(tokenizer))
+        adapters.write_llava_lora(model, folder, base=source.base_model, special=special_ids(tokenizer))
     kept = dict(source.identity)
     if to == "llava-lora" or source.projector:
         kept.pop("projector")  # the folder brings its own
@@ -241,7 +241,7 @@ def _write_card(folder: Path, model: VisionLanguageModel, to: str, source: Sourc
     }
     if carried:
         size = sum(a.size + b.size for _, _, a, b in carried)
-        said["adapters"] = f"LoRA, {size:,} parameters, made on `{source.base}`"
+        said["adapters"] = f"LoRA, {size:,} parameters, made on `{source.base_model}`"
     else:
         said["numbers"] = np.dtype(model.compute_dtype).name
     lines = [

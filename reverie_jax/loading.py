@@ -45,16 +45,16 @@ def checkpoint_folder(name: str | Path) -> Path:
     return shipped if str(name) == SCENES_BASE else resolve(name)
 
 
-def as_list(base: Paths) -> list[str | Path]:
-    if base is None:
+def as_list(paths: Paths) -> list[str | Path]:
+    if paths is None:
         return []
-    return [base] if isinstance(base, str | Path) else list(base)
+    return [paths] if isinstance(paths, str | Path) else list(paths)
 
 
 def load_model(
     path: str | Path,
     *,
-    base: Paths = None,
+    components: Paths = None,
     adapter: str | Path | None = None,
     mesh: Mesh | None = None,
     dtype: DTypeLike | None = None,
@@ -64,7 +64,7 @@ def load_model(
     Args:
         path: a folder (llava-hf, original LLaVA, LLaVA-pp, a LLaVA LoRA folder, Orbax), an mm_projector.bin, a hub id
             `owner/name[@revision]`, or "scenes-base".
-        base: the parts that `path` lacks: plain language model, CLIP.
+        components: the parts that `path` lacks: plain language model, CLIP.
         adapter: a PEFT adapter, a LLaVA LoRA folder or a run folder of `reverie train`. It is kept apart from the
             weights: `models.lora.merge` folds it in, `models.lora.switch` switches it off.
         mesh: where the parameters go; one device by default.
@@ -73,12 +73,12 @@ def load_model(
     Raises:
         CheckpointError: weights, configuration or tokenizer cannot be used; adapter and base do not go together.
     """
-    folder, parts = checkpoint_folder(path), [checkpoint_folder(part) for part in as_list(base)]
-    model = read_model(folder, base=parts, dtype=None if dtype is None else jnp.dtype(dtype), mesh=mesh)
+    folder, parts = checkpoint_folder(path), [checkpoint_folder(part) for part in as_list(components)]
+    model = read_model(folder, components=parts, dtype=None if dtype is None else jnp.dtype(dtype), mesh=mesh)
     if dtype is None and model.compute_dtype == jnp.float16 and jax.default_backend() == "tpu":
         _log.warning("%s: stored as float16, which TPUs do not compute in: read as bfloat16", folder)
         del model
-        model = read_model(folder, base=parts, dtype=jnp.bfloat16, mesh=mesh)
+        model = read_model(folder, components=parts, dtype=jnp.bfloat16, mesh=mesh)
     if adapter is not None:
         put_adapter(model, adapter, [folder, *parts])
     processor = Processor.of(model.config, find_tokenizer(model.config, folder, parts), example_template(folder))
@@ -88,7 +88,7 @@ def load_model(
 def load_with_projector(
     path: str | Path,
     *,
-    base: Paths = None,
+    components: Paths = None,
     kind: ProjectorKind,
     seed: int = 0,
     mesh: Mesh | None = None,
@@ -97,13 +97,13 @@ def load_with_projector(
     """`load_model` of a plain language model and a CLIP tower, with a fresh projector between them (LLaVA's first stage).
 
     Args:
-        path, base: the two, in any order.
+        path, components: the two, in any order.
         kind: of the projector. Weights and biases are uniform in +-1/sqrt(inputs), as torch starts a linear layer.
 
     Raises:
         CheckpointError: they are not these two.
     """
-    places = [checkpoint_folder(part) for part in (path, *as_list(base))]
+    places = [checkpoint_folder(part) for part in (path, *as_list(components))]
     found = {recognise(place).kind: place for place in places}
     if set(found) != {"llm", "clip"} or len(places) != 2:
         raise CheckpointError(
@@ -120,23 +120,23 @@ def load_with_projector(
     with tempfile.TemporaryDirectory() as place:
         file = Path(place) / "mm_projector.safetensors"
         save_file(tensors, file)
-        return load_model(found["llm"], base=[found["clip"], file], mesh=mesh, dtype=dtype)
+        return load_model(found["llm"], components=[found["clip"], file], mesh=mesh, dtype=dtype)
 
 
-def bare(path: str | Path, base: Paths = None) -> bool:
+def bare(path: str | Path, components: Paths = None) -> bool:
     """Whether these are a plain language model and a CLIP tower, with no projector among them."""
-    kinds = [recognise(checkpoint_folder(part)).kind for part in (path, *as_list(base))]
+    kinds = [recognise(checkpoint_folder(part)).kind for part in (path, *as_list(components))]
     return sorted(kinds) == ["clip", "llm"]
 
 
-def load_processor(path: str | Path, *, base: Paths = None) -> Processor:
+def load_processor(path: str | Path, *, components: Paths = None) -> Processor:
     """The processor alone: no weight is read, of the files that hold them only the lists.
 
     Raises:
         CheckpointError: configuration or tokenizer cannot be used.
     """
-    folder, parts = checkpoint_folder(path), [checkpoint_folder(part) for part in as_list(base)]
-    config = read_config(folder, base=parts)
+    folder, parts = checkpoint_folder(path), [checkpoint_folder(part) for part in as_list(components)]
+    config = read_config(folder, components=parts)
     return Processor.of(config, find_tokenizer(config, folder, parts), example_template(folder))
 
 

@@ -137,7 +137,7 @@ def test_orbax_reads_as_its_source(kind, source, tmp_path):
 def test_through_original_llava(kind, dtype, source, clip, tmp_path):
     src = source(kind, dtype)
     convert(src, tmp_path / "original", to="llava")
-    convert(tmp_path / "original", tmp_path / "out", base=[clip])
+    convert(tmp_path / "original", tmp_path / "out", components=[clip])
     first, second = tensors(src), tensors(tmp_path / "out")
     assert first.keys() == second.keys()
     for name in first:
@@ -301,7 +301,7 @@ def test_rows_of_words_past_the_image_stay(tmp_path, clip):
 def test_original_gets_an_image_token(kind, rows, clip, tmp_path):
     part = makers.parts(kind, vocab=rows)
     src = makers.original_folder(tmp_path / "src", part)
-    convert(src, tmp_path / "out", base=[clip])
+    convert(src, tmp_path / "out", components=[clip])
     model = opened(tmp_path / "out")
     assert model.config.image_token_id == WORDS == AutoTokenizer.from_pretrained(src).vocab_size
     vocabulary = {WORDS: ROWS, WORDS + 1: WORDS + 1, ROWS: ROWS}[rows]  # room is used, none is made without need
@@ -315,14 +315,14 @@ def test_original_gets_an_image_token(kind, rows, clip, tmp_path):
 def test_original_without_its_tower(clip, tmp_path):
     part = makers.parts()
     src = makers.original_folder(tmp_path / "src", part, tower=False, shards=3)
-    convert(src, tmp_path / "out", base=[clip])
+    convert(src, tmp_path / "out", components=[clip])
     assert_close(hf_logits(tmp_path / "out")[..., :WORDS], makers.original_logits(part, makers.batch()))
 
 
 def test_new_rows_take_no_part_in_answers(clip, tmp_path):
     # llava-hf's own converter draws them around the mean: a new row that always wins would spoil every answer.
     src = makers.original_folder(tmp_path / "src", makers.parts())
-    convert(src, tmp_path / "out", base=[clip])
+    convert(src, tmp_path / "out", components=[clip])
     found = hf_logits(tmp_path / "out")
     assert (found.argmax(-1) < WORDS).mean() > 0.9
     assert not np.isinf(found).any()
@@ -330,7 +330,7 @@ def test_new_rows_take_no_part_in_answers(clip, tmp_path):
 
 def test_processor_of_a_converted_original(clip, tmp_path):
     src = makers.original_folder(tmp_path / "src", makers.parts())
-    convert(src, tmp_path / "out", base=[clip])
+    convert(src, tmp_path / "out", components=[clip])
     processor = AutoProcessor.from_pretrained(tmp_path / "out")
     found = processor(images=picture(), text=PROMPT, return_tensors="np")
     assert found["pixel_values"].shape == (1, 3, SIDE, SIDE)
@@ -346,7 +346,7 @@ def test_processor_of_a_converted_original(clip, tmp_path):
 @pytest.mark.parametrize("aspect", ["pad", "square"])
 def test_pictures_are_still_padded_or_cropped(aspect, clip, tmp_path):
     src = makers.original_folder(tmp_path / "src", makers.parts(), image_aspect_ratio=aspect)
-    convert(src, tmp_path / "out", base=[clip])
+    convert(src, tmp_path / "out", components=[clip])
     image = picture()
     found = AutoProcessor.from_pretrained(tmp_path / "out")(images=image, text=PROMPT, return_tensors="np")
     if aspect == "pad":
@@ -361,8 +361,8 @@ def test_pictures_are_still_padded_or_cropped(aspect, clip, tmp_path):
 @pytest.mark.parametrize("to", ["llava-hf", "orbax", "llava"])
 def test_what_the_weights_were_tuned_with_survives(to, aspect, clip, tmp_path):
     src = makers.original_folder(tmp_path / "src", makers.parts(), image_aspect_ratio=aspect)
-    convert(src, tmp_path / "out", to=to, base=[clip])
-    before = read_model(src, base=[clip]).config
+    convert(src, tmp_path / "out", to=to, components=[clip])
+    before = read_model(src, components=[clip]).config
     after = read_model(tmp_path / "out").config  # whole: the tower went with it
     assert before.image_aspect == aspect
     for name in ("template", "tokens", "image_aspect", "feature_layer", "projector", "vision"):
@@ -373,7 +373,7 @@ def test_what_the_weights_were_tuned_with_survives(to, aspect, clip, tmp_path):
 def test_linear_projector_has_no_place_in_transformers(to, clip, tmp_path):
     src = makers.original_folder(tmp_path / "src", makers.parts(linear=True))
     with pytest.raises(CheckpointError, match="linear") as caught:
-        convert(src, tmp_path / "out", to=to, base=[clip])
+        convert(src, tmp_path / "out", to=to, components=[clip])
     assert "\n" not in str(caught.value)
     assert sorted(x.name for x in tmp_path.iterdir()) == ["src"]
 
@@ -382,7 +382,7 @@ def test_linear_projector_has_no_place_in_transformers(to, clip, tmp_path):
 def test_linear_projector_travels_otherwise(through, clip, tmp_path):
     part = makers.parts(linear=True)
     src = makers.original_folder(tmp_path / "src", part)
-    convert(src, tmp_path / "middle", to=through, base=[clip])
+    convert(src, tmp_path / "middle", to=through, components=[clip])
     convert(tmp_path / "middle", tmp_path / "out", to="llava")
     found = tensors(tmp_path / "out")
     for name, tensor in makers.original_tensors(part, tower=False).items():

@@ -1,235 +1,372 @@
-"""What `reverie data` does."""
+"""`reverie data`."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-import os
+import json as jsonlib
 import random
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
-import pydantic
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
+from tyro.conf import OmitArgPrefixes, Positional, arg, subcommand
 
-from reverie_jax.cli import data_options as options
-from reverie_jax.data import check as checks
-from reverie_jax.data import contamination as leaks
-from reverie_jax.data import stats as card
-from reverie_jax.data import visualize as pages
-from reverie_jax.data.conversation import Conversation, ImageRecord
-from reverie_jax.data.mixture import Mixture, MixtureEntry, mixture, read_parts
-from reverie_jax.data.records import RecordSource, building, write_records
-from reverie_jax.data.row_files import Rows, write_list
-from reverie_jax.data.sources import ReadLog, multiple_choice
-from reverie_jax.data.supervision import Supervision
+from reverie_jax.cli import common
 from reverie_jax.errors import UserError
 
+if TYPE_CHECKING:
+    from reverie_jax.data.conversation import Conversation, ImageRecord
+    from reverie_jax.data.mixture import Mixture, MixtureEntry
+    from reverie_jax.data.records import RecordSource
+    from reverie_jax.data.supervision import Supervision
 
-def parts_of(sources: Sequence[str], file: Path | None = None) -> list[MixtureEntry]:
-    """FILE=FOLDER each, and those of a mixture file."""
+Sources = Annotated[Positional[tuple[str, ...]], arg(metavar="FILE[=FOLDER] ...")]
+_ROWS = 20
+"""Maximum rows in a table."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Build:
+    """Build records (ArrayRecord, one record an image) from annotation files and image folders.
+
+    Formats are recognized by content: REVERIE, LLaVA, LRV, RLHF-V and RLAIF-V, ScienceQA, A-OKVQA, and what `reverie
+    annotate` writes. Run the same command again after an interruption: finished shards are kept.
+    """
+
+    sources: Sources
+    """Annotation files, each with its image folder as FILE=FOLDER (`images` beside the file if omitted). Conversations of
+    several files about one image become one record."""
+    out: Path
+    """Output folder for the records."""
+    mixture: Path | None = None
+    """JSON list of more sources: {"file", "images", "cap", "weight", "filtered", "splits"}; only "file" is required."""
+    seed: int = 0
+    """Random seed; decides which conversations a cap keeps."""
+    max_side: int | None = None
+    """Downscale larger images to this side, as JPEG; images are kept byte for byte if omitted."""
+    jobs: int | None = None
+    """Threads that read images and write records; one for each core if omitted."""
+
+    def run(self) -> None:
+        """Run the command."""
+        from reverie_jax.data.mixture import mixture
+        from reverie_jax.data.records import RecordSource, building, write_records
+        from reverie_jax.data.sources import ReadLog
+
+        common.at_least(1, max_side=self.max_side, jobs=self.jobs)
+        entries, log = mixture_entries(self.sources, self.mixture), ReadLog()
+        if not entries:
+            raise UserError("name at least one annotation file, as FILE=FOLDER")
+        with common.ProgressBars() as bars, building(self.out) as hidden:
+
+            def on_read(count: int) -> None:
+                bars.update("conversations read", count, None)
+
+            store = hidden / "rows.sqlite"
+            with mixture(entries, log, store, seed=self.seed, side=self.max_side, on_progress=on_read) as found:
+                common.note(log.notes)
+                written = 0
+
+                def on_written(count: int) -> None:
+                    nonlocal written
+                    written += count
+                    bars.update("images written", written, len(found))
+
+                jobs = self.jobs or common.cpu_count()
+                folder = write_records(self.out, {"train": found}, hidden=hidden, jobs=jobs, on_progress=on_written)
+                conversations = found.conversations
+        print(f"{len(RecordSource(folder))} images, {conversations} conversations: {folder}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Check:
+    """Validate an annotation file before training: read every row, open every image, list what is wrong.
+
+    Exits with 1 if rows are unusable and --fix is not given.
+    """
+
+    annotations: Positional[Path]
+    """Annotation file in any format that `reverie data build` reads."""
+    images: Path | None = None
+    """Folder of images; `images` beside the file if omitted and there is one."""
+    model: str | None = None
+    """Checkpoint to be trained: counts tokens, and reports conversations beyond its context length."""
+    components: common.Components = ()
+    """Checkpoint of a part that the model lacks: language model or CLIP tower. Repeat for each part."""
+    details: Path | None = None
+    """Write the problems to this file, as JSON lines."""
+    fix: Path | None = None
+    """Write the annotation file without its unusable rows to this file."""
+
+    def run(self) -> None:
+        """Run the command."""
+        from rich.console import Console
+
+        from reverie_jax.data import check, stats
+
+        images = common.images_folder(self.images, self.annotations)
+        processor = None
+        if self.model is not None:
+            from reverie_jax.loading import load_processor
+
+            processor = load_processor(self.model, components=self.components)
+        for path in (self.details, self.fix):
+            if path is not None and not path.parent.is_dir():
+                raise UserError(f"{path}: its folder does not exist")
+        found = check.check(self.annotations, images, processor)
+        common.note(found.notes)
+        if images is None:
+            common.note(["no image folder was given; images were not opened"])
+        console = Console()
+        numbers = stats.statistics_of((example.image, example.conversation) for example in found.talks)
+        console.print(stats.statistics_table(numbers, found.lengths))
+        if found.offenders:
+            console.print(check.problems_table(found))
+        if self.details is not None:
+            check.write_offenders(found, self.details)
+        if self.fix is not None:
+            print(f"{check.write_clean(found, self.annotations, self.fix)} rows: {self.fix}")
+        if found.broken and self.fix is None:
+            raise SystemExit(1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stats:
+    """Count what annotation files or records contain: instructions, negatives, question types, rationale lengths."""
+
+    sources: Sources
+    """Annotation files as for `reverie data build`, or records folders."""
+    json: bool = False
+    """Print one JSON object."""
+
+    def run(self) -> None:
+        """Run the command."""
+        from rich.console import Console
+
+        from reverie_jax.data import stats
+        from reverie_jax.data.mixture import Mixture
+
+        def examples(found: Mixture | list[RecordSource]) -> Iterator[tuple[str, Conversation]]:
+            if isinstance(found, Mixture):
+                yield from found.talks()
+            else:
+                for record in records_of(found):
+                    yield from ((record.id if record.image else "", talk) for talk in record.conversations)
+
+        with open_sources(self.sources) as found:
+            numbers = stats.statistics_of(examples(found))
+        if self.json:
+            print(jsonlib.dumps(numbers, indent=2))
+        else:
+            Console().print(stats.statistics_table(numbers))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Contamination:
+    """Find evaluation images in training data, by name and by perceptual hash. Exits with 1 if there are any."""
+
+    sources: Sources
+    """Annotation files as for `reverie data build`, or records folders."""
+    eval_images: tuple[Path, ...]
+    """Evaluation images: folders, or question files whose rows name images (`image`; compared by name alone)."""
+    distance: int = 4
+    """Maximum number of differing bits between 64-bit perceptual hashes of similar images."""
+    details: Path | None = None
+    """Write the matches to this file, as JSON lines."""
+
+    def run(self) -> None:
+        """Run the command."""
+        from reverie_jax.data import contamination
+        from reverie_jax.data.mixture import Mixture
+
+        common.at_least(0, distance=self.distance)
+        common.check_writable(self.details)
+        threads = common.cpu_count()
+        against = contamination.evaluation(self.eval_images, threads)
+        common.note(f"{reason}; not compared" for reason in against.unreadable)
+        with open_sources(self.sources) as found:
+            images = ((record.id, record.image) for record in records_of(found) if record.image)
+            matches = list(contamination.find(images, against, distance=self.distance, threads=threads))
+            count = sum(map(len, [found] if isinstance(found, Mixture) else found))
+        if self.details is not None:
+            lines = [jsonlib.dumps(dataclasses.asdict(one), ensure_ascii=False) for one in matches]
+            self.details.write_text("".join(line + "\n" for line in lines), "utf-8")
+        self._print(matches, count, len(against.looks))
+        if matches:
+            raise SystemExit(1)
+
+    def _print(self, matches: list[Any], records: int, images: int) -> None:
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table("how", "training image", "evaluation image", "bits apart")
+        for one in matches[:_ROWS]:
+            table.add_row(one.how, one.training, one.evaluation, "" if one.distance is None else str(one.distance))
+        if matches:
+            Console().print(table)
+        more = f" ({len(matches) - _ROWS} more; --details writes all)" if len(matches) > _ROWS else ""
+        training = len({one.training for one in matches})
+        print(f"{training} of {records:,} records match one of {images:,} evaluation images{more}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Visualize:
+    """Write an HTML page of samples: images, conversation trees, and the supervised tokens in color."""
+
+    sources: Sources
+    """Annotation files as for `reverie data build`, or records folders."""
+    model: str
+    """Checkpoint: a folder or hub id in any format that `reverie convert` reads, or scenes-base."""
+    out: Path
+    """Output file, an HTML page."""
+    components: common.Components = ()
+    """Checkpoint of a part that the model lacks: language model or CLIP tower. Repeat for each part."""
+    count: int = 12
+    """Records on the page, drawn at random."""
+    seed: int = 0
+    """Random seed."""
+    supervision: tuple[str, ...] = ()
+    """Supervision to show, in a recipe's fields: `kinds=negative context=positive-first`."""
+
+    def run(self) -> None:
+        """Run the command."""
+        from reverie_jax.data import visualize
+        from reverie_jax.data.mixture import Mixture
+        from reverie_jax.loading import load_processor
+
+        common.at_least(1, count=self.count)
+        supervision = parse_supervision(self.supervision)
+        processor = load_processor(self.model, components=self.components)
+        with open_sources(self.sources) as found:
+            sources = [found] if isinstance(found, Mixture) else found
+            places = [(source, index) for source in sources for index in range(len(source))]
+            chosen = random.Random(self.seed).sample(places, min(self.count, len(places)))
+            title = f"Samples of {', '.join(Path(source.partition('=')[0]).name for source in self.sources)}"
+            records = (source[index] for source, index in chosen)
+            count = visualize.write(self.out, records, processor, supervision, title)
+        print(f"{count} records: {self.out}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Questions:
+    """Prepare human questions (ScienceQA, A-OKVQA) for `reverie annotate`, which writes rationales for wrong options."""
+
+    annotations: Positional[Path]
+    """ScienceQA's problems.json or A-OKVQA's file."""
+    out: Path
+    """Output folder, for `reverie annotate rationales`: reasoning_instruct_data.json is written there."""
+    confusing: int = 3
+    """Confusing answers for each question: at most this many of its wrong options."""
+    splits: tuple[str, ...] = ("train",)
+    """Splits to take rows from."""
+
+    def run(self) -> None:
+        """Run the command."""
+        from reverie_jax.annotate.pipeline import QUESTIONS
+        from reverie_jax.data.row_files import Rows, write_list
+        from reverie_jax.data.sources import ReadLog, multiple_choice
+
+        common.at_least(1, confusing=self.confusing)
+        log = ReadLog()
+        made = multiple_choice.questions(Rows(self.annotations), log, splits=self.splits, most=self.confusing)
+        common.note(log.notes)
+        common.note(f"{where}: {why}; skipped" for where, why in log.problems[:5])
+        if len(log.problems) > 5:
+            common.note([f"{len(log.problems) - 5} more rows were skipped"])
+        if not made:
+            splits = ", ".join(self.splits)
+            raise UserError(f"{self.annotations}: no question with options and an image in {splits}")
+        path = self.out / QUESTIONS
+        if path.exists():
+            raise UserError(f"{path}: already exists; choose another output folder")
+        self.out.mkdir(parents=True, exist_ok=True)
+        write_list(path, made)
+        print(f"{len(made)} rows: {path}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Prepare training data: check, count, visualize, find contamination, build records."""
+
+    action: OmitArgPrefixes[
+        Annotated[Build, subcommand("build")]
+        | Annotated[Check, subcommand("check")]
+        | Annotated[Stats, subcommand("stats")]
+        | Annotated[Contamination, subcommand("contamination")]
+        | Annotated[Visualize, subcommand("visualize")]
+        | Annotated[Questions, subcommand("questions")]
+    ]
+
+    def run(self) -> None:
+        """Run the subcommand."""
+        self.action.run()
+
+
+def mixture_entries(sources: Sequence[str], file: Path | None = None) -> list[MixtureEntry]:
+    """Return the entries of FILE=FOLDER arguments, then those of a mixture file."""
+    from reverie_jax.data.mixture import MixtureEntry, read_parts
+
     found = []
     for source in sources:
-        # A name may hold the sign itself.
+        # A file's name may contain the sign itself.
         name, equals, folder = (source, "", "") if Path(source).exists() else source.rpartition("=")
         if not equals:
             name = source
-        found.append(MixtureEntry(file=Path(name), pictures=Path(folder) if equals else None))
+        found.append(MixtureEntry(file=Path(name), images=Path(folder) if equals else None))
     return found + (read_parts(file) if file is not None else [])
 
 
-def say(notes: Sequence[str]) -> None:
-    for note in notes:
-        print(f"reverie: {note}", file=sys.stderr)
-
-
 @contextlib.contextmanager
-def opened(sources: Sequence[str]) -> Iterator[Mixture | list[RecordSource]]:
-    """Annotation files as a mixture, or folders of records.
+def open_sources(sources: Sequence[str]) -> Iterator[Mixture | list[RecordSource]]:
+    """Open annotation files as one mixture, or records folders.
 
     Raises:
-        UserError: some of each, or one cannot be read.
+        UserError: a source cannot be read, or files and folders are mixed.
     """
+    from reverie_jax.data.mixture import mixture
+    from reverie_jax.data.records import RecordSource
+    from reverie_jax.data.sources import ReadLog
+
     if not sources:
-        raise UserError("name at least one annotation file, as FILE=FOLDER, or a folder of records")
+        raise UserError("name at least one annotation file, as FILE=FOLDER, or a records folder")
     folders = [Path(source).is_dir() for source in sources]
     if all(folders):
         yield [RecordSource(source) for source in sources]
         return
     if any(folders):
-        raise UserError("name annotation files, or folders of records; not both")
+        raise UserError("name either annotation files or records folders, not both")
     log = ReadLog()
-    with mixture(parts_of(sources), log) as found:
-        say(log.notes)
+    with mixture(mixture_entries(sources), log) as found:
+        common.note(log.notes)
         yield found
 
 
-def _records(found: Mixture | list[RecordSource]) -> Iterator[ImageRecord]:
+def records_of(found: Mixture | list[RecordSource]) -> Iterator[ImageRecord]:
+    """Yield the records of a mixture or of records folders."""
+    from reverie_jax.data.mixture import Mixture
+
     for source in [found] if isinstance(found, Mixture) else found:
         for index in range(len(source)):
             yield source[index]
 
 
-def build(args: options.Build) -> None:
-    parts, log, jobs = parts_of(args.sources, args.mixture), ReadLog(), args.jobs or os.cpu_count() or 1
-    if not parts:
-        raise UserError("name at least one annotation file, as FILE=FOLDER")
-    if args.longest_side is not None and args.longest_side < 1:
-        raise UserError(f"--longest-side {args.longest_side}: must be at least 1")
-    if jobs < 1:
-        raise UserError(f"--jobs {jobs}: must be at least 1")
-    console = Console(stderr=True)
-    bar = Progress(*Progress.get_default_columns(), console=console, transient=True, disable=not console.is_terminal)
-    with bar, building(args.out) as hidden:
-        rows, store = bar.add_task("conversations read", total=None), hidden / "rows.sqlite"
-        with mixture(
-            parts,
-            log,
-            store,
-            seed=args.seed,
-            side=args.longest_side,
-            on_progress=lambda n: bar.update(rows, completed=n),
-        ) as found:
-            say(log.notes)
-            written = bar.add_task("images written", total=len(found))
-            folder = write_records(
-                args.out,
-                {"train": found},
-                hidden=hidden,
-                jobs=jobs,
-                on_progress=lambda count: bar.advance(written, count),
-            )
-            conversations = found.conversations
-    print(f"{len(RecordSource(folder))} images, {conversations} conversations: {folder}")
+def parse_supervision(settings: Sequence[str]) -> Supervision:
+    """Return the supervision that `field=value` settings describe.
 
+    Raises:
+        UserError: a field is unknown, or a value is not one of its choices.
+    """
+    import pydantic
 
-def check(args: options.Check) -> None:
-    pictures, beside = args.pictures, args.annotations.parent / "pictures"
-    if pictures is None and beside.is_dir():
-        pictures = beside
-    processor = None
-    if args.model is not None:
-        from reverie_jax.loading import load_processor
+    from reverie_jax.data.supervision import Supervision
 
-        path, *base = args.model.split(",")
-        processor = load_processor(path, base=base)
-    for wanted in (args.offenders, args.fix):
-        if wanted is not None and not wanted.parent.is_dir():
-            raise UserError(f"{wanted}: there is no such folder to write to")
-    found = checks.check(args.annotations, pictures, processor)
-    say(found.notes)
-    if pictures is None:
-        say(["no folder of pictures was named; none was opened"])
-    console = Console()
-    numbers = card.statistics_of((talk.image, talk.conversation) for talk in found.talks)
-    console.print(card.statistics_table(numbers, found.lengths))
-    if found.offenders:
-        console.print(checks.problems_table(found))
-    if args.offenders is not None:
-        checks.write_offenders(found, args.offenders)
-    if args.fix is not None:
-        print(f"{checks.write_clean(found, args.annotations, args.fix)} rows: {args.fix}")
-    if found.broken and args.fix is None:
-        raise SystemExit(1)
-
-
-def stats(args: options.Stats) -> None:
-    def talks(found: Mixture | list[RecordSource]) -> Iterator[tuple[str, Conversation]]:
-        if isinstance(found, Mixture):
-            yield from found.talks()
-        else:
-            for record in _records(found):
-                yield from ((record.id if record.image else "", talk) for talk in record.conversations)
-
-    with opened(args.sources) as found:
-        numbers = card.statistics_of(talks(found))
-    if args.json:
-        print(json.dumps(numbers, indent=2))
-    else:
-        Console().print(card.statistics_table(numbers))
-
-
-def leak(args: options.Leak) -> None:
-    threads = os.cpu_count() or 1
-    if args.distance < 0:
-        raise UserError(f"--distance {args.distance}: must not be negative")
-    if args.offenders is not None:
-        _writable(args.offenders)
-    against = leaks.evaluation(args.against, threads)
-    say([f"{why}; it is not compared" for why in against.unreadable])
-    with opened(args.sources) as found:
-        pictures = ((record.id, record.image) for record in _records(found) if record.image)
-        leaked = list(leaks.find(pictures, against, distance=args.distance, threads=threads))
-        count = sum(map(len, [found] if isinstance(found, Mixture) else found))
-    if args.offenders is not None:
-        lines = [json.dumps(dataclasses.asdict(one), ensure_ascii=False) for one in leaked]
-        args.offenders.write_text("".join(line + "\n" for line in lines), "utf-8")
-    table = Table("how", "training picture", "evaluation picture", "bits apart")
-    for one in leaked[:20]:
-        table.add_row(one.how, one.training, one.evaluation, "" if one.distance is None else str(one.distance))
-    if leaked:
-        Console().print(table)
-    more = f" ({len(leaked) - 20} more; --offenders writes all)" if len(leaked) > 20 else ""
-    training = len({one.training for one in leaked})
-    print(f"{training} of {count:,} records show one of {len(against.looks):,} evaluation pictures{more}")
-    if leaked:
-        raise SystemExit(1)
-
-
-def _writable(path: Path) -> None:
-    """Before the work, not after it."""
+    fields = dict(setting.partition("=")[::2] for setting in settings)
+    known = [field.name for field in dataclasses.fields(Supervision)]
+    if unknown := fields.keys() - set(known):
+        raise UserError(f"--supervision {min(unknown)}: must be {', '.join(known)}")
     try:
-        path.open("a").close()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
-
-
-def show(args: options.Show) -> None:
-    from reverie_jax.loading import load_processor
-
-    if args.count < 1:
-        raise UserError(f"--count {args.count}: must be at least 1")
-    fields = dict(setting.partition("=")[::2] for setting in args.teach)
-    if unknown := fields.keys() - {field.name for field in dataclasses.fields(Supervision)}:
-        known = ", ".join(field.name for field in dataclasses.fields(Supervision))
-        raise UserError(f"--teach {min(unknown)}: must be {known}")
-    try:
-        supervision = pydantic.TypeAdapter(Supervision).validate_python(fields)
+        return pydantic.TypeAdapter(Supervision).validate_python(fields)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
-        raise UserError(f"--teach {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    path, *base = args.model.split(",")
-    processor = load_processor(path, base=base)
-    with opened(args.sources) as found:
-        sources = [found] if isinstance(found, Mixture) else found
-        places = [(source, index) for source in sources for index in range(len(source))]
-        chosen = random.Random(args.seed).sample(places, min(args.count, len(places)))
-        title = f"Samples of {', '.join(Path(source.partition('=')[0]).name for source in args.sources)}"
-        count = pages.write(args.out, (source[index] for source, index in chosen), processor, supervision, title)
-    print(f"{count} records: {args.out}")
-
-
-def questions(args: options.Questions) -> None:
-    from reverie_jax.annotate.pipeline import QUESTIONS
-
-    log = ReadLog()
-    if args.wrong < 1:
-        raise UserError(f"--wrong {args.wrong}: must be at least 1")
-    made = multiple_choice.questions(Rows(args.annotations), log, splits=args.splits, most=args.wrong)
-    say(log.notes)
-    if log.problems:
-        say([f"{where}: {why}; left out" for where, why in log.problems[:5]])
-        if len(log.problems) > 5:
-            say([f"{len(log.problems) - 5} more rows are left out"])
-    if not made:
-        raise UserError(f"{args.annotations}: has no question with options and a picture in {', '.join(args.splits)}")
-    path = args.out / QUESTIONS
-    if path.exists():
-        raise UserError(f"{path}: is there already; name another folder")
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_list(path, made)
-    print(f"{len(made)} rows: {path}")
+        raise UserError(f"--supervision {'.'.join(map(str, first['loc']))}: {first['msg']}") from None

@@ -1,377 +1,231 @@
-"""What `reverie eval`, `score`, `judge` and `report` do."""
+"""`reverie eval`."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
-import os
-import time
-from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
-
-from reverie_jax.cli import eval_options as options
+from reverie_jax.cli import common
 from reverie_jax.errors import UserError
-from reverie_jax.eval import score as scoring
-from reverie_jax.eval.benchmarks import benchmark as find_benchmark
-from reverie_jax.eval.benchmarks import files
-from reverie_jax.eval.benchmarks.files import SCORES
-from reverie_jax.eval.benchmarks.interface import Benchmark, JudgeRequest, Loaded, NotScorable
 
-_LOGGED = 60.0
-"""Seconds between two lines about the progress, where there is no terminal."""
-_SHOWN = 16
-"""Metrics in a table; all are in the JSON."""
-
-
-def places(names: str, data: Path, out: Path) -> list[tuple[Benchmark, Path, Path]]:
-    """Benchmarks with the folder of their files and that of their answers."""
-    found = [find_benchmark(name.strip()) for name in names.split(",")]
-    if len(found) == 1:
-        only = found[0]
-        return [(only, _of(data, only.name), out)]
-    if len({one.name for one in found}) != len(found):
-        raise UserError(f"--benchmark {names}: one stands there twice")
-    return [(one, _of(data, one.name), out / one.name) for one in found]
-
-
-def _of(data: Path, name: str) -> Path:
-    return data / name if (data / name).is_dir() else data
-
-
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
-
-
-def evaluate(options: options.Eval) -> None:
-    """Predicts and scores.
-
-    Raises:
-        UserError: something that the user must mend.
-    """
-    import jax
-
-    from reverie_jax.cli import parse_dtype, parse_mesh
-    from reverie_jax.eval import predict as inference
+if TYPE_CHECKING:
+    from reverie_jax.eval.benchmarks.interface import Benchmark, Loaded
     from reverie_jax.eval.decode import Decoding
-    from reverie_jax.eval.engine import Engine, EngineShape
-    from reverie_jax.loading import as_tuned, load_model, load_processor
-    from reverie_jax.models import lora
-    from reverie_jax.models.checkpoints import fingerprint, identity
-    from reverie_jax.train.distributed import join
+    from reverie_jax.eval.engine import Engine
 
-    if options.against not in ("", "image", "instruction"):
-        raise UserError(f"--against {options.against}: must be image or instruction")
-    for word in ("rows", "leaves", "row_tokens", "new_tokens", "limit"):
-        if (value := getattr(options, word)) is not None and value < 1:
-            raise UserError(f"--{word.replace('_', '-')} {value}: must be at least 1")
-    found = [
-        (one, files.shown_from(one.load(data), options.images), out)
-        for one, data, out in places(options.benchmark, options.data, options.out)
-    ]
-    for one, _, _ in found:
-        if options.rule is not None and options.rule not in one.rules:
-            raise UserError(f"--rule {options.rule}: {one.name} has {', '.join(one.rules)}")
-    path, *base = options.model.split(",")
-    if options.dump_prompts is not None:
-        processor = load_processor(path, base=base)
-        processor = processor if options.adapter is None else as_tuned(processor, Path(options.adapter))
-        encoder = processor.using(options.template).encoder
-        asked = [question for _, loaded, _ in found for question in loaded.asked[: options.limit]]
-        with _writing(options.dump_prompts):
-            inference.dump_prompts(encoder, asked, options.dump_prompts)
-        print(f"{len(asked)} prompts: {options.dump_prompts}")
-        return
-    join(options.distributed)
-    model, processor = load_model(
-        path, base=base, adapter=options.adapter, mesh=parse_mesh(options.mesh), dtype=parse_dtype(options.dtype)
-    )
-    lora.merge(model)
-    # Of the tuned model, whole: an adapter that was trained further is another one.
-    weights = {**identity(model), "all": fingerprint(model)}
-    shape = EngineShape(sequence_length=options.row_tokens, questions=options.leaves, batch_size=options.rows)
-    engine = Engine(model, processor.using(options.template), shape)
-    console, failed = Console(stderr=True), list[str]()
-    for one, loaded, out in found:
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Eval:
+    """Answer a benchmark's questions with a model, and score the answers by the benchmark's official rule.
+
+    All questions about an image share its prefix. Answers are written as they come: run the same command again to resume.
+    Rules that need a judge are scored afterwards, by `reverie judge` and `reverie score`.
+    """
+
+    model: str
+    """Checkpoint: a folder or hub id in any format that `reverie convert` reads, or scenes-base."""
+    benchmark: str
+    """Benchmarks, separated by commas; `reverie benchmarks` lists them."""
+    data: Path
+    """Folder of the benchmark's official files; of several benchmarks, a folder of folders by name."""
+    out: Path
+    """Output folder for predictions.jsonl and scores.json; of several benchmarks, of folders by name."""
+    components: common.Components = ()
+    """Checkpoint of a part that the model lacks: language model or CLIP tower. Repeat for each part."""
+    adapter: str | None = None
+    """PEFT adapter, LLaVA LoRA folder, or run folder of `reverie train`."""
+    dtype: str = "auto"
+    """Dtype of weights and computation: float32, bfloat16, or auto (bfloat16 on accelerators, float32 on CPUs)."""
+    images: Path | None = None
+    """Folder of images, if they are not with the data."""
+    rule: str | None = None
+    """Scoring rule; the benchmark's official one if omitted. `reverie benchmarks` lists them."""
+    template: str | None = None
+    """Conversation template; the checkpoint's if omitted."""
+    mesh: str = "data=1,fsdp=1,tensor=1"
+    """Devices of each mesh axis."""
+    distributed: str = ""
+    """Join other processes: auto (SLURM, Open MPI, Kubernetes, TPU pod), or address:port,processes,index."""
+    batch_size: int = 16
+    """Images in a batch."""
+    max_questions: int = 32
+    """Maximum number of questions about one image that are decoded together."""
+    max_length: int = 4096
+    """Maximum sequence length, in tokens; an image whose questions do not fit takes several sequences."""
+    max_new_tokens: int | None = None
+    """Maximum length of an answer, in tokens; never more than the benchmark's own limit, which is the default."""
+    beams: int | None = None
+    """Number of beams; the benchmark's if omitted (3 for Object HalBench, 1 for others)."""
+    temperature: float = 0.0
+    """Sampling temperature; 0 decodes greedily."""
+    top_p: float = 1.0
+    """Nucleus (top-p) threshold of sampling."""
+    seed: int = 0
+    """Random seed."""
+    contrast: str = ""
+    """Contrastive decoding against hallucination: image (VCD: a second stream sees the image under noise) or instruction
+    (ICD: a second stream reads a disturbing instruction)."""
+    alpha: float = 1.0
+    """Strength of the contrast."""
+    beta: float = 0.1
+    """Plausibility cutoff of the contrast: tokens below this share of the likeliest token's probability are excluded."""
+    noise_step: int = 500
+    """Diffusion step of the noise for --contrast image, 0 to 999."""
+    reflect: bool = False
+    """Answer, explain, then answer again; the second answer is scored, both are kept."""
+    limit: int | None = None
+    """Answer only the first questions, this many; nothing is scored."""
+    dump_prompts: Path | None = None
+    """Write all prompts to this file instead of running the model."""
+
+    def run(self) -> None:
+        """Run the command."""
+        from reverie_jax.eval.benchmarks import files
+
+        self._check()
+        found = [
+            (one, files.shown_from(one.load(data), self.images), out)
+            for one, data, out in places(self.benchmark, self.data, self.out)
+        ]
+        for one, _, _ in found:
+            if self.rule is not None and self.rule not in one.rules:
+                raise UserError(f"--rule {self.rule}: {one.name} has {', '.join(one.rules)}")
+        if self.dump_prompts is not None:
+            self._dump_prompts([loaded for _, loaded, _ in found], self.dump_prompts)
+            return
+        engine, weights = self._engine()
+        failed = list[str]()
+        for one, loaded, out in found:
+            predictions = self._predict(engine, one, loaded, out, weights)
+            if predictions is not None:
+                try:
+                    self._score(one, loaded, predictions, out)
+                except UserError as error:  # the answers exist; further benchmarks are run all the same
+                    failed.append(f"{one.name}: {error}")
+        if failed:
+            raise UserError("; ".join(failed))
+
+    def _check(self) -> None:
+        common.one_of(("", "image", "instruction"), contrast=self.contrast)
+        common.at_least(
+            1,
+            batch_size=self.batch_size,
+            max_questions=self.max_questions,
+            max_length=self.max_length,
+            max_new_tokens=self.max_new_tokens,
+            limit=self.limit,
+        )
+
+    def _dump_prompts(self, benchmarks: list[Loaded], path: Path) -> None:
+        from reverie_jax.eval.predict import dump_prompts
+        from reverie_jax.loading import as_tuned, load_processor
+
+        processor = load_processor(self.model, components=self.components)
+        processor = processor if self.adapter is None else as_tuned(processor, Path(self.adapter))
+        questions = [question for loaded in benchmarks for question in loaded.asked[: self.limit]]
+        with common.writing(path):
+            dump_prompts(processor.using(self.template).encoder, questions, path)
+        print(f"{len(questions)} prompts: {path}")
+
+    def _engine(self) -> tuple[Engine, dict[str, str]]:
+        """Load the model; return the engine, and the checksums of the tuned weights."""
+        from reverie_jax.eval.engine import Engine, EngineShape
+        from reverie_jax.loading import load_model
+        from reverie_jax.models import lora
+        from reverie_jax.models.checkpoints import fingerprint, identity
+        from reverie_jax.train.distributed import join
+
+        join(self.distributed)
+        where: Any = {"mesh": common.parse_mesh(self.mesh), "dtype": common.parse_dtype(self.dtype)}
+        model, processor = load_model(self.model, components=self.components, adapter=self.adapter, **where)
+        lora.merge(model)
+        # The whole merged model: an adapter that was trained further is another model.
+        weights = {**identity(model), "all": fingerprint(model)}
+        shape = EngineShape(sequence_length=self.max_length, questions=self.max_questions, batch_size=self.batch_size)
+        return Engine(model, processor.using(self.template), shape), weights
+
+    def _decoding(self, benchmark: Benchmark) -> Decoding:
+        from reverie_jax.eval.decode import Decoding
+
+        beams = self.beams
+        if beams is None:  # the benchmark's protocol, unless sampling or contrast excludes beam search
+            beams = 1 if self.temperature or self.contrast else benchmark.beams
         try:
-            how = Decoding(
-                options.new_tokens or one.new_tokens,
-                beams=_beams(options, one),
-                temperature=options.temperature,
-                top_p=options.top_p,
-                seed=options.seed,
-                contrast=options.against,  # type: ignore[arg-type]
-                alpha=options.alpha,
-                beta=options.beta,
-                noise_step=options.noise,
+            return Decoding(
+                self.max_new_tokens or benchmark.new_tokens,
+                beams=beams,
+                temperature=self.temperature,
+                top_p=self.top_p,
+                seed=self.seed,
+                contrast=self.contrast,  # type: ignore[arg-type]
+                alpha=self.alpha,
+                beta=self.beta,
+                noise_step=self.noise_step,
             )
         except ValueError as error:
             raise UserError(str(error)) from None
-        ask = inference.PredictOptions(how, options.reflect, options.limit)
-        name = Path(options.adapter or path).name
-        with _Bars(console, one.name, loaded, ask) as on_progress:
-            predictions = inference.predict(
-                engine, one, loaded, out, ask, model=name, identity=weights, progress=on_progress
+
+    def _predict(
+        self, engine: Engine, benchmark: Benchmark, loaded: Loaded, out: Path, weights: dict[str, str]
+    ) -> Path | None:
+        """Write the answers; return their file if this process is to score it."""
+        import jax
+
+        from reverie_jax.eval import predict
+
+        options = predict.PredictOptions(self._decoding(benchmark), self.reflect, self.limit)
+        questions = options.questions(loaded)
+        images = len({question.image for question in questions if question.image}) / max(1, len(questions))
+        first = jax.process_index() == 0
+        with common.ProgressBars(benchmark.name, show=first) as bars:
+
+            def on_progress(stage: str, done: int, total: int) -> None:
+                speed = bars.speed(stage)
+                bars.update(stage, done, total, f"{speed:.1f} answers/s, {speed * images:.1f} images/s")
+
+            predictions = predict.predict(
+                *(engine, benchmark, loaded, out, options),
+                model=Path(self.adapter or self.model).name,
+                identity=weights,
+                progress=on_progress,
             )
-        if jax.process_index():
-            continue  # the first process has the file, and scores it
-        if options.limit is not None:
-            print(f"{predictions}: {len(ask.questions(loaded))} of {len(loaded.questions)} answers, not scored")
-            continue
+        if first and self.limit is not None:
+            print(f"{predictions}: {len(questions)} of {len(loaded.questions)} answers, not scored")
+        return predictions if first and self.limit is None else None
+
+    def _score(self, benchmark: Benchmark, loaded: Loaded, predictions: Path, out: Path) -> None:
+        from rich.console import Console
+
+        from reverie_jax.cli.score import score_table
+        from reverie_jax.eval import score
+        from reverie_jax.eval.benchmarks.files import SCORES
+        from reverie_jax.eval.benchmarks.interface import NotScorable
+
         try:
-            result = scoring.score(one, loaded, predictions, options.rule)
-            with _writing(out / SCORES):
-                scoring.write_score(result, out / SCORES)
-            Console().print(table(result))
+            result = score.score(benchmark, loaded, predictions, self.rule)
         except NotScorable as error:
             print(f"{predictions}: not scored: {error}")
-        except UserError as error:  # the answers are there; further benchmarks are asked all the same
-            failed.append(f"{one.name}: {error}")
-    if failed:
-        raise UserError("; ".join(failed))
+            return
+        with common.writing(out / SCORES):
+            score.write_score(result, out / SCORES)
+        Console().print(score_table(result))
 
 
-def _beams(options: options.Eval, benchmark: Benchmark) -> int:
-    """Those asked for; else the benchmark's protocol's, where nothing is asked for that goes with none."""
-    if options.beams is not None:
-        return options.beams
-    return 1 if options.temperature or options.against else benchmark.beams
-
-
-class _Bars:
-    """Answers so far, with answers and pictures a second, on a terminal."""
-
-    def __init__(self, console: Console, name: str, loaded: Loaded, ask: Any):
-        import jax
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        questions = ask.questions(loaded)
-        self.pictures = len({question.image for question in questions if question.image}) / max(1, len(questions))
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(),
-        )
-        self.name, self.bars, self.console = name, dict[str, Any](), console
-        self.first, self.said = jax.process_index() == 0, time.monotonic()
-        self.progress = Progress(*columns, console=console, disable=not (console.is_terminal and self.first))
-
-    def __enter__(self) -> Any:
-        self.progress.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.progress.stop()
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        if stage not in self.bars:
-            self.bars[stage] = self.progress.add_task(f"{self.name} {stage}", total=total, rate="")
-        task = next(task for task in self.progress.tasks if task.id == self.bars[stage])
-        speed = task.speed or 0.0
-        rate = f"{speed:.1f} answers/s, {speed * self.pictures:.1f} images/s"
-        self.progress.update(self.bars[stage], completed=done, rate=rate)
-        # A log has lines now and then instead of a bar.
-        if self.first and not self.console.is_terminal and time.monotonic() - self.said > _LOGGED:
-            self.said = time.monotonic()
-            self.console.print(f"reverie: {self.name} {stage}: {done:,} of {total:,}, {rate}", highlight=False)
-
-
-def table(result: scoring.Score) -> Table:
-    """A score as a terminal shows it."""
-    shown = Table(title=f"{result.benchmark} by the rule {result.rule} ({result.items:,} questions)")
-    shown.add_column("metric")
-    shown.add_column("value", justify="right")
-    shown.add_column("95 % interval", justify="right")
-    for name, value in list(result.metrics.items())[:_SHOWN]:
-        low, high = result.intervals.get(name, (None, None))
-        shown.add_row(name, f"{value:.4g}", "" if low is None else f"{low:.4g} to {high:.4g}")
-    if len(result.metrics) > _SHOWN:
-        shown.add_row(f"and {len(result.metrics) - _SHOWN} more, with --json", "", "")
-    if result.unparsed or result.missing:
-        shown.caption = (
-            f"{result.unparsed:,} answers say nothing that the rule looks for; {result.missing:,} are missing"
-        )
-    return shown
-
-
-def score(options: options.Score) -> None:
-    """Scores an answer file.
+def places(names: str, data: Path, out: Path) -> list[tuple[Benchmark, Path, Path]]:
+    """Return benchmarks with the folder of their files and that of their answers.
 
     Raises:
-        UserError: something that the user must mend.
+        UserError: a name is unknown or listed more than once.
     """
-    one = find_benchmark(options.benchmark)
-    loaded = one.load(options.annotations)
-    made = _export(options, one, loaded) if options.export is not None else []
+    from reverie_jax.eval.benchmarks import benchmark
 
-    def by(rule: str | None, predictions: Path, replies: Path | None) -> scoring.Score:
-        return scoring.score(one, loaded, predictions, rule, replies=replies, partial=options.partial)
+    def files_of(name: str) -> Path:
+        return data / name if (data / name).is_dir() else data
 
-    rules: Sequence[str | None] = [options.rule]
-    if options.rule == "all":
-        rules = [rule for rule in one.rules if rule not in one.judged or options.replies is not None]
-        if not rules:
-            raise UserError(f"--rule all: {one.name}'s rules all need a judge's replies; name the file with --replies")
-    try:
-        results = [by(rule, options.predictions, options.replies) for rule in rules]
-    except NotScorable as error:
-        if not made:
-            raise
-        print(f"{', '.join(map(str, made))}: written; not scored: {error}")
-        return
-    first = results[0]
-    shown = first.json()
-    if options.rule == "all":
-        shown = {"rules": [result.json() for result in results], "agreement": scoring.agreement(results)}
-    if options.against is not None:
-        replies = options.against_replies if first.rule in one.judged else options.replies
-        shown["against"] = scoring.compare(first, by(rules[0], options.against, replies))
-    if options.items is not None:
-        with _writing(options.items):
-            first.write_items(options.items)
-    if options.out is not None:
-        with _writing(options.out):
-            scoring.write_score(first, options.out / SCORES)
-    if options.json:
-        print(json.dumps(shown))
-        return
-    console = Console()
-    for result in results:
-        console.print(table(result))
-    for row in shown.get("agreement", ()):
-        console.print(
-            f"{row['rules'][0]} and {row['rules'][1]} agree on {row['agree']:.1%} of {row['items']:,} questions"
-        )
-    if options.against is not None:
-        console.print(_against(shown["against"]))
-    if made:
-        console.print(", ".join(map(str, made)), soft_wrap=True, highlight=False)
-
-
-def _export(options: options.Score, one: Benchmark, loaded: Loaded) -> list[Path]:
-    """The files that the benchmark's server or script takes; no score is needed for them."""
-    assert options.export is not None
-    answers = files.read_answers(options.predictions, one, loaded, partial=options.partial)
-    try:
-        with _writing(options.export):
-            made = one.export(loaded, answers, options.export)
-    except KeyError as error:
-        if len(answers) == len(loaded.questions):
-            raise
-        raise UserError(f"--export: {one.name}'s file needs every answer, and {error} has none") from None
-    if not made:
-        raise UserError(f"--export: {one.name} has no server and no script that takes a file")
-    return made
-
-
-def _against(found: Mapping[str, Any]) -> Table:
-    shown = Table(title="minus those of --against, the same units resampled for both")
-    shown.add_column("metric")
-    shown.add_column("difference", justify="right")
-    shown.add_column("95 % interval", justify="right")
-    for name, row in list(found["differences"].items())[:_SHOWN]:
-        low, high = row["ci95"]
-        shown.add_row(name, f"{row['value']:+.4g}", f"{low:+.4g} to {high:+.4g}")
-    if "mcnemar" in found:
-        test = found["mcnemar"]
-        shown.caption = (
-            f"right here and wrong there: {test['only_ours']}; the other way: {test['only_theirs']}; "
-            f"McNemar's exact p = {test['p']:.3g}"
-        )
-    return shown
-
-
-def judge(options: options.Judge) -> int:
-    """Asks judges; returns the exit code.
-
-    Raises:
-        UserError: something that the user must mend.
-    """
-    from reverie_jax.cli import annotate
-    from reverie_jax.eval import judge as judging
-    from reverie_jax.eval.benchmarks.mm_vet import MmVet
-    from reverie_jax.hosted.session import RequestConfig
-
-    one = find_benchmark(options.benchmark)
-    loaded = one.load(options.annotations)
-    if isinstance(one, MmVet):
-        try:
-            one = MmVet(options.runs)
-        except ValueError as error:
-            raise UserError(f"--runs {options.runs}: {error}") from None
-    elif options.runs != 1:
-        raise UserError(f"--runs {options.runs}: only mm-vet asks its judge several times")
-    rule = options.rule or next((rule for rule in one.rules if rule in one.judged), one.rules[0])
-    answers = files.read_answers(options.predictions, one, loaded, partial=True)
-    settings = dataclasses.replace(annotate.settings(options.hosted), longest=options.longest, structured=False)
-    if settings.temperature is None:
-        settings = dataclasses.replace(settings, temperature=one.judge_temperature)
-    how = RequestConfig(settings=settings, limits=annotate.limits(options.hosted))
-    common: dict[str, Any] = {
-        "who": options.judge,
-        "out": options.out,
-        "how": how,
-        "environment": os.environ,
-        "prompts": options.prompts,
-        "images": options.images,
-    }
-    console = Console(stderr=True)
-    if options.dry_run:
-        Console().print(annotate.estimates_table(judging.estimate(one, loaded, answers, rule, **common)))
-        return 0
-    local = [who.removeprefix(judging.LOCAL) for who in options.judge if who.startswith(judging.LOCAL)]
-    generate = _local(local[0], loaded, options.longest) if local else None
-    with annotate.progress_bar(console) as bar:
-        made = judging.judge(
-            one, loaded, answers, rule, **common, on_progress=annotate.progress_callback(bar), generate=generate
-        )
-    for note in made.notes:
-        console.print(f"reverie: {note}", highlight=False, markup=False)
-    console.print(f"reverie: {annotate.told(made.outcome)}", highlight=False, markup=False)
-    for who, path in made.files.items():
-        print(f"{who}: {path}")
-    return annotate.exit_code(console, {"judge": made.outcome})
-
-
-def _local(checkpoint: str, loaded: Loaded, longest: int) -> Any:
-    """One of our own models as a judge: greedy, each request a conversation."""
-
-    def generate(requests: Sequence[JudgeRequest]) -> list[str]:
-        from reverie_jax.cli import load_tuned
-        from reverie_jax.data.processor import ask
-        from reverie_jax.eval.engine import generate as answers
-
-        model, processor = load_tuned(checkpoint, None)
-        records = [
-            ask(None if request.image is None else loaded.picture(request.image), request.prompt)
-            for request in requests
-        ]
-        return answers(model, processor, records, max_new_tokens=longest)
-
-    return generate
-
-
-def report(options: options.Report) -> None:
-    """Writes the page.
-
-    Raises:
-        UserError: something that the user must mend.
-    """
-    from reverie_jax.eval.report import page as pages
-
-    runs = pages.read_runs(options.runs)
-    page = pages.render(runs, data=options.data, images=options.images, shown=options.shown)
-    with _writing(options.out):
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(page, "utf-8")
-    print(options.out)
+    found = [benchmark(name.strip()) for name in names.split(",")]
+    if len(found) == 1:
+        return [(found[0], files_of(found[0].name), out)]
+    if len({one.name for one in found}) != len(found):
+        raise UserError(f"--benchmark {names}: listed more than once")
+    return [(one, files_of(one.name), out / one.name) for one in found]

@@ -1,4 +1,4 @@
-"""The `reverie plan` command. Everything heavy is imported when it runs."""
+"""`reverie plan`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from tyro.conf import Positional
 
+from reverie_jax.cli import common
 from reverie_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,33 +21,35 @@ if TYPE_CHECKING:
 _GIB = 2**30
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Compile a recipe's step for chips that are not here: what it takes of their memory, and how fast it can be at best.
+    """Predict memory and speed of a recipe's training step on a machine, without that machine.
 
-    Needs no accelerator. For a TPU the step is compiled by its own compiler (extra `tpu`); for a GPU it is estimated. Ends
-    with exit code 1 if the step does not fit.
+    For a TPU the step is compiled ahead of time by the TPU compiler (extra `tpu`); for a GPU it is estimated. Exits with 1
+    if the step does not fit.
     """
 
     recipe: Positional[str]
-    """Name of a recipe; `reverie recipes` lists them."""
+    """Name of a recipe (`reverie recipes` lists them) or a YAML file, as `reverie recipes NAME` prints it."""
     topology: str
-    """Chips: v5e, v5p, v6e with their shape, as v5e:2x4; a100, a100-40, h100, h200 with their number, as h200:8."""
+    """Machine: v5e, v5p or v6e with a shape, as v5e:2x4; a100, a100-40, h100 or h200 with a count, as h200:8."""
     mesh: str | None = None
-    """Devices by axis, as data=1,fsdp=4,tensor=2; all of them on fsdp by default."""
+    """Devices of each mesh axis, as data=1,fsdp=4,tensor=2; all on fsdp if omitted."""
     set: tuple[str, ...] = ()
-    """Recipe fields to change: `--set rows=16 accumulate=1 row.tokens=2048`."""
-    model: str | None = None
-    """Architecture: llava-1.0-7b, llava-1.5-7b, llava-1.5-13b or llava-phi3-mini; by default what the recipe's name says."""
-    dtype: str = "bfloat16"
-    """Of the base's matrices and of the computation: float32 or bfloat16. Adapters are float32 always."""
+    """Recipe fields to change, as `steps=200 learning_rate=1e-4 sequence.length=512`; they win over the recipe."""
+    architecture: str | None = None
+    """llava-1.0-7b, llava-1.5-7b, llava-1.5-13b or llava-phi3-mini; from the recipe's name if omitted."""
+    dtype: str = "auto"
+    """Dtype of weights and computation: float32, bfloat16, or auto (bfloat16 on accelerators, float32 on CPUs). Trained
+    parameters are always float32."""
     fit: bool = False
-    """Search rows (in one micro-batch) and mesh for the fastest step that leaves 5 % of the memory free."""
+    """Search batch size (in one micro-batch) and mesh for the fastest step that leaves 5 % of the memory free."""
     json: bool = False
-    """Print one JSON object and nothing else."""
+    """Print one JSON object."""
 
     def run(self) -> None:
-        # The step is compiled for elsewhere: a device that is here is not touched.
+        """Run the command."""
+        # The step is compiled for another machine; local devices are not used.
         os.environ["JAX_PLATFORMS"] = "cpu"
         from rich.console import Console
 
@@ -62,10 +65,10 @@ class Plan:
             raise SystemExit(1)
 
     def figures(self) -> StepPlan:
-        """The plan of what was asked for.
+        """Return the plan.
 
         Raises:
-            UserError: the recipe, model, topology or mesh is none, or libtpu is missing.
+            UserError: the recipe, architecture, topology or mesh is invalid, or libtpu is missing.
         """
         import jax.numpy as jnp
 
@@ -74,13 +77,11 @@ class Plan:
         from reverie_jax.train.plan.search import fit
         from reverie_jax.train.plan.topology import Topology
 
-        recipe = recipes.override(recipes.recipe(self.recipe), self.set)
+        recipe = recipes.override(recipes.read_recipe(self.recipe), self.set)
         topology = Topology.parse(self.topology)
-        model = self.model or plan.model_name(self.recipe)
+        model = self.architecture or plan.model_name(recipe.name)
         config = plan.architecture(model)
-        if self.dtype not in ("float32", "bfloat16"):
-            raise UserError(f"--dtype {self.dtype}: must be float32 or bfloat16")
-        dtype = jnp.dtype(self.dtype)
+        dtype = jnp.dtype("bfloat16") if self.dtype == "auto" else common.parse_dtype(self.dtype)
         if self.fit:
             if self.mesh is not None:
                 raise UserError("--fit chooses the mesh: leave --mesh out")

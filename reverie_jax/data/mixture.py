@@ -29,7 +29,7 @@ class MixtureEntry(pydantic.BaseModel):
 
     Attributes:
         file: annotations.
-        pictures: folder that its image names are relative to; `pictures` beside the file by default.
+        images: folder that its image names are relative to; `images` beside the file by default.
         cap: most of its conversations; which ones depends on the seed and their content, not their order. Pairs stay whole.
         weight: multiplies its loss.
         filtered: of the annotation pipeline's rows, those that the judge keeps.
@@ -39,7 +39,7 @@ class MixtureEntry(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid")
 
     file: Path
-    pictures: Path | None = None
+    images: Path | None = None
     cap: pydantic.PositiveInt | None = None
     weight: Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)] = 1.0
     filtered: bool = True
@@ -47,7 +47,7 @@ class MixtureEntry(pydantic.BaseModel):
 
     @property
     def folder(self) -> Path:
-        return self.pictures or self.file.parent / "pictures"
+        return self.images or self.file.parent / "images"
 
     def talks(self, log: ReadLog) -> Iterator[Example]:
         """The file's talk; see `sources.read`."""
@@ -71,7 +71,7 @@ def read_parts(path: Path) -> list[MixtureEntry]:
         part.model_copy(
             update={
                 "file": path.parent / part.file,
-                "pictures": None if part.pictures is None else path.parent / part.pictures,
+                "images": None if part.images is None else path.parent / part.images,
             }
         )
         for part in parts
@@ -269,8 +269,8 @@ def mixture(
 
     folders = [Pictures(part.folder) if part.folder.is_dir() else None for part in parts]
     for part, folder in zip(parts, folders, strict=True):
-        if folder is None and part.pictures is not None:
-            raise DataError(f"{part.pictures}: no such folder of pictures")
+        if folder is None and part.images is not None:
+            raise DataError(f"{part.images}: no such folder of pictures")
     return Mixture(
         [(read(part), folder, part.cap, part.weight) for part, folder in zip(parts, folders, strict=True)],
         store,

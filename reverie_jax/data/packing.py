@@ -25,6 +25,8 @@ class SequenceShape:
         branches: most conversations of a tree; 0 for any number. A tree with more shares them out.
     """
 
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
+
     length: int
     images: int = 1
     edges: int = 0

@@ -36,6 +36,8 @@ class DPOConfig:
             step, so fresh adapters only. `stored`: counted once before the first step, with the model as it starts.
     """
 
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
+
     beta: float = 0.1
     gamma: float = 1.0
     average: bool = False

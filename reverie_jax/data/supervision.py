@@ -34,6 +34,8 @@ class Supervision:
         answer_weight, rationale_weight: loss weight of the first answer's tokens and of the rationales'.
     """
 
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
+
     kinds: Literal["responses", "positive", "negative", "rationales"] = "rationales"
     answers: Literal["once", "as-published"] = "once"
     context: Literal["separate", "positive-first", "negative-first"] = "separate"

@@ -19,7 +19,7 @@ from reverie_jax.scenes.annotator import SceneAnnotator, existence
 from reverie_jax.scenes.corpus import picture
 from reverie_jax.scenes.graph import CATEGORIES, Scene, Thing, World, cooccurrence, take
 
-ANNOTATIONS, GRAPHS, PICTURES = "reverie.json", "scenes.jsonl", "pictures"
+ANNOTATIONS, GRAPHS, PICTURES = "reverie.json", "scenes.jsonl", "images"
 POPE_FILES = {split: f"scenes_pope_{split}.json" for split in ("random", "popular", "adversarial")}
 
 

@@ -119,7 +119,7 @@ def run(out: Path, *, size: DemoSize | None = None, seeds: int = 1, base: str = 
             tuned, _ = load_model(base, dtype=jnp.float32)
             with clock.stage(f"train_{arm}", f"Tuning on {arm} ({recipe.steps} steps of {recipe.batch_size} images)"):
                 result = train(tuned, processor, source, recipe, out / "runs" / arm / f"seed{seed}", console=console)
-            surveys[arm], recipes[arm] = result.dataset_stats, recipe
+            surveys[arm], recipes[arm] = result.stats, recipe
             lora.merge(tuned)
             evaluate(arm, tuned, seed)
     found = {

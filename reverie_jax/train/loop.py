@@ -46,7 +46,7 @@ class Interrupted(UserError):
 class TrainResult:
     """What a run leaves in memory; the rest is in its folder."""
 
-    dataset_stats: DatasetStats
+    stats: DatasetStats
     seconds: float
     steps: int
 

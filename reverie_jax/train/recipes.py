@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import pydantic
+import yaml
 
 from reverie_jax.data.packing import SequenceShape
 from reverie_jax.data.preferences import DPOConfig
@@ -56,6 +58,8 @@ class Recipe:
         seed: fixes order, adapters' start and dropout.
     """
 
+    __pydantic_config__ = pydantic.ConfigDict(extra="forbid")
+
     name: str
     steps: int
     batch_size: int
@@ -100,6 +104,19 @@ class Recipe:
     def steps_for(self, rows: int) -> int:
         """Steps of a run on data that fill so many rows in a pass."""
         return self.steps or max(1, round(self.epochs * rows / self.batch_size))
+
+    def summary(self) -> str:
+        """Return what the recipe trains, in a line."""
+        what = f"LoRA r {self.rank}" if self.trainable == "lora" else self.trainable
+        on = f"supervises {self.supervision.kinds}"
+        if self.preference is not None:
+            on = f"DPO, beta {self.preference.beta:g}, gamma {self.preference.gamma:g}"
+        length = f"{self.steps} steps" if self.steps else f"{self.epochs:g} epoch{'' if self.epochs == 1 else 's'}"
+        return f"{what}; {on}; {length}, batch size {self.batch_size}, sequence length {self.sequence.length}"
+
+    def to_yaml(self) -> str:
+        """Return the recipe as YAML; `read_recipe` reads it back."""
+        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2)
@@ -267,6 +284,9 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
+_ADAPTER = pydantic.TypeAdapter(Recipe)
+
+
 def override(base: Recipe, settings: Sequence[str]) -> Recipe:
     """A recipe with some fields replaced.
 
@@ -288,18 +308,60 @@ def override(base: Recipe, settings: Sequence[str]) -> Recipe:
             raise UserError(f"{setting!r} sets no field of a recipe; write field=value with one of {known}")
         place[last] = None if value == "none" else value
     try:
-        return pydantic.TypeAdapter(Recipe).validate_python(values)
+        return _ADAPTER.validate_python(values)
     except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(f"recipe field {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise UserError(f"--set: {_first_problem(error)}") from None
 
 
-def recipe(name: str) -> Recipe:
-    """The recipe of that name.
+def _first_problem(error: pydantic.ValidationError) -> str:
+    first = error.errors()[0]
+    place = ".".join(map(str, first["loc"]))
+    return f"recipe field {place}: {first['msg']}" if place else f"recipe: {first['msg']}"
+
+
+def find_recipe(name: str) -> Recipe:
+    """Return the recipe of that name.
 
     Raises:
-        UserError: there is none; those that there are are named.
+        UserError: there is no such recipe; all names are listed.
     """
     if name not in RECIPES:
-        raise UserError(f"unknown recipe {name!r}; there is {', '.join(sorted(RECIPES))}")
+        raise UserError(f"unknown recipe {name!r}; choose from {', '.join(sorted(RECIPES))}, or name a YAML file")
     return RECIPES[name]
+
+
+def read_recipe(name: str) -> Recipe:
+    """Return a recipe by its name, or from a YAML file as `Recipe.to_yaml` writes it; omitted fields have their defaults.
+
+    Raises:
+        UserError: the file cannot be read, or a field is unknown, missing or invalid; file and field are named.
+    """
+    if not name.endswith((".yaml", ".yml")):
+        return find_recipe(name)
+    try:
+        content = yaml.safe_load(Path(name).read_text("utf-8"))
+    except OSError as error:
+        raise UserError(f"{name}: cannot be read ({error.strerror})") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{name}: not YAML ({' '.join(str(error).split())})") from None
+    try:
+        return _ADAPTER.validate_python(content)
+    except pydantic.ValidationError as error:
+        raise UserError(f"{name}: {_first_problem(error)}") from None
+
+
+def describe_fields() -> str:
+    """Return a line for each field of a recipe: name, type and default."""
+    lines = []
+    for prefix, kind in (
+        ("", Recipe),
+        ("sequence.", SequenceShape),
+        ("supervision.", Supervision),
+        ("preference.", DPOConfig),
+    ):
+        for field in dataclasses.fields(kind):
+            if not prefix and field.name in ("sequence", "supervision", "preference"):
+                continue
+            default = "required" if field.default is dataclasses.MISSING else field.default
+            lines.append(f"{prefix}{field.name}: {field.type} = {default}")
+    return "\n".join(lines)

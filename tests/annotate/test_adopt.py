@@ -28,7 +28,7 @@ RAW = {QUESTIONS: "reasoning_instruct_raw_data", RATIONALES: "rationale_raw_data
 
 @pytest.fixture
 def pictures(tmp_path) -> dict[str, bytes]:
-    return helpers.write_pictures(tmp_path / "pictures", 6)
+    return helpers.write_pictures(tmp_path / "images", 6)
 
 
 class Original:
@@ -75,7 +75,7 @@ class Original:
 @pytest.fixture
 def original(tmp_path, pictures):
     def make(prefix: Path | None = None, count: int = 1) -> Original:
-        return Original(tmp_path / "target", pictures, prefix or tmp_path / "pictures", count)
+        return Original(tmp_path / "target", pictures, prefix or tmp_path / "images", count)
 
     return make
 
@@ -85,7 +85,7 @@ def job(tmp_path, pictures) -> AnnotationJob:
     prompts = helpers.write_prompts(tmp_path / "prompts")
     limits = Limits(concurrency=4, backoff=0.001, longest=0.001)
     folder = tmp_path / "target"
-    return AnnotationJob(folder, tmp_path / "pictures", tuple(pictures), WHO, count=1, prompts=prompts, limits=limits)
+    return AnnotationJob(folder, tmp_path / "images", tuple(pictures), WHO, count=1, prompts=prompts, limits=limits)
 
 
 def go_on(job: AnnotationJob, *stages: str) -> tuple[dict[str, int], list[str]]:
@@ -156,7 +156,7 @@ def test_killed_in_the_middle_of_each_stage(original, job):
     theirs = original()
     theirs.raw(QUESTIONS, [0, 1, 2, 5])
     broken = theirs.folder / RAW[QUESTIONS]
-    (broken / "3.json").write_text('{"image": "pictures/0003.png", "content"'[:38])
+    (broken / "3.json").write_text('{"image": "images/0003.png", "content"'[:38])
     (broken / "4.json").write_text("")
     theirs.raw(RATIONALES, [1, 5])
     (theirs.folder / RAW[RATIONALES] / "2.json").write_text('{"image": "pict')
@@ -263,12 +263,12 @@ def test_a_picture_that_comes_back_later(original, job, tmp_path, pictures):
     theirs = original()
     for file in RAW:
         theirs.combine(file)
-    (tmp_path / "pictures" / "0002.png").rename(tmp_path / "away.png")
+    (tmp_path / "images" / "0002.png").rename(tmp_path / "away.png")
     with Memory(answer) as server, Pipeline(job, os.environ) as pipeline:
         for stage in ("questions", "rationales", "judge"):
             getattr(pipeline, stage)()
         assert server.calls == []
-    (tmp_path / "away.png").rename(tmp_path / "pictures" / "0002.png")
+    (tmp_path / "away.png").rename(tmp_path / "images" / "0002.png")
     assert go_on(job)[0] == {}
     assert same(job, theirs.wanted)
 
@@ -289,7 +289,7 @@ def test_a_dry_run_before_takes_nothing_away(original, job, reverie, tmp_path):
     for file in RAW:
         theirs.combine(file)
     words = (
-        "--pictures",
+        "--images",
         job.pictures,
         "--out",
         job.folder,

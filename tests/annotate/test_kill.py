@@ -82,7 +82,7 @@ def undisturbed(folder: Path, pictures: tuple[str, ...], who: str, count: int, m
         monkeypatch.setenv(ADDRESS[provider], f"{server.url}/v1" if provider == "openai" else server.url)
         job = AnnotationJob(
             folder / "calm",
-            folder / "pictures",
+            folder / "images",
             pictures,
             who,
             count=count,
@@ -98,7 +98,7 @@ def undisturbed(folder: Path, pictures: tuple[str, ...], who: str, count: int, m
 
 def disturb(zygote, folder: Path, provider: str, pictures: int, kills: int, timeout: float, keys, monkeypatch) -> str:
     """Runs the job to its end through kills, and checks all that can be counted; returns the figures."""
-    names = tuple(helpers.write_pictures(folder / "pictures", pictures))
+    names = tuple(helpers.write_pictures(folder / "images", pictures))
     helpers.write_prompts(folder / "prompts")
     who, out, draw = helpers.MODELS[provider], folder / "out", random.Random(f"{provider} {pictures}")
     undisturbed(folder, names, who, 1, monkeypatch)
@@ -107,7 +107,7 @@ def disturb(zygote, folder: Path, provider: str, pictures: int, kills: int, time
     def plan(call: Call) -> Fault | None:
         return Fault.EMPTY if hopeless(call) else often(call)
 
-    words = ["annotate", "run", "--pictures", "pictures", "--out", "out", "--prompts", "prompts", "--questions", "1"]
+    words = ["annotate", "run", "--images", "pictures", "--out", "out", "--prompts", "prompts", "--questions", "1"]
     words += ["--model", who, "--timeout", timeout, "--concurrency", AT_ONCE]
     moments = sorted(draw.sample(range(1, int(pictures * 4 * 1.15)), kills))
     taken: list[Snapshot] = []

@@ -101,7 +101,7 @@ def prompts(tmp_path) -> Path:
 
 @pytest.fixture
 def pictures(tmp_path) -> dict[str, bytes]:
-    return helpers.write_pictures(tmp_path / "pictures", 6)
+    return helpers.write_pictures(tmp_path / "images", 6)
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def make(tmp_path, prompts, pictures):
     ) -> AnnotationJob:
         options = {
             "folder": tmp_path / out,
-            "pictures": tmp_path / "pictures",
+            "pictures": tmp_path / "images",
             "images": tuple(pictures),
             "model": "" if server is None else name_of(server, provider),
             "count": 1,
@@ -439,7 +439,7 @@ def test_frame_done_is_a_reply_and_not_a_file_name(make, pictures):
 
 @pytest.mark.parametrize(("at_once", "latency"), [(1, 0.01), (7, 0.25)])
 def test_frame_as_many_requests_at_once_as_asked(make, at_once, latency, tmp_path):
-    names = tuple(helpers.write_pictures(tmp_path / "pictures", 14))
+    names = tuple(helpers.write_pictures(tmp_path / "images", 14))
     with Server(answer, latency=latency) as server:
         run(make(server, images=names, limits=dataclasses.replace(QUICK, concurrency=at_once)), "questions")
         assert server.peak == at_once
@@ -548,7 +548,7 @@ def test_questions_4_sets_are_asked_again_and_block_nothing(make, pictures):
 def test_questions_5_none_at_once_is_refused(make, reverie, tmp_path):
     with Memory(answer) as server:
         for value in ("0", "-1"):
-            words = ("--pictures", tmp_path / "pictures", "--out", tmp_path / "o", "--model", name_of(server))
+            words = ("--images", tmp_path / "images", "--out", tmp_path / "o", "--model", name_of(server))
             code, out, err = reverie("annotate", "run", *words, "--concurrency", value)
             assert (code, out) == (2, "")
             assert "--concurrency" in err
@@ -589,7 +589,7 @@ def test_questions_7_names_are_relative(make, tmp_path, pictures):
         job = make(server)
         run(job)
         calls = len(server.calls)
-        (tmp_path / "pictures").rename(tmp_path / "moved")
+        (tmp_path / "images").rename(tmp_path / "moved")
         job.folder.rename(tmp_path / "notes")
         elsewhere = dataclasses.replace(job, folder=tmp_path / "notes", pictures=tmp_path / "moved")
         run(elsewhere)
@@ -608,9 +608,9 @@ def test_rationales_1_a_broken_picture_stops_no_other(make, pictures, tmp_path, 
     with Memory(answer) as server:
         job = make(server)
         run(job, "questions")
-        (tmp_path / "pictures" / "0001.png").unlink()
-        (tmp_path / "pictures" / "0003.png").write_bytes(pictures["0003.png"][:40])
-        words = ("--pictures", job.pictures, "--out", job.folder, "--model", job.model, "--prompts", prompts)
+        (tmp_path / "images" / "0001.png").unlink()
+        (tmp_path / "images" / "0003.png").write_bytes(pictures["0003.png"][:40])
+        words = ("--images", job.pictures, "--out", job.folder, "--model", job.model, "--prompts", prompts)
         code, _, err = reverie("annotate", "rationales", "--questions", 1, *words)
         assert code == 1
         assert stages_of(server) == {"questions": 6, "positive": 4, "negative": 4}
@@ -621,11 +621,11 @@ def test_rationales_1_a_broken_picture_stops_no_other(make, pictures, tmp_path, 
 
 def test_rationales_1_pictures_that_failed_are_named(make, pictures, tmp_path, reverie, prompts):
     """Among seventy thousand, a count of reasons does not help to find them: their names are printed or in a file."""
-    (tmp_path / "pictures" / "0001.png").write_bytes(b"no picture")
-    (tmp_path / "pictures" / "0003.png").write_bytes(pictures["0003.png"][:40])
+    (tmp_path / "images" / "0001.png").write_bytes(b"no picture")
+    (tmp_path / "images" / "0003.png").write_bytes(pictures["0003.png"][:40])
     with Memory(answer) as server:
         out = tmp_path / "out"
-        words = ("--pictures", tmp_path / "pictures", "--out", out, "--model", name_of(server))
+        words = ("--images", tmp_path / "images", "--out", out, "--model", name_of(server))
         code, printed, err = reverie("annotate", "run", "--questions", 1, "--prompts", prompts, *words)
     assert code == 1
     files = "".join(p.read_text("utf-8") for p in out.iterdir() if p.suffix in (".json", ".jsonl", ".txt", ".html"))
@@ -876,8 +876,8 @@ def test_judge_no_path_vanishes(make, tmp_path):
     """Neither `ocr_vqa` nor any other folder is passed over."""
     names = ("ocr_vqa/images/1.png", "coco/train2017/2.png", "vg/VG_100K/3.png")
     for number, name in enumerate(names):
-        (tmp_path / "pictures" / name).parent.mkdir(parents=True)
-        (tmp_path / "pictures" / name).write_bytes(png((number, 9, 9)))
+        (tmp_path / "images" / name).parent.mkdir(parents=True)
+        (tmp_path / "images" / name).write_bytes(png((number, 9, 9)))
     with Memory(answer) as server:
         job = make(server, images=names)
         run(job)
@@ -920,7 +920,7 @@ def test_whole_everything_is_recorded(make, provider):
 
 def test_whole_nothing_twice(make, pictures, tmp_path):
     """A name twice in the list, a picture under two names, a question twice in a reply: each is asked and paid for once."""
-    (tmp_path / "pictures" / "twin.png").write_bytes(pictures["0000.png"])
+    (tmp_path / "images" / "twin.png").write_bytes(pictures["0000.png"])
     one = {"question": "Which?", "type": "short", "correct_answer": "this", "confusing_answers": ["that", "that"]}
 
     def reply(call: Call) -> str:
@@ -1006,7 +1006,7 @@ def test_a_prompt_in_another_encoding_is_one_line(make, tmp_path):
 
 
 def test_no_prompts_there(make, tmp_path):
-    for folder in (tmp_path / "gone", tmp_path / "pictures"):
+    for folder in (tmp_path / "gone", tmp_path / "images"):
         with pytest.raises(UserError, match="prompt"):
             run(make(model="openai:tiny", prompts=folder))
 
@@ -1060,12 +1060,12 @@ def test_more_questions_than_asked_are_left_off(make):
 
 def test_names_that_leave_the_folder_are_refused(make, tmp_path, reverie):
     (tmp_path / "secret.png").write_bytes(png())
-    (tmp_path / "pictures" / "link.png").symlink_to(tmp_path / "secret.png")
+    (tmp_path / "images" / "link.png").symlink_to(tmp_path / "secret.png")
     listed = tmp_path / "list.json"
     with Memory(answer) as server:
         for name in ("../secret.png", str(tmp_path / "secret.png"), "link.png", "sub/../../secret.png"):
             listed.write_text(json.dumps(["0000.png", name]))
-            words = ("--pictures", tmp_path / "pictures", "--list", listed, "--out", tmp_path / "out")
+            words = ("--images", tmp_path / "images", "--list", listed, "--out", tmp_path / "out")
             code, out, err = reverie("annotate", "run", *words, "--model", name_of(server))
             assert (code, out) == (2, "")
             assert name in err
@@ -1079,7 +1079,7 @@ def test_names_that_are_none(tmp_path, reverie, pictures, name):
     listed = tmp_path / "list.json"
     listed.write_text(json.dumps(["0000.png", name]))
     with Memory(answer) as server:
-        words = ("--pictures", tmp_path / "pictures", "--list", listed, "--out", tmp_path / "out", "--questions", 1)
+        words = ("--images", tmp_path / "images", "--list", listed, "--out", tmp_path / "out", "--questions", 1)
         prompts = helpers.write_prompts(tmp_path / "prompts")
         code, _, _ = reverie("annotate", "questions", *words, "--prompts", prompts, "--model", name_of(server))
     assert code in (1, 2)

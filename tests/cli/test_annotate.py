@@ -42,7 +42,7 @@ STAGES = ("questions", "positive", "negative", "judge")
 
 @pytest.fixture
 def pictures(tmp_path) -> dict[str, bytes]:
-    return helpers.write_pictures(tmp_path / "pictures", 5)
+    return helpers.write_pictures(tmp_path / "images", 5)
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def annotate(reverie, tmp_path, pictures):
     prompts = helpers.write_prompts(tmp_path / "prompts")
 
     def run(step: str, model: str = "", *more, **changes) -> tuple[int, str, str]:
-        options = {"out": tmp_path / "out", "pictures": tmp_path / "pictures", "prompts": prompts, "questions": 1}
+        options = {"out": tmp_path / "out", "pictures": tmp_path / "images", "prompts": prompts, "questions": 1}
         words: list = ["annotate", step]
         for name, value in (options | ({"model": model} if model else {}) | changes).items():
             if value is not None:
@@ -307,7 +307,7 @@ def test_mistakes_are_one_line(annotate, tmp_path, reverie):
     assert refused(annotate("run", "openai:tiny", requests_per_minute=0), "--requests-per-minute")
     assert refused(annotate("run", "openai:tiny", tokens_per_minute=-1), "--tokens-per-minute")
     assert refused(annotate("run", "openai:tiny", pictures=tmp_path / "gone"), tmp_path / "gone")
-    assert refused(annotate("run", "openai:tiny", pictures=None), "--pictures")
+    assert refused(annotate("run", "openai:tiny", pictures=None), "--images")
     assert refused(annotate("run", "openai:tiny", prompts=tmp_path / "gone"), tmp_path / "gone")
     assert refused(annotate("run", "openai:tiny", list=tmp_path / "gone.json"), "gone.json")
     assert refused(annotate("rationales", "openai:tiny"), QUESTIONS)
@@ -347,9 +347,9 @@ def test_a_sample_that_is_none(annotate):
 
 def test_images_are_listed(annotate, tmp_path, pictures):
     """By `--list`, by the original's image_list.json in OUT, or all in the folder and below, sorted."""
-    (tmp_path / "pictures" / "b").mkdir()
-    (tmp_path / "pictures" / "b" / "ä.JPG").write_bytes(pictures["0000.png"][:-3] + b"abc")
-    (tmp_path / "pictures" / "notes.txt").write_text("no picture")
+    (tmp_path / "images" / "b").mkdir()
+    (tmp_path / "images" / "b" / "ä.JPG").write_bytes(pictures["0000.png"][:-3] + b"abc")
+    (tmp_path / "images" / "notes.txt").write_text("no picture")
     (tmp_path / "list.json").write_text(json.dumps(["0003.png", "0001.png", "0003.png"]))
     with Memory(answer) as server:
         code, *_ = annotate("questions", name_of(server))
@@ -439,7 +439,7 @@ def test_replay_of_a_running_journal(annotate, tmp_path):
 def test_scenes(annotate, reverie, tmp_path):
     """From drawn pictures to what can be trained on, with exact truth and no network."""
     assert reverie("scenes", "render", tmp_path / "world", "--count", 4, "--size", 64)[0] == 0
-    folder, out = tmp_path / "world" / "pictures", tmp_path / "notes"
+    folder, out = tmp_path / "world" / "images", tmp_path / "notes"
     model = f"scenes:{tmp_path / 'world'}"
     code, _, err = annotate("run", model, out=out, pictures=folder, prompts=None, questions=3)
     assert code == 0, err
@@ -454,7 +454,7 @@ def test_scenes(annotate, reverie, tmp_path):
     again = tmp_path / "again"
     assert annotate("run", model, out=again, pictures=folder, prompts=None, questions=3)[0] == 0
     assert {name: (again / name).read_bytes() for name in first} == first
-    assert reverie("annotate", "audit", "--out", out, "--pictures", folder)[0] == 0
+    assert reverie("annotate", "audit", "--out", out, "--images", folder)[0] == 0
 
 
 def test_scenes_that_are_not_there(annotate, tmp_path):
@@ -518,7 +518,7 @@ def test_audit_escapes_what_models_write(annotate, tmp_path):
         return "No" if stage_of(call) == "judge" else f"because {evil}"
 
     name = "<b>&.png"
-    (tmp_path / "pictures" / "0000.png").rename(tmp_path / "pictures" / name)
+    (tmp_path / "images" / "0000.png").rename(tmp_path / "images" / name)
     with Memory(reply) as server:
         annotate("run", name_of(server))
         annotate("audit")
@@ -533,8 +533,8 @@ def test_audit_without_a_picture(annotate, tmp_path):
     """A picture that is gone or broken since then is a word in its place."""
     with Memory(answer) as server:
         annotate("run", name_of(server))
-    (tmp_path / "pictures" / "0001.png").unlink()
-    (tmp_path / "pictures" / "0002.png").write_bytes(b"no picture")
+    (tmp_path / "images" / "0001.png").unlink()
+    (tmp_path / "images" / "0002.png").write_bytes(b"no picture")
     assert annotate("audit")[0] == 0
     text = (tmp_path / "out" / "audit.html").read_text("utf-8")
     assert text.count("data:image/jpeg;base64,") == 3

@@ -101,7 +101,7 @@ def test_wrong_paths(reverie, tmp_path):
     )
     assert refused(reverie("data", "build", gone, "--out", tmp_path / "out"), gone)
     scenes = ("--benchmark", "scenes", "--data", gone, "--out", tmp_path / "e")
-    assert refused(reverie("eval", "scenes-base", *scenes), gone)
+    assert refused(reverie("eval", "--model", "scenes-base", *scenes), gone)
     assert refused(reverie("ask", gone, "What is it?"), gone)
     assert refused(reverie("demo", "--out", tmp_path / "demo", "--base", gone), gone)
     assert not (tmp_path / "run").exists()
@@ -110,7 +110,7 @@ def test_wrong_paths(reverie, tmp_path):
 def test_broken_picture_in_the_data_folder(reverie, training_set, tmp_path):
     folder = tmp_path / "broken"
     shutil.copytree(training_set, folder)
-    (folder / "pictures" / "000002.png").write_bytes(b"not a picture at all")
+    (folder / "images" / "000002.png").write_bytes(b"not a picture at all")
     assert refused(reverie("data", "build", folder / "reverie.json", "--out", tmp_path / "records"), "000002.png")
     assert not (tmp_path / "records").exists()
 
@@ -118,7 +118,7 @@ def test_broken_picture_in_the_data_folder(reverie, training_set, tmp_path):
 def test_truncated_picture_in_the_data_folder(reverie, training_set, tmp_path):
     folder = tmp_path / "broken"
     shutil.copytree(training_set, folder)
-    picture = folder / "pictures" / "000001.png"
+    picture = folder / "images" / "000001.png"
     picture.write_bytes(picture.read_bytes()[:300])
     assert refused(reverie("data", "build", folder / "reverie.json", "--out", tmp_path / "records"), "000001.png")
 
@@ -130,13 +130,13 @@ def test_checkpoint_with_a_missing_tensor(reverie, training_set, tmp_path):
     name = "language_model.model.layers.1.mlp.up_proj.weight"
     del tensors[name]
     save_file(tensors, base / "model.safetensors")
-    question = (training_set / "pictures" / "000000.png", "Is there a cup in the image?")
+    question = (training_set / "images" / "000000.png", "Is there a cup in the image?")
     assert refused(reverie("ask", *question, "--model", base), base, name)
 
 
 def test_ask_answers_each_question(reverie, training_set):
     code, out, _ = reverie(
-        "ask", training_set / "pictures" / "000000.png", "Describe the image.", "Is there a cup in the image?"
+        "ask", training_set / "images" / "000000.png", "Describe the image.", "Is there a cup in the image?"
     )
     assert code == 0
     lines = out.splitlines()
@@ -159,18 +159,18 @@ def test_build_train_eval_score(reverie, training_set, tmp_path):
     assert code == 0
     scores = tmp_path / "scores"
     asked = ("--benchmark", "scenes", "--data", tmp_path / "test", "--out", scores)
-    code, out, _ = reverie("eval", "scenes-base", *asked, "--adapter", run)
+    code, out, _ = reverie("eval", "--model", "scenes-base", *asked, "--adapter", run)
     assert code == 0
     assert "scenes by the rule official" in out
     first = json.loads((scores / "scores.json").read_text())
     assert 0 <= first["metrics"]["pope/f1"] <= 1
     assert first["protocol"]["run/model"] == "run"
-    answers = ("--predictions", scores / "predictions.jsonl", "--annotations", tmp_path / "test")
+    answers = ("--predictions", scores / "predictions.jsonl", "--data", tmp_path / "test")
     code, out, _ = reverie("score", "scenes", *answers, "--json")
     assert code == 0
     assert json.loads(out) == first
-    assert refused(reverie("eval", "scenes-base", *asked), scores, "another run", "model, identity")
-    assert refused(reverie("ask", training_set / "pictures" / "000000.png", "?", "--adapter", tmp_path), tmp_path)
+    assert refused(reverie("eval", "--model", "scenes-base", *asked), scores, "another run", "model, identity")
+    assert refused(reverie("ask", training_set / "images" / "000000.png", "?", "--adapter", tmp_path), tmp_path)
 
 
 @pytest.mark.parametrize("mesh", ["data=9", "fsdp=x", "batch_size=2", "data=1,data=1", "data=0"])

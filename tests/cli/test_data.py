@@ -21,8 +21,8 @@ import pytest
 import tensorflow_datasets as tfds
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
 from reverie_jax.cli.data_options import Build
+
 from reverie_jax.data import records as records_module
 from reverie_jax.data.conversation import ImageRecord
 from reverie_jax.data.images import encode_png
@@ -78,10 +78,10 @@ class World:
         return self.folder / ".out.building"
 
     def picture(self, number: int) -> Path:
-        return self.folder / "pictures" / f"{number:03d}.png"
+        return self.folder / "images" / f"{number:03d}.png"
 
     def make(self, count: int, *, silent: int = 2) -> World:
-        (self.folder / "pictures").mkdir(parents=True)
+        (self.folder / "images").mkdir(parents=True)
         rng = random.Random(count)
         rows: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
         for number in range(count):
@@ -120,7 +120,7 @@ class World:
         for one in self.rows():
             said = tuple(turn["value"] for turn in one["conversations"])
             name = one.get("image", "")
-            encoded = (self.folder / "pictures" / name).read_bytes() if name else b""
+            encoded = (self.folder / "images" / name).read_bytes() if name else b""
             found.setdefault(name or " | ".join(said), (encoded, []))[1].append((*said, "", "")[:4])
         return {name: (encoded, sorted(talks)) for name, (encoded, talks) in found.items()}
 
@@ -388,7 +388,7 @@ def test_a_bad_picture_leaves_the_old_records_and_one_line(tmp_path, capsys):
 
 def test_a_picture_that_goes_away_is_one_line(tmp_path):
     world = World(tmp_path / "w").make(4)
-    parts = [MixtureEntry(file=file, pictures=tmp_path / "w" / "pictures") for file in world.files]
+    parts = [MixtureEntry(file=file, pictures=tmp_path / "w" / "images") for file in world.files]
     with mixture(parts, ReadLog()) as found:
         world.picture(2).unlink()
         with pytest.raises(DataError) as error:
@@ -528,7 +528,7 @@ def test_splits_have_shards_of_their_own(tmp_path):
 
 def test_splits_of_the_same_records_share_their_shards(tmp_path):
     world = World(tmp_path / "w").make(4, silent=0)
-    parts = [MixtureEntry(file=file, pictures=world.folder / "pictures") for file in world.files]
+    parts = [MixtureEntry(file=file, pictures=world.folder / "images") for file in world.files]
     with mixture(parts, ReadLog()) as found:
         folder = write_records(world.out, {"train": found, "test": found}, jobs=2)
     assert held(RecordSource(folder)) == held(RecordSource(folder, "test")) == world.wanted()
@@ -666,7 +666,7 @@ def undisturbed(runs, tmp_path_factory) -> tuple[World, float]:
 
 def fresh(world: World, folder: Path) -> World:
     """A copy without its records. Digests name files by place, so each copy makes its own shards."""
-    shutil.copytree(world.folder / "pictures", folder / "pictures")
+    shutil.copytree(world.folder / "images", folder / "images")
     for file in world.files:
         shutil.copy2(file, folder / file.name)
     return World(folder, world.side)

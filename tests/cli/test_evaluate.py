@@ -112,10 +112,10 @@ def test_help(reverie, command):
         "score": (
             "BENCHMARK",
             "--predictions",
-            "--annotations",
+            "--data",
             "--rule",
             "--json",
-            "--items",
+            "--details",
             "--export",
             "--partial",
         ),
@@ -127,7 +127,7 @@ def test_help(reverie, command):
 
 def test_eval_asks_scores_and_goes_on(reverie, data, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    words = ("eval", "scenes-base", "--benchmark", "pope", "--data", data / "pope", "--out", out, "--new-tokens", 8)
+    words = ("eval", "--model", "scenes-base", "--benchmark", "pope", "--data", data / "pope", "--out", out, "--max-new-tokens", 8)
     code, shown, err = reverie(*words)
     assert (code, err) == (0, "")
     assert "pope by the rule official (9 questions)" in shown
@@ -145,7 +145,7 @@ def test_eval_asks_scores_and_goes_on(reverie, data, tmp_path, monkeypatch):
     assert scores["protocol"]["run/model"] == "scenes-base"
     assert scores["protocol"]["run/identity"].keys() >= {"decoder", "vision", "projector"}
     assert 0 <= scores["protocol"]["calibration/brier"] <= 1
-    code, shown, err = reverie("score", "pope", "--predictions", out / "predictions.jsonl", "--annotations",
+    code, shown, err = reverie("score", "pope", "--predictions", out / "predictions.jsonl", "--data",
                                data / "pope", "--json")  # fmt: skip
     assert (code, err) == (0, "")
     assert json.loads(shown) == scores
@@ -163,8 +163,8 @@ def test_eval_asks_scores_and_goes_on(reverie, data, tmp_path, monkeypatch):
 def test_several_benchmarks_at_once(reverie, data, tmp_path):
     """One model, a folder each; what needs a judge is asked, and scored later."""
     out = tmp_path / "out"
-    few = ("--new-tokens", 3, "--rows", 2)
-    code, shown, err = reverie("eval", "scenes-base", "--benchmark", "mme, mmhal", "--data", data, "--out", out, *few)
+    few = ("--max-new-tokens", 3, "--batch-size", 2)
+    code, shown, err = reverie("eval", "--model", "scenes-base", "--benchmark", "mme, mmhal", "--data", data, "--out", out, *few)
     assert (code, err) == (0, "")
     assert "mme by the rule official (4 questions)" in shown
     assert "mmhal/predictions.jsonl: not scored: " in " ".join(shown.split())
@@ -185,9 +185,9 @@ def test_a_limit_is_not_scored(reverie, data, tmp_path):
         data,
         "--out",
         tmp_path,
-        "--new-tokens",
+        "--max-new-tokens",
         3,
-        "--rows",
+        "--batch-size",
         2,
     )
     code, shown, _ = reverie(*words, "--limit", 4)
@@ -199,7 +199,7 @@ def test_a_limit_is_not_scored(reverie, data, tmp_path):
 def test_prompts_are_dumped_and_nothing_is_asked(reverie, data, tmp_path, never):
     path = tmp_path / "deep" / "prompts.jsonl"
     words = ("--data", data, "--out", tmp_path / "out", "--dump-prompts", path)
-    code, shown, err = reverie("eval", "scenes-base", "--benchmark", "pope,mmhal", *words)
+    code, shown, err = reverie("eval", "--model", "scenes-base", "--benchmark", "pope,mmhal", *words)
     assert (code, shown, err) == (0, f"12 prompts: {path}\n", "")
     made = rows(path)
     assert made[0] == {
@@ -211,14 +211,14 @@ def test_prompts_are_dumped_and_nothing_is_asked(reverie, data, tmp_path, never)
     assert made[-1]["prompt"] == "USER: <image>\nWhat is there, number 2? ASSISTANT:"
     assert not (tmp_path / "out").exists()
     code, shown, _ = reverie(
-        "eval", "scenes-base", "--benchmark", "pope", *words, "--limit", 2, "--template", "vicuna_v1"
+        "eval", "--model", "scenes-base", "--benchmark", "pope", *words, "--limit", 2, "--template", "vicuna_v1"
     )
     assert (code, shown) == (0, f"2 prompts: {path}\n")
     assert all("A chat between" in row["prompt"] for row in rows(path))
 
 
 def test_pictures_of_another_folder(reverie, data, tmp_path, never):
-    words = ("eval", "scenes-base", "--benchmark", "pope", "--data", data, "--out", tmp_path / "out")
+    words = ("eval", "--model", "scenes-base", "--benchmark", "pope", "--data", data, "--out", tmp_path / "out")
     assert refused(reverie(*words, "--images", tmp_path / "gone"), tmp_path / "gone", "no such folder")
 
 
@@ -235,11 +235,11 @@ WRONG = {
     "--beams": (0, ("beams",)),
     "--temperature": (-1, ("temperature",)),
     "--top-p": (0, ("top_p",)),
-    "--new-tokens": (0, ("--new-tokens 0",)),
+    "--max-new-tokens": (0, ("--new-tokens 0",)),
     "--limit": (-1, ("--limit -1",)),
-    "--rows": (0, ("--rows 0",)),
-    "--leaves": (0, ("--leaves 0",)),
-    "--row-tokens": (0, ("--row-tokens 0",)),
+    "--batch-size": (0, ("--rows 0",)),
+    "--max-questions": (0, ("--leaves 0",)),
+    "--max-length": (0, ("--row-tokens 0",)),
     "--noise": (1000, ("noise be 0 to 999",)),
 }
 
@@ -250,43 +250,43 @@ def test_wrong_words_are_one_line(reverie, data, tmp_path, option):
     options = {"--benchmark": "pope", "--data": data / "pope", "--out": tmp_path / "out"} | {option: value}
     if option == "--noise":
         options["--against"] = "image"
-    assert refused(reverie("eval", "scenes-base", *[word for pair in options.items() for word in pair]), *words)
+    assert refused(reverie("eval", "--model", "scenes-base", *[word for pair in options.items() for word in pair]), *words)
     assert not (tmp_path / "out").exists()
 
 
 def test_wrong_paths_are_one_line(reverie, data, mine, tmp_path):
     common = ("--data", data, "--out", tmp_path / "out")
     assert refused(reverie("eval", tmp_path / "gone", "--benchmark", "pope", *common), tmp_path / "gone")
-    assert refused(reverie("eval", "scenes-base", "--benchmark", "pope,mme,pope", *common), "twice")
-    assert refused(reverie("eval", "scenes-base", "--benchmark", "pope,", *common), "unknown benchmark ''", "scienceqa")
+    assert refused(reverie("eval", "--model", "scenes-base", "--benchmark", "pope,mme,pope", *common), "twice")
+    assert refused(reverie("eval", "--model", "scenes-base", "--benchmark", "pope,", *common), "unknown benchmark ''", "scienceqa")
     empty = tmp_path / "empty"
     empty.mkdir()
     assert refused(
-        reverie("eval", "scenes-base", "--benchmark", "pope", "--data", empty, "--out", empty), empty, "coco_pope"
+        reverie("eval", "--model", "scenes-base", "--benchmark", "pope", "--data", empty, "--out", empty), empty, "coco_pope"
     )
-    found = ("--annotations", data / "pope")
+    found = ("--data", data / "pope")
     assert refused(reverie("score", "popes", "--predictions", mine, *found), "unknown benchmark 'popes'", *NAMES)
     assert refused(reverie("score", "pope", "--predictions", tmp_path / "gone", *found), "gone", "no such file")
-    assert refused(reverie("score", "pope", "--predictions", mine, "--annotations", empty), empty)
+    assert refused(reverie("score", "pope", "--predictions", mine, "--data", empty), empty)
     assert refused(reverie("score", "pope", "--predictions", mine, *found, "--rule", "x"), "--rule x", "vlmevalkit")
     assert refused(reverie("judge", "x", "--predictions", mine, *found, "--out", empty, "--judge", "openai:x"), *NAMES)
 
 
-@pytest.mark.parametrize("option", ["--items", "--export", "--dump-prompts"])
+@pytest.mark.parametrize("option", ["--details", "--export", "--dump-prompts"])
 def test_what_cannot_be_written_is_one_line(reverie, data, mine, tmp_path, option):
     (tmp_path / "file").write_text("")
     place = tmp_path / "file" / "deep"
     if option == "--dump-prompts":
-        words = ("eval", "scenes-base", "--benchmark", "pope", "--data", data, "--out", tmp_path / "out")
+        words = ("eval", "--model", "scenes-base", "--benchmark", "pope", "--data", data, "--out", tmp_path / "out")
     else:
-        words = ("score", "pope", "--predictions", mine, "--annotations", data / "pope", "--json")
+        words = ("score", "pope", "--predictions", mine, "--data", data / "pope", "--json")
     assert refused(reverie(*words, option, place), place, "cannot be written")
 
 
 def test_score_prints_one_object(reverie, data, mine, tmp_path, never):
     items, server = tmp_path / "deep" / "items.jsonl", tmp_path / "server"
-    words = ("score", "pope", "--predictions", mine, "--annotations", data / "pope")
-    code, shown, err = reverie(*words, "--json", "--items", items, "--export", server)
+    words = ("score", "pope", "--predictions", mine, "--data", data / "pope")
+    code, shown, err = reverie(*words, "--json", "--details", items, "--export", server)
     assert (code, err) == (0, "")
     assert shown.count("\n") == 1
     made = json.loads(shown)
@@ -306,7 +306,7 @@ def test_score_prints_one_object(reverie, data, mine, tmp_path, never):
 
 
 def test_score_against_another_file(reverie, data, mine, right):
-    words = ("score", "pope", "--annotations", data / "pope", "--predictions")
+    words = ("score", "pope", "--data", data / "pope", "--predictions")
     made = json.loads(reverie(*words, right, "--json", "--against", mine)[1])
     wrong = made["against"]["mcnemar"]["only_ours"]
     assert made["against"]["mcnemar"] == {"only_ours": wrong, "only_theirs": 0, "p": pytest.approx(2 * 0.5**wrong)}
@@ -325,12 +325,12 @@ def test_score_against_another_file(reverie, data, mine, right):
 
 def _items(reverie, words, predictions):
     path = predictions.with_name("items.jsonl")
-    reverie(*words, predictions, "--items", path)
+    reverie(*words, predictions, "--details", path)
     return rows(path)
 
 
 def test_score_by_every_rule(reverie, data, mine):
-    words = ("score", "pope", "--predictions", mine, "--annotations", data / "pope", "--rule", "all")
+    words = ("score", "pope", "--predictions", mine, "--data", data / "pope", "--rule", "all")
     made = json.loads(reverie(*words, "--json")[1])
     assert [result["rule"] for result in made["rules"]] == ["official", "lmms-eval", "vlmevalkit"]
     assert [row["rules"] for row in made["agreement"]] == [
@@ -346,7 +346,7 @@ def test_score_of_a_part(reverie, data, right, tmp_path):
     """Missing answers count as the rule says; an export that needs them says so."""
     few = tmp_path / "few.jsonl"
     few.write_text("".join(right.read_text().splitlines(keepends=True)[:-1]))
-    words = ("score", "pope", "--predictions", few, "--annotations", data / "pope", "--json")
+    words = ("score", "pope", "--predictions", few, "--data", data / "pope", "--json")
     assert refused(reverie(*words), few, "1 of 9 questions have no answer", "--partial")
     code, shown, _ = reverie(*words, "--partial")
     assert code == 0
@@ -360,7 +360,7 @@ def test_a_benchmark_without_a_server_exports_nothing(reverie, tmp_path, data):
     assert reverie("scenes", "render", scene, "--questions", "pope", "--count", 2, "--size", 32)[0] == 0
     _, loaded = opened("scenes", scene)
     path = lines(tmp_path / "a.jsonl", [said(q.id, q.text, "Yes, a cup.") for q in loaded.questions])
-    words = ("score", "scenes", "--predictions", path, "--annotations", scene, "--json")
+    words = ("score", "scenes", "--predictions", path, "--data", scene, "--json")
     made = json.loads(reverie(*words)[1])
     assert made["benchmark"] == "scenes"
     assert made["metrics"].keys() >= {"pope/f1", "chair_i", "rationale_correct"}
@@ -369,7 +369,7 @@ def test_a_benchmark_without_a_server_exports_nothing(reverie, tmp_path, data):
 
 def test_every_rule_of_a_judged_benchmark_needs_replies(reverie, data, tmp_path):
     path = answers(data, "mmhal", lambda n, q: f"Answer {n}.", tmp_path / "a.jsonl")
-    words = ("score", "mmhal", "--predictions", path, "--annotations", data / "mmhal")
+    words = ("score", "mmhal", "--predictions", path, "--data", data / "mmhal")
     assert refused(reverie(*words), "reverie judge mmhal", "--replies")
     assert refused(reverie(*words, "--rule", "all"), "--replies")
 
@@ -386,7 +386,7 @@ def judge(reverie, data, tmp_path):
     path = answers(data, "mmhal", lambda n, q: f"Answer {n}.", tmp_path / "a.jsonl")
 
     def run(*words, out="out"):
-        common = ("--predictions", path, "--annotations", data / "mmhal", "--out", tmp_path / out)
+        common = ("--predictions", path, "--data", data / "mmhal", "--out", tmp_path / out)
         return reverie("judge", "mmhal", *common, *words)
 
     run.answers, run.out = path, tmp_path / "out"
@@ -402,7 +402,7 @@ class TestJudge:
 
     def test_a_judge_is_asked_once_and_scored(self, judge, reverie, data):
         pytest.importorskip("openai")
-        words = ("score", "mmhal", "--predictions", judge.answers, "--annotations", data / "mmhal", "--json")
+        words = ("score", "mmhal", "--predictions", judge.answers, "--data", data / "mmhal", "--json")
         with Server(verdict) as server:
             who = ("--judge", f"openai:tiny@{server.url}/v1")
             code, shown, err = judge(*who, "--dry-run")
@@ -432,7 +432,7 @@ class TestJudge:
         def plan(call: Call) -> Fault | None:
             return Fault.BLOCKED if broken[0] and "number 1?" in call.text else None
 
-        words = ("score", "mmhal", "--predictions", judge.answers, "--annotations", data / "mmhal", "--replies")
+        words = ("score", "mmhal", "--predictions", judge.answers, "--data", data / "mmhal", "--replies")
         with Server(verdict, faults=plan) as server:
             who = ("--judge", f"openai:tiny@{server.url}/v1")
             code, shown, err = judge(*who)
@@ -452,11 +452,11 @@ class TestJudge:
         assert refused(judge("--judge", "openai:x", "--prompts", tmp_path), "mmhal.txt")
         assert refused(judge("--judge", "local:/nowhere"), "/nowhere")
         assert refused(judge("--judge", "local:a", "--judge", "local:b"), "one local judge")
-        words = ("judge", "pope", "--predictions", mine, "--annotations", data / "pope", "--out", tmp_path / "o")
+        words = ("judge", "pope", "--predictions", mine, "--data", data / "pope", "--out", tmp_path / "o")
         assert refused(reverie(*words, "--judge", "openai:x"), "pope", "needs no judge")
 
     def test_a_model_of_our_own_judges(self, judge, reverie, data):
-        code, shown, err = judge("--judge", "local:scenes-base", "--longest", 4)
+        code, shown, err = judge("--judge", "local:scenes-base", "--max-new-tokens", 4)
         assert (code, shown) == (0, f"local:scenes-base: {judge.out / 'replies.jsonl'}\n")
         assert "3 new" in err
         made = rows(judge.out / "replies.jsonl")
@@ -467,7 +467,7 @@ class TestJudge:
             "mmhal",
             "--predictions",
             judge.answers,
-            "--annotations",
+            "--data",
             data / "mmhal",
             "--json",
             "--replies",
@@ -484,8 +484,8 @@ def test_two_processes_write_one_score(data, tmp_path):
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
     flags = "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=1"
-    words = [sys.executable, "-m", "reverie_jax.cli", "eval", "scenes-base", "--benchmark", "pope,mme", "--data", data]
-    words += ["--new-tokens", 8, "--rows", 2]
+    words = [sys.executable, "-m", "reverie_jax.cli", "eval", "--model", "scenes-base", "--benchmark", "pope,mme", "--data", data]
+    words += ["--max-new-tokens", 8, "--batch-size", 2]
     environment = {**os.environ, "XLA_FLAGS": flags}
     said = []
     for processes, out in ((1, tmp_path / "one"), (2, tmp_path / "two")):

@@ -42,7 +42,7 @@ def jpeg():
 
 @pytest.fixture
 def folder(tmp_path):
-    place = tmp_path / "pictures"
+    place = tmp_path / "images"
     place.mkdir()
     (place / "a.png").write_bytes(png())
     (place / "cut.png").write_bytes(png(size=(60, 60))[:60])
@@ -156,7 +156,7 @@ def test_the_command(annotations, folder, tmp_path, monkeypatch, capsys):
             return end.code
         return 0
 
-    assert run("--offenders", tmp_path / "offenders.jsonl") == 1  # `pictures` beside the file is found
+    assert run("--details", tmp_path / "offenders.jsonl") == 1  # `pictures` beside the file is found
     out = capsys.readouterr().out
     assert "12 rows, 4 usable" in out
     lines = [json.loads(line) for line in (tmp_path / "offenders.jsonl").read_text().splitlines()]

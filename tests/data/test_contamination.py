@@ -17,8 +17,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-
 from reverie_jax.cli.data_options import Match as Command
+
 from reverie_jax.data.contamination import (
     COLOURS,
     Evaluation,
@@ -434,7 +434,7 @@ def world(tmp_path_factory) -> World:
     training = {"seen.png": natural(1), f"coco/train2017/{NUMBER}.png": natural(2), "other.png": natural(3)}
     said = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A cup."}]
     for name, image in training.items():
-        file = path / "pictures" / name
+        file = path / "images" / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(encoded(image))
     rows = [{"id": name, "image": name, "conversations": said} for name in training]
@@ -462,7 +462,7 @@ def written(path: Path) -> list[dict[str, Any]]:
 
 def test_the_command_names_what_it_finds_and_ends_with_one(world, capsys):
     both = (world.folder, world.rows.parent / "questions.jsonl")
-    code, out, _ = run(capsys, Command((str(world.rows),), both, offenders=world.out))
+    code, out, _ = run(capsys, Command((str(world.rows),), both, details=world.out))
     assert code == 1
     assert "2 of 4 records show one of 3 evaluation pictures" in out
     found = {row["training"]: row for row in written(world.out)}
@@ -476,7 +476,7 @@ def test_the_command_names_what_it_finds_and_ends_with_one(world, capsys):
 def test_the_command_ends_with_zero_where_there_is_none(world, capsys, tmp_path):
     clean = place(tmp_path / "clean", a__png=encoded(natural(40)), other__png=encoded(natural(41)))
     out = tmp_path / "none.jsonl"
-    code, said, _ = run(capsys, Command((str(world.rows),), (clean,), offenders=out))
+    code, said, _ = run(capsys, Command((str(world.rows),), (clean,), details=out))
     assert code == 0
     assert "0 of 4 records show one of 2 evaluation pictures" in said
     assert out.read_text() == ""
@@ -491,7 +491,7 @@ def test_records_are_compared_as_their_annotation_files_are(world, capsys):
     sources = (str(world.records), str(world.rows))
     results = []
     for source in sources:
-        assert run(capsys, Command((source,), (world.folder,), offenders=world.out))[0] == 1
+        assert run(capsys, Command((source,), (world.folder,), details=world.out))[0] == 1
         results.append(written(world.out))
     assert results[0] == results[1]
     assert len(results[0]) == 1
@@ -521,7 +521,7 @@ def test_more_than_twenty_leaks_are_counted(tmp_path, capsys):
     write_records(tmp_path / "records", {"train": records(23)})
     (tmp_path / "q.json").write_text(json.dumps([f"r{n}.jpg" for n in range(22)]))
     code, out, _ = run(
-        capsys, Command((str(tmp_path / "records"),), (tmp_path / "q.json",), offenders=tmp_path / "o.jsonl")
+        capsys, Command((str(tmp_path / "records"),), (tmp_path / "q.json",), details=tmp_path / "o.jsonl")
     )
     assert code == 1
     assert "22 of 23 records" in out
@@ -542,11 +542,11 @@ def test_no_source_is_no_success(world):
 
 def test_offenders_that_cannot_be_written_are_one_line(world, tmp_path):
     with pytest.raises((UserError, SystemExit)):
-        Command((str(world.rows),), (world.folder,), offenders=tmp_path / "no" / "such" / "folder.jsonl").run()
+        Command((str(world.rows),), (world.folder,), details=tmp_path / "no" / "such" / "folder.jsonl").run()
 
 
 def test_the_command_line_gives_the_exit_codes(world, tmp_path):
-    command = [sys.executable, "-m", "reverie_jax.cli", "data", "leak", str(world.rows), "--against"]
+    command = [sys.executable, "-m", "reverie_jax.cli", "data", "contamination", str(world.rows), "--eval-images"]
     running = [
         subprocess.Popen([*command, str(place)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for place in (world.folder, tmp_path / "nowhere")

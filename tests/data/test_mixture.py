@@ -66,7 +66,7 @@ def one_line(error, *names):
 
 @pytest.fixture
 def pictures(tmp_path):
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     folder.mkdir()
     for number, name in enumerate(NAMES):
         (folder / name).write_bytes(png((number, 0, 0)))
@@ -640,7 +640,7 @@ def test_paths_of_a_mixture_file_are_relative_to_it(tmp_path, pictures, monkeypa
     there = tmp_path / "there"
     written(there / "own.json", [row("a.png", "Q0?", "A.")])
     written(there / "sub" / "a.json", [row("a.png", "Q1?", "A.")])
-    for folder in (there / "pictures", there / "sub" / "pictures", there / "named"):
+    for folder in (there / "images", there / "sub" / "images", there / "named"):
         folder.mkdir()
         (folder / "a.png").write_bytes(png((len(str(folder)), 0, 0)))
     absolute = written(tmp_path / "b.json", [row("a.png", "Q2?", "A.")])
@@ -653,7 +653,7 @@ def test_paths_of_a_mixture_file_are_relative_to_it(tmp_path, pictures, monkeypa
     ]
     parts = read_parts(written(there / "mixture.json", files))
     monkeypatch.chdir(tmp_path)
-    folders = [there / "pictures", there / "sub" / "pictures", there / "named", pictures, pictures]
+    folders = [there / "images", there / "sub" / "images", there / "named", pictures, pictures]
     assert [part.folder.resolve() for part in parts] == folders
     found = records(*parts)
     assert [len(record.conversations) for record in found] == [1, 1, 1, 2]
@@ -808,7 +808,7 @@ def test_damaged_pictures_of_rare_kinds_are_refused_by_name(tmp_path, pictures, 
     one_line(error, "a.png")
 
 
-ESCAPES = ["../outside.png", "x/../../outside.png", "/etc/hostname", "./../outside.png", "pictures/../../outside.png"]
+ESCAPES = ["../outside.png", "x/../../outside.png", "/etc/hostname", "./../outside.png", "images/../../outside.png"]
 
 
 @pytest.mark.parametrize("name", ESCAPES)

@@ -113,7 +113,7 @@ def one_line(error, *names):
 
 @pytest.fixture
 def pictures(tmp_path):
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     folder.mkdir()
     for number, name in enumerate(("a.png", "b.png")):
         (folder / name).write_bytes(png((9, number, 0)))

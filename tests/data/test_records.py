@@ -142,11 +142,11 @@ def test_bad_data_while_writing_stays_a_data_error(tmp_path):
 
 @pytest.fixture
 def pictures(tmp_path) -> Path:
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     for name in ("a.png", "b.png"):
-        (tmp_path / "pictures" / name).write_bytes(png())
+        (tmp_path / "images" / name).write_bytes(png())
     (tmp_path / "outside.png").write_bytes(png())
-    return tmp_path / "pictures"
+    return tmp_path / "images"
 
 
 def row(image: str = "a.png", first: str = "Is it red?", answer: str = "No", why: str = "It is green.") -> dict:

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-
 from reverie_jax.cli.data_options import Show
+
 from reverie_jax.data.conversation import IMAGE, Conversation, ImageRecord, Turn
 from reverie_jax.data.processor import Processor
 from reverie_jax.data.records import write_records
@@ -438,7 +438,7 @@ def test_an_arm_is_shown_as_it_teaches(scenes):
 def test_a_setting_that_is_none_is_one_line(scenes, setting):
     with pytest.raises(UserError) as error:
         shown(scenes, teach=(setting,))
-    assert "--teach" in str(error.value)
+    assert "--supervision" in str(error.value)
     assert "\n" not in str(error.value)
 
 

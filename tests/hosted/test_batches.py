@@ -70,7 +70,7 @@ def prompts(tmp_path) -> Path:
 
 @pytest.fixture
 def pictures(tmp_path) -> dict[str, bytes]:
-    return helpers.write_pictures(tmp_path / "pictures", 6)
+    return helpers.write_pictures(tmp_path / "images", 6)
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def make(tmp_path, prompts, pictures, monkeypatch) -> Callable[..., AnnotationJo
             monkeypatch.setenv(name, value)
         options = {
             "folder": tmp_path / out,
-            "pictures": tmp_path / "pictures",
+            "pictures": tmp_path / "images",
             "images": tuple(pictures),
             "model": MODELS[provider],
             "count": 1,
@@ -103,7 +103,7 @@ def annotate(reverie, tmp_path, prompts, pictures, monkeypatch) -> Callable[...,
     def run(server: Server, step: str, model: str, *more: Any, **changes: Any) -> tuple[int, str, str]:
         for name, value in addresses(server).items():
             monkeypatch.setenv(name, value)
-        options = {"out": tmp_path / "out", "pictures": tmp_path / "pictures", "prompts": prompts, "questions": 1}
+        options = {"out": tmp_path / "out", "pictures": tmp_path / "images", "prompts": prompts, "questions": 1}
         words: list[Any] = ["annotate", step, "--model", model]
         for name, value in (options | {"poll": 0.01, "batch": True} | changes).items():
             if value is True:
@@ -242,7 +242,7 @@ def test_a_recording_by_batches_can_be_replayed(annotate, tmp_path):
 
 @PROVIDERS
 def test_a_picture_that_does_not_open_is_reported_and_hurts_no_other(make, tmp_path, provider):
-    (tmp_path / "pictures" / "0002.png").write_bytes(b"no picture")
+    (tmp_path / "images" / "0002.png").write_bytes(b"no picture")
     with BatchServer(answer) as server:
         job = make(server, provider)
         outcome = run(job)["questions"]
@@ -293,7 +293,7 @@ BAD_LINES = [
 @PROVIDERS
 def test_only_lines_without_use_are_asked_for_again(make, tmp_path, provider):
     """Each picture meets another kind of bad line, at first."""
-    pictures = helpers.write_pictures(tmp_path / "pictures", len(BAD_LINES))
+    pictures = helpers.write_pictures(tmp_path / "images", len(BAD_LINES))
     kinds = dict(zip(pictures.values(), BAD_LINES, strict=True))
     with BatchServer(answer, lambda call: kinds[call.images[0]] if call.attempt == 1 else None) as server:
         job = make(server, provider, images=tuple(pictures))
@@ -748,7 +748,7 @@ def test_another_steps_batch_under_way_disturbs_no_step(make, pictures, tmp_path
         job = make(server)
         run(job, "questions")
         leave(job, server, "rationales")
-        more = helpers.write_pictures(tmp_path / "pictures", 8)
+        more = helpers.write_pictures(tmp_path / "images", 8)
         direct = dataclasses.replace(QUICK, batch=False)
         assert run(dataclasses.replace(job, images=tuple(more)[:7]), "questions")["questions"].usable == 1
         assert run(dataclasses.replace(job, images=tuple(more), limits=direct), "questions")["questions"].usable == 1
@@ -879,7 +879,7 @@ def test_the_journal_adds_up_at_half_the_price(annotate, tmp_path, provider):
 @pytest.mark.parametrize(("kind", "provider"), [("money", "openai"), ("tokens", "gemini")])
 def test_a_budget_stops_and_a_larger_one_goes_on(make, tmp_path, kind, provider):
     """Never exceeded, for a request takes what it was thought to; what was paid for is kept."""
-    names = tuple(helpers.write_pictures(tmp_path / "pictures", 30))
+    names = tuple(helpers.write_pictures(tmp_path / "images", 30))
 
     def limits(requests: float) -> Limits:
         change = {"budget": 0.005 * requests} if kind == "money" else {"token_budget": int(1100 * requests)}
@@ -903,7 +903,7 @@ def test_a_budget_stops_and_a_larger_one_goes_on(make, tmp_path, kind, provider)
 @pytest.mark.parametrize("kind", ["money", "tokens"])
 def test_a_budget_counts_what_is_under_way(make, tmp_path, kind):
     """Twelve left under way by a run before leave room for eight of twenty, and for none of twelve."""
-    names = tuple(helpers.write_pictures(tmp_path / "pictures", 30))
+    names = tuple(helpers.write_pictures(tmp_path / "images", 30))
 
     def limits(requests: float) -> Limits:
         change = {"budget": 0.005 * requests} if kind == "money" else {"token_budget": int(1100 * requests)}
@@ -942,7 +942,7 @@ def test_a_budget_counts_what_is_under_way_of_another_judge(make):
 
 @pytest.mark.usefixtures("usual")
 def test_replies_of_no_use_are_paid_for_too(make, tmp_path):
-    names = tuple(helpers.write_pictures(tmp_path / "pictures", 10))
+    names = tuple(helpers.write_pictures(tmp_path / "images", 10))
     with BatchServer(answer, lambda call: Fault.EMPTY) as server:
         job = make(server, images=names, limits=dataclasses.replace(MONEY, budget=0.005 * 14.5))
         outcome = run(job, "questions")["questions"]
@@ -1098,7 +1098,7 @@ def begin(zygote, tmp_path, prompts, keys) -> Callable[..., helpers.Child]:
     environment = keys | {"TMPDIR": str(tmp_path / "spare")}
 
     def start(server: Server, provider: str, step: str = "run", *more: Any, batch: bool = True) -> helpers.Child:
-        words = ["annotate", step, "--pictures", "pictures", "--out", "out", "--prompts", prompts, "--questions", 1]
+        words = ["annotate", step, "--images", "pictures", "--out", "out", "--prompts", prompts, "--questions", 1]
         words += ["--model", MODELS[provider], *(["--batch", "--poll", 0.05] if batch else []), *more]
         return zygote.start(words, environment | addresses(server), tmp_path)
 
@@ -1288,7 +1288,7 @@ def check_after_kills(server: BatchServer, out: Path, calm: Path, log: str) -> i
 @pytest.mark.parametrize("provider", ["openai", pytest.param("gemini", marks=pytest.mark.slow)])
 def test_killed_at_every_moment(begin, make, tmp_path, provider):
     """Whatever of a batch is made there, and known here, the next run goes on with it."""
-    names = tuple(helpers.write_pictures(tmp_path / "pictures", 12))
+    names = tuple(helpers.write_pictures(tmp_path / "images", 12))
     calm = undisturbed(make, provider, names, hopeless)
 
     def plan(call: Call) -> Fault | Line | None:
@@ -1307,7 +1307,7 @@ def test_killed_at_every_moment(begin, make, tmp_path, provider):
 @PROVIDERS
 def test_killed_forty_times_at_random(begin, make, tmp_path, provider):
     """Whatever it is doing, between the start of a run and some seconds later."""
-    names = tuple(helpers.write_pictures(tmp_path / "pictures", 150))
+    names = tuple(helpers.write_pictures(tmp_path / "images", 150))
     calm = undisturbed(make, provider, names, hopeless)
     draw = random.Random(provider)
 

@@ -40,7 +40,7 @@ def answer(call):
 
 
 def job(tmp_path, url):
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     folder.mkdir(exist_ok=True)
     for n in range(12):
         (folder / f"{n:02}.png").write_bytes(png((20 * n, 3, 4)))

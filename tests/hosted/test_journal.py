@@ -267,7 +267,7 @@ def test_the_folder_cannot_be_made(tmp_path):
 @pytest.fixture
 def asked(tmp_path, keys):
     """Runs the stage `questions` over pictures; returns how many requests were sent."""
-    folder, prompts = tmp_path / "pictures", helpers.write_prompts(tmp_path / "prompts")
+    folder, prompts = tmp_path / "images", helpers.write_prompts(tmp_path / "prompts")
     helpers.write_pictures(folder, 3)
 
     def run(images=("0000.png", "0001.png", "0002.png"), **changes) -> int:

@@ -40,9 +40,9 @@ def ask(tmp_path):
     prompts = helpers.write_prompts(tmp_path / "prompts")
 
     def run(count: int, limits: Limits, model: str = "openai:tiny", out: str = "out") -> Outcome:
-        names = tuple(helpers.write_pictures(tmp_path / "pictures", count))
+        names = tuple(helpers.write_pictures(tmp_path / "images", count))
         job = AnnotationJob(
-            tmp_path / out, tmp_path / "pictures", names, model, count=1, prompts=prompts, limits=limits
+            tmp_path / out, tmp_path / "images", names, model, count=1, prompts=prompts, limits=limits
         )
         with Pipeline(job, os.environ) as pipeline:
             return pipeline.questions()
@@ -360,11 +360,11 @@ def test_a_wrong_key_ends_it_though_others_were_told_to_wait(ask, clock):
 @pytest.fixture
 def begin(zygote, tmp_path, keys):
     """Starts `reverie annotate questions` over forty pictures."""
-    helpers.write_pictures(tmp_path / "pictures", 40)
+    helpers.write_pictures(tmp_path / "images", 40)
     prompts = helpers.write_prompts(tmp_path / "prompts")
 
     def start(server: Server, *more, provider: str = "openai") -> helpers.Child:
-        words = ["annotate", "questions", "--pictures", tmp_path / "pictures", "--out", tmp_path / "out"]
+        words = ["annotate", "questions", "--images", tmp_path / "images", "--out", tmp_path / "out"]
         words += ["--prompts", prompts, "--questions", 1, "--concurrency", 4, "--model", name_of(server, provider)]
         return zygote.start([*words, *more], keys, tmp_path)
 
@@ -444,7 +444,7 @@ def test_two_runs_in_one_folder(begin, reverie, tmp_path):
         child = begin(server)
         helpers.until(lambda: len(server.calls) >= 4)
         with Server(answer) as other:
-            words = ("--pictures", tmp_path / "pictures", "--out", tmp_path / "out", "--questions", 1)
+            words = ("--images", tmp_path / "images", "--out", tmp_path / "out", "--questions", 1)
             code, out, err = reverie("annotate", "run", *words, "--model", name_of(other, "openai"))
             assert other.calls == []
         assert (code, out) == (2, "")

@@ -69,8 +69,8 @@ def test_other_weights_of_the_same_shape(projector, llama, stranger, tmp_path):
 
 
 def test_other_language_model_under_a_llava_lora(llama, stranger, tmp_path):
-    convert(llama.lora, tmp_path / "out", to="llava-lora", base=[llama.llm, llama.clip])
-    refused(lambda: read_model(tmp_path / "out", base=[stranger[1], llama.clip]), tmp_path / "out", "base")
+    convert(llama.lora, tmp_path / "out", to="llava-lora", components=[llama.llm, llama.clip])
+    refused(lambda: read_model(tmp_path / "out", components=[stranger[1], llama.clip]), tmp_path / "out", "base")
 
 
 @pytest.mark.parametrize("projector", [False, True])
@@ -111,10 +111,10 @@ def test_lora_of_a_plain_language_model_on_a_whole_llava(way, llama, tmp_path):
     # Loads without a murmur in the reference, and answers worse: haotian-liu/LLaVA#632.
     whole = makers.original_folder(tmp_path / "whole", makers.parts(seed=50))
     if way == "base":
-        message = refused(lambda: read_model(llama.lora, base=[whole, llama.clip]), llama.lora)
+        message = refused(lambda: read_model(llama.lora, components=[whole, llama.clip]), llama.lora)
     else:
         message = refused(
-            lambda: convert(whole, tmp_path / "no", to="llava", base=[llama.clip], adapter=llama.lora), llama.lora
+            lambda: convert(whole, tmp_path / "no", to="llava", components=[llama.clip], adapter=llama.lora), llama.lora
         )
     assert "somebody/a-plain-lm" in message
     assert "language model" in message

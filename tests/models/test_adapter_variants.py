@@ -46,7 +46,7 @@ def test_lora_folder(kind, how, base, seed, tmp_path):
     plain, rows = parts(kind, seed), prompts(kind, seed)
     tuned = variants.with_lora(plain, seed=seed)
     path = variants.lora_folder(tmp_path / "x", tuned, **how)
-    model = read_model(path, base=variants.lora_base(tmp_path, plain, *base), dtype=jnp.float32)
+    model = read_model(path, components=variants.lora_base(tmp_path, plain, *base), dtype=jnp.float32)
     theirs = tuned.logits(rows)
     assert np.abs(theirs - plain.logits(rows)).max() > 1  # the adapters do something
     apart = logits(model, rows)
@@ -65,7 +65,7 @@ def test_lora_folder(kind, how, base, seed, tmp_path):
 def test_lora_folder_of_some_targets(kind, targets, tmp_path):
     tuned, rows = variants.with_lora(parts(kind), targets), prompts(kind, 0)
     path = variants.lora_folder(tmp_path / "x", tuned)
-    model = read_model(path, base=variants.lora_base(tmp_path, parts(kind)), dtype=jnp.float32)
+    model = read_model(path, components=variants.lora_base(tmp_path, parts(kind)), dtype=jnp.float32)
     merge(model)
     assert_close(logits(model, rows), tuned.logits(rows))
 
@@ -73,7 +73,7 @@ def test_lora_folder_of_some_targets(kind, targets, tmp_path):
 def test_lora_scale_by_the_root_of_the_rank(tmp_path):
     tuned, rows = variants.with_lora(parts(LLAMA), use_rslora=True), prompts(LLAMA, 0)
     path = variants.lora_folder(tmp_path / "x", tuned)
-    model = read_model(path, base=variants.lora_base(tmp_path, parts(LLAMA)), dtype=jnp.float32)
+    model = read_model(path, components=variants.lora_base(tmp_path, parts(LLAMA)), dtype=jnp.float32)
     merge(model)
     assert_close(logits(model, rows), tuned.logits(rows))
 
@@ -83,7 +83,7 @@ def test_lora_folder_as_an_adapter(tmp_path):
     plain, rows = parts(LLAMA), prompts(LLAMA, 0)
     tuned, before = variants.with_lora(plain), dataclasses.replace(plain, projector=parts(LLAMA, 2).projector)
     path = variants.projector_file(tmp_path / "x", before)
-    model = read_model(path, base=variants.lora_base(tmp_path, plain), dtype=jnp.float32)
+    model = read_model(path, components=variants.lora_base(tmp_path, plain), dtype=jnp.float32)
     assert_close(logits(model, rows), before.logits(rows))
     attach_adapter(model, variants.lora_folder(tmp_path / "y", tuned))
     assert_close(logits(model, rows), tuned.logits(rows))
@@ -92,13 +92,13 @@ def test_lora_folder_as_an_adapter(tmp_path):
 def test_greedy_tokens_of_a_lora_folder(tmp_path):
     tuned, rows = variants.with_lora(parts(PHI)), prompts(PHI, 0)
     path = variants.lora_folder(tmp_path / "x", tuned)
-    model = read_model(path, base=variants.lora_base(tmp_path, parts(PHI)), dtype=jnp.float32)
+    model = read_model(path, components=variants.lora_base(tmp_path, parts(PHI)), dtype=jnp.float32)
     np.testing.assert_array_equal(decoded(model, rows), tuned.greedy(rows))
 
 
 def test_adapters_stay_float32_and_apart(tmp_path):
     path = variants.lora_folder(tmp_path / "x", variants.with_lora(parts(PHI)))
-    model = read_model(path, base=variants.lora_base(tmp_path, parts(PHI)))
+    model = read_model(path, components=variants.lora_base(tmp_path, parts(PHI)))
     fused = parts(PHI).llm.model.layers[0].mlp.gate_up_proj.weight.detach().numpy()
     layer = model.decoder.layers.gate_up
     assert model.compute_dtype == jnp.float16
@@ -158,6 +158,6 @@ def test_a_switched_off_adapter_leaves_the_base(tmp_path):
 def test_a_mesh_gets_the_same_adapters(tmp_path):
     path = variants.lora_folder(tmp_path / "x", variants.with_lora(parts(PHI)))
     base, mesh = variants.lora_base(tmp_path, parts(PHI)), make_mesh(data=2, fsdp=1, tensor=2)
-    model = read_model(path, base=base, mesh=mesh)
+    model = read_model(path, components=base, mesh=mesh)
     assert_on(mesh, model)
-    assert_same(model, read_model(path, base=base))
+    assert_same(model, read_model(path, components=base))

@@ -82,7 +82,7 @@ def test_adapter_in_a_bin(llama, tmp_path):
 
 
 def test_llava_lora_gives_the_merged_models_logits(bench):
-    model = read_model(bench.lora, base=[bench.llm, bench.clip])
+    model = read_model(bench.lora, components=[bench.llm, bench.clip])
     assert_close(logits(model, ROWS), bench.lora_logits)
     assert any(layer.lora_a is not None for _, layer in lora.linears(model))
 
@@ -112,7 +112,7 @@ def test_load_model_takes_an_adapter(bench):
 
 
 def test_load_model_takes_a_lora_folder_and_its_parts(bench):
-    model, _ = reverie_jax.load_model(bench.lora, base=[bench.llm, bench.clip])
+    model, _ = reverie_jax.load_model(bench.lora, components=[bench.llm, bench.clip])
     assert_close(logits(model, ROWS), bench.lora_logits)
 
 
@@ -148,7 +148,7 @@ def test_written_adapter_loads_again(bench, tmp_path):
 
 
 def test_llava_lora_becomes_a_peft_adapter(bench, tmp_path):
-    convert(bench.lora, tmp_path / "out", to="peft", base=[bench.llm, bench.clip])
+    convert(bench.lora, tmp_path / "out", to="peft", components=[bench.llm, bench.clip])
     theirs = opened(bench.hf, tmp_path / "out")
     assert_close(llava_logits(theirs, ROWS)[..., :WORDS], bench.lora_logits)
 
@@ -197,12 +197,12 @@ def test_llava_lora_has_the_names_and_files_of_the_original(bench, tmp_path):
 
 def test_llava_lora_loads_again(bench, tmp_path):
     convert(bench.hf, tmp_path / "out", to="llava-lora", adapter=bench.full)
-    model = read_model(tmp_path / "out", base=[bench.llm, bench.clip])
+    model = read_model(tmp_path / "out", components=[bench.llm, bench.clip])
     assert_close(logits(model, ROWS), bench.full_logits[..., :WORDS])
 
 
 def test_llava_lora_comes_back_bit_by_bit(bench, tmp_path):
-    convert(bench.lora, tmp_path / "out", to="llava-lora", base=[bench.llm, bench.clip])
+    convert(bench.lora, tmp_path / "out", to="llava-lora", components=[bench.llm, bench.clip])
     before, after = load_file(bench.lora / FILE), load_file(tmp_path / "out" / FILE)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -212,7 +212,7 @@ def test_llava_lora_comes_back_bit_by_bit(bench, tmp_path):
     raw = json.loads((tmp_path / "out" / "config.json").read_text())
     assert raw["image_aspect_ratio"] == "pad"
     assert_close(
-        logits(read_model(tmp_path / "out", base=[bench.llm, bench.clip]), ROWS),
+        logits(read_model(tmp_path / "out", components=[bench.llm, bench.clip]), ROWS),
         bench.lora_logits,
     )
 
@@ -233,7 +233,7 @@ def test_whole_models_are_written_merged(to, bench, tmp_path):
 
 
 def test_merged_lora_folder_has_the_original_names(bench, tmp_path):
-    convert(bench.lora, tmp_path / "out", to="llava", base=[bench.llm, bench.clip])
+    convert(bench.lora, tmp_path / "out", to="llava", components=[bench.llm, bench.clip])
     found = load_file(tmp_path / "out" / "model.safetensors")
     for name, tensor in makers.original_tensors(bench.lora_parts, tower=False).items():
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-6)

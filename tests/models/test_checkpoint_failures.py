@@ -100,7 +100,7 @@ def edit(room, kind, change):
 
 def refused(room, path, base, *words, any_of=()):
     with pytest.raises(CheckpointError) as caught:
-        read_model(room / path, base=[room / name for name in base])
+        read_model(room / path, components=[room / name for name in base])
     message = str(caught.value)
     assert "\n" not in message
     assert len(message) < 1000
@@ -119,7 +119,7 @@ def refused_kind(room, kind, *words, named=True):
 @EVERY
 def test_sound_folders_read(kind, sound):
     path, base, *_ = KINDS[kind]
-    read_model(sound / path, base=[sound / name for name in base])
+    read_model(sound / path, components=[sound / name for name in base])
 
 
 @EVERY
@@ -299,7 +299,7 @@ def test_no_code_of_a_pickle_runs(which, form, room, tmp_path):
 @pytest.mark.parametrize(("path", "base"), [("hf", []), ("original", ["clip"]), ("lora", ["llm", "clip"])])
 def test_other_pickles_stay_shut(name, path, base, room, tmp_path):
     armed(room / path / name, tmp_path / "ran", "zip")
-    read_model(room / path, base=[room / x for x in base])
+    read_model(room / path, components=[room / x for x in base])
     assert not (tmp_path / "ran").exists()
 
 
@@ -311,7 +311,7 @@ def test_no_code_of_a_repository_runs(path, base, room, tmp_path, monkeypatch):
     for file in ("config.json", "tokenizer_config.json"):
         makers.edit_json(room / path / file, auto_map=mapped)
     with contextlib.suppress(CheckpointError):
-        reverie_jax.load_model(room / path, base=[room / x for x in base])
+        reverie_jax.load_model(room / path, components=[room / x for x in base])
     assert not (tmp_path / "ran").exists()
 
 

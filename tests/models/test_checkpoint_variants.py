@@ -77,11 +77,11 @@ def test_variant(kind, make, seed, tmp_path):
     path, base = make(tmp_path, parts(kind, seed))
     rows, new, seen, projected, scores = expected(kind, seed)
     assert np.abs(scores).max() > 5  # large enough for the tolerance to mean something
-    model = read_model(path, base=base, dtype=jnp.float32)
+    model = read_model(path, components=base, dtype=jnp.float32)
     config = model.config
     assert (config.text, config.vision, config.feature_layer) == (kind.text, VISION, -2)
     assert config.projector == ("linear" if kind.linear else "mlp2x_gelu")
-    assert read_config(path, base=base) == config
+    assert read_config(path, components=base) == config
     ours = computed(model, rows)
     for one, other in zip(ours, (seen, projected, scores), strict=True):
         assert_close(one, other)
@@ -94,7 +94,7 @@ def test_greedy_tokens(kind, tmp_path):
     for seed in SEEDS:
         theirs, rows = parts(kind, seed), prompts(kind, seed)
         base = variants.clip_folder(tmp_path / f"clip{seed}", theirs)
-        model = read_model(variants.original(tmp_path / f"x{seed}", theirs), base=base, dtype=jnp.float32)
+        model = read_model(variants.original(tmp_path / f"x{seed}", theirs), components=base, dtype=jnp.float32)
         np.testing.assert_array_equal(decoded(model, rows), expected(kind, seed)[1])
 
 
@@ -116,13 +116,13 @@ def clip(at, kind=PHI):
 
 def test_another_type_on_request(tmp_path):
     path = variants.original(tmp_path / "x", parts(PHI), dtype=torch.float32)
-    model = read_model(path, base=clip(tmp_path), dtype=jnp.bfloat16)
+    model = read_model(path, components=clip(tmp_path), dtype=jnp.bfloat16)
     assert {str(array.dtype) for path, array in flat(model).items() if "norm" not in path} == {"bfloat16"}
 
 
 def test_rows_of_the_vocabulary_are_the_tensors(tmp_path):
     path = variants.original(tmp_path / "x", parts(PHI), vocab_size=128)
-    model = read_model(path, base=[clip(tmp_path)])
+    model = read_model(path, components=[clip(tmp_path)])
     assert model.config.text.vocab == PHI.text.vocab == 107
     assert model.decoder.embedding.shape == (107, 192)
     assert model.decoder.head.kernel.shape == (192, 107)
@@ -131,18 +131,18 @@ def test_rows_of_the_vocabulary_are_the_tensors(tmp_path):
 def test_padded_rows_of_a_base_stay(tmp_path):
     """The other way round: a tokenizer's length in config.json, padded matrices in the files."""
     path = variants.original(tmp_path / "x", parts(PHI), vocab_size=100)
-    assert read_model(path, base=[clip(tmp_path)]).config.text.vocab == 107
+    assert read_model(path, components=[clip(tmp_path)]).config.text.vocab == 107
 
 
 def test_the_order_of_parts_does_not_matter(tmp_path):
     theirs = parts(LINEAR)
     path, base = variants.stage_one("bin", "full")(tmp_path, theirs)
-    assert_same(read_model(path, base=base), read_model(path, base=base[::-1]))
+    assert_same(read_model(path, components=base), read_model(path, components=base[::-1]))
 
 
 def test_one_part_needs_no_list(tmp_path):
     path = variants.original(tmp_path / "x", parts(PHI))
-    assert_same(read_model(path, base=clip(tmp_path)), read_model(str(path), base=[str(tmp_path / "clip")]))
+    assert_same(read_model(path, components=clip(tmp_path)), read_model(str(path), components=[str(tmp_path / "clip")]))
 
 
 def test_settings_of_an_original(tmp_path):
@@ -150,7 +150,7 @@ def test_settings_of_an_original(tmp_path):
     for kind in KINDS:
         variants.clip_folder(tmp_path / kind.name, parts(kind))
         path = variants.original(tmp_path / f"x{kind.name}", parts(kind), named="openai/clip-of-some-size")
-        config = told[kind] = read_config(path, base=[tmp_path / kind.name])
+        config = told[kind] = read_config(path, components=[tmp_path / kind.name])
         assert (config.tokens, config.image_token_id) == ("reference", 0)
         assert config.vision_tower == "openai/clip-of-some-size"
     assert [told[kind].image_aspect for kind in (LLAMA, LINEAR, PHI)] == ["pad", "square", "pad"]
@@ -170,9 +170,9 @@ ON_MESH = [(LLAMA, variants.hf("bin shards")), (PHI, variants.with_clip("safeten
 def test_a_mesh_gets_the_same_parameters(kind, make, tmp_path):
     path, base = make(tmp_path, parts(kind))
     mesh = make_mesh(data=2, fsdp=1, tensor=2)
-    model = read_model(path, base=base, mesh=mesh)
+    model = read_model(path, components=base, mesh=mesh)
     assert_on(mesh, model)
-    assert_same(model, read_model(path, base=base))
+    assert_same(model, read_model(path, components=base))
 
 
 COUNTS = {  # language model, projector, vision tower

@@ -527,7 +527,7 @@ def pope_rows(folder, split: str) -> list[dict]:
 def test_graphs_are_read_as_written(test_set):
     folder, names = test_set
     assert dataset.read_graphs(folder) == dict(zip(names, TEST[:12], strict=True))
-    assert all((folder / "pictures" / name).read_bytes().startswith(b"\x89PNG") for name in names)
+    assert all((folder / "images" / name).read_bytes().startswith(b"\x89PNG") for name in names)
 
 
 def test_broken_graphs_are_named(tmp_path):
@@ -598,7 +598,7 @@ def test_training_folder_becomes_records(tmp_path):
     assert list(graphs.values()) == take(World.annotated(), "train", 0, 4)
     for record in found:
         assert isinstance(record, ImageRecord)
-        assert record.image == (tmp_path / "pictures" / record.id).read_bytes()
+        assert record.image == (tmp_path / "images" / record.id).read_bytes()
         for talk in record.conversations:
             question, answer = talk.turns[0].text.removeprefix("<image>\n"), talk.turns[1].text
             assert right(graphs[record.id], question, answer)

@@ -149,8 +149,8 @@ def test_pretraining_makes_a_projector_between_bare_parts(tmp_path, kind):
     llm, clip = makers.llm_folder(tmp_path / "llm", part), makers.clip_folder(tmp_path / "clip", part)
     assert bare(llm, [clip])
     assert not bare(clip)
-    model, _ = load_with_projector(clip, base=[llm], kind=kind, seed=1)
-    again, _ = load_with_projector(llm, base=[clip], kind=kind, seed=1)
+    model, _ = load_with_projector(clip, components=[llm], kind=kind, seed=1)
+    again, _ = load_with_projector(llm, components=[clip], kind=kind, seed=1)
     kernel = np.asarray(model.projector.linear1.kernel[...])
     assert np.array_equal(kernel, np.asarray(again.projector.linear1.kernel[...]))
     bound = kernel.shape[0] ** -0.5

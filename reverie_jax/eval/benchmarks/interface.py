@@ -187,6 +187,14 @@ class Benchmark:
     judged: ClassVar[frozenset[str]] = frozenset()
     needs: ClassVar[str]
 
+    def repeated(self, repeats: int) -> Benchmark:
+        """Return the benchmark with each answer judged several times.
+
+        Raises:
+            BenchmarkError: its judge is asked once about an answer.
+        """
+        raise BenchmarkError(f"{self.name}: judges each answer once; --repeats is for mm-vet")
+
     def load(self, data: Path) -> Loaded:
         """The questions of the official files in a folder (or of one file).
 

@@ -17,6 +17,7 @@ from reverie_jax.eval.benchmarks import files
 from reverie_jax.eval.benchmarks.interface import (
     OFFICIAL,
     Benchmark,
+    BenchmarkError,
     JudgeRequest,
     Loaded,
     ParsedAnswer,
@@ -68,6 +69,17 @@ class MmVet(Benchmark):
         if not 1 <= runs <= MOST_RUNS:
             raise ValueError(f"the judge is asked 1 to {MOST_RUNS} times about an answer, not {runs}")
         self.runs = runs
+
+    def repeated(self, repeats: int) -> MmVet:
+        """Return the benchmark with each answer judged several times.
+
+        Raises:
+            BenchmarkError: the number is out of range.
+        """
+        try:
+            return MmVet(repeats)
+        except ValueError as error:
+            raise BenchmarkError(f"--repeats {repeats}: {error}") from None
 
     def load(self, data: Path) -> Loaded:
         path = files.find(data, "mm-vet.json", "mm*vet*.json", benchmark=self)

@@ -31,19 +31,19 @@ def abstract_model(config: VLMConfig, dtype: DTypeLike) -> VisionLanguageModel:
     return nnx.eval_shape(lambda: VisionLanguageModel(config, rngs=nnx.Rngs(0), dtype=dtype))
 
 
-def read_config(path: str | Path, *, base: Sequence[str | Path] = ()) -> VLMConfig:
+def read_config(path: str | Path, *, components: Sequence[str | Path] = ()) -> VLMConfig:
     """The architecture of a checkpoint; only headers and configuration are read. See `read_model`."""
     main = recognise(path)
     if main.kind == "orbax":
         return orbax.read_config(main.place, main.raw)
-    assembly = assemble(path, base)
+    assembly = assemble(path, components)
     return dataclasses.replace(assembly.config, text=dataclasses.replace(assembly.config.text, vocab=rows(assembly)))
 
 
 def read_model(
     path: str | Path,
     *,
-    base: str | Path | Sequence[str | Path] = (),
+    components: str | Path | Sequence[str | Path] = (),
     dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
 ) -> VisionLanguageModel:
@@ -51,27 +51,27 @@ def read_model(
 
     Args:
         path: llava-hf, original LLaVA, LLaVA-pp, LoRA or Orbax folder, projector file, or one of several parts.
-        base: the parts that `path` lacks: plain language model, CLIP.
+        components: the parts that `path` lacks: plain language model, CLIP.
         dtype: of the base's matrices; norms stay float32. As stored by default.
         mesh: where parameters go, by `models.sharding`; one device by default.
 
     Raises:
         CheckpointError: anything is missing, left over, misshapen or unreadable.
     """
-    base = [base] if isinstance(base, str | Path) else list(base)
+    components = [components] if isinstance(components, str | Path) else list(components)
     main = recognise(path)
     if main.kind == "orbax":
-        if base:
-            raise CheckpointError(f"{main.place}: is whole; it has no use for {base[0]}")
+        if components:
+            raise CheckpointError(f"{main.place}: is a complete checkpoint; it takes no components ({components[0]})")
         return orbax.read_model(main.place, main.raw, dtype=dtype, mesh=mesh)
-    assembly = assemble(path, base)
+    assembly = assemble(path, components)
     config = dataclasses.replace(assembly.config, text=dataclasses.replace(assembly.config.text, vocab=rows(assembly)))
     _check_names(assembly, config)
     model = abstract_model(config, stored_dtype(assembly) if dtype is None else dtype)
     _check_shapes(assembly, config, model)
     model = _fill(assembly, config, model, mesh)
     if main.kind == "llava-lora":
-        attach_lora(model, main, base)
+        attach_lora(model, main, components)
     return model
 
 

@@ -119,7 +119,7 @@ def one_line(error, *names):
 @pytest.fixture
 def pictures(tmp_path):
     """ScienceQA's folders with a picture of one name in each, and COCO's with 12 digits."""
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     for number in (1, 2, 3):
         (folder / "train" / str(number)).mkdir(parents=True)
         (folder / "train" / str(number) / "image.png").write_bytes(png((number, 1, 0)))
@@ -179,7 +179,7 @@ def test_each_problem_shows_the_picture_of_its_own_folder(tmp_path, pictures):
 
 
 def test_a_missing_picture_is_never_another_problems(tmp_path):
-    folder = tmp_path / "pictures" / "train" / "1"
+    folder = tmp_path / "images" / "train" / "1"
     folder.mkdir(parents=True)
     (folder / "image.png").write_bytes(png())
     with pytest.raises(DataError) as error:
@@ -505,7 +505,7 @@ def reverie(monkeypatch, capsys):
 
 def test_the_command_writes_a_folder_to_annotate_once(reverie, tmp_path, pictures):
     path = written(tmp_path / "problems.json", {"1": problem(), "2": problem(image=None), "3": problem(split="test")})
-    code, out, err = reverie("data", "questions", path, "--out", tmp_path / "out", "--wrong", 1)
+    code, out, err = reverie("data", "questions", path, "--out", tmp_path / "out", "--confusing", 1)
     assert (code, out) == (0, f"1 rows: {tmp_path / 'out' / QUESTIONS}\n")
     assert "1 rows of the split 'test' are left out" in err
     assert "row 2" in err
@@ -541,7 +541,7 @@ def handed_on(monkeypatch, tmp_path, pictures, reverie):
     path = written(tmp_path / "aokvqa.json", [annotated(image_id=1), annotated(image_id=2, rationales=[])])
     assert reverie("data", "questions", path, "--out", tmp_path / "out")[0] == 0
     prompts = helpers.write_prompts(tmp_path / "prompts")
-    words = ["--out", tmp_path / "out", "--pictures", pictures, "--model", "openai:tiny", "--prompts", prompts]
+    words = ["--out", tmp_path / "out", "--images", pictures, "--model", "openai:tiny", "--prompts", prompts]
     with helpers.Memory(helpers.answer) as memory:
         code, _, err = reverie("annotate", "rationales", *words)
     assert code == 0, err

@@ -213,7 +213,7 @@ def test_files_of_no_known_form(tmp_path, rows):
 
 @pytest.fixture
 def folder(tmp_path):
-    place = tmp_path / "pictures"
+    place = tmp_path / "images"
     for name in ("a.png", "vg/VG_100K/1.jpg", "x/2.jpg", "y/2.jpg"):
         (place / name).parent.mkdir(parents=True, exist_ok=True)
         (place / name).write_bytes(png())

@@ -1,0 +1,65 @@
+"""`reverie convert`."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from reverie_jax.cli import common
+from reverie_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Convert:
+    """Convert a checkpoint or adapter to another format."""
+
+    model: Positional[str]
+    """Checkpoint: a folder or hub id (owner/name@revision), recognized by its content: llava-hf, original LLaVA or
+    LLaVA-pp (.bin or safetensors), their LoRA folders, a mm_projector.bin, or Orbax."""
+    out: Positional[Path]
+    """Output folder; it must not exist, and appears when it is complete."""
+    to: str
+    """Output format. llava-hf: transformers, vLLM. llava: original LLaVA. orbax: reverie-jax. Adapters are merged into
+    all three. peft: adapters for transformers. llava-lora: adapters for original LLaVA."""
+    components: common.Components = ()
+    """Checkpoint of a part that the model lacks: language model or CLIP tower. Repeat for each part."""
+    adapter: str | None = None
+    """PEFT adapter, LLaVA LoRA folder, or run folder of `reverie train`."""
+    dtype: str | None = None
+    """Dtype of a whole model: float32, bfloat16 or float16; as stored if omitted."""
+    shard_size: str = "5GB"
+    """Maximum size of a weights file."""
+
+    def run(self) -> None:
+        """Run the command."""
+        from reverie_jax.convert import convert
+
+        known = (*common.DTYPES, "float16")
+        dtype = None if self.dtype is None else common.parse_dtype(self.dtype, known)
+        folder = convert(
+            self.model,
+            self.out,
+            to=self.to,
+            components=self.components,
+            adapter=self.adapter,
+            dtype=dtype,
+            shard_bytes=parse_size(self.shard_size),
+        )
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        print(f"{folder}: {len(files)} files, {sum(path.stat().st_size for path in files) / 1e6:,.1f} MB")
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes of "5GB", "300MB" or a plain number.
+
+    Raises:
+        UserError: the text is not a size.
+    """
+    units = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "": 1}
+    match = re.fullmatch(r"(\d+)\s*(kb|mb|gb|)", text.strip().lower())
+    if match is None or not int(match[1]):
+        raise UserError(f"--shard-size {text}: write it as 5GB or 300MB")
+    return int(match[1]) * units[match[2]]

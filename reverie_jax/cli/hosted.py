@@ -1,0 +1,155 @@
+"""What `reverie annotate` and `reverie judge` share: options for hosted models, progress, outcomes and costs."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from reverie_jax.cli import common
+from reverie_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from reverie_jax.hosted.providers import RequestSettings
+    from reverie_jax.hosted.runner import Limits, Outcome
+    from reverie_jax.hosted.session import CostEstimate, ProgressCallback, Session
+
+INCOMPLETE = 1
+"""Exit code if some items have no usable reply: the rest is written, and a further run requests them again."""
+_NAMES = 8
+"""Names listed for each reason."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ProviderOptions:
+    """How hosted models are asked."""
+
+    structured: bool = True
+    """Request JSON by schema; --no-structured for servers without support for it."""
+    temperature: float | None = None
+    """Sampling temperature; the provider's (for judges the benchmark's) default if omitted."""
+    timeout: float = 120.0
+    """Seconds to wait for one reply."""
+    concurrency: int = 16
+    """Requests in flight at once."""
+    requests_per_minute: float | None = None
+    """Rate limit, in requests."""
+    tokens_per_minute: float | None = None
+    """Rate limit, in tokens."""
+    price: tuple[float, float] = (0.0, 0.0)
+    """Price of a million input tokens and of a million output tokens, in your currency."""
+    max_cost: float | None = None
+    """Stop before the total cost, earlier runs in the same journal included, exceeds this. Needs --price."""
+    max_tokens: int | None = None
+    """Stop before the total number of tokens, earlier runs in the same journal included, exceeds this."""
+    batch: bool = False
+    """Submit requests through the provider's batch API (gemini, openai): half the price, results within a day. Run the
+    command again to collect them."""
+    poll: float = 30.0
+    """Seconds between status checks of submitted batches."""
+
+    def limits(self) -> Limits:
+        """Return the limits.
+
+        Raises:
+            UserError: an option is out of range.
+        """
+        from reverie_jax.hosted.runner import Limits
+
+        if self.max_cost is not None and not any(self.price):
+            raise UserError("--max-cost needs --price IN OUT: the price of a million tokens")
+        common.positive(
+            concurrency=self.concurrency,
+            timeout=self.timeout,
+            requests_per_minute=self.requests_per_minute,
+            tokens_per_minute=self.tokens_per_minute,
+            poll=self.poll,
+        )
+        return Limits(
+            concurrency=self.concurrency,
+            requests=self.requests_per_minute,
+            tokens=self.tokens_per_minute,
+            price_in=self.price[0],
+            price_out=self.price[1],
+            budget=self.max_cost,
+            token_budget=self.max_tokens,
+            batch=self.batch,
+            poll=self.poll,
+        )
+
+    def settings(self) -> RequestSettings:
+        """Return the settings of each request."""
+        from reverie_jax.hosted.providers import RequestSettings
+
+        return RequestSettings(self.timeout, self.structured, self.temperature)
+
+
+def summary(outcome: Outcome) -> str:
+    """Return an outcome in a line."""
+    return f"{outcome.usable:,} new, {outcome.had:,} already answered, {len(outcome.failed):,} failed"
+
+
+def totals(session: Session) -> str:
+    """Return what the journal's requests took so far, in a line."""
+    spent = session.journal.spent()
+    price = f", cost {spent.price:.4f}" if session.how.limits.price(1, 1) else ""
+    return f"total: {spent.requests:,} requests, {spent.tokens_in:,} tokens in, {spent.tokens_out:,} tokens out{price}"
+
+
+def progress_callback(bars: common.ProgressBars) -> ProgressCallback:
+    """Return a callback that shows a session's progress: items a minute, cost, failures."""
+
+    def on_progress(step: str, total: int, outcome: Outcome, gate: Any) -> None:
+        cost = f", cost {gate.price:.3f}" if gate.price else ""
+        bars.update(step, outcome.asked, total, f"{60 * bars.speed(step):.0f}/min{cost}, {len(outcome.failed)} failed")
+
+    return on_progress
+
+
+def exit_code(outcomes: dict[str, Outcome]) -> int:
+    """Return the exit code, after a table on stderr of the reasons of missing replies."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    failed = {step: outcome for step, outcome in outcomes.items() if outcome.failed or outcome.stopped}
+    if not failed:
+        return 0
+    console = Console(stderr=True)
+    table = Table("step", "items", "reason", title="no usable reply; run the command again to retry")
+    for step, outcome in failed.items():
+        for reason, count in outcome.reasons():
+            table.add_row(step, str(count), Text(reason))
+        if outcome.stopped:
+            table.add_row(step, "", Text(f"stopped early: {outcome.stopped}"))
+    console.print(table)
+    for step, outcome in failed.items():
+        for reason, _ in outcome.reasons():
+            names = [name for name, why in outcome.failed.items() if why == reason]
+            more = f" and {len(names) - _NAMES} more" if len(names) > _NAMES else ""
+            console.print(f"{step}: {reason}: {', '.join(names[:_NAMES])}{more}", highlight=False, markup=False)
+    return INCOMPLETE
+
+
+def estimates_table(rows: list[CostEstimate]) -> Table:
+    """Return what each step would take as a table for a terminal."""
+    from rich.table import Table
+
+    table = Table(
+        "step", "answered", "to request", "tokens in", "tokens out", "cost", title="estimate; nothing was sent"
+    )
+    for row in rows:
+        numbers = (
+            f"{row.had:,}",
+            f"{row.to_ask:,}",
+            f"{row.tokens_in:,.0f}",
+            f"{row.tokens_out:,.0f}",
+            f"{row.price:.2f}",
+        )
+        table.add_row(row.stage, *numbers)
+    table.add_section()
+    requests, price = sum(row.to_ask for row in rows), sum(row.price for row in rows)
+    tokens_in, tokens_out = sum(row.tokens_in for row in rows), sum(row.tokens_out for row in rows)
+    table.add_row("total", "", f"{requests:,}", f"{tokens_in:,.0f}", f"{tokens_out:,.0f}", f"{price:.2f}")
+    return table

@@ -1,0 +1,39 @@
+"""`reverie recipes` and `reverie benchmarks`."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from tyro.conf import Positional
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipes:
+    """List the training recipes, or print one as YAML: `reverie recipes NAME > my.yaml`, edit, `reverie train my.yaml`."""
+
+    name: Positional[str | None] = None
+    """Recipe to print."""
+
+    def run(self) -> None:
+        """Run the command."""
+        from reverie_jax.train import recipes
+
+        if self.name is not None:
+            print(recipes.find_recipe(self.name).to_yaml(), end="")
+            return
+        for name, recipe in sorted(recipes.RECIPES.items()):
+            print(f"{name:21} {recipe.summary()}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Benchmarks:
+    """List the benchmarks, with their scoring rules and what they need."""
+
+    def run(self) -> None:
+        """Run the command."""
+        from reverie_jax.eval import benchmarks
+
+        for name in benchmarks.names():
+            found = benchmarks.benchmark(name)
+            judged = [f"{rule} (judge)" if rule in found.judged else rule for rule in found.rules]
+            print(f"{name:17} rules: {', '.join(judged)}\n{'':17} data: {found.needs}")
