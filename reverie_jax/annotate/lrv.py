@@ -17,8 +17,8 @@ from reverie_jax.annotate.prompts import Prompts
 from reverie_jax.annotate.schemas import INSTRUCTIONS_SCHEMA
 from reverie_jax.data.row_files import read_list, write_list
 from reverie_jax.errors import UserError
-from reverie_jax.hosted.interface import Request, RequestImage, Stage, digest
-from reverie_jax.hosted.providers import RequestSettings, parse
+from reverie_jax.hosted.interface import Request, RequestImage, RequestSettings, Stage, digest
+from reverie_jax.hosted.providers import parse
 from reverie_jax.hosted.request_key import content_of
 from reverie_jax.hosted.runner import Limits, Outcome, RequestTask
 from reverie_jax.hosted.session import CostEstimate, ProgressCallback, RequestConfig, Session

@@ -23,8 +23,8 @@ from reverie_jax.data.row_files import read_list, write_list
 from reverie_jax.data.sources import annotated, reverie
 from reverie_jax.errors import UserError
 from reverie_jax.hosted import images as pictures
-from reverie_jax.hosted.interface import AnnotationError, Refused, Request, Stage
-from reverie_jax.hosted.providers import RequestSettings, parse, shown
+from reverie_jax.hosted.interface import AnnotationError, Refused, Request, RequestSettings, Stage
+from reverie_jax.hosted.providers import parse, shown
 from reverie_jax.hosted.request_key import content_of
 from reverie_jax.hosted.runner import Limits, Outcome, RequestTask
 from reverie_jax.hosted.session import CostEstimate, ProgressCallback, RequestConfig, Session

@@ -11,7 +11,7 @@ import tyro
 from tyro.conf import OmitSubcommandPrefixes, subcommand
 
 import reverie_jax
-from reverie_jax.cli import train as training
+from reverie_jax.cli import train
 from reverie_jax.cli.annotate import Annotate
 from reverie_jax.cli.ask import Ask
 from reverie_jax.cli.convert import Convert
@@ -56,14 +56,16 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     logging.basicConfig(level=logging.WARNING, format="reverie: %(message)s")
     logging.getLogger("reverie_jax").setLevel(logging.INFO)
-    if sys.argv[1:2] == ["train"] and {"-h", "--help"} & set(sys.argv):
-        training.add_fields_to_help()
-    command = tyro.cli(
-        Command,
-        prog="reverie",
-        description="Reflective instruction tuning of vision-language models: train on rationales, measure hallucination.",
-        config=(OmitSubcommandPrefixes,),
-    )
+    try:
+        command = tyro.cli(
+            Command,
+            prog="reverie",
+            description="Reflective instruction tuning of vision-language models: train on rationales, measure hallucination.",
+            config=(OmitSubcommandPrefixes,),
+        )
+    finally:
+        if sys.argv[1:2] == ["train"] and {"-h", "--help"} & set(sys.argv):
+            print(train.field_help())
     try:
         command.run()
     except UserError as error:

@@ -11,7 +11,7 @@ from reverie_jax.errors import UserError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from reverie_jax.hosted.providers import RequestSettings
+    from reverie_jax.hosted.interface import RequestSettings
     from reverie_jax.hosted.runner import Limits, Outcome
     from reverie_jax.hosted.session import CostEstimate, ProgressCallback, Session
 
@@ -80,7 +80,7 @@ class ProviderOptions:
 
     def settings(self) -> RequestSettings:
         """Return the settings of each request."""
-        from reverie_jax.hosted.providers import RequestSettings
+        from reverie_jax.hosted.interface import RequestSettings
 
         return RequestSettings(self.timeout, self.structured, self.temperature)
 

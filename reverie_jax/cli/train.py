@@ -86,8 +86,8 @@ class Train:
         )
 
 
-def add_fields_to_help() -> None:
-    """List every field of a recipe in the help of `reverie train`: name, type and default."""
+def field_help() -> str:
+    """Return the recipe fields with type and default, as the last part of `reverie train --help`."""
     from reverie_jax.train.recipes import describe_fields
 
-    Train.__doc__ = f"{Train.__doc__}\n\nRecipe fields (type, default):\n\n{describe_fields()}"
+    return f"recipe fields (in a YAML file, or --set FIELD=VALUE):\n{describe_fields()}"

@@ -183,3 +183,25 @@ def digest(*parts: object) -> str:
     """A content's name: 32 hexadecimal digits of the SHA-256 of the parts as JSON."""
     text = json.dumps(parts, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+@dataclasses.dataclass(frozen=True)
+class RequestSettings:
+    """What a hosted model is asked with.
+
+    Attributes:
+        timeout: seconds that one reply may take.
+        structured: asks for JSON by schema where the provider can do that.
+        temperature: None leaves it to the provider.
+        longest: tokens of a reply, None leaves it to the provider.
+    """
+
+    timeout: float = 120.0
+    structured: bool = True
+    temperature: float | None = None
+    longest: int | None = None
+
+    @property
+    def version(self) -> str:
+        """What of this changes replies."""
+        return f"structured={self.structured} temperature={self.temperature} longest={self.longest}"

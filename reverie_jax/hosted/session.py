@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 from reverie_jax.errors import UserError
 from reverie_jax.hosted import batches
-from reverie_jax.hosted.interface import Stage
+from reverie_jax.hosted.interface import RequestSettings, Stage
 from reverie_jax.hosted.journal import Item, Journal
-from reverie_jax.hosted.providers import RequestSettings, parse, provider
+from reverie_jax.hosted.providers import parse, provider
 from reverie_jax.hosted.runner import DEFAULT_TOKENS, Limits, Outcome, RequestTask, run
 
 JOURNAL = "journal.sqlite"

@@ -77,7 +77,7 @@ def write_annotations(
 
 def records(folder: Path) -> Mixture:
     """A folder's annotations as records."""
-    return mixture([MixtureEntry(file=folder / ANNOTATIONS, pictures=folder / PICTURES)], ReadLog())
+    return mixture([MixtureEntry(file=folder / ANNOTATIONS, images=folder / PICTURES)], ReadLog())
 
 
 def pope_negatives(scenes: Sequence[Scene], prior: Sequence[Scene], seed: int) -> dict[str, list[list[str]]]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from reverie_jax.hosted.interface import Provider
-from reverie_jax.hosted.providers import RequestSettings
+from reverie_jax.hosted.interface import Provider, RequestSettings
 from reverie_jax.hosted.providers.local import Local
 from reverie_jax.scenes.annotator import SceneAnnotator
 from reverie_jax.scenes.dataset import read_graphs

@@ -362,6 +362,6 @@ def describe_fields() -> str:
         for field in dataclasses.fields(kind):
             if not prefix and field.name in ("sequence", "supervision", "preference"):
                 continue
-            default = "required" if field.default is dataclasses.MISSING else field.default
-            lines.append(f"{prefix}{field.name}: {field.type} = {default}")
+            default = "required" if field.default is dataclasses.MISSING else str(field.default)
+            lines.append(f"  {prefix + field.name:32} {field.type!s:40} {default}")
     return "\n".join(lines)

@@ -26,8 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from reverie_jax.hosted import providers
-from reverie_jax.hosted.interface import Refused, Reply, Request, TryAgain
-from reverie_jax.hosted.providers import RequestSettings
+from reverie_jax.hosted.interface import Refused, Reply, Request, RequestSettings, TryAgain
 from tests.data.fakes import png
 from tests.hosted import server as loopback
 from tests.hosted.server import Call, Fault, Kind

@@ -6,7 +6,7 @@ import pytest
 
 from reverie_jax.annotate import lrv
 from reverie_jax.errors import UserError
-from reverie_jax.hosted.providers import RequestSettings
+from reverie_jax.hosted.interface import RequestSettings
 from reverie_jax.hosted.runner import Limits
 from tests.hosted.server import HARMLESS, REPLY, TRANSPORT, Server, share
 

@@ -62,7 +62,7 @@ from reverie_jax.annotate.pipeline import AnnotationJob, Pipeline, decide, expor
 from reverie_jax.data.mixture import Part, mixture
 from reverie_jax.data.sources import Reading
 from reverie_jax.errors import UserError
-from reverie_jax.hosted.providers import RequestSettings
+from reverie_jax.hosted.interface import RequestSettings
 from reverie_jax.hosted.runner import Limits
 from tests.annotate import helpers
 from tests.annotate.helpers import (

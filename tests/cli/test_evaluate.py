@@ -127,7 +127,19 @@ def test_help(reverie, command):
 
 def test_eval_asks_scores_and_goes_on(reverie, data, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    words = ("eval", "--model", "scenes-base", "--benchmark", "pope", "--data", data / "pope", "--out", out, "--max-new-tokens", 8)
+    words = (
+        "eval",
+        "--model",
+        "scenes-base",
+        "--benchmark",
+        "pope",
+        "--data",
+        data / "pope",
+        "--out",
+        out,
+        "--max-new-tokens",
+        8,
+    )
     code, shown, err = reverie(*words)
     assert (code, err) == (0, "")
     assert "pope by the rule official (9 questions)" in shown
@@ -164,7 +176,9 @@ def test_several_benchmarks_at_once(reverie, data, tmp_path):
     """One model, a folder each; what needs a judge is asked, and scored later."""
     out = tmp_path / "out"
     few = ("--max-new-tokens", 3, "--batch-size", 2)
-    code, shown, err = reverie("eval", "--model", "scenes-base", "--benchmark", "mme, mmhal", "--data", data, "--out", out, *few)
+    code, shown, err = reverie(
+        "eval", "--model", "scenes-base", "--benchmark", "mme, mmhal", "--data", data, "--out", out, *few
+    )
     assert (code, err) == (0, "")
     assert "mme by the rule official (4 questions)" in shown
     assert "mmhal/predictions.jsonl: not scored: " in " ".join(shown.split())
@@ -250,7 +264,9 @@ def test_wrong_words_are_one_line(reverie, data, tmp_path, option):
     options = {"--benchmark": "pope", "--data": data / "pope", "--out": tmp_path / "out"} | {option: value}
     if option == "--noise":
         options["--against"] = "image"
-    assert refused(reverie("eval", "--model", "scenes-base", *[word for pair in options.items() for word in pair]), *words)
+    assert refused(
+        reverie("eval", "--model", "scenes-base", *[word for pair in options.items() for word in pair]), *words
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -258,11 +274,15 @@ def test_wrong_paths_are_one_line(reverie, data, mine, tmp_path):
     common = ("--data", data, "--out", tmp_path / "out")
     assert refused(reverie("eval", tmp_path / "gone", "--benchmark", "pope", *common), tmp_path / "gone")
     assert refused(reverie("eval", "--model", "scenes-base", "--benchmark", "pope,mme,pope", *common), "twice")
-    assert refused(reverie("eval", "--model", "scenes-base", "--benchmark", "pope,", *common), "unknown benchmark ''", "scienceqa")
+    assert refused(
+        reverie("eval", "--model", "scenes-base", "--benchmark", "pope,", *common), "unknown benchmark ''", "scienceqa"
+    )
     empty = tmp_path / "empty"
     empty.mkdir()
     assert refused(
-        reverie("eval", "--model", "scenes-base", "--benchmark", "pope", "--data", empty, "--out", empty), empty, "coco_pope"
+        reverie("eval", "--model", "scenes-base", "--benchmark", "pope", "--data", empty, "--out", empty),
+        empty,
+        "coco_pope",
     )
     found = ("--data", data / "pope")
     assert refused(reverie("score", "popes", "--predictions", mine, *found), "unknown benchmark 'popes'", *NAMES)
@@ -484,7 +504,18 @@ def test_two_processes_write_one_score(data, tmp_path):
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
     flags = "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=1"
-    words = [sys.executable, "-m", "reverie_jax.cli", "eval", "--model", "scenes-base", "--benchmark", "pope,mme", "--data", data]
+    words = [
+        sys.executable,
+        "-m",
+        "reverie_jax.cli",
+        "eval",
+        "--model",
+        "scenes-base",
+        "--benchmark",
+        "pope,mme",
+        "--data",
+        data,
+    ]
     words += ["--max-new-tokens", 8, "--batch-size", 2]
     environment = {**os.environ, "XLA_FLAGS": flags}
     said = []

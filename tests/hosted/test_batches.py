@@ -25,8 +25,8 @@ from reverie_jax.annotate import lrv
 from reverie_jax.annotate.pipeline import AnnotationJob, Outcome, Pipeline, export
 from reverie_jax.errors import UserError
 from reverie_jax.hosted import providers
-from reverie_jax.hosted.interface import Reply, Request
-from reverie_jax.hosted.providers import RequestSettings, gemini, openai
+from reverie_jax.hosted.interface import Reply, Request, RequestSettings
+from reverie_jax.hosted.providers import gemini, openai
 from reverie_jax.hosted.runner import Limits
 from reverie_jax.scenes.dataset import GRAPHS
 from tests.annotate import helpers

@@ -8,7 +8,7 @@ import pytest
 from reverie_jax.annotate.pipeline import RELEASED, AnnotationJob, Pipeline, export
 from reverie_jax.errors import UserError
 from reverie_jax.hosted import images
-from reverie_jax.hosted.providers import RequestSettings
+from reverie_jax.hosted.interface import RequestSettings
 from reverie_jax.hosted.runner import Limits
 from tests.data.fakes import png
 from tests.hosted.server import ALL, Server, share

@@ -15,9 +15,8 @@ import pytest
 
 from reverie_jax.annotate.pipeline import AnnotationJob, Pipeline
 from reverie_jax.errors import UserError
-from reverie_jax.hosted.interface import Reply
+from reverie_jax.hosted.interface import Reply, RequestSettings
 from reverie_jax.hosted.journal import Item, Journal
-from reverie_jax.hosted.providers import RequestSettings
 from reverie_jax.hosted.runner import Limits
 from tests.annotate import helpers
 from tests.data.fakes import png

@@ -18,7 +18,7 @@ import pytest
 from reverie_jax.annotate.pipeline import AnnotationJob, Pipeline
 from reverie_jax.errors import UserError
 from reverie_jax.hosted.interface import NoAccess
-from reverie_jax.hosted.providers import seconds
+from reverie_jax.hosted.providers.common import seconds
 from reverie_jax.hosted.runner import Limits, Outcome
 from tests.annotate import helpers
 from tests.annotate.helpers import JOURNAL, QUESTIONS, Memory, answer, load, rows_of
@@ -41,9 +41,7 @@ def ask(tmp_path):
 
     def run(count: int, limits: Limits, model: str = "openai:tiny", out: str = "out") -> Outcome:
         names = tuple(helpers.write_pictures(tmp_path / "images", count))
-        job = AnnotationJob(
-            tmp_path / out, tmp_path / "images", names, model, count=1, prompts=prompts, limits=limits
-        )
+        job = AnnotationJob(tmp_path / out, tmp_path / "images", names, model, count=1, prompts=prompts, limits=limits)
         with Pipeline(job, os.environ) as pipeline:
             return pipeline.questions()
 

@@ -2,42 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-import email.utils
 import importlib.metadata
 import re
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from reverie_jax.errors import UserError
-from reverie_jax.hosted.interface import AnnotationError, Provider, Reply, TryAgain
+from reverie_jax.hosted.interface import Provider, RequestSettings
+from reverie_jax.hosted.providers.common import key
 
-
-@dataclasses.dataclass(frozen=True)
-class RequestSettings:
-    """What a hosted model is asked with.
-
-    Attributes:
-        timeout: seconds that one reply may take.
-        structured: asks for JSON by schema where the provider can do that.
-        temperature: None leaves it to the provider.
-        longest: tokens of a reply, None leaves it to the provider.
-    """
-
-    timeout: float = 120.0
-    structured: bool = True
-    temperature: float | None = None
-    longest: int | None = None
-
-    @property
-    def version(self) -> str:
-        """What of this changes replies."""
-        return f"structured={self.structured} temperature={self.temperature} longest={self.longest}"
-
-
-TRANSFER = 600.0
-"""Seconds that a file of requests or results may take."""
 GROUP = "reverie_jax.providers"
 """Entry-point group of further providers; each is a function (model, url, settings, environment) -> Provider."""
 
@@ -81,59 +54,6 @@ def provider(model_spec: str, settings: RequestSettings, environment: Mapping[st
         raise UserError(
             f"{kind} needs a package that is not installed ({error}): pip install 'reverie-jax[{kind}]'"
         ) from None
-
-
-def key(environment: Mapping[str, str], *names: str, needed: bool = True) -> str:
-    """The first of the variables that is set.
-
-    Raises:
-        UserError: none is, and one is needed.
-    """
-    for name in names:
-        if found := environment.get(name, "").strip():
-            return found
-    if needed:
-        raise UserError(f"no key: set {' or '.join(names)} in the environment")
-    return ""
-
-
-def hide(text: str, secret: str) -> str:
-    """A message in one line, without the key; services quote keys, whole or in part."""
-    line = " ".join(text.split())
-    if len(secret) >= 4:
-        line = line.replace(secret, "***")
-    if len(secret) >= 8 and "key" in line.lower():
-        line = line.replace(secret[:8], "***").replace(secret[-4:], "***")
-    return line[:500]
-
-
-def seconds(header: str | None) -> float | None:
-    """What a Retry-After header says, in seconds or as a date."""
-    if not header:
-        return None
-    try:
-        return max(0.0, float(header))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(header).timestamp() - time.time())
-    except (ValueError, TypeError, OverflowError):
-        return None
-
-
-def read_lines(
-    content: bytes, read: Callable[[bytes], tuple[str, Reply | AnnotationError] | None]
-) -> list[tuple[str, Reply | AnnotationError]]:
-    """A batch's results, line by line; lines that make no sense are passed over.
-
-    Raises:
-        TryAgain: not one does: it is no file of results.
-    """
-    lines = [line for line in content.split(b"\n") if line.strip()]
-    found = [one for line in lines if (one := read(line)) is not None]
-    if lines and not found:
-        raise TryAgain("the service's results make no sense")
-    return found
 
 
 def _gemini(model: str, url: str | None, settings: RequestSettings, environment: Mapping[str, str]) -> Provider:

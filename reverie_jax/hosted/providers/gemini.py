@@ -14,8 +14,8 @@ from google import genai
 from google.genai import errors, types
 
 from reverie_jax.hosted.images import as_sent
-from reverie_jax.hosted.interface import AnnotationError, BatchStatus, Reply, Request, TryAgain
-from reverie_jax.hosted.providers import TRANSFER, RequestSettings, hide, read_lines, seconds
+from reverie_jax.hosted.interface import AnnotationError, BatchStatus, Reply, Request, RequestSettings, TryAgain
+from reverie_jax.hosted.providers.common import TRANSFER, hide, read_lines, seconds
 from reverie_jax.hosted.providers.google_replies import reply, status
 
 _WIRES = {"httpx", "httpx2", "httpcore", "aiohttp", "anyio", "ssl"}

@@ -10,8 +10,8 @@ from google.api_core import exceptions
 from google.protobuf.json_format import ParseError
 
 from reverie_jax.hosted.images import as_sent
-from reverie_jax.hosted.interface import Reply, Request, TryAgain
-from reverie_jax.hosted.providers import RequestSettings, hide, seconds
+from reverie_jax.hosted.interface import Reply, Request, RequestSettings, TryAgain
+from reverie_jax.hosted.providers.common import hide, seconds
 from reverie_jax.hosted.providers.google_replies import reply, status
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from reverie_jax.hosted.interface import AnnotationError, NoAccess, Refused, Reply, TryAgain
-from reverie_jax.hosted.providers import hide
+from reverie_jax.hosted.providers.common import hide
 
 
 def status(code: int | None, message: str, after: float | None, who: str, key: str) -> AnnotationError:

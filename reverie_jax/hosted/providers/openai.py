@@ -14,8 +14,17 @@ import openai
 from openai.types.chat import ChatCompletion
 
 from reverie_jax.hosted.images import as_sent
-from reverie_jax.hosted.interface import AnnotationError, BatchStatus, NoAccess, Refused, Reply, Request, TryAgain
-from reverie_jax.hosted.providers import TRANSFER, RequestSettings, hide, read_lines, seconds
+from reverie_jax.hosted.interface import (
+    AnnotationError,
+    BatchStatus,
+    NoAccess,
+    Refused,
+    Reply,
+    Request,
+    RequestSettings,
+    TryAgain,
+)
+from reverie_jax.hosted.providers.common import TRANSFER, hide, read_lines, seconds
 
 
 class OpenAI:
