@@ -48,7 +48,7 @@ def make(folder: Path, architecture: str) -> None:
 
     config = ARCHITECTURES[architecture]
     text = dataclasses.replace(config.text, vocab=32064)
-    config = dataclasses.replace(config, text=text, image_token_id=3, template="llava-hf", tokens="hf")
+    config = dataclasses.replace(config, text=text, image_token_id=3, template="llava-hf", tokenization="hf")
     model = abstract_model(config, jnp.bfloat16)
     shapes = {".".join(map(str, path)): leaf.shape for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
     folder.mkdir(parents=True)

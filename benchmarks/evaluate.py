@@ -249,7 +249,7 @@ def near_the_chip(
 def run(args: Args) -> dict[str, Any]:
     from reverie_jax.models.checkpoints.write import write_model
 
-    config = dataclasses.replace(args.config, image_token_id=3, tokens="hf")
+    config = dataclasses.replace(args.config, image_token_id=3, tokenization="hf")
     asked = " ".join(f"USER: Is there a {thing} in the image?\n{SHORT} ASSISTANT:" for thing in THINGS)
     encoder = Encoder(small_tokenizer(asked), "vicuna_v1", config.vision.patches, 3)
     processor = Processor(encoder, config.vision.image_size, context=config.text.context)

@@ -102,7 +102,7 @@ def processor(args: Args) -> Any:
         tokenizer = train_tokenizer(4000, 0)
         encoder = Encoder(tokenizer, "vicuna_v1", args.patches, tokenizer.convert_tokens_to_ids("<image>"))
     else:
-        encoder = Encoder(load_tokenizer(args.tokenizer), "vicuna_v1", args.patches, 32000, "reference")
+        encoder = Encoder(load_tokenizer(args.tokenizer), "vicuna_v1", args.patches, 32000, "llava")
     return Processor(encoder, 336)
 
 

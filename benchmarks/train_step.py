@@ -254,7 +254,7 @@ def make_work(args: Args) -> Work:
     if args.tokenizer is None:
         encoder = Encoder(small_tokenizer(), "vicuna_v1", vision.patches, 3)
     else:
-        encoder = Encoder(load_tokenizer(args.tokenizer), "vicuna_v1", vision.patches, 0, "reference")
+        encoder = Encoder(load_tokenizer(args.tokenizer), "vicuna_v1", vision.patches, 0, "llava")
     processor = Processor(encoder, vision.image_size, context=size.config.text.context)
     with tempfile.TemporaryDirectory() as place, contextlib.redirect_stdout(sys.stderr):
         folder = Path(place)
@@ -315,7 +315,7 @@ def our_model(args: Args, work: Work, folder: Path) -> VisionLanguageModel:
     from reverie_jax.train.step import adapt
 
     size = args.chosen
-    config = dataclasses.replace(size.config, image_token_id=work.processor.encoder.image_token_id, tokens="hf")
+    config = dataclasses.replace(size.config, image_token_id=work.processor.encoder.image_token_id, tokenization="hf")
     base = folder / "base"
     if base.exists():
         model = read_model(base, dtype=jnp.dtype(args.precision))
@@ -398,7 +398,7 @@ def peer_model(args: Args, work: Work, folder: Path, device: str) -> Any:
         )
     else:
         image = work.processor.encoder.image_token_id
-        config = dataclasses.replace(size.config, image_token_id=image, tokens="hf")
+        config = dataclasses.replace(size.config, image_token_id=image, tokenization="hf")
         theirs = LlavaConfig.from_dict(llava_hf_json(config, args.precision, LLAMA_SPECIAL))
         with torch.device(device):
             model = LlavaForConditionalGeneration._from_config(theirs, dtype=dtype, attn_implementation=args.attention)

@@ -20,7 +20,7 @@ from reverie_jax.data.tokenization import Encoder
 from reverie_jax.errors import UserError
 from reverie_jax.loading import Paths, as_list, checkpoint_folder, find_tokenizer, put_adapter
 from reverie_jax.models import VisionLanguageModel, lora
-from reverie_jax.models.checkpoints import adapters, identity, orbax, read_model, write
+from reverie_jax.models.checkpoints import adapters, base_checksums, orbax, read_model, write
 from reverie_jax.models.checkpoints.files import new_folder, read_json, write_json
 from reverie_jax.models.checkpoints.parts import SAID, recognise
 
@@ -44,7 +44,7 @@ class Source:
     kind: str
     base_model: str
     projector: bool
-    identity: dict[str, str]
+    base_checksums: dict[str, str]
 
 
 def convert(
@@ -102,7 +102,7 @@ def _source(model: VisionLanguageModel, src: Any, start: Path, base: list[Any], 
         recorded = read_json(part.place / adapters.ADAPTER_CONFIG).get("base_model_name_or_path")
         under = str(recorded or under)
     names = [str(name) for name in (src, *base, *([] if adapter is None else [adapter]))]
-    return Source(tuple(names), part.kind, under, part.kind == "llava-lora", identity(model))
+    return Source(tuple(names), part.kind, under, part.kind == "llava-lora", base_checksums(model))
 
 
 def special_ids(tokenizer: Any) -> dict[str, Any]:
@@ -119,7 +119,7 @@ def _write_adapter(model: VisionLanguageModel, folder: Path, to: str, source: So
         adapters.write_peft(model, folder, base=source.base_model, projector=source.projector)
     else:
         adapters.write_llava_lora(model, folder, base=source.base_model, special=special_ids(tokenizer))
-    kept = dict(source.identity)
+    kept = dict(source.base_checksums)
     if to == "llava-lora" or source.projector:
         kept.pop("projector")  # the folder brings its own
     write_json(folder / adapters.RECORD, {"base": kept, "sources": list(source.names)})
@@ -145,7 +145,7 @@ def _write_whole(
         _forget_tokens(folder, kept)
     if example.exists():
         (folder / EXAMPLE).write_bytes(example.read_bytes())
-    write_json(folder / adapters.RECORD, {"identity": identity(model)})
+    write_json(folder / adapters.RECORD, {"identity": base_checksums(model)})
 
 
 def _give_image_token(model: VisionLanguageModel, tokenizer: Any) -> None:
@@ -175,7 +175,7 @@ def _drop_image_token(model: VisionLanguageModel, tokenizer: Any) -> int | None:
     if at is None or at != model.config.image_token_id or behind:
         return None
     write.resize_vocabulary(model, at)
-    model.config = dataclasses.replace(model.config, image_token_id=0, tokens="reference")
+    model.config = dataclasses.replace(model.config, image_token_id=0, tokenization="llava")
     return at
 
 
@@ -235,9 +235,9 @@ def _write_card(folder: Path, model: VisionLanguageModel, to: str, source: Sourc
         "vision tower": (f"{config.vision_tower}, " if config.vision_tower else "")
         + f"{config.vision.layers} layers of {config.vision.hidden}, pictures of {config.vision.image_size} pixels",
         "projector": config.projector,
-        "pictures": "padded to squares" if config.image_aspect == "pad" else "cropped to squares",
-        "prompt": f"template `{config.template}`, tokens `{config.tokens}`",
-        "base" if carried else "identity": ", ".join(f"{part} `{sum}`" for part, sum in source.identity.items()),
+        "pictures": "padded to squares" if config.image_aspect_ratio == "pad" else "cropped to squares",
+        "prompt": f"template `{config.template}`, tokens `{config.tokenization}`",
+        "base" if carried else "identity": ", ".join(f"{part} `{sum}`" for part, sum in source.base_checksums.items()),
     }
     if carried:
         size = sum(a.size + b.size for _, _, a, b in carried)

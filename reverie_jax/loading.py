@@ -150,7 +150,7 @@ def as_tuned(processor: Processor, adapter: Path) -> Processor:
     return (
         processor
         if recipe.trainable == "projector"
-        else processor.using(recipe.template, aspect=recipe.image_aspect_ratio)
+        else processor.using(recipe.template, image_aspect_ratio=recipe.image_aspect_ratio)
     )
 
 

@@ -224,9 +224,9 @@ def test_card_and_identity_are_there(to, source, tmp_path):
     card = (tmp_path / "out" / "README.md").read_text("utf-8")
     assert src.name in card
     assert "reverie" in card.lower()
-    identity = json.loads((tmp_path / "out" / "reverie.json").read_text("utf-8"))
-    assert isinstance(identity, dict)
-    assert identity
+    base_checksums = json.loads((tmp_path / "out" / "reverie.json").read_text("utf-8"))
+    assert isinstance(base_checksums, dict)
+    assert base_checksums
 
 
 @pytest.mark.parametrize("to", ["llava-hf", "llava", "orbax"])
@@ -364,7 +364,7 @@ def test_what_the_weights_were_tuned_with_survives(to, aspect, clip, tmp_path):
     convert(src, tmp_path / "out", to=to, components=[clip])
     before = read_model(src, components=[clip]).config
     after = read_model(tmp_path / "out").config  # whole: the tower went with it
-    assert before.image_aspect == aspect
+    assert before.image_aspect_ratio == aspect
     for name in ("template", "tokens", "image_aspect", "feature_layer", "projector", "vision"):
         assert getattr(after, name) == getattr(before, name), name
 

@@ -133,7 +133,7 @@ class Eval:
         from reverie_jax.eval.engine import Engine, EngineShape
         from reverie_jax.loading import load_model
         from reverie_jax.models import lora
-        from reverie_jax.models.checkpoints import fingerprint, identity
+        from reverie_jax.models.checkpoints import base_checksums, weights_checksum
         from reverie_jax.train.distributed import join
 
         join(self.distributed)
@@ -141,7 +141,7 @@ class Eval:
         model, processor = load_model(self.model, components=self.components, adapter=self.adapter, **where)
         lora.merge(model)
         # The whole merged model: an adapter that was trained further is another model.
-        weights = {**identity(model), "all": fingerprint(model)}
+        weights = {**base_checksums(model), "all": weights_checksum(model)}
         shape = EngineShape(sequence_length=self.max_length, questions=self.max_questions, batch_size=self.batch_size)
         return Engine(model, processor.using(self.template), shape), weights
 
@@ -187,7 +187,7 @@ class Eval:
             predictions = predict.predict(
                 *(engine, benchmark, loaded, out, options),
                 model=Path(self.adapter or self.model).name,
-                identity=weights,
+                base_checksums=weights,
                 progress=on_progress,
             )
         if first and self.limit is not None:

@@ -22,7 +22,7 @@ from reverie_jax.data.tokenization import Encoder, Tokens
 from reverie_jax.data.tree import build_tree
 from reverie_jax.errors import UserError
 from reverie_jax.models import VLMConfig
-from reverie_jax.models.config import ImageAspect, TokenMode
+from reverie_jax.models.config import ImageAspectRatio, Tokenization
 
 _log = logging.getLogger(__name__)
 
@@ -42,22 +42,22 @@ class Processor:
 
     encoder: Encoder
     image_size: int
-    aspect: ImageAspect = "pad"
+    image_aspect_ratio: ImageAspectRatio = "pad"
     context: int = 4096
 
     @classmethod
     def of(cls, config: VLMConfig, tokenizer: Any, template: str | Template | None = None) -> Processor:
         """The processor that an architecture asks for, around its tokenizer."""
         encoder = Encoder(
-            tokenizer, template or config.template, config.vision.patches, config.image_token_id, config.tokens
+            tokenizer, template or config.template, config.vision.patches, config.image_token_id, config.tokenization
         )
-        return cls(encoder, config.vision.image_size, config.image_aspect, config.text.context)
+        return cls(encoder, config.vision.image_size, config.image_aspect_ratio, config.text.context)
 
     def using(
         self,
         template: str | Template | None = None,
-        tokens: TokenMode | None = None,
-        aspect: ImageAspect | None = None,
+        tokens: Tokenization | None = None,
+        image_aspect_ratio: ImageAspectRatio | None = None,
     ) -> Processor:
         """The same with another template, manner of tokens or of making pictures square than the checkpoint's own; the first
         two are told in the log.
@@ -71,7 +71,9 @@ class Processor:
                 "template %s, tokens %s instead of the checkpoint's %s, %s",
                 *(encoder.template.name, manner, now.template.name, now.tokens),
             )
-        return dataclasses.replace(self, encoder=encoder, aspect=aspect or self.aspect)
+        return dataclasses.replace(
+            self, encoder=encoder, image_aspect_ratio=image_aspect_ratio or self.image_aspect_ratio
+        )
 
     def tokens(self, name: str, conversations: Iterable[Conversation], more: int = 0) -> list[Tokens]:
         """Conversations as numbers. None is longer than the decoder is exact on; a tree may be: only its depth counts.
@@ -99,7 +101,7 @@ class Processor:
         """
         if not encoded:
             return np.zeros((0, self.image_size, self.image_size, 3), np.uint8)
-        return preprocess(decode(encoded, name), self.image_size, pad=self.aspect == "pad")[None]
+        return preprocess(decode(encoded, name), self.image_size, pad=self.image_aspect_ratio == "pad")[None]
 
     def __call__(self, conversations: Sequence[ImageRecord]) -> Batch:
         """One row a record: its conversations as one tree, around its picture. For tests and small use.

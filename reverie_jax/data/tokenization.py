@@ -15,7 +15,7 @@ from reverie_jax.data.llava_tokenization import PICTURE, LlavaTokenizer, show_fi
 from reverie_jax.data.templates import Template
 from reverie_jax.data.templates import template as find_template
 from reverie_jax.errors import UserError
-from reverie_jax.models.config import TokenMode
+from reverie_jax.models.config import Tokenization
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -87,8 +87,8 @@ class Encoder:
         template: a name in `TEMPLATES`, or a template.
         patches: feature tokens of one image.
         image_token_id: the placeholder's id.
-        tokens: "hf": the whole text in one pass, as transformers does, taught spans found by offsets.
-            "reference": exactly as original LLaVA does (`data.llava_tokenization`).
+        tokenization: "hf": the whole text in one pass, as transformers does, taught spans found by offsets.
+            "llava": exactly as original LLaVA does (`data.llava_tokenization`).
 
     Raises:
         UserError: an unknown template, or one that needs more than its name.
@@ -100,12 +100,12 @@ class Encoder:
         template: str | Template,
         patches: int,
         image_token_id: int,
-        tokens: TokenMode = "hf",
+        tokenization: Tokenization = "hf",
     ):
         self.tokenizer = tokenizer
         self.template = find_template(template) if isinstance(template, str) else template
-        self.patches, self.image_token_id, self.tokens = patches, image_token_id, tokens
-        self._reference = LlavaTokenizer(tokenizer) if tokens == "reference" else None
+        self.patches, self.image_token_id, self.tokenization = patches, image_token_id, tokenization
+        self._reference = LlavaTokenizer(tokenizer) if tokenization == "llava" else None
         stops = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         if (end := self.template.end or "").startswith("<|"):
             stops.append(tokenizer.convert_tokens_to_ids(end))
@@ -142,7 +142,7 @@ class Encoder:
             raise UserError(
                 f"{found} tokens for {len(shown)} pictures: the tokenizer does not make"
                 f" {IMAGE} the token {self.image_token_id} that the model expects, or the template shows no picture here;"
-                " with a tokenizer of original LLaVA use tokens='reference'"
+                " with a tokenizer of original LLaVA use tokenization='llava'"
             )
         numbers = np.asarray(ids, np.int32)
         here = numbers == placeholder

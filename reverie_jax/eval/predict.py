@@ -82,7 +82,7 @@ def predict(
     ask: PredictOptions,
     *,
     model: str,
-    identity: Mapping[str, Any],
+    base_checksums: Mapping[str, Any],
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> Path:
     """Asks everything, and writes `out`/predictions.jsonl in the questions' order, in LLaVA's form.
@@ -111,7 +111,7 @@ def predict(
         yes, no = (engine.first_token(opening, word) for word in ("Yes", "No"))
         # A tokenizer may begin both with the same token, which then says nothing.
         how = dataclasses.replace(how, track=(yes, no) if yes != no else ())
-    record = _record(benchmark, loaded, questions, engine, ask, model, identity)
+    record = _record(benchmark, loaded, questions, engine, ask, model, base_checksums)
     _first(lambda: _begin(out, record))
     talks = [conversation(question) for question in questions]
     usual = benchmark.expected_new_tokens
@@ -150,7 +150,7 @@ def _record(
     engine: Engine,
     ask: PredictOptions,
     model: str,
-    identity: Mapping[str, Any],
+    base_checksums: Mapping[str, Any],
 ) -> dict[str, Any]:
     """What a run's answers depend on."""
     digest = hashlib.sha256()
@@ -163,7 +163,7 @@ def _record(
         "content": digest.hexdigest()[:16],
         "protocol": dict(loaded.protocol),
         "model": model,
-        "identity": dict(identity),
+        "identity": dict(base_checksums),
         "dtype": engine.dtype,
         "template": encoder.template.name,
         "tokens": encoder.tokens,

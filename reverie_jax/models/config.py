@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 Activation = Literal["silu", "gelu", "quick_gelu"]
 ProjectorKind = Literal["linear", "mlp2x_gelu"]
-TokenMode = Literal["hf", "reference"]
-ImageAspect = Literal["pad", "square"]
+Tokenization = Literal["hf", "llava"]
+ImageAspectRatio = Literal["pad", "square"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,8 +85,8 @@ class VLMConfig:
     feature_layer: int = -2
     image_token_id: int = 32000
     template: str = "llava-hf"
-    tokens: TokenMode = "hf"
-    image_aspect: ImageAspect = "pad"
+    tokenization: Tokenization = "hf"
+    image_aspect_ratio: ImageAspectRatio = "pad"
     vision_tower: str = ""
 
     @property
@@ -121,7 +121,7 @@ def _llava(text: TextConfig, tower: str, **fields: Any) -> VLMConfig:
         text,
         vision_tower=tower,
         image_token_id=0,
-        tokens="reference",
+        tokenization="llava",
         **{"template": "vicuna_v1", **fields},
     )
 
@@ -131,7 +131,7 @@ ARCHITECTURES: dict[str, VLMConfig] = {
         dataclasses.replace(_VICUNA_7B, norm_eps=1e-6, max_positions=2048),
         "openai/clip-vit-large-patch14",
         projector="linear",
-        image_aspect="square",
+        image_aspect_ratio="square",
     ),
     "llava-1.5-7b": _llava(_VICUNA_7B, "openai/clip-vit-large-patch14-336"),
     "llava-1.5-13b": _llava(_VICUNA_13B, "openai/clip-vit-large-patch14-336"),

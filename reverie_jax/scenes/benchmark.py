@@ -184,7 +184,7 @@ def predict(engine: Engine, folder: Path, out: Path) -> Path:
     """Asks a model everything about a folder of scenes; see `eval.predict`."""
     benchmark = Scenes()
     ask = PredictOptions(Decoding(benchmark.new_tokens))
-    return run(engine, benchmark, benchmark.load(folder), out, ask, model="", identity={})
+    return run(engine, benchmark, benchmark.load(folder), out, ask, model="", base_checksums={})
 
 
 RATES: dict[str, tuple[str, statistics.Statistic]] = {

@@ -15,8 +15,8 @@ from orbax.checkpoint import v1 as ocp
 
 from reverie_jax.errors import UserError
 from reverie_jax.models import VisionLanguageModel
-from reverie_jax.models.checkpoints import identity
-from reverie_jax.models.checkpoints.identity import Identity
+from reverie_jax.models.checkpoints import base_checksums
+from reverie_jax.models.checkpoints.identity import Checksums
 from reverie_jax.train.recipes import Recipe
 from reverie_jax.train.step import TrainState, adapt, trainable_filter
 
@@ -67,21 +67,21 @@ class RunCheckpoints:
         ResumeError: the folder holds a run with another recipe, or on another base.
     """
 
-    def __init__(self, folder: Path, recipe: Recipe, base: Identity):
+    def __init__(self, folder: Path, recipe: Recipe, base: Checksums):
         folder.mkdir(parents=True, exist_ok=True)
         # The projector is trained with the adapters: a run brings its own.
         frozen = {part: sum for part, sum in base.items() if part != "projector"}
-        self.identity = {"base": frozen, "recipe": json.loads(recipe.to_json())}
+        self.base_checksums = {"base": frozen, "recipe": json.loads(recipe.to_json())}
         if (folder / IDENTITY).exists():
             found = read_identity(folder)
-            for what, wanted in self.identity.items():
+            for what, wanted in self.base_checksums.items():
                 if found[what] != wanted:
                     raise ResumeError(
                         f"{folder}: holds a run with another {what}; use a new folder, or the original arguments"
                     )
         elif jax.process_index() == 0:
             part = folder / f"{IDENTITY}.part"
-            part.write_text(json.dumps(self.identity, indent=2) + "\n", "utf-8")
+            part.write_text(json.dumps(self.base_checksums, indent=2) + "\n", "utf-8")
             part.replace(folder / IDENTITY)
         self._folder = (folder / "checkpoints").resolve()
         keep = ocp.training.preservation_policies
@@ -117,7 +117,7 @@ class RunCheckpoints:
                 _plain(state),
                 force=True,
                 metrics=metrics,
-                custom_metadata={**self.identity, "data": data},
+                custom_metadata={**self.base_checksums, "data": data},
             )
             self._under_way = None if response is None else (step, response)
         except Exception as error:  # Orbax and tensorstore raise what they like: OSError, ValueError, XlaRuntimeError
@@ -198,7 +198,7 @@ def load_run(model: VisionLanguageModel, folder: Path) -> Recipe:
         ResumeError: the folder holds no run, or one that was tuned on another base.
     """
     recipe = Recipe.from_json(json.dumps(read_identity(folder)["recipe"]))
-    checkpoints = RunCheckpoints(folder, recipe, identity(model))
+    checkpoints = RunCheckpoints(folder, recipe, base_checksums(model))
     if checkpoints.latest is None:
         raise ResumeError(f"{folder}: no whole checkpoint here")
     kinds = {path: leaf.dtype for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}

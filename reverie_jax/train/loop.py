@@ -20,7 +20,7 @@ from reverie_jax.data.pipeline import DatasetStats, dataset_stats, training_batc
 from reverie_jax.data.processor import Processor
 from reverie_jax.errors import UserError
 from reverie_jax.models import VisionLanguageModel, lora
-from reverie_jax.models.checkpoints import identity
+from reverie_jax.models.checkpoints import base_checksums
 from reverie_jax.models.sharding import feed, local_rows, make_mesh, place, shardings
 from reverie_jax.train.checkpoint import ResumeError, RunCheckpoints
 from reverie_jax.train.metrics import MetricsLog
@@ -83,7 +83,7 @@ def train(
     """
     started = time.perf_counter()
     mesh = mesh or make_mesh()
-    processor = processor.using(recipe.template, aspect=recipe.image_aspect_ratio)
+    processor = processor.using(recipe.template, image_aspect_ratio=recipe.image_aspect_ratio)
     try:
         records, held_out = hold_out(records, recipe.holdout)
     except ValueError as error:
@@ -101,7 +101,7 @@ def train(
             f"recipe {recipe.name}, micro-batches of {recipe.batch_size // recipe.gradient_accumulation_steps}: {error}"
         ) from None
     features = None if vision_cache is None else cached(model, processor, records, vision_cache)
-    base = identity(model)
+    base = base_checksums(model)
     fresh = adapt(model, recipe)
     if recipe.quantization is not None:
         lora.quantize(model, recipe.quantization)

@@ -15,7 +15,7 @@ from reverie_jax.data.packing import SequenceShape
 from reverie_jax.data.preferences import DPOConfig
 from reverie_jax.data.supervision import Supervision
 from reverie_jax.errors import UserError
-from reverie_jax.models.config import ImageAspect, ProjectorKind
+from reverie_jax.models.config import ImageAspectRatio, ProjectorKind
 from reverie_jax.models.layers import Remat
 from reverie_jax.models.lora import DEFAULT_TARGETS
 
@@ -74,7 +74,7 @@ class Recipe:
     preference: DPOConfig | None = None
     prefix_sharing: bool = True
     template: str | None = None
-    image_aspect_ratio: ImageAspect | None = None
+    image_aspect_ratio: ImageAspectRatio | None = None
     projector_type: ProjectorKind = "mlp2x_gelu"
     quantization: Literal["int8", "nf4"] | None = None
     rank: int = 16

@@ -43,7 +43,7 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict:
 
 @pytest.fixture(scope="module")
 def encoder(tokenizers):
-    return functools.cache(lambda template, kind: Encoder(tokenizers[kind], template, PATCHES, FILLER, "reference"))
+    return functools.cache(lambda template, kind: Encoder(tokenizers[kind], template, PATCHES, FILLER, "llava"))
 
 
 def conversation(turns: tuple[str, ...] | list[str], weights: tuple[float, ...] = ()) -> Conversation:
@@ -317,7 +317,7 @@ def test_any_prompt_is_the_originals(encoder, template, kind, turns):
 
 
 def test_v0_shows_its_example_in_prompts_only(tokenizers):
-    ours = Encoder(tokenizers["modern"], v0("Is tea hot?", "It is."), PATCHES, FILLER, "reference")
+    ours = Encoder(tokenizers["modern"], v0("Is tea hot?", "It is."), PATCHES, FILLER, "llava")
     found = ours(conversation(DESCRIBE))
     example = ["Is tea hot?", "It is."]
     expected = llama_oracle.question(SlowLlama("modern"), "llava_v0", [*example, *DESCRIBE])
@@ -329,7 +329,7 @@ def test_v0_shows_its_example_in_prompts_only(tokenizers):
     assert np.flatnonzero(taught.weights).tolist() == item.expanded(PATCHES, FILLER).taught
 
 
-@pytest.mark.parametrize("tokens", ["hf", "reference"])
+@pytest.mark.parametrize("tokens", ["hf", "llava"])
 def test_bare_v0_says_that_it_needs_its_example(tokenizers, tokens):
     with pytest.raises(UserError, match=r"v0.*example") as caught:
         Encoder(tokenizers["modern"], "v0", PATCHES, FILLER, tokens)

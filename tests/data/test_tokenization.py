@@ -119,7 +119,7 @@ def test_plain_is_the_picture_and_its_caption(tokenizers, encoder, kind):
     assert encode(conversation([f"Say what this is.\n{IMAGE}"])).ids.tolist() == one_pass(tokenizers[kind], IMAGE)
 
 
-@pytest.mark.parametrize("tokens", ["hf", "reference"])
+@pytest.mark.parametrize("tokens", ["hf", "llava"])
 def test_an_answer_stops_where_its_template_ends_it(tokenizers, tokens):
     def stops(template: str, kind: str) -> set[int]:
         return set(Encoder(tokenizers[kind], template, PATCHES, IMAGE_ID[kind], tokens).stop_ids)
@@ -255,7 +255,7 @@ def test_an_open_dialogue_is_the_answered_ones_beginning_and_the_rest_is_taught(
 @pytest.mark.parametrize("kind", ["legacy", "modern", "phi3"])
 def test_reference_mode_keeps_the_prompt_a_prefix_too(tokenizers, kind):
     template = "phi3_instruct" if kind == "phi3" else "vicuna_v1"
-    encode = Encoder(tokenizers[kind], template, PATCHES, 0, "reference")
+    encode = Encoder(tokenizers[kind], template, PATCHES, 0, "llava")
     answered = encode(conversation(DIALOGUE))
     for turns in (1, 3):
         asked = encode(conversation(DIALOGUE[:turns]))

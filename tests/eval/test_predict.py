@@ -119,7 +119,7 @@ def engine(shape=SHAPE):
     return Engine(model(), processor(), shape)
 
 
-def run(out, loaded=None, benchmark=None, ask=None, *, engine=None, model="tiny", identity=None, **more):
+def run(out, loaded=None, benchmark=None, ask=None, *, engine=None, model="tiny", base_checksums=None, **more):
     """`predict`, with what is left out as in the undisturbed run."""
     return predict(
         engine or globals()["engine"](),
@@ -128,7 +128,7 @@ def run(out, loaded=None, benchmark=None, ask=None, *, engine=None, model="tiny"
         out,
         ask or PredictOptions(Decoding(LONGEST)),
         model=model,
-        identity={"decoder": "abc"} if identity is None else identity,
+        base_checksums={"decoder": "abc"} if base_checksums is None else base_checksums,
         **more,
     )
 
@@ -503,9 +503,9 @@ def test_answers_without_their_record_are_nobodys(begun, tmp_path, asked):
     (begun / "predictions.jsonl").unlink()
     other = Engine(VisionLanguageModel(tiny.CONFIG, rngs=nnx.Rngs(5)), processor(), SHAPE)
     with pytest.raises(Stop):
-        run(begun, engine=other, identity={"decoder": "other"}, progress=_raise)
-    run(begun, engine=other, identity={"decoder": "other"})
-    run(tmp_path / "fresh", engine=other, identity={"decoder": "other"})
+        run(begun, engine=other, base_checksums={"decoder": "other"}, progress=_raise)
+    run(begun, engine=other, base_checksums={"decoder": "other"})
+    run(tmp_path / "fresh", engine=other, base_checksums={"decoder": "other"})
     assert sum(map(len, asked)) == 32
     assert same(begun, tmp_path / "fresh")
 
@@ -803,7 +803,7 @@ def _memory(out, count):
     asked = [Question(n, f"{n // 10}.png", f"Is it {n:06}?", f"{n // 10}.png") for n in range(count)]
     made = Engine(model(), processor(), EngineShape(sequence_length=512, questions=32, batch_size=16))
     ask = PredictOptions(Decoding(2))
-    path = predict(made, Made(), Loaded(asked, read), out, ask, model="tiny", identity={}, progress=look)
+    path = predict(made, Made(), Loaded(asked, read), out, ask, model="tiny", base_checksums={}, progress=look)
     with path.open() as file:
         answers = sum(1 for _ in file)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

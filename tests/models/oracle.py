@@ -30,7 +30,7 @@ class Sizes:
     @property
     def ours(self) -> VLMConfig:
         return VLMConfig(
-            self.vision, self.text, feature_layer=self.feature_layer, image_token_id=IMAGE, image_aspect="square"
+            self.vision, self.text, feature_layer=self.feature_layer, image_token_id=IMAGE, image_aspect_ratio="square"
         )
 
 

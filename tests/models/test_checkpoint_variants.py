@@ -151,16 +151,16 @@ def test_settings_of_an_original(tmp_path):
         variants.clip_folder(tmp_path / kind.name, parts(kind))
         path = variants.original(tmp_path / f"x{kind.name}", parts(kind), named="openai/clip-of-some-size")
         config = told[kind] = read_config(path, components=[tmp_path / kind.name])
-        assert (config.tokens, config.image_token_id) == ("reference", 0)
+        assert (config.tokenization, config.image_token_id) == ("llava", 0)
         assert config.vision_tower == "openai/clip-of-some-size"
-    assert [told[kind].image_aspect for kind in (LLAMA, LINEAR, PHI)] == ["pad", "square", "pad"]
+    assert [told[kind].image_aspect_ratio for kind in (LLAMA, LINEAR, PHI)] == ["pad", "square", "pad"]
     assert [told[kind].template for kind in (LLAMA, LINEAR, PHI)] == ["vicuna_v1", "vicuna_v1", "phi3_instruct"]
 
 
 @BOTH
 def test_settings_of_a_llava_hf(kind, tmp_path):
     config = read_config(variants.hf_folder(tmp_path, parts(kind), "bin"))
-    assert (config.tokens, config.image_token_id) == ("hf", IMAGE)
+    assert (config.tokenization, config.image_token_id) == ("hf", IMAGE)
 
 
 ON_MESH = [(LLAMA, variants.hf("bin shards")), (PHI, variants.with_clip("safetensors", "full"))]

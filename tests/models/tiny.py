@@ -232,7 +232,12 @@ def _computed(graph: Any, state: Any, rows: Rows) -> tuple[jax.Array, ...]:
 def anonymous(model: VisionLanguageModel) -> VisionLanguageModel:
     """Without what a config says and nothing computes: models of one architecture share a compilation."""
     model.config = dataclasses.replace(
-        model.config, vision_tower="", template="llava-hf", tokens="hf", image_aspect="pad", image_token_id=0
+        model.config,
+        vision_tower="",
+        template="llava-hf",
+        tokenization="hf",
+        image_aspect_ratio="pad",
+        image_token_id=0,
     )
     return model
 

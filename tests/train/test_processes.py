@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from reverie_jax.models.checkpoints import identity
+from reverie_jax.models.checkpoints import base_checksums
 from reverie_jax.train.checkpoint import RunCheckpoints, read_identity
 from reverie_jax.train.metrics import read_metrics
 from reverie_jax.train.recipes import Recipe
@@ -84,7 +84,7 @@ def final(folder):
     """The last checkpoint's arrays, byte by byte: what is trained, moments and step."""
     recipe = Recipe.from_json(json.dumps(read_identity(folder)["recipe"]))
     model = tiny.model()
-    points = RunCheckpoints(folder, recipe, identity(model))
+    points = RunCheckpoints(folder, recipe, base_checksums(model))
     adapt(model, recipe)
     params = nnx.state(model, lora_and_projector)
     state = TrainState(params, make_optimizer(recipe).init(params), jnp.zeros((), jnp.int32))

@@ -1,7 +1,7 @@
 """Checkpoints on disk: readers, writers, adapters, identities. The only part of `models` that touches files."""
 
 from reverie_jax.models.checkpoints.adapters import attach_adapter
-from reverie_jax.models.checkpoints.identity import fingerprint, identity
+from reverie_jax.models.checkpoints.identity import base_checksums, weights_checksum
 from reverie_jax.models.checkpoints.read import read_config, read_model
 from reverie_jax.models.checkpoints.write import write_model
 

@@ -16,7 +16,7 @@ from reverie_jax.errors import CheckpointError
 from reverie_jax.models import lora
 from reverie_jax.models.checkpoints.configs import original_json
 from reverie_jax.models.checkpoints.files import Tensors, read_json, weights_of, write_json
-from reverie_jax.models.checkpoints.identity import Identity, identity
+from reverie_jax.models.checkpoints.identity import Checksums, base_checksums
 from reverie_jax.models.checkpoints.names import (
     Entry,
     canonical,
@@ -264,10 +264,10 @@ def _check_identity(model: VisionLanguageModel, place: Path, *, brings_projector
     recorded = read_json(path).get("base")
     if not isinstance(recorded, dict):
         raise CheckpointError(f"{path}: base is {recorded!r}, no identity of a base")
-    check_identity(identity(model), recorded, str(place), ignore=("projector",) if brings_projector else ())
+    check_identity(base_checksums(model), recorded, str(place), ignore=("projector",) if brings_projector else ())
 
 
-def check_identity(found: Identity, recorded: Identity, who: str, *, ignore: Sequence[str] = ()) -> None:
+def check_identity(found: Checksums, recorded: Checksums, who: str, *, ignore: Sequence[str] = ()) -> None:
     """An adapter made on other weights is an error.
 
     Raises:

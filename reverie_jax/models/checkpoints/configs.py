@@ -11,10 +11,10 @@ from reverie_jax.models.checkpoints.files import read_json
 from reverie_jax.models.config import (
     CLIP_TOWERS,
     Activation,
-    ImageAspect,
+    ImageAspectRatio,
     ProjectorKind,
     TextConfig,
-    TokenMode,
+    Tokenization,
     VisionConfig,
     VLMConfig,
 )
@@ -190,8 +190,10 @@ def llava_hf_config(folder: Path, raw: Json) -> VLMConfig:
             feature_layer=_int(path, "vision_feature_layer", raw.get("vision_feature_layer", -2)),
             image_token_id=_int(path, key, raw.get(key, 32000)),
             template=str(raw.get("reverie_template", "phi3_instruct" if kind == "phi3" else "llava-hf")),
-            tokens=_known(path, raw, "reverie_tokens", "hf", get_args(TokenMode)),
-            image_aspect=_known(path, raw, "reverie_image_aspect", "pad" if pads else "square", get_args(ImageAspect)),
+            tokenization=_known(path, raw, "reverie_tokens", "hf", get_args(Tokenization)),
+            image_aspect_ratio=_known(
+                path, raw, "reverie_image_aspect", "pad" if pads else "square", get_args(ImageAspectRatio)
+            ),
             vision_tower=str(raw.get("reverie_vision_tower", "")),
         ),
     )
@@ -214,7 +216,7 @@ def original_config(
     _known(path, raw, "mm_vision_select_feature", "patch", ("patch",))
     _known(path, raw, "mm_use_im_start_end", False, (False,))
     _known(path, raw, "mm_patch_merge_type", "flat", ("flat",))
-    aspect = _known(path, raw, "image_aspect_ratio", "square", get_args(ImageAspect))
+    aspect = _known(path, raw, "image_aspect_ratio", "square", get_args(ImageAspectRatio))
     if raw.get("mm_resampler_type"):
         raise CheckpointError(f"{path}: mm_resampler_type {raw['mm_resampler_type']!r} is not supported")
     layer = raw.get("mm_vision_select_layer")
@@ -228,8 +230,8 @@ def original_config(
             # The format has no such token; a feature takes the place whatever stands there.
             image_token_id=_int(path, "image_token_index", raw.get("image_token_index", 0)),
             template=str(raw.get("reverie_template", "phi3_instruct" if text.fused else "vicuna_v1")),
-            tokens=_known(path, raw, "reverie_tokens", "reference", get_args(TokenMode)),
-            image_aspect=aspect,
+            tokenization=_known(path, raw, "reverie_tokens", "llava", get_args(Tokenization)),
+            image_aspect_ratio=aspect,
             vision_tower=tower_name(raw),
         ),
     )
@@ -286,8 +288,8 @@ def _ours_json(config: VLMConfig) -> Json:
     """What travels with a checkpoint and no other format has a key for."""
     return {
         "reverie_template": config.template,
-        "reverie_tokens": config.tokens,
-        "reverie_image_aspect": config.image_aspect,
+        "reverie_tokens": config.tokenization,
+        "reverie_image_aspect": config.image_aspect_ratio,
         **({"reverie_vision_tower": config.vision_tower} if config.vision_tower else {}),
     }
 
@@ -335,9 +337,9 @@ def original_json(config: VLMConfig, dtype: str, special: Json) -> Json:
         "mm_patch_merge_type": "flat",
         "mm_use_im_start_end": False,
         "mm_use_im_patch_token": False,
-        "image_aspect_ratio": config.image_aspect,
+        "image_aspect_ratio": config.image_aspect_ratio,
         # Only where the tokenizer has such a token: the original has none.
-        **({"image_token_index": config.image_token_id} if config.tokens == "hf" else {}),
+        **({"image_token_index": config.image_token_id} if config.tokenization == "hf" else {}),
         "freeze_mm_mlp_adapter": False,
         "tune_mm_mlp_adapter": False,
         TOWER_KEY: _vision_json(config.vision),
@@ -347,7 +349,7 @@ def original_json(config: VLMConfig, dtype: str, special: Json) -> Json:
 
 def preprocessor_json(config: VLMConfig) -> Json:
     """preprocessor_config.json: transformers' LLaVA processor where pictures are padded, CLIP's where they are cropped."""
-    size, pads = config.vision.image_size, config.image_aspect == "pad"
+    size, pads = config.vision.image_size, config.image_aspect_ratio == "pad"
     return {
         "image_processor_type": "LlavaImageProcessor" if pads else "CLIPImageProcessor",
         **({"do_pad": True} if pads else {}),

@@ -11,7 +11,7 @@ from flax import nnx
 
 from reverie_jax.models.vlm import VisionLanguageModel
 
-Identity = dict[str, str]
+Checksums = dict[str, str]
 
 # A few tensors of every layer. Neither embedding nor head: the same weights come with 32,000 rows and with 32,064.
 _LOOKED_AT = {
@@ -35,7 +35,7 @@ def _checksum(x: jax.Array) -> jax.Array:
     return bits
 
 
-def fingerprint(model: VisionLanguageModel) -> str:
+def weights_checksum(model: VisionLanguageModel) -> str:
     """Content of every parameter, adapters too, as a short hex string."""
     digest = hashlib.sha256()
     for path, leaf in sorted(nnx.to_flat_state(nnx.state(model, nnx.Param)), key=lambda pair: pair[0]):
@@ -44,7 +44,7 @@ def fingerprint(model: VisionLanguageModel) -> str:
     return digest.hexdigest()[:16]
 
 
-def identity(model: VisionLanguageModel) -> Identity:
+def base_checksums(model: VisionLanguageModel) -> Checksums:
     """Shapes and content of decoder, tower and projector, each as a short hex string; adapters do not count."""
     flat = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
     found = {}
