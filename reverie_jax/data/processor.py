@@ -56,7 +56,7 @@ class Processor:
     def using(
         self,
         template: str | Template | None = None,
-        tokens: Tokenization | None = None,
+        tokenization: Tokenization | None = None,
         image_aspect_ratio: ImageAspectRatio | None = None,
     ) -> Processor:
         """The same with another template, manner of tokens or of making pictures square than the checkpoint's own; the first
@@ -64,12 +64,12 @@ class Processor:
         """
         now = self.encoder
         chosen = now.template if template is None else template
-        manner = tokens or now.tokens
+        manner = tokenization or now.tokenization
         encoder = Encoder(now.tokenizer, chosen, now.patches, now.image_token_id, manner)
-        if (encoder.template.name, manner) != (now.template.name, now.tokens):
+        if (encoder.template.name, manner) != (now.template.name, now.tokenization):
             _log.warning(
                 "template %s, tokens %s instead of the checkpoint's %s, %s",
-                *(encoder.template.name, manner, now.template.name, now.tokens),
+                *(encoder.template.name, manner, now.template.name, now.tokenization),
             )
         return dataclasses.replace(
             self, encoder=encoder, image_aspect_ratio=image_aspect_ratio or self.image_aspect_ratio

@@ -31,7 +31,7 @@ def key_of(model: VisionLanguageModel, processor: Processor, records: Sequence[I
     """What features depend on: the tower's content, the layer, how pictures are made square, and which they are."""
     config = model.config
     digest = hashlib.sha256()
-    tower = base_checksums(model)["vision"], config.feature_layer, config.vision.image_size, processor.aspect
+    tower = base_checksums(model)["vision"], config.feature_layer, config.vision.image_size, processor.image_aspect_ratio
     digest.update(repr((tower, str(model.compute_dtype), len(records))).encode())
     for record in (records[number] for number in range(len(records))):
         digest.update(record.id.encode() + b"\0" + hashlib.sha256(record.image).digest())

@@ -86,14 +86,14 @@ def by_hand(model, preference, base):
             for name, side in weighted.items():
                 alone = element(build_tree([unsupervised(side)]), processor.pixels(one.image, one.id))
                 alone = stack([row([alone], SequenceShape(120, 1), processor.encoder.patches)], 1)
-                for who, net in (("policy", model), ("llava", base)):
+                for who, net in (("policy", model), ("reference", base)):
                     table = torch.tensor(np.asarray(logps(net, alone))[0])
                     picked = table[torch.arange(len(side) - 1), torch.tensor(side.ids[1:].astype(np.int64))]
                     weights = torch.tensor(side.weights[1:])
                     total = (weights * picked).sum()
                     sums[name, who] = total / weights.sum() if preference.average else total
-            margin = (sums["chosen", "policy"] - sums["chosen", "llava"]) - (
-                sums["rejected", "policy"] - sums["rejected", "llava"]
+            margin = (sums["chosen", "policy"] - sums["chosen", "reference"]) - (
+                sums["rejected", "policy"] - sums["rejected", "reference"]
             )
             loss = -preference.weight * torch.nn.functional.logsigmoid(preference.beta * margin)
             losses.append(float(loss - preference.sft * sums["chosen", "policy"]))
