@@ -72,7 +72,7 @@ def test_an_axis_holds_its_values(values):
         ({"answer": "", "options": {"A": "cat"}}, ""),
         ({"answers": ("red", "red", "blue")}, "red, blue"),
         ({"truth": ["dog", "cat"]}, "dog, cat"),
-        ({"llava": "two cups"}, "two cups"),
+        ({"reference": "two cups"}, "two cups"),
         ({}, ""),
     ],
 )
