@@ -7,7 +7,7 @@ LINE := $(shell $(PYTHON) -c 'import sys; print(f"py{sys.version_info[0]}{sys.ve
 PINS := $(wildcard constraints/$(LINE).txt)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(addprefix --constraint ,$(PINS))
 
-.PHONY: demo test lint types suite test-slow test-old-sdk test-gpu bench clean
+.PHONY: demo test lint types suite docs test-slow test-old-sdk test-gpu bench clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/reverie demo
@@ -24,6 +24,10 @@ types: $(VENV)/.test
 # Two workers, a file to a worker: fixtures and compiled programs are shared within a file.
 suite: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Warnings are errors (`strict: true` in mkdocs.yml). The site is in build/site.
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --quiet --strict
 
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow
@@ -51,6 +55,10 @@ $(VENV)/.runtime: pyproject.toml $(PINS) | $(VENV)/bin/python
 $(VENV)/.test: pyproject.toml $(PINS) | $(VENV)/bin/python
 	$(PIP) --editable '.[test]'
 	touch $@ $(VENV)/.runtime
+
+$(VENV)/.docs: pyproject.toml $(PINS) | $(VENV)/bin/python
+	$(PIP) --editable '.[docs]'
+	touch $@
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
