@@ -79,7 +79,7 @@ class Args:
     """Questions a picture."""
     peer_images: int = 4
     """Pictures that the peer is asked about in a round."""
-    new_tokens: int = 2
+    max_new_tokens: int = 2
     """Tokens of an answer."""
     rounds: int = 3
     """Timed rounds of each side, alternating."""
@@ -176,8 +176,8 @@ class Peer:
                     input_ids=ids.to(self.device),
                     attention_mask=mask.to(self.device),
                     pixel_values=pixels,
-                    max_new_tokens=self.args.new_tokens,
-                    min_new_tokens=self.args.new_tokens,
+                    max_new_tokens=self.args.max_new_tokens,
+                    min_new_tokens=self.args.max_new_tokens,
                     do_sample=False,
                     eos_token_id=None,
                     pad_token_id=0,
@@ -192,7 +192,7 @@ class Ours:
 
     def __init__(self, args: Args, model: VisionLanguageModel, processor: Processor, shown: Sequence[ImageQuestions]):
         shape = EngineShape(sequence_length=4096, questions=32, batch_size=args.rows)
-        self.engine, self.how, self.shown = Engine(model, processor, shape), Decoding(args.new_tokens), shown
+        self.engine, self.how, self.shown = Engine(model, processor, shape), Decoding(args.max_new_tokens), shown
         # No token's id: random weights end no answer, and must not end one by chance on one side.
         self.engine.encoder.stop_ids = (model.config.text.vocab,)
         self.engine.encoder.decode = lambda ids: " ".join(map(str, ids))  # type: ignore[method-assign]
@@ -235,7 +235,7 @@ def near_the_chip(
     flops = layers + len(ours.shown) * (tower + 2 * sum(sizes.projector) * vision.patches)
     read = 0
     for group in ours.shapes():
-        steps = group["batches"] * (args.new_tokens - 1)
+        steps = group["batches"] * (args.max_new_tokens - 1)
         kv = 2 * group["rows"] * group["tokens"] * text.kv_heads * text.head_dim * text.layers
         read += steps * width * (sizes.layers + sizes.head + kv)
     return {
@@ -269,7 +269,7 @@ def run(args: Args) -> dict[str, Any]:
             "image_tokens": config.vision.patches,
             "pictures": args.images,
             "questions_a_picture": args.questions,
-            "new_tokens": args.new_tokens,
+            "new_tokens": args.max_new_tokens,
             "shapes": ours.shapes(),
         }
         best = 1

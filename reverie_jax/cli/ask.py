@@ -46,6 +46,6 @@ class Ask:
         open_turns = [Conversation((Turn("user", f"{IMAGE}\n{text}"),)) for text in self.question]
         engine = Engine(model, processor, EngineShape(batch_size=1))
         request = ImageQuestions(str(self.image), encoded, list(enumerate(open_turns)))
-        answers = engine.answer([request], new_tokens=96 if self.max_new_tokens is None else self.max_new_tokens)
+        answers = engine.answer([request], max_new_tokens=96 if self.max_new_tokens is None else self.max_new_tokens)
         for number, text in enumerate(self.question):
             print(f"{text}\n  {answers[number]}")

@@ -10,7 +10,7 @@ from reverie_jax.cli import common
 from reverie_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from reverie_jax.eval.benchmarks.interface import Benchmark, Loaded
+    from reverie_jax.eval.benchmarks.interface import Benchmark, BenchmarkData
     from reverie_jax.eval.decode import Decoding
     from reverie_jax.eval.engine import Engine
 
@@ -85,7 +85,7 @@ class Eval:
 
         self._check()
         found = [
-            (one, files.shown_from(one.load(data), self.images), out)
+            (one, files.with_images(one.load(data), self.images), out)
             for one, data, out in places(self.benchmark, self.data, self.out)
         ]
         for one, _, _ in found:
@@ -117,7 +117,7 @@ class Eval:
             limit=self.limit,
         )
 
-    def _dump_prompts(self, benchmarks: list[Loaded], path: Path) -> None:
+    def _dump_prompts(self, benchmarks: list[BenchmarkData], path: Path) -> None:
         from reverie_jax.eval.predict import dump_prompts
         from reverie_jax.loading import as_tuned, load_processor
 
@@ -153,7 +153,7 @@ class Eval:
             beams = 1 if self.temperature or self.contrast else benchmark.beams
         try:
             return Decoding(
-                self.max_new_tokens or benchmark.new_tokens,
+                self.max_new_tokens or benchmark.max_new_tokens,
                 beams=beams,
                 temperature=self.temperature,
                 top_p=self.top_p,
@@ -167,7 +167,7 @@ class Eval:
             raise UserError(str(error)) from None
 
     def _predict(
-        self, engine: Engine, benchmark: Benchmark, loaded: Loaded, out: Path, weights: dict[str, str]
+        self, engine: Engine, benchmark: Benchmark, loaded: BenchmarkData, out: Path, weights: dict[str, str]
     ) -> Path | None:
         """Write the answers; return their file if this process is to score it."""
         import jax
@@ -194,7 +194,7 @@ class Eval:
             print(f"{predictions}: {len(questions)} of {len(loaded.questions)} answers, not scored")
         return predictions if first and self.limit is None else None
 
-    def _score(self, benchmark: Benchmark, loaded: Loaded, predictions: Path, out: Path) -> None:
+    def _score(self, benchmark: Benchmark, loaded: BenchmarkData, predictions: Path, out: Path) -> None:
         from rich.console import Console
 
         from reverie_jax.cli.score import score_table

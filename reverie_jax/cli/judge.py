@@ -14,7 +14,7 @@ from tyro.conf import OmitArgPrefixes
 from reverie_jax.cli import common, hosted
 
 if TYPE_CHECKING:
-    from reverie_jax.eval.benchmarks.interface import JudgeRequest, Loaded
+    from reverie_jax.eval.benchmarks.interface import BenchmarkData, JudgeRequest
     from reverie_jax.eval.judge import Generate
 
 
@@ -91,7 +91,7 @@ class Judge:
         raise SystemExit(hosted.exit_code({"judge": made.outcome}))
 
 
-def _local(checkpoint: str, loaded: Loaded, max_new_tokens: int) -> Generate:
+def _local(checkpoint: str, loaded: BenchmarkData, max_new_tokens: int) -> Generate:
     """Return a judge that is one of our own models: greedy, each request a conversation."""
 
     def generate(requests: Sequence[JudgeRequest]) -> list[str]:
@@ -100,7 +100,7 @@ def _local(checkpoint: str, loaded: Loaded, max_new_tokens: int) -> Generate:
 
         model, processor = common.load_merged(checkpoint, (), None)
         records = [
-            ask(None if request.image is None else loaded.picture(request.image), request.prompt)
+            ask(None if request.image is None else loaded.read_image(request.image), request.prompt)
             for request in requests
         ]
         return answers(model, processor, records, max_new_tokens=max_new_tokens)

@@ -14,7 +14,7 @@ from reverie_jax.errors import UserError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from reverie_jax.eval.benchmarks.interface import Benchmark, Loaded
+    from reverie_jax.eval.benchmarks.interface import Benchmark, BenchmarkData
     from reverie_jax.eval.score import Score as Result
 
 _ROWS = 16
@@ -86,7 +86,12 @@ class Score:
         return rules
 
     def _score(
-        self, benchmark: Benchmark, loaded: Loaded, rule: str | None, second: bool = False, replies: Path | None = None
+        self,
+        benchmark: Benchmark,
+        loaded: BenchmarkData,
+        rule: str | None,
+        second: bool = False,
+        replies: Path | None = None,
     ) -> Result:
         from reverie_jax.eval.score import score
 
@@ -95,7 +100,7 @@ class Score:
         replies = replies if second else self.replies
         return score(benchmark, loaded, predictions, rule, replies=replies, partial=self.partial)
 
-    def _content(self, benchmark: Benchmark, loaded: Loaded, results: list[Result]) -> dict[str, Any]:
+    def _content(self, benchmark: Benchmark, loaded: BenchmarkData, results: list[Result]) -> dict[str, Any]:
         """Return what --json prints."""
         from reverie_jax.eval.score import agreement, compare
 
@@ -120,7 +125,7 @@ class Score:
             with common.writing(self.out / SCORES):
                 write_score(result, self.out / SCORES)
 
-    def _export(self, benchmark: Benchmark, loaded: Loaded, folder: Path) -> list[Path]:
+    def _export(self, benchmark: Benchmark, loaded: BenchmarkData, folder: Path) -> list[Path]:
         """Write the files that the benchmark's server or script reads; they need no score."""
         from reverie_jax.eval.benchmarks import files
 

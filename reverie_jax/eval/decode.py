@@ -42,7 +42,7 @@ class Decoding:
         track: tokens whose log-probability as an answer's first one is wanted too.
     """
 
-    new_tokens: int
+    max_new_tokens: int
     beams: int = 1
     length_penalty: float = 1.0
     temperature: float = 0.0
@@ -55,7 +55,7 @@ class Decoding:
     track: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.new_tokens < 1 or self.beams < 1:
+        if self.max_new_tokens < 1 or self.beams < 1:
             raise ValueError("new_tokens and beams must be at least 1")
         if self.beams > 1 and (self.temperature or self.contrast):
             raise ValueError("beam search goes with neither sampling nor a contrast")
@@ -81,7 +81,7 @@ class Stream(NamedTuple):
 
 
 def prefill(
-    model: VisionLanguageModel, batch: Batch, new_tokens: int, pixels: Any = None
+    model: VisionLanguageModel, batch: Batch, max_new_tokens: int, pixels: Any = None
 ) -> tuple[Float[Array, "B Q V"], Stream]:
     """Runs the rows once.
 
@@ -96,7 +96,7 @@ def prefill(
     at_leaf = jnp.take_along_axis(hidden, batch.leaves[:, :, None], axis=1)
     depth = jnp.take_along_axis(batch.positions, batch.leaves, axis=1) + 1
     layers, rows, _, heads, width = prefix.k.shape
-    empty = jnp.zeros((layers, rows, batch.leaves.shape[1], new_tokens, heads, width), prefix.k.dtype)
+    empty = jnp.zeros((layers, rows, batch.leaves.shape[1], max_new_tokens, heads, width), prefix.k.dtype)
     stream = Stream(prefix, KV(empty, empty), batch.leaves, depth, batch.ends)
     return model.decoder.logits(at_leaf), stream
 
@@ -153,14 +153,14 @@ def generate(
     Returns:
         Tokens, and log-probabilities of the N tracked ones in the first place (without any contrast).
     """
-    scores, stream = prefill(model, batch, how.new_tokens)
+    scores, stream = prefill(model, batch, how.max_new_tokens)
     tracked = jax.nn.log_softmax(scores, axis=-1)[..., jnp.asarray(how.track, jnp.int32)]
     if how.beams > 1:
         return _beam_search(model, batch, scores, stream, how, stops), tracked
     streams = [stream]
     if how.contrast:
         pixels = distorted(model, batch, how) if how.contrast == "image" else None
-        contrasted, second = prefill(model, batch if other is None else other, how.new_tokens, pixels)
+        contrasted, second = prefill(model, batch if other is None else other, how.max_new_tokens, pixels)
         streams.append(second)
         scores = contrast(scores, contrasted, how.alpha, how.beta)
     return _one_by_one(model, batch, scores, streams, how, stops), tracked
@@ -182,11 +182,11 @@ def _one_by_one(
         return jnp.where(jnp.isin(token, jnp.asarray(stops, jnp.int32)), end, token)
 
     token = jnp.where(batch.questions < 0, end, choose(scores, 0))
-    out = jnp.full((*token.shape, how.new_tokens), end, jnp.int32).at[:, :, 0].set(token)
+    out = jnp.full((*token.shape, how.max_new_tokens), end, jnp.int32).at[:, :, 0].set(token)
 
     def more(carry: tuple[Any, ...]) -> Array:
         step, token, _, _ = carry
-        return (step < how.new_tokens - 1) & (token != end).any()
+        return (step < how.max_new_tokens - 1) & (token != end).any()
 
     def one(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         step, token, out, streams = carry
@@ -247,7 +247,7 @@ def _beam_search(
     stops: tuple[int, ...],
 ) -> Int[Array, "B Q T"]:
     """transformers' beam search (`early_stopping=False`), for all leaves at once and each by itself."""
-    beams, longest = how.beams, how.new_tokens
+    beams, longest = how.beams, how.max_new_tokens
     rows, leaves = batch.leaves.shape
     # Beams of a leaf stand side by side, and share its ancestors.
     wide = jax.tree.map(lambda x: jnp.repeat(x, beams, axis=2), stream.suffix)

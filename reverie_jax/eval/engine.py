@@ -219,7 +219,7 @@ class Engine:
         self,
         pictures: Sequence[ImageQuestions],
         *,
-        new_tokens: int,
+        max_new_tokens: int,
         progress: Callable[[int], None] = lambda answered: None,
     ) -> dict[int, str]:
         """Each question's greedy answer, by the question's number, in the order of the questions.
@@ -231,7 +231,7 @@ class Engine:
         Raises: as `stream`.
         """
         answers: dict[int, str] = {}
-        how = Decoding(new_tokens)
+        how = Decoding(max_new_tokens)
         for found in self.stream(self.prepare(pictures, how), how):
             answers |= {number: answer.text for number, answer in found.items()}
             progress(len(found))
@@ -252,8 +252,8 @@ class Engine:
             raise ValueError("two questions carry the same number; answers could not be told apart")
         # A question that is drawn for twice may have two answers.
         once, same = (pictures, {}) if how.temperature else _once(pictures)
-        spread, length = self._spread, min(usual or how.new_tokens, how.new_tokens)
-        leaves = min(self.shape.questions, self._room(how.new_tokens, how))
+        spread, length = self._spread, min(usual or how.max_new_tokens, how.max_new_tokens)
+        leaves = min(self.shape.questions, self._room(how.max_new_tokens, how))
         rows = min(self.shape.batch_size, spread * max(1, self._room(length, how) // leaves))
         limit = dataclasses.replace(self.shape, questions=leaves, batch_size=rows)
         return Work(plan(once, self.processor, limit, spread=spread, disturb=how.contrast == "instruction"), same)
@@ -262,10 +262,10 @@ class Engine:
     def _spread(self) -> int:
         return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
 
-    def _room(self, new_tokens: int, how: Decoding) -> int:
+    def _room(self, max_new_tokens: int, how: Decoding) -> int:
         """How many leaves' answers of that length are decoded together on the devices of one row."""
         streams = how.beams + bool(how.contrast)
-        return max(1, SUFFIX_BYTES // (self._token_bytes * new_tokens * streams))
+        return max(1, SUFFIX_BYTES // (self._token_bytes * max_new_tokens * streams))
 
     def stream(
         self, work: Work, how: Decoding, *, usual: int | None = None, skip: int = 0
@@ -315,11 +315,13 @@ class Engine:
 
     def _answers(self, batch: Batch, other: Batch | None, how: Decoding, usual: int | None) -> dict[int, Answer]:
         end, numbers = self.encoder.stop_ids[0], _whole(batch.questions)
-        if usual is not None and usual < how.new_tokens and how.beams == 1:
-            ids, tracked = self._run(batch, other, dataclasses.replace(how, new_tokens=usual))
+        if usual is not None and usual < how.max_new_tokens and how.beams == 1:
+            ids, tracked = self._run(batch, other, dataclasses.replace(how, max_new_tokens=usual))
             if (long := (ids[..., -1] != end) & (numbers >= 0)).any():
                 full = self._in_parts(batch, other, how)
-                ids = np.concatenate([ids, np.full((*ids.shape[:2], how.new_tokens - usual), end, ids.dtype)], axis=2)
+                ids = np.concatenate(
+                    [ids, np.full((*ids.shape[:2], how.max_new_tokens - usual), end, ids.dtype)], axis=2
+                )
                 ids[long] = full[long]
         else:
             ids, tracked = self._run(batch, other, how)
@@ -333,7 +335,7 @@ class Engine:
     def _in_parts(self, batch: Batch, other: Batch | None, how: Decoding) -> Int[np.ndarray, "B Q T"]:
         """Rows with long answers, as many together as their KV has room."""
         rows, leaves = batch.leaves.shape
-        part = min(rows, self._spread * max(1, self._room(how.new_tokens, how) // leaves))
+        part = min(rows, self._spread * max(1, self._room(how.max_new_tokens, how) // leaves))
         while rows % part:
             part -= self._spread
 
@@ -426,5 +428,5 @@ def generate(
     # Long enough for any one conversation; a record's tree takes several rows where it is longer.
     shape = EngineShape(sequence_length=max(2048, processor.context), batch_size=min(8, max(1, len(pictures))))
     engine = Engine(model, processor, shape, mesh=mesh)
-    answers = engine.answer(pictures, new_tokens=max_new_tokens)
+    answers = engine.answer(pictures, max_new_tokens=max_new_tokens)
     return [answers[n] for n in range(number)]

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from reverie_jax.errors import UserError
-from reverie_jax.eval.benchmarks.interface import Benchmark, JudgeRequest, Loaded
+from reverie_jax.eval.benchmarks.interface import Benchmark, BenchmarkData, JudgeRequest
 from reverie_jax.eval.judge_replies import REPLIES, JudgeReply, of_answers, read_replies, write
 from reverie_jax.hosted.interface import Refused, Request, RequestImage, digest
 from reverie_jax.hosted.journal import Item, Spent
@@ -109,7 +109,12 @@ class _JudgePlan(NamedTuple):
 
 
 def _judge_plan(
-    benchmark: Benchmark, loaded: Loaded, answers: Mapping[str, str], rule: str, folder: Path | None, images: bool
+    benchmark: Benchmark,
+    loaded: BenchmarkData,
+    answers: Mapping[str, str],
+    rule: str,
+    folder: Path | None,
+    images: bool,
 ) -> _JudgePlan:
     if rule not in benchmark.judged:
         named = (
@@ -146,11 +151,13 @@ def _places(who: Sequence[str], out: Path) -> dict[str, Path]:
     return places
 
 
-def _task(benchmark: Benchmark, loaded: Loaded, request: JudgeRequest, who: str, how: RequestConfig) -> RequestTask:
+def _task(
+    benchmark: Benchmark, loaded: BenchmarkData, request: JudgeRequest, who: str, how: RequestConfig
+) -> RequestTask:
     shown = request.image is not None
 
     def encoded() -> bytes:
-        return loaded.picture(request.image) if request.image is not None else b""
+        return loaded.read_image(request.image) if request.image is not None else b""
 
     fields = {"benchmark": benchmark.name, "id": request.id, "prompt": digest(request.prompt)}
     content = content_of(STAGE, hashlib.sha256(encoded()).hexdigest()[:32], fields)
@@ -173,7 +180,7 @@ def _there(reply: str) -> str:
 
 def judge(
     benchmark: Benchmark,
-    loaded: Loaded,
+    loaded: BenchmarkData,
     answers: Mapping[str, str],
     rule: str,
     *,
@@ -244,7 +251,7 @@ def judge(
 
 def estimate(
     benchmark: Benchmark,
-    loaded: Loaded,
+    loaded: BenchmarkData,
     answers: Mapping[str, str],
     rule: str,
     *,

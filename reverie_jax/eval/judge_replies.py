@@ -7,14 +7,13 @@ of the templates), `answers` (short digest of what was judged), `temperature`.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from reverie_jax.errors import UserError
 from reverie_jax.eval.benchmarks import files
 from reverie_jax.eval.benchmarks.interface import BenchmarkError
+from reverie_jax.files import atomic_write
 from reverie_jax.hosted.interface import digest
 
 REPLIES = "replies.jsonl"
@@ -41,15 +40,7 @@ class JudgeReply(NamedTuple):
 
 def write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """JSON lines; the file is the old one or the new one, never half of it."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        with part.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+    atomic_write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 _SAME = {
@@ -83,7 +74,7 @@ def read_replies(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
         for name, values in said.items():
             values.add(row.get(name))
 
-    files.made(path, "judge's reply", take, least=0)
+    files.parse_rows(path, "judge's reply", take, least=0)
     for name, many in _SAME.items():
         if len(said[name]) > 1:
             values = ", ".join(sorted(map(str, said[name])))

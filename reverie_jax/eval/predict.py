@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,10 @@ from reverie_jax.data.reflection import WHY
 from reverie_jax.data.tokenization import Encoder
 from reverie_jax.errors import UserError
 from reverie_jax.eval.benchmarks.files import PREDICTIONS, RUN
-from reverie_jax.eval.benchmarks.interface import Benchmark, Loaded, Question
+from reverie_jax.eval.benchmarks.interface import Benchmark, BenchmarkData, Question
 from reverie_jax.eval.decode import Decoding
 from reverie_jax.eval.engine import Answer, Engine
+from reverie_jax.files import atomic_path, write_json
 
 STAGES = ("first", "rationales", "answers")
 """Each has a file of its own while a run is under way."""
@@ -50,7 +50,7 @@ class PredictOptions:
     reflect: bool = False
     limit: int | None = None
 
-    def questions(self, loaded: Loaded) -> Sequence[Question]:
+    def questions(self, loaded: BenchmarkData) -> Sequence[Question]:
         return loaded.asked if self.limit is None else loaded.asked[: self.limit]
 
 
@@ -77,7 +77,7 @@ def dump_prompts(encoder: Encoder, questions: Sequence[Question], path: Path) ->
 def predict(
     engine: Engine,
     benchmark: Benchmark,
-    loaded: Loaded,
+    loaded: BenchmarkData,
     out: Path,
     ask: PredictOptions,
     *,
@@ -115,7 +115,7 @@ def predict(
     _first(lambda: _begin(out, record))
     talks = [conversation(question) for question in questions]
     usual = benchmark.expected_new_tokens
-    caps = [min(how.new_tokens, question.new_tokens or benchmark.new_tokens) for question in questions]
+    caps = [min(how.max_new_tokens, question.max_new_tokens or benchmark.max_new_tokens) for question in questions]
     if not ask.reflect:
         stage = _Stage(engine, loaded, questions, talks, caps, how, usual, "answers", progress)
         answers = stage.run(out)
@@ -145,7 +145,7 @@ def _on(talk: Conversation, answer: str, prompt: str) -> Conversation:
 
 def _record(
     benchmark: Benchmark,
-    loaded: Loaded,
+    loaded: BenchmarkData,
     questions: Sequence[Question],
     engine: Engine,
     ask: PredictOptions,
@@ -169,7 +169,7 @@ def _record(
         "tokens": encoder.tokenization,
         "aspect": processor.image_aspect_ratio,
         "decoding": {k: v for k, v in dataclasses.asdict(ask.decoding).items() if k != "track"},
-        "new_tokens": min(ask.decoding.new_tokens, benchmark.new_tokens),
+        "new_tokens": min(ask.decoding.max_new_tokens, benchmark.max_new_tokens),
         "reflect": ask.reflect,
     }
 
@@ -220,9 +220,7 @@ def _begin(out: Path, record: Mapping[str, Any]) -> None:
             )
         for stage in STAGES:
             (out / f".{stage}.jsonl").unlink(missing_ok=True)  # whose they are, nothing says
-        part = out / f".{RUN}.part"
-        part.write_text(json.dumps(record, indent=2) + "\n", "utf-8")
-        os.replace(part, path)
+        write_json(path, record)
     except UserError:  # which is a ValueError
         raise
     except OSError as error:
@@ -237,7 +235,7 @@ class _Stage:
     def __init__(
         self,
         engine: Engine,
-        loaded: Loaded,
+        loaded: BenchmarkData,
         questions: Sequence[Question],
         talks: Sequence[Conversation],
         caps: Sequence[int],
@@ -252,7 +250,9 @@ class _Stage:
     def run(self, out: Path) -> list[Answer]:
         """Answers in the questions' order, from the file and from the model."""
         path = out / f".{self.name}.jsonl"
-        work = [(self.prepared(cap), dataclasses.replace(self.how, new_tokens=cap)) for cap in sorted(set(self.caps))]
+        work = [
+            (self.prepared(cap), dataclasses.replace(self.how, max_new_tokens=cap)) for cap in sorted(set(self.caps))
+        ]
         answers: list[Answer | None] = [None] * len(self.questions)
         done = 0
         with _Lines(path) as lines:
@@ -272,7 +272,7 @@ class _Stage:
         return [answer for answer in answers if answer is not None]
 
     def prepared(self, cap: int) -> Any:
-        how = dataclasses.replace(self.how, new_tokens=cap)
+        how = dataclasses.replace(self.how, max_new_tokens=cap)
         return self.engine.prepare(self.pictures(cap), how, usual=self.usual)
 
     def pictures(self, cap: int) -> list[ImageQuestions]:
@@ -296,11 +296,11 @@ class _Stage:
 class _Reader:
     """Reads a picture when its turn comes: a hundred thousand of them are never in memory."""
 
-    def __init__(self, loaded: Loaded, name: str):
+    def __init__(self, loaded: BenchmarkData, name: str):
         self.loaded, self.name = loaded, name
 
     def __call__(self) -> bytes:
-        return self.loaded.picture(self.name)
+        return self.loaded.read_image(self.name)
 
 
 class _Lines:
@@ -379,28 +379,21 @@ def _finish(
     model: str,
 ) -> None:
     """The whole file, in one move."""
-    part = out / f".{PREDICTIONS}.part"
-    try:
-        with part.open("w", encoding="utf-8") as file:
-            for number, (question, answer) in enumerate(zip(questions, answers, strict=True)):
-                row: dict[str, Any] = {
-                    "question_id": question.id,
-                    "image": question.image,
-                    "prompt": question.text,
-                    "text": answer.text,
-                    "answer_id": f"{number}",
-                    "model_id": model,
-                    "metadata": {},
-                }
-                if answer.tracked:
-                    yes, no = answer.tracked
-                    row["metadata"] = {"yes": round(float(1 / (1 + np.exp(min(no - yes, 700.0)))), 6)}
-                if reflected is not None:
-                    first, why = reflected
-                    row |= {"first_text": first[number].text, "rationale": why[number].text}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, out / PREDICTIONS)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror}); run again to go on") from None
+    with atomic_path(out / PREDICTIONS) as part, part.open("w", encoding="utf-8") as file:
+        for number, (question, answer) in enumerate(zip(questions, answers, strict=True)):
+            row: dict[str, Any] = {
+                "question_id": question.id,
+                "image": question.image,
+                "prompt": question.text,
+                "text": answer.text,
+                "answer_id": f"{number}",
+                "model_id": model,
+                "metadata": {},
+            }
+            if answer.tracked:
+                yes, no = answer.tracked
+                row["metadata"] = {"yes": round(float(1 / (1 + np.exp(min(no - yes, 700.0)))), 6)}
+            if reflected is not None:
+                first, why = reflected
+                row |= {"first_text": first[number].text, "rationale": why[number].text}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")

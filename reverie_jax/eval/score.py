@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,9 @@ import numpy as np
 from reverie_jax.errors import UserError
 from reverie_jax.eval import statistics
 from reverie_jax.eval.benchmarks import files
-from reverie_jax.eval.benchmarks.interface import Benchmark, BenchmarkError, Loaded, NotScorable, Scored
+from reverie_jax.eval.benchmarks.interface import Benchmark, BenchmarkData, BenchmarkError, NotScorable, Scored
 from reverie_jax.eval.judge_replies import of_answers, read_replies
+from reverie_jax.files import write_json
 
 DRAWS = 2000
 LISTED = 20
@@ -73,7 +73,7 @@ def _round(value: float) -> float:
 
 def score(
     benchmark: Benchmark,
-    loaded: Loaded,
+    loaded: BenchmarkData,
     predictions: Path,
     rule: str | None = None,
     *,
@@ -137,7 +137,7 @@ def _run(predictions: Path) -> dict[str, Any]:
     return {f"run/{key}": found[key] for key in kept if key in found}
 
 
-def _yes_no(predictions: Path, benchmark: Benchmark, loaded: Loaded, scored: Scored) -> dict[str, Any]:
+def _yes_no(predictions: Path, benchmark: Benchmark, loaded: BenchmarkData, scored: Scored) -> dict[str, Any]:
     """Of yes and no: how often each is said and is right; and, where our engine recorded it, how far the model's own
     probability of yes is from how often yes is right (ten equal bins).
     """
@@ -157,7 +157,7 @@ def _yes_no(predictions: Path, benchmark: Benchmark, loaded: Loaded, scored: Sco
             chances[str(key)] = float(chance)
 
     if files.by_id(predictions) is None:  # texts by id say no more than that
-        files.made(predictions, "answer", take)
+        files.parse_rows(predictions, "answer", take)
     if not chances:
         return found
     chance = np.asarray(list(chances.values()))
@@ -228,7 +228,4 @@ def agreement(scores: Sequence[Score]) -> list[dict[str, Any]]:
 
 def write_score(found: Score, path: Path) -> None:
     """The score as JSON, in one move."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(found.json(), indent=2) + "\n", "utf-8")
-    part.replace(path)
+    write_json(path, found.json())

@@ -16,8 +16,8 @@ from reverie_jax.eval.benchmarks import files, pope
 from reverie_jax.eval.benchmarks.interface import (
     OFFICIAL,
     Benchmark,
+    BenchmarkData,
     BenchmarkError,
-    Loaded,
     ParsedAnswer,
     Question,
     Scored,
@@ -98,15 +98,15 @@ class Scenes(Benchmark):
     """The embedded world: POPE on scenes that break the prior, descriptions, and rationales, all against exact truth."""
 
     name = "scenes"
-    new_tokens = max(pope.NEW_TOKENS, free.DESCRIPTION_TOKENS, free.RATIONALE_TOKENS)
+    max_new_tokens = max(pope.NEW_TOKENS, free.DESCRIPTION_TOKENS, free.RATIONALE_TOKENS)
     needs = "a folder that `reverie scenes render --questions pope` wrote"
 
-    def load(self, data: Path) -> Loaded:
-        return Loaded(questions(data), files.pictures(data / PICTURES), {}, {"folder": data})
+    def load(self, data: Path) -> BenchmarkData:
+        return BenchmarkData(questions(data), files.image_reader(data / PICTURES), {}, {"folder": data})
 
     def score(
         self,
-        loaded: Loaded,
+        loaded: BenchmarkData,
         answers: Mapping[str, str],
         rule: str = OFFICIAL,
         replies: Mapping[str, str] | None = None,
@@ -183,7 +183,7 @@ def count(folder: Path, answers: Mapping[str, str]) -> SceneCounts:
 def predict(engine: Engine, folder: Path, out: Path) -> Path:
     """Asks a model everything about a folder of scenes; see `eval.predict`."""
     benchmark = Scenes()
-    ask = PredictOptions(Decoding(benchmark.new_tokens))
+    ask = PredictOptions(Decoding(benchmark.max_new_tokens))
     return run(engine, benchmark, benchmark.load(folder), out, ask, model="", base_checksums={})
 
 

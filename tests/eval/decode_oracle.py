@@ -109,7 +109,7 @@ def generated(
     seed: int,
     picture: ImageQuestions,
     talk: Conversation,
-    new_tokens: int,
+    max_new_tokens: int,
     processor: Processor = PROCESSOR,
     **options: Any,
 ) -> list[int]:
@@ -121,7 +121,7 @@ def generated(
         out = theirs(seed).generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            max_new_tokens=new_tokens,
+            max_new_tokens=max_new_tokens,
             do_sample=False,
             eos_token_id=list(ends),
             pad_token_id=0,
@@ -157,14 +157,14 @@ def contrasted(plain: np.ndarray, against: np.ndarray, alpha: float, beta: float
     return np.where(probability >= beta * probability.max(), np.log(mixed / mixed.sum()), -np.inf)
 
 
-def stepwise(step: Callable[[list[int]], np.ndarray], new_tokens: int) -> list[int]:
+def stepwise(step: Callable[[list[int]], np.ndarray], max_new_tokens: int) -> list[int]:
     """Greedy by running everything again for each token.
 
     Args:
         step: scores of the next token, behind an answer so far.
     """
     answer: list[int] = []
-    while len(answer) < new_tokens:
+    while len(answer) < max_new_tokens:
         found = step(answer)
         best = np.sort(found)[-2:]
         assert best[1] - best[0] > TIE, "near a tie: take another seed"

@@ -83,7 +83,9 @@ def lengths(answers):
 
 def beams_of_transformers(seed, how, processor=oracle.PROCESSOR):
     options = {"num_beams": how.beams, "length_penalty": how.length_penalty}
-    return each(PICTURES, lambda picture, talk: generated(seed, picture, talk, how.new_tokens, processor, **options))
+    return each(
+        PICTURES, lambda picture, talk: generated(seed, picture, talk, how.max_new_tokens, processor, **options)
+    )
 
 
 @pytest.mark.parametrize(
@@ -162,7 +164,7 @@ def test_two_shapes_on_a_mesh():
 def test_two_tokens_end_answers():
     processor, how, ended = oracle.processor(two_ends=True), Decoding(NEW_TOKENS), set()
     for seed in range(6):
-        ask_them = functools.partial(generated, seed, new_tokens=NEW_TOKENS, processor=processor)
+        ask_them = functools.partial(generated, seed, max_new_tokens=NEW_TOKENS, processor=processor)
         expected = each(PICTURES, ask_them)
         assert says(seed, how, processor=processor) == expected
         # Of what follows no answer, the prompt is the same with one end.
@@ -361,7 +363,7 @@ def contrasted(seed, plain, against, how):
         assert np.abs(near).min() > 1e-4, "near the cut: take another seed"
         return oracle.contrasted(first, second, how.alpha, how.beta)
 
-    return stepwise(step, how.new_tokens)
+    return stepwise(step, how.max_new_tokens)
 
 
 def against_noise(seed, how):

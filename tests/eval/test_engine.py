@@ -104,7 +104,7 @@ def expected():
     ids=["default", "two rows", "two leaves", "short rows"],
 )
 def test_tree_decoding_equals_one_question_at_a_time(shape):
-    answers = Engine(model(), tiny.processor(), shape).answer(PICTURES, new_tokens=NEW_TOKENS)
+    answers = Engine(model(), tiny.processor(), shape).answer(PICTURES, max_new_tokens=NEW_TOKENS)
     assert answers == expected()
     assert len(set(answers.values())) > 3, "the answers are too alike to tell the questions apart"
 
@@ -114,39 +114,41 @@ def test_answers_do_not_depend_on_their_company():
     alone = {}
     for shown in PICTURES:
         for number, talk in shown.questions:
-            alone |= engine.answer([ImageQuestions(shown.name, shown.encoded, [(number, talk)])], new_tokens=NEW_TOKENS)
+            alone |= engine.answer(
+                [ImageQuestions(shown.name, shown.encoded, [(number, talk)])], max_new_tokens=NEW_TOKENS
+            )
     assert alone == expected()
 
 
 def test_a_mesh_gives_the_same_answers():
     engine = Engine(model(), tiny.processor(), EngineShape(batch_size=4), mesh=make_mesh(2, 2, 1))
-    assert engine.answer(PICTURES, new_tokens=NEW_TOKENS) == expected()
+    assert engine.answer(PICTURES, max_new_tokens=NEW_TOKENS) == expected()
 
 
 def test_a_question_asked_twice_is_answered_twice():
     twice = [picture("a", [(0, ask("is it?")), (9, ask("is it?"))], 0)]
-    answers = Engine(model(), tiny.processor()).answer(twice, new_tokens=NEW_TOKENS)
+    answers = Engine(model(), tiny.processor()).answer(twice, max_new_tokens=NEW_TOKENS)
     assert answers == {0: expected()[0], 9: expected()[0]}
 
 
 def test_one_token_answers():
-    answers = Engine(model(), tiny.processor()).answer(PICTURES, new_tokens=1)
+    answers = Engine(model(), tiny.processor()).answer(PICTURES, max_new_tokens=1)
     assert all(expected()[number].startswith(text) for number, text in answers.items())
 
 
 def test_nothing_to_ask():
-    assert Engine(model(), tiny.processor()).answer([], new_tokens=3) == {}
+    assert Engine(model(), tiny.processor()).answer([], max_new_tokens=3) == {}
 
 
 def test_the_same_number_twice_is_refused():
     with pytest.raises(ValueError, match="same number"):
-        Engine(model(), tiny.processor()).answer([picture("a", [(0, ask("x")), (0, ask("y"))], 0)], new_tokens=2)
+        Engine(model(), tiny.processor()).answer([picture("a", [(0, ask("x")), (0, ask("y"))], 0)], max_new_tokens=2)
 
 
 def test_a_question_longer_than_a_row_is_named():
     long = [picture("long.png", [(0, ask("x" * 300))], 0)]
     with pytest.raises(DataError, match=r"long\.png"):
-        Engine(model(), tiny.processor(), EngineShape(sequence_length=128)).answer(long, new_tokens=2)
+        Engine(model(), tiny.processor(), EngineShape(sequence_length=128)).answer(long, max_new_tokens=2)
 
 
 @pytest.mark.parametrize("room", [8000, 400])

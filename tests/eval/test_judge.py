@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from reverie_jax.errors import UserError
-from reverie_jax.eval.benchmarks.interface import BenchmarkError, JudgeRequest, Loaded
+from reverie_jax.eval.benchmarks.interface import BenchmarkData, BenchmarkError, JudgeRequest
 from reverie_jax.eval.benchmarks.mm_vet import MmVet
 from reverie_jax.eval.benchmarks.mmhal import TYPES, MmHal
 from reverie_jax.eval.judge import LOCAL, estimate, judge, of_answers, prompts, read_replies
@@ -70,7 +70,7 @@ def write_questions(folder: Path, count: int = COUNT) -> MmHal:
 
 
 @pytest.fixture
-def loaded(tmp_path) -> Loaded:
+def loaded(tmp_path) -> BenchmarkData:
     return write_questions(tmp_path / "data").load(tmp_path / "data")
 
 
@@ -304,7 +304,7 @@ class Shown(MmHal):
 
 
 def test_the_judge_sees_the_picture_unless_told_not_to(ask, loaded):
-    seen = dataclasses.replace(loaded, picture=lambda name: png((int(name.split(".")[0]), 0, 0)))
+    seen = dataclasses.replace(loaded, read_image=lambda name: png((int(name.split(".")[0]), 0, 0)))
     with Server(verdict) as server:
         ask(address(server), benchmark=Shown(), loaded=seen)
         assert all(call.images == [png((number(call), 0, 0))] for call in server.calls)

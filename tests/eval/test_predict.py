@@ -37,7 +37,7 @@ from reverie_jax.data.processor import Processor
 from reverie_jax.data.reflection import WHY
 from reverie_jax.errors import UserError
 from reverie_jax.eval import predict as prediction
-from reverie_jax.eval.benchmarks.interface import Benchmark, BenchmarkError, Loaded, Question
+from reverie_jax.eval.benchmarks.interface import Benchmark, BenchmarkData, BenchmarkError, Question
 from reverie_jax.eval.decode import Decoding
 from reverie_jax.eval.engine import Engine, EngineShape
 from reverie_jax.eval.predict import PredictOptions, dump_prompts, predict
@@ -75,7 +75,7 @@ def processor():
 
 class Made(Benchmark):
     name = "made"
-    new_tokens = LONGEST
+    max_new_tokens = LONGEST
     needs = "nothing"
 
 
@@ -100,13 +100,13 @@ def mixed():
     asked.insert(9, Question("t/2", None, "What is two, and what is “trois”?", "t/2"))
     asked.append(Question("s/2", "0.png", "Short: is it b?", "0.png", {}, (), 3))
     asked.append(Question(99, "4.png", "Is it e?", "4.png"))  # as 14: answered once, written twice
-    return Loaded(asked, shown, {"version": "made"})
+    return BenchmarkData(asked, shown, {"version": "made"})
 
 
 def many(pictures):
     """Two questions a picture."""
     asked = [Question(n, f"{n // 2}.png", f"Is it {n}?", f"{n // 2}.png") for n in range(2 * pictures)]
-    return Loaded(asked, shown)
+    return BenchmarkData(asked, shown)
 
 
 @functools.cache
@@ -149,7 +149,7 @@ def by_hand(talks, caps, shape=SHAPE):
             for n, ((name, turns), mine) in enumerate(zip(talks, caps, strict=True))
             if mine == cap
         ]
-        found |= engine(shape).answer(pictures, new_tokens=cap)
+        found |= engine(shape).answer(pictures, max_new_tokens=cap)
     return [found[n] for n in range(len(talks))]
 
 
@@ -226,7 +226,7 @@ def test_a_limit_asks_the_first_questions_only(whole, tmp_path, asked):
 
 
 def test_nothing_to_ask(tmp_path, asked):
-    path = run(tmp_path, Loaded([], shown), Sure())
+    path = run(tmp_path, BenchmarkData([], shown), Sure())
     assert path.read_bytes() == b""
     assert asked == []
 
@@ -252,7 +252,7 @@ def _scores():
 
 def test_how_likely_yes_is(tmp_path):
     """Among yes and no as the answer's first token: against a plain forward pass over one conversation."""
-    loaded = Loaded([*mixed().questions[:2], *mixed().questions[3:5]], shown)
+    loaded = BenchmarkData([*mixed().questions[:2], *mixed().questions[3:5]], shown)
     made = rows(run(tmp_path, loaded, Sure()))
     found = [row["metadata"]["yes"] for row in made]
     expected = []
@@ -273,7 +273,7 @@ def test_how_likely_yes_is(tmp_path):
 
 
 REFLECTING = EngineShape(sequence_length=512, questions=4, batch_size=2)
-ONE_EACH = Loaded(mixed().questions[:5], shown)
+ONE_EACH = BenchmarkData(mixed().questions[:5], shown)
 """One question a picture, and one about none: by hand and through the tree the programs are the same."""
 
 
@@ -600,9 +600,9 @@ def test_a_picture_that_is_missing_or_broken_is_named(tmp_path):
         raise BenchmarkError(f"picture {name}: not there")
 
     with pytest.raises(BenchmarkError, match=r"picture 0\.png: not there"):
-        run(tmp_path / "gone", Loaded(many(2).questions, gone))
+        run(tmp_path / "gone", BenchmarkData(many(2).questions, gone))
     with pytest.raises(UserError, match=r"0\.png"):
-        run(tmp_path / "broken", Loaded(many(2).questions, lambda name: b"no picture"))
+        run(tmp_path / "broken", BenchmarkData(many(2).questions, lambda name: b"no picture"))
 
 
 def test_pictures_are_read_when_their_turn_comes(tmp_path):
@@ -619,7 +619,7 @@ def test_pictures_are_read_when_their_turn_comes(tmp_path):
         if done >= 80:
             raise Stop
 
-    loaded = dataclasses.replace(loaded, picture=read)
+    loaded = dataclasses.replace(loaded, read_image=read)
     with pytest.raises(Stop):
         run(tmp_path, loaded, progress=look)
     assert ahead[0] == 0
@@ -803,7 +803,7 @@ def _memory(out, count):
     asked = [Question(n, f"{n // 10}.png", f"Is it {n:06}?", f"{n // 10}.png") for n in range(count)]
     made = Engine(model(), processor(), EngineShape(sequence_length=512, questions=32, batch_size=16))
     ask = PredictOptions(Decoding(2))
-    path = predict(made, Made(), Loaded(asked, read), out, ask, model="tiny", base_checksums={}, progress=look)
+    path = predict(made, Made(), BenchmarkData(asked, read), out, ask, model="tiny", base_checksums={}, progress=look)
     with path.open() as file:
         answers = sum(1 for _ in file)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -18,8 +18,8 @@ from reverie_jax.eval.benchmarks import amber_words, files
 from reverie_jax.eval.benchmarks.interface import (
     OFFICIAL,
     Benchmark,
+    BenchmarkData,
     BenchmarkError,
-    Loaded,
     ParsedAnswer,
     Question,
     Scored,
@@ -159,7 +159,7 @@ class Amber(Benchmark):
 
     name = "amber"
     rules = (OFFICIAL, LMMS, KIT)
-    new_tokens = 1024
+    max_new_tokens = 1024
     needs = (
         "the folder data of junyangwang0410/AMBER: annotations.json, query/query_all.json (or another query_*.json), "
         "relation.json and safe_words.txt; and with --images its pictures"
@@ -168,7 +168,7 @@ class Amber(Benchmark):
     def __init__(self, nouns: amber_words.Nouns | None = None, similarity: amber_words.Similarity | None = None):
         self._nouns, self._similarity = nouns, similarity
 
-    def load(self, data: Path) -> Loaded:
+    def load(self, data: Path) -> BenchmarkData:
         queries = self._queries(data)
         folder = data.parent if data.is_file() else data
         places = [folder, folder / "data", folder.parent]
@@ -180,7 +180,7 @@ class Amber(Benchmark):
             raise BenchmarkError(f"{folder}: no {name} there; {self.name} needs {self.needs}")
 
         path = beside("annotations.json")
-        annotations = {str(row[0]): row[1] for row in files.made(path, "annotation of AMBER", _annotation)}
+        annotations = {str(row[0]): row[1] for row in files.parse_rows(path, "annotation of AMBER", _annotation)}
 
         def make(row: Mapping[str, Any]) -> Question:
             if str(row["id"]) not in annotations:
@@ -189,10 +189,10 @@ class Amber(Benchmark):
             if not isinstance(row["query"], str):
                 raise TypeError(f"its query is {row['query']!r}")
             tokens = None if known["category"] == "generative" else YES_NO_TOKENS
-            return Question(row["id"], row["image"], row["query"], row["image"], known, new_tokens=tokens)
+            return Question(row["id"], row["image"], row["query"], row["image"], known, max_new_tokens=tokens)
 
-        questions = [question for query in queries for question in files.made(query, "query of AMBER", make)]
-        files.distinct(queries[0], [question.id for question in questions])
+        questions = [question for query in queries for question in files.parse_rows(query, "query of AMBER", make)]
+        files.check_unique(queries[0], [question.id for question in questions])
         protocol: dict[str, Any] = {"queries": [query.name for query in queries]}
         for question in questions:
             key = f"questions/{question.known['category']}"
@@ -202,7 +202,7 @@ class Amber(Benchmark):
             safe = beside("safe_words.txt").read_text("utf-8").split("\n")
             known = {"relation": _relation(beside("relation.json")), "safe": frozenset(safe)}
         images = [place / name for place in places for name in (".", "image", "images")]
-        return Loaded(questions, files.pictures(*images), protocol, known)
+        return BenchmarkData(questions, files.image_reader(*images), protocol, known)
 
     def _queries(self, data: Path) -> list[Path]:
         """The file of all questions; or else as few as hold what is there."""
@@ -220,7 +220,7 @@ class Amber(Benchmark):
 
     def score(
         self,
-        loaded: Loaded,
+        loaded: BenchmarkData,
         answers: Mapping[str, str],
         rule: str = OFFICIAL,
         replies: Mapping[str, str] | None = None,
@@ -266,7 +266,7 @@ class Amber(Benchmark):
         return Scored(parsed_answers, table.units, table.counts, metrics, {"parser": rule, "scored": scored, **reason})
 
     def _describe(
-        self, loaded: Loaded, rule: str, asked: bool, others: bool
+        self, loaded: BenchmarkData, rule: str, asked: bool, others: bool
     ) -> tuple[Callable[[str, Mapping[str, Any]], tuple[dict[str, float], list[str]]] | None, dict[str, str]]:
         """What scores a description, or None and why not.
 
@@ -296,13 +296,13 @@ class Amber(Benchmark):
             find(text), known["truth"], known["hallu"], relation, safe, alike
         ), {}
 
-    def key(self, row: Mapping[str, Any], loaded: Loaded) -> str | None:
+    def key(self, row: Mapping[str, Any], loaded: BenchmarkData) -> str | None:
         return super().key(row, loaded) or (None if row.get("id") is None else str(row["id"]))
 
     def text(self, row: Mapping[str, Any]) -> Any:
         return row["response"] if "response" in row else super().text(row)
 
-    def export(self, loaded: Loaded, answers: Mapping[str, str], out: Path) -> list[Path]:
+    def export(self, loaded: BenchmarkData, answers: Mapping[str, str], out: Path) -> list[Path]:
         """What the official script takes."""
         out.mkdir(parents=True, exist_ok=True)
         rows = [{"id": q.id, "response": answers[str(q.id)]} for q in loaded.questions if str(q.id) in answers]

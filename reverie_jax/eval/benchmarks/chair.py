@@ -17,8 +17,8 @@ from reverie_jax.eval.benchmarks import chair_words, coco, files
 from reverie_jax.eval.benchmarks.interface import (
     OFFICIAL,
     Benchmark,
+    BenchmarkData,
     BenchmarkError,
-    Loaded,
     ParsedAnswer,
     Question,
     Scored,
@@ -82,13 +82,13 @@ class Chair(Benchmark):
     """See the module's docstring. lmms-eval's rule is left out: it needs WordNet, and labels of its own data set."""
 
     name = "chair"
-    new_tokens = 512
+    max_new_tokens = 512
     needs = (
         "COCO 2014's instances_val2014.json and captions_val2014.json (train's too where pictures are of train2014), "
         "which pictures in image_ids.json or a question file, and with --images the pictures"
     )
 
-    def load(self, data: Path) -> Loaded:
+    def load(self, data: Path) -> BenchmarkData:
         path, folder, needs = _list(data), data.parent if data.is_file() else data, f"{self.name} needs {self.needs}"
         if path is None:
             asked = [_asked(id) for id in _sampled(folder, needs)]
@@ -98,9 +98,9 @@ class Chair(Benchmark):
             except (OSError, ValueError) as error:
                 raise BenchmarkError(f"{path}: no list of pictures, one a line ({error})") from None
         else:
-            asked = files.made(path, "picture to describe", _asked)
+            asked = files.parse_rows(path, "picture to describe", _asked)
         need(bool(asked), f"{path or folder}: no picture there; {needs}")
-        files.distinct(path or folder, [row.id for row in asked])
+        files.check_unique(path or folder, [row.id for row in asked])
         truth = coco.read_coco(folder, [row.image_id for row in asked], needs)
         questions = [
             Question(
@@ -118,7 +118,7 @@ class Chair(Benchmark):
             "picture_list": path.name if path else f"val2014, the first {SAMPLE} by sha256, seed {SEED}",
             "picture_ids_sha256": hashlib.sha256("\n".join(map(str, ids)).encode()).hexdigest()[:16],
             "prompt": PROMPT if {row.text for row in asked} == {PROMPT} else "as in the file",
-            "new_tokens": self.new_tokens,
+            "new_tokens": self.max_new_tokens,
         }
         known = {
             "segments": truth.segments,
@@ -126,11 +126,11 @@ class Chair(Benchmark):
             "by_image": {row.image_id: str(row.id) for row in reversed(asked)},
         }
         places = (folder, folder / "val2014", folder / "train2014", folder / "images")
-        return Loaded(questions, files.pictures(*places), protocol, known)
+        return BenchmarkData(questions, files.image_reader(*places), protocol, known)
 
     def score(
         self,
-        loaded: Loaded,
+        loaded: BenchmarkData,
         answers: Mapping[str, str],
         rule: str = OFFICIAL,
         replies: Mapping[str, str] | None = None,
@@ -162,7 +162,7 @@ class Chair(Benchmark):
             parsed_answers, table.units, table.counts, metrics, {"parser": "punkt, treebank, pattern.en.singularize"}
         )
 
-    def key(self, row: Mapping[str, Any], loaded: Loaded) -> str | None:
+    def key(self, row: Mapping[str, Any], loaded: BenchmarkData) -> str | None:
         """Rows of caption files name the picture alone."""
         if row.get("question_id") is not None:
             return str(row["question_id"])
@@ -182,7 +182,7 @@ class Chair(Benchmark):
             return [row]
         return [] if row["pid"] == "overall" else [value for key, value in row.items() if key != "pid"]
 
-    def export(self, loaded: Loaded, answers: Mapping[str, str], out: Path) -> list[Path]:
+    def export(self, loaded: BenchmarkData, answers: Mapping[str, str], out: Path) -> list[Path]:
         """CHAIR's own caption file. Its script asks for the language metrics too, whatever they are."""
         scores = dict.fromkeys((*(f"Bleu_{n}" for n in range(1, 5)), "METEOR", "CIDEr", "SPICE", "ROUGE_L"), 0)
         captions = {

@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from reverie_jax import files
 from reverie_jax.data.row_files import Rows
 from reverie_jax.errors import DataError
-from reverie_jax.eval.benchmarks.interface import Benchmark, BenchmarkError, Loaded
+from reverie_jax.eval.benchmarks.interface import Benchmark, BenchmarkData, BenchmarkError
 
 PREDICTIONS, RUN, SCORES = "predictions.jsonl", "run.json", "scores.json"
 """What `reverie eval` leaves in a folder."""
@@ -38,7 +39,7 @@ def find(data: Path, *patterns: str, benchmark: Benchmark | type[Benchmark]) -> 
     raise BenchmarkError(f"{data}: no {' or '.join(patterns)} there; {benchmark.name} needs {benchmark.needs}")
 
 
-def made(path: Path, what: str, make: Callable[[Any], T], *, least: int = 1) -> list[T]:
+def parse_rows(path: Path, what: str, make: Callable[[Any], T], *, least: int = 1) -> list[T]:
     """What `make` makes of each row of a JSON, JSON-lines or Parquet file.
 
     Args:
@@ -62,22 +63,15 @@ def made(path: Path, what: str, make: Callable[[Any], T], *, least: int = 1) -> 
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file's content.
+    """Return the content of a JSON file.
 
     Raises:
-        BenchmarkError: it cannot be read.
+        BenchmarkError: The file is missing, cannot be read or is not valid JSON.
     """
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise BenchmarkError(f"{path}: no such file") from None
-    except OSError as error:
-        raise BenchmarkError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise BenchmarkError(f"{path}: not valid JSON ({' '.join(str(error).split())})") from None
+    return files.read_json(path, BenchmarkError)
 
 
-def table(path: Path, columns: Sequence[str]) -> Iterator[dict[str, str]]:
+def read_tsv(path: Path, columns: Sequence[str]) -> Iterator[dict[str, str]]:
     """The rows of a TSV with a head, by column; cells may be megabytes (pictures in base64).
 
     Raises:
@@ -99,7 +93,7 @@ def table(path: Path, columns: Sequence[str]) -> Iterator[dict[str, str]]:
         raise BenchmarkError(f"{path}: not a TSV file ({error})") from None
 
 
-def distinct(path: Path, ids: Sequence[Any]) -> None:
+def check_unique(path: Path, ids: Sequence[Any]) -> None:
     """Raises BenchmarkError where an id stands twice."""
     seen: set[str] = set()
     for id in map(str, ids):
@@ -108,7 +102,7 @@ def distinct(path: Path, ids: Sequence[Any]) -> None:
         seen.add(id)
 
 
-def pictures(*folders: Path, flag: str = "--images") -> Callable[[str], bytes]:
+def image_reader(*folders: Path, flag: str = "--images") -> Callable[[str], bytes]:
     """Finds a picture's file by its name in the first folder that has it.
 
     Raises (when called):
@@ -133,7 +127,7 @@ def pictures(*folders: Path, flag: str = "--images") -> Callable[[str], bytes]:
     return picture
 
 
-def shown_from(loaded: Loaded, images: Path | None) -> Loaded:
+def with_images(loaded: BenchmarkData, images: Path | None) -> BenchmarkData:
     """The questions, their pictures looked for in a folder of the user's first, and then where the benchmark has them.
 
     Raises:
@@ -143,21 +137,21 @@ def shown_from(loaded: Loaded, images: Path | None) -> Loaded:
         return loaded
     if not images.is_dir():
         raise BenchmarkError(f"--images {images}: no such folder")
-    first = pictures(images)
+    first = image_reader(images)
 
     def picture(name: str) -> bytes:
         try:
             return first(name)
         except BenchmarkError as missing:
             try:
-                return loaded.picture(name)
+                return loaded.read_image(name)
             except BenchmarkError:
                 raise missing from None
 
-    return dataclasses.replace(loaded, picture=picture)
+    return dataclasses.replace(loaded, read_image=picture)
 
 
-def read_answers(path: Path, benchmark: Benchmark, loaded: Loaded, *, partial: bool = False) -> dict[str, str]:
+def read_answers(path: Path, benchmark: Benchmark, loaded: BenchmarkData, *, partial: bool = False) -> dict[str, str]:
     """Answers by `str(question.id)`, from an answer file of ours, LLaVA's, or the benchmark's own form.
 
     Rows are joined by id, never by position.
@@ -197,7 +191,7 @@ def read_answers(path: Path, benchmark: Benchmark, loaded: Loaded, *, partial: b
 
     whole = by_id(path)
     if whole is None:
-        made(path, "answer", take)
+        parse_rows(path, "answer", take)
     else:
         for id, text in whole.items():
             take({"question_id": id, "text": text})
@@ -230,6 +224,5 @@ _VERSION = "the answers belong to another version of the questions"
 
 def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     """JSON lines, in a folder that is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    files.atomic_write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return path

@@ -19,9 +19,9 @@ from reverie_jax.eval.benchmarks import files
 from reverie_jax.eval.benchmarks.interface import (
     OFFICIAL,
     Benchmark,
+    BenchmarkData,
     BenchmarkError,
     JudgeRequest,
-    Loaded,
     ParsedAnswer,
     Question,
     Scored,
@@ -67,14 +67,14 @@ class Gavie(Benchmark):
     """See the module's docstring. Ids are places in the file, from 0."""
 
     name = "gavie"
-    new_tokens = 512
+    max_new_tokens = 512
     judged: ClassVar[frozenset[str]] = frozenset({OFFICIAL})
     needs = (
         f"evaluation_set.json of the LRV-Instruction repository, for the judge its {ANNOTATIONS} beside it, and with "
         "--images Visual Genome's pictures"
     )
 
-    def load(self, data: Path) -> Loaded:
+    def load(self, data: Path) -> BenchmarkData:
         path = files.find(data, "evaluation_set.json", "*evaluation_set*.json", benchmark=self)
         questions: list[Question] = []
 
@@ -85,13 +85,13 @@ class Gavie(Benchmark):
             image = str(row["image_id"])
             questions.append(Question(len(questions), f"{image}.jpg", text, image, {"image_id": row["image_id"]}))
 
-        files.made(path, "GAVIE question", make)
+        files.parse_rows(path, "GAVIE question", make)
         folder = path.parent
-        found = files.pictures(folder, folder / "images", folder / "VG_100K", folder / "VG_100K_2")
+        found = files.image_reader(folder, folder / "images", folder / "VG_100K", folder / "VG_100K_2")
         known = {"regions": _annotations(folder / ANNOTATIONS, {q.unit for q in questions})}
-        return Loaded(questions, found, {"questions": len(questions)}, known)
+        return BenchmarkData(questions, found, {"questions": len(questions)}, known)
 
-    def key(self, row: Mapping[str, Any], loaded: Loaded) -> str | None:
+    def key(self, row: Mapping[str, Any], loaded: BenchmarkData) -> str | None:
         """Rows of the official list have no id of their own: they are known by picture and question."""
         if row.get("question_id") is not None:
             return str(row["question_id"])
@@ -112,7 +112,7 @@ class Gavie(Benchmark):
         return str(same[0].id)
 
     def requests(
-        self, loaded: Loaded, answers: Mapping[str, str], rule: str, prompts: Mapping[str, str]
+        self, loaded: BenchmarkData, answers: Mapping[str, str], rule: str, prompts: Mapping[str, str]
     ) -> list[JudgeRequest]:
         annotations = loaded.known["regions"]
         if annotations is None:
@@ -130,7 +130,7 @@ class Gavie(Benchmark):
 
     def score(
         self,
-        loaded: Loaded,
+        loaded: BenchmarkData,
         answers: Mapping[str, str],
         rule: str = OFFICIAL,
         replies: Mapping[str, str] | None = None,
@@ -157,7 +157,7 @@ class Gavie(Benchmark):
         protocol = {"parser": "ours", "unread scores": "left out of the mean", "missing answers": "0"}
         return Scored(parsed_answers, table.units, table.counts, metrics, protocol)
 
-    def export(self, loaded: Loaded, answers: Mapping[str, str], out: Path) -> list[Path]:
+    def export(self, loaded: BenchmarkData, answers: Mapping[str, str], out: Path) -> list[Path]:
         """The evaluation set with an `answer` each."""
         rows = [
             {"image_id": q.known["image_id"], "question": q.text, "answer": answers.get(str(q.id), "")}

@@ -16,7 +16,7 @@ from reverie_jax.eval.benchmarks.interface import (
     OFFICIAL,
     SHORT,
     Benchmark,
-    Loaded,
+    BenchmarkData,
     ParsedAnswer,
     Question,
     Scored,
@@ -41,7 +41,7 @@ class Gqa(Benchmark):
     expected_new_tokens = 16
     needs = "testdev_balanced_questions.json of GQA's questions1.2, and with --images its pictures"
 
-    def load(self, data: Path) -> Loaded:
+    def load(self, data: Path) -> BenchmarkData:
         names = ("testdev_balanced_questions.json", "*_balanced_questions.json")
         path = files.find(data, names[0], f"*/{names[0]}", names[1], benchmark=self)
 
@@ -54,24 +54,24 @@ class Gqa(Benchmark):
             # The official script counts balanced questions only, whatever else the file holds.
             return question if row.get("isBalanced", True) else None
 
-        rows = files.made(path, "GQA question", make)
+        rows = files.parse_rows(path, "GQA question", make)
         questions = [question for question in rows if question is not None]
         need(bool(questions), f"{path}: none of its {len(rows)} questions is balanced")
-        files.distinct(path, [question.id for question in questions])
+        files.check_unique(path, [question.id for question in questions])
         folder = path.parent
         protocol: dict[str, Any] = {"file": path.name, "questions": len(questions)}
         if len(rows) > len(questions):
             protocol["not balanced, left out"] = len(rows) - len(questions)
-        return Loaded(questions, files.pictures(folder, folder / "images", data, data / "images"), protocol)
+        return BenchmarkData(questions, files.image_reader(folder, folder / "images", data, data / "images"), protocol)
 
-    def key(self, row: Mapping[str, Any], loaded: Loaded) -> str | None:
+    def key(self, row: Mapping[str, Any], loaded: BenchmarkData) -> str | None:
         """LLaVA's answers have `question_id`, GQA's own predictions `questionId`."""
         said = row.get("question_id", row.get("questionId"))
         return None if said is None else str(said)
 
     def score(
         self,
-        loaded: Loaded,
+        loaded: BenchmarkData,
         answers: Mapping[str, str],
         rule: str = OFFICIAL,
         replies: Mapping[str, str] | None = None,
@@ -99,7 +99,7 @@ class Gqa(Benchmark):
         protocol = {"parser": "exact match; full stops at the end dropped, in lower case"}
         return Scored(parsed_answers, table.units, table.counts, metrics, protocol)
 
-    def export(self, loaded: Loaded, answers: Mapping[str, str], out: Path) -> list[Path]:
+    def export(self, loaded: BenchmarkData, answers: Mapping[str, str], out: Path) -> list[Path]:
         """GQA's predictions, as its script and server take them."""
         rows = [
             {"questionId": question.id, "prediction": prediction(answers[str(question.id)])}

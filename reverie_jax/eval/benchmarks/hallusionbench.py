@@ -23,9 +23,9 @@ from reverie_jax.eval.benchmarks import files
 from reverie_jax.eval.benchmarks.interface import (
     OFFICIAL,
     Benchmark,
+    BenchmarkData,
     BenchmarkError,
     JudgeRequest,
-    Loaded,
     ParsedAnswer,
     Question,
     Scored,
@@ -99,7 +99,7 @@ class HallusionBench(Benchmark):
     judged = frozenset((OFFICIAL,))
     needs = "HallusionBench.json of the HallusionBench repository, and with --images its folder hallusion_bench"
 
-    def load(self, data: Path) -> Loaded:
+    def load(self, data: Path) -> BenchmarkData:
         path = files.find(data, "HallusionBench.json", "HallusionBench*.json", benchmark=self)
 
         def make(row: Mapping[str, Any]) -> Question:
@@ -115,14 +115,16 @@ class HallusionBench(Benchmark):
             image = None if known["visual_input"] == "0" else _image(row)
             return Question(_id(row), image, str(row["question"]), unit, known)
 
-        questions = files.made(path, "HallusionBench question", make)
-        files.distinct(path, [question.id for question in questions])
+        questions = files.parse_rows(path, "HallusionBench question", make)
+        files.check_unique(path, [question.id for question in questions])
         with_image = sum(question.image is not None for question in questions)
         protocol = {"questions": len(questions), "with a figure": with_image, "without": len(questions) - with_image}
         folder = path.parent
-        return Loaded(questions, files.pictures(folder, folder / "hallusion_bench", folder / "images"), protocol)
+        return BenchmarkData(
+            questions, files.image_reader(folder, folder / "hallusion_bench", folder / "images"), protocol
+        )
 
-    def key(self, row: Mapping[str, Any], loaded: Loaded) -> str | None:
+    def key(self, row: Mapping[str, Any], loaded: BenchmarkData) -> str | None:
         """The benchmark's own result file has its rows, in which `question_id` alone names nothing."""
         return _id(row) if all(part in row for part in _PARTS) else super().key(row, loaded)
 
@@ -130,7 +132,7 @@ class HallusionBench(Benchmark):
         return row.get("model_prediction", super().text(row))
 
     def requests(
-        self, loaded: Loaded, answers: Mapping[str, str], rule: str, prompts: Mapping[str, str]
+        self, loaded: BenchmarkData, answers: Mapping[str, str], rule: str, prompts: Mapping[str, str]
     ) -> list[JudgeRequest]:
         """One for each answer, and one more where there is an answer about figure 0 to compare it with."""
         if rule not in self.judged:
@@ -150,7 +152,7 @@ class HallusionBench(Benchmark):
 
     def score(
         self,
-        loaded: Loaded,
+        loaded: BenchmarkData,
         answers: Mapping[str, str],
         rule: str = OFFICIAL,
         replies: Mapping[str, str] | None = None,
@@ -177,7 +179,7 @@ class HallusionBench(Benchmark):
         table, metrics = _official(loaded.questions, codes, blames)
         return Scored(parsed_answers, table.units, table.counts, metrics, protocol)
 
-    def export(self, loaded: Loaded, answers: Mapping[str, str], out: Path) -> list[Path]:
+    def export(self, loaded: BenchmarkData, answers: Mapping[str, str], out: Path) -> list[Path]:
         """The benchmark's own result file: its rows, and the answers as `model_prediction`."""
         rows = [{**q.known["row"], "model_prediction": answers.get(str(q.id), "")} for q in loaded.questions]
         out.mkdir(parents=True, exist_ok=True)

@@ -58,7 +58,7 @@ class Question:
 
     Attributes:
         id: unique within the benchmark.
-        image: what `Loaded.picture` finds the picture by; None for text alone.
+        image: the name that `BenchmarkData.read_image` takes; None for text alone.
         text: as LLaVA-1.5 is asked, suffix included, without the picture's marker.
         unit: what is resampled for intervals: questions of one unit stand or fall together. The picture, mostly.
         known: what scoring needs of the question: label, options, category.
@@ -72,11 +72,11 @@ class Question:
     unit: str
     known: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     before: tuple[tuple[str, str], ...] = ()
-    new_tokens: int | None = None
+    max_new_tokens: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class Loaded:
+class BenchmarkData:
     """A benchmark's questions, in its own order.
 
     Attributes:
@@ -88,7 +88,7 @@ class Loaded:
     """
 
     questions: Sequence[Question]
-    picture: Callable[[str], bytes]
+    read_image: Callable[[str], bytes]
     protocol: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     known: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     left_out: frozenset[str] = frozenset()
@@ -179,7 +179,7 @@ class Benchmark:
 
     name: ClassVar[str]
     rules: ClassVar[tuple[str, ...]] = (OFFICIAL,)
-    new_tokens: ClassVar[int] = 128
+    max_new_tokens: ClassVar[int] = 128
     beams: ClassVar[int] = 1
     judge_temperature: ClassVar[float] = 0.0
     expected_new_tokens: ClassVar[int | None] = None
@@ -195,7 +195,7 @@ class Benchmark:
         """
         raise BenchmarkError(f"{self.name}: judges each answer once; --repeats is for mm-vet")
 
-    def load(self, data: Path) -> Loaded:
+    def load(self, data: Path) -> BenchmarkData:
         """The questions of the official files in a folder (or of one file).
 
         Raises:
@@ -205,7 +205,7 @@ class Benchmark:
 
     def score(
         self,
-        loaded: Loaded,
+        loaded: BenchmarkData,
         answers: Mapping[str, str],
         rule: str = OFFICIAL,
         replies: Mapping[str, str] | None = None,
@@ -225,11 +225,11 @@ class Benchmark:
         """The answer rows that a row of an answer file holds: itself, mostly."""
         return [row]
 
-    def key(self, row: Mapping[str, Any], loaded: Loaded) -> str | None:
+    def key(self, row: Mapping[str, Any], loaded: BenchmarkData) -> str | None:
         """The question that a row of an answer file belongs to, LLaVA's files included; None where it names none."""
         return None if row.get("question_id") is None else str(row["question_id"])
 
-    def duplicates(self, key: str, row: Mapping[str, Any], loaded: Loaded) -> Sequence[str]:
+    def duplicates(self, key: str, row: Mapping[str, Any], loaded: BenchmarkData) -> Sequence[str]:
         """Questions that a row of an answer file does not tell apart from this one: the n-th such row is the n-th one's."""
         return ()
 
@@ -244,7 +244,7 @@ class Benchmark:
         return theirs in mine or mine in theirs
 
     def requests(
-        self, loaded: Loaded, answers: Mapping[str, str], rule: str, prompts: Mapping[str, str]
+        self, loaded: BenchmarkData, answers: Mapping[str, str], rule: str, prompts: Mapping[str, str]
     ) -> list[JudgeRequest]:
         """What a judge is asked before `rule` can score.
 
@@ -253,7 +253,7 @@ class Benchmark:
         """
         return []
 
-    def export(self, loaded: Loaded, answers: Mapping[str, str], out: Path) -> list[Path]:
+    def export(self, loaded: BenchmarkData, answers: Mapping[str, str], out: Path) -> list[Path]:
         """Writes the upload or answer files that the benchmark's server or own script takes; their paths."""
         return []
 

@@ -22,9 +22,9 @@ from reverie_jax.eval.benchmarks import files
 from reverie_jax.eval.benchmarks.interface import (
     OFFICIAL,
     Benchmark,
+    BenchmarkData,
     BenchmarkError,
     JudgeRequest,
-    Loaded,
     ParsedAnswer,
     Question,
     Scored,
@@ -72,7 +72,7 @@ class _Rated(Benchmark):
         skips: replies that cannot be read are left out of the means; else their -1 is averaged in.
     """
 
-    new_tokens = 1024
+    max_new_tokens = 1024
     judged: ClassVar[frozenset[str]]
     sources: ClassVar[tuple[str, str, str]]
     skips: ClassVar[bool]
@@ -90,14 +90,14 @@ class _Rated(Benchmark):
         return {"": "all", **{category: category for category in CATEGORIES}}
 
     def pictures(self, folder: Path) -> Any:
-        return files.pictures(folder, folder / "images")
+        return files.image_reader(folder, folder / "images")
 
-    def load(self, data: Path) -> Loaded:
+    def load(self, data: Path) -> BenchmarkData:
         folder = data.parent if data.is_file() else data
         asked, described, answered = (files.find(folder, name, benchmark=self) for name in self.sources)
-        contexts = dict(files.made(described, "context", lambda row: (row["image"], self.context(row))))
-        references = files.made(answered, "reference answer", lambda row: (str(row["question_id"]), _text(row)))
-        files.distinct(answered, [id for id, _ in references])
+        contexts = dict(files.parse_rows(described, "context", lambda row: (row["image"], self.context(row))))
+        references = files.parse_rows(answered, "reference answer", lambda row: (str(row["question_id"]), _text(row)))
+        files.check_unique(answered, [id for id, _ in references])
         reference = dict(references)
 
         def make(row: Mapping[str, Any]) -> Question:
@@ -111,12 +111,12 @@ class _Rated(Benchmark):
             known = {"category": category, "context": contexts[image], "reference": reference[str(id)]}
             return Question(id, image, _text(row), image, known)
 
-        questions = files.made(asked, f"{self.name} question", make)
-        files.distinct(asked, [question.id for question in questions])
-        return Loaded(questions, self.pictures(folder), {"questions": len(questions)})
+        questions = files.parse_rows(asked, f"{self.name} question", make)
+        files.check_unique(asked, [question.id for question in questions])
+        return BenchmarkData(questions, self.pictures(folder), {"questions": len(questions)})
 
     def requests(
-        self, loaded: Loaded, answers: Mapping[str, str], rule: str, prompts: Mapping[str, str]
+        self, loaded: BenchmarkData, answers: Mapping[str, str], rule: str, prompts: Mapping[str, str]
     ) -> list[JudgeRequest]:
         found = []
         for question in loaded.questions:
@@ -135,7 +135,7 @@ class _Rated(Benchmark):
 
     def score(
         self,
-        loaded: Loaded,
+        loaded: BenchmarkData,
         answers: Mapping[str, str],
         rule: str = OFFICIAL,
         replies: Mapping[str, str] | None = None,
@@ -172,7 +172,7 @@ class _Rated(Benchmark):
         protocol = {"parser": rule, "unread replies": "left out" if self.skips else "-1 for both, averaged in"}
         return Scored(parsed_answers, table.units, table.counts, metrics, protocol)
 
-    def export(self, loaded: Loaded, answers: Mapping[str, str], out: Path) -> list[Path]:
+    def export(self, loaded: BenchmarkData, answers: Mapping[str, str], out: Path) -> list[Path]:
         """LLaVA's answer file. Its script zips the files, so all questions are there; and it wants an `answer_id`."""
         rows: list[dict[str, Any]] = [
             {
@@ -233,7 +233,7 @@ class LlavaBenchCoco(_Rated):
 
     def pictures(self, folder: Path) -> Any:
         """The questions name `000000441147.jpg`; COCO's file is `COCO_val2014_000000441147.jpg`."""
-        found = files.pictures(folder, folder / "images", folder / "val2014")
+        found = files.image_reader(folder, folder / "images", folder / "val2014")
 
         def picture(name: str) -> bytes:
             try:

@@ -17,9 +17,9 @@ from reverie_jax.eval.benchmarks import files
 from reverie_jax.eval.benchmarks.interface import (
     OFFICIAL,
     Benchmark,
+    BenchmarkData,
     BenchmarkError,
     JudgeRequest,
-    Loaded,
     ParsedAnswer,
     Question,
     Scored,
@@ -61,7 +61,7 @@ class MmVet(Benchmark):
     """
 
     name = "mm-vet"
-    new_tokens = 1024
+    max_new_tokens = 1024
     judged: ClassVar[frozenset[str]] = frozenset({OFFICIAL})
     needs = "mm-vet.json of the MM-Vet release, and with --images its pictures"
 
@@ -81,7 +81,7 @@ class MmVet(Benchmark):
         except ValueError as error:
             raise BenchmarkError(f"--repeats {repeats}: {error}") from None
 
-    def load(self, data: Path) -> Loaded:
+    def load(self, data: Path) -> BenchmarkData:
         path = files.find(data, "mm-vet.json", "mm*vet*.json", benchmark=self)
 
         def make(row: Mapping[str, Any]) -> Question:
@@ -91,19 +91,19 @@ class MmVet(Benchmark):
             known = {"reference": row["answer"], "capability": needs}
             return Question(row["pid"], row["imagename"], row["question"], row["imagename"], known)
 
-        questions = files.made(path, "MM-Vet question", make)
-        files.distinct(path, [question.id for question in questions])
+        questions = files.parse_rows(path, "MM-Vet question", make)
+        files.check_unique(path, [question.id for question in questions])
         folder = path.parent
-        return Loaded(questions, files.pictures(folder, folder / "images"), {"questions": len(questions)})
+        return BenchmarkData(questions, files.image_reader(folder, folder / "images"), {"questions": len(questions)})
 
-    def key(self, row: Mapping[str, Any], loaded: Loaded) -> str | None:
+    def key(self, row: Mapping[str, Any], loaded: BenchmarkData) -> str | None:
         id = row.get("question_id", row.get("id"))
         if id is None:
             return None
         return f"v1_{id}" if str(id).isdigit() else str(id)
 
     def requests(
-        self, loaded: Loaded, answers: Mapping[str, str], rule: str, prompts: Mapping[str, str]
+        self, loaded: BenchmarkData, answers: Mapping[str, str], rule: str, prompts: Mapping[str, str]
     ) -> list[JudgeRequest]:
         found = []
         for question in loaded.questions:
@@ -119,7 +119,7 @@ class MmVet(Benchmark):
 
     def score(
         self,
-        loaded: Loaded,
+        loaded: BenchmarkData,
         answers: Mapping[str, str],
         rule: str = OFFICIAL,
         replies: Mapping[str, str] | None = None,
@@ -166,7 +166,7 @@ class MmVet(Benchmark):
         protocol = {"parser": rule, "runs of the judge": len(runs), "unread replies": "graded 0"}
         return Scored(parsed_answers, table.units, table.counts, metrics, protocol)
 
-    def export(self, loaded: Loaded, answers: Mapping[str, str], out: Path) -> list[Path]:
+    def export(self, loaded: BenchmarkData, answers: Mapping[str, str], out: Path) -> list[Path]:
         """The official answer file, `{"v1_0": text, …}`."""
         out.mkdir(parents=True, exist_ok=True)
         path = out / "mm-vet_results.json"

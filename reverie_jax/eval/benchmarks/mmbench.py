@@ -18,9 +18,9 @@ from reverie_jax.eval.benchmarks.interface import (
     LETTER,
     OFFICIAL,
     Benchmark,
+    BenchmarkData,
     BenchmarkError,
     JudgeRequest,
-    Loaded,
     NotScorable,
     ParsedAnswer,
     Question,
@@ -90,7 +90,7 @@ class MmBench(Benchmark):
     expected_new_tokens = 8
     rules = (OFFICIAL, JUDGED, LMMS)
     judged = frozenset({JUDGED})
-    new_tokens = 1024
+    max_new_tokens = 1024
     needs = (
         "a TSV of MMBench in English, from OpenCompass: mmbench_dev_20230712.tsv, which LLaVA uses, or "
         "MMBench_DEV_EN.tsv as VLMEvalKit has it"
@@ -101,7 +101,7 @@ class MmBench(Benchmark):
         *("*test_en*.tsv", "*TEST_EN*.tsv", "*test_2*.tsv"),
     )
 
-    def load(self, data: Path) -> Loaded:
+    def load(self, data: Path) -> BenchmarkData:
         path = files.find(data, *self.patterns, benchmark=self)
         rows, cells = _read(path)
         columns = list(next(iter(rows.values())))
@@ -128,7 +128,7 @@ class MmBench(Benchmark):
             "rows": len(rows),
             "passes": "rows of the file" if complete else "made here: options rotated to the left, a step a pass",
         }
-        return Loaded(questions, picture, protocol, {"columns": columns})
+        return BenchmarkData(questions, picture, protocol, {"columns": columns})
 
     def _question(
         self, path: Path, index: int, row: dict[str, str], cells: dict[int, str], rows: Mapping[int, dict[str, str]]
@@ -167,7 +167,7 @@ class MmBench(Benchmark):
 
     def score(
         self,
-        loaded: Loaded,
+        loaded: BenchmarkData,
         answers: Mapping[str, str],
         rule: str = OFFICIAL,
         replies: Mapping[str, str] | None = None,
@@ -214,7 +214,7 @@ class MmBench(Benchmark):
         protocol = {"parser": rule, "not inferred": len(unparsed), "replies of a judge": len(replied)}
         return Scored(parsed_answers, table.units, table.counts, _metrics(table, groups), protocol)
 
-    def key(self, row: Mapping[str, Any], loaded: Loaded) -> str | None:
+    def key(self, row: Mapping[str, Any], loaded: BenchmarkData) -> str | None:
         """LLaVA numbers the passes of `--all-rounds` apart, in `round_id`."""
         id, number = row.get("question_id", row.get("index")), row.get("round_id") or 0
         if isinstance(id, int) and isinstance(number, int):
@@ -222,7 +222,7 @@ class MmBench(Benchmark):
         return None if id is None else str(id)
 
     def requests(
-        self, loaded: Loaded, answers: Mapping[str, str], rule: str, prompts: Mapping[str, str]
+        self, loaded: BenchmarkData, answers: Mapping[str, str], rule: str, prompts: Mapping[str, str]
     ) -> list[JudgeRequest]:
         """What cannot be inferred, unless the question is missed by another pass anyway."""
         if rule != JUDGED:
@@ -245,7 +245,7 @@ class MmBench(Benchmark):
             made.append(JudgeRequest(id, judged.fill(prompts, name, **fields).rstrip()))
         return made
 
-    def export(self, loaded: Loaded, answers: Mapping[str, str], out: Path) -> list[Path]:
+    def export(self, loaded: BenchmarkData, answers: Mapping[str, str], out: Path) -> list[Path]:
         """The xlsx that LLaVA uploads to MMBench's server: the file's columns without pictures, and `prediction`."""
         import pandas
 
@@ -295,7 +295,7 @@ def _read(path: Path) -> tuple[dict[int, dict[str, str]], dict[int, str]]:
     """
     rows: dict[int, dict[str, str]] = {}
     cells: dict[int, str] = {}
-    for number, row in enumerate(files.table(path, ("index", "question", "A", "B", "image")), 1):
+    for number, row in enumerate(files.read_tsv(path, ("index", "question", "A", "B", "image")), 1):
         try:
             index = int(row["index"])
         except ValueError:

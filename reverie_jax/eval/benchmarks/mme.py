@@ -18,8 +18,8 @@ from reverie_jax.eval.benchmarks.interface import (
     OFFICIAL,
     SHORT,
     Benchmark,
+    BenchmarkData,
     BenchmarkError,
-    Loaded,
     ParsedAnswer,
     Question,
     Scored,
@@ -76,7 +76,7 @@ class Mme(Benchmark):
     rules = (OFFICIAL, "lmms-eval", "vlmevalkit")
     needs = f"{_FOLDER}, the folder that MME's authors send out, with a folder for each task"
 
-    def load(self, data: Path) -> Loaded:
+    def load(self, data: Path) -> BenchmarkData:
         root = next((f for f in (data, data / _FOLDER) if any((f / task).is_dir() for task in TASKS)), None)
         if root is None:
             raise BenchmarkError(
@@ -109,9 +109,9 @@ class Mme(Benchmark):
         protocol: dict[str, Any] = {"questions": len(questions), "images": len(images)}
         if absent:
             protocol["tasks that are not there"] = ", ".join(absent)
-        return Loaded(questions, files.pictures(root), protocol, {"images": images})
+        return BenchmarkData(questions, files.image_reader(root), protocol, {"images": images})
 
-    def key(self, row: Mapping[str, Any], loaded: Loaded) -> str | None:
+    def key(self, row: Mapping[str, Any], loaded: BenchmarkData) -> str | None:
         """LLaVA's answers name the image alone, twice; the prompt tells its two questions apart."""
         said = super().key(row, loaded)
         if said is None:
@@ -134,7 +134,7 @@ class Mme(Benchmark):
 
     def score(
         self,
-        loaded: Loaded,
+        loaded: BenchmarkData,
         answers: Mapping[str, str],
         rule: str = OFFICIAL,
         replies: Mapping[str, str] | None = None,
@@ -156,7 +156,7 @@ class Mme(Benchmark):
             table.add(unit, {f"{task}/{cell}": float(n) for cell, n in zip(_CELLS, amounts, strict=True)})
         return Scored(parsed_answers, table.units, table.counts, _metrics(table, tasks, rule), {"parser": rule})
 
-    def export(self, loaded: Loaded, answers: Mapping[str, str], out: Path) -> list[Path]:
+    def export(self, loaded: BenchmarkData, answers: Mapping[str, str], out: Path) -> list[Path]:
         """MME's result folder: a text file for each task, lines of image, question, label and answer."""
         out.mkdir(parents=True, exist_ok=True)
         rows: dict[str, list[str]] = {}

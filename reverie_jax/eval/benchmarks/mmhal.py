@@ -17,9 +17,9 @@ from reverie_jax.eval.benchmarks import files
 from reverie_jax.eval.benchmarks.interface import (
     OFFICIAL,
     Benchmark,
+    BenchmarkData,
     BenchmarkError,
     JudgeRequest,
-    Loaded,
     ParsedAnswer,
     Question,
     Scored,
@@ -47,14 +47,14 @@ class MmHal(Benchmark):
     """See the module's docstring. Ids are places in the file, from 0."""
 
     name = "mmhal"
-    new_tokens = 1024
+    max_new_tokens = 1024
     judged: ClassVar[frozenset[str]] = frozenset({OFFICIAL})
     needs = (
         "response_template.json of Shengcao1006/MMHal-Bench (or RLHF-V's mmhal-bench_answer_template.json), and with "
         "--images its pictures"
     )
 
-    def load(self, data: Path) -> Loaded:
+    def load(self, data: Path) -> BenchmarkData:
         path = files.find(data, "response_template.json", "mmhal*template*.json", "mmhal*.json", benchmark=self)
         questions: list[Question] = []
         by_id: dict[str, str] = {}
@@ -76,9 +76,9 @@ class MmHal(Benchmark):
             known = {"category": kind, "content": ", ".join(content), "reference": row["gt_answer"], "row": dict(row)}
             questions.append(Question(number, image, row["question"], image, known))
 
-        files.made(path, "MMHal-Bench question", make)
+        files.parse_rows(path, "MMHal-Bench question", make)
         folder = path.parent
-        found = files.pictures(folder, folder / "images")
+        found = files.image_reader(folder, folder / "images")
 
         def picture(name: str) -> bytes:
             try:
@@ -88,9 +88,9 @@ class MmHal(Benchmark):
                     raise
             return found(by_id[name])
 
-        return Loaded(questions, picture, {"questions": len(questions)})
+        return BenchmarkData(questions, picture, {"questions": len(questions)})
 
-    def key(self, row: Mapping[str, Any], loaded: Loaded) -> str | None:
+    def key(self, row: Mapping[str, Any], loaded: BenchmarkData) -> str | None:
         """Rows of the official list have no id of their own: they are known by picture and question, wherever they stand."""
         if row.get("question_id") is not None:
             return str(row["question_id"])
@@ -109,7 +109,7 @@ class MmHal(Benchmark):
         return row["model_answer"] if "model_answer" in row else super().text(row)
 
     def requests(
-        self, loaded: Loaded, answers: Mapping[str, str], rule: str, prompts: Mapping[str, str]
+        self, loaded: BenchmarkData, answers: Mapping[str, str], rule: str, prompts: Mapping[str, str]
     ) -> list[JudgeRequest]:
         found = []
         for question in loaded.questions:
@@ -128,7 +128,7 @@ class MmHal(Benchmark):
 
     def score(
         self,
-        loaded: Loaded,
+        loaded: BenchmarkData,
         answers: Mapping[str, str],
         rule: str = OFFICIAL,
         replies: Mapping[str, str] | None = None,
@@ -168,7 +168,7 @@ class MmHal(Benchmark):
             metrics[f"{kind}/hallucination_rate"] = metric("hallucinated", [kind])
         return Scored(parsed_answers, table.units, table.counts, metrics, {"parser": rule, "unread replies": "rated 0"})
 
-    def export(self, loaded: Loaded, answers: Mapping[str, str], out: Path) -> list[Path]:
+    def export(self, loaded: BenchmarkData, answers: Mapping[str, str], out: Path) -> list[Path]:
         """The official list with its `model_answer` filled in."""
         rows = [q.known["row"] | {"model_answer": answers.get(str(q.id), "")} for q in loaded.questions]
         out.mkdir(parents=True, exist_ok=True)

@@ -19,9 +19,9 @@ from reverie_jax.eval.benchmarks.chair import COLUMNS, compared, reading
 from reverie_jax.eval.benchmarks.interface import (
     OFFICIAL,
     Benchmark,
+    BenchmarkData,
     BenchmarkError,
     JudgeRequest,
-    Loaded,
     ParsedAnswer,
     Question,
     Scored,
@@ -131,7 +131,7 @@ class ObjectHalBench(Benchmark):
     beams = 3
     judge_temperature = 0.2
     rules = (OFFICIAL, PLAIN)
-    new_tokens = 1024
+    max_new_tokens = 1024
     judged = frozenset((OFFICIAL,))
     needs = (
         "obj_halbench_300_with_image.jsonl of RLHF-V or RLAIF-V, and COCO 2014's instances_val2014.json and "
@@ -141,7 +141,7 @@ class ObjectHalBench(Benchmark):
     def __init__(self, tagger: Tagger | None = None, lemma: Callable[[str], str] | None = None):
         self._tagger, self._lemma = tagger, lemma
 
-    def load(self, data: Path) -> Loaded:
+    def load(self, data: Path) -> BenchmarkData:
         path = files.find(data, "obj_halbench*.jsonl", "*obj*hal*.jsonl", benchmark=self)
         pictures: dict[str, bytes] = {}
 
@@ -154,13 +154,13 @@ class ObjectHalBench(Benchmark):
                 pictures[image] = base64.b64decode(row["image"], validate=True)
             return Question(row.get("question_id", id), image, text, str(id), {"image_id": id})
 
-        questions = files.made(path, "question of Object HalBench", make)
-        files.distinct(path, [question.id for question in questions])
+        questions = files.parse_rows(path, "question of Object HalBench", make)
+        files.check_unique(path, [question.id for question in questions])
         place = path.parent
         truth = coco.read_coco(
             place, [question.known["image_id"] for question in questions], f"{self.name} needs {self.needs}"
         )
-        in_folders = files.pictures(place, place / "val2014", place / "train2014", place / "images")
+        in_folders = files.image_reader(place, place / "val2014", place / "train2014", place / "images")
 
         def picture(name: str) -> bytes:
             return pictures[name] if name in pictures else in_folders(name)
@@ -174,9 +174,9 @@ class ObjectHalBench(Benchmark):
             "captions": truth.captions,
             "by_image": {question.known["image_id"]: str(question.id) for question in reversed(questions)},
         }
-        return Loaded(questions, picture, protocol, known)
+        return BenchmarkData(questions, picture, protocol, known)
 
-    def key(self, row: Mapping[str, Any], loaded: Loaded) -> str | None:
+    def key(self, row: Mapping[str, Any], loaded: BenchmarkData) -> str | None:
         """By the picture: the official answer files number their questions anew, from 0."""
         if row.get("image_id") is None:
             return super().key(row, loaded)
@@ -186,7 +186,7 @@ class ObjectHalBench(Benchmark):
             return str(row["image_id"])
 
     def requests(
-        self, loaded: Loaded, answers: Mapping[str, str], rule: str, prompts: Mapping[str, str]
+        self, loaded: BenchmarkData, answers: Mapping[str, str], rule: str, prompts: Mapping[str, str]
     ) -> list[JudgeRequest]:
         if rule != OFFICIAL:
             return []
@@ -201,7 +201,7 @@ class ObjectHalBench(Benchmark):
 
     def score(
         self,
-        loaded: Loaded,
+        loaded: BenchmarkData,
         answers: Mapping[str, str],
         rule: str = OFFICIAL,
         replies: Mapping[str, str] | None = None,
@@ -247,7 +247,7 @@ class ObjectHalBench(Benchmark):
         protocol = {"objects": "the judge's" if official else "CHAIR's parse: a stand-in, not the published figure"}
         return Scored(parsed_answers, table.units, table.counts, metrics, protocol | {"unread_replies": unparsed})
 
-    def export(self, loaded: Loaded, answers: Mapping[str, str], out: Path) -> list[Path]:
+    def export(self, loaded: BenchmarkData, answers: Mapping[str, str], out: Path) -> list[Path]:
         """The answer file that the official script takes."""
         rows = [
             {"image_id": question.known["image_id"], "question": question.text, "answer": answers[str(question.id)]}

@@ -20,8 +20,8 @@ from reverie_jax.eval.benchmarks.interface import (
     OFFICIAL,
     SHORT,
     Benchmark,
+    BenchmarkData,
     BenchmarkError,
-    Loaded,
     ParsedAnswer,
     Question,
     Scored,
@@ -55,8 +55,8 @@ def read_questions(path: Path) -> list[PopeQuestion]:
         label = {"yes": True, "no": False}[row["label"].lower()]
         return PopeQuestion(int(row["question_id"]), row["image"], row["text"], label)
 
-    questions = files.made(path, "POPE question", make)
-    files.distinct(path, [question.question_id for question in questions])
+    questions = files.parse_rows(path, "POPE question", make)
+    files.check_unique(path, [question.question_id for question in questions])
     return questions
 
 
@@ -159,7 +159,7 @@ class Pope(Benchmark):
         "(LLaVA uses those of August 2023), and with --images COCO's val2014 pictures"
     )
 
-    def load(self, data: Path) -> Loaded:
+    def load(self, data: Path) -> BenchmarkData:
         questions: list[Question] = []
         protocol: dict[str, Any] = {}
         for split in SPLITS:
@@ -177,14 +177,14 @@ class Pope(Benchmark):
                     questions.append(Question(id, row.image, text, row.image, known))
         if not questions:
             raise BenchmarkError(f"{data}: no *pope*{SPLITS[0]}*.json there; pope needs {self.needs}")
-        files.distinct(data, [question.id for question in questions])
+        files.check_unique(data, [question.id for question in questions])
         old = protocol.get("questions/random") == 2910 and protocol["imange"] > 0
         protocol["labels"] = "August 2023, as LLaVA's" if old else "as in the files"
-        return Loaded(questions, files.pictures(data, data / "val2014", data / "images"), protocol)
+        return BenchmarkData(questions, files.image_reader(data, data / "val2014", data / "images"), protocol)
 
     def score(
         self,
-        loaded: Loaded,
+        loaded: BenchmarkData,
         answers: Mapping[str, str],
         rule: str = OFFICIAL,
         replies: Mapping[str, str] | None = None,
@@ -214,7 +214,7 @@ class Pope(Benchmark):
         metrics = {OFFICIAL: _official, "lmms-eval": _lmms_metrics, "vlmevalkit": _vlmevalkit_metrics}[rule](splits)
         return Scored(parsed_answers, table.units, table.counts, metrics, {"parser": rule})
 
-    def export(self, loaded: Loaded, answers: Mapping[str, str], out: Path) -> list[Path]:
+    def export(self, loaded: BenchmarkData, answers: Mapping[str, str], out: Path) -> list[Path]:
         """POPE's own answer files: question and answer, in the order of the question files."""
         made = []
         for split in SPLITS:

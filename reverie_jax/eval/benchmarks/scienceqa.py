@@ -16,8 +16,8 @@ from reverie_jax.eval.benchmarks.interface import (
     LETTER,
     OFFICIAL,
     Benchmark,
+    BenchmarkData,
     BenchmarkError,
-    Loaded,
     ParsedAnswer,
     Question,
     Scored,
@@ -67,7 +67,7 @@ class ScienceQa(Benchmark):
     name = "scienceqa"
     expected_new_tokens = 8
     rules = (OFFICIAL, LMMS, KIT)
-    new_tokens = 1024
+    max_new_tokens = 1024
     needs = (
         "problems.json and pid_splits.json of the ScienceQA repository (data/scienceqa), and with --images its pictures, "
         "test/{id}/image.png"
@@ -76,7 +76,7 @@ class ScienceQa(Benchmark):
     def __init__(self, split: str = "test"):
         self.split = split
 
-    def load(self, data: Path) -> Loaded:
+    def load(self, data: Path) -> BenchmarkData:
         path = files.find(data, "problems.json", "*/problems.json", "*/*/problems.json", benchmark=self)
         splits_path = path.parent / "pid_splits.json"
         splits = files.read_json(splits_path)
@@ -84,13 +84,13 @@ class ScienceQa(Benchmark):
         if not isinstance(ids, list) or not ids:
             raise BenchmarkError(f"{splits_path}: no list of ids of split {self.split}; {self.name} needs {self.needs}")
         order = [str(id) for id in ids]
-        files.distinct(splits_path, order)
+        files.check_unique(splits_path, order)
         wanted = set(order)
 
         def make(row: Mapping[str, Any]) -> Question | None:
             return _question(row, self.split) if row["pid"] in wanted else None
 
-        found = {str(q.id): q for q in files.made(path, "ScienceQA problem", make) if q is not None}
+        found = {str(q.id): q for q in files.parse_rows(path, "ScienceQA problem", make) if q is not None}
         missing = next((id for id in order if id not in found), None)
         need(
             missing is None,
@@ -102,11 +102,11 @@ class ScienceQa(Benchmark):
             "questions": len(questions),
             "questions/image": sum(question.image is not None for question in questions),
         }
-        return Loaded(questions, _pictures(path.parent, data if data.is_dir() else data.parent), protocol)
+        return BenchmarkData(questions, _pictures(path.parent, data if data.is_dir() else data.parent), protocol)
 
     def score(
         self,
-        loaded: Loaded,
+        loaded: BenchmarkData,
         answers: Mapping[str, str],
         rule: str = OFFICIAL,
         replies: Mapping[str, str] | None = None,
@@ -137,7 +137,7 @@ class ScienceQa(Benchmark):
                 table.add(question.unit, {f"{group}/right": right, f"{group}/all": 1.0})
         return Scored(parsed_answers, table.units, table.counts, _metrics(table, loaded, rule), {"parser": rule})
 
-    def export(self, loaded: Loaded, answers: Mapping[str, str], out: Path) -> list[Path]:
+    def export(self, loaded: BenchmarkData, answers: Mapping[str, str], out: Path) -> list[Path]:
         """LLaVA's result file, which the leaderboard's and the official scripts read."""
         results, outputs, correct = {}, {}, 0
         for question in loaded.questions:
@@ -201,7 +201,7 @@ def _groups(row: Mapping[str, Any], hint: bool) -> list[str]:
 def _pictures(*homes: Path) -> Callable[[str], bytes]:
     """Pictures by `{split}/{id}/{name}` below a folder or its `images`; the split's folder may be left out."""
     folders = [folder for home in dict.fromkeys(homes) for folder in (home / "images", home)]
-    whole = files.pictures(*folders)
+    whole = files.image_reader(*folders)
 
     def picture(name: str) -> bytes:
         short = name.partition("/")[2]
@@ -217,7 +217,7 @@ def _read(answer: str, options: Mapping[str, str], rule: str) -> str:
     return lmms(answer, "".join(options)) if rule == LMMS else choice_parsing.vlmevalkit(answer, options)
 
 
-def _metrics(table: Table, loaded: Loaded, rule: str) -> dict[str, Statistic]:
+def _metrics(table: Table, loaded: BenchmarkData, rule: str) -> dict[str, Statistic]:
     """In percent. VLMEvalKit's files have the items with a picture alone, so there is no accuracy of all items."""
     found = {"img_accuracy": share(table["img_right"], table["img_all"], scale=100.0)}
     if rule != KIT:

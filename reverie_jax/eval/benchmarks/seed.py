@@ -14,8 +14,8 @@ from reverie_jax.eval.benchmarks.interface import (
     LETTER,
     OFFICIAL,
     Benchmark,
+    BenchmarkData,
     BenchmarkError,
-    Loaded,
     ParsedAnswer,
     Question,
     Scored,
@@ -58,7 +58,7 @@ class Seed(Benchmark):
         f"in {FRAMES}"
     )
 
-    def load(self, data: Path) -> Loaded:
+    def load(self, data: Path) -> BenchmarkData:
         path = files.find(data, "SEED-Bench.json", "*/SEED-Bench.json", "SEED*Bench*.json", benchmark=self)
         content = files.read_json(path)
         rows = content.get("questions") if isinstance(content, dict) else None
@@ -80,15 +80,15 @@ class Seed(Benchmark):
             frame = question.image or ""
             if question.known["kind"] != "image" and not any((folder / frame).is_file() for folder in folders):
                 left_out.add(str(question.id))
-        files.distinct(path, [question.id for question in asked])
+        files.check_unique(path, [question.id for question in asked])
         kinds = [question.known["kind"] for question in asked]
         protocol = {f"questions/{kind}": kinds.count(kind) for kind in _KINDS}
         protocol["clips without a frame"] = len(left_out)
-        return Loaded(asked, files.pictures(*folders), protocol, {"types": list(types)}, frozenset(left_out))
+        return BenchmarkData(asked, files.image_reader(*folders), protocol, {"types": list(types)}, frozenset(left_out))
 
     def score(
         self,
-        loaded: Loaded,
+        loaded: BenchmarkData,
         answers: Mapping[str, str],
         rule: str = OFFICIAL,
         replies: Mapping[str, str] | None = None,
@@ -122,7 +122,7 @@ class Seed(Benchmark):
         }
         return Scored(parsed_answers, table.units, table.counts, metrics, {"parser": rule})
 
-    def export(self, loaded: Loaded, answers: Mapping[str, str], out: Path) -> list[Path]:
+    def export(self, loaded: BenchmarkData, answers: Mapping[str, str], out: Path) -> list[Path]:
         """What the leaderboard takes: `question_id` as in the question file, and `prediction`."""
         rows = [
             {"question_id": question.known["question_id"], "prediction": answers[str(question.id)]}

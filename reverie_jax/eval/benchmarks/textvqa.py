@@ -18,8 +18,8 @@ from reverie_jax.eval.benchmarks.interface import (
     OFFICIAL,
     SHORT,
     Benchmark,
+    BenchmarkData,
     BenchmarkError,
-    Loaded,
     ParsedAnswer,
     Question,
     Scored,
@@ -210,7 +210,7 @@ class TextVqa(Benchmark):
         f"{_LLAVA_QUESTIONS}), and with --images the pictures of train_images"
     )
 
-    def load(self, data: Path) -> Loaded:
+    def load(self, data: Path) -> BenchmarkData:
         path = files.find(data, "TextVQA_0.5.1_val.json", "TextVQA_*[0-9]_val.json", benchmark=self)
         folder = path.parent
         texts = _llava_texts(folder / _LLAVA_QUESTIONS)
@@ -229,14 +229,14 @@ class TextVqa(Benchmark):
             return Question(int(row["question_id"]), f"{image}.jpg", text, image, known)
 
         questions = _rows(path, "TextVQA question", make)
-        files.distinct(path, [question.id for question in questions])
+        files.check_unique(path, [question.id for question in questions])
         asked_by: dict[tuple[str, str], list[str]] = {}
         for question in questions:
             asked_by.setdefault((question.unit, question.known["question"]), []).append(str(question.id))
         source = "LLaVA's questions" if texts else "none" if tokens is None else "Rosetta v0.2"
-        return Loaded(
+        return BenchmarkData(
             questions,
-            files.pictures(folder, folder / "train_images", folder / "images"),
+            files.image_reader(folder, folder / "train_images", folder / "images"),
             {"file": path.name, "questions": len(questions), "ocr tokens": source},
             {
                 "ids": frozenset(str(question.id) for question in questions),
@@ -244,13 +244,13 @@ class TextVqa(Benchmark):
             },
         )
 
-    def key(self, row: Mapping[str, Any], loaded: Loaded) -> str | None:
+    def key(self, row: Mapping[str, Any], loaded: BenchmarkData) -> str | None:
         said = super().key(row, loaded)
         if said is None or said in loaded.known["ids"] or not isinstance(row.get("prompt"), str):
             return said
         return loaded.known["asked"].get((said, asked(row["prompt"])), [said])[0]
 
-    def duplicates(self, key: str, row: Mapping[str, Any], loaded: Loaded) -> Sequence[str]:
+    def duplicates(self, key: str, row: Mapping[str, Any], loaded: BenchmarkData) -> Sequence[str]:
         """Two questions about a picture in the same words, where a row names but the picture, as LLaVA's do."""
         if super().key(row, loaded) in loaded.known["ids"]:
             return ()
@@ -262,7 +262,7 @@ class TextVqa(Benchmark):
 
     def score(
         self,
-        loaded: Loaded,
+        loaded: BenchmarkData,
         answers: Mapping[str, str],
         rule: str = OFFICIAL,
         replies: Mapping[str, str] | None = None,
@@ -307,7 +307,7 @@ def _llava_texts(path: Path) -> dict[tuple[str, str], str]:
     def make(row: Mapping[str, Any]) -> tuple[tuple[str, str], str]:
         return (str(row["question_id"]), asked(row["text"])), row["text"]
 
-    return dict(files.made(path, "question of LLaVA's", make))
+    return dict(files.parse_rows(path, "question of LLaVA's", make))
 
 
 def _tokens(path: Path) -> dict[str, Sequence[str]] | None:

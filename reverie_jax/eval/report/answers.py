@@ -15,7 +15,7 @@ from reverie_jax.errors import UserError
 from reverie_jax.eval import statistics
 from reverie_jax.eval.benchmarks import benchmark as find_benchmark
 from reverie_jax.eval.benchmarks import files
-from reverie_jax.eval.benchmarks.interface import Benchmark, Loaded, ParsedAnswer, Question, Table
+from reverie_jax.eval.benchmarks.interface import Benchmark, BenchmarkData, ParsedAnswer, Question, Table
 from reverie_jax.eval.judge_replies import REPLIES
 from reverie_jax.eval.score import Score, agreement, compare, score
 
@@ -55,7 +55,7 @@ class RescoredRun:
     """
 
     benchmark: Benchmark
-    loaded: Loaded
+    loaded: BenchmarkData
     scores: Mapping[str, Score]
     paths: Mapping[str, Path]
     rows: Mapping[str, Mapping[str, Row]]
@@ -85,7 +85,7 @@ def read(
         UserError: the benchmark's files cannot be used.
     """
     one = find_benchmark(name)
-    loaded = files.shown_from(one.load(data / name if (data / name).is_dir() else data), images)
+    loaded = files.with_images(one.load(data / name if (data / name).is_dir() else data), images)
     scores, rows, notes = {}, {}, []
     paths = {run: folder / files.PREDICTIONS for run, folder in folders.items()}
     for run, path in paths.items():
@@ -123,7 +123,7 @@ def _same(one: float, other: Any) -> bool:
     return math.isclose(one, other, rel_tol=1e-4, abs_tol=1e-5) or (math.isnan(one) and math.isnan(other))
 
 
-def _rows(path: Path, one: Benchmark, loaded: Loaded) -> dict[str, Row]:
+def _rows(path: Path, one: Benchmark, loaded: BenchmarkData) -> dict[str, Row]:
     found: dict[str, Row] = {}
 
     def take(row: Row) -> None:
@@ -132,7 +132,7 @@ def _rows(path: Path, one: Benchmark, loaded: Loaded) -> dict[str, Row]:
             if key is not None:
                 found[key] = part
 
-    files.made(path, "answer", take)
+    files.parse_rows(path, "answer", take)
     return found
 
 

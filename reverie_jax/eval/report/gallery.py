@@ -118,7 +118,7 @@ class _Cards:
     def _picture(self, image: str) -> dict[str, Any]:
         """As a JPEG in a data URI, or why there is none."""
         try:
-            small = pictures.decode(self.again.loaded.picture(image), image)
+            small = pictures.decode(self.again.loaded.read_image(image), image)
         except UserError as error:
             return {"picture": None, "missing": str(error)}
         small.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)

@@ -282,7 +282,9 @@ def _unread(run: str, part: BenchmarkResult) -> dict[str, Any] | None:
     if not scores["unparsed"]:
         return None
     rows: dict[str, Any] = {}
-    files.made(part.folder / files.PREDICTIONS, "answer", lambda row: rows.update({str(row.get("question_id")): row}))
+    files.parse_rows(
+        part.folder / files.PREDICTIONS, "answer", lambda row: rows.update({str(row.get("question_id")): row})
+    )
     listed = []
     for id in scores["unparsed_ids"]:
         row = rows.get(str(id), {})

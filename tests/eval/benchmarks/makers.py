@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from reverie_jax.eval.benchmarks import benchmark
-from reverie_jax.eval.benchmarks.interface import Benchmark, Loaded, Scored
+from reverie_jax.eval.benchmarks.interface import Benchmark, BenchmarkData, Scored
 from reverie_jax.eval.statistics import resamples
 
 SHORT = "Answer the question using a single word or phrase."
@@ -224,16 +224,16 @@ def seed(folder: Path, questions: Sequence[Mapping[str, Any]]) -> Path:
     return folder
 
 
-def opened(name: str, data: Path) -> tuple[Benchmark, Loaded]:
+def opened(name: str, data: Path) -> tuple[Benchmark, BenchmarkData]:
     bench = benchmark(name)
     return bench, bench.load(data)
 
 
-def ids(loaded: Loaded) -> list[str]:
+def ids(loaded: BenchmarkData) -> list[str]:
     return [str(question.id) for question in loaded.questions]
 
 
-def asked(loaded: Loaded, *texts: str) -> Any:
+def asked(loaded: BenchmarkData, *texts: str) -> Any:
     """The one question whose text holds all of these."""
     found = [question for question in loaded.questions if all(text in question.text for text in texts)]
     assert len(found) == 1, [question.text for question in loaded.questions]
@@ -245,7 +245,9 @@ def headline(scored: Scored) -> float:
     return next(iter(scored.values().values()))
 
 
-def check(bench: Benchmark, loaded: Loaded, answers: Mapping[str, str], rule: str = "official", **more: Any) -> Scored:
+def check(
+    bench: Benchmark, loaded: BenchmarkData, answers: Mapping[str, str], rule: str = "official", **more: Any
+) -> Scored:
     """Scores, and sees to what holds for any score: shapes, metrics of many sums at once, units that share no group."""
     scored = bench.score(loaded, answers, rule, **more)
     assert [reading.id for reading in scored.parsed_answers] == [question.id for question in loaded.questions]
@@ -265,7 +267,7 @@ def check(bench: Benchmark, loaded: Loaded, answers: Mapping[str, str], rule: st
 
 
 def _units_stand_alone(
-    bench: Benchmark, loaded: Loaded, answers: Mapping[str, str], rule: str, scored: Scored, **more: Any
+    bench: Benchmark, loaded: BenchmarkData, answers: Mapping[str, str], rule: str, scored: Scored, **more: Any
 ) -> None:
     """Some units' counts are what scoring their questions alone gives: no group of questions is in two units."""
     units = list(dict.fromkeys(question.unit for question in loaded.questions))
@@ -285,7 +287,7 @@ def _units_stand_alone(
                 assert float(scored.metrics[name](sums)) == pytest.approx(value), name
 
 
-def everyone(loaded: Loaded, answer: str | Callable[[Any], str]) -> dict[str, str]:
+def everyone(loaded: BenchmarkData, answer: str | Callable[[Any], str]) -> dict[str, str]:
     """The same answer to all, or what a function of the question says."""
     say = answer if callable(answer) else lambda question: answer
     return {str(question.id): say(question) for question in loaded.questions}

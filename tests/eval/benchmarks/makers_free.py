@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from reverie_jax.eval.benchmarks import files
-from reverie_jax.eval.benchmarks.interface import Benchmark, BenchmarkError, Loaded, Scored
+from reverie_jax.eval.benchmarks.interface import Benchmark, BenchmarkData, BenchmarkError, Scored
 
 PICTURE = b"\x89PNG no real picture"
 
@@ -222,7 +222,7 @@ def headline(scored: Scored) -> float:
     return next(iter(scored.values().values()))
 
 
-def sound(loaded: Loaded, scored: Scored) -> None:
+def sound(loaded: BenchmarkData, scored: Scored) -> None:
     """What every score holds: a reading a question, the questions' units, metrics of sums over any leading axes."""
     assert [str(reading.id) for reading in scored.parsed_answers] == [str(question.id) for question in loaded.questions]
     assert set(scored.units) == {question.unit for question in loaded.questions}
@@ -254,13 +254,13 @@ def refused(benchmark: Benchmark, data: Path, *named: str) -> str:
     return message
 
 
-def comes_back(benchmark: Benchmark, loaded: Loaded, answers: Mapping[str, str], out: Path) -> None:
+def comes_back(benchmark: Benchmark, loaded: BenchmarkData, answers: Mapping[str, str], out: Path) -> None:
     """What `export` writes in the official form is read as an answer file."""
     (path,) = benchmark.export(loaded, answers, out)
     assert files.read_answers(path, benchmark, loaded) == dict(answers)
 
 
-def partial(benchmark: Benchmark, loaded: Loaded, prompts: Mapping[str, str], reply: str) -> Scored:
+def partial(benchmark: Benchmark, loaded: BenchmarkData, prompts: Mapping[str, str], reply: str) -> Scored:
     """A score where the second question has no answer: the judge is not asked about it, and nothing is missed."""
     lost = str(loaded.questions[1].id)
     answers = {str(question.id): "So it is in every way." for question in loaded.questions if str(question.id) != lost}
@@ -273,7 +273,7 @@ def partial(benchmark: Benchmark, loaded: Loaded, prompts: Mapping[str, str], re
     return scored
 
 
-def by_question(loaded: Loaded, texts: Sequence[str] | Mapping[Any, str]) -> dict[str, str]:
+def by_question(loaded: BenchmarkData, texts: Sequence[str] | Mapping[Any, str]) -> dict[str, str]:
     """Answers by id: in the questions' order, or by the id that a mapping has."""
     if isinstance(texts, Mapping):
         return {str(id): text for id, text in texts.items()}

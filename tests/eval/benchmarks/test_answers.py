@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from reverie_jax.eval.benchmarks import files
-from reverie_jax.eval.benchmarks.interface import Benchmark, BenchmarkError, Loaded, Question
+from reverie_jax.eval.benchmarks.interface import Benchmark, BenchmarkData, BenchmarkError, Question
 from tests.eval.benchmarks.makers import (
     LETTER,
     dump,
@@ -112,7 +112,7 @@ MAKE: dict[str, Callable[[Path], Path]] = {
 @dataclasses.dataclass
 class Case:
     bench: Benchmark
-    loaded: Loaded
+    loaded: BenchmarkData
     rows: list[dict[str, Any]]
     path: Path
 

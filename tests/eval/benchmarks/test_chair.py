@@ -282,9 +282,9 @@ def test_pictures_are_read_by_their_name(chair, tmp_path):
     loaded = chair.load(make.coco(tmp_path, IMAGES))
     (tmp_path / "val2014").mkdir()
     (tmp_path / "val2014" / make.coco_name(101)).write_bytes(make.PICTURE)
-    assert loaded.picture(asked(loaded)[101].image) == make.PICTURE
+    assert loaded.read_image(asked(loaded)[101].image) == make.PICTURE
     with pytest.raises(make.BenchmarkError):
-        loaded.picture(asked(loaded)[102].image)
+        loaded.read_image(asked(loaded)[102].image)
 
 
 def test_captions_are_written_as_the_official_script_reads_them(chair, small, tmp_path):

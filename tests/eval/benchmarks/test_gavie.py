@@ -93,7 +93,7 @@ def test_questions_of_a_picture_are_one_unit(loaded):
 def test_questions_are_bare(loaded):
     wanted = ["What is at [11, 12]?", "Describe the sky.", "Who is it?", "Is it a man?", "Is there a dog?"]
     assert [question.text for question in loaded.questions] == wanted
-    assert loaded.picture(loaded.questions[2].image) == make.PICTURE
+    assert loaded.read_image(loaded.questions[2].image) == make.PICTURE
 
 
 def test_judge_sees_regions_with_the_width_as_height(bench, loaded):

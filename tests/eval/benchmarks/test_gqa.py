@@ -72,7 +72,7 @@ def test_questions_of_a_picture_are_one_unit(data):
 
 def test_pictures_are_found(data):
     _, loaded = opened("gqa", data)
-    assert loaded.picture(loaded.questions[0].image)[:2] == b"\xff\xd8"
+    assert loaded.read_image(loaded.questions[0].image)[:2] == b"\xff\xd8"
 
 
 def test_file_itself_may_be_given(data):
@@ -220,4 +220,4 @@ def test_official_answer_file_is_read_back(data, tmp_path):
 def test_cap_is_llavas():
     from reverie_jax.eval.benchmarks import benchmark
 
-    assert benchmark("gqa").new_tokens == 128
+    assert benchmark("gqa").max_new_tokens == 128

@@ -107,13 +107,13 @@ def test_pictures_are_found_with_and_without_a_level_more(tmp_path, level):
     picture(tmp_path / level / "VS" / "ocr" / "0_1.png", 200)
     _, loaded = opened("hallusionbench", tmp_path)
     question = asked(loaded, "VS ocr set 0 figure 1 question 0")
-    assert shade(loaded.picture(question.image)) == 200
+    assert shade(loaded.read_image(question.image)) == 200
 
 
 def test_same_numbers_in_both_parts_are_two_pictures(data):
     _, loaded = opened("hallusionbench", data)
     first, second = asked(loaded, "VD ocr", "figure 1 question 0"), asked(loaded, "VS ocr", "figure 1 question 0")
-    assert loaded.picture(first.image) != loaded.picture(second.image)
+    assert loaded.read_image(first.image) != loaded.read_image(second.image)
 
 
 def test_missing_and_broken_files_are_refused_in_one_line(tmp_path):

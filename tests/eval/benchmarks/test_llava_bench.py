@@ -153,7 +153,7 @@ def test_questions_are_bare(loaded):
 
 
 def test_pictures_are_found(loaded):
-    assert loaded.picture("002.jpg") == make.PICTURE
+    assert loaded.read_image("002.jpg") == make.PICTURE
 
 
 TEMPLATE = "C[{context}] Q[{question}] R[{reference}] A[{answer}]"

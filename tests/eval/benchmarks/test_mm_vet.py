@@ -132,7 +132,7 @@ def test_judge_sees_question_truth_and_answer(vet, loaded):
 def test_questions_are_bare(loaded):
     assert [question.text for question in loaded.questions] == [f"What is x in number {n}?" for n in range(6)]
     assert len({question.unit for question in loaded.questions}) == 6
-    assert loaded.picture(loaded.questions[2].image) == make.PICTURE
+    assert loaded.read_image(loaded.questions[2].image) == make.PICTURE
 
 
 @pytest.mark.parametrize("prefix", ["", "v1_"], ids=["LLaVA's number", "MM-Vet's name"])

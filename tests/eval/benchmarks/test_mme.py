@@ -73,14 +73,14 @@ def test_same_picture_name_in_two_tasks_is_two_pictures(tmp_path):
     bench, loaded = opened("mme", mme(tmp_path, tasks))
     assert len({q.unit for q in loaded.questions}) == 3
     one, blue = asked(loaded, "Is this one"), asked(loaded, "Is this blue")
-    assert loaded.picture(one.image) != loaded.picture(blue.image)
+    assert loaded.read_image(one.image) != loaded.read_image(blue.image)
     check(bench, loaded, everyone(loaded, known))
 
 
 def test_pictures_are_found_in_both_kinds_of_folder(data):
     _, loaded = opened("mme", data)
     for text, number in (("Is this a still life", 0), ("Is this a portrait", 1), ("Is this Python", 0)):
-        assert abs(shade(loaded.picture(asked(loaded, text).image)) - number) < 9
+        assert abs(shade(loaded.read_image(asked(loaded, text).image)) - number) < 9
 
 
 def test_last_line_may_lack_its_end(data):
@@ -296,5 +296,5 @@ def test_rules_and_cap():
     bench = benchmark("mme")
     assert bench.rules[0] == "official"
     assert set(RULES) <= set(bench.rules)
-    assert bench.new_tokens == 128
-    assert np.isscalar(bench.new_tokens)
+    assert bench.max_new_tokens == 128
+    assert np.isscalar(bench.max_new_tokens)

@@ -318,7 +318,7 @@ def test_questions_and_pictures_come_from_the_file(loaded):
     assert [question.text for question in loaded.questions] == [f"{ASKED} {image}" for image in IMAGES]
     assert len({question.unit for question in loaded.questions}) == 4
     for question, image in zip(loaded.questions, IMAGES, strict=True):
-        assert loaded.picture(question.image) == make.PICTURE + bytes([image])
+        assert loaded.read_image(question.image) == make.PICTURE + bytes([image])
 
 
 def test_file_names_decide_nothing(bench, tmp_path):

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reverie_jax.eval.benchmarks.interface import BenchmarkError, Loaded, Question
+from reverie_jax.eval.benchmarks.interface import BenchmarkData, BenchmarkError, Question
 from reverie_jax.eval.benchmarks.pope import Pope
 from tests.eval.benchmarks.makers import SHORT, check, everyone, headline, ids, lines, opened, pope, shade
 
@@ -29,7 +29,7 @@ def data(tmp_path):
     return pope(tmp_path, random=ROWS, popular=ROWS, adversarial=ROWS)
 
 
-def made(splits: dict[str, list[tuple[str, bool]]]) -> Loaded:
+def made(splits: dict[str, list[tuple[str, bool]]]) -> BenchmarkData:
     """Questions without files: of each split, (image, label)."""
     first = {"adversarial": 1, "random": 10_000_001, "popular": 20_000_001}
     questions = [
@@ -37,7 +37,7 @@ def made(splits: dict[str, list[tuple[str, bool]]]) -> Loaded:
         for split, rows in splits.items()
         for number, (image, label) in enumerate(rows)
     ]
-    return Loaded(questions, lambda name: b"")
+    return BenchmarkData(questions, lambda name: b"")
 
 
 def test_ids_are_those_of_llavas_file(data):
@@ -71,10 +71,10 @@ def test_suffix_that_is_there_is_not_doubled(tmp_path):
 
 def test_pictures_are_found_by_name(data):
     _, loaded = opened("pope", data)
-    assert loaded.picture(ROWS[0][0])[:2] == b"\xff\xd8"
-    assert shade(loaded.picture(ROWS[0][0])) < 9
+    assert loaded.read_image(ROWS[0][0])[:2] == b"\xff\xd8"
+    assert shade(loaded.read_image(ROWS[0][0])) < 9
     with pytest.raises(BenchmarkError, match=r"COCO_none\.jpg"):
-        loaded.picture("COCO_none.jpg")
+        loaded.read_image("COCO_none.jpg")
 
 
 def test_question_files_may_be_lists(tmp_path):
@@ -348,4 +348,4 @@ def test_score_of_other_labels_is_another(tmp_path):
 
 def test_needs_says_which_files():
     assert re.search(r"coco_pope_random\.json.*popular.*adversarial", Pope.needs)
-    assert Pope.new_tokens == 128  # LLaVA's cap
+    assert Pope.max_new_tokens == 128  # LLaVA's cap

@@ -64,8 +64,8 @@ def test_prompts_are_llavas_to_the_character(data):
 def test_pictures_are_found_by_id(data):
     _, loaded = opened("scienceqa", data)
     first, third = loaded.questions[0], loaded.questions[2]
-    assert shade(loaded.picture(first.image)) == 11
-    assert shade(loaded.picture(third.image)) == 25
+    assert shade(loaded.read_image(first.image)) == 11
+    assert shade(loaded.read_image(third.image)) == 25
 
 
 def test_missing_and_broken_files_are_refused_in_one_line(tmp_path):
@@ -281,4 +281,4 @@ def test_result_is_in_the_layout_of_llavas_script(data, tmp_path):
 def test_cap_is_llavas():
     from reverie_jax.eval.benchmarks import benchmark
 
-    assert benchmark("scienceqa").new_tokens == 1024
+    assert benchmark("scienceqa").max_new_tokens == 1024

@@ -65,10 +65,10 @@ def test_questions_of_a_picture_are_one_unit(data):
 
 def test_pictures_and_middle_frames_are_found_where_llava_has_them(data):
     _, loaded = opened("seed", data)
-    found = [shade(loaded.picture(q.image)) for q in loaded.questions]
+    found = [shade(loaded.read_image(q.image)) for q in loaded.questions]
     # The first and third share their picture, written twice; videos are frames named by type and question.
     assert all(abs(one - other) < 9 for one, other in zip(found, [2, 1, 2, 3, 4], strict=True))
-    assert loaded.picture(loaded.questions[3].image)[:4] == b"\x89PNG"
+    assert loaded.read_image(loaded.questions[3].image)[:4] == b"\x89PNG"
 
 
 def test_clips_without_frames_are_not_asked_and_count_where_they_are_answered(data, tmp_path):
@@ -219,4 +219,4 @@ def test_upload_is_the_leaderboards(data, tmp_path):
 def test_cap_is_llavas():
     from reverie_jax.eval.benchmarks import benchmark
 
-    assert benchmark("seed").new_tokens == 128
+    assert benchmark("seed").max_new_tokens == 128

@@ -69,7 +69,7 @@ def test_questions_of_a_picture_are_one_unit_with_ids_of_their_own(data):
     _, loaded = opened("textvqa", data)
     assert len(set(ids(loaded))) == 3
     assert [q.unit == loaded.questions[1].unit for q in loaded.questions] == [False, True, True]
-    assert all(loaded.picture(q.image)[:2] == b"\xff\xd8" for q in loaded.questions)
+    assert all(loaded.read_image(q.image)[:2] == b"\xff\xd8" for q in loaded.questions)
 
 
 def test_answers_by_llava_are_joined_by_picture_and_question(data, tmp_path):

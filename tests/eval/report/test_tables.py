@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from reverie_jax.eval.benchmarks import NAMES, benchmark
-from reverie_jax.eval.benchmarks.interface import Loaded, ParsedAnswer, Question, Scored
+from reverie_jax.eval.benchmarks.interface import BenchmarkData, ParsedAnswer, Question, Scored
 from reverie_jax.eval.report import answers as page_answers
 from reverie_jax.eval.report import gallery, published, tables
 from reverie_jax.eval.score import Score
@@ -95,7 +95,7 @@ def test_descriptions_that_name_what_is_not_there_are_shown():
     scored = Scored(parsed_answers, ["0", "1", "2"], np.zeros((3, 1)), {})
     answers = {"0": "A cat, a dog and a tie.", "1": "A cat.", "2": ""}
     found = Score("chair", "official", {}, {}, {}, 3, 1, [2], 0, scored, answers)
-    loaded = Loaded(questions, lambda name: b"")
+    loaded = BenchmarkData(questions, lambda name: b"")
     again = page_answers.RescoredRun(benchmark("chair"), loaded, {"run": found}, {}, {"run": {}}, [])
     (shown,) = gallery.galleries(again, "run", 6)
     assert (shown["title"], shown["questions"]) == ("run names what is not there", 1)

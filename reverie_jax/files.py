@@ -1,0 +1,102 @@
+"""Read a JSON file with one line for whatever is wrong; write a file or a folder as a whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from reverie_jax.errors import UserError
+
+
+def read_json(path: Path, error: type[UserError] = UserError) -> Any:
+    """Return the content of a JSON file.
+
+    Raises:
+        error: The file is missing, cannot be read or is not valid JSON.
+    """
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise error(f"{path}: no such file") from None
+    except OSError as problem:
+        raise error(f"{path}: cannot be read ({problem.strerror or problem})") from None
+    except RecursionError:
+        raise error(f"{path}: not valid JSON (nested too deep)") from None
+    except ValueError as problem:
+        raise error(f"{path}: not valid JSON ({' '.join(str(problem).split())[:200]})") from None
+
+
+def write_json(path: Path, content: Any, error: type[UserError] = UserError) -> None:
+    """Write JSON with an indent of 2, atomically (see `atomic_path`)."""
+    atomic_write(path, json.dumps(content, indent=2) + "\n", error)
+
+
+def atomic_write(path: Path, data: str | bytes, error: type[UserError] = UserError) -> None:
+    """Write a file atomically (see `atomic_path`); text is encoded as UTF-8."""
+    with atomic_path(path, error) as part:
+        part.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path, error: type[UserError] = UserError) -> Iterator[Path]:
+    """Yield a hidden path beside `path`; the file written there takes the name `path` when the block succeeds.
+
+    `path` is therefore the old file or the complete new one, also after a crash. Parent folders are created.
+
+    Raises:
+        error: The file cannot be written. Nothing is left behind.
+    """
+    part = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as problem:
+        raise error(f"{path}: cannot be written ({problem.strerror or problem})") from problem
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path, error: type[UserError] = UserError) -> Iterator[Path]:
+    """Yield a hidden folder beside `path` that takes the name `path` when the block succeeds.
+
+    Raises:
+        error: `path` already exists and is not an empty folder, or writing fails. Nothing is left behind.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise error(f"{path}: already exists; choose another output folder")
+    part: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
+        yield part
+        umask = os.umask(0)
+        os.umask(umask)
+        part.chmod(0o777 & ~umask)
+        for inner in part.rglob("*"):  # safetensors creates files that only their owner can read
+            inner.chmod((0o777 if inner.is_dir() else 0o666) & ~umask)
+        if path.exists():
+            path.rmdir()
+        part.rename(path)
+    except UserError as problem:
+        raise type(problem)(str(problem).replace(str(part), str(path))) from problem
+    except OSError as problem:
+        raise error(f"{path}: cannot be written ({problem.strerror or problem})") from problem
+    finally:
+        for _ in range(20):  # a writer's own threads may still be writing when its error arrives
+            if part is None or not part.exists():
+                break
+            shutil.rmtree(part, ignore_errors=True)
+            if part.exists():
+                time.sleep(0.5)
