@@ -14,14 +14,15 @@ from jax.typing import DTypeLike
 
 import reverie_jax
 from reverie_jax.data.conversation import IMAGE
-from reverie_jax.data.processor import EXAMPLE, Processor, example_template
-from reverie_jax.data.templates import jinja
+from reverie_jax.data.processor import TEMPLATE_EXAMPLE, Processor, read_example_template
+from reverie_jax.data.templates import to_jinja
 from reverie_jax.data.tokenization import Encoder
 from reverie_jax.errors import UserError
+from reverie_jax.files import write_json
 from reverie_jax.loading import Paths, as_list, checkpoint_folder, find_tokenizer, put_adapter
 from reverie_jax.models import VisionLanguageModel, lora
 from reverie_jax.models.checkpoints import adapters, base_checksums, orbax, read_model, write
-from reverie_jax.models.checkpoints.files import new_folder, read_json, write_json
+from reverie_jax.models.checkpoints.files import new_folder, read_json
 from reverie_jax.models.checkpoints.parts import SAID, recognise
 
 Format = Literal["llava-hf", "peft", "llava-lora", "llava", "orbax"]
@@ -88,7 +89,7 @@ def convert(
             _write_adapter(model, folder, to, source, tokenizer)
         else:
             lora.merge(model)
-            _write_whole(model, folder, to, tokenizer, shard_bytes, example=start / EXAMPLE)
+            _write_whole(model, folder, to, tokenizer, shard_bytes, example=start / TEMPLATE_EXAMPLE)
         _write_card(folder, model, to, source)
     if to == "llava-lora" and not all(word in dst.resolve().name.lower() for word in ("llava", "lora")):
         _log.warning("%s: original LLaVA's loader wants a folder whose name holds both llava and lora", dst)
@@ -118,7 +119,7 @@ def _write_adapter(model: VisionLanguageModel, folder: Path, to: str, source: So
     if to == "peft":
         adapters.write_peft(model, folder, base=source.base_model, projector=source.projector)
     else:
-        adapters.write_llava_lora(model, folder, base=source.base_model, special=special_ids(tokenizer))
+        adapters.write_llava_lora(model, folder, base=source.base_model, special_ids=special_ids(tokenizer))
     kept = dict(source.base_checksums)
     if to == "llava-lora" or source.projector:
         kept.pop("projector")  # the folder brings its own
@@ -128,23 +129,23 @@ def _write_adapter(model: VisionLanguageModel, folder: Path, to: str, source: So
 def _write_whole(
     model: VisionLanguageModel, folder: Path, to: str, tokenizer: Any, shard_bytes: int, *, example: Path
 ) -> None:
-    shown, kept = example_template(example.parent), None
+    shown, kept = read_example_template(example.parent), None
     if to == "llava-hf":
         _give_image_token(model, tokenizer)
-        write.write_model(model, folder, shard_bytes=shard_bytes, special=special_ids(tokenizer))
-        encoder = Processor.of(model.config, tokenizer, shown).encoder
+        write.write_model(model, folder, shard_bytes=shard_bytes, special_ids=special_ids(tokenizer))
+        encoder = Processor.from_config(model.config, tokenizer, shown).encoder
         _write_processor(model, folder, encoder)
         tokenizer.chat_template = None  # it lies in a file of its own
     elif to == "llava":
         kept = _drop_image_token(model, tokenizer)
-        write.write_original(model, folder, shard_bytes=shard_bytes, special=special_ids(tokenizer))
+        write.write_original(model, folder, shard_bytes=shard_bytes, special_ids=special_ids(tokenizer))
     else:
         orbax.write_model(model, folder)
     tokenizer.save_pretrained(folder)
     if kept is not None:
         _forget_tokens(folder, kept)
     if example.exists():
-        (folder / EXAMPLE).write_bytes(example.read_bytes())
+        (folder / TEMPLATE_EXAMPLE).write_bytes(example.read_bytes())
     write_json(folder / adapters.RECORD, {"identity": base_checksums(model)})
 
 
@@ -212,7 +213,7 @@ def _write_processor(model: VisionLanguageModel, folder: Path, encoder: Encoder)
     stops = list(encoder.stop_ids)
     ends = {"eos_token_id": stops[0] if len(stops) == 1 else stops} if stops else {}
     write_json(folder / "generation_config.json", {**special_ids(encoder.tokenizer), **ends})
-    (folder / "chat_template.jinja").write_text(jinja(encoder.template), "utf-8")
+    (folder / "chat_template.jinja").write_text(to_jinja(encoder.template), "utf-8")
 
 
 _OPENS = {

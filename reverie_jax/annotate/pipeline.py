@@ -9,7 +9,6 @@ import collections
 import contextlib
 import dataclasses
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -393,10 +392,7 @@ def export(folder: Path) -> int:
         (name, name, [talk for reflection in found.values() for talk in conversations(reflection)])
         for name, found in talks.items()
     )
-    part = folder / f".{RELEASED}.part"
-    count = reverie.write(part, released)
-    os.replace(part, folder / RELEASED)
-    return count
+    return reverie.write(folder / RELEASED, released)
 
 
 def decide(votes: list[Literal["yes", "no"]], judges: int, rule: Votes) -> Literal["yes", "no"] | None:

@@ -14,6 +14,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from reverie_jax.errors import DataError
+from reverie_jax.files import atomic_path, write_json
 
 _FILE, _ABOUT = "features.array_record", "features.json"
 _DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -72,15 +73,11 @@ def write(folder: Path, key: str, shape: tuple[int, int], features: Iterable[np.
         key: of tower, picture size and data.
         shape: (P, W) of a picture's.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f".{_FILE}.part"
-    writer, count, dtype = ArrayRecordWriter(os.fspath(part), "group_size:1"), 0, None
-    for one in features:
-        writer.write(np.ascontiguousarray(one).tobytes())
-        count, dtype = count + 1, one.dtype.name
-    writer.close()
-    os.replace(part, folder / _FILE)
-    about = {"key": key, "shape": list(shape), "dtype": dtype, "records": count}
-    whole = folder / f".{_ABOUT}.part"
-    whole.write_text(json.dumps(about, indent=2) + "\n", "utf-8")
-    os.replace(whole, folder / _ABOUT)
+    count, dtype = 0, None
+    with atomic_path(folder / _FILE) as part:
+        writer = ArrayRecordWriter(os.fspath(part), "group_size:1")
+        for one in features:
+            writer.write(np.ascontiguousarray(one).tobytes())
+            count, dtype = count + 1, one.dtype.name
+        writer.close()
+    write_json(folder / _ABOUT, {"key": key, "shape": list(shape), "dtype": dtype, "records": count})

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
 from reverie_jax.errors import DataError
+from reverie_jax.files import atomic_path
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 _CHUNK = 1 << 20
@@ -244,9 +244,5 @@ def write_list(path: Path, rows: Any) -> None:
     Args:
         rows: a list, or an object of rows by id.
     """
-    part = path.with_name(f".{path.name}.part")
-    with part.open("w", encoding="utf-8") as file:
+    with atomic_path(path, DataError) as part, part.open("w", encoding="utf-8") as file:
         json.dump(rows, file, ensure_ascii=False, indent=4)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)

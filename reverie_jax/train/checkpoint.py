@@ -14,6 +14,7 @@ from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
 from reverie_jax.errors import UserError
+from reverie_jax.files import write_json
 from reverie_jax.models import VisionLanguageModel
 from reverie_jax.models.checkpoints import base_checksums
 from reverie_jax.models.checkpoints.identity import Checksums
@@ -80,9 +81,7 @@ class RunCheckpoints:
                         f"{folder}: holds a run with another {what}; use a new folder, or the original arguments"
                     )
         elif jax.process_index() == 0:
-            part = folder / f"{IDENTITY}.part"
-            part.write_text(json.dumps(self.base_checksums, indent=2) + "\n", "utf-8")
-            part.replace(folder / IDENTITY)
+            write_json(folder / IDENTITY, self.base_checksums)
         self._folder = (folder / "checkpoints").resolve()
         keep = ocp.training.preservation_policies
         policy = keep.LatestN(recipe.keep_checkpoints)

@@ -1,4 +1,4 @@
-"""Where preference tuning's reference sums come from."""
+"""Reference model of DPO: the same weights without adapters, or log-probabilities stored before the first step."""
 
 from __future__ import annotations
 
@@ -15,160 +15,154 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Float32, Int, Int32
 
 from reverie_jax.data.conversation import ImageRecord
 from reverie_jax.data.packing import Batch
-from reverie_jax.data.pipeline import every_batch
+from reverie_jax.data.pipeline import ordered_batches
 from reverie_jax.data.processor import Processor
 from reverie_jax.errors import UserError
 from reverie_jax.models import VisionLanguageModel, lora
 from reverie_jax.models.sharding import feed, local_rows
-from reverie_jax.train.objective import answer_sums, edge_logps
+from reverie_jax.train.objective import answer_logps, edge_logps
 from reverie_jax.train.recipes import Recipe
 from reverie_jax.train.step import trainable_filter
 
 STORED = "reference.npz"
-"""In a run folder: the answers' numbers and their sums under the reference."""
+"""File in a run folder: numbers of all answers and their log-probabilities under the reference."""
 
 _log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class ReferenceModel:
-    """What a step needs for the reference's sums.
+    """What a step needs to compute the reference's log-probabilities.
 
     Attributes:
-        graph: the model with its adapters at rest; None for stored sums.
-        held: the projector as it was, to go with it; or the answers' numbers, sorted, and their sums.
+        graph: the model with its adapters disabled; None for stored log-probabilities.
+        inputs: with `graph`, the initial projector; else (int32 [N] answer numbers, ascending, float32 [N] logps).
     """
 
     graph: nnx.GraphDef[VisionLanguageModel] | None = None
-    held: Any = None
+    inputs: Any = None
 
 
-def find_reference(
-    model: VisionLanguageModel,
-    fresh: bool,
-    params: nnx.State,
-    frozen: nnx.State,
-    processor: Processor,
-    records: Sequence[ImageRecord],
-    recipe: Recipe,
-    folder: Path,
-    mesh: Mesh,
-) -> ReferenceModel:
-    """The reference that the recipe asks for, from the model as it starts.
+@dataclasses.dataclass(frozen=True)
+class ReferenceSpec:
+    """The start of a run, which its reference is made from.
 
-    Args:
-        fresh: the model without its adapters is the model as it starts.
-        params, frozen: its parts, placed.
-
-    Raises:
-        UserError: the adapters cannot be switched off for it.
+    Attributes:
+        params: trainable parameters, on the mesh.
+        frozen: frozen weights, on the mesh.
+        fresh_adapters: the model without adapters is the model at the start.
+        folder: run folder, for stored log-probabilities.
     """
-    assert recipe.preference is not None
-    if recipe.preference.reference == "stored":
-        graph, _, _ = nnx.split(model, trainable_filter(recipe.trainable), ...)  # type: ignore[misc]
-        return stored(graph, params, frozen, processor, records, recipe, folder, mesh)
-    if not fresh:
-        raise UserError(
-            f"recipe {recipe.name}: without fresh adapters there is none to switch off for the reference;"
-            " set preference.reference=stored"
+
+    model: VisionLanguageModel
+    params: nnx.State
+    frozen: nnx.State
+    fresh_adapters: bool
+    records: Sequence[ImageRecord]
+    processor: Processor
+    recipe: Recipe
+    folder: Path
+    mesh: Mesh
+
+    def make(self) -> ReferenceModel:
+        """Return the reference that the recipe asks for; an empty one without preference tuning.
+
+        Raises:
+            UserError: the adapters are not fresh, so disabling them does not give the model at the start.
+        """
+        if self.recipe.preference is None:
+            return ReferenceModel()
+        if self.recipe.preference.reference == "stored":
+            return self._stored()
+        if not self.fresh_adapters:
+            raise UserError(
+                f"recipe {self.recipe.name}: preference.reference=adapters-off needs fresh adapters;"
+                " set preference.reference=stored"
+            )
+        return adapters_off(self.model, self.recipe, self.params)
+
+    def _stored(self) -> ReferenceModel:
+        """Read the log-probabilities from the run folder, or compute and write them."""
+        path = self.folder / STORED
+        if multihost_utils.broadcast_one_to_all(np.asarray(path.exists())):
+            numbers, logps = _read(path)
+        else:
+            numbers, logps = self._compute()
+            if jax.process_index() == 0:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                part = self.folder / f".{STORED}.part"
+                with part.open("wb") as file:
+                    np.savez(file, numbers=numbers, logps=logps)
+                os.replace(part, path)
+        replicated = NamedSharding(self.mesh, PartitionSpec())
+
+        def to_devices(x: np.ndarray) -> jax.Array:
+            return jax.make_array_from_callback(x.shape, replicated, lambda index: x[index])
+
+        return ReferenceModel(None, (to_devices(numbers), to_devices(logps)))
+
+    def _compute(self) -> tuple[Int32[np.ndarray, "N"], Float32[np.ndarray, "N"]]:
+        """Return the numbers of all answers, ascending, and their log-probabilities."""
+        recipe, size = self.recipe, self.recipe.micro_batch_size
+        assert recipe.preference is not None
+        graph, _, _ = nnx.split(self.model, trainable_filter(recipe.trainable), ...)  # type: ignore[misc]
+
+        def score(params: nnx.State, frozen: nnx.State, batch: Batch) -> tuple[Int[Array, "B Q"], Float[Array, "B Q"]]:
+            return batch.questions, answer_logps(edge_logps(nnx.merge(graph, params, frozen), batch), batch)
+
+        jitted = jax.jit(score, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
+        batches = ordered_batches(
+            self.records,
+            self.processor,
+            recipe.sequence,
+            recipe.preference,
+            rows=size,
+            local=local_rows(self.mesh, size),
         )
-    return adapters_off(model, recipe, params)
+        all_numbers, all_logps = [], []
+        _log.info("computing the reference log-probabilities of %d records", len(self.records))
+        with jax.set_mesh(self.mesh):
+            for batch in batches:
+                numbers, logps = map(np.asarray, jitted(self.params, self.frozen, feed(batch, self.mesh, size)))
+                all_numbers.append(numbers[numbers >= 0])
+                all_logps.append(logps[numbers >= 0])
+        joined = np.concatenate(all_numbers)
+        order = np.argsort(joined)
+        return joined[order].astype(np.int32), np.concatenate(all_logps)[order].astype(np.float32)
 
 
 def adapters_off(model: VisionLanguageModel, recipe: Recipe, params: nnx.State) -> ReferenceModel:
-    """The model without its adapters: no second copy of anything but the projector.
+    """Return the model without its adapters as a reference; only the projector's parameters are copied.
 
     Args:
-        params: what is tuned, placed.
+        params: trainable parameters, on the mesh.
     """
-    held = nnx.filter_state(params, nnx.PathContains("projector"))
-    return ReferenceModel(
-        without_adapters(model, recipe), jax.tree.map(jnp.copy, held)
-    )  # the step donates the original
+    projector = nnx.filter_state(params, nnx.PathContains("projector"))
+    # The step donates the original.
+    return ReferenceModel(without_adapters(model, recipe), jax.tree.map(jnp.copy, projector))
 
 
 def without_adapters(model: VisionLanguageModel, recipe: Recipe) -> nnx.GraphDef[VisionLanguageModel]:
-    """The model's graph with its adapters at rest."""
+    """Return the model's graph with its adapters disabled."""
     lora.switch(model, on=False)
     graph, _, _ = nnx.split(model, trainable_filter(recipe.trainable), ...)  # type: ignore[misc]
     lora.switch(model, on=True)
     return graph
 
 
-def stored(
-    graph: nnx.GraphDef[VisionLanguageModel],
-    params: nnx.State,
-    frozen: nnx.State,
-    processor: Processor,
-    records: Sequence[ImageRecord],
-    recipe: Recipe,
-    folder: Path,
-    mesh: Mesh,
-) -> ReferenceModel:
-    """The sums of every answer under the model as it starts, counted once and kept in the run folder."""
-    path = folder / STORED
-    if multihost_utils.broadcast_one_to_all(np.asarray(path.exists())):
-        numbers, sums = _read(path)
-    else:
-        numbers, sums = _count(graph, params, frozen, processor, records, recipe, mesh)
-        if jax.process_index() == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            part = folder / f".{STORED}.part"
-            with part.open("wb") as file:
-                np.savez(file, numbers=numbers, sums=sums)
-            os.replace(part, path)
-    whole = NamedSharding(mesh, PartitionSpec())
-
-    def everywhere(x: np.ndarray) -> jax.Array:
-        return jax.make_array_from_callback(x.shape, whole, lambda index: x[index])
-
-    return ReferenceModel(None, (everywhere(numbers), everywhere(sums)))
-
-
-def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The first host's file, on every host."""
+def _read(path: Path) -> tuple[Int32[np.ndarray, "N"], Float32[np.ndarray, "N"]]:
+    """Read process 0's file, on every process."""
     try:
-        found = np.load(path) if jax.process_index() == 0 else None
-        length = int(multihost_utils.broadcast_one_to_all(np.asarray(len(found["numbers"]) if found else 0)))
-        numbers = found["numbers"] if found else np.zeros(length, np.int32)
-        sums = found["sums"] if found else np.zeros(length, np.float32)
+        file = np.load(path) if jax.process_index() == 0 else None
+        length = int(multihost_utils.broadcast_one_to_all(np.asarray(len(file["numbers"]) if file else 0)))
+        numbers = file["numbers"] if file else np.zeros(length, np.int32)
+        logps = file["logps"] if file else np.zeros(length, np.float32)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); delete it, and it is counted again") from None
+        raise UserError(f"{path}: cannot be read ({error}); delete it to compute it again") from None
     return np.asarray(multihost_utils.broadcast_one_to_all(numbers)), np.asarray(
-        multihost_utils.broadcast_one_to_all(sums)
+        multihost_utils.broadcast_one_to_all(logps)
     )
-
-
-def _count(
-    graph: nnx.GraphDef[VisionLanguageModel],
-    params: nnx.State,
-    frozen: nnx.State,
-    processor: Processor,
-    records: Sequence[ImageRecord],
-    recipe: Recipe,
-    mesh: Mesh,
-) -> tuple[np.ndarray, np.ndarray]:
-    assert recipe.preference is not None
-    everywhere = NamedSharding(mesh, PartitionSpec())
-
-    def score(params: nnx.State, frozen: nnx.State, batch: Batch) -> Any:
-        return batch.questions, answer_sums(edge_logps(nnx.merge(graph, params, frozen), batch), batch)
-
-    jitted = jax.jit(score, out_shardings=everywhere)
-    rows = recipe.batch_size // recipe.gradient_accumulation_steps
-    batches = every_batch(
-        records, processor, recipe.sequence, recipe.preference, rows=rows, local=local_rows(mesh, rows)
-    )
-    numbers, sums = [], []
-    _log.info("counting the reference's sums of %d records", len(records))
-    with jax.set_mesh(mesh):
-        for batch in batches:
-            asked, found = map(np.asarray, jitted(params, frozen, feed(batch, mesh, rows)))
-            numbers.append(asked[asked >= 0])
-            sums.append(found[asked >= 0])
-    joined = np.concatenate(numbers)
-    order = np.argsort(joined)
-    return joined[order].astype(np.int32), np.concatenate(sums)[order].astype(np.float32)

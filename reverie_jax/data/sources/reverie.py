@@ -17,6 +17,8 @@ from reverie_jax.data.conversation import Conversation
 from reverie_jax.data.row_files import Rows
 from reverie_jax.data.sources import llava
 from reverie_jax.data.sources.common import BadRow, Example, ReadLog, conversation, each
+from reverie_jax.errors import DataError
+from reverie_jax.files import atomic_write
 
 Kind = Literal["positive", "negative"]
 _NEGATIVE = re.compile(
@@ -39,7 +41,7 @@ def write(path: Path, images: Iterable[tuple[str, str, Sequence[Conversation]]])
         for id, image, talks in images
         for talk in talks
     ]
-    path.write_text(json.dumps(rows, ensure_ascii=False), "utf-8")
+    atomic_write(path, json.dumps(rows, ensure_ascii=False), DataError)
     return len(rows)
 
 

@@ -13,19 +13,20 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from reverie_jax.errors import CheckpointError
+from reverie_jax.files import write_json
 from reverie_jax.models import lora
 from reverie_jax.models.checkpoints.configs import original_json
-from reverie_jax.models.checkpoints.files import Tensors, read_json, weights_of, write_json
+from reverie_jax.models.checkpoints.files import Tensors, read_json, weights_of
 from reverie_jax.models.checkpoints.identity import Checksums, base_checksums
 from reverie_jax.models.checkpoints.names import (
-    Entry,
-    canonical,
-    entries,
+    ParameterSpec,
+    canonical_name,
+    parameter_specs,
     memory_name,
     original_name,
-    projector_name,
-    to_ours,
-    to_theirs,
+    canonical_projector_name,
+    to_model_layout,
+    to_file_layout,
 )
 from reverie_jax.models.checkpoints.parts import ADAPTER_CONFIG, NON_LORA, SAID, WHOLE, CheckpointPart, recognise
 from reverie_jax.models.vlm import VisionLanguageModel
@@ -110,7 +111,7 @@ def attach_lora(model: VisionLanguageModel, part: CheckpointPart, base: Sequence
     tensors = weights_of(part.place, ADAPTER_WEIGHTS)
     if tensors is None:
         raise CheckpointError(f"{part.place}: neither {' nor '.join(ADAPTER_WEIGHTS)} is there")
-    by_name = {name: (entry, layer) for entry in entries(model.config) for layer, name in enumerate(entry.names)}
+    by_name = {name: (spec, layer) for spec in parameter_specs(model.config) for layer, name in enumerate(spec.names)}
     factors, saved = _sorted(part, tensors, by_name)
     if part.kind == "llava-lora":
         saved = {}  # its projector lies in a file of its own
@@ -130,7 +131,7 @@ def attach_lora(model: VisionLanguageModel, part: CheckpointPart, base: Sequence
         brought = _non_lora(part)
     _set_projector(model, part.place, brought)
     for path, (a, b) in ready.items():
-        lora.install(layers[path], a, b, scale=scale, dropout=0.0)
+        lora.set_factors(layers[path], a, b, scale=scale, dropout=0.0)
     return Adapter(trained_on, bool(brought))
 
 
@@ -165,7 +166,7 @@ def _check_base_kind(part: CheckpointPart, trained_on: str, base: Sequence[str |
 
 
 def _sorted(
-    part: CheckpointPart, tensors: Tensors, by_name: dict[str, tuple[Entry, int]]
+    part: CheckpointPart, tensors: Tensors, by_name: dict[str, tuple[ParameterSpec, int]]
 ) -> tuple[dict[str, dict[str, list[str]]], dict[str, str]]:
     """Stored names by linear layer, side and depth; and a projector's by canonical name.
 
@@ -178,17 +179,17 @@ def _sorted(
         if stored.dtype is None:
             raise CheckpointError(f"{stored.file}: tensor {name} holds no floating-point numbers")
         if match := _FACTOR.match(name):
-            entry, layer = by_name.get(canonical(match["module"] + ".weight"), (None, 0))
-            if entry is None or entry.turn != "linear":
+            spec, layer = by_name.get(canonical_name(match["module"] + ".weight"), (None, 0))
+            if spec is None or spec.layout != "linear":
                 raise CheckpointError(f"{part.place}: tensor {name} adapts nothing in this model")
-            path, side = entry.path.removesuffix(".kernel"), match["side"]
-            depth = len(entry.names)
+            path, side = spec.path.removesuffix(".kernel"), match["side"]
+            depth = len(spec.names)
             places = factors.setdefault(path, {"A": [None] * depth, "B": [None] * depth})[side]
             if places[layer] is not None:
                 raise CheckpointError(f"{part.place}: {path} (layer {layer}) has two lora_{side}")
             places[layer] = name
-        elif (match := _SAVED.match(name)) and canonical(match["name"]) in by_name:
-            known = canonical(match["name"])
+        elif (match := _SAVED.match(name)) and canonical_name(match["name"]) in by_name:
+            known = canonical_name(match["name"])
             if known in saved:
                 raise CheckpointError(f"{part.place}: {known} is there twice")
             saved[known] = name
@@ -223,15 +224,15 @@ def _non_lora(part: CheckpointPart) -> dict[str, np.ndarray]:
     found: dict[str, np.ndarray] = {}
 
     def use(name: str, array: np.ndarray) -> None:
-        found[projector_name(name)] = array
+        found[canonical_projector_name(name)] = array
 
     tensors = Tensors([part.place / NON_LORA])
     for name, stored in tensors.stored.items():
         if stored.dtype is None:
             raise CheckpointError(f"{stored.file}: tensor {name} holds no floating-point numbers")
-        if projector_name(name) in found:
-            raise CheckpointError(f"{stored.file}: {projector_name(name)} is there twice")
-        found[projector_name(name)] = np.empty(0)
+        if canonical_projector_name(name) in found:
+            raise CheckpointError(f"{stored.file}: {canonical_projector_name(name)} is there twice")
+        found[canonical_projector_name(name)] = np.empty(0)
     tensors.read_all(use, set(tensors.stored))
     return found
 
@@ -240,21 +241,21 @@ def _set_projector(model: VisionLanguageModel, place: Path, brought: dict[str, n
     if not brought:
         return
     wanted = {
-        entry.name: entry
-        for entry in entries(model.config)
-        if entry.path.startswith("projector.") and entry.layers is None
+        spec.name: spec
+        for spec in parameter_specs(model.config)
+        if spec.path.startswith("projector.") and spec.layers is None
     }
     if brought.keys() != wanted.keys():
         different = ", ".join(sorted(brought.keys() ^ wanted.keys()))
         raise CheckpointError(f"{place}: its projector and the model's are not of one kind ({different})")
     for name, array in brought.items():
-        entry = wanted[name]
-        _, part, leaf = entry.path.split(".")
+        spec = wanted[name]
+        _, part, leaf = spec.path.split(".")
         variable = getattr(getattr(model.projector, part), leaf)
-        ours = to_ours(entry.turn, array)
+        ours = to_model_layout(spec.layout, array)
         if ours.shape != variable.shape:
             raise CheckpointError(f"{place}: projector tensor {name} is {array.shape}; the model's is {variable.shape}")
-        lora.set_like(variable, ours)
+        lora.assign(variable, ours)
 
 
 def _check_identity(model: VisionLanguageModel, place: Path, *, brings_projector: bool) -> None:
@@ -287,7 +288,7 @@ def _factors_out(model: VisionLanguageModel) -> dict[str, tuple[np.ndarray, np.n
     Raises:
         CheckpointError: the model carries none, or one where the formats have no place for it.
     """
-    table = {entry.path: entry for entry in entries(model.config)}
+    table = {spec.path: spec for spec in parameter_specs(model.config)}
     found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for path, layer, *factors in lora.adapters(model):
         if not path.startswith("decoder."):
@@ -331,11 +332,11 @@ def _adapter_json(model: VisionLanguageModel, base: str, targets: Any, saved: li
 
 def _projector_out(model: VisionLanguageModel) -> dict[str, np.ndarray]:
     patch, found = model.config.vision.patch_size, {}
-    for entry in entries(model.config):
-        if entry.path.startswith("projector."):
-            _, part, leaf = entry.path.split(".")
+    for spec in parameter_specs(model.config):
+        if spec.path.startswith("projector."):
+            _, part, leaf = spec.path.split(".")
             value = np.asarray(getattr(getattr(model.projector, part), leaf)[...])
-            found[entry.name] = to_theirs(entry.turn, value, patch)
+            found[spec.name] = to_file_layout(spec.layout, value, patch)
     return found
 
 
@@ -370,7 +371,7 @@ def write_peft(model: VisionLanguageModel, folder: Path, *, base: str, projector
     write_json(folder / ADAPTER_CONFIG, _adapter_json(model, base, targets, saved))
 
 
-def write_llava_lora(model: VisionLanguageModel, folder: Path, *, base: str, special: dict[str, Any]) -> None:
+def write_llava_lora(model: VisionLanguageModel, folder: Path, *, base: str, special_ids: dict[str, Any]) -> None:
     """The files that original LLaVA's loader wants of a LoRA folder; it asks that the folder's name hold llava and lora.
 
     Raises:
@@ -394,4 +395,4 @@ def write_llava_lora(model: VisionLanguageModel, folder: Path, *, base: str, spe
     torch.save(projector, folder / NON_LORA)
     write_json(folder / ADAPTER_CONFIG, _adapter_json(model, base, sorted(leaves), None))
     dtype = np.dtype(model.compute_dtype).name
-    (folder / "config.json").write_text(json.dumps(original_json(model.config, dtype, special), indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(original_json(model.config, dtype, special_ids), indent=2) + "\n")

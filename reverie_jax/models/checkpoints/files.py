@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-import os
 import re
-import shutil
-import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from reverie_jax import files
 from reverie_jax.errors import CheckpointError
 
 _log = logging.getLogger(__name__)
@@ -30,26 +26,15 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
+    """Return the JSON object in a file.
 
     Raises:
-        CheckpointError: there is no such file, or it holds something else.
+        CheckpointError: The file is missing, is not valid JSON or is not an object.
     """
-    try:
-        raw = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; a checkpoint folder has one") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error})") from None
+    raw = files.read_json(path, CheckpointError)
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path}: not a JSON object")
     return raw
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
 
 
 def resolve(name: str | Path) -> Path:
@@ -233,36 +218,13 @@ def weights_of(folder: Path, names: tuple[str, ...] = WEIGHTS) -> Tensors | None
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to write into that takes its name when all is written, and leaves nothing behind when something fails.
+    """Yield a hidden folder that takes the name `path` when the block succeeds (see `files.atomic_folder`).
 
     Raises:
-        CheckpointError: the name is taken by something that is not an empty folder, or writing fails.
+        CheckpointError: `path` already exists and is not an empty folder, or writing fails. Nothing is left behind.
     """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise CheckpointError(f"{path}: is there already; give a name that is free")
-    part: Path | None = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
-        yield part
-        umask = os.umask(0)
-        os.umask(umask)
-        part.chmod(0o777 & ~umask)
-        for path_in in part.rglob("*"):  # safetensors writes for the owner alone
-            path_in.chmod((0o777 if path_in.is_dir() else 0o666) & ~umask)
-        if path.exists():
-            path.rmdir()
-        part.rename(path)
-    except CheckpointError as error:
-        raise CheckpointError(str(error).replace(str(part), str(path))) from error
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written ({error.strerror or error}); nothing was left") from error
-    except SafetensorError as error:  # the library's way to say that the disk is full
-        raise CheckpointError(f"{path}: cannot be written ({error}); nothing was left") from error
-    finally:
-        for _ in range(20):  # a writer's own threads may still be at it when its error arrives
-            if part is None or not part.exists():
-                break
-            shutil.rmtree(part, ignore_errors=True)
-            if part.exists():
-                time.sleep(0.5)
+        with files.atomic_folder(path, CheckpointError) as folder:
+            yield folder
+    except SafetensorError as error:  # what safetensors raises when the disk is full
+        raise CheckpointError(f"{path}: cannot be written ({error})") from error

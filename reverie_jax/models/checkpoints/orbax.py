@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 from orbax.checkpoint import v1 as ocp
 
 from reverie_jax.errors import CheckpointError
-from reverie_jax.models.checkpoints.files import write_json
+from reverie_jax.files import write_json
 from reverie_jax.models.config import VLMConfig
 from reverie_jax.models.sharding import partition_spec
 from reverie_jax.models.vlm import VisionLanguageModel

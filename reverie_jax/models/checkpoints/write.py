@@ -13,10 +13,10 @@ from jax.typing import DTypeLike
 from safetensors.numpy import save_file
 
 from reverie_jax.errors import CheckpointError
+from reverie_jax.files import write_json
 from reverie_jax.models.checkpoints.configs import llava_hf_json, original_json, preprocessor_json
-from reverie_jax.models.checkpoints.files import write_json
-from reverie_jax.models.checkpoints.names import Entry, entries, original_name, to_theirs
-from reverie_jax.models.lora import set_like
+from reverie_jax.models.checkpoints.names import ParameterSpec, parameter_specs, original_name, to_file_layout
+from reverie_jax.models.lora import assign
 from reverie_jax.models.vlm import VisionLanguageModel
 
 SHARD_BYTES = 5_000_000_000
@@ -29,7 +29,7 @@ def write_model(
     *,
     dtype: DTypeLike | None = None,
     shard_bytes: int = SHARD_BYTES,
-    special: dict[str, Any] | None = None,
+    special_ids: dict[str, Any] | None = None,
 ) -> None:
     """A folder that `LlavaForConditionalGeneration` opens: config.json, preprocessor_config.json, weights.
 
@@ -47,8 +47,8 @@ def write_model(
     _no_adapters(model)
     dtype = np.dtype(model.compute_dtype if dtype is None else dtype)
     folder.mkdir(parents=True, exist_ok=True)
-    _write_weights(model, folder, dtype, shard_bytes, {entry.path: entry.names for entry in entries(config)})
-    write_json(folder / "config.json", llava_hf_json(config, dtype.name, special or LLAMA_SPECIAL))
+    _write_weights(model, folder, dtype, shard_bytes, {spec.path: spec.names for spec in parameter_specs(config)})
+    write_json(folder / "config.json", llava_hf_json(config, dtype.name, special_ids or LLAMA_SPECIAL))
     write_json(folder / "preprocessor_config.json", preprocessor_json(config))
 
 
@@ -58,16 +58,16 @@ def write_original(
     *,
     dtype: DTypeLike | None = None,
     shard_bytes: int = SHARD_BYTES,
-    special: dict[str, Any] | None = None,
+    special_ids: dict[str, Any] | None = None,
 ) -> None:
     """A folder in original LLaVA's format, vision tower included; arguments and errors as `write_model`'s."""
     _no_adapters(model)
     dtype = np.dtype(model.compute_dtype if dtype is None else dtype)
     folder.mkdir(parents=True, exist_ok=True)
     kind = model.config.projector
-    names = {entry.path: [original_name(name, kind) for name in entry.names] for entry in entries(model.config)}
+    names = {spec.path: [original_name(name, kind) for name in spec.names] for spec in parameter_specs(model.config)}
     _write_weights(model, folder, dtype, shard_bytes, names)
-    write_json(folder / "config.json", original_json(model.config, dtype.name, special or LLAMA_SPECIAL))
+    write_json(folder / "config.json", original_json(model.config, dtype.name, special_ids or LLAMA_SPECIAL))
 
 
 def _no_adapters(model: VisionLanguageModel) -> None:
@@ -80,26 +80,26 @@ def _write_weights(
 ) -> None:
     """Shards are filled in the table's order and written one by one: the host holds one shard beside the model."""
     values = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
-    table = entries(model.config)
-    plan: list[list[tuple[Entry, int]]] = [[]]
+    table = parameter_specs(model.config)
+    plan: list[list[tuple[ParameterSpec, int]]] = [[]]
     room = shard_bytes
-    for entry in table:
-        size = values[entry.path].size * dtype.itemsize // len(entry.names)
-        for layer in range(len(entry.names)):
+    for spec in table:
+        size = values[spec.path].size * dtype.itemsize // len(spec.names)
+        for layer in range(len(spec.names)):
             if size > room and plan[-1]:
                 plan.append([])
                 room = shard_bytes
-            plan[-1].append((entry, layer))
+            plan[-1].append((spec, layer))
             room -= size
     files = [_shard_name(number, len(plan)) for number in range(len(plan))]
     weight_map: dict[str, str] = {}
     total = 0
     for file, members in zip(files, plan, strict=True):
         shard: dict[str, np.ndarray] = {}
-        for entry, layer in members:
-            value = values[entry.path].get_value()
-            piece = np.asarray(value if entry.layers is None else value[layer]).astype(dtype, copy=False)
-            shard[names[entry.path][layer]] = to_theirs(entry.turn, piece, model.config.vision.patch_size)
+        for spec, layer in members:
+            value = values[spec.path].get_value()
+            piece = np.asarray(value if spec.layers is None else value[layer]).astype(dtype, copy=False)
+            shard[names[spec.path][layer]] = to_file_layout(spec.layout, piece, model.config.vision.patch_size)
         save_file(shard, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(shard, file)
         total += sum(array.nbytes for array in shard.values())
@@ -122,8 +122,8 @@ def resize_vocabulary(model: VisionLanguageModel, rows: int) -> None:
         mean_column = head.astype(jnp.float32).mean(1, keepdims=True).astype(head.dtype)
         embedding = jnp.concatenate([embedding, jnp.repeat(mean_row, more, 0)])
         head = jnp.concatenate([head, jnp.repeat(mean_column, more, 1)], axis=1)
-    set_like(decoder.embedding, embedding[:rows])
-    set_like(decoder.head.kernel, head[:, :rows])
+    assign(decoder.embedding, embedding[:rows])
+    assign(decoder.head.kernel, head[:, :rows])
     text = dataclasses.replace(model.config.text, vocab=rows)
     model.config = dataclasses.replace(model.config, text=text)
     decoder.config = text
