@@ -15,7 +15,7 @@ from typing import Any
 from reverie_jax.annotate import parsing
 from reverie_jax.annotate.prompts import Prompts
 from reverie_jax.annotate.schemas import INSTRUCTIONS_SCHEMA
-from reverie_jax.data.row_files import read_list, write_list
+from reverie_jax.data.row_files import read_rows, write_rows
 from reverie_jax.errors import UserError
 from reverie_jax.hosted.interface import Request, RequestImage, RequestSettings, Stage, digest
 from reverie_jax.hosted.providers import parse
@@ -68,7 +68,7 @@ def read_captions(path: Path) -> list[Described]:
     Raises:
         UserError: the file is not of either form; the row is named.
     """
-    rows = read_list(path)
+    rows = read_rows(path)
     found = []
     for number, row in enumerate(rows):
         try:
@@ -152,7 +152,7 @@ class Generation:
                         "kind": kind.removeprefix("lrv_"),
                     }
                 )
-        write_list(self.job.folder / INSTRUCTIONS, balanced(rows, self.job.balance))
+        write_rows(self.job.folder / INSTRUCTIONS, balanced(rows, self.job.balance))
         return outcome
 
     def estimate(self) -> list[CostEstimate]:

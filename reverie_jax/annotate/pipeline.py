@@ -18,7 +18,7 @@ from reverie_jax.annotate.prompts import Prompts
 from reverie_jax.annotate.schemas import QUESTIONS_SCHEMA, QuestionSet
 from reverie_jax.data import reflection
 from reverie_jax.data.reflection import AnnotatedQuestion, Reflection, conversations
-from reverie_jax.data.row_files import read_list, write_list
+from reverie_jax.data.row_files import read_rows, write_rows
 from reverie_jax.data.sources import annotated, reverie
 from reverie_jax.errors import UserError
 from reverie_jax.hosted import images as pictures
@@ -190,7 +190,7 @@ class Pipeline:
                 for wrong in made.confusing_answers:
                     values = (name, made.question, made.correct_answer, wrong)
                     rows.append({**dict(zip(KEYS, values, strict=True)), "question_type": made.type})
-        write_list(self.job.folder / QUESTIONS, rows)
+        write_rows(self.job.folder / QUESTIONS, rows)
         return outcome
 
     def rationales(self) -> Outcome:
@@ -205,7 +205,7 @@ class Pipeline:
                 made.append(
                     row | {key: parsing.rationale(text or "") for key, text in zip(REASONED, texts, strict=True)}
                 )
-        write_list(self.job.folder / RATIONALES, made)
+        write_rows(self.job.folder / RATIONALES, made)
         return outcome
 
     def judge(self) -> Outcome:
@@ -222,8 +222,8 @@ class Pipeline:
             verdicts.append(row | {VERDICT: decision, "judges": votes})
             if decision == "yes":
                 dropped.append(row | {"reason": "judged to contradict each other", "judges": said})
-        write_list(self.job.folder / JUDGED, verdicts)
-        write_list(self.job.folder / DROPPED, dropped)
+        write_rows(self.job.folder / JUDGED, verdicts)
+        write_rows(self.job.folder / DROPPED, dropped)
         return outcome
 
     def _run(self, step: str, asked: Iterable[tuple[str, RequestTask | None]]) -> Outcome:
@@ -279,8 +279,8 @@ class Pipeline:
                     f"{self.job.folder}: holds rows of REVERIE's scripts, and {self.job.pictures} none of their pictures,"
                     f" as {found[0]['image']}; name their folder"
                 )
-            write_list(kept, found)
-        rows = read_list(kept, least=0)
+            write_rows(kept, found)
+        rows = read_rows(kept, min_rows=0)
         taken: collections.Counter[str] = collections.Counter()
         with self.journal.together():
             for name, text in self._their_questions(rows).items():
@@ -313,7 +313,7 @@ class Pipeline:
             (RATIONALES, "rationale_raw_data", (*KEYS, *REASONED)),
             (JUDGED, "check_results", (*KEYS, *REASONED, VERDICT)),
         ):
-            rows = list(read_list(folder / file, least=0)) if (folder / file).exists() else []
+            rows = list(read_rows(folder / file, min_rows=0)) if (folder / file).exists() else []
             for path in sorted((folder / raw).glob("*.json"), key=lambda path: (len(path.name), path.name)):
                 try:
                     content = json.loads(path.read_text("utf-8"))
@@ -416,7 +416,7 @@ def read_rows(path: Path, keys: Iterable[str], *, strict: bool = True) -> list[R
     """
     if not path.exists():
         raise UserError(f"{path}: not there; run the stage before first")
-    rows = read_list(path, least=0)
+    rows = read_rows(path, min_rows=0)
     kept = []
     for number, row in enumerate(rows):
         lacking = [key for key in keys if not isinstance(row, dict) or not isinstance(row.get(key), str)]

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from tyro.conf import OmitArgPrefixes, Positional, arg, subcommand
+from tyro.conf import OmitArgPrefixes, Positional, subcommand
 
 from reverie_jax.cli import common
 from reverie_jax.errors import UserError
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from reverie_jax.data.records import RecordSource
     from reverie_jax.data.supervision import Supervision
 
-Sources = Annotated[Positional[tuple[str, ...]], arg(metavar="FILE[=FOLDER] ...")]
+    Sources = Sequence[Mixture | RecordSource]
+
 _ROWS = 20
 """Maximum rows in a table."""
 
@@ -34,18 +35,17 @@ class Build:
     annotate` writes. Run the same command again after an interruption: finished shards are kept.
     """
 
-    sources: Sources
-    """Annotation files, each with its image folder as FILE=FOLDER (`images` beside the file if omitted). Conversations of
-    several files about one image become one record."""
-    out: Path
-    """Output folder for the records."""
-    mixture: Path | None = None
+    sources: Annotated[Positional[tuple[str, ...]], common.option("FILE[=FOLDER] ...")]
+    """Annotation files, each with its image folder (`images` beside the file if omitted). Conversations of several files
+    about one image become one record."""
+    out: Annotated[Path, common.FOLDER]
+    """Output folder: the records."""
+    mixture: Annotated[Path | None, common.FILE] = None
     """JSON list of more sources: {"file", "images", "cap", "weight", "filtered", "splits"}; only "file" is required."""
-    seed: int = 0
-    """Random seed; decides which conversations a cap keeps."""
-    max_side: int | None = None
+    seed: common.Seed = 0
+    max_side: Annotated[int | None, common.option("PIXELS")] = None
     """Downscale larger images to this side, as JPEG; images are kept byte for byte if omitted."""
-    jobs: int | None = None
+    jobs: Annotated[int | None, common.N] = None
     """Threads that read images and write records; one for each core if omitted."""
 
     def run(self) -> None:
@@ -58,24 +58,24 @@ class Build:
         entries, log = mixture_entries(self.sources, self.mixture), ReadLog()
         if not entries:
             raise UserError("name at least one annotation file, as FILE=FOLDER")
-        with common.ProgressBars() as bars, building(self.out) as hidden:
+        with ProgressBars() as bars, building(self.out) as hidden:
 
             def on_read(count: int) -> None:
                 bars.update("conversations read", count, None)
 
             store = hidden / "rows.sqlite"
-            with mixture(entries, log, store, seed=self.seed, side=self.max_side, on_progress=on_read) as found:
+            with mixture(entries, log, store, seed=self.seed, side=self.max_side, on_progress=on_read) as records:
                 common.note(log.notes)
                 written = 0
 
                 def on_written(count: int) -> None:
                     nonlocal written
                     written += count
-                    bars.update("images written", written, len(found))
+                    bars.update("images written", written, len(records))
 
                 jobs = self.jobs or common.cpu_count()
-                folder = write_records(self.out, {"train": found}, hidden=hidden, jobs=jobs, on_progress=on_written)
-                conversations = found.conversations
+                folder = write_records(self.out, {"train": records}, hidden=hidden, jobs=jobs, on_progress=on_written)
+                conversations = records.conversations
         print(f"{len(RecordSource(folder))} images, {conversations} conversations: {folder}")
 
 
@@ -86,17 +86,14 @@ class Check:
     Exits with 1 if rows are unusable and --fix is not given.
     """
 
-    annotations: Positional[Path]
+    annotations: Annotated[Positional[Path], common.FILE]
     """Annotation file in any format that `reverie data build` reads."""
-    images: Path | None = None
-    """Folder of images; `images` beside the file if omitted and there is one."""
-    model: str | None = None
+    images: common.Images = None
+    model: Annotated[str | None, common.option("MODEL")] = None
     """Checkpoint to be trained: counts tokens, and reports conversations beyond its context length."""
     components: common.Components = ()
-    """Checkpoint of a part that the model lacks: language model or CLIP tower. Repeat for each part."""
-    details: Path | None = None
-    """Write the problems to this file, as JSON lines."""
-    fix: Path | None = None
+    details: common.Details = None
+    fix: Annotated[Path | None, common.FILE] = None
     """Write the annotation file without its unusable rows to this file."""
 
     def run(self) -> None:
@@ -114,20 +111,20 @@ class Check:
         for path in (self.details, self.fix):
             if path is not None and not path.parent.is_dir():
                 raise UserError(f"{path}: its folder does not exist")
-        found = check.check(self.annotations, images, processor)
-        common.note(found.notes)
+        result = check.check(self.annotations, images, processor)
+        common.note(result.notes)
         if images is None:
             common.note(["no image folder was given; images were not opened"])
         console = Console()
-        numbers = stats.statistics_of((example.image, example.conversation) for example in found.talks)
-        console.print(stats.statistics_table(numbers, found.lengths))
-        if found.offenders:
-            console.print(check.problems_table(found))
+        numbers = stats.statistics_of((example.image, example.conversation) for example in result.talks)
+        console.print(stats.statistics_table(numbers, result.lengths))
+        if result.offenders:
+            console.print(check.problems_table(result))
         if self.details is not None:
-            check.write_offenders(found, self.details)
+            check.write_offenders(result, self.details)
         if self.fix is not None:
-            print(f"{check.write_clean(found, self.annotations, self.fix)} rows: {self.fix}")
-        if found.broken and self.fix is None:
+            print(f"{check.write_clean(result, self.annotations, self.fix)} rows: {self.fix}")
+        if result.broken and self.fix is None:
             raise SystemExit(1)
 
 
@@ -135,10 +132,8 @@ class Check:
 class Stats:
     """Count what annotation files or records contain: instructions, negatives, question types, rationale lengths."""
 
-    sources: Sources
-    """Annotation files as for `reverie data build`, or records folders."""
-    json: bool = False
-    """Print one JSON object."""
+    sources: common.Sources
+    json: common.Json = False
 
     def run(self) -> None:
         """Run the command."""
@@ -147,15 +142,16 @@ class Stats:
         from reverie_jax.data import stats
         from reverie_jax.data.mixture import Mixture
 
-        def examples(found: Mixture | list[RecordSource]) -> Iterator[tuple[str, Conversation]]:
-            if isinstance(found, Mixture):
-                yield from found.talks()
-            else:
-                for record in records_of(found):
-                    yield from ((record.id if record.image else "", talk) for talk in record.conversations)
+        def examples(sources: Sources) -> Iterator[tuple[str, Conversation]]:
+            for source in sources:
+                if isinstance(source, Mixture):
+                    yield from source.talks()
+                    continue
+                for record in records_of([source]):
+                    yield from ((record.id if record.image else "", item) for item in record.conversations)
 
-        with open_sources(self.sources) as found:
-            numbers = stats.statistics_of(examples(found))
+        with open_sources(self.sources) as sources:
+            numbers = stats.statistics_of(examples(sources))
         if self.json:
             print(jsonlib.dumps(numbers, indent=2))
         else:
@@ -166,29 +162,26 @@ class Stats:
 class Contamination:
     """Find evaluation images in training data, by name and by perceptual hash. Exits with 1 if there are any."""
 
-    sources: Sources
-    """Annotation files as for `reverie data build`, or records folders."""
-    eval_images: tuple[Path, ...]
+    sources: common.Sources
+    eval_images: Annotated[tuple[Path, ...], common.option("PATH ...")]
     """Evaluation images: folders, or question files whose rows name images (`image`; compared by name alone)."""
-    distance: int = 4
+    distance: Annotated[int, common.option("BITS")] = 4
     """Maximum number of differing bits between 64-bit perceptual hashes of similar images."""
-    details: Path | None = None
-    """Write the matches to this file, as JSON lines."""
+    details: common.Details = None
 
     def run(self) -> None:
         """Run the command."""
         from reverie_jax.data import contamination
-        from reverie_jax.data.mixture import Mixture
 
         common.at_least(0, distance=self.distance)
         common.check_writable(self.details)
         threads = common.cpu_count()
         against = contamination.evaluation(self.eval_images, threads)
         common.note(f"{reason}; not compared" for reason in against.unreadable)
-        with open_sources(self.sources) as found:
-            images = ((record.id, record.image) for record in records_of(found) if record.image)
+        with open_sources(self.sources) as sources:
+            images = ((record.id, record.image) for record in records_of(sources) if record.image)
             matches = list(contamination.find(images, against, distance=self.distance, threads=threads))
-            count = sum(map(len, [found] if isinstance(found, Mixture) else found))
+            count = sum(map(len, sources))
         if self.details is not None:
             lines = [jsonlib.dumps(dataclasses.asdict(one), ensure_ascii=False) for one in matches]
             self.details.write_text("".join(line + "\n" for line in lines), "utf-8")
@@ -214,34 +207,28 @@ class Contamination:
 class Visualize:
     """Write an HTML page of samples: images, conversation trees, and the supervised tokens in color."""
 
-    sources: Sources
-    """Annotation files as for `reverie data build`, or records folders."""
-    model: str
-    """Checkpoint: a folder or hub id in any format that `reverie convert` reads, or scenes-base."""
-    out: Path
-    """Output file, an HTML page."""
+    sources: common.Sources
+    model: common.Model
+    out: Annotated[Path, common.FILE]
+    """Output file: an HTML page."""
     components: common.Components = ()
-    """Checkpoint of a part that the model lacks: language model or CLIP tower. Repeat for each part."""
-    count: int = 12
+    count: Annotated[int, common.N] = 12
     """Records on the page, drawn at random."""
-    seed: int = 0
-    """Random seed."""
-    supervision: tuple[str, ...] = ()
+    seed: common.Seed = 0
+    supervision: Annotated[tuple[str, ...], common.option("FIELD=VALUE ...")] = ()
     """Supervision to show, in a recipe's fields: `kinds=negative context=positive-first`."""
 
     def run(self) -> None:
         """Run the command."""
         from reverie_jax.data import visualize
-        from reverie_jax.data.mixture import Mixture
         from reverie_jax.loading import load_processor
 
         common.at_least(1, count=self.count)
         supervision = parse_supervision(self.supervision)
         processor = load_processor(self.model, components=self.components)
-        with open_sources(self.sources) as found:
-            sources = [found] if isinstance(found, Mixture) else found
-            places = [(source, index) for source in sources for index in range(len(source))]
-            chosen = random.Random(self.seed).sample(places, min(self.count, len(places)))
+        with open_sources(self.sources) as sources:
+            entries = [(source, index) for source in sources for index in range(len(source))]
+            chosen = random.Random(self.seed).sample(entries, min(self.count, len(entries)))
             title = f"Samples of {', '.join(Path(source.partition('=')[0]).name for source in self.sources)}"
             records = (source[index] for source, index in chosen)
             count = visualize.write(self.out, records, processor, supervision, title)
@@ -252,37 +239,37 @@ class Visualize:
 class Questions:
     """Prepare human questions (ScienceQA, A-OKVQA) for `reverie annotate`, which writes rationales for wrong options."""
 
-    annotations: Positional[Path]
+    annotations: Annotated[Positional[Path], common.FILE]
     """ScienceQA's problems.json or A-OKVQA's file."""
-    out: Path
-    """Output folder, for `reverie annotate rationales`: reasoning_instruct_data.json is written there."""
-    confusing: int = 3
+    out: Annotated[Path, common.FOLDER]
+    """Output folder: reasoning_instruct_data.json, for `reverie annotate rationales`."""
+    confusing: Annotated[int, common.N] = 3
     """Confusing answers for each question: at most this many of its wrong options."""
-    splits: tuple[str, ...] = ("train",)
+    splits: Annotated[tuple[str, ...], common.option("NAME ...")] = ("train",)
     """Splits to take rows from."""
 
     def run(self) -> None:
         """Run the command."""
         from reverie_jax.annotate.pipeline import QUESTIONS
-        from reverie_jax.data.row_files import Rows, write_list
+        from reverie_jax.data.row_files import Rows, write_rows
         from reverie_jax.data.sources import ReadLog, multiple_choice
 
         common.at_least(1, confusing=self.confusing)
         log = ReadLog()
-        made = multiple_choice.questions(Rows(self.annotations), log, splits=self.splits, most=self.confusing)
+        questions = multiple_choice.questions(Rows(self.annotations), log, splits=self.splits, most=self.confusing)
         common.note(log.notes)
         common.note(f"{where}: {why}; skipped" for where, why in log.problems[:5])
         if len(log.problems) > 5:
             common.note([f"{len(log.problems) - 5} more rows were skipped"])
-        if not made:
+        if not questions:
             splits = ", ".join(self.splits)
             raise UserError(f"{self.annotations}: no question with options and an image in {splits}")
         path = self.out / QUESTIONS
         if path.exists():
             raise UserError(f"{path}: already exists; choose another output folder")
         self.out.mkdir(parents=True, exist_ok=True)
-        write_list(path, made)
-        print(f"{len(made)} rows: {path}")
+        write_rows(path, questions)
+        print(f"{len(questions)} rows: {path}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -307,18 +294,18 @@ def mixture_entries(sources: Sequence[str], file: Path | None = None) -> list[Mi
     """Return the entries of FILE=FOLDER arguments, then those of a mixture file."""
     from reverie_jax.data.mixture import MixtureEntry, read_parts
 
-    found = []
+    entries = []
     for source in sources:
         # A file's name may contain the sign itself.
         name, equals, folder = (source, "", "") if Path(source).exists() else source.rpartition("=")
         if not equals:
             name = source
-        found.append(MixtureEntry(file=Path(name), images=Path(folder) if equals else None))
-    return found + (read_parts(file) if file is not None else [])
+        entries.append(MixtureEntry(file=Path(name), images=Path(folder) if equals else None))
+    return entries + (read_parts(file) if file is not None else [])
 
 
 @contextlib.contextmanager
-def open_sources(sources: Sequence[str]) -> Iterator[Mixture | list[RecordSource]]:
+def open_sources(sources: Sequence[str]) -> Iterator[Sources]:
     """Open annotation files as one mixture, or records folders.
 
     Raises:
@@ -337,16 +324,14 @@ def open_sources(sources: Sequence[str]) -> Iterator[Mixture | list[RecordSource
     if any(folders):
         raise UserError("name either annotation files or records folders, not both")
     log = ReadLog()
-    with mixture(mixture_entries(sources), log) as found:
+    with mixture(mixture_entries(sources), log) as records:
         common.note(log.notes)
-        yield found
+        yield [records]
 
 
-def records_of(found: Mixture | list[RecordSource]) -> Iterator[ImageRecord]:
-    """Yield the records of a mixture or of records folders."""
-    from reverie_jax.data.mixture import Mixture
-
-    for source in [found] if isinstance(found, Mixture) else found:
+def records_of(sources: Sources) -> Iterator[ImageRecord]:
+    """Yield the records of all sources."""
+    for source in sources:
         for index in range(len(source)):
             yield source[index]
 

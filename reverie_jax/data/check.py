@@ -17,7 +17,7 @@ from rich.text import Text
 from reverie_jax.data import sources
 from reverie_jax.data.images import decode
 from reverie_jax.data.processor import Processor
-from reverie_jax.data.row_files import Rows, write_list
+from reverie_jax.data.row_files import Rows, write_rows
 from reverie_jax.data.sources import Example, Pictures, ReadLog
 from reverie_jax.data.sources.common import content_name
 from reverie_jax.errors import DataError, UserError
@@ -168,11 +168,13 @@ def write_clean(found: Found, source: Path, path: Path) -> int:
         raise UserError(f"{source}: Parquet cannot be written anew; only JSON files can")
     fatal = {offender.where for offender in found.offenders if offender.fatal}
     rows = Rows(source)
-    kept = [row for number, row in enumerate(rows) if rows.name(number, row) not in fatal]
+    kept = [row for number, row in enumerate(rows) if rows.locate(number, row) not in fatal]
     by_id = (
-        {row["pid"]: {key: value for key, value in row.items() if key != "pid"} for row in kept} if rows.by_id else None
+        {row["pid"]: {key: value for key, value in row.items() if key != "pid"} for row in kept}
+        if rows.is_object
+        else None
     )
-    write_list(path, kept if by_id is None else by_id)
+    write_rows(path, kept if by_id is None else by_id)
     return len(kept)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from reverie_jax.eval.benchmarks import files
+from reverie_jax.eval.benchmarks import inputs
 from reverie_jax.eval.benchmarks.interface import BenchmarkError
 from reverie_jax.files import atomic_write
 from reverie_jax.hosted.interface import digest
@@ -74,7 +74,7 @@ def read_replies(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
         for name, values in said.items():
             values.add(row.get(name))
 
-    files.parse_rows(path, "judge's reply", take, least=0)
+    inputs.parse_rows(path, "judge's reply", take, min_rows=0)
     for name, many in _SAME.items():
         if len(said[name]) > 1:
             values = ", ".join(sorted(map(str, said[name])))

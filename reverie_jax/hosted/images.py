@@ -11,7 +11,7 @@ from pathlib import Path, PurePath
 from PIL import Image, UnidentifiedImageError
 
 from reverie_jax.data.images import BrokenImage, decode
-from reverie_jax.data.row_files import read_list
+from reverie_jax.data.row_files import read_rows
 from reverie_jax.errors import UserError
 from reverie_jax.hosted.interface import Refused, RequestImage
 
@@ -103,7 +103,7 @@ def listed(folder: Path, names: Path | None = None) -> list[str]:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder of pictures")
     if names is not None:
-        found = read_list(names, least=0)
+        found = read_rows(names, min_rows=0)
         if not all(isinstance(name, str) and name for name in found):
             raise UserError(f"{names}: expected a JSON list of picture names")
     else:

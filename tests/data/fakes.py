@@ -71,7 +71,7 @@ class Given(Rows):
     """Rows that are in no file."""
 
     def __init__(self, rows: list, path: str = "f"):
-        super().__init__(Path(path), least=0)
+        super().__init__(Path(path), min_rows=0)
         self.given = rows
 
     def _rows(self):

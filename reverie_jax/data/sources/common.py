@@ -10,7 +10,7 @@ from typing import Any
 
 from reverie_jax.data.conversation import IMAGE, Conversation, Turn
 from reverie_jax.data.images import BrokenImage, decode
-from reverie_jax.data.llava_tokenization import show_first
+from reverie_jax.data.llava_tokenization import move_image_first
 from reverie_jax.data.row_files import Rows
 from reverie_jax.errors import DataError
 
@@ -176,7 +176,7 @@ def each(
         known: fields that are used, or known and of no use; others are noted.
     """
     for number, row in enumerate(rows):
-        where = rows.name(number, row)
+        where = rows.locate(number, row)
         try:
             if not isinstance(row, dict):
                 raise BadRow("not an object")
@@ -210,4 +210,4 @@ def shown(text: str) -> Turn:
 
 def once(turn: Turn) -> Turn:
     """A question that shows its picture once."""
-    return Turn(turn.role, show_first(turn.text)) if turn.text.count(IMAGE) > 1 else turn
+    return Turn(turn.role, move_image_first(turn.text)) if turn.text.count(IMAGE) > 1 else turn

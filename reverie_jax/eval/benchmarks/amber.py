@@ -13,22 +13,19 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from reverie_jax.data.row_files import write_list
-from reverie_jax.eval.benchmarks import amber_words, files
+from reverie_jax.data.row_files import write_rows
+from reverie_jax.eval.benchmarks import amber_words, inputs
 from reverie_jax.eval.benchmarks.interface import (
-    OFFICIAL,
     Benchmark,
     BenchmarkData,
     BenchmarkError,
-    ParsedAnswer,
+    OFFICIAL,
     Question,
-    Scored,
-    Table,
-    need,
-    share,
+    Texts,
+    require,
 )
+from reverie_jax.eval.benchmarks.scoring import CountTable, ParsedAnswer, Scored, Statistic, mean, ratio
 from reverie_jax.eval.benchmarks.yes_no import vlmevalkit_yes_no
-from reverie_jax.eval.statistics import Statistic
 
 LMMS, KIT = "lmms-eval", "vlmevalkit"
 YES_NO_TOKENS = 128
@@ -83,7 +80,7 @@ def _from_start(over: int, under: int) -> Statistic:
 
 
 def _asked(
-    table: Table, prefix: str, categories: Sequence[str], epsilon: float = 0.0001, start: float = START
+    table: CountTable, prefix: str, categories: Sequence[str], epsilon: float = 0.0001, start: float = START
 ) -> dict[str, Statistic]:
     """The official figures of yes/no questions; "no" is the positive answer."""
     places = {cell: [table[f"{category}/{cell}"] for category in categories] for cell in _CELLS}
@@ -106,7 +103,7 @@ def _asked(
     }
 
 
-def _official(table: Table, categories: Sequence[str], described: bool) -> dict[str, Statistic]:
+def _official(table: CountTable, categories: Sequence[str], described: bool) -> dict[str, Statistic]:
     """AMBER's score is of the paper, the rest of its script; what was not asked is left out."""
     found: dict[str, Statistic] = {}
     if described:
@@ -132,14 +129,14 @@ def _official(table: Table, categories: Sequence[str], described: bool) -> dict[
     return found
 
 
-def _vlmevalkit_metrics(table: Table, categories: Sequence[str]) -> dict[str, Statistic]:
+def _vlmevalkit_metrics(table: CountTable, categories: Sequence[str]) -> dict[str, Statistic]:
     """Accuracies of the three dimensions, and their plain mean."""
     parts = {
         name: [part for part in DIMENSIONS[name] if part in categories]
         for name in ("Attribute", "Existence", "Relation")
     }
     accuracies = {
-        name: share([table[f"{part}/right"] for part in there], [table[f"{part}/asked"] for part in there], scale=100)
+        name: ratio([table[f"{part}/right"] for part in there], [table[f"{part}/asked"] for part in there], scale=100)
         for name, there in parts.items()
         if there
     }
@@ -158,9 +155,11 @@ class Amber(Benchmark):
     """
 
     name = "amber"
+    published_items = 15220
     rules = (OFFICIAL, LMMS, KIT)
     max_new_tokens = 1024
-    needs = (
+    lower_is_better = frozenset({"CHAIR", "Hal", "Cog"})
+    required_files = (
         "the folder data of junyangwang0410/AMBER: annotations.json, query/query_all.json (or another query_*.json), "
         "relation.json and safe_words.txt; and with --images its pictures"
     )
@@ -177,10 +176,10 @@ class Amber(Benchmark):
             for place in places:
                 if (place / name).is_file():
                     return place / name
-            raise BenchmarkError(f"{folder}: no {name} there; {self.name} needs {self.needs}")
+            raise BenchmarkError(f"{folder}: no {name} there; {self.name} needs {self.required_files}")
 
         path = beside("annotations.json")
-        annotations = {str(row[0]): row[1] for row in files.parse_rows(path, "annotation of AMBER", _annotation)}
+        annotations = {str(row[0]): row[1] for row in inputs.parse_rows(path, "annotation of AMBER", _annotation)}
 
         def make(row: Mapping[str, Any]) -> Question:
             if str(row["id"]) not in annotations:
@@ -191,18 +190,18 @@ class Amber(Benchmark):
             tokens = None if known["category"] == "generative" else YES_NO_TOKENS
             return Question(row["id"], row["image"], row["query"], row["image"], known, max_new_tokens=tokens)
 
-        questions = [question for query in queries for question in files.parse_rows(query, "query of AMBER", make)]
-        files.check_unique(queries[0], [question.id for question in questions])
+        questions = [question for query in queries for question in inputs.parse_rows(query, "query of AMBER", make)]
+        inputs.check_unique(queries[0], [question.id for question in questions])
         protocol: dict[str, Any] = {"queries": [query.name for query in queries]}
         for question in questions:
-            key = f"questions/{question.known['category']}"
+            key = f"questions/{question.metadata['category']}"
             protocol[key] = protocol.get(key, 0) + 1
         known = {}
         if "questions/generative" in protocol:
             safe = beside("safe_words.txt").read_text("utf-8").split("\n")
             known = {"relation": _relation(beside("relation.json")), "safe": frozenset(safe)}
         images = [place / name for place in places for name in (".", "image", "images")]
-        return BenchmarkData(questions, files.image_reader(*images), protocol, known)
+        return BenchmarkData(questions, inputs.image_reader(*images), protocol, known)
 
     def _queries(self, data: Path) -> list[Path]:
         """The file of all questions; or else as few as hold what is there."""
@@ -215,39 +214,35 @@ class Amber(Benchmark):
         found = [there[name] for name in ("query_generative.json", "query_discriminative.json") if name in there]
         if "query_discriminative.json" not in there:
             found += [path for name, path in sorted(there.items()) if name.startswith("query_discriminative-")]
-        need(bool(found), f"{data}: no query_all.json there; {self.name} needs {self.needs}")
+        require(bool(found), f"{data}: no query_all.json there; {self.name} needs {self.required_files}")
         return found
 
     def score(
-        self,
-        loaded: BenchmarkData,
-        answers: Mapping[str, str],
-        rule: str = OFFICIAL,
-        replies: Mapping[str, str] | None = None,
+        self, loaded: BenchmarkData, answers: Texts, rule: str = OFFICIAL, replies: Texts | None = None
     ) -> Scored:
         """A question without an answer counts nowhere: the official script goes through the answers.
 
         Descriptions are scored where the tools for it are here; where they are not, yes/no questions alone.
         """
         # A part of which nothing was answered was not run: it is left out, not scored as nothing right.
-        kinds = {q.known["category"] for q in loaded.questions if str(q.id) in answers}
-        kinds = kinds or {q.known["category"] for q in loaded.questions}
+        kinds = {q.metadata["category"] for q in loaded.questions if str(q.id) in answers}
+        kinds = kinds or {q.metadata["category"] for q in loaded.questions}
         categories = [name for name in _ALL if name in kinds]
         describe, reason = self._describe(loaded, rule, "generative" in kinds, bool(categories))
         columns = [*_TASK, *(f"{category}/{cell}" for category in categories for cell in _CELLS)]
-        table = Table(columns, loaded.units)
+        table = CountTable(columns, loaded.clusters)
         parsed_answers = []
         for question in loaded.questions:
-            answer, category = answers.get(str(question.id)), question.known["category"]
+            answer, category = answers.get(str(question.id)), question.metadata["category"]
             if answer is None or (category == "generative" and describe is None):
                 parsed_answers.append(ParsedAnswer(question.id, "", unparsed=answer is None, category=category))
             elif category == "generative" and describe is not None:
-                amounts, flagged = describe(answer, question.known)
-                table.add(question.unit, amounts)
+                amounts, flagged = describe(answer, question.metadata)
+                table.add(question.cluster, amounts)
                 clean, unparsed = float(not flagged), not amounts["nouns"]
                 parsed_answers.append(ParsedAnswer(question.id, ", ".join(flagged), clean, unparsed, category))
             else:
-                said, truth = _READERS[rule](answer), question.known["truth"]
+                said, truth = _READERS[rule](answer), question.metadata["truth"]
                 cells = {
                     "asked": 1,
                     "right": said == truth,
@@ -255,7 +250,7 @@ class Amber(Benchmark):
                     "said_no": said == "no",
                     "both_no": said == truth == "no",
                 }
-                table.add(question.unit, {f"{category}/{cell}": float(amount) for cell, amount in cells.items()})
+                table.add(question.cluster, {f"{category}/{cell}": float(amount) for cell, amount in cells.items()})
                 parsed_answers.append(ParsedAnswer(question.id, said, float(said == truth), not said, category))
         scored = [*(["descriptions"] if describe is not None else []), *(["yes/no"] if categories else [])]
         metrics = (
@@ -263,7 +258,7 @@ class Amber(Benchmark):
             if rule == KIT
             else _official(table, categories, describe is not None)
         )
-        return Scored(parsed_answers, table.units, table.counts, metrics, {"parser": rule, "scored": scored, **reason})
+        return table.result(parsed_answers, metrics, {"parser": rule, "scored": scored, **reason})
 
     def _describe(
         self, loaded: BenchmarkData, rule: str, asked: bool, others: bool
@@ -280,7 +275,7 @@ class Amber(Benchmark):
         if not asked:
             return None, {}
         if rule == KIT:
-            need(others, f"amber: {KIT}'s rule is of yes/no questions, and there is none")
+            require(others, f"amber: {KIT}'s rule is of yes/no questions, and there is none")
             return None, {"descriptions": f"{KIT} has none"}
         try:
             nouns, similarity = self._nouns, self._similarity
@@ -291,22 +286,26 @@ class Amber(Benchmark):
             if not others:
                 raise
             return None, {"descriptions": f"not scored: {error}"}
-        relation, safe, find, alike = loaded.known["relation"], loaded.known["safe"], nouns, similarity
+        relation, safe, find, alike = loaded.tables["relation"], loaded.tables["safe"], nouns, similarity
         return lambda text, known: amber_words.described(
             find(text), known["truth"], known["hallu"], relation, safe, alike
         ), {}
 
-    def key(self, row: Mapping[str, Any], loaded: BenchmarkData) -> str | None:
-        return super().key(row, loaded) or (None if row.get("id") is None else str(row["id"]))
+    def match_question(self, row: Mapping[str, Any], loaded: BenchmarkData) -> str | None:
+        return super().match_question(row, loaded) or (None if row.get("id") is None else str(row["id"]))
 
-    def text(self, row: Mapping[str, Any]) -> Any:
-        return row["response"] if "response" in row else super().text(row)
+    def answer_text(self, row: Mapping[str, Any]) -> Any:
+        return row["response"] if "response" in row else super().answer_text(row)
 
-    def export(self, loaded: BenchmarkData, answers: Mapping[str, str], out: Path) -> list[Path]:
+    def hallucinated(self, loaded: BenchmarkData, question: Question, text: str, parsed: ParsedAnswer) -> Sequence[str]:
+        """See `Benchmark.hallucinated`."""
+        return parsed.parsed.split(", ") if parsed.category == "generative" and parsed.right == 0 else ()
+
+    def export(self, loaded: BenchmarkData, answers: Texts, out: Path) -> list[Path]:
         """What the official script takes."""
         out.mkdir(parents=True, exist_ok=True)
         rows = [{"id": q.id, "response": answers[str(q.id)]} for q in loaded.questions if str(q.id) in answers]
-        write_list(out / "amber_answers.json", rows)
+        write_rows(out / "amber_answers.json", rows)
         return [out / "amber_answers.json"]
 
 
@@ -328,7 +327,7 @@ def _annotation(row: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
 
 def _relation(path: Path) -> dict[str, list[str]]:
     """Words, and what goes with each."""
-    found = files.read_json(path)
+    found = inputs.read_json(path)
     if not isinstance(found, dict) or not all(isinstance(words, list) for words in found.values()):
         raise BenchmarkError(f"{path}: no object of words, each with a list of words")
     return found

@@ -13,19 +13,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from reverie_jax.eval.benchmarks import chair_words, coco, files
+from reverie_jax.eval.benchmarks import chair_words, coco, inputs
 from reverie_jax.eval.benchmarks.interface import (
-    OFFICIAL,
     Benchmark,
     BenchmarkData,
     BenchmarkError,
-    ParsedAnswer,
+    OFFICIAL,
     Question,
-    Scored,
-    Table,
-    need,
-    share,
+    Texts,
+    require,
 )
+from reverie_jax.eval.benchmarks.scoring import CountTable, ParsedAnswer, Scored
 
 PROMPT = "Please describe this image in detail."
 SEED, SAMPLE = 0, 500
@@ -35,12 +33,11 @@ SEED, SAMPLE = 0, 500
 def _sampled(data: Path, needs: str) -> list[int]:
     """The pictures of val2014 that come first by a hash: the same with every library, and in any order of the file."""
     path = coco.folder(data) / "captions_val2014.json"
-    need(path.is_file(), f"{data}: neither image_ids.json nor captions_val2014.json there; {needs}")
+    require(path.is_file(), f"{data}: neither image_ids.json nor captions_val2014.json there; {needs}")
     try:
         ids = {
             item["id"] if key == "images" else item["image_id"]
-            for key, item in coco.members(path)
-            if key in ("images", "annotations")
+            for key, item in coco.list_items(path, "images")
         }
     except (KeyError, TypeError) as error:
         raise BenchmarkError(f"{path}: no file of COCO's annotations ({error!r})") from None
@@ -73,7 +70,7 @@ def _list(data: Path) -> Path | None:
     for pattern in ("image_ids.json", "image_ids.txt", "*.jsonl"):
         if found := [data] if data.is_file() else sorted(data.glob(pattern)):
             names = ", ".join(path.name for path in found)
-            need(len(found) == 1, f"{data}: {names} are all {pattern}; name one of them, or leave one there")
+            require(len(found) == 1, f"{data}: {names} are all {pattern}; name one of them, or leave one there")
             return found[0]
     return None
 
@@ -82,14 +79,20 @@ class Chair(Benchmark):
     """See the module's docstring. lmms-eval's rule is left out: it needs WordNet, and labels of its own data set."""
 
     name = "chair"
+    published_items = 500
     max_new_tokens = 512
-    needs = (
+    lower_is_better = frozenset({"CHAIRs", "CHAIRi"})
+    required_files = (
         "COCO 2014's instances_val2014.json and captions_val2014.json (train's too where pictures are of train2014), "
         "which pictures in image_ids.json or a question file, and with --images the pictures"
     )
 
     def load(self, data: Path) -> BenchmarkData:
-        path, folder, needs = _list(data), data.parent if data.is_file() else data, f"{self.name} needs {self.needs}"
+        path, folder, needs = (
+            _list(data),
+            data.parent if data.is_file() else data,
+            f"{self.name} needs {self.required_files}",
+        )
         if path is None:
             asked = [_asked(id) for id in _sampled(folder, needs)]
         elif path.suffix == ".txt":
@@ -98,9 +101,9 @@ class Chair(Benchmark):
             except (OSError, ValueError) as error:
                 raise BenchmarkError(f"{path}: no list of pictures, one a line ({error})") from None
         else:
-            asked = files.parse_rows(path, "picture to describe", _asked)
-        need(bool(asked), f"{path or folder}: no picture there; {needs}")
-        files.check_unique(path or folder, [row.id for row in asked])
+            asked = inputs.parse_rows(path, "picture to describe", _asked)
+        require(bool(asked), f"{path or folder}: no picture there; {needs}")
+        inputs.check_unique(path or folder, [row.id for row in asked])
         truth = coco.read_coco(folder, [row.image_id for row in asked], needs)
         questions = [
             Question(
@@ -126,67 +129,69 @@ class Chair(Benchmark):
             "by_image": {row.image_id: str(row.id) for row in reversed(asked)},
         }
         places = (folder, folder / "val2014", folder / "train2014", folder / "images")
-        return BenchmarkData(questions, files.image_reader(*places), protocol, known)
+        return BenchmarkData(questions, inputs.image_reader(*places), protocol, known)
 
     def score(
-        self,
-        loaded: BenchmarkData,
-        answers: Mapping[str, str],
-        rule: str = OFFICIAL,
-        replies: Mapping[str, str] | None = None,
+        self, loaded: BenchmarkData, answers: Texts, rule: str = OFFICIAL, replies: Texts | None = None
     ) -> Scored:
         """A question without an answer counts nowhere, as with a caption file that lacks the picture."""
         words = chair_words.chair()
         truth = {
             id: segments
-            | {name for caption in loaded.known["captions"].get(id, ()) for _, name in words.mentions(caption)}
-            for id, segments in loaded.known["segments"].items()
+            | {name for caption in loaded.tables["captions"].get(id, ()) for _, name in words.mentions(caption)}
+            for id, segments in loaded.tables["segments"].items()
         }
-        table, parsed_answers = Table(COLUMNS, loaded.units), []
+        table, parsed_answers = CountTable(COLUMNS, loaded.clusters), []
         for question in loaded.questions:
             caption = answers.get(str(question.id))
             if caption is None:
                 parsed_answers.append(ParsedAnswer(question.id, "", unparsed=True))
                 continue
             found = [name for _, name in words.mentions(caption)]
-            amounts = compared(found, truth[question.known["image_id"]])
-            table.add(question.unit, {**amounts, "words": len(caption.split())})
-            parsed_answers.append(reading(question, found, truth[question.known["image_id"]]))
+            amounts = compared(found, truth[question.metadata["image_id"]])
+            table.add(question.cluster, {**amounts, "words": len(caption.split())})
+            parsed_answers.append(reading(question, found, truth[question.metadata["image_id"]]))
         metrics = {
-            "CHAIRs": share(table["wrong_captions"], table["captions"], scale=100),
-            "CHAIRi": share(table["wrong_mentions"], table["mentions"], scale=100),
-            "Recall": share(table["found"], table["there"], scale=100),
-            "Len": share(table["words"], table["captions"]),
+            "CHAIRs": table.ratio("wrong_captions", "captions", 100),
+            "CHAIRi": table.ratio("wrong_mentions", "mentions", 100),
+            "Recall": table.ratio("found", "there", 100),
+            "Len": table.ratio("words", "captions"),
         }
-        return Scored(
-            parsed_answers, table.units, table.counts, metrics, {"parser": "punkt, treebank, pattern.en.singularize"}
-        )
+        return table.result(parsed_answers, metrics, {"parser": "punkt, treebank, pattern.en.singularize"})
 
-    def key(self, row: Mapping[str, Any], loaded: BenchmarkData) -> str | None:
+    def match_question(self, row: Mapping[str, Any], loaded: BenchmarkData) -> str | None:
         """Rows of caption files name the picture alone."""
         if row.get("question_id") is not None:
             return str(row["question_id"])
         if row.get("image_id") is None:
             return None
         try:
-            return str(loaded.known["by_image"].get(coco.number(row), row["image_id"]))
+            return str(loaded.tables["by_image"].get(coco.number(row), row["image_id"]))
         except ValueError:
             return str(row["image_id"])
 
-    def text(self, row: Mapping[str, Any]) -> Any:
-        return row["caption"] if "caption" in row else super().text(row)
+    def answer_text(self, row: Mapping[str, Any]) -> Any:
+        return row["caption"] if "caption" in row else super().answer_text(row)
 
-    def unfold(self, row: Any) -> list[Any]:
+    def split_row(self, row: Any) -> list[Any]:
         """The answers in a member of CHAIR's own caption file: `{"overall": …, "imgToEval": {id: {image_id, caption}}}`."""
         if not isinstance(row, Mapping) or row.get("pid") not in ("overall", "imgToEval"):
             return [row]
         return [] if row["pid"] == "overall" else [value for key, value in row.items() if key != "pid"]
 
-    def export(self, loaded: BenchmarkData, answers: Mapping[str, str], out: Path) -> list[Path]:
+    def hallucinated(self, loaded: BenchmarkData, question: Question, text: str, parsed: ParsedAnswer) -> Sequence[str]:
+        """See `Benchmark.hallucinated`."""
+        return absent(parsed)
+
+    def export(self, loaded: BenchmarkData, answers: Texts, out: Path) -> list[Path]:
         """CHAIR's own caption file. Its script asks for the language metrics too, whatever they are."""
         scores = dict.fromkeys((*(f"Bleu_{n}" for n in range(1, 5)), "METEOR", "CIDEr", "SPICE", "ROUGE_L"), 0)
         captions = {
-            question.unit: {"image_id": question.known["image_id"], "caption": answers[str(question.id)], **scores}
+            question.cluster: {
+                "image_id": question.metadata["image_id"],
+                "caption": answers[str(question.id)],
+                **scores,
+            }
             for question in loaded.questions
             if str(question.id) in answers
         }
@@ -223,8 +228,16 @@ def compared(mentioned: Sequence[str], there: set[str]) -> dict[str, float]:
     }
 
 
+_ABSENT = "not: "
+
+
+def absent(parsed: ParsedAnswer) -> list[str]:
+    """Return the classes that a parsed caption marks as not in the image."""
+    return [name.removeprefix(_ABSENT) for name in parsed.parsed.split(", ") if name.startswith(_ABSENT)]
+
+
 def reading(question: Question, mentioned: Sequence[str], there: set[str]) -> ParsedAnswer:
     """A caption as it was read: its classes once each, "not:" before those that are not there."""
-    names = [name if name in there else f"not: {name}" for name in dict.fromkeys(mentioned)]
+    names = [name if name in there else f"{_ABSENT}{name}" for name in dict.fromkeys(mentioned)]
     right = float(all(name in there for name in mentioned))
     return ParsedAnswer(question.id, ", ".join(names), right, not mentioned)

@@ -8,61 +8,31 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from reverie_jax.data.row_files import JsonStream
+from reverie_jax.data.row_files import read_items
+from reverie_jax.errors import DataError
 from reverie_jax.eval.benchmarks import chair_words
-from reverie_jax.eval.benchmarks.interface import BenchmarkError, need
+from reverie_jax.eval.benchmarks.interface import BenchmarkError, require
 
 SPLITS = ("val", "train", "all")
 """Of COCO's files; "all" is what CHAIR's own script makes of the others."""
 
 
-class _Members(JsonStream):
-    """A JSON object of lists, item by item: COCO's files are of hundreds of megabytes."""
-
-    def members(self) -> Iterator[tuple[str, Any]]:
-        """The lists' items, each with its list's key; members that are no lists are passed over.
-
-        Raises:
-            ValueError: there is no list of annotations.
-        """
-        self._take("{")
-        lists = set[str]()
-        while True:
-            if self._next() != '"':
-                self._take('"')
-            key = self._value()
-            self._take(":")
-            if self._next() != "[":
-                self._value()
-            else:
-                lists.add(key)
-                self._take("[")
-                if self._next() == "]":
-                    self._take("]")
-                else:
-                    while True:
-                        yield key, self._value()
-                        if self._take(",]") == "]":
-                            break
-            if self._take(",}") == "}":
-                break
-        if "annotations" not in lists:
-            raise ValueError("no list of annotations in it")
-
-
-def members(path: Path) -> Iterator[tuple[str, Any]]:
-    """The items of every list of a COCO file, with the list's key.
+def list_items(path: Path, *keys: str) -> Iterator[tuple[str, Any]]:
+    """Yield (key, item) for the items of some lists of a COCO file, one list after the other, `annotations` last.
 
     Raises:
-        BenchmarkError: the file cannot be read.
+        BenchmarkError: The file cannot be read, or has no annotations.
     """
     try:
-        with path.open(encoding="utf-8") as file:
-            yield from _Members(file).members()
-    except OSError as error:
-        raise BenchmarkError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise BenchmarkError(f"{path}: no file of COCO's annotations ({' '.join(str(error).split())[:200]})") from None
+        for key in keys:
+            yield from ((key, item) for item in read_items(path, key))
+        annotated = False
+        for item in read_items(path, "annotations"):
+            annotated = True
+            yield "annotations", item
+    except DataError as error:
+        raise BenchmarkError(str(error)) from None
+    require(annotated, f"{path}: not a file of COCO annotations (the list 'annotations' is missing or empty)")
 
 
 @dataclasses.dataclass
@@ -93,15 +63,15 @@ def read_coco(data: Path, ids: Sequence[int], needs: str) -> Coco:
     """
     place, coco, wanted = folder(data), Coco(), set(ids)
     splits = [split for split in SPLITS if (place / f"instances_{split}2014.json").is_file()]
-    need(bool(splits), f"{data}: no instances_val2014.json there; {needs}")
+    require(bool(splits), f"{data}: no instances_val2014.json there; {needs}")
     for split in splits:
         if wanted <= coco.segments.keys():
             break
         captions = place / f"captions_{split}2014.json"
-        need(captions.is_file(), f"{captions}: no such file; {needs}")
+        require(captions.is_file(), f"{captions}: no such file; {needs}")
         _read_split(place / f"instances_{split}2014.json", captions, wanted, coco)
     missing = [id for id in ids if id not in coco.segments]
-    need(
+    require(
         not missing,
         f"{place}: {len(missing)} of {len(wanted)} pictures are not in {', '.join(f'{split}2014' for split in splits)}, "
         f"the first is {missing[0] if missing else ''}; {needs}",
@@ -115,18 +85,20 @@ def _read_split(instances: Path, captions: Path, wanted: set[int], coco: Coco) -
     found: dict[int, set[int]] = {}
     path = instances
     try:
-        for key, item in members(instances):
+        for key, item in list_items(instances, "categories", "images"):
             if key == "categories":
                 names[item["id"]] = classes[item["name"]]
-            elif key == "images" and item["id"] in wanted:
+            elif key == "images":
+                if item["id"] not in wanted:
+                    continue
                 coco.names[item["id"]] = item.get("file_name", "")
                 found.setdefault(item["id"], set())
-            elif key == "annotations" and item["image_id"] in wanted:
+            elif item["image_id"] in wanted:
                 found.setdefault(item["image_id"], set()).add(item["category_id"])
-        need(bool(names), f"{instances}: no categories there, so it is no file of COCO's instances")
+        require(bool(names), f"{instances}: no categories there, so it is no file of COCO's instances")
         path = captions
-        for key, item in members(captions):
-            if key == "annotations" and item["image_id"] in wanted:
+        for _, item in list_items(captions):
+            if item["image_id"] in wanted:
                 found.setdefault(item["image_id"], set())
                 if not isinstance(item["caption"], str):
                     raise TypeError(f"a caption of picture {item['image_id']} is {item['caption']!r}")

@@ -1,11 +1,10 @@
-"""LoRA adapters of PEFT and of original LLaVA: onto a model, and off it."""
+"""LoRA adapters of PEFT and of original LLaVA: read onto a model, and written from it."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,31 +14,39 @@ from safetensors.numpy import save_file
 from reverie_jax.errors import CheckpointError
 from reverie_jax.files import write_json
 from reverie_jax.models import lora
+from reverie_jax.models.checkpoints.checksums import Checksums, base_checksums
+from reverie_jax.models.checkpoints.components import (
+    ADAPTER_CONFIG,
+    COMPLETE_MODELS,
+    NON_LORA,
+    ComponentLike,
+    detect_component,
+)
 from reverie_jax.models.checkpoints.configs import original_json
 from reverie_jax.models.checkpoints.files import Tensors, read_json, weights_of
-from reverie_jax.models.checkpoints.identity import Checksums, base_checksums
 from reverie_jax.models.checkpoints.names import (
+    AnyArray,
     ParameterSpec,
     canonical_name,
-    parameter_specs,
+    canonical_projector_name,
     memory_name,
     original_name,
-    canonical_projector_name,
-    to_model_layout,
+    parameter_specs,
     to_file_layout,
+    to_model_layout,
 )
-from reverie_jax.models.checkpoints.parts import ADAPTER_CONFIG, NON_LORA, SAID, WHOLE, CheckpointPart, recognise
+from reverie_jax.models.layers import Linear
 from reverie_jax.models.vlm import VisionLanguageModel
 
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-RECORD = "reverie.json"
-"""Beside what we write: where it comes from, and for an adapter the identity of its base."""
+METADATA_FILE = "reverie.json"
+"""Beside the files that this project writes: their sources, and the checksums of the (base) model."""
 
 _FACTOR = re.compile(r"^(base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(\.default)?\.weight$")
-_SAVED = re.compile(r"^base_model\.model\.(?P<name>.*multi_modal_projector\..+)$")
+_SAVED_PROJECTOR = re.compile(r"^base_model\.model\.(?P<name>.*multi_modal_projector\..+)$")
 
 # Settings of an adapter_config.json that change what it computes, with the values under which it is plain LoRA.
-_PLAIN: dict[str, tuple[Any, ...]] = {
+_PLAIN_LORA: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": (None, "none"),
     "use_dora": (None, False),
@@ -51,13 +58,13 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "layer_replication": (None,),
     "trainable_token_indices": (None,),
     "target_parameters": (None, []),
-    # The other ways to start an adapter also change the base's weights.
+    # The other initializations also change the base model's weights.
     "init_lora_weights": (None, True, False, "gaussian", "orthogonal", "eva"),
     "modules_to_save": (None, [], ["multi_modal_projector"]),
 }
 
-# Settings that say where an adapter came from or how it was trained, whatever their value.
-_HARMLESS = {
+# Settings that describe an adapter's origin or training; any value is accepted.
+_INFORMATIVE = {
     *("auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules", "inference_mode"),
     *("layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "megatron_config"),
     *("megatron_core", "peft_version", "qalora_group_size", "r", "revision", "target_modules", "task_type"),
@@ -66,258 +73,258 @@ _HARMLESS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Adapter:
-    """What an adapter folder brought.
+class AttachedAdapter:
+    """What `attach_adapter` read from an adapter folder.
 
     Attributes:
-        base: the base's name, as the folder records it.
-        projector: it brought a projector too.
+        base_model: The base model's name, as the folder records it; empty where it does not.
+        projector: Whether the folder contained a projector too.
     """
 
-    base: str
+    base_model: str
     projector: bool
 
 
-def attach_adapter(model: VisionLanguageModel, folder: str | Path, *, base: Sequence[str | Path] = ()) -> Adapter:
-    """Puts a PEFT adapter, or an original LLaVA LoRA folder, on a model, in place; it stays apart from the weights.
+def attach_adapter(
+    model: VisionLanguageModel, source: ComponentLike, *, base: Sequence[ComponentLike] = ()
+) -> AttachedAdapter:
+    """Attach a PEFT adapter or an original LLaVA LoRA folder to a model, in place, without merging it.
 
     Args:
-        base: what the model was read from.
+        base: The components that the model was read from.
 
     Raises:
-        CheckpointError: the folder is no such adapter, does not fit, or was made on another base.
+        CheckpointError: It is not such an adapter, does not fit the model, or was made on another base model.
     """
-    part = recognise(folder)
-    if part.kind not in ("peft", "llava-lora"):
-        raise CheckpointError(f"{part.place}: {SAID[part.kind]}, not an adapter")
-    return attach_lora(model, part, base)
-
-
-def attach_lora(model: VisionLanguageModel, part: CheckpointPart, base: Sequence[str | Path]) -> Adapter:
-    """See `attach_adapter`.
-
-    Args:
-        base: what the model was put together from.
-    """
-    if carriers := [path for path, *_ in lora.adapters(model)]:
-        raise CheckpointError(
-            f"{part.place}: the model carries an adapter already (on {carriers[0]}, …); merge it first"
-        )
-    settings = read_json(part.place / ADAPTER_CONFIG)
-    scale = _scale(part.place / ADAPTER_CONFIG, settings)
+    adapter = detect_component(source)
+    if adapter.format not in ("peft", "llava-lora"):
+        raise CheckpointError(f"{adapter}, not an adapter")
+    path = adapter.path
+    if attached := next((name for name, *_ in lora.adapters(model)), None):
+        raise CheckpointError(f"{path}: the model already has an adapter (on {attached}, …); merge it first")
+    settings = read_json(path / ADAPTER_CONFIG)
+    scale = _scale(path / ADAPTER_CONFIG, settings)
     trained_on = str(settings.get("base_model_name_or_path") or "")
-    if part.kind == "llava-lora":
-        _check_base_kind(part, trained_on, base)
-    tensors = weights_of(part.place, ADAPTER_WEIGHTS)
+    if adapter.format == "llava-lora":
+        _check_base_format(path, trained_on, base)
+    tensors = weights_of(path, ADAPTER_WEIGHTS)
     if tensors is None:
-        raise CheckpointError(f"{part.place}: neither {' nor '.join(ADAPTER_WEIGHTS)} is there")
-    by_name = {name: (spec, layer) for spec in parameter_specs(model.config) for layer, name in enumerate(spec.names)}
-    factors, saved = _sorted(part, tensors, by_name)
-    if part.kind == "llava-lora":
-        saved = {}  # its projector lies in a file of its own
-    _check_identity(model, part.place, brings_projector=bool(saved) or part.kind == "llava-lora")
+        raise CheckpointError(f"{path}: no weights; expected {' or '.join(ADAPTER_WEIGHTS)}")
+    factors, projector_names = _group_tensors(path, tensors, model)
+    if adapter.format == "llava-lora":
+        projector_names = {}  # its projector is in a file of its own
+    brings_projector = adapter.format == "llava-lora" or bool(projector_names)
+    _check_recorded_base(model, path, brings_projector=brings_projector)
     layers = dict(lora.linears(model))
-    _check_shapes(part, tensors, factors, layers, settings["r"])
-    ready: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    arrays: dict[str, np.ndarray] = {}
-    wanted = {name for sides in factors.values() for names in sides.values() for name in names} | set(saved.values())
-    tensors.read_all(lambda name, array: arrays.__setitem__(name, array), wanted)
-    for path, sides in factors.items():
-        layer = layers[path]
-        a, b = (np.stack([arrays[name].astype(np.float32).T for name in sides[side]]) for side in "AB")
-        ready[path] = (a, b) if layer.layers is not None else (a[0], b[0])
-    brought = {known: arrays[name] for known, name in saved.items()}
-    if part.kind == "llava-lora":
-        brought = _non_lora(part)
-    _set_projector(model, part.place, brought)
-    for path, (a, b) in ready.items():
-        lora.set_factors(layers[path], a, b, scale=scale, dropout=0.0)
-    return Adapter(trained_on, bool(brought))
+    _check_shapes(path, tensors, factors, layers, settings["r"])
+    arrays: dict[str, AnyArray] = {}
+    wanted = {name for sides in factors.values() for names in sides.values() for name in names}
+    tensors.read_all(arrays.__setitem__, wanted | set(projector_names.values()))
+    ready: dict[str, tuple[AnyArray, AnyArray]] = {}
+    for name, sides in factors.items():
+        a, b = (np.stack([arrays[stored].astype(np.float32).T for stored in sides[side]]) for side in "AB")
+        ready[name] = (a, b) if layers[name].layers is not None else (a[0], b[0])
+    projector = {name: arrays[stored] for name, stored in projector_names.items()}
+    if adapter.format == "llava-lora":
+        projector = _read_projector(path / NON_LORA)
+    _set_projector(model, path, projector)
+    for name, (a, b) in ready.items():
+        lora.set_factors(layers[name], a, b, scale=scale, dropout=0.0)
+    return AttachedAdapter(trained_on, bool(projector))
 
 
 def _scale(path: Path, settings: dict[str, Any]) -> float:
-    for key, plain in _PLAIN.items():
-        if settings.get(key) not in plain:
-            raise CheckpointError(
-                f"{path}: {key} {settings.get(key)!r} is not supported; the adapter would be read wrongly"
-            )
-    for key in sorted(settings.keys() - _PLAIN.keys() - _HARMLESS):
+    for key, values in _PLAIN_LORA.items():
+        if settings.get(key) not in values:
+            raise CheckpointError(f"{path}: {key} {settings.get(key)!r} is not supported")
+    for key in sorted(settings.keys() - _PLAIN_LORA.keys() - _INFORMATIVE):
         if settings[key]:
-            raise CheckpointError(
-                f"{path}: {key} {settings[key]!r} is not known here; the adapter could be read wrongly"
-            )
+            raise CheckpointError(f"{path}: unknown setting {key} {settings[key]!r}; its effect is not supported")
     rank, alpha = settings.get("r"), settings.get("lora_alpha")
     if type(rank) is not int or rank < 1 or not isinstance(alpha, int | float):
-        raise CheckpointError(f"{path}: r {rank!r} and lora_alpha {alpha!r} are no rank and no number")
+        raise CheckpointError(
+            f"{path}: r must be a positive integer and lora_alpha a number, not {rank!r} and {alpha!r}"
+        )
     return float(alpha) / (rank**0.5 if settings.get("use_rslora") else rank)
 
 
-def _check_base_kind(part: CheckpointPart, trained_on: str, base: Sequence[str | Path]) -> None:
-    """LLaVA's adapters stand on the plain language model; on a LLaVA they load without a murmur and answer worse."""
-    last = trained_on.rstrip("/").split("/")[-1]
-    for name in base:
-        under = recognise(name)
-        if under.kind in WHOLE and "llava" not in last.lower() and under.place.name != last:
+def _check_base_format(path: Path, trained_on: str, base: Sequence[ComponentLike]) -> None:
+    """Refuse an adapter of a plain language model on a full LLaVA: it would load silently but degrade accuracy."""
+    name = trained_on.rstrip("/").split("/")[-1]
+    for component in map(detect_component, base):
+        if component.format in COMPLETE_MODELS and "llava" not in name.lower() and component.path.name != name:
             raise CheckpointError(
-                f"{part.place}: was trained on {trained_on!r}, a plain language model, and {under.place} is"
-                f" {SAID[under.kind]}; give the language model (and CLIP) as base. If it was trained on this LLaVA, say so"
-                f" in base_model_name_or_path of {ADAPTER_CONFIG}"
+                f"{path}: trained on {trained_on!r}, a plain language model, but {component}; add the language model"
+                f" (and CLIP) as components instead. If it was trained on this LLaVA, set base_model_name_or_path in"
+                f" {ADAPTER_CONFIG}"
             )
 
 
-def _sorted(
-    part: CheckpointPart, tensors: Tensors, by_name: dict[str, tuple[ParameterSpec, int]]
+def _group_tensors(
+    path: Path, tensors: Tensors, model: VisionLanguageModel
 ) -> tuple[dict[str, dict[str, list[str]]], dict[str, str]]:
-    """Stored names by linear layer, side and depth; and a projector's by canonical name.
+    """Return stored names by linear layer, side ("A", "B") and depth; and those of a projector by canonical name.
 
     Raises:
-        CheckpointError: a tensor has no place, a place is taken twice, or one is left empty.
+        CheckpointError: A tensor is unknown, duplicate or missing.
     """
-    factors: dict[str, dict[str, list[str | None]]] = {}
-    saved: dict[str, str] = {}
-    for name, stored in tensors.stored.items():
+    by_name = {name: (spec, layer) for spec in parameter_specs(model.config) for layer, name in enumerate(spec.names)}
+    factors: dict[str, dict[str, list[str]]] = {}
+    projector: dict[str, str] = {}
+    for stored_name, stored in tensors.stored.items():
         if stored.dtype is None:
-            raise CheckpointError(f"{stored.file}: tensor {name} holds no floating-point numbers")
-        if match := _FACTOR.match(name):
+            raise CheckpointError(f"{stored.file}: tensor {stored_name} is not floating-point")
+        if match := _FACTOR.match(stored_name):
             spec, layer = by_name.get(canonical_name(match["module"] + ".weight"), (None, 0))
             if spec is None or spec.layout != "linear":
-                raise CheckpointError(f"{part.place}: tensor {name} adapts nothing in this model")
-            path, side = spec.path.removesuffix(".kernel"), match["side"]
-            depth = len(spec.names)
-            places = factors.setdefault(path, {"A": [None] * depth, "B": [None] * depth})[side]
-            if places[layer] is not None:
-                raise CheckpointError(f"{part.place}: {path} (layer {layer}) has two lora_{side}")
-            places[layer] = name
-        elif (match := _SAVED.match(name)) and canonical_name(match["name"]) in by_name:
-            known = canonical_name(match["name"])
-            if known in saved:
-                raise CheckpointError(f"{part.place}: {known} is there twice")
-            saved[known] = name
+                raise CheckpointError(f"{path}: tensor {stored_name} does not adapt a linear layer of this model")
+            name, side, depth = spec.path.removesuffix(".kernel"), match["side"], len(spec.names)
+            by_layer = factors.setdefault(name, {"A": [""] * depth, "B": [""] * depth})[side]
+            if by_layer[layer]:
+                raise CheckpointError(f"{path}: duplicate lora_{side} of {name} (layer {layer})")
+            by_layer[layer] = stored_name
+        elif (match := _SAVED_PROJECTOR.match(stored_name)) and canonical_name(match["name"]) in by_name:
+            if (name := canonical_name(match["name"])) in projector:
+                raise CheckpointError(f"{path}: duplicate tensor {name}")
+            projector[name] = stored_name
         else:
-            raise CheckpointError(f"{part.place}: tensor {name} has no place in a LoRA adapter of this model")
+            raise CheckpointError(f"{path}: tensor {stored_name} is not part of a LoRA adapter of this model")
     if not factors:
-        raise CheckpointError(f"{part.place}: no adapter in it")
-    full: dict[str, dict[str, list[str]]] = {}
-    for path, sides in factors.items():
-        for side, names in sides.items():
-            if None in names:
-                raise CheckpointError(f"{part.place}: lora_{side} of {path} is missing in layer {names.index(None)}")
-        full[path] = {side: [name for name in names if name is not None] for side, names in sides.items()}
-    return full, saved
+        raise CheckpointError(f"{path}: no LoRA factors")
+    for name, sides in factors.items():
+        for side, by_layer in sides.items():
+            if "" in by_layer:
+                raise CheckpointError(f"{path}: lora_{side} of {name} is missing in layer {by_layer.index('')}")
+    return factors, projector
 
 
 def _check_shapes(
-    part: CheckpointPart, tensors: Tensors, factors: dict[str, dict[str, list[str]]], layers: dict[str, Any], rank: int
+    path: Path, tensors: Tensors, factors: dict[str, dict[str, list[str]]], layers: dict[str, Linear], rank: int
 ) -> None:
     for side in "AB":
-        for path, sides in factors.items():
-            layer = layers[path]
+        for layer_name, sides in factors.items():
+            layer = layers[layer_name]
             wanted = (rank, layer.inputs) if side == "A" else (layer.outputs, rank)
             for name in sides[side]:
-                if (found := tensors.stored[name].shape) != wanted:
+                if (shape := tensors.stored[name].shape) != wanted:
                     raise CheckpointError(
-                        f"{part.place}: tensor {name} is {found}; on this base, with r {rank}, it must be {wanted}"
+                        f"{path}: tensor {name} is {shape}; this base model and r {rank} need {wanted}"
                     )
 
 
-def _non_lora(part: CheckpointPart) -> dict[str, np.ndarray]:
-    found: dict[str, np.ndarray] = {}
-
-    def use(name: str, array: np.ndarray) -> None:
-        found[canonical_projector_name(name)] = array
-
-    tensors = Tensors([part.place / NON_LORA])
-    for name, stored in tensors.stored.items():
+def _read_projector(path: Path) -> dict[str, AnyArray]:
+    tensors = Tensors([path])
+    names: dict[str, str] = {}
+    for stored_name, stored in tensors.stored.items():
         if stored.dtype is None:
-            raise CheckpointError(f"{stored.file}: tensor {name} holds no floating-point numbers")
-        if canonical_projector_name(name) in found:
-            raise CheckpointError(f"{stored.file}: {canonical_projector_name(name)} is there twice")
-        found[canonical_projector_name(name)] = np.empty(0)
-    tensors.read_all(use, set(tensors.stored))
-    return found
+            raise CheckpointError(f"{path}: tensor {stored_name} is not floating-point")
+        if (name := canonical_projector_name(stored_name)) in names.values():
+            raise CheckpointError(f"{path}: duplicate tensor {name}")
+        names[stored_name] = name
+    projector: dict[str, AnyArray] = {}
+    tensors.read_all(lambda stored_name, array: projector.__setitem__(names[stored_name], array), set(names))
+    return projector
 
 
-def _set_projector(model: VisionLanguageModel, place: Path, brought: dict[str, np.ndarray]) -> None:
-    if not brought:
+def _projector_variables(model: VisionLanguageModel) -> dict[str, tuple[ParameterSpec, Any]]:
+    """Return the projector's parameters by canonical name."""
+    variables = {}
+    for spec in parameter_specs(model.config):
+        if spec.path.startswith("projector."):
+            _, layer, leaf = spec.path.split(".")
+            variables[spec.name] = spec, getattr(getattr(model.projector, layer), leaf)
+    return variables
+
+
+def _set_projector(model: VisionLanguageModel, path: Path, arrays: dict[str, AnyArray]) -> None:
+    if not arrays:
         return
-    wanted = {
-        spec.name: spec
-        for spec in parameter_specs(model.config)
-        if spec.path.startswith("projector.") and spec.layers is None
-    }
-    if brought.keys() != wanted.keys():
-        different = ", ".join(sorted(brought.keys() ^ wanted.keys()))
-        raise CheckpointError(f"{place}: its projector and the model's are not of one kind ({different})")
-    for name, array in brought.items():
-        spec = wanted[name]
-        _, part, leaf = spec.path.split(".")
-        variable = getattr(getattr(model.projector, part), leaf)
-        ours = to_model_layout(spec.layout, array)
-        if ours.shape != variable.shape:
-            raise CheckpointError(f"{place}: projector tensor {name} is {array.shape}; the model's is {variable.shape}")
-        lora.assign(variable, ours)
+    variables = _projector_variables(model)
+    if different := arrays.keys() ^ variables.keys():
+        raise CheckpointError(
+            f"{path}: its projector's tensors and the model's differ ({', '.join(sorted(different))})"
+        )
+    for name, array in arrays.items():
+        spec, variable = variables[name]
+        value = to_model_layout(spec.layout, array)
+        if value.shape != variable.shape:
+            raise CheckpointError(f"{path}: projector tensor {name} is {value.shape}; the model's is {variable.shape}")
+        lora.assign(variable, value)
 
 
-def _check_identity(model: VisionLanguageModel, place: Path, *, brings_projector: bool) -> None:
-    path = place / RECORD
+def _check_recorded_base(model: VisionLanguageModel, folder: Path, *, brings_projector: bool) -> None:
+    path = folder / METADATA_FILE
     if not path.exists():
         return
     recorded = read_json(path).get("base")
     if not isinstance(recorded, dict):
-        raise CheckpointError(f"{path}: base is {recorded!r}, no identity of a base")
-    check_identity(base_checksums(model), recorded, str(place), ignore=("projector",) if brings_projector else ())
+        raise CheckpointError(f"{path}: base must be an object of checksums, not {recorded!r}")
+    check_base(base_checksums(model), recorded, str(folder), ignore=("projector",) if brings_projector else ())
 
 
-def check_identity(found: Checksums, recorded: Checksums, who: str, *, ignore: Sequence[str] = ()) -> None:
-    """An adapter made on other weights is an error.
+def check_base(actual: Checksums, recorded: Checksums, source: str, *, ignore: Sequence[str] = ()) -> None:
+    """Check that a base model has the checksums that an adapter recorded.
+
+    Args:
+        source: The adapter, for the message.
+        ignore: Components that may differ.
 
     Raises:
-        CheckpointError: a part differs; it is named.
+        CheckpointError: A component differs; the message names it.
     """
-    different = [part for part in recorded if part not in ignore and recorded[part] != found.get(part)]
+    different = [part for part in recorded if part not in ignore and recorded[part] != actual.get(part)]
     if different:
         raise CheckpointError(
-            f"{who}: was made on another base: {', '.join(different)} differ (recorded"
-            f" {', '.join(recorded[part] for part in different)}; here {', '.join(str(found.get(p)) for p in different)})"
+            f"{source}: made on another base model: {', '.join(different)} differ (recorded"
+            f" {', '.join(recorded[part] for part in different)}; loaded"
+            f" {', '.join(str(actual.get(part)) for part in different)})"
         )
 
 
-def _factors_out(model: VisionLanguageModel) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Adapters by module name (`entries`' names, without `.weight`), each as torch has them: (r, in) and (out, r).
+def _lora_tensors(model: VisionLanguageModel, rename: Callable[[str], str]) -> tuple[dict[str, AnyArray], list[str]]:
+    """Return adapters as PEFT stores them, A (r, in) and B (out, r), and the sorted names of the adapted modules.
+
+    Args:
+        rename: From canonical names to those of the format.
 
     Raises:
-        CheckpointError: the model carries none, or one where the formats have no place for it.
+        CheckpointError: The model has no adapter, or one outside the decoder.
     """
-    table = {spec.path: spec for spec in parameter_specs(model.config)}
-    found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    specs = {spec.path: spec for spec in parameter_specs(model.config)}
+    tensors: dict[str, AnyArray] = {}
+    modules = set()
     for path, layer, *factors in lora.adapters(model):
         if not path.startswith("decoder."):
-            raise CheckpointError(f"an adapter on {path} cannot be written; only those of the decoder can")
+            raise CheckpointError(f"the adapter on {path} cannot be written; the formats support only the decoder's")
         a, b = (np.asarray(factor[...]) for factor in factors)
         if layer.layers is None:
             a, b = a[None], b[None]
-        for name, one_a, one_b in zip(table[f"{path}.kernel"].names, a, b, strict=True):
-            pair = np.ascontiguousarray(one_a.T), np.ascontiguousarray(one_b.T)
-            found[name.removesuffix(".weight")] = pair
-    if not found:
-        raise CheckpointError("the model carries no adapter to write")
-    return found
+        for name, one_a, one_b in zip(specs[f"{path}.kernel"].names, a, b, strict=True):
+            module = rename(name).removesuffix(".weight")
+            tensors[f"base_model.model.{module}.lora_A.weight"] = np.ascontiguousarray(one_a.T)
+            tensors[f"base_model.model.{module}.lora_B.weight"] = np.ascontiguousarray(one_b.T)
+            modules.add(module.split(".")[-1])
+    if not tensors:
+        raise CheckpointError("the model has no adapter to write")
+    return tensors, sorted(modules)
 
 
-def _adapter_json(model: VisionLanguageModel, base: str, targets: Any, saved: list[str] | None) -> dict[str, Any]:
-    found = list(lora.adapters(model))
-    ranks, scales = {a.shape[-1] for _, _, a, _ in found}, {layer.lora_scale for _, layer, *_ in found}
+def _adapter_config(
+    model: VisionLanguageModel, base_model: str, targets: str | list[str], saved: list[str] | None
+) -> dict[str, Any]:
+    adapters = list(lora.adapters(model))
+    ranks, scales = {a.shape[-1] for _, _, a, _ in adapters}, {layer.lora_scale for _, layer, *_ in adapters}
     if len(ranks) > 1 or len(scales) > 1:
-        raise CheckpointError(f"adapters of several ranks or scales ({ranks}, {scales}) have no place in one folder")
+        raise CheckpointError(f"the format supports one rank and one scale, not ranks {ranks} and scales {scales}")
     rank = ranks.pop()
     alpha = scales.pop() * rank
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": base_model,
         "r": rank,
         "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
-        "lora_dropout": max(layer.lora_dropout for _, layer, *_ in found),
+        "lora_dropout": max(layer.lora_dropout for _, layer, *_ in adapters),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -330,69 +337,64 @@ def _adapter_json(model: VisionLanguageModel, base: str, targets: Any, saved: li
     }
 
 
-def _projector_out(model: VisionLanguageModel) -> dict[str, np.ndarray]:
-    patch, found = model.config.vision.patch_size, {}
-    for spec in parameter_specs(model.config):
-        if spec.path.startswith("projector."):
-            _, part, leaf = spec.path.split(".")
-            value = np.asarray(getattr(getattr(model.projector, part), leaf)[...])
-            found[spec.name] = to_file_layout(spec.layout, value, patch)
-    return found
+def _projector_tensors(model: VisionLanguageModel) -> dict[str, AnyArray]:
+    patch = model.config.vision.patch_size
+    return {
+        name: to_file_layout(spec.layout, np.asarray(variable[...]), patch)
+        for name, (spec, variable) in _projector_variables(model).items()
+    }
 
 
-def write_peft(model: VisionLanguageModel, folder: Path, *, base: str, projector: bool) -> None:
-    """adapter_config.json and adapter_model.safetensors for `PeftModel` on `LlavaForConditionalGeneration`.
+def write_peft(model: VisionLanguageModel, folder: Path, *, base_model: str, projector: bool) -> None:
+    """Write adapter_config.json and adapter_model.safetensors for `PeftModel` on `LlavaForConditionalGeneration`.
 
     Args:
-        base: the base's name, for `base_model_name_or_path`.
-        projector: write the projector too (`modules_to_save`): it was tuned with the adapters.
+        base_model: The base model's name, for `base_model_name_or_path`.
+        projector: Write the projector too (`modules_to_save`): it was tuned with the adapters.
 
     Raises:
-        CheckpointError: the model carries no adapter, or one that this format has no place for.
+        CheckpointError: The model has no adapter, or one that this format does not support.
     """
     if model.config.projector != "mlp2x_gelu":
-        raise CheckpointError("transformers' LLaVA has no linear projector: no PEFT adapter fits it; write llava-lora")
-    tensors, leaves = {}, set()
-    for module, (a, b) in _factors_out(model).items():
-        name = memory_name(module + ".").rstrip(".")
-        tensors[f"base_model.model.{name}.lora_A.weight"] = a
-        tensors[f"base_model.model.{name}.lora_B.weight"] = b
-        leaves.add(name.split(".")[-1])
+        raise CheckpointError(
+            "transformers' LLaVA does not support linear projectors, so no PEFT adapter; write llava-lora"
+        )
+    tensors, modules = _lora_tensors(model, memory_name)
     if projector:
-        for name, array in _projector_out(model).items():
+        for name, array in _projector_tensors(model).items():
             tensors[f"base_model.model.{memory_name(name)}"] = array
-    # A pattern, not leaf names: the vision tower has projections of the same names.
-    inside = "|".join(sorted(leaves - {"lm_head"}))
+    # A pattern, not names of modules: the vision tower has projections of the same names.
+    inside = "|".join(module for module in modules if module != "lm_head")
     targets = rf".*language_model.*\.layers\.\d+\.(self_attn|mlp)\.({inside})"
-    if "lm_head" in leaves:
+    if "lm_head" in modules:
         targets = rf"({targets})|(.*\.)?lm_head"
     saved = ["multi_modal_projector"] if projector else None
     save_file(tensors, folder / ADAPTER_WEIGHTS[0], metadata={"format": "pt"})
-    write_json(folder / ADAPTER_CONFIG, _adapter_json(model, base, targets, saved))
+    write_json(folder / ADAPTER_CONFIG, _adapter_config(model, base_model, targets, saved))
 
 
-def write_llava_lora(model: VisionLanguageModel, folder: Path, *, base: str, special_ids: dict[str, Any]) -> None:
-    """The files that original LLaVA's loader wants of a LoRA folder; it asks that the folder's name hold llava and lora.
+def write_llava_lora(model: VisionLanguageModel, folder: Path, *, base_model: str, special_ids: dict[str, Any]) -> None:
+    """Write the files of an original LLaVA LoRA folder; its loader needs llava and lora in the folder's name.
+
+    Args:
+        base_model: The base model's name, for `base_model_name_or_path`.
+        special_ids: `bos_token_id`, `eos_token_id`, `pad_token_id`.
 
     Raises:
-        CheckpointError: the model carries no adapter, or PyTorch, which writes the projector's file, is not there.
+        CheckpointError: The model has no adapter, or PyTorch, which writes the projector's file, is not installed.
     """
     try:
         import torch
     except ModuleNotFoundError:
-        raise CheckpointError(f"writing {NON_LORA} needs PyTorch; install reverie-jax[convert]") from None
-    tensors, leaves = {}, set()
-    for module, (a, b) in _factors_out(model).items():
-        name = original_name(module + ".", model.config.projector).rstrip(".")
-        tensors[f"base_model.model.{name}.lora_A.weight"] = a
-        tensors[f"base_model.model.{name}.lora_B.weight"] = b
-        leaves.add(name.split(".")[-1])
+        raise CheckpointError(f"writing {NON_LORA} needs PyTorch: pip install 'reverie-jax[convert]'") from None
+    kind = model.config.projector
+    tensors, modules = _lora_tensors(model, lambda name: original_name(name, kind))
     projector = {
-        f"base_model.model.{original_name(name, model.config.projector)}": torch.from_numpy(np.array(array, np.float32))
-        for name, array in _projector_out(model).items()
+        f"base_model.model.{original_name(name, kind)}": torch.from_numpy(np.array(array, np.float32))
+        for name, array in _projector_tensors(model).items()
     }
     save_file(tensors, folder / ADAPTER_WEIGHTS[0], metadata={"format": "pt"})
     torch.save(projector, folder / NON_LORA)
-    write_json(folder / ADAPTER_CONFIG, _adapter_json(model, base, sorted(leaves), None))
+    write_json(folder / ADAPTER_CONFIG, _adapter_config(model, base_model, modules, None))
     dtype = np.dtype(model.compute_dtype).name
-    (folder / "config.json").write_text(json.dumps(original_json(model.config, dtype, special_ids), indent=2) + "\n")
+    write_json(folder / "config.json", original_json(model.config, dtype, special_ids))
