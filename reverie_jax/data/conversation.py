@@ -16,7 +16,13 @@ Kind = Literal["", "positive", "negative", "chosen", "rejected"]
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """One side's words. `weight` scales the loss on an assistant's tokens (0: not taught); `<image>` marks a picture."""
+    """One message of a conversation.
+
+    Attributes:
+        role: who says it.
+        text: what is said; each `<image>` in a user's text shows one image.
+        weight: loss weight of the tokens of an assistant's text; 0 excludes them from the loss.
+    """
 
     role: Role
     text: str
@@ -25,15 +31,18 @@ class Turn:
 
 @dataclasses.dataclass(frozen=True)
 class Conversation:
-    """Turns, user first. The n-th `<image>` marker shows the record's image `images[n]`.
-
-    The last turn may be the user's: it is then open, a question that waits for an answer.
+    """Alternating turns about a record's images, the user's first. If the last turn is the user's, it is an open question.
 
     Attributes:
-        source: the annotations that it comes from.
-        kind: what it teaches beside its answer: why a right answer is right, why a wrong one is wrong, or neither; or the
-            side of a pair of answers that it is.
-        pair: what the two sides of a pair have in common.
+        turns: the messages.
+        images: the n-th `<image>` marker shows the record's image `images[n]`.
+        dataset: name of the dataset that it comes from.
+        kind: `positive` if it explains why its answer is right, `negative` if it explains why another is wrong,
+            `chosen` or `rejected` for the sides of a preference pair, else empty.
+        pair: id that the two sides of a preference pair have in common.
+
+    Raises:
+        ValueError: turns do not alternate, an answer has an image marker, or the markers do not match `images`.
     """
 
     turns: tuple[Turn, ...]
@@ -45,42 +54,48 @@ class Conversation:
     def __post_init__(self) -> None:
         for index, turn in enumerate(self.turns):
             if turn.role != ("user", "assistant")[index % 2]:
-                raise ValueError(f"turn {index} is the {turn.role}'s; turns alternate, user first")
+                raise ValueError(f"turn {index} is the {turn.role}'s; turns must alternate, the user's first")
             if turn.role == "assistant" and IMAGE in turn.text:
-                raise ValueError(f"turn {index}: {IMAGE} in an answer; only a user shows pictures")
+                raise ValueError(f"turn {index}: {IMAGE} in an answer; only user turns may show images")
         markers = sum(turn.text.count(IMAGE) for turn in self.turns)
         if markers != len(self.images):
             raise ValueError(f"{markers} {IMAGE} markers for {len(self.images)} images")
 
     @property
-    def open(self) -> bool:
+    def is_open(self) -> bool:
+        """Whether the conversation ends with a question to be answered."""
         return len(self.turns) % 2 == 1
 
     def to_json(self) -> dict[str, Any]:
-        """A plain object; `from_json` turns it back."""
+        """Return a JSON object, the inverse of `from_json`."""
         return {key: value for key, value in dataclasses.asdict(self).items() if value or key != "pair"}
 
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> Conversation:
+        """Return the conversation of a JSON object."""
         turns = tuple(Turn(**turn) for turn in row["turns"])
         return cls(turns, tuple(row["images"]), row["dataset"], row.get("kind", ""), row.get("pair", ""))
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageRecord:
-    """One image with all that is said about it: the unit of storage and of shuffling.
+    """One image with all conversations about it: the unit of storage and of shuffling.
 
     Attributes:
-        image: the encoded file (PNG, JPEG, …); empty for text-only talk.
+        id: name of the record, given in errors.
+        image: the encoded file (PNG, JPEG, …); empty for text-only conversations.
+        conversations: the conversations about the image.
     """
 
     id: str
     image: bytes
     conversations: tuple[Conversation, ...]
 
-    def talks_json(self) -> str:
-        return json.dumps([talk.to_json() for talk in self.conversations], separators=(",", ":"))
+    def conversations_json(self) -> str:
+        """Return the conversations as JSON text."""
+        return json.dumps([conversation.to_json() for conversation in self.conversations], separators=(",", ":"))
 
     @classmethod
-    def from_parts(cls, id: str, image: bytes, talks: str) -> ImageRecord:
-        return cls(id, image, tuple(Conversation.from_json(row) for row in json.loads(talks)))
+    def from_parts(cls, id: str, image: bytes, conversations_json: str) -> ImageRecord:
+        """Return the record of an image and its conversations as JSON text."""
+        return cls(id, image, tuple(Conversation.from_json(row) for row in json.loads(conversations_json)))

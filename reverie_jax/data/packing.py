@@ -1,4 +1,7 @@
-"""Trees to rows to batches: packing, and the arrays that the model takes."""
+"""Packing: conversation trees to sequences of a fixed length, and sequences to batches.
+
+The tree words (node, leaf, edge, branch, ends, origin) are explained in `reverie_jax.data.tree`.
+"""
 
 from __future__ import annotations
 
@@ -8,21 +11,22 @@ from typing import Any, NamedTuple
 
 import grain
 import numpy as np
-from jaxtyping import Float32, Int32, UInt8
+from jaxtyping import Float, Float32, Int32, UInt8
 
 from reverie_jax.data.tree import ConversationTree
+from reverie_jax.models import ModelInputs
 
 
 @dataclasses.dataclass(frozen=True)
 class SequenceShape:
-    """The static sizes of a row; one compiled program a shape.
+    """Static sizes of a packed sequence. Each shape is compiled once.
 
     Attributes:
         length: L, tokens.
-        images: M; at most this many trees share a row, whether they show one image, several or none.
-        edges: E, taught tokens.
-        questions: Q, open questions (evaluation; 0 in training).
-        branches: most conversations of a tree; 0 for any number. A tree with more shares them out.
+        images: M, the most trees in a sequence; also the number of image slots.
+        edges: E, supervised tokens.
+        questions: Q, open questions (evaluation) or answers of preference pairs; 0 in other training.
+        branches: the most conversations in a tree; 0 for no limit. A tree with more is split.
     """
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
@@ -35,46 +39,62 @@ class SequenceShape:
 
 
 class Batch(NamedTuple):
-    """B rows of trees, on the host or on devices.
+    """B packed sequences, on the host or on devices.
 
-    Unfilled places: ends j + 1, features -1, edge weight 0, leaf question -1.
+    Padding: `ends` is j + 1 at index j, `image_slots` is -1, the `weight` of an edge is 0, `questions` is -1, all else is 0.
+
+    Attributes:
+        tokens, positions, ends, image_slots: as in `ConversationTree`; indices count from the start of the sequence.
+        images: images in one of three forms: preprocessed pixels (uint8 `B M S S 3`), the vision tower's features of them
+            (floats `B M P W`), or, until they are loaded, their numbers (int32 `B M`, counted from 1; 0 for none).
+        parent, target, weight: as in `ConversationTree`.
+        branch: conversation of an edge, counted over all open questions of the sequence where it has some, else per tree.
+        origin: dataset of an edge, an index into `DatasetStats.datasets`.
+        leaves: index of each open question's last token, or of each answer's in preference pairs.
+        questions: id of each leaf's question or answer.
+        flat_tokens: per tree, the tokens of its conversations without sharing; 0 for no tree.
+        records: per tree, the number of its record, counted from 1; 0 for no tree or an unknown record.
     """
 
     tokens: Int32[Any, "B L"]
     positions: Int32[Any, "B L"]
     ends: Int32[Any, "B L"]
     image_slots: Int32[Any, "B L"]
-    pixels: UInt8[Any, "B M S S 3"]
-    """Or the tower's features of the pictures, floats B M P W."""
+    images: UInt8[Any, "B M S S 3"] | Float[Any, "B M P W"] | Int32[Any, "B M"]
     parent: Int32[Any, "B E"]
-    """Row index of an edge's parent; with `target`, `weight` and `branch` as in `ConversationTree`."""
     target: Int32[Any, "B E"]
     weight: Float32[Any, "B E"]
     branch: Int32[Any, "B E"]
-    """The conversation that an edge belongs to, counted through the row's leaves where it has some."""
     origin: Int32[Any, "B E"]
-    """Which of the data's sources (`Survey.sources`) an edge came from."""
     leaves: Int32[Any, "B Q"]
     questions: Int32[Any, "B Q"]
     flat_tokens: Int32[Any, "B M"]
-    """Per tree, tokens of its conversations one by one; 0 where there is no tree."""
     records: Int32[Any, "B M"]
-    """Per tree, the number (from 1) of its record; 0 where there is none, or it is not known."""
+
+    @property
+    def inputs(self) -> ModelInputs:
+        """The arrays that the model takes."""
+        return ModelInputs(self.tokens, self.positions, self.ends, self.image_slots, self.images)
 
 
-Element = dict[str, np.ndarray]
+TreeElement = dict[str, np.ndarray]
+"""One tree and its images: the fields of `Batch` without padding. A flat dictionary, as Grain's datasets carry."""
 
 
-def element(
-    tree: ConversationTree, pixels: Any, questions: Sequence[int] = (), *, record: int = 0, origin: Any = None
-) -> Element:
-    """A tree and its images as the flat dictionary that Grain packs.
+def make_element(
+    tree: ConversationTree, images: Any, questions: Sequence[int] = (), *, record: int = 0, origin: Any = None
+) -> TreeElement:
+    """Return a tree and its images as arrays to pack.
 
     Args:
-        pixels: uint8 `m S S 3`, or int32 `m`, numbers from 1 by which they will be found when the rows are packed.
-        questions: an id for each leaf that is to be decoded, or whose answer is one of a pair; none in other training.
-        record: number (from 1) of the record.
-        origin: of each edge; 0 by default.
+        tree: the tree.
+        images: uint8 `m S S 3`, or int32 `m`: image numbers (from 1) that `pipeline.load_images` replaces by pixels later.
+        questions: an id for each leaf that is decoded or whose answer belongs to a pair; none in other training.
+        record: number of the record, counted from 1.
+        origin: dataset index of each edge; 0 by default.
+
+    Raises:
+        ValueError: the number of questions differs from the number of leaves.
     """
     if questions and len(questions) != len(tree.leaves):
         raise ValueError(f"{len(questions)} questions for {len(tree.leaves)} leaves")
@@ -84,7 +104,7 @@ def element(
         "positions": tree.positions,
         "ends": tree.ends,
         "image_slots": tree.image_slots,
-        "pixels": pixels,
+        "images": images,
         "parent": tree.parent,
         "target": tree.target,
         "weight": tree.weight,
@@ -97,60 +117,91 @@ def element(
     }
 
 
-def row(elements: Sequence[Element], shape: SequenceShape, patches: int) -> Batch:
-    """Places trees side by side: indices within a tree become indices within the row.
+_ARRAYS = ("tokens", "images", "parent", "leaves", "flat_tokens")
+"""One array per budget: its length is what an element takes of `_capacity`."""
+
+
+def _sizes(element: TreeElement) -> list[int]:
+    return [len(element[name]) for name in _ARRAYS]
+
+
+def _capacity(shape: SequenceShape) -> dict[str, int]:
+    """Return what a sequence has room for, in the order of `_ARRAYS`."""
+    return {
+        "tokens": shape.length,
+        "images": shape.images,
+        "edges": shape.edges,
+        "questions": shape.questions,
+        "trees": shape.images,
+    }
+
+
+def _check_fit(sizes: Any, shape: SequenceShape) -> None:
+    """Raise ValueError where one of the rows of sizes exceeds the capacity."""
+    capacity = _capacity(shape)
+    excess = np.argwhere(np.asarray(sizes) > np.asarray(list(capacity.values())))
+    if len(excess):
+        row, column = excess[0]
+        name, room = list(capacity.items())[column]
+        raise ValueError(f"{sizes[row][column]} {name} do not fit: a sequence has room for {room} {name}")
+
+
+def pack_sequence(elements: Sequence[TreeElement], shape: SequenceShape, patches: int) -> Batch:
+    """Return one sequence (a `Batch` without the batch axis) that holds the trees side by side.
+
+    Indices within a tree become indices within the sequence.
 
     Args:
-        patches: feature tokens of an image.
+        elements: the trees, in order.
+        shape: sizes of the sequence.
+        patches: P, image tokens per image.
 
     Raises:
-        ValueError: they do not fit.
+        ValueError: the trees do not fit.
     """
-    sizes = {"tokens": shape.length, "pixels": shape.images, "parent": shape.edges, "leaves": shape.questions}
-    for name, room in [*sizes.items(), ("flat_tokens", shape.images)]:
-        if (wanted := sum(len(one[name]) for one in elements)) > room:
-            raise ValueError(f"{wanted} {name} for a row of {room}")
+    _check_fit([np.sum([_sizes(element) for element in elements], axis=0).tolist()], shape)
 
-    def empty(name: str, kind: Any) -> np.ndarray:
-        return np.zeros((sizes[name], *elements[0][name].shape[1:]), kind)
+    def empty(name: str, size: int, dtype: Any = np.int32) -> np.ndarray:
+        return np.zeros((size, *elements[0][name].shape[1:]), dtype)
 
-    made = Batch(
-        tokens=empty("tokens", np.int32),
-        positions=empty("tokens", np.int32),
+    sequence = Batch(
+        tokens=empty("tokens", shape.length),
+        positions=empty("positions", shape.length),
         ends=np.arange(1, shape.length + 1, dtype=np.int32),
         image_slots=np.full(shape.length, -1, np.int32),
-        pixels=empty("pixels", elements[0]["pixels"].dtype),
-        parent=empty("parent", np.int32),
-        target=empty("parent", np.int32),
-        weight=empty("parent", np.float32),
-        branch=empty("parent", np.int32),
-        origin=empty("parent", np.int32),
-        leaves=empty("leaves", np.int32),
+        images=empty("images", shape.images, elements[0]["images"].dtype),
+        parent=empty("parent", shape.edges),
+        target=empty("target", shape.edges),
+        weight=empty("weight", shape.edges, np.float32),
+        branch=empty("branch", shape.edges),
+        origin=empty("origin", shape.edges),
+        leaves=empty("leaves", shape.questions),
         questions=np.full(shape.questions, -1, np.int32),
         flat_tokens=np.zeros(shape.images, np.int32),
         records=np.zeros(shape.images, np.int32),
     )
     token = image = edge = leaf = 0
-    for slot, one in enumerate(elements):
-        length, shown, taught, asked = (len(one[name]) for name in sizes)
-        here, at = slice(token, token + length), slice(edge, edge + taught)
-        made.tokens[here], made.positions[here] = one["tokens"], one["positions"]
-        made.ends[here] = one["ends"] + token
-        made.image_slots[here] = np.where(one["image_slots"] >= 0, one["image_slots"] + image * patches, -1)
-        made.pixels[image : image + shown] = one["pixels"]
-        made.parent[at] = one["parent"] + token
-        made.target[at], made.weight[at], made.origin[at] = one["target"], one["weight"], one["origin"]
-        made.branch[at] = one["branch"] + leaf
-        made.leaves[leaf : leaf + asked] = one["leaves"] + token
-        made.questions[leaf : leaf + asked] = one["questions"]
-        made.flat_tokens[slot], made.records[slot] = one["flat_tokens"][0], one["records"][0]
-        token, image, edge, leaf = token + length, image + shown, edge + taught, leaf + asked
-    return made
+    for slot, element in enumerate(elements):
+        length, images, edges, leaves, _ = _sizes(element)
+        at, at_edges = slice(token, token + length), slice(edge, edge + edges)
+        sequence.tokens[at], sequence.positions[at] = element["tokens"], element["positions"]
+        sequence.ends[at] = element["ends"] + token
+        sequence.image_slots[at] = np.where(element["image_slots"] >= 0, element["image_slots"] + image * patches, -1)
+        sequence.images[image : image + images] = element["images"]
+        sequence.parent[at_edges] = element["parent"] + token
+        for name in ("target", "weight", "origin"):
+            getattr(sequence, name)[at_edges] = element[name]
+        sequence.branch[at_edges] = element["branch"] + leaf
+        sequence.leaves[leaf : leaf + leaves] = element["leaves"] + token
+        sequence.questions[leaf : leaf + leaves] = element["questions"]
+        sequence.flat_tokens[slot], sequence.records[slot] = element["flat_tokens"][0], element["records"][0]
+        token, image, edge, leaf = token + length, image + images, edge + edges, leaf + leaves
+    return sequence
 
 
-def stack(rows: Sequence[Batch], wanted: int) -> Batch:
-    """A batch of `wanted` rows; empty ones fill it up."""
-    first = rows[0]
+def stack(sequences: Sequence[Batch], batch_size: int) -> Batch:
+    """Return a batch of the sequences, filled up to `batch_size` with empty ones."""
+    first = sequences[0]
     blank = Batch(*(np.zeros_like(field) for field in first))
     length = len(first.tokens)
     blank = blank._replace(
@@ -158,75 +209,79 @@ def stack(rows: Sequence[Batch], wanted: int) -> Batch:
         image_slots=np.full(length, -1, np.int32),
         questions=np.full_like(first.questions, -1),
     )
-    full = [*rows, *([blank] * (wanted - len(rows)))]
-    return Batch(*(np.stack(field) for field in zip(*full, strict=True)))
+    padded = [*sequences, *([blank] * (batch_size - len(sequences)))]
+    return Batch(*(np.stack(field) for field in zip(*padded, strict=True)))
 
 
 WINDOW = 1024
-"""Trees that are packed together, where a row holds several."""
+"""Trees that are packed together, where a sequence holds several."""
 _CANDIDATES = 64
-"""Trees that are tried for the rest of a row, of all sizes that are left."""
+"""Trees, of all remaining sizes, that are considered for the rest of a sequence."""
 
 
 def pack(
     elements: grain.IterDataset, shape: SequenceShape, patches: int, *, window: int | None = None
 ) -> grain.IterDataset:
-    """Rows from elements; the iterator's state can be saved.
+    """Return sequences packed from elements. The iterator's state can be saved.
 
-    The trees of a window are packed by themselves, each row around the largest one left, by the sizes that fill it best.
-    Grain's own packers empty all open rows when one tree fits none: with trees of a quarter of a row, 8 % stays empty.
+    The trees of a window are packed independently of other windows: each sequence starts from the largest remaining tree
+    and adds those whose sizes fill it best. Grain's own packers close all open sequences when one tree fits none of them;
+    with trees of a quarter of a sequence, that leaves 8 % empty.
 
     Args:
-        window: elements that are packed together; 1024 by default, or one where a row holds one tree.
+        elements: `TreeElement`s.
+        shape: sizes of a sequence.
+        patches: P, image tokens per image.
+        window: elements that are packed together; 1024 by default, or 1 where a sequence holds one tree.
     """
     size = window or (1 if shape.images == 1 else WINDOW)
     windows = elements.batch(size, batch_fn=list)
-    return grain.experimental.FlatMapIterDataset(windows, _Window(shape, patches, size))
+    return grain.experimental.FlatMapIterDataset(windows, _PackWindow(shape, patches, size))
 
 
-class _Window(grain.experimental.FlatMapTransform):
-    """The rows of a window, in the order of their first trees."""
+class _PackWindow(grain.experimental.FlatMapTransform):
+    """The sequences of a window, in the order of their first trees."""
 
     def __init__(self, shape: SequenceShape, patches: int, size: int):
         self.shape, self.patches, self.max_fan_out = shape, patches, size
 
-    def flat_map(self, elements: list[Element]) -> list[Batch]:
-        bins = sorted(sorted(one) for one in share_out(elements, self.shape))
-        return [row([elements[number] for number in one], self.shape, self.patches) for one in bins]
+    def flat_map(self, elements: list[TreeElement]) -> list[Batch]:
+        bins = sorted(sorted(members) for members in bin_pack(elements, self.shape))
+        return [pack_sequence([elements[index] for index in members], self.shape, self.patches) for members in bins]
 
 
-def share_out(elements: Sequence[Element], shape: SequenceShape) -> list[list[int]]:
-    """Which elements go into a row together, by number; each goes into one.
+def bin_pack(elements: Sequence[TreeElement], shape: SequenceShape) -> list[list[int]]:
+    """Return the indices of the elements of each sequence; each element is in one.
 
     Raises:
-        ValueError: one does not fit a row by itself.
+        ValueError: an element does not fit an empty sequence.
     """
-    rooms = np.asarray([shape.length, shape.images, shape.edges, shape.questions, shape.images])
-    names = ("tokens", "pixels", "parent", "leaves", "flat_tokens")
-    sizes = np.asarray([[len(one[name]) for name in names] for one in elements]).reshape(-1, len(names))
-    if (beyond := np.argwhere(sizes > rooms)).size:
-        number, which = beyond[0]
-        raise ValueError(f"{sizes[number, which]} {names[which]} for a row of {rooms[which]}")
-    left = sorted(range(len(elements)), key=lambda number: (-sizes[number, 0], number))
+    sizes = np.asarray([_sizes(element) for element in elements]).reshape(-1, len(_ARRAYS))
+    _check_fit(sizes, shape)
+    capacity = np.asarray(list(_capacity(shape).values()))
+    remaining = sorted(range(len(elements)), key=lambda index: (-sizes[index, 0], index))
     bins = []
-    while left:
-        chosen, left = [left[0]], left[1:]
-        room = rooms - sizes[chosen[0]]
-        tried = left[:: max(1, len(left) // _CANDIDATES)]
-        for place in fill([int(sizes[number, 0]) for number in tried], int(room[0]), int(room[-1])):
-            if (sizes[tried[place]] <= room).all():  # tokens and trees do; pictures, edges and leaves may not
-                room = room - sizes[tried[place]]
-                chosen.append(tried[place])
-        taken = set(chosen)
-        left = [number for number in left if number not in taken]
-        bins.append(chosen)
+    while remaining:
+        members, remaining = [remaining[0]], remaining[1:]
+        room = capacity - sizes[members[0]]
+        candidates = remaining[:: max(1, len(remaining) // _CANDIDATES)]
+        for chosen in best_subset([int(sizes[index, 0]) for index in candidates], int(room[0]), int(room[-1])):
+            index = candidates[chosen]
+            if (
+                sizes[index] <= room
+            ).all():  # tokens and trees fit by construction; images, edges and questions may not
+                room = room - sizes[index]
+                members.append(index)
+        packed = set(members)
+        remaining = [index for index in remaining if index not in packed]
+        bins.append(members)
     return bins
 
 
-def fill(sizes: Sequence[int], room: int, most: int) -> list[int]:
-    """The places of at most `most` sizes whose sum comes nearest to `room` from below, by dynamic programming.
+def best_subset(sizes: Sequence[int], room: int, most: int) -> list[int]:
+    """Return the indices of at most `most` sizes whose sum is the largest that does not exceed `room`.
 
-    Bit t of `reach[k][c]` says that c of the first k sizes can sum to t.
+    Dynamic programming over subset sums as bit sets: bit t of `reach[k][c]` says that c of the first k sizes can sum to t.
     """
     mask = (1 << (room + 1)) - 1
     reach = [[1] + [0] * most]
@@ -236,8 +291,8 @@ def fill(sizes: Sequence[int], room: int, most: int) -> list[int]:
     count = max(range(most + 1), key=lambda c: reach[-1][c].bit_length())
     total = reach[-1][count].bit_length() - 1
     chosen = []
-    for place in range(len(sizes) - 1, -1, -1):
-        if count and not (reach[place][count] >> total) & 1:
-            chosen.append(place)
-            total, count = total - sizes[place], count - 1
+    for index in range(len(sizes) - 1, -1, -1):
+        if count and not (reach[index][count] >> total) & 1:
+            chosen.append(index)
+            total, count = total - sizes[index], count - 1
     return chosen

@@ -1,4 +1,4 @@
-"""Grain pipelines: records to batches of rows, for training and for evaluation."""
+"""Grain pipelines: records to batches of packed sequences, for training and for evaluation."""
 
 from __future__ import annotations
 
@@ -8,91 +8,124 @@ import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from typing import NamedTuple
 
 import grain
 import numpy as np
-from jaxtyping import Int32
 
 from reverie_jax.data.conversation import Conversation, ImageRecord
 from reverie_jax.data.feature_cache import FeatureCache
-from reverie_jax.data.packing import WINDOW, Batch, Element, SequenceShape, element, pack, share_out, stack
-from reverie_jax.data.preferences import DPOConfig, build_pair_trees, pairs
+from reverie_jax.data.packing import WINDOW, Batch, SequenceShape, TreeElement, bin_pack, make_element, pack, stack
+from reverie_jax.data.preferences import DPOConfig, build_pair_trees, find_pairs
 from reverie_jax.data.processor import Processor
 from reverie_jax.data.supervision import Supervision
 from reverie_jax.data.tree import ConversationTree, build_trees, unsupervised
-from reverie_jax.errors import DataError
+from reverie_jax.errors import DataError, UserError
+
+PAIR_STRIDE = 1 << 10
+"""The id of a pair's answer is record * PAIR_STRIDE + 2 * pair, plus 1 for the rejected one. Records count from 1."""
 
 
-def trees(
-    record: ImageRecord,
-    processor: Processor,
-    shape: SequenceShape,
-    supervision: Supervision,
-    *,
-    prefix_sharing: bool = True,
-) -> list[ConversationTree]:
-    """The record's conversations as trees that each fit a row.
+class RecordTree(NamedTuple):
+    """One tree of a record.
 
-    Args:
-        sharing: as few trees as it takes; without, each conversation is a tree of its own, as other trainers compute.
-
-    Raises:
-        DataError: one conversation alone is too long for a row; the record is named.
-        UserError: or for the decoder.
+    Attributes:
+        tree: the tree.
+        conversations: the conversations of the tree's branches.
+        answers: of preference pairs, each branch's 2 * pair (+ 1 if rejected) within the record; else empty.
     """
-    return [
-        tree for _, tree in _supervised(record, processor, shape, supervision(record.conversations), prefix_sharing)
-    ]
+
+    tree: ConversationTree
+    conversations: Sequence[Conversation]
+    answers: Sequence[int] = ()
 
 
-def _supervised(
-    record: ImageRecord, processor: Processor, shape: SequenceShape, talks: Sequence[Conversation], prefix_sharing: bool
-) -> list[tuple[list[int], ConversationTree]]:
-    """`grow_within`, for a record."""
-    tokens = processor.tokens(record.id, talks)
-    branches = (shape.branches or None) if prefix_sharing else 1
-    try:
-        return build_trees(tokens, tokens=shape.length, edges=shape.edges, branches=branches)
-    except ValueError as error:
-        raise DataError(f"record {record.id}: {error}; give rows more room or shorten the conversation") from None
+@dataclasses.dataclass(frozen=True)
+class TreeBuilder:
+    """Builds a record's trees: what is supervised, tokenized and small enough for a sequence.
 
+    Attributes:
+        processor: tokenizes the conversations.
+        shape: sizes of a sequence; no tree exceeds them.
+        supervision: what is supervised, or the pairs of DPO.
+        prefix_sharing: build as few trees as fit; otherwise each conversation is a tree of its own, as in other trainers.
+        datasets: dataset names (`DatasetStats.datasets`); an edge's `origin` is an index into them, 0 for other names.
+    """
 
-PAIRS = 1 << 10
-"""An answer of a pair has the number record * PAIRS + 2 * pair, and 1 more where it is the rejected one."""
+    processor: Processor
+    shape: SequenceShape
+    supervision: Supervision | DPOConfig
+    prefix_sharing: bool = True
+    datasets: tuple[str, ...] = ()
 
+    def build(self, record: ImageRecord) -> list[RecordTree]:
+        """Return the record's trees.
 
-def _paired(
-    record: ImageRecord, processor: Processor, shape: SequenceShape, preference: DPOConfig
-) -> list[tuple[list[int], ConversationTree, list[Conversation]]]:
-    """A record's pairs: (numbers within the record, tree, conversations) of each tree's branches."""
-    sides = pairs(record.id, record.conversations)
-    if 2 * len(sides) > PAIRS:
-        raise DataError(f"record {record.id}: {len(sides)} pairs about one picture; {PAIRS // 2} is the most")
-    found = processor.tokens(record.id, [talk for pair in sides for talk in pair])
-    couples = list(zip(found[::2], found[1::2], strict=True))
-    try:
-        grown = build_pair_trees(couples, preference, tokens=shape.length, edges=shape.edges, leaves=shape.questions)
-    except ValueError as error:
-        raise DataError(f"record {record.id}: {error}; give rows more room or shorten the answers") from None
-    made = []
-    for members, tree in grown:
-        numbers = [2 * member + side for member in members for side in (0, 1)]
-        made.append((numbers, tree, [sides[number // 2][number % 2] for number in numbers]))
-    return made
+        Raises:
+            DataError: a single conversation (or pair) does not fit a sequence; the record is named.
+            UserError: a conversation is longer than the model's context.
+        """
+        try:
+            if isinstance(self.supervision, DPOConfig):
+                return self._build_pairs(record, self.supervision)
+            conversations = self.supervision(record.conversations)
+            tokens = self.processor.tokenize(record.id, conversations)
+            branches = (self.shape.branches or None) if self.prefix_sharing else 1
+            trees = build_trees(tokens, tokens=self.shape.length, edges=self.shape.edges, branches=branches)
+            return [RecordTree(tree, [conversations[member] for member in members]) for members, tree in trees]
+        except UserError:
+            raise  # it names the record already
+        except ValueError as error:
+            raise DataError(f"record {record.id}: {error}; increase the sequence sizes or shorten the text") from None
+
+    def _build_pairs(self, record: ImageRecord, config: DPOConfig) -> list[RecordTree]:
+        pairs = find_pairs(record.id, record.conversations)
+        if 2 * len(pairs) > PAIR_STRIDE:
+            raise ValueError(f"{len(pairs)} pairs about one image; at most {PAIR_STRIDE // 2} are supported")
+        tokens = self.processor.tokenize(record.id, [side for pair in pairs for side in pair])
+        sides = list(zip(tokens[::2], tokens[1::2], strict=True))
+        shape = self.shape
+        trees = []
+        for members, tree in build_pair_trees(
+            sides, config, tokens=shape.length, edges=shape.edges, leaves=shape.questions
+        ):
+            answers = [2 * member + side for member in members for side in (0, 1)]
+            trees.append(RecordTree(tree, [pairs[answer // 2][answer % 2] for answer in answers], answers))
+        return trees
+
+    def elements(self, record: ImageRecord, number: int) -> list[TreeElement]:
+        """Return the record's trees as elements to pack. Images stay numbers, and are decoded after packing.
+
+        Args:
+            record: the record.
+            number: its number, counted from 1.
+        """
+        return [self.element(built, record, number) for built in self.build(record)]
+
+    def element(self, built: RecordTree, record: ImageRecord, number: int) -> TreeElement:
+        """Return one of the record's trees as an element to pack."""
+        images = np.full(1 if record.image else 0, number, np.int32)
+        answers = [number * PAIR_STRIDE + answer for answer in built.answers]
+        origins = np.asarray([self._origin(one.dataset) for one in built.conversations], np.int32)
+        return make_element(built.tree, images, answers, record=number, origin=origins[built.tree.branch])
+
+    def _origin(self, dataset: str) -> int:
+        return self.datasets.index(dataset) if dataset in self.datasets else 0
 
 
 @dataclasses.dataclass(frozen=True)
 class DatasetStats:
-    """What a training set holds, counted before the first step.
+    """Sizes of a training set, computed before the first step.
 
     Attributes:
-        trees: rows' worth of trees; more than records where one record needs several.
-        tokens: row tokens of all trees, images included.
-        flat_tokens: the same conversations one by one.
-        edges: taught tokens.
+        records: number of records.
+        trees: number of trees; larger than `records` where a record needs several.
+        tokens: tokens of all trees, image tokens included.
+        flat_tokens: tokens of the same conversations without sharing.
+        edges: supervised tokens.
         longest: tokens of the largest tree.
-        rows: that a pass fills, give or take what the order changes.
-        sources: names of where the conversations came from; an edge's `origin` is an index into them.
+        sequences: packed sequences per epoch; approximate, since packing depends on the order.
+        datasets: names of the datasets that the conversations come from.
     """
 
     records: int
@@ -101,238 +134,172 @@ class DatasetStats:
     flat_tokens: int
     edges: int
     longest: int
-    rows: int
+    sequences: int
     datasets: tuple[str, ...]
 
 
-def dataset_stats(
-    records: Sequence[ImageRecord],
-    processor: Processor,
-    shape: SequenceShape,
-    supervision: Supervision | DPOConfig,
-    *,
-    prefix_sharing: bool = True,
-) -> DatasetStats:
-    """Tokenises everything once: what does not fit is known before training, not at step 40,000."""
-    count = tokens = flat = edges = longest = rows = 0
-    datasets: dict[str, int] = {}
-    made, window = _Numbered(records, processor, shape, supervision, prefix_sharing, datasets, counting=True), []
+def dataset_stats(records: Sequence[ImageRecord], builder: TreeBuilder) -> DatasetStats:
+    """Tokenize every record once and return the statistics, so that a record that does not fit fails before training.
+
+    Raises:
+        DataError: a record does not fit, or nothing is supervised.
+        UserError: a conversation is longer than the model's context.
+    """
+    trees = tokens = flat_tokens = edges = longest = sequences = 0
+    datasets: dict[str, None] = {}
+    window: list[TreeElement] = []
     for index in range(len(records)):
-        window += made(index)
+        record = records[index]
+        for built in builder.build(record):
+            datasets |= dict.fromkeys(conversation.dataset for conversation in built.conversations)
+            window.append(builder.element(built, record, index + 1))
         if len(window) >= WINDOW or index + 1 == len(records):
-            lengths = [len(one["tokens"]) for one in window]
-            count, tokens, longest = count + len(window), tokens + sum(lengths), max([longest, *lengths])
-            flat += sum(int(one["flat_tokens"][0]) for one in window)
-            edges += sum(len(one["source"]) for one in window)
-            rows += len(share_out(window, shape))
+            lengths = [len(element["tokens"]) for element in window]
+            trees, tokens, longest = trees + len(window), tokens + sum(lengths), max([longest, *lengths])
+            flat_tokens += sum(int(element["flat_tokens"][0]) for element in window)
+            edges += sum(len(element["parent"]) for element in window)
+            sequences += len(bin_pack(window, builder.shape))
             window = []
     if not edges:
-        missing = "pair of answers" if isinstance(supervision, DPOConfig) else "conversation with a taught answer"
-        raise DataError(f"the data teaches nothing: no {missing}")
-    return DatasetStats(len(records), count, tokens, flat, edges, longest, rows, tuple(datasets))
+        missing = "pair of answers" if isinstance(builder.supervision, DPOConfig) else "supervised answer"
+        raise DataError(f"nothing to train on: the records hold no {missing}")
+    return DatasetStats(len(records), trees, tokens, flat_tokens, edges, longest, sequences, tuple(datasets))
 
 
-class _Numbered:
-    """A record's number to its trees' elements, pictures by number (from 1): they are decoded after packing.
-
-    Args:
-        sources: names of sources and their numbers; one that is not there counts as the first.
-        counting: adds those that are not there.
-    """
-
-    def __init__(
-        self,
-        records: Sequence[ImageRecord],
-        processor: Processor,
-        shape: SequenceShape,
-        supervision: Supervision | DPOConfig,
-        prefix_sharing: bool,
-        datasets: dict[str, int],
-        *,
-        counting: bool = False,
-    ):
-        self.records, self.processor, self.shape = records, processor, shape
-        self.supervision, self.prefix_sharing, self.datasets, self.counting = (
-            supervision,
-            prefix_sharing,
-            datasets,
-            counting,
-        )
-
-    def __call__(self, number: int) -> list[Element]:
-        record = self.records[number]
-        pictures = np.full(1 if record.image else 0, number + 1, np.int32)
-        if isinstance(self.supervision, DPOConfig):
-            return [
-                element(
-                    tree,
-                    pictures,
-                    [(number + 1) * PAIRS + branch for branch in branches],
-                    record=number + 1,
-                    origin=self._origins(talks)[tree.branch],
-                )
-                for branches, tree, talks in _paired(record, self.processor, self.shape, self.supervision)
-            ]
-        talks = self.supervision(record.conversations)
-        return [
-            element(
-                tree,
-                pictures,
-                record=number + 1,
-                origin=self._origins([talks[member] for member in members])[tree.branch],
-            )
-            for members, tree in _supervised(record, self.processor, self.shape, talks, self.prefix_sharing)
-        ]
-
-    def _origins(self, talks: Sequence[Conversation]) -> Int32[np.ndarray, "C"]:
-        if self.counting:
-            for talk in talks:
-                self.datasets.setdefault(talk.dataset, len(self.datasets))
-        return np.asarray([self.datasets.get(talk.dataset, 0) for talk in talks], np.int32)
-
-
-class _Flat(grain.experimental.FlatMapTransform):
+class _Flatten(grain.experimental.FlatMapTransform):
     max_fan_out = 1_000
 
-    def flat_map(self, elements: list[Element]) -> list[Element]:
+    def flat_map(self, elements: list[TreeElement]) -> list[TreeElement]:
         return elements
 
 
-Encoded = Callable[[int], tuple[str, bytes]]
-"""A picture's name and file by its number from 1."""
+ReadImage = Callable[[int], tuple[str, bytes]]
+"""Returns the name and the encoded file of an image by its number, counted from 1."""
 
 
-def show(
+def image_reader(records: Sequence[ImageRecord]) -> ReadImage:
+    """Return a reader of the records' images."""
+
+    def read(number: int) -> tuple[str, bytes]:
+        record = records[number - 1]
+        return record.id, record.image
+
+    return read
+
+
+def load_images(
     batch: Batch,
-    encoded: Encoded,
+    read: ReadImage,
     processor: Processor,
     pool: Executor | None = None,
     features: FeatureCache | None = None,
 ) -> Batch:
-    """The batch with pixels where numbers (from 1) stand for pictures, or with the tower's features of them.
+    """Return the batch with its image numbers replaced by pixels, or by cached features of the vision tower.
 
     Args:
-        pool: decodes side by side; Pillow works outside Python's lock.
+        batch: a batch whose `images` are numbers (int32 `B M`).
+        read: reads an encoded image.
+        processor: decodes it.
+        pool: decodes images in parallel; Pillow releases the interpreter lock.
+        features: the vision tower's features of the records' images; nothing is decoded then.
+
+    Raises:
+        BrokenImage: an image cannot be decoded; its name is given.
     """
 
-    def pixels_of(number: int) -> np.ndarray:
+    def load(number: int) -> np.ndarray:
         if features is not None:
             return features[number - 1]
-        name, file = encoded(number)
-        return processor.pixels(file, name)[0]
+        name, encoded = read(number)
+        return processor.preprocess(encoded, name)[0]
 
     side = processor.image_size
     shape, dtype = ((side, side, 3), np.dtype(np.uint8)) if features is None else (features.shape, features.dtype)
-    pixels = np.zeros((*batch.pixels.shape, *shape), dtype)
-    numbers = np.unique(batch.pixels[batch.pixels > 0]).tolist()
-    decoded = pool.map(pixels_of, numbers) if pool else map(pixels_of, numbers)
-    for number, picture in zip(numbers, decoded, strict=True):
-        pixels[batch.pixels == number] = picture
-    return batch._replace(pixels=pixels)
-
-
-def of_records(records: Sequence[ImageRecord]) -> Encoded:
-    """Records' pictures by number."""
-
-    def encoded(number: int) -> tuple[str, bytes]:
-        record = records[number - 1]
-        return record.id, record.image
-
-    return encoded
+    images = np.zeros((*batch.images.shape, *shape), dtype)
+    numbers = np.unique(batch.images[batch.images > 0]).tolist()
+    loaded = pool.map(load, numbers) if pool else map(load, numbers)
+    for number, image in zip(numbers, loaded, strict=True):
+        images[batch.images == number] = image
+    return batch._replace(images=images)
 
 
 def packed_sequences(
-    numbers: grain.MapDataset,
-    records: Sequence[ImageRecord],
-    processor: Processor,
-    shape: SequenceShape,
-    supervision: Supervision | DPOConfig,
-    *,
-    prefix_sharing: bool = True,
-    datasets: Sequence[str] = (),
+    indices: grain.MapDataset, records: Sequence[ImageRecord], builder: TreeBuilder
 ) -> grain.IterDataset:
-    """Rows of the records of these numbers, with numbers (from 1) where pictures' pixels will be."""
-    origins = {name: number for number, name in enumerate(datasets)}
-    made = numbers.map(_Numbered(records, processor, shape, supervision, prefix_sharing, origins))
-    read = made.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=32))
-    elements = grain.experimental.FlatMapIterDataset(read, _Flat())
-    # Few records need no large window, which would hold many passes over them.
-    window = 1 if shape.images == 1 else min(WINDOW, max(32, 2 * len(records)))
-    return pack(elements, shape, processor.encoder.patches, window=window)
+    """Return packed sequences of the records at these indices; images stay numbers (see `load_images`)."""
+    elements = indices.map(lambda index: builder.elements(records[index], index + 1))
+    read = elements.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=32))
+    # A large window over few records would hold many epochs of them.
+    window = 1 if builder.shape.images == 1 else min(WINDOW, max(32, 2 * len(records)))
+    flat = grain.experimental.FlatMapIterDataset(read, _Flatten())
+    return pack(flat, builder.shape, builder.processor.encoder.patches, window=window)
 
 
 def training_batches(
     records: Sequence[ImageRecord],
-    processor: Processor,
-    shape: SequenceShape,
+    builder: TreeBuilder,
     *,
-    rows: int,
-    supervision: Supervision | DPOConfig,
+    batch_size: int,
     seed: int,
-    prefix_sharing: bool = True,
-    datasets: Sequence[str] = (),
     local: slice | None = None,
     features: FeatureCache | None = None,
     threads: int | None = None,
 ) -> grain.IterDataset:
-    """Endless batches in an order that the seed alone fixes; the iterator's state is a position, not a count of batches.
+    """Return endless batches in an order that depends on the seed alone. The iterator's state is a position, not a count.
 
-    Every host packs all trees, which is cheap, and decodes the pictures of its own rows, which is not. So the order
-    depends on neither hosts nor threads.
+    Every host packs all trees, which is cheap, but decodes only the images of its own sequences, which is not. The order
+    therefore depends neither on the number of hosts nor on threads.
 
     Args:
-        rows: rows in a batch, over all hosts' devices.
-        sharing: see `trees`.
-        sources: names, in the order that `origin` counts them (`Survey.sources`).
-        own: the part of each batch's rows that this host gets; all by default.
-        features: of the pictures, which are then not decoded.
-        threads: that decode pictures; one a core by default.
+        records: the records, by index.
+        builder: builds their trees.
+        batch_size: sequences in a batch, over all hosts.
+        seed: of the shuffle.
+        local: part of each batch that this host receives; all by default.
+        features: cached features of the records' images, which are then not decoded.
+        threads: threads that decode images; one per core by default.
     """
-    first, past, _ = (local or slice(None)).indices(rows)
-    numbers = grain.MapDataset.range(len(records)).seed(seed).shuffle().repeat()
-    packed = packed_sequences(
-        numbers, records, processor, shape, supervision, prefix_sharing=prefix_sharing, datasets=datasets
-    )
-    batches = packed.batch(rows, batch_fn=lambda part: stack(part[first:past], past - first))
+    start, stop, _ = (local or slice(None)).indices(batch_size)
+    indices = grain.MapDataset.range(len(records)).seed(seed).shuffle().repeat()
+    sequences = packed_sequences(indices, records, builder)
+    batches = sequences.batch(batch_size, batch_fn=lambda group: stack(group[start:stop], stop - start))
     threads = threads or os.cpu_count() or 1
     pool = ThreadPoolExecutor(threads) if threads > 1 else None
-    shown = batches.map(lambda batch: show(batch, of_records(records), processor, pool, features))
-    return grain.experimental.ThreadPrefetchIterDataset(shown, prefetch_buffer_size=2)
+    read, processor = image_reader(records), builder.processor
+    loaded = batches.map(lambda batch: load_images(batch, read, processor, pool, features))
+    return grain.experimental.ThreadPrefetchIterDataset(loaded, prefetch_buffer_size=2)
 
 
-def every_batch(
-    records: Sequence[ImageRecord],
-    processor: Processor,
-    shape: SequenceShape,
-    supervision: Supervision | DPOConfig,
-    *,
-    rows: int,
-    local: slice | None = None,
-    prefix_sharing: bool = True,
-    datasets: Sequence[str] = (),
+def _local_batch(sequences: Sequence[Batch], batch_size: int, local: slice | None) -> Batch:
+    """Return this host's part of a batch, filled up with empty sequences."""
+    return Batch(*(field[local or slice(None)] for field in stack(sequences, batch_size)))
+
+
+def ordered_batches(
+    records: Sequence[ImageRecord], builder: TreeBuilder, *, batch_size: int, local: slice | None = None
 ) -> Iterator[Batch]:
-    """Every record once, in order; empty rows fill the last batch. Arguments as for `training_batches`."""
-    first, past, _ = (local or slice(None)).indices(rows)
-    numbers = grain.MapDataset.range(len(records))
-    packed = packed_sequences(
-        numbers, records, processor, shape, supervision, prefix_sharing=prefix_sharing, datasets=datasets
-    )
+    """Yield batches of every record once, in order; empty sequences fill the last batch.
 
-    def whole(part: Sequence[Batch]) -> Batch:
-        full = stack(part, rows)
-        return show(Batch(*(field[first:past] for field in full)), of_records(records), processor)
-
-    with contextlib.closing(iter(packed)) as made:
-        while part := list(itertools.islice(made, rows)):
-            yield whole(part)
+    Args:
+        records: the records, by index.
+        builder: builds their trees.
+        batch_size: sequences in a batch, over all hosts.
+        local: part of each batch that this host receives; all by default.
+    """
+    sequences = packed_sequences(grain.MapDataset.range(len(records)), records, builder)
+    with contextlib.closing(iter(sequences)) as running:
+        while group := list(itertools.islice(running, batch_size)):
+            yield load_images(_local_batch(group, batch_size, local), image_reader(records), builder.processor)
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageQuestions:
-    """One picture and the open questions about it, each with the number that its answer will carry.
+    """One image and the open questions about it.
 
     Attributes:
-        encoded: the file's bytes, or what reads them when they are needed; empty for questions about nothing shown.
+        name: name of the image, for errors.
+        encoded: the encoded file, or a function that reads it when it is needed; empty for questions without an image.
+        questions: (id, conversation) pairs; an answer is returned under the id of its question.
     """
 
     name: str
@@ -340,53 +307,59 @@ class ImageQuestions:
     questions: Sequence[tuple[int, Conversation]]
 
     def read(self) -> bytes:
+        """Return the encoded image."""
         return self.encoded if isinstance(self.encoded, bytes) else self.encoded()
 
 
-class _Questions(grain.experimental.FlatMapTransform):
-    """A picture's questions as one tree, or as few as fit; the number of the picture (from 1) where its pixels will be."""
+class _QuestionTrees(grain.experimental.FlatMapTransform):
+    """The questions about an image as one tree, or as few as fit. Images stay numbers."""
 
-    def __init__(self, pictures: Sequence[ImageQuestions], processor: Processor, shape: SequenceShape):
-        self.pictures, self.processor, self.shape = pictures, processor, shape
-        self.max_fan_out = 1_000
+    max_fan_out = 1_000
 
-    def flat_map(self, number: int) -> list[Element]:
-        picture = self.pictures[number]
-        shown = np.full(1 if picture.encoded else 0, number + 1, np.int32)
-        numbers, talks = zip(*picture.questions, strict=True)
-        tokens = [unsupervised(talk) for talk in self.processor.tokens(picture.name, talks)]
+    def __init__(self, images: Sequence[ImageQuestions], processor: Processor, shape: SequenceShape):
+        self.images, self.processor, self.shape = images, processor, shape
+
+    def flat_map(self, index: int) -> list[TreeElement]:
+        image = self.images[index]
+        numbers = np.full(1 if image.encoded else 0, index + 1, np.int32)
+        ids, conversations = zip(*image.questions, strict=True)
+        tokens = [unsupervised(question) for question in self.processor.tokenize(image.name, conversations)]
         try:
-            grown = build_trees(tokens, tokens=self.shape.length, edges=0, branches=self.shape.questions)
+            trees = build_trees(tokens, tokens=self.shape.length, edges=0, branches=self.shape.questions)
         except ValueError as error:
-            raise DataError(f"{picture.name}: {error}") from None
-        return [element(tree, shown, [numbers[member] for member in members]) for members, tree in grown]
+            raise DataError(f"{image.name}: {error}") from None
+        return [make_element(tree, numbers, [ids[member] for member in members]) for members, tree in trees]
 
 
 def question_batches(
-    pictures: Sequence[ImageQuestions],
+    images: Sequence[ImageQuestions],
     processor: Processor,
     shape: SequenceShape,
     *,
-    rows: int,
+    batch_size: int,
     local: slice | None = None,
     pool: Executor | None = None,
 ) -> grain.IterDataset:
-    """Every question once, in batches of the same shape; empty rows fill the last one.
+    """Return batches of every question once, all of the same shape; empty sequences fill the last one.
 
     Args:
-        own: the part of each batch's rows that this host gets, whose pictures alone it reads; all by default.
-        pool: decodes pictures side by side.
+        images: images with questions.
+        processor: tokenizes the questions and decodes the images.
+        shape: sizes of a sequence.
+        batch_size: sequences in a batch, over all hosts.
+        local: part of each batch that this host receives; only its images are read. All by default.
+        pool: decodes images in parallel.
     """
-    first, past, _ = (local or slice(None)).indices(rows)
-    numbers = grain.MapDataset.range(len(pictures)).to_iter_dataset(
+    indices = grain.MapDataset.range(len(images)).to_iter_dataset(
         grain.ReadOptions(num_threads=1, prefetch_buffer_size=32)
     )
-    elements = grain.experimental.FlatMapIterDataset(numbers, _Questions(pictures, processor, shape))
-    packed = pack(elements, shape, processor.encoder.patches)
-    batches = packed.batch(rows, batch_fn=lambda part: Batch(*(field[first:past] for field in stack(part, rows))))
+    elements = grain.experimental.FlatMapIterDataset(indices, _QuestionTrees(images, processor, shape))
+    sequences = pack(elements, shape, processor.encoder.patches)
+    batches = sequences.batch(batch_size, batch_fn=lambda group: _local_batch(group, batch_size, local))
 
-    def encoded(number: int) -> tuple[str, bytes]:
-        return pictures[number - 1].name, pictures[number - 1].read()
+    def read(number: int) -> tuple[str, bytes]:
+        image = images[number - 1]
+        return image.name, image.read()
 
-    shown = batches.map(lambda batch: show(batch, encoded, processor, pool))
-    return grain.experimental.ThreadPrefetchIterDataset(shown, prefetch_buffer_size=2)
+    loaded = batches.map(lambda batch: load_images(batch, read, processor, pool))
+    return grain.experimental.ThreadPrefetchIterDataset(loaded, prefetch_buffer_size=2)

@@ -1,4 +1,4 @@
-"""Pictures and words to the arrays that a model takes."""
+"""The processor of a checkpoint: images and conversations to the arrays that the model takes."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from PIL import Image
 
 from reverie_jax.data.conversation import IMAGE, Conversation, ImageRecord, Turn
 from reverie_jax.data.images import decode, preprocess, to_rgb
-from reverie_jax.data.packing import Batch, SequenceShape, element, row, stack
-from reverie_jax.data.templates import Template, v0
+from reverie_jax.data.packing import Batch, SequenceShape, make_element, pack_sequence, stack
+from reverie_jax.data.templates import Template, v0_template
 from reverie_jax.data.tokenization import Encoder, Tokens
 from reverie_jax.data.tree import build_tree
 from reverie_jax.errors import UserError
@@ -26,18 +26,19 @@ from reverie_jax.models.config import ImageAspectRatio, Tokenization
 
 _log = logging.getLogger(__name__)
 
-EXAMPLE = "template_example.json"
+TEMPLATE_EXAMPLE = "template_example.json"
+"""File of a checkpoint folder that holds the example dialogue of the template `v0`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Processor:
-    """What turns records into batches for one checkpoint.
+    """Turns images and conversations into the inputs of one checkpoint.
 
     Attributes:
-        encoder: words.
-        image_size: side of the tower's input, in pixels.
-        aspect: pictures are padded to squares, or cropped.
-        context: longest conversation that the decoder is exact on.
+        encoder: tokenizes conversations.
+        image_size: side of the vision tower's input, in pixels.
+        image_aspect_ratio: "pad" pads an image to a square, "square" crops it.
+        context: tokens of the longest conversation that the model supports.
     """
 
     encoder: Encoder
@@ -46,103 +47,113 @@ class Processor:
     context: int = 4096
 
     @classmethod
-    def of(cls, config: VLMConfig, tokenizer: Any, template: str | Template | None = None) -> Processor:
-        """The processor that an architecture asks for, around its tokenizer."""
+    def from_config(cls, config: VLMConfig, tokenizer: Any, template: str | Template | None = None) -> Processor:
+        """Return the processor of a model configuration and its tokenizer."""
         encoder = Encoder(
             tokenizer, template or config.template, config.vision.patches, config.image_token_id, config.tokenization
         )
         return cls(encoder, config.vision.image_size, config.image_aspect_ratio, config.text.context)
 
-    def using(
+    def override(
         self,
         template: str | Template | None = None,
         tokenization: Tokenization | None = None,
         image_aspect_ratio: ImageAspectRatio | None = None,
     ) -> Processor:
-        """The same with another template, manner of tokens or of making pictures square than the checkpoint's own; the first
-        two are told in the log.
+        """Return a processor with other settings than the checkpoint's, and log a warning where tokens change.
+
+        Args:
+            template: a chat template or its name; None keeps the checkpoint's, as for the other arguments.
+            tokenization: "hf" or "llava".
+            image_aspect_ratio: "pad" or "square".
         """
-        now = self.encoder
-        chosen = now.template if template is None else template
-        manner = tokenization or now.tokenization
-        encoder = Encoder(now.tokenizer, chosen, now.patches, now.image_token_id, manner)
-        if (encoder.template.name, manner) != (now.template.name, now.tokenization):
+        old = self.encoder
+        tokenization = tokenization or old.tokenization
+        template = old.template if template is None else template
+        encoder = Encoder(old.tokenizer, template, old.patches, old.image_token_id, tokenization)
+        if (encoder.template.name, tokenization) != (old.template.name, old.tokenization):
             _log.warning(
-                "template %s, tokens %s instead of the checkpoint's %s, %s",
-                *(encoder.template.name, manner, now.template.name, now.tokenization),
+                "template %s, tokenization %s instead of the checkpoint's %s, %s",
+                *(encoder.template.name, tokenization, old.template.name, old.tokenization),
             )
         return dataclasses.replace(
             self, encoder=encoder, image_aspect_ratio=image_aspect_ratio or self.image_aspect_ratio
         )
 
-    def tokens(self, name: str, conversations: Iterable[Conversation], more: int = 0) -> list[Tokens]:
-        """Conversations as numbers. None is longer than the decoder is exact on; a tree may be: only its depth counts.
+    def tokenize(self, name: str, conversations: Iterable[Conversation], new_tokens: int = 0) -> list[Tokens]:
+        """Return the conversations' tokens. Each must fit the context; a tree of them need not, since only its depth counts.
 
         Args:
-            name: the record's, for errors.
-            more: tokens that are to follow.
+            name: name of the record, for errors.
+            conversations: the conversations.
+            new_tokens: tokens to be generated after each conversation.
 
         Raises:
-            UserError: one is too long; the record and the conversation are named.
+            UserError: a conversation is too long; the record and the conversation's number are given.
         """
-        found = [self.encoder(talk) for talk in conversations]
-        for number, tokens in enumerate(found):
-            if (length := len(tokens) + more) > self.context:
+        tokenized = [self.encoder(conversation) for conversation in conversations]
+        for number, tokens in enumerate(tokenized):
+            if (length := len(tokens) + new_tokens) > self.context:
                 raise UserError(
-                    f"record {name}: conversation {number} has {length} tokens; the model is exact up to {self.context}"
+                    f"record {name}: conversation {number} has {length} tokens; the model supports up to {self.context}"
                 )
-        return found
+        return tokenized
 
-    def pixels(self, encoded: bytes, name: str) -> UInt8[np.ndarray, "m S S 3"]:
-        """One picture as the tower takes it; none where there are no bytes.
+    def preprocess(self, encoded: bytes, name: str) -> UInt8[np.ndarray, "m S S 3"]:
+        """Return an encoded image as the vision tower's input (m = 1), or no image for empty bytes (m = 0).
+
+        Args:
+            encoded: the file's content (PNG, JPEG, …).
+            name: name of the image, for errors.
 
         Raises:
-            BrokenImage: the bytes cannot be read as a picture.
+            BrokenImage: the bytes cannot be decoded as an image.
         """
         if not encoded:
             return np.zeros((0, self.image_size, self.image_size, 3), np.uint8)
         return preprocess(decode(encoded, name), self.image_size, pad=self.image_aspect_ratio == "pad")[None]
 
-    def __call__(self, conversations: Sequence[ImageRecord]) -> Batch:
-        """One row a record: its conversations as one tree, around its picture. For tests and small use.
+    def __call__(self, records: Sequence[ImageRecord]) -> Batch:
+        """Return a batch of one sequence per record: a tree of its conversations and its image, for small inputs.
 
-        Open conversations are leaves, numbered through all records in order. Rows are as long as the longest tree.
+        Open conversations are numbered through all records in order. The sequences are as long as the longest tree.
 
         Args:
-            conversations: records; `ask` makes them.
+            records: records, for example from `ask`.
 
         Raises:
-            UserError: there are none, or one is longer than the decoder's context.
-            BrokenImage: a picture cannot be read.
+            UserError: there are no records, or a conversation is longer than the model's context.
+            BrokenImage: an image cannot be decoded.
         """
-        if not conversations:
-            raise UserError("no conversations to make a batch of")
+        if not records:
+            raise UserError("no records to make a batch of")
         elements, number = [], 0
-        for record in conversations:
-            tree = build_tree(self.tokens(record.id, record.conversations))
+        for record in records:
+            tree = build_tree(self.tokenize(record.id, record.conversations))
             numbers = list(range(number, number + len(tree.leaves)))
             number += len(tree.leaves)
-            elements.append(element(tree, self.pixels(record.image, record.id), numbers))
+            elements.append(make_element(tree, self.preprocess(record.image, record.id), numbers))
         shape = SequenceShape(
-            length=max(len(e["tokens"]) for e in elements),
-            images=max(1, *(len(e["pixels"]) for e in elements)),
-            edges=max(len(e["source"]) for e in elements),
-            questions=max(len(e["leaves"]) for e in elements),
+            length=max(len(element["tokens"]) for element in elements),
+            images=max(1, *(len(element["images"]) for element in elements)),
+            edges=max(len(element["parent"]) for element in elements),
+            questions=max(len(element["leaves"]) for element in elements),
         )
-        rows = [row([e], shape, self.encoder.patches) for e in elements]
-        return stack(rows, len(rows))
+        sequences = [pack_sequence([element], shape, self.encoder.patches) for element in elements]
+        return stack(sequences, len(sequences))
 
 
 def ask(image: str | Path | bytes | Image.Image | None, *questions: str) -> ImageRecord:
-    """A picture with questions that wait for their answers, each a conversation of its own.
+    """Return a record of an image and open questions about it, each a conversation of its own.
 
     Args:
-        image: a path, an encoded file, a picture, or None for questions about nothing shown.
+        image: a path, the content of an image file, an image, or None for questions without an image.
+        *questions: the questions.
 
     Raises:
-        UserError: the path cannot be read.
+        UserError: the file cannot be read.
     """
-    name = str(image) if isinstance(image, str | Path) else "picture"
+    name = str(image) if isinstance(image, str | Path) else "image"
     if isinstance(image, Image.Image):
         buffer = io.BytesIO()
         to_rgb(image).save(buffer, format="PNG")
@@ -154,22 +165,22 @@ def ask(image: str | Path | bytes | Image.Image | None, *questions: str) -> Imag
             raise UserError(f"{image}: cannot be read ({error.strerror})") from None
     else:
         encoded = image or b""
-    shown = f"{IMAGE}\n" if encoded else ""
+    marker = f"{IMAGE}\n" if encoded else ""
     images = (0,) if encoded else ()
-    return ImageRecord(name, encoded, tuple(Conversation((Turn("user", shown + text),), images) for text in questions))
+    return ImageRecord(name, encoded, tuple(Conversation((Turn("user", marker + text),), images) for text in questions))
 
 
-def example_template(folder: Path) -> Template | None:
-    """`v0` with the example dialogue that lies in the checkpoint folder, if one does.
+def read_example_template(folder: Path) -> Template | None:
+    """Return the template `v0` with the example dialogue in a checkpoint folder, or None without one.
 
     Raises:
-        UserError: the file is broken.
+        UserError: the file is invalid.
     """
-    path = folder / EXAMPLE
+    path = folder / TEMPLATE_EXAMPLE
     if not path.exists():
         return None
     try:
         raw = json.loads(path.read_text("utf-8"))
-        return v0(raw["question"], raw["answer"])
+        return v0_template(raw["question"], raw["answer"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f'{path}: not {{"question": …, "answer": …}} ({error!r})') from None
+        raise UserError(f'{path}: must hold {{"question": …, "answer": …}} ({error!r})') from None

@@ -1,4 +1,4 @@
-"""What of a record's conversations is taught: the arms of REVERIE's ablations as switches over the same records."""
+"""Which parts of a record's conversations are supervised: REVERIE's ablations as options over the same records."""
 
 from __future__ import annotations
 
@@ -21,17 +21,19 @@ _BY_TYPE = {
 
 @dataclasses.dataclass(frozen=True)
 class Supervision:
-    """One arm.
+    """The supervision of one training run (one arm of REVERIE's ablations).
 
     Attributes:
-        kinds: `responses` teaches each conversation's first answer alone, `positive` and `negative` also the rationales of
-            their kind, `rationales` everything. Of preference pairs the chosen answer is taught, the rejected one never.
-        answers: an answer that several rationales share is taught once, or as often as the rows repeat it, as REVERIE's
-            published rows do (2.2 times on average).
-        context: each rationale in a conversation of its own, or a positive and a negative one of an answer in one.
-        prompts: the words that ask for a rationale: as the records have them, bare, with REVERIE's guidance, or that with
-            the length that is wanted or a line for the type of the question.
-        answer_weight, rationale_weight: loss weight of the first answer's tokens and of the rationales'.
+        kinds: `responses` supervises the first answer of each conversation, `positive` and `negative` also the rationales of
+            that kind, `rationales` all of them. Of preference pairs, only the chosen answer is supervised.
+        answers: supervise an answer that several rationales share `once`, or `as-published`: once per rationale, as in
+            REVERIE's published rows (2.2 times on average).
+        context: `separate` keeps one rationale per conversation; `positive-first` and `negative-first` join a positive and a
+            negative rationale of an answer in that order.
+        prompts: how rationales are requested: `as-written` in the records, `bare`, `guided` with REVERIE's guidance, or
+            guided with the desired length or a line for the type of question.
+        answer_weight: loss weight of the first answer's tokens.
+        rationale_weight: loss weight of the rationales' tokens.
     """
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
@@ -44,76 +46,76 @@ class Supervision:
     rationale_weight: float = 1.0
 
     def __call__(self, conversations: Sequence[Conversation]) -> list[Conversation]:
-        """The conversations of one record as this arm has them; those that then teach nothing are left out."""
-        # (conversation, whether it came with a rationale: the switches are about those alone)
-        talks = [(talk, _explains(talk)) for talk in conversations if talk.kind != "rejected"]
+        """Return the supervised conversations of one record, with their weights; those without supervision are left out."""
+        # (conversation, whether it has a rationale), since the options apply to these only
+        examples = [(one, _has_rationale(one)) for one in conversations if one.kind != "rejected"]
         if self.kinds != "rationales":
-            talks = [(talk if talk.kind == self.kinds or not why else _first(talk), why) for talk, why in talks]
+            examples = [
+                (one if one.kind == self.kinds or not why else _first_exchange(one), why) for one, why in examples
+            ]
         if self.context != "separate":
-            talks = _joined(talks, first=self.context.removesuffix("-first"))
-        answered: set[tuple[str, str]] = set()
+            examples = _join_rationales(examples, first=self.context.removesuffix("-first"))
+        supervised: set[tuple[str, str]] = set()
         weighted = []
-        for talk, why in talks:
-            turns = list(talk.turns)
-            if why:
-                said = (turns[0].text, turns[1].text)
-                repeated = self.answers == "once" and said in answered
+        for conversation, has_rationale in examples:
+            turns = list(conversation.turns)
+            if has_rationale:
+                exchange = (turns[0].text, turns[1].text)
+                repeated = self.answers == "once" and exchange in supervised
                 if turns[1].weight > 0:
-                    answered.add(said)
-                turns[1] = _scaled(turns[1], 0.0 if repeated else self.answer_weight)
-                for place in range(3, len(turns), 2):
-                    turns[place] = _scaled(turns[place], self.rationale_weight)
-                    turns[place - 1] = self._asked(turns, place)
-            weighted.append(dataclasses.replace(talk, turns=tuple(turns)))
-        return [talk for talk in weighted if any(turn.weight > 0 for turn in talk.turns if turn.role == "assistant")]
+                    supervised.add(exchange)
+                turns[1] = _scale(turns[1], 0.0 if repeated else self.answer_weight)
+                for index in range(3, len(turns), 2):
+                    turns[index] = _scale(turns[index], self.rationale_weight)
+                    turns[index - 1] = self._reword(turns, index)
+            weighted.append(dataclasses.replace(conversation, turns=tuple(turns)))
+        return [one for one in weighted if any(turn.weight > 0 for turn in one.turns if turn.role == "assistant")]
 
-    def _asked(self, turns: Sequence[Turn], place: int) -> Turn:
-        """The question before the rationale at `place`, in this arm's words."""
-        asked = turns[place - 1]
-        if self.prompts == "as-written" or (about := explains(asked.text)) is None:
-            return asked
+    def _reword(self, turns: Sequence[Turn], index: int) -> Turn:
+        """Return the request for the rationale at `index` in the form that `prompts` names."""
+        request = turns[index - 1]
+        if self.prompts == "as-written" or (about := explains(request.text)) is None:
+            return request
         kind, wrong = about
         text = "Explain why." if kind == "positive" else f"Explain why this answer is wrong: {wrong.rstrip('. ')}."
         if self.prompts != "bare":
             text += f" {_GUIDANCE}"
         if self.prompts == "guided-length":
-            text += f" Use about {max(10, round(len(turns[place].text.split()), -1))} words."
+            text += f" Use about {max(10, round(len(turns[index].text.split()), -1))} words."
         if self.prompts == "guided-type":
             text += f" {_BY_TYPE[kind_of(turns[0].text.replace(IMAGE, '').strip(), turns[1].text)]}"
-        return dataclasses.replace(asked, text=f"{IMAGE}\n" * asked.text.count(IMAGE) + text)
+        return dataclasses.replace(request, text=f"{IMAGE}\n" * request.text.count(IMAGE) + text)
 
 
-def _explains(talk: Conversation) -> bool:
-    """Whether a conversation has a rationale."""
-    return talk.kind in ("positive", "negative") and len(talk.turns) > 2
+def _has_rationale(conversation: Conversation) -> bool:
+    return conversation.kind in ("positive", "negative") and len(conversation.turns) > 2
 
 
 def _markers(turns: Sequence[Turn]) -> int:
     return sum(turn.text.count(IMAGE) for turn in turns)
 
 
-def _first(talk: Conversation) -> Conversation:
-    """The first exchange."""
-    turns = talk.turns[:2]
-    return dataclasses.replace(talk, turns=turns, images=talk.images[: _markers(turns)])
+def _first_exchange(conversation: Conversation) -> Conversation:
+    turns = conversation.turns[:2]
+    return dataclasses.replace(conversation, turns=turns, images=conversation.images[: _markers(turns)])
 
 
-def _scaled(turn: Turn, factor: float) -> Turn:
+def _scale(turn: Turn, factor: float) -> Turn:
     return dataclasses.replace(turn, weight=turn.weight * factor)
 
 
-def _joined(talks: Sequence[tuple[Conversation, bool]], first: str) -> list[tuple[Conversation, bool]]:
-    """The n-th positive and the n-th negative rationale of an answer in one talk, in the place of the earlier one."""
+def _join_rationales(examples: Sequence[tuple[Conversation, bool]], first: str) -> list[tuple[Conversation, bool]]:
+    """Join the n-th positive and the n-th negative rationale of an answer, at the position of the earlier one."""
     groups: dict[tuple[str, str], dict[str, list[int]]] = {}
-    for number, (talk, _) in enumerate(talks):
-        if _explains(talk):
-            said = (talk.turns[0].text, talk.turns[1].text)
-            groups.setdefault(said, {"positive": [], "negative": []})[talk.kind].append(number)
-    found: list[tuple[Conversation, bool] | None] = list(talks)
+    for number, (one, _) in enumerate(examples):
+        if _has_rationale(one):  # `kinds` may have cut it
+            exchange = (one.turns[0].text, one.turns[1].text)
+            groups.setdefault(exchange, {"positive": [], "negative": []})[one.kind].append(number)
+    joined: list[tuple[Conversation, bool] | None] = list(examples)
     for kinds in groups.values():
         for pair in zip(kinds["positive"], kinds["negative"], strict=False):
-            one, other = (talks[number][0] for number in (pair if first == "positive" else pair[::-1]))
+            one, other = (examples[number][0] for number in (pair if first == "positive" else pair[::-1]))
             turns, images = one.turns + other.turns[2:], one.images + other.images[_markers(other.turns[:2]) :]
-            found[min(pair)] = dataclasses.replace(one, turns=turns, images=images), True
-            found[max(pair)] = None
-    return [talk for talk in found if talk is not None]
+            joined[min(pair)] = dataclasses.replace(one, turns=turns, images=images), True
+            joined[max(pair)] = None
+    return [example for example in joined if example is not None]

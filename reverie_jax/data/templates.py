@@ -1,5 +1,6 @@
-"""Chat templates: what stands around the words of a turn. The sentences are those that the weights were tuned behind:
-parts of a format, like a magic number.
+"""Chat templates: the text around the turns of a conversation.
+
+The texts must not change: checkpoints were tuned with exactly these.
 """
 
 from __future__ import annotations
@@ -15,16 +16,17 @@ Style = Literal["two", "single", "phi3", "plain"]
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """How turns become text: `{user}{text}{assistant}`, then `{answer_prefix}{answer}{end}`, again and again.
+    """Renders each exchange as `{user}{question}{assistant}{answer_prefix}{answer}{end}`, after `{system}`.
 
     Attributes:
-        style: by which rule original LLaVA masked its training samples (`data.llava_tokenization`).
+        name: name in `TEMPLATES`.
+        style: rule by which original LLaVA masks its training samples (`data.llava_tokenization`).
         system: text before the first turn.
-        user: what introduces a user's turn.
-        assistant: what follows it; the generation prompt ends here.
-        answer_prefix: what stands between `assistant` and the answer.
-        end: what closes an answer; None for the tokenizer's end-of-sequence token.
-        sentence: the system's words alone, as the reference's training form wants them.
+        user: text before a question.
+        assistant: text after a question; the generation prompt ends here.
+        answer_prefix: text between `assistant` and the answer.
+        end: text after an answer; None for the tokenizer's end-of-sequence token.
+        sentence: the system message alone, as original LLaVA's training code uses it.
     """
 
     name: str
@@ -37,15 +39,15 @@ class Template:
     sentence: str = ""
 
 
-def _sentence(who: str) -> str:
+def _sentence(speaker: str) -> str:
     return (
-        f"A chat between a curious {who} and an artificial intelligence assistant. "
-        f"The assistant gives helpful, detailed, and polite answers to the {who}'s questions."
+        f"A chat between a curious {speaker} and an artificial intelligence assistant. "
+        f"The assistant gives helpful, detailed, and polite answers to the {speaker}'s questions."
     )
 
 
-def _two(name: str, who: str) -> Template:
-    return Template(name, "two", _sentence(who) + " ", "USER: ", " ASSISTANT:", sentence=_sentence(who))
+def _two(name: str, speaker: str) -> Template:
+    return Template(name, "two", _sentence(speaker) + " ", "USER: ", " ASSISTANT:", sentence=_sentence(speaker))
 
 
 _LLAVA_V0 = Template(
@@ -53,8 +55,8 @@ _LLAVA_V0 = Template(
 )
 
 
-def v0(question: str, answer: str) -> Template:
-    """LLaVA's `v0`: `llava_v0` behind one example dialogue. The published one is third-party text and not shipped here."""
+def v0_template(question: str, answer: str) -> Template:
+    """Return LLaVA's `v0` template: `llava_v0` after one example dialogue. The published dialogue is third-party text."""
     example = f"Human: {question}###Assistant: {answer}###"
     return dataclasses.replace(_LLAVA_V0, name="v0", system=_LLAVA_V0.system + example)
 
@@ -64,7 +66,7 @@ TEMPLATES: dict[str, Template | None] = {
     "vicuna_v1": _two("vicuna_v1", "user"),
     "llava_v1": _two("llava_v1", "human"),
     "llava_v0": _LLAVA_V0,
-    "v0": None,  # see `v0`
+    "v0": None,  # see `v0_template`
     "plain": Template("plain", "plain", "", "", "", answer_prefix="", end="\n"),
     "phi3_instruct": Template(
         "phi3_instruct",
@@ -79,38 +81,44 @@ TEMPLATES: dict[str, Template | None] = {
 }
 
 
-def template(name: str) -> Template:
-    """The template of that name.
+def find_template(name: str) -> Template:
+    """Return the template of that name.
 
     Raises:
-        UserError: there is none of that name, or it needs an example dialogue.
+        UserError: the name is unknown, or the template needs an example dialogue.
     """
     if name not in TEMPLATES:
-        raise UserError(f"unknown template {name!r}; known: {', '.join(TEMPLATES)}")
-    found = TEMPLATES[name]
-    if found is None:
+        raise UserError(f"unknown template {name!r}; choose from {', '.join(TEMPLATES)}")
+    template = TEMPLATES[name]
+    if template is None:
         raise UserError(
-            f"template {name!r} begins with an example dialogue that is third-party text and not shipped; put it as"
-            ' {"question": …, "answer": …} into template_example.json in the checkpoint folder, or use v0(question, answer)'
+            f"template {name!r} needs an example dialogue, which is third-party text and not included; add"
+            ' {"question": …, "answer": …} as template_example.json to the checkpoint folder, or use v0_template'
         )
-    return found
+    return template
 
 
-def jinja(shown: Template) -> str:
-    """The template as transformers and vLLM take it (`chat_template.jinja`), pictures first in a user's turn."""
-    said = "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    said += "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\\n' }}{% endfor %}"
-    said += "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}{% endif %}"
-    end = "{{ eos_token }}" if shown.end is None else _quoted(shown.end)
-    answer = _quoted(shown.assistant + shown.answer_prefix) + "{% generation %}" + said + end + "{% endgeneration %}"
+def to_jinja(template: Template) -> str:
+    """Return the template in the form of transformers and vLLM (`chat_template.jinja`), a user turn's images first."""
+    content = "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    content += "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\\n' }}{% endfor %}"
+    content += "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}{% endif %}"
+    end = "{{ eos_token }}" if template.end is None else _quoted(template.end)
+    answer = (
+        _quoted(template.assistant + template.answer_prefix)
+        + "{% generation %}"
+        + content
+        + end
+        + "{% endgeneration %}"
+    )
     return (
-        f"{_quoted(shown.system)}"
+        f"{_quoted(template.system)}"
         "{% for message in messages %}{% if message['role'] == 'user' %}"
-        f"{_quoted(shown.user)}{said}"
+        f"{_quoted(template.user)}{content}"
         "{% elif message['role'] == 'assistant' %}"
         f"{answer}"
         "{% endif %}{% endfor %}{% if add_generation_prompt %}"
-        f"{_quoted(shown.assistant)}"
+        f"{_quoted(template.assistant)}"
         "{% endif %}"
     )
 

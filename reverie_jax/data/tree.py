@@ -1,10 +1,28 @@
-"""Conversation trees: an image's conversations as one trie, laid out as a row.
+"""Conversation trees: the conversations about one image as one trie, laid out as a sequence for the model.
 
-Tokens that share their whole past are one node, computed once. In a causal model a token's activation depends on its
-ancestors only, so this is exact: the loss and its gradients equal those of the conversations run apart.
+Conversations that begin with the same tokens share these tokens, which are computed once. In a causal model an activation
+depends only on the tokens before it, so this is exact: loss and gradients equal those of the separate conversations.
 
-The layout is depth-first. For the token at row index j, `positions[j]` is its depth (its RoPE position in the flat
-conversation), and `ends[j]` is one past the last index of its subtree: query i sees key j iff j <= i < ends[j].
+For example, three conversations about an image, each letter a token, supervised tokens in capitals:
+
+    i q A w E       a question, its answer, "why?", an explanation
+    i q A v F       the same answer with another explanation
+    i p B           another question
+
+    i -+- q --- A -+- w --- E       index       0  1  2  3  4  5  6  7  8
+       |           +- v --- F       tokens      i  q  A  w  E  v  F  p  B
+       +- p --- B                   positions   0  1  2  3  4  3  4  1  2
+                                    ends        9  7  7  5  5  7  7  9  9
+
+- A *node* is a token of the tree. Nodes are laid out depth-first; `positions` is a node's depth, its RoPE position in the
+  conversation.
+- `ends` is one past the last index of a node's subtree. It is the attention mask: query i sees key j iff j <= i < ends[j].
+  Ordinary causal attention is the case in which all ends are the length.
+- A *branch* is one of the conversations, by number. Its *leaf* is its last token: `leaves` is [4, 6, 8].
+- An *edge* is a supervised prediction: the model predicts the token `target` at the index `parent`. Its `weight` is summed
+  over the conversations that share it, and its `branch` is the first of them. Here `parent` is [1, 3, 5, 7], `target`
+  [A, E, F, B], `weight` [2, 1, 1, 1] and `branch` [0, 0, 1, 2].
+- An edge's *origin* is the dataset that its branch comes from (`packing.Batch.origin`).
 """
 
 from __future__ import annotations
@@ -21,16 +39,19 @@ from reverie_jax.data.tokenization import Tokens
 
 @dataclasses.dataclass(frozen=True)
 class ConversationTree:
-    """A trie of conversations, depth-first, with the edges that are taught.
+    """A tree of L nodes, E edges and C conversations. The module's docstring defines the terms.
 
     Attributes:
-        tokens, positions, ends: see the module's text.
-        features: which image feature goes here, image * P + patch; -1 for text.
-        source: row index of an edge's parent token; the prediction is made there.
-        target: token id that the edge predicts.
+        tokens: token id of each node.
+        positions: depth of each node.
+        ends: one past the last index of each node's subtree.
+        image_slots: image feature that a node takes, image * P + patch; -1 for text.
+        parent: index of the node that predicts.
+        target: token id that it should predict.
         weight: loss weight, summed over the conversations that share the edge.
-        branch: the first conversation that teaches the edge.
-        leaves: row index of each conversation's last token, in the order that the conversations came.
+        branch: the first conversation in which the edge is supervised.
+        leaves: index of each conversation's last token.
+        flat_tokens: tokens of the conversations without sharing: what other trainers compute.
     """
 
     tokens: Int32[np.ndarray, "L"]
@@ -43,24 +64,31 @@ class ConversationTree:
     branch: Int32[np.ndarray, "E"]
     leaves: Int32[np.ndarray, "C"]
     flat_tokens: int
-    """Tokens of the conversations one by one: what a tree-less trainer would compute."""
 
     def __len__(self) -> int:
         return len(self.tokens)
 
 
+def shared_length(one: tuple[Any, Any], other: tuple[Any, Any]) -> int:
+    """Return the number of tokens that two (ids, image slots) have in common at their beginning."""
+    length = min(len(one[0]), len(other[0]))
+    differs = (one[0][:length] != other[0][:length]) | (one[1][:length] != other[1][:length])
+    return int(differs.argmax()) if differs.any() else length
+
+
 def unsupervised(conversation: Tokens) -> Tokens:
-    """The same tokens, none of them taught: a question that waits for its answer."""
+    """Return the conversation with all loss weights 0, as for a question to be answered."""
     return dataclasses.replace(conversation, weights=np.zeros_like(conversation.weights))
 
 
 class _Run:
-    """Tokens that follow one another without a branch, and what comes after them.
+    """Nodes in a row without a fork between them, and the runs that follow (a radix tree).
 
     Attributes:
-        ids, features: as in `Tokens`.
-        weights: float64, summed over the conversations that came this way.
-        first: the first conversation that teaches a token; -1 where none does.
+        ids, image_slots: as in `Tokens`.
+        weights: float64, summed over the conversations that share the run.
+        first: the first conversation in which each token is supervised; -1 for none.
+        children: runs that follow, by the first token and image slot of each.
     """
 
     __slots__ = ("children", "first", "ids", "image_slots", "weights")
@@ -73,7 +101,7 @@ class _Run:
         return int(self.ids[0]), int(self.image_slots[0])
 
     def cut(self, length: int) -> _Run:
-        """Gives the first `length` tokens to a new run that this one now follows. Whoever ends here still does."""
+        """Move the first `length` tokens to a new run that this one follows; conversations that end here still do."""
         above = _Run(self.ids[:length], self.image_slots[:length], self.weights[:length], self.first[:length])
         self.ids, self.image_slots = self.ids[length:], self.image_slots[length:]
         self.weights, self.first = self.weights[length:], self.first[length:]
@@ -82,7 +110,7 @@ class _Run:
 
 
 class Trie:
-    """Grows a trie one conversation at a time, a run of tokens at a step; `tree()` lays it out."""
+    """A trie of conversations, built one conversation at a time; `tree` lays it out."""
 
     def __init__(self) -> None:
         self._root = _Run(*(np.zeros(0, kind) for kind in (np.int32, np.int32, np.float64, np.int32)))
@@ -90,64 +118,63 @@ class Trie:
         self._flat = self._size = self._edges = 0
 
     def __len__(self) -> int:
-        """Nodes, one a row token."""
+        """Return the number of nodes."""
         return self._size
 
     @property
     def edges(self) -> int:
+        """Number of supervised tokens."""
         return self._edges
 
     @property
     def branches(self) -> int:
-        """Conversations."""
+        """Number of conversations."""
         return len(self._last)
 
     def _walk(self, conversation: Tokens) -> Iterator[tuple[_Run, int, int]]:
-        """(run, where the conversation meets it, how many tokens they share), from the root down."""
-        run, place = self._root, 0
-        while place < len(conversation):
-            child = run.children.get((int(conversation.ids[place]), int(conversation.image_slots[place])))
+        """Yield (run, index in the conversation where the run begins, number of shared tokens) from the root down."""
+        run, start = self._root, 0
+        while start < len(conversation):
+            child = run.children.get((int(conversation.ids[start]), int(conversation.image_slots[start])))
             if child is None:
                 return
-            most = min(len(child.ids), len(conversation) - place)
-            differs = (child.ids[:most] != conversation.ids[place : place + most]) | (
-                child.image_slots[:most] != conversation.image_slots[place : place + most]
+            shared = shared_length(
+                (child.ids, child.image_slots), (conversation.ids[start:], conversation.image_slots[start:])
             )
-            shared = int(differs.argmax()) if differs.any() else most
-            yield child, place, shared
+            yield child, start, shared
             if shared < len(child.ids):
                 return
-            run, place = child, place + shared
+            run, start = child, start + shared
 
     def cost(self, conversation: Tokens) -> tuple[int, int]:
-        """How many nodes and edges the conversation would add."""
+        """Return the number of nodes and of edges that the conversation would add."""
         supervised = conversation.weights > 0
         tokens, edges = len(conversation), int(supervised.sum())
-        for run, place, shared in self._walk(conversation):
+        for run, start, shared in self._walk(conversation):
             tokens -= shared
-            edges -= int((supervised[place : place + shared] & (run.weights[:shared] > 0)).sum())
+            edges -= int((supervised[start : start + shared] & (run.weights[:shared] > 0)).sum())
         return tokens, edges
 
     def add(self, conversation: Tokens) -> None:
-        """Adds one conversation.
+        """Add a conversation.
 
         Raises:
-            ValueError: it is empty, or its first token is taught (nothing comes before it to predict it from).
+            ValueError: the conversation is empty, or its first token, which nothing predicts, is supervised.
         """
         if not len(conversation):
-            raise ValueError("a conversation without tokens")
+            raise ValueError("the conversation has no tokens")
         if conversation.weights[0] > 0:
-            raise ValueError("the first token of a conversation cannot be taught: nothing comes before it")
+            raise ValueError("the first token of a conversation cannot be supervised: no token predicts it")
         branch, parent, done = len(self._last), self._root, 0
-        for run, place, shared in list(self._walk(conversation)):
+        for run, start, shared in list(self._walk(conversation)):
             if shared < len(run.ids):
                 run = parent.children[run.key()] = run.cut(shared)
-            weights = conversation.weights[place : place + shared].astype(np.float64)
+            weights = conversation.weights[start : start + shared].astype(np.float64)
             newly = (weights > 0) & (run.weights == 0)
             self._edges += int(np.count_nonzero(newly))
             run.first = np.where(newly, branch, run.first)
             run.weights = run.weights + weights
-            parent, done = run, place + shared
+            parent, done = run, start + shared
         if done < len(conversation):
             weights = conversation.weights[done:].astype(np.float64)
             first = np.where(weights > 0, branch, -1).astype(np.int32)
@@ -160,27 +187,27 @@ class Trie:
         self._flat += len(conversation)
 
     def tree(self) -> ConversationTree:
-        """The trie in depth-first order, children in the order in which they came."""
+        """Return the tree in depth-first order, children in the order in which they were added."""
         runs: list[_Run] = []
-        start: dict[int, int] = {}  # by identity: where a run begins
-        above: list[int] = []  # row index of the token before a run; -1 for none
+        start: dict[int, int] = {}  # index of a run's first node, by the run's identity
+        above: list[int] = []  # index of the node before a run; -1 for none
         depth: list[int] = []
         ends: list[int] = []
         size = 0
-        # A run is met twice: to be laid out, and when all below it has been.
+        # A run is visited twice: to be laid out, and (as its number) when all runs below it are.
         stack: list[tuple[_Run | int, int, int]] = [(run, -1, 0) for run in reversed(self._root.children.values())]
         while stack:
-            run, before, deep = stack.pop()
+            run, before, run_depth = stack.pop()
             if isinstance(run, int):
                 ends[run] = size
                 continue
             start[id(run)] = size
             size += len(run.ids)
             stack.append((len(runs), 0, 0))
-            stack += [(child, size - 1, deep + len(run.ids)) for child in reversed(run.children.values())]
+            stack += [(child, size - 1, run_depth + len(run.ids)) for child in reversed(run.children.values())]
             runs.append(run)
             above.append(before)
-            depth.append(deep)
+            depth.append(run_depth)
             ends.append(0)
         lengths = np.asarray([len(run.ids) for run in runs], np.int32)
         starts = np.cumsum(lengths) - lengths
@@ -188,28 +215,28 @@ class Trie:
         parents = index - 1
         parents[starts] = above
 
-        def joined(parts: list[Any], kind: Any) -> Any:
-            return np.concatenate([np.zeros(0, kind), *parts]).astype(kind)
+        def concatenate(parts: list[Any], dtype: Any) -> Any:
+            return np.concatenate([np.zeros(0, dtype), *parts]).astype(dtype)
 
-        tokens = joined([run.ids for run in runs], np.int32)
-        weight = joined([run.weights for run in runs], np.float64)
+        tokens = concatenate([run.ids for run in runs], np.int32)
+        weight = concatenate([run.weights for run in runs], np.float64)
         supervised = weight > 0
         return ConversationTree(
             tokens=tokens,
             positions=index - np.repeat(starts - np.asarray(depth, np.int32), lengths).astype(np.int32),
             ends=np.repeat(np.asarray(ends, np.int32), lengths),
-            image_slots=joined([run.image_slots for run in runs], np.int32),
+            image_slots=concatenate([run.image_slots for run in runs], np.int32),
             parent=parents[supervised],
             target=tokens[supervised],
             weight=weight[supervised].astype(np.float32),
-            branch=joined([run.first for run in runs], np.int32)[supervised],
+            branch=concatenate([run.first for run in runs], np.int32)[supervised],
             leaves=np.asarray([start[id(run)] + len(run.ids) - 1 for run in self._last], np.int32),
             flat_tokens=self._flat,
         )
 
 
 def build_tree(conversations: Iterable[Tokens]) -> ConversationTree:
-    """One tree of all the conversations."""
+    """Return one tree of all conversations."""
     trie = Trie()
     for conversation in conversations:
         trie.add(conversation)
@@ -219,20 +246,22 @@ def build_tree(conversations: Iterable[Tokens]) -> ConversationTree:
 def build_trees(
     conversations: Sequence[Tokens], *, tokens: int, edges: int, branches: int | None = None
 ) -> list[tuple[list[int], ConversationTree]]:
-    """As few trees as it takes for each to fit a row: a tree too large shares out its branches.
+    """Return few trees of the conversations, each within the given sizes.
 
-    Conversations that share more than the prompt stay together where they can: each goes, in order, where it adds the
-    fewest tokens.
+    Each conversation, in order, joins the tree to which it adds the fewest tokens, so that conversations which share more
+    than the prompt stay together.
 
     Args:
-        tokens, edges: room of a row.
-        branches: most conversations of a tree; any number by default.
+        conversations: the conversations about one image.
+        tokens: most nodes in a tree.
+        edges: most supervised tokens in a tree.
+        branches: most conversations in a tree; unlimited by default.
 
     Returns:
-        The indices of each tree's conversations, in order, and the tree.
+        For each tree, the indices of its conversations in order, and the tree.
 
     Raises:
-        ValueError: a single conversation does not fit; its index and length are named.
+        ValueError: a single conversation does not fit; its index and length are given.
     """
     open_tries: list[tuple[list[int], Trie]] = []
     for index, conversation in enumerate(conversations):
@@ -248,8 +277,8 @@ def build_trees(
             more, supervised = trie.cost(conversation)
             if more > tokens or supervised > edges:
                 raise ValueError(
-                    f"conversation {index} has {more} tokens and teaches {supervised}; "
-                    f"a row holds {tokens} tokens and {edges} taught ones"
+                    f"conversation {index} has {more} tokens, {supervised} of them supervised; "
+                    f"a sequence has room for {tokens} tokens and {edges} supervised ones"
                 )
             best = more, [], trie
             open_tries.append(best[1:])
