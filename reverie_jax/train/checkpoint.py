@@ -1,4 +1,4 @@
-"""Training state on disk: every use of Orbax is in this file."""
+"""Checkpoints of a run: the only file that uses Orbax."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from reverie_jax.errors import UserError
 from reverie_jax.files import write_json
 from reverie_jax.models import VisionLanguageModel
 from reverie_jax.models.checkpoints import base_checksums
-from reverie_jax.models.checkpoints.identity import Checksums
+from reverie_jax.models.checkpoints.checksums import Checksums
 from reverie_jax.train.recipes import Recipe
-from reverie_jax.train.step import TrainState, adapt, trainable_filter
+from reverie_jax.train.step import TrainState, make_trainable, trainable_filter
 
 IDENTITY = "run.json"
 
@@ -27,17 +27,17 @@ _log = logging.getLogger(__name__)
 
 
 VALIDATION = "validation_loss"
-"""The metric that the best checkpoint is the lowest of."""
+"""Name of the metric by which the best checkpoint is chosen (lowest)."""
 
 
 class ResumeError(UserError):
-    """A run folder that cannot be continued; the message says why."""
+    """A run folder that cannot be resumed."""
 
 
 def _plain(state: TrainState) -> dict[str, Any]:
-    """The state as nested dictionaries with string keys: what Orbax stores without knowing NNX.
+    """Return the state as nested dictionaries with string keys, which Orbax stores without knowing NNX.
 
-    Parameters are an item of their own, so that they can be read without the optimizer.
+    Parameters are a separate item, so that they can be read without the optimizer.
     """
     moments = {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(state.optimizer))}
     return {"params": nnx.to_pure_dict(state.params), "optimizer": {"leaves": moments, "step": state.step}}
@@ -56,153 +56,158 @@ def _restore(state: TrainState, plain: dict[str, Any]) -> TrainState:
 
 
 class RunCheckpoints:
-    """Checkpoints of one run: adapters, projector, optimizer, step and the data's position; never the base.
+    """Checkpoints of one run: trained parameters, optimizer, step and data position; never the frozen weights.
 
-    `run.json` in the folder says what run it is: a folder goes on under the same recipe and on the same base only.
+    `run.json` in the folder identifies the run: only the same recipe on the same base model can continue it.
 
     Args:
-        folder: the run's; made if absent.
-        base: identity of the frozen weights.
+        folder: run folder; created if missing.
+        base: checksums of the base model's parts.
 
     Raises:
-        ResumeError: the folder holds a run with another recipe, or on another base.
+        ResumeError: the folder holds a run with another recipe or base model.
     """
 
     def __init__(self, folder: Path, recipe: Recipe, base: Checksums):
         folder.mkdir(parents=True, exist_ok=True)
-        # The projector is trained with the adapters: a run brings its own.
-        frozen = {part: sum for part, sum in base.items() if part != "projector"}
-        self.base_checksums = {"base": frozen, "recipe": json.loads(recipe.to_json())}
+        # The projector is trained: a run has its own.
+        frozen = {part: checksum for part, checksum in base.items() if part != "projector"}
+        self.identity = {"base": frozen, "recipe": json.loads(recipe.to_json())}
         if (folder / IDENTITY).exists():
-            found = read_identity(folder)
-            for what, wanted in self.base_checksums.items():
-                if found[what] != wanted:
+            existing = read_identity(folder)
+            for key, name in (("base", "base model"), ("recipe", "recipe")):
+                if existing[key] != self.identity[key]:
                     raise ResumeError(
-                        f"{folder}: holds a run with another {what}; use a new folder, or the original arguments"
+                        f"{folder}: holds a run with another {name}; use a new folder, or the original arguments"
                     )
         elif jax.process_index() == 0:
-            write_json(folder / IDENTITY, self.base_checksums)
+            write_json(folder / IDENTITY, self.identity)
         self._folder = (folder / "checkpoints").resolve()
-        keep = ocp.training.preservation_policies
-        policy = keep.LatestN(recipe.keep_checkpoints)
+        policies = ocp.training.preservation_policies
+        policy = policies.LatestN(recipe.keep_checkpoints)
         if recipe.holdout:
-            best = keep.BestN(get_metric_fn=lambda metrics: metrics[VALIDATION], reverse=True, n=1)
-            policy = keep.AnyPreservationPolicy([policy, best])
-        self._saver = ocp.training.Checkpointer(
+            best = policies.BestN(get_metric_fn=lambda metrics: metrics[VALIDATION], reverse=True, n=1)
+            policy = policies.AnyPreservationPolicy([policy, best])
+        self._checkpointer = ocp.training.Checkpointer(
             os.fspath(self._folder), preservation_policy=policy, cleanup_tmp_directories=True
         )
-        self._under_way: tuple[int, Any] | None = None
-        self._whole = True  # whether the last save came to a checkpoint
+        self._pending: tuple[int, Any] | None = None
+        self._last_save_succeeded = True
 
     @property
     def latest(self) -> int | None:
-        """The step of the newest whole checkpoint."""
-        return None if self._saver.latest is None else self._saver.latest.step
+        """Step of the newest complete checkpoint; None if there is none."""
+        return None if self._checkpointer.latest is None else self._checkpointer.latest.step
 
     def save(self, state: TrainState, data: dict[str, Any], metrics: dict[str, float] | None = None) -> None:
-        """Starts a save; the arrays are copied before this returns, the files are written behind training.
+        """Start a save: copy the arrays now, write the files in the background.
 
-        A save that fails (a full disk) is reported and leaves nothing; training may go on, and save again later.
+        A save that fails (for example on a full disk) is logged and its files are removed; training may continue.
 
         Args:
-            data: the batches' position, the same on every host.
-            metrics: `VALIDATION`, where records are held out.
+            state: to save.
+            data: position of the batches, the same on every host.
+            metrics: `VALIDATION` if records are held out.
         """
-        self.settle()
-        step, self._whole = int(state.step), True
+        self.wait()
+        step, self._last_save_succeeded = int(state.step), True
         try:
-            response = self._saver.save_checkpointables_async(
+            response = self._checkpointer.save_checkpointables_async(
                 step,
                 _plain(state),
                 force=True,
                 metrics=metrics,
-                custom_metadata={**self.base_checksums, "data": data},
+                custom_metadata={**self.identity, "data": data},
             )
-            self._under_way = None if response is None else (step, response)
-        except Exception as error:  # Orbax and tensorstore raise what they like: OSError, ValueError, XlaRuntimeError
+            self._pending = None if response is None else (step, response)
+        except Exception as error:  # Orbax and tensorstore raise OSError, ValueError, XlaRuntimeError and others
             self._failed(step, error)
 
-    def settle(self) -> bool:
-        """Waits for the save under way; whether the last one came to a whole checkpoint."""
-        if self._under_way is not None:
-            (step, response), self._under_way = self._under_way, None
+    def wait(self) -> bool:
+        """Wait for the save in progress; return whether the last save succeeded."""
+        if self._pending is not None:
+            (step, response), self._pending = self._pending, None
             try:
                 response.result()
             except Exception as error:
                 self._failed(step, error)
-        return self._whole
+        return self._last_save_succeeded
 
     def _failed(self, step: int, error: Exception) -> None:
-        self._whole = False
+        self._last_save_succeeded = False
         _log.error("the checkpoint of step %d was not written: %s", step, " ".join(str(error).split())[:500])
-        for part in self._folder.glob(f"{step}.*"):  # what Orbax calls a checkpoint that is not whole
+        for part in self._folder.glob(f"{step}.*"):  # Orbax's names of incomplete checkpoints
             shutil.rmtree(part, ignore_errors=True)
 
     def restore(self, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """The newest checkpoint, laid out as `state` is, and where the batches stood."""
+        """Return the newest checkpoint, sharded as `state` is, and the position of the batches."""
         assert self.latest is not None
-        loaded = self._saver.load_checkpointables(self.latest, _abstract(_plain(state)))
-        found = self._saver.checkpointables_metadata(self.latest).custom_metadata
-        return _restore(state, loaded), found["data"]
+        loaded = self._checkpointer.load_checkpointables(self.latest, _abstract(_plain(state)))
+        metadata = self._checkpointer.checkpointables_metadata(self.latest).custom_metadata
+        return _restore(state, loaded), metadata["data"]
 
     @property
     def best(self) -> int | None:
-        """The step with the lowest loss on what was held out; the newest where nothing was."""
+        """Step with the lowest validation loss; the newest without held-out records."""
         scored = [
-            (point.metrics[VALIDATION], point.step)
-            for point in self._saver.checkpoints
-            if point.metrics and VALIDATION in point.metrics
+            (checkpoint.metrics[VALIDATION], checkpoint.step)
+            for checkpoint in self._checkpointer.checkpoints
+            if checkpoint.metrics and VALIDATION in checkpoint.metrics
         ]
         return min(scored)[1] if scored else self.latest
 
     def restore_params(self, params: nnx.State) -> nnx.State:
-        """The best checkpoint's trainable parameters alone, laid out as `params` are."""
+        """Return only the trained parameters of the best checkpoint, sharded as `params` are."""
         assert self.best is not None
         target = {"params": _abstract(nnx.to_pure_dict(params))}
-        nnx.replace_by_pure_dict(params, self._saver.load_checkpointables(self.best, target)["params"])
+        nnx.replace_by_pure_dict(params, self._checkpointer.load_checkpointables(self.best, target)["params"])
         return params
 
     def close(self) -> None:
-        """Waits for saves under way."""
-        self.settle()
-        self._saver.close()
+        """Wait for the save in progress and close the checkpointer."""
+        self.wait()
+        self._checkpointer.close()
 
 
 def read_identity(folder: Path) -> dict[str, Any]:
-    """A run folder's recipe and base identity.
+    """Read a run folder's `run.json`.
+
+    Returns:
+        {"base": checksums of the base model's parts, "recipe": fields of the recipe}.
 
     Raises:
-        ResumeError: it is no run folder, or its `run.json` is broken.
+        ResumeError: the file is missing or invalid.
     """
     path = folder / IDENTITY
     try:
-        found = json.loads(path.read_text("utf-8"))
-        # Fields that came later have the value that does what was done without them.
-        recipe = json.loads(Recipe.from_json(json.dumps(found["recipe"])).to_json())
-        return {"base": {str(part): str(sum) for part, sum in found["base"].items()}, "recipe": recipe}
+        content = json.loads(path.read_text("utf-8"))
+        # Fields that the file lacks get their defaults.
+        recipe = json.loads(Recipe.from_json(json.dumps(content["recipe"])).to_json())
+        return {"base": {str(part): str(checksum) for part, checksum in content["base"].items()}, "recipe": recipe}
     except OSError as error:
         raise ResumeError(f"{path}: cannot be read ({error.strerror}); `reverie train` writes it") from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ResumeError(f"{path}: does not say what run this is ({error!r})") from None
+        raise ResumeError(f"{path}: does not identify a run ({error!r})") from None
 
 
 def load_run(model: VisionLanguageModel, folder: Path) -> Recipe:
-    """Puts a run's adapters and projector into the base that it was tuned on, in place: the newest, or the best on records
-    that were held out. What was tuned of the base itself gets the base's types again.
+    """Load a run's trained parameters into its base model, in place: the best on held-out records, or the newest.
+
+    Parameters of the base model keep their dtypes.
 
     Returns:
         The run's recipe.
 
     Raises:
-        ResumeError: the folder holds no run, or one that was tuned on another base.
+        ResumeError: the folder holds no checkpoint, or the run has another base model.
     """
     recipe = Recipe.from_json(json.dumps(read_identity(folder)["recipe"]))
     checkpoints = RunCheckpoints(folder, recipe, base_checksums(model))
     if checkpoints.latest is None:
-        raise ResumeError(f"{folder}: no whole checkpoint here")
-    kinds = {path: leaf.dtype for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
-    adapt(model, recipe)
+        raise ResumeError(f"{folder}: has no complete checkpoint")
+    dtypes = {path: leaf.dtype for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    make_trainable(model, recipe)
     params = checkpoints.restore_params(nnx.state(model, trainable_filter(recipe.trainable)))
-    nnx.update(model, nnx.map_state(lambda path, x: x.replace(x.get_value().astype(kinds.get(path, x.dtype))), params))
+    nnx.update(model, nnx.map_state(lambda path, x: x.replace(x.get_value().astype(dtypes.get(path, x.dtype))), params))
     checkpoints.close()
     return recipe

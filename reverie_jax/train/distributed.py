@@ -1,4 +1,4 @@
-"""Several processes as one run."""
+"""Multi-process runs: joining the processes of a cluster."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from reverie_jax.errors import UserError
 
 
 def join(text: str) -> None:
-    """Joins the other processes of a run; does nothing for "". Call it before jax does anything.
+    """Join the other processes of a run. Call it before any other JAX function; "" does nothing.
 
     Args:
-        text: "auto" reads the scheduler's word (SLURM, Open MPI, Kubernetes, TPU metadata); "address:port,processes,number"
-            says it.
+        text: "auto" detects the cluster (SLURM, Open MPI, Kubernetes, TPU metadata); "address:port,processes,index" names
+            the coordinator, the number of processes and the index of this one.
 
     Raises:
-        UserError: it is neither, or the others cannot be reached.
+        UserError: the text has neither form, or the coordinator cannot be reached.
     """
     if not text:
         return
     match = re.fullmatch(r"(\S+:\d+),(\d+),(\d+)", text)
     if text != "auto" and match is None:
-        raise UserError(f"--distributed {text}: must be auto, or address:port,processes,number")
+        raise UserError(f"--distributed {text}: must be auto, or address:port,processes,index")
     if match is not None and not int(match[3]) < int(match[2]):
-        raise UserError(f"--distributed {text}: processes are numbered from 0 to {int(match[2]) - 1}")
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")  # without effect where there are accelerators
+        raise UserError(f"--distributed {text}: the index must be between 0 and {int(match[2]) - 1}")
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")  # no effect on accelerators
     try:
         if match is None:
             jax.distributed.initialize()

@@ -1,4 +1,4 @@
-"""The training loop, top to bottom: adapt, resume, step, log, save."""
+"""Training loop: prepare data and model, resume, then step, log, validate and save."""
 
 from __future__ import annotations
 
@@ -6,31 +6,33 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 
 from reverie_jax.data.conversation import ImageRecord
-from reverie_jax.data.pipeline import DatasetStats, dataset_stats, training_batches
+from reverie_jax.data.pipeline import DatasetStats, TreeBuilder, dataset_stats, training_batches
 from reverie_jax.data.processor import Processor
 from reverie_jax.errors import UserError
 from reverie_jax.models import VisionLanguageModel, lora
 from reverie_jax.models.checkpoints import base_checksums
-from reverie_jax.models.sharding import feed, local_rows, make_mesh, place, shardings
+from reverie_jax.models.sharding import global_batch, local_rows, make_mesh, shard_state, shardings
 from reverie_jax.train.checkpoint import ResumeError, RunCheckpoints
 from reverie_jax.train.metrics import MetricsLog
 from reverie_jax.train.monitor import StepMonitor, TrainingFailed
-from reverie_jax.train.preemption import Interruption
+from reverie_jax.train.preemption import Preempted, Preemption
 from reverie_jax.train.recipes import Recipe
-from reverie_jax.train.reference_model import ReferenceModel, find_reference
-from reverie_jax.train.step import TrainState, adapt, make_optimizer, make_step, trainable_filter
+from reverie_jax.train.reference_model import ReferenceSpec
+from reverie_jax.train.step import StepMetrics, TrainState, make_optimizer, make_step, make_trainable, trainable_filter
 from reverie_jax.train.validation import Validation, hold_out
-from reverie_jax.train.vision_cache import cached
+from reverie_jax.train.vision_cache import cached_features
 
 _log = logging.getLogger(__name__)
 
@@ -38,13 +40,13 @@ _PROFILED = range(3, 6)
 """Steps of a run that `profile` traces: the first ones compile."""
 
 
-class Interrupted(UserError):
-    """The run was asked to end (SIGTERM), and is saved."""
-
-
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
-    """What a run leaves in memory; the rest is in its folder."""
+    """What a run reports; everything else is in its folder.
+
+    Attributes:
+        steps: taken by this call; fewer than the recipe's after a resume.
+    """
 
     stats: DatasetStats
     seconds: float
@@ -64,117 +66,169 @@ def train(
     vision_cache: Path | None = None,
     console: Console | None = None,
 ) -> TrainResult:
-    """Tunes `model` in place with fresh adapters, and leaves checkpoints and metrics in `folder`.
+    """Train `model` in place by a recipe; write checkpoints and metrics to `folder`.
 
-    Several processes (`jax.distributed`) call it alike; each feeds its own devices' rows, and the first one writes the
-    metrics. SIGTERM ends it at the next step with a checkpoint, from which it goes on when it is called again.
+    In a multi-process run (`jax.distributed`) every process calls it with the same arguments, feeds its own devices, and
+    process 0 writes the metrics. SIGTERM stops it after the current step with a checkpoint; call it again to continue.
 
     Args:
-        source: records, by index.
-        mesh: devices; one by default.
-        resume: go on from the newest checkpoint in `folder`, if there is one; otherwise there must be none.
-        vision_cache: folder for the frozen tower's features of the pictures, counted once; none by default.
-        profile: leave a trace of a few steps in `folder`/profile.
+        model: base model, with or without adapters; float32 or bfloat16.
+        processor: tokenizes conversations and preprocesses images.
+        records: images with their conversations, by index.
+        recipe: hyperparameters.
+        folder: run folder; created if missing.
+        mesh: devices; the first one if omitted.
+        resume: continue from the newest checkpoint in `folder`; if False, a folder with a checkpoint is an error.
+        profile: write a profiler trace of a few steps to `folder`/profile.
+        vision_cache: folder for the frozen tower's features of the images; the tower then runs once per image.
+        console: of the progress bar; stderr by default.
 
     Raises:
-        DataError: a record does not fit the recipe's rows.
-        ResumeError: the folder holds a run that is not this one.
-        TrainingFailed: the loss became NaN or infinite, or jumped; the step and its records are named.
+        DataError: a record does not fit the recipe's sequence.
+        ResumeError: the folder holds another run.
+        TrainingFailed: the loss is NaN, infinite or jumped, or the last checkpoint was not written.
+        Preempted: SIGTERM stopped the run.
     """
     started = time.perf_counter()
     mesh = mesh or make_mesh()
-    processor = processor.using(recipe.template, image_aspect_ratio=recipe.image_aspect_ratio)
-    try:
-        records, held_out = hold_out(records, recipe.holdout)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    processor = processor.override(recipe.template, image_aspect_ratio=recipe.image_aspect_ratio)
+    records, held_out = hold_out(records, recipe.holdout)
     supervision = recipe.preference or recipe.supervision
-    found = dataset_stats(records, processor, recipe.sequence, supervision, prefix_sharing=recipe.prefix_sharing)
-    recipe = dataclasses.replace(recipe, steps=recipe.steps_for(found.rows))
-    try:
-        local_rows(
-            mesh, recipe.batch_size // recipe.gradient_accumulation_steps
-        )  # each micro-batch is spread over the devices
-        local = local_rows(mesh, recipe.batch_size)
-    except ValueError as error:
-        raise UserError(
-            f"recipe {recipe.name}, micro-batches of {recipe.batch_size // recipe.gradient_accumulation_steps}: {error}"
-        ) from None
-    features = None if vision_cache is None else cached(model, processor, records, vision_cache)
-    base = base_checksums(model)
-    fresh = adapt(model, recipe)
+    builder = TreeBuilder(processor, recipe.sequence, supervision, recipe.prefix_sharing)
+    stats = dataset_stats(records, builder)
+    builder = dataclasses.replace(builder, datasets=stats.datasets)
+    recipe = dataclasses.replace(recipe, steps=recipe.steps_for(stats.sequences))
+    local = _local_sequences(recipe, mesh)
+    features = None if vision_cache is None else cached_features(model, processor, records, vision_cache)
+    checksums = base_checksums(model)
+    fresh_adapters = make_trainable(model, recipe)
     if recipe.quantization is not None:
         lora.quantize(model, recipe.quantization)
-    graph, params, frozen = nnx.split(model, trainable_filter(recipe.trainable), ...)  # type: ignore[misc]
-    params, frozen = place(params, mesh), place(frozen, mesh)
     optimizer = make_optimizer(recipe)
-    # Moments lie as the parameters that they belong to. It must be said: zeros depend on none, and jit would replicate them.
-    layout = shardings(jax.eval_shape(optimizer.init, params), mesh)
-    with jax.set_mesh(mesh):
-        moments = jax.jit(optimizer.init, out_shardings=layout)(params)
-        if recipe.offload:
-            moments = jax.device_put(moments, jax.memory.Space.Host)
-    state = TrainState(params, moments, jax.device_put(jnp.zeros((), jnp.int32), NamedSharding(mesh, PartitionSpec())))
+    graph, state, frozen = _place(model, optimizer, recipe, mesh)
     batches = iter(
         training_batches(
-            records,
-            processor,
-            recipe.sequence,
-            rows=recipe.batch_size,
-            supervision=supervision,
-            prefix_sharing=recipe.prefix_sharing,
-            datasets=found.datasets,
-            seed=recipe.seed,
-            local=local,
-            features=features,
+            records, builder, batch_size=recipe.batch_size, seed=recipe.seed, local=local, features=features
         )
     )
-    # Left by an error or Ctrl-C, the block still waits for saves under way.
-    with contextlib.closing(batches), contextlib.closing(RunCheckpoints(folder, recipe, base)) as checkpoints:
-        reference = ReferenceModel()
-        if recipe.preference is not None:
-            reference = find_reference(model, fresh, params, frozen, processor, records, recipe, folder, mesh)
+    # If a step raises or is interrupted, closing still waits for the save in progress.
+    with contextlib.closing(batches), contextlib.closing(RunCheckpoints(folder, recipe, checksums)) as checkpoints:
+        spec = ReferenceSpec(model, state.params, frozen, fresh_adapters, records, builder, recipe, folder, mesh)
+        reference = spec.make()
         if checkpoints.latest is not None:
-            if not resume:
-                raise ResumeError(f"{folder}: holds a run already; resume it, or choose another folder")
-            state, position = checkpoints.restore(state)
-            batches.set_state(position)
-            _log.info("resumed from step %d", int(state.step))
-        first = int(state.step)
+            state = _resume(checkpoints, state, batches, folder, resume)
         step = make_step(
             *(graph, optimizer, recipe),
-            datasets=len(found.datasets),
+            datasets=len(stats.datasets),
             reference=reference.graph,
             shardings=jax.tree.map(lambda x: x.sharding, state),
         )
-        validate = Validation(graph, held_out, processor, recipe, mesh)
-        log = MetricsLog(folder, recipe.steps, resumed=first, label=recipe.name, console=console)
-        monitor = StepMonitor(model, records, found.datasets, recipe, mesh, log)
-        with jax.set_mesh(mesh), log, Interruption(recipe.save_minutes) as interruption:
-            for number in range(first + 1, recipe.steps + 1):
-                if profile and number == first + _PROFILED.start:
-                    jax.profiler.start_trace(str(folder / "profile"))
-                asked = time.perf_counter()
-                rows = next(batches)
-                batch = feed(rows, mesh, recipe.batch_size)
-                waited = time.perf_counter() - asked
-                with jax.transfer_guard("disallow"):  # nothing passes between host and device inside a step
-                    state, metrics = step(state, frozen, batch, reference.held)
-                monitor.after(number, metrics, rows.records, waited)
-                if profile and number == min(first + _PROFILED.stop, recipe.steps):
-                    jax.block_until_ready(state)
+        log = MetricsLog(folder, recipe.steps, resumed=int(state.step), label=recipe.name, console=console)
+        monitor = StepMonitor(model, records, stats.datasets, recipe, mesh, log)
+        validate = Validation(graph, held_out, builder, recipe, mesh)
+        run = _Run(recipe, mesh, state, frozen, reference.inputs, step, batches, checkpoints, validate, log, monitor)
+        steps = run.execute(folder / "profile" if profile else None)
+    nnx.update(model, run.state.params)
+    return TrainResult(stats, time.perf_counter() - started, steps)
+
+
+def _local_sequences(recipe: Recipe, mesh: Mesh) -> slice:
+    """Return which sequences of each batch this process feeds.
+
+    Raises:
+        UserError: a micro-batch cannot be spread evenly over the mesh.
+    """
+    try:
+        local_rows(mesh, recipe.micro_batch_size)
+        return local_rows(mesh, recipe.batch_size)
+    except ValueError as error:
+        raise UserError(f"recipe {recipe.name}, micro-batches of {recipe.micro_batch_size}: {error}") from None
+
+
+def _place(
+    model: VisionLanguageModel, optimizer: optax.GradientTransformation, recipe: Recipe, mesh: Mesh
+) -> tuple[nnx.GraphDef[VisionLanguageModel], TrainState, nnx.State]:
+    """Return the model's graph, the initial state and the frozen weights, both on the mesh."""
+    graph, params, frozen = nnx.split(model, trainable_filter(recipe.trainable), ...)  # type: ignore[misc]
+    params, frozen = shard_state(params, mesh), shard_state(frozen, mesh)
+    # Moments are sharded as their parameters. Without out_shardings, jit replicates zeros: they depend on no input.
+    moment_shardings = shardings(jax.eval_shape(optimizer.init, params), mesh)
+    with jax.set_mesh(mesh):
+        moments = jax.jit(optimizer.init, out_shardings=moment_shardings)(params)
+        if recipe.offload:
+            moments = jax.device_put(moments, jax.memory.Space.Host)
+    step = jax.device_put(jnp.zeros((), jnp.int32), NamedSharding(mesh, PartitionSpec()))
+    return graph, TrainState(params, moments, step), frozen
+
+
+def _resume(checkpoints: RunCheckpoints, state: TrainState, batches: Any, folder: Path, allowed: bool) -> TrainState:
+    """Return the newest checkpoint's state, with `batches` moved to its position.
+
+    Raises:
+        ResumeError: resuming is not allowed.
+    """
+    if not allowed:
+        raise ResumeError(f"{folder}: already holds a run; resume it, or choose another folder")
+    state, position = checkpoints.restore(state)
+    batches.set_state(position)
+    _log.info("resumed from step %d", int(state.step))
+    return state
+
+
+@dataclasses.dataclass
+class _Run:
+    """A prepared run: everything its steps need, on the devices."""
+
+    recipe: Recipe
+    mesh: Mesh
+    state: TrainState
+    frozen: nnx.State
+    reference_inputs: Any
+    step: Callable[..., tuple[TrainState, StepMetrics]]
+    batches: Any
+    checkpoints: RunCheckpoints
+    validate: Validation
+    log: MetricsLog
+    monitor: StepMonitor
+
+    def execute(self, trace: Path | None) -> int:
+        """Take the remaining steps and return their number.
+
+        Args:
+            trace: folder for a profiler trace of a few steps.
+        """
+        first, last = int(self.state.step), self.recipe.steps
+        with jax.set_mesh(self.mesh), self.log, Preemption(self.recipe.save_minutes) as preemption:
+            for number in range(first + 1, last + 1):
+                if trace and number == first + _PROFILED.start:
+                    jax.profiler.start_trace(str(trace))
+                self._take_step(number)
+                if trace and number == min(first + _PROFILED.stop, last):
+                    jax.block_until_ready(self.state)
                     jax.profiler.stop_trace()
-                ends = interruption.asked(number)
-                due = interruption.due(number)
-                if number % recipe.save_steps == 0 or number == recipe.steps or ends or due:
-                    monitor.settle()  # a state whose loss is no number is never saved
-                    measured = validate(state.params, frozen)
-                    log.validated(number, measured)
-                    checkpoints.save(state, batches.get_state(), measured)
-                if ends and number < recipe.steps:
-                    said = "is saved" if checkpoints.settle() else "could not be saved"
-                    raise Interrupted(f"asked to end: step {number} of {recipe.steps} {said}; run again to go on")
-        if not checkpoints.settle():
-            raise TrainingFailed(f"{folder}: the last checkpoint could not be written; free some space and run again")
-    nnx.update(model, state.params)
-    return TrainResult(found, time.perf_counter() - started, recipe.steps - first)
+                stop, due = preemption.requested(number), preemption.save_due(number)
+                if number % self.recipe.save_steps == 0 or number == last or stop or due:
+                    self._save(number)
+                if stop and number < last:
+                    outcome = "is saved" if self.checkpoints.wait() else "could not be saved"
+                    raise Preempted(f"stopped by SIGTERM: step {number} of {last} {outcome}; run again to continue")
+        if not self.checkpoints.wait():
+            raise TrainingFailed(
+                f"step {last}: the last checkpoint could not be written; free disk space and run again"
+            )
+        return last - first
+
+    def _take_step(self, number: int) -> None:
+        requested = time.perf_counter()
+        sequences = next(self.batches)
+        batch = global_batch(sequences, self.mesh, self.recipe.batch_size)
+        waited = time.perf_counter() - requested
+        with jax.transfer_guard("disallow"):  # a step must not copy between host and device
+            self.state, metrics = self.step(self.state, self.frozen, batch, self.reference_inputs)
+        self.monitor.after(number, metrics, sequences.records, waited)
+
+    def _save(self, number: int) -> None:
+        self.monitor.flush()  # a state whose loss is not finite is never saved
+        validation = self.validate(self.state.params, self.frozen)
+        self.log.write_validation(number, validation)
+        self.checkpoints.save(self.state, self.batches.get_state(), validation)

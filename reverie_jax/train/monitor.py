@@ -1,4 +1,4 @@
-"""What is read from a run while it runs: its numbers, and when it must not go on."""
+"""Step monitor: throughput, MFU and memory of each step; stops a run on NaN or a loss spike."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from reverie_jax.train.plan.topology import chip_of
 from reverie_jax.train.recipes import Recipe
 from reverie_jax.train.step import StepMetrics, schedule
 
-_REMEMBERED = 50
-"""Losses that a spike is measured against; fewer than half of them judge nothing."""
+_MEDIAN_STEPS = 50
+"""Steps whose median loss a spike is measured against; with fewer than half of them no spike is detected."""
 
 
 class TrainingFailed(UserError):
-    """Training that must not go on."""
+    """A run that must not continue: the loss is not finite or jumped, or the last checkpoint was not written."""
 
 
 class _Pending(NamedTuple):
@@ -39,12 +39,12 @@ class _Pending(NamedTuple):
 
 
 class StepMonitor:
-    """Reads each step's numbers, one step late on accelerators, so that these never wait for the host.
+    """Reader of each step's metrics; one step late on accelerators, so that they never wait for the host.
 
     Args:
-        model: what a step's FLOPs follow from.
-        source: to name the records of a step that failed.
-        sources: names, as `origin` counts them.
+        model: its sizes give the FLOPs of a step.
+        records: training records, to name those of a failed step.
+        datasets: names, in the order of `Batch.origin`.
     """
 
     def __init__(
@@ -62,27 +62,29 @@ class StepMonitor:
         # Several fake devices on few cores can deadlock where steps are not waited for.
         self._late = jax.default_backend() != "cpu"
         self._pending: _Pending | None = None
-        self._losses: collections.deque[float] = collections.deque(maxlen=_REMEMBERED)
+        self._losses: collections.deque[float] = collections.deque(maxlen=_MEDIAN_STEPS)
         self._ready = time.perf_counter()
 
     def after(self, number: int, metrics: StepMetrics, records: Int32[np.ndarray, "B M"], waited: float) -> None:
-        """Takes a step's numbers; those of the one before are read now.
+        """Take a step's metrics and read those of the previous step.
 
         Args:
-            records: of this process's rows.
-            waited: seconds for the batch.
+            number: of the step, from 1.
+            metrics: of the step, on the device.
+            records: record numbers of this process's sequences, from 1; 0 for none.
+            waited: seconds spent waiting for the batch.
 
         Raises:
-            TrainingFailed: the loss is no number, or jumped.
+            TrainingFailed: the loss is not finite or jumped.
         """
-        before, self._pending = self._pending, _Pending(number, metrics, records, waited)
-        if before is not None:
-            self._read(before)
+        previous, self._pending = self._pending, _Pending(number, metrics, records, waited)
+        if previous is not None:
+            self._read(previous)
         if not self._late:
-            self.settle()
+            self.flush()
 
-    def settle(self) -> None:
-        """Reads what is not read yet."""
+    def flush(self) -> None:
+        """Read the metrics that are still pending."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
             self._read(pending)
@@ -92,7 +94,7 @@ class StepMonitor:
         numbers = {name: float(value) for name, value in step.metrics._asdict().items() if name != "sums"}
         now = time.perf_counter()
         seconds, self._ready = now - self._ready, now
-        self._judge(step, numbers["loss"])
+        self._check(step, numbers["loss"])
         self.log.write(
             step.number,
             {
@@ -102,33 +104,36 @@ class StepMonitor:
                 "supervised_share": numbers["supervised"] / max(1.0, numbers["tokens"]),
                 "packing": numbers["tokens"] / (self.recipe.batch_size * self.recipe.sequence.length),
                 "input_wait": min(1.0, step.waited / seconds),
-                **self._work(numbers, seconds),
-                "rate": float(schedule(self.recipe.learning_rate, self.recipe)(step.number - 1)),
-                "projector_rate": float(schedule(self.recipe.projector_learning_rate, self.recipe)(step.number - 1)),
-                **self._parts(sums),
+                **self._utilization(numbers, seconds),
+                "learning_rate": self._scheduled(self.recipe.learning_rate, step.number),
+                "projector_learning_rate": self._scheduled(self.recipe.projector_learning_rate, step.number),
+                **self._means(sums),
                 **self._memory(),
             },
         )
 
-    def _judge(self, step: _Pending, loss: float) -> None:
+    def _scheduled(self, peak: float, number: int) -> float:
+        return float(schedule(peak, self.recipe)(number - 1))
+
+    def _check(self, step: _Pending, loss: float) -> None:
         if not math.isfinite(loss):
             raise TrainingFailed(
-                f"step {step.number}: the loss is {loss}; lower the rate or clip gradients. {self._named(step)}"
+                f"step {step.number}: the loss is {loss}; lower learning_rate or set max_grad_norm. {self._ids(step)}"
             )
-        usual = statistics.median(self._losses) if len(self._losses) >= _REMEMBERED // 2 else math.inf
+        usual = statistics.median(self._losses) if len(self._losses) >= _MEDIAN_STEPS // 2 else math.inf
         if self.recipe.loss_spike_threshold is not None and loss > usual + self.recipe.loss_spike_threshold:
             raise TrainingFailed(
-                f"step {step.number}: the loss jumped from about {usual:.3f} to {loss:.3f}; look at its records, lower the"
-                f" rate, or set spike=none to go on whatever happens. {self._named(step)}"
+                f"step {step.number}: the loss jumped from about {usual:.3f} to {loss:.3f}; check its records, lower"
+                f" learning_rate, or set loss_spike_threshold=none to continue. {self._ids(step)}"
             )
         self._losses.append(loss)
 
-    def _named(self, step: _Pending) -> str:
+    def _ids(self, step: _Pending) -> str:
         ids = [self.records[number - 1].id for number in np.unique(step.records[step.records > 0]).tolist()]
-        return f"Its records: {', '.join(ids)}"
+        return f"Records: {', '.join(ids)}"
 
-    def _parts(self, sums: dict[str, Any]) -> dict[str, float]:
-        """Losses by source where there are several, and rewards of pairs."""
+    def _means(self, sums: dict[str, Any]) -> dict[str, float]:
+        """Return the loss of each of several datasets, or the rewards of preference pairs."""
         if "pairs" in sums:
             pairs = max(1.0, float(sums.pop("pairs")))
             return {name: float(value) / pairs for name, value in sums.items()}
@@ -136,25 +141,26 @@ class StepMonitor:
             return {}
         return {
             f"loss/{name or 'unnamed'}": float(loss) / float(weight)
-            for name, loss, weight in zip(self.datasets, sums["source_loss"], sums["source_weight"], strict=True)
+            for name, loss, weight in zip(self.datasets, sums["dataset_loss"], sums["dataset_weight"], strict=True)
             if weight > 0
         }
 
-    def _work(self, numbers: dict[str, float], seconds: float) -> dict[str, float]:
-        """Useful TFLOP/s of a device (`costs.FLOPS_FORMULA`), and their share of its peak where that is known."""
-        counts = {"tokens": numbers["tokens"], "pairs": numbers["seen"], "edges": numbers["supervised"]}
+    def _utilization(self, numbers: dict[str, float], seconds: float) -> dict[str, float]:
+        """Return useful TFLOP/s per device (`costs.FLOPS_FORMULA`), and MFU if the device's peak is known."""
+        counts = {
+            "tokens": numbers["tokens"],
+            "pairs": numbers["attention_pairs"],
+            "edges": numbers["supervised"],
+            "images": numbers["images"],
+        }
         flops = costs.model_flops(
-            self._config,
-            self._sizes,
-            self.recipe,
-            images=round(numbers["images"]),
-            **{name: round(count) for name, count in counts.items()},
+            self._config, self._sizes, self.recipe, **{name: round(count) for name, count in counts.items()}
         )
         rate, chip = flops / seconds / len(self._devices), chip_of(self._devices[0].device_kind)
         return {"tflops_per_device": rate / 1e12} | ({"mfu": rate / chip.flops} if chip else {})
 
     def _memory(self) -> dict[str, float]:
-        """Largest use of a device's memory so far, in GiB, where devices say it."""
+        """Return the peak memory use of a device in GiB, if devices report it."""
         stats = [device.memory_stats() for device in self._devices if device.process_index == jax.process_index()]
-        peaks = [one["peak_bytes_in_use"] for one in stats if one and "peak_bytes_in_use" in one]
+        peaks = [entry["peak_bytes_in_use"] for entry in stats if entry and "peak_bytes_in_use" in entry]
         return {"hbm_peak_gib": max(peaks) / 2**30} if peaks else {}

@@ -1,4 +1,4 @@
-"""What training minimises: sums of log-probabilities of the edges of trees, by themselves or in pairs of answers."""
+"""Training objectives: cross-entropy on the supervised edges of trees, and DPO on pairs of answers."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from reverie_jax.models.layers import Remat
 
 
 class Loss(NamedTuple):
-    """Sums over a batch: of weighted losses, and of what they are divided by. Their quotient is the loss."""
+    """Sums of weighted losses and of weights over a batch; the mean loss is total / weight."""
 
     total: Float[Array, ""]
     weight: Float[Array, ""]
 
 
 class Rewards(NamedTuple):
-    """Sums over a batch's pairs; divided by the number of pairs they are the metrics that DPO trainers log."""
+    """Sums over a batch's pairs of the metrics that DPO trainers log as means."""
 
     chosen_reward: Float[Array, ""]
     rejected_reward: Float[Array, ""]
@@ -39,21 +39,19 @@ def edge_logps(
     remat: Remat = "full",
     chunk: int = 512,
 ) -> Float[Array, "B E"]:
-    """log p(target | source) of each edge.
+    """Return log p(target | parent) of each edge.
 
-    The LM head runs on edges alone and `chunk` of a row's edges at a time, so B x L x V logits are never built.
+    The LM head runs on edges only, `chunk` edges of a sequence at a time: [B, L, V] logits are never materialized.
 
     Args:
-        key: LoRA dropout; None switches it off.
+        model: policy or reference.
+        batch: packed sequences.
+        key: random key of LoRA dropout; None disables dropout.
+        train_tower: backpropagate into the vision tower.
         remat: see `models.layers.scan_layers`.
-        chunk: edges of a row whose logits exist together.
+        chunk: edges of a sequence whose logits exist at the same time.
     """
-    hidden = model.hidden(
-        *(batch.tokens, batch.positions, batch.ends, batch.image_slots, batch.pixels),
-        key=key,
-        train_tower=train_tower,
-        remat=remat,
-    )
+    hidden = model.hidden(batch.inputs, key=key, train_tower=train_tower, remat=remat)
     states = jnp.take_along_axis(hidden, batch.parent[:, :, None], axis=1)
     edges = states.shape[1]
     chunks = max(1, -(-edges // chunk))
@@ -64,18 +62,18 @@ def edge_logps(
         return jnp.moveaxis(x.reshape(x.shape[0], chunks, -1, *x.shape[2:]), 1, 0)
 
     @jax.checkpoint
-    def of_chunk(none: None, part: tuple[Array, Array]) -> tuple[None, Array]:
-        state, target = part
+    def score_chunk(carry: None, inputs: tuple[Array, Array]) -> tuple[None, Array]:
+        state, target = inputs
         logits = model.decoder.logits(state)
         chosen = jnp.take_along_axis(logits, target[:, :, None], axis=-1)[..., 0]
-        return none, chosen - jax.nn.logsumexp(logits, axis=-1)
+        return carry, chosen - jax.nn.logsumexp(logits, axis=-1)
 
-    _, found = jax.lax.scan(of_chunk, None, (split(states), split(batch.target)))
-    return jnp.moveaxis(found, 0, 1).reshape(states.shape[0], -1)[:, :edges]
+    _, logps = jax.lax.scan(score_chunk, None, (split(states), split(batch.target)))
+    return jnp.moveaxis(logps, 0, 1).reshape(states.shape[0], -1)[:, :edges]
 
 
 def cross_entropy(logps: Float[Array, "B E"], batch: Batch) -> Loss:
-    """The sum of weight * -log p, over the sum of weights."""
+    """Return the weighted cross-entropy of the edges."""
     return Loss(-(batch.weight * logps).sum(), batch.weight.sum())
 
 
@@ -87,44 +85,49 @@ def edge_loss(
     train_tower: bool = False,
     chunk: int = 512,
 ) -> Loss:
-    """Cross-entropy of the taught edges; see `edge_logps`."""
+    """Return the cross-entropy of a batch's edges under a model. Arguments as for `edge_logps`."""
     return cross_entropy(edge_logps(model, batch, key=key, train_tower=train_tower, chunk=chunk), batch)
 
 
-def by_origin(logps: Float[Array, "B E"], batch: Batch, datasets: int) -> tuple[Float[Array, "S"], Float[Array, "S"]]:
-    """`cross_entropy`'s two sums for each of the data's sources."""
-    place = batch.origin.reshape(-1)
+def loss_by_dataset(
+    logps: Float[Array, "B E"], batch: Batch, datasets: int
+) -> tuple[Float[Array, "S"], Float[Array, "S"]]:
+    """Return the two sums of `cross_entropy` for each of S = `datasets` datasets."""
+    dataset = batch.origin.reshape(-1)
     losses, weights = -(batch.weight * logps).reshape(-1), batch.weight.reshape(-1)
-    return jax.ops.segment_sum(losses, place, datasets), jax.ops.segment_sum(weights, place, datasets)
+    return jax.ops.segment_sum(losses, dataset, datasets), jax.ops.segment_sum(weights, dataset, datasets)
 
 
-def answer_sums(logps: Float[Array, "B E"], batch: Batch) -> Float[Array, "B Q"]:
-    """s of each answer: the weighted sum of its edges' log-probabilities."""
+def answer_logps(logps: Float[Array, "B E"], batch: Batch) -> Float[Array, "B Q"]:
+    """Return the weighted sum of the log-probabilities of each answer's edges."""
     answers = batch.leaves.shape[1]
-    return jax.vmap(lambda x, place: jax.ops.segment_sum(x, place, num_segments=answers))(
+    return jax.vmap(lambda x, branch: jax.ops.segment_sum(x, branch, num_segments=answers))(
         batch.weight * logps, batch.branch
     )
 
 
 def preference_loss(
-    sums: Float[Array, "B Q"], reference: Float[Array, "B Q"], batch: Batch, preference: DPOConfig
+    policy: Float[Array, "B Q"], reference: Float[Array, "B Q"], batch: Batch, preference: DPOConfig
 ) -> tuple[Loss, Rewards]:
-    """DPO's loss over the pairs of a batch (Rafailov et al., arXiv 2305.18290; DDPO of RLHF-V, arXiv 2312.00849).
+    """Return the DPO loss of a batch's pairs (Rafailov et al., arXiv 2305.18290; DDPO of RLHF-V, arXiv 2312.00849).
 
     Args:
-        sums, reference: `answer_sums` of the model and of its reference; chosen and rejected alternate.
+        policy: `answer_logps` of the trained model; chosen and rejected answers alternate.
+        reference: `answer_logps` of the reference model.
+        batch: whose answers these are.
+        preference: coefficients of the loss.
     """
 
     def split(x: Array) -> tuple[Array, Array]:
         return x[:, 0::2], x[:, 1::2]
 
-    here: Bool[Array, "B P"] = split(batch.questions)[0] >= 0
-    chosen, rejected = (preference.beta * side for side in split(sums - reference))
+    filled: Bool[Array, "B P"] = split(batch.questions)[0] >= 0
+    chosen, rejected = (preference.beta * side for side in split(policy - reference))
     margin = chosen - rejected
-    losses = preference.weight * -jax.nn.log_sigmoid(margin) - preference.sft * split(sums)[0]
+    losses = preference.weight * -jax.nn.log_sigmoid(margin) - preference.sft * split(policy)[0]
 
     def total(x: Array) -> Array:
-        return jnp.where(here, x, jnp.zeros_like(x)).sum()
+        return jnp.where(filled, x, jnp.zeros_like(x)).sum()
 
     rewards = Rewards(total(chosen), total(rejected), total(margin), total((margin > 0).astype(jnp.float32)))
-    return Loss(total(losses), here.sum().astype(jnp.float32)), rewards
+    return Loss(total(losses), filled.sum().astype(jnp.float32)), rewards

@@ -1,4 +1,4 @@
-"""Recipes: everything that decides a run's updates, by name."""
+"""Recipes: the hyperparameters of a run, by name or from a YAML file."""
 
 from __future__ import annotations
 
@@ -20,42 +20,49 @@ from reverie_jax.models.layers import Remat
 from reverie_jax.models.lora import DEFAULT_TARGETS
 
 Trainable = Literal["lora", "projector", "full"]
+LossReduction = Literal["tokens", "micro-batches"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """A run: what is tuned, on what, how fast. What is not tuned is frozen.
+    """Hyperparameters of a training run. Parameters that are not trained are frozen.
 
     Attributes:
+        name: of the recipe.
         steps: optimizer steps; 0 for as many as `epochs` take.
-        epochs: passes over the data, where `steps` is 0.
-        rows: rows in a batch, over all devices and micro-batches.
-        row: static sizes of a row. With `images=1` a row is one image, so runs of equal steps see equal images.
-        accumulate: micro-batches of a step; `rows` is a multiple.
-        remat: what the backward pass computes again instead of keeping it: a layer's whole inside, all but its products with
-            weights, or nothing.
-        offload: the optimizer's state waits in the host's memory between steps.
-        mean: the loss is the mean over all taught tokens of a step, or the mean of the micro-batches' means, as
-            transformers' trainer has it (a token in a micro-batch of few then counts more).
-        tune: adapters and projector, the projector alone, or decoder and projector in full.
-        teach: what of each conversation is taught: first answers only, or rationales too, and in which form.
-        preference: tune on pairs of answers by direct preference optimisation instead of on `teach`; a row's `leaves` are
-            then its answers, two a pair, and the loss is the mean over pairs.
-        sharing: an image's conversations as one tree; without, each is computed by itself, as other trainers do.
-        template, aspect: instead of the checkpoint's own.
-        fresh_projector: the kind that is made where `tune=projector` and the base is a language model and a tower alone.
-        base: the frozen matrices that carry adapters as they are, or in 8 or 4 bits (QLoRA).
-        rank, alpha, dropout, targets: the adapters (scale alpha / rank).
-        rate: peak learning rate of adapters or decoder.
-        projector_rate: peak learning rate of the projector.
-        warmup: share of the steps with a rising rate; then cosine to zero.
-        clip: largest gradient norm; None for no clipping, as LLaVA's published recipes.
-        save_every: steps between checkpoints.
-        save_minutes: time between them, whichever comes first; 0 for steps alone.
-        keep: checkpoints that are kept, the newest; with `holdout` the best one is too.
-        holdout: records, the last ones, that are not trained on; the loss on them is taken at each save.
-        spike: nats above the median of the last 50 steps that end the run; none for no such end.
-        seed: fixes order, adapters' start and dropout.
+        epochs: passes over the data if `steps` is 0.
+        batch_size: sequences per step, over all devices and micro-batches.
+        sequence: static sizes of a packed sequence. With `images=1` a sequence holds one image.
+        gradient_accumulation_steps: micro-batches per step; divides `batch_size`.
+        remat: what the backward pass recomputes: `full` layers, everything but matrix products (`dots`), or `none`.
+        offload: keep the optimizer state in host memory between steps.
+        loss_reduction: mean over all supervised tokens of a step (`tokens`), or mean of the micro-batches' means, as the
+            trainer of transformers computes it (`micro-batches`).
+        trainable: adapters and projector (`lora`), the projector only, or decoder and projector (`full`).
+        supervision: which answers and rationales are supervised, and in which form.
+        preference: train on pairs of answers by DPO instead of `supervision`; `sequence.questions` then counts answers,
+            two per pair, and the loss is the mean over pairs.
+        prefix_sharing: compute the conversations about an image as one tree; otherwise each one separately.
+        template: conversation template; the checkpoint's if None.
+        image_aspect_ratio: preprocessing of images; the checkpoint's if None.
+        projector_type: of the new projector, where `trainable=projector` and the model is given as parts.
+        quantization: format of the frozen matrices that carry adapters: int8, nf4 (QLoRA), or None for the model's dtype.
+        rank: of the adapters.
+        alpha: of the adapters; they are scaled by alpha / rank.
+        dropout: of the adapters' inputs, a probability.
+        target_modules: regular expression of the layers that get adapters.
+        learning_rate: peak learning rate of adapters or decoder.
+        projector_learning_rate: peak learning rate of the projector.
+        warmup_ratio: share of the steps with a rising learning rate; cosine decay to zero follows.
+        max_grad_norm: global gradient norm above which gradients are clipped; None disables clipping.
+        weight_decay: of AdamW.
+        save_steps: steps between checkpoints.
+        save_minutes: minutes between checkpoints, in addition to `save_steps`; 0 disables.
+        keep_checkpoints: newest checkpoints to keep; with `holdout` the best one is kept too.
+        holdout: number of records, the last ones, that are not trained on; the loss on them is computed at each save.
+        loss_spike_threshold: the run stops if the loss exceeds the median of the last 50 steps by this many nats; None
+            disables.
+        seed: of the data order, the adapters' initialization and dropout.
     """
 
     __pydantic_config__ = pydantic.ConfigDict(extra="forbid")
@@ -68,7 +75,7 @@ class Recipe:
     gradient_accumulation_steps: int = 1
     remat: Remat = "full"
     offload: bool = False
-    loss_reduction: Literal["tokens", "micro-batches"] = "tokens"
+    loss_reduction: LossReduction = "tokens"
     trainable: Trainable = "lora"
     supervision: Supervision = Supervision()  # noqa: RUF009
     preference: DPOConfig | None = None
@@ -96,14 +103,20 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.gradient_accumulation_steps < 1 or self.batch_size % self.gradient_accumulation_steps:
             raise ValueError(
-                f"batch_size={self.batch_size} is not a multiple of gradient_accumulation_steps={self.gradient_accumulation_steps}"
+                f"batch_size={self.batch_size} is not a multiple of"
+                f" gradient_accumulation_steps={self.gradient_accumulation_steps}"
             )
         if self.quantization is not None and self.trainable == "full":
-            raise ValueError(f"quantization={self.quantization} needs frozen weights; trainable=full freezes none")
+            raise ValueError(f"quantization={self.quantization} needs frozen weights; trainable=full has none")
 
-    def steps_for(self, rows: int) -> int:
-        """Steps of a run on data that fill so many rows in a pass."""
-        return self.steps or max(1, round(self.epochs * rows / self.batch_size))
+    @property
+    def micro_batch_size(self) -> int:
+        """Sequences per micro-batch, over all devices."""
+        return self.batch_size // self.gradient_accumulation_steps
+
+    def steps_for(self, sequences: int) -> int:
+        """Return the steps of a run on data that fill `sequences` packed sequences per pass."""
+        return self.steps or max(1, round(self.epochs * sequences / self.batch_size))
 
     def summary(self) -> str:
         """Return what the recipe trains, in a line."""
@@ -119,10 +132,16 @@ class Recipe:
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
 
     def to_json(self) -> str:
+        """Return the recipe as JSON; `from_json` reads it back."""
         return json.dumps(dataclasses.asdict(self), indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> Recipe:
+        """Read a recipe from JSON; omitted fields have their defaults.
+
+        Raises:
+            pydantic.ValidationError: a field is unknown, missing or invalid.
+        """
         return pydantic.TypeAdapter(cls).validate_json(text)
 
 
@@ -139,7 +158,7 @@ _SCENES = Recipe(
     projector_learning_rate=3e-4,
     save_steps=100,
 )
-# LLaVA's scripts as published: a conversation a row, 16 a device on 8 devices, each device's mean by itself, no clipping.
+# LLaVA's published scripts: a conversation per sequence, 16 on each of 8 devices, mean per device, no clipping.
 _LLAVA = Recipe(
     name="llava-1.5-7b-lora",
     steps=0,
@@ -177,7 +196,7 @@ _PRETRAIN = dataclasses.replace(
     image_aspect_ratio="square",
     projector_learning_rate=1e-3,
 )
-# The same on trees: about as many conversations a step, every taught token of a step alike.
+# The same with prefix sharing: about as many conversations per step, every supervised token of a step weighs the same.
 _REVERIE = dataclasses.replace(
     _LLAVA,
     name="reverie-1.5-7b-lora",
@@ -189,8 +208,8 @@ _REVERIE = dataclasses.replace(
     prefix_sharing=True,
 )
 
-# A pair a row, so that a batch has as many pairs as the published one; RLHF-V tunes in full, and so keeps the reference's
-# sums. Its own model is Muffin-13B: here the recipe stands for any LLaVA.
+# One pair per sequence gives the published number of pairs per batch. RLHF-V trains all weights, so the reference's
+# log-probabilities are stored. Its model is Muffin-13B; here the recipe applies to any LLaVA.
 _DDPO = dataclasses.replace(
     _LLAVA,
     name="rlhfv-ddpo-paper",
@@ -218,8 +237,8 @@ _DPO = dataclasses.replace(
     preference=DPOConfig(reference="stored"),
 )
 
-# LRV-Instruction's second version tunes queries and values alone. Its rate, batch and length are not published: those of
-# mPLUG-Owl, which it starts from, stand in.
+# LRV-Instruction's second version adapts queries and values only. Its learning rate, batch size and sequence length are not
+# published; these are mPLUG-Owl's, which it starts from.
 _LRV = dataclasses.replace(
     _LLAVA,
     name="lrv-sft",
@@ -239,8 +258,8 @@ _LRV = dataclasses.replace(
 )
 
 
-def _named(base: Recipe, *names: str, **changes: Any) -> list[Recipe]:
-    return [dataclasses.replace(base, name=name, **changes) for name in names]
+def _named(recipe: Recipe, *names: str, **changes: Any) -> list[Recipe]:
+    return [dataclasses.replace(recipe, name=name, **changes) for name in names]
 
 
 RECIPES: dict[str, Recipe] = {
@@ -287,26 +306,27 @@ RECIPES: dict[str, Recipe] = {
 _ADAPTER = pydantic.TypeAdapter(Recipe)
 
 
-def override(base: Recipe, settings: Sequence[str]) -> Recipe:
-    """A recipe with some fields replaced.
+def override(recipe: Recipe, settings: Sequence[str]) -> Recipe:
+    """Return a recipe with some fields replaced.
 
     Args:
-        settings: `field=value` each; `row.tokens=512` reaches into the row's shape.
+        recipe: to start from.
+        settings: `field=value` each; `sequence.length=512` sets a field of a field, `none` stands for None.
 
     Raises:
-        UserError: no such field, or a value that is none for it.
+        UserError: a field is unknown, or a value is invalid for it.
     """
-    values = dataclasses.asdict(base)
+    values = dataclasses.asdict(recipe)
     for setting in settings:
-        name, equals, value = setting.partition("=")
-        *outer, last = name.split(".")
-        place: Any = values
+        path, equals, value = setting.partition("=")
+        *outer, name = path.split(".")
+        fields: Any = values
         for part in outer:
-            place = place.get(part) if isinstance(place, dict) else None
-        if not equals or not isinstance(place, dict) or last not in place or isinstance(place[last], dict):
+            fields = fields.get(part) if isinstance(fields, dict) else None
+        if not equals or not isinstance(fields, dict) or name not in fields or isinstance(fields[name], dict):
             known = ", ".join(field.name for field in dataclasses.fields(Recipe))
-            raise UserError(f"{setting!r} sets no field of a recipe; write field=value with one of {known}")
-        place[last] = None if value == "none" else value
+            raise UserError(f"--set {setting}: write field=value with a recipe field; choose from {known}")
+        fields[name] = None if value == "none" and path != "remat" else value  # a choice of `remat` is named none
     try:
         return _ADAPTER.validate_python(values)
     except pydantic.ValidationError as error:
@@ -314,16 +334,16 @@ def override(base: Recipe, settings: Sequence[str]) -> Recipe:
 
 
 def _first_problem(error: pydantic.ValidationError) -> str:
-    first = error.errors()[0]
-    place = ".".join(map(str, first["loc"]))
-    return f"recipe field {place}: {first['msg']}" if place else f"recipe: {first['msg']}"
+    problem = error.errors()[0]
+    field = ".".join(map(str, problem["loc"]))
+    return f"recipe field {field}: {problem['msg']}" if field else f"recipe: {problem['msg']}"
 
 
 def find_recipe(name: str) -> Recipe:
     """Return the recipe of that name.
 
     Raises:
-        UserError: there is no such recipe; all names are listed.
+        UserError: the name is unknown; the message lists all names.
     """
     if name not in RECIPES:
         raise UserError(f"unknown recipe {name!r}; choose from {', '.join(sorted(RECIPES))}, or name a YAML file")
@@ -349,19 +369,3 @@ def read_recipe(name: str) -> Recipe:
     except pydantic.ValidationError as error:
         raise UserError(f"{name}: {_first_problem(error)}") from None
 
-
-def describe_fields() -> str:
-    """Return a line for each field of a recipe: name, type and default."""
-    lines = []
-    for prefix, kind in (
-        ("", Recipe),
-        ("sequence.", SequenceShape),
-        ("supervision.", Supervision),
-        ("preference.", DPOConfig),
-    ):
-        for field in dataclasses.fields(kind):
-            if not prefix and field.name in ("sequence", "supervision", "preference"):
-                continue
-            default = "required" if field.default is dataclasses.MISSING else str(field.default)
-            lines.append(f"  {prefix + field.name:32} {field.type!s:40} {default}")
-    return "\n".join(lines)

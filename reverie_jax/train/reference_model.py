@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,11 @@ from jaxtyping import Array, Float, Float32, Int, Int32
 
 from reverie_jax.data.conversation import ImageRecord
 from reverie_jax.data.packing import Batch
-from reverie_jax.data.pipeline import ordered_batches
-from reverie_jax.data.processor import Processor
+from reverie_jax.data.pipeline import TreeBuilder, ordered_batches
 from reverie_jax.errors import UserError
+from reverie_jax.files import atomic_path
 from reverie_jax.models import VisionLanguageModel, lora
-from reverie_jax.models.sharding import feed, local_rows
+from reverie_jax.models.sharding import global_batch, local_rows
 from reverie_jax.train.objective import answer_logps, edge_logps
 from reverie_jax.train.recipes import Recipe
 from reverie_jax.train.step import trainable_filter
@@ -63,7 +62,7 @@ class ReferenceSpec:
     frozen: nnx.State
     fresh_adapters: bool
     records: Sequence[ImageRecord]
-    processor: Processor
+    builder: TreeBuilder
     recipe: Recipe
     folder: Path
     mesh: Mesh
@@ -93,11 +92,8 @@ class ReferenceSpec:
         else:
             numbers, logps = self._compute()
             if jax.process_index() == 0:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                part = self.folder / f".{STORED}.part"
-                with part.open("wb") as file:
+                with atomic_path(path) as part, part.open("wb") as file:
                     np.savez(file, numbers=numbers, logps=logps)
-                os.replace(part, path)
         replicated = NamedSharding(self.mesh, PartitionSpec())
 
         def to_devices(x: np.ndarray) -> jax.Array:
@@ -108,26 +104,18 @@ class ReferenceSpec:
     def _compute(self) -> tuple[Int32[np.ndarray, "N"], Float32[np.ndarray, "N"]]:
         """Return the numbers of all answers, ascending, and their log-probabilities."""
         recipe, size = self.recipe, self.recipe.micro_batch_size
-        assert recipe.preference is not None
         graph, _, _ = nnx.split(self.model, trainable_filter(recipe.trainable), ...)  # type: ignore[misc]
 
         def score(params: nnx.State, frozen: nnx.State, batch: Batch) -> tuple[Int[Array, "B Q"], Float[Array, "B Q"]]:
             return batch.questions, answer_logps(edge_logps(nnx.merge(graph, params, frozen), batch), batch)
 
         jitted = jax.jit(score, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
-        batches = ordered_batches(
-            self.records,
-            self.processor,
-            recipe.sequence,
-            recipe.preference,
-            rows=size,
-            local=local_rows(self.mesh, size),
-        )
+        batches = ordered_batches(self.records, self.builder, batch_size=size, local=local_rows(self.mesh, size))
         all_numbers, all_logps = [], []
         _log.info("computing the reference log-probabilities of %d records", len(self.records))
         with jax.set_mesh(self.mesh):
             for batch in batches:
-                numbers, logps = map(np.asarray, jitted(self.params, self.frozen, feed(batch, self.mesh, size)))
+                numbers, logps = map(np.asarray, jitted(self.params, self.frozen, global_batch(batch, self.mesh, size)))
                 all_numbers.append(numbers[numbers >= 0])
                 all_logps.append(logps[numbers >= 0])
         joined = np.concatenate(all_numbers)
@@ -136,11 +124,7 @@ class ReferenceSpec:
 
 
 def adapters_off(model: VisionLanguageModel, recipe: Recipe, params: nnx.State) -> ReferenceModel:
-    """Return the model without its adapters as a reference; only the projector's parameters are copied.
-
-    Args:
-        params: trainable parameters, on the mesh.
-    """
+    """Return the model without its adapters as a reference; of `params` only the projector's are copied."""
     projector = nnx.filter_state(params, nnx.PathContains("projector"))
     # The step donates the original.
     return ReferenceModel(without_adapters(model, recipe), jax.tree.map(jnp.copy, projector))
@@ -148,9 +132,9 @@ def adapters_off(model: VisionLanguageModel, recipe: Recipe, params: nnx.State) 
 
 def without_adapters(model: VisionLanguageModel, recipe: Recipe) -> nnx.GraphDef[VisionLanguageModel]:
     """Return the model's graph with its adapters disabled."""
-    lora.switch(model, on=False)
+    lora.set_adapters_enabled(model, False)
     graph, _, _ = nnx.split(model, trainable_filter(recipe.trainable), ...)  # type: ignore[misc]
-    lora.switch(model, on=True)
+    lora.set_adapters_enabled(model, True)
     return graph
 
 

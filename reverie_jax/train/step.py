@@ -1,11 +1,11 @@
-"""One optimizer step: a pure function of trainable state, frozen weights and a batch."""
+"""Optimizer step: a pure function of trainable state, frozen weights and a batch."""
 
 from __future__ import annotations
 
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,18 +18,17 @@ from reverie_jax.errors import UserError
 from reverie_jax.models import VisionLanguageModel, lora
 from reverie_jax.train.objective import (
     Loss,
-    answer_sums,
-    by_origin,
+    answer_logps,
     cross_entropy,
     edge_logps,
-    edge_loss,
+    loss_by_dataset,
     preference_loss,
 )
-from reverie_jax.train.recipes import Recipe, Trainable
+from reverie_jax.train.recipes import LossReduction, Recipe, Trainable
 
 
 class TrainState(NamedTuple):
-    """What a step changes: trainable parameters, optimizer state, and how many steps were taken."""
+    """Everything a step changes: trainable parameters, optimizer state and the number of steps taken."""
 
     params: nnx.State
     optimizer: optax.OptState
@@ -37,12 +36,15 @@ class TrainState(NamedTuple):
 
 
 class StepMetrics(NamedTuple):
-    """Sums and norms of one step, on device until someone reads them.
+    """Loss, gradient norm and counts of one step, on the device until they are read.
 
     Attributes:
-        seen: pairs of a query and a key that it sees.
-        sums: of each source its losses and their weights (`source_loss`, `source_weight`), of pairs their `Rewards` and
-            their number (`pairs`).
+        tokens: filled positions of all sequences.
+        flat_tokens: tokens of the same conversations without prefix sharing.
+        supervised: edges with a weight.
+        attention_pairs: pairs of a query and a key that it attends to.
+        sums: of each dataset its losses and weights (`dataset_loss`, `dataset_weight`, [S] each), or of preference pairs
+            their `Rewards` and their number (`pairs`).
     """
 
     loss: Float[Array, ""]
@@ -51,52 +53,53 @@ class StepMetrics(NamedTuple):
     flat_tokens: Int[Array, ""]
     supervised: Int[Array, ""]
     images: Int[Array, ""]
-    seen: Float[Array, ""]
+    attention_pairs: Float[Array, ""]
     sums: dict[str, Float[Array, "..."]]
 
 
-def lora_and_projector(path: tuple[Any, ...], value: Any) -> bool:
-    """Filter for `nnx.split`: adapters and projector are trained; the rest is frozen."""
+def is_lora_or_projector(path: tuple[Any, ...], value: Any) -> bool:
+    """Return whether `trainable=lora` trains this parameter: an adapter or the projector. A filter for `nnx.split`."""
     return isinstance(value, nnx.LoRAParam) or (isinstance(value, nnx.Param) and path[0] == "projector")
 
 
 def trainable_filter(trainable: Trainable) -> Callable[[tuple[Any, ...], Any], bool]:
-    """The filter of what a recipe tunes."""
+    """Return the filter for `nnx.split` that selects the parameters that a recipe trains."""
     if trainable == "lora":
-        return lora_and_projector
+        return is_lora_or_projector
     parts = ("projector",) if trainable == "projector" else ("projector", "decoder")
     return lambda path, value: isinstance(value, nnx.Param) and path[0] in parts
 
 
-def adapt(model: VisionLanguageModel, recipe: Recipe) -> bool:
-    """Readies a model for tuning, in place: what is tuned is float32 from here on, and fresh adapters are there as the
-    recipe has them; adapters that the model has already are tuned further.
+def make_trainable(model: VisionLanguageModel, recipe: Recipe) -> bool:
+    """Prepare a model for training, in place: cast trained parameters to float32 and attach adapters if it has none.
 
     Returns:
-        Whether the model without adapters is the model as it starts.
+        Whether the model without adapters is the model at the start: its adapters are fresh.
 
     Raises:
-        UserError: it has some, of another rank or scale than the recipe's, or that tunes none.
+        UserError: existing adapters differ from the recipe in rank or scale, or the recipe trains no adapters.
     """
-    widen(model, recipe)
-    carriers = list(lora.adapters(model))
+    cast_trainable_to_float32(model, recipe)
+    adapters = list(lora.adapters(model))
     if recipe.trainable != "lora":
-        if carriers:
-            raise UserError(f"recipe {recipe.name} tunes no adapters, and the model has some: merge them first")
-        return False
-    for path, layer, a, _ in carriers:
-        found = a.shape[-1], layer.lora_scale
-        if found != (recipe.rank, recipe.alpha / recipe.rank):
+        if adapters:
             raise UserError(
-                f"the adapter on {path} has rank {found[0]} and scale {found[1]:g}; the recipe asks for rank {recipe.rank}"
-                f" and scale {recipe.alpha / recipe.rank:g}: set rank and alpha to go on with it, or merge it first"
+                f"recipe {recipe.name}: trainable={recipe.trainable}, but the model has adapters; merge them first"
+            )
+        return False
+    rank, scale = recipe.rank, recipe.alpha / recipe.rank
+    for path, layer, a, _ in adapters:
+        if (a.shape[-1], layer.lora_scale) != (rank, scale):
+            raise UserError(
+                f"adapter on {path}: rank {a.shape[-1]} and scale {layer.lora_scale:g}, but recipe {recipe.name} has rank"
+                f" {rank} and scale {scale:g}; set rank and alpha to continue it, or merge it first"
             )
         layer.lora_dropout = recipe.dropout
-    if carriers:
+    if adapters:
         return False
     lora.attach(
         model,
-        rank=recipe.rank,
+        rank=rank,
         alpha=recipe.alpha,
         dropout=recipe.dropout,
         targets=recipe.target_modules,
@@ -105,27 +108,28 @@ def adapt(model: VisionLanguageModel, recipe: Recipe) -> bool:
     return True
 
 
-def widen(model: VisionLanguageModel, recipe: Recipe) -> None:
-    """What the recipe tunes in float32, in place: updates of a usual size are lost in bfloat16's rounding.
+def cast_trainable_to_float32(model: VisionLanguageModel, recipe: Recipe) -> None:
+    """Cast the trained parameters to float32, in place: bfloat16 would round away updates of a usual size.
 
-    The computation stays in the model's own type: layers round their weights when they use them.
+    Activations keep the model's dtype: layers cast their weights when they use them.
     """
     params = nnx.state(model, trainable_filter(recipe.trainable))
     nnx.update(model, jax.tree.map(lambda x: x.astype(jnp.float32), params))
 
 
 def schedule(peak: float, recipe: Recipe) -> optax.Schedule:
-    """Linear warm-up over ceil(warmup * steps), then cosine to zero, as transformers' `cosine`.
+    """Return a linear warm-up over ceil(warmup_ratio * steps), then cosine to zero, as `cosine` in transformers.
 
     Args:
-        recipe: with its steps known.
+        peak: learning rate after the warm-up.
+        recipe: must have its number of steps.
     """
     warmup = math.ceil(recipe.warmup_ratio * recipe.steps)
     return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(recipe.steps, warmup + 1))
 
 
 def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
-    """AdamW with the projector's learning rate apart; both follow the same shape."""
+    """Return AdamW with a learning rate for the projector and one for everything else, on the same schedule."""
 
     def adam(peak: float) -> optax.GradientTransformation:
         return optax.adamw(schedule(peak, recipe), weight_decay=recipe.weight_decay)
@@ -140,70 +144,103 @@ def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
     return optax.chain(*clip, by_part)
 
 
-Score = Callable[[nnx.State, Batch, PRNGKeyArray | None], tuple[Loss, dict[str, Array]]]
-"""From parameters, a micro-batch and a key: what is minimised, and sums that are reported."""
+LossFunction = Callable[[nnx.State, Batch, PRNGKeyArray | None], tuple[Loss, dict[str, Array]]]
+"""Function of parameters, micro-batch and random key that returns the loss and sums to report."""
 
 
-def loss_and_grads(
-    graph: nnx.GraphDef[VisionLanguageModel],
-    params: nnx.State,
-    frozen: nnx.State,
-    batch: Batch,
-    key: PRNGKeyArray | None,
-    *,
-    accumulate: int = 1,
-    loss_reduction: Literal["tokens", "micro-batches"] = "tokens",
-) -> tuple[Float[Array, ""], nnx.State]:
-    """Mean cross-entropy of a batch, and its gradients by the trainable parameters. See `scored`."""
-
-    def score(params: nnx.State, part: Batch, key: PRNGKeyArray | None) -> tuple[Loss, dict[str, Array]]:
-        return edge_loss(nnx.merge(graph, params, frozen), part, key=key), {}
-
-    loss, grads, _ = scored(score, params, batch, key, accumulate=accumulate, loss_reduction=loss_reduction)
-    return loss, grads
-
-
-def scored(
-    score: Score,
+def accumulate_gradients(
+    loss_function: LossFunction,
     params: nnx.State,
     batch: Batch,
     key: PRNGKeyArray | None,
     *,
-    accumulate: int = 1,
-    loss_reduction: Literal["tokens", "micro-batches"] = "tokens",
+    steps: int = 1,
+    loss_reduction: LossReduction = "tokens",
 ) -> tuple[Float[Array, ""], nnx.State, dict[str, Array]]:
-    """Mean loss of a batch, its gradients by the trainable parameters, and the reported sums.
+    """Return the mean loss of a batch, its gradients with respect to the parameters, and the summed reports.
 
     Args:
-        accumulate: micro-batches, one after the other; row r is in micro-batch r % accumulate, so that each is spread over
-            the devices as the batch is.
-        mean: see `Recipe.loss_reduction`.
+        loss_function: of the parameters and a micro-batch.
+        params: trainable parameters.
+        batch: of all micro-batches.
+        key: random key of dropout; None disables dropout.
+        steps: micro-batches, computed one after the other. Sequence i is in micro-batch i % steps, so that each
+            micro-batch is spread over the devices as the batch is.
+        loss_reduction: see `Recipe.loss_reduction`.
     """
 
-    def total_of(params: nnx.State, part: Batch, key: PRNGKeyArray | None) -> tuple[Array, Any]:
-        loss, sums = score(params, part, key)
+    def loss_of(params: nnx.State, part: Batch, key: PRNGKeyArray | None) -> tuple[Array, Any]:
+        loss, sums = loss_function(params, part, key)
         if loss_reduction == "tokens":
             return loss.total, (loss.weight, sums)
         return loss.total / jnp.maximum(loss.weight, 1e-6), (jnp.ones((), jnp.float32), sums)
 
-    of_part = jax.value_and_grad(total_of, has_aux=True)
-    if accumulate == 1:
-        (total, (weight, sums)), grads = of_part(params, batch, key)
+    loss_and_grads = jax.value_and_grad(loss_of, has_aux=True)
+    if steps == 1:
+        (total, (weight, sums)), grads = loss_and_grads(params, batch, key)
     else:
 
-        def one(part: Batch, number: Array) -> Any:
-            return of_part(params, part, None if key is None else jax.random.fold_in(key, number))
+        def run_part(part: Batch, index: Array) -> Any:
+            return loss_and_grads(params, part, None if key is None else jax.random.fold_in(key, index))
 
-        def add(before: Any, numbered: tuple[Batch, Array]) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, before, one(*numbered)), None
+        def add(carry: Any, inputs: tuple[Batch, Array]) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, carry, run_part(*inputs)), None
 
-        split = Batch(*(jnp.moveaxis(x.reshape(len(x) // accumulate, accumulate, *x.shape[1:]), 1, 0) for x in batch))
-        numbered = split, jnp.arange(accumulate, dtype=jnp.uint32)
-        shapes = jax.eval_shape(one, *jax.tree.map(lambda x: x[0], numbered))
-        none = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        ((total, (weight, sums)), grads), _ = jax.lax.scan(add, none, numbered)
-    whole = jnp.maximum(weight, 1e-6)
-    return total / whole, jax.tree.map(lambda g: (g.astype(jnp.float32) / whole).astype(g.dtype), grads), sums
+        parts = Batch(*(jnp.moveaxis(x.reshape(len(x) // steps, steps, *x.shape[1:]), 1, 0) for x in batch))
+        inputs = parts, jnp.arange(steps, dtype=jnp.uint32)
+        shapes = jax.eval_shape(run_part, *jax.tree.map(lambda x: x[0], inputs))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        ((total, (weight, sums)), grads), _ = jax.lax.scan(add, zeros, inputs)
+    divisor = jnp.maximum(weight, 1e-6)
+    return total / divisor, jax.tree.map(lambda g: (g.astype(jnp.float32) / divisor).astype(g.dtype), grads), sums
+
+
+def _make_loss(
+    graph: nnx.GraphDef[VisionLanguageModel],
+    recipe: Recipe,
+    datasets: int,
+    reference: nnx.GraphDef[VisionLanguageModel] | None,
+) -> Callable[[nnx.State, nnx.State, Any, Batch, PRNGKeyArray | None], tuple[Loss, dict[str, Array]]]:
+    """Return the recipe's loss as a function of (params, frozen, reference inputs, micro-batch, key)."""
+
+    def preference(
+        params: nnx.State, frozen: nnx.State, reference_inputs: Any, part: Batch, key: PRNGKeyArray | None
+    ) -> tuple[Loss, dict[str, Array]]:
+        assert recipe.preference is not None
+        if reference is None:
+            numbers, stored = reference_inputs
+            before = stored[jnp.clip(jnp.searchsorted(numbers, part.questions), 0, len(numbers) - 1)]
+        else:
+            initial = nnx.merge(reference, nnx.merge_state(params, reference_inputs), frozen)
+            before = answer_logps(edge_logps(initial, part), part)
+        logps = edge_logps(nnx.merge(graph, params, frozen), part, key=key, remat=recipe.remat)
+        loss, rewards = preference_loss(
+            answer_logps(logps, part), jax.lax.stop_gradient(before), part, recipe.preference
+        )
+        return loss, {**rewards._asdict(), "pairs": loss.weight}
+
+    def tokens(
+        params: nnx.State, frozen: nnx.State, reference_inputs: Any, part: Batch, key: PRNGKeyArray | None
+    ) -> tuple[Loss, dict[str, Array]]:
+        logps = edge_logps(nnx.merge(graph, params, frozen), part, key=key, remat=recipe.remat)
+        losses, weights = loss_by_dataset(jax.lax.stop_gradient(logps), part, datasets)
+        return cross_entropy(logps, part), {"dataset_loss": losses, "dataset_weight": weights}
+
+    return tokens if recipe.preference is None else preference
+
+
+def _metrics(loss: Float[Array, ""], grads: nnx.State, batch: Batch, sums: dict[str, Array]) -> StepMetrics:
+    return StepMetrics(
+        loss=loss,
+        grad_norm=optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads)),
+        # A root has position 0, as padding has: roots are counted by their trees.
+        tokens=((batch.positions > 0).sum() + (batch.flat_tokens > 0).sum()).astype(jnp.int32),
+        flat_tokens=batch.flat_tokens.sum().astype(jnp.int32),
+        supervised=(batch.weight > 0).sum().astype(jnp.int32),
+        images=(batch.flat_tokens > 0).sum().astype(jnp.int32),
+        attention_pairs=(batch.ends - jnp.arange(batch.ends.shape[1], dtype=jnp.int32)[None]).astype(jnp.float32).sum(),
+        sums=sums,
+    )
 
 
 def make_step(
@@ -215,54 +252,35 @@ def make_step(
     reference: nnx.GraphDef[VisionLanguageModel] | None = None,
     shardings: TrainState | None = None,
 ) -> Callable[..., tuple[TrainState, StepMetrics]]:
-    """The jitted step. It donates the trainable state, and never the frozen weights.
+    """Return the jitted step. It donates the trainable state, never the frozen weights.
 
     Args:
-        sources: of the data, for the losses of each.
-        reference: `Reference.graph` (preference tuning).
-        homes: shardings of the state, which it keeps. Without, XLA chooses those of the new one, and the next step
-            compiles again for them.
+        graph: of the model, with `trainable_filter` applied.
+        optimizer: of `make_optimizer`.
+        recipe: with its number of steps.
+        datasets: number of datasets in the data, for the loss of each.
+        reference: `ReferenceModel.graph` (preference tuning).
+        shardings: of the state, kept by every step. If omitted, XLA chooses the new state's, and the second step compiles
+            again for them.
 
     Returns:
-        step(state, frozen, batch, held=None), with `Reference.held`, to the new state and its metrics.
+        step(state, frozen, batch, reference_inputs=None), with `ReferenceModel.inputs`, to the new state and its metrics.
     """
+    loss_function = _make_loss(graph, recipe, datasets, reference)
+    options = {} if shardings is None else {"out_shardings": (shardings, None)}
 
-    def score_pairs(
-        params: nnx.State, frozen: nnx.State, held: Any, part: Batch, key: PRNGKeyArray | None
-    ) -> tuple[Loss, dict[str, Array]]:
-        assert recipe.preference is not None
-        if reference is None:
-            numbers, stored = held
-            before = stored[jnp.clip(jnp.searchsorted(numbers, part.questions), 0, len(numbers) - 1)]
-        else:
-            before = answer_sums(edge_logps(nnx.merge(reference, nnx.merge_state(params, held), frozen), part), part)
-        logps = edge_logps(nnx.merge(graph, params, frozen), part, key=key, remat=recipe.remat)
-        loss, rewards = preference_loss(
-            answer_sums(logps, part), jax.lax.stop_gradient(before), part, recipe.preference
-        )
-        return loss, {**rewards._asdict(), "pairs": loss.weight}
-
-    def score_tokens(
-        params: nnx.State, frozen: nnx.State, held: Any, part: Batch, key: PRNGKeyArray | None
-    ) -> tuple[Loss, dict[str, Array]]:
-        logps = edge_logps(nnx.merge(graph, params, frozen), part, key=key, remat=recipe.remat)
-        losses, weights = by_origin(jax.lax.stop_gradient(logps), part, datasets)
-        return cross_entropy(logps, part), {"source_loss": losses, "source_weight": weights}
-
-    score = score_tokens if recipe.preference is None else score_pairs
-
-    kept = {} if shardings is None else {"out_shardings": (shardings, None)}
-
-    @functools.partial(jax.jit, donate_argnums=0, **kept)
-    def step(state: TrainState, frozen: nnx.State, batch: Batch, held: Any = None) -> tuple[TrainState, StepMetrics]:
-        # The key is a function of seed and step alone: a resumed run draws what the uninterrupted one drew.
+    @functools.partial(jax.jit, donate_argnums=0, **options)
+    def step(
+        state: TrainState, frozen: nnx.State, batch: Batch, reference_inputs: Any = None
+    ) -> tuple[TrainState, StepMetrics]:
+        # The key depends on seed and step only: a resumed run draws what an uninterrupted one draws.
         key = jax.random.fold_in(jax.random.key(recipe.seed), state.step) if recipe.dropout else None
-        loss, grads, sums = scored(
-            lambda params, part, key: score(params, frozen, held, part, key),
+        loss, grads, sums = accumulate_gradients(
+            lambda params, part, key: loss_function(params, frozen, reference_inputs, part, key),
             state.params,
             batch,
             key,
-            accumulate=recipe.gradient_accumulation_steps,
+            steps=recipe.gradient_accumulation_steps,
             loss_reduction=recipe.loss_reduction,
         )
         moments = state.optimizer
@@ -273,17 +291,6 @@ def make_step(
             params = optax.apply_updates(state.params, updates)
         if recipe.offload:
             moments = jax.device_put(moments, jax.memory.Space.Host)
-        metrics = StepMetrics(
-            loss=loss,
-            grad_norm=optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads)),
-            # A filled token's subtree is its own index at least; padding says ends = index + 1 at depth 0.
-            tokens=((batch.positions > 0).sum() + (batch.flat_tokens > 0).sum()).astype(jnp.int32),
-            flat_tokens=batch.flat_tokens.sum().astype(jnp.int32),
-            supervised=(batch.weight > 0).sum().astype(jnp.int32),
-            images=(batch.flat_tokens > 0).sum().astype(jnp.int32),
-            seen=(batch.ends - jnp.arange(batch.ends.shape[1], dtype=jnp.int32)[None]).astype(jnp.float32).sum(),
-            sums=sums,
-        )
-        return TrainState(params, moments, state.step + 1), metrics
+        return TrainState(params, moments, state.step + 1), _metrics(loss, grads, batch, sums)
 
     return step

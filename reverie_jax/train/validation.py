@@ -1,4 +1,4 @@
-"""The loss on records that are held out, at each save."""
+"""Held-out records and the loss on them, computed at each save."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from jaxtyping import Array
 
 from reverie_jax.data.conversation import ImageRecord
 from reverie_jax.data.packing import Batch
-from reverie_jax.data.pipeline import every_batch
-from reverie_jax.data.processor import Processor
+from reverie_jax.data.pipeline import TreeBuilder, ordered_batches
+from reverie_jax.errors import UserError
 from reverie_jax.models import VisionLanguageModel
-from reverie_jax.models.sharding import feed, local_rows
+from reverie_jax.models.sharding import global_batch, local_rows
 from reverie_jax.train.checkpoint import VALIDATION
 from reverie_jax.train.objective import edge_loss
 from reverie_jax.train.recipes import Recipe
 
 
 class RecordSlice(Sequence[ImageRecord]):
-    """Records from one number up to another."""
+    """View of the records with indices in [start, stop)."""
 
-    def __init__(self, records: Sequence[ImageRecord], first: int, past: int):
-        self.records, self.first, self.past = records, first, past
+    def __init__(self, records: Sequence[ImageRecord], start: int, stop: int):
+        self.records, self.start, self.stop = records, start, stop
 
     def __len__(self) -> int:
-        return self.past - self.first
+        return self.stop - self.start
 
     @overload
     def __getitem__(self, index: int) -> ImageRecord: ...
@@ -40,38 +40,41 @@ class RecordSlice(Sequence[ImageRecord]):
             return [self[number] for number in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):
             raise IndexError(index)
-        return self.records[self.first + index % len(self)]
+        return self.records[self.start + index % len(self)]
 
     def __repr__(self) -> str:
-        return f"RecordSlice({self.records!r}, {self.first}, {self.past})"
+        return f"RecordSlice({self.records!r}, {self.start}, {self.stop})"
 
 
 def hold_out(records: Sequence[ImageRecord], count: int) -> tuple[Sequence[ImageRecord], Sequence[ImageRecord]]:
-    """The records that are trained on, and the last `count`, which are not.
+    """Split off the last `count` records for validation.
+
+    Returns:
+        (training records, validation records).
 
     Raises:
-        ValueError: that leaves none.
+        UserError: no training record is left.
     """
     if not count:
         return records, ()
     first = len(records) - count
     if first < 1:
-        raise ValueError(f"holdout={count} of {len(records)} records leaves none to train on")
+        raise UserError(f"holdout={count} of {len(records)} records leaves none to train on")
     return RecordSlice(records, 0, first), RecordSlice(records, first, len(records))
 
 
 class Validation:
-    """Cross-entropy of what the held-out records teach (of pairs: of both answers)."""
+    """Cross-entropy of the supervised tokens of held-out records (of both answers for preference pairs)."""
 
     def __init__(
         self,
         graph: nnx.GraphDef[VisionLanguageModel],
         records: Sequence[ImageRecord],
-        processor: Processor,
+        builder: TreeBuilder,
         recipe: Recipe,
         mesh: Mesh,
     ):
-        self.records, self.processor, self.recipe, self.mesh = records, processor, recipe, mesh
+        self.records, self.builder, self.batch_size, self.mesh = records, builder, recipe.micro_batch_size, mesh
 
         def sums(params: nnx.State, frozen: nnx.State, batch: Batch) -> tuple[Array, Array]:
             loss = edge_loss(nnx.merge(graph, params, frozen), batch)
@@ -80,20 +83,13 @@ class Validation:
         self._sums = jax.jit(sums)
 
     def __call__(self, params: nnx.State, frozen: nnx.State) -> dict[str, float] | None:
-        """The mean over all taught tokens, under the name that checkpoints are ranked by; None without such records."""
+        """Return {`VALIDATION`: mean loss per supervised token}, or None without held-out records."""
         if not self.records:
             return None
-        recipe = self.recipe
-        rows = recipe.batch_size // recipe.gradient_accumulation_steps
-        batches = every_batch(
-            self.records,
-            self.processor,
-            recipe.sequence,
-            recipe.preference or recipe.supervision,
-            rows=rows,
-            local=local_rows(self.mesh, rows),
-            prefix_sharing=recipe.prefix_sharing,
-        )
-        found = [np.asarray(self._sums(params, frozen, feed(batch, self.mesh, rows))) for batch in batches]
-        total, weight = np.sum(found, axis=0)
+        local = local_rows(self.mesh, self.batch_size)
+        batches = ordered_batches(self.records, self.builder, batch_size=self.batch_size, local=local)
+        sums = [
+            np.asarray(self._sums(params, frozen, global_batch(batch, self.mesh, self.batch_size))) for batch in batches
+        ]
+        total, weight = np.sum(sums, axis=0)
         return {VALIDATION: float(total / max(weight, 1e-6))}

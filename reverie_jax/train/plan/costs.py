@@ -1,4 +1,4 @@
-"""What a step costs by formula: FLOPs, bytes of activations, bytes moved. All of it follows from shapes alone."""
+"""Formulas for the cost of a step: FLOPs, bytes of activations, bytes moved. They depend on shapes only."""
 
 from __future__ import annotations
 
@@ -12,16 +12,26 @@ from reverie_jax.models.config import VLMConfig
 from reverie_jax.train.recipes import Recipe
 
 FLOPS_FORMULA = (
-    "decoder: (4 N + 6 N_lora) per token, 6 N where tuned in full; head: the same per taught token; attention: 6 L H d a "
-    "layer and token; projector: 6 N, less 2 N of its first layer; tower, forward only: 2 N + 4 P H d a layer and patch"
+    "decoder: (4 N + 6 N_lora) per token, 6 N if trained in full; head: the same per supervised token; attention: "
+    "6 L H d per layer and token; projector: 6 N, minus 2 N of its first layer; tower, forward only: 2 N + 4 P H d per "
+    "layer and patch"
 )
 EDGE_CHUNK = 512
-"""Taught tokens of a row whose logits exist together (`objective.edge_loss`)."""
+"""Supervised tokens of a sequence whose logits exist at the same time (`objective.edge_loss`)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Elements of the matrices that a step multiplies with, by part."""
+    """Number of elements of a step's weight matrices, by part.
+
+    Attributes:
+        layers: of the decoder's layers.
+        adapters: LoRA factors.
+        head: LM head.
+        projector: of each projector layer.
+        patch: patch embedding of the tower.
+        tower: of the tower's layers up to the feature layer.
+    """
 
     layers: int
     adapters: int
@@ -32,7 +42,7 @@ class Sizes:
 
     @classmethod
     def of(cls, model: VisionLanguageModel) -> Sizes:
-        """Of a model, abstract or not. Tower layers above the feature layer never run and are not counted."""
+        """Count a model's elements, abstract or not; tower layers above the feature layer never run and are left out."""
         kernels = {path: layer.inputs * layer.outputs * (layer.layers or 1) for path, layer in lora.linears(model)}
         factors = [math.prod(a.shape) + math.prod(b.shape) for _, _, a, b in lora.adapters(model)]
         config = model.config
@@ -51,26 +61,34 @@ class Sizes:
 
 
 def step_flops(config: VLMConfig, sizes: Sizes, recipe: Recipe, *, causal: bool = True) -> int:
-    """Model FLOPs of one optimizer step on filled rows, over all chips. See `model_flops`.
+    """Return the model FLOPs of one optimizer step on full sequences, over all chips. See `model_flops`.
 
     Args:
-        causal: count the half of the attention map that the rule lets through; a tree of several conversations has less.
+        config: architecture.
+        sizes: of its weight matrices.
+        recipe: batch size, sequence shape and what is trained.
+        causal: count the causal half of the attention map only; a tree of several conversations has fewer pairs.
     """
-    row = recipe.sequence
-    tokens = recipe.batch_size * row.length
-    pairs = tokens * row.length // (2 if causal else 1)
-    edges, images = recipe.batch_size * row.edges, recipe.batch_size * row.images
+    shape = recipe.sequence
+    tokens = recipe.batch_size * shape.length
+    pairs = tokens * shape.length // (2 if causal else 1)
+    edges, images = recipe.batch_size * shape.edges, recipe.batch_size * shape.images
     return model_flops(config, sizes, recipe, tokens=tokens, pairs=pairs, edges=edges, images=images)
 
 
 def model_flops(
     config: VLMConfig, sizes: Sizes, recipe: Recipe, *, tokens: int, pairs: int, edges: int, images: int
 ) -> int:
-    """Useful FLOPs: recomputation, padding and a preference's reference are not counted. See `FLOPS_FORMULA`.
+    """Return useful FLOPs by `FLOPS_FORMULA`: without recomputation, padding and DPO's reference model.
 
     Args:
-        pairs: of a query and a key that it sees.
-        edges: taught tokens.
+        config: architecture.
+        sizes: of its weight matrices.
+        recipe: batch size, sequence shape and what is trained.
+        tokens: filled positions.
+        pairs: pairs of a query and a key that it attends to.
+        edges: supervised tokens.
+        images: through tower and projector.
     """
     text, vision = config.text, config.vision
     linear = 6 if recipe.trainable == "full" else 4
@@ -78,25 +96,24 @@ def model_flops(
     decoder = (linear * sizes.layers + 6 * sizes.adapters) * tokens + attention
     first, *rest = sizes.projector
     projector = images * vision.patches * (4 * first + 6 * sum(rest))
-    seen = vision.patches + 1
-    tower = (
-        2 * sizes.patch * vision.patches + (2 * sizes.tower + 4 * seen * vision.hidden * config.feature_depth) * seen
-    )
+    tower_tokens = vision.patches + 1
+    per_token = 2 * sizes.tower + 4 * tower_tokens * vision.hidden * config.feature_depth
+    tower = 2 * sizes.patch * vision.patches + per_token * tower_tokens
     return decoder + linear * sizes.head * edges + projector + images * tower
 
 
 @dataclasses.dataclass(frozen=True)
 class Activations:
-    """Bytes on one chip, beside parameters and optimizer state, by what holds them.
+    """Bytes on one chip in addition to parameters and optimizer state.
 
     Attributes:
-        saved: the residual stream before every decoder layer, which the backward pass starts from.
-        layer: inside of one decoder layer and its gradients, while it is recomputed.
-        scores: of one layer's attention off a TPU, of as many queries as go together: 2.5 maps of floats.
-        logits: of one chunk of taught tokens, their softmax and gradient, and the gathered head.
-        tower: one layer of the tower.
-        gathered: two layers' weights, one in use and one on its way.
-        gradients: of what is trained; twice where micro-batches are summed.
+        saved: input of every decoder layer, kept for the backward pass.
+        layer: intermediates of one decoder layer and their gradients, while it is recomputed.
+        scores: attention scores of one layer on GPUs and CPUs, for the queries computed together: 2.5 float32 maps.
+        logits: logits of one chunk of supervised tokens, their softmax and gradient, and the gathered head.
+        tower: one layer of the vision tower.
+        gathered: weights of two layers, one in use and one being gathered.
+        gradients: of the trained parameters; twice with micro-batches.
     """
 
     saved: int
@@ -109,9 +126,9 @@ class Activations:
 
     @property
     def total(self) -> int:
-        """The peak: layers, head and tower work one after the other, the rest stays."""
-        work = max(self.layer + self.scores, self.logits, self.tower)
-        return self.saved + self.gathered + self.gradients + work
+        """Peak: layers, head and tower run one after the other, everything else stays."""
+        running = max(self.layer + self.scores, self.logits, self.tower)
+        return self.saved + self.gathered + self.gradients + running
 
 
 def activations(
@@ -123,31 +140,34 @@ def activations(
     width: int,
     trained: int,
 ) -> Activations:
-    """An estimate, for machines that are not compiled for and to order candidates.
+    """Estimate the bytes of activations, for GPUs and to order candidates of a search.
 
     Args:
+        config: architecture.
+        sizes: of its weight matrices.
+        recipe: batch size, sequence shape and what is trained.
         mesh: chips by axis.
-        width: bytes of an element of the computation's type.
+        width: bytes of an element of the computation's dtype.
         trained: bytes of the trained parameters on a chip.
     """
-    text, vision, row = config.text, config.vision, recipe.sequence
-    rows = -(-recipe.batch_size // (recipe.gradient_accumulation_steps * mesh["data"] * mesh["fsdp"]))
-    tensor, tokens = mesh["tensor"], rows * row.length
+    text, vision, shape = config.text, config.vision, recipe.sequence
+    batch = -(-recipe.batch_size // (recipe.gradient_accumulation_steps * mesh["data"] * mesh["fsdp"]))
+    tensor, tokens = mesh["tensor"], batch * shape.length
     heads = text.heads * text.head_dim + 2 * text.kv_heads * text.head_dim
-    inside = 6 * text.hidden + (heads + text.heads * text.head_dim + 3 * text.mlp) // tensor
-    chunk = rows * min(row.edges, EDGE_CHUNK)
-    queries = row.length if row.length <= DENSE_UP_TO else QUERY_CHUNK
-    whole = sizes.layers // text.layers * width // tensor
-    spread = mesh["fsdp"] > 1
-    patches, floats = rows * row.images * (vision.patches + 1), 4
+    intermediates = 6 * text.hidden + (heads + text.heads * text.head_dim + 3 * text.mlp) // tensor
+    chunk = batch * min(shape.edges, EDGE_CHUNK)
+    queries = shape.length if shape.length <= DENSE_UP_TO else QUERY_CHUNK
+    gathered_layer = sizes.layers // text.layers * width // tensor
+    is_gathered = mesh["fsdp"] > 1
+    patches, floats = batch * shape.images * (vision.patches + 1), 4
     tower = patches * (4 * vision.hidden + vision.mlp // tensor) * width
     return Activations(
         saved=(text.layers + 1) * tokens * text.hidden * width,
-        layer=2 * tokens * inside * width,
-        scores=int(2.5 * rows * queries * row.length * text.heads // tensor * floats),
-        logits=3 * chunk * text.vocab // tensor * floats + spread * sizes.head * width // tensor,
+        layer=2 * tokens * intermediates * width,
+        scores=int(2.5 * batch * queries * shape.length * text.heads // tensor * floats),
+        logits=3 * chunk * text.vocab // tensor * floats + is_gathered * sizes.head * width // tensor,
         tower=tower + 2 * patches * (vision.patches + 1) * vision.heads // tensor * floats,
-        gathered=2 * whole if spread else 0,
+        gathered=2 * gathered_layer if is_gathered else 0,
         gradients=trained * (1 if recipe.gradient_accumulation_steps == 1 else 2),
     )
 
@@ -155,38 +175,39 @@ def activations(
 def collective_bytes(
     config: VLMConfig, sizes: Sizes, recipe: Recipe, mesh: Mapping[str, int], *, width: int, trained: int
 ) -> int:
-    """Bytes into one chip a step, by formula, where no compiled program says it.
+    """Estimate the bytes that one chip receives over its links in a step, where no program is compiled.
 
-    Weights are gathered forward, recomputed and backward in every micro-batch, gradients are summed where they are kept,
-    and tensor parallelism sums the residual stream after attention and after the MLP, in the same three passes.
+    In every micro-batch weights are gathered three times (forward, recomputation, backward) and gradients are
+    reduce-scattered. Tensor parallelism sums the residual stream after attention and after the MLP, in the same passes.
 
     Args:
-        width: bytes of an element of the base and of the computation.
+        config: architecture.
+        sizes: of its weight matrices.
+        recipe: batch size, sequence shape and what is trained.
+        mesh: chips by axis.
+        width: bytes of an element of weights and computation.
         trained: bytes of the trained parameters on a chip.
     """
     fsdp, tensor, data = mesh["fsdp"], mesh["tensor"], mesh["data"]
-    whole = (sizes.layers + sizes.adapters + sizes.head) * width // tensor
-    gathered = 3 * recipe.gradient_accumulation_steps * whole * (fsdp - 1) // fsdp
+    weights = (sizes.layers + sizes.adapters + sizes.head) * width // tensor
+    gathered = 3 * recipe.gradient_accumulation_steps * weights * (fsdp - 1) // fsdp
     summed = recipe.gradient_accumulation_steps * trained * (fsdp - 1) + 2 * trained * (data - 1) // data
     stream = recipe.batch_size // (data * fsdp) * recipe.sequence.length * config.text.hidden * width
     return gathered + summed + 3 * 2 * config.text.layers * 2 * stream * (tensor - 1) // tensor
 
 
-def memory_bytes(
-    recipe: Recipe,
-    mesh: Mapping[str, int],
-    by_kind: Mapping[str, int],
-    saved: int,
-) -> int:
-    """Bytes to and from one chip's memory a step, a lower bound.
+def memory_bytes(recipe: Recipe, mesh: Mapping[str, int], by_kind: Mapping[str, int], saved: int) -> int:
+    """Return a lower bound of the bytes that one chip reads from and writes to its memory in a step.
 
-    The chip's share of the weights, gathered over fsdp, is read forward, recomputed and backward in every micro-batch; what
-    is trained, its gradient and its moments are read and written once; the residual stream is written and read once.
+    The chip's share of the weights, gathered over fsdp, is read forward, recomputed and backward in every micro-batch.
+    Trained parameters, gradients and moments are read and written once; the residual stream is written and read once.
 
     Args:
-        by_kind: bytes on the chip: base, trainable, optimizer.
-        saved: of `Activations.saved`.
+        recipe: number of micro-batches.
+        mesh: chips by axis.
+        by_kind: bytes on the chip: frozen, trainable, optimizer.
+        saved: `Activations.saved`.
     """
-    weights = 3 * recipe.gradient_accumulation_steps * (by_kind["base"] + by_kind["trainable"]) * mesh["fsdp"]
+    weights = 3 * recipe.gradient_accumulation_steps * (by_kind["frozen"] + by_kind["trainable"]) * mesh["fsdp"]
     update = 2 * (2 * by_kind["trainable"] + by_kind["optimizer"])
     return weights + update + 2 * recipe.gradient_accumulation_steps * saved

@@ -1,4 +1,7 @@
-"""What a compiled program sends between chips, read from its HLO text."""
+"""Bytes that a compiled program sends between chips, parsed from its HLO text.
+
+jaxlib ships no protobuf definitions of HLO, so the text is the only form that needs no further package.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import math
 import re
 from collections.abc import Iterator
 
-# Bytes of an element; a type that is not here (token, opaque) is no data.
+# Bytes per element; types that are missing (token, opaque) hold no data.
 _SIZES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "f16": 2, "bf16": 2, "s32": 4, "u32": 4, "f32": 4}
 _SIZES |= {"s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16, "f8e4m3fn": 1, "f8e5m2": 1, "s4": 1, "u4": 1}
 
@@ -32,13 +35,13 @@ _CALLED = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """Bytes of one chip in one run of a program.
+    """Collectives of one chip in one run of a program, by kind.
 
     Attributes:
-        operands: bytes that the chip hands to collectives of each kind.
-        received: bytes that must come in over its links for that. A chip that gathers from n parts gets n - 1 of them.
-        counts: how often each kind runs.
-        unknown_loops: loops with collectives whose trip count is not in the text; they are counted once.
+        operands: bytes that the chip passes to collectives.
+        received: bytes that it receives over its links. In an all-gather of n shards it receives n - 1 of them.
+        counts: number of executions.
+        unknown_loops: loops with collectives whose trip count is unknown; they are counted once.
     """
 
     operands: dict[str, int]
@@ -54,12 +57,12 @@ class _Instruction:
     operation: str
     operands: tuple[str, ...]
     attributes: str
-    inside: str
-    root: bool
+    arguments: str
+    is_root: bool
 
 
 def shape_bytes(text: str) -> int:
-    """Bytes of an HLO type such as `bf16[2,8]{1,0}`, or of all parts of a tuple."""
+    """Return the bytes of an HLO type such as `bf16[2,8]{1,0}`, or of all parts of a tuple."""
     total = 0
     for kind, sides in _SHAPE.findall(text):
         total += _SIZES.get(kind, 0) * math.prod(int(side) for side in sides.split(",") if side)
@@ -67,7 +70,7 @@ def shape_bytes(text: str) -> int:
 
 
 def _closing(text: str, start: int) -> int:
-    """Index of the parenthesis that closes the one at `start`."""
+    """Return the index of the parenthesis that closes the one at `start`."""
     depth = 0
     for index in range(start, len(text)):
         depth += {"(": 1, ")": -1}.get(text[index], 0)
@@ -76,40 +79,44 @@ def _closing(text: str, start: int) -> int:
     return len(text) - 1
 
 
-def _parsed(line: str) -> _Instruction | None:
+def _parse_instruction(line: str) -> _Instruction | None:
     match = _INSTRUCTION.match(line)
     if match is None:
         return None
     name, rest = match.groups()
-    # A tuple's type is in parentheses itself, and layouts hold some: T(8,128).
+    # Types of tuples and layouts, as T(8,128), contain parentheses too.
     after = _closing(rest, 0) + 1 if rest.startswith("(") else rest.find(" ")
     operation = _OPERATION.search(rest, max(0, after))
     if operation is None:
         return None
     opening = operation.end() - 1
     end = _closing(rest, opening)
-    inside = rest[opening + 1 : end]
-    operands = tuple(re.findall(r"%([\w.\-]+)", inside)) or tuple(
-        word.split()[-1] for word in inside.split(", ") if word.strip()
+    arguments = rest[opening + 1 : end]
+    operands = tuple(re.findall(r"%([\w.\-]+)", arguments)) or tuple(
+        word.split()[-1] for word in arguments.split(", ") if word.strip()
     )
     return _Instruction(
-        name, rest[: operation.start() + 1], operation[1], operands, rest[end + 1 :], inside, "ROOT" in line[:8]
+        name, rest[: operation.start() + 1], operation[1], operands, rest[end + 1 :], arguments, "ROOT" in line[:8]
     )
 
 
 def computations(text: str) -> tuple[dict[str, list[_Instruction]], str]:
-    """The program's computations by name, and the name of the one that runs."""
-    found: dict[str, list[_Instruction]] = {}
+    """Parse a program.
+
+    Returns:
+        (instructions of each computation, name of the entry computation).
+    """
+    parsed: dict[str, list[_Instruction]] = {}
     entry, current = "", None
     for line in text.splitlines():
         if header := _HEADER.match(line):
-            current = found.setdefault(header[2], [])
+            current = parsed.setdefault(header[2], [])
             entry = header[2] if header[1] else entry
         elif line.startswith("}"):
             current = None
-        elif current is not None and (instruction := _parsed(line)):
+        elif current is not None and (instruction := _parse_instruction(line)):
             current.append(instruction)
-    return found, entry
+    return parsed, entry
 
 
 def _names(attributes: str, key: str) -> list[str]:
@@ -118,7 +125,7 @@ def _names(attributes: str, key: str) -> list[str]:
 
 
 def _group(attributes: str, devices: int) -> int:
-    """Chips that one collective joins, in any of the forms in which groups are written."""
+    """Return the number of chips that take part in one collective, from any notation of replica groups."""
     if match := re.search(r"replica_groups=\[(\d+),(\d+)\]", attributes):
         return int(match[2])
     if match := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
@@ -130,7 +137,7 @@ def _group(attributes: str, devices: int) -> int:
 
 
 def _received(kind: str, operand: int, group: int) -> int:
-    """Bytes into a chip over its links by a ring, which is the least that any algorithm needs."""
+    """Return the bytes that a chip receives in a ring algorithm, the least that any algorithm needs."""
     if group < 2 and kind not in ("collective-permute", "collective-broadcast"):
         return 0
     match kind:
@@ -143,72 +150,71 @@ def _received(kind: str, operand: int, group: int) -> int:
     return operand
 
 
-def _trips(loop: _Instruction, found: dict[str, list[_Instruction]]) -> int | None:
-    """How often a loop runs: as annotated, or from its counter: the condition's constant over the body's step.
+def _trip_count(loop: _Instruction, program: dict[str, list[_Instruction]]) -> int | None:
+    """Return how often a loop runs: its annotation, or the limit in its condition over the counter's step in its body.
 
-    Counters start at 0 in every loop that JAX and the partitioner write. The partitioner's own step by 2 where it unrolled.
+    Counters start at 0 in every loop that JAX and the partitioner write. Where the partitioner unrolled, they step by 2.
     """
     if match := re.search(r'known_trip_count"?[:=]\s*\{"?n"?[:=]\s*"?(\d+)', loop.attributes):
         return int(match[1])
-    condition = {one.name: one for name in _names(loop.attributes, "condition") for one in found.get(name, [])}
-    limits = [limit for one in condition.values() if (limit := _constant(one)) is not None]
+    condition = [one for name in _names(loop.attributes, "condition") for one in program.get(name, [])]
+    limits = [limit for one in condition if (limit := _constant(one)) is not None]
     if len(limits) != 1:
         return None
-    counters = {place for one in condition.values() if (place := _place(one)) is not None}
+    counters = {index for one in condition if (index := _tuple_index(one)) is not None}
     steps = []
     for name in _names(loop.attributes, "body"):
-        body = {one.name: one for one in found.get(name, [])}
-        root = next((one for one in body.values() if one.root), None)
-        for place in counters:
-            if root is not None and root.operation == "tuple" and place < len(root.operands):
-                new = body.get(root.operands[place])
-                if new is not None and new.operation == "add":
-                    steps += [_constant(body[operand]) for operand in new.operands if operand in body]
+        body = {one.name: one for one in program.get(name, [])}
+        root = next((one for one in body.values() if one.is_root), None)
+        for index in counters:
+            if root is not None and root.operation == "tuple" and index < len(root.operands):
+                update = body.get(root.operands[index])
+                if update is not None and update.operation == "add":
+                    steps += [_constant(body[operand]) for operand in update.operands if operand in body]
     step = next((step for step in steps if step), 1)
     return -(-limits[0] // step)
 
 
 def _constant(instruction: _Instruction) -> int | None:
-    whole = instruction.operation == "constant" and re.fullmatch(r"\d+", instruction.inside)
-    return int(instruction.inside) if whole else None
+    is_integer = instruction.operation == "constant" and re.fullmatch(r"\d+", instruction.arguments)
+    return int(instruction.arguments) if is_integer else None
 
 
-def _place(instruction: _Instruction) -> int | None:
+def _tuple_index(instruction: _Instruction) -> int | None:
     match = re.search(r"\bindex=(\d+)", instruction.attributes)
     return int(match[1]) if match and instruction.operation == "get-tuple-element" else None
 
 
 def traffic(text: str, devices: int) -> Traffic:
-    """The collectives of a compiled program, each as often as the loops around it run.
+    """Count the collectives of a compiled program, each as often as the loops around it run.
 
     Args:
         text: `compiled.as_text()`; its shapes are those of one chip.
         devices: chips that run the program.
     """
-    found, entry = computations(text)
+    program, entry = computations(text)
     totals: dict[str, list[int]] = {}
     unknown = 0
 
     def walk(name: str, times: int, chained: set[str]) -> None:
         nonlocal unknown
-        sizes = {instruction.name: shape_bytes(instruction.shape) for instruction in found.get(name, [])}
-        for instruction in found.get(name, []):
+        sizes = {instruction.name: shape_bytes(instruction.shape) for instruction in program.get(name, [])}
+        for instruction in program.get(name, []):
             kind = instruction.operation.removesuffix("-start")
             if kind in COLLECTIVES:
-                # The TPU compiler spreads one collective over several fusions, to run beside what they compute.
+                # The TPU compiler spreads one collective over several fusions, to overlap it with their computation.
                 if "chain_id=" in instruction.attributes:
                     channel = re.search(r"channel_id=(\d+)", instruction.attributes)
                     if channel is not None and channel[1] in chained:
                         continue
                     chained |= {channel[1]} if channel else set()
                 operand = sum(sizes.get(name, 0) for name in instruction.operands)
-                group = _group(instruction.attributes, devices)
                 total = totals.setdefault(kind, [0, 0, 0])
                 total[0] += times * operand
-                total[1] += times * _received(kind, operand, group)
+                total[1] += times * _received(kind, operand, _group(instruction.attributes, devices))
                 total[2] += times
             elif kind == "while":
-                trips = _trips(instruction, found)
+                trips = _trip_count(instruction, program)
                 before = sum(total[2] for total in totals.values())
                 for body in _names(instruction.attributes, "body"):
                     walk(body, times * (1 if trips is None else trips), set())
@@ -218,12 +224,12 @@ def traffic(text: str, devices: int) -> Traffic:
                     walk(called, times, chained)
 
     walk(entry, 1, set())
-    operands, received, counts = ({kind: total[place] for kind, total in sorted(totals.items())} for place in range(3))
+    operands, received, counts = ({kind: total[index] for kind, total in sorted(totals.items())} for index in range(3))
     return Traffic(operands, received, counts, unknown)
 
 
 def _called(instruction: _Instruction) -> Iterator[str]:
-    """Computations that run with an instruction: fusions, calls, wrapped asynchronous ones, every branch."""
+    """Yield the computations that an instruction runs: of fusions, calls, asynchronous wrappers and all branches."""
     if instruction.operation.endswith(("-done", "-update")) or instruction.operation in ("reduce", "sort", "scatter"):
         return
     for match in _CALLED.finditer(instruction.attributes):

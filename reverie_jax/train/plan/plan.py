@@ -1,7 +1,7 @@
-"""Before a run is paid for: does its step fit the chips, and how fast can it be at best?
+"""Plan of a training step: whether it fits the chips, and a lower bound of its time.
 
-The very step of `train.step` is lowered with abstract arrays. For a TPU it is compiled as well, by the TPU's own compiler,
-which needs no TPU; for a GPU what it takes is estimated.
+The step of `train.step` is lowered with abstract arrays. For a TPU it is compiled by the TPU compiler, which needs no TPU;
+for a GPU its memory is estimated.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from reverie_jax.data.packing import Batch
 from reverie_jax.errors import UserError
 from reverie_jax.models import VisionLanguageModel, VLMConfig, lora
 from reverie_jax.models.config import ARCHITECTURES
-from reverie_jax.models.sharding import MESH_AXES, batch_sharding, mesh_axes, shardings
+from reverie_jax.models.sharding import MESH_AXES, batch_sharding, parse_mesh_axes, shardings
 from reverie_jax.train.plan import costs, hlo
 from reverie_jax.train.plan.topology import Topology, plan_mesh, tpu_devices
 from reverie_jax.train.recipes import Recipe
 from reverie_jax.train.reference_model import ReferenceModel, without_adapters
-from reverie_jax.train.step import TrainState, adapt, make_optimizer, make_step, trainable_filter
+from reverie_jax.train.step import TrainState, make_optimizer, make_step, make_trainable, trainable_filter
 
 _UNKNOWN_STEPS = 1000
-"""Stands for the steps that only the data can tell; they shape the learning rate and nothing else."""
+"""Number of steps if only the data determine it (`steps=0`); it affects the learning rate only."""
 
 ROOFLINE_FORMULA = (
     "max(model FLOPs / (chips x peak), bytes of memory / its bandwidth, bytes over links / their bandwidth), "
@@ -42,7 +42,7 @@ ROOFLINE_FORMULA = (
 
 @dataclasses.dataclass(frozen=True)
 class AbstractStep:
-    """A train step and its arguments, none of which takes memory: every array is a shape, a type and a sharding."""
+    """A train step and its abstract arguments: arrays with shape, dtype and sharding, and no memory."""
 
     model: VisionLanguageModel
     graph: nnx.GraphDef[VisionLanguageModel]
@@ -55,89 +55,89 @@ class AbstractStep:
     reference: ReferenceModel
 
     def bytes_by_kind(self) -> dict[str, int]:
-        """Bytes of the arguments on one chip; a batch is counted with what preference tuning's reference holds."""
+        """Return the bytes of the arguments on one chip, by kind; `batch` includes the inputs of DPO's reference."""
         return {
-            "base": chip_bytes(self.frozen),
+            "frozen": chip_bytes(self.frozen),
             "trainable": chip_bytes(self.state.params),
             "optimizer": 0 if self.recipe.offload else chip_bytes((self.state.optimizer, self.state.step)),
-            "batch": chip_bytes((self.batch, self.reference.held)),
+            "batch": chip_bytes((self.batch, self.reference.inputs)),
         }
 
     def lower(self) -> Any:
-        """The step for the mesh's devices, not compiled yet."""
+        """Lower the step for the mesh's devices; the result can be compiled."""
         assert isinstance(self.mesh, Mesh)
         with jax.set_mesh(self.mesh):
-            layout = jax.tree.map(lambda x: x.sharding, self.state)
             step: Any = make_step(
-                self.graph, self.optimizer, self.recipe, reference=self.reference.graph, shardings=layout
+                *(self.graph, self.optimizer, self.recipe),
+                reference=self.reference.graph,
+                shardings=jax.tree.map(lambda x: x.sharding, self.state),
             )
-            return step.lower(self.state, self.frozen, self.batch, self.reference.held)
+            return step.lower(self.state, self.frozen, self.batch, self.reference.inputs)
 
 
 def chip_bytes(tree: Any) -> int:
-    """Bytes of the arrays of a tree, abstract or not, on one chip: each has a sharding."""
+    """Return the bytes on one chip of a tree's arrays, abstract or not; each must have a sharding."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * jnp.dtype(leaf.dtype).itemsize
         for leaf in jax.tree.leaves(tree)
     )
 
 
-def model_name(recipe: str) -> str:
-    """The architecture that a recipe's name stands for."""
+def architecture_of(recipe: str) -> str:
+    """Return the name of the architecture that a recipe's name stands for."""
     known = {"13b": "llava-1.5-13b", "phi3": "llava-phi3-mini", "1.0": "llava-1.0-7b"}
-    return next((model for part, model in known.items() if part in recipe), "llava-1.5-7b")
+    return next((name for part, name in known.items() if part in recipe), "llava-1.5-7b")
 
 
-def architecture(name: str) -> VLMConfig:
-    """The published architecture of that name.
+def find_architecture(name: str) -> VLMConfig:
+    """Return the published architecture of that name.
 
     Raises:
-        UserError: there is none.
+        UserError: the name is unknown.
     """
     if name not in ARCHITECTURES:
-        raise UserError(f"--model {name}: unknown architecture; there is {', '.join(ARCHITECTURES)}")
+        raise UserError(f"--architecture {name}: unknown architecture; choose from {', '.join(ARCHITECTURES)}")
     return ARCHITECTURES[name]
 
 
 def mesh_sizes(text: str | None, chips: int) -> dict[str, int]:
-    """Chips by axis from "data=2,fsdp=4"; all of them on fsdp by default.
+    """Parse chips by axis from "data=2,fsdp=4"; all on fsdp if None.
 
     Raises:
-        UserError: it is none, or does not take all chips.
+        UserError: the text is invalid, or the axes do not use all chips.
     """
     sizes = dict.fromkeys(MESH_AXES, 1)
     if text is None:
         return sizes | {"fsdp": chips}
     try:
-        given = mesh_axes(text)
+        sizes |= parse_mesh_axes(text)
     except ValueError as error:
         raise UserError(f"--mesh {text}: {error}") from None
-    sizes |= given
     if math.prod(sizes.values()) != chips:
-        raise UserError(f"--mesh {text}: {math.prod(sizes.values())} chips of a topology of {chips}")
+        raise UserError(f"--mesh {text}: uses {math.prod(sizes.values())} chips of a topology of {chips}")
     return sizes
 
 
 def abstract_step(
     config: VLMConfig, recipe: Recipe, mesh: Mesh | AbstractMesh, *, dtype: DTypeLike = jnp.bfloat16
 ) -> AbstractStep:
-    """The step that `train.loop` would run on that mesh, with every argument's sharding.
+    """Return the step that `train.loop` would run on the mesh, with the sharding of every argument.
 
     Raises:
-        UserError: the rows cannot be spread over the mesh.
+        UserError: a micro-batch cannot be spread evenly over the mesh.
     """
     if not recipe.steps:
         recipe = dataclasses.replace(recipe, steps=_UNKNOWN_STEPS)
     spread = mesh.shape["data"] * mesh.shape["fsdp"]
-    if recipe.batch_size // recipe.gradient_accumulation_steps % spread:
+    if recipe.micro_batch_size % spread:
         raise UserError(
-            f"{recipe.batch_size // recipe.gradient_accumulation_steps} rows of a micro-batch cannot be spread over data x fsdp = {spread} chips: "
-            "set rows and accumulate, or a mesh with more of tensor"
+            f"micro-batches of {recipe.micro_batch_size} sequences cannot be spread over data x fsdp = {spread} chips: "
+            "set batch_size and gradient_accumulation_steps, or a mesh with a larger tensor axis"
         )
 
     def make() -> VisionLanguageModel:
         model = VisionLanguageModel(config, rngs=nnx.Rngs(0), dtype=dtype)
-        adapt(model, recipe)
+        make_trainable(model, recipe)
         if recipe.quantization is not None:
             lora.quantize(model, recipe.quantization)
         return model
@@ -145,19 +145,21 @@ def abstract_step(
     model = nnx.eval_shape(make)
     graph, params, frozen = nnx.split(model, trainable_filter(recipe.trainable), ...)  # type: ignore[misc]
     optimizer = make_optimizer(recipe)
-    whole = NamedSharding(mesh, PartitionSpec())
+    replicated = NamedSharding(mesh, PartitionSpec())
 
     moments = jax.eval_shape(optimizer.init, params)
-    step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
-    layout = shardings(moments, mesh)
+    step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
+    moment_shardings = shardings(moments, mesh)
     if recipe.offload:
-        layout = jax.tree.map(lambda home: home.with_memory_kind("pinned_host"), layout)
-    state = TrainState(_placed(params, shardings(params, mesh)), _placed(moments, layout), step)
-    frozen = _placed(frozen, shardings(frozen, mesh))
+        moment_shardings = jax.tree.map(lambda x: x.with_memory_kind("pinned_host"), moment_shardings)
+    state = TrainState(
+        _with_shardings(params, shardings(params, mesh)), _with_shardings(moments, moment_shardings), step
+    )
+    frozen = _with_shardings(frozen, shardings(frozen, mesh))
     reference = ReferenceModel()
     if recipe.preference is not None and recipe.preference.reference == "stored":
         reference = ReferenceModel(
-            None, tuple(jax.ShapeDtypeStruct((2,), kind, sharding=whole) for kind in (jnp.int32, jnp.float32))
+            None, tuple(jax.ShapeDtypeStruct((2,), dtype, sharding=replicated) for dtype in (jnp.int32, jnp.float32))
         )
     elif recipe.preference is not None:
         reference = ReferenceModel(
@@ -166,26 +168,28 @@ def abstract_step(
     return AbstractStep(model, graph, optimizer, state, frozen, _batch(config, recipe, mesh), recipe, mesh, reference)
 
 
-def _placed(tree: Any, layout: Any) -> Any:
-    return jax.tree.map(lambda leaf, home: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=home), tree, layout)
+def _with_shardings(tree: Any, shardings: Any) -> Any:
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree, shardings
+    )
 
 
 def _batch(config: VLMConfig, recipe: Recipe, mesh: Mesh | AbstractMesh) -> Batch:
-    row, side, spread = recipe.sequence, config.vision.image_size, batch_sharding(mesh)
+    shape, side, sharding = recipe.sequence, config.vision.image_size, batch_sharding(mesh)
 
-    def array(*shape: int, dtype: DTypeLike = jnp.int32) -> Any:
-        return jax.ShapeDtypeStruct((recipe.batch_size, *shape), dtype, sharding=spread)
+    def array(*sizes: int, dtype: DTypeLike = jnp.int32) -> Any:
+        return jax.ShapeDtypeStruct((recipe.batch_size, *sizes), dtype, sharding=sharding)
 
-    tokens, edges, leaves, slots = (array(size) for size in (row.length, row.edges, row.questions, row.images))
+    tokens, edges, leaves, slots = (array(size) for size in (shape.length, shape.edges, shape.questions, shape.images))
     return Batch(
         tokens=tokens,
         positions=tokens,
         ends=tokens,
         image_slots=tokens,
-        pixels=array(row.images, side, side, 3, dtype=jnp.uint8),
+        images=array(shape.images, side, side, 3, dtype=jnp.uint8),
         parent=edges,
         target=edges,
-        weight=array(row.edges, dtype=jnp.float32),
+        weight=array(shape.edges, dtype=jnp.float32),
         branch=edges,
         origin=edges,
         leaves=leaves,
@@ -197,29 +201,29 @@ def _batch(config: VLMConfig, recipe: Recipe, mesh: Mesh | AbstractMesh) -> Batc
 
 @dataclasses.dataclass(frozen=True)
 class StepPlan:
-    """What a step takes on one chip, and the time that it needs at least.
+    """Memory of a step on one chip, and a lower bound of its time.
 
     Attributes:
-        bytes: on one chip, by kind; `activations` are all temporaries of the program.
-        peak_bytes_per_chip: arguments + outputs - what is updated in place + temporaries.
-        hbm_bytes_per_chip: memory of a chip, by its maker.
+        bytes: on one chip, by kind: frozen, trainable, optimizer, batch, and `activations`, all temporaries of the program.
+        peak_bytes_per_chip: arguments + outputs - outputs that reuse an argument + temporaries.
+        hbm_bytes_per_chip: memory of a chip.
         flops_per_step: model FLOPs, all chips.
-        collective_bytes_per_step: into one chip over its links.
-        collective_operand_bytes_per_step: what one chip hands to collectives; None where that was not compiled.
-        memory_traffic_per_step: bytes to and from one chip's memory, at least.
+        collective_bytes_per_step: received by one chip over its links.
+        collective_operand_bytes_per_step: passed to collectives by one chip; None if estimated.
+        memory_traffic_per_step: bytes to and from one chip's memory, a lower bound.
         roofline_seconds_per_step: a lower bound, see `ROOFLINE_FORMULA`.
-        roofline: its parts, in seconds.
-        compiled: by the chip's compiler; else estimated.
-        compile_seconds: lowering and compiling, here.
-        note: why it does not fit, in the compiler's words; or what the figures leave out.
+        roofline: its terms (compute, memory, links), in seconds.
+        compiled: by the chip's compiler; otherwise estimated.
+        compile_seconds: of lowering and compiling.
+        note: why the step does not fit, from the compiler; or what the figures leave out.
     """
 
     recipe: str
-    model: str
+    architecture: str
     topology: str
     mesh: dict[str, int]
-    rows: int
-    accumulate: int
+    batch_size: int
+    gradient_accumulation_steps: int
     dtype: str
     fits: bool
     peak_bytes_per_chip: int
@@ -242,85 +246,111 @@ def make_plan(
     topology: Topology,
     mesh: Mapping[str, int],
     *,
-    model: str,
+    architecture: str,
     dtype: DTypeLike = jnp.bfloat16,
     devices: list[Any] | None = None,
     compiled: bool = True,
 ) -> StepPlan:
-    """The plan of one step.
+    """Plan one step.
 
     Args:
+        config: architecture.
+        recipe: of the run.
+        topology: chips.
         mesh: chips by axis.
-        model: name to report.
-        devices: to compile for; those of the TPU topology by default.
-        compiled: compile, where the topology can be compiled for.
+        architecture: name of `config`, for the report.
+        dtype: of frozen weights and computation.
+        devices: to compile for; those of the TPU topology if omitted.
+        compiled: compile where possible; if False, estimate.
 
     Raises:
-        UserError: the rows cannot be spread over the mesh, or there is no compiler for the TPU.
+        UserError: a micro-batch cannot be spread evenly over the mesh, or the TPU compiler is missing.
     """
     compiled = compiled and (topology.is_tpu or devices is not None)
     if compiled and devices is None:
         devices = tpu_devices(topology)
     step = abstract_step(config, recipe, plan_mesh(topology, dict(mesh), devices if compiled else None), dtype=dtype)
     by_kind, sizes, width = step.bytes_by_kind(), costs.Sizes.of(step.model), jnp.dtype(dtype).itemsize
-    work = costs.activations(config, sizes, recipe, mesh, width=width, trained=by_kind["trainable"])
-    note, seconds, operands = "", 0.0, None
+    activations = costs.activations(config, sizes, recipe, mesh, width=width, trained=by_kind["trainable"])
     if compiled:
-        started = time.perf_counter()
-        try:
-            program = step.lower().compile()
-        except jax.errors.JaxRuntimeError as error:
-            needed, note = _too_large(error)
-            temporaries, links = max(0, needed - sum(by_kind.values())), 0
-        else:
-            temporaries, traffic = _temporaries(program), hlo.traffic(program.as_text(), topology.chips)
-            links, operands = sum(traffic.received.values()), sum(traffic.operands.values())
-            if traffic.unknown_loops:
-                note = f"{traffic.unknown_loops} loops of unknown length are counted once in the bytes over links"
-        seconds = time.perf_counter() - started
+        program = _compile(step, topology.chips, sum(by_kind.values()))
     else:
-        temporaries = work.total
-        links = costs.collective_bytes(config, sizes, recipe, mesh, width=width, trained=by_kind["trainable"])
+        received = costs.collective_bytes(config, sizes, recipe, mesh, width=width, trained=by_kind["trainable"])
         note = "activations are estimated by a formula (docs/plan.md); arguments are exact"
-    peak, chip = sum(by_kind.values()) + temporaries, topology.chip
-    flops, moved = costs.step_flops(config, sizes, recipe), costs.memory_bytes(recipe, mesh, by_kind, work.saved)
+        program = _Program(activations.total, received, None, 0.0, note)
+    peak, chip = sum(by_kind.values()) + program.temporaries, topology.chip
+    flops, moved = costs.step_flops(config, sizes, recipe), costs.memory_bytes(recipe, mesh, by_kind, activations.saved)
     roofline = {
         "compute": flops / topology.chips / chip.flops,
         "memory": moved / chip.bandwidth,
-        "links": links / topology.interconnect,
+        "links": program.received / topology.interconnect,
     }
     return StepPlan(
         recipe=recipe.name,
-        model=model,
+        architecture=architecture,
         topology=topology.name,
         mesh=dict(mesh),
-        rows=recipe.batch_size,
-        accumulate=recipe.gradient_accumulation_steps,
+        batch_size=recipe.batch_size,
+        gradient_accumulation_steps=recipe.gradient_accumulation_steps,
         dtype=str(jnp.dtype(dtype)),
-        fits=peak <= chip.hbm and not note.startswith("compiler:"),
+        fits=peak <= chip.hbm and not program.is_too_large,
         peak_bytes_per_chip=peak,
         hbm_bytes_per_chip=chip.hbm,
-        bytes=by_kind | {"activations": temporaries},
+        bytes=by_kind | {"activations": program.temporaries},
         flops_per_step=flops,
-        collective_bytes_per_step=links,
-        collective_operand_bytes_per_step=operands,
+        collective_bytes_per_step=program.received,
+        collective_operand_bytes_per_step=program.operands,
         memory_traffic_per_step=moved,
         roofline_seconds_per_step=max(roofline.values()),
         roofline=roofline,
         compiled=compiled,
-        compile_seconds=round(seconds, 1),
-        note=note,
+        compile_seconds=round(program.seconds, 1),
+        note=program.note,
     )
 
 
-def _temporaries(program: Any) -> int:
-    """Bytes of a compiled program on one chip beside its arguments: temporaries, and outputs that reuse no argument."""
-    memory = program.memory_analysis()
-    return memory.temp_size_in_bytes + max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes)
+@dataclasses.dataclass(frozen=True)
+class _Program:
+    """Bytes of a step's program on one chip: temporaries, received over links, and passed to collectives."""
+
+    temporaries: int
+    received: int
+    operands: int | None
+    seconds: float
+    note: str
+    is_too_large: bool = False
 
 
-def _too_large(error: Exception) -> tuple[int, str]:
-    """Bytes that a program would have needed, and the compiler's words; any other error is raised anew.
+def _compile(step: AbstractStep, chips: int, arguments: int) -> _Program:
+    """Compile a step and measure its program.
+
+    Args:
+        step: on a mesh of devices to compile for.
+        chips: number of chips.
+        arguments: bytes of the step's arguments on one chip.
+
+    Raises:
+        UserError: the compiler fails for another reason than memory.
+    """
+    started = time.perf_counter()
+    try:
+        program = step.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        needed, note = _required_memory(error)
+        seconds = time.perf_counter() - started
+        return _Program(max(0, needed - arguments), 0, None, seconds, f"compiler: {note}", is_too_large=True)
+    memory, traffic = program.memory_analysis(), hlo.traffic(program.as_text(), chips)
+    # Outputs that reuse no argument take memory of their own.
+    outputs = max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes)
+    note = ""
+    if traffic.unknown_loops:
+        note = f"{traffic.unknown_loops} loops with an unknown trip count are counted once in the bytes over links"
+    received, operands = sum(traffic.received.values()), sum(traffic.operands.values())
+    return _Program(memory.temp_size_in_bytes + outputs, received, operands, time.perf_counter() - started, note)
+
+
+def _required_memory(error: Exception) -> tuple[int, str]:
+    """Return the bytes that a program would have needed, and the compiler's sentence about them.
 
     Raises:
         UserError: the compiler failed for another reason.
@@ -332,4 +362,4 @@ def _too_large(error: Exception) -> tuple[int, str]:
         raise UserError(f"the step does not compile: {lines[0] if lines else type(error).__name__}") from None
     number, letter = (used[1], used[2]) if used[1] else (used[3], used[4])
     unit = {"K": 2**10, "M": 2**20, "G": 2**30}
-    return int(float(number) * unit[letter]), f"compiler: {used[0]}"
+    return int(float(number) * unit[letter]), used[0]

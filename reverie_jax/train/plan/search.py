@@ -1,4 +1,4 @@
-"""The fastest batch and mesh that fit: candidates by formula, the best of them compiled."""
+"""Search for the fastest batch size and mesh that fit: candidates are ordered by formula, the best ones compiled."""
 
 from __future__ import annotations
 
@@ -15,101 +15,108 @@ from reverie_jax.train.plan.plan import StepPlan, make_plan
 from reverie_jax.train.plan.topology import Topology, tpu_devices
 from reverie_jax.train.recipes import Recipe
 
-ROOM = 0.95
-"""Share of a chip's memory that a found plan may take: the runtime keeps some, and memory fragments."""
-TENSORS = (1, 2, 4, 8)
-MOST_ROWS = 512
-MOST_COMPILED = 4
-HIDDEN = 0.5
-"""Memory and links that take together at most this share of what compute takes are hidden behind it, errors of the formula
-included.
-"""
-_HOPELESS = 1.5
-"""Estimates above this share of the memory are not compiled: the formula does not err that far."""
+MEMORY_SHARE = 0.95
+"""Share of a chip's memory that a plan may use: the runtime reserves some, and memory fragments."""
+TENSOR_SIZES = (1, 2, 4, 8)
+MAX_BATCH_SIZE = 512
+MAX_COMPILED = 4
+HIDDEN_SHARE = 0.5
+"""Memory and links count as hidden behind compute if they take at most this share of its time, a margin for the formula."""
+_MAX_ESTIMATE = 1.5
+"""Candidates whose estimate exceeds the usable memory by this factor are not compiled: the formula is more accurate."""
 
 
-def candidates(recipe: Recipe, chips: int, most_rows: int = MOST_ROWS) -> Iterator[tuple[Recipe, dict[str, int]]]:
-    """Rows in powers of two, in one micro-batch, and meshes of fsdp x tensor."""
-    for tensor in TENSORS:
+def candidates(
+    recipe: Recipe, chips: int, max_batch_size: int = MAX_BATCH_SIZE
+) -> Iterator[tuple[Recipe, dict[str, int]]]:
+    """Yield batch sizes in powers of two, in one micro-batch, on all meshes of fsdp x tensor."""
+    for tensor in TENSOR_SIZES:
         if chips % tensor:
             continue
-        fsdp, rows = chips // tensor, 1
-        while rows <= max(most_rows, fsdp):
-            if rows % fsdp == 0:
+        fsdp, size = chips // tensor, 1
+        while size <= max(max_batch_size, fsdp):
+            if size % fsdp == 0:
                 yield (
-                    dataclasses.replace(recipe, batch_size=rows, gradient_accumulation_steps=1),
+                    dataclasses.replace(recipe, batch_size=size, gradient_accumulation_steps=1),
                     {"data": 1, "fsdp": fsdp, "tensor": tensor},
                 )
-            rows *= 2
+            size *= 2
 
 
-def seconds_per_row(plan: StepPlan) -> float:
-    return plan.roofline_seconds_per_step / plan.rows
+def seconds_per_sequence(plan: StepPlan) -> float:
+    """Return a plan's roofline seconds per sequence."""
+    return plan.roofline_seconds_per_step / plan.batch_size
 
 
 def _order(plan: StepPlan) -> tuple[float, bool, int]:
-    """Fastest first, to three digits; of equally fast ones those whose bound is compute by far; of them the smallest, which
-    leaves most of the memory.
-    """
-    parts = plan.roofline
-    hidden = parts["memory"] + parts["links"] <= HIDDEN * parts["compute"]
-    return float(f"{seconds_per_row(plan):.2e}"), not hidden, plan.peak_bytes_per_chip
+    """Return the sort key: seconds per sequence to three digits, then whether compute dominates, then peak memory."""
+    terms = plan.roofline
+    hidden = terms["memory"] + terms["links"] <= HIDDEN_SHARE * terms["compute"]
+    return float(f"{seconds_per_sequence(plan):.2e}"), not hidden, plan.peak_bytes_per_chip
 
 
-def fit(
+def search_plan(
     config: VLMConfig,
     recipe: Recipe,
     topology: Topology,
     *,
-    model: str,
+    architecture: str,
     dtype: DTypeLike = jnp.bfloat16,
     devices: list[Any] | None = None,
-    most_rows: int = MOST_ROWS,
-    tried: Callable[[StepPlan], None] = lambda plan: None,
+    max_batch_size: int = MAX_BATCH_SIZE,
+    on_plan: Callable[[StepPlan], None] = lambda plan: None,
 ) -> StepPlan:
-    """The plan with the fewest roofline seconds a row among those within `ROOM` of the memory.
+    """Return the plan with the fewest roofline seconds per sequence among those within `MEMORY_SHARE` of the memory.
 
     Args:
-        devices: to compile for; those of the TPU topology by default. A GPU topology is estimated.
-        most_rows: largest batch that is looked at.
-        tried: is told every plan that was compiled, or for a GPU estimated.
+        config: architecture.
+        recipe: of the run; its batch size and micro-batches are replaced.
+        topology: chips.
+        architecture: name of `config`, for the report.
+        dtype: of frozen weights and computation.
+        devices: to compile for; those of the TPU topology if omitted. GPU topologies are estimated.
+        max_batch_size: largest batch size of the search.
+        on_plan: called with every compiled plan, or every estimated plan for a GPU.
 
     Raises:
-        UserError: none fits.
+        UserError: no candidate fits.
     """
     if devices is None and topology.is_tpu:
         devices = tpu_devices(topology)
     estimates = [
-        (make_plan(config, one, topology, mesh, model=model, dtype=dtype, compiled=False), one, mesh)
-        for one, mesh in candidates(recipe, topology.chips, most_rows)
+        (
+            make_plan(config, candidate, topology, mesh, architecture=architecture, dtype=dtype, compiled=False),
+            candidate,
+        )
+        for candidate, mesh in candidates(recipe, topology.chips, max_batch_size)
     ]
     if not estimates:
-        raise UserError(
-            f"--fit: {topology.chips} chips share out over no batch of a power of two up to {most_rows} rows"
-        )
-    estimates.sort(key=lambda found: _order(found[0]))
-    room = ROOM * topology.chip.hbm
+        raise UserError(f"--fit: no batch size of a power of two can be spread over {topology.chips} chips")
+    estimates.sort(key=lambda estimate: _order(estimate[0]))
+    usable = MEMORY_SHARE * topology.chip.hbm
     if devices is None:
-        for plan, _, _ in estimates:
-            tried(plan)
-        fitting = [plan for plan, _, _ in estimates if plan.peak_bytes_per_chip <= room]
+        for plan, _ in estimates:
+            on_plan(plan)
+        fitting = [plan for plan, _ in estimates if plan.peak_bytes_per_chip <= usable]
     else:
         fitting, compiled = [], 0
-        for plan, one, mesh in estimates:
-            if plan.peak_bytes_per_chip > _HOPELESS * room or compiled == MOST_COMPILED:
+        for estimate, candidate in estimates:
+            if estimate.peak_bytes_per_chip > _MAX_ESTIMATE * usable or compiled == MAX_COMPILED:
                 continue
-            # The formula may have promised more than the compiler keeps: only what nothing else can beat is the fastest.
-            if fitting and min(map(seconds_per_row, fitting)) <= seconds_per_row(plan):
+            # A compiled plan may be slower than its estimate: stop only if no other estimate is faster than the best.
+            if fitting and min(map(seconds_per_sequence, fitting)) <= seconds_per_sequence(estimate):
                 break
             compiled += 1
-            plan = make_plan(config, one, topology, mesh, model=model, dtype=dtype, devices=devices)
-            tried(plan)
-            if plan.fits and plan.peak_bytes_per_chip <= room:
+            plan = make_plan(
+                config, candidate, topology, estimate.mesh, architecture=architecture, dtype=dtype, devices=devices
+            )
+            on_plan(plan)
+            if plan.fits and plan.peak_bytes_per_chip <= usable:
                 fitting.append(plan)
     if not fitting:
-        smallest = min(plan.peak_bytes_per_chip for plan, _, _ in estimates)
+        smallest = min(plan.peak_bytes_per_chip for plan, _ in estimates)
         raise UserError(
-            f"--fit: nothing that was tried fits {ROOM:.0%} of {topology.chip.hbm / 2**30:.1f} GiB; the smallest is "
-            f"estimated at {smallest / 2**30:.1f} GiB a chip: take more chips, shorter rows, or a lower rank"
+            f"--fit: no candidate fits in {MEMORY_SHARE:.0%} of {topology.chip.hbm / 2**30:.1f} GiB; the smallest is "
+            f"estimated at {smallest / 2**30:.1f} GiB per chip: use more chips, a shorter sequence, or a lower rank"
         )
     return min(fitting, key=_order)

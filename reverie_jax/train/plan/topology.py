@@ -1,4 +1,4 @@
-"""Machines to plan for: what a chip has, and devices that can be compiled for without being there."""
+"""Machines to plan for: figures of chips, and TPU devices to compile for without a TPU."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One accelerator, as its maker publishes it.
+    """One accelerator, with its vendor's figures.
 
     Attributes:
-        hbm: memory, in bytes. TPU: what the compiler lets a program use, which it names when a program is too large.
-        flops: peak dense bfloat16 rate, in FLOP/s.
-        bandwidth: of its memory, in bytes/s.
-        link: bytes/s into the chip over one link of the interconnect (TPU), or over all of them (GPU, NVLink).
-        dimensions: of the torus that the links make; 0 where a switch joins all chips.
+        hbm: bytes of memory. TPU: what the compiler allows a program, named in its error for a larger one.
+        flops: peak dense bfloat16 FLOP/s.
+        bandwidth: of the memory, in bytes/s.
+        link: bytes/s into the chip over one link of the interconnect (TPU), or over all links (GPU, NVLink).
+        dimensions: of the torus of links; 0 for a switch that connects all chips.
     """
 
     hbm: int
@@ -38,8 +38,8 @@ class Chip:
     dimensions: int = 0
 
 
-# TPU: cloud.google.com/tpu/docs (system architecture) and jax-ml.github.io/scaling-book (rates of one link, one way).
-# GPU: NVIDIA's data sheets of the SXM parts; memory in units of 10**9 bytes, NVLink one way.
+# TPU: cloud.google.com/tpu/docs (system architecture) and jax-ml.github.io/scaling-book (one link, one direction).
+# GPU: NVIDIA's data sheets of the SXM parts; memory in units of 10**9 bytes, NVLink in one direction.
 CHIPS: dict[str, Chip] = {
     "v5e": Chip(int(15.75 * GIB), 197e12, 0.819e12, 4.5e10, 2),
     "v5p": Chip(int(95.74 * GIB), 459e12, 2.765e12, 9e10, 3),
@@ -51,16 +51,16 @@ CHIPS: dict[str, Chip] = {
 }
 
 
-_SPOKEN = {"v4": "v4", "v5 lite": "v5e", "v5litepod": "v5e", "v5": "v5p", "v6 lite": "v6e"}
-"""TPUs as `jax.Device.device_kind` calls them, behind "TPU "."""
+_TPU_KINDS = {"v4": "v4", "v5 lite": "v5e", "v5litepod": "v5e", "v5": "v5p", "v6 lite": "v6e"}
+"""Keys of `CHIPS` by `jax.Device.device_kind` without "TPU "."""
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """The chip that a device says that it is; None where it is none of `CHIPS`."""
+    """Return the chip of `jax.Device.device_kind`; None for an unknown one."""
     kind = device_kind.lower()
     if kind.startswith("tpu "):
-        found = _SPOKEN.get(kind.removeprefix("tpu "), kind.removeprefix("tpu "))
-        return CHIPS.get(found)
+        name = kind.removeprefix("tpu ")
+        return CHIPS.get(_TPU_KINDS.get(name, name))
     if "a100" in kind and "40gb" in kind:
         return CHIPS["a100-40"]
     return next((CHIPS[name] for name in ("h200", "h100", "a100") if name in kind), None)
@@ -68,7 +68,7 @@ def chip_of(device_kind: str) -> Chip | None:
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Chips of one kind and how they are joined: `v5e:2x4`, `h200:8`."""
+    """Chips of one kind and their arrangement: `v5e:2x4`, `h200:8`."""
 
     name: str
     kind: str
@@ -76,33 +76,36 @@ class Topology:
 
     @property
     def chip(self) -> Chip:
+        """Figures of one chip."""
         return CHIPS[self.kind]
 
     @property
     def chips(self) -> int:
+        """Number of chips."""
         return math.prod(self.shape)
 
     @property
     def is_tpu(self) -> bool:
+        """Whether the chips are TPUs."""
         return self.chip.dimensions > 0
 
     @property
     def interconnect(self) -> float:
-        """Bytes/s into a chip over all its links: an upper bound, that a corner of an unwrapped torus does not reach."""
+        """Bytes/s into a chip over all its links; an upper bound, which a corner of an unwrapped torus does not reach."""
         if not self.is_tpu:
             return self.chip.link
         return self.chip.link * max(1, sum(min(2, side - 1) for side in self.shape))
 
     @classmethod
     def parse(cls, text: str) -> Topology:
-        """A topology from its name.
+        """Parse a topology's name.
 
         Raises:
-            UserError: no such kind of chip, or no shape for it.
+            UserError: the chip is unknown, or the shape is invalid for it.
         """
         kind, colon, shape = text.partition(":")
         if kind not in CHIPS:
-            raise UserError(f"--topology {text}: unknown kind of chip {kind!r}; there is {', '.join(CHIPS)}")
+            raise UserError(f"--topology {text}: unknown chip {kind!r}; choose from {', '.join(CHIPS)}")
         dimensions = CHIPS[kind].dimensions
         example = {0: f"{kind}:8", 2: f"{kind}:2x4", 3: f"{kind}:2x2x1"}[dimensions]
         if not colon or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
@@ -114,9 +117,9 @@ class Topology:
 
 
 def silence_libtpu() -> None:
-    """Lets libtpu compile where no TPU is: no query for one, no lock on one, and no JAX backend but the CPU.
+    """Configure libtpu to compile without a TPU: no metadata query, no lock file, and only JAX's CPU backend.
 
-    The lock is for programs that run on the chips: a compiler beside one must neither wait for it nor remove it.
+    The lock is for programs that run on the chips: a compiler must neither wait for it nor remove it.
     """
     os.environ["JAX_PLATFORMS"] = "cpu"
     jax.config.update("jax_platforms", "cpu")
@@ -133,32 +136,34 @@ def silence_libtpu() -> None:
 
 
 def tpu_devices(topology: Topology) -> list[Any]:
-    """Devices of a TPU topology, none of which is there.
+    """Return abstract devices of a TPU topology, for compiling only.
 
     Raises:
-        UserError: libtpu is not installed, or knows no such topology.
+        UserError: libtpu is not installed, or does not know the topology.
     """
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
-            "planning for a TPU needs its compiler: pip install 'reverie-jax[tpu]' (no TPU is needed); "
-            "GPU topologies, as h200:8, are estimated without"
+            "planning for a TPU needs the TPU compiler: pip install 'reverie-jax[tpu]' (no TPU is needed); "
+            "GPU topologies such as h200:8 are estimated without it"
         )
     silence_libtpu()
     from jax.experimental import topologies
 
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=topology.name)
+        description = topologies.get_topology_desc(platform="tpu", topology_name=topology.name)
     except (RuntimeError, NotImplementedError, ValueError) as error:
-        said = str(error).strip().splitlines()
-        raise UserError(f"--topology {topology.name}: {said[0] if said else type(error).__name__}") from None
-    return list(found.devices)
+        lines = str(error).strip().splitlines()
+        raise UserError(f"--topology {topology.name}: {lines[0] if lines else type(error).__name__}") from None
+    return list(description.devices)
 
 
 def plan_mesh(topology: Topology, sizes: dict[str, int], devices: list[Any] | None = None) -> Mesh | AbstractMesh:
-    """The mesh of a plan: over devices that can be compiled for, or of sizes alone.
+    """Return the mesh of a plan: over devices to compile for, or an abstract one.
 
     Args:
-        sizes: data, fsdp and tensor, whose product is the number of chips.
+        topology: chips.
+        sizes: chips by axis (data, fsdp, tensor); their product is the number of chips.
+        devices: of `tpu_devices`; None for an abstract mesh.
     """
     if devices is None:
         shape = tuple(sizes[name] for name in MESH_AXES)
