@@ -253,7 +253,7 @@ def test_the_wrong_folder_of_pictures_destroys_nothing(original, job, tmp_path, 
         theirs.combine(file)
     (tmp_path / "wrong").mkdir()
     with Memory(answer), pytest.raises(UserError, match="none of their pictures"):
-        Pipeline(dataclasses.replace(job, pictures=tmp_path / "wrong"), os.environ)
+        Pipeline(dataclasses.replace(job, images=tmp_path / "wrong"), os.environ)
     assert go_on(job)[0] == {}
     assert same(job, theirs.wanted)
 
@@ -293,7 +293,7 @@ def test_a_dry_run_before_takes_nothing_away(original, job, reverie, tmp_path):
         job.pictures,
         "--out",
         job.folder,
-        "--model",
+        "--writer",
         WHO,
         "--prompts",
         job.prompts,

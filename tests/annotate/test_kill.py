@@ -107,8 +107,8 @@ def disturb(zygote, folder: Path, provider: str, pictures: int, kills: int, time
     def plan(call: Call) -> Fault | None:
         return Fault.EMPTY if hopeless(call) else often(call)
 
-    words = ["annotate", "run", "--images", "pictures", "--out", "out", "--prompts", "prompts", "--questions", "1"]
-    words += ["--model", who, "--timeout", timeout, "--concurrency", AT_ONCE]
+    words = ["annotate", "run", "--images", "images", "--out", "out", "--prompts", "prompts", "--questions", "1"]
+    words += ["--writer", who, "--timeout", timeout, "--concurrency", AT_ONCE]
     moments = sorted(draw.sample(range(1, int(pictures * 4 * 1.15)), kills))
     taken: list[Snapshot] = []
     notes: list[str] = []

@@ -230,7 +230,7 @@ def test_as_many_wrong_answers_as_asked(text: str, asked: int, kept: list[str]):
     ],
 )
 def test_kind_of_a_question_that_says_none(question: str, answer: str, kind: str):
-    assert reflection.kind_of(question, answer) == kind
+    assert reflection.classify_question(question, answer) == kind
 
 
 @pytest.mark.parametrize(

@@ -59,8 +59,8 @@ from PIL import Image
 
 from reverie_jax.annotate import pipeline as pipelines
 from reverie_jax.annotate.pipeline import AnnotationJob, Pipeline, decide, export
-from reverie_jax.data.mixture import Part, mixture
-from reverie_jax.data.sources import Reading
+from reverie_jax.data.mixture import MixtureEntry, mixture
+from reverie_jax.data.sources import ReadLog
 from reverie_jax.errors import UserError
 from reverie_jax.hosted.interface import RequestSettings
 from reverie_jax.hosted.runner import Limits
@@ -113,7 +113,7 @@ def make(tmp_path, prompts, pictures):
     ) -> AnnotationJob:
         options = {
             "folder": tmp_path / out,
-            "pictures": tmp_path / "images",
+            "images": tmp_path / "images",
             "images": tuple(pictures),
             "model": "" if server is None else name_of(server, provider),
             "count": 1,
@@ -548,7 +548,7 @@ def test_questions_4_sets_are_asked_again_and_block_nothing(make, pictures):
 def test_questions_5_none_at_once_is_refused(make, reverie, tmp_path):
     with Memory(answer) as server:
         for value in ("0", "-1"):
-            words = ("--images", tmp_path / "images", "--out", tmp_path / "o", "--model", name_of(server))
+            words = ("--images", tmp_path / "images", "--out", tmp_path / "o", "--writer", name_of(server))
             code, out, err = reverie("annotate", "run", *words, "--concurrency", value)
             assert (code, out) == (2, "")
             assert "--concurrency" in err
@@ -591,7 +591,7 @@ def test_questions_7_names_are_relative(make, tmp_path, pictures):
         calls = len(server.calls)
         (tmp_path / "images").rename(tmp_path / "moved")
         job.folder.rename(tmp_path / "notes")
-        elsewhere = dataclasses.replace(job, folder=tmp_path / "notes", pictures=tmp_path / "moved")
+        elsewhere = dataclasses.replace(job, folder=tmp_path / "notes", images=tmp_path / "moved")
         run(elsewhere)
         assert len(server.calls) == calls
     assert same(elsewhere.folder, helpers.expected(pictures, job.model))
@@ -610,7 +610,7 @@ def test_rationales_1_a_broken_picture_stops_no_other(make, pictures, tmp_path, 
         run(job, "questions")
         (tmp_path / "images" / "0001.png").unlink()
         (tmp_path / "images" / "0003.png").write_bytes(pictures["0003.png"][:40])
-        words = ("--images", job.pictures, "--out", job.folder, "--model", job.model, "--prompts", prompts)
+        words = ("--images", job.pictures, "--out", job.folder, "--writer", job.model, "--prompts", prompts)
         code, _, err = reverie("annotate", "rationales", "--questions", 1, *words)
         assert code == 1
         assert stages_of(server) == {"questions": 6, "positive": 4, "negative": 4}
@@ -625,7 +625,7 @@ def test_rationales_1_pictures_that_failed_are_named(make, pictures, tmp_path, r
     (tmp_path / "images" / "0003.png").write_bytes(pictures["0003.png"][:40])
     with Memory(answer) as server:
         out = tmp_path / "out"
-        words = ("--images", tmp_path / "images", "--out", out, "--model", name_of(server))
+        words = ("--images", tmp_path / "images", "--out", out, "--writer", name_of(server))
         code, printed, err = reverie("annotate", "run", "--questions", 1, "--prompts", prompts, *words)
     assert code == 1
     files = "".join(p.read_text("utf-8") for p in out.iterdir() if p.suffix in (".json", ".jsonl", ".txt", ".html"))
@@ -938,7 +938,7 @@ def test_whole_what_is_released_can_be_read(make, tmp_path):
     with Memory(answer) as server:
         job = make(server, count=2)
         run(job)
-    records = list(mixture([Part(file=job.folder / RELEASED, pictures=job.pictures)], Reading()))
+    records = list(mixture([MixtureEntry(file=job.folder / RELEASED, pictures=job.pictures)], ReadLog()))
     kept = [row for row in load(job.folder, JUDGED) if row["gemini_pro_judge"] == "no"]
     assert sum(len(record.conversations) for record in records) == 2 * len(kept)
     assert {record.id for record in records} == {row["image"] for row in kept}
@@ -1043,7 +1043,7 @@ def test_a_marker_in_a_reply_stops_no_export(make, pictures):
         job = make(server)
         run(job)
     assert {row["image"] for row in load(job.folder, RELEASED)} >= set(pictures) - {"0000.png"}
-    assert len(list(mixture([Part(file=job.folder / RELEASED, pictures=job.pictures)], Reading()))) >= 5
+    assert len(list(mixture([MixtureEntry(file=job.folder / RELEASED, pictures=job.pictures)], ReadLog()))) >= 5
 
 
 def test_more_questions_than_asked_are_left_off(make):
@@ -1066,7 +1066,7 @@ def test_names_that_leave_the_folder_are_refused(make, tmp_path, reverie):
         for name in ("../secret.png", str(tmp_path / "secret.png"), "link.png", "sub/../../secret.png"):
             listed.write_text(json.dumps(["0000.png", name]))
             words = ("--images", tmp_path / "images", "--list", listed, "--out", tmp_path / "out")
-            code, out, err = reverie("annotate", "run", *words, "--model", name_of(server))
+            code, out, err = reverie("annotate", "run", *words, "--writer", name_of(server))
             assert (code, out) == (2, "")
             assert name in err
             assert err.count("\n") == 1
@@ -1081,7 +1081,7 @@ def test_names_that_are_none(tmp_path, reverie, pictures, name):
     with Memory(answer) as server:
         words = ("--images", tmp_path / "images", "--list", listed, "--out", tmp_path / "out", "--questions", 1)
         prompts = helpers.write_prompts(tmp_path / "prompts")
-        code, _, _ = reverie("annotate", "questions", *words, "--prompts", prompts, "--model", name_of(server))
+        code, _, _ = reverie("annotate", "questions", *words, "--prompts", prompts, "--writer", name_of(server))
     assert code in (1, 2)
 
 

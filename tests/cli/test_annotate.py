@@ -51,9 +51,9 @@ def annotate(reverie, tmp_path, pictures):
     prompts = helpers.write_prompts(tmp_path / "prompts")
 
     def run(step: str, model: str = "", *more, **changes) -> tuple[int, str, str]:
-        options = {"out": tmp_path / "out", "pictures": tmp_path / "images", "prompts": prompts, "questions": 1}
+        options = {"out": tmp_path / "out", "images": tmp_path / "images", "prompts": prompts, "questions": 1}
         words: list = ["annotate", step]
-        for name, value in (options | ({"model": model} if model else {}) | changes).items():
+        for name, value in (options | ({"writer": model} if model else {}) | changes).items():
             if value is not None:
                 words += [f"--{name.replace('_', '-')}", *(value if isinstance(value, tuple) else (value,))]
         return reverie(*words, *more)
@@ -95,15 +95,15 @@ def test_run(annotate, tmp_path, pictures, provider):
     for name in (QUESTIONS, RATIONALES, JUDGED, RELEASED):
         assert load(tmp_path / "out", name) == wanted[name]
     assert out == f"{len(wanted[RELEASED])} conversations: {tmp_path / 'out' / RELEASED}\n"
-    assert "questions: 5 new, 0 there already, 0 failed" in err
-    assert "rationales: 10 new, 0 there already, 0 failed" in err
-    assert "judge: 5 new, 0 there already, 0 failed" in err
+    assert "questions: 5 new, 0 already answered, 0 failed" in err
+    assert "rationales: 10 new, 0 already answered, 0 failed" in err
+    assert "judge: 5 new, 0 already answered, 0 failed" in err
     inside, outside = (sum(column) for column in zip(*told, strict=True))
     price = (2 * inside + 10 * outside) / 1e6
     assert f"20 requests, {inside:,} tokens in, {outside:,} out, price {price:.4f}" in err
     assert table(err) == []
     assert (again[0], again[1]) == (0, out)
-    assert "questions: 0 new, 5 there already, 0 failed" in again[2]
+    assert "questions: 0 new, 5 already answered, 0 failed" in again[2]
     assert f"20 requests, {inside:,} tokens in" in again[2]
 
 
@@ -129,7 +129,7 @@ def test_the_table_of_reasons(annotate, tmp_path, pictures):
     assert ["rationales", "2", "an empty reply"] in cells
     assert ["judge", "1", "neither yes nor no"] in cells
     assert len(cells) == 4
-    assert "run again" in err
+    assert "run the command again" in err
     assert [row["image"] for row in load(tmp_path / "out", JUDGED)] == ["0003.png"]
 
 
@@ -162,7 +162,7 @@ def test_a_budget_ends_a_run(annotate, tmp_path):
         asked = len(server.calls)
         assert 0 < asked < 20
         assert code == 1
-        assert any(cells[2].startswith("ended early: the budget of 1,000 tokens") for cells in table(err))
+        assert any(cells[2].startswith("stopped early: the budget of 1,000 tokens") for cells in table(err))
         assert annotate("run", name_of(server), max_cost=1.0, price=(1, 1))[0] == 0
         assert len(server.calls) == 20
 
@@ -181,7 +181,7 @@ def test_dry_run_asks_nothing(annotate, tmp_path, pictures, monkeypatch):
         assert tokens_out > 0
         assert price == pytest.approx((1000 * tokens_in + 2000 * tokens_out) / 1e6, abs=0.01)
     total = [sum(column) for column in zip(*(row[1:] for row in numbers.values()), strict=True)]
-    assert [float(cell.replace(",", "")) for cell in rows["in all"][1:]] == pytest.approx(total, abs=0.05)
+    assert [float(cell.replace(",", "")) for cell in rows["total"][1:]] == pytest.approx(total, abs=0.05)
     files = {path.name for path in (tmp_path / "out").iterdir()} - {JOURNAL, f"{JOURNAL}.lock"}
     assert files == set()
     assert helpers.rows_of(tmp_path / "out" / JOURNAL) == []
@@ -197,7 +197,7 @@ def test_dry_run_knows_what_is_there(annotate):
     assert code == 0
     rows = {cells[0]: cells[1:] for cells in table(out)}
     assert [rows[stage][:2] for stage in STAGES] == [["5", "0"], ["5", "0"], ["5", "0"], ["0", "5"]]
-    assert rows["in all"][1] == "5"
+    assert rows["total"][1] == "5"
 
 
 # Keys.
@@ -294,7 +294,7 @@ def test_googles_other_name_for_the_key(annotate, monkeypatch):
 
 def test_mistakes_are_one_line(annotate, tmp_path, reverie):
     assert refused(annotate("rationals", "openai:tiny"), "rationals", "judge")
-    assert refused(annotate("run"), "--model")
+    assert refused(annotate("run"), "--writer")
     assert refused(annotate("run", "tiny"), "tiny", "openai")
     assert refused(annotate("run", "mistral:tiny"), "mistral", "gemini")
     assert refused(annotate("run", "openai:"), "openai")
@@ -306,8 +306,8 @@ def test_mistakes_are_one_line(annotate, tmp_path, reverie):
     assert refused(annotate("run", "openai:tiny", timeout=0), "--timeout")
     assert refused(annotate("run", "openai:tiny", requests_per_minute=0), "--requests-per-minute")
     assert refused(annotate("run", "openai:tiny", tokens_per_minute=-1), "--tokens-per-minute")
-    assert refused(annotate("run", "openai:tiny", pictures=tmp_path / "gone"), tmp_path / "gone")
-    assert refused(annotate("run", "openai:tiny", pictures=None), "--images")
+    assert refused(annotate("run", "openai:tiny", images=tmp_path / "gone"), tmp_path / "gone")
+    assert refused(annotate("run", "openai:tiny", images=None), "--images")
     assert refused(annotate("run", "openai:tiny", prompts=tmp_path / "gone"), tmp_path / "gone")
     assert refused(annotate("run", "openai:tiny", list=tmp_path / "gone.json"), "gone.json")
     assert refused(annotate("rationales", "openai:tiny"), QUESTIONS)
@@ -315,7 +315,7 @@ def test_mistakes_are_one_line(annotate, tmp_path, reverie):
     assert refused(annotate("export"), JUDGED)
     assert refused(annotate("audit"), JUDGED)
     (tmp_path / "empty").mkdir()
-    assert refused(annotate("run", "openai:tiny", pictures=tmp_path / "empty"), "empty", "no pictures")
+    assert refused(annotate("run", "openai:tiny", images=tmp_path / "empty"), "empty", "no pictures")
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[3]", '[""]', "[", "[]", '["a.png", null]'])
@@ -328,7 +328,7 @@ def test_a_file_in_the_way_is_one_line(annotate, tmp_path):
     (tmp_path / "file").write_text("mine")
     assert refused(annotate("run", "openai:tiny", out=tmp_path / "file"), tmp_path / "file")
     assert refused(annotate("run", "openai:tiny", out=tmp_path / "file" / "below"), tmp_path / "file")
-    assert refused(annotate("run", "openai:tiny", pictures=tmp_path / "file"), tmp_path / "file")
+    assert refused(annotate("run", "openai:tiny", images=tmp_path / "file"), tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -342,7 +342,7 @@ def test_a_broken_journal_is_one_line(annotate, tmp_path):
 def test_a_sample_that_is_none(annotate):
     with Memory(answer) as server:
         annotate("run", name_of(server))
-    assert refused(annotate("audit", sample=-1), "--sample")
+    assert refused(annotate("audit", count=-1), "--count")
 
 
 def test_images_are_listed(annotate, tmp_path, pictures):
@@ -441,18 +441,18 @@ def test_scenes(annotate, reverie, tmp_path):
     assert reverie("scenes", "render", tmp_path / "world", "--count", 4, "--size", 64)[0] == 0
     folder, out = tmp_path / "world" / "images", tmp_path / "notes"
     model = f"scenes:{tmp_path / 'world'}"
-    code, _, err = annotate("run", model, out=out, pictures=folder, prompts=None, questions=3)
+    code, _, err = annotate("run", model, out=out, images=folder, prompts=None, questions=3)
     assert code == 0, err
     questions, judged = load(out, QUESTIONS), load(out, JUDGED)
     assert len(questions) == len(judged) == 12
     assert {row["question_type"] for row in questions} <= {"yes/no", "choice", "short", "open"}
     assert {row["gemini_pro_judge"] for row in judged} == {"no"}  # exact rationales never contradict each other
     assert load(out, DROPPED) == []
-    assert len(list(mixture([MixtureEntry(file=out / RELEASED, pictures=folder)], ReadLog()))) == 4
+    assert len(list(mixture([MixtureEntry(file=out / RELEASED, images=folder)], ReadLog()))) == 4
     assert len(load(out, RELEASED)) == 24
     first = {name: (out / name).read_bytes() for name in (QUESTIONS, RATIONALES, JUDGED, RELEASED)}
     again = tmp_path / "again"
-    assert annotate("run", model, out=again, pictures=folder, prompts=None, questions=3)[0] == 0
+    assert annotate("run", model, out=again, images=folder, prompts=None, questions=3)[0] == 0
     assert {name: (again / name).read_bytes() for name in first} == first
     assert reverie("annotate", "audit", "--out", out, "--images", folder)[0] == 0
 
@@ -500,12 +500,12 @@ def test_audit(annotate, tmp_path):
 def test_audit_draws_a_sample(annotate, tmp_path, reverie):
     with Memory(answer) as server:
         annotate("run", name_of(server), questions=5)
-    assert annotate("audit", sample=2)[0] == 0
+    assert annotate("audit", count=2)[0] == 0
     text = (tmp_path / "out" / "audit.html").read_text("utf-8")
     assert 2 < len(Page(text).articles) <= 4
-    annotate("audit", sample=2)
+    annotate("audit", count=2)
     assert (tmp_path / "out" / "audit.html").read_text("utf-8") == text
-    assert annotate("audit", sample=0)[0] == 0
+    assert annotate("audit", count=0)[0] == 0
 
 
 def test_audit_escapes_what_models_write(annotate, tmp_path):

@@ -14,7 +14,7 @@ import pytest
 from reverie_jax import cli
 from reverie_jax.eval.benchmarks import NAMES
 from reverie_jax.eval.engine import Engine
-from tests.annotate.conftest import keys  # noqa: F401  (a fixture)
+from tests.hosted.fixtures import keys  # noqa: F401  (a fixture)
 from tests.eval.benchmarks.makers import SHORT, dump, lines, mme, opened, picture, pope, said
 from tests.eval.benchmarks.makers_free import mmhal_rows
 from tests.hosted.server import Call, Fault, Server
@@ -88,7 +88,7 @@ def mine(data, tmp_path):
 
 @pytest.fixture
 def right(data, tmp_path):
-    return answers(data, "pope", lambda n, q: "Yes" if q.known["label"] else "No", tmp_path / "right.jsonl")
+    return answers(data, "pope", lambda n, q: "Yes" if q.metadata["label"] else "No", tmp_path / "right.jsonl")
 
 
 def rows(path):
@@ -377,7 +377,7 @@ def test_score_of_a_part(reverie, data, right, tmp_path):
 
 def test_a_benchmark_without_a_server_exports_nothing(reverie, tmp_path, data):
     scene = tmp_path / "scenes"
-    assert reverie("scenes", "render", scene, "--questions", "pope", "--count", 2, "--size", 32)[0] == 0
+    assert reverie("scenes", "render", scene, "--split", "test", "--count", 2, "--size", 32)[0] == 0
     _, loaded = opened("scenes", scene)
     path = lines(tmp_path / "a.jsonl", [said(q.id, q.text, "Yes, a cup.") for q in loaded.questions])
     words = ("score", "scenes", "--predictions", path, "--data", scene, "--json")

@@ -25,7 +25,7 @@ from reverie_jax.eval.judge import LOCAL, estimate, judge, of_answers, prompts, 
 from reverie_jax.hosted.runner import Limits
 from reverie_jax.hosted.session import RequestConfig
 from tests.annotate import helpers
-from tests.annotate.conftest import keys  # noqa: F401  (a fixture)
+from tests.hosted.fixtures import keys  # noqa: F401  (a fixture)
 from tests.data.fakes import png
 from tests.hosted.server import Call, Fault, Server
 
@@ -298,7 +298,7 @@ def test_a_model_of_ones_own(ask, tmp_path):
 class Shown(MmHal):
     """MMHal whose judge sees the picture."""
 
-    def requests(self, loaded, answers, rule, prompts):
+    def judge_requests(self, loaded, answers, rule, prompts):
         found = super().requests(loaded, answers, rule, prompts)
         return [dataclasses.replace(request, image=f"{request.id}.png") for request in found]
 

@@ -84,7 +84,7 @@ def make(tmp_path, prompts, pictures, monkeypatch) -> Callable[..., AnnotationJo
             monkeypatch.setenv(name, value)
         options = {
             "folder": tmp_path / out,
-            "pictures": tmp_path / "images",
+            "images": tmp_path / "images",
             "images": tuple(pictures),
             "model": MODELS[provider],
             "count": 1,
@@ -103,8 +103,8 @@ def annotate(reverie, tmp_path, prompts, pictures, monkeypatch) -> Callable[...,
     def run(server: Server, step: str, model: str, *more: Any, **changes: Any) -> tuple[int, str, str]:
         for name, value in addresses(server).items():
             monkeypatch.setenv(name, value)
-        options = {"out": tmp_path / "out", "pictures": tmp_path / "images", "prompts": prompts, "questions": 1}
-        words: list[Any] = ["annotate", step, "--model", model]
+        options = {"out": tmp_path / "out", "images": tmp_path / "images", "prompts": prompts, "questions": 1}
+        words: list[Any] = ["annotate", step, "--writer", model]
         for name, value in (options | {"poll": 0.01, "batch": True} | changes).items():
             if value is True:
                 words += [f"--{name}"]
@@ -185,7 +185,7 @@ def test_a_run_by_batches_writes_what_a_direct_run_writes(annotate, tmp_path, pi
         assert len(server.batches) == 3
         assert [batch.downloads for batch in server.batches] == [1, 1, 1]
     assert (code, again[:2]) == (0, (0, out))
-    assert "rationales: 12 new, 0 there already, 0 failed" in err
+    assert "rationales: 12 new, 0 already answered, 0 failed" in err
     assert "Traceback" not in err
     for name in FILES:
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "direct" / name).read_bytes(), name
@@ -219,7 +219,7 @@ def test_lrv_goes_by_batches_too(tmp_path, make, provider):
     for batch in (False, True):
         with BatchServer(lambda call: said) as server:
             limits = make(server, provider, limits=dataclasses.replace(QUICK, batch=batch)).limits
-            job = lrv.AnnotationJob(
+            job = lrv.LrvJob(
                 tmp_path / f"out{batch}", tmp_path / "captions.json", MODELS[provider], limits=limits
             )
             with lrv.Generation(job, os.environ) as generation:
@@ -516,7 +516,7 @@ def test_an_outage_leaves_the_batches_under_way(make, provider, step):
         job = make(server, provider)
         outcome = run(job, "questions")["questions"]
         assert "503" in outcome.stopped
-        assert "run again" in outcome.stopped
+        assert "run the command again" in outcome.stopped
         assert outcome.failed == {}
         assert server.steps[step] == 9
         server.trouble = None
@@ -1098,8 +1098,8 @@ def begin(zygote, tmp_path, prompts, keys) -> Callable[..., helpers.Child]:
     environment = keys | {"TMPDIR": str(tmp_path / "spare")}
 
     def start(server: Server, provider: str, step: str = "run", *more: Any, batch: bool = True) -> helpers.Child:
-        words = ["annotate", step, "--images", "pictures", "--out", "out", "--prompts", prompts, "--questions", 1]
-        words += ["--model", MODELS[provider], *(["--batch", "--poll", 0.05] if batch else []), *more]
+        words = ["annotate", step, "--images", "images", "--out", "out", "--prompts", prompts, "--questions", 1]
+        words += ["--writer", MODELS[provider], *(["--batch", "--poll", 0.05] if batch else []), *more]
         return zygote.start(words, environment | addresses(server), tmp_path)
 
     return start

@@ -363,7 +363,7 @@ def begin(zygote, tmp_path, keys):
 
     def start(server: Server, *more, provider: str = "openai") -> helpers.Child:
         words = ["annotate", "questions", "--images", tmp_path / "images", "--out", tmp_path / "out"]
-        words += ["--prompts", prompts, "--questions", 1, "--concurrency", 4, "--model", name_of(server, provider)]
+        words += ["--prompts", prompts, "--questions", 1, "--concurrency", 4, "--writer", name_of(server, provider)]
         return zygote.start([*words, *more], keys, tmp_path)
 
     return start
@@ -443,7 +443,7 @@ def test_two_runs_in_one_folder(begin, reverie, tmp_path):
         helpers.until(lambda: len(server.calls) >= 4)
         with Server(answer) as other:
             words = ("--images", tmp_path / "images", "--out", tmp_path / "out", "--questions", 1)
-            code, out, err = reverie("annotate", "run", *words, "--model", name_of(other, "openai"))
+            code, out, err = reverie("annotate", "run", *words, "--writer", name_of(other, "openai"))
             assert other.calls == []
         assert (code, out) == (2, "")
         assert "another run" in err
