@@ -1,0 +1,56 @@
+"""The Python code of README and docs runs as it is printed, page by page."""
+
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+WITH_CODE = [path for path in PAGES if BLOCK.search(path.read_text("utf-8"))]
+
+
+@pytest.mark.parametrize("path", WITH_CODE, ids=lambda path: str(path.relative_to(ROOT)))
+def test_code_runs(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (64, 64), "white").save("cat.png")
+    namespace = {"__name__": "docs"}
+    for block in BLOCK.findall(path.read_text("utf-8")):
+        exec(compile(block, str(path), "exec"), namespace)
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(path):
+    links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text("utf-8"))
+    local = [link for link in links if not link.startswith(("http:", "https:"))]
+    assert [link for link in local if not (path.parent / link).exists()] == []
+
+
+COMMAND = re.compile(r"^reverie ((?:[^\n]*\\\n)*[^\n]*)", re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_options_in_commands_exist(path, monkeypatch, capsys):
+    """Every `reverie ...` line of a page names a command and options that `--help` knows."""
+    import sys
+
+    from reverie_jax import cli
+
+    helps: dict[tuple[str, ...], str] = {}
+    for block in re.findall(r"^```\n(.*?)^```", path.read_text("utf-8"), re.MULTILINE | re.DOTALL):
+        for line in COMMAND.findall(block):
+            words = re.sub(r"\s#.*", "", line.replace("\\\n", " ")).split()
+            command = tuple(words[:2] if words[0] in ("data", "scenes") else words[:1])
+            if not command or command[0].startswith("-") or command[0].isupper():
+                continue
+            if command not in helps:
+                monkeypatch.setattr(sys, "argv", ["reverie", *command, "--help"])
+                with pytest.raises(SystemExit) as stop:
+                    cli.main()
+                assert stop.value.code in (0, None), f"{path.name}: reverie {' '.join(command)}"
+                helps[command] = capsys.readouterr().out
+            for option in (word.partition("=")[0] for word in words if word.startswith("--")):
+                positive = option.replace("--no-", "--")
+                assert positive in helps[command], f"{path.name}: reverie {' '.join(command)} has no {option}"
