@@ -42,7 +42,8 @@ from reverie_jax.data.processor import Processor
 from reverie_jax.data.tokenization import Encoder
 from reverie_jax.eval.benchmarks.interface import SHORT
 from reverie_jax.eval.decode import Decoding
-from reverie_jax.eval.engine import Engine, EngineShape, Work
+from reverie_jax.eval.engine import Engine, EngineShape
+from reverie_jax.eval.schedule import Schedule
 from reverie_jax.models import VisionConfig, VisionLanguageModel, VLMConfig
 from reverie_jax.models.vision import CLIP_MEAN, CLIP_STD
 
@@ -152,7 +153,7 @@ class Peer:
         self.rows: list[tuple[int, list[int], int]] = []
         floats = []
         for place, picture in enumerate(shown):
-            pixels = processor.pixels(picture.read(), picture.name)[0]
+            pixels = processor.preprocess(picture.read(), picture.name)[0]
             floats.append(np.moveaxis((pixels / 255 - np.asarray(CLIP_MEAN)) / np.asarray(CLIP_STD), -1, 0))
             for number, talk in picture.questions:
                 self.rows.append((number, processor.encoder(talk).ids.tolist(), place))
@@ -192,23 +193,23 @@ class Ours:
 
     def __init__(self, args: Args, model: VisionLanguageModel, processor: Processor, shown: Sequence[ImageQuestions]):
         shape = EngineShape(sequence_length=4096, questions=32, batch_size=args.rows)
-        self.engine, self.how, self.shown = Engine(model, processor, shape), Decoding(args.max_new_tokens), shown
+        self.engine, self.decoding, self.shown = Engine(model, processor, shape), Decoding(args.max_new_tokens), shown
         # No token's id: random weights end no answer, and must not end one by chance on one side.
         self.engine.encoder.stop_ids = (model.config.text.vocab,)
         self.engine.encoder.decode = lambda ids: " ".join(map(str, ids))  # type: ignore[method-assign]
 
     def answer(self, shown: Sequence[ImageQuestions] | None = None) -> dict[int, list[int]]:
-        work: Work = self.engine.prepare(self.shown if shown is None else shown, self.how)
+        schedule: Schedule = self.engine.schedule(self.shown if shown is None else shown, self.decoding)
         found: dict[int, list[int]] = {}
-        for answers in self.engine.stream(work, self.how):
+        for answers in self.engine.stream(schedule, self.decoding):
             found |= {number: [int(id) for id in answer.text.split()] for number, answer in answers.items()}
         return found
 
     def shapes(self) -> list[dict[str, int]]:
-        work = self.engine.prepare(self.shown, self.how)
+        schedule = self.engine.schedule(self.shown, self.decoding)
         return [
-            {"rows": g.rows, "tokens": g.shape.length, "leaves": g.shape.questions, "batches": g.batches}
-            for g in work.groups
+            {"rows": g.batch_size, "tokens": g.shape.length, "leaves": g.shape.questions, "batches": g.batches}
+            for g in schedule.groups
         ]
 
 

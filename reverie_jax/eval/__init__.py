@@ -1,0 +1,1 @@
+"""Evaluation: decode answers, score them by benchmarks' rules, and report."""

@@ -1,13 +1,12 @@
-"""Jitted batch inference over trees: a picture's prefix is prefilled once, and every question decodes from that one copy."""
+"""Jitted batch inference over trees: an image's prefix is prefilled once, and all its questions decode from that copy."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import functools
-import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -19,182 +18,62 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from reverie_jax.data.conversation import IMAGE, Conversation, ImageRecord, Turn
+from reverie_jax.data.conversation import Conversation, ImageRecord, Turn
 from reverie_jax.data.packing import Batch, SequenceShape
 from reverie_jax.data.pipeline import ImageQuestions, question_batches
 from reverie_jax.data.processor import Processor
-from reverie_jax.data.tree import build_tree, build_trees, unsupervised
-from reverie_jax.errors import DataError, UserError
+from reverie_jax.errors import UserError
 from reverie_jax.eval import decode
 from reverie_jax.eval.decode import Decoding
+from reverie_jax.eval.schedule import EngineShape, Group, Schedule, deduplicated, plan
 from reverie_jax.models import VisionLanguageModel
-from reverie_jax.models.sharding import batch_sharding, feed, local_rows, make_mesh, mesh_of, place
+from reverie_jax.models.sharding import batch_sharding, global_batch, local_rows, make_mesh, mesh_of, shard_state
 
-DISTURBING = "You see things that are confused with one another, and are unsure which of them are there."
-"""What stands before a question in the stream that `against="instruction"` contrasts with."""
-_STEP = 64
-"""Rows are as long as a multiple of this."""
-_MOST = 0.9
-"""Share of the trees that the shorter of two row lengths is to hold."""
 SUFFIX_BYTES = 4 << 30
-"""Of the KV of all leaves' own tokens, on the devices of one row: batches are so small that they fit."""
-
-
-@dataclasses.dataclass(frozen=True)
-class EngineShape:
-    """Limits of inference; the sizes in use fit the questions, in steps that keep compiled programs few.
-
-    Attributes:
-        sequence_length: longest sequence, in tokens; a picture's questions that do not fit one row take several.
-        questions: most questions that decode together from one row.
-        batch_size: sequences in a batch.
-    """
-
-    sequence_length: int = 1024
-    questions: int = 32
-    batch_size: int = 16
-
-
-@dataclasses.dataclass(frozen=True)
-class Group:
-    """Pictures, each with as many questions as one row holds, that go into batches of one shape.
-
-    Attributes:
-        disturbed: the same pictures and questions behind `DISTURBING`, and the shape of their rows.
-    """
-
-    shape: SequenceShape
-    rows: int
-    pictures: list[ImageQuestions]
-    disturbed: tuple[SequenceShape, list[ImageQuestions]] | None = None
-
-    @property
-    def batches(self) -> int:
-        return -(-len(self.pictures) // self.rows)
-
-
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """Questions, shared out over batches.
-
-    Attributes:
-        groups: in the order in which they are asked.
-        same: numbers that share the answer of another, by that one's.
-    """
-
-    groups: Sequence[Group]
-    same: Mapping[int, Sequence[int]]
-
-    def numbers(self) -> Iterator[list[int]]:
-        """The questions that each batch answers."""
-        for group in self.groups:
-            for start in range(0, len(group.pictures), group.rows):
-                here = group.pictures[start : start + group.rows]
-                asked = [number for picture in here for number, _ in picture.questions]
-                yield [twin for number in asked for twin in (number, *self.same.get(number, ()))]
+"""Maximum size of the KV of all leaves' own tokens, on the devices of one sequence; it bounds the batch size."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What a model says.
+    """A model's answer.
 
     Attributes:
-        tracked: log-probabilities of `Decoding.track` as its first token.
+        text: Without special tokens.
+        tracked: Log-probabilities of `Decoding.track` as its first token.
     """
 
     text: str
     tracked: tuple[float, ...] = ()
 
 
-def plan(
-    pictures: Sequence[ImageQuestions],
-    processor: Processor,
-    limit: EngineShape,
-    *,
-    spread: int = 1,
-    disturb: bool = False,
-) -> list[Group]:
-    """Shares questions out over rows, and rows over at most two shapes: few long rows do not make the many longer.
-
-    It depends on the questions and the limits alone, so that a run that goes on finds the batches of the one before.
-
-    Args:
-        spread: a batch's rows are a multiple of it, for the mesh.
-
-    Raises:
-        DataError: a question does not fit a row, or (UserError) the decoder's context.
-    """
-    sheets: list[tuple[int, int, ImageQuestions]] = []
-    for picture in pictures:
-        if not picture.questions:
-            continue
-        talks = [talk for _, talk in picture.questions]
-        tokens = [unsupervised(one) for one in processor.tokens(picture.name, talks)]
-        try:
-            grown = build_trees(tokens, tokens=limit.sequence_length, edges=0, branches=limit.questions)
-        except ValueError as error:
-            raise DataError(f"{picture.name}: {error}") from None
-        for members, tree in grown:
-            part = dataclasses.replace(picture, questions=[picture.questions[member] for member in members])
-            sheets.append((len(tree), len(members), part))
-    if not sheets:
-        return []
-    lengths = sorted(length for length, _, _ in sheets)
-    short = _rounded(lengths[math.ceil(_MOST * len(lengths)) - 1])
-    bounds = [short, _rounded(lengths[-1])] if short <= 0.75 * _rounded(lengths[-1]) else [_rounded(lengths[-1])]
-    groups = []
-    for below, bound in zip([0, *bounds], bounds, strict=False):
-        here = [(leaves, picture) for length, leaves, picture in sheets if below < length <= bound]
-        if not here:
-            continue
-        leaves = max(leaves for leaves, _ in here)
-        asked = [picture for _, picture in here]
-        rows = min(limit.batch_size, len(asked))
-        shape = SequenceShape(length=min(bound, limit.sequence_length), images=1, questions=leaves)
-        other = _disturbed(asked, processor, leaves) if disturb else None
-        groups.append(Group(shape, -(-rows // spread) * spread, asked, other))
-    return groups
-
-
-def _rounded(length: int) -> int:
-    return -(-length // _STEP) * _STEP
-
-
-def _disturbed(
-    pictures: Sequence[ImageQuestions], processor: Processor, leaves: int
-) -> tuple[SequenceShape, list[ImageQuestions]]:
-    def behind(talk: Conversation) -> Conversation:
-        *before, last = talk.turns
-        opening = f"{IMAGE}\n" if last.text.startswith(f"{IMAGE}\n") else ""
-        text = f"{opening}{DISTURBING} {last.text.removeprefix(opening)}"
-        return dataclasses.replace(talk, turns=(*before, dataclasses.replace(last, text=text)))
-
-    others, longest = [], 0
-    for picture in pictures:
-        asked = [(number, behind(talk)) for number, talk in picture.questions]
-        found = processor.tokens(picture.name, [talk for _, talk in asked])
-        longest = max(longest, len(build_tree(map(unsupervised, found))))
-        others.append(dataclasses.replace(picture, questions=asked))
-    return SequenceShape(length=_rounded(longest), images=1, questions=leaves), others
-
-
-@functools.partial(jax.jit, static_argnames=("graph", "how", "stops"))
+@functools.partial(jax.jit, static_argnames=("graph", "decoding", "stops"))
 def _decode(
-    graph: Any, state: Any, batch: Batch, other: Batch | None, *, how: Decoding, stops: tuple[int, ...]
+    graph: Any,
+    state: Any,
+    batch: Batch,
+    contrast_batch: Batch | None,
+    *,
+    decoding: Decoding,
+    stops: tuple[int, ...],
 ) -> tuple[Array, Array]:
     # At module level: engines of models of one architecture share the compiled program.
-    return decode.generate(nnx.merge(graph, state), batch, how, stops, other)
+    return decode.generate(nnx.merge(graph, state), batch, decoding, stops, contrast_batch)
 
 
 class Engine:
-    """Answers questions about pictures with one model.
+    """Answers questions about images with one model.
 
-    Several processes (`jax.distributed`) call it alike; each decodes the pictures of its own rows, and all get all answers.
+    Several processes (`jax.distributed`) call it alike; each decodes the images of its own part of a batch, and all get all
+    answers.
 
     Args:
-        model: with or without adapters; read, never changed.
-        processor: the model's own, as `load_model` gave it.
-        mesh: devices; rows are spread over them. Those that the model is on by default, or one.
+        model: With or without adapters; it is not modified.
+        processor: The model's own, from `load_model`.
+        shape: Limits.
+        mesh: Devices that a batch is spread over; by default those that the model is on, or one.
+
+    Raises:
+        ValueError: The tokenizer has no end-of-sequence token.
     """
 
     def __init__(
@@ -208,7 +87,7 @@ class Engine:
         self.processor, self.encoder, self.shape = processor, processor.encoder, shape or EngineShape()
         self.graph, state = nnx.split(model)
         self.mesh = mesh or mesh_of(state) or make_mesh()
-        self.state = place(state, self.mesh)
+        self.state = shard_state(state, self.mesh)
         text = model.config.text
         self.dtype = jnp.dtype(model.compute_dtype).name
         self._token_bytes = 2 * text.layers * text.kv_heads * text.head_dim * jnp.dtype(model.compute_dtype).itemsize
@@ -217,216 +96,210 @@ class Engine:
 
     def answer(
         self,
-        pictures: Sequence[ImageQuestions],
+        images: Sequence[ImageQuestions],
         *,
         max_new_tokens: int,
-        progress: Callable[[int], None] = lambda answered: None,
+        on_progress: Callable[[int], None] = lambda answered: None,
     ) -> dict[int, str]:
-        """Each question's greedy answer, by the question's number, in the order of the questions.
+        """Return each question's greedy answer, by the question's number, in the order of the questions.
 
         Args:
-            new_tokens: longest answer, in tokens.
-            progress: called with the number of answers that a batch brought.
+            images: Images with their questions.
+            max_new_tokens: Maximum length of an answer.
+            on_progress: Called with the number of answers of each batch.
 
-        Raises: as `stream`.
+        Raises: as `schedule` and `stream`.
         """
         answers: dict[int, str] = {}
-        how = Decoding(max_new_tokens)
-        for found in self.stream(self.prepare(pictures, how), how):
-            answers |= {number: answer.text for number, answer in found.items()}
-            progress(len(found))
-        return {number: answers[number] for picture in pictures for number, _ in picture.questions}
+        decoding = Decoding(max_new_tokens)
+        for batch in self.stream(self.schedule(images, decoding), decoding):
+            answers |= {number: answer.text for number, answer in batch.items()}
+            on_progress(len(batch))
+        return {number: answers[number] for image in images for number, _ in image.questions}
 
-    def prepare(self, pictures: Sequence[ImageQuestions], how: Decoding, *, usual: int | None = None) -> Work:
-        """Shares questions out over batches, in an order that the questions and the limits alone fix.
+    def schedule(
+        self, images: Sequence[ImageQuestions], decoding: Decoding, *, expected_new_tokens: int | None = None
+    ) -> Schedule:
+        """Assign questions to batches; the order depends on the questions and the limits alone.
 
         Args:
-            usual: see `stream`.
+            images: Images with their questions.
+            decoding: How they will be decoded.
+            expected_new_tokens: See `stream`.
 
         Raises:
-            ValueError: two questions carry one number.
-            DataError: a question is too long for a row.
+            ValueError: Two questions have the same number.
+            DataError: A question is too long for a sequence.
         """
-        wanted = [number for picture in pictures for number, _ in picture.questions]
-        if len(set(wanted)) != len(wanted):
-            raise ValueError("two questions carry the same number; answers could not be told apart")
-        # A question that is drawn for twice may have two answers.
-        once, same = (pictures, {}) if how.temperature else _once(pictures)
-        spread, length = self._spread, min(usual or how.max_new_tokens, how.max_new_tokens)
-        leaves = min(self.shape.questions, self._room(how.max_new_tokens, how))
-        rows = min(self.shape.batch_size, spread * max(1, self._room(length, how) // leaves))
-        limit = dataclasses.replace(self.shape, questions=leaves, batch_size=rows)
-        return Work(plan(once, self.processor, limit, spread=spread, disturb=how.contrast == "instruction"), same)
+        numbers = [number for image in images for number, _ in image.questions]
+        if len(set(numbers)) != len(numbers):
+            raise ValueError("two questions have the same number: their answers could not be told apart")
+        # A sampled question may have two answers.
+        unique, duplicates = (images, {}) if decoding.temperature else deduplicated(images)
+        longest = decoding.max_new_tokens
+        leaves = min(self.shape.questions, self._leaves_that_fit(longest, decoding))
+        together = self._leaves_that_fit(min(expected_new_tokens or longest, longest), decoding)
+        batch_size = min(self.shape.batch_size, self._data_parallel * max(1, together // leaves))
+        limit = dataclasses.replace(self.shape, questions=leaves, batch_size=batch_size)
+        contrast = decoding.contrast == "instruction"
+        groups = plan(unique, self.processor, limit, multiple=self._data_parallel, contrast=contrast)
+        return Schedule(groups, duplicates)
 
     @property
-    def _spread(self) -> int:
+    def _data_parallel(self) -> int:
         return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
 
-    def _room(self, max_new_tokens: int, how: Decoding) -> int:
-        """How many leaves' answers of that length are decoded together on the devices of one row."""
-        streams = how.beams + bool(how.contrast)
-        return max(1, SUFFIX_BYTES // (self._token_bytes * max_new_tokens * streams))
+    def _leaves_that_fit(self, new_tokens: int, decoding: Decoding) -> int:
+        """Return how many leaves can be decoded together on the devices of one sequence (see `SUFFIX_BYTES`)."""
+        streams = decoding.beams + bool(decoding.contrast)
+        return max(1, SUFFIX_BYTES // (self._token_bytes * new_tokens * streams))
 
     def stream(
-        self, work: Work, how: Decoding, *, usual: int | None = None, skip: int = 0
+        self, schedule: Schedule, decoding: Decoding, *, expected_new_tokens: int | None = None, skip: int = 0
     ) -> Iterator[dict[int, Answer]]:
-        """Answers by the questions' numbers, a batch at a time, in the order of `work.numbers()`.
+        """Yield answers by the questions' numbers, a batch at a time, in the order of `schedule.numbers()`.
 
         Args:
-            usual: tokens that most answers need; longer ones are decoded a second time, with room for `how.new_tokens`.
-            skip: batches that are not asked again.
+            schedule: From `schedule`.
+            decoding: How to decode.
+            expected_new_tokens: Length that most answers do not exceed; batches with longer ones are decoded a second time,
+                with room for `decoding.max_new_tokens`.
+            skip: Number of batches at the start to leave out.
 
         Raises:
-            BrokenImage: a picture cannot be read.
+            BrokenImage: An image cannot be read.
         """
-        for group in work.groups:
+        for group in schedule.groups:
             skipped, skip = min(skip, group.batches), max(0, skip - group.batches)
             # Closed by hand: a prefetching iterator left to the collector complains when the interpreter ends.
             with jax.set_mesh(self.mesh), contextlib.ExitStack() as stack:
-                for batch, other in self._batches(group, skipped, stack):
+                for batch, contrast_batch in self._batches(group, skipped, stack):
+                    answers = self._answers(batch, contrast_batch, decoding, expected_new_tokens)
                     yield {
-                        twin: answer
-                        for number, answer in self._answers(batch, other, how, usual).items()
-                        for twin in (number, *work.same.get(number, ()))
+                        same: answer for number, answer in answers.items() for same in schedule.with_duplicates(number)
                     }
 
     def _batches(self, group: Group, skip: int, stack: contextlib.ExitStack) -> Iterator[tuple[Batch, Batch | None]]:
-        """A group's batches on the devices, from number `skip` on."""
-
-        # Left last, after the batches that it works for.
+        """Yield a group's batches on the devices, from number `skip` on."""
+        # Closed last, after the batches that it works for.
         pool = stack.enter_context(ThreadPoolExecutor(os.cpu_count() or 1))
 
-        def of(shape: SequenceShape, pictures: list[ImageQuestions]) -> Iterator[Batch]:
-            rest = pictures[skip * group.rows :]
+        def batches(shape: SequenceShape, images: list[ImageQuestions]) -> Iterator[Batch]:
+            rest = images[skip * group.batch_size :]
             if not rest:
                 return
-            local = local_rows(self.mesh, group.rows)
-            made = iter(question_batches(rest, self.processor, shape, rows=group.rows, local=local, pool=pool))
-            stack.enter_context(contextlib.closing(made))
-            for batch in made:
-                yield feed(batch, self.mesh, group.rows)
+            local = local_rows(self.mesh, group.batch_size)
+            loader = iter(
+                question_batches(rest, self.processor, shape, batch_size=group.batch_size, local=local, pool=pool)
+            )
+            stack.enter_context(contextlib.closing(loader))
+            for batch in loader:
+                yield global_batch(batch, self.mesh, group.batch_size)
 
-        batches = of(group.shape, group.pictures)
-        if group.disturbed is None:
-            for batch in batches:
+        if group.contrast is None:
+            for batch in batches(group.shape, group.images):
                 yield batch, None
         else:
-            yield from zip(batches, of(*group.disturbed), strict=True)
+            yield from zip(batches(group.shape, group.images), batches(*group.contrast), strict=True)
 
-    def _answers(self, batch: Batch, other: Batch | None, how: Decoding, usual: int | None) -> dict[int, Answer]:
-        end, numbers = self.encoder.stop_ids[0], _whole(batch.questions)
-        if usual is not None and usual < how.max_new_tokens and how.beams == 1:
-            ids, tracked = self._run(batch, other, dataclasses.replace(how, max_new_tokens=usual))
-            if (long := (ids[..., -1] != end) & (numbers >= 0)).any():
-                full = self._in_parts(batch, other, how)
-                ids = np.concatenate(
-                    [ids, np.full((*ids.shape[:2], how.max_new_tokens - usual), end, ids.dtype)], axis=2
-                )
-                ids[long] = full[long]
-        else:
-            ids, tracked = self._run(batch, other, how)
-        found = {}
+    def _answers(
+        self, batch: Batch, contrast_batch: Batch | None, decoding: Decoding, expected_new_tokens: int | None
+    ) -> dict[int, Answer]:
+        end, numbers, longest = self.encoder.stop_ids[0], _gather(batch.questions), decoding.max_new_tokens
+        expected = expected_new_tokens if decoding.beams == 1 and expected_new_tokens else longest
+        first = dataclasses.replace(decoding, max_new_tokens=min(expected, longest))
+        ids, tracked = self._run(batch, contrast_batch, first)
+        long = (ids[..., -1] != end) & (numbers >= 0)
+        if expected < longest and long.any():
+            full = self._decode_in_parts(batch, contrast_batch, decoding)
+            ids = np.concatenate([ids, np.full((*ids.shape[:2], longest - expected), end, ids.dtype)], axis=2)
+            ids[long] = full[long]
+        answers = {}
         for b, q in np.argwhere(numbers >= 0):
             tokens = ids[b, q].tolist()
             text = self.encoder.decode(tokens[: tokens.index(end)] if end in tokens else tokens)
-            found[int(numbers[b, q])] = Answer(text, tuple(tracked[b, q].tolist()))
-        return found
+            answers[int(numbers[b, q])] = Answer(text, tuple(tracked[b, q].tolist()))
+        return answers
 
-    def _in_parts(self, batch: Batch, other: Batch | None, how: Decoding) -> Int[np.ndarray, "B Q T"]:
-        """Rows with long answers, as many together as their KV has room."""
-        rows, leaves = batch.leaves.shape
-        part = min(rows, self._spread * max(1, self._room(how.max_new_tokens, how) // leaves))
-        while rows % part:
-            part -= self._spread
+    def _decode_in_parts(
+        self, batch: Batch, contrast_batch: Batch | None, decoding: Decoding
+    ) -> Int[np.ndarray, "B Q T"]:
+        """Decode a batch with long answers, as many sequences at a time as their KV has room."""
+        size, leaves = batch.leaves.shape
+        part = min(
+            size, self._data_parallel * max(1, self._leaves_that_fit(decoding.max_new_tokens, decoding) // leaves)
+        )
+        while size % part:
+            part -= self._data_parallel
+        if part == size:
+            return self._run(batch, contrast_batch, decoding)[0]
+        sharding = batch_sharding(self.mesh)
 
-        def cut(whole: Batch | None, start: int) -> Batch | None:
-            return None if whole is None else Batch(*(field[start : start + part] for field in whole))
+        def cut(whole: Batch, start: int) -> Batch:
+            return jax.device_put(Batch(*(field[start : start + part] for field in whole)), sharding)
 
-        if part == rows:
-            return self._run(batch, other, how)[0]
-        local = batch_sharding(self.mesh)
-        parts = []
-        for start in range(0, rows, part):
-            here, there = (
-                None if x is None else jax.device_put(x, local) for x in (cut(batch, start), cut(other, start))
-            )
-            assert here is not None
-            parts.append(self._run(here, there, how)[0])
-        return np.concatenate(parts)
+        return np.concatenate(
+            [
+                self._run(cut(batch, start), contrast_batch and cut(contrast_batch, start), decoding)[0]
+                for start in range(0, size, part)
+            ]
+        )
 
     def _run(
-        self, batch: Batch, other: Batch | None, how: Decoding
+        self, batch: Batch, contrast_batch: Batch | None, decoding: Decoding
     ) -> tuple[Int[np.ndarray, "B Q T"], Float[np.ndarray, "B Q N"]]:
-        ids, tracked = _decode(self.graph, self.state, batch, other, how=how, stops=self.encoder.stop_ids)
-        return _whole(ids), _whole(tracked)
+        stops = self.encoder.stop_ids
+        ids, tracked = _decode(self.graph, self.state, batch, contrast_batch, decoding=decoding, stops=stops)
+        return _gather(ids), _gather(tracked)
 
-    def first_token(self, talk: Conversation, answer: str) -> int:
-        """The token that an answer to an open conversation begins with."""
-        closed = dataclasses.replace(talk, turns=(*talk.turns, Turn("assistant", answer)))
-        before, after = self.encoder(talk).ids, self.encoder(closed).ids
+    def first_token(self, conversation: Conversation, answer: str) -> int:
+        """Return the token that an answer to an open conversation begins with."""
+        closed = dataclasses.replace(conversation, turns=(*conversation.turns, Turn("assistant", answer)))
+        before, after = self.encoder(conversation).ids, self.encoder(closed).ids
         return int(after[len(before)])
 
 
-def _whole(x: Any) -> np.ndarray:
-    """An array over all processes, on every host."""
+def _gather(x: Any) -> np.ndarray:
+    """Return an array over all processes, on every host."""
     if jax.process_count() == 1:
         return np.array(x)
     return np.array(multihost_utils.process_allgather(x, tiled=True))
 
 
-def _once(pictures: Sequence[ImageQuestions]) -> tuple[list[ImageQuestions], dict[int, list[int]]]:
-    """Pictures without questions that stand there already, and the numbers that share another's answer.
-
-    POPE's splits share their positives, for one.
-    """
-    first: dict[tuple[str, Conversation], int] = {}
-    same: dict[int, list[int]] = {}
-    kept = []
-    for picture in pictures:
-        asked = []
-        for number, talk in picture.questions:
-            if (original := first.setdefault((picture.name, talk), number)) == number:
-                asked.append((number, talk))
-            else:
-                same.setdefault(original, []).append(number)
-        kept.append(dataclasses.replace(picture, questions=asked))
-    return kept, same
-
-
 def generate(
     model: VisionLanguageModel,
     processor: Processor,
-    conversations: Sequence[ImageRecord],
+    records: Sequence[ImageRecord],
     max_new_tokens: int = 64,
     *,
     mesh: Mesh | None = None,
 ) -> list[str]:
-    """Greedy answers to open conversations, each picture encoded and prefilled once.
+    """Return greedy answers to open conversations; each image is encoded and prefilled once.
 
     Args:
-        conversations: records; `ask` makes them.
-        max_new_tokens: longest answer, in tokens.
+        model: The model.
+        processor: The model's own.
+        records: Images with open conversations; `data.processor.ask` makes them.
+        max_new_tokens: Maximum length of an answer.
+        mesh: See `Engine`.
 
     Returns:
-        One answer a conversation, in the records' order.
+        One answer for each conversation, in the records' order.
 
     Raises:
-        UserError: a conversation is not open, or does not fit the decoder's context.
-        BrokenImage: a picture cannot be read.
+        UserError: A conversation is not open, or does not fit the decoder's context.
+        BrokenImage: An image cannot be read.
     """
-    pictures, number = [], 0
-    for index, record in enumerate(conversations):
-        if closed := [n for n, talk in enumerate(record.conversations) if not talk.open]:
-            raise UserError(
-                f"record {record.id}: conversation {closed[0]} ends with an answer; there is nothing to say"
-            )
-        processor.tokens(record.id, record.conversations, max_new_tokens)
-        questions = [(number + n, talk) for n, talk in enumerate(record.conversations)]
+    images, number = [], 0
+    for index, record in enumerate(records):
+        if closed := [n for n, conversation in enumerate(record.conversations) if not conversation.is_open]:
+            raise UserError(f"record {record.id}: conversation {closed[0]} ends with an answer; end it with a question")
+        processor.tokenize(record.id, record.conversations, max_new_tokens)
+        questions = [(number + n, conversation) for n, conversation in enumerate(record.conversations)]
         number += len(questions)
-        # Two records may share a name and show different pictures.
-        pictures.append(ImageQuestions(f"{record.id} ({index})", record.image, questions))
-    # Long enough for any one conversation; a record's tree takes several rows where it is longer.
-    shape = EngineShape(sequence_length=max(2048, processor.context), batch_size=min(8, max(1, len(pictures))))
-    engine = Engine(model, processor, shape, mesh=mesh)
-    answers = engine.answer(pictures, max_new_tokens=max_new_tokens)
+        # Two records may share a name and have different images.
+        images.append(ImageQuestions(f"{record.id} ({index})", record.image, questions))
+    # Long enough for any one conversation; a record's tree takes several sequences where it is longer.
+    shape = EngineShape(sequence_length=max(2048, processor.context), batch_size=min(8, max(1, len(images))))
+    answers = Engine(model, processor, shape, mesh=mesh).answer(images, max_new_tokens=max_new_tokens)
     return [answers[n] for n in range(number)]

@@ -1,8 +1,9 @@
-"""Answers to scores: a rule's metrics with intervals, pairs of answer files against each other, and agreement of rules."""
+"""Score answer files: a rule's metrics with intervals, comparisons of two answer files, and agreement of rules."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,25 +12,38 @@ import numpy as np
 
 from reverie_jax.errors import UserError
 from reverie_jax.eval import statistics
-from reverie_jax.eval.benchmarks import files
-from reverie_jax.eval.benchmarks.interface import Benchmark, BenchmarkData, BenchmarkError, NotScorable, Scored
-from reverie_jax.eval.judge_replies import of_answers, read_replies
+from reverie_jax.eval.benchmarks import answer_files, inputs
+from reverie_jax.eval.benchmarks.interface import Benchmark, BenchmarkData, BenchmarkError, NotScorable
+from reverie_jax.eval.benchmarks.scoring import Scored
+from reverie_jax.eval.judge_replies import answers_digest, read_replies
 from reverie_jax.files import write_json
 
-DRAWS = 2000
 LISTED = 20
-"""Ids of unread answers that a score names; all are in the items' file."""
+"""Unparsed answers whose ids are in scores.json; the details file has all of them."""
+
+_RUN_KEYS = (
+    *("model", "checksums", "dtype", "template", "tokenization", "image_aspect_ratio", "decoding"),
+    *("max_new_tokens", "reflect"),
+)
+"""Keys of run.json that a score records."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """What `reverie score --json` prints, and the readings behind it.
+    """The content of scores.json, and the parsed answers behind it.
 
     Attributes:
-        metrics: the rule's own names and scale; the first is the headline.
-        intervals: 95 % percentile intervals of a bootstrap over units.
-        unparsed: questions whose answers say nothing that the rule looks for; they count as the rule has it.
-        missing: questions without an answer; they count as the rule has it.
+        benchmark: Name of the benchmark.
+        rule: Name of the scoring rule.
+        protocol: What the score depends on: questions, rule, judge, model.
+        metrics: By the rule's own names and scale; the first is the headline.
+        intervals: 95 % percentile intervals of a bootstrap over clusters.
+        items: Number of questions.
+        unparsed: Number of answers that contain nothing the rule looks for; they count as the rule defines.
+        unparsed_ids: Question ids of the first `LISTED` of them.
+        missing: Number of questions without an answer; they count as the rule defines.
+        scored: The rule's result.
+        answers: Texts by question id.
     """
 
     benchmark: str
@@ -45,156 +59,163 @@ class Score:
     answers: Mapping[str, str]
 
     def json(self) -> dict[str, Any]:
-        kept = [field.name for field in dataclasses.fields(self) if field.name not in ("scored", "answers")]
-        found = {name: getattr(self, name) for name in kept}
-        found["metrics"] = {name: _round(value) for name, value in self.metrics.items()}
-        found["intervals"] = {name: [_round(low), _round(high)] for name, (low, high) in self.intervals.items()}
-        return found
+        """Return the content of scores.json; numbers have six decimals."""
+        names = [field.name for field in dataclasses.fields(self) if field.name not in ("scored", "answers")]
+        content = {name: getattr(self, name) for name in names}
+        content["metrics"] = {name: _round(value) for name, value in self.metrics.items()}
+        content["intervals"] = {name: [_round(low), _round(high)] for name, (low, high) in self.intervals.items()}
+        return content
 
-    def write_items(self, path: Path) -> None:
-        """A JSON line a question: its answer, and what the rule took it for."""
+    def write_details(self, path: Path) -> None:
+        """Write one JSON line for each question: its answer, and how the rule parsed it."""
         rows = [
             {
-                "question_id": reading.id,
-                "text": self.answers.get(str(reading.id)),
-                "parsed": reading.parsed,
-                "right": reading.right,
-                "unparsed": reading.unparsed,
-                "category": reading.category,
+                "question_id": parsed.id,
+                "text": self.answers.get(str(parsed.id)),
+                "parsed": parsed.parsed,
+                "right": parsed.right,
+                "unparsed": parsed.unparsed,
+                "category": parsed.category,
             }
-            for reading in self.scored.parsed_answers
+            for parsed in self.scored.parsed_answers
         ]
-        files.write_lines(path, rows)
+        inputs.write_lines(path, rows)
 
 
 def _round(value: float) -> float:
-    return round(value, 6)
+    return round(float(value), 6)
 
 
 def score(
     benchmark: Benchmark,
-    loaded: BenchmarkData,
+    data: BenchmarkData,
     predictions: Path,
     rule: str | None = None,
     *,
     replies: Path | None = None,
     partial: bool = False,
-    draws: int = DRAWS,
+    draws: int = statistics.DRAWS,
 ) -> Score:
-    """Scores an answer file, ours or another's; no model, no network.
+    """Score an answer file, of this package or another's; no model, no network.
 
     Args:
-        rule: the benchmark's own by default.
-        replies: a judge's, where the rule needs them.
-        partial: questions without an answer count as the rule says.
+        benchmark: The benchmark.
+        data: Its questions.
+        predictions: The answer file.
+        rule: Scoring rule; None for the benchmark's own.
+        replies: File of a judge's replies, for rules that need them.
+        partial: Accept missing answers; they count as the rule defines.
+        draws: Resamples for the intervals; 0 for none.
 
     Raises:
-        BenchmarkError: the rule is none of the benchmark's; files are missing or broken; see `files.read_answers`.
+        BenchmarkError: The benchmark has no such rule, or a file is missing or broken; see `answer_files.read_answers`.
+        NotScorable: The rule needs a judge's replies.
     """
     rule = benchmark.rules[0] if rule is None else rule
     if rule not in benchmark.rules:
-        raise BenchmarkError(f"--rule {rule}: {benchmark.name} has {', '.join(benchmark.rules)}")
-    if rule in benchmark.judged and replies is None:
+        raise BenchmarkError(f"--rule {rule}: unknown; {benchmark.name} has {', '.join(benchmark.rules)}")
+    if rule in benchmark.judged_rules and replies is None:
         raise NotScorable(
-            f"{benchmark.name} by the rule {rule} needs a judge's replies: `reverie judge {benchmark.name}` writes them; "
-            "name the file with --replies"
+            f"{benchmark.name}: the rule {rule} needs a judge's replies; write them with "
+            f"`reverie judge {benchmark.name}` and name the file with --replies"
         )
-    answers = files.read_answers(predictions, benchmark, loaded, partial=partial)
-    if not any(key in answers for key in loaded.left_out):
-        loaded = dataclasses.replace(loaded, questions=loaded.asked)
-    said, judge = (None, {}) if replies is None else read_replies(replies)
-    if judge.get("judge/answers", of_answers(answers)) != of_answers(answers):
-        raise BenchmarkError(f"{replies}: the judge saw other answers than those of {predictions}; judge these first")
-    scored = benchmark.score(loaded, answers, rule, said)
-    values = scored.values()
-    enough = draws and len(scored.counts) > 1
-    intervals = statistics.intervals(scored.counts, scored.metrics, draws=draws) if enough else {}
-    unparsed = [reading.id for reading in scored.parsed_answers if reading.unparsed]
-    protocol = {**loaded.protocol, **scored.protocol, **judge, **_run(predictions)}
-    protocol |= _yes_no(predictions, benchmark, loaded, scored)
+    answers = answer_files.read_answers(predictions, benchmark, data, partial=partial)
+    if not any(key in answers for key in data.unavailable):
+        data = dataclasses.replace(data, questions=data.available)
+    reply_texts, judge = (None, {}) if replies is None else read_replies(replies)
+    digest = answers_digest(answers)
+    if judge.get("judge/answers", digest) != digest:
+        raise BenchmarkError(
+            f"{replies}: these replies are about other answers than {predictions}; run `reverie judge`"
+        )
+    scored = benchmark.score(data, answers, rule, reply_texts)
+    intervals: dict[str, tuple[float, float]] = {}
+    if draws and len(scored.counts) > 1:
+        estimates = statistics.bootstrap(scored.counts, scored.metrics, draws=draws)
+        intervals = {name: (estimate.low, estimate.high) for name, estimate in estimates.items()}
+    unparsed = [parsed.id for parsed in scored.parsed_answers if parsed.unparsed]
+    protocol = {**data.protocol, **scored.protocol, **judge, **_run_record(predictions)}
+    protocol |= _yes_no(predictions, benchmark, data, scored)
     return Score(
         benchmark=benchmark.name,
         rule=rule,
         protocol=protocol,
-        metrics=values,
+        metrics=scored.values(),
         intervals=intervals,
         items=len(scored.parsed_answers),
         unparsed=len(unparsed),
         unparsed_ids=unparsed[:LISTED],
-        missing=sum(str(question.id) not in answers for question in loaded.questions),
+        missing=sum(str(question.id) not in answers for question in data.questions),
         scored=scored,
         answers=answers,
     )
 
 
-def _run(predictions: Path) -> dict[str, Any]:
-    """How our own answers were made, from the record beside them."""
-    path = predictions.parent / files.RUN
-    if predictions.name != files.PREDICTIONS or not path.exists():
+def _run_record(predictions: Path) -> dict[str, Any]:
+    """Return how answers of `reverie eval` were made, from run.json beside them."""
+    path = predictions.parent / answer_files.RUN
+    if predictions.name != answer_files.PREDICTIONS or not path.exists():
         return {}
-    found = files.read_json(path)
-    kept = ("model", "identity", "dtype", "template", "tokens", "aspect", "decoding", "new_tokens", "reflect")
-    return {f"run/{key}": found[key] for key in kept if key in found}
+    record = inputs.read_json(path)
+    return {f"run/{key}": record[key] for key in _RUN_KEYS if key in record}
 
 
-def _yes_no(predictions: Path, benchmark: Benchmark, loaded: BenchmarkData, scored: Scored) -> dict[str, Any]:
-    """Of yes and no: how often each is said and is right; and, where our engine recorded it, how far the model's own
-    probability of yes is from how often yes is right (ten equal bins).
-    """
+def _yes_no(predictions: Path, benchmark: Benchmark, data: BenchmarkData, scored: Scored) -> dict[str, Any]:
+    """Return how often yes is answered and is right; and the calibration of the model's probability of yes, if recorded."""
     if not benchmark.yes_no:
         return {}
-    truth = {str(q.id): {"yes": True, "no": False}.get(q.known["label"], q.known["label"]) for q in loaded.questions}
-    found = {
-        "yes/said": _round(float(np.mean([reading.parsed == "yes" for reading in scored.parsed_answers]))),
-        "yes/right": _round(float(np.mean([truth[str(reading.id)] for reading in scored.parsed_answers]))),
+    words = {"yes": True, "no": False}
+    truth = {str(q.id): words.get(q.metadata["label"], q.metadata["label"]) for q in data.questions}
+    rates = {
+        "yes/said": _round(np.mean([parsed.parsed == "yes" for parsed in scored.parsed_answers])),
+        "yes/right": _round(np.mean([truth[str(parsed.id)] for parsed in scored.parsed_answers])),
     }
     chances: dict[str, float] = {}
 
-    def take(row: Any) -> None:
-        noted = row.get("metadata") if isinstance(row, Mapping) else None
-        chance = noted.get("yes") if isinstance(noted, dict) else None
-        if isinstance(chance, float | int) and (key := benchmark.key(row, loaded)) in truth:
+    def parse(row: Any) -> None:
+        metadata = row.get("metadata") if isinstance(row, Mapping) else None
+        chance = metadata.get("yes") if isinstance(metadata, dict) else None
+        if isinstance(chance, float | int) and (key := benchmark.match_question(row, data)) in truth:
             chances[str(key)] = float(chance)
 
-    if files.by_id(predictions) is None:  # texts by id say no more than that
-        files.parse_rows(predictions, "answer", take)
+    if answer_files.read_text_mapping(predictions) is None:  # a mapping of texts has no metadata
+        inputs.parse_rows(predictions, "answer", parse)
     if not chances:
-        return found
+        return rates
     chance = np.asarray(list(chances.values()))
     label = np.asarray([float(truth[key]) for key in chances])
-    place = np.minimum((chance * 10).astype(int), 9)
-    gaps = [abs(chance[place == b].sum() - label[place == b].sum()) for b in range(10)]
-    return found | {
-        "calibration/error": _round(float(sum(gaps) / len(chances))),
-        "calibration/brier": _round(float(np.mean((chance - label) ** 2))),
-        "calibration/mean_yes": _round(float(chance.mean())),
+    gaps = [count * abs(mean - share) for mean, share, count in statistics.calibration_bins(chance, label)]
+    return rates | {
+        "calibration/error": _round(sum(gaps) / len(chances)),
+        "calibration/brier": _round(np.mean((chance - label) ** 2)),
+        "calibration/mean_yes": _round(chance.mean()),
     }
 
 
-def compare(ours: Score, theirs: Score, *, draws: int = DRAWS) -> dict[str, Any]:
-    """Two answer files to the same questions by the same rule: differences of metrics over the same resampled units, and
-    McNemar's exact test of who is right where.
+def compare(ours: Score, theirs: Score, *, draws: int = statistics.DRAWS) -> dict[str, Any]:
+    """Compare two answer files to the same questions by the same rule.
+
+    Returns:
+        Differences of metrics over the same resampled clusters, and McNemar's exact test of who is right where.
 
     Raises:
-        UserError: they are not of the same questions and rule.
+        UserError: They are not of the same questions, or not by the same rule.
     """
-    same = [str(reading.id) for reading in ours.scored.parsed_answers] == [
-        str(r.id) for r in theirs.scored.parsed_answers
-    ]
-    if (ours.benchmark, ours.rule) != (theirs.benchmark, theirs.rule) or not same:
+    ids = [[str(parsed.id) for parsed in one.scored.parsed_answers] for one in (ours, theirs)]
+    if (ours.benchmark, ours.rule) != (theirs.benchmark, theirs.rule) or ids[0] != ids[1]:
         raise UserError(
-            f"{ours.benchmark} by {ours.rule} and {theirs.benchmark} by {theirs.rule}: only answers to the same questions, "
-            "by the same rule, are compared"
+            f"{ours.benchmark} by {ours.rule} cannot be compared with {theirs.benchmark} by {theirs.rule}: questions and rule "
+            "must be the same"
         )
-    if list(ours.scored.units) != list(theirs.scored.units) or list(ours.metrics) != list(theirs.metrics):
-        raise UserError(f"{ours.benchmark} by {ours.rule}: the two files are counted in different units")
-    apart = statistics.differences(ours.scored.counts, theirs.scored.counts, ours.scored.metrics, draws=draws)
-    found: dict[str, Any] = {
+    if list(ours.scored.clusters) != list(theirs.scored.clusters) or list(ours.metrics) != list(theirs.metrics):
+        raise UserError(f"{ours.benchmark} by {ours.rule}: the two files are counted in different clusters")
+    differences = statistics.differences(ours.scored.counts, theirs.scored.counts, ours.scored.metrics, draws=draws)
+    result: dict[str, Any] = {
         "benchmark": ours.benchmark,
         "rule": ours.rule,
         "differences": {
-            name: {"value": _round(one.value), "ci95": [_round(one.low), _round(one.high)]}
-            for name, one in apart.items()
+            name: {"value": _round(estimate.value), "ci95": [_round(estimate.low), _round(estimate.high)]}
+            for name, estimate in differences.items()
         },
     }
     pairs = [
@@ -203,29 +224,27 @@ def compare(ours: Score, theirs: Score, *, draws: int = DRAWS) -> dict[str, Any]
         if mine.right in (0.0, 1.0) and yours.right in (0.0, 1.0)
     ]
     if pairs:
-        found["mcnemar"] = statistics.mcnemar(
-            sum(mine > yours for mine, yours in pairs), sum(mine < yours for mine, yours in pairs)
-        )._asdict()
-    return found
+        only = sum(mine > yours for mine, yours in pairs), sum(mine < yours for mine, yours in pairs)
+        result["mcnemar"] = statistics.mcnemar(*only)._asdict()
+    return result
 
 
 def agreement(scores: Sequence[Score]) -> list[dict[str, Any]]:
-    """Of every two rules over the same answers: the share of questions on which they agree who is right."""
+    """Return, for every two rules over the same answers, the share of questions on which they agree who is right."""
     rows = []
-    for number, one in enumerate(scores):
-        for other in scores[number + 1 :]:
-            right = {str(reading.id): reading.right for reading in other.scored.parsed_answers}
-            pairs = [
-                (reading.right, right[str(reading.id)])
-                for reading in one.scored.parsed_answers
-                if reading.right is not None and right.get(str(reading.id)) is not None
-            ]
-            if pairs:
-                same = sum(mine == yours for mine, yours in pairs)
-                rows.append({"rules": [one.rule, other.rule], "items": len(pairs), "agree": _round(same / len(pairs))})
+    for one, other in itertools.combinations(scores, 2):
+        right = {str(parsed.id): parsed.right for parsed in other.scored.parsed_answers}
+        pairs = [
+            (parsed.right, right[str(parsed.id)])
+            for parsed in one.scored.parsed_answers
+            if parsed.right is not None and right.get(str(parsed.id)) is not None
+        ]
+        if pairs:
+            agree = sum(mine == yours for mine, yours in pairs) / len(pairs)
+            rows.append({"rules": [one.rule, other.rule], "items": len(pairs), "agree": _round(agree)})
     return rows
 
 
-def write_score(found: Score, path: Path) -> None:
-    """The score as JSON, in one move."""
-    write_json(path, found.json())
+def write_score(score: Score, path: Path) -> None:
+    """Write scores.json atomically."""
+    write_json(path, score.json())

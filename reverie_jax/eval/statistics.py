@@ -1,9 +1,9 @@
-"""Intervals by the bootstrap over images: questions about one image stand or fall together, so images are resampled."""
+"""Bootstrap intervals over clusters: questions about one image are dependent, so whole images are resampled."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -11,6 +11,11 @@ from scipy.stats import binomtest
 
 Statistic = Callable[[Float[np.ndarray, "... K"]], Float[np.ndarray, "..."]]
 """A metric as a function of summed counts: [..., K] to [...]."""
+
+DRAWS = 2000
+"""Number of resamples."""
+_CHUNK = 200
+"""Resamples drawn at a time: of a hundred thousand clusters, all of them together would take gigabytes."""
 
 
 class Estimate(NamedTuple):
@@ -21,70 +26,45 @@ class Estimate(NamedTuple):
     high: float
 
     def json(self, name: str) -> dict[str, float | list[float]]:
+        """Return the estimate for a JSON file, with four digits; `name` is the key of the value."""
         return {name: round(self.value, 4), "ci95": [round(self.low, 4), round(self.high, 4)]}
 
     def __str__(self) -> str:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
-def resamples(images: int, *, draws: int = 2000, seed: int = 0) -> Int[np.ndarray, "R N"]:
-    """How often each image is drawn in each resample. Shared by all models, so differences are paired."""
+def resamples(clusters: int, *, draws: int = DRAWS, seed: int = 0) -> Iterator[Int[np.ndarray, "R N"]]:
+    """Yield how often each cluster is drawn in each resample, some resamples at a time.
+
+    They depend on the number of clusters and the seed alone: differences of two models are paired.
+    """
     rng = np.random.default_rng(seed)
-    return rng.multinomial(images, np.full(images, 1 / images), size=draws)
+    chance = np.full(clusters, 1 / clusters)
+    for start in range(0, draws, _CHUNK):
+        yield rng.multinomial(clusters, chance, size=min(_CHUNK, draws - start))
 
 
-def bootstrap(counts: Float[np.ndarray, "N K"], statistic: Statistic, weights: Int[np.ndarray, "R N"]) -> Estimate:
-    """A metric of per-image counts.
+def _resampled_sums(counts: Float[np.ndarray, "N K"], draws: int) -> Float[np.ndarray, "R K"]:
+    return np.concatenate([weights @ counts for weights in resamples(len(counts), draws=draws)])
+
+
+def _estimate(value: Any, drawn: Float[np.ndarray, "R"]) -> Estimate:
+    low, high = np.nanpercentile(drawn, (2.5, 97.5))
+    return Estimate(float(value), float(low), float(high))
+
+
+def bootstrap(
+    counts: Float[np.ndarray, "N K"], metrics: Mapping[str, Statistic], *, draws: int = DRAWS
+) -> dict[str, Estimate]:
+    """Return every metric with its interval, over the same resamples.
 
     Args:
-        counts: what each image adds to the K sums that the metric is a function of.
-        weights: `resamples(N)`.
+        counts: What each cluster adds to the K sums that every metric is a function of.
+        metrics: Functions of the sums, by name.
+        draws: Number of resamples.
     """
-    drawn = statistic(weights @ counts)
-    low, high = np.nanpercentile(drawn, (2.5, 97.5))
-    return Estimate(float(statistic(counts.sum(0))), float(low), float(high))
-
-
-def difference(
-    ours: Float[np.ndarray, "N K"],
-    theirs: Float[np.ndarray, "N K"],
-    statistic: Statistic,
-    weights: Int[np.ndarray, "R N"],
-) -> Estimate:
-    """Metric of `ours` minus that of `theirs`, the same images resampled for both."""
-    drawn = statistic(weights @ ours) - statistic(weights @ theirs)
-    low, high = np.nanpercentile(drawn, (2.5, 97.5))
-    return Estimate(float(statistic(ours.sum(0)) - statistic(theirs.sum(0))), float(low), float(high))
-
-
-_CHUNK = 200
-"""Resamples that are drawn together: of a hundred thousand units, all of them would take gigabytes."""
-
-
-def resampled(counts: Float[np.ndarray, "N K"], *, draws: int = 2000, seed: int = 0) -> Float[np.ndarray, "R K"]:
-    """The sums of each resample of the units: those of `resamples(N)`, a part at a time."""
-    rng = np.random.default_rng(seed)
-    chance = np.full(len(counts), 1 / len(counts))
-
-    def parts() -> Iterator[np.ndarray]:
-        for start in range(0, draws, _CHUNK):
-            yield rng.multinomial(len(counts), chance, size=min(_CHUNK, draws - start)) @ counts
-
-    return np.concatenate(list(parts()))
-
-
-def interval(drawn: Float[np.ndarray, "..."]) -> tuple[float, float]:
-    """Of a metric's values in all resamples: where the middle 95 % lie."""
-    low, high = np.nanpercentile(drawn, (2.5, 97.5))
-    return float(low), float(high)
-
-
-def intervals(
-    counts: Float[np.ndarray, "N K"], metrics: Mapping[str, Statistic], *, draws: int = 2000
-) -> dict[str, tuple[float, float]]:
-    """The interval of every metric, over the same resamples."""
-    sums = resampled(counts, draws=draws)
-    return {name: interval(metric(sums)) for name, metric in metrics.items()}
+    total, sums = counts.sum(0), _resampled_sums(counts, draws)
+    return {name: _estimate(metric(total), metric(sums)) for name, metric in metrics.items()}
 
 
 def differences(
@@ -92,20 +72,21 @@ def differences(
     theirs: Float[np.ndarray, "N K"],
     metrics: Mapping[str, Statistic],
     *,
-    draws: int = 2000,
+    draws: int = DRAWS,
 ) -> dict[str, Estimate]:
-    """Every metric of `ours` minus that of `theirs`, the same units resampled for both."""
+    """Return every metric of `ours` minus that of `theirs`; the same clusters are resampled for both."""
     width = ours.shape[1]
-    sums = resampled(np.concatenate([ours, theirs], axis=1), draws=draws)
-    found = {}
-    for name, metric in metrics.items():
-        value = float(metric(ours.sum(0)) - metric(theirs.sum(0)))
-        found[name] = Estimate(value, *interval(metric(sums[:, :width]) - metric(sums[:, width:])))
-    return found
+    both = np.concatenate([ours, theirs], axis=1)
+    total, sums = both.sum(0), _resampled_sums(both, draws)
+
+    def difference(metric: Statistic, of: Float[np.ndarray, "... K"]) -> Float[np.ndarray, "..."]:
+        return metric(of[..., :width]) - metric(of[..., width:])
+
+    return {name: _estimate(difference(metric, total), difference(metric, sums)) for name, metric in metrics.items()}
 
 
 class Mcnemar(NamedTuple):
-    """Of the questions that one of two is right on and the other not: how many each way, and the exact two-sided p."""
+    """Questions that only one of two models answers correctly, and the exact two-sided p-value."""
 
     only_ours: int
     only_theirs: int
@@ -113,16 +94,23 @@ class Mcnemar(NamedTuple):
 
 
 def mcnemar(only_ours: int, only_theirs: int) -> Mcnemar:
-    """McNemar's exact test: were both equally good, each such question would be either's with probability one half."""
+    """Return McNemar's exact test: if both models are equally good, each such question is either's with probability 1/2."""
     together = only_ours + only_theirs
     p = float(binomtest(only_ours, together, 0.5).pvalue) if together else 1.0
     return Mcnemar(only_ours, only_theirs, p)
 
 
-def share(
+def ratio(
     over: int | Sequence[int], under: int | Sequence[int], *, scale: float = 1.0, empty: float = 0.0
 ) -> Statistic:
-    """Sum of the columns `over`, divided by that of the columns `under`, times `scale`; `empty` where that is nothing."""
+    """Return the statistic `scale` times the sum of columns `over` divided by that of columns `under`.
+
+    Args:
+        over: Columns of the numerator.
+        under: Columns of the denominator.
+        scale: Factor of the ratio, for instance 100.
+        empty: Value where the denominator is 0.
+    """
     above, below = ([c] if isinstance(c, int) else list(c) for c in (over, under))
 
     def statistic(sums: Float[np.ndarray, "... K"]) -> Float[np.ndarray, "..."]:
@@ -130,3 +118,12 @@ def share(
         return np.where(bottom > 0, scale * sums[..., above].sum(-1) / np.where(bottom > 0, bottom, 1.0), empty)
 
     return statistic
+
+
+def calibration_bins(
+    chance: Float[np.ndarray, "N"], label: Float[np.ndarray, "N"], bins: int = 10
+) -> list[tuple[float, float, int]]:
+    """Return (mean probability, share of true labels, number of answers) of each equal bin that has answers."""
+    index = np.minimum((chance * bins).astype(int), bins - 1)
+    members = [index == number for number in range(bins)]
+    return [(float(chance[at].mean()), float(label[at].mean()), int(at.sum())) for at in members if at.any()]

@@ -1,46 +1,46 @@
-"""One SQLite file that remembers every request and every reply: a paid reply is never lost, and never asked for again.
+"""Journal: a SQLite file of every request and reply, so that a paid reply is never lost and never requested again.
 
-An attempt is written down before its request leaves, and its reply as soon as it is there. Items are known by their content
-(picture, question, prompt, model), never by their place in a list.
+A request is recorded before it is sent, and its reply as soon as it arrives. Requests are identified by their content
+(image, question, prompt, model), never by their position in a list.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import fcntl
 import os
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from reverie_jax.errors import UserError
-from reverie_jax.hosted.interface import Reply, digest
+from reverie_jax.hosted.identity import RequestIdentity, digest_bytes
+from reverie_jax.hosted.interface import Reply
 
 ORIGINAL = "original"
-"""Stands for REVERIE's own scripts."""
+"""Provider of replies adopted from the output of REVERIE's own scripts."""
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS attempts (
     id INTEGER PRIMARY KEY,
-    item TEXT NOT NULL,           -- what was asked of whom: content, prompt, model
-    content TEXT NOT NULL,        -- what was asked: content alone
+    item TEXT NOT NULL,           -- identity: content, provider, model, prompt
+    content TEXT NOT NULL,        -- digest of the content alone
     stage TEXT NOT NULL,
     provider TEXT NOT NULL,
     model TEXT NOT NULL,
     prompt TEXT NOT NULL,         -- version of the prompt
     state TEXT NOT NULL,          -- sent, usable, unusable, failed, lost
     reason TEXT NOT NULL DEFAULT '',
-    reply TEXT,                   -- raw, as it came
+    reply TEXT,                   -- raw
     tokens_in INTEGER NOT NULL DEFAULT 0,
     tokens_out INTEGER NOT NULL DEFAULT 0,
     price REAL NOT NULL DEFAULT 0,
     version TEXT NOT NULL DEFAULT '',
     started REAL NOT NULL,
     seconds REAL,
-    batch TEXT                    -- label of the batch that it went with
+    batch TEXT                    -- label of its batch
 );
 CREATE INDEX IF NOT EXISTS by_item ON attempts (item, state);
 CREATE INDEX IF NOT EXISTS by_content ON attempts (content, state);
@@ -48,7 +48,7 @@ CREATE TABLE IF NOT EXISTS batches (
     label TEXT PRIMARY KEY,
     provider TEXT NOT NULL,
     model TEXT NOT NULL,
-    name TEXT,                    -- the provider's; NULL while it is not known
+    name TEXT,                    -- the provider's; NULL while unknown
     state TEXT NOT NULL,          -- open, ended
     started REAL NOT NULL
 );
@@ -57,29 +57,16 @@ PRAGMA user_version = 2;
 """
 
 
-@dataclasses.dataclass(frozen=True)
-class Item:
-    """What is asked of whom.
+class RecordedReply(NamedTuple):
+    """A usable reply of a journal; `started` is the request's time (Unix seconds)."""
 
-    Attributes:
-        content: digest of stage, picture and fields; the same whoever is asked, in whatever words.
-        prompt: version of the prompt, with all that changes a reply (temperature and the like).
-    """
-
-    stage: str
-    content: str
-    provider: str
-    model: str
-    prompt: str
-
-    @property
-    def key(self) -> str:
-        return digest(self.content, self.provider, self.model, self.prompt)
+    text: str
+    version: str
+    started: float
 
 
-@dataclasses.dataclass(frozen=True)
-class Spent:
-    """Sums over attempts; price in the currency of the price list."""
+class Spent(NamedTuple):
+    """Sums over attempts; `price` is in the currency of the price list."""
 
     requests: int
     tokens_in: int
@@ -87,21 +74,71 @@ class Spent:
     price: float
 
 
-class Journal:
-    """The file, held by one process at a time.
+class OpenBatch(NamedTuple):
+    """A submitted batch whose results were not collected; `name` (the provider's) is None while unknown."""
 
-    Args:
-        path: made where it is not.
+    label: str
+    provider: str
+    model: str
+    name: str | None
+
+
+class JournalReader:
+    """Read a journal without locking it; another process may be writing.
 
     Raises:
-        UserError: another process holds it, or it is no journal.
+        UserError: The file is missing or not a journal.
+    """
+
+    _db: sqlite3.Connection
+
+    def __init__(self, path: Path):
+        if not path.is_file():
+            raise UserError(f"{path}: no such journal to replay")
+        self._db = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
+        try:
+            self.find_reply("")
+        except sqlite3.Error as error:
+            self._db.close()
+            raise UserError(f"{path}: not a journal to replay ({error})") from None
+
+    def close(self) -> None:
+        """Close the file."""
+        self._db.close()
+
+    def find_reply(self, content: str) -> RecordedReply | None:
+        """Return the first usable reply of any model to a content."""
+        return self._first_reply("content = ?", content)
+
+    def get_reply(self, identity: RequestIdentity) -> RecordedReply | None:
+        """Return the first usable reply to a request, or one adopted from the original scripts' output."""
+        where = "(item = ? OR (content = ? AND provider = 'original'))"
+        return self._first_reply(where, identity.key, identity.content)
+
+    def _first_reply(self, where: str, *values: str) -> RecordedReply | None:
+        query = f"SELECT reply, version, started FROM attempts WHERE state = 'usable' AND {where} ORDER BY id LIMIT 1"
+        row = self._db.execute(query, values).fetchone()
+        return None if row is None else RecordedReply(*row)
+
+
+class Journal(JournalReader):
+    """A journal open for writing, by one process at a time.
+
+    Args:
+        path: Created if missing.
+
+    Attributes:
+        lost: Requests that were in flight when the last run was killed; only these are paid for twice.
+
+    Raises:
+        UserError: Another process uses it, or the file is not a journal.
     """
 
     def __init__(self, path: Path):
         self.path = path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._lock = open(path.with_name(path.name + ".lock"), "w")  # noqa: SIM115  (held as long as the journal is)
+            self._lock = open(path.with_name(path.name + ".lock"), "w")  # noqa: SIM115  (locked until `close`)
         except OSError as error:
             raise UserError(f"{path}: cannot be written ({error.strerror})") from None
         try:
@@ -115,33 +152,35 @@ class Journal:
             self._lock.close()
             raise UserError(f"{path}: cannot be opened ({error})") from None
         try:
-            self._db.execute("PRAGMA journal_mode = WAL")
-            self._db.execute("PRAGMA synchronous = FULL")  # what was paid for outlives a power cut
-            version = self._db.execute("PRAGMA user_version").fetchone()[0]
-            if version not in (0, 1, 2):
-                raise UserError(f"{path}: written by a newer version of reverie-jax")
-            columns = {row[1] for row in self._db.execute("PRAGMA table_info(attempts)")}
-            if columns and "batch" not in columns:  # version 1
-                self._db.execute("ALTER TABLE attempts ADD COLUMN batch TEXT")
-            self._db.executescript(_SCHEMA)
-            if (found := self._db.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
-                raise sqlite3.DatabaseError(found)
-            self.lost = self._db.execute(
-                "UPDATE attempts SET state = 'lost', reason = 'in flight when the run ended' WHERE state = 'sent'"
-                " AND batch IS NULL"
-            ).rowcount
-            """Requests that were in flight when the last run was killed: the only ones that are paid for twice."""
+            self._open()
         except sqlite3.Error as error:
             self.close()
-            raise UserError(
-                f"{path}: not a journal, or broken ({' '.join(str(error).split())}); move it away"
-            ) from None
+            reason = " ".join(str(error).split())
+            raise UserError(f"{path}: not a journal, or broken ({reason}); move it away") from None
         except UserError:
             self.close()
             raise
 
+    def _open(self) -> None:
+        self._db.execute("PRAGMA journal_mode = WAL")
+        self._db.execute("PRAGMA synchronous = FULL")  # a paid reply survives a power cut
+        version = self._db.execute("PRAGMA user_version").fetchone()[0]
+        if version not in (0, 1, 2):
+            raise UserError(f"{self.path}: written by a newer version of reverie-jax; update reverie-jax")
+        columns = {row[1] for row in self._db.execute("PRAGMA table_info(attempts)")}
+        if columns and "batch" not in columns:  # version 1
+            self._db.execute("ALTER TABLE attempts ADD COLUMN batch TEXT")
+        self._db.executescript(_SCHEMA)
+        if (check := self._db.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
+            raise sqlite3.DatabaseError(check)
+        self.lost = self._db.execute(
+            "UPDATE attempts SET state = 'lost', reason = 'in flight when the run ended' WHERE state = 'sent'"
+            " AND batch IS NULL"
+        ).rowcount
+
     def close(self) -> None:
-        self._db.close()
+        """Close the file and release its lock."""
+        super().close()
         self._lock.close()
 
     def __enter__(self) -> Journal:
@@ -150,129 +189,95 @@ class Journal:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def sent(self, item: Item, batch: str | None = None) -> int:
-        """Writes down that a request is about to leave, alone or with a batch; returns the attempt's number."""
-        row = (item.key, item.content, item.stage, item.provider, item.model, item.prompt, "sent", time.time(), batch)
+    def record_request(self, identity: RequestIdentity, batch: str | None = None) -> int:
+        """Record that a request is about to be sent, alone or in a batch, and return the attempt's number."""
+        names = (identity.stage, identity.provider, identity.model, identity.prompt)
         cursor = self._db.execute(
             "INSERT INTO attempts (item, content, stage, provider, model, prompt, state, started, batch)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            row,
+            " VALUES (?, ?, ?, ?, ?, ?, 'sent', ?, ?)",
+            (identity.key, identity.content, *names, time.time(), batch),
         )
         assert cursor.lastrowid is not None
         return cursor.lastrowid
 
-    def done(
+    def record_result(
         self, attempt: int, state: str, reply: Reply | None = None, *, price: float = 0.0, reason: str = ""
     ) -> None:
-        """Writes down how an attempt ended: usable, unusable (a reply without use) or failed (none)."""
-        reply_text = None if reply is None else reply.text
-        tokens = (0, 0, "") if reply is None else (reply.tokens_in, reply.tokens_out, reply.version)
+        """Record the result of an attempt: usable, unusable (a reply that cannot be used) or failed (no reply)."""
+        text = None if reply is None else reply.text
+        reply = reply or Reply("")
+        values = (state, reason.encode("utf-8", "replace").decode(), text, reply.tokens_in, reply.tokens_out)
         self._db.execute(
             "UPDATE attempts SET state = ?, reason = ?, reply = ?, tokens_in = ?, tokens_out = ?, version = ?, price = ?,"
             " seconds = ? - started WHERE id = ?",
-            (
-                state,
-                reason.encode("utf-8", "replace").decode("utf-8"),
-                reply_text,
-                *tokens,
-                price,
-                time.time(),
-                attempt,
-            ),
+            (*values, reply.version, price, time.time(), attempt),
         )
 
-    def usable(self, item: Item) -> str | None:
-        """The raw reply that an item got; or one that was taken over from the original scripts' output."""
-        row = self._db.execute(
-            "SELECT reply FROM attempts WHERE state = 'usable' AND (item = ? OR (content = ? AND provider = 'original'))"
-            " ORDER BY id LIMIT 1",
-            (item.key, item.content),
-        ).fetchone()
-        return None if row is None else row[0]
+    def adopt(self, identity: RequestIdentity, reply: str) -> bool:
+        """Record a reply from the original scripts' output, if the request has none; return whether it was recorded.
 
-    def recorded(self, content: str) -> tuple[str, str] | None:
-        """(reply, version) of anybody's usable reply to a content."""
-        return self._db.execute(
-            "SELECT reply, version FROM attempts WHERE state = 'usable' AND content = ? ORDER BY id LIMIT 1", (content,)
-        ).fetchone()
-
-    def adopt(self, item: Item, reply: str) -> bool:
-        """Takes over a reply that the original scripts got, unless there is one.
-
-        It counts for whoever is to be asked, and in whatever words; a verdict is that of the judge alone who is named.
+        It counts for every model and prompt; a verdict counts for the named judge only.
         """
-        missing = self.usable(item) is None
+        missing = self.get_reply(identity) is None
         if missing:
-            kept = item if item.stage == "judge" else Item(item.stage, item.content, ORIGINAL, "", "")
-            self.done(self.sent(kept), "usable", Reply(reply, version=ORIGINAL))
+            if identity.stage != "judge":
+                identity = RequestIdentity(identity.stage, identity.content, ORIGINAL, "", "")
+            self.record_result(self.record_request(identity), "usable", Reply(reply, version=ORIGINAL))
         return missing
 
-    def original(self, item: Item) -> bool:
-        """Whether an item's reply is the original scripts'."""
-        return bool(
-            self._db.execute(
-                "SELECT 1 FROM attempts WHERE content = ? AND provider = ?", (item.content, ORIGINAL)
-            ).fetchone()
-        )
+    def is_original(self, identity: RequestIdentity) -> bool:
+        """Return whether a request's reply was adopted from the original scripts' output."""
+        query = "SELECT 1 FROM attempts WHERE content = ? AND provider = ?"
+        return self._db.execute(query, (identity.content, ORIGINAL)).fetchone() is not None
 
-    def empty(self) -> bool:
-        """Whether nothing was ever asked."""
+    def is_empty(self) -> bool:
+        """Return whether the journal has no attempts."""
         return self._db.execute("SELECT 1 FROM attempts LIMIT 1").fetchone() is None
 
-    def why(self, item: Item) -> str:
-        """The reason of an item's last unhappy attempt."""
-        row = self._db.execute(
-            "SELECT reason FROM attempts WHERE item = ? AND state != 'usable' ORDER BY id DESC LIMIT 1", (item.key,)
-        ).fetchone()
-        return "not asked" if row is None else row[0]
-
-    def spent(self, stage: str | None = None) -> Spent:
-        """Sums over all attempts, or a stage's."""
-        where, values = ("", ()) if stage is None else (" AND stage = ?", (stage,))
+    def spent(self) -> Spent:
+        """Return the sums over all attempts, adopted replies excluded."""
         row = self._db.execute(
             "SELECT COUNT(*), TOTAL(tokens_in), TOTAL(tokens_out), TOTAL(price) FROM attempts"
-            f" WHERE version != 'original'{where}",
-            values,
+            " WHERE version != 'original'"
         ).fetchone()
         return Spent(int(row[0]), int(row[1]), int(row[2]), float(row[3]))
 
-    def mean_tokens(self, stage: str) -> tuple[float, float] | None:
-        """(in, out) of an average reply of the stage; None where there is none that says."""
-        row = self._db.execute(
-            "SELECT AVG(tokens_in), AVG(tokens_out) FROM attempts WHERE stage = ? AND tokens_in > 0", (stage,)
-        ).fetchone()
-        return None if row[0] is None else (row[0], row[1])
-
-    def picture(self, path: Path, read: Any) -> str:
-        """The digest of a file's content, read again only if the file changed."""
-        found = path.stat()
-        name = os.fspath(path.resolve())
-        row = self._db.execute("SELECT size, changed, digest FROM pictures WHERE path = ?", (name,)).fetchone()
-        if row is not None and row[:2] == (found.st_size, found.st_mtime_ns):
-            return str(row[2])
-        made = str(read(path))
-        self._db.execute(
-            "INSERT OR REPLACE INTO pictures VALUES (?, ?, ?, ?)", (name, found.st_size, found.st_mtime_ns, made)
+    def mean_tokens(self) -> dict[str, tuple[float, float]]:
+        """Return the mean (input, output) tokens of a request by stage; stages without a counted reply are left out."""
+        rows = self._db.execute(
+            "SELECT stage, AVG(tokens_in), AVG(tokens_out) FROM attempts WHERE tokens_in > 0 GROUP BY stage"
         )
-        return made
+        return {stage: (tokens_in, tokens_out) for stage, tokens_in, tokens_out in rows}
 
-    def batch_begins(self, label: str, provider: str, model: str, items: Iterable[Item]) -> None:
-        """Writes down that a batch is about to leave, with its items."""
-        with self.together():
+    def image_digest(self, path: Path) -> str:
+        """Return the digest of a file's bytes (see `digest_bytes`); the file is read only if it changed."""
+        stat, name = path.stat(), os.fspath(path.resolve())
+        row = self._db.execute("SELECT size, changed, digest FROM pictures WHERE path = ?", (name,)).fetchone()
+        if row is not None and row[:2] == (stat.st_size, stat.st_mtime_ns):
+            return str(row[2])
+        value = digest_bytes(path.read_bytes())
+        self._db.execute(
+            "INSERT OR REPLACE INTO pictures VALUES (?, ?, ?, ?)", (name, stat.st_size, stat.st_mtime_ns, value)
+        )
+        return value
+
+    def record_batch(self, label: str, provider: str, model: str, identities: Iterable[RequestIdentity]) -> None:
+        """Record that a batch is about to be submitted, with its requests."""
+        with self.transaction():
             self._db.execute(
                 "INSERT INTO batches (label, provider, model, state, started) VALUES (?, ?, ?, 'open', ?)",
                 (label, provider, model, time.time()),
             )
-            for item in items:
-                self.sent(item, label)
+            for identity in identities:
+                self.record_request(identity, label)
 
-    def batch_named(self, label: str, name: str) -> None:
-        """The provider has it, and calls it so."""
+    def name_batch(self, label: str, name: str) -> None:
+        """Record the provider's name of a submitted batch."""
         self._db.execute("UPDATE batches SET name = ? WHERE label = ?", (name, label))
 
-    def batch_ended(self, label: str, reason: str) -> None:
-        """Nothing more will come of a batch; its requests without a result failed."""
-        with self.together():
+    def end_batch(self, label: str, reason: str) -> None:
+        """Record that a batch ended; its requests without a result failed for `reason`."""
+        with self.transaction():
             self._db.execute("UPDATE batches SET state = 'ended' WHERE label = ?", (label,))
             self._db.execute(
                 "UPDATE attempts SET state = 'failed', reason = ?, seconds = ? - started"
@@ -280,25 +285,24 @@ class Journal:
                 (reason, time.time(), label),
             )
 
-    def batches(self) -> list[tuple[str, str, str, str | None]]:
-        """(label, provider, model, name) of the batches under way."""
-        return self._db.execute(
-            "SELECT label, provider, model, name FROM batches WHERE state = 'open' ORDER BY started"
-        ).fetchall()
+    def open_batches(self) -> list[OpenBatch]:
+        """Return the batches that did not end, the oldest first."""
+        query = "SELECT label, provider, model, name FROM batches WHERE state = 'open' ORDER BY started"
+        return [OpenBatch(*row) for row in self._db.execute(query)]
 
-    def in_batch(self, label: str) -> dict[str, tuple[int, str]]:
-        """(attempt, stage) by item's key of a batch's requests that have no result yet."""
+    def pending(self, label: str) -> dict[str, tuple[int, str]]:
+        """Return (attempt, stage) by identity key of a batch's requests without a result."""
         rows = self._db.execute("SELECT item, id, stage FROM attempts WHERE batch = ? AND state = 'sent'", (label,))
-        return {item: (attempt, stage) for item, attempt, stage in rows}
+        return {key: (attempt, stage) for key, attempt, stage in rows}
 
-    def under_way(self) -> set[str]:
-        """Keys of the items that are in a batch under way."""
+    def pending_keys(self) -> set[str]:
+        """Return the identity keys of all requests in open batches."""
         rows = self._db.execute("SELECT item FROM attempts WHERE batch NOT NULL AND state = 'sent'")
-        return {item for (item,) in rows}
+        return {key for (key,) in rows}
 
     @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
-        """Many small writes as one."""
+    def transaction(self) -> Iterator[None]:
+        """Group many small writes into one transaction."""
         self._db.execute("BEGIN")
         try:
             yield

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +12,9 @@ from jaxtyping import Float
 
 from reverie_jax.data.reflection import WHY, WHY_WRONG, AnnotatedQuestion
 from reverie_jax.eval import statistics
-from reverie_jax.eval.benchmarks import files, pope
-from reverie_jax.eval.benchmarks.interface import (
-    OFFICIAL,
-    Benchmark,
-    BenchmarkData,
-    BenchmarkError,
-    ParsedAnswer,
-    Question,
-    Scored,
-)
+from reverie_jax.eval.benchmarks import answer_files, inputs, pope
+from reverie_jax.eval.benchmarks.interface import Benchmark, BenchmarkData, BenchmarkError, OFFICIAL, Question
+from reverie_jax.eval.benchmarks.scoring import ParsedAnswer, Scored
 from reverie_jax.eval.decode import Decoding
 from reverie_jax.eval.engine import Engine
 from reverie_jax.eval.predict import PredictOptions
@@ -30,6 +23,7 @@ from reverie_jax.scenes import scoring as free
 from reverie_jax.scenes.annotator import DESCRIBE, SceneAnnotator
 from reverie_jax.scenes.dataset import PICTURES, POPE_FILES, read_graphs
 from reverie_jax.scenes.graph import Scene
+from reverie_jax.scenes.language import mentioned
 
 QUESTIONS = 3
 """Questions a picture whose rationales are asked for."""
@@ -99,10 +93,20 @@ class Scenes(Benchmark):
 
     name = "scenes"
     max_new_tokens = max(pope.NEW_TOKENS, free.DESCRIPTION_TOKENS, free.RATIONALE_TOKENS)
-    needs = "a folder that `reverie scenes render --questions pope` wrote"
+    required_files = "a folder that `reverie scenes render --split test` wrote"
+    lower_is_better = frozenset({"chair_i", "chair_s", "rationale_empty"})
 
     def load(self, data: Path) -> BenchmarkData:
-        return BenchmarkData(questions(data), files.image_reader(data / PICTURES), {}, {"folder": data})
+        return BenchmarkData(questions(data), inputs.image_reader(data / PICTURES), {}, {"folder": data, "graphs": read_graphs(data)})
+
+    def hallucinated(
+        self, loaded: BenchmarkData, question: Question, text: str, parsed: ParsedAnswer
+    ) -> Sequence[str]:
+        """See `Benchmark.hallucinated`: objects that a description mentions and the scene graph lacks."""
+        if parsed.category != "description":
+            return ()
+        present = loaded.tables["graphs"][question.cluster].categories
+        return [name for name in mentioned(text) if name not in present]
 
     def score(
         self,
@@ -113,7 +117,7 @@ class Scenes(Benchmark):
     ) -> Scored:
         # What was not answered counts as an empty answer.
         answers = {str(question.id): answers.get(str(question.id), "") for question in loaded.questions}
-        counts = count(loaded.known["folder"], answers)
+        counts = count(loaded.tables["folder"], answers)
         tables = {"pope": counts.all_pope, "description": counts.description, "rationale": counts.rationale}
         columns, start = {}, 0
         for name, table in tables.items():
@@ -128,7 +132,7 @@ class Scenes(Benchmark):
         labels = {
             f"pope/{split}/{question.question_id}": question.label
             for split, file in POPE_FILES.items()
-            for question in pope.read_questions(loaded.known["folder"] / file)
+            for question in pope.read_questions(loaded.tables["folder"] / file)
         }
         parsed_answers = []
         for question in loaded.questions:
@@ -136,19 +140,19 @@ class Scenes(Benchmark):
             yes = pope.says_yes(text)
             parsed = ("yes" if yes else "no") if id in labels else ""
             right = float(yes == labels[id]) if id in labels else None
-            parsed_answers.append(ParsedAnswer(question.id, parsed, right, category=question.known["kind"]))
+            parsed_answers.append(ParsedAnswer(question.id, parsed, right, category=question.metadata["kind"]))
         rows = np.concatenate(list(tables.values()), axis=1)
-        return Scored(parsed_answers, list(read_graphs(loaded.known["folder"])), rows, metrics)
+        return Scored(parsed_answers, list(read_graphs(loaded.tables["folder"])), rows, metrics)
 
 
 def answer_file(folder: Path, predictions: Path) -> dict[str, str]:
     """Answers about a folder of scenes by question, from a folder that holds predictions.jsonl.
 
     Raises:
-        BenchmarkError: see `files.read_answers`.
+        BenchmarkError: see `answer_files.read_answers`.
     """
     benchmark = Scenes()
-    return files.read_answers(predictions / files.PREDICTIONS, benchmark, benchmark.load(folder))
+    return answer_files.read_answers(predictions / answer_files.PREDICTIONS, benchmark, benchmark.load(folder))
 
 
 def score(folder: Path, predictions: Path) -> SceneCounts:
@@ -183,31 +187,30 @@ def count(folder: Path, answers: Mapping[str, str]) -> SceneCounts:
 def predict(engine: Engine, folder: Path, out: Path) -> Path:
     """Asks a model everything about a folder of scenes; see `eval.predict`."""
     benchmark = Scenes()
-    ask = PredictOptions(Decoding(benchmark.max_new_tokens))
-    return run(engine, benchmark, benchmark.load(folder), out, ask, model="", base_checksums={})
+    options = PredictOptions(Decoding(benchmark.max_new_tokens))
+    return run(engine, benchmark, benchmark.load(folder), out, options, model="", checksums={})
 
 
 RATES: dict[str, tuple[str, statistics.Statistic]] = {
-    "chair_i": ("description", statistics.share(free.HALLUCINATED, free.MENTIONS)),
-    "chair_s": ("description", statistics.share(free.HALLUCINATING, free.CAPTIONS)),
-    "coverage": ("description", statistics.share(free.COVERED, free.PRESENT)),
-    "rationale_correct": ("rationale", statistics.share(free.CORRECT, free.RATIONALES)),
-    "claims_true": ("rationale", statistics.share(free.TRUE_CLAIMS, free.CLAIMS)),
-    "rationale_empty": ("rationale", statistics.share(free.EMPTY, free.RATIONALES)),
+    "chair_i": ("description", statistics.ratio(free.HALLUCINATED, free.MENTIONS)),
+    "chair_s": ("description", statistics.ratio(free.HALLUCINATING, free.CAPTIONS)),
+    "coverage": ("description", statistics.ratio(free.COVERED, free.PRESENT)),
+    "rationale_correct": ("rationale", statistics.ratio(free.CORRECT, free.RATIONALES)),
+    "claims_true": ("rationale", statistics.ratio(free.TRUE_CLAIMS, free.CLAIMS)),
+    "rationale_empty": ("rationale", statistics.ratio(free.EMPTY, free.RATIONALES)),
 }
 
 
 def estimates(counts: SceneCounts) -> dict[str, Any]:
-    """Every metric with its 95 % interval, as report.json has it."""
-    weights = statistics.resamples(len(counts.description))
+    """Return every metric with its 95 % interval, as report.json has it."""
     by_split: dict[str, Any] = {}
     for split, table in counts.pope.items():
-        by_split[split] = statistics.bootstrap(table, pope.f1, weights).json("f1")
+        by_split[split] = statistics.bootstrap(table, {"f1": pope.f1})["f1"].json("f1")
         sums = table.sum(0)
         by_split[split] |= {n: round(float(m(sums)), 4) for n, m in pope.METRICS.items() if n != "f1"}
-    by_split["mean"] = statistics.bootstrap(counts.all_pope, pope.mean_f1, weights).json("f1")
+    by_split["mean"] = statistics.bootstrap(counts.all_pope, {"f1": pope.mean_f1})["f1"].json("f1")
     rates = {
-        name: statistics.bootstrap(getattr(counts, table), statistic, weights).json("value")
+        name: statistics.bootstrap(getattr(counts, table), {name: statistic})[name].json("value")
         for name, (table, statistic) in RATES.items()
     }
     return {
@@ -219,15 +222,15 @@ def estimates(counts: SceneCounts) -> dict[str, Any]:
 
 
 def differences(ours: SceneCounts, theirs: SceneCounts) -> dict[str, Any]:
-    """Headline metrics of `ours` minus those of `theirs`, paired by picture."""
-    weights = statistics.resamples(len(ours.description))
-    found = {
-        "pope_mean_f1": statistics.difference(ours.all_pope, theirs.all_pope, pope.mean_f1, weights),
-        "pope_adversarial_f1": statistics.difference(
-            ours.pope["adversarial"], theirs.pope["adversarial"], pope.f1, weights
-        ),
+    """Return the headline metrics of `ours` minus those of `theirs`, paired by picture."""
+    headlines = {
+        "pope_mean_f1": (ours.all_pope, theirs.all_pope, pope.mean_f1),
+        "pope_adversarial_f1": (ours.pope["adversarial"], theirs.pope["adversarial"], pope.f1),
     }
     for name in ("chair_i", "chair_s", "rationale_correct"):
         table, statistic = RATES[name]
-        found[name] = statistics.difference(getattr(ours, table), getattr(theirs, table), statistic, weights)
-    return {name: estimate.json("value") for name, estimate in found.items()}
+        headlines[name] = (getattr(ours, table), getattr(theirs, table), statistic)
+    return {
+        name: statistics.differences(mine, yours, {name: statistic})[name].json("value")
+        for name, (mine, yours, statistic) in headlines.items()
+    }

@@ -20,7 +20,8 @@ from reverie_jax.data.pipeline import ImageQuestions
 from reverie_jax.errors import DataError
 from reverie_jax.eval import decode
 from reverie_jax.eval.decode import Decoding
-from reverie_jax.eval.engine import DISTURBING, Engine, EngineShape, plan
+from reverie_jax.eval.engine import Engine, EngineShape
+from reverie_jax.eval.schedule import ICD_INSTRUCTION, plan
 from reverie_jax.models.sharding import make_mesh
 from tests.eval import decode_oracle as oracle
 from tests.eval.decode_oracle import ALIKE, END, NEW_TOKENS, OTHER_END, ask, each, generated, png, stepwise
@@ -56,11 +57,14 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def says(seed, how, pictures=PICTURES, shape=SHAPE, mesh=None, processor=oracle.PROCESSOR, usual=None):
+def says(seed, how, pictures=PICTURES, shape=SHAPE, mesh=None, processor=oracle.PROCESSOR, expected_new_tokens=None):
     """Our answers, in the order in which the batches bring them; it is the order that was announced."""
     engine = Engine(oracle.ours(seed), processor, shape, mesh=mesh)
-    work = engine.prepare(pictures, how)
-    found = [{number: answer.text for number, answer in part.items()} for part in engine.stream(work, how, usual=usual)]
+    work = engine.schedule(pictures, how)
+    found = [
+        {number: answer.text for number, answer in part.items()}
+        for part in engine.stream(work, how, expected_new_tokens=expected_new_tokens)
+    ]
     assert [list(part) for part in found] == list(work.numbers())
     return {number: answer for part in found for number, answer in part.items()}
 
@@ -132,7 +136,7 @@ def test_a_beam_of_one_token():
 
 def shapes(shape, mesh=None):
     engine = Engine(oracle.ours(0), oracle.PROCESSOR, shape, mesh=mesh)
-    return [group.shape.length for group in engine.prepare(MANY, Decoding(NEW_TOKENS)).groups]
+    return [group.shape.length for group in engine.schedule(MANY, Decoding(NEW_TOKENS)).groups]
 
 
 @pytest.mark.parametrize("usual", [None, 3])
@@ -141,7 +145,7 @@ def test_greedy_is_transformers(usual):
     assert len(shapes(shape)) == 2
     found = set()
     for seed in range(6):
-        assert says(seed, Decoding(NEW_TOKENS), MANY, shape, usual=usual) == greedy(seed)
+        assert says(seed, Decoding(NEW_TOKENS), MANY, shape, expected_new_tokens=usual) == greedy(seed)
         found |= lengths(greedy(seed))
     assert {0, 2, 3, 4, NEW_TOKENS} <= found
 
@@ -158,7 +162,7 @@ def test_two_shapes_on_a_mesh():
     mesh, shape = make_mesh(2, 2, 1), EngineShape(batch_size=4)
     assert len(shapes(shape, mesh)) == 2
     for seed in (2, 4):
-        assert says(seed, Decoding(NEW_TOKENS), MANY, shape, mesh=mesh, usual=3) == greedy(seed)
+        assert says(seed, Decoding(NEW_TOKENS), MANY, shape, mesh=mesh, expected_new_tokens=3) == greedy(seed)
 
 
 def test_two_tokens_end_answers():
@@ -175,7 +179,7 @@ def test_two_tokens_end_answers():
 
 def test_batches_that_are_skipped_change_no_other():
     engine = Engine(oracle.ours(0), oracle.PROCESSOR, EngineShape(batch_size=4))
-    work = engine.prepare(MANY, Decoding(NEW_TOKENS))
+    work = engine.schedule(MANY, Decoding(NEW_TOKENS))
     announced = list(work.numbers())
     assert len(announced) > 3
     for skip in range(len(announced) + 1):
@@ -217,16 +221,16 @@ def test_a_question_asked_many_times_is_drawn_many_times():
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [DRAW, dataclasses.replace(DRAW, contrast="image")], ids=["plain", "contrasted"])
 def test_draws_decoded_a_second_time_are_the_same(how):
-    assert says(0, how, usual=3) == says(0, how)
+    assert says(0, how, expected_new_tokens=3) == says(0, how)
     assert says(0, how) == says(0, how)
 
 
 DRAWS = 8192
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "how"))
-def _drawn(graph, state, batch, *, how):
-    return decode.generate(nnx.merge(graph, state), batch, how, (END,))[0]
+@functools.partial(jax.jit, static_argnames=("graph", "decoding"))
+def _drawn(graph, state, batch, *, decoding):
+    return decode.generate(nnx.merge(graph, state), batch, decoding, (END,))[0]
 
 
 def drawn(seed, how):
@@ -235,7 +239,7 @@ def drawn(seed, how):
     leaves = np.repeat(batch.leaves, DRAWS, axis=1)
     batch = batch._replace(leaves=leaves, questions=np.arange(DRAWS, dtype=np.int32)[None])
     graph, state = nnx.split(oracle.ours(seed))
-    return np.asarray(_drawn(graph, state, jax.tree.map(jnp.asarray, batch), how=how))[0]
+    return np.asarray(_drawn(graph, state, jax.tree.map(jnp.asarray, batch), decoding=how))[0]
 
 
 def nucleus(scores, how):
@@ -302,7 +306,7 @@ def test_questions_and_seeds_draw_independently():
 def test_contrast_by_its_definition(alpha, beta):
     random = np.random.default_rng(0)
     plain, against = (random.normal(0, 3, (2, 5, 40)).astype(np.float32) for _ in range(2))
-    found = np.asarray(decode.contrast(jnp.asarray(plain), jnp.asarray(against), alpha, beta))
+    found = np.asarray(decode.contrast_scores(jnp.asarray(plain), jnp.asarray(against), alpha, beta))
     ins = 0
     for place in np.ndindex(2, 5):
         expected = oracle.contrasted(plain[place], against[place], alpha, beta)
@@ -319,7 +323,7 @@ def test_contrast_by_its_definition(alpha, beta):
 
 def test_contrast_with_no_cut():
     plain, against = jnp.asarray([[[1.0, -30.0]]]), jnp.asarray([[[2.0, 5.0]]])
-    np.testing.assert_allclose(decode.contrast(plain, against, 1.0, 0.0), [[[0.0, -65.0]]])
+    np.testing.assert_allclose(decode.contrast_scores(plain, against, 1.0, 0.0), [[[0.0, -65.0]]])
 
 
 @pytest.mark.parametrize(
@@ -345,7 +349,7 @@ def test_noise_by_its_schedule(steps):
     kept = 1.0
     for step in range(min(steps + 1, 1000) if steps else 0):
         kept *= 1 - (1e-5 + (0.5e-2 - 1e-5) / (1 + np.exp(6 - 12 * step / 999)))
-    found = decode.noisy(jnp.asarray(pixels), steps, 5)
+    found = decode.add_noise(jnp.asarray(pixels), steps, 5)
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, kept**0.5 * shown + (1 - kept) ** 0.5 * noise, rtol=0, atol=2e-4)
 
@@ -371,8 +375,8 @@ def against_noise(seed, how):
         ids = oracle.PROCESSOR.encoder(talk).ids.tolist()
         if not picture.encoded:
             return contrasted(seed, (None, ids), (None, ids), how)
-        pixels = oracle.PROCESSOR.pixels(picture.read(), picture.name)
-        noisy = decode.noisy(jnp.asarray(pixels[None]), how.noise, how.seed)
+        pixels = oracle.PROCESSOR.preprocess(picture.read(), picture.name)
+        noisy = decode.add_noise(jnp.asarray(pixels[None]), how.noise_step, how.seed)
         shown = torch.tensor(np.moveaxis(np.array(noisy[0]), -1, 1))
         return contrasted(seed, (oracle.seen(picture.read()), ids), (shown, ids), how)
 
@@ -381,7 +385,7 @@ def against_noise(seed, how):
 
 def disturbed(text):
     shown, said = ("<image>\n", text[8:]) if text.startswith("<image>\n") else ("", text)
-    return f"{shown}{DISTURBING} {said}"
+    return f"{shown}{ICD_INSTRUCTION} {said}"
 
 
 def against_instruction(seed, how):
@@ -433,7 +437,7 @@ def test_contrasted_answers_step_by_step(how, brute):
 def test_tracked_tokens_have_transformers_log_probabilities(how):
     for seed in (0, 3):
         engine = Engine(oracle.ours(seed), oracle.PROCESSOR, SHAPE)
-        found = {n: a for part in engine.stream(engine.prepare(PICTURES, how), how) for n, a in part.items()}
+        found = {n: a for part in engine.stream(engine.schedule(PICTURES, how), how) for n, a in part.items()}
         for picture, (number, talk) in ((p, question) for p in PICTURES for question in p.questions):
             shown = oracle.seen(picture.read()) if picture.encoded else None
             ids = oracle.PROCESSOR.encoder(talk).ids.tolist()
@@ -486,13 +490,13 @@ def nodes(talks):
 def test_a_plan_asks_everything_once_and_fits(sketch, limit, spread, disturb):
     asked, limit = made(sketch), EngineShape(*limit)
     longest = max((len(PROCESSOR.encoder(talk)) for p in asked for _, talk in p.questions), default=0)
-    if longest > limit.tokens:
+    if longest > limit.sequence_length:
         with pytest.raises(DataError, match="p"):
-            plan(asked, PROCESSOR, limit, spread=spread, disturb=disturb)
+            plan(asked, PROCESSOR, limit, multiple=spread, contrast=disturb)
         return
-    groups = plan(asked, PROCESSOR, limit, spread=spread, disturb=disturb)
-    assert groups == plan(asked, PROCESSOR, limit, spread=spread, disturb=disturb)
-    sheets = [(group, sheet) for group in groups for sheet in group.pictures]
+    groups = plan(asked, PROCESSOR, limit, multiple=spread, contrast=disturb)
+    assert groups == plan(asked, PROCESSOR, limit, multiple=spread, contrast=disturb)
+    sheets = [(group, sheet) for group in groups for sheet in group.images]
     # The same picture with the same words, once.
     wanted = Counter((p.name, p.encoded, number, talk) for p in asked for number, talk in p.questions)
     assert Counter((s.name, s.encoded, number, talk) for _, s in sheets for number, talk in s.questions) == wanted
@@ -500,20 +504,20 @@ def test_a_plan_asks_everything_once_and_fits(sketch, limit, spread, disturb):
     assert len(groups) <= 2
     assert [g.shape.length for g in groups] == sorted({g.shape.length for g in groups})
     for group in groups:
-        assert group.rows % spread == 0
-        assert group.rows < limit.rows + spread
-        assert group.batches * group.rows >= len(group.pictures) > (group.batches - 1) * group.rows
-        assert group.shape.length <= limit.tokens
-        assert (group.disturbed is not None) == disturb
+        assert group.batch_size % spread == 0
+        assert group.batch_size < limit.batch_size + spread
+        assert group.batches * group.batch_size >= len(group.images) > (group.batches - 1) * group.batch_size
+        assert group.shape.length <= limit.sequence_length
+        assert (group.contrast is not None) == disturb
     for group, sheet in sheets:
-        assert 1 <= len(sheet.questions) <= group.shape.questions <= limit.leaves
+        assert 1 <= len(sheet.questions) <= group.shape.questions <= limit.questions
         assert nodes([talk for _, talk in sheet.questions]) <= group.shape.length
     for group in groups if disturb else []:
-        shape, others = group.disturbed
+        shape, others = group.contrast
         assert shape.questions == group.shape.questions
         # Leaf by leaf the same questions: what is contrasted is one question's.
-        assert [[n for n, _ in o.questions] for o in others] == [[n for n, _ in s.questions] for s in group.pictures]
-        for other, sheet in zip(others, group.pictures, strict=True):
+        assert [[n for n, _ in o.questions] for o in others] == [[n for n, _ in s.questions] for s in group.images]
+        for other, sheet in zip(others, group.images, strict=True):
             assert other.name == sheet.name
             assert nodes([talk for _, talk in other.questions]) <= shape.length
             for (_, behind), (_, talk) in zip(other.questions, sheet.questions, strict=True):

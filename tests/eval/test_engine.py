@@ -17,7 +17,7 @@ from reverie_jax.errors import DataError
 from reverie_jax.eval import engine as engines
 from reverie_jax.eval.decode import Decoding
 from reverie_jax.eval.engine import Engine, EngineShape
-from reverie_jax.models import VisionLanguageModel
+from reverie_jax.models import ModelInputs, VisionLanguageModel
 from reverie_jax.models.sharding import make_mesh
 from tests.train import tiny
 
@@ -61,7 +61,7 @@ def _last_logits(tokens, image_slots, pixels, last):
     length = tokens.shape[1]
     positions = jnp.arange(length, dtype=jnp.int32)[None]
     # Plain causal attention over one conversation, padding behind it.
-    hidden = model().hidden(tokens, positions, jnp.full((1, length), length, jnp.int32), image_slots, pixels)
+    hidden = model().hidden(ModelInputs(tokens, positions, jnp.full_like(tokens, length), image_slots, pixels))
     return model().decoder.logits(hidden[0, last])
 
 
@@ -156,10 +156,10 @@ def test_little_room_for_answers_changes_none(room, monkeypatch):
     """Fewer questions a row, fewer rows a batch; and long answers are decoded again a part of the rows at a time."""
     monkeypatch.setattr(engines, "SUFFIX_BYTES", room)
     engine, how = Engine(model(), tiny.processor()), Decoding(NEW_TOKENS)
-    work = engine.prepare(PICTURES, how, usual=2)
+    work = engine.schedule(PICTURES, how, expected_new_tokens=2)
     (group,) = work.groups
     assert group.shape.questions < 4
     found = {}
-    for answers in engine.stream(work, how, usual=2):
+    for answers in engine.stream(work, how, expected_new_tokens=2):
         found |= {number: answer.text for number, answer in answers.items()}
     assert found == expected()

@@ -21,7 +21,8 @@ from reverie_jax.errors import UserError
 from reverie_jax.eval.benchmarks.interface import BenchmarkData, BenchmarkError, JudgeRequest
 from reverie_jax.eval.benchmarks.mm_vet import MmVet
 from reverie_jax.eval.benchmarks.mmhal import TYPES, MmHal
-from reverie_jax.eval.judge import LOCAL, estimate, judge, of_answers, prompts, read_replies
+from reverie_jax.eval.judge import LOCAL, JudgeRun, load_prompts
+from reverie_jax.eval.judge_replies import answers_digest, read_replies
 from reverie_jax.hosted.runner import Limits
 from reverie_jax.hosted.session import RequestConfig
 from tests.annotate import helpers
@@ -128,7 +129,7 @@ def test_replies_are_written_in_order_and_scored(ask, loaded, tmp_path, provider
     replies, protocol = read_replies(path)
     assert protocol["judge"] == f"{provider}:tiny"
     assert protocol["judge/version"] == "tiny-2026-01-01"
-    assert protocol["judge/answers"] == of_answers(ANSWERS)
+    assert protocol["judge/answers"] == answers_digest(ANSWERS)
     values = MmHal().score(loaded, ANSWERS, "official", replies).values()
     assert values["score"] == pytest.approx(sum(n % 7 for n in range(COUNT)) / COUNT)
     assert str(server.url) not in path.read_text("utf-8")
@@ -141,7 +142,7 @@ def test_only_what_changed_is_asked_again(ask, tmp_path):
         ask(address(server), answers=changed)
         assert [number(call) for call in server.calls[COUNT:]] == [3]
         first = read_replies(tmp_path / "out" / "replies.jsonl")[1]
-        assert first["judge/answers"] == of_answers(changed) != of_answers(ANSWERS)
+        assert first["judge/answers"] == answers_digest(changed) != answers_digest(ANSWERS)
         mine = tmp_path / "mine"
         mine.mkdir()
         (mine / "mmhal.txt").write_text("Größe? {question} {gt_answer} {model_answer} {image_content}", "utf-8")

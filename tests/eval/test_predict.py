@@ -41,7 +41,7 @@ from reverie_jax.eval.benchmarks.interface import Benchmark, BenchmarkData, Benc
 from reverie_jax.eval.decode import Decoding
 from reverie_jax.eval.engine import Engine, EngineShape
 from reverie_jax.eval.predict import PredictOptions, dump_prompts, predict
-from reverie_jax.models import VisionLanguageModel
+from reverie_jax.models import ModelInputs, VisionLanguageModel
 from reverie_jax.models.sharding import make_mesh
 from tests.train import tiny
 
@@ -70,13 +70,13 @@ def model():
 
 
 def processor():
-    return Processor.of(tiny.CONFIG, Words())
+    return Processor.from_config(tiny.CONFIG, Words())
 
 
 class Made(Benchmark):
     name = "made"
     max_new_tokens = LONGEST
-    needs = "nothing"
+    required_files = "nothing"
 
 
 class Sure(Made):
@@ -119,7 +119,7 @@ def engine(shape=SHAPE):
     return Engine(model(), processor(), shape)
 
 
-def run(out, loaded=None, benchmark=None, ask=None, *, engine=None, model="tiny", base_checksums=None, **more):
+def run(out, loaded=None, benchmark=None, ask=None, *, engine=None, model="tiny", checksums=None, **more):
     """`predict`, with what is left out as in the undisturbed run."""
     return predict(
         engine or globals()["engine"](),
@@ -128,7 +128,7 @@ def run(out, loaded=None, benchmark=None, ask=None, *, engine=None, model="tiny"
         out,
         ask or PredictOptions(Decoding(LONGEST)),
         model=model,
-        base_checksums={"decoder": "abc"} if base_checksums is None else base_checksums,
+        checksums={"decoder": "abc"} if checksums is None else checksums,
         **more,
     )
 
@@ -244,7 +244,7 @@ def _scores():
     def last(tokens, image_slots, pixels, place):
         length = tokens.shape[1]
         positions = jnp.arange(length, dtype=jnp.int32)[None]
-        hidden = model().hidden(tokens, positions, jnp.full((1, length), length, jnp.int32), image_slots, pixels)
+        hidden = model().hidden(ModelInputs(tokens, positions, jnp.full_like(tokens, length), image_slots, pixels))
         return model().decoder.logits(hidden[0, place])
 
     return last
@@ -373,7 +373,7 @@ def stopped(out, *args, **more):
 
     while True:
         try:
-            run(out, *args, progress=stop, **more)
+            run(out, *args, on_progress=stop, **more)
             return raised
         except Stop as error:
             raised.append(error)
@@ -381,7 +381,7 @@ def stopped(out, *args, **more):
 
 def test_a_run_that_was_stopped_anywhere_goes_on(whole, tmp_path, asked):
     told = []
-    run(tmp_path / "told", progress=lambda *said: told.append(said))
+    run(tmp_path / "told", on_progress=lambda *said: told.append(said))
     batches = list(asked)
     assert told[0] == ("answers", 0, 16)
     assert told[-1] == ("answers", 16, 16)
@@ -396,7 +396,7 @@ def test_a_run_that_was_stopped_anywhere_goes_on(whole, tmp_path, asked):
                 raise Stop
 
         with pytest.raises(Stop):
-            run(out, progress=stop)
+            run(out, on_progress=stop)
         assert not (out / "predictions.jsonl").exists()
         run(out)
         assert same(out, whole)
@@ -466,7 +466,7 @@ OTHERS = {
     "contrast": (lambda: {"ask": PredictOptions(Decoding(LONGEST, contrast="image"))}, "decoding"),
     "shorter": (lambda: {"ask": PredictOptions(Decoding(5))}, "decoding, new_tokens"),
     "reflect": (lambda: {"ask": PredictOptions(Decoding(LONGEST), reflect=True), "loaded": ONE_EACH}, "reflect"),
-    "template": (lambda: {"engine": Engine(model(), processor().using("plain"), SHAPE)}, "template"),
+    "template": (lambda: {"engine": Engine(model(), processor().override("plain"), SHAPE)}, "template"),
     "dtype": (lambda: {"engine": Engine(half(), processor(), SHAPE)}, "dtype"),
 }
 
@@ -503,9 +503,9 @@ def test_answers_without_their_record_are_nobodys(begun, tmp_path, asked):
     (begun / "predictions.jsonl").unlink()
     other = Engine(VisionLanguageModel(tiny.CONFIG, rngs=nnx.Rngs(5)), processor(), SHAPE)
     with pytest.raises(Stop):
-        run(begun, engine=other, base_checksums={"decoder": "other"}, progress=_raise)
-    run(begun, engine=other, base_checksums={"decoder": "other"})
-    run(tmp_path / "fresh", engine=other, base_checksums={"decoder": "other"})
+        run(begun, engine=other, checksums={"decoder": "other"}, on_progress=_raise)
+    run(begun, engine=other, checksums={"decoder": "other"})
+    run(tmp_path / "fresh", engine=other, checksums={"decoder": "other"})
     assert sum(map(len, asked)) == 32
     assert same(begun, tmp_path / "fresh")
 
@@ -621,9 +621,9 @@ def test_pictures_are_read_when_their_turn_comes(tmp_path):
 
     loaded = dataclasses.replace(loaded, read_image=read)
     with pytest.raises(Stop):
-        run(tmp_path, loaded, progress=look)
+        run(tmp_path, loaded, on_progress=look)
     assert ahead[0] == 0
-    assert max(ahead) <= 5 * SHAPE.rows
+    assert max(ahead) <= 5 * SHAPE.batch_size
     assert sorted(opened, key=lambda name: int(name[:-4])) == [f"{n}.png" for n in range(len(opened))]
     before = len(opened)
     run(tmp_path, loaded)
@@ -803,7 +803,7 @@ def _memory(out, count):
     asked = [Question(n, f"{n // 10}.png", f"Is it {n:06}?", f"{n // 10}.png") for n in range(count)]
     made = Engine(model(), processor(), EngineShape(sequence_length=512, questions=32, batch_size=16))
     ask = PredictOptions(Decoding(2))
-    path = predict(made, Made(), BenchmarkData(asked, read), out, ask, model="tiny", base_checksums={}, progress=look)
+    path = predict(made, Made(), BenchmarkData(asked, read), out, ask, model="tiny", checksums={}, on_progress=look)
     with path.open() as file:
         answers = sum(1 for _ in file)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -832,7 +832,7 @@ def _main():
     loaded = {"many": many(PICTURES), "mixed": mixed(), "sure": many(7), "reflect": ONE_EACH}[args.kind]
     ask = PredictOptions(Decoding(LONGEST), reflect=args.kind == "reflect")
     benchmark = Sure() if args.kind == "sure" else Made()
-    return run(args.out, loaded, benchmark, ask, engine=made, progress=lambda *said: time.sleep(args.pause))
+    return run(args.out, loaded, benchmark, ask, engine=made, on_progress=lambda *said: time.sleep(args.pause))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import pytest
 from reverie_jax.errors import UserError
 from reverie_jax.eval.benchmarks.interface import BenchmarkError
 from reverie_jax.eval.benchmarks.pope import says_yes
-from reverie_jax.eval.judge_replies import of_answers
+from reverie_jax.eval.judge_replies import answers_digest
 from reverie_jax.eval.score import LISTED, agreement, compare, score, write_score
 from reverie_jax.eval.statistics import resamples
 from tests.eval.benchmarks.makers import dump, lines, mme, opened, pope, said
@@ -68,9 +68,9 @@ def official(questions, answers):
     for split in ("random", "adversarial"):
         asked = [
             # What is not answered is wrong.
-            (q.known["label"], says_yes(answers[str(q.id)]) if str(q.id) in answers else not q.known["label"])
+            (q.metadata["label"], says_yes(answers[str(q.id)]) if str(q.id) in answers else not q.metadata["label"])
             for q in questions
-            if q.known["split"] == split
+            if q.metadata["split"] == split
         ]
         both = sum(label and yes for label, yes in asked)
         found[f"{split}/accuracy"] = sum(label == yes for label, yes in asked) / len(asked) if asked else 0.0
@@ -91,17 +91,17 @@ def percentile(values, percent):
 
 def resampled(loaded, *, draws=DRAWS):
     """The questions of each resample, units drawn with all that belongs to them."""
-    units = list(dict.fromkeys(question.unit for question in loaded.questions))
+    units = list(dict.fromkeys(question.cluster for question in loaded.questions))
     for weights in resamples(len(units), draws=draws).tolist():
         times = dict(zip(units, weights, strict=True))
-        yield [question for question in loaded.questions for _ in range(times[question.unit])]
+        yield [question for question in loaded.questions for _ in range(times[question.cluster])]
 
 
 def test_intervals_are_those_of_a_slow_loop_over_units(opened_pope, predictions):
     bench, loaded = opened_pope
     found = score(bench, loaded, predictions, draws=DRAWS)
     answers = drawn(loaded, 0)
-    assert found.scored.units == [f"{n}.jpg" for n in range(IMAGES)]
+    assert found.scored.clusters == [f"{n}.jpg" for n in range(IMAGES)]
     samples = [official(questions, answers) for questions in resampled(loaded)]
     for name, value in official(loaded.questions, answers).items():
         assert found.metrics[name] == pytest.approx(value), name
@@ -116,7 +116,7 @@ def test_intervals_are_those_of_a_slow_loop_over_units(opened_pope, predictions)
 
 def test_one_unit_has_no_interval(opened_pope, tmp_path):
     bench, loaded = opened_pope
-    one = dataclasses.replace(loaded, questions=[q for q in loaded.questions if q.unit == "0.jpg"])
+    one = dataclasses.replace(loaded, questions=[q for q in loaded.questions if q.cluster == "0.jpg"])
     path = written(tmp_path / "one.jsonl", one, drawn(one, 0))
     assert score(bench, one, path).intervals == {}
     assert score(bench, loaded, written(tmp_path / "all.jsonl", loaded, drawn(loaded, 0)), draws=0).intervals == {}
@@ -154,7 +154,7 @@ def test_what_says_nothing_is_listed_and_counted(opened_pope, tmp_path, seed):
     assert found.unparsed == len(unparsed)
     assert found.unparsed_ids == unparsed[:LISTED]
     assert found.json()["unparsed_ids"] == unparsed[:LISTED]
-    found.write_items(tmp_path / "deep" / "items.jsonl")
+    found.write_details(tmp_path / "deep" / "items.jsonl")
     rows = [json.loads(line) for line in (tmp_path / "deep" / "items.jsonl").read_text("utf-8").splitlines()]
     assert [row["question_id"] for row in rows] == [q.id for q in loaded.questions]
     assert [row["question_id"] for row in rows if row["unparsed"]] == unparsed
@@ -162,8 +162,8 @@ def test_what_says_nothing_is_listed_and_counted(opened_pope, tmp_path, seed):
         text = answers[str(question.id)]
         assert row["text"] == text
         assert row["parsed"] == (text.lower() if text in ("Yes", "No") else "")
-        assert row["right"] == (text == ("Yes" if question.known["label"] else "No"))
-        assert row["category"] == question.known["split"]
+        assert row["right"] == (text == ("Yes" if question.metadata["label"] else "No"))
+        assert row["category"] == question.metadata["split"]
 
 
 def test_partial_counts_what_is_missing(opened_pope, tmp_path):
@@ -179,7 +179,7 @@ def test_partial_counts_what_is_missing(opened_pope, tmp_path):
     found = score(bench, loaded, path, partial=True, draws=0)
     assert (found.missing, found.items) == (len(gone), 42)
     assert found.metrics["f1"] == pytest.approx(official(loaded.questions, few)["f1"])
-    found.write_items(tmp_path / "items.jsonl")
+    found.write_details(tmp_path / "items.jsonl")
     rows = [json.loads(line) for line in (tmp_path / "items.jsonl").read_text().splitlines()]
     assert {str(row["question_id"]) for row in rows if row["text"] is None} == set(gone)
     with pytest.raises(BenchmarkError, match="is none of pope's"):  # an id too many is no partial file
@@ -195,7 +195,7 @@ def judged(tmp_path):
 
     def replies(name="replies.jsonl", **more):
         common = {"judge": "openai:tiny", "version": "tiny-1", "date": "2026-01-02", "prompt": "p", "temperature": 0.0}
-        common |= {"answers": of_answers(answers)} | more
+        common |= {"answers": answers_digest(answers)} | more
         rows = [{"id": id, "reply": f"Rating: {int(id) % 7}", **common} for id in answers]
         return lines(tmp_path / name, rows)
 
@@ -217,7 +217,7 @@ def test_a_judged_rule_needs_its_replies(judged):
 
 def test_replies_to_other_answers_are_refused(judged, tmp_path):
     bench, loaded, path, replies = judged
-    other = replies("other.jsonl", answers=of_answers({"0": "another"}))
+    other = replies("other.jsonl", answers=answers_digest({"0": "another"}))
     with pytest.raises(
         BenchmarkError, match=r"other\.jsonl: the judge saw other answers than those of .*answers\.jsonl"
     ):
@@ -267,7 +267,7 @@ def test_a_comparison_is_that_of_a_slow_loop(opened_pope, tmp_path, seed):
         assert row["value"] == pytest.approx(ours[name] - theirs[name], abs=1e-6)
         apart = [one[name] - other[name] for one, other in samples]
         assert row["ci95"] == pytest.approx([percentile(apart, 2.5), percentile(apart, 97.5)], abs=1e-6), name
-    right = [[says_yes(answers[str(q.id)]) == q.known["label"] for q in loaded.questions] for answers in said_by]
+    right = [[says_yes(answers[str(q.id)]) == q.metadata["label"] for q in loaded.questions] for answers in said_by]
     only_ours = sum(one and not other for one, other in zip(*right, strict=True))
     only_theirs = sum(other and not one for one, other in zip(*right, strict=True))
     apart = only_ours + only_theirs
@@ -307,7 +307,7 @@ def test_only_the_same_questions_by_the_same_rule_are_compared(opened_pope, pred
     for theirs in (other, fewer):
         with pytest.raises(UserError, match="only answers to the same questions, by the same rule, are compared"):
             compare(mine, theirs)
-    units = dataclasses.replace(mine, scored=dataclasses.replace(mine.scored, units=mine.scored.units[::-1]))
+    units = dataclasses.replace(mine, scored=dataclasses.replace(mine.scored, clusters=mine.scored.clusters[::-1]))
     with pytest.raises(UserError, match="different units"):
         compare(mine, units)
 
@@ -325,7 +325,7 @@ def test_agreement_of_rules_is_counted(opened_pope, predictions):
             "lmms-eval": text.strip().lower(),
             "vlmevalkit": next((w for w in ("yes", "no") if w in words), ""),
         }[rule]
-        return spoken == ("yes" if question.known["label"] else "no")
+        return spoken == ("yes" if question.metadata["label"] else "no")
 
     found = {tuple(row["rules"]): row for row in agreement(scores)}
     assert found.keys() == {("official", "lmms-eval"), ("official", "vlmevalkit"), ("lmms-eval", "vlmevalkit")}
@@ -366,7 +366,7 @@ def test_calibration_is_that_of_a_slow_loop(opened_pope, tmp_path, seed):
         tmp_path / "p.jsonl", loaded, drawn(loaded, seed), metadata=lambda question: {"yes": chance[question.id]}
     )
     found = score(bench, loaded, path, draws=0)
-    assert of_calibration(found) == calibration([(chance[q.id], q.known["label"]) for q in loaded.questions])
+    assert of_calibration(found) == calibration([(chance[q.id], q.metadata["label"]) for q in loaded.questions])
 
 
 def test_labels_in_words_are_calibrated_too(tmp_path):
@@ -378,7 +378,7 @@ def test_labels_in_words_are_calibrated_too(tmp_path):
         tmp_path / "p.jsonl", loaded, drawn(loaded, 0), metadata=lambda question: {"yes": chance[question.id]}
     )
     found = score(bench, loaded, path, draws=0)
-    pairs = [(chance[q.id], q.known["label"] == "yes") for q in loaded.questions]
+    pairs = [(chance[q.id], q.metadata["label"] == "yes") for q in loaded.questions]
     assert {label for _, label in pairs} == {True, False}
     assert of_calibration(found) == calibration(pairs)
 
@@ -392,7 +392,7 @@ def test_only_what_says_its_chances_is_calibrated(opened_pope, predictions, tmp_
         drawn(loaded, 0),
         metadata=lambda question: {"yes": 0.25} if question.id < 10 else None,
     )
-    pairs = [(0.25, q.known["label"]) for q in loaded.questions if q.id < 10]
+    pairs = [(0.25, q.metadata["label"]) for q in loaded.questions if q.id < 10]
     assert of_calibration(score(bench, loaded, some, draws=0)) == calibration(pairs)
     words = written(tmp_path / "words.jsonl", loaded, drawn(loaded, 0), metadata=lambda question: "none")
     assert of_calibration(score(bench, loaded, words, draws=0)) == {}

@@ -1,4 +1,4 @@
-"""What a page says of answers, where the benchmark's files are at hand: differences, rules, yes and no."""
+"""Rescore a benchmark's answers beside its files: differences, rules, categories, yes rates."""
 
 from __future__ import annotations
 
@@ -13,49 +13,31 @@ import numpy as np
 
 from reverie_jax.errors import UserError
 from reverie_jax.eval import statistics
+from reverie_jax.eval.benchmarks import answer_files, inputs
 from reverie_jax.eval.benchmarks import benchmark as find_benchmark
-from reverie_jax.eval.benchmarks import files
-from reverie_jax.eval.benchmarks.interface import Benchmark, BenchmarkData, ParsedAnswer, Question, Table
+from reverie_jax.eval.benchmarks.interface import Benchmark, BenchmarkData, Question
+from reverie_jax.eval.benchmarks.scoring import CountTable, ParsedAnswer
 from reverie_jax.eval.judge_replies import REPLIES
 from reverie_jax.eval.score import Score, agreement, compare, score
-
-FEW = 20
-"""Fewer units than this make an interval that is only rough."""
-BINS = 10
-
-"""As `eval.predict` calls it, which needs a model to be imported."""
 
 Row = Mapping[str, Any]
 
 
-def number(value: float | None, digits: int, sign: str = "") -> str:
-    """ "0.812"; a dash where there is none."""
-    if value is None or not math.isfinite(value):
-        return "–"
-    return f"{value:{sign}.{digits}f}".replace("-", "−")
-
-
-def verdict(low: float, high: float, units: int) -> str:
-    """What an interval of a difference allows to say; `units` are what was resampled for it."""
-    if units < 2 or not (math.isfinite(low) and math.isfinite(high)):
-        return "no interval"
-    rough = "" if units >= FEW else f" (rough: {units} units)"
-    return ("higher" if low > 0 else "lower" if high < 0 else "no difference beyond the interval") + rough
-
-
 @dataclasses.dataclass(frozen=True)
 class RescoredRun:
-    """A benchmark's answers, read once more beside its files.
+    """A benchmark's answers of several runs, scored again beside its files.
 
     Attributes:
-        scores: by run, by its own rule, without intervals; runs that could not be scored are missing.
-        paths: by run, its answer file.
-        rows: by run, rows of the answer file by question.
-        notes: what could not be done, a sentence each.
+        benchmark: The benchmark.
+        data: Its questions.
+        scores: By run and its own rule, without intervals; runs that could not be scored are missing.
+        paths: By run, its answer file.
+        rows: By run, rows of the answer file by question.
+        notes: Problems, one sentence each.
     """
 
     benchmark: Benchmark
-    loaded: BenchmarkData
+    data: BenchmarkData
     scores: Mapping[str, Score]
     paths: Mapping[str, Path]
     rows: Mapping[str, Mapping[str, Row]]
@@ -63,191 +45,187 @@ class RescoredRun:
 
     @functools.cached_property
     def questions(self) -> dict[str, Question]:
-        return {str(question.id): question for question in self.loaded.questions}
+        """Questions by id."""
+        return {str(question.id): question for question in self.data.questions}
 
     @functools.cached_property
     def parsed_answers(self) -> dict[str, dict[str, ParsedAnswer]]:
         """By run and question."""
-        return {run: {str(r.id): r for r in found.scored.parsed_answers} for run, found in self.scores.items()}
+        return {run: {str(p.id): p for p in score.scored.parsed_answers} for run, score in self.scores.items()}
+
+    def text(self, run: str, id: str) -> str:
+        """Return a run's answer to a question; "" without one."""
+        return self.scores[run].answers.get(id, "")
 
 
-def read(
+def rescore(
     name: str, folders: Mapping[str, Path], stored: Mapping[str, Row], data: Path, images: Path | None
 ) -> RescoredRun:
-    """Scores a benchmark's answers of several runs once more.
+    """Score a benchmark's answers of several runs again.
 
     Args:
-        folders: by run, that of the answers.
-        stored: by run, its scores.json.
-        data: the benchmark's files, or a folder of such folders by benchmark.
+        name: Of the benchmark.
+        folders: By run, the folder of its answers.
+        stored: By run, its scores.json.
+        data: The benchmark's files, or a folder of such folders by benchmark.
+        images: Folder of images that are not with the data.
 
     Raises:
-        UserError: the benchmark's files cannot be used.
+        UserError: The benchmark's files cannot be used.
     """
-    one = find_benchmark(name)
-    loaded = files.with_images(one.load(data / name if (data / name).is_dir() else data), images)
+    benchmark = find_benchmark(name)
+    questions = inputs.with_images(benchmark.load(data / name if (data / name).is_dir() else data), images)
     scores, rows, notes = {}, {}, []
-    paths = {run: folder / files.PREDICTIONS for run, folder in folders.items()}
+    paths = {run: folder / answer_files.PREDICTIONS for run, folder in folders.items()}
     for run, path in paths.items():
         rule, replies = stored[run]["rule"], path.with_name(REPLIES)
+        judged = rule in benchmark.judged_rules
+        partial = stored[run].get("missing", 0) > 0
         try:
-            rows[run] = _rows(path, one, loaded)
-            if rule in one.judged and not replies.exists():
-                raise UserError(f"the rule {rule} needs a judge's replies, and {replies} is not there")
-            found = score(
-                one,
-                loaded,
-                path,
-                rule,
-                replies=replies if rule in one.judged else None,
-                partial=stored[run].get("missing", 0) > 0,
-                draws=0,
+            rows[run] = _rows(path, benchmark, questions)
+            if judged and not replies.exists():
+                raise UserError(f"the rule {rule} needs a judge's replies; {replies}: no such file")
+            scores[run] = score(
+                *(benchmark, questions, path, rule), replies=replies if judged else None, partial=partial, draws=0
             )
         except UserError as error:
             notes.append(f"{run} was not scored again: {error}")
             continue
-        scores[run] = found
-        old = stored[run]["metrics"]
-        differs = [key for key, value in found.metrics.items() if not _same(value, old.get(key))]
-        if differs or found.items != stored[run]["items"]:
+        metrics = stored[run]["metrics"]
+        differs = [key for key, value in scores[run].metrics.items() if not _equal(value, metrics.get(key))]
+        if differs or scores[run].items != stored[run]["items"]:
             notes.append(
-                f"{run}: scores.json and its answers beside these files differ ({', '.join(differs[:3]) or 'questions'}); "
-                "the files are of another version, or the answers have changed"
+                f"{run}: scores.json does not match its answers ({', '.join(differs[:3]) or 'questions'} differ); the answers "
+                "have changed, or the files in --data are of another version"
             )
-    return RescoredRun(one, loaded, scores, paths, rows, notes)
+    return RescoredRun(benchmark, questions, scores, paths, rows, notes)
 
 
-def _same(one: float, other: Any) -> bool:
-    if not isinstance(other, int | float):
+def _equal(value: float, stored: Any) -> bool:
+    if not isinstance(stored, int | float):
         return False
-    return math.isclose(one, other, rel_tol=1e-4, abs_tol=1e-5) or (math.isnan(one) and math.isnan(other))
+    return math.isclose(value, stored, rel_tol=1e-4, abs_tol=1e-5) or (math.isnan(value) and math.isnan(stored))
 
 
-def _rows(path: Path, one: Benchmark, loaded: BenchmarkData) -> dict[str, Row]:
-    found: dict[str, Row] = {}
+def _rows(path: Path, benchmark: Benchmark, data: BenchmarkData) -> dict[str, Row]:
+    rows: dict[str, Row] = {}
 
-    def take(row: Row) -> None:
-        for part in one.unfold(row):
-            key = one.key(part, loaded)
+    def parse(row: Row) -> None:
+        for part in benchmark.split_row(row):
+            key = benchmark.match_question(part, data)
             if key is not None:
-                found[key] = part
+                rows[key] = part
 
-    files.parse_rows(path, "answer", take)
-    return found
+    inputs.parse_rows(path, "answer", parse)
+    return rows
 
 
-def differences(again: RescoredRun, first: str) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """By other run, `score.compare` with the first one, and its number of units; and why the rest is not compared."""
-    found: dict[str, dict[str, Any]] = {}
+def differences(rescored: RescoredRun, first: str) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Return `score.compare` with the first run and the number of clusters, by other run; and notes on what is missing."""
+    results: dict[str, dict[str, Any]] = {}
     notes = []
-    for run, theirs in again.scores.items():
-        if run != first and first in again.scores:
+    for run, theirs in rescored.scores.items():
+        if run != first and first in rescored.scores:
             try:
-                found[run] = compare(theirs, again.scores[first]) | {"units": len(theirs.scored.units)}
+                comparison = compare(theirs, rescored.scores[first])
             except UserError as error:
                 notes.append(f"{run} is not compared with {first}: {error}")
-    return found, notes
+            else:
+                results[run] = comparison | {"clusters": len(theirs.scored.clusters)}
+    return results, notes
 
 
-def rules(again: RescoredRun) -> list[dict[str, Any]]:
-    """By run: its headline by every rule that needs no judge, and how far every two of them agree on who is right."""
-    found = []
-    names = [rule for rule in again.benchmark.rules if rule not in again.benchmark.judged]
-    for run, own in again.scores.items() if len(names) > 1 else ():
-        made = []
+def rules(rescored: RescoredRun) -> list[dict[str, Any]]:
+    """Return, by run, its headline by every rule that needs no judge, and how far every two of them agree on who is right."""
+    results = []
+    benchmark = rescored.benchmark
+    names = [rule for rule in benchmark.rules if rule not in benchmark.judged_rules]
+    for run, own in rescored.scores.items() if len(names) > 1 else ():
+        scores = []
         for rule in names:
             try:
                 partial = own.missing > 0
-                made.append(
+                scores.append(
                     own
                     if rule == own.rule
-                    else score(again.benchmark, again.loaded, again.paths[run], rule, partial=partial, draws=0)
+                    else score(benchmark, rescored.data, rescored.paths[run], rule, partial=partial, draws=0)
                 )
             except UserError:
-                continue  # what this rule needs (spaCy's vectors, say) is not installed
-        if len(made) > 1:
-            heads = {
-                (one.rule, next(iter(one.metrics))): (next(iter(one.metrics.values())), one.unparsed) for one in made
-            }
-            agree = {" and ".join(row["rules"]): (row["agree"], row["items"]) for row in agreement(made)}
-            found.append({"run": run, "heads": heads, "agree": agree})
-    return found
+                continue  # a package or model that the rule needs is not installed
+        if len(scores) > 1:
+            heads = {(s.rule, next(iter(s.metrics))): (next(iter(s.metrics.values())), s.unparsed) for s in scores}
+            agree = {" and ".join(row["rules"]): (row["agree"], row["items"]) for row in agreement(scores)}
+            results.append({"run": run, "heads": heads, "agree": agree})
+    return results
 
 
-def truth(question: Question, reading: ParsedAnswer | None = None) -> str:
-    """The right answer by the benchmark's files, or as a yes/no reading that is right or wrong tells it; else ""."""
-    known = question.known
-    label = next((known[key] for key in ("label", "yes", "truth", "answer", "reference") if key in known), None)
-    options = known.get("options") or known.get("choices")
+def truth(question: Question, parsed: ParsedAnswer | None = None) -> str:
+    """Return the right answer by the benchmark's files, or as a graded yes/no answer implies it; "" if it is unknown."""
+    metadata = question.metadata
+    label = next((metadata[key] for key in ("label", "yes", "truth", "answer", "reference") if key in metadata), None)
+    options = metadata.get("options") or metadata.get("choices")
     if isinstance(label, bool):
         return "yes" if label else "no"
     if isinstance(options, Mapping) and label not in (None, ""):
         letter = list(options)[label] if isinstance(label, int) and label < len(options) else str(label)
         return f"{letter}. {options[letter]}" if letter in options else letter
-    if "answers" in known:
-        label = list(dict.fromkeys(known["answers"]))
+    if "answers" in metadata:
+        label = list(dict.fromkeys(metadata["answers"]))
     if label is not None:
         return ", ".join(map(str, label)) if isinstance(label, list | tuple) else str(label)
-    if reading is not None and reading.parsed in ("yes", "no") and reading.right in (0.0, 1.0):
-        return reading.parsed if reading.right else {"yes": "no", "no": "yes"}[reading.parsed]
+    if parsed is not None and parsed.parsed in ("yes", "no") and parsed.right in (0.0, 1.0):
+        return parsed.parsed if parsed.right else {"yes": "no", "no": "yes"}[parsed.parsed]
     return ""
 
 
-def categories(again: RescoredRun) -> dict[str, dict[str, statistics.Estimate]]:
-    """By category and run: the share of right answers, with its interval over the benchmark's units."""
-    unit = {id: question.unit for id, question in again.questions.items()}
-    found: dict[str, dict[str, statistics.Estimate]] = {}
-    for run, parsed_answers in again.parsed_answers.items():
-        tables: dict[str, Table] = {}
-        for id, reading in parsed_answers.items():
-            if reading.category and reading.right is not None:
-                table = tables.setdefault(reading.category, Table(("right", "all")))
-                table.add(unit[id], {"right": reading.right, "all": 1})
+def categories(rescored: RescoredRun) -> dict[str, dict[str, statistics.Estimate]]:
+    """Return the share of right answers by category and run, with its interval over the benchmark's clusters."""
+    results: dict[str, dict[str, statistics.Estimate]] = {}
+    for run, parsed_answers in rescored.parsed_answers.items():
+        tables: dict[str, CountTable] = {}
+        for id, parsed in parsed_answers.items():
+            if parsed.category and parsed.right is not None:
+                table = tables.setdefault(parsed.category, CountTable(("right", "all")))
+                table.add(rescored.questions[id].cluster, {"right": parsed.right, "all": 1})
         for category, table in tables.items():
-            weights = statistics.resamples(len(table.counts))
-            estimate = statistics.bootstrap(table.counts, statistics.share(0, 1), weights)
-            found.setdefault(category, {})[run] = estimate
-    return found if len(found) > 1 else {}
+            estimate = statistics.bootstrap(table.counts, {"right": statistics.ratio(0, 1)})["right"]
+            results.setdefault(category, {})[run] = estimate
+    return results if len(results) > 1 else {}
 
 
-def yes_no(again: RescoredRun) -> list[dict[str, Any]]:
-    """By run, of questions whose truth is yes or no: how often it says yes, how often that is right, and its calibration."""
-    found = []
-    for run, parsed_answers in again.parsed_answers.items():
+def yes_no(rescored: RescoredRun) -> list[dict[str, Any]]:
+    """Return, by run and over questions whose truth is yes or no: how often yes is answered and is right; calibration."""
+    results = []
+    for run, parsed_answers in rescored.parsed_answers.items():
         pairs = [
             (parsed_answers[id].parsed, truth(question, parsed_answers[id]))
-            for id, question in again.questions.items()
+            for id, question in rescored.questions.items()
             if id in parsed_answers
         ]
-        asked = [(said, label) for said, label in pairs if label in ("yes", "no") and said in ("yes", "no", "")]
-        if not any(said for said, _ in asked):
+        pairs = [(word, label) for word, label in pairs if label in ("yes", "no") and word in ("yes", "no", "")]
+        if not any(word for word, _ in pairs):
             continue
-        no = [said for said, label in asked if label == "no"]
-        found.append(
+        no = [word for word, label in pairs if label == "no"]
+        results.append(
             {
                 "run": run,
-                "questions": len(asked),
-                "yes": [said for said, _ in asked].count("yes") / len(asked),
-                "truth": 1 - len(no) / len(asked),
+                "questions": len(pairs),
+                "yes": [word for word, _ in pairs].count("yes") / len(pairs),
+                "truth": 1 - len(no) / len(pairs),
                 "false": no.count("yes") / len(no) if no else None,
-                "bins": _bins(again, run),
+                "bins": _calibration(rescored, run),
             }
         )
-    return found
+    return results
 
 
-def _bins(again: RescoredRun, run: str) -> list[tuple[float, float, int]]:
-    """Ten equal bins of the model's own probability of yes: its mean, the share where yes is right, and how many."""
+def _calibration(rescored: RescoredRun, run: str) -> list[tuple[float, float, int]]:
+    """Return `statistics.calibration_bins` of the model's recorded probability of yes."""
     pairs = []
-    for id, row in again.rows[run].items():
-        said, question = (row.get("metadata") or {}).get("yes"), again.questions.get(id)
-        if question is not None and isinstance(said, int | float):
-            label = truth(question, again.parsed_answers[run].get(id))
+    for id, row in rescored.rows[run].items():
+        chance, question = (row.get("metadata") or {}).get("yes"), rescored.questions.get(id)
+        if question is not None and isinstance(chance, int | float):
+            label = truth(question, rescored.parsed_answers[run].get(id))
             if label in ("yes", "no"):
-                pairs.append((float(said), float(label == "yes")))
-    if not pairs:
-        return []
-    chance, right = np.asarray(pairs).T
-    place = np.minimum((chance * BINS).astype(int), BINS - 1)
-    inside = [place == number for number in range(BINS)]
-    return [(float(chance[at].mean()), float(right[at].mean()), int(at.sum())) for at in inside if at.any()]
+                pairs.append((float(chance), float(label == "yes")))
+    return statistics.calibration_bins(*np.asarray(pairs).T) if pairs else []

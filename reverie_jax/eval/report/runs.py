@@ -1,4 +1,4 @@
-"""Output folders of `reverie eval`, as a page takes them: runs, and their parts by benchmark."""
+"""Read output folders of `reverie eval`: runs, and their results by benchmark."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from reverie_jax.errors import UserError
-from reverie_jax.eval.benchmarks import files, names
+from reverie_jax.eval.benchmarks import inputs, names
+from reverie_jax.eval.benchmarks.answer_files import PREDICTIONS, SCORES
+
+_FIX = "`reverie eval` writes both files, `reverie score --out` the score"
 
 
 @dataclasses.dataclass(frozen=True)
 class BenchmarkResult:
-    """A benchmark's answers and score in a run: `scores` is its scores.json, `day` when the answers were written."""
+    """A benchmark's answers and score in a run: `scores` is its scores.json, `day` the date of the answers."""
 
     folder: Path
     scores: Mapping[str, Any]
@@ -23,78 +26,77 @@ class BenchmarkResult:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """An output folder of `reverie eval`: its parts by benchmark, and sub-folders with answers but no score."""
+    """An output folder of `reverie eval`: results by benchmark, and names of sub-folders with answers but no score."""
 
     name: str
     folder: Path
-    parts: Mapping[str, BenchmarkResult]
+    results: Mapping[str, BenchmarkResult]
     unscored: Sequence[str] = ()
 
 
-def read_runs(texts: Sequence[str]) -> list[Run]:
-    """Runs from "[NAME=]FOLDER" each; a name is the folder's own by default.
+def read_runs(arguments: Sequence[str]) -> list[Run]:
+    """Read runs from arguments "[NAME=]FOLDER"; the name defaults to the folder's.
 
     Raises:
-        UserError: a folder is missing, holds no scores or broken ones, or no answers; a name or a benchmark is there twice.
+        UserError: A folder is missing, has no scores, broken scores or no answers; or a name or a benchmark is a duplicate.
     """
-    runs = [_read_run(text) for text in texts]
-    names = [run.name for run in runs]
+    runs = [_read_run(argument) for argument in arguments]
+    run_names = [run.name for run in runs]
     if not runs:
-        raise UserError("name at least one output folder of `reverie eval`")
-    twice = next((run for run in runs if names.count(run.name) > 1), None)
-    if twice is not None:
-        raise UserError(f"{twice.folder}: two runs are called {twice.name}; name them as NAME=FOLDER")
+        raise UserError("no run; name at least one output folder of `reverie eval`")
+    duplicate = next((run for run in runs if run_names.count(run.name) > 1), None)
+    if duplicate is not None:
+        raise UserError(f"{duplicate.folder}: duplicate run name {duplicate.name}; name the runs with NAME=FOLDER")
     return runs
 
 
-def _read_run(text: str) -> Run:
-    name, equals, path = text.partition("=")
-    # A folder whose own name has a "=" is meant as it stands.
-    if not equals or not name or Path(text).is_dir():
-        name, path = "", text
+def _read_run(argument: str) -> Run:
+    name, equals, path = argument.partition("=")
+    # A folder name may contain "=".
+    if not equals or not name or Path(argument).is_dir():
+        name, path = "", argument
     folder = Path(path)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    inside = sorted(place for place in folder.iterdir() if place.is_dir() and (place / files.PREDICTIONS).is_file())
-    if any((folder / file).exists() for file in (files.SCORES, files.PREDICTIONS)):
-        inside = [folder]
-    parts: dict[str, BenchmarkResult] = {}
+    candidates = sorted(inner for inner in folder.iterdir() if inner.is_dir() and (inner / PREDICTIONS).is_file())
+    if any((folder / file).exists() for file in (SCORES, PREDICTIONS)):
+        candidates = [folder]
+    results: dict[str, BenchmarkResult] = {}
     unscored = []
-    for place in inside:
-        if place is not folder and not (place / files.SCORES).exists():
-            unscored.append(place.name)
+    for candidate in candidates:
+        if candidate is not folder and not (candidate / SCORES).exists():
+            unscored.append(candidate.name)
             continue
-        part = _read_part(place)
-        if part.scores["benchmark"] in parts:
-            raise UserError(
-                f"{folder}: {part.scores['benchmark']} is there twice; name its sub-folders as runs of their own"
-            )
-        parts[part.scores["benchmark"]] = part
-    if not parts:
-        raise UserError(
-            f"{folder}: no {files.SCORES} beside a {files.PREDICTIONS}, there or one folder deeper; {_MAKE}"
-        )
-    return Run(name or folder.resolve().name, folder, parts, unscored)
+        result = _read_result(candidate)
+        benchmark = result.scores["benchmark"]
+        if benchmark in results:
+            raise UserError(f"{folder}: duplicate benchmark {benchmark}; name its sub-folders as runs of their own")
+        results[benchmark] = result
+    if not results:
+        raise UserError(f"{folder}: no {SCORES} beside a {PREDICTIONS}, here or one folder deeper; {_FIX}")
+    return Run(name or folder.resolve().name, folder, results, unscored)
 
 
-_MAKE = "`reverie eval` writes both, `reverie score --out` the score"
-
-
-def _read_part(folder: Path) -> BenchmarkResult:
-    for file in (files.SCORES, files.PREDICTIONS):
+def _read_result(folder: Path) -> BenchmarkResult:
+    for file in (SCORES, PREDICTIONS):
         if not (folder / file).is_file():
-            raise UserError(f"{folder}: has no {file}; {_MAKE}")
-    found = files.read_json(folder / files.SCORES)
+            raise UserError(f"{folder}: has no {file}; {_FIX}")
+    scores = inputs.read_json(folder / SCORES)
     try:
-        metrics, intervals = found["metrics"], found["intervals"]
-        good = found["benchmark"] in names() and isinstance(found["rule"], str) and isinstance(found["protocol"], dict)
-        good &= bool(metrics) and all(isinstance(value, int | float) for value in metrics.values())
-        good &= all(isinstance(end, int | float) for low, high in intervals.values() for end in (low, high))
-        good &= all(isinstance(found[key], int) for key in ("items", "unparsed", "missing"))
-        good &= isinstance(found["unparsed_ids"], list)
+        metrics, intervals = scores["metrics"], scores["intervals"]
+        valid = (
+            scores["benchmark"] in names()
+            and isinstance(scores["rule"], str)
+            and isinstance(scores["protocol"], dict)
+            and bool(metrics)
+            and all(isinstance(value, int | float) for value in metrics.values())
+            and all(isinstance(end, int | float) for low, high in intervals.values() for end in (low, high))
+            and all(isinstance(scores[key], int) for key in ("items", "unparsed", "missing"))
+            and isinstance(scores["unparsed_ids"], list)
+        )
     except (KeyError, TypeError, ValueError, AttributeError):
-        good = False
-    if not good:
-        raise UserError(f"{folder / files.SCORES}: is no score of a benchmark; {_MAKE}")
-    written = datetime.date.fromtimestamp((folder / files.PREDICTIONS).stat().st_mtime)
-    return BenchmarkResult(folder, found, written.isoformat())
+        valid = False
+    if not valid:
+        raise UserError(f"{folder / SCORES}: not a score of a benchmark; {_FIX}")
+    written = datetime.date.fromtimestamp((folder / PREDICTIONS).stat().st_mtime)
+    return BenchmarkResult(folder, scores, written.isoformat())

@@ -1,12 +1,12 @@
-"""Published scores that a page shows beside measured ones, on the scale of our metrics, each with where it was read.
+"""Published scores, on the scale of our metrics, with their sources; a report shows them beside measured ones.
 
-LLaVA-1.5 13B with LoRA is not there: its row of the model zoo was not read. The ablations of REVERIE-1.0 are left out.
+Not included: LLaVA-1.5 13B with LoRA (its row of the model zoo was not read) and the ablations of REVERIE-1.0.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 SOURCES: Mapping[str, tuple[str, bool]] = {
     "zoo": ("LLaVA's docs/MODEL_ZOO.md", False),
@@ -19,31 +19,11 @@ SOURCES: Mapping[str, tuple[str, bool]] = {
     "hallusion": ("HallusionBench's README, judged by GPT-4; it does not say which size", False),
     "gavie": ("LRV-Instruction's README, judged by GPT-4", False),
 }
-"""In a few words, and whether it is second-hand: quoted by others or from memory, not read where it was published."""
-
-ITEMS: Mapping[str, int] = {
-    "pope": 8910,
-    "mme": 2374,
-    "mmbench": 4377,
-    "scienceqa": 4241,
-    "seed": 19242,
-    "gqa": 12578,
-    "textvqa": 5000,
-    "llava-bench": 60,
-    "mm-vet": 218,
-    "mmhal": 96,
-    "gavie": 1000,
-    "hallusionbench": 1129,
-    "chair": 500,
-    "object-halbench": 300,
-    "amber": 15220,
-}
-"""Questions that the published scores are of: scores of other questions are not set beside them. MMBench: rows of
-mmbench_dev_20230712, a rotation each. Of MMBench-CN the number was not read, so it is not checked."""
+"""A short description, and whether it is second-hand: quoted by others or from memory, not read in the original."""
 
 
 class Published(NamedTuple):
-    """One score; `source` is a key of `SOURCES`."""
+    """A score of a model on a benchmark; `source` is a key of `SOURCES`."""
 
     model: str
     benchmark: str
@@ -89,7 +69,7 @@ _COLUMNS: Mapping[str, tuple[str, str, float]] = {
     "AMBER-acc": ("amber", "Accuracy", 1),
     "AMBER-f1": ("amber", "F1", 1),
 }
-"""What the tables below call a metric: its benchmark, our name, and what the published figure is multiplied by."""
+"""Columns of the tables below: benchmark, our name of the metric, and the factor from the published figure to ours."""
 
 _ZOO = ("SQA", "POPE", "MME", "MMB", "MMB-CN", "SEED", "LLaVA-W", "MM-Vet", "GQA", "TextVQA")
 _PAPER = ("SQA", "POPE", "MME", "MMB", "MM-Vet", "GQA")
@@ -134,15 +114,6 @@ SCORES: tuple[Published, ...] = tuple(
 )
 
 
-def of(benchmark: str) -> list[Published]:
-    """The published scores of a benchmark, by its official rule."""
+def published_scores(benchmark: str) -> list[Published]:
+    """Return the published scores of a benchmark, by its official rule."""
     return [score for score in SCORES if score.benchmark == benchmark]
-
-
-def beside(benchmark: str, official: str, score: Mapping[str, Any]) -> bool:
-    """Whether published scores may stand beside a score: by the official rule, of as many questions, all of them answered,
-    and with OCR tokens in the prompt where they belong there.
-    """
-    whole = ITEMS.get(benchmark, score["items"]) == score["items"] and not score.get("missing")
-    asked = score["protocol"].get("ocr tokens") != "none"
-    return bool(of(benchmark)) and score["rule"] == official and whole and asked

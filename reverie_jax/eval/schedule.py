@@ -1,0 +1,179 @@
+"""Assignment of questions to batches: sequences of few shapes, each with one image and as many questions as fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+from reverie_jax.data.conversation import IMAGE, Conversation
+from reverie_jax.data.packing import SequenceShape
+from reverie_jax.data.pipeline import ImageQuestions
+from reverie_jax.data.processor import Processor
+from reverie_jax.data.tree import build_tree, build_trees, unsupervised
+from reverie_jax.errors import DataError
+
+ICD_INSTRUCTION = "You see things that are confused with one another, and are unsure which of them are there."
+"""Disturbing instruction before a question, for `contrast="instruction"`."""
+_LENGTH_STEP = 64
+"""Sequence lengths are rounded up to a multiple of this."""
+_SHORT_SHARE = 0.9
+"""Share of the trees that the shorter of two sequence lengths holds."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineShape:
+    """Limits of inference; the sizes in use fit the questions, in steps that keep compiled programs few.
+
+    Attributes:
+        sequence_length: Maximum sequence length, in tokens; an image whose questions do not fit takes several sequences.
+        questions: Maximum number of questions about one image that are decoded together.
+        batch_size: Sequences in a batch.
+    """
+
+    sequence_length: int = 1024
+    questions: int = 32
+    batch_size: int = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Batches of one shape.
+
+    Attributes:
+        shape: Of a sequence.
+        batch_size: Sequences in a batch.
+        images: Images, each with at most as many questions as one sequence holds.
+        contrast: The shape and images of the second stream of instruction contrastive decoding: the same questions, behind
+            `ICD_INSTRUCTION`.
+    """
+
+    shape: SequenceShape
+    batch_size: int
+    images: list[ImageQuestions]
+    contrast: tuple[SequenceShape, list[ImageQuestions]] | None = None
+
+    @property
+    def batches(self) -> int:
+        """Number of batches."""
+        return -(-len(self.images) // self.batch_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """Questions, assigned to batches.
+
+    Attributes:
+        groups: In the order in which they are decoded.
+        duplicates: Numbers of questions that are answered by an equal question, by the number of that question.
+    """
+
+    groups: Sequence[Group]
+    duplicates: Mapping[int, Sequence[int]]
+
+    def with_duplicates(self, number: int) -> tuple[int, ...]:
+        """Return the numbers of all questions that share an answer."""
+        return (number, *self.duplicates.get(number, ()))
+
+    def numbers(self) -> Iterator[list[int]]:
+        """Yield the numbers of the questions that each batch answers."""
+        for group in self.groups:
+            for start in range(0, len(group.images), group.batch_size):
+                batch = group.images[start : start + group.batch_size]
+                yield [
+                    same for image in batch for number, _ in image.questions for same in self.with_duplicates(number)
+                ]
+
+
+def plan(
+    images: Sequence[ImageQuestions],
+    processor: Processor,
+    limit: EngineShape,
+    *,
+    multiple: int = 1,
+    contrast: bool = False,
+) -> list[Group]:
+    """Distribute questions over sequences of at most two shapes: few long sequences do not make the many longer.
+
+    The result depends on the questions and the limits alone, so that a resumed run finds the batches of the one before.
+
+    Args:
+        images: Images with their questions.
+        processor: The model's.
+        limit: Maximum sizes.
+        multiple: Batch sizes are a multiple of this, for the mesh.
+        contrast: Also plan the second stream of instruction contrastive decoding.
+
+    Raises:
+        DataError: A question does not fit a sequence.
+        UserError: A question does not fit the decoder's context.
+    """
+    trees = [tree for image in images if image.questions for tree in _image_trees(image, processor, limit)]
+    if not trees:
+        return []
+    lengths = sorted(length for length, _ in trees)
+    short, long = _rounded(lengths[math.ceil(_SHORT_SHARE * len(lengths)) - 1]), _rounded(lengths[-1])
+    bounds = [short, long] if short <= 0.75 * long else [long]
+    groups = []
+    for below, bound in zip([0, *bounds], bounds, strict=False):
+        members = [image for length, image in trees if below < length <= bound]
+        if not members:
+            continue
+        leaves = max(len(image.questions) for image in members)
+        batch_size = -(-min(limit.batch_size, len(members)) // multiple) * multiple
+        shape = SequenceShape(length=min(bound, limit.sequence_length), images=1, questions=leaves)
+        second = _behind_instruction(members, processor, leaves) if contrast else None
+        groups.append(Group(shape, batch_size, members, second))
+    return groups
+
+
+def _image_trees(image: ImageQuestions, processor: Processor, limit: EngineShape) -> list[tuple[int, ImageQuestions]]:
+    """Split an image's questions into trees that fit a sequence; return the length of each, and its questions."""
+    conversations = [conversation for _, conversation in image.questions]
+    tokens = [unsupervised(one) for one in processor.tokenize(image.name, conversations)]
+    try:
+        trees = build_trees(tokens, tokens=limit.sequence_length, edges=0, branches=limit.questions)
+    except ValueError as error:
+        raise DataError(f"{image.name}: {error}") from None
+    return [
+        (len(tree), dataclasses.replace(image, questions=[image.questions[member] for member in members]))
+        for members, tree in trees
+    ]
+
+
+def _rounded(length: int) -> int:
+    return -(-length // _LENGTH_STEP) * _LENGTH_STEP
+
+
+def _behind_instruction(
+    images: Sequence[ImageQuestions], processor: Processor, leaves: int
+) -> tuple[SequenceShape, list[ImageQuestions]]:
+    def disturbed(conversation: Conversation) -> Conversation:
+        *before, last = conversation.turns
+        opening = f"{IMAGE}\n" if last.text.startswith(f"{IMAGE}\n") else ""
+        text = f"{opening}{ICD_INSTRUCTION} {last.text.removeprefix(opening)}"
+        return dataclasses.replace(conversation, turns=(*before, dataclasses.replace(last, text=text)))
+
+    changed, longest = [], 0
+    for image in images:
+        questions = [(number, disturbed(conversation)) for number, conversation in image.questions]
+        tokens = processor.tokenize(image.name, [conversation for _, conversation in questions])
+        longest = max(longest, len(build_tree(map(unsupervised, tokens))))
+        changed.append(dataclasses.replace(image, questions=questions))
+    return SequenceShape(length=_rounded(longest), images=1, questions=leaves), changed
+
+
+def deduplicated(images: Sequence[ImageQuestions]) -> tuple[list[ImageQuestions], dict[int, list[int]]]:
+    """Return images without repeated questions, and the numbers of those by that of the first; POPE's splits share some."""
+    first: dict[tuple[str, Conversation], int] = {}
+    duplicates: dict[int, list[int]] = {}
+    unique = []
+    for image in images:
+        questions = []
+        for number, conversation in image.questions:
+            if (original := first.setdefault((image.name, conversation), number)) == number:
+                questions.append((number, conversation))
+            else:
+                duplicates.setdefault(original, []).append(number)
+        unique.append(dataclasses.replace(image, questions=questions))
+    return unique, duplicates
