@@ -27,7 +27,7 @@ suite: $(VENV)/.test
 
 # Warnings are errors (`strict: true` in mkdocs.yml). The site is in build/site.
 docs: $(VENV)/.docs
-	$(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow
