@@ -1,0 +1,405 @@
+"""Training batches: fixed by the seed alone, whatever the threads and hosts; exact resume; every image with its text."""
+
+from __future__ import annotations
+
+import collections
+import functools
+import gc
+import itertools
+import json
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from reverie_jax.data import packing, pipeline
+from reverie_jax.data.conversation import IMAGE, Conversation, ImageRecord, Turn
+from reverie_jax.data.images import BrokenImage
+from reverie_jax.data.packing import Batch, SequenceShape
+from reverie_jax.data.pipeline import TreeBuilder, ordered_batches, packed_sequences, training_batches
+from reverie_jax.data.processor import Processor
+from reverie_jax.data.records import RecordSource, write_records
+from reverie_jax.data.supervision import Supervision
+from reverie_jax.data.tokenization import Encoder, Tokens
+from tests.data.fakes import IMAGE_ID, WordTokenizer, png
+
+PATCHES, SIDE = 4, 8
+SHAPE = SequenceShape(length=160, images=4, edges=120)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_windows():
+    """Windows of a few trees, so that a handful of batches sees several."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (packing, pipeline):
+            patch.setattr(module, "WINDOW", 7)
+        yield
+
+
+def color(index: int) -> tuple[int, int, int]:
+    return (20 + 9 * index, 250 - 7 * index, 3 + index)
+
+
+def coded(count: int, seed: int = 0) -> list[ImageRecord]:
+    """Records whose first word and whose image's color both say which they are; every third has no image."""
+    rng = np.random.default_rng(seed)
+
+    def words(letter: str, kinds: int, count: int) -> str:
+        return " ".join(f"{letter}{number}" for number in rng.integers(0, kinds, count))
+
+    records = []
+    for index in range(count):
+        has_image, conversations = index % 3 != 2, []
+        for number in range(int(rng.integers(1, 4))):
+            question = f"{IMAGE}\n" * has_image + f"rec{index} {words('w', 9, number + 1)}"
+            answer = words("a", 5, int(rng.integers(1, 5)))
+            for kind in ("positive", "negative")[: int(rng.integers(1, 3))]:
+                texts = (question, answer, "Explain why.", words("y", 9, int(rng.integers(1, 6))))
+                turns = tuple(Turn(("user", "assistant")[n % 2], text) for n, text in enumerate(texts))
+                conversations.append(Conversation(turns, (0,) * has_image, kind=kind))
+        records.append(ImageRecord(f"rec{index}", png(color(index)) if has_image else b"", tuple(conversations)))
+    return records
+
+
+class CachingEncoder(Encoder):
+    """Tokenizes each conversation once; it comes again in every epoch of every test."""
+
+    @functools.cache  # noqa: B019
+    def __call__(self, conversation: Conversation) -> Tokens:
+        return super().__call__(conversation)
+
+
+RECORDS = coded(17)
+TOKENIZER = WordTokenizer()
+BUILDER = TreeBuilder(Processor(CachingEncoder(TOKENIZER, "llava-hf", PATCHES, IMAGE_ID), SIDE), SHAPE, Supervision())
+UNSHARED = TreeBuilder(BUILDER.processor, SHAPE, Supervision(), prefix_sharing=False)
+NAMES = {TOKENIZER.encode(f"{space}rec{n}")[0]: n for n in range(99) for space in " \n"}
+
+
+def batches(
+    records: Sequence[ImageRecord] = RECORDS, builder: TreeBuilder = BUILDER, *, seed: int = 3, **options: Any
+) -> grain.IterDataset:
+    return training_batches(records, builder, batch_size=4, seed=seed, **options)
+
+
+def local(host: int, hosts: int) -> slice:
+    return slice(host * 4 // hosts, (host + 1) * 4 // hosts)
+
+
+def take(data: grain.IterDataset, count: int, state: dict[str, Any] | None = None) -> list[Batch]:
+    """The first batches, or those after a state; the iterator is closed."""
+    running = iter(data)
+    try:
+        if state is not None:
+            running.set_state(state)
+        return [next(running) for _ in range(count)]
+    finally:
+        running.close()
+
+
+def equal(one: Batch, other: Batch) -> bool:
+    return all(np.array_equal(a, b) and a.dtype == b.dtype for a, b in zip(one, other, strict=True))
+
+
+def concatenate(parts: Sequence[Batch]) -> Batch:
+    return Batch(*(np.concatenate(fields) for fields in zip(*parts, strict=True)))
+
+
+def sequences_of(batch: Batch) -> list[Batch]:
+    return [Batch(*(field[number] for field in batch)) for number in range(len(batch.tokens))]
+
+
+def trees_of(sequence: Batch) -> list[tuple[int, int, int]]:
+    """(record, start, end) of a sequence's trees, in order."""
+    trees, start = [], 0
+    while start < len(sequence.tokens) and (sequence.tokens[start] or sequence.ends[start] > start + 1):
+        end = int(sequence.ends[start])
+        (number,) = {NAMES[token] for token in sequence.tokens[start:end].tolist() if token in NAMES}
+        trees.append((number, start, end))
+        start = end
+    return trees
+
+
+# Order and resume.
+
+
+@pytest.fixture(scope="module")
+def expected() -> list[Batch]:
+    """The batches of one host with one thread."""
+    return take(batches(threads=1), 5)
+
+
+@pytest.fixture(scope="module")
+def states() -> list[str]:
+    """The state before each of these batches, taken on a host of two."""
+    running, states = iter(batches(local=local(1, 2), threads=2)), []
+    for _ in range(5):
+        states.append(json.dumps(running.get_state()))
+        next(running)
+    running.close()
+    return states
+
+
+class SlowRecords(Sequence[ImageRecord]):
+    def __len__(self) -> int:
+        return len(RECORDS)
+
+    def __getitem__(self, index: Any) -> Any:
+        time.sleep(0.001 * (index % 4))
+        return RECORDS[index]
+
+
+@pytest.mark.parametrize("case", ["default threads", "5 threads", "slow records", "records on disk"])
+def test_threads_and_storage_do_not_change_the_batches(expected, case, tmp_path):
+    records: Sequence[ImageRecord] = RECORDS
+    if case == "slow records":
+        records = SlowRecords()
+    elif case == "records on disk":
+        records = RecordSource(write_records(tmp_path, {"train": RECORDS}))
+    assert all(map(equal, take(batches(records, threads=None if case == "default threads" else 5), 3), expected))
+
+
+def test_another_seed_gives_another_order(expected):
+    assert not all(map(equal, take(batches(seed=4), 2), expected))
+
+
+@pytest.mark.parametrize(("hosts", "threads"), [(1, 3), (2, 1), (4, 2)])
+def test_hosts_receive_the_parts_of_the_single_hosts_batch(expected, hosts, threads):
+    parts = [take(batches(local=local(host, hosts), threads=threads), 3) for host in range(hosts)]
+    for number in range(3):
+        assert {len(part[number].tokens) for part in parts} == {4 // hosts}
+        assert equal(concatenate([part[number] for part in parts]), expected[number])
+
+
+def test_every_state_continues_exactly_with_other_threads(expected, states):
+    assert len(set(states)) == len(states)
+    # Some states lie within a window, or this file tests less than it says.
+    assert any(f'"next_index_in_buffer": {n}' in state for state in states for n in (1, 2, 3))
+    for number, state in enumerate(states):
+        rest = take(batches(threads=1 + number % 3), min(2, 5 - number), json.loads(state))
+        assert all(map(equal, rest, expected[number:]))
+
+
+def test_a_state_serves_any_number_of_hosts_and_a_running_iterator(expected, states):
+    parts = [take(batches(local=local(host, 4), threads=2), 1, json.loads(states[3])) for host in range(4)]
+    assert equal(concatenate([part[0] for part in parts]), expected[3])
+    running = iter(batches(threads=2))
+    for number in (0, 1, 4, 0, 2):
+        running.set_state(json.loads(states[number]))
+        assert equal(next(running), expected[number])
+    running.close()
+
+
+def test_iterators_side_by_side_do_not_disturb_each_other(expected):
+    data = batches(threads=2)
+    running = [iter(data) for _ in range(3)]
+    for number in range(2):
+        assert all(equal(next(iterator), expected[number]) for iterator in running)
+    for iterator in running:
+        iterator.close()
+
+
+@pytest.mark.slow
+def test_the_default_window_gives_the_same_with_any_hosts(monkeypatch):
+    for module in (packing, pipeline):
+        monkeypatch.setattr(module, "WINDOW", 1024)
+    (whole,) = take(batches(threads=2), 1)
+    assert equal(concatenate([take(batches(local=local(host, 2), threads=1), 1)[0] for host in range(2)]), whole)
+    for sequence in sequences_of(whole):
+        check_images(sequence)
+
+
+# Images.
+
+
+def check_images(sequence: Batch) -> list[int]:
+    """Check that each tree has the image of its record; return the records of the sequence."""
+    slot, trees = 0, trees_of(sequence)
+    for tree, (number, start, end) in enumerate(trees):
+        slots, tokens = sequence.image_slots[start:end], sequence.tokens[start:end]
+        assert sequence.flat_tokens[tree] >= end - start
+        assert np.array_equal(tokens == IMAGE_ID, slots >= 0)
+        if number % 3 == 2:
+            assert (slots == -1).all()
+            continue
+        assert set(slots[slots >= 0].tolist()) == set(range(slot * PATCHES, (slot + 1) * PATCHES))
+        assert tuple(sequence.images[slot, SIDE // 2, SIDE // 2].tolist()) == color(number)
+        slot += 1
+    assert not sequence.images[slot:].any()
+    return [number for number, *_ in trees]
+
+
+@pytest.mark.parametrize(("hosts", "builder"), [(1, BUILDER), (2, UNSHARED)], ids=["shared", "unshared"])
+def test_each_image_is_in_the_sequence_of_its_text(hosts, builder):
+    seen = collections.Counter[int]()
+    for host in range(hosts):
+        for batch in take(batches(RECORDS, builder, threads=3, local=local(host, hosts)), 5):
+            for sequence in sequences_of(batch):
+                seen.update(check_images(sequence))
+    assert len(seen) == len(RECORDS)
+    if builder is BUILDER:  # windows span epochs; still every record comes as often as any other, to within two
+        assert max(seen.values()) - min(seen.values()) <= 2
+
+
+def test_sequences_of_text_have_no_image():
+    (batch,) = take(batches([record for record in coded(20) if not record.image], threads=2), 1)
+    assert (batch.weight > 0).any()
+    assert batch.images.shape == (4, SHAPE.images, SIDE, SIDE, 3)
+    assert not batch.images.any()
+    assert (batch.image_slots == -1).all()
+
+
+def test_an_image_of_two_trees_in_a_sequence_is_in_both_slots():
+    record = next(record for record in coded(4) if len(record.conversations) > 1 and record.image)
+    (batch,) = take(batches([record], UNSHARED, threads=2), 1)
+    for sequence in sequences_of(batch):
+        for slot in range(max(2, len(trees_of(sequence)))):
+            assert tuple(sequence.images[slot, SIDE // 2, SIDE // 2].tolist()) == color(int(record.id[3:]))
+
+
+# Epochs.
+
+Target = tuple[tuple[int, ...], int]
+"""(tokens before, supervised token)"""
+
+
+def supervised(sequences: Iterator[Batch]) -> tuple[dict[Target, float], int]:
+    """(weight of each supervised token after what precedes it, tokens of the conversations without sharing)."""
+    weights: dict[Target, float] = collections.defaultdict(float)
+    flat = 0
+    for one in sequences:
+        flat += int(one.flat_tokens.sum())
+        for parent, target, weight in zip(one.parent.tolist(), one.target.tolist(), one.weight.tolist(), strict=True):
+            if weight:
+                before = tuple(int(one.tokens[j]) for j in range(parent + 1) if parent < one.ends[j])
+                weights[before, target] += weight
+    return dict(weights), flat
+
+
+def by_hand(records: Sequence[ImageRecord]) -> tuple[dict[Target, float], int]:
+    weights: dict[Target, float] = collections.defaultdict(float)
+    flat = 0
+    for record in records:
+        for conversation in Supervision()(record.conversations):
+            tokens = BUILDER.processor.encoder(conversation)
+            flat += len(tokens)
+            for index in np.flatnonzero(tokens.weights > 0).tolist():
+                before = tuple(tokens.ids[:index].tolist())
+                weights[before, int(tokens.ids[index])] += float(tokens.weights[index])
+    return dict(weights), flat
+
+
+@settings(max_examples=5)
+@given(st.integers(1, 12), st.integers(0, 10**6), st.sampled_from((0, 2)))
+def test_an_epoch_supervises_the_same_with_and_without_sharing(count, seed, branches):
+    records, indices = coded(count, seed), grain.MapDataset.range(count).seed(5).shuffle()
+    shape = SequenceShape(SHAPE.length, SHAPE.images, SHAPE.edges, branches=branches)
+    for sharing in (True, False):
+        builder = TreeBuilder(BUILDER.processor, shape, Supervision(), sharing)
+        assert supervised(iter(packed_sequences(indices, records, builder))) == by_hand(records)
+
+
+def test_ordered_batches_hold_each_record_once_and_hosts_their_parts():
+    whole = list(ordered_batches(RECORDS, BUILDER, batch_size=4))
+    assert {len(batch.tokens) for batch in whole} == {4}
+    numbers = [number for batch in whole for sequence in sequences_of(batch) for number in check_images(sequence)]
+    assert sorted(numbers) == list(range(len(RECORDS)))
+    parts = [list(ordered_batches(RECORDS, BUILDER, batch_size=4, local=local(host, 2))) for host in range(2)]
+    assert all(equal(concatenate(halves), batch) for *halves, batch in zip(*parts, whole, strict=True))
+
+
+def test_origins_are_the_datasets_of_the_edges():
+    def record(index: int, *datasets: str) -> ImageRecord:
+        turns = [(Turn("user", f"rec{index} {name}"), Turn("assistant", f"a {name}")) for name in datasets]
+        return ImageRecord(
+            f"rec{index}", b"", tuple(Conversation(t, (), name) for t, name in zip(turns, datasets, strict=True))
+        )
+
+    records = [record(0, "one", "two"), record(1, "two", "other")]
+    stats = pipeline.dataset_stats(records, BUILDER)
+    assert stats.datasets == ("one", "two", "other")
+    builder = TreeBuilder(BUILDER.processor, SHAPE, Supervision(), datasets=("one", "two"))
+    (batch,) = ordered_batches(records, builder, batch_size=1)
+    origins = zip(batch.target[0].tolist(), batch.origin[0].tolist(), strict=True)
+    words = {TOKENIZER.words[target]: origin for target, origin in origins if target in TOKENIZER.words}
+    assert (words[" two"], words[" one"], words[" other"]) == (1, 0, 0)
+    assert sorted(batch.records[0].tolist()) == [0, 0, 1, 2]
+
+
+# Errors and threads.
+
+
+def with_broken_image(index: int) -> list[ImageRecord]:
+    broken = coded(8)
+    broken[index] = ImageRecord(broken[index].id, broken[index].image[:50], broken[index].conversations)
+    return broken
+
+
+def failure(data: grain.IterDataset) -> BaseException:
+    running = iter(data)
+    with pytest.raises(BrokenImage) as error:
+        collections.deque(itertools.islice(running, 10), maxlen=0)
+    running.close()
+    return error.value
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_a_broken_image_is_an_error_that_names_its_record(tmp_path, threads):
+    records: Sequence[ImageRecord] = with_broken_image(4)
+    if threads > 1:
+        records = RecordSource(write_records(tmp_path, {"train": records}))
+    message = str(failure(batches(records, threads=threads)))
+    assert message.startswith("rec4: ")
+    assert "\n" not in message
+
+
+def test_a_damaged_shard_is_an_error_that_names_the_folder(tmp_path):
+    folder = write_records(tmp_path, {"train": RECORDS})
+    data = batches(RecordSource(folder), threads=2)
+    (shard,) = folder.glob("*.array_record*")
+    shard.write_bytes(bytes(shard.stat().st_size))
+    running = iter(data)
+    with pytest.raises(ValueError, match=str(folder)) as error:
+        next(running)
+    assert "\n" not in str(error.value)
+    running.close()
+
+
+def remaining(before: set[threading.Thread], most: int = 0) -> int:
+    """The number of threads that did not exist before, once at most `most` remain or after some time."""
+    until = time.monotonic() + 30
+    while (count := len(set(threading.enumerate()) - before)) > most and time.monotonic() < until:
+        gc.collect()
+        time.sleep(0.01)
+    return count
+
+
+@pytest.mark.parametrize(("taken", "closed"), [(0, True), (2, True), (2, False)])
+def test_no_thread_outlives_an_iterator_and_its_data(taken, closed):
+    before = set(threading.enumerate())
+    data = batches(threads=3)
+    running = iter(data)
+    for _ in range(taken):
+        next(running)
+    if closed:
+        running.close()
+        with pytest.raises(ValueError, match="closed"):
+            next(running)
+        del running
+        assert remaining(before, most=3) <= 3  # the threads that decode images belong to the data
+    else:
+        del running
+    del data
+    assert remaining(before) == 0
+
+
+def test_no_thread_outlives_an_error():
+    before = set(threading.enumerate())
+    failure(batches(with_broken_image(1), threads=3))
+    assert remaining(before) == 0
