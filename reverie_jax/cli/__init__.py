@@ -1,14 +1,15 @@
-"""The `reverie` command: a file a command, with its options and its body. Heavy imports are made when a command runs."""
+"""The `reverie` command. Each command has a file with its options and its body; its imports are made when it runs."""
 
 from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from typing import Annotated
 
 import tyro
-from tyro.conf import OmitSubcommandPrefixes, subcommand
+from tyro.conf import FlagCreatePairsOff, OmitSubcommandPrefixes, subcommand
 
 import reverie_jax
 from reverie_jax.cli import train
@@ -48,7 +49,22 @@ Command = (
 
 
 def main() -> None:
-    """Run the command line. A `UserError` is one line on stderr and exit code 2."""
+    """Run the command line.
+
+    Raises:
+        SystemExit: 2 after a `UserError`, which is one line on stderr; 130 after Ctrl-C; 141 if stdout was closed.
+    """
+    try:
+        try:
+            _run()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # the reader of a pipe ended, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(128 + signal.SIGPIPE) from None
+
+
+def _run() -> None:
     if sys.argv[1:] == ["--version"]:
         print(f"reverie-jax {reverie_jax.__version__}")
         return
@@ -60,8 +76,8 @@ def main() -> None:
         command = tyro.cli(
             Command,
             prog="reverie",
-            description="Reflective instruction tuning of vision-language models: train on rationales, measure hallucination.",
-            config=(OmitSubcommandPrefixes,),
+            description="Reflective instruction tuning of vision-language models: train on why, measure hallucination.",
+            config=(OmitSubcommandPrefixes, FlagCreatePairsOff),
         )
     finally:
         if sys.argv[1:2] == ["train"] and {"-h", "--help"} & set(sys.argv):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Annotated, get_args
 
-from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction
+from tyro.conf import OmitArgPrefixes, Positional
 
 from reverie_jax.cli import common, hosted
 from reverie_jax.errors import UserError
@@ -22,49 +22,48 @@ _WRITER = "name the model that writes, as gemini:MODEL or openai:MODEL"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Annotate:
-    """Let a hosted model write questions about images, right and confusing answers, and rationales; judge them; export.
+    """Annotate images with a hosted model: questions, right and confusing answers, rationales; judge and export them.
+
+    STEP run takes all steps (questions, rationales, judge, export); each is a STEP of its own. STEP audit writes an HTML
+    page of judged rows; STEP lrv writes LRV-Instruction's positive and misleading instructions, from captions alone.
 
     Every reply is kept in OUT/journal.sqlite as it comes: run the same command again after any interruption, and nothing
     that was answered is requested (or paid for) again. A folder of REVERIE's own scripts is continued. Keys are read from
-    GEMINI_API_KEY (or GOOGLE_API_KEY) and OPENAI_API_KEY.
+    GEMINI_API_KEY (or GOOGLE_API_KEY) and OPENAI_API_KEY; openai:MODEL@URL is another server (vLLM, SGLang, a proxy).
     """
 
-    step: Positional[str]
-    """run: all steps; questions, rationales, judge, export: one of them. audit: an HTML page of judged rows. lrv:
-    LRV-Instruction's positive and misleading instructions, from captions alone."""
-    out: Path
+    step: Annotated[Positional[str], common.option("STEP")]
+    """run (all steps), one of the steps questions, rationales, judge, export; or audit, or lrv."""
+    out: Annotated[Path, common.FOLDER]
     """Output folder: a file for each step, the journal and reverie.json."""
-    images: Path | None = None
+    images: Annotated[Path | None, common.FOLDER] = None
     """Folder of images."""
-    list: Path | None = None
-    """JSON list of image names; all images of the folder if omitted. OUT/image_list.json is used if it exists."""
-    writer: str = ""
-    """Model that writes: gemini:MODEL, openai:MODEL, google-generativeai:MODEL, scenes:FOLDER or replay:JOURNAL. For a
-    server at another address (vLLM, SGLang, a proxy): openai:MODEL@http://host:8000/v1."""
-    judge: UseAppendAction[tuple[str, ...]] = ()
-    """Model that judges, in the same form; the writer if omitted. Repeat for each judge."""
-    votes: str = "majority"
+    list: Annotated[Path | None, common.FILE] = None
+    """JSON list of image names; OUT/image_list.json, or else all images of the folder, if omitted."""
+    writer: Annotated[str, common.option("MODEL")] = ""
+    """Model that writes: gemini:MODEL, openai:MODEL, openai:MODEL@URL, scenes:FOLDER or replay:JOURNAL."""
+    judge: common.Judges = ()
+    """Model that judges; the writer if omitted. Repeat for each judge."""
+    votes: Annotated[str, common.option("majority|any|all")] = "majority"
     """Drop a row if a majority of judges (or a tie), any, or all of them find a contradiction."""
-    judge_sees_image: bool = False
+    judge_sees_image: Annotated[bool, common.FLAG] = False
     """Show the image to the judges too."""
-    questions: int = 3
+    questions: Annotated[int, common.N] = 3
     """Questions for each image."""
-    confusing: int = 1
+    confusing: Annotated[int, common.N] = 1
     """Confusing answers for each question."""
-    prompts: Path | None = None
+    prompts: Annotated[Path | None, common.FOLDER] = None
     """Folder with your own prompts: questions.txt, positive.txt, negative.txt, judge.txt; missing ones are the built-in."""
     hosted: OmitArgPrefixes[hosted.ProviderOptions] = dataclasses.field(default_factory=hosted.ProviderOptions)
-    captions: Path | None = None
-    """For lrv: Visual Genome's region_descriptions.json, or [{image_id, captions: [{caption, x, y, width, height}]}]."""
-    counts: tuple[int, int, int, int] = (20, 6, 6, 0)
-    """For lrv, instructions for each image: positive, and misleading about nonexistent objects, wrong attributes, false
-    knowledge."""
-    balance: float | None = None
-    """For lrv: misleading instructions kept for each positive one; all if omitted."""
-    dry_run: bool = False
-    """Print the number of requests and tokens and the cost; send nothing."""
-    count: int = 50
-    """For audit: rows on the page."""
+    captions: Annotated[Path | None, common.FILE] = None
+    """Captions, for lrv: Visual Genome's region_descriptions.json, or [{image_id, captions: [{caption, x, ...}]}]."""
+    counts: Annotated[tuple[int, int, int, int], common.option("N N N N")] = (20, 6, 6, 0)
+    """Instructions per image, for lrv: positive, and misleading about an object, an attribute, knowledge."""
+    balance: Annotated[float | None, common.NUMBER] = None
+    """Misleading instructions kept for each positive one, for lrv; all if omitted."""
+    dry_run: common.DryRun = False
+    count: Annotated[int, common.N] = 50
+    """Rows on the page, for audit."""
 
     def run(self) -> None:
         """Run the command; exits with 1 if some items got no usable reply."""
@@ -126,7 +125,7 @@ class Annotate:
 
         outcomes: dict[str, Outcome] = {}
         with (
-            common.ProgressBars() as bars,
+            ProgressBars() as bars,
             Pipeline(self._job(), os.environ, hosted.progress_callback(bars)) as pipeline,
         ):
             common.note(pipeline.session.notes)
@@ -164,7 +163,7 @@ class Annotate:
         from reverie_jax.annotate import lrv
 
         with (
-            common.ProgressBars() as bars,
+            ProgressBars() as bars,
             lrv.Generation(self._lrv_job(), os.environ, hosted.progress_callback(bars)) as generation,
         ):
             common.note(generation.session.notes)

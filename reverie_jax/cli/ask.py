@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Annotated
 
 from tyro.conf import Positional
 
@@ -15,23 +16,20 @@ from reverie_jax.errors import UserError
 class Ask:
     """Ask a model questions about an image."""
 
-    image: Positional[Path]
+    image: Annotated[Positional[Path], common.FILE]
     """Image file in any format that Pillow opens."""
-    question: Positional[tuple[str, ...]]
+    question: Annotated[Positional[tuple[str, ...]], common.option("QUESTION ...")]
     """One or more questions, each in quotes. The image is encoded once."""
-    model: str
-    """Checkpoint: a folder or hub id in any format that `reverie convert` reads, or scenes-base."""
+    model: common.Model
     components: common.Components = ()
-    """Checkpoint of a part that the model lacks: language model or CLIP tower. Repeat for each part."""
-    adapter: str | None = None
-    """PEFT adapter, LLaVA LoRA folder, or run folder of `reverie train`."""
-    dtype: str = "auto"
-    """Dtype of weights and computation: float32, bfloat16, or auto (bfloat16 on accelerators, float32 on CPUs)."""
-    max_new_tokens: int | None = None
+    adapter: common.Adapter = None
+    dtype: common.Dtype = "auto"
+    max_new_tokens: common.MaxNewTokens = None
     """Maximum length of an answer, in tokens; 96 if omitted."""
 
     def run(self) -> None:
         """Run the command."""
+        common.at_least(1, max_new_tokens=self.max_new_tokens)
         from reverie_jax.data.conversation import IMAGE, Conversation, Turn
         from reverie_jax.data.images import decode
         from reverie_jax.data.pipeline import ImageQuestions
@@ -46,6 +44,6 @@ class Ask:
         open_turns = [Conversation((Turn("user", f"{IMAGE}\n{text}"),)) for text in self.question]
         engine = Engine(model, processor, EngineShape(batch_size=1))
         request = ImageQuestions(str(self.image), encoded, list(enumerate(open_turns)))
-        answers = engine.answer([request], max_new_tokens=96 if self.max_new_tokens is None else self.max_new_tokens)
+        answers = engine.answer([request], max_new_tokens=self.max_new_tokens or 96)
         for number, text in enumerate(self.question):
             print(f"{text}\n  {answers[number]}")

@@ -1,11 +1,10 @@
-"""What commands share: models, mesh, dtype, bounds, output files, progress."""
+"""What commands share: options, models, mesh, dtype, bounds, output files."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import sys
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,17 +16,97 @@ from reverie_jax.errors import UserError
 if TYPE_CHECKING:
     from jax.sharding import Mesh
     from jax.typing import DTypeLike
-    from rich.console import Console
-    from rich.progress import Progress
 
     from reverie_jax.data.processor import Processor
     from reverie_jax.models import VisionLanguageModel
 
-Components = UseAppendAction[tuple[str, ...]]
-BenchmarkName = Annotated[Positional[str], arg(metavar="BENCHMARK")]
 DTYPES = ("float32", "bfloat16")
-_LOG_SECONDS = 60.0
-"""Time between two progress lines where stderr is not a terminal."""
+ONE_DEVICE = "data=1,fsdp=1,tensor=1"
+
+
+def option(metavar: str, help: str | None = None) -> Any:
+    """Return the annotation of an option.
+
+    Args:
+        metavar: stands for the value in `--help`.
+        help: replaces the field's docstring; for options that several commands share.
+    """
+    return arg(metavar=metavar, help=help, help_behavior_hint=_default_hint)
+
+
+def _default_hint(default: str) -> str:
+    return "" if default in ("None", "", "''") else f"(default: {default})"
+
+
+FILE, FOLDER, N, NUMBER, TEXT = map(option, ("FILE", "FOLDER", "N", "NUMBER", "TEXT"))
+FLAG = arg(help_behavior_hint="")
+
+# Options of several commands: one name, one type, one help text.
+Model = Annotated[
+    str,
+    option("MODEL", "Checkpoint: a folder or hub id in any format that `reverie convert` reads, or scenes-base."),
+]
+Components = Annotated[
+    UseAppendAction[tuple[str, ...]],
+    arg(
+        metavar="MODEL",
+        help="Checkpoint of a part that the model lacks: language model or CLIP tower. Repeat for each part.",
+        help_behavior_hint="",
+    ),
+]
+Adapter = Annotated[
+    str | None, option("ADAPTER", "PEFT adapter, LLaVA LoRA folder, or run folder of `reverie train`; none if omitted.")
+]
+Dtype = Annotated[
+    str,
+    option(
+        "DTYPE",
+        "Dtype of weights and computation: float32, bfloat16, or auto (bfloat16 on accelerators, float32 on CPUs).",
+    ),
+]
+MeshSpec = Annotated[str, option("AXES", "Devices of each mesh axis; omitted axes have size 1.")]
+Distributed = Annotated[
+    str,
+    option(
+        "PROCESSES",
+        "Join other processes: auto (SLURM, Open MPI, Kubernetes, TPU pod), or address:port,processes,index.",
+    ),
+]
+Recipe = Annotated[
+    Positional[str],
+    option(
+        "RECIPE", "Name of a recipe (`reverie recipes` lists them) or a YAML file, as `reverie recipes NAME` prints it."
+    ),
+]
+RecipeFields = Annotated[
+    tuple[str, ...],
+    option(
+        "FIELD=VALUE ...",
+        "Recipe fields to change, as `steps=200 learning_rate=1e-4 sequence.length=512`; they win over the recipe.",
+    ),
+]
+BenchmarkName = Annotated[
+    Positional[str], option("BENCHMARK", "Name of the benchmark; `reverie benchmarks` lists them.")
+]
+Predictions = Annotated[
+    Path, option("FILE", "Answer file: JSON lines with question_id and text, or the benchmark's own form.")
+]
+Sources = Annotated[
+    Positional[tuple[str, ...]],
+    option(
+        "FILE[=FOLDER] ...",
+        "Annotation files as for `reverie data build`, each with its image folder; or records folders.",
+    ),
+]
+Judges = Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="MODEL", help_behavior_hint="")]
+Details = Annotated[Path | None, option("FILE", "Write all rows of the result to this file, as JSON lines.")]
+MaxNewTokens = Annotated[int | None, option("N")]
+Steps = Annotated[int | None, option("N", "Optimizer steps; the recipe's if omitted.")]
+Seed = Annotated[int, option("N", "Random seed.")]
+Json = Annotated[bool, arg(help="Print one JSON object.", help_behavior_hint="")]
+DryRun = Annotated[
+    bool, arg(help="Print the number of requests and tokens and the cost; send nothing.", help_behavior_hint="")
+]
 
 
 def flag(name: str) -> str:
@@ -85,10 +164,10 @@ def parse_mesh(text: str) -> Mesh:
     Raises:
         UserError: the text is not a mesh, or there are not as many devices.
     """
-    from reverie_jax.models.sharding import make_mesh, mesh_axes
+    from reverie_jax.models.sharding import make_mesh, parse_mesh_axes
 
     try:
-        sizes: dict[str, Any] = {**mesh_axes(text)}
+        sizes: dict[str, Any] = {**parse_mesh_axes(text)}
         return make_mesh(**sizes)
     except ValueError as error:
         raise UserError(f"--mesh {text}: {error}") from None
@@ -120,9 +199,9 @@ def load_merged(
     from reverie_jax.loading import load_model
     from reverie_jax.models import lora
 
-    loaded, processor = load_model(model, components=components, adapter=adapter, dtype=parse_dtype(dtype))
-    lora.merge(loaded)
-    return loaded, processor
+    merged, processor = load_model(model, components=components, adapter=adapter, dtype=parse_dtype(dtype))
+    lora.merge(merged)
+    return merged, processor
 
 
 def images_folder(images: Path | None, annotations: Path) -> Path | None:
@@ -160,66 +239,6 @@ def note(lines: Iterable[str]) -> None:
     """Print remarks on stderr, a line each."""
     for line in lines:
         print(f"reverie: {line}", file=sys.stderr)
-
-
-class ProgressBars:
-    """Progress on stderr: a bar a stage on a terminal, otherwise a line every minute. A context.
-
-    Args:
-        name: the job, shown before the stage.
-        show: False for processes other than the first.
-    """
-
-    def __init__(self, name: str = "", *, show: bool = True):
-        self.name, self._show = name, show
-        self._tasks: dict[str, Any] = {}
-        self._logged = time.monotonic()
-
-    def __enter__(self) -> ProgressBars:
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
-
-        self.console: Console = Console(stderr=True)
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        terminal = self.console.is_terminal and self._show
-        self._progress: Progress = Progress(*columns, console=self.console, disable=not terminal)
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def speed(self, stage: str) -> float:
-        """Return the items a second of a stage; 0 before the first."""
-        if stage not in self._tasks:
-            return 0.0
-        return next(task.speed or 0.0 for task in self._progress.tasks if task.id == self._tasks[stage])
-
-    def update(self, stage: str, done: int, total: int | None, rate: str = "") -> None:
-        """Show that `done` of `total` items of a stage are done; `rate` is a remark behind the bar."""
-        label = f"{self.name} {stage}".strip()
-        if stage not in self._tasks:
-            self._tasks[stage] = self._progress.add_task(label, total=total, rate=rate)
-        self._progress.update(self._tasks[stage], completed=done, total=total, rate=rate)
-        if self._show and not self.console.is_terminal and time.monotonic() - self._logged > _LOG_SECONDS:
-            self._logged = time.monotonic()
-            of = "" if total is None else f" of {total:,}"
-            text = f"reverie: {label}: {done:,}{of}{rate and ', '}{rate}"
-            self.console.print(text, highlight=False, markup=False)
 
 
 def cpu_count() -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
+from typing import Annotated
 
 from tyro.conf import Positional
 
@@ -14,23 +15,24 @@ from reverie_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Convert:
-    """Convert a checkpoint or adapter to another format."""
+    """Convert a checkpoint or adapter to another format.
 
-    model: Positional[str]
-    """Checkpoint: a folder or hub id (owner/name@revision), recognized by its content: llava-hf, original LLaVA or
-    LLaVA-pp (.bin or safetensors), their LoRA folders, a mm_projector.bin, or Orbax."""
-    out: Positional[Path]
+    Input formats are recognized by content: llava-hf, original LLaVA or LLaVA-pp (.bin or safetensors), their LoRA folders,
+    a mm_projector.bin, or Orbax. Output formats of a whole model, with adapters merged: llava-hf (transformers, vLLM), llava
+    (original LLaVA) and orbax (reverie-jax); of adapters alone: peft (transformers) and llava-lora (original LLaVA).
+    """
+
+    model: Annotated[Positional[str], common.option("MODEL")]
+    """Checkpoint: a folder or hub id (owner/name@revision)."""
+    out: Annotated[Positional[Path], common.FOLDER]
     """Output folder; it must not exist, and appears when it is complete."""
-    to: str
-    """Output format. llava-hf: transformers, vLLM. llava: original LLaVA. orbax: reverie-jax. Adapters are merged into
-    all three. peft: adapters for transformers. llava-lora: adapters for original LLaVA."""
+    to: Annotated[str, common.option("FORMAT")]
+    """Output format: llava-hf, llava, orbax, peft or llava-lora."""
     components: common.Components = ()
-    """Checkpoint of a part that the model lacks: language model or CLIP tower. Repeat for each part."""
-    adapter: str | None = None
-    """PEFT adapter, LLaVA LoRA folder, or run folder of `reverie train`."""
-    dtype: str | None = None
+    adapter: common.Adapter = None
+    dtype: Annotated[str | None, common.option("DTYPE")] = None
     """Dtype of a whole model: float32, bfloat16 or float16; as stored if omitted."""
-    shard_size: str = "5GB"
+    shard_size: Annotated[str, common.option("SIZE")] = "5GB"
     """Maximum size of a weights file."""
 
     def run(self) -> None:

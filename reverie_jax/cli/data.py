@@ -14,6 +14,7 @@ from tyro.conf import OmitArgPrefixes, Positional, subcommand
 
 from reverie_jax.cli import common
 from reverie_jax.errors import UserError
+from reverie_jax.files import atomic_write
 
 if TYPE_CHECKING:
     from reverie_jax.data.conversation import Conversation, ImageRecord
@@ -32,12 +33,12 @@ class Build:
     """Build records (ArrayRecord, one record an image) from annotation files and image folders.
 
     Formats are recognized by content: REVERIE, LLaVA, LRV, RLHF-V and RLAIF-V, ScienceQA, A-OKVQA, and what `reverie
-    annotate` writes. Run the same command again after an interruption: finished shards are kept.
+    annotate` writes. Conversations of several files about one image become one record. Run the same command again after an
+    interruption: finished shards are kept.
     """
 
     sources: Annotated[Positional[tuple[str, ...]], common.option("FILE[=FOLDER] ...")]
-    """Annotation files, each with its image folder (`images` beside the file if omitted). Conversations of several files
-    about one image become one record."""
+    """Annotation files, each with its image folder; `images` beside the file if omitted."""
     out: Annotated[Path, common.FOLDER]
     """Output folder: the records."""
     mixture: Annotated[Path | None, common.FILE] = None
@@ -50,21 +51,21 @@ class Build:
 
     def run(self) -> None:
         """Run the command."""
-        from reverie_jax.data.mixture import mixture
-        from reverie_jax.data.records import RecordSource, building, write_records
+        from reverie_jax.data.mixture import read_mixture
+        from reverie_jax.data.records import RecordSource, work_folder, write_records
         from reverie_jax.data.sources import ReadLog
 
         common.at_least(1, max_side=self.max_side, jobs=self.jobs)
         entries, log = mixture_entries(self.sources, self.mixture), ReadLog()
         if not entries:
             raise UserError("name at least one annotation file, as FILE=FOLDER")
-        with ProgressBars() as bars, building(self.out) as hidden:
+        with ProgressBars() as bars, work_folder(self.out) as work:
 
             def on_read(count: int) -> None:
                 bars.update("conversations read", count, None)
 
-            store = hidden / "rows.sqlite"
-            with mixture(entries, log, store, seed=self.seed, side=self.max_side, on_progress=on_read) as records:
+            store = work / "rows.sqlite"
+            with read_mixture(entries, log, store, seed=self.seed, max_side=self.max_side, on_progress=on_read) as records:
                 common.note(log.notes)
                 written = 0
 
@@ -74,7 +75,7 @@ class Build:
                     bars.update("images written", written, len(records))
 
                 jobs = self.jobs or common.cpu_count()
-                folder = write_records(self.out, {"train": records}, hidden=hidden, jobs=jobs, on_progress=on_written)
+                folder = write_records(self.out, {"train": records}, work=work, jobs=jobs, on_progress=on_written)
                 conversations = records.conversations
         print(f"{len(RecordSource(folder))} images, {conversations} conversations: {folder}")
 
@@ -88,9 +89,10 @@ class Check:
 
     annotations: Annotated[Positional[Path], common.FILE]
     """Annotation file in any format that `reverie data build` reads."""
-    images: common.Images = None
+    images: Annotated[Path | None, common.FOLDER] = None
+    """Folder of images; `images` beside the file if omitted."""
     model: Annotated[str | None, common.option("MODEL")] = None
-    """Checkpoint to be trained: counts tokens, and reports conversations beyond its context length."""
+    """Checkpoint: that to be trained; counts tokens and reports conversations beyond its context length."""
     components: common.Components = ()
     details: common.Details = None
     fix: Annotated[Path | None, common.FILE] = None
@@ -116,15 +118,15 @@ class Check:
         if images is None:
             common.note(["no image folder was given; images were not opened"])
         console = Console()
-        numbers = stats.statistics_of((example.image, example.conversation) for example in result.talks)
-        console.print(stats.statistics_table(numbers, result.lengths))
-        if result.offenders:
+        numbers = stats.compute_stats((example.image, example.conversation) for example in result.examples)
+        console.print(stats.stats_table(numbers, result.lengths))
+        if result.problems:
             console.print(check.problems_table(result))
         if self.details is not None:
-            check.write_offenders(result, self.details)
+            check.write_problems(result, self.details)
         if self.fix is not None:
-            print(f"{check.write_clean(result, self.annotations, self.fix)} rows: {self.fix}")
-        if result.broken and self.fix is None:
+            print(f"{check.write_usable_rows(result, self.annotations, self.fix)} rows: {self.fix}")
+        if result.has_unusable_rows and self.fix is None:
             raise SystemExit(1)
 
 
@@ -145,17 +147,17 @@ class Stats:
         def examples(sources: Sources) -> Iterator[tuple[str, Conversation]]:
             for source in sources:
                 if isinstance(source, Mixture):
-                    yield from source.talks()
+                    yield from source.conversations()
                     continue
                 for record in records_of([source]):
                     yield from ((record.id if record.image else "", item) for item in record.conversations)
 
         with open_sources(self.sources) as sources:
-            numbers = stats.statistics_of(examples(sources))
+            numbers = stats.compute_stats(examples(sources))
         if self.json:
             print(jsonlib.dumps(numbers, indent=2))
         else:
-            Console().print(stats.statistics_table(numbers))
+            Console().print(stats.stats_table(numbers))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -176,16 +178,16 @@ class Contamination:
         common.at_least(0, distance=self.distance)
         common.check_writable(self.details)
         threads = common.cpu_count()
-        against = contamination.evaluation(self.eval_images, threads)
-        common.note(f"{reason}; not compared" for reason in against.unreadable)
+        evaluation = contamination.read_evaluation_images(self.eval_images, threads)
+        common.note(f"{reason}; not compared" for reason in evaluation.unreadable)
         with open_sources(self.sources) as sources:
             images = ((record.id, record.image) for record in records_of(sources) if record.image)
-            matches = list(contamination.find(images, against, distance=self.distance, threads=threads))
+            matches = list(contamination.find_matches(images, evaluation, max_distance=self.distance, threads=threads))
             count = sum(map(len, sources))
         if self.details is not None:
-            lines = [jsonlib.dumps(dataclasses.asdict(one), ensure_ascii=False) for one in matches]
-            self.details.write_text("".join(line + "\n" for line in lines), "utf-8")
-        self._print(matches, count, len(against.looks))
+            lines = [jsonlib.dumps(dataclasses.asdict(match), ensure_ascii=False) for match in matches]
+            atomic_write(self.details, "".join(line + "\n" for line in lines))
+        self._print(matches, count, len(evaluation.hashes))
         if matches:
             raise SystemExit(1)
 
@@ -193,13 +195,14 @@ class Contamination:
         from rich.console import Console
         from rich.table import Table
 
-        table = Table("how", "training image", "evaluation image", "bits apart")
-        for one in matches[:_ROWS]:
-            table.add_row(one.how, one.training, one.evaluation, "" if one.distance is None else str(one.distance))
+        table = Table("matched by", "training image", "evaluation image", "bits apart")
+        for match in matches[:_ROWS]:
+            distance = "" if match.distance is None else str(match.distance)
+            table.add_row(match.matched_by, match.training, match.evaluation, distance)
         if matches:
             Console().print(table)
         more = f" ({len(matches) - _ROWS} more; --details writes all)" if len(matches) > _ROWS else ""
-        training = len({one.training for one in matches})
+        training = len({match.training for match in matches})
         print(f"{training} of {records:,} records match one of {images:,} evaluation images{more}")
 
 
@@ -215,7 +218,7 @@ class Visualize:
     count: Annotated[int, common.N] = 12
     """Records on the page, drawn at random."""
     seed: common.Seed = 0
-    supervision: Annotated[tuple[str, ...], common.option("FIELD=VALUE ...")] = ()
+    supervision: Annotated[tuple[str, ...], common.option("SETTING ...")] = ()
     """Supervision to show, in a recipe's fields: `kinds=negative context=positive-first`."""
 
     def run(self) -> None:
@@ -231,7 +234,7 @@ class Visualize:
             chosen = random.Random(self.seed).sample(entries, min(self.count, len(entries)))
             title = f"Samples of {', '.join(Path(source.partition('=')[0]).name for source in self.sources)}"
             records = (source[index] for source, index in chosen)
-            count = visualize.write(self.out, records, processor, supervision, title)
+            count = visualize.write_page(self.out, records, processor, supervision, title)
         print(f"{count} records: {self.out}")
 
 
@@ -256,7 +259,8 @@ class Questions:
 
         common.at_least(1, confusing=self.confusing)
         log = ReadLog()
-        questions = multiple_choice.questions(Rows(self.annotations), log, splits=self.splits, most=self.confusing)
+        rows = Rows(self.annotations)
+        questions = multiple_choice.annotation_rows(rows, log, splits=self.splits, max_wrong=self.confusing)
         common.note(log.notes)
         common.note(f"{where}: {why}; skipped" for where, why in log.problems[:5])
         if len(log.problems) > 5:
@@ -292,7 +296,7 @@ class Data:
 
 def mixture_entries(sources: Sequence[str], file: Path | None = None) -> list[MixtureEntry]:
     """Return the entries of FILE=FOLDER arguments, then those of a mixture file."""
-    from reverie_jax.data.mixture import MixtureEntry, read_parts
+    from reverie_jax.data.mixture import MixtureEntry, read_mixture_file
 
     entries = []
     for source in sources:
@@ -301,7 +305,7 @@ def mixture_entries(sources: Sequence[str], file: Path | None = None) -> list[Mi
         if not equals:
             name = source
         entries.append(MixtureEntry(file=Path(name), images=Path(folder) if equals else None))
-    return entries + (read_parts(file) if file is not None else [])
+    return entries + (read_mixture_file(file) if file is not None else [])
 
 
 @contextlib.contextmanager
@@ -311,7 +315,7 @@ def open_sources(sources: Sequence[str]) -> Iterator[Sources]:
     Raises:
         UserError: a source cannot be read, or files and folders are mixed.
     """
-    from reverie_jax.data.mixture import mixture
+    from reverie_jax.data.mixture import read_mixture
     from reverie_jax.data.records import RecordSource
     from reverie_jax.data.sources import ReadLog
 
@@ -324,7 +328,7 @@ def open_sources(sources: Sequence[str]) -> Iterator[Sources]:
     if any(folders):
         raise UserError("name either annotation files or records folders, not both")
     log = ReadLog()
-    with mixture(mixture_entries(sources), log) as records:
+    with read_mixture(mixture_entries(sources), log) as records:
         common.note(log.notes)
         yield [records]
 

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Annotated
+
+from reverie_jax.cli import common
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Demo:
     """Run the whole workflow on drawn scenes: build data, tune twice, evaluate, report. Takes minutes on two CPU cores."""
 
-    out: Path = Path("runs/demo")
+    out: Annotated[Path, common.FOLDER] = Path("runs/demo")
     """Output folder: report.html, report.json, data, checkpoints, predictions."""
-    seeds: int = 1
+    seeds: Annotated[int, common.N] = 1
     """Number of repetitions, each with its own training data and random seed."""
-    train_images: int = 3200
+    train_images: Annotated[int, common.N] = 3200
     """Number of training images."""
-    test_images: int = 250
+    test_images: Annotated[int, common.N] = 250
     """Number of held-out images."""
-    steps: int | None = None
-    """Optimizer steps of each run; the recipe's if omitted."""
-    model: str = "scenes-base"
-    """Checkpoint to start from: a folder or hub id, or the small model that ships with the package."""
+    steps: common.Steps = None
+    model: common.Model = "scenes-base"
 
     def run(self) -> None:
         """Run the command."""

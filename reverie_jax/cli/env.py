@@ -8,6 +8,8 @@ import json as jsonlib
 import platform
 from typing import Any
 
+from reverie_jax.cli import common
+
 _PACKAGES = (
     *("reverie-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets"),
     *("transformers", "tokenizers", "safetensors", "numpy", "torch", "google-genai", "openai"),
@@ -18,16 +20,15 @@ _PACKAGES = (
 class Env:
     """Print versions, devices and memory: what a bug report needs."""
 
-    json: bool = False
-    """Print one JSON object."""
+    json: common.Json = False
 
     def run(self) -> None:
         """Run the command."""
-        found = environment()
+        facts = environment()
         if self.json:
-            print(jsonlib.dumps(found, indent=2))
+            print(jsonlib.dumps(facts, indent=2))
             return
-        for name, value in found.items():
+        for name, value in facts.items():
             rows = value.items() if isinstance(value, dict) else [(name, value)]
             for key, text in rows:
                 print(f"{key:22} {text}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from reverie_jax.cli import common
 from reverie_jax.errors import UserError
@@ -23,30 +23,29 @@ _NAMES = 8
 
 @dataclasses.dataclass(frozen=True)
 class ProviderOptions:
-    """How hosted models are asked."""
+    """Options for hosted models."""
 
-    structured: bool = True
-    """Request JSON by schema; --no-structured for servers without support for it."""
-    temperature: float | None = None
+    structured: Annotated[bool, common.FLAG] = True
+    """Do not request JSON by schema, for servers without support for it."""
+    temperature: Annotated[float | None, common.NUMBER] = None
     """Sampling temperature; the provider's (for judges the benchmark's) default if omitted."""
-    timeout: float = 120.0
+    timeout: Annotated[float, common.option("SECONDS")] = 120.0
     """Seconds to wait for one reply."""
-    concurrency: int = 16
+    concurrency: Annotated[int, common.N] = 16
     """Requests in flight at once."""
-    requests_per_minute: float | None = None
+    requests_per_minute: Annotated[float | None, common.N] = None
     """Rate limit, in requests."""
-    tokens_per_minute: float | None = None
+    tokens_per_minute: Annotated[float | None, common.N] = None
     """Rate limit, in tokens."""
-    price: tuple[float, float] = (0.0, 0.0)
+    price: Annotated[tuple[float, float], common.option("IN OUT")] = (0.0, 0.0)
     """Price of a million input tokens and of a million output tokens, in your currency."""
-    max_cost: float | None = None
+    max_cost: Annotated[float | None, common.NUMBER] = None
     """Stop before the total cost, earlier runs in the same journal included, exceeds this. Needs --price."""
-    max_tokens: int | None = None
+    max_tokens: Annotated[int | None, common.N] = None
     """Stop before the total number of tokens, earlier runs in the same journal included, exceeds this."""
-    batch: bool = False
-    """Submit requests through the provider's batch API (gemini, openai): half the price, results within a day. Run the
-    command again to collect them."""
-    poll: float = 30.0
+    batch: Annotated[bool, common.FLAG] = False
+    """Use the provider's batch API: half the price, within a day. Run the command again to collect the results."""
+    poll: Annotated[float, common.option("SECONDS")] = 30.0
     """Seconds between status checks of submitted batches."""
 
     def limits(self) -> Limits:
@@ -97,7 +96,7 @@ def totals(session: Session) -> str:
     return f"total: {spent.requests:,} requests, {spent.tokens_in:,} tokens in, {spent.tokens_out:,} tokens out{price}"
 
 
-def progress_callback(bars: common.ProgressBars) -> ProgressCallback:
+def progress_callback(bars: ProgressBars) -> ProgressCallback:
     """Return a callback that shows a session's progress: items a minute, cost, failures."""
 
     def on_progress(step: str, total: int, outcome: Outcome, gate: Any) -> None:

@@ -5,10 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import sys
-from typing import TYPE_CHECKING
-
-from tyro.conf import Positional
+from typing import TYPE_CHECKING, Annotated
 
 from reverie_jax.cli import common
 from reverie_jax.errors import UserError
@@ -29,23 +26,18 @@ class Plan:
     if the step does not fit.
     """
 
-    recipe: Positional[str]
-    """Name of a recipe (`reverie recipes` lists them) or a YAML file, as `reverie recipes NAME` prints it."""
-    topology: str
+    recipe: common.Recipe
+    topology: Annotated[str, common.option("CHIPS")]
     """Machine: v5e, v5p or v6e with a shape, as v5e:2x4; a100, a100-40, h100 or h200 with a count, as h200:8."""
-    mesh: str | None = None
-    """Devices of each mesh axis, as data=1,fsdp=4,tensor=2; all on fsdp if omitted."""
-    set: tuple[str, ...] = ()
-    """Recipe fields to change, as `steps=200 learning_rate=1e-4 sequence.length=512`; they win over the recipe."""
-    architecture: str | None = None
-    """llava-1.0-7b, llava-1.5-7b, llava-1.5-13b or llava-phi3-mini; from the recipe's name if omitted."""
-    dtype: str = "auto"
-    """Dtype of weights and computation: float32, bfloat16, or auto (bfloat16 on accelerators, float32 on CPUs). Trained
-    parameters are always float32."""
-    fit: bool = False
+    mesh: Annotated[str | None, common.option("AXES")] = None
+    """Devices of each mesh axis; all on fsdp if omitted."""
+    set: common.RecipeFields = ()
+    architecture: Annotated[str | None, common.option("NAME")] = None
+    """Architecture: llava-1.0-7b, llava-1.5-7b, llava-1.5-13b or llava-phi3-mini; from the recipe's name if omitted."""
+    dtype: common.Dtype = "auto"
+    fit: Annotated[bool, common.FLAG] = False
     """Search batch size (in one micro-batch) and mesh for the fastest step that leaves 5 % of the memory free."""
-    json: bool = False
-    """Print one JSON object."""
+    json: common.Json = False
 
     def run(self) -> None:
         """Run the command."""
@@ -53,15 +45,15 @@ class Plan:
         os.environ["JAX_PLATFORMS"] = "cpu"
         from rich.console import Console
 
-        found = self.figures()
+        plan = self.figures()
         if self.json:
-            print(json.dumps(dataclasses.asdict(found)))
+            print(json.dumps(dataclasses.asdict(plan)))
         else:
             console = Console()
-            for part in (headline(found), memory_table(found), time_table(found), *formulas(), found.note):
+            for part in (headline(plan), memory_table(plan), time_table(plan), *formulas(), plan.note):
                 if part:
                     console.print(part, highlight=False, soft_wrap=isinstance(part, str))
-        if not found.fits:
+        if not plan.fits:
             raise SystemExit(1)
 
     def figures(self) -> StepPlan:
@@ -74,42 +66,42 @@ class Plan:
 
         from reverie_jax.train import recipes
         from reverie_jax.train.plan import plan
-        from reverie_jax.train.plan.search import fit
+        from reverie_jax.train.plan.search import search_plan
         from reverie_jax.train.plan.topology import Topology
 
         recipe = recipes.override(recipes.read_recipe(self.recipe), self.set)
         topology = Topology.parse(self.topology)
-        model = self.architecture or plan.model_name(recipe.name)
-        config = plan.architecture(model)
+        name = self.architecture or plan.architecture_of(recipe.name)
+        config = plan.find_architecture(name)
         dtype = jnp.dtype("bfloat16") if self.dtype == "auto" else common.parse_dtype(self.dtype)
         if self.fit:
             if self.mesh is not None:
                 raise UserError("--fit chooses the mesh: leave --mesh out")
-            return fit(config, recipe, topology, model=model, dtype=dtype, tried=_say)
+            return search_plan(config, recipe, topology, architecture=name, dtype=dtype, on_plan=_note)
         mesh = plan.mesh_sizes(self.mesh, topology.chips)
-        return plan.make_plan(config, recipe, topology, mesh, model=model, dtype=dtype)
+        return plan.make_plan(config, recipe, topology, mesh, architecture=name, dtype=dtype)
 
 
-def _say(plan: StepPlan) -> None:
-    """One line on stderr for a plan that the search looked at."""
+def _note(plan: StepPlan) -> None:
+    """Print a line on stderr for a plan that the search examined."""
     axes = ",".join(f"{name}={size}" for name, size in plan.mesh.items())
     verdict = "fits" if plan.fits else "does not fit"
-    print(
-        f"reverie: tried rows={plan.rows} {axes}: {plan.peak_bytes_per_chip / _GIB:.2f} GiB a chip, "
-        f"{1e3 * plan.roofline_seconds_per_step / plan.rows:.2f} ms a row at best; {verdict}",
-        file=sys.stderr,
-    )
+    seconds = plan.roofline_seconds_per_step / plan.batch_size
+    memory = f"{plan.peak_bytes_per_chip / _GIB:.2f} GiB per chip, at least {1e3 * seconds:.2f} ms per sequence"
+    common.note([f"tried batch_size={plan.batch_size} {axes}: {memory}; {verdict}"])
 
 
 def headline(plan: StepPlan) -> str:
-    """What was planned, and how, in a line."""
+    """Return what was planned, and how, in a line."""
     axes = ", ".join(f"{name} {size}" for name, size in plan.mesh.items())
     how = f"compiled in {plan.compile_seconds:.0f} s" if plan.compiled else "estimated, not compiled"
-    rows = f"{plan.rows} rows in {plan.accumulate} micro-batch{'es' if plan.accumulate > 1 else ''}"
-    return f"{plan.recipe} ({plan.model}, {plan.dtype}) on {plan.topology}: {axes}; {rows}; {how}"
+    parts = plan.gradient_accumulation_steps
+    batch = f"batch size {plan.batch_size} in {parts} micro-batch{'es' if parts > 1 else ''}"
+    return f"{plan.recipe} ({plan.architecture}, {plan.dtype}) on {plan.topology}: {axes}; {batch}; {how}"
 
 
 def formulas() -> tuple[str, str]:
+    """Return the formulas behind the figures, a line each."""
     from reverie_jax.train.plan.costs import FLOPS_FORMULA
     from reverie_jax.train.plan.plan import ROOFLINE_FORMULA
 
@@ -117,15 +109,15 @@ def formulas() -> tuple[str, str]:
 
 
 def memory_table(plan: StepPlan) -> Table:
-    """Bytes on one chip by kind, against what it has."""
+    """Return the bytes on one chip by kind, beside its memory, as a table for a terminal."""
     from rich.table import Table
 
     table = Table()
-    table.add_column("a chip holds")
+    table.add_column("on a chip")
     table.add_column("GiB", justify="right")
     table.add_column("of its memory", justify="right")
     names = {
-        "base": "frozen weights",
+        "frozen": "frozen weights",
         "trainable": "trained weights",
         "optimizer": "optimizer state",
         "batch": "batch",
@@ -142,12 +134,12 @@ def memory_table(plan: StepPlan) -> Table:
 
 
 def time_table(plan: StepPlan) -> Table:
-    """The least time of a step, by what bounds it."""
+    """Return the lower bounds of a step's time as a table for a terminal."""
     from rich.table import Table
 
     table = Table()
-    table.add_column("a step at best")
-    table.add_column("does", justify="right")
+    table.add_column("a step, lower bound")
+    table.add_column("work", justify="right")
     table.add_column("ms", justify="right")
     links = f"{plan.collective_bytes_per_step / 1e9:.2f} GB into a chip"
     work = {
@@ -158,5 +150,5 @@ def time_table(plan: StepPlan) -> Table:
     for bound, seconds in plan.roofline.items():
         table.add_row(bound, work[bound], f"{1e3 * seconds:.1f}")
     table.add_section()
-    table.add_row("roofline", f"{plan.rows} rows", f"{1e3 * plan.roofline_seconds_per_step:.1f}")
+    table.add_row("roofline", f"{plan.batch_size} sequences", f"{1e3 * plan.roofline_seconds_per_step:.1f}")
     return table

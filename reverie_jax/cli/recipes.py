@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Annotated
 
 from tyro.conf import Positional
+
+from reverie_jax.cli import common
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipes:
     """List the training recipes, or print one as YAML: `reverie recipes NAME > my.yaml`, edit, `reverie train my.yaml`."""
 
-    name: Positional[str | None] = None
-    """Recipe to print."""
+    name: Annotated[Positional[str | None], common.option("[NAME]")] = None
+    """Recipe to print as YAML; all are listed if omitted."""
 
     def run(self) -> None:
         """Run the command."""
@@ -34,6 +37,6 @@ class Benchmarks:
         from reverie_jax.eval import benchmarks
 
         for name in benchmarks.names():
-            found = benchmarks.benchmark(name)
-            judged = [f"{rule} (judge)" if rule in found.judged else rule for rule in found.rules]
-            print(f"{name:17} rules: {', '.join(judged)}\n{'':17} data: {found.needs}")
+            benchmark = benchmarks.benchmark(name)
+            judged = [f"{rule} (judge)" if rule in benchmark.judged_rules else rule for rule in benchmark.rules]
+            print(f"{name:17} rules: {', '.join(judged)}\n{'':17} data: {benchmark.required_files}")

@@ -15,16 +15,15 @@ from reverie_jax.cli import common
 class Render:
     """Draw scenes: images, exact scene graphs, and annotations or POPE questions."""
 
-    out: Positional[Path]
+    out: Annotated[Positional[Path], common.FOLDER]
     """Output folder: images/, scenes.jsonl with the graphs, and annotation or question files."""
-    count: int = 100
+    count: Annotated[int, common.N] = 100
     """Number of scenes."""
-    questions: str = "rationales"
-    """rationales: training scenes with reverie.json. pope: held-out scenes that break the prior, with POPE files."""
-    size: int = 128
+    split: Annotated[str, common.option("train|test")] = "train"
+    """Kind of scenes: train, with annotations (reverie.json), or test, held out, with POPE files."""
+    size: Annotated[int, common.option("PIXELS")] = 128
     """Side of an image, in pixels."""
-    seed: int = 0
-    """Random seed."""
+    seed: common.Seed = 0
 
     def run(self) -> None:
         """Run the command."""
@@ -32,28 +31,26 @@ class Render:
 
         common.at_least(1, count=self.count)
         common.at_least(32, size=self.size)
-        common.one_of(("rationales", "pope"), questions=self.questions)
-        if self.questions == "pope":
+        common.one_of(("train", "test"), split=self.split)
+        if self.split == "test":
             dataset.make_test_set(self.out, self.count, size=self.size, seed=self.seed)
             print(f"{self.count} held-out scenes with POPE questions: {self.out}")
             return
-        made = dataset.make_training_set(self.out, self.count, size=self.size, questions=4, seed=self.seed)
-        print(f"{self.count} training scenes, {made.conversations} conversations: {self.out}")
-        common.note(f"dropped: {reason}" for reason in made.dropped)
+        annotated = dataset.make_training_set(self.out, self.count, size=self.size, questions=4, seed=self.seed)
+        print(f"{self.count} training scenes, {annotated.conversations} conversations: {self.out}")
+        common.note(f"dropped: {reason}" for reason in annotated.dropped)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pretrain:
     """Make the small base model from scratch (about half an hour on two CPU cores)."""
 
-    out: Positional[Path]
+    out: Annotated[Positional[Path], common.FOLDER]
     """Output folder: a llava-hf checkpoint with tokenizer and model card."""
-    seed: int = 0
-    """Random seed."""
-    tower_steps: int | None = None
+    seed: common.Seed = 0
+    tower_steps: Annotated[int | None, common.N] = None
     """Steps of the vision tower's stage; the recipe's if omitted."""
-    steps: int | None = None
-    """Optimizer steps of the language stage; the recipe's if omitted."""
+    steps: common.Steps = None
 
     def run(self) -> None:
         """Run the command."""

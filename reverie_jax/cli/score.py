@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from reverie_jax.cli import common
 from reverie_jax.errors import UserError
@@ -30,47 +30,44 @@ class Score:
     """
 
     benchmark: common.BenchmarkName
-    """Name of the benchmark; `reverie benchmarks` lists them."""
-    predictions: Path
-    """Answer file: JSON lines with question_id and text, or the benchmark's own form."""
-    data: Path
-    """Folder of the benchmark's official files, or one file."""
-    rule: str | None = None
-    """Scoring rule; the benchmark's official one if omitted. `all` scores by every rule that needs no judge, and
-    compares them."""
-    replies: Path | None = None
+    predictions: common.Predictions
+    data: Annotated[Path, common.option("PATH")]
+    """Folder of the benchmark's official files; the file itself where the benchmark is one."""
+    rule: Annotated[str | None, common.option("RULE")] = None
+    """Scoring rule; the benchmark's official one if omitted. `all` compares all rules that need no judge."""
+    replies: Annotated[Path | None, common.FILE] = None
     """A judge's replies, written by `reverie judge`."""
-    partial: bool = False
+    partial: Annotated[bool, common.FLAG] = False
     """Accept missing answers; they count as the rule says."""
-    compare_to: Path | None = None
+    compare_to: Annotated[Path | None, common.FILE] = None
     """Second answer file: differences with intervals, and McNemar's test."""
-    compare_replies: Path | None = None
+    compare_replies: Annotated[Path | None, common.FILE] = None
     """A judge's replies to the second answer file."""
-    out: Path | None = None
-    """Output folder for scores.json, as `reverie eval` writes it; `reverie report` reads it."""
-    json: bool = False
-    """Print one JSON object."""
-    details: Path | None = None
-    """Write each question's answer and how the rule parsed it to this file, as JSON lines."""
-    export: Path | None = None
+    out: Annotated[Path | None, common.FOLDER] = None
+    """Output folder: scores.json, as `reverie eval` writes it; `reverie report` reads it."""
+    json: common.Json = False
+    details: common.Details = None
+    export: Annotated[Path | None, common.FOLDER] = None
     """Output folder for the file that the benchmark's server or script reads."""
 
     def run(self) -> None:
         """Run the command."""
-        from reverie_jax.eval.benchmarks import benchmark
+        from reverie_jax.eval import benchmarks
         from reverie_jax.eval.benchmarks.interface import NotScorable
 
-        found = benchmark(self.benchmark)
-        loaded = found.load(self.data)
-        exported = [] if self.export is None else self._export(found, loaded, self.export)
+        benchmark = benchmarks.benchmark(self.benchmark)
+        data = benchmark.load(self.data)
+        exported = [] if self.export is None else self._export(benchmark, data, self.export)
         try:
-            results = [self._score(found, loaded, rule) for rule in self._rules(found)]
+            results = [
+                self._score(benchmark, data, self.predictions, rule, self.replies) for rule in self._rules(benchmark)
+            ]
         except NotScorable as error:
             if not exported:
                 raise
             print(f"{', '.join(map(str, exported))}: written; not scored: {error}")
             return
-        content = self._content(found, loaded, results)
+        content = self._content(benchmark, data, results)
         self._write(results[0])
         if self.json:
             print(json.dumps(content))
@@ -80,27 +77,19 @@ class Score:
     def _rules(self, benchmark: Benchmark) -> Sequence[str | None]:
         if self.rule != "all":
             return [self.rule]
-        rules = [rule for rule in benchmark.rules if rule not in benchmark.judged or self.replies is not None]
+        rules = [rule for rule in benchmark.rules if rule not in benchmark.judged_rules or self.replies is not None]
         if not rules:
             raise UserError(f"--rule all: every rule of {benchmark.name} needs a judge; add --replies FILE")
         return rules
 
     def _score(
-        self,
-        benchmark: Benchmark,
-        loaded: BenchmarkData,
-        rule: str | None,
-        second: bool = False,
-        replies: Path | None = None,
+        self, benchmark: Benchmark, data: BenchmarkData, predictions: Path, rule: str | None, replies: Path | None
     ) -> Result:
         from reverie_jax.eval.score import score
 
-        predictions = self.compare_to if second else self.predictions
-        assert predictions is not None
-        replies = replies if second else self.replies
-        return score(benchmark, loaded, predictions, rule, replies=replies, partial=self.partial)
+        return score(benchmark, data, predictions, rule, replies=replies, partial=self.partial)
 
-    def _content(self, benchmark: Benchmark, loaded: BenchmarkData, results: list[Result]) -> dict[str, Any]:
+    def _content(self, benchmark: Benchmark, data: BenchmarkData, results: list[Result]) -> dict[str, Any]:
         """Return what --json prints."""
         from reverie_jax.eval.score import agreement, compare
 
@@ -109,37 +98,37 @@ class Score:
         if self.rule == "all":
             content = {"rules": [result.json() for result in results], "agreement": agreement(results)}
         if self.compare_to is not None:
-            replies = self.compare_replies if first.rule in benchmark.judged else self.replies
-            second = self._score(benchmark, loaded, first.rule, second=True, replies=replies)
+            replies = self.compare_replies if first.rule in benchmark.judged_rules else self.replies
+            second = self._score(benchmark, data, self.compare_to, first.rule, replies)
             content["comparison"] = compare(first, second)
         return content
 
     def _write(self, result: Result) -> None:
-        from reverie_jax.eval.benchmarks.files import SCORES
+        from reverie_jax.eval.benchmarks.answer_files import SCORES
         from reverie_jax.eval.score import write_score
 
         if self.details is not None:
             with common.writing(self.details):
-                result.write_items(self.details)
+                result.write_details(self.details)
         if self.out is not None:
             with common.writing(self.out / SCORES):
                 write_score(result, self.out / SCORES)
 
-    def _export(self, benchmark: Benchmark, loaded: BenchmarkData, folder: Path) -> list[Path]:
+    def _export(self, benchmark: Benchmark, data: BenchmarkData, folder: Path) -> list[Path]:
         """Write the files that the benchmark's server or script reads; they need no score."""
-        from reverie_jax.eval.benchmarks import files
+        from reverie_jax.eval.benchmarks import answer_files
 
-        answers = files.read_answers(self.predictions, benchmark, loaded, partial=self.partial)
+        answers = answer_files.read_answers(self.predictions, benchmark, data, partial=self.partial)
         try:
             with common.writing(folder):
-                made = benchmark.export(loaded, answers, folder)
+                paths = benchmark.export(data, answers, folder)
         except KeyError as error:
-            if len(answers) == len(loaded.questions):
+            if len(answers) == len(data.questions):
                 raise
             raise UserError(f"--export: {benchmark.name}'s file needs all answers; {error} is missing") from None
-        if not made:
+        if not paths:
             raise UserError(f"--export: {benchmark.name} has no server or script that reads a file")
-        return made
+        return paths
 
 
 def _show(results: Sequence[Result], content: Mapping[str, Any], exported: Sequence[Path]) -> None:
@@ -176,18 +165,18 @@ def score_table(result: Result) -> Table:
     return table
 
 
-def _comparison_table(found: Mapping[str, Any]) -> Table:
+def _comparison_table(comparison: Mapping[str, Any]) -> Table:
     from rich.table import Table
 
     table = Table(title="Difference from --compare-to (paired bootstrap)")
     table.add_column("metric")
     table.add_column("difference", justify="right")
     table.add_column("95 % interval", justify="right")
-    for name, row in list(found["differences"].items())[:_ROWS]:
+    for name, row in list(comparison["differences"].items())[:_ROWS]:
         low, high = row["ci95"]
         table.add_row(name, f"{row['value']:+.4g}", f"{low:+.4g} to {high:+.4g}")
-    if "mcnemar" in found:
-        test = found["mcnemar"]
+    if "mcnemar" in comparison:
+        test = comparison["mcnemar"]
         table.caption = (
             f"right only here: {test['only_ours']}; right only there: {test['only_theirs']}; "
             f"McNemar's exact p = {test['p']:.3g}"

@@ -4,52 +4,46 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import types
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-from tyro.conf import Positional
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from reverie_jax.cli import common
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Train:
-    """Tune a model by a recipe. Run the same command again to resume."""
+    """Tune a model by a recipe. Run the same command again to resume.
 
-    recipe: Positional[str]
-    """Name of a recipe (`reverie recipes` lists them) or a YAML file, as `reverie recipes NAME` prints it."""
-    model: str
-    """Checkpoint: a folder or hub id in any format that `reverie convert` reads, or scenes-base."""
-    data: Path
+    Trained parameters are float32, whatever --dtype is. The fields of a recipe are listed below the options.
+    """
+
+    recipe: common.Recipe
+    model: common.Model
+    data: Annotated[Path, common.FOLDER]
     """Records folder, written by `reverie data build`."""
-    out: Path
-    """Run folder: checkpoints, metrics.jsonl, tensorboard, run.json."""
+    out: Annotated[Path, common.FOLDER]
+    """Output folder: checkpoints, metrics.jsonl, tensorboard, run.json."""
     components: common.Components = ()
-    """Checkpoint of a part that the model lacks: language model or CLIP tower. Repeat for each part."""
-    adapter: str | None = None
-    """Adapters to continue from: PEFT adapter, LLaVA LoRA folder, or run folder. New ones if omitted."""
-    dtype: str = "auto"
-    """Dtype of weights and computation: float32, bfloat16, or auto (bfloat16 on accelerators, float32 on CPUs). Trained
-    parameters are always float32."""
-    set: tuple[str, ...] = ()
-    """Recipe fields to change, as `steps=200 learning_rate=1e-4 sequence.length=512`; they win over the recipe."""
-    mesh: str = "data=1,fsdp=1,tensor=1"
-    """Devices of each mesh axis."""
-    distributed: str = ""
-    """Join other processes: auto (SLURM, Open MPI, Kubernetes, TPU pod), or address:port,processes,index."""
-    cache_vision: Path | None = None
+    adapter: common.Adapter = None
+    dtype: common.Dtype = "auto"
+    set: common.RecipeFields = ()
+    mesh: common.MeshSpec = common.ONE_DEVICE
+    distributed: common.Distributed = ""
+    cache_vision: Annotated[Path | None, common.FOLDER] = None
     """Folder for a cache of the frozen vision tower's features; the records' images are then not decoded again."""
-    profile: bool = False
+    profile: Annotated[bool, common.FLAG] = False
     """Write a profiler trace of a few steps to the run folder."""
-    tensorboard: bool = False
+    tensorboard: Annotated[bool, common.FLAG] = False
     """Serve TensorBoard during training (needs the tensorboard package)."""
-    resume: bool = True
-    """Continue from the newest checkpoint in the run folder; --no-resume refuses a folder that has one."""
+    resume: Annotated[bool, common.FLAG] = True
+    """Start anew: refuse an output folder that has checkpoints instead of continuing from the newest one."""
 
     def run(self) -> None:
         """Run the command."""
         from reverie_jax.data.records import RecordSource
-        from reverie_jax.loading import bare, load_model, load_with_projector
+        from reverie_jax.loading import lacks_projector, load_model, load_with_projector
         from reverie_jax.train import recipes
         from reverie_jax.train.distributed import join
         from reverie_jax.train.loop import train
@@ -59,14 +53,14 @@ class Train:
         recipe = recipes.override(recipes.read_recipe(self.recipe), self.set)
         records = RecordSource(self.data)
         mesh = common.parse_mesh(self.mesh)
-        where: Any = {"mesh": mesh, "dtype": common.parse_dtype(self.dtype)}
-        if recipe.trainable == "projector" and self.adapter is None and bare(self.model, self.components):
+        placement: Any = {"mesh": mesh, "dtype": common.parse_dtype(self.dtype)}
+        if recipe.trainable == "projector" and self.adapter is None and lacks_projector(self.model, self.components):
             kind = recipe.projector_type
             model, processor = load_with_projector(
-                self.model, components=self.components, kind=kind, seed=recipe.seed, **where
+                self.model, components=self.components, kind=kind, seed=recipe.seed, **placement
             )
         else:
-            model, processor = load_model(self.model, components=self.components, adapter=self.adapter, **where)
+            model, processor = load_model(self.model, components=self.components, adapter=self.adapter, **placement)
         with serve(self.out) if self.tensorboard else contextlib.nullcontext():
             result = train(
                 model,
@@ -87,7 +81,31 @@ class Train:
 
 
 def field_help() -> str:
-    """Return the recipe fields with type and default, as the last part of `reverie train --help`."""
-    from reverie_jax.train.recipes import describe_fields
+    """Return the recipe fields with default and type, as the last part of `reverie train --help`."""
+    from reverie_jax.train.recipes import Recipe
 
-    return f"recipe fields (in a YAML file, or --set FIELD=VALUE):\n{describe_fields()}"
+    lines = [f"  {name:32} {default:13} {kind}" for name, default, kind in _fields(Recipe)]
+    return "\n".join(["recipe fields (in a YAML file, or --set FIELD=VALUE), with default and type:", *lines])
+
+
+def _fields(cls: type[Any], prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    """Yield (name, default, type) of a dataclass's fields; those of a nested one are `outer.inner`."""
+    hints = get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        inner = next((part for part in _union(hints[field.name]) if dataclasses.is_dataclass(part)), None)
+        if isinstance(inner, type):
+            yield from _fields(inner, f"{prefix}{field.name}.")
+        else:
+            default = "required" if field.default is dataclasses.MISSING else str(field.default)
+            default = default.lower() if field.default in (None, True, False) else default  # as YAML and --set write it
+            yield f"{prefix}{field.name}", default, " | ".join(map(_type_name, _union(hints[field.name])))
+
+
+def _union(kind: Any) -> tuple[Any, ...]:
+    return get_args(kind) if isinstance(kind, types.UnionType) or get_origin(kind) is Union else (kind,)
+
+
+def _type_name(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return " | ".join(get_args(kind))
+    return "none" if kind is type(None) else kind.__name__

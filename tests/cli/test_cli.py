@@ -1,197 +1,208 @@
-"""The command as a stranger meets it: help that reads well, and one clear line for each mistake."""
+"""The commands end to end: they hand over to one another through files, and each mistake is one clear line."""
 
+from __future__ import annotations
+
+import contextlib
+import io
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from safetensors.numpy import load_file, save_file
 
+import reverie_jax
 from reverie_jax import cli
-from reverie_jax.loading import checkpoint_folder
-
-DATA = [f"data {name}" for name in ("build", "check", "stats", "leak", "show", "questions")]
-COMMANDS = [
-    "demo",
-    "data",
-    *DATA,
-    "plan",
-    "train",
-    "eval",
-    "score",
-    "judge",
-    "report",
-    "ask",
-    "recipes",
-    "scenes",
-    "scenes render",
-    "scenes pretrain",
-]
-
-
-@pytest.fixture
-def reverie(monkeypatch, capsys):
-    """Runs the command in this process; returns (exit code, stdout, stderr)."""
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["reverie", *map(str, words)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
+from reverie_jax.eval import benchmarks
+from reverie_jax.loading import find_checkpoint
+from reverie_jax.train.recipes import RECIPES, read_recipe
 
 
 @pytest.fixture(scope="module")
-def training_set(tmp_path_factory):
-    from reverie_jax.scenes.dataset import make_training_set
+def demo(tmp_path_factory) -> tuple[Path, str]:
+    """Output folder and text of a tiny demo; its annotations, records, questions and run folders serve other tests."""
+    folder = tmp_path_factory.mktemp("cli") / "demo"
+    words = ["demo", "--out", str(folder), "--train-images", "20", "--test-images", "5", "--steps", "1"]
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
+        patch.setattr(sys, "argv", ["reverie", *words])
+        cli.main()
+    return folder, out.getvalue()
 
-    folder = tmp_path_factory.mktemp("scenes")
-    make_training_set(folder, 4, size=128, questions=2, seed=3)
-    return folder
 
-
-def refused(result, *words):
-    """Exit code 2, nothing on stdout, one line on stderr that holds the words."""
+def assert_refused(result: tuple[int, str, str], *facts: Any) -> None:
+    """Check exit code 2, nothing on stdout, and one line on stderr that names the facts."""
     code, out, err = result
-    assert code == 2
-    assert out == ""
+    assert (code, out) == (2, "")
     assert err.startswith("reverie: error: ")
     assert err.count("\n") == 1
-    for word in words:
-        assert str(word) in err
-    return True
+    assert all(str(fact) in err for fact in facts), err
 
 
-@pytest.mark.parametrize("command", ["", *COMMANDS])
-def test_help_names_what_there_is(reverie, command):
-    code, out, err = reverie(*command.split(), "--help")
-    assert code == 0
-    assert err == ""
-    assert out.startswith(f"usage: reverie {command}".rstrip())
-    assert "None" not in " ".join(out.split()).replace("{None}", "").replace("(default: None)", "")
-    if command == "":
-        assert all(
-            name in out for name in ("demo", "data", "train", "eval", "score", "judge", "ask", "recipes", "scenes")
-        )
+def test_version_and_environment(reverie):
+    assert reverie("--version") == (0, f"reverie-jax {reverie_jax.__version__}\n", "")
+    facts = json.loads(reverie("env", "--json")[1])
+    assert facts["packages"]["reverie-jax"] == reverie_jax.__version__
+    assert facts["devices"]["device 0"].startswith("cpu")
+    text = reverie("env")[1]
+    assert all(str(fact) in text for fact in (facts["python"], facts["backend"], *facts["packages"], *facts["devices"]))
 
 
-def test_recipes_are_listed_and_printed(reverie):
-    code, out, _ = reverie("recipes")
-    assert code == 0
-    assert {line.split()[0] for line in out.splitlines()} >= {"scenes-responses", "scenes-rationales"}
-    assert json.loads(reverie("recipes", "scenes-responses")[1])["teach"]["kinds"] == "responses"
+def test_benchmarks_are_listed_with_their_rules(reverie):
+    lines = reverie("benchmarks")[1].splitlines()[::2]
+    assert [line.split()[0] for line in lines] == list(benchmarks.names())
+    assert all(rule in line for line in lines for rule in benchmarks.benchmark(line.split()[0]).rules)
 
 
-def test_unknown_recipe(reverie, tmp_path):
-    assert refused(reverie("train", "llava-9b", "--data", tmp_path, "--out", tmp_path), "llava-9b", "scenes-responses")
-    assert refused(reverie("recipes", "llava-9b"), "llava-9b")
+def test_recipes_are_listed_and_read_back_from_their_yaml(reverie, tmp_path):
+    assert {line.split()[0] for line in reverie("recipes")[1].splitlines()} == RECIPES.keys()
+    for name, recipe in RECIPES.items():
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(reverie("recipes", name)[1])
+        assert read_recipe(str(path)) == recipe
 
 
-def test_wrong_paths(reverie, tmp_path):
-    gone = tmp_path / "gone"
-    assert refused(
-        reverie("train", "scenes-responses", "--data", gone, "--out", tmp_path / "run"), gone, "reverie data build"
-    )
-    assert refused(reverie("data", "build", gone, "--out", tmp_path / "out"), gone)
-    scenes = ("--benchmark", "scenes", "--data", gone, "--out", tmp_path / "e")
-    assert refused(reverie("eval", "--model", "scenes-base", *scenes), gone)
-    assert refused(reverie("ask", gone, "What is it?"), gone)
-    assert refused(reverie("demo", "--out", tmp_path / "demo", "--base", gone), gone)
-    assert not (tmp_path / "run").exists()
+def test_a_closed_pipe_ends_the_command_quietly():
+    script = f"{sys.executable} -m reverie_jax.cli recipes | true; exit ${{PIPESTATUS[0]}}"
+    result = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert result.returncode in (0, 141)
+    assert result.stderr == ""
 
 
-def test_broken_picture_in_the_data_folder(reverie, training_set, tmp_path):
-    folder = tmp_path / "broken"
-    shutil.copytree(training_set, folder)
-    (folder / "images" / "000002.png").write_bytes(b"not a picture at all")
-    assert refused(reverie("data", "build", folder / "reverie.json", "--out", tmp_path / "records"), "000002.png")
+TRAIN = "train scenes-responses --model scenes-base --data {data}/records0 --out {out}"
+ASK = "ask {data}/test/images/000000.png ? --model scenes-base"
+EVAL = "eval --model scenes-base --benchmark scenes --data {data}/test --out {out}"
+# A command with a mistake, and what its one line names.
+MISTAKES = {
+    "train llava-9b --model scenes-base --data {data} --out {out}": "llava-9b scenes-responses",
+    "recipes llava-9b": "llava-9b",
+    "train {gone}.yaml --model scenes-base --data {data} --out {out}": "{gone}.yaml",
+    "train scenes-responses --model scenes-base --data {gone} --out {out}": "{gone} build",
+    f"{TRAIN} --set pace=3": "pace learning_rate",
+    f"{TRAIN} --set steps=many": "steps",
+    f"{TRAIN} --set sequence.length=long": "sequence.length",
+    f"{TRAIN} --dtype int8": "--dtype int8 bfloat16",
+    **{f"{TRAIN} --mesh {mesh}": mesh for mesh in ("data=9", "fsdp=x", "batch_size=2", "data=1,data=1", "data=0")},
+    "data build {gone} --out {out}": "{gone}",
+    f"{EVAL} --rule dice": "dice official",
+    f"{EVAL} --max-new-tokens 0": "--max-new-tokens",
+    EVAL.replace("{data}", "{gone}"): "{gone}",
+    EVAL.replace("--benchmark scenes", "--benchmark scenes,scenes"): "scenes,scenes",
+    EVAL.replace("--benchmark scenes", "--benchmark peop"): "peop pope",
+    ASK.replace("{data}", "{gone}"): "{gone}",
+    f"{ASK} --adapter {{data}}": "{data}",
+    f"{ASK} --max-new-tokens 0": "--max-new-tokens",
+    "demo --out {out} --model {gone}": "{gone}",
+    "demo --out {out} --seeds 0": "--seeds",
+    "demo --out {data}": "records0",
+    "scenes render {out} --split dice": "--split dice",
+    "scenes render {out} --size 8": "--size",
+}
+
+
+@pytest.mark.parametrize("command", MISTAKES)
+def test_a_mistake_is_one_line_that_names_it(reverie, demo, tmp_path, command):
+    places = {"data": demo[0] / "data", "gone": tmp_path / "gone", "out": tmp_path / "out"}
+    result = reverie(*(word.format(**places) for word in command.split()))
+    assert_refused(result, *(fact.format(**places) for fact in MISTAKES[command].split()))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "facts"),
+    [
+        ({"pace": 3}, ["pace"]),
+        ({"steps": "many"}, ["steps"]),
+        ({"sequence": {"length": 448, "width": 2}}, ["sequence.width"]),
+        ({"steps": None}, ["steps"]),
+        ({"batch_size": 3, "gradient_accumulation_steps": 2}, ["batch_size"]),
+        ("[steps", ["YAML"]),
+        ("steps", []),
+    ],
+    ids=str,
+)
+def test_a_broken_recipe_file_is_named_with_its_field(reverie, tmp_path, change, facts):
+    recipe = yaml.safe_load(RECIPES["scenes-responses"].to_yaml())
+    path = tmp_path / "mine.yaml"
+    path.write_text(change if isinstance(change, str) else yaml.safe_dump(recipe | change))
+    words = ("--model", "scenes-base", "--data", tmp_path, "--out", tmp_path / "run")
+    assert_refused(reverie("train", path, *words), path, *facts)
+
+
+@pytest.mark.parametrize("size", [0, 300])
+def test_a_broken_image_is_named(reverie, demo, tmp_path, size):
+    shutil.copytree(demo[0] / "data" / "train0", tmp_path / "data")
+    image = tmp_path / "data" / "images" / "000002.png"
+    image.write_bytes(image.read_bytes()[:size] or b"not an image at all")
+    words = ("data", "build", tmp_path / "data" / "reverie.json", "--out", tmp_path / "records")
+    assert_refused(reverie(*words), image.name)
     assert not (tmp_path / "records").exists()
 
 
-def test_truncated_picture_in_the_data_folder(reverie, training_set, tmp_path):
-    folder = tmp_path / "broken"
-    shutil.copytree(training_set, folder)
-    picture = folder / "images" / "000001.png"
-    picture.write_bytes(picture.read_bytes()[:300])
-    assert refused(reverie("data", "build", folder / "reverie.json", "--out", tmp_path / "records"), "000001.png")
-
-
-def test_checkpoint_with_a_missing_tensor(reverie, training_set, tmp_path):
-    base = tmp_path / "base"
-    shutil.copytree(checkpoint_folder("scenes-base"), base)
-    tensors = load_file(base / "model.safetensors")
+def test_a_missing_tensor_is_named(reverie, demo, tmp_path):
+    folder = tmp_path / "base"
+    shutil.copytree(find_checkpoint("scenes-base"), folder)
+    tensors = load_file(folder / "model.safetensors")
     name = "language_model.model.layers.1.mlp.up_proj.weight"
     del tensors[name]
-    save_file(tensors, base / "model.safetensors")
-    question = (training_set / "images" / "000000.png", "Is there a cup in the image?")
-    assert refused(reverie("ask", *question, "--model", base), base, name)
+    save_file(tensors, folder / "model.safetensors")
+    image = demo[0] / "data" / "test" / "images" / "000000.png"
+    assert_refused(reverie("ask", image, "Is there a cup in the image?", "--model", folder), folder, name)
 
 
-def test_ask_answers_each_question(reverie, training_set):
-    code, out, _ = reverie(
-        "ask", training_set / "images" / "000000.png", "Describe the image.", "Is there a cup in the image?"
-    )
+def test_ask_answers_each_question(reverie, demo):
+    image = demo[0] / "data" / "test" / "images" / "000000.png"
+    words = ("ask", image, "Describe the image.", "Is there a cup in the image?", "--model", "scenes-base")
+    code, out, _ = reverie(*words)
     assert code == 0
     lines = out.splitlines()
-    assert lines[0] == "Describe the image."
+    assert (lines[0], lines[2]) == (words[2], words[3])
     assert lines[1].strip()
     assert lines[3].strip().lower().startswith(("yes", "no"))
 
 
-def test_build_train_eval_score(reverie, training_set, tmp_path):
-    """The commands hand over to one another through files."""
-    code, out, _ = reverie("data", "build", training_set / "reverie.json", "--out", tmp_path / "records")
+def test_build_train_eval_score(reverie, demo, tmp_path):
+    """A recipe from a YAML file, changed by --set, trains on records that were just built; the run is evaluated."""
+    data, run, scores = demo[0] / "data", tmp_path / "run", tmp_path / "scores"
+    code, out, _ = reverie("data", "build", data / "train0" / "reverie.json", "--out", tmp_path / "records")
     assert code == 0
-    assert out.startswith("4 images")
-    settings = ("--set", "steps=2", "batch_size=2", "sequence.length=512")
-    run = tmp_path / "run"
-    code, out, _ = reverie("train", "scenes-rationales", "--data", tmp_path / "records", "--out", run, *settings)
+    assert out.startswith("20 images")
+    path = tmp_path / "mine.yaml"
+    path.write_text(reverie("recipes", "scenes-rationales")[1].replace("rank: 16", "rank: 4"))
+    words = ("--model", "scenes-base", "--data", tmp_path / "records", "--out", run, "--set", "steps=2", "batch_size=2")
+    code, out, _ = reverie("train", path, *words)
     assert code == 0
     assert out.startswith("2 steps")
-    code, out, _ = reverie("scenes", "render", tmp_path / "test", "--questions", "pope", "--count", 3)
-    assert code == 0
-    scores = tmp_path / "scores"
-    asked = ("--benchmark", "scenes", "--data", tmp_path / "test", "--out", scores)
+    recipe = json.loads((run / "run.json").read_text())["recipe"]
+    assert (recipe["rank"], recipe["steps"], recipe["batch_size"]) == (4, 2, 2)
+    asked = ("--benchmark", "scenes", "--data", data / "test", "--out", scores)
     code, out, _ = reverie("eval", "--model", "scenes-base", *asked, "--adapter", run)
     assert code == 0
-    assert "scenes by the rule official" in out
     first = json.loads((scores / "scores.json").read_text())
     assert 0 <= first["metrics"]["pope/f1"] <= 1
-    assert first["protocol"]["run/model"] == "run"
-    answers = ("--predictions", scores / "predictions.jsonl", "--data", tmp_path / "test")
-    code, out, _ = reverie("score", "scenes", *answers, "--json")
+    assert "pope/f1" in out
+    code, out, _ = reverie(
+        *("score", "scenes", "--predictions", scores / "predictions.jsonl", "--data", data / "test", "--json")
+    )
     assert code == 0
     assert json.loads(out) == first
-    assert refused(reverie("eval", "--model", "scenes-base", *asked), scores, "another run", "model, identity")
-    assert refused(reverie("ask", training_set / "images" / "000000.png", "?", "--adapter", tmp_path), tmp_path)
+    assert_refused(reverie("eval", "--model", "scenes-base", *asked), scores)
 
 
-@pytest.mark.parametrize("mesh", ["data=9", "fsdp=x", "batch_size=2", "data=1,data=1", "data=0"])
-def test_bad_meshes(reverie, training_set, tmp_path, mesh):
-    reverie("data", "build", training_set / "reverie.json", "--out", tmp_path / "records")
-    words = ("train", "scenes-responses", "--data", tmp_path / "records", "--out", tmp_path / "run", "--mesh", mesh)
-    assert refused(reverie(*words), mesh)
-
-
-def test_the_demo_refuses_a_folder_that_is_not_its_own(reverie, tmp_path):
+def test_the_demo_keeps_files_that_are_not_its_own(reverie, tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
-    assert refused(reverie("demo", "--out", tmp_path), "thesis.txt")
+    assert_refused(reverie("demo", "--out", tmp_path), "thesis.txt")
     assert (tmp_path / "thesis.txt").exists()
 
 
-def test_the_demo_writes_its_report(reverie, tmp_path):
-    out = tmp_path / "demo"
-    code, text, _ = reverie("demo", "--out", out, "--train-images", 20, "--test-images", 5, "--steps", 2)
-    assert code == 0
+def test_the_demo_writes_its_report(demo):
+    folder, text = demo
     assert "POPE mean F1" in text
-    report = json.loads((out / "report.json").read_text())
+    report = json.loads((folder / "report.json").read_text())
     for arm in ("base", "responses", "reflective"):
         for split in ("random", "popular", "adversarial", "mean"):
             score = report["arms"][arm]["pope"][split]
@@ -200,36 +211,29 @@ def test_the_demo_writes_its_report(reverie, tmp_path):
         assert report["arms"][arm]["chair"]["i"].keys() == {"value", "ci95"}
         assert report["arms"][arm]["rationale_correct"].keys() == {"value", "ci95"}
     assert report["tokens"]["flat"] > report["tokens"]["tree"] > 0
-    assert report["seconds"]["total"] == pytest.approx(
-        sum(v for k, v in report["seconds"].items() if k != "total"), abs=0.1
-    )
-    assert report["recipe"]["responses"]["steps"] == report["recipe"]["reflective"]["steps"] == 2
-    assert report["recipe"]["responses"]["rows"] == report["recipe"]["reflective"]["rows"]
-    page = (out / "report.html").read_text()
+    seconds = report["seconds"]
+    assert seconds["total"] == pytest.approx(sum(v for k, v in seconds.items() if k != "total"), abs=0.1)
+    recipes = report["recipe"]
+    assert recipes["responses"]["steps"] == recipes["reflective"]["steps"] == 1
+    assert recipes["responses"]["batch_size"] == recipes["reflective"]["batch_size"]
+    page = (folder / "report.html").read_text()
     # Self-contained: nothing is fetched.
     assert "data:image/png;base64," in page
     assert not any(mark in page for mark in ("<script", "<link", 'src="http', "url(http"))
-    assert reverie("demo", "--out", out, "--train-images", 20, "--test-images", 5, "--steps", 2, "--seeds", 0)[0] == 2
 
 
-def test_shipped_base_is_small_and_complete():
-    folder = checkpoint_folder("scenes-base")
+def test_the_shipped_model_is_small_and_complete():
+    folder = find_checkpoint("scenes-base")
     files = {path.name: path.stat().st_size for path in folder.iterdir()}
     assert sum(files.values()) <= 8_000_000
-    assert {
-        "model.safetensors",
-        "config.json",
-        "tokenizer.json",
-        "preprocessor_config.json",
-        "README.md",
-    } <= files.keys()
+    expected = {"model.safetensors", "config.json", "tokenizer.json", "preprocessor_config.json", "README.md"}
+    assert expected <= files.keys()
     tensors = load_file(folder / "model.safetensors")
     assert all(np.isfinite(tensor.astype(np.float32)).all() for tensor in tensors.values())
 
 
 def test_no_path_of_this_machine_is_committed():
-    root = Path(cli.__file__).parent
-    for path in root.rglob("*"):
+    for path in Path(cli.__file__).parent.parent.rglob("*"):
         if path.suffix in (".py", ".json", ".md", ".html"):
             text = path.read_text("utf-8")
             assert "/work/" not in text, path

@@ -1,0 +1,139 @@
+"""The options of all commands: one name has one type, default and meaning; help is readable and needs nothing heavy."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any, NamedTuple, get_args, get_type_hints
+
+import pytest
+
+from reverie_jax import cli
+from reverie_jax.train.recipes import Recipe
+
+HEAVY = ("jax", "flax", "torch", "transformers", "tensorflow_datasets", "matplotlib", "pandas", "pydantic", "rich")
+# Options that differ between commands in type, default or first sentence, and why.
+DIFFERENT = {
+    "out": "an output folder, or one file; `demo` has a default, `score` writes none by default",
+    "data": "records, or a benchmark's files; `report` does without them",
+    "model": "`demo` has a default, `data check` does without one",
+    "judge": "`annotate` has the writer for a judge by default",
+    "count": "of what the command shows or draws",
+    "confusing": "people's questions come with more wrong options than a model is asked for",
+    "temperature": "hosted models have their own by default",
+    "mesh": "`plan` uses all chips by default",
+    "dtype": "`convert` keeps what is stored by default",
+}
+
+
+class Option(NamedTuple):
+    """An option of a command; all but the command is compared."""
+
+    command: str
+    name: str
+    kind: Any
+    default: Any
+    metavar: str
+    sentence: str
+
+
+def commands(union: Any = cli.Command, prefix: str = "") -> Iterator[tuple[str, type]]:
+    """Yield every command that runs something, with its class."""
+    for member in get_args(union):
+        cls, subcommand = get_args(member)
+        hints = get_type_hints(cls, include_extras=True)
+        if "action" in hints:
+            yield from commands(get_args(hints["action"])[0], f"{prefix}{subcommand.name} ")
+        else:
+            yield f"{prefix}{subcommand.name}", cls
+
+
+def fields(cls: type) -> Iterator[tuple[str, Any, Any]]:
+    """Yield the name, type and default of every option of a command, nested ones too."""
+    hints = get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[field.name]):
+            yield from fields(hints[field.name])
+        else:
+            yield field.name, hints[field.name], field.default
+
+
+COMMANDS = dict(commands())
+OPTION = r"^\W+--(?:no-)?([a-z-]+)(?: (\S.*?))?(?:  +|\W*\n\W+)(\S.*?)\W*$"
+SCRIPT = """
+import contextlib, io, json, sys
+from reverie_jax import cli
+texts, heavy = {}, json.loads(sys.argv[1])
+for command in json.loads(sys.argv[2]):
+    sys.argv = ["reverie", *command.split(), "--help"]
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
+        cli.main()
+    texts[command] = [out.getvalue(), sorted(set(heavy) & sys.modules.keys())]
+print(json.dumps(texts))
+"""
+
+
+@pytest.fixture(scope="module")
+def help_texts() -> dict[str, tuple[str, list[str]]]:
+    """`--help` of every command on a wide terminal, and the heavy modules that are imported by then; `train` comes last."""
+    names = ["", "data", "scenes", *sorted(COMMANDS, key=lambda name: name == "train")]
+    words = [sys.executable, "-c", SCRIPT, json.dumps(HEAVY), json.dumps(names)]
+    result = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "COLUMNS": "1000"})
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    return json.loads(result.stdout)
+
+
+@pytest.fixture(scope="module")
+def options(help_texts) -> list[Option]:
+    found = []
+    for command, cls in COMMANDS.items():
+        rows = {name: rest for name, *rest in re.findall(OPTION, help_texts[command][0], re.MULTILINE)}
+        for name, kind, default in fields(cls):
+            metavar, text = rows.pop(name.replace("_", "-"), ("", ""))
+            found.append(Option(command, name, kind, default, metavar, re.split(r"[.:;](?: |$)", text)[0]))
+        assert not rows
+    return found
+
+
+def test_help_is_readable(help_texts):
+    for command, (text, _) in help_texts.items():
+        assert text.startswith(f"usage: reverie {command}".rstrip()), command
+        assert not re.search(r"\b(None|STR|INT|FLOAT)\b", text.partition("recipe fields")[0]), command
+    assert all(name.split()[0] in help_texts[""][0] for name in COMMANDS)
+
+
+def test_help_imports_nothing_heavy(help_texts):
+    assert {command: heavy for command, (_, heavy) in help_texts.items() if heavy and command != "train"} == {}
+
+
+def test_help_of_train_lists_the_fields_of_a_recipe(help_texts):
+    lines = [line.split() for line in help_texts["train"][0].partition("recipe fields")[2].splitlines()[1:]]
+    rows = {name: (default, " ".join(kind)) for name, default, *kind in lines}
+    assert {name.partition(".")[0] for name in rows} == {field.name for field in dataclasses.fields(Recipe)}
+    assert rows["steps"] == ("required", "int")
+    assert rows["remat"] == ("full", "full | dots | none")
+    assert rows["quantization"] == ("none", "int8 | nf4 | none")
+    assert rows["supervision.answers"] == ("once", "once | as-published")
+    assert rows["prefix_sharing"] == ("true", "bool")
+
+
+def test_an_option_means_the_same_in_every_command(options):
+    differing = set()
+    for first, second in itertools.combinations(options, 2):
+        if first.name == second.name and first[2:] != second[2:]:
+            differing.add(first.name)
+            assert first.name in DIFFERENT, (first, second)
+    assert differing == DIFFERENT.keys()
+
+
+def test_every_option_has_a_sentence(options):
+    for option in options:
+        if option.metavar or option.sentence:
+            assert option.sentence[0].isupper(), option
