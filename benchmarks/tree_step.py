@@ -20,8 +20,8 @@ import tyro
 from flax import nnx
 
 from reverie_jax.annotate.stages import annotate
-from reverie_jax.data.packing import Batch, SequenceShape, element, pack, stack
-from reverie_jax.data.reflection import conversations
+from reverie_jax.data.packing import Batch, SequenceShape, make_element, pack, stack
+from reverie_jax.data.reflection import reflection_conversations
 from reverie_jax.data.tree import build_tree
 from reverie_jax.hosted.interface import ImageQuestions
 from reverie_jax.loading import load_model
@@ -29,7 +29,7 @@ from reverie_jax.scenes.annotator import SceneAnnotator
 from reverie_jax.scenes.corpus import picture
 from reverie_jax.scenes.graph import World, take
 from reverie_jax.train.recipes import RECIPES
-from reverie_jax.train.step import adapt, lora_and_projector, loss_and_grads
+from reverie_jax.train.step import is_lora_or_projector, loss_and_grads, make_trainable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,19 +48,19 @@ def main(args: Args) -> None:
     import grain
 
     model, processor = load_model("scenes-base", dtype=jnp.float32)
-    adapt(model, dataclasses.replace(RECIPES["scenes-rationales"], dropout=0.0))
-    graph, params, frozen = nnx.split(model, lora_and_projector, ...)
+    make_trainable(model, dataclasses.replace(RECIPES["scenes-rationales"], dropout=0.0))
+    graph, params, frozen = nnx.split(model, is_lora_or_projector, ...)
     step = jax.jit(lambda batch: loss_and_grads(graph, params, frozen, batch, None)[0])
     scenes = take(World.annotated(), "train", 0, args.images)
     annotator = SceneAnnotator({str(index): scene for index, scene in enumerate(scenes)})
     trees, flat = [], []
     for index, scene in enumerate(scenes):
         encoded = picture(scene, model.config.vision.image_size)
-        pixels = processor.pixels(encoded, str(index))
+        pixels = processor.preprocess(encoded, str(index))
         kept, _ = annotate(ImageQuestions(str(index), encoded), annotator, 4)
-        talks = [processor.encoder(talk) for reflection in kept for talk in conversations(reflection)]
-        trees.append(element(build_tree(talks), pixels))
-        flat += [element(build_tree([talk]), pixels) for talk in talks if (talk.weights > 0).any()]
+        talks = [processor.encoder(talk) for reflection in kept for talk in reflection_conversations(reflection)]
+        trees.append(make_element(build_tree(talks), pixels))
+        flat += [make_element(build_tree([talk]), pixels) for talk in talks if (talk.weights > 0).any()]
 
     def batches(elements: list[dict[str, np.ndarray]], images: int) -> list[Batch]:
         shape = SequenceShape(length=args.tokens, images=images, edges=args.tokens)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jinja2
 
-from reverie_jax.annotate.pipeline import JUDGED, KEYS, REASONED, VERDICT, read_rows
+from reverie_jax.annotate.pipeline import JUDGED, KEYS, REASONED, VERDICT, read_stage_rows
 from reverie_jax.data.images import thumbnail
 from reverie_jax.hosted import images
 from reverie_jax.hosted.interface import Refused
@@ -22,7 +22,7 @@ def write(folder: Path, shown: Path, count: int, seed: int = 0) -> Path:
     Raises:
         UserError: nothing has been judged yet.
     """
-    rows = read_rows(folder / JUDGED, (*KEYS, *REASONED, VERDICT))
+    rows = read_stage_rows(folder / JUDGED, (*KEYS, *REASONED, VERDICT))
     draw = random.Random(seed)
     sample = {}
     for verdict, name in (("no", "kept"), ("yes", "dropped")):

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import pydantic
 
 from reverie_jax.annotate.schemas import Instruction
-from reverie_jax.data.reflection import AnnotatedQuestion, QuestionType, kind_of
+from reverie_jax.data.reflection import AnnotatedQuestion, QuestionType, classify_question
 from reverie_jax.hosted.interface import Refused
 
 _FENCE = re.compile(r"```[a-zA-Z]*\s*(.*?)```", re.DOTALL)
@@ -178,7 +178,7 @@ def questions(text: str, *, confusing: int = 1) -> list[AnnotatedQuestion]:
         try:
             made = AnnotatedQuestion(
                 question=asked,
-                type=said or kind_of(asked, right),
+                type=said or classify_question(asked, right),
                 correct_answer=right,
                 confusing_answers=wrong[:confusing],
             )

@@ -17,7 +17,7 @@ from reverie_jax.annotate import parsing
 from reverie_jax.annotate.prompts import Prompts
 from reverie_jax.annotate.schemas import QUESTIONS_SCHEMA, QuestionSet
 from reverie_jax.data import reflection
-from reverie_jax.data.reflection import AnnotatedQuestion, Reflection, conversations
+from reverie_jax.data.reflection import AnnotatedQuestion, Reflection, reflection_conversations
 from reverie_jax.data.row_files import read_rows, write_rows
 from reverie_jax.data.sources import annotated, reverie
 from reverie_jax.errors import UserError
@@ -39,7 +39,7 @@ ADOPTED = "original_rows.json"
 Step = Literal["questions", "rationales", "judge", "export"]
 Votes = Literal["majority", "any", "all"]
 Row = dict[str, Any]
-KEYS, REASONED, VERDICT = annotated.ASKED, annotated.REASONED, annotated.VERDICT
+KEYS, REASONED, VERDICT = annotated.QUESTION_KEYS, annotated.RATIONALE_KEYS, annotated.VERDICT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,7 +195,7 @@ class Pipeline:
 
     def rationales(self) -> Outcome:
         """Asks why the right answers are right and the wrong ones wrong."""
-        rows = read_rows(self.job.folder / QUESTIONS, KEYS)
+        rows = read_stage_rows(self.job.folder / QUESTIONS, KEYS)
         wanted: tuple[Stage, ...] = ("positive", "negative")
         outcome = self._run("rationales", ((r["image"], self._rationale_task(r, s)) for r in rows for s in wanted))
         made = []
@@ -210,7 +210,7 @@ class Pipeline:
 
     def judge(self) -> Outcome:
         """Asks each judge of each row; rows with a verdict, and those that it drops in a file of their own."""
-        rows = read_rows(self.job.folder / RATIONALES, (*KEYS, *REASONED))
+        rows = read_stage_rows(self.job.folder / RATIONALES, (*KEYS, *REASONED))
         outcome = self._run("judge", ((r["image"], self._judge_task(r, who)) for r in rows for who in self.judges))
         verdicts, dropped = [], []
         for row in rows:
@@ -241,11 +241,11 @@ class Pipeline:
         asked: dict[str, list[RequestTask | None]] = {"questions": [task for _, task in self._question_tasks()]}
         unknown = sum(task is not None and self.session.had(task) is None for task in asked["questions"])
         steps = list(steps)
-        rows = read_rows(self.job.folder / QUESTIONS, KEYS) if (self.job.folder / QUESTIONS).exists() else []
+        rows = read_stage_rows(self.job.folder / QUESTIONS, KEYS) if (self.job.folder / QUESTIONS).exists() else []
         asked["positive"] = [self._rationale_task(row, "positive") for row in rows]
         asked["negative"] = [self._rationale_task(row, "negative") for row in rows]
         file = self.job.folder / RATIONALES
-        reasoned = read_rows(file, (*KEYS, *REASONED)) if file.exists() else []
+        reasoned = read_stage_rows(file, (*KEYS, *REASONED)) if file.exists() else []
         asked["judge"] = [self._judge_task(row, who) for row in reasoned for who in self.judges]
         more = unknown * self.job.count if "questions" in steps else 0
         beyond = {
@@ -349,7 +349,7 @@ class Pipeline:
                 questions=[
                     AnnotatedQuestion(
                         question=question,
-                        type=reflection.kind_of(question, answer),
+                        type=reflection.classify_question(question, answer),
                         correct_answer=answer,
                         confusing_answers=wrong,
                     )
@@ -374,7 +374,7 @@ def export(folder: Path) -> int:
     Raises:
         UserError: nothing has been judged yet.
     """
-    rows = read_rows(folder / JUDGED, (*KEYS, *REASONED, VERDICT))
+    rows = read_stage_rows(folder / JUDGED, (*KEYS, *REASONED, VERDICT))
     talks: dict[str, dict[tuple[str, str], Reflection]] = {}
     for row in rows:
         if row[VERDICT] != "no":
@@ -382,17 +382,17 @@ def export(folder: Path) -> int:
         about = (row["question"], row["correct_answer"])
         of_image = talks.setdefault(row["image"], {})
         if about not in of_image:
-            kind = row.get("question_type") or reflection.kind_of(*about)
+            kind = row.get("question_type") or reflection.classify_question(*about)
             asked = AnnotatedQuestion(question=about[0], type=kind, correct_answer=about[1], confusing_answers=[])
             of_image[about] = Reflection(asked, row["correct_rationale"], ())
         old = of_image[about]
         new = (row["confusing_answer"], row["incorrect_rationale"])
         of_image[about] = dataclasses.replace(old, negatives=(*old.negatives, new))
     released = (
-        (name, name, [talk for reflection in found.values() for talk in conversations(reflection)])
+        (name, name, [talk for reflection in found.values() for talk in reflection_conversations(reflection)])
         for name, found in talks.items()
     )
-    return reverie.write(folder / RELEASED, released)
+    return reverie.write_annotations(folder / RELEASED, released)
 
 
 def decide(votes: list[Literal["yes", "no"]], judges: int, rule: Votes) -> Literal["yes", "no"] | None:
@@ -405,7 +405,7 @@ def decide(votes: list[Literal["yes", "no"]], judges: int, rule: Votes) -> Liter
     return "yes" if 2 * yes >= judges else "no" if 2 * no > judges else None
 
 
-def read_rows(path: Path, keys: Iterable[str], *, strict: bool = True) -> list[Row]:
+def read_stage_rows(path: Path, keys: Iterable[str], *, strict: bool = True) -> list[Row]:
     """A stage's file: a list of objects with at least these keys, all strings.
 
     Args:

@@ -76,7 +76,7 @@ class Build:
 
                 jobs = self.jobs or common.cpu_count()
                 folder = write_records(self.out, {"train": records}, work=work, jobs=jobs, on_progress=on_written)
-                conversations = records.conversations
+                conversations = records.conversation_count
         print(f"{len(RecordSource(folder))} images, {conversations} conversations: {folder}")
 
 

@@ -1,4 +1,4 @@
-"""What is in an annotation file, and what is wrong with it, before anything is trained on it."""
+"""Check an annotation file before training: what it contains, and which rows cannot be used."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from reverie_jax.data import sources
 from reverie_jax.data.images import decode
 from reverie_jax.data.processor import Processor
 from reverie_jax.data.row_files import Rows, write_rows
-from reverie_jax.data.sources import Example, Pictures, ReadLog
-from reverie_jax.data.sources.common import content_name
+from reverie_jax.data.sources import Example, ImageFolder, ReadLog
+from reverie_jax.data.sources.common import content_digest
 from reverie_jax.errors import DataError, UserError
+from reverie_jax.files import atomic_write
 
 _SUFFIXES = {
     "JPEG": {".jpg", ".jpeg", ".jpe", ".jfif"},
@@ -32,12 +33,15 @@ _SUFFIXES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Offender:
-    """A row that cannot be used, or should be looked at.
+class Problem:
+    """A conversation that cannot be used, or that should be looked at.
 
     Attributes:
         where: file and row.
-        fatal: it cannot be trained on.
+        image: name of its image.
+        kind: the kind of problem, in two or three words.
+        reason: what is wrong.
+        fatal: whether it cannot be trained on.
     """
 
     where: str
@@ -48,146 +52,158 @@ class Offender:
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
-    """What a file holds.
+class CheckReport:
+    """What an annotation file contains.
 
     Attributes:
-        rows: in the file; a row may be several conversations, or none.
-        lengths: tokens of each usable conversation; empty where no checkpoint was named.
+        rows: number of rows; a row may be several conversations, or none.
+        examples: the usable conversations.
+        problems: what is wrong with the others, and with usable ones.
+        lengths: tokens of each conversation; empty if they were not counted.
+        notes: messages for the user.
     """
 
     rows: int
-    talks: list[Example]
-    offenders: list[Offender]
+    examples: list[Example]
+    problems: list[Problem]
     lengths: list[int]
     notes: list[str]
 
     @property
-    def broken(self) -> bool:
-        return any(offender.fatal for offender in self.offenders)
+    def has_unusable_rows(self) -> bool:
+        """Whether a row cannot be trained on."""
+        return any(problem.fatal for problem in self.problems)
 
 
-def check(path: Path, pictures: Path | None, processor: Processor | None = None) -> Found:
-    """Reads every row and opens every picture, once.
+def check(path: Path, images: Path | None, processor: Processor | None = None) -> CheckReport:
+    """Read every row of an annotation file, and decode every image once.
 
     Args:
-        pictures: the rows' folder; pictures are not looked at where it is None.
-        processor: of the checkpoint to be trained: tokens are counted, and conversations beyond its context named.
+        path: The file.
+        images: Folder of its images; images are not checked if it is None.
+        processor: Of the checkpoint to be trained: tokens are counted, and conversations beyond its context are reported.
 
     Raises:
-        DataError: the file cannot be read at all.
+        DataError: The file as a whole cannot be read.
     """
     log = ReadLog()
-    talks = sources.read(path, log)
-    offenders: list[Offender] = []
-    folder = None if pictures is None else Pictures(pictures)
-    judged: dict[str, Offender | None] = {}
-    seen: set[tuple[Any, ...]] = set()
-    kept, lengths = [], []
-    for talk in talks:
-        key = content_name(talk.encoded) if talk.encoded else talk.image
-        if key and key not in judged:
-            if talk.encoded:
-                judged[key] = _content(talk, talk.encoded, "")
-            elif folder is not None:
-                judged[key] = _picture(folder, talk)
-        problem = judged.get(key)
-        if problem is not None:
-            offenders.append(dataclasses.replace(problem, where=talk.where))
+    checker = _Checker(None if images is None else ImageFolder(images), processor)
+    problems: list[Problem] = []
+    usable = []
+    for example in sources.read(path, log):
+        found = checker.check(example)
+        problems += found
+        if not any(problem.fatal for problem in found):
+            usable.append(example)
+    invalid = [Problem(where, "", "invalid row", reason) for where, reason in log.problems]
+    return CheckReport(sum(1 for _ in Rows(path)), usable, invalid + problems, checker.lengths, log.notes)
+
+
+class _Checker:
+    """Checks conversations one after the other; remembers images and texts."""
+
+    def __init__(self, folder: ImageFolder | None, processor: Processor | None):
+        self.folder, self.processor = folder, processor
+        self.lengths: list[int] = []
+        self._image_problems: dict[str, Problem | None] = {}
+        self._seen: set[tuple[Any, ...]] = set()
+
+    def check(self, example: Example) -> list[Problem]:
+        """Return the problems of a conversation; the first fatal one is the last."""
+        problems = []
+
+        def add(kind: str, reason: str, fatal: bool = True) -> list[Problem]:
+            problems.append(Problem(example.where, example.image, kind, reason, fatal))
+            return problems
+
+        key = content_digest(example.encoded) if example.encoded else example.image
+        if key and key not in self._image_problems:
+            self._image_problems[key] = self._check_image(example)
+        if (problem := self._image_problems.get(key)) is not None:
+            add(problem.kind, problem.reason, problem.fatal)
             if problem.fatal:
-                continue
-        said = (key, *(turn.text for turn in talk.conversation.turns))
-        if said in seen:
-            offenders.append(
-                Offender(talk.where, talk.image, "repeated", "the same words about the same picture", False)
-            )
-        seen.add(said)
-        if any(not turn.text.strip() for turn in talk.conversation.turns if turn.role == "assistant"):
-            offenders.append(
-                Offender(talk.where, talk.image, "empty answer", "an answer without words teaches nothing")
-            )
-            continue
-        if processor is not None:
+                return problems
+        turns = example.conversation.turns
+        content = (key, *(turn.text for turn in turns))
+        if content in self._seen:
+            add("duplicate", "same image and texts as an earlier row", False)
+        self._seen.add(content)
+        if any(not turn.text.strip() for turn in turns if turn.role == "assistant"):
+            return add("empty answer", "an answer has no text")
+        if self.processor is not None:
             try:
-                length = len(processor.encoder(talk.conversation))
+                length = len(self.processor.encoder(example.conversation))
             except UserError as error:
-                offenders.append(Offender(talk.where, talk.image, "no tokens", str(error)))
-                continue
-            lengths.append(length)
-            if length > processor.context:
-                why = f"{length} tokens; the model is exact up to {processor.context}"
-                offenders.append(Offender(talk.where, talk.image, "too long", why))
-                continue
-        kept.append(talk)
-    offenders = [Offender(where, "", "bad row", why) for where, why in log.problems] + offenders
-    return Found(sum(1 for _ in Rows(path)), kept, offenders, lengths, log.notes)
+                return add("not tokenizable", str(error))
+            self.lengths.append(length)
+            if length > self.processor.context:
+                return add("too long", f"{length} tokens; the model's context is {self.processor.context}")
+        return problems
+
+    def _check_image(self, example: Example) -> Problem | None:
+        if example.encoded:
+            return _check_content(example, example.encoded, "")
+        if self.folder is None:
+            return None
+        try:
+            file = self.folder.find(example.image)
+        except DataError as error:
+            kind = "image outside folder" if "leaves" in str(error) else "missing image"
+            return Problem(example.where, example.image, kind, str(error))
+        try:
+            encoded = file.read_bytes()
+        except OSError as error:
+            return Problem(example.where, example.image, "unreadable image", str(error))
+        return _check_content(example, encoded, file.suffix.lower())
 
 
-def _picture(folder: Pictures, talk: Example) -> Offender | None:
-    """What is wrong with a picture; its content says what it is, not its name."""
+def _check_content(example: Example, encoded: bytes, suffix: str) -> Problem | None:
+    """Decode an image; its content decides its format, not its name."""
     try:
-        file = folder.find(talk.image)
-    except DataError as error:
-        kind = "outside" if "leaves" in str(error) else "missing"
-        return Offender(talk.where, talk.image, f"{kind} picture", str(error))
-    try:
-        encoded = file.read_bytes()
-    except OSError as error:
-        return Offender(talk.where, talk.image, "unreadable picture", str(error))
-    return _content(talk, encoded, file.suffix.lower())
-
-
-def _content(talk: Example, encoded: bytes, suffix: str) -> Offender | None:
-    try:
-        decode(encoded, talk.image)
+        decode(encoded, example.image)
     except UserError as error:
         kind = "oversized" if "pixels" in str(error) else "unreadable"
-        return Offender(talk.where, talk.image, f"{kind} picture", str(error))
+        return Problem(example.where, example.image, f"{kind} image", str(error))
     with Image.open(io.BytesIO(encoded)) as image:
-        known = _SUFFIXES.get(image.format or "")
-    if known is not None and suffix and suffix not in known:
-        return Offender(talk.where, talk.image, "mislabelled picture", f"it is a {image.format}", False)
+        suffixes = _SUFFIXES.get(image.format or "")
+    if suffixes is not None and suffix and suffix not in suffixes:
+        return Problem(example.where, example.image, "mislabeled image", f"the content is {image.format}", False)
     return None
 
 
-def write_offenders(found: Found, path: Path) -> None:
-    """One JSON object a line."""
-    lines = [json.dumps(dataclasses.asdict(offender), ensure_ascii=False) for offender in found.offenders]
-    path.write_text("".join(line + "\n" for line in lines), "utf-8")
+def write_problems(report: CheckReport, path: Path) -> None:
+    """Write one JSON object for each problem, a line each."""
+    lines = [json.dumps(dataclasses.asdict(problem), ensure_ascii=False) for problem in report.problems]
+    atomic_write(path, "".join(line + "\n" for line in lines))
 
 
-def write_clean(found: Found, source: Path, path: Path) -> int:
-    """The file without the rows that cannot be used, otherwise as it was; returns how many rows stay.
+def write_usable_rows(report: CheckReport, source: Path, path: Path) -> int:
+    """Write an annotation file without its unusable rows, otherwise unchanged; return how many rows remain.
 
     Raises:
-        UserError: it would overwrite the source.
+        UserError: `path` is the annotation file itself, or the file is Parquet.
     """
     if path.exists() and path.samefile(source):
-        raise UserError(f"{path}: is the file itself; give another name")
+        raise UserError(f"{path}: is the annotation file itself; choose another name")
     if source.suffix == ".parquet":
-        raise UserError(f"{source}: Parquet cannot be written anew; only JSON files can")
-    fatal = {offender.where for offender in found.offenders if offender.fatal}
+        raise UserError(f"{source}: Parquet files cannot be rewritten, only JSON files")
+    unusable = {problem.where for problem in report.problems if problem.fatal}
     rows = Rows(source)
-    kept = [row for number, row in enumerate(rows) if rows.locate(number, row) not in fatal]
-    by_id = (
-        {row["pid"]: {key: value for key, value in row.items() if key != "pid"} for row in kept}
-        if rows.is_object
-        else None
-    )
+    kept = [row for number, row in enumerate(rows) if rows.locate(number, row) not in unusable]
+    by_id = {row["pid"]: {key: row[key] for key in row if key != "pid"} for row in kept} if rows.is_object else None
     write_rows(path, kept if by_id is None else by_id)
     return len(kept)
 
 
-def problems_table(found: Found) -> Table:
-    """Kinds of offenders with their numbers and an example each."""
-    table = Table(
-        "problem", "conversations", "example", title=f"{found.rows:,} rows, {len(found.talks):,} usable conversations"
-    )
-    groups: dict[tuple[str, bool], list[Offender]] = collections.defaultdict(list)
-    for offender in found.offenders:
-        groups[offender.kind, offender.fatal].append(offender)
-    for (kind, fatal), those in sorted(groups.items(), key=lambda item: (not item[0][1], -len(item[1]))):
-        example = those[0]
-        place = re.sub(r"^.*: (row \d+)$", r"\1", example.where)
-        table.add_row(kind + ("" if fatal else " (usable)"), f"{len(those):,}", Text(f"{place}: {example.reason}"))
+def problems_table(report: CheckReport) -> Table:
+    """Return a table of the kinds of problems, with their numbers and an example of each."""
+    title = f"{report.rows:,} rows, {len(report.examples):,} usable conversations"
+    table = Table("problem", "conversations", "example", title=title)
+    groups: dict[tuple[str, bool], list[Problem]] = collections.defaultdict(list)
+    for problem in report.problems:
+        groups[problem.kind, problem.fatal].append(problem)
+    for (kind, fatal), problems in sorted(groups.items(), key=lambda item: (not item[0][1], -len(item[1]))):
+        row = re.sub(r"^.*: (row \d+)$", r"\1", problems[0].where)
+        example = Text(f"{row}: {problems[0].reason}")
+        table.add_row(kind + ("" if fatal else " (usable)"), f"{len(problems):,}", example)
     return table

@@ -1,4 +1,4 @@
-"""Evaluation pictures inside training data: by name, and by how they look."""
+"""Find evaluation images in training data, by name and by perceptual hash."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 import imagehash
 import numpy as np
@@ -17,156 +18,169 @@ from reverie_jax.data.images import BrokenImage, decode
 from reverie_jax.data.row_files import Rows
 from reverie_jax.errors import DataError
 
-COLOURS, PLAIN = 24, 12
-"""Mean difference of the colours (of 255) of two plain pictures that look alike, and spread of what is plain."""
+MAX_COLOR_DIFFERENCE, PLAIN = 24, 12
+"""Maximum mean color difference (of 255) of similar plain images; standard deviation of colors below which one is plain."""
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
 _COCO = re.compile(r"(?:^|_)(\d{12})$")
 
 
 @dataclasses.dataclass(frozen=True)
-class Match:
-    """A picture of the training data that is one of the evaluation's.
+class ImageMatch:
+    """An evaluation image that occurs in the training data.
 
     Attributes:
-        how: `name`: the same file name, or COCO number; `look`: the perceptual hashes are near; `name and look`.
-        distance: bits in which the hashes differ; None where one of the pictures was not at hand.
+        training: name of the training image.
+        evaluation: name of the evaluation image.
+        matched_by: `name`: same file name or COCO number; `hash`: similar perceptual hashes; or both.
+        distance: number of bits in which the hashes differ; None if one of the images was not available.
     """
 
     training: str
     evaluation: str
-    how: str
+    matched_by: Literal["name", "hash", "name and hash"]
     distance: int | None
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageHash:
-    """How a picture looks.
+    """Perceptual hash of an image.
 
     Attributes:
-        bits: 64 that stay nearly the same when it is scaled or compressed (DCT of its 32 x 32 greys).
-        colours: of its 8 x 8 parts. Plain pictures have bits by chance, and colours that differ.
+        bits: 64 bits that hardly change when the image is scaled or compressed (DCT of its 32 x 32 grays).
+        colors: mean colors of 8 x 8 tiles. They tell plain images apart, whose bits are noise.
     """
 
     bits: int
-    colours: Int16[np.ndarray, "8 8 3"]
+    colors: Int16[np.ndarray, "8 8 3"]
 
 
 @dataclasses.dataclass
-class Evaluation:
-    """Evaluation pictures by name, with their looks where they are at hand.
+class EvaluationImages:
+    """Evaluation images.
 
     Attributes:
-        unreadable: files that are no pictures, and why.
+        hashes: hash of each, by name; None if only the name is known.
+        unreadable: messages about files that cannot be decoded.
     """
 
-    looks: dict[str, ImageHash | None] = dataclasses.field(default_factory=dict)
+    hashes: dict[str, ImageHash | None] = dataclasses.field(default_factory=dict)
     unreadable: list[str] = dataclasses.field(default_factory=list)
 
 
-def canonical_name(name: str) -> str:
-    """What identifies a picture in its name: COCO's number, whatever the release puts before it; else the name's stem."""
+def normalize_name(name: str) -> str:
+    """Return COCO's image number if a name ends in one, whatever a release puts before it; else the name's stem."""
     stem = name.rsplit("/", 1)[-1].rsplit(".", 1)[0].lower()
-    return found[1] if (found := _COCO.search(stem)) else stem
+    return match[1] if (match := _COCO.search(stem)) else stem
 
 
-def image_hash(encoded: bytes, name: str) -> ImageHash:
-    """How a picture looks.
+def hash_image(encoded: bytes, name: str) -> ImageHash:
+    """Return the perceptual hash of an encoded image.
 
     Raises:
-        BrokenImage: the bytes are no picture.
+        BrokenImage: The image cannot be decoded.
     """
     image = decode(encoded, name)
     bits = imagehash.phash(image).hash.flatten()
-    colours = np.asarray(image.resize((8, 8), Image.Resampling.BOX), np.int16)
-    return ImageHash(int.from_bytes(np.packbits(bits).tobytes(), "big"), colours)
+    colors = np.asarray(image.resize((8, 8), Image.Resampling.BOX), np.int16)
+    return ImageHash(int.from_bytes(np.packbits(bits).tobytes(), "big"), colors)
 
 
-def evaluation(places: Sequence[Path], threads: int) -> Evaluation:
-    """The pictures of folders, and those that question files name.
+def read_evaluation_images(paths: Sequence[Path], threads: int) -> EvaluationImages:
+    """Return the images in folders, and those that question files name.
+
+    Args:
+        paths: Folders, or files whose rows name an image as `image` or by its COCO number as `image_id`.
+        threads: Number of threads that hash images.
 
     Raises:
-        DataError: a place is neither, or holds no picture.
+        DataError: A path is neither, or has no images.
     """
-    found = Evaluation()
-    for place in places:
+    result = EvaluationImages()
+    for path in paths:
         count = 0
-        if place.is_dir():
-            files = [path for path in sorted(place.rglob("*")) if path.suffix.lower() in SUFFIXES]
+        if path.is_dir():
+            files = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in SUFFIXES]
             with ThreadPoolExecutor(threads) as pool:
-                for path, value in zip(files, pool.map(_look_of, files), strict=True):
+                for file, value in zip(files, pool.map(_hash_file, files), strict=True):
                     if isinstance(value, str):
-                        found.unreadable.append(value)
+                        result.unreadable.append(value)
                     else:
-                        found.looks[str(path)] = value
+                        result.hashes[str(file)] = value
                         count += 1
         else:
-            for row in Rows(place):
+            for row in Rows(path):
                 name = row.get("image", row.get("image_id")) if isinstance(row, dict) else row
                 if isinstance(name, int) and not isinstance(name, bool):
                     name = f"{name:012d}"  # COCO's number
                 if isinstance(name, str) and name:
-                    found.looks.setdefault(name, None)
+                    result.hashes.setdefault(name, None)
                     count += 1
         if not count:
-            raise DataError(f"{place}: holds or names no picture")
-    return found
+            raise DataError(f"{path}: no images")
+    return result
 
 
-def _look_of(path: Path) -> ImageHash | str:
+def _hash_file(path: Path) -> ImageHash | str:
     try:
-        return image_hash(path.read_bytes(), str(path))
+        return hash_image(path.read_bytes(), str(path))
     except (BrokenImage, OSError) as error:
         return str(error)
 
 
-def find(pictures: Iterable[tuple[str, bytes]], against: Evaluation, *, distance: int, threads: int) -> Iterator[Match]:
-    """The training pictures that are evaluation pictures.
+def find_matches(
+    images: Iterable[tuple[str, bytes]], evaluation: EvaluationImages, *, max_distance: int, threads: int
+) -> Iterator[ImageMatch]:
+    """Yield the training images that are evaluation images.
 
-    One name for two pictures that do not look alike is no leak, where both are at hand.
+    Two images of the same name do not match if both are available and their hashes differ.
 
     Args:
-        pictures: (name, encoded) of the training data; without bytes, names alone are compared.
-        distance: bits in which two looks may differ.
+        images: (name, encoded) of the training images; if there are no bytes, only names are compared.
+        evaluation: The evaluation images.
+        max_distance: Number of bits in which the hashes of similar images may differ.
+        threads: Number of threads that hash images.
     """
-    seen = {name: value for name, value in against.looks.items() if value is not None}
-    names, hashes = list(seen), np.asarray([value.bits for value in seen.values()], np.uint64)
+    hashes = {name: value for name, value in evaluation.hashes.items() if value is not None}
+    names, bits = list(hashes), np.asarray([value.bits for value in hashes.values()], np.uint64)
     by_name: dict[str, list[str]] = {}
-    for name in against.looks:
-        by_name.setdefault(canonical_name(name), []).append(name)
+    for name in evaluation.hashes:
+        by_name.setdefault(normalize_name(name), []).append(name)
 
-    def compare(one: tuple[str, bytes]) -> list[Match]:
-        name, encoded = one
-        own = image_hash(encoded, name) if encoded else None
-        near: dict[str, int] = {}
-        if own is not None and len(hashes):
-            bits = distances(own.bits, hashes)
-            for place in np.flatnonzero(bits <= distance):
-                other = seen[names[place]]
-                plain = min(_spread(own), _spread(other)) < PLAIN
-                if not plain or np.abs(own.colours - other.colours).mean() <= COLOURS:
-                    near[names[place]] = int(bits[place])
-        same = by_name.get(canonical_name(name), [])
-        found = [Match(name, other, "name and look" if other in same else "look", bits) for other, bits in near.items()]
-        # Where a picture of that name is at hand, what it looks like decides.
-        if own is None or not any(other in seen for other in same):
-            found += [Match(name, other, "name", None) for other in same if other not in near]
-        return found
+    def compare(image: tuple[str, bytes]) -> list[ImageMatch]:
+        name, encoded = image
+        value = hash_image(encoded, name) if encoded else None
+        similar: dict[str, int] = {}
+        if value is not None and len(bits):
+            distances = hamming_distances(value.bits, bits)
+            for index in np.flatnonzero(distances <= max_distance):
+                if _similar_colors(value, hashes[names[index]]):
+                    similar[names[index]] = int(distances[index])
+        same = by_name.get(normalize_name(name), [])
+        matches = [
+            ImageMatch(name, other, "name and hash" if other in same else "hash", distance)
+            for other, distance in similar.items()
+        ]
+        if value is None or not any(other in hashes for other in same):  # else the hashes decide
+            matches += [ImageMatch(name, other, "name", None) for other in same if other not in similar]
+        return matches
 
     with ThreadPoolExecutor(threads) as pool:
         waiting = []
-        for one in pictures:
-            waiting.append(pool.submit(compare, one))
+        for image in images:
+            waiting.append(pool.submit(compare, image))
             if len(waiting) >= 8 * threads:
                 yield from waiting.pop(0).result()
         for future in waiting:
             yield from future.result()
 
 
-def _spread(one: ImageHash) -> float:
-    """How much the colours differ from place to place."""
-    return float(one.colours.std((0, 1)).mean())
+def _similar_colors(one: ImageHash, other: ImageHash) -> bool:
+    """Return whether colors allow two images to be similar; those of images that are not plain always do."""
+    if min(float(value.colors.std((0, 1)).mean()) for value in (one, other)) >= PLAIN:
+        return True
+    return bool(np.abs(one.colors - other.colors).mean() <= MAX_COLOR_DIFFERENCE)
 
 
-def distances(one: int, hashes: UInt64[np.ndarray, "n"]) -> np.ndarray:
-    """Bits in which each hash differs from one."""
-    return np.bitwise_count(hashes ^ np.uint64(one))
+def hamming_distances(bits: int, others: UInt64[np.ndarray, "n"]) -> np.ndarray:
+    """Return the number of bits, [n], in which each hash differs from one."""
+    return np.bitwise_count(others ^ np.uint64(bits))

@@ -1,8 +1,7 @@
-"""A frozen tower's features of every picture, kept on disk: read instead of pictures, epoch after epoch."""
+"""Vision features of every image on disk: a frozen tower's output, read instead of images in every epoch."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,36 +13,35 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from reverie_jax.errors import DataError
-from reverie_jax.files import atomic_path, write_json
+from reverie_jax.files import atomic_path, read_json, write_json
 
-_FILE, _ABOUT = "features.array_record", "features.json"
+_FEATURES, _METADATA = "features.array_record", "features.json"
 _DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
 class FeatureCache(Sequence[np.ndarray]):
-    """Features by record number, each [P, W]; of a record without a picture an empty [0, W].
+    """Features by record number, each [P, W]; [0, W] for a record without an image.
 
     Args:
-        folder: that `write` wrote.
-        key: what they must be of.
+        folder: The folder that `write_features` wrote.
+        key: What the features must have been computed from (see `write_features`).
 
     Raises:
-        DataError: there are none, or of something else.
+        DataError: The folder has no complete features, or those of another key.
     """
 
     def __init__(self, folder: Path, key: str):
-        self.folder = folder
+        metadata = read_json(folder / _METADATA, DataError)
         try:
-            about = json.loads((folder / _ABOUT).read_text("utf-8"))
-            self.shape, self.dtype = tuple(map(int, about["shape"])), _DTYPES[about["dtype"]]
-            found, self._length = about["key"], int(about["records"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{folder}: no vision features here ({error!r})") from None
-        if found != key:
-            raise DataError(f"{folder}: features of another tower, size or data; choose another folder")
-        self._source = grain.sources.ArrayRecordDataSource([os.fspath(folder / _FILE)])
+            self.shape, self.dtype = tuple(map(int, metadata["shape"])), _DTYPES[metadata["dtype"]]
+            stored_key, self._length = metadata["key"], int(metadata["records"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{folder / _METADATA}: not metadata of vision features ({error!r})") from None
+        if stored_key != key:
+            raise DataError(f"{folder}: features of another vision tower, image size or dataset; choose another folder")
+        self._source = grain.sources.ArrayRecordDataSource([os.fspath(folder / _FEATURES)])
         if len(self._source) != self._length:
-            raise DataError(f"{folder}: {len(self._source)} features of {self._length} records; delete the folder")
+            raise DataError(f"{folder}: {len(self._source)} features for {self._length} records; delete the folder")
 
     def __len__(self) -> int:
         return self._length
@@ -61,23 +59,25 @@ class FeatureCache(Sequence[np.ndarray]):
         return f"FeatureCache({self._length} records)"
 
 
-def exists(folder: Path) -> bool:
-    """Whether a whole cache is there: its description is written last."""
-    return (folder / _ABOUT).exists()
+def is_complete(folder: Path) -> bool:
+    """Return whether a folder has a complete cache: its metadata are written last."""
+    return (folder / _METADATA).exists()
 
 
-def write(folder: Path, key: str, shape: tuple[int, int], features: Iterable[np.ndarray]) -> None:
-    """Keeps features, in the order of the records.
+def write_features(folder: Path, key: str, shape: tuple[int, int], features: Iterable[np.ndarray]) -> None:
+    """Write features, in the order of the records.
 
     Args:
-        key: of tower, picture size and data.
-        shape: (P, W) of a picture's.
+        folder: The folder.
+        key: Identifies vision tower, image size and dataset.
+        shape: (P, W), tokens and width, of an image's features.
+        features: [P, W] of each record; [0, W] for a record without an image.
     """
     count, dtype = 0, None
-    with atomic_path(folder / _FILE) as part:
+    with atomic_path(folder / _FEATURES) as part:
         writer = ArrayRecordWriter(os.fspath(part), "group_size:1")
-        for one in features:
-            writer.write(np.ascontiguousarray(one).tobytes())
-            count, dtype = count + 1, one.dtype.name
+        for array in features:
+            writer.write(np.ascontiguousarray(array).tobytes())
+            count, dtype = count + 1, array.dtype.name
         writer.close()
-    write_json(folder / _ABOUT, {"key": key, "shape": list(shape), "dtype": dtype, "records": count})
+    write_json(folder / _METADATA, {"key": key, "shape": list(shape), "dtype": dtype, "records": count})

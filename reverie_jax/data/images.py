@@ -1,9 +1,10 @@
-"""Encoded pictures to the square of pixels that a vision tower takes."""
+"""Decode images, and preprocess them for a vision tower."""
 
 from __future__ import annotations
 
 import base64
 import io
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -11,31 +12,29 @@ from PIL import Image, UnidentifiedImageError
 
 from reverie_jax.errors import UserError
 
-PAD_COLOUR = (122, 116, 104)
-"""CLIP's mean colour in bytes, rounded down as LLaVA does."""
-
-
+PAD_COLOR = (122, 116, 104)
+"""CLIP's mean color in bytes, rounded down as in LLaVA."""
 MAX_PIXELS = 80_000_000
-"""A few kilobytes can say that they are gigabytes of pixels: such a picture is not opened."""
+"""Larger images are not decoded: a file of a few kilobytes may claim gigabytes of pixels."""
 
 
 class BrokenImage(UserError):
-    """Bytes that are no readable picture; the message says which and why."""
+    """An image that cannot be decoded; the message names it and says why."""
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """A picture of any of Pillow's modes in 8-bit RGB: palettes looked up, transparency dropped, as `convert` does.
+    """Convert an image of any of Pillow's modes to 8-bit RGB: palettes are applied, transparency is dropped.
 
-    16-bit grey, which `convert` would clip to white, keeps its upper byte.
+    16-bit gray, which Pillow's `convert` would clip to white, keeps its upper byte.
     """
     if image.mode.startswith("I"):
-        grey = np.asarray(image)
-        if image.mode != "I" or grey.max(initial=0) > 255:
-            return Image.fromarray((grey >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode == "La":  # premultiplied; Pillow knows the way back, and no shorter one
+        gray = np.asarray(image)
+        if image.mode != "I" or gray.max(initial=0) > 255:
+            return Image.fromarray((gray >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode == "La":  # premultiplied alpha; Pillow converts it to LA only
         image = image.convert("LA")
     if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
-        image = image.convert("RGBA")  # the same colours without Pillow's warning
+        image = image.convert("RGBA")  # the same colors without Pillow's warning
     if image.mode == "RGB":
         image.load()
         return image
@@ -43,34 +42,38 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def decode(encoded: bytes, name: str) -> Image.Image:
-    """An encoded file as RGB. Its EXIF orientation is not applied: original LLaVA opens and converts, and no more.
+    """Decode an image file to RGB. As in original LLaVA, its EXIF orientation is not applied.
+
+    Args:
+        encoded: The file.
+        name: Its name, for errors.
 
     Raises:
-        BrokenImage: the bytes cannot be read as a picture.
+        BrokenImage: It cannot be decoded.
     """
     try:
         with Image.open(io.BytesIO(encoded)) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise BrokenImage(f"{name}: {image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
+                raise BrokenImage(f"{name}: {image.width} x {image.height} pixels exceed the limit of {MAX_PIXELS:,}")
             return to_rgb(image)
     except UnidentifiedImageError:
-        raise BrokenImage(f"{name}: not a readable picture (unknown format)") from None
+        raise BrokenImage(f"{name}: not a readable image (unknown format)") from None
     except BrokenImage:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise BrokenImage(f"{name}: has more than {MAX_PIXELS:,} pixels") from None
-    except Exception as error:  # of Pillow's many readers, each fails in its own way
-        raise BrokenImage(f"{name}: not a readable picture ({error or type(error).__name__})") from error
+        raise BrokenImage(f"{name}: more than {MAX_PIXELS:,} pixels") from None
+    except Exception as error:  # Pillow's readers raise many types
+        raise BrokenImage(f"{name}: not a readable image ({error or type(error).__name__})") from error
 
 
 def preprocess(image: Image.Image, size: int, *, pad: bool = True) -> UInt8[np.ndarray, "S S 3"]:
-    """LLaVA's square: padded with CLIP's mean colour (or cropped), shortest edge to `size` by bicubic.
+    """Return LLaVA's square image: padded with CLIP's mean color (or cropped), resized to `size` with bicubic filter.
 
-    Normalisation is left to the device (`models.vision.normalise`), so a pixel travels as one byte.
+    Normalization is left to the device (`models.vision.normalize`), so that a pixel is transferred as one byte.
     """
     if pad and image.width != image.height:
         side = max(image.size)
-        canvas = Image.new("RGB", (side, side), PAD_COLOUR)
+        canvas = Image.new("RGB", (side, side), PAD_COLOR)
         canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
         image = canvas
     short = min(image.size)
@@ -78,8 +81,8 @@ def preprocess(image: Image.Image, size: int, *, pad: bool = True) -> UInt8[np.n
     left, top = (width - size) // 2, (height - size) // 2
     box = tuple(edge * image.width / width for edge in (left, left + size))
     if left and all(float(np.float32(edge)) == edge for edge in box):
-        # Only the square that is kept is computed, where Pillow, which keeps such edges in 32 bits, then gives the same
-        # bytes (4 : 3 is such a shape); across first and then down, as it does for the whole.
+        # Only the square that is kept is computed. Pillow stores these edges in 32 bits; if they are exact (as for 4 : 3),
+        # the result is the same as that of resizing the whole, which goes across first and then down.
         across = image.resize((size, image.height), Image.Resampling.BICUBIC, box=(box[0], 0, box[1], image.height))
         return np.asarray(across.resize((size, size), Image.Resampling.BICUBIC), np.uint8)
     if min(image.size) != size:
@@ -87,36 +90,36 @@ def preprocess(image: Image.Image, size: int, *, pad: bool = True) -> UInt8[np.n
     return np.asarray(image.crop((left, top, left + size, top + size)), np.uint8)
 
 
-def within(encoded: bytes, name: str, side: int) -> bytes:
-    """The picture as it is where no side is longer; else scaled down to it, as a JPEG of quality 95.
+def downscale(encoded: bytes, name: str, max_side: int) -> bytes:
+    """Scale a larger image down to `max_side` as a JPEG of quality 95; return others unchanged.
 
     Raises:
-        BrokenImage: the bytes are no picture.
+        BrokenImage: The image cannot be decoded.
     """
     image = decode(encoded, name)
-    if max(image.size) <= side:
+    if max(image.size) <= max_side:
         return encoded
-    image.thumbnail((side, side), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    image.save(buffer, format="JPEG", quality=95, subsampling=0)
-    return buffer.getvalue()
+    image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
+    return _encode(image, format="JPEG", quality=95, subsampling=0)
 
 
 def thumbnail(encoded: bytes, name: str, side: int) -> str:
-    """A small JPEG of a picture as a data address, for pages.
+    """Return a small JPEG of an image as a data URL, for HTML pages.
 
     Raises:
-        BrokenImage: the bytes are no picture.
+        BrokenImage: The image cannot be decoded.
     """
     image = decode(encoded, name)
     image.thumbnail((side, side))
-    buffer = io.BytesIO()
-    image.save(buffer, format="JPEG", quality=80)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return "data:image/jpeg;base64," + base64.b64encode(_encode(image, format="JPEG", quality=80)).decode()
 
 
 def encode_png(pixels: UInt8[np.ndarray, "H W 3"]) -> bytes:
-    """Pixels as a PNG file."""
+    """Return pixels as a PNG file."""
+    return _encode(Image.fromarray(pixels), format="PNG", compress_level=1)
+
+
+def _encode(image: Image.Image, **options: Any) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="PNG", compress_level=1)
+    image.save(buffer, **options)
     return buffer.getvalue()

@@ -1,10 +1,11 @@
-"""Several annotation files as one set of records: a picture's talk from all of them becomes one record.
+"""Merge several annotation files into one set of records: all conversations about an image become one record.
 
-Rows pass through one by one into a database beside the records, so that memory holds none of them.
+Rows pass one by one into a database beside the records; memory holds none of them.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import sqlite3
@@ -12,28 +13,29 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import pydantic
 
 from reverie_jax.data import sources
 from reverie_jax.data.conversation import Conversation, ImageRecord
-from reverie_jax.data.images import within
-from reverie_jax.data.sources import Example, Pictures, ReadLog, opened
-from reverie_jax.data.sources.common import content_name
+from reverie_jax.data.images import downscale
+from reverie_jax.data.sources import Example, ImageFolder, ReadLog, validate_image
+from reverie_jax.data.sources.common import content_digest
 from reverie_jax.errors import DataError, UserError
+from reverie_jax.files import read_json
 
 
 class MixtureEntry(pydantic.BaseModel):
-    """One file of a mixture.
+    """One annotation file of a mixture.
 
     Attributes:
-        file: annotations.
+        file: the annotation file.
         images: folder that its image names are relative to; `images` beside the file by default.
-        cap: most of its conversations; which ones depends on the seed and their content, not their order. Pairs stay whole.
-        weight: multiplies its loss.
-        filtered: of the annotation pipeline's rows, those that the judge keeps.
-        splits: of rows that name their split, these.
+        cap: maximum number of conversations; the seed and their content decide which, not their order. Pairs stay whole.
+        weight: factor of its loss.
+        filtered: of the annotation pipeline's rows, keep only those that the judge accepted.
+        splits: of rows that name their split, keep only these.
     """
 
     model_config = pydantic.ConfigDict(extra="forbid")
@@ -47,74 +49,82 @@ class MixtureEntry(pydantic.BaseModel):
 
     @property
     def folder(self) -> Path:
+        """The image folder."""
         return self.images or self.file.parent / "images"
 
-    def talks(self, log: ReadLog) -> Iterator[Example]:
-        """The file's talk; see `sources.read`."""
-        return sources.read(self.file, log, filtered=self.filtered, splits=self.splits)
+    def read(self, log: ReadLog) -> Iterator[Example]:
+        """Yield the file's examples; see `sources.read`.
+
+        Raises:
+            DataError: The file or one of its rows cannot be used.
+        """
+        yield from sources.read(self.file, log, filtered=self.filtered, splits=self.splits)
+        log.raise_problems()
 
 
-def read_parts(path: Path) -> list[MixtureEntry]:
-    """A mixture file: a JSON list of parts; their paths are relative to the file.
+def read_mixture_file(path: Path) -> list[MixtureEntry]:
+    """Return the entries of a mixture file, a JSON list; its paths are relative to the file.
 
     Raises:
-        UserError: it is none.
+        UserError: The file cannot be read, or an entry is invalid.
     """
     try:
-        parts = pydantic.TypeAdapter(list[MixtureEntry]).validate_json(path.read_text("utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except (pydantic.ValidationError, UnicodeDecodeError) as error:
-        first = error.errors()[0] if isinstance(error, pydantic.ValidationError) else {"loc": (), "msg": str(error)}
-        raise UserError(f"{path}: {'.'.join(map(str, first['loc'])) or 'not a mixture'}: {first['msg']}") from None
-    beside = [
-        part.model_copy(
-            update={
-                "file": path.parent / part.file,
-                "images": None if part.images is None else path.parent / part.images,
-            }
-        )
-        for part in parts
-    ]
-    if not beside:
-        raise UserError(f"{path}: names no file")
-    return beside
+        entries = pydantic.TypeAdapter(list[MixtureEntry]).validate_python(read_json(path))
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{path}: {'.'.join(map(str, first['loc'])) or 'mixture'}: {first['msg']}") from None
+    if not entries:
+        raise UserError(f"{path}: names no annotation file")
+    for entry in entries:
+        entry.file = path.parent / entry.file
+        entry.images = None if entry.images is None else path.parent / entry.images
+    return entries
 
 
-class _Row(NamedTuple):
-    """A record before its picture is read. `stat` changes with the picture's file; of one within a file, it says where."""
+class _StoredRecord(NamedTuple):
+    """A record before its image is read.
+
+    Attributes:
+        id: name of the image.
+        path: the image's file; empty if there is none.
+        encoded: the image, if the annotation file contains it.
+        version: changes with the image's file; for an image in the annotation file, its row.
+        conversations: as JSON text.
+    """
 
     id: str
-    file: str
+    path: str
     encoded: bytes
-    stat: str
-    talks: str
+    version: str
+    conversations: str
 
 
 class Mixture:
-    """Records of several files, in the order of their pictures' first rows; those without a picture last. Close it.
+    """The records of several annotation files, in the order of their images' first rows; those without an image last.
+
+    To be closed, or used in a `with` statement.
 
     Args:
-        parts: (talk, folder of its pictures, cap, weight) of each file.
-        store: database file; in memory or a temporary file by default.
-        seed: for caps.
-        side: pictures with a longer one are scaled down; all stay as they are by default.
-        told: gets the number of rows read so far, now and then.
+        entries: (examples, their image folder, cap, weight) of each file.
+        store: Database file; in memory or a temporary file by default.
+        seed: For caps.
+        max_side: Larger images are scaled down; all stay as they are by default.
+        on_progress: Gets the number of conversations read so far, now and then.
 
     Raises:
-        DataError: a picture's name is none, or shown where no folder was named.
+        DataError: An image cannot be found, or no folder was given for it.
     """
 
     def __init__(
         self,
-        parts: Iterable[tuple[Iterable[Example], Pictures | None, int | None, float]],
+        entries: Iterable[tuple[Iterable[Example], ImageFolder | None, int | None, float]],
         store: Path | None = None,
         *,
         seed: int = 0,
-        side: int | None = None,
+        max_side: int | None = None,
         on_progress: Callable[[int], object] = lambda count: None,
     ):
-        self._side = side
+        self._max_side = max_side
         if store is not None:
             store.unlink(missing_ok=True)
         self._lock = threading.Lock()
@@ -122,7 +132,20 @@ class Mixture:
         try:
             self._db.executescript(_SCHEMA)
             self._db.execute("BEGIN")
-            self._read(parts, seed, on_progress)
+            count = 0
+            for number, (examples, folder, cap, weight) in enumerate(entries):
+                for example in examples:
+                    self._insert(number, example, folder, seed, weight)
+                    count += 1
+                    if count % 1000 == 0:
+                        on_progress(count)
+                if cap is not None:
+                    self._apply_cap(number, cap)
+            on_progress(count)
+            self._db.execute("DELETE FROM images WHERE id NOT IN (SELECT image FROM examples WHERE image NOT NULL)")
+            self._db.executescript(_ORDER)
+            (self._records,) = self._db.execute("SELECT count(*) FROM records").fetchone()
+            (self.conversation_count,) = self._db.execute("SELECT count(*) FROM examples").fetchone()
         except sqlite3.Error as error:
             self.close()
             raise DataError(f"{store or 'a temporary file'}: cannot be written ({error})") from None
@@ -130,57 +153,48 @@ class Mixture:
             self.close()
             raise
 
-    def _read(self, parts: Iterable[Any], seed: int, on_progress: Callable[[int], object]) -> None:
-        count = 0
-        for number, (talks, pictures, cap, weight) in enumerate(parts):
-            for talk in talks:
-                picture = None
-                if talk.encoded:
-                    key = f"within {content_name(talk.encoded)}"
-                    picture = self._picture(key, talk.image, talk.encoded, talk.where)
-                elif talk.image and pictures is None:
-                    raise DataError(f"{talk.where}: shows {talk.image}; name the folder of pictures")
-                elif talk.image:
-                    file = pictures.find(talk.image)
-                    stat = file.stat()
-                    picture = self._picture(str(file), talk.image, b"", f"{stat.st_size} {stat.st_mtime_ns}")
-                words = talk.conversation.pair or json.dumps(talk.conversation.to_json())
-                draw = content_name(f"{seed} {'' if talk.encoded else talk.image} {words}".encode())
-                said = json.dumps(_weighted(talk.conversation, weight).to_json(), separators=(",", ":"))
-                self._db.execute(
-                    "INSERT INTO talks (part, picture, place, draw, pair, said) VALUES (?, ?, ?, ?, ?, ?)",
-                    (number, picture, talk.where, draw, bool(talk.conversation.pair), said),
-                )
-                count += 1
-                if count % 1000 == 0:
-                    on_progress(count)
-            if cap is not None:
-                self._db.execute(
-                    "DELETE FROM talks WHERE part = ? AND id NOT IN"
-                    " (SELECT id FROM talks WHERE part = ? ORDER BY draw, id LIMIT ?)",
-                    (number, number, cap),
-                )
-                self._db.execute(
-                    "DELETE FROM talks WHERE part = ? AND pair AND draw IN"
-                    " (SELECT draw FROM talks WHERE part = ? AND pair GROUP BY draw HAVING count(*) % 2)",
-                    (number, number),
-                )
-        on_progress(count)
-        self._db.execute("DELETE FROM pictures WHERE id NOT IN (SELECT picture FROM talks WHERE picture NOT NULL)")
-        self._db.executescript(_ORDER)
-        (self._records,) = self._db.execute("SELECT count(*) FROM records").fetchone()
-        (self.conversations,) = self._db.execute("SELECT count(*) FROM talks").fetchone()
+    def _insert(self, entry: int, example: Example, folder: ImageFolder | None, seed: int, weight: float) -> None:
+        image = None
+        if example.encoded:
+            key = f"embedded {content_digest(example.encoded)}"
+            image = self._image_id(key, example.image, example.encoded, example.where)
+        elif example.image and folder is None:
+            raise DataError(f"{example.where}: has the image {example.image}; give the image folder, as FILE=FOLDER")
+        elif example.image and folder is not None:
+            file = folder.find(example.image)
+            stat = file.stat()
+            image = self._image_id(str(file), example.image, b"", f"{stat.st_size} {stat.st_mtime_ns}")
+        conversation = example.conversation
+        content = conversation.pair or json.dumps(conversation.to_json())
+        draw = content_digest(f"{seed} {'' if example.encoded else example.image} {content}".encode())
+        text = json.dumps(_scale_weights(conversation, weight).to_json(), separators=(",", ":"))
+        self._db.execute(
+            "INSERT INTO examples (entry, image, location, draw, pair, conversation) VALUES (?, ?, ?, ?, ?, ?)",
+            (entry, image, example.where, draw, bool(conversation.pair), text),
+        )
 
-    def _picture(self, key: str, name: str, encoded: bytes, stat: str = "") -> int:
-        found = self._db.execute("SELECT id FROM pictures WHERE key = ?", (key,)).fetchone()
-        if found is None:
-            made = self._db.execute(
-                "INSERT INTO pictures (key, name, encoded, stat) VALUES (?, ?, ?, ?)", (key, name, encoded, stat)
-            )
-            return int(made.lastrowid or 0)
-        return int(found[0])
+    def _apply_cap(self, entry: int, cap: int) -> None:
+        """Delete conversations beyond a cap, and the other side of pairs that it would split."""
+        self._db.execute(
+            "DELETE FROM examples WHERE entry = ? AND id NOT IN"
+            " (SELECT id FROM examples WHERE entry = ? ORDER BY draw, id LIMIT ?)",
+            (entry, entry, cap),
+        )
+        self._db.execute(
+            "DELETE FROM examples WHERE entry = ? AND pair AND draw IN"
+            " (SELECT draw FROM examples WHERE entry = ? AND pair GROUP BY draw HAVING count(*) % 2)",
+            (entry, entry),
+        )
+
+    def _image_id(self, key: str, name: str, encoded: bytes, version: str) -> int:
+        row = self._db.execute("SELECT id FROM images WHERE key = ?", (key,)).fetchone()
+        if row is not None:
+            return int(row[0])
+        insert = "INSERT INTO images (key, name, encoded, version) VALUES (?, ?, ?, ?)"
+        return int(self._db.execute(insert, (key, name, encoded, version)).lastrowid or 0)
 
     def close(self) -> None:
+        """Close the database."""
         self._db.close()
 
     def __enter__(self) -> Mixture:
@@ -194,110 +208,113 @@ class Mixture:
     def __len__(self) -> int:
         return self._records
 
-    def talks(self) -> Iterator[tuple[str, Conversation]]:
-        """(picture's name, conversation), in the order of the rows; no picture is read."""
+    def conversations(self) -> Iterator[tuple[str, Conversation]]:
+        """Yield (image name, conversation), in the order of the rows; no image is read."""
         rows = self._db.cursor().execute(
-            "SELECT coalesce(name, ''), said FROM talks LEFT JOIN pictures ON pictures.id = picture ORDER BY talks.id"
+            "SELECT coalesce(name, ''), conversation FROM examples LEFT JOIN images ON images.id = image"
+            " ORDER BY examples.id"
         )
-        for name, said in rows:
-            yield name, Conversation.from_json(json.loads(said))
+        for name, text in rows:
+            yield name, Conversation.from_json(json.loads(text))
 
-    def _row(self, index: int) -> _Row:
+    def _stored(self, index: int) -> _StoredRecord:
         with self._lock:
-            picture, talk = self._db.execute(
-                "SELECT picture, talk FROM records WHERE number = ?", (index + 1,)
+            query = "SELECT image, example FROM records WHERE number = ?"
+            image, example = self._db.execute(query, (index + 1,)).fetchone()
+            if image is None:
+                query = "SELECT conversation, location FROM examples WHERE id = ?"
+                text, location = self._db.execute(query, (example,)).fetchone()
+                return _StoredRecord(location, "", b"", "", f"[{text}]")
+            key, name, encoded, version, ambiguous = self._db.execute(
+                "SELECT key, name, encoded, version,"
+                " (SELECT min(id) FROM images AS other WHERE other.name = this.name) != this.id"
+                " FROM images AS this WHERE id = ?",
+                (image,),
             ).fetchone()
-            if picture is None:
-                said, place = self._db.execute("SELECT said, place FROM talks WHERE id = ?", (talk,)).fetchone()
-                return _Row(place, "", b"", "", f"[{said}]")
-            key, name, encoded, stat, same = self._db.execute(
-                "SELECT key, name, encoded, stat, (SELECT min(id) FROM pictures AS o WHERE o.name = p.name) != p.id"
-                " FROM pictures AS p WHERE id = ?",
-                (picture,),
-            ).fetchone()
-            rows = self._db.execute("SELECT said FROM talks WHERE picture = ? ORDER BY id", (picture,)).fetchall()
-        # Two files that a mixture calls by one name are told apart by their places.
-        return _Row(key if same else name, "" if encoded else key, encoded, stat, f"[{','.join(r[0] for r in rows)}]")
+            query = "SELECT conversation FROM examples WHERE image = ? ORDER BY id"
+            texts = ",".join(row[0] for row in self._db.execute(query, (image,)))
+        # The first of two files that have the same name keeps it; the path identifies the other.
+        return _StoredRecord(key if ambiguous else name, "" if encoded else key, encoded, version, f"[{texts}]")
 
     def __getitem__(self, index: int) -> ImageRecord:
         if not -len(self) <= index < len(self):
             raise IndexError(index)
-        row = self._row(index % len(self))
-        if row.encoded:
-            encoded = opened(row.encoded, f"{row.stat}: {row.id}")
-        elif row.file:
+        stored = self._stored(index % len(self))
+        encoded = stored.encoded
+        if encoded:
+            validate_image(encoded, f"{stored.version}: {stored.id}")
+        elif stored.path:
             try:
-                encoded = opened(Path(row.file).read_bytes(), row.file)
+                encoded = validate_image(Path(stored.path).read_bytes(), stored.path)
             except OSError as error:
-                raise DataError(f"{row.file}: cannot be read ({error.strerror})") from None
-        else:
-            encoded = b""
-        if encoded and self._side is not None:
-            encoded = within(encoded, row.id, self._side)
-        return ImageRecord.from_parts(row.id, encoded, row.talks)
+                raise DataError(f"{stored.path}: cannot be read ({error.strerror})") from None
+        if encoded and self._max_side is not None:
+            encoded = downscale(encoded, stored.id, self._max_side)
+        return ImageRecord.from_parts(stored.id, encoded, stored.conversations)
 
     def digest(self, start: int, stop: int) -> str:
-        """A name for the content of these records: their pictures' files by place, size and time, and all that is said."""
-        found = hashlib.blake2b(str(self._side).encode(), digest_size=16)
+        """Return a digest of some records: their images' paths, sizes and times, and their conversations."""
+        digest = hashlib.blake2b(str(self._max_side).encode(), digest_size=16)
         for index in range(start, stop):
-            row = self._row(index)
-            found.update(repr((row.id, row.file, row.stat, content_name(row.encoded), row.talks)).encode())
-        return found.hexdigest()
+            stored = self._stored(index)
+            digest.update(repr((*stored._replace(encoded=b""), content_digest(stored.encoded))).encode())
+        return digest.hexdigest()
 
 
-def mixture(
-    parts: Sequence[MixtureEntry],
+def read_mixture(
+    entries: Sequence[MixtureEntry],
     log: ReadLog,
     store: Path | None = None,
     *,
     seed: int = 0,
-    side: int | None = None,
+    max_side: int | None = None,
     on_progress: Callable[[int], object] = lambda count: None,
 ) -> Mixture:
-    """The records of a mixture's files.
+    """Read annotation files into a `Mixture`, which takes the other arguments.
 
     Args:
-        reading: gets notes, and rows that cannot be used.
+        entries: The files.
+        log: Gets notes.
+        store: Database file.
+        seed: For caps.
+        max_side: Larger images are scaled down.
+        on_progress: Gets the number of conversations read so far.
 
     Raises:
-        DataError: a file, a row or a picture's name cannot be used; the first is named.
+        DataError: A file, a row or an image's name cannot be used; the message names the first.
     """
-
-    def read(part: MixtureEntry) -> Iterator[Example]:
-        yield from part.talks(log)
-        log.settle()
-
-    folders = [Pictures(part.folder) if part.folder.is_dir() else None for part in parts]
-    for part, folder in zip(parts, folders, strict=True):
-        if folder is None and part.images is not None:
-            raise DataError(f"{part.images}: no such folder of pictures")
+    folders = [ImageFolder(entry.folder) if entry.folder.is_dir() else None for entry in entries]
+    for entry, folder in zip(entries, folders, strict=True):
+        if folder is None and entry.images is not None:
+            raise DataError(f"{entry.images}: image folder does not exist")
     return Mixture(
-        [(read(part), folder, part.cap, part.weight) for part, folder in zip(parts, folders, strict=True)],
+        ((entry.read(log), folder, entry.cap, entry.weight) for entry, folder in zip(entries, folders, strict=True)),
         store,
         seed=seed,
-        side=side,
+        max_side=max_side,
         on_progress=on_progress,
     )
 
 
-def _weighted(talk: Conversation, weight: float) -> Conversation:
-    if weight == 1:
-        return talk
-    turns = [type(turn)(turn.role, turn.text, turn.weight * weight) for turn in talk.turns]
-    return type(talk)(tuple(turns), talk.images, talk.dataset, talk.kind, talk.pair)
+def _scale_weights(conversation: Conversation, factor: float) -> Conversation:
+    if factor == 1:
+        return conversation
+    turns = tuple(dataclasses.replace(turn, weight=turn.weight * factor) for turn in conversation.turns)
+    return dataclasses.replace(conversation, turns=turns)
 
 
 _SCHEMA = """
 PRAGMA journal_mode = OFF;
 PRAGMA synchronous = OFF;
 PRAGMA cache_size = -65536;
-CREATE TABLE pictures (id INTEGER PRIMARY KEY, key TEXT UNIQUE, name TEXT, encoded BLOB, stat TEXT);
-CREATE TABLE talks (id INTEGER PRIMARY KEY, part INTEGER, picture INTEGER, place TEXT, draw TEXT, pair INTEGER, said TEXT);
+CREATE TABLE images (id INTEGER PRIMARY KEY, key TEXT UNIQUE, name TEXT, encoded BLOB, version TEXT);
+CREATE TABLE examples
+    (id INTEGER PRIMARY KEY, entry INTEGER, image INTEGER, location TEXT, draw TEXT, pair INTEGER, conversation TEXT);
 """
 _ORDER = """
-CREATE INDEX by_picture ON talks (picture, id);
-CREATE INDEX by_name ON pictures (name, id);
-CREATE TABLE records (number INTEGER PRIMARY KEY, picture INTEGER, talk INTEGER);
-INSERT INTO records (picture) SELECT picture FROM talks WHERE picture NOT NULL GROUP BY picture ORDER BY min(id);
-INSERT INTO records (talk) SELECT id FROM talks WHERE picture IS NULL ORDER BY id;
+CREATE INDEX by_image ON examples (image, id);
+CREATE INDEX by_name ON images (name, id);
+CREATE TABLE records (number INTEGER PRIMARY KEY, image INTEGER, example INTEGER);
+INSERT INTO records (image) SELECT image FROM examples WHERE image NOT NULL GROUP BY image ORDER BY min(id);
+INSERT INTO records (example) SELECT id FROM examples WHERE image IS NULL ORDER BY id;
 """

@@ -1,4 +1,4 @@
-"""Records on disk: one ArrayRecord record per image, in shards that TFDS knows, read at random."""
+"""Records on disk: one ArrayRecord record per image, in a TFDS dataset, for random access."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from reverie_jax.errors import DataError, UserError
 
 _TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
 NAME, VERSION = "reflective_records", "1.0.0"
-ASIDE = "old"
-SHARD = 1024
-"""Records of a shard file."""
+PREVIOUS = "previous"
+"""Name, in the work folder, of the records that new ones replace."""
+RECORDS_PER_SHARD = 1024
 
 
 def _features() -> tfds.features.FeaturesDict:
-    """A record's conversations are one JSON text: TFDS writes nested sequences with TensorFlow only."""
+    """Return the features. A record's conversations are one JSON text: TFDS writes nested sequences with TensorFlow only."""
     return tfds.features.FeaturesDict(
         {
             "id": tfds.features.Text(),
@@ -40,7 +40,7 @@ def _features() -> tfds.features.FeaturesDict:
 
 @runtime_checkable
 class Records(Protocol):
-    """Records by number. Not a `Sequence`: reading one may take a while, or fail."""
+    """Records by number. Not a `Sequence`: reading one may be slow, or fail."""
 
     def __len__(self) -> int: ...
 
@@ -48,26 +48,26 @@ class Records(Protocol):
 
 
 @runtime_checkable
-class Digested(Records, Protocol):
-    """Records that know, without reading their pictures, whether a part of them is still the same."""
+class DigestedRecords(Records, Protocol):
+    """Records that can tell, without reading their images, whether some of them have changed."""
 
     def digest(self, start: int, stop: int) -> str:
-        """Changes when anything about the records from `start` up to `stop` does."""
+        """Return a digest that changes if the records from `start` to `stop` (exclusive) do."""
 
 
-class _Shards:
-    """The shard files of one split, made side by side; one that an earlier run has finished is not made again."""
+class _ShardWriter:
+    """Writes the shard files of one split, from several threads; skips those that an earlier run has finished."""
 
     def __init__(self, folder: Path, records: Records):
         self.folder, self.records, self.features = folder, records, _features()
 
-    def make(self, start: int) -> tuple[Path, int]:
-        """(file, records in it) of the shard that begins at a record."""
-        stop = min(start + SHARD, len(self.records))
-        known = self.records.digest(start, stop) if isinstance(self.records, Digested) else uuid.uuid4().hex
-        path = self.folder / f"{known}.shard"
+    def write_shard(self, start: int) -> tuple[Path, int]:
+        """Write the shard that begins at a record; return its file and its number of records."""
+        stop = min(start + RECORDS_PER_SHARD, len(self.records))
+        digest = self.records.digest(start, stop) if isinstance(self.records, DigestedRecords) else uuid.uuid4().hex
+        path = self.folder / f"{digest}.shard"
         if not path.exists():
-            part = self.folder / f"{uuid.uuid4().hex}.part"
+            part = self.folder / f"{uuid.uuid4().hex}.part"  # two threads may write shards of equal content
             try:
                 self._write(part, start, stop)
             except BaseException:
@@ -81,8 +81,12 @@ class _Shards:
         try:
             for number in range(start, stop):
                 record = self.records[number]
-                # A file object passes through as it is: an encoded picture is never decoded and encoded again.
-                fields = {"id": record.id, "image": io.BytesIO(record.image), "conversations": record.talks_json()}
+                # A file object passes through as it is: an encoded image is not decoded and encoded again.
+                fields = {
+                    "id": record.id,
+                    "image": io.BytesIO(record.image),
+                    "conversations": record.conversations_json(),
+                }
                 writer.write(self.features.serialize_example(self.features.encode_example(fields)))
         except BaseException:
             with contextlib.suppress(RuntimeError):
@@ -92,40 +96,42 @@ class _Shards:
 
 
 @contextlib.contextmanager
-def building(folder: Path) -> Iterator[Path]:
-    """The hidden folder beside `folder` in which records are made, for one run at a time. It is deleted at the end; after an
-    error, finished shards stay.
+def work_folder(folder: Path) -> Iterator[Path]:
+    """Yield a hidden folder beside `folder` to write records in, locked for this run.
+
+    It is deleted at the end. After an error, finished shards are kept for the next run, and previous records are restored.
 
     Raises:
-        DataError: another run is using it, or it cannot be made.
+        DataError: Another run is using it, or it cannot be created.
     """
     hidden = folder.parent / f".{folder.name}.building"
     try:
         if folder.exists() and not folder.is_dir():
-            raise DataError(f"{folder}: is a file; records are a folder")
+            raise DataError(f"{folder}: is a file, not a folder of records")
         hidden.mkdir(parents=True, exist_ok=True)
         lock = (hidden / "lock").open("w")
     except OSError as error:
-        raise DataError(f"{hidden}: cannot be made ({error.strerror})") from None
+        raise DataError(f"{hidden}: cannot be created ({error.strerror})") from None
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            mine = (hidden / "lock").stat().st_ino == os.fstat(lock.fileno()).st_ino
+            # The run that held the lock before may have deleted the folder.
+            locked = (hidden / "lock").stat().st_ino == os.fstat(lock.fileno()).st_ino
         except OSError:
-            mine = False
-        if not mine:
+            locked = False
+        if not locked:
             raise DataError(f"{folder}: another run is building it; wait for it or stop it")
-        _put_back(folder, hidden)
+        _restore_previous(folder, hidden)
         try:
             yield hidden
         except BaseException:
-            _put_back(folder, hidden)
+            _restore_previous(folder, hidden)
             for path in hidden.iterdir():
                 if path.is_dir():
                     shutil.rmtree(path, ignore_errors=True)
                 elif path.suffix != ".shard":
                     path.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # shards are in it
+            with contextlib.suppress(OSError):  # not empty: it has shards
                 hidden.rmdir()
             raise
         shutil.rmtree(hidden, ignore_errors=True)
@@ -135,89 +141,96 @@ def write_records(
     folder: Path,
     splits: Mapping[str, Records],
     *,
-    hidden: Path | None = None,
+    work: Path | None = None,
     jobs: int = 1,
     on_progress: Callable[[int], object] = lambda count: None,
 ) -> Path:
-    """Writes the splits below `folder` as TFDS does; returns the folder to read.
+    """Write a TFDS dataset below `folder`; return the folder to read.
 
-    Records that are there already stay until the new ones are whole. Finished shards of an interrupted run lie in a hidden
-    folder beside `folder`, and are taken from there by the next one where the records are `Digested`.
+    Previous records are kept until the new ones are complete. After an interruption, the next run uses the finished shards
+    in the work folder if the records are `DigestedRecords`.
 
     Args:
-        hidden: what `building` gave; records are made in one of their own by default.
-        jobs: threads that read pictures and write shards.
-        told: gets the number of records of each shard as it is done.
+        folder: The output folder.
+        splits: Records of each split.
+        work: The folder of `work_folder(folder)`, if the caller holds it.
+        jobs: Number of threads that read images and write shards.
+        on_progress: Gets the number of records of each finished shard.
 
     Raises:
-        DataError: there are no records, or one cannot be had.
+        DataError: There are no records, one cannot be read, or the folder cannot be written.
     """
-    if hidden is None:
-        with building(folder) as hidden:
-            return write_records(folder, splits, hidden=hidden, jobs=jobs, on_progress=on_progress)
+    if work is None:
+        with work_folder(folder) as work:
+            return write_records(folder, splits, work=work, jobs=jobs, on_progress=on_progress)
     try:
-        return _write_records(folder, splits, hidden, jobs, on_progress)
+        return _write_records(folder, splits, work, jobs, on_progress)
     except (OSError, RuntimeError) as error:
         raise DataError(f"{folder}: cannot be written ({' '.join(str(error).split())[:300]})") from None
 
 
 def _write_records(
-    folder: Path, splits: Mapping[str, Records], hidden: Path, jobs: int, on_progress: Callable[[int], object]
+    folder: Path, splits: Mapping[str, Records], work: Path, jobs: int, on_progress: Callable[[int], object]
 ) -> Path:
-    made: dict[str, list[tuple[Path, int]]] = {}
-    for split, records in splits.items():
-        if not len(records):
-            raise DataError(f"{folder}: no records for {split}")
-        shards = _Shards(hidden, records)
-        with ThreadPoolExecutor(jobs) as pool:
-            done = [pool.submit(shards.make, start) for start in range(0, len(records), SHARD)]
-            made[split] = []
-            try:
-                for future in done:
-                    made[split].append(future.result())
-                    on_progress(made[split][-1][1])
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-    whole = hidden / uuid.uuid4().hex
-    whole.mkdir()
+    shards = {split: _write_split(folder, split, splits[split], work, jobs, on_progress) for split in splits}
+    dataset = work / uuid.uuid4().hex
+    dataset.mkdir()
     template = tfds.core.ShardedFileTemplate(
-        data_dir=whole, dataset_name=NAME, filetype_suffix="array_record", template=_TEMPLATE
+        data_dir=dataset, dataset_name=NAME, filetype_suffix="array_record", template=_TEMPLATE
     )
     infos = []
-    for split, files in made.items():
-        named = template.replace(split=split)
+    for split, files in shards.items():
+        names = template.replace(split=split)
         for number, (file, _) in enumerate(files):
-            _also(file, Path(named.sharded_filepath(shard_index=number, num_shards=len(files))))
+            _link_or_copy(file, Path(names.sharded_filepath(shard_index=number, num_shards=len(files))))
         size = sum(file.stat().st_size for file, _ in files)
         lengths = [count for _, count in files]
-        infos.append(tfds.core.SplitInfo(name=split, shard_lengths=lengths, num_bytes=size, filename_template=named))
+        infos.append(tfds.core.SplitInfo(name=split, shard_lengths=lengths, num_bytes=size, filename_template=names))
     tfds.folder_dataset.write_metadata(
-        data_dir=whole,
+        data_dir=dataset,
         features=_features(),
         split_infos=infos,
         version=VERSION,
         filename_template=template,
         check_data=False,
-        description="Pictures with all that is said about them, for reflective instruction tuning.",
+        description="Images with all conversations about them, for reflective instruction tuning.",
     )
-    home = folder / NAME / VERSION
-    home.parent.mkdir(parents=True, exist_ok=True)
-    if home.exists():
-        home.rename(hidden / ASIDE)
-    whole.rename(home)
-    return home
+    target = folder / NAME / VERSION
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.exists():
+        target.rename(work / PREVIOUS)
+    dataset.rename(target)
+    return target
 
 
-def _put_back(folder: Path, hidden: Path) -> None:
-    """Old records that were set aside for new ones that then did not come."""
-    home, aside = folder / NAME / VERSION, hidden / ASIDE
-    if aside.exists() and not home.exists():
-        os.replace(aside, home)
+def _write_split(
+    folder: Path, split: str, records: Records, work: Path, jobs: int, on_progress: Callable[[int], object]
+) -> list[tuple[Path, int]]:
+    """Write the shards of a split; return (file, number of records) of each."""
+    if not len(records):
+        raise DataError(f"{folder}: no records for {split}")
+    writer, shards = _ShardWriter(work, records), []
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = [pool.submit(writer.write_shard, start) for start in range(0, len(records), RECORDS_PER_SHARD)]
+        try:
+            for future in futures:
+                shards.append(future.result())
+                on_progress(shards[-1][1])
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return shards
 
 
-def _also(file: Path, name: Path) -> None:
-    """A second name for a file, or a copy where the file system has no second names."""
+def _restore_previous(folder: Path, work: Path) -> None:
+    """Move previous records back if the new ones did not replace them."""
+    target, previous = folder / NAME / VERSION, work / PREVIOUS
+    if previous.exists() and not target.exists():
+        os.replace(previous, target)
+
+
+def _link_or_copy(file: Path, name: Path) -> None:
+    """Hard-link a file, or copy it if the file system has no hard links."""
     try:
         os.link(file, name)
     except OSError:
@@ -225,22 +238,28 @@ def _also(file: Path, name: Path) -> None:
 
 
 class RecordSource(Sequence[ImageRecord]):
-    """Records of one split, by index: what Grain reads from."""
+    """The records of one split, by index, for Grain.
+
+    Args:
+        folder: Folder of `write_records`, or one below which there is only one dataset.
+        split: Name of the split.
+
+    Raises:
+        DataError: There are no records, or they cannot be read.
+    """
 
     def __init__(self, folder: str | Path, split: str = "train"):
         self.folder, self.split = Path(folder), split
         if not (self.folder / "dataset_info.json").exists():
-            found = sorted(self.folder.glob("**/dataset_info.json")) if self.folder.is_dir() else []
-            found = [path for path in found if not any(p[0] == "." for p in path.relative_to(self.folder).parts)]
-            if len(found) != 1:
-                raise DataError(
-                    f"{self.folder}: no records here; `reverie data build` writes a folder that can be read"
-                )
-            self.folder = found[0].parent
+            paths = sorted(self.folder.glob("**/dataset_info.json")) if self.folder.is_dir() else []
+            paths = [path for path in paths if not any(p[0] == "." for p in path.relative_to(self.folder).parts)]
+            if len(paths) != 1:
+                raise DataError(f"{self.folder}: not a records folder; `reverie data build` writes one")
+            self.folder = paths[0].parent
         try:
             builder = tfds.builder_from_directory(os.fspath(self.folder))
             if split not in builder.info.splits:
-                raise DataError(f"{self.folder}: no split {split!r}; there is {', '.join(builder.info.splits)}")
+                raise DataError(f"{self.folder}: unknown split {split!r}; choose from {', '.join(builder.info.splits)}")
             self._source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
         except UserError:
             raise

@@ -1,4 +1,4 @@
-"""Reflective examples: a question, its answers, why each is right or wrong, and the conversations that teach it."""
+"""Reflective examples: a question, its answers, their rationales, and the conversations for training."""
 
 from __future__ import annotations
 
@@ -11,15 +11,12 @@ import pydantic
 from reverie_jax.data.conversation import IMAGE, Conversation, Kind, Turn
 
 WHY = "Explain why."
-
-
 WHY_WRONG = "Explain why this answer is wrong: {answer}"
-
-
 QuestionType = Literal["yes/no", "choice", "short", "open"]
 
 
 class AnnotatedQuestion(pydantic.BaseModel):
+    # The docstring is part of the schema that hosted models get, and so of the key under which their replies are kept.
     """A question about an image, its right answer, and answers that would confuse."""
 
     model_config = pydantic.ConfigDict(extra="forbid")
@@ -32,18 +29,23 @@ class AnnotatedQuestion(pydantic.BaseModel):
 
 @dataclasses.dataclass(frozen=True)
 class Reflection:
-    """A question with its rationales: one positive, and one negative for each confusing answer."""
+    """A question with its rationales.
+
+    Attributes:
+        question: the question and its answers.
+        positive: why the right answer is right.
+        negatives: (confusing answer, why it is wrong) of each.
+    """
 
     question: AnnotatedQuestion
     positive: str
     negatives: tuple[tuple[str, str], ...]
-    """(confusing answer, why it is wrong)."""
 
 
-def conversations(reflection: Reflection) -> list[Conversation]:
-    """The talks that one reflection teaches: REVERIE's separate four-turn conversations, one a rationale.
+def reflection_conversations(reflection: Reflection) -> list[Conversation]:
+    """Return REVERIE's separate four-turn conversations, one for each rationale, the positive one first.
 
-    The right answer opens each of them, also where a wrong answer is explained.
+    Each opens with the right answer, also if it then explains a wrong one.
     """
     question, answer = reflection.question.question, reflection.question.correct_answer
     prompts: list[tuple[Kind, str, str]] = [("positive", WHY, reflection.positive)]
@@ -55,8 +57,8 @@ def conversations(reflection: Reflection) -> list[Conversation]:
     ]
 
 
-def kind_of(question: str, answer: str) -> QuestionType:
-    """The type of a question that says none."""
+def classify_question(question: str, answer: str) -> QuestionType:
+    """Return the type of a question, from its text and its right answer."""
     if re.fullmatch(r"(yes|no)\W*", answer.strip(), re.IGNORECASE):
         return "yes/no"
     if re.search(r"(^|\s)\(?A[.):]\s.*\sB[.):]?\s", question.replace("(B)", "B.").replace("(A)", "A."), re.DOTALL):

@@ -10,48 +10,49 @@ from typing import Any
 from rich.table import Table
 
 from reverie_jax.data.conversation import IMAGE, Conversation
-from reverie_jax.data.reflection import kind_of
+from reverie_jax.data.reflection import classify_question
 
 
-def statistics_of(talks: Iterable[tuple[str, Conversation]]) -> dict[str, Any]:
-    """The numbers of a dataset card.
+def compute_stats(examples: Iterable[tuple[str, Conversation]]) -> dict[str, Any]:
+    """Return the numbers of a dataset card.
 
     Args:
-        talks: (picture's name, conversation).
+        examples: (image name, conversation) of each.
 
     Returns:
-        images, instructions (questions of a picture with one answer), conversations by source and kind, negatives an
-        instruction, shares of question types, words of rationales.
+        Counts of images, of instructions (questions about an image with one answer) and of conversations by dataset and
+        kind; negatives per instruction; shares of question types; words per rationale.
     """
-    instructions: dict[tuple[str, str], str] = {}
-    kinds, by_source, words = collections.Counter[str](), collections.Counter[str](), []
+    answers: dict[tuple[str, str], str] = {}
+    kinds, datasets, words = collections.Counter[str](), collections.Counter[str](), []
     images: set[str] = set()
-    without = conversations = 0
-    for image, said in talks:
-        conversations += 1
-        without += not image
+    without_image = total = 0
+    for image, conversation in examples:
+        total += 1
+        without_image += not image
         images.update([image] if image else [])
-        question = said.turns[0].text.replace(IMAGE, "").strip()
-        instructions.setdefault((image, question), said.turns[1].text)
-        kinds[said.kind or "no rationale"] += 1
-        by_source[said.dataset] += 1
-        if said.kind and len(said.turns) > 3:
-            words.append(len(said.turns[3].text.split()))
-    types = collections.Counter(kind_of(question, answer) for (_, question), answer in instructions.items())
+        question = conversation.turns[0].text.replace(IMAGE, "").strip()
+        answers.setdefault((image, question), conversation.turns[1].text)
+        kinds[conversation.kind or "no rationale"] += 1
+        datasets[conversation.dataset] += 1
+        if conversation.kind and len(conversation.turns) > 3:
+            words.append(len(conversation.turns[3].text.split()))
+    types = collections.Counter(classify_question(question, answer) for (_, question), answer in answers.items())
+    instructions = max(1, len(answers))
     return {
         "images": len(images),
-        "without picture": without,
-        "conversations": conversations,
-        "by source": dict(by_source.most_common()),
+        "without image": without_image,
+        "conversations": total,
+        "by dataset": dict(datasets.most_common()),
         "by kind": dict(kinds.most_common()),
-        "instructions": len(instructions),
-        "negatives an instruction": round(kinds["negative"] / max(1, len(instructions)), 3),
-        "question types": {kind: round(count / max(1, len(instructions)), 3) for kind, count in types.most_common()},
-        "words a rationale": _spread(words),
+        "instructions": len(answers),
+        "negatives per instruction": round(kinds["negative"] / instructions, 3),
+        "question types": {type: round(count / instructions, 3) for type, count in types.most_common()},
+        "words per rationale": _summarize(words),
     }
 
 
-def _spread(values: Sequence[int]) -> dict[str, float]:
+def _summarize(values: Sequence[int]) -> dict[str, float]:
     if not values:
         return {}
     ordered = sorted(values)
@@ -59,15 +60,16 @@ def _spread(values: Sequence[int]) -> dict[str, float]:
         "mean": round(statistics.fmean(ordered), 1),
         "median": statistics.median(ordered),
         "p95": ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))],
-        "most": ordered[-1],
+        "max": ordered[-1],
     }
 
 
-def statistics_table(numbers: dict[str, Any], lengths: Sequence[int] = ()) -> Table:
-    """The same to look at."""
+def stats_table(stats: dict[str, Any], lengths: Sequence[int] = ()) -> Table:
+    """Return a table of `compute_stats`'s numbers, and of conversation lengths in tokens if there are any."""
     table = Table("", "", show_header=False)
-    shown = numbers | ({"tokens a conversation": _spread(lengths)} if lengths else {})
-    for name, value in shown.items():
+    if lengths:
+        stats = {**stats, "tokens per conversation": _summarize(lengths)}
+    for name, value in stats.items():
         if isinstance(value, dict):
             value = ", ".join(f"{key} {number:,}" for key, number in value.items())
         table.add_row(name, f"{value:,}" if isinstance(value, int | float) else value)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Literal
 
 from reverie_jax.data.conversation import IMAGE, Conversation, Turn
-from reverie_jax.data.reflection import kind_of
-from reverie_jax.data.sources.reverie import explains
+from reverie_jax.data.reflection import classify_question
+from reverie_jax.data.sources.reverie import parse_rationale_prompt
 
 _GUIDANCE = "Including any necessary facts or knowledge."
 _BY_TYPE = {
@@ -74,7 +74,7 @@ class Supervision:
     def _reword(self, turns: Sequence[Turn], index: int) -> Turn:
         """Return the request for the rationale at `index` in the form that `prompts` names."""
         request = turns[index - 1]
-        if self.prompts == "as-written" or (about := explains(request.text)) is None:
+        if self.prompts == "as-written" or (about := parse_rationale_prompt(request.text)) is None:
             return request
         kind, wrong = about
         text = "Explain why." if kind == "positive" else f"Explain why this answer is wrong: {wrong.rstrip('. ')}."
@@ -83,7 +83,7 @@ class Supervision:
         if self.prompts == "guided-length":
             text += f" Use about {max(10, round(len(turns[index].text.split()), -1))} words."
         if self.prompts == "guided-type":
-            text += f" {_BY_TYPE[kind_of(turns[0].text.replace(IMAGE, '').strip(), turns[1].text)]}"
+            text += f" {_BY_TYPE[classify_question(turns[0].text.replace(IMAGE, '').strip(), turns[1].text)]}"
         return dataclasses.replace(request, text=f"{IMAGE}\n" * request.text.count(IMAGE) + text)
 
 

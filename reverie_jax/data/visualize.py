@@ -1,4 +1,4 @@
-"""A page of samples: pictures, the trees that their conversations become, and what of them is taught."""
+"""An HTML page of samples: images, the trees of their conversations, and the supervised tokens."""
 
 from __future__ import annotations
 
@@ -11,145 +11,160 @@ from typing import Any
 
 import jinja2
 import numpy as np
+from jaxtyping import Int64
 
 from reverie_jax.data.conversation import ImageRecord
 from reverie_jax.data.images import thumbnail
 from reverie_jax.data.processor import Processor
 from reverie_jax.data.supervision import Supervision
 from reverie_jax.data.tree import ConversationTree, build_tree
+from reverie_jax.files import atomic_write
 
-SIDE = 360
+THUMBNAIL_SIDE = 360
 
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-    """Tokens of one kind in a row: text, or a picture's features.
+    """Consecutive tokens of one kind: text of one weight, or image features.
 
     Attributes:
-        weight: of the loss; 0 where nothing is taught.
-        shared: several conversations teach it.
+        text: the text; empty for an image.
+        weight: loss weight; 0 if the tokens are not supervised.
+        tokens: number of tokens.
+        is_image: whether these are image features.
+        shared: whether several conversations supervise the tokens.
     """
 
     text: str
     weight: float
     tokens: int
-    picture: bool
+    is_image: bool
     shared: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class TreeNode:
-    """Tokens up to where the tree parts, and what follows."""
+    """Tokens up to where the tree branches, and the branches."""
 
     spans: list[Span]
-    tree_nodes: list[TreeNode]
+    children: list[TreeNode]
 
 
 def tree_nodes(
     tree: ConversationTree, tokenizer: Any, *, patches: int = 0, shared: Collection[int] = ()
 ) -> list[TreeNode]:
-    """The tree as text, each shared part once.
+    """Return the tree as text, each shared part once.
 
     Args:
-        patches: feature tokens of a picture; 0 where a record shows one at most.
-        shared: row indices of tokens that several conversations teach.
+        tree: The tree.
+        tokenizer: Its tokenizer, of `transformers`.
+        patches: Feature tokens of an image; may be 0 if the tree has one image at most.
+        shared: Indices of tokens that several conversations supervise.
     """
     weights = np.zeros(len(tree), np.float32)
-    for place, weight in zip(supervised_positions(tree), tree.weight, strict=True):
-        weights[place] = weight
+    weights[supervised_positions(tree)] = tree.weight
 
-    def spans(start: int, past: int) -> list[Span]:
+    def spans(start: int, stop: int) -> list[Span]:
+        # (image number or -1, weight, shared) of each token
         kinds = [
             (int(tree.image_slots[j]) // patches if patches else 0, 0.0, False)
             if tree.image_slots[j] >= 0
             else (-1, float(weights[j]), j in shared)
-            for j in range(start, past)
+            for j in range(start, stop)
         ]
-        found = []
-        for kind, group in itertools.groupby(range(start, past), lambda j: kinds[j - start]):
-            places = list(group)
-            pieces = [] if kind[0] >= 0 else tokenizer.convert_ids_to_tokens(tree.tokens[places].tolist())
-            found.append(Span(_words(pieces, tokenizer), kind[1], len(places), kind[0] >= 0, kind[2]))
-        return found
+        result = []
+        for (image, weight, is_shared), group in itertools.groupby(range(start, stop), lambda j: kinds[j - start]):
+            indices = list(group)
+            pieces = [] if image >= 0 else tokenizer.convert_ids_to_tokens(tree.tokens[indices].tolist())
+            result.append(Span(_decode(pieces, tokenizer), weight, len(indices), image >= 0, is_shared))
+        return result
 
-    def below(start: int, stop: int) -> list[TreeNode]:
-        found = []
+    def nodes(start: int, stop: int) -> list[TreeNode]:
+        result = []
         while start < stop:
-            past, end = start + 1, int(tree.ends[start])
-            while past < end and int(tree.ends[past]) == end:  # an only child
-                past += 1
-            found.append(TreeNode(spans(start, past), below(past, end)))
+            branch, end = start + 1, int(tree.ends[start])
+            while branch < end and int(tree.ends[branch]) == end:  # an only child
+                branch += 1
+            result.append(TreeNode(spans(start, branch), nodes(branch, end)))
             start = end
-        return found
+        return result
 
-    return below(0, len(tree))
+    return nodes(0, len(tree))
 
 
 def supervised_positions(tree: ConversationTree) -> list[int]:
-    """Row index of the token that each edge predicts."""
+    """Return the index of the token that each edge predicts."""
     parents = _parents(tree)
-    found = []
-    for source, target in zip(tree.parent, tree.target, strict=True):
-        (place,) = np.flatnonzero((parents == source) & (tree.tokens == target) & (tree.image_slots < 0))
-        found.append(int(place))
-    return found
+    result = []
+    for parent, target in zip(tree.parent, tree.target, strict=True):
+        (index,) = np.flatnonzero((parents == parent) & (tree.tokens == target) & (tree.image_slots < 0))
+        result.append(int(index))
+    return result
 
 
-def _parents(tree: ConversationTree) -> np.ndarray:
+def _parents(tree: ConversationTree) -> Int64[np.ndarray, "n"]:
+    """Return the index of each token's parent; -1 for a root."""
     last: dict[int, int] = {-1: -1}
-    found = np.empty(len(tree), np.int64)
+    parents = np.empty(len(tree), np.int64)
     for index, depth in enumerate(tree.positions.tolist()):
-        found[index] = last[depth - 1]
+        parents[index] = last[depth - 1]
         last[depth] = index
-    return found
+    return parents
 
 
-def _words(pieces: list[str], tokenizer: Any) -> str:
-    """Pieces as they stand in the text, white space in front included, which `decode` would drop."""
+def _decode(pieces: list[str], tokenizer: Any) -> str:
+    """Return the text of some tokens, with the leading space that `decode` would drop."""
     if not pieces:
         return ""
-    # Where the tree parts within a letter of several bytes, neither half can be read.
-    first, past = 0, len(pieces)
-    while first < past and tokenizer.convert_tokens_to_string(pieces[first:past]).endswith("\ufffd"):
-        past -= 1
-    while first < past and tokenizer.convert_tokens_to_string(pieces[first:past]).startswith("\ufffd"):
+    # The tree may branch within a character of several bytes: neither part can be decoded.
+    first, stop = 0, len(pieces)
+    while first < stop and tokenizer.convert_tokens_to_string(pieces[first:stop]).endswith("\ufffd"):
+        stop -= 1
+    while first < stop and tokenizer.convert_tokens_to_string(pieces[first:stop]).startswith("\ufffd"):
         first += 1
-    text = tokenizer.convert_tokens_to_string(pieces[first:past]) if first < past else ""
-    if first < past and pieces[first][:1] in ("▁", "Ġ") and not text.startswith(" "):
+    text = tokenizer.convert_tokens_to_string(pieces[first:stop]) if first < stop else ""
+    if first < stop and pieces[first][:1] in ("▁", "Ġ") and not text.startswith(" "):
         text = f" {text}"
-    halves = [f"⟨{' '.join(part)}⟩" if part else "" for part in (pieces[:first], pieces[past:])]
-    return halves[0] + text + halves[1]
+    before, after = (f"⟨{' '.join(part)}⟩" if part else "" for part in (pieces[:first], pieces[stop:]))
+    return before + text + after
 
 
-def write(
-    page: Path, records: Iterable[ImageRecord], processor: Processor, supervision: Supervision, title: str
+def write_page(
+    path: Path, records: Iterable[ImageRecord], processor: Processor, supervision: Supervision, title: str
 ) -> int:
-    """Writes the page; returns how many records it shows."""
+    """Write the page; return its number of records.
+
+    Args:
+        path: The HTML file.
+        records: What to show.
+        processor: Tokenizes the conversations.
+        supervision: Which tokens are supervised.
+        title: Title of the page.
+
+    Raises:
+        UserError: A record cannot be used, or the file cannot be written.
+    """
+    tokenizer, patches = processor.encoder.tokenizer, processor.encoder.patches
     samples = []
     for record in records:
-        tokens = processor.tokens(record.id, supervision(record.conversations))
+        tokens = processor.tokenize(record.id, supervision(record.conversations))
         tree = build_tree(tokens)
-        once = build_tree(dataclasses.replace(one, weights=(one.weights > 0).astype(np.float32)) for one in tokens)
-        shared = {place for place, count in zip(supervised_positions(once), once.weight, strict=True) if count > 1}
+        # With all weights 1, a token's weight is the number of conversations that supervise it.
+        counts = build_tree(dataclasses.replace(t, weights=(t.weights > 0).astype(np.float32)) for t in tokens)
+        shared = {j for j, count in zip(supervised_positions(counts), counts.weight, strict=True) if count > 1}
         samples.append(
             {
                 "id": record.id,
-                "picture": thumbnail(record.image, record.id, SIDE) if record.image else "",
+                "image": thumbnail(record.image, record.id, THUMBNAIL_SIDE) if record.image else "",
                 "conversations": len(tree.leaves),
                 "tokens": len(tree),
-                "flat": tree.flat_tokens,
-                "taught": len(tree.parent),
-                "limbs": tree_nodes(
-                    tree, processor.encoder.tokenizer, patches=processor.encoder.patches, shared=shared
-                ),
+                "flat_tokens": tree.flat_tokens,
+                "supervised": len(tree.parent),
+                "nodes": tree_nodes(tree, tokenizer, patches=patches, shared=shared),
             }
         )
     template = (importlib.resources.files("reverie_jax.data") / "visualize.html").read_text("utf-8")
-    page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(
-        jinja2.Environment(autoescape=True, trim_blocks=True)
-        .from_string(template)
-        .render(samples=samples, title=title, template=processor.encoder.template.name, supervision=supervision),
-        "utf-8",
-    )
+    html = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(template)
+    name = processor.encoder.template.name
+    atomic_write(path, html.render(samples=samples, title=title, template=name, supervision=supervision))
     return len(samples)

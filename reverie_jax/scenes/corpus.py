@@ -9,7 +9,7 @@ import numpy as np
 from reverie_jax.annotate.stages import annotate
 from reverie_jax.data.conversation import IMAGE, Conversation, Turn
 from reverie_jax.data.images import encode_png
-from reverie_jax.data.reflection import conversations
+from reverie_jax.data.reflection import reflection_conversations
 from reverie_jax.hosted.interface import RequestImage
 from reverie_jax.scenes import annotator as ask
 from reverie_jax.scenes.draw import render
@@ -56,6 +56,6 @@ def texts(scenes: list[Scene], seed: int) -> Iterator[str]:
     annotator = ask.SceneAnnotator(pictures, seed)
     for key in pictures:
         for reflection in annotate(RequestImage(key, b""), annotator, 12)[0]:
-            for talk in conversations(reflection):
+            for talk in reflection_conversations(reflection):
                 yield " ".join(turn.text for turn in talk.turns)
                 yield "USER: ASSISTANT:"

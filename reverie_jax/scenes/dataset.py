@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 
 from reverie_jax.annotate.stages import annotate
-from reverie_jax.data.mixture import Mixture, MixtureEntry, mixture
-from reverie_jax.data.reflection import conversations
+from reverie_jax.data.mixture import Mixture, MixtureEntry, read_mixture
+from reverie_jax.data.reflection import reflection_conversations
 from reverie_jax.data.sources import ReadLog, reverie
 from reverie_jax.errors import DataError
 from reverie_jax.hosted.interface import RequestImage
 from reverie_jax.scenes.annotator import SceneAnnotator, existence
 from reverie_jax.scenes.corpus import picture
-from reverie_jax.scenes.graph import CATEGORIES, Scene, Thing, World, cooccurrence, take
+from reverie_jax.scenes.graph import CATEGORIES, Scene, SceneObject, World, cooccurrence, take
 
 ANNOTATIONS, GRAPHS, PICTURES = "reverie.json", "scenes.jsonl", "images"
 POPE_FILES = {split: f"scenes_pope_{split}.json" for split in ("random", "popular", "adversarial")}
@@ -46,8 +46,8 @@ def read_graphs(folder: Path) -> dict[str, Scene]:
     for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
         try:
             row = json.loads(line)
-            things = tuple(Thing(**thing) for thing in row["scene"].pop("things"))
-            found[row["image"]] = Scene(things=things, **row["scene"])
+            objects = tuple(SceneObject(**obj) for obj in row["scene"].pop("things"))
+            found[row["image"]] = Scene(objects=objects, **row["scene"])
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path}: line {number} is no scene graph ({error!r})") from None
     return found
@@ -71,13 +71,13 @@ def write_annotations(
         encoded = (folder / PICTURES / name).read_bytes()
         kept, lost = annotate(RequestImage(name, encoded), annotator, questions)
         dropped += lost
-        rows.append((name, name, [talk for reflection in kept for talk in conversations(reflection)]))
-    return Annotated(reverie.write(folder / ANNOTATIONS, rows), tuple(dropped))
+        rows.append((name, name, [talk for reflection in kept for talk in reflection_conversations(reflection)]))
+    return Annotated(reverie.write_annotations(folder / ANNOTATIONS, rows), tuple(dropped))
 
 
 def records(folder: Path) -> Mixture:
     """A folder's annotations as records."""
-    return mixture([MixtureEntry(file=folder / ANNOTATIONS, images=folder / PICTURES)], ReadLog())
+    return read_mixture([MixtureEntry(file=folder / ANNOTATIONS, images=folder / PICTURES)], ReadLog())
 
 
 def pope_negatives(scenes: Sequence[Scene], prior: Sequence[Scene], seed: int) -> dict[str, list[list[str]]]:

@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array, Float, UInt8
 
 from reverie_jax.data.conversation import ImageRecord
-from reverie_jax.data.feature_cache import FeatureCache, exists, write
+from reverie_jax.data.feature_cache import FeatureCache, is_complete, write_features
 from reverie_jax.data.processor import Processor
 from reverie_jax.models import VisionLanguageModel
 from reverie_jax.models.checkpoints import base_checksums
@@ -52,10 +52,10 @@ def cached_features(
         BrokenImage: an image cannot be decoded.
     """
     key = cache_key(model, processor, records)
-    if jax.process_index() == 0 and not exists(folder):
+    if jax.process_index() == 0 and not is_complete(folder):
         _log.info("computing vision features of %d records: %s", len(records), folder)
         config = model.config.vision
-        write(folder, key, (config.patches, config.hidden), _compute_features(model, processor, records))
+        write_features(folder, key, (config.patches, config.hidden), _compute_features(model, processor, records))
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("vision features")
     return FeatureCache(folder, key)

@@ -1,78 +1,80 @@
-"""Annotation files that the field uses, one file a dataset; `read` recognises them by content."""
+"""Readers of the field's annotation files, one module a format; `read` detects the format by content."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from reverie_jax.data.row_files import Rows
 from reverie_jax.data.sources import annotated, llava, lrv, multiple_choice, preference_pairs, reverie
-from reverie_jax.data.sources.common import Example, Pictures, ReadLog, opened
+from reverie_jax.data.sources.common import Example, ImageFolder, ReadLog, validate_image
 from reverie_jax.errors import DataError
 
-__all__ = ["Pictures", "Reading", "Rows", "Talk", "opened", "read", "recognise"]
+__all__ = ["Example", "ImageFolder", "ReadLog", "Rows", "detect_format", "read", "validate_image"]
+
+Format = Literal["reverie", "llava", "lrv", "annotated", "preference_pairs", "scienceqa", "aokvqa"]
 
 _SAMPLE = 10_000
-"""Rows that say which form a file has."""
+"""Number of rows that decide a file's format."""
 
 
-def recognise(rows: Rows) -> str:
-    """`reverie`, `llava`, `lrv`, `judged`, `preferences`, `scienceqa` or `aokvqa`, by the content of the first rows.
+def detect_format(rows: Rows) -> Format:
+    """Return the format of a file, from its first rows.
 
     Raises:
-        DataError: it is none of them.
+        DataError: The format is unknown.
     """
     turns = reflective = 0
     for row in itertools.islice(rows, _SAMPLE):
-        form = _form(row) if isinstance(row, dict) else ""
-        if form == "turns":
+        if not isinstance(row, dict):
+            continue
+        if {"conversations", "messages"} & row.keys():
             turns, reflective = turns + 1, reflective + reverie.is_reflective(row)
-        elif form and not turns:
+        elif not turns and (form := _row_format(row)):
             return form
     if turns:
         return "reverie" if 2 * reflective > turns else "llava"
-    known = (
-        "LLaVA's and REVERIE's have 'conversations', LRV's 'image_id' and 'question', RLHF-V's 'chosen' and 'rejected',"
-        " ScienceQA's and A-OKVQA's 'choices', the annotation pipeline's 'correct_rationale'"
+    raise DataError(
+        f"{rows.path}: unknown format; the readers expect 'conversations' (LLaVA, REVERIE), 'image_id' and 'question' (LRV),"
+        " 'chosen' and 'rejected' (RLHF-V), 'choices' (ScienceQA, A-OKVQA) or 'correct_rationale' (reverie annotate)"
     )
-    raise DataError(f"{rows.path}: rows of no known form; {known}")
 
 
-def _form(row: dict[str, Any]) -> str:
-    if {"conversations", "messages"} & row.keys():
-        return "turns"
-    if preference_pairs.is_one(row):
-        return "preferences"
+def _row_format(row: dict[str, Any]) -> Format | None:
+    if preference_pairs.is_preference_pair(row):
+        return "preference_pairs"
     if {"correct_rationale", "incorrect_rationale"} <= row.keys():
-        return "judged"
+        return "annotated"
     if {"image_id", "answer"} <= row.keys() and {"question", "instruction"} & row.keys() and "choices" not in row:
         return "lrv"
-    return multiple_choice.is_one(row)
+    return multiple_choice.detect_dataset(row)
 
 
 def read(path: Path, log: ReadLog, *, filtered: bool = True, splits: Sequence[str] = ("train",)) -> Iterator[Example]:
-    """A file's talk, row by row. Rows that cannot be used go to `reading.problems`; `reading.settle()` makes them an error.
+    """Yield a file's examples, row by row. Rows that cannot be used go to `log.problems`; `log.raise_problems` raises them.
 
     Args:
-        filtered: of the annotation pipeline's rows, those that the judge keeps.
-        splits: of rows that name their split, these.
+        path: The annotation file.
+        log: Gets problems and notes.
+        filtered: Of the annotation pipeline's rows, keep only those that the judge accepted.
+        splits: Of rows that name their split, keep only these.
 
     Raises:
-        DataError: the file cannot be read, or is of no known form.
+        DataError: The file cannot be read, or its format is unknown.
     """
     rows = Rows(path)
-    match recognise(rows):
+    match detect_format(rows):
         case "reverie":
-            return reverie.talks(rows, log)
-        case "judged":
-            return annotated.talks(rows, log, filtered=filtered)
-        case "preferences":
-            return preference_pairs.talks(rows, log)
-        case "scienceqa" | "aokvqa" as source:
-            return multiple_choice.talks(rows, log, dataset=source, splits=splits)
+            return reverie.read_examples(rows, log)
+        case "annotated":
+            return annotated.read_examples(rows, log, filtered=filtered)
+        case "preference_pairs":
+            return preference_pairs.read_examples(rows, log)
+        case "scienceqa" | "aokvqa" as dataset:
+            return multiple_choice.read_examples(rows, log, dataset=dataset, splits=splits)
         case "lrv":
-            return lrv.talks(rows, log)
-        case _:
-            return llava.talks(rows, log)
+            return lrv.read_examples(rows, log)
+        case "llava":
+            return llava.read_examples(rows, log)

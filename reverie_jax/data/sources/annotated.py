@@ -1,51 +1,53 @@
-"""Rows of the annotation pipeline, ours or REVERIE's own: a question, two answers, why each is right or wrong, a verdict."""
+"""Rows of the annotation pipeline, or of REVERIE's scripts: a question, two answers, a rationale for each, and a verdict."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
-from reverie_jax.data.reflection import AnnotatedQuestion, Reflection, conversations
+from reverie_jax.data.reflection import AnnotatedQuestion, Reflection, reflection_conversations
 from reverie_jax.data.row_files import Rows
-from reverie_jax.data.sources.common import BadRow, Example, ReadLog, each
+from reverie_jax.data.sources.common import Example, InvalidRow, ReadLog, parse_rows
 
 VERDICT = "gemini_pro_judge"
-"""The original's name for the verdict, whoever judged: `no` keeps a row, `yes` drops it."""
-ASKED = ("image", "question", "correct_answer", "confusing_answer")
-REASONED = ("correct_rationale", "incorrect_rationale")
-KEYS = (*ASKED, *REASONED)
+"""The verdict's key in REVERIE's files, whoever judged: whether the rationale contradicts itself; `no` keeps a row."""
+QUESTION_KEYS = ("image", "question", "correct_answer", "confusing_answer")
+RATIONALE_KEYS = ("correct_rationale", "incorrect_rationale")
+KEYS = (*QUESTION_KEYS, *RATIONALE_KEYS)
 
 
-def talks(rows: Rows, log: ReadLog, *, filtered: bool = True) -> Iterator[Example]:
-    """The rows' conversations: a positive one for each question, and a negative one for each wrong answer.
+def read_examples(rows: Rows, log: ReadLog, *, filtered: bool = True) -> Iterator[Example]:
+    """Yield a positive conversation for each question, and a negative one for each of its wrong answers.
 
     Args:
-        filtered: leave out what the judge found to contradict itself, and what was not judged.
+        rows: The file.
+        log: Gets problems and notes.
+        filtered: Skip rows that the judge rejected or did not judge.
     """
     explained: set[tuple[str, ...]] = set()
     dropped = 0
 
-    def make(row: dict[str, Any], where: str) -> list[Example]:
+    def parse(row: dict[str, Any], where: str) -> list[Example]:
         nonlocal dropped
-        lacking = [key for key in KEYS if not isinstance(row.get(key), str) or not row[key].strip()]
-        if lacking:
-            raise BadRow(f"lacks {', '.join(lacking)}")
+        missing = [key for key in KEYS if not isinstance(row.get(key), str) or not row[key].strip()]
+        if missing:
+            raise InvalidRow(f"missing or empty: {', '.join(missing)}")
         if filtered and str(row.get(VERDICT, "")).strip().lower() != "no":
             dropped += 1
             return []
-        image, question, right, wrong, why, why_not = (row[key].strip() for key in KEYS)
-        asked = AnnotatedQuestion.model_construct(question=question, correct_answer=right)
+        image, question, right, wrong, why_right, why_wrong = (row[key].strip() for key in KEYS)
+        annotated = AnnotatedQuestion.model_construct(question=question, correct_answer=right)
         try:
-            positive, negative = conversations(Reflection(asked, why, ((wrong, why_not),)))
+            positive, negative = reflection_conversations(Reflection(annotated, why_right, ((wrong, why_wrong),)))
         except ValueError as error:
-            raise BadRow(str(error)) from None
-        about = (image, question, right, why)
-        found = [Example(image, negative, where)]
-        if about not in explained:
-            explained.add(about)
-            found.insert(0, Example(image, positive, where))
-        return found
+            raise InvalidRow(str(error)) from None
+        examples = [Example(image, negative, where)]
+        key = (image, question, right, why_right)
+        if key not in explained:
+            explained.add(key)
+            examples.insert(0, Example(image, positive, where))
+        return examples
 
-    yield from each(rows, log, {*KEYS, VERDICT, "judges", "question_type", "reason"}, make)
+    yield from parse_rows(rows, log, {*KEYS, VERDICT, "judges", "question_type", "reason"}, parse)
     if dropped:
-        log.notes.append(f"{rows.path}: {dropped} rows without the judge's consent are left out")
+        log.notes.append(f"{rows.path}: skipped {dropped} rows that the judge did not accept")

@@ -1,4 +1,4 @@
-"""What all annotation files share: rows with their places, talk about a picture, and pictures by name."""
+"""Shared by the readers of annotation files: parsed rows, what is noted while reading, and folders of images."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ from reverie_jax.data.llava_tokenization import move_image_first
 from reverie_jax.data.row_files import Rows
 from reverie_jax.errors import DataError
 
-_NAMELESS = {"image", "img", "picture", "photo"}
-"""File names that say nothing: a picture is not found by them alone."""
+_GENERIC_NAMES = {"image", "img", "picture", "photo"}
+"""File names without a folder that do not identify an image."""
 
 
-class BadRow(ValueError):
-    """Why a row cannot be used."""
+class InvalidRow(ValueError):
+    """A row that cannot be used; the message says why."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One conversation as a file gives it.
+    """One conversation of an annotation file.
 
     Attributes:
-        image: the picture's name; empty where there is none.
+        image: name of the image; empty if there is none.
+        conversation: the conversation.
         where: file and row, for errors.
-        encoded: the picture itself, where the file holds it.
+        encoded: the image itself, if the file contains it.
     """
 
     image: str
@@ -40,52 +41,56 @@ class Example:
 
 @dataclasses.dataclass
 class ReadLog:
-    """What was found in a file besides talk.
+    """What is noted while annotation files are read.
 
     Attributes:
-        notes: what a user should know, line by line.
-        problems: (where, why) of rows that cannot be used.
+        notes: messages for the user.
+        problems: (where, reason) of rows that cannot be used.
     """
 
     notes: list[str] = dataclasses.field(default_factory=list)
     problems: list[tuple[str, str]] = dataclasses.field(default_factory=list)
 
-    def unknown(self, row: dict[str, Any], known: Collection[str]) -> None:
-        """Notes fields that are not used, each once."""
+    def note_unknown_fields(self, row: dict[str, Any], known: Collection[str]) -> None:
+        """Note each field that is not known, once."""
         for key in row.keys() - known:
-            if (note := f"unknown field {key!r} is not used") not in self.notes:
+            if (note := f"unknown field {key!r} is ignored") not in self.notes:
                 self.notes.append(note)
 
-    def settle(self) -> None:
-        """Raises DataError: some rows cannot be used; the first is named."""
+    def raise_problems(self) -> None:
+        """Raise the first problem, if there are any.
+
+        Raises:
+            DataError: Some rows cannot be used.
+        """
         if self.problems:
-            where, why = self.problems[0]
-            more = f"; {len(self.problems) - 1} more rows" if len(self.problems) > 1 else ""
-            raise DataError(f"{where}: {why}{more}")
+            where, reason = self.problems[0]
+            more = f" ({len(self.problems) - 1} more rows cannot be used)" if len(self.problems) > 1 else ""
+            raise DataError(f"{where}: {reason}{more}")
 
 
-class Pictures:
-    """A folder of pictures, by the names that annotation files use.
+class ImageFolder:
+    """A folder of images, found by the names that annotation files use.
 
-    A name is a path below the folder. Where there is no such file, and exactly one file in the folder has that file name, it
-    is meant: releases differ in the folders that they put before a name.
+    A name is a path relative to the folder. If there is no such file, the only file of that name anywhere below the folder
+    is used: releases of a dataset differ in the folders before a name.
 
     Raises:
-        DataError: there is no such folder.
+        DataError: The folder does not exist.
     """
 
     def __init__(self, folder: Path):
         if not folder.is_dir():
-            raise DataError(f"{folder}: no such folder of pictures")
+            raise DataError(f"{folder}: image folder does not exist")
         self.folder, self._root = folder, folder.resolve()
         self._found: dict[str, Path] = {}
         self._by_name: dict[str, list[Path]] | None = None
 
     def find(self, name: str) -> Path:
-        """The file of a name.
+        """Return the file of an image.
 
         Raises:
-            DataError: there is none, or several, or the name leaves the folder.
+            DataError: No file or several files match, or the name leaves the folder.
         """
         if name not in self._found:
             self._found[name] = self._find(name)
@@ -94,44 +99,32 @@ class Pictures:
     def _find(self, name: str) -> Path:
         try:
             path = (self._root / name).resolve()
-            there = path.exists()
+            exists = path.exists()
         except (ValueError, OSError, RuntimeError) as error:
-            raise DataError(f"{self.folder}: {name[:80]!r} is no file name ({error})") from None
+            raise DataError(f"{self.folder}: {name[:80]!r} is not a file name ({error})") from None
+        if path.is_relative_to(self._root) and not exists:
+            same = [] if path.stem.lower() in _GENERIC_NAMES else self._files_named(path.name)
+            if len(same) != 1:
+                reason = "no such file" if not same else f"no such file, and {len(same)} files of that name elsewhere"
+                raise DataError(f"{self.folder / name}: {reason}")
+            path = same[0].resolve()
         if not path.is_relative_to(self._root):
-            raise DataError(f"{name}: leaves the picture folder {self.folder}")
-        if there:
-            return path
+            raise DataError(f"{name}: leaves the image folder {self.folder}")
+        return path
+
+    def _files_named(self, name: str) -> list[Path]:
         if self._by_name is None:
             self._by_name = {}
             for file in self._root.rglob("*"):
                 self._by_name.setdefault(file.name, []).append(file)
-        same = [] if path.stem.lower() in _NAMELESS else self._by_name.get(path.name, [])
-        if len(same) != 1:
-            why = "No such file or directory" if not same else f"{len(same)} files have that name, none lies there"
-            raise DataError(f"{self.folder / name}: cannot be read ({why})")
-        found = same[0].resolve()
-        if not found.is_relative_to(self._root):
-            raise DataError(f"{name}: leaves the picture folder {self.folder}")
-        return found
-
-    def read(self, name: str) -> bytes:
-        """The bytes of a picture that is known to open.
-
-        Raises:
-            DataError: there is none.
-        """
-        try:
-            encoded = self.find(name).read_bytes()
-        except OSError as error:
-            raise DataError(f"{self.folder / name}: cannot be read ({error.strerror})") from None
-        return opened(encoded, str(self.folder / name))
+        return self._by_name.get(name, [])
 
 
-def opened(encoded: bytes, name: str) -> bytes:
-    """The bytes of a picture, which were opened once.
+def validate_image(encoded: bytes, name: str) -> bytes:
+    """Return an encoded image unchanged if it can be decoded.
 
     Raises:
-        DataError: they are none.
+        DataError: It cannot.
     """
     try:
         decode(encoded, name)
@@ -140,74 +133,84 @@ def opened(encoded: bytes, name: str) -> bytes:
     return encoded
 
 
-def embedded(value: Any, path: Any) -> tuple[str, bytes]:
-    """(name, encoded file) of a picture as Parquet files hold it: `{"bytes", "path"}`; or a name alone.
+def parse_image(value: Any, path: Any) -> tuple[str, bytes]:
+    """Return (name, encoded file) of an image as Parquet files hold it: `{"bytes", "path"}`, or a name alone.
 
-    One that has no name is named by its content.
+    An image without a name is named by its content.
+
+    Args:
+        value: the row's image.
+        path: the row's own field for the name, which comes first.
 
     Raises:
-        BadRow: it is neither.
+        InvalidRow: It is neither.
     """
     if value is not None and not isinstance(value, str | bytes | dict):
-        raise BadRow("'image' must be a file name or a picture")
+        raise InvalidRow("'image' must be a file name or an image")
     if isinstance(value, dict) and not value.keys() & {"bytes", "path"}:
-        raise BadRow("'image' has neither 'bytes' nor 'path'")
+        raise InvalidRow("'image' has neither 'bytes' nor 'path'")
     encoded = value.get("bytes") if isinstance(value, dict) else value if isinstance(value, bytes) else None
     if encoded is not None and not isinstance(encoded, bytes):
-        raise BadRow("the picture's 'bytes' are none")
-    named = [value.get("path") if isinstance(value, dict) else value, path]
-    name = next((one for one in reversed(named) if isinstance(one, str) and one), "")
+        raise InvalidRow("'bytes' of 'image' must be bytes")
+    names = [path, value.get("path") if isinstance(value, dict) else value]
+    name = next((name for name in names if isinstance(name, str) and name), "")
     if encoded and not name:
-        name = content_name(encoded)
+        name = content_digest(encoded)
     return name, encoded or b""
 
 
-def content_name(content: bytes) -> str:
-    """Names a content: 32 hexadecimal digits."""
+def content_digest(content: bytes) -> str:
+    """Return 32 hexadecimal digits that identify a content."""
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
-def each(
-    rows: Rows, log: ReadLog, known: Collection[str], make: Callable[[dict[str, Any], str], Iterable[Example]]
+def parse_rows(
+    rows: Rows, log: ReadLog, known: Collection[str], parse: Callable[[dict[str, Any], str], Iterable[Example]]
 ) -> Iterator[Example]:
-    """The talk that `make` finds in each row. Rows that raise `BadRow` go to `reading.problems`.
+    """Yield the examples that `parse` returns for each row. Rows for which it raises `InvalidRow` go to `log.problems`.
 
     Args:
-        known: fields that are used, or known and of no use; others are noted.
+        rows: The file.
+        log: Gets problems and notes.
+        known: Fields that are used, or are known to have no use; others are noted.
+        parse: Called with a row and its place, for errors.
     """
     for number, row in enumerate(rows):
         where = rows.locate(number, row)
         try:
             if not isinstance(row, dict):
-                raise BadRow("not an object")
-            log.unknown(row, {*known, "pid"})
-            found = list(make(row, where))
-        except BadRow as error:
+                raise InvalidRow("not an object")
+            log.note_unknown_fields(row, {*known, "pid"})
+            examples = list(parse(row, where))
+        except InvalidRow as error:
             log.problems.append((where, str(error)))
         except RecursionError:
             log.problems.append((where, "nested too deep"))
         else:
-            yield from found
+            yield from examples
 
 
-def conversation(turns: Sequence[Turn], **options: Any) -> Conversation:
-    """The turns about one picture, which each marker shows.
+def image_conversation(turns: Sequence[Turn], **fields: Any) -> Conversation:
+    """Return a conversation about one image, which every marker shows.
+
+    Args:
+        turns: Its turns.
+        fields: Other fields of `Conversation`.
 
     Raises:
-        BadRow: they do not alternate, or an answer holds a marker.
+        InvalidRow: The turns do not alternate, or an answer contains a marker.
     """
     try:
-        return Conversation(tuple(turns), (0,) * sum(turn.text.count(IMAGE) for turn in turns), **options)
+        return Conversation(tuple(turns), (0,) * sum(turn.text.count(IMAGE) for turn in turns), **fields)
     except ValueError as error:
-        raise BadRow(str(error)) from None
+        raise InvalidRow(str(error)) from None
 
 
-def shown(text: str) -> Turn:
-    """A question about a picture, which it shows first where it does not say where."""
-    turn = Turn("user", text if IMAGE in text else f"{IMAGE}\n{text}")
-    return once(turn)
+def image_question(text: str) -> Turn:
+    """Return a question that shows its image once: before the text, unless the text has a marker."""
+    return with_one_marker(Turn("user", text if IMAGE in text else f"{IMAGE}\n{text}"))
 
 
-def once(turn: Turn) -> Turn:
-    """A question that shows its picture once."""
+def with_one_marker(turn: Turn) -> Turn:
+    """Return a question with at most one image marker."""
     return Turn(turn.role, move_image_first(turn.text)) if turn.text.count(IMAGE) > 1 else turn

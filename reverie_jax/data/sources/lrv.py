@@ -1,4 +1,4 @@
-"""LRV-Instruction's annotation files: an instruction, its answer and its task a row."""
+"""LRV-Instruction's annotation files: an instruction, its answer and its task in each row."""
 
 from __future__ import annotations
 
@@ -7,26 +7,31 @@ from typing import Any
 
 from reverie_jax.data.conversation import Turn
 from reverie_jax.data.row_files import Rows
-from reverie_jax.data.sources.common import BadRow, Example, ReadLog, conversation, each, shown
+from reverie_jax.data.sources.common import (
+    Example,
+    InvalidRow,
+    ReadLog,
+    image_conversation,
+    image_question,
+    parse_rows,
+)
 
 _KNOWN = {"image_id", "question", "instruction", "answer", "task", "kind"}
 
 
-def talks(rows: Rows, log: ReadLog) -> Iterator[Example]:
-    """The rows' conversations; those that cannot be used go to `reading.problems`.
+def read_examples(rows: Rows, log: ReadLog) -> Iterator[Example]:
+    """Yield the conversation of each row. Images are named by Visual Genome id; a name without a suffix gets `.jpg`."""
 
-    A picture is named by its Visual Genome id; a name without a suffix gets `.jpg`.
-    """
-
-    def make(row: dict[str, Any], where: str) -> list[Example]:
-        asked, answer, image = row.get("question", row.get("instruction")), row.get("answer"), row.get("image_id")
+    def parse(row: dict[str, Any], where: str) -> list[Example]:
+        question, answer, image = row.get("question", row.get("instruction")), row.get("answer"), row.get("image_id")
         if isinstance(image, bool) or not isinstance(image, int | str) or not str(image).strip():
-            raise BadRow("needs 'image_id', a name or a number")
-        if not (isinstance(asked, str) and isinstance(answer, str) and asked.strip() and answer.strip()):
-            raise BadRow("needs 'image_id', 'question' and 'answer'")
+            raise InvalidRow("'image_id' must be a name or a number")
+        if not (isinstance(question, str) and isinstance(answer, str) and question.strip() and answer.strip()):
+            raise InvalidRow("'question' and 'answer' must be texts")
         name = str(image).strip()
+        turns = [image_question(question.strip()), Turn("assistant", answer.strip())]
         kind = "negative" if row.get("task") == "negative" else ""
-        said = conversation([shown(asked.strip()), Turn("assistant", answer.strip())], dataset="lrv", kind=kind)
-        return [Example(name if "." in name.rsplit("/", 1)[-1] else f"{name}.jpg", said, where)]
+        file = name if "." in name.rsplit("/", 1)[-1] else f"{name}.jpg"
+        return [Example(file, image_conversation(turns, dataset="lrv", kind=kind), where)]
 
-    return each(rows, log, _KNOWN, make)
+    return parse_rows(rows, log, _KNOWN, parse)

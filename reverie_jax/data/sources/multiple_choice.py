@@ -1,30 +1,49 @@
-"""Multiple choice with a human's rationale: ScienceQA and A-OKVQA.
+"""Multiple choice with human rationales: ScienceQA and A-OKVQA.
 
-Each becomes a positive conversation. Why a wrong option is wrong, nobody has written down there: `questions` hands the wrong
-options to the annotation pipeline, as REVERIE's authors did.
+Each rationale becomes a positive conversation. The datasets do not explain their wrong options: `annotation_rows` prepares
+these for the annotation pipeline, as REVERIE's authors did.
 """
 
 from __future__ import annotations
 
 import collections
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from reverie_jax.data.conversation import IMAGE, Turn
 from reverie_jax.data.reflection import WHY
 from reverie_jax.data.row_files import Rows
-from reverie_jax.data.sources.common import BadRow, Example, ReadLog, content_name, conversation, each, embedded, shown
+from reverie_jax.data.sources.common import (
+    Example,
+    InvalidRow,
+    ReadLog,
+    content_digest,
+    image_conversation,
+    image_question,
+    parse_image,
+    parse_rows,
+)
 
 LETTERS = "ABCDEFGHIJ"
 SUFFIX = "Answer with the option's letter from the given choices directly."
+_KNOWN = {
+    *("question", "choices", "answer", "hint", "image", "task", "grade", "subject", "topic", "category", "skill"),
+    *("lecture", "solution", "split", "image_id", "question_id", "correct_choice_idx", "direct_answers"),
+    *("difficult_direct_answer", "rationales"),
+}
 
 
-class Choice(NamedTuple):
-    """A question with options.
+class ChoiceQuestion(NamedTuple):
+    """A multiple-choice question.
 
     Attributes:
-        image: the picture's name; empty where there is none.
+        image: name of the image; empty if there is none.
+        encoded: the image itself, if the file contains it.
+        question: the question, after its context.
+        options: texts of the options.
+        answer: index of the right option.
         rationales: why the answer is right; none, one or several.
+        where: file and row, for errors.
     """
 
     image: str
@@ -35,139 +54,138 @@ class Choice(NamedTuple):
     rationales: tuple[str, ...]
     where: str
 
-    def asked(self) -> str:
+    def prompt(self) -> str:
+        """Return the question with lettered options and LLaVA's instruction to answer with a letter."""
         options = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, self.options, strict=False))
         return f"{self.question}\n{options}\n{SUFFIX}"
 
 
-def is_one(row: dict[str, Any]) -> str:
-    """`scienceqa`, `aokvqa`, or nothing."""
+def detect_dataset(row: dict[str, Any]) -> Literal["scienceqa", "aokvqa"] | None:
+    """Return the dataset of a row, or None."""
     if "choices" not in row:
-        return ""
-    return "aokvqa" if {"correct_choice_idx", "rationales"} & row.keys() else "scienceqa" if "answer" in row else ""
+        return None
+    return "aokvqa" if {"correct_choice_idx", "rationales"} & row.keys() else "scienceqa" if "answer" in row else None
 
 
-def _read(
-    rows: Rows,
-    log: ReadLog,
-    splits: Sequence[str],
-    make: Callable[[Choice], Iterable[Example]],
+def _parse_questions(
+    rows: Rows, log: ReadLog, splits: Sequence[str], parse: Callable[[ChoiceQuestion], Iterable[Example]]
 ) -> Iterator[Example]:
-    """What `make` finds in the rows' questions.
+    """Yield the examples that `parse` returns for each question. Rows of other splits are skipped, and counted in a note."""
+    skipped = collections.Counter[str]()
 
-    Args:
-        splits: rows that say that they belong to another split are left out, and counted in `reading.notes`.
-    """
-    left = collections.Counter[str]()
-
-    def one(row: dict[str, Any], where: str) -> Iterable[Example]:
+    def parse_row(row: dict[str, Any], where: str) -> Iterable[Example]:
         split = row.get("split")
         if split is not None and split not in splits:
-            left[str(split)] += 1
+            skipped[str(split)] += 1
             return []
-        return make((_aokvqa if is_one(row) == "aokvqa" else _scienceqa)(row, where))
+        return parse((_aokvqa if detect_dataset(row) == "aokvqa" else _scienceqa)(row, where))
 
-    yield from each(rows, log, _KNOWN, one)
-    for split, count in left.items():
-        log.notes.append(f"{rows.path}: {count} rows of the split {split!r} are left out")
-
-
-def talks(rows: Rows, log: ReadLog, *, dataset: str, splits: Sequence[str]) -> Iterator[Example]:
-    """A conversation for each rationale; a question without one is asked and answered."""
-
-    def make(found: Choice) -> Iterator[Example]:
-        if not found.image and IMAGE in found.asked():
-            raise BadRow(f"{IMAGE} in a row without a picture")
-        said = [shown(found.asked()) if found.image else Turn("user", found.asked())]
-        said.append(Turn("assistant", LETTERS[found.answer]))
-        for why in found.rationales or ("",):
-            more = [Turn("user", WHY), Turn("assistant", why)] if why else []
-            talk = conversation([*said, *more], dataset=dataset, kind="positive" if why else "")
-            yield Example(found.image, talk, found.where, found.encoded)
-
-    return _read(rows, log, splits, make)
+    yield from parse_rows(rows, log, _KNOWN, parse_row)
+    for split, count in skipped.items():
+        log.notes.append(f"{rows.path}: skipped {count} rows of the split {split!r}")
 
 
-def questions(rows: Rows, log: ReadLog, *, splits: Sequence[str], most: int) -> list[dict[str, str]]:
-    """Rows as REVERIE's first stage writes them, one a wrong option, with the human's rationale where there is one.
+def read_examples(rows: Rows, log: ReadLog, *, dataset: str, splits: Sequence[str]) -> Iterator[Example]:
+    """Yield a conversation for each rationale; a question without one is asked and answered.
 
     Args:
-        most: wrong options of a question, in the order in which they stand.
+        rows: The file.
+        log: Gets problems and notes.
+        dataset: Name of the dataset.
+        splits: Splits to read, of rows that name theirs.
     """
-    made: list[dict[str, str]] = []
 
-    def make(found: Choice) -> list[Example]:
-        if not found.image or found.encoded:
-            raise BadRow("has no picture file of its own to ask about")
-        for number in [n for n in range(len(found.options)) if n != found.answer][:most]:
+    def parse(question: ChoiceQuestion) -> Iterator[Example]:
+        prompt = question.prompt()
+        if not question.image and IMAGE in prompt:
+            raise InvalidRow(f"{IMAGE} in a row without an image")
+        turns = [image_question(prompt) if question.image else Turn("user", prompt)]
+        turns.append(Turn("assistant", LETTERS[question.answer]))
+        for rationale in question.rationales or ("",):
+            explained = [Turn("user", WHY), Turn("assistant", rationale)] if rationale else []
+            kind = "positive" if rationale else ""
+            conversation = image_conversation([*turns, *explained], dataset=dataset, kind=kind)
+            yield Example(question.image, conversation, question.where, question.encoded)
+
+    return _parse_questions(rows, log, splits, parse)
+
+
+def annotation_rows(rows: Rows, log: ReadLog, *, splits: Sequence[str], max_wrong: int) -> list[dict[str, str]]:
+    """Return rows as REVERIE's first stage writes them, one for each wrong option, with the human rationale if there is one.
+
+    Args:
+        rows: The file.
+        log: Gets problems and notes.
+        splits: Splits to read, of rows that name theirs.
+        max_wrong: Maximum number of wrong options of a question; the first ones are used.
+    """
+    result: list[dict[str, str]] = []
+
+    def parse(question: ChoiceQuestion) -> list[Example]:
+        if not question.image or question.encoded:
+            raise InvalidRow("no image file of its own")
+        for number in [n for n in range(len(question.options)) if n != question.answer][:max_wrong]:
             row = {
-                "image": found.image,
-                "question": found.asked(),
-                "correct_answer": f"{LETTERS[found.answer]}. {found.options[found.answer]}",
-                "confusing_answer": f"{LETTERS[number]}. {found.options[number]}",
+                "image": question.image,
+                "question": question.prompt(),
+                "correct_answer": f"{LETTERS[question.answer]}. {question.options[question.answer]}",
+                "confusing_answer": f"{LETTERS[number]}. {question.options[number]}",
                 "question_type": "choice",
             }
-            made.append(row | ({"correct_rationale": found.rationales[0]} if found.rationales else {}))
+            result.append(row | ({"correct_rationale": question.rationales[0]} if question.rationales else {}))
         return []
 
-    for _ in _read(rows, log, splits, make):
+    for _ in _parse_questions(rows, log, splits, parse):
         pass
-    return made
+    return result
 
 
 def _options(row: dict[str, Any], answer: Any) -> tuple[tuple[str, ...], int]:
     options = row.get("choices")
     if not isinstance(options, list) or not 2 <= len(options) <= len(LETTERS):
-        raise BadRow(f"'choices' must be a list of 2 to {len(LETTERS)} options")
+        raise InvalidRow(f"'choices' must be a list of 2 to {len(LETTERS)} options")
     if not all(isinstance(option, str) and option.strip() for option in options):
-        raise BadRow("an option is empty or no text")
+        raise InvalidRow("an option of 'choices' is empty or not a text")
     if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(options):
-        raise BadRow(f"the answer {answer!r} is none of {len(options)} options")
+        raise InvalidRow(f"the answer {answer!r} must be the index of one of {len(options)} options")
     return tuple(option.strip() for option in options), answer
 
 
 def _text(row: dict[str, Any], key: str, default: str | None = None) -> str:
     value = default if row.get(key) is None else row[key]
     if not isinstance(value, str) or (default is None and not value.strip()):
-        raise BadRow(f"needs {key!r}, a text")
+        raise InvalidRow(f"{key!r} must be a text")
     return value.strip()
 
 
-def _scienceqa(row: dict[str, Any], where: str) -> Choice:
-    """Of `problems.json` (an object by id; the picture is `<split>/<id>/image.png`) or of the Parquet file."""
+def _scienceqa(row: dict[str, Any], where: str) -> ChoiceQuestion:
+    """Parse a row of `problems.json` (an object by id; the image is `<split>/<id>/image.png`) or of the Parquet file."""
     options, answer = _options(row, row.get("answer"))
-    image, encoded = _picture(row)
+    image, encoded = _image(row)
     if image and not encoded and "pid" in row and "/" not in image:
         image = f"{row.get('split', 'train')}/{row['pid']}/{image}"
-    hint, question, why = _text(row, "hint", ""), _text(row, "question"), _text(row, "solution", "")
-    asked = f"Context: {hint}\n{question}" if hint else question
-    return Choice(image, encoded, asked, options, answer, (why,) if why else (), where)
+    hint, question, solution = _text(row, "hint", ""), _text(row, "question"), _text(row, "solution", "")
+    prompt = f"Context: {hint}\n{question}" if hint else question
+    return ChoiceQuestion(image, encoded, prompt, options, answer, (solution,) if solution else (), where)
 
 
-def _aokvqa(row: dict[str, Any], where: str) -> Choice:
-    """Of the published JSON (the picture is COCO's, by number) or of the Parquet file."""
+def _aokvqa(row: dict[str, Any], where: str) -> ChoiceQuestion:
+    """Parse a row of the published JSON (images are COCO's, by number) or of the Parquet file."""
     options, answer = _options(row, row.get("correct_choice_idx"))
-    image, encoded = _picture(row)
+    image, encoded = _image(row)
     if not image:
         if isinstance(row.get("image_id"), bool) or not isinstance(row.get("image_id"), int):
-            raise BadRow("needs 'image_id', COCO's number")
+            raise InvalidRow("'image_id' must be a COCO image number")
         image = f"{row['image_id']:012d}.jpg"
-    said = row.get("rationales") or []
-    if not isinstance(said, list) or not all(isinstance(why, str) for why in said):
-        raise BadRow("'rationales' must be a list of texts")
-    rationales = tuple(dict.fromkeys(why.strip() for why in said if why.strip()))
-    return Choice(image, encoded, _text(row, "question"), options, answer, rationales, where)
+    texts = row.get("rationales") or []
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise InvalidRow("'rationales' must be a list of texts")
+    rationales = tuple(dict.fromkeys(text.strip() for text in texts if text.strip()))
+    return ChoiceQuestion(image, encoded, _text(row, "question"), options, answer, rationales, where)
 
 
-def _picture(row: dict[str, Any]) -> tuple[str, bytes]:
-    """One within the file is called by its content: the file calls them all alike."""
-    image, encoded = embedded(row.get("image"), None)
-    within = content_name(encoded)[:12]
-    return (f"{within}/{image}" if encoded and image != content_name(encoded) else image), encoded
-
-
-_KNOWN = {
-    *("question", "choices", "answer", "hint", "image", "task", "grade", "subject", "topic", "category", "skill"),
-    *("lecture", "solution", "split", "image_id", "question_id", "correct_choice_idx", "direct_answers"),
-    *("difficult_direct_answer", "rationales"),
-}
+def _image(row: dict[str, Any]) -> tuple[str, bytes]:
+    """Return the name and content of a row's image. The Parquet files name all images alike: the content is added."""
+    image, encoded = parse_image(row.get("image"), None)
+    digest = content_digest(encoded)
+    return (f"{digest[:12]}/{image}" if encoded and image != digest else image), encoded

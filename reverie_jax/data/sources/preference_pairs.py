@@ -8,60 +8,56 @@ from typing import Any
 
 from reverie_jax.data.conversation import Turn
 from reverie_jax.data.row_files import Rows
-from reverie_jax.data.sources.common import BadRow, Example, ReadLog, content_name, conversation, each, embedded, shown
+from reverie_jax.data.sources.common import (
+    Example,
+    InvalidRow,
+    ReadLog,
+    content_digest,
+    image_conversation,
+    image_question,
+    parse_image,
+    parse_rows,
+)
 
 _SIDES = ("chosen", "rejected")
 _KNOWN = {
-    "ds_name",
-    "image",
-    "text",
-    "origin_dataset",
-    "origin_split",
-    "idx",
-    "image_path",
-    "logps",
-    "question",
+    *("ds_name", "image", "text", "origin_dataset", "origin_split", "idx", "image_path", "logps", "question"),
     *_SIDES,
 }
 
 
-def is_one(row: dict[str, Any]) -> bool:
-    """Whether a row is a pair: the three texts are in `text` as JSON (RLHF-V), or in columns (RLAIF-V)."""
+def is_preference_pair(row: dict[str, Any]) -> bool:
+    """Return whether a row is a pair: its texts are JSON in `text` (RLHF-V), or columns (RLAIF-V)."""
     return {"chosen", "rejected"} <= row.keys() or (isinstance(row.get("text"), str) and '"rejected"' in row["text"])
 
 
-def talks(rows: Rows, log: ReadLog) -> Iterator[Example]:
-    """Two conversations a row, `chosen` and `rejected`, of one `pair`, which its content names; rows that cannot be used go
-    to `reading.problems`.
-    """
-    return each(rows, log, _KNOWN, _pair)
+def read_examples(rows: Rows, log: ReadLog) -> Iterator[Example]:
+    """Yield two conversations for each row, `chosen` and `rejected`, of one `pair`, which is a digest of the content."""
+    return parse_rows(rows, log, _KNOWN, _parse)
 
 
-def _pair(row: dict[str, Any], where: str) -> list[Example]:
-    said = row
+def _parse(row: dict[str, Any], where: str) -> list[Example]:
+    texts: Any = row
     if isinstance(row.get("text"), str):
         try:
-            said = json.loads(row["text"])
+            texts = json.loads(row["text"])
         except ValueError as error:
-            raise BadRow(f"'text' is not JSON ({error})") from None
-    found = [said.get(key) if isinstance(said, dict) else None for key in ("question", *_SIDES)]
-    texts = [text for text in found if isinstance(text, str) and text.strip()]
-    if len(texts) < 3:
-        raise BadRow("needs 'question', 'chosen' and 'rejected'")
-    question, *answers = texts
+            raise InvalidRow(f"'text' is not JSON ({error})") from None
+    values: list[Any] = [texts.get(key) if isinstance(texts, dict) else None for key in ("question", *_SIDES)]
+    if not all(isinstance(value, str) and value.strip() for value in values):
+        raise InvalidRow("'question', 'chosen' and 'rejected' must be texts")
+    question, *answers = values
     if answers[0].strip() == answers[1].strip():
-        raise BadRow("both answers are the same")
-    image, encoded = embedded(row.get("image"), row.get("image_path"))
+        raise InvalidRow("both answers are the same")
+    image, encoded = parse_image(row.get("image"), row.get("image_path"))
     if not image:
-        raise BadRow("has no picture")
-    source = str(row.get("ds_name") or "preferences").lower()
-    pair = content_name(json.dumps([content_name(encoded) if encoded else image, *texts]).encode())[:16]
-    return [
-        Example(
-            image,
-            conversation([shown(question), Turn("assistant", answer)], dataset=source, kind=side, pair=pair),
-            where,
-            encoded,
+        raise InvalidRow("no image")
+    dataset = str(row.get("ds_name") or "preferences").lower()
+    pair = content_digest(json.dumps([content_digest(encoded) if encoded else image, *values]).encode())[:16]
+    examples = []
+    for side, answer in zip(_SIDES, answers, strict=True):
+        turns = [image_question(question), Turn("assistant", answer)]
+        examples.append(
+            Example(image, image_conversation(turns, dataset=dataset, kind=side, pair=pair), where, encoded)
         )
-        for side, answer in zip(_SIDES, answers, strict=True)
-    ]
+    return examples
