@@ -41,7 +41,7 @@ def make(folder: Path, architecture: str) -> None:
     from safetensors.numpy import save_file
 
     from reverie_jax.models.checkpoints.configs import llava_hf_json, preprocessor_json
-    from reverie_jax.models.checkpoints.names import entries, to_theirs
+    from reverie_jax.models.checkpoints.names import parameter_specs, to_file_layout
     from reverie_jax.models.checkpoints.read import abstract_model
     from reverie_jax.models.config import ARCHITECTURES
     from reverie_jax.scenes.tokenizer import train_tokenizer
@@ -54,10 +54,10 @@ def make(folder: Path, architecture: str) -> None:
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     plan, sizes = [], []
-    for entry in entries(config):
-        shape = shapes[entry.path][0 if entry.layers is None else 1 :]
-        theirs = to_theirs(entry.turn, np.broadcast_to(np.False_, shape), config.vision.patch_size).shape
-        for name in entry.names:
+    for spec in parameter_specs(config):
+        shape = shapes[spec.path][0 if spec.layers is None else 1 :]
+        theirs = to_file_layout(spec.layout, np.broadcast_to(np.False_, shape), config.vision.patch_size).shape
+        for name in spec.names:
             plan.append((name, theirs))
             sizes.append(2 * math.prod(theirs))
     edges = np.searchsorted(np.cumsum(sizes), [sum(sizes) / 3, 2 * sum(sizes) / 3]) + 1

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_HOMES = {
+_EXPORTS = {
     "Conversation": "data.conversation",
     "ImageRecord": "data.conversation",
     "Processor": "data.processor",
@@ -22,7 +22,7 @@ _HOMES = {
     "load_model": "loading",
 }
 
-__all__ = ["__version__", *sorted(_HOMES)]
+__all__ = ["__version__", *sorted(_EXPORTS)]
 
 if TYPE_CHECKING:
     from reverie_jax.data.conversation import Conversation as Conversation
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    """Names are imported when they are first used: `reverie --help` need not wait for JAX."""
-    if name not in _HOMES:
+    """Import a public name when it is first used, so that `reverie --help` does not wait for JAX."""
+    if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)

@@ -1,13 +1,13 @@
-"""The one kind of error that is the user's to mend."""
+"""Errors caused by invalid user input."""
 
 
 class UserError(ValueError):
-    """Bad input: the message is one clear line that names the file, the record and the remedy. The CLI exits with 2."""
+    """Invalid input: the message is one line that names the file and record, and how to fix it. The CLI exits with 2."""
 
 
 class DataError(UserError):
-    """Data that cannot be used; the message names the file, the record and the remedy."""
+    """Data that cannot be used; the message names the file and record, and how to fix it."""
 
 
 class CheckpointError(UserError):
-    """A checkpoint that cannot be used; the message names the file, what is wrong and what would help."""
+    """A checkpoint that cannot be used; the message names the file, what is wrong and how to fix it."""

@@ -18,7 +18,7 @@ import reverie_jax
 from reverie_jax.data.conversation import IMAGE, Conversation, Turn
 from reverie_jax.errors import CheckpointError, UserError
 from reverie_jax.eval.engine import Engine
-from reverie_jax.loading import as_tuned, load_processor
+from reverie_jax.loading import apply_run_recipe, load_processor
 from reverie_jax.models.checkpoints import files
 from reverie_jax.train import recipes
 from tests.models import oracle
@@ -50,10 +50,10 @@ def test_batch_of_answered_conversations_gives_transformers_logits(loaded, tmp_p
     """One record, two answers to one question: a tree whose branches have the logits of the flat texts."""
     from transformers import LlavaForConditionalGeneration
 
-    from reverie_jax.loading import checkpoint_folder
+    from reverie_jax.loading import find_checkpoint
 
     model, processor = loaded
-    theirs = LlavaForConditionalGeneration.from_pretrained(checkpoint_folder("scenes-base"), dtype=torch.float32).eval()
+    theirs = LlavaForConditionalGeneration.from_pretrained(find_checkpoint("scenes-base"), dtype=torch.float32).eval()
     picture = drawing()
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG")
@@ -62,7 +62,7 @@ def test_batch_of_answered_conversations_gives_transformers_logits(loaded, tmp_p
         for said in ("Yes.", "No cup.")
     )
     batch = processor([reverie_jax.ImageRecord("a", buffer.getvalue(), talks)])
-    ours = np.asarray(model(batch))
+    ours = np.asarray(model(batch.inputs))
     pixels = oracle.normalized(np.asarray(picture)[None])
     for branch, talk in enumerate(talks):
         text, _ = processor.encoder.text(talk)
@@ -124,7 +124,7 @@ def test_too_long_for_the_decoder_is_an_error(loaded):
 
 def test_another_template_is_said_aloud(loaded, caplog):
     _, processor = loaded
-    other = processor.using(template="vicuna_v1")
+    other = processor.override(template="vicuna_v1")
     assert "vicuna_v1" in caplog.text
     assert other.encoder.template.name == "vicuna_v1"
     assert processor.encoder.template.name == "llava-hf"
@@ -227,5 +227,5 @@ def test_a_run_is_served_with_its_recipes_pictures(settings, wanted, tmp_path):
     """As it was tuned, so it is asked; but a projector's first training has a template of its own."""
     recipe = dataclasses.replace(recipes.recipe("scenes-responses"), image_aspect_ratio="square", **settings)
     (tmp_path / "run.json").write_text(json.dumps({"base": {}, "recipe": json.loads(recipe.to_json())}))
-    found = as_tuned(load_processor("scenes-base"), tmp_path)
+    found = apply_run_recipe(load_processor("scenes-base"), tmp_path)
     assert (found.aspect, found.encoder.template.name) == (wanted, "llava-hf")

@@ -365,7 +365,7 @@ def test_what_the_weights_were_tuned_with_survives(to, aspect, clip, tmp_path):
     before = read_model(src, components=[clip]).config
     after = read_model(tmp_path / "out").config  # whole: the tower went with it
     assert before.image_aspect_ratio == aspect
-    for name in ("template", "tokens", "image_aspect", "feature_layer", "projector", "vision"):
+    for name in ("template", "tokenization", "image_aspect_ratio", "feature_layer", "projector", "vision"):
         assert getattr(after, name) == getattr(before, name), name
 
 

@@ -37,7 +37,7 @@ FORMATS = {
     "llava": {"src": "hf", "shard_bytes": 30_000},
     "orbax": {"src": "hf"},
     "peft": {"src": "hf", "adapter": "adapter"},
-    "llava-lora": {"src": "lora", "base": ["llm", "clip"]},
+    "llava-lora": {"src": "lora", "components": ["llm", "clip"]},
 }
 EVERY_FORMAT = pytest.mark.parametrize("to", FORMATS)
 
@@ -45,7 +45,7 @@ EVERY_FORMAT = pytest.mark.parametrize("to", FORMATS)
 def write(room, to, dst):
     options = dict(FORMATS[to])
     src = room / options.pop("src")
-    for name in ("adapter", "base"):
+    for name in ("adapter", "components"):
         if name in options:
             value = options[name]
             options[name] = room / value if isinstance(value, str) else [room / x for x in value]

@@ -1,6 +1,6 @@
 """The one attention rule: query i sees key j iff j <= i < ends[j].
 
-`ends[j]` is one past the last row index of j's subtree. Causal attention is `ends = L`; packed trees, padding
+`ends[j]` is one past the last index of j's subtree in the sequence. Causal attention is `ends = L`; packed trees, padding
 (`ends[j] = j + 1`), shared prefixes, preference pairs and batched questions are all this rule.
 """
 
@@ -12,26 +12,26 @@ from jaxtyping import Array, Bool, Float, Int
 
 from reverie_jax.models.flash import flash
 
-FLASH_FROM = 256  # shorter rows are not worth a kernel
-DENSE_UP_TO = 1024  # longer rows are attended to in chunks of queries
+FLASH_FROM = 256  # shorter sequences do not gain from a kernel
+DENSE_UP_TO = 1024  # longer sequences are computed in chunks of queries
 QUERY_CHUNK = 256
 
 
 def visible(ends: Int[Array, "B L"]) -> Bool[Array, "B L L"]:
-    """The rule as a matrix: [b, i, j] says whether query i of row b sees key j."""
+    """Return the rule as a matrix: [b, i, j] says whether query i of sequence b sees key j."""
     index = jnp.arange(ends.shape[-1], dtype=ends.dtype)
     return leaf_visible(jnp.broadcast_to(index[None, :], ends.shape), ends)
 
 
 def leaf_visible(leaves: Int[Array, "B Q"], ends: Int[Array, "B L"]) -> Bool[Array, "B Q L"]:
-    """The rule for chosen queries: [b, q, j] says whether row index leaves[b, q] sees key j."""
+    """Return the rule for chosen queries: [b, q, j] says whether the token at leaves[b, q] sees key j."""
     key = jnp.arange(ends.shape[-1], dtype=ends.dtype)[None, None, :]
     query = leaves[:, :, None]
     return (key <= query) & (query < ends[:, None, :])
 
 
 def _heads_first(x: Float[Array, "B L H d"], kv_heads: int) -> Float[Array, "B K GL d"]:
-    """Batch axes lead and the G = H / K queries that share a key head stand in one matrix, as matmuls like it."""
+    """Move the heads before the tokens, with the G = H / K query heads of a key head in one matrix, for matmuls."""
     batch, length, heads, width = x.shape
     group = heads // kv_heads
     x = x.reshape(batch, length, kv_heads, group, width).transpose(0, 2, 3, 1, 4)
@@ -48,13 +48,13 @@ def _scores(q: Float[Array, "B K I d"], k: Float[Array, "B K J d"]) -> Float[Arr
     return jnp.einsum("bkid,bkjd->bkij", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
 
 
-def _weigh(
+def _softmax_attention(
     q: Float[Array, "B Q H d"],
     k: Float[Array, "B K L d"],
     v: Float[Array, "B K L d"],
     seen: Bool[Array, "B Q L"] | None,
 ) -> Float[Array, "B Q H d"]:
-    """Values weighted by softmax (in float32) over the keys that are seen; `seen=None` is all."""
+    """Return values weighted by the softmax (in float32) over the keys that are seen; `seen=None` is all."""
     length, kv_heads = q.shape[1], k.shape[1]
     scores = _scores(_heads_first(q, kv_heads), k)
     if seen is not None:
@@ -70,9 +70,9 @@ def attend_dense(
     v: Float[Array, "B L K d"],
     ends: Int[Array, "B L"] | None,
 ) -> Float[Array, "B L H d"]:
-    """`attend` with all L x L scores at once: what the other ways are held to, and the fastest for short rows."""
+    """Compute `attend` with all L x L scores at once: the reference, and the fastest for short sequences."""
     seen = None if ends is None else visible(ends)
-    return _weigh(q, _heads_first(k, k.shape[2]), _heads_first(v, v.shape[2]), seen)
+    return _softmax_attention(q, _heads_first(k, k.shape[2]), _heads_first(v, v.shape[2]), seen)
 
 
 def attend_chunked(
@@ -82,20 +82,20 @@ def attend_chunked(
     ends: Int[Array, "B L"] | None,
     chunk: int = QUERY_CHUNK,
 ) -> Float[Array, "B L H d"]:
-    """`attend` for `chunk` queries at a time: chunk x L scores exist, also in the backward pass, which recomputes them."""
+    """Compute `attend` for `chunk` queries at a time: only chunk x L scores exist; the backward pass recomputes them."""
     batch, length = q.shape[:2]
     count = -(-length // chunk)
-    # Queries that fill the last chunk see nothing, weigh all keys alike and are dropped.
+    # Queries that fill the last chunk see nothing, weight all keys equally and are dropped.
     queries = jnp.pad(q, ((0, 0), (0, count * chunk - length), (0, 0), (0, 0)))
     queries = queries.reshape(batch, count, chunk, *q.shape[2:]).swapaxes(0, 1)
     index = jnp.arange(count * chunk, dtype=jnp.int32).reshape(count, chunk)
     keys, values = _heads_first(k, k.shape[2]), _heads_first(v, v.shape[2])
 
-    def one(part: tuple[Array, Array]) -> Array:
-        leaves = jnp.broadcast_to(part[1][None], (batch, chunk))
-        return _weigh(part[0], keys, values, None if ends is None else leaf_visible(leaves, ends))
+    def attend_chunk(inputs: tuple[Array, Array]) -> Array:
+        leaves = jnp.broadcast_to(inputs[1][None], (batch, chunk))
+        return _softmax_attention(inputs[0], keys, values, None if ends is None else leaf_visible(leaves, ends))
 
-    out = jax.lax.map(jax.checkpoint(one, prevent_cse=False), (queries, index))
+    out = jax.lax.map(jax.checkpoint(attend_chunk, prevent_cse=False), (queries, index))
     return out.swapaxes(0, 1).reshape(batch, count * chunk, *q.shape[2:])[:, :length]
 
 
@@ -105,18 +105,18 @@ def attend(
     v: Float[Array, "B L K d"],
     ends: Int[Array, "B L"] | None,
 ) -> Float[Array, "B L H d"]:
-    """Attention by the rule; `ends=None` lets every query see every key (the vision tower).
+    """Compute attention by the rule; `ends=None` lets every query see every key (the vision tower).
 
-    Softmax in float32. Query head h reads key head h // (H / K). Rows long enough to matter go through `flash` where the
-    program is compiled for a TPU (which is known at lowering: also ahead of time, from another machine), and elsewhere
-    through chunks of queries, so that L x L scores never exist.
+    Softmax in float32. Query head h reads key head h // (H / K). Long sequences use `flash` where the program is compiled
+    for a TPU (chosen at lowering, so also when compiling ahead of time on another machine), and chunks of queries
+    elsewhere, so that L x L scores never exist.
     """
     length = q.shape[1]
     if length < FLASH_FROM:
         return attend_dense(q, k, v, ends)
     other = attend_dense if length <= DENSE_UP_TO else attend_chunked
-    # What the branches keep for the backward pass is kept by both (zeros for the other's): nothing of L x L may be in it.
-    # Where a layer is recomputed anyway, XLA merges this recomputation with that one.
+    # Both branches save the residuals of both for the backward pass (zeros for the other's): none may be L x L.
+    # Where the layer is recomputed anyway, XLA merges this recomputation with that one.
     other = jax.checkpoint(other, prevent_cse=False)
     return jax.lax.platform_dependent(q, k, v, ends, tpu=flash, default=other)
 
@@ -128,34 +128,34 @@ def attend_leaves(
     suffix: tuple[Float[Array, "B Q T K d"], Float[Array, "B Q T K d"]],
     step: Int[Array, ""],
 ) -> Float[Array, "B Q H d"]:
-    """One decoded token a leaf: it sees its ancestors in the row's KV, and its own suffix up to `step`.
+    """Compute attention of one decoded token per leaf, over its ancestors in the prefix and its own suffix up to `step`.
 
     Args:
-        q: queries, one a leaf.
-        prefix: keys and values of the row, one copy for all leaves.
-        seen: which row tokens each leaf sees (`leaf_visible`).
-        suffix: keys and values decoded so far, a leaf apart; entry `step` is the query's own.
-        step: index of the query within the suffix.
+        q: Queries, one per leaf.
+        prefix: Keys and values of the sequence, one copy for all leaves.
+        seen: Tokens of the sequence that each leaf sees (`leaf_visible`).
+        suffix: Keys and values decoded so far, for each leaf; entry `step` is the query's own.
+        step: Index of the query within the suffix.
     """
     leaves, kv_heads = q.shape[1], prefix[0].shape[2]
     group = q.shape[2] // kv_heads
     low = jnp.finfo(jnp.float32).min
-    far = _scores(_heads_first(q, kv_heads), _heads_first(prefix[0], kv_heads))
-    far = jnp.where(jnp.tile(seen, (1, group, 1))[:, None], far, low)
-    mine = q.reshape(*q.shape[:2], kv_heads, group, -1)
-    near = jnp.einsum("bqkgd,bqtkd->bkgqt", mine, suffix[0], preferred_element_type=jnp.float32)
-    near = near * q.shape[-1] ** -0.5
-    done = jnp.arange(suffix[0].shape[2]) <= step
-    near = jnp.where(done[None, None, None, None, :], near, low).reshape(*far.shape[:3], -1)
-    weights = jax.nn.softmax(jnp.concatenate([far, near], axis=-1), axis=-1).astype(q.dtype)
-    far, near = jnp.split(weights, [prefix[0].shape[1]], axis=-1)
-    out = _heads_last(jnp.einsum("bkij,bkjd->bkid", far, _heads_first(prefix[1], kv_heads)), leaves)
-    near = near.reshape(near.shape[0], kv_heads, group, leaves, -1)
-    return out + jnp.einsum("bkgqt,bqtkd->bqkgd", near, suffix[1]).reshape(q.shape)
+    over_prefix = _scores(_heads_first(q, kv_heads), _heads_first(prefix[0], kv_heads))
+    over_prefix = jnp.where(jnp.tile(seen, (1, group, 1))[:, None], over_prefix, low)
+    grouped = q.reshape(*q.shape[:2], kv_heads, group, -1)
+    over_suffix = jnp.einsum("bqkgd,bqtkd->bkgqt", grouped, suffix[0], preferred_element_type=jnp.float32)
+    over_suffix = over_suffix * q.shape[-1] ** -0.5
+    decoded = jnp.arange(suffix[0].shape[2]) <= step
+    over_suffix = jnp.where(decoded[None, None, None, None, :], over_suffix, low).reshape(*over_prefix.shape[:3], -1)
+    weights = jax.nn.softmax(jnp.concatenate([over_prefix, over_suffix], axis=-1), axis=-1).astype(q.dtype)
+    over_prefix, over_suffix = jnp.split(weights, [prefix[0].shape[1]], axis=-1)
+    out = _heads_last(jnp.einsum("bkij,bkjd->bkid", over_prefix, _heads_first(prefix[1], kv_heads)), leaves)
+    over_suffix = over_suffix.reshape(over_suffix.shape[0], kv_heads, group, leaves, -1)
+    return out + jnp.einsum("bkgqt,bqtkd->bqkgd", over_suffix, suffix[1]).reshape(q.shape)
 
 
 def rope(x: Float[Array, "B L H d"], positions: Int[Array, "B L"], theta: float) -> Float[Array, "B L H d"]:
-    """Rotary positions in the rotate-half layout, angles in float32 (RoFormer; `LlamaRotaryEmbedding`)."""
+    """Apply rotary positions in the rotate-half layout, angles in float32 (RoFormer; `LlamaRotaryEmbedding`)."""
     half = x.shape[-1] // 2
     frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle = positions.astype(jnp.float32)[:, :, None, None] * frequency[None, None, None, :]

@@ -1,4 +1,4 @@
-"""Architectures as frozen dataclasses. Every size that shapes a parameter is here, and nothing else is."""
+"""Architectures as frozen dataclasses: every size that determines a parameter's shape, and how inputs are prepared."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class VisionConfig:
     """A CLIP vision transformer (`CLIPVisionModel` in transformers).
 
     Attributes:
-        image_size: side of the square input, in pixels.
-        patch_size: side of a patch, in pixels.
-        activation: CLIP as OpenAI trained it uses quick-GELU, x * sigmoid(1.702 x).
+        image_size: Side of the square input, in pixels.
+        patch_size: Side of a patch, in pixels.
+        activation: OpenAI's CLIP uses quick-GELU, x * sigmoid(1.702 x).
     """
 
     hidden: int
@@ -32,19 +32,19 @@ class VisionConfig:
 
     @property
     def patches(self) -> int:
-        """Patch tokens of one image, without the class token."""
+        """Number of patch tokens of one image, without the class token."""
         return (self.image_size // self.patch_size) ** 2
 
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """A LLaMA-shaped decoder: RMSNorm, rotary positions (rotate-half), SwiGLU, no biases.
+    """A LLaMA-like decoder: RMSNorm, rotary positions (rotate-half), SwiGLU, no biases.
 
     Attributes:
-        fused: query, key and value are one matrix, gate and up another (Phi-3); each then carries one adapter.
-        max_positions: longest sequence that the weights were made for.
-        sliding_window: how far back a token sees, where the weights were made with such a limit. Attention here is
-            full, so `context` ends where the two would differ.
+        fused: Whether query, key and value are one matrix, and gate and up another (Phi-3); each then has one adapter.
+        max_positions: Longest sequence that the weights were trained for.
+        sliding_window: Attention window that the weights were trained with, if any. Attention here is full, so
+            `context` is limited to the lengths at which the two agree.
     """
 
     vocab: int
@@ -62,21 +62,21 @@ class TextConfig:
 
     @property
     def context(self) -> int:
-        """Longest sequence on which this decoder is exact."""
+        """Longest sequence on which this decoder is exact, in tokens."""
         return min(self.max_positions, self.sliding_window or self.max_positions)
 
 
 @dataclasses.dataclass(frozen=True)
 class VLMConfig:
-    """Vision tower, projector and decoder, and how they meet.
+    """Vision tower, projector and decoder, how they are connected, and how their inputs are prepared.
 
     Attributes:
-        feature_layer: which hidden state of the tower feeds the projector; -2 is the output of the last layer but one.
-        image_token_id: vocabulary id that stands where an image feature goes; its embedding is never used.
-        template: name of the chat template that the weights were tuned with (see `data.conversation`).
-        tokens: whose tokenisation they were tuned with: Hugging Face's one pass, or original LLaVA's.
-        image_aspect: whether pictures were padded to squares or cropped.
-        vision_tower: name of the tower's own repository, where one is known.
+        feature_layer: Hidden state of the tower that is the projector's input; -2 is the last layer's input.
+        image_token_id: Placeholder token at the position of an image feature; its embedding is never used.
+        template: Name of the chat template that the weights were tuned with (see `data.templates`).
+        tokenization: Tokenization that the weights were tuned with: Hugging Face's in one pass, or original LLaVA's.
+        image_aspect_ratio: How images become squares: padded, or cropped ("square").
+        vision_tower: Name of the tower's own repository, where it is known.
     """
 
     vision: VisionConfig
@@ -91,7 +91,7 @@ class VLMConfig:
 
     @property
     def feature_depth(self) -> int:
-        """Encoder layers that run: hidden state k is the output of layer k, and state 0 is the embedding."""
+        """Number of encoder layers to run: hidden state k is the output of layer k, and state 0 is the embedding."""
         states = self.vision.layers + 1
         depth = self.feature_layer % states
         if not -states <= self.feature_layer < states:
@@ -106,7 +106,7 @@ CLIP_TOWERS: dict[str, VisionConfig] = {
     "openai/clip-vit-large-patch14": _CLIP_L,
     "openai/clip-vit-large-patch14-336": _CLIP_L_336,
 }
-"""OpenAI's towers that LLaVA was built on, by repository."""
+"""OpenAI's towers that LLaVA uses, by repository."""
 
 _VICUNA_7B = TextConfig(vocab=32000, hidden=4096, layers=32, heads=32, kv_heads=32, head_dim=128, mlp=11008)
 _VICUNA_13B = TextConfig(vocab=32000, hidden=5120, layers=40, heads=40, kv_heads=40, head_dim=128, mlp=13824)

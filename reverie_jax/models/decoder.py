@@ -1,4 +1,4 @@
-"""The language model: a LLaMA-shaped decoder over rows of trees."""
+"""The language model: a LLaMA-like decoder over packed sequences of trees."""
 
 from __future__ import annotations
 
@@ -16,37 +16,37 @@ from reverie_jax.models.layers import Linear, Remat, RMSNorm, activate, paramete
 
 
 class KV(NamedTuple):
-    """Keys (rotated) and values of all layers: each [N, B, L, K, d], or [N, B, Q, T, K, d] for suffixes."""
+    """Keys (rotated) and values of all layers: each [N, B, L, K, d], or [N, B, Q, T, K, d] for the leaves' suffixes."""
 
     k: Float[Array, "..."]
     v: Float[Array, "..."]
 
 
 class DecoderLayer(nnx.Module):
-    """One pre-norm layer: attention, then a gated MLP; stacked `layers` times."""
+    """A stack of pre-norm layers: attention, then a gated MLP."""
 
     def __init__(self, config: TextConfig, *, rngs: nnx.Rngs, layers: int, dtype: DTypeLike):
         self.config = config
         width, q_width, kv_width = config.hidden, config.heads * config.head_dim, config.kv_heads * config.head_dim
-        make: Any = {"rngs": rngs, "layers": layers, "dtype": dtype}
+        options: Any = {"rngs": rngs, "layers": layers, "dtype": dtype}
         self.norm1 = RMSNorm(width, config.norm_eps, rngs=rngs, layers=layers)
         self.norm2 = RMSNorm(width, config.norm_eps, rngs=rngs, layers=layers)
         if config.fused:
-            self.qkv = Linear(width, q_width + 2 * kv_width, ("embed", "heads"), **make)
-            self.gate_up = Linear(width, 2 * config.mlp, ("embed", "mlp"), **make)
+            self.qkv = Linear(width, q_width + 2 * kv_width, ("embed", "heads"), **options)
+            self.gate_up = Linear(width, 2 * config.mlp, ("embed", "mlp"), **options)
         else:
-            self.query = Linear(width, q_width, ("embed", "heads"), **make)
-            self.key = Linear(width, kv_width, ("embed", "heads"), **make)
-            self.value = Linear(width, kv_width, ("embed", "heads"), **make)
-            self.gate = Linear(width, config.mlp, ("embed", "mlp"), **make)
-            self.up = Linear(width, config.mlp, ("embed", "mlp"), **make)
-        self.out = Linear(q_width, width, ("heads", "embed"), **make)
-        self.down = Linear(config.mlp, width, ("mlp", "embed"), **make)
+            self.query = Linear(width, q_width, ("embed", "heads"), **options)
+            self.key = Linear(width, kv_width, ("embed", "heads"), **options)
+            self.value = Linear(width, kv_width, ("embed", "heads"), **options)
+            self.gate = Linear(width, config.mlp, ("embed", "mlp"), **options)
+            self.up = Linear(width, config.mlp, ("embed", "mlp"), **options)
+        self.out = Linear(q_width, width, ("heads", "embed"), **options)
+        self.down = Linear(config.mlp, width, ("mlp", "embed"), **options)
 
     def attention_inputs(
         self, x: Float[Array, "B L D"], positions: Int[Array, "B L"], keys: list[PRNGKeyArray | None]
     ) -> tuple[Float[Array, "B L H d"], Float[Array, "B L K d"], Float[Array, "B L K d"]]:
-        """Queries, keys and values of normalised `x`; queries and keys rotated."""
+        """Return queries, keys and values of normalized `x`; queries and keys are rotated."""
         config = self.config
         if config.fused:
             q_width, kv_width = config.heads * config.head_dim, config.kv_heads * config.head_dim
@@ -57,6 +57,7 @@ class DecoderLayer(nnx.Module):
         return rope(q, positions, config.rope_theta), rope(k, positions, config.rope_theta), v
 
     def mlp(self, x: Float[Array, "B L D"], keys: list[PRNGKeyArray | None]) -> Float[Array, "B L D"]:
+        """Apply the gated MLP to normalized `x`."""
         if self.config.fused:
             gate, up = jnp.split(self.gate_up(x, keys[0]), 2, axis=-1)
         else:
@@ -70,7 +71,7 @@ class DecoderLayer(nnx.Module):
         ends: Int[Array, "B L"],
         key: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "B L D"], tuple[Float[Array, "B L K d"], Float[Array, "B L K d"]]]:
-        """The layer's output, and its keys and values."""
+        """Return one layer's output, and its keys and values."""
         keys = list(jax.random.split(key, 7)) if key is not None else [None] * 7
         q, k, v = self.attention_inputs(self.norm1(x), positions, keys[:3])
         x = x + self.out(attend(q, k, v, ends).reshape(*x.shape[:2], -1), keys[3])
@@ -85,7 +86,7 @@ class DecoderLayer(nnx.Module):
         prefix: tuple[Float[Array, "B L K d"], Float[Array, "B L K d"]],
         suffix: tuple[Float[Array, "B Q T K d"], Float[Array, "B Q T K d"]],
     ) -> tuple[Float[Array, "B Q D"], tuple[Float[Array, "B Q T K d"], Float[Array, "B Q T K d"]]]:
-        """One more token a leaf, at place `step` of its suffix; returns the output and the grown suffix."""
+        """Return the output of one more token per leaf, and the suffixes with it at index `step`."""
         none: list[PRNGKeyArray | None] = [None] * 3
         q, k, v = self.attention_inputs(self.norm1(x), positions, none)
         suffix = tuple(
@@ -107,6 +108,7 @@ class Decoder(nnx.Module):
         self.head = Linear(config.hidden, config.vocab, ("embed", "vocab"), rngs=rngs, dtype=dtype)
 
     def embed(self, tokens: Int[Array, "..."], dtype: DTypeLike) -> Float[Array, "... D"]:
+        """Return the embeddings of token ids."""
         return jnp.take(self.embedding[...], tokens, axis=0).astype(dtype)
 
     def __call__(
@@ -119,13 +121,15 @@ class Decoder(nnx.Module):
         keep_kv: bool = False,
         remat: Remat = "full",
     ) -> tuple[Float[Array, "B L D"], KV | None]:
-        """Normalised hidden states of a row, and every layer's keys and values where `keep_kv`.
+        """Return normalized hidden states, and every layer's keys and values if `keep_kv`.
 
         Args:
-            x: embedded tokens, image features in place.
-            positions: depth of each token in its tree.
-            ends: one past each token's subtree.
-            key: LoRA dropout; None switches it off.
+            x: Embeddings (`VisionLanguageModel.embed`).
+            positions: As in `ModelInputs`.
+            ends: As in `ModelInputs`.
+            key: Randomness of LoRA dropout; None disables dropout.
+            keep_kv: Return keys and values.
+            remat: See `layers.scan_layers`.
         """
         keys = None if key is None else jax.random.split(key, self.config.layers)
 
@@ -146,16 +150,16 @@ class Decoder(nnx.Module):
         prefix: KV,
         suffix: KV,
     ) -> tuple[Float[Array, "B Q D"], KV]:
-        """Decodes one token after each leaf. See `DecoderLayer.extend`."""
+        """Decode one more token of each leaf; see `VisionLanguageModel.extend`."""
         seen = leaf_visible(leaves, ends)
 
         def body(layer: DecoderLayer, x: Array, prefix: KV, suffix: KV) -> tuple[Array, KV]:
-            x, grown = layer.extend(x, positions, seen, step, prefix, suffix)
-            return x, KV(*grown)
+            x, kv = layer.extend(x, positions, seen, step, prefix, suffix)
+            return x, KV(*kv)
 
         x, suffix = scan_layers(self.layers, body, x, prefix, suffix, remat="none")
         return self.norm(x), suffix
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
-        """Vocabulary scores in float32."""
+        """Return vocabulary logits in float32."""
         return self.head(hidden).astype(jnp.float32)

@@ -14,10 +14,10 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from reverie_jax.models import flash_kernels as kernels
-from reverie_jax.models.flash_kernels import LANES, KernelPlan
+from reverie_jax.models.flash_kernels import LANES, KernelConfig
 from reverie_jax.models.sharding import MESH_AXES, RULES
 
-Rows = Float[Array, "B L _ d"]
+HeadsLast = Float[Array, "B L _ d"]
 Stats = Float[Array, "B H P"]
 
 
@@ -28,14 +28,14 @@ def _flash(q: Any, k: Any, v: Any, ends: Any, block: int, interpret: bool) -> An
 
 def _flash_forward(q: Any, k: Any, v: Any, ends: Any, block: int, interpret: bool) -> Any:
     run = functools.partial(_forward, block=block, interpret=interpret)
-    out, lse = _over_mesh(run, (q, k, v), ends, (4, 3))
+    out, lse = _shard_over_mesh(run, (q, k, v), ends, (4, 3))
     return out, (q, k, v, ends, out, lse)
 
 
-def _flash_backward(block: int, interpret: bool, kept: Any, dout: Any) -> Any:
-    q, k, v, ends, out, lse = kept
+def _flash_backward(block: int, interpret: bool, residuals: Any, dout: Any) -> Any:
+    q, k, v, ends, out, lse = residuals
     run = functools.partial(_backward, block=block, interpret=interpret)
-    return *_over_mesh(run, (q, k, v, out, lse, dout), ends, (4, 4, 4)), None
+    return *_shard_over_mesh(run, (q, k, v, out, lse, dout), ends, (4, 4, 4)), None
 
 
 _flash.defvjp(_flash_forward, _flash_backward)
@@ -50,21 +50,27 @@ def flash(
     block: int | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B L H d"]:
-    """`models.attention.attend` on a TPU; differentiable once, in q, k and v.
+    """Compute `models.attention.attend` on a TPU; differentiable once, in q, k and v.
 
-    Under a mesh of ours (`jax.set_mesh`) each device runs the kernels on its own rows and heads.
+    Under a (data, fsdp, tensor) mesh (`jax.set_mesh`) each device runs the kernels on its own sequences and heads.
 
     Args:
-        block: rows of a block; on a TPU a multiple of 128.
-        interpret: runs the kernels' bodies as XLA on any device, for tests.
+        q: Queries.
+        k: Keys.
+        v: Values.
+        ends: The rule; None lets every query see every key.
+        block: Tokens of a block; on a TPU a multiple of 128.
+        interpret: Run the kernels' bodies as XLA on any device, for tests.
     """
     return _flash(q, k, v, ends, kernels.block_size(q.shape[1]) if block is None else block, interpret)
 
 
-def _over_mesh(run: Callable[..., Any], operands: tuple[Array, ...], ends: Array | None, ranks: tuple[int, ...]) -> Any:
-    """Runs `run(*operands, ends)` on every device's shards: XLA cannot partition a kernel by itself.
+def _shard_over_mesh(
+    run: Callable[..., Any], operands: tuple[Array, ...], ends: Array | None, ranks: tuple[int, ...]
+) -> Any:
+    """Run `run(*operands, ends)` on every device's shards: XLA cannot partition a kernel by itself.
 
-    An operand's rank says what it is: rows [B, L, heads, d], statistics [B, H, P] or ends [B, L]; `ranks` are the results'.
+    An operand is known by its rank: heads [B, L, heads, d], statistics [B, H, P] or ends [B, L]; `ranks` are the results'.
     """
     operands = operands if ends is None else (*operands, ends)
     mesh = jax.sharding.get_abstract_mesh()
@@ -78,22 +84,22 @@ def _over_mesh(run: Callable[..., Any], operands: tuple[Array, ...], ends: Array
         run,
         in_specs=tuple(specs[x.ndim] for x in operands),
         out_specs=tuple(specs[rank] for rank in ranks),
-        check_vma=False,  # what is replicated is computed alike everywhere; nothing is differentiated through this
+        check_vma=False,  # replicated values are equal on all devices; nothing is differentiated through this
     )(*operands)
 
 
 def _axes_that_divide(mesh: AbstractMesh, logical: str, *sizes: int) -> tuple[str, ...]:
-    """The mesh axes of a logical axis, less those over which a dimension would not split evenly."""
-    rule, parts, kept = RULES[logical], 1, []
+    """Return the mesh axes of a logical axis without those that do not divide one of the sizes."""
+    rule, shards, axes = RULES[logical], 1, []
     for name in (rule,) if isinstance(rule, str) else rule or ():
-        if all(size % (parts * mesh.shape[name]) == 0 for size in sizes):
-            parts *= mesh.shape[name]
-            kept.append(name)
-    return tuple(kept)
+        if all(size % (shards * mesh.shape[name]) == 0 for size in sizes):
+            shards *= mesh.shape[name]
+            axes.append(name)
+    return tuple(axes)
 
 
 def _heads_first(x: Float[Array, "B L H d"], padded: int) -> Float[Array, "B H P D"]:
-    """Zeros fill the rows up to whole blocks and the width up to whole lanes (in a TPU's memory it takes them anyway)."""
+    """Move the heads before the tokens; pad tokens to whole blocks and the width to whole lanes (as TPU memory does)."""
     length, width = x.shape[1], x.shape[3]
     x = x.transpose(0, 2, 1, 3)
     return jnp.pad(x, ((0, 0), (0, 0), (0, padded - length), (0, pl.cdiv(width, LANES) * LANES - width)))
@@ -103,29 +109,29 @@ def _heads_last(x: Float[Array, "B H P D"], length: int, width: int) -> Float[Ar
     return x[:, :, :length, :width].transpose(0, 2, 1, 3)
 
 
-def _ends(plan: KernelPlan, ends: Array | None, rows: int) -> Int[Array, "B 1 P"]:
+def _padded_ends(config: KernelConfig, ends: Array | None, sequences: int) -> Int[Array, "B 1 P"]:
     if ends is None:  # not read
-        return jnp.zeros((rows, 1, plan.blocks * plan.block), jnp.int32)
-    return kernels.pad_ends(ends, plan.blocks * plan.block)[:, None]
+        return jnp.zeros((sequences, 1, config.blocks * config.block), jnp.int32)
+    return kernels.pad_ends(ends, config.blocks * config.block)[:, None]
 
 
-def _plan(q: Array, k: Array, ends: Array | None, block: int, interpret: bool) -> KernelPlan:
-    return KernelPlan(q.shape[1], q.shape[3], block, q.shape[2] // k.shape[2], ends is not None, interpret)
+def _kernel_config(q: Array, k: Array, ends: Array | None, block: int, interpret: bool) -> KernelConfig:
+    return KernelConfig(q.shape[1], q.shape[3], block, q.shape[2] // k.shape[2], ends is not None, interpret)
 
 
 def _forward(
-    q: Rows, k: Rows, v: Rows, ends: Array | None = None, *, block: int, interpret: bool
-) -> tuple[Rows, Stats]:
-    """Output, and each query's logarithm of the sum of exponentiated scores."""
-    plan = _plan(q, k, ends, block, interpret)
-    kinds = kernels.block_kinds(ends, plan.length, block)
-    wide = [_heads_first(x, plan.blocks * block) for x in (q, k, v)]
-    query, key, ends_spec, stats = _query_major(plan, wide[0].shape[3])
-    out, lse = plan.call(
+    q: HeadsLast, k: HeadsLast, v: HeadsLast, ends: Array | None = None, *, block: int, interpret: bool
+) -> tuple[HeadsLast, Stats]:
+    """Return the output, and the log-sum-exp of each query's scores."""
+    config = _kernel_config(q, k, ends, block, interpret)
+    kinds = kernels.block_kinds(ends, config.length, block)
+    wide = [_heads_first(x, config.blocks * block) for x in (q, k, v)]
+    query, key, ends_spec, stats = _query_major(config, wide[0].shape[3])
+    out, lse = config.call(
         kernels.forward_kernel,
-        (q.shape[0], q.shape[2], plan.blocks, plan.blocks),
+        (q.shape[0], q.shape[2], config.blocks, config.blocks),
         kinds,
-        (*wide, _ends(plan, ends, q.shape[0])),
+        (*wide, _padded_ends(config, ends, q.shape[0])),
         matmuls=2,
         in_specs=[query, key, key, ends_spec],
         out_specs=[query, stats],
@@ -135,32 +141,40 @@ def _forward(
         ],
         scratch_shapes=[_scratch(block), _scratch(block), _scratch(block, wide[0].shape[3])],
     )
-    return _heads_last(out, plan.length, plan.width), lse[:, :, 0]
+    return _heads_last(out, config.length, config.width), lse[:, :, 0]
 
 
 def _backward(
-    q: Rows,
-    k: Rows,
-    v: Rows,
-    out: Rows,
+    q: HeadsLast,
+    k: HeadsLast,
+    v: HeadsLast,
+    out: HeadsLast,
     lse: Stats,
-    dout: Rows,
+    dout: HeadsLast,
     ends: Array | None = None,
     *,
     block: int,
     interpret: bool,
-) -> tuple[Rows, Rows, Rows]:
-    """Gradients of q, k and v."""
-    plan = _plan(q, k, ends, block, interpret)
-    kinds = kernels.block_kinds(ends, plan.length, block)
-    wide_q, wide_k, wide_v, wide_out, wide_dout = (_heads_first(x, plan.blocks * block) for x in (q, k, v, out, dout))
+) -> tuple[HeadsLast, HeadsLast, HeadsLast]:
+    """Return the gradients of q, k and v."""
+    config = _kernel_config(q, k, ends, block, interpret)
+    kinds = kernels.block_kinds(ends, config.length, block)
+    wide_q, wide_k, wide_v, wide_out, wide_dout = (_heads_first(x, config.blocks * block) for x in (q, k, v, out, dout))
     delta = (wide_out.astype(jnp.float32) * wide_dout.astype(jnp.float32)).sum(-1)
-    arrays = (wide_q, wide_k, wide_v, _ends(plan, ends, q.shape[0]), wide_dout, lse[:, :, None], delta[:, :, None])
+    arrays = (
+        wide_q,
+        wide_k,
+        wide_v,
+        _padded_ends(config, ends, q.shape[0]),
+        wide_dout,
+        lse[:, :, None],
+        delta[:, :, None],
+    )
     width = wide_q.shape[3]
-    query, key, ends_spec, stats = _query_major(plan, width)
-    dq = plan.call(
+    query, key, ends_spec, stats = _query_major(config, width)
+    dq = config.call(
         kernels.query_kernel,
-        (q.shape[0], q.shape[2], plan.blocks, plan.blocks),
+        (q.shape[0], q.shape[2], config.blocks, config.blocks),
         kinds,
         arrays,
         matmuls=3,
@@ -169,10 +183,10 @@ def _backward(
         out_shape=jax.ShapeDtypeStruct(wide_q.shape, q.dtype),
         scratch_shapes=[_scratch(block, width), _scratch(block), _scratch(block)],
     )
-    query, key, ends_spec, stats = _key_major(plan, width)
-    dk, dv = plan.call(
+    query, key, ends_spec, stats = _key_major(config, width)
+    dk, dv = config.call(
         kernels.key_kernel,
-        (k.shape[0], k.shape[2], plan.blocks, plan.group, plan.blocks),
+        (k.shape[0], k.shape[2], config.blocks, config.group, config.blocks),
         kinds.swapaxes(1, 2),
         arrays,
         matmuls=4,
@@ -181,7 +195,7 @@ def _backward(
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (wide_k, wide_v)],
         scratch_shapes=[_scratch(block, width), _scratch(block, width), _scratch(block, dtype=jnp.int32)],
     )
-    dq, dk, dv = (_heads_last(x, plan.length, plan.width) for x in (dq, dk, dv))
+    dq, dk, dv = (_heads_last(x, config.length, config.width) for x in (dq, dk, dv))
     return dq, dk, dv
 
 
@@ -189,38 +203,38 @@ def _scratch(block: int, width: int = LANES, dtype: Any = jnp.float32) -> Any:
     return pltpu.VMEM((block, width), dtype)
 
 
-def _query_major(plan: KernelPlan, width: int) -> tuple[pl.BlockSpec, ...]:
-    """Blocks of queries, keys, ends and statistics on a grid (row, head, query block, key block)."""
+def _query_major(config: KernelConfig, width: int) -> tuple[pl.BlockSpec, ...]:
+    """Return block specs of queries, keys, ends and statistics on a grid (sequence, head, query block, key block)."""
 
     def key_block(b: Any, i: Any, j: Any, resident: Any) -> Any:
-        return resident[plan.at(b, i, j)]
+        return resident[config.table_index(b, i, j)]
 
     return (
-        pl.BlockSpec((None, None, plan.block, width), lambda b, h, i, j, _, resident: (b, h, i, 0)),
+        pl.BlockSpec((None, None, config.block, width), lambda b, h, i, j, _, resident: (b, h, i, 0)),
         pl.BlockSpec(
-            (None, None, plan.block, width),
-            lambda b, h, i, j, _, resident: (b, jax.lax.div(h, plan.group), key_block(b, i, j, resident), 0),
+            (None, None, config.block, width),
+            lambda b, h, i, j, _, resident: (b, jax.lax.div(h, config.group), key_block(b, i, j, resident), 0),
         ),
-        pl.BlockSpec((None, 1, plan.block), lambda b, h, i, j, _, resident: (b, 0, key_block(b, i, j, resident))),
-        pl.BlockSpec((None, None, 1, plan.block), lambda b, h, i, j, _, resident: (b, h, 0, i)),
+        pl.BlockSpec((None, 1, config.block), lambda b, h, i, j, _, resident: (b, 0, key_block(b, i, j, resident))),
+        pl.BlockSpec((None, None, 1, config.block), lambda b, h, i, j, _, resident: (b, h, 0, i)),
     )
 
 
-def _key_major(plan: KernelPlan, width: int) -> tuple[pl.BlockSpec, ...]:
-    """The same on a grid (row, key head, key block, head within the group, query block)."""
+def _key_major(config: KernelConfig, width: int) -> tuple[pl.BlockSpec, ...]:
+    """Return the same specs on a grid (sequence, key head, key block, head within the group, query block)."""
 
     def query_block(b: Any, j: Any, i: Any, resident: Any) -> Any:
-        return resident[plan.at(b, j, i)]
+        return resident[config.table_index(b, j, i)]
 
     return (
         pl.BlockSpec(
-            (None, None, plan.block, width),
-            lambda b, h, j, g, i, _, resident: (b, h * plan.group + g, query_block(b, j, i, resident), 0),
+            (None, None, config.block, width),
+            lambda b, h, j, g, i, _, resident: (b, h * config.group + g, query_block(b, j, i, resident), 0),
         ),
-        pl.BlockSpec((None, None, plan.block, width), lambda b, h, j, g, i, _, resident: (b, h, j, 0)),
-        pl.BlockSpec((None, 1, plan.block), lambda b, h, j, g, i, _, resident: (b, 0, j)),
+        pl.BlockSpec((None, None, config.block, width), lambda b, h, j, g, i, _, resident: (b, h, j, 0)),
+        pl.BlockSpec((None, 1, config.block), lambda b, h, j, g, i, _, resident: (b, 0, j)),
         pl.BlockSpec(
-            (None, None, 1, plan.block),
-            lambda b, h, j, g, i, _, resident: (b, h * plan.group + g, 0, query_block(b, j, i, resident)),
+            (None, None, 1, config.block),
+            lambda b, h, j, g, i, _, resident: (b, h * config.group + g, 0, query_block(b, j, i, resident)),
         ),
     )

@@ -1,11 +1,10 @@
-"""The flash-attention kernels' bodies (Pallas, Mosaic) and the tables that steer them; `models.flash` calls them.
+"""Bodies of the flash-attention kernels (Pallas, Mosaic) and their block tables; `models.flash` calls them.
 
-Queries and keys are cut into blocks of one size. A pair of blocks is either skipped, computed under the mask, or computed
-whole (every query sees every key), as `block_kinds` says; a skipped pair moves no data either, because the block that
-stays in its place is the one that the next computed pair needs (`resident_blocks`). Both tables are scalars that Mosaic
-reads ahead of the grid.
+Queries and keys are divided into blocks of one size. `block_kinds` says whether a pair of blocks is skipped, computed with
+the mask, or computed without it (every query sees every key). A skipped pair also moves no data: the block in its place is
+the one that the next computed pair needs (`resident_blocks`). Mosaic prefetches both tables as scalars.
 
-Names: B rows, H query heads, K key heads, L length, P length padded to blocks, D width padded to lanes, N = P / block.
+Names: B sequences, H query heads, K key heads, L length, P length padded to blocks, D width padded to lanes, N = P / block.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ LOW = -0.7 * float(jnp.finfo(jnp.float32).max)  # minus infinity would make NaN 
 
 
 def block_size(length: int) -> int:
-    """The block that pads `length` least, the largest of equals; short rows are one block."""
+    """Return the block size that pads `length` least, the largest of equals; short sequences are one block."""
     whole = pl.cdiv(length, LANES) * LANES
     if whole <= LONGEST_BLOCK:
         return whole
@@ -35,10 +34,12 @@ def block_size(length: int) -> int:
 
 
 def block_kinds(ends: Int[Array, "B L"] | None, length: int, block: int) -> Int[Array, "R N N"]:
-    """What is done with each pair of blocks, [row, query block, key block]: SKIPPED, MASKED or WHOLE.
+    """Return SKIPPED, MASKED or WHOLE for each pair of blocks, [sequence, query block, key block].
 
     Args:
-        ends: the rule; None lets every query see every key, and R is 1 (otherwise R = B).
+        ends: The rule; None lets every query see every key, and R is 1 (otherwise R = B).
+        length: L, which is needed without ends.
+        block: Tokens of a block.
     """
     count = pl.cdiv(length, block)
     first = jnp.arange(count, dtype=jnp.int32) * block
@@ -55,7 +56,7 @@ def block_kinds(ends: Int[Array, "B L"] | None, length: int, block: int) -> Int[
 
 
 def resident_blocks(kinds: Int[Array, "R N M"]) -> Int[Array, "R N M"]:
-    """The block to hold at each of M steps: the next one that is computed with, else the last that was."""
+    """Return the block in memory at each of M steps: the next one to be computed, or the last one without a next."""
     steps = kinds.shape[-1]
     step = jnp.broadcast_to(jnp.arange(steps, dtype=jnp.int32)[None, None, :], kinds.shape)
     ahead = jax.lax.cummin(jnp.where(kinds > SKIPPED, step, steps), axis=2, reverse=True)
@@ -64,26 +65,26 @@ def resident_blocks(kinds: Int[Array, "R N M"]) -> Int[Array, "R N M"]:
 
 
 def pad_ends(ends: Int[Array, "B L"], padded: int) -> Int[Array, "B P"]:
-    """Padding sees itself alone."""
+    """Return `ends` extended by padding tokens, which see only themselves."""
     alone = jnp.arange(1, padded + 1, dtype=ends.dtype)
     alone = jnp.broadcast_to(alone[None, :], (ends.shape[0], padded))
     return alone.at[:, : ends.shape[1]].set(ends)
 
 
 def _dot(a: Any, b: Any, contract: tuple[int, int]) -> Any:
-    """Contracts axis `contract[0]` of a with `contract[1]` of b; float32 stays float32 instead of one bfloat16 pass."""
+    """Contract axis `contract[0]` of a with `contract[1]` of b; float32 stays float32 instead of one bfloat16 pass."""
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
     axes = (((contract[0],), (contract[1],)), ((), ()))
     return jax.lax.dot_general(a, b, axes, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _column(row: Any) -> Any:
-    """A row vector (1, n) as columns (n, LANES) that are all equal."""
+    """Return a row vector (1, n) as LANES equal columns (n, LANES)."""
     return jnp.broadcast_to(row, (LANES, row.shape[1])).T
 
 
-class KernelPlan(NamedTuple):
-    """What the kernels know before they run."""
+class KernelConfig(NamedTuple):
+    """Static sizes and switches of the kernels."""
 
     length: int
     width: int
@@ -94,18 +95,23 @@ class KernelPlan(NamedTuple):
 
     @property
     def blocks(self) -> int:
+        """Number of blocks in a sequence."""
         return pl.cdiv(self.length, self.block)
 
     @property
     def scale(self) -> float:
-        return self.width**-0.5
+        """Factor of the scores."""
+        return float(self.width**-0.5)
 
     def mask(self, scores: Any, ends: Any, queries: Any, keys: Any, query_axis: int) -> Any:
-        """Scores with LOW where the query does not see the key.
+        """Return scores with LOW where the query does not see the key.
 
         Args:
-            ends: the keys' ends, of a shape that broadcasts over the queries' axis.
-            queries: which block of queries, likewise `keys`.
+            scores: One block.
+            ends: The keys' ends, of a shape that broadcasts over the queries' axis.
+            queries: Index of the block of queries.
+            keys: Index of the block of keys.
+            query_axis: Axis of the queries in `scores`.
         """
         key = keys * self.block + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1 - query_axis)
         if not self.causal:
@@ -113,14 +119,14 @@ class KernelPlan(NamedTuple):
         query = queries * self.block + jax.lax.broadcasted_iota(jnp.int32, scores.shape, query_axis)
         return jnp.where((key <= query) & (query < ends), scores, LOW)
 
-    def at(self, row: Any, outer: Any, inner: Any) -> Any:
-        """Where a pair of blocks stands in the flat tables; without ends, one table serves all rows."""
+    def table_index(self, row: Any, outer: Any, inner: Any) -> Any:
+        """Return the index of a pair of blocks in the flat tables; without ends, all sequences share one table."""
         return ((row if self.causal else 0) * self.blocks + outer) * self.blocks + inner
 
     def call(
         self, kernel: Callable[..., None], grid: tuple[int, ...], kinds: Any, arrays: Any, matmuls: int, **spec: Any
     ) -> Any:
-        """Runs a kernel over a grid whose first three axes are independent; its first two operands are the tables."""
+        """Run a kernel over a grid whose first three axes are independent; its first two operands are the tables."""
         half = 2 if self.causal else 1
         scores = functools.reduce(int.__mul__, grid) * self.block**2 // half
         return pl.pallas_call(
@@ -139,14 +145,14 @@ class KernelPlan(NamedTuple):
             interpret=self.interpret,
         )(kinds.reshape(-1), resident_blocks(kinds).reshape(-1), *arrays)
 
-    def each(self, kind: Any, add: Callable[[bool], None]) -> None:
-        """Runs `add(masked)` as the pair's kind asks."""
+    def dispatch(self, kind: Any, add: Callable[[bool], None]) -> None:
+        """Run `add(masked)` unless the pair of blocks is skipped."""
         pl.when(kind == MASKED)(functools.partial(add, True))
         pl.when(kind == WHOLE)(functools.partial(add, False))
 
 
 def forward_kernel(
-    plan: KernelPlan,
+    config: KernelConfig,
     kinds: Any,
     resident: Any,
     q: Any,
@@ -159,7 +165,7 @@ def forward_kernel(
     total: Any,
     acc: Any,
 ) -> None:
-    """One block of queries over the blocks of keys: running maximum and sum (each in all lanes), and weighted values."""
+    """Compute one block of queries over the blocks of keys: running maximum and sum (in all lanes), and weighted values."""
     row, i, j = pl.program_id(0), pl.program_id(2), pl.program_id(3)
 
     @pl.when(j == 0)
@@ -169,31 +175,31 @@ def forward_kernel(
         acc[...] = jnp.zeros_like(acc)
 
     def add(masked: bool) -> None:
-        scores = _dot(q[...], k[...], (1, 1)) * plan.scale
+        scores = _dot(q[...], k[...], (1, 1)) * config.scale
         if masked:
-            scores = plan.mask(scores, ends[...], i, j, query_axis=0)
-        # A query that has seen nothing yet sums nonsense with a maximum of LOW; its first real key wipes that: fade = 0.
+            scores = config.mask(scores, ends[...], i, j, query_axis=0)
+        # Before a query's first visible key, the sums are meaningless (its maximum is LOW); that key resets them: fade = 0.
         new = jnp.maximum(top[...], scores.max(1, keepdims=True))
         fade, weights = jnp.exp(top[...] - new), jnp.exp(scores - new[:, :1])
         top[...] = new
         total[...] = total[...] * fade + weights.sum(1, keepdims=True)
         acc[...] = acc[...] * fade[:, :1] + _dot(weights.astype(v.dtype), v[...], (1, 0))
 
-    plan.each(kinds[plan.at(row, i, j)], add)
+    config.dispatch(kinds[config.table_index(row, i, j)], add)
 
-    @pl.when(j == plan.blocks - 1)
+    @pl.when(j == config.blocks - 1)
     def finish() -> None:
         out[...] = (acc[...] / total[:, :1]).astype(out.dtype)
         lse[...] = (top[...] + jnp.log(total[...])).T[:1]
 
 
 def query_kernel(
-    plan: KernelPlan,
+    config: KernelConfig,
     kinds: Any,
     resident: Any,
     *refs: Any,
 ) -> None:
-    """Gradient of one block of queries, over the blocks of keys."""
+    """Compute the gradient of one block of queries, over the blocks of keys."""
     q, k, v, ends, dout, lse, delta, dq, acc, lses, deltas = refs
     row, i, j = pl.program_id(0), pl.program_id(2), pl.program_id(3)
 
@@ -203,24 +209,24 @@ def query_kernel(
         lses[...], deltas[...] = _column(lse[...]), _column(delta[...])
 
     def add(masked: bool) -> None:
-        scores = _dot(q[...], k[...], (1, 1)) * plan.scale
+        scores = _dot(q[...], k[...], (1, 1)) * config.scale
         if masked:
-            scores = plan.mask(scores, ends[...], i, j, query_axis=0)
+            scores = config.mask(scores, ends[...], i, j, query_axis=0)
         weights = jnp.exp(scores - lses[:, :1])
         dscores = weights * (_dot(dout[...], v[...], (1, 1)) - deltas[:, :1])
         acc[...] += _dot(dscores.astype(k.dtype), k[...], (1, 0))
 
-    plan.each(kinds[plan.at(row, i, j)], add)
+    config.dispatch(kinds[config.table_index(row, i, j)], add)
 
-    @pl.when(j == plan.blocks - 1)
+    @pl.when(j == config.blocks - 1)
     def finish() -> None:
-        dq[...] = (acc[...] * plan.scale).astype(dq.dtype)
+        dq[...] = (acc[...] * config.scale).astype(dq.dtype)
 
 
-def key_kernel(plan: KernelPlan, kinds: Any, resident: Any, *refs: Any) -> None:
-    """Gradients of one block of keys and values, over the group's heads and the blocks of queries.
+def key_kernel(config: KernelConfig, kinds: Any, resident: Any, *refs: Any) -> None:
+    """Compute the gradients of one block of keys and values, over the group's heads and the blocks of queries.
 
-    Scores lie [key, query] here, so that the sums over queries are plain products.
+    Scores are [key, query] here, so that the sums over queries are plain products.
     """
     q, k, v, ends, dout, lse, delta, dk, dv, acc_k, acc_v, ends_column = refs
     row, j, member, i = pl.program_id(0), pl.program_id(2), pl.program_id(3), pl.program_id(4)
@@ -231,17 +237,17 @@ def key_kernel(plan: KernelPlan, kinds: Any, resident: Any, *refs: Any) -> None:
         ends_column[...] = _column(ends[...])
 
     def add(masked: bool) -> None:
-        scores = _dot(k[...], q[...], (1, 1)) * plan.scale
+        scores = _dot(k[...], q[...], (1, 1)) * config.scale
         if masked:
-            scores = plan.mask(scores, ends_column[:, :1], i, j, query_axis=1)
+            scores = config.mask(scores, ends_column[:, :1], i, j, query_axis=1)
         weights = jnp.exp(scores - lse[...])
         acc_v[...] += _dot(weights.astype(dout.dtype), dout[...], (1, 0))
         dscores = weights * (_dot(v[...], dout[...], (1, 1)) - delta[...])
         acc_k[...] += _dot(dscores.astype(q.dtype), q[...], (1, 0))
 
-    plan.each(kinds[plan.at(row, j, i)], add)
+    config.dispatch(kinds[config.table_index(row, j, i)], add)
 
-    @pl.when((member == plan.group - 1) & (i == plan.blocks - 1))
+    @pl.when((member == config.group - 1) & (i == config.blocks - 1))
     def finish() -> None:
-        dk[...] = (acc_k[...] * plan.scale).astype(dk.dtype)
+        dk[...] = (acc_k[...] * config.scale).astype(dk.dtype)
         dv[...] = acc_v[...].astype(dv.dtype)

@@ -1,7 +1,7 @@
-"""Parameters with names: the few layers that the tower, the projector and the decoder are built from.
+"""The layers that tower, projector and decoder are built from.
 
-A layer may be stacked: with `layers=N` every parameter carries a leading axis of N, and `scan_layers` runs the stack as one
-compiled body. Each parameter knows its logical axes (`axes`), from which `models.sharding` derives where it lives.
+A layer may be stacked: with `layers=N` every parameter has a leading axis of N, and `scan_layers` runs the stack as one
+compiled body. Each parameter has logical axes (`axes`), from which `models.sharding` derives its sharding.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from reverie_jax.models.quantize import Bits, pack, unpack
+from reverie_jax.models.quantize import QuantizedFormat, pack, unpack
 
 Axes = tuple[str | None, ...]
 Remat = Literal["full", "dots", "none"]
@@ -31,7 +31,7 @@ def parameter(
     mean: float = 0.0,
     dtype: DTypeLike = jnp.float32,
 ) -> nnx.Param[Array]:
-    """A parameter drawn from normal(mean, scale), stacked `layers` times, that carries its logical axes."""
+    """Return a parameter drawn from normal(mean, scale), stacked `layers` times, with its logical axes."""
     if layers is not None:
         shape, axes = (layers, *shape), ("layers", *axes)
     value = jnp.full(shape, mean, dtype)
@@ -41,8 +41,9 @@ def parameter(
 
 
 class Linear(nnx.Module):
-    """y = x W + b, W of shape (in, out). May carry a LoRA adapter (see `models.lora`), and W may be kept in 8 or 4 bits:
-    then `kernel` holds codes and `scales` what they are multiplied by (see `models.quantize`).
+    """y = x W + b, W of shape (in, out), optionally with a LoRA adapter (see `models.lora`).
+
+    W may be quantized: then `kernel` holds codes, and `scales` their factors (see `models.quantize`).
     """
 
     def __init__(
@@ -64,32 +65,32 @@ class Linear(nnx.Module):
         self.lora_b: nnx.LoRAParam[Array] | None = nnx.data(None)
         self.lora_scale = 0.0
         self.lora_dropout = 0.0
-        self.lora_on = True
+        self.lora_enabled = True
 
     def weight(self, dtype: DTypeLike) -> Float[Array, "... inputs outputs"]:
-        """W."""
+        """Return W in `dtype`, dequantized where it is quantized."""
         if self.scales is None:
             return self.kernel[...].astype(dtype)
         return unpack(self.kernel[...], self.scales[...], dtype)
 
-    def quantize(self, bits: Bits) -> None:
-        """Keeps W in so many bits from now on, in place. It must be frozen then."""
-        codes, scales = jax.jit(pack, static_argnums=1)(self.kernel[...], bits)
+    def quantize(self, format: QuantizedFormat) -> None:
+        """Quantize W, in place; it must be frozen afterwards."""
+        codes, scales = jax.jit(pack, static_argnums=1)(self.kernel[...], format)
         axes = self.kernel.axes
         self.kernel = nnx.Param(codes, axes=axes)
         self.scales = nnx.Param(scales, axes=(*axes[:-2], None, axes[-1]))
 
     def __call__(self, x: Float[Array, "... inputs"], key: PRNGKeyArray | None = None) -> Float[Array, "... outputs"]:
-        """Applies the layer in x's dtype.
+        """Apply the layer in x's dtype.
 
         Args:
-            x: input.
-            key: randomness of LoRA dropout; None switches dropout off.
+            x: Input.
+            key: Randomness of LoRA dropout; None disables dropout.
         """
         y = x @ self.weight(x.dtype)
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
-        if self.lora_a is not None and self.lora_b is not None and self.lora_on:
+        if self.lora_a is not None and self.lora_b is not None and self.lora_enabled:
             low = x
             if key is not None and self.lora_dropout:
                 keep = jax.random.bernoulli(key, 1 - self.lora_dropout, x.shape)
@@ -100,7 +101,7 @@ class Linear(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """Layer normalisation with scale and bias, computed in float32."""
+    """Layer normalization with scale and bias, computed in float32."""
 
     def __init__(self, width: int, eps: float, *, rngs: nnx.Rngs, layers: int | None = None):
         self.eps = eps
@@ -108,6 +109,7 @@ class LayerNorm(nnx.Module):
         self.bias = parameter(rngs, (width,), (None,), layers=layers)
 
     def __call__(self, x: Float[Array, "... width"]) -> Float[Array, "... width"]:
+        """Normalize the last axis."""
         wide = x.astype(jnp.float32)
         wide = wide - wide.mean(-1, keepdims=True)
         wide = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.eps)
@@ -117,13 +119,14 @@ class LayerNorm(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square normalisation, computed in float32 (`LlamaRMSNorm`)."""
+    """Root-mean-square normalization, computed in float32 (`LlamaRMSNorm`)."""
 
     def __init__(self, width: int, eps: float, *, rngs: nnx.Rngs, layers: int | None = None):
         self.eps = eps
         self.scale = parameter(rngs, (width,), (None,), layers=layers, mean=1.0)
 
     def __call__(self, x: Float[Array, "... width"]) -> Float[Array, "... width"]:
+        """Normalize the last axis."""
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.eps)
         scale = self.scale[...].astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
@@ -131,7 +134,7 @@ class RMSNorm(nnx.Module):
 
 
 def activate(name: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The activation called `name`, exact (GELU by the error function)."""
+    """Apply the activation called `name`; GELU is exact (by the error function)."""
     match name:
         case "silu":
             return jax.nn.silu(x)
@@ -150,13 +153,16 @@ def scan_layers(
     depth: int | None = None,
     remat: Remat = "full",
 ) -> tuple[Any, Any]:
-    """Runs `body(layer, carry, *per_layer) -> (carry, output)` over a stacked module as one scan.
+    """Run `body(layer, carry, *per_layer) -> (carry, output)` over a stacked module as one scan.
 
     Args:
-        stack: a module whose every parameter has a leading layer axis.
-        depth: run only the first `depth` layers.
-        remat: what of a layer's inside the backward pass computes again instead of finding it kept: all of it, all but the
-            products with weights (`dots`), or nothing.
+        stack: A module whose parameters all have a leading layer axis.
+        body: Computes one layer.
+        carry: The first layer's input.
+        *per_layer: Pytrees with a leading layer axis, of which each layer gets its part.
+        depth: Run only the first `depth` layers.
+        remat: Which of a layer's activations the backward pass recomputes: all ("full"), all but products with weights
+            ("dots"), or none.
     """
     graph, state = nnx.split(stack)
     if depth is not None:
@@ -167,6 +173,6 @@ def scan_layers(
         return body(nnx.merge(graph, layer_state), carry, *rest)
 
     if remat != "none":
-        kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
-        step = jax.checkpoint(step, policy=kept)
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+        step = jax.checkpoint(step, policy=policy)
     return jax.lax.scan(step, carry, (state, *per_layer))

@@ -1,4 +1,4 @@
-"""LoRA as surgery on a model's linear layers (Hu et al., arXiv 2106.09685; initialised as PEFT does)."""
+"""LoRA adapters on a model's linear layers (Hu et al., arXiv 2106.09685), initialized as in PEFT."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from reverie_jax.models.layers import Linear
-from reverie_jax.models.quantize import Bits
+from reverie_jax.models.quantize import QuantizedFormat
 from reverie_jax.models.sharding import partition_spec
 from reverie_jax.models.vlm import VisionLanguageModel
 
 DEFAULT_TARGETS = r"decoder\.layers\.(query|key|value|qkv|out|gate|up|gate_up|down)"
-"""Every linear of the decoder's layers: LLaVA's choice (neither tower, projector nor LM head)."""
+"""Every linear layer of the decoder's blocks, as in LLaVA: not the tower, the projector or the LM head."""
 
 
 def linears(model: nnx.Module) -> Iterator[tuple[str, Linear]]:
-    """(dotted path, layer) for every linear of the model."""
+    """Yield (dotted path, layer) for every linear layer of the model."""
     for path, module in nnx.iter_modules(model):
         if isinstance(module, Linear):
             yield ".".join(map(str, path)), module
 
 
 def adapters(model: nnx.Module) -> Iterator[tuple[str, Linear, nnx.LoRAParam[Array], nnx.LoRAParam[Array]]]:
-    """(dotted path, layer, A, B) for every linear that carries an adapter."""
+    """Yield (dotted path, layer, A, B) for every linear layer with an adapter."""
     for path, layer in linears(model):
         if layer.lora_a is not None and layer.lora_b is not None:
             yield path, layer, layer.lora_a, layer.lora_b
@@ -46,41 +46,49 @@ def attach(
     targets: str = DEFAULT_TARGETS,
     seed: int = 0,
 ) -> list[str]:
-    """Adds float32 adapters, in place: A uniform(+-1/sqrt(in)), B zero, scale alpha / rank. The model's output is unchanged.
+    """Add float32 adapters, in place: A uniform(+-1/sqrt(in)), B zero, scale alpha / rank. The output is unchanged.
 
     Args:
-        targets: regular expression that a linear's whole dotted path must match.
+        model: The base model.
+        rank: r.
+        alpha: Numerator of the scale.
+        dropout: Probability that an adapter's input is dropped, in training.
+        targets: Regular expression that a linear layer's whole dotted path must match.
+        seed: Of A.
 
     Returns:
-        The paths that now carry an adapter.
+        The paths of the layers that got an adapter.
 
     Raises:
-        ValueError: nothing matches, or a target carries an adapter already.
+        ValueError: No layer matches, or one already has an adapter.
     """
-    chosen = [(path, layer) for path, layer in linears(model) if re.fullmatch(targets, path)]
-    if not chosen:
+    matches = [(path, layer) for path, layer in linears(model) if re.fullmatch(targets, path)]
+    if not matches:
         raise ValueError(f"no linear layer matches {targets!r}")
-    if carriers := [path for path, layer in chosen if layer.lora_a is not None]:
-        raise ValueError(f"{', '.join(carriers)} carries an adapter already")
-    for path, layer in chosen:
+    if adapted := [path for path, layer in matches if layer.lora_a is not None]:
+        raise ValueError(f"already has an adapter: {', '.join(adapted)}")
+    for path, layer in matches:
         # The key depends on the path, not on the order of the walk.
         key = jax.random.fold_in(jax.random.key(seed), int.from_bytes(path.encode()) % (2**31 - 1))
         stack = () if layer.layers is None else (layer.layers,)
         bound = layer.inputs**-0.5
         a = jax.random.uniform(key, (*stack, layer.inputs, rank), jnp.float32, -bound, bound)
         b = jnp.zeros((*stack, rank, layer.outputs), jnp.float32)
-        install(layer, a, b, scale=alpha / rank, dropout=dropout)
-    return [path for path, _ in chosen]
+        set_factors(layer, a, b, scale=alpha / rank, dropout=dropout)
+    return [path for path, _ in matches]
 
 
-def install(layer: Linear, a: ArrayLike, b: ArrayLike, *, scale: float, dropout: float) -> None:
-    """Puts the two factors of an adapter on a layer, in place, on the mesh that the layer is on.
+def set_factors(layer: Linear, a: ArrayLike, b: ArrayLike, *, scale: float, dropout: float) -> None:
+    """Set the two factors of a layer's adapter, in place, on the layer's mesh.
 
     Args:
-        a: (in, r), stacked as the layer is.
-        b: (r, out), likewise.
+        layer: The layer.
+        a: A, (in, r), stacked as the layer is.
+        b: B, (r, out), likewise.
+        scale: Factor of A B.
+        dropout: See `attach`.
     """
-    names: tuple[str, ...] = () if layer.layers is None else ("layers",)
+    stack: tuple[str, ...] = () if layer.layers is None else ("layers",)
     mesh = getattr(getattr(layer.kernel.get_value(), "sharding", None), "mesh", None)
 
     def factor(value: ArrayLike, axes: tuple[str | None, ...]) -> nnx.LoRAParam[Array]:
@@ -88,48 +96,52 @@ def install(layer: Linear, a: ArrayLike, b: ArrayLike, *, scale: float, dropout:
             value = jax.device_put(value, NamedSharding(mesh, partition_spec(np.shape(value), axes, mesh)))
         return nnx.LoRAParam(jnp.asarray(value, jnp.float32), axes=axes)
 
-    layer.lora_a = factor(a, (*names, "lora_long", None))
-    layer.lora_b = factor(b, (*names, None, "lora_long"))
+    layer.lora_a = factor(a, (*stack, "lora_long", None))
+    layer.lora_b = factor(b, (*stack, None, "lora_long"))
     layer.lora_scale, layer.lora_dropout = scale, dropout
 
 
-def set_like(variable: nnx.Variable[Any], value: ArrayLike) -> None:
-    """A new value in the variable's type and on its devices, in place."""
+def assign(variable: nnx.Variable[Any], value: ArrayLike) -> None:
+    """Set a variable's value, in place, in its dtype and on its devices."""
     old, new = variable.get_value(), jnp.asarray(value).astype(variable.dtype)
-    # Off a mesh an array is left to the default device, as fresh parameters are: a committed one compiles all anew.
+    # Without a mesh the array stays uncommitted, as fresh parameters are: a committed one recompiles every program.
     variable.set_value(jax.device_put(new, old.sharding) if isinstance(old.sharding, NamedSharding) else new)
 
 
-def quantize(model: VisionLanguageModel, bits: Bits, targets: str = DEFAULT_TARGETS) -> None:
-    """Keeps the decoder's matrices in few bits, in place: what carries adapters is frozen, and need not be exact."""
+def quantize(model: VisionLanguageModel, format: QuantizedFormat, targets: str = DEFAULT_TARGETS) -> None:
+    """Quantize the frozen matrices of layers whose path matches `targets`, in place."""
     for path, layer in linears(model):
         if re.fullmatch(targets, path) and layer.scales is None:
-            layer.quantize(bits)
+            layer.quantize(format)
 
 
-def switch(model: VisionLanguageModel, *, on: bool) -> None:
-    """Lets the adapters work or rest, in place. At rest the model is its base, exactly."""
+def set_adapters_enabled(model: VisionLanguageModel, enabled: bool) -> None:
+    """Enable or disable the adapters, in place. Without them the model's output is its base model's, exactly."""
     for _, layer in linears(model):
-        layer.lora_on = on
+        layer.lora_enabled = enabled
 
 
 @jax.jit
-def _merged(kernel: Array, a: Array, b: Array, scale: Array) -> Array:
-    """Layer by layer, so that only one layer's matrix is ever held in float32."""
+def _merge_kernel(kernel: Array, a: Array, b: Array, scale: Array) -> Array:
+    """Return W + scale A B; layer by layer, so that only one layer's matrix is in float32 at a time."""
 
-    def one(parts: tuple[Array, Array, Array]) -> Array:
-        kernel, a, b = parts
+    def merge_layer(layer: tuple[Array, Array, Array]) -> Array:
+        kernel, a, b = layer
         return (kernel.astype(jnp.float32) + scale * (a @ b)).astype(kernel.dtype)
 
-    return jax.lax.map(one, (kernel, a, b)) if kernel.ndim == 3 else one((kernel, a, b))
+    return jax.lax.map(merge_layer, (kernel, a, b)) if kernel.ndim == 3 else merge_layer((kernel, a, b))
 
 
 def merge(model: VisionLanguageModel) -> None:
-    """Folds every adapter into its layer, in place: in float32, cast once."""
+    """Merge every adapter into its layer's matrix, in place: in float32, cast once.
+
+    Raises:
+        ValueError: A matrix is quantized.
+    """
     for path, layer, *factors in list(adapters(model)):
         a, b = (factor[...].astype(jnp.float32) for factor in factors)
         if layer.scales is not None:
-            raise ValueError(f"{path} is kept in few bits: merge the adapter into the whole base")
-        layer.kernel.set_value(_merged(layer.kernel[...], a, b, jnp.float32(layer.lora_scale)))
+            raise ValueError(f"{path} is quantized: load the base model without quantization to merge its adapter")
+        layer.kernel.set_value(_merge_kernel(layer.kernel[...], a, b, jnp.float32(layer.lora_scale)))
         layer.lora_a, layer.lora_b = nnx.data(None), nnx.data(None)
         layer.lora_scale, layer.lora_dropout = 0.0, 0.0

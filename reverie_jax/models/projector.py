@@ -1,4 +1,4 @@
-"""From the vision tower's width to the decoder's: LLaVA's projector."""
+"""LLaVA's projector, from the vision tower's width to the decoder's."""
 
 from __future__ import annotations
 
@@ -20,5 +20,6 @@ class Projector(nnx.Module):
             self.linear2 = Linear(outputs, outputs, ("embed", None), rngs=rngs, bias=True, dtype=dtype)
 
     def __call__(self, x: Float[Array, "... W"]) -> Float[Array, "... D"]:
+        """Project vision features."""
         x = self.linear1(x)
         return x if self.linear2 is None else self.linear2(activate("gelu", x))

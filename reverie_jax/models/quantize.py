@@ -1,7 +1,7 @@
-"""Frozen matrices in 8 or 4 bits (QLoRA, Dettmers et al., arXiv 2305.14314), unpacked a layer at a time where they are used.
+"""Frozen matrices in 8 or 4 bits (QLoRA, Dettmers et al., arXiv 2305.14314), dequantized one layer at a time.
 
-`int8`: codes from -127 to 127, one scale an output column. `nf4`: two 4-bit codes a byte, the quantiles of a normal
-distribution times the largest magnitude of each 64 inputs of a column (0.5 bit a parameter for the scales, in float32).
+`int8`: codes from -127 to 127, one scale for each output column. `nf4`: two 4-bit codes in a byte, the quantiles of a normal
+distribution times the largest magnitude of each 64 inputs of a column (scales take 0.5 bit per parameter, in float32).
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Num
 
-Bits = Literal["int8", "nf4"]
+QuantizedFormat = Literal["int8", "nf4"]
 
 BLOCK = 64
-"""Inputs that share a scale in `nf4`."""
+"""Number of inputs that share a scale in `nf4`."""
 
 _NF4 = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
@@ -27,21 +27,23 @@ _NF4 = (
 """The 16 values of the paper's data type."""
 
 
-def pack(kernel: Float[Array, "... I O"], bits: Bits) -> tuple[Num[Array, "... P O"], Float[Array, "... S O"]]:
-    """Codes and scales: int8 `I` and 1, or nf4 `I / 2` (uint8) and `I / 64` along the inputs.
+def pack(
+    kernel: Float[Array, "... I O"], format: QuantizedFormat
+) -> tuple[Num[Array, "... P O"], Float[Array, "... S O"]]:
+    """Return codes and scales: int8 `I` and 1, or nf4 `I / 2` (uint8) and `I / 64` along the inputs.
 
     Raises:
-        ValueError: nf4 with an odd number of inputs.
+        ValueError: The number of inputs is odd, for nf4.
     """
-    wide = kernel.astype(jnp.float32)
-    if bits == "int8":
-        scale = jnp.maximum(jnp.abs(wide).max(-2, keepdims=True) / 127, 1e-12)
-        return jnp.round(wide / scale).astype(jnp.int8), scale
+    values = kernel.astype(jnp.float32)
+    if format == "int8":
+        scale = jnp.maximum(jnp.abs(values).max(-2, keepdims=True) / 127, 1e-12)
+        return jnp.round(values / scale).astype(jnp.int8), scale
     inputs = kernel.shape[-2]
     if inputs % 2:
-        raise ValueError(f"nf4 packs inputs two by two, and here are {inputs}")
+        raise ValueError(f"nf4 needs an even number of inputs, not {inputs}")
     block = math.gcd(inputs, BLOCK)
-    blocks = wide.reshape(*wide.shape[:-2], inputs // block, block, wide.shape[-1])
+    blocks = values.reshape(*values.shape[:-2], inputs // block, block, values.shape[-1])
     scale = jnp.maximum(jnp.abs(blocks).max(-2, keepdims=True), 1e-12)
     table = jnp.asarray(_NF4, jnp.float32)
     codes = jnp.searchsorted((table[1:] + table[:-1]) / 2, blocks / scale).astype(jnp.uint8).reshape(kernel.shape)
@@ -50,7 +52,7 @@ def pack(kernel: Float[Array, "... I O"], bits: Bits) -> tuple[Num[Array, "... P
 
 
 def unpack(codes: Num[Array, "... P O"], scale: Float[Array, "... S O"], dtype: DTypeLike) -> Float[Array, "... I O"]:
-    """The matrix that codes and scales stand for."""
+    """Return the matrix of codes and scales: the inverse of `pack`, up to rounding."""
     if codes.dtype == jnp.int8:
         return (codes.astype(jnp.float32) * scale).astype(dtype)
     pairs = jnp.stack([codes & 0xF, codes >> 4], axis=-2)

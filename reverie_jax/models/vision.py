@@ -1,4 +1,4 @@
-"""The vision tower: CLIP's ViT, up to the hidden state that feeds the projector."""
+"""The vision tower: CLIP's ViT, up to the hidden state that is the projector's input."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def normalize(pixels: UInt8[Array, "... 3"], dtype: DTypeLike) -> Float[Array, "... 3"]:
-    """Bytes to CLIP's normalised floats."""
+    """Return pixels (0 to 255) normalized by CLIP's mean and standard deviation."""
     mean, std = (np.asarray(v, np.float64).reshape((1,) * (pixels.ndim - 1) + (3,)) for v in (CLIP_MEAN, CLIP_STD))
     # (pixel / 255 - mean) / std as one multiplication and one addition
     scale, shift = (jnp.asarray(v, jnp.float32) for v in (1 / (255 * std), -mean / std))
@@ -28,22 +28,23 @@ def normalize(pixels: UInt8[Array, "... 3"], dtype: DTypeLike) -> Float[Array, "
 
 
 class VisionLayer(nnx.Module):
-    """One pre-norm encoder layer (`CLIPEncoderLayer`), stacked `layers` times."""
+    """A stack of pre-norm encoder layers (`CLIPEncoderLayer`)."""
 
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs, layers: int, dtype: DTypeLike):
         width = config.hidden
         self.heads, self.activation = config.heads, config.activation
         self.norm1 = LayerNorm(width, config.norm_eps, rngs=rngs, layers=layers)
         self.norm2 = LayerNorm(width, config.norm_eps, rngs=rngs, layers=layers)
-        make: Any = {"rngs": rngs, "layers": layers, "bias": True, "dtype": dtype}
-        self.query = Linear(width, width, ("embed", "heads"), **make)
-        self.key = Linear(width, width, ("embed", "heads"), **make)
-        self.value = Linear(width, width, ("embed", "heads"), **make)
-        self.out = Linear(width, width, ("heads", "embed"), **make)
-        self.up = Linear(width, config.mlp, ("embed", "mlp"), **make)
-        self.down = Linear(config.mlp, width, ("mlp", "embed"), **make)
+        options: Any = {"rngs": rngs, "layers": layers, "bias": True, "dtype": dtype}
+        self.query = Linear(width, width, ("embed", "heads"), **options)
+        self.key = Linear(width, width, ("embed", "heads"), **options)
+        self.value = Linear(width, width, ("embed", "heads"), **options)
+        self.out = Linear(width, width, ("heads", "embed"), **options)
+        self.up = Linear(width, config.mlp, ("embed", "mlp"), **options)
+        self.down = Linear(config.mlp, width, ("mlp", "embed"), **options)
 
     def __call__(self, x: Float[Array, "B L W"]) -> Float[Array, "B L W"]:
+        """Apply one layer."""
         normed = self.norm1(x)
         q, k, v = (part(normed).reshape(*x.shape[:2], self.heads, -1) for part in (self.query, self.key, self.value))
         x = x + self.out(attend(q, k, v, None).reshape(x.shape))
@@ -51,7 +52,7 @@ class VisionLayer(nnx.Module):
 
 
 class VisionTower(nnx.Module):
-    """Pixels to patch features. `post_norm` and the layers above the feature layer are kept for export, and never run."""
+    """CLIP's vision transformer. `post_norm` and the layers above the feature layer exist for export and never run."""
 
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs, dtype: DTypeLike):
         self.config = config
@@ -64,20 +65,21 @@ class VisionTower(nnx.Module):
         self.post_norm = LayerNorm(config.hidden, config.norm_eps, rngs=rngs)
 
     def __call__(self, pixels: Float[Array, "B S S 3"], depth: int, *, remat: Remat = "none") -> Float[Array, "B P W"]:
-        """Hidden state `depth` of the patches, class token dropped, without `post_norm`.
+        """Return hidden state `depth` of the patches, without the class token and without `post_norm`.
 
         Args:
-            pixels: normalised images, channels last.
-            depth: how many encoder layers run.
+            pixels: Normalized images, channels last.
+            depth: Number of encoder layers to run.
+            remat: See `layers.scan_layers`.
         """
         config = self.config
         batch, grid, side = pixels.shape[0], config.image_size // config.patch_size, config.patch_size
-        cut = pixels.reshape(batch, grid, side, grid, side, 3).transpose(0, 1, 3, 2, 4, 5)
-        x = self.patch(cut.reshape(batch, grid * grid, -1))
+        patches = pixels.reshape(batch, grid, side, grid, side, 3).transpose(0, 1, 3, 2, 4, 5)
+        x = self.patch(patches.reshape(batch, grid * grid, -1))
         cls = jnp.broadcast_to(self.cls[...].astype(x.dtype), (batch, 1, config.hidden))
         x = jnp.concatenate([cls, x], axis=1) + self.position[...].astype(x.dtype)[None]
-        # Said inside the loop too: positions and kernels lie along the width over fsdp, and would else pull the
-        # activations there, so that every chip ran all pictures and summed partial products in every layer.
+        # Constrained inside the loop too: positions and kernels are sharded along the width over fsdp. Without this the
+        # activations would follow them: every chip would run all images and sum partial products in every layer.
         x = constrain_rows(self.pre_norm(x))
         x, _ = scan_layers(self.layers, lambda layer, x: (constrain_rows(layer(x)), None), x, depth=depth, remat=remat)
         return x[:, 1:]

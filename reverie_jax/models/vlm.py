@@ -1,8 +1,8 @@
-"""The whole model on a page: embed images, embed text, put one in the other, run the decoder; then prefill and extend."""
+"""The whole model on a page: embed images, embed text, combine them, run the decoder; then prefill and extend."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,29 +18,31 @@ from reverie_jax.models.sharding import constrain_rows
 from reverie_jax.models.vision import VisionTower, normalize
 
 
-@runtime_checkable
-class RowBatch(Protocol):
-    """What the model asks of a batch (`data.packing.Batch`)."""
+class ModelInputs(NamedTuple):
+    """B packed sequences of trees, as the model takes them (`data.packing.Batch.inputs`).
 
-    @property
-    def tokens(self) -> Any: ...
-    @property
-    def positions(self) -> Any: ...
-    @property
-    def ends(self) -> Any: ...
-    @property
-    def image_slots(self) -> Any: ...
-    @property
-    def pixels(self) -> Any: ...
+    Attributes:
+        tokens: Ids; the placeholder's at the position of an image feature.
+        positions: Depth of each token in its tree, its RoPE position.
+        ends: One past the last index of each token's subtree (see `models.attention`).
+        image_slots: -1 for text, else which of the sequence's M * P image features is here.
+        images: Bytes, or the tower's features of the images (floats); zeros where the sequence has fewer than M.
+    """
+
+    tokens: Int[Any, "B L"]
+    positions: Int[Any, "B L"]
+    ends: Int[Any, "B L"]
+    image_slots: Int[Any, "B L"]
+    images: UInt8[Any, "B M S S 3"] | Float[Any, "B M P W"]
 
 
 class VisionLanguageModel(nnx.Module):
     """LLaVA's architecture: CLIP tower, projector, decoder (Liu et al., arXiv 2310.03744).
 
     Args:
-        config: sizes.
-        rngs: randomness of the initial parameters.
-        dtype: of the base's matrices and of the computation; norms, adapters, softmax and logits are float32 always.
+        config: Sizes.
+        rngs: Randomness of the initial parameters.
+        dtype: Of the base model's matrices and of the computation; norms, adapters, softmax and logits are always float32.
     """
 
     def __init__(self, config: VLMConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
@@ -49,68 +51,54 @@ class VisionLanguageModel(nnx.Module):
         self.projector = Projector(config.projector, config.vision.hidden, config.text.hidden, rngs=rngs, dtype=dtype)
         self.decoder = Decoder(config.text, rngs=rngs, dtype=dtype)
 
-    def embed(
-        self,
-        tokens: Int[Array, "B L"],
-        image_slots: Int[Array, "B L"],
-        pixels: UInt8[Array, "B M S S 3"] | Float[Array, "B M P W"],
-        *,
-        train_tower: bool = False,
-    ) -> Float[Array, "B L D"]:
-        """Token embeddings with image features in the places that wait for them.
+    def embed(self, inputs: ModelInputs, *, train_tower: bool = False) -> Float[Array, "B L D"]:
+        """Return token embeddings, with image features at their positions.
 
         Args:
-            tokens: ids; the placeholder's where a feature goes.
-            image_slots: -1 for text, else which of the row's M * P features goes here.
-            pixels: images of the row as bytes, or the tower's features of them; zeros where the row has fewer than M.
-            train_tower: let gradients into the tower (pretraining); it is frozen otherwise.
+            inputs: Packed sequences.
+            train_tower: Train the tower too (pretraining); otherwise it gets no gradient.
         """
-        batch, images = pixels.shape[:2]
-        flat = pixels.reshape(batch * images, *pixels.shape[2:])
-        if jnp.issubdtype(pixels.dtype, jnp.floating):
+        batch, images = inputs.images.shape[:2]
+        flat = inputs.images.reshape(batch * images, *inputs.images.shape[2:])
+        if jnp.issubdtype(inputs.images.dtype, jnp.floating):
             features = constrain_rows(flat.astype(self.compute_dtype))
         else:
-            floats = normalize(flat, self.compute_dtype)
-            features = self.vision(floats, self.config.feature_depth, remat="full" if train_tower else "none")
+            pixels = normalize(flat, self.compute_dtype)
+            features = self.vision(pixels, self.config.feature_depth, remat="full" if train_tower else "none")
         if not train_tower:
             features = jax.lax.stop_gradient(features)
         features = self.projector(features).reshape(batch, images * features.shape[1], -1)
-        placed = jnp.take_along_axis(features, jnp.maximum(image_slots, 0)[:, :, None], axis=1)
-        text = self.decoder.embed(tokens, features.dtype)
-        return constrain_rows(jnp.where((image_slots >= 0)[:, :, None], placed, text))
+        slots = inputs.image_slots[:, :, None]
+        image_features = jnp.take_along_axis(features, jnp.maximum(slots, 0), axis=1)
+        text = self.decoder.embed(inputs.tokens, features.dtype)
+        return constrain_rows(jnp.where(slots >= 0, image_features, text))
 
     def hidden(
         self,
-        tokens: Int[Array, "B L"],
-        positions: Int[Array, "B L"],
-        ends: Int[Array, "B L"],
-        image_slots: Int[Array, "B L"],
-        pixels: UInt8[Array, "B M S S 3"] | Float[Array, "B M P W"],
+        inputs: ModelInputs,
         *,
         key: PRNGKeyArray | None = None,
         train_tower: bool = False,
         remat: Remat = "full",
     ) -> Float[Array, "B L D"]:
-        """Final hidden states of rows of trees. Logits are `decoder.logits` of the states one wants, and no others."""
-        x = self.embed(tokens, image_slots, pixels, train_tower=train_tower)
-        return self.decoder(x, positions, ends, key=key, remat=remat)[0]
+        """Return the final hidden states; `decoder.logits` turns those that are needed into logits.
 
-    def __call__(self, batch: RowBatch) -> Float[Array, "B L V"]:
-        """Logits everywhere in a batch's rows, in the order of their trees. For tests and small use: they are large."""
-        rows = (batch.tokens, batch.positions, batch.ends, batch.image_slots, batch.pixels)
-        return self.decoder.logits(self.hidden(*map(jnp.asarray, rows), remat="none"))
+        Args:
+            inputs: Packed sequences.
+            key: Randomness of LoRA dropout; None disables dropout.
+            train_tower: As for `embed`.
+            remat: See `layers.scan_layers`.
+        """
+        x = self.embed(inputs, train_tower=train_tower)
+        return self.decoder(x, inputs.positions, inputs.ends, key=key, remat=remat)[0]
 
-    def prefill(
-        self,
-        tokens: Int[Array, "B L"],
-        positions: Int[Array, "B L"],
-        ends: Int[Array, "B L"],
-        image_slots: Int[Array, "B L"],
-        pixels: UInt8[Array, "B M S S 3"] | Float[Array, "B M P W"],
-    ) -> tuple[Float[Array, "B L D"], KV]:
-        """Hidden states and the row's KV: the one copy that all its leaves decode from."""
-        x = self.embed(tokens, image_slots, pixels)
-        hidden, kv = self.decoder(x, positions, ends, keep_kv=True, remat="none")
+    def __call__(self, inputs: ModelInputs) -> Float[Array, "B L V"]:
+        """Return the logits at every position; for small inputs, since B x L x V values are large."""
+        return self.decoder.logits(self.hidden(jax.tree.map(jnp.asarray, inputs), remat="none"))
+
+    def prefill(self, inputs: ModelInputs) -> tuple[Float[Array, "B L D"], KV]:
+        """Return the hidden states, and the KV: one copy, from which all leaves decode."""
+        hidden, kv = self.decoder(self.embed(inputs), inputs.positions, inputs.ends, keep_kv=True, remat="none")
         assert kv is not None
         return hidden, kv
 
@@ -124,7 +112,17 @@ class VisionLanguageModel(nnx.Module):
         prefix: KV,
         suffix: KV,
     ) -> tuple[Float[Array, "B Q V"], KV]:
-        """Appends one token to every leaf's suffix; returns the logits of the next one and the grown suffixes."""
+        """Append one token to every leaf's suffix; return the logits of the next one and the longer suffixes.
+
+        Args:
+            tokens: The new tokens.
+            positions: Their RoPE positions.
+            leaves: Index of each leaf in its sequence.
+            ends: As in `ModelInputs`.
+            step: Number of tokens that the suffixes already contain.
+            prefix: The KV of `prefill`.
+            suffix: KV of the decoded tokens; see `decoder.KV`.
+        """
         x = self.decoder.embed(tokens, prefix.k.dtype)
         hidden, suffix = self.decoder.extend(x, positions, leaves, ends, step, prefix, suffix)
         return self.decoder.logits(hidden), suffix

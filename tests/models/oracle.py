@@ -13,7 +13,7 @@ import torch
 from flax import nnx
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from reverie_jax.models import TextConfig, VisionConfig, VisionLanguageModel, VLMConfig
+from reverie_jax.models import ModelInputs, TextConfig, VisionConfig, VisionLanguageModel, VLMConfig
 from reverie_jax.models.vision import CLIP_MEAN, CLIP_STD
 
 IMAGE = 7  # the placeholder's id in every tiny model here
@@ -123,7 +123,7 @@ def picture_rows(
 @functools.partial(jax.jit, static_argnums=0)
 def _logits(graph, state, batch, key):
     model = nnx.merge(graph, state)
-    return model.decoder.logits(model.hidden(*batch, key=key))
+    return model.decoder.logits(model.hidden(ModelInputs(*batch), key=key))
 
 
 def logits(model: VisionLanguageModel, batch: tuple[np.ndarray, ...], key: jax.Array | None = None) -> np.ndarray:

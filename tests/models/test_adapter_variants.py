@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from reverie_jax.models.checkpoints import attach_adapter, read_model
-from reverie_jax.models.lora import merge, switch
+from reverie_jax.models.lora import merge, set_adapters_enabled
 from reverie_jax.models.sharding import make_mesh
 from tests.models import variants
 from tests.models.tiny import (
@@ -151,7 +151,7 @@ def test_a_switched_off_adapter_leaves_the_base(tmp_path):
     model, rows = hf_model(tmp_path / "x", PHI), prompts(PHI, 0)
     before = logits(model, rows)
     attach_adapter(model, variants.peft_folder(tmp_path / "y", variants.peft_llava(parts(PHI))))
-    switch(model, on=False)
+    set_adapters_enabled(model, False)
     np.testing.assert_array_equal(logits(model, rows), before)
 
 

@@ -99,9 +99,9 @@ def test_merged_equals_unmerged(projector, bench):
 def test_switched_off_is_the_base_exactly(bench):
     base, model = read_model(bench.hf), with_adapter(bench.hf, bench.plain)
     on = logits(model, ROWS)
-    lora.switch(model, on=False)
+    lora.set_adapters_enabled(model, False)
     np.testing.assert_array_equal(logits(model, ROWS), logits(base, ROWS))
-    lora.switch(model, on=True)
+    lora.set_adapters_enabled(model, True)
     np.testing.assert_array_equal(logits(model, ROWS), on)
 
 

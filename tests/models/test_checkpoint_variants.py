@@ -47,7 +47,7 @@ def expected(kind, seed):
     theirs, rows = parts(kind, seed), prompts(kind, seed)
     new = theirs.greedy(rows)
     grown = rows.grown(new)
-    return grown, new, *(x.numpy() for x in theirs.features(rows.pixels)), theirs.logits(grown)
+    return grown, new, *(x.numpy() for x in theirs.features(rows.images)), theirs.logits(grown)
 
 
 @BOTH

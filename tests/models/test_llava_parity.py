@@ -10,6 +10,7 @@ from flax import nnx
 from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessor, LlavaForConditionalGeneration
 
+from reverie_jax.models import ModelInputs
 from reverie_jax.models.checkpoints import read_config, read_model, write_model
 from reverie_jax.models.decoder import KV
 from reverie_jax.models.vision import CLIP_MEAN, CLIP_STD, normalize
@@ -84,7 +85,7 @@ def test_features_placed_in_the_row(theirs, model):
     tokens, _, _, slots, pixels = picture_rows()
     with torch.no_grad():
         expected = theirs.model.get_image_features(oracle.normalized(pixels), return_dict=True).pooler_output
-    placed = np.asarray(jax.jit(model.embed)(*map(jnp.asarray, (tokens, slots, pixels))))
+    placed = np.asarray(jax.jit(model.embed)(jax.tree.map(jnp.asarray, ModelInputs(tokens, tokens, tokens, slots, pixels))))
     assert_close(placed[slots >= 0], torch.cat(list(expected)).numpy())
 
 
@@ -217,7 +218,7 @@ def test_decoding_leaves_gives_each_talk_its_flat_logits(theirs, model):
     flat = [llava_logits(theirs, (tokens, None, None, None, batch[4]))[0, -3:] for tokens in longer]
     graph, state = nnx.split(model)
     row = tuple(map(jnp.asarray, batch))
-    _, prefix = jax.jit(lambda state, row: nnx.merge(graph, state).prefill(*row))(state, row)
+    _, prefix = jax.jit(lambda state, row: nnx.merge(graph, state).prefill(ModelInputs(*row)))(state, row)
     empty = jnp.full((GROUPED.text.layers, 1, 2, 4, 2, 10), 99.0, jnp.float32)
     suffix, leaves = KV(empty, empty), jnp.asarray([[talk[-1] for talk in talks]], jnp.int32)
     extend = jax.jit(lambda state, *args: nnx.merge(graph, state).extend(*args))

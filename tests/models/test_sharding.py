@@ -7,10 +7,10 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from reverie_jax.models import VisionLanguageModel, sharding
+from reverie_jax.models import ModelInputs, VisionLanguageModel, sharding
 from reverie_jax.models.checkpoints import read_model
 from reverie_jax.models.lora import attach
-from reverie_jax.models.sharding import MESH_AXES, RULES, batch_sharding, make_mesh, partition_spec, place, shardings
+from reverie_jax.models.sharding import MESH_AXES, RULES, batch_sharding, make_mesh, partition_spec, shard_state, shardings
 from tests.models import oracle
 from tests.models.oracle import GROUPED, llava, picture_rows, random_model, saved
 
@@ -169,7 +169,7 @@ def test_large_matrices_are_sharded_over_both_axes(adapted):
 
 def test_both_lora_factors_are_sharded_on_the_long_side(adapted):
     state, mesh = params(adapted), make_mesh(1, 2, 2)
-    homes, placed = by_path(shardings(state, mesh)), by_path(place(state, mesh))
+    homes, placed = by_path(shardings(state, mesh)), by_path(shard_state(state, mesh))
     pairs = 0
     for path, leaf in placed.items():
         if not isinstance(leaf, nnx.LoRAParam):
@@ -186,7 +186,7 @@ def test_both_lora_factors_are_sharded_on_the_long_side(adapted):
 @pytest.mark.parametrize("mesh", MESHES, **ids)
 def test_placing_keeps_values(adapted, mesh):
     state, mesh = params(adapted), make_mesh(*mesh)
-    placed, homes = by_path(place(state, mesh)), by_path(shardings(state, mesh))
+    placed, homes = by_path(shard_state(state, mesh)), by_path(shardings(state, mesh))
     for path, leaf in by_path(state).items():
         assert placed[path].get_value().sharding == homes[path].get_value(), path
         assert placed[path].axes == leaf.axes, path
@@ -212,12 +212,12 @@ def test_forward_on_a_mesh_equals_one_device(adapted, mesh):
     batch, mesh = picture_rows(rows=4, images=1), make_mesh(*mesh)
     expected = oracle.logits(adapted, batch)
     graph, state = nnx.split(adapted)
-    spread = place(state, mesh)
+    spread = shard_state(state, mesh)
     rows = jax.device_put(tuple(map(jnp.asarray, batch)), batch_sharding(mesh))
 
     def forward(state, batch):
         model = nnx.merge(graph, state)
-        return model.decoder.logits(model.hidden(*batch))
+        return model.decoder.logits(model.hidden(ModelInputs(*batch)))
 
     with jax.set_mesh(mesh):
         out = jax.block_until_ready(jax.jit(forward)(spread, rows))

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from flax import nnx
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
@@ -28,7 +28,7 @@ from transformers import (
 
 from reverie_jax.data.packing import Batch
 from reverie_jax.eval.decode import Decoding, generate
-from reverie_jax.models import TextConfig, VisionConfig
+from reverie_jax.models import ModelInputs, TextConfig, VisionConfig, VisionLanguageModel
 from reverie_jax.models.sharding import partition_spec
 from reverie_jax.models.vision import normalize
 from tests.models.oracle import IMAGE, flat, normalized
@@ -117,13 +117,13 @@ class Rows(NamedTuple):
     positions: np.ndarray
     ends: np.ndarray
     slots: np.ndarray
-    pixels: np.ndarray
+    images: np.ndarray
 
     def grown(self, new: np.ndarray) -> Rows:
         """The same rows with more text behind."""
         tokens = np.concatenate([self.tokens, new.astype(np.int32)], axis=1)
         slots = np.concatenate([self.slots, np.full_like(new, -1, np.int32)], axis=1)
-        return Rows(tokens, *_causal(tokens.shape), slots, self.pixels)
+        return Rows(tokens, *_causal(tokens.shape), slots, self.images)
 
 
 def _causal(shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
@@ -167,7 +167,7 @@ class Parts:
     def embedded(self, rows: Rows) -> torch.Tensor:
         """The text's embeddings, features in their places."""
         embedded = self.llm.get_input_embeddings()(torch.tensor(rows.tokens, dtype=torch.long)).clone()
-        features = self.features(rows.pixels)[1].reshape(*rows.pixels.shape[:2], VISION.patches, -1).flatten(1, 2)
+        features = self.features(rows.images)[1].reshape(*rows.images.shape[:2], VISION.patches, -1).flatten(1, 2)
         for row, slots in enumerate(rows.slots):
             embedded[row, slots >= 0] = features[row, slots[slots >= 0]]
         return embedded
@@ -224,9 +224,9 @@ quickly = functools.partial(jax.jit, static_argnums=0, compiler_options={"xla_ba
 @quickly
 def _computed(graph: Any, state: Any, rows: Rows) -> tuple[jax.Array, ...]:
     model = nnx.merge(graph, state)
-    pixels = normalize(rows.pixels.reshape(-1, *rows.pixels.shape[2:]), jnp.float32)
+    pixels = normalize(rows.images.reshape(-1, *rows.images.shape[2:]), jnp.float32)
     seen = model.vision(pixels, model.config.feature_depth)
-    return seen, model.projector(seen), model.decoder.logits(model.hidden(*rows))
+    return seen, model.projector(seen), model.decoder.logits(model.hidden(ModelInputs(*rows)))
 
 
 def anonymous(model: VisionLanguageModel) -> VisionLanguageModel:
@@ -281,8 +281,8 @@ def decoded(model: VisionLanguageModel, rows: Rows) -> np.ndarray:
         origin=none,
         leaves=np.full((count, 1), PROMPT - 1, np.int32),
         questions=np.arange(count, dtype=np.int32)[:, None],
-        flat_tokens=np.zeros((count, rows.pixels.shape[1]), np.int32),
-        records=np.zeros((count, rows.pixels.shape[1]), np.int32),
+        flat_tokens=np.zeros((count, rows.images.shape[1]), np.int32),
+        records=np.zeros((count, rows.images.shape[1]), np.int32),
     )
     return np.asarray(_decoded(*_split(model), jax.tree.map(jnp.asarray, batch)))[:, 0]
 

@@ -440,14 +440,14 @@ class Tuned(NamedTuple):
     @torch.no_grad()
     def logits(self, rows: Rows) -> np.ndarray:
         """Of prompts: where their ids say so stand their pictures, in order."""
-        shown = [rows.pixels[row, image] for row, image in zip(*_pictures(rows), strict=True)]
+        shown = [rows.images[row, image] for row, image in zip(*_pictures(rows), strict=True)]
         ids = torch.tensor(rows.tokens, dtype=torch.long)
         return self.model(input_ids=ids, pixel_values=normalized(np.stack(shown))).logits.numpy()
 
 
 def _pictures(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
     counts = (rows.slots.max(axis=1) + 1) // VISION.patches
-    return np.nonzero(np.arange(rows.pixels.shape[1]) < counts[:, None])
+    return np.nonzero(np.arange(rows.images.shape[1]) < counts[:, None])
 
 
 def peft_llava(parts: Parts, *, projector: bool = False, leaves: list[str] | None = None, seed: int = 6) -> Tuned:

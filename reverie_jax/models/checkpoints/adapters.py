@@ -91,6 +91,8 @@ def attach_adapter(
     """Attach a PEFT adapter or an original LLaVA LoRA folder to a model, in place, without merging it.
 
     Args:
+        model: The base model.
+        source: The adapter.
         base: The components that the model was read from.
 
     Raises:
@@ -266,6 +268,8 @@ def check_base(actual: Checksums, recorded: Checksums, source: str, *, ignore: S
     """Check that a base model has the checksums that an adapter recorded.
 
     Args:
+        actual: `base_checksums` of the base model.
+        recorded: Those of the adapter.
         source: The adapter, for the message.
         ignore: Components that may differ.
 
@@ -285,7 +289,8 @@ def _lora_tensors(model: VisionLanguageModel, rename: Callable[[str], str]) -> t
     """Return adapters as PEFT stores them, A (r, in) and B (out, r), and the sorted names of the adapted modules.
 
     Args:
-        rename: From canonical names to those of the format.
+        model: The model.
+        rename: Converts canonical names to those of the format.
 
     Raises:
         CheckpointError: The model has no adapter, or one outside the decoder.
@@ -349,6 +354,8 @@ def write_peft(model: VisionLanguageModel, folder: Path, *, base_model: str, pro
     """Write adapter_config.json and adapter_model.safetensors for `PeftModel` on `LlavaForConditionalGeneration`.
 
     Args:
+        model: The model with its adapters.
+        folder: An existing folder.
         base_model: The base model's name, for `base_model_name_or_path`.
         projector: Write the projector too (`modules_to_save`): it was tuned with the adapters.
 
@@ -377,6 +384,8 @@ def write_llava_lora(model: VisionLanguageModel, folder: Path, *, base_model: st
     """Write the files of an original LLaVA LoRA folder; its loader needs llava and lora in the folder's name.
 
     Args:
+        model: The model with its adapters.
+        folder: An existing folder.
         base_model: The base model's name, for `base_model_name_or_path`.
         special_ids: `bos_token_id`, `eos_token_id`, `pad_token_id`.
 

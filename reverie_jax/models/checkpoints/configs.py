@@ -1,4 +1,4 @@
-"""config.json in the dialects of llava-hf, original LLaVA, LLaMA, Phi-3 and CLIP, to architectures and back."""
+"""Convert config.json of llava-hf, original LLaVA, LLaMA, Phi-3 and CLIP to architectures and back."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ Json = dict[str, Any]
 LANGUAGE_MODELS = ("llama", "phi3")
 
 TOWER_KEY = "reverie_vision_config"
-"""In an original LLaVA's config.json that we wrote: the sizes of the tower, which the format keeps in another repository."""
+"""Key for the vision tower's sizes in an original LLaVA's config.json that this project wrote: the format has none."""
 
-# What a config.json leaves out has the default of its transformers class: LlamaConfig, Phi3Config.
+# Defaults of the transformers classes LlamaConfig and Phi3Config, for keys that a config.json omits.
 _DEFAULTS: dict[str, Json] = {
     "llama": {
         "vocab_size": 32000,
@@ -50,31 +50,37 @@ _DEFAULTS: dict[str, Json] = {
 }
 
 
-def _known(path: Path, part: Json, key: str, default: Any, known: tuple[Any, ...]) -> Any:
-    value = part.get(key)
+def _choice(path: Path, config: Json, key: str, default: Any, supported: tuple[Any, ...]) -> Any:
+    """Return a setting that must be one of the supported values."""
+    value = config.get(key)
     value = default if value is None else value
-    if value not in known:
-        raise CheckpointError(f"{path}: {key} {value!r} is not supported here; {', '.join(map(str, known))} is")
+    if value not in supported:
+        raise CheckpointError(f"{path}: {key} {value!r} is not supported; must be {' or '.join(map(str, supported))}")
     return value
 
 
 def text_config(path: Path, raw: Json, kind: str) -> TextConfig:
-    """The decoder from a LLaMA's or Phi-3's keys.
+    """Return the decoder that the keys of a LLaMA or Phi-3 describe.
+
+    Args:
+        path: The config.json, for messages.
+        raw: Its content.
+        kind: One of `LANGUAGE_MODELS`.
 
     Raises:
-        CheckpointError: it is something that this decoder is not, or its sizes do not go together.
+        CheckpointError: A setting is not supported or invalid.
     """
     raw = {**_DEFAULTS[kind], **{key: value for key, value in raw.items() if value is not None}}
     if raw.get("tie_word_embeddings") or raw.get("attention_bias") or raw.get("mlp_bias"):
         raise CheckpointError(f"{path}: tied embeddings and biases in the language model are not supported")
-    _known(path, raw, "hidden_act", "silu", ("silu",))
+    _choice(path, raw, "hidden_act", "silu", ("silu",))
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if not isinstance(rope, dict):
-        raise CheckpointError(f"{path}: rope_parameters or rope_scaling is {rope!r}, no object")
+        raise CheckpointError(f"{path}: rope_parameters or rope_scaling must be an object, not {rope!r}")
     if (scaling := rope.get("rope_type", rope.get("type", "default"))) != "default":
         raise CheckpointError(f"{path}: rope scaling {scaling!r} is not supported")
-    for part in (rope, raw):
-        _known(path, part, "partial_rotary_factor", 1.0, (1.0,))
+    for settings in (rope, raw):
+        _choice(path, settings, "partial_rotary_factor", 1.0, (1.0,))
     try:
         config = TextConfig(
             vocab=raw["vocab_size"],
@@ -92,19 +98,19 @@ def text_config(path: Path, raw: Json, kind: str) -> TextConfig:
         )
     except (ArithmeticError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: {str(error).splitlines()[0]}") from None
-    _whole(path, config)
-    _divides(path, config.heads, config.kv_heads, "num_attention_heads is no multiple of num_key_value_heads")
-    _divides(path, config.head_dim, 2, "head_dim is odd")
+    _check_positive(path, config)
+    _check_divisible(path, config.heads, config.kv_heads, "num_attention_heads", "num_key_value_heads")
+    _check_divisible(path, config.head_dim, 2, "head_dim", "2")
     return config
 
 
 def vision_config(path: Path, raw: Json) -> VisionConfig:
-    """The tower from a CLIPVisionConfig's keys.
+    """Return the vision tower that the keys of a CLIPVisionConfig describe.
 
     Raises:
-        CheckpointError: it is something that this tower is not, or its sizes do not go together.
+        CheckpointError: A setting is not supported or invalid.
     """
-    _known(path, raw, "hidden_act", "quick_gelu", get_args(Activation))
+    _choice(path, raw, "hidden_act", "quick_gelu", get_args(Activation))
     try:
         config = VisionConfig(
             hidden=raw["hidden_size"],
@@ -117,44 +123,44 @@ def vision_config(path: Path, raw: Json) -> VisionConfig:
             activation=raw.get("hidden_act", "quick_gelu"),
         )
     except KeyError as error:
-        raise CheckpointError(f"{path}: {error.args[0]!r} is missing in the vision tower's part") from None
+        raise CheckpointError(f"{path}: {error.args[0]} of the vision tower is missing") from None
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: {str(error).splitlines()[0]}") from None
-    _whole(path, config)
-    _divides(path, config.image_size, config.patch_size, "image_size is no multiple of patch_size")
-    _divides(path, config.hidden, config.heads, "the tower's hidden_size is no multiple of its num_attention_heads")
+    _check_positive(path, config)
+    _check_divisible(path, config.image_size, config.patch_size, "image_size", "patch_size")
+    _check_divisible(path, config.hidden, config.heads, "the tower's hidden_size", "its num_attention_heads")
     return config
 
 
-def _whole(path: Path, config: Any) -> None:
+def _check_positive(path: Path, config: Any) -> None:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if value is None and field.type == "int | None":
             continue
         if field.type in ("int", "int | None") and (type(value) is not int or value < 1):
-            raise CheckpointError(f"{path}: {field.name} is {value!r}, no positive whole number")
+            raise CheckpointError(f"{path}: {field.name} must be a positive integer, not {value!r}")
 
 
-def _divides(path: Path, whole: int, divisor: int, said: str) -> None:
-    if whole % divisor:
-        raise CheckpointError(f"{path}: {said} ({whole}, {divisor})")
+def _check_divisible(path: Path, size: int, divisor: int, size_name: str, divisor_name: str) -> None:
+    if size % divisor:
+        raise CheckpointError(f"{path}: {size_name} ({size}) must be a multiple of {divisor_name} ({divisor})")
 
 
 def _int(path: Path, key: str, value: Any) -> int:
     if type(value) is not int:
-        raise CheckpointError(f"{path}: {key} is {value!r}, not one whole number")
+        raise CheckpointError(f"{path}: {key} must be one integer, not {value!r}")
     return value
 
 
-def _checked(path: Path, config: VLMConfig) -> VLMConfig:
+def _check_feature_layer(path: Path, config: VLMConfig) -> VLMConfig:
     layer, states = config.feature_layer, config.vision.layers + 1
     if not -states <= layer < states:
         raise CheckpointError(f"{path}: vision_feature_layer {layer} is outside the tower's {states} hidden states")
     return config
 
 
-def _pads(folder: Path) -> bool:
-    """What transformers' processor does with pictures that are no squares; two files may say so."""
+def _is_padded(folder: Path) -> bool:
+    """Return whether transformers' processor pads images to squares; one of two files may say so."""
     for name in ("processor_config.json", "preprocessor_config.json"):
         if (folder / name).exists():
             raw = read_json(folder / name)
@@ -166,23 +172,27 @@ def _pads(folder: Path) -> bool:
 
 
 def llava_hf_config(folder: Path, raw: Json) -> VLMConfig:
-    """The architecture of a llava-hf folder (`LlavaConfig`).
+    """Return the architecture of a llava-hf folder (`LlavaConfig`).
+
+    Args:
+        folder: The folder, which may have files of the processor too.
+        raw: Content of its config.json.
 
     Raises:
-        CheckpointError: the file describes something that this model is not.
+        CheckpointError: A setting is not supported or invalid.
     """
     path = folder / "config.json"
     text, vision = raw.get("text_config"), raw.get("vision_config")
     if not isinstance(text, dict) or not isinstance(vision, dict):
         raise CheckpointError(f"{path}: no text_config and vision_config")
-    kind = _known(path, text, "model_type", "llama", LANGUAGE_MODELS)
+    kind = _choice(path, text, "model_type", "llama", LANGUAGE_MODELS)
     if raw.get("vision_feature_select_strategy", "default") != "default":
         raise CheckpointError(f"{path}: vision_feature_select_strategy must be 'default' (class token dropped)")
-    _known(path, raw, "projector_hidden_act", "gelu", ("gelu",))
-    _known(path, raw, "multimodal_projector_bias", True, (True,))
-    pads = _pads(folder)
+    _choice(path, raw, "projector_hidden_act", "gelu", ("gelu",))
+    _choice(path, raw, "multimodal_projector_bias", True, (True,))
+    aspect = "pad" if _is_padded(folder) else "square"
     key = "image_token_index" if "image_token_index" in raw else "image_token_id"
-    return _checked(
+    return _check_feature_layer(
         path,
         VLMConfig(
             vision=vision_config(path, vision),
@@ -190,47 +200,45 @@ def llava_hf_config(folder: Path, raw: Json) -> VLMConfig:
             feature_layer=_int(path, "vision_feature_layer", raw.get("vision_feature_layer", -2)),
             image_token_id=_int(path, key, raw.get(key, 32000)),
             template=str(raw.get("reverie_template", "phi3_instruct" if kind == "phi3" else "llava-hf")),
-            tokenization=_known(path, raw, "reverie_tokens", "hf", get_args(Tokenization)),
-            image_aspect_ratio=_known(
-                path, raw, "reverie_image_aspect", "pad" if pads else "square", get_args(ImageAspectRatio)
-            ),
+            tokenization=_choice(path, raw, "reverie_tokens", "hf", get_args(Tokenization)),
+            image_aspect_ratio=_choice(path, raw, "reverie_image_aspect", aspect, get_args(ImageAspectRatio)),
             vision_tower=str(raw.get("reverie_vision_tower", "")),
         ),
     )
 
 
-def original_kind(raw: Json) -> str:
-    """Which language model stands in an original LLaVA's flat config."""
-    said = f"{raw.get('model_type', '')} {raw.get('architectures', '')}".lower()
-    return "phi3" if "phi" in said else "llama"
+def original_language_model(raw: Json) -> str:
+    """Return which of `LANGUAGE_MODELS` an original LLaVA's config.json describes."""
+    names = f"{raw.get('model_type', '')} {raw.get('architectures', '')}".lower()
+    return "phi3" if "phi" in names else "llama"
 
 
 def original_config(
     path: Path, raw: Json, text: TextConfig, vision: VisionConfig, projector: ProjectorKind
 ) -> VLMConfig:
-    """How the parts of an original LLaVA meet, from the `mm_*` keys of its config.json (none of them need be there).
+    """Return the architecture of an original LLaVA, from the `mm_*` keys of its config.json, all of them optional.
 
     Raises:
-        CheckpointError: they ask for something that this model does not do.
+        CheckpointError: A setting is not supported.
     """
-    _known(path, raw, "mm_vision_select_feature", "patch", ("patch",))
-    _known(path, raw, "mm_use_im_start_end", False, (False,))
-    _known(path, raw, "mm_patch_merge_type", "flat", ("flat",))
-    aspect = _known(path, raw, "image_aspect_ratio", "square", get_args(ImageAspectRatio))
+    _choice(path, raw, "mm_vision_select_feature", "patch", ("patch",))
+    _choice(path, raw, "mm_use_im_start_end", False, (False,))
+    _choice(path, raw, "mm_patch_merge_type", "flat", ("flat",))
+    aspect = _choice(path, raw, "image_aspect_ratio", "square", get_args(ImageAspectRatio))
     if raw.get("mm_resampler_type"):
         raise CheckpointError(f"{path}: mm_resampler_type {raw['mm_resampler_type']!r} is not supported")
     layer = raw.get("mm_vision_select_layer")
-    return _checked(
+    return _check_feature_layer(
         path,
         VLMConfig(
             vision=vision,
             text=text,
             projector=projector,
             feature_layer=_int(path, "mm_vision_select_layer", -2 if layer is None else layer),
-            # The format has no such token; a feature takes the place whatever stands there.
+            # The format has no such token; an image feature replaces whatever token is there.
             image_token_id=_int(path, "image_token_index", raw.get("image_token_index", 0)),
             template=str(raw.get("reverie_template", "phi3_instruct" if text.fused else "vicuna_v1")),
-            tokenization=_known(path, raw, "reverie_tokens", "llava", get_args(Tokenization)),
+            tokenization=_choice(path, raw, "reverie_tokens", "llava", get_args(Tokenization)),
             image_aspect_ratio=aspect,
             vision_tower=tower_name(raw),
         ),
@@ -238,11 +246,12 @@ def original_config(
 
 
 def tower_name(raw: Json) -> str:
+    """Return the name of the vision tower's repository in an original LLaVA's config.json; empty without one."""
     return str(raw.get("mm_vision_tower") or raw.get("vision_tower") or "")
 
 
 def known_tower(name: str) -> VisionConfig | None:
-    """OpenAI's towers by the last part of their name: mirrors and local copies keep it."""
+    """Return the sizes of one of OpenAI's towers by the last part of its name, which mirrors and local copies keep."""
     return {full.split("/")[-1]: config for full, config in CLIP_TOWERS.items()}.get(name.rstrip("/").split("/")[-1])
 
 
@@ -284,8 +293,8 @@ def _vision_json(vision: VisionConfig) -> Json:
     }
 
 
-def _ours_json(config: VLMConfig) -> Json:
-    """What travels with a checkpoint and no other format has a key for."""
+def _reverie_json(config: VLMConfig) -> Json:
+    """Return the settings that travel with a checkpoint under keys of this project."""
     return {
         "reverie_template": config.template,
         "reverie_tokens": config.tokenization,
@@ -294,11 +303,13 @@ def _ours_json(config: VLMConfig) -> Json:
     }
 
 
-def llava_hf_json(config: VLMConfig, dtype: str, special: Json) -> Json:
-    """config.json of a llava-hf folder.
+def llava_hf_json(config: VLMConfig, dtype: str, special_ids: Json) -> Json:
+    """Return config.json of a llava-hf folder.
 
     Args:
-        special: `bos_token_id`, `eos_token_id`, `pad_token_id`.
+        config: The architecture.
+        dtype: Name of the weights' dtype.
+        special_ids: `bos_token_id`, `eos_token_id`, `pad_token_id`.
     """
     return {
         "architectures": ["LlavaForConditionalGeneration"],
@@ -311,14 +322,21 @@ def llava_hf_json(config: VLMConfig, dtype: str, special: Json) -> Json:
         "vision_feature_select_strategy": "default",
         "tie_word_embeddings": False,
         "torch_dtype": dtype,
-        **_ours_json(config),
+        **_reverie_json(config),
         "vision_config": _vision_json(config.vision),
-        "text_config": {"model_type": "phi3" if config.text.fused else "llama", **_text_json(config.text), **special},
+        "text_config": {
+            "model_type": "phi3" if config.text.fused else "llama",
+            **_text_json(config.text),
+            **special_ids,
+        },
     }
 
 
-def original_json(config: VLMConfig, dtype: str, special: Json) -> Json:
-    """Flat config.json of an original LLaVA (LLaVA-pp where the decoder is Phi-3)."""
+def original_json(config: VLMConfig, dtype: str, special_ids: Json) -> Json:
+    """Return the flat config.json of an original LLaVA (LLaVA-pp where the decoder is Phi-3).
+
+    The arguments are those of `llava_hf_json`.
+    """
     phi = config.text.fused
     tower = config.vision_tower or "vision_tower"
     return {
@@ -326,7 +344,7 @@ def original_json(config: VLMConfig, dtype: str, special: Json) -> Json:
         "model_type": "llava_phi" if phi else "llava_llama",
         "torch_dtype": dtype,
         **_text_json(config.text),
-        **special,
+        **special_ids,
         "use_cache": True,
         "use_mm_proj": True,
         "mm_vision_tower": tower,
@@ -343,16 +361,16 @@ def original_json(config: VLMConfig, dtype: str, special: Json) -> Json:
         "freeze_mm_mlp_adapter": False,
         "tune_mm_mlp_adapter": False,
         TOWER_KEY: _vision_json(config.vision),
-        **_ours_json(config),
+        **_reverie_json(config),
     }
 
 
 def preprocessor_json(config: VLMConfig) -> Json:
-    """preprocessor_config.json: transformers' LLaVA processor where pictures are padded, CLIP's where they are cropped."""
-    size, pads = config.vision.image_size, config.image_aspect_ratio == "pad"
+    """Return preprocessor_config.json: transformers' LLaVA processor if images are padded, CLIP's if they are cropped."""
+    size, padded = config.vision.image_size, config.image_aspect_ratio == "pad"
     return {
-        "image_processor_type": "LlavaImageProcessor" if pads else "CLIPImageProcessor",
-        **({"do_pad": True} if pads else {}),
+        "image_processor_type": "LlavaImageProcessor" if padded else "CLIPImageProcessor",
+        **({"do_pad": True} if padded else {}),
         "do_convert_rgb": True,
         "do_resize": True,
         "size": {"shortest_edge": size},

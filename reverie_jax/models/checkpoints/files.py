@@ -1,4 +1,4 @@
-"""Files of a checkpoint: JSON, tensors by name, hub downloads, and folders that appear whole or not at all."""
+"""Files of a checkpoint: JSON, tensors by name, hub downloads and output folders."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from safetensors import SafetensorError, safe_open
 
 from reverie_jax import files
 from reverie_jax.errors import CheckpointError
+from reverie_jax.models.checkpoints.names import AnyArray
 
 _log = logging.getLogger(__name__)
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-"""Names of a model's weights; with `.index.json` behind, of the index of several files. The first found is read."""
+"""Files of a model's weights; with the suffix `.index.json`, the index of several files. The first that exists is read."""
 
 _SAFETENSORS_DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
@@ -38,10 +39,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def resolve(name: str | Path) -> Path:
-    """A local path as it is; else a hub id, `owner/name` or `owner/name@revision`, downloaded at one fixed commit.
+    """Return a local path unchanged; download a hub id (`owner/name` or `owner/name@revision`) at one fixed commit.
 
     Raises:
-        CheckpointError: neither a path here nor a repository that can be had.
+        CheckpointError: The path is missing and is not a hub id, or the download fails.
     """
     if Path(name).exists():
         return Path(name)
@@ -56,24 +57,28 @@ def resolve(name: str | Path) -> Path:
             _log.info("%s is at commit %s today; write %s@%s to pin it", name, commit, repository, commit)
         patterns = ["*.json", "*.safetensors", "*.bin", "tokenizer.model", "*.jinja"]
         return Path(huggingface_hub.snapshot_download(repository, revision=commit, allow_patterns=patterns))
-    except Exception as error:  # the hub client has dozens of kinds, and users of it one question: why not
-        with contextlib.suppress(Exception):  # offline: a pinned commit may lie in the cache
+    except Exception as error:  # the hub client raises dozens of kinds
+        with contextlib.suppress(Exception):  # offline: a pinned commit may be in the cache
             return Path(huggingface_hub.snapshot_download(repository, revision=revision or None, local_files_only=True))
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{name}: no folder here, and the hub cannot be asked for it ({reason})") from None
+        raise CheckpointError(f"{name}: no such folder, and the download from the hub failed ({reason})") from None
 
 
 class Stored(NamedTuple):
-    """Where a tensor lies, and what it is."""
+    """File, shape and dtype of a stored tensor; dtype is None where it is not a supported floating-point type."""
 
     file: Path
     shape: tuple[int, ...]
-    dtype: np.dtype | None
-    """None: no floating-point type that a model's parameter has."""
+    dtype: np.dtype[Any] | None
+
+    @property
+    def dtype_name(self) -> str:
+        """The dtype for messages."""
+        return "not floating-point" if self.dtype is None else str(self.dtype)
 
 
 class _Safetensors:
-    """A safetensors file. It is mapped while one tensor is read, and not longer: mapped pages count as memory."""
+    """A safetensors file, mapped only while one tensor is read: mapped pages count as memory."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -95,13 +100,13 @@ class _Safetensors:
                 for name, part in slices.items()
             }
 
-    def read(self, name: str) -> np.ndarray:
+    def read(self, name: str) -> AnyArray:
         with self._open() as handle:
-            return handle.get_tensor(name)
+            return np.asarray(handle.get_tensor(name))
 
 
 class _Pickle:
-    """A file of `torch.save`. Nothing in it is executed (`weights_only`)."""
+    """A file written by `torch.save`. Nothing in it is executed (`weights_only`)."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -109,7 +114,7 @@ class _Pickle:
             import torch
         except ModuleNotFoundError:
             raise CheckpointError(
-                f"{path}: reading .bin files needs PyTorch; install reverie-jax[convert], or convert to safetensors"
+                f"{path}: reading .bin files needs PyTorch : pip install 'reverie-jax[convert]'"
             ) from None
         self._torch = torch
         try:
@@ -117,7 +122,7 @@ class _Pickle:
         except CheckpointError:
             tensors = self._load(mmap=False)  # files from before torch 1.6 cannot be mapped
         if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
-            raise CheckpointError(f"{path}: not a state dict, a dictionary from names to tensors")
+            raise CheckpointError(f"{path}: not a state dict (a dictionary from names to tensors)")
         self._tensors: dict[str, Any] = {str(name): tensor for name, tensor in tensors.items()}
 
     def _load(self, *, mmap: bool) -> Any:
@@ -126,7 +131,7 @@ class _Pickle:
         except Exception as error:  # a broken file can raise anything: KeyError, EOFError, UnpicklingError, …
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise CheckpointError(
-                f"{self.path}: not a PyTorch file of tensors alone; nothing in it was executed ({reason})"
+                f"{self.path}: not a PyTorch file that contains only tensors; nothing in it was executed ({reason})"
             ) from None
 
     def listing(self) -> dict[str, Stored]:
@@ -144,11 +149,11 @@ class _Pickle:
             for name, tensor in self._tensors.items()
         }
 
-    def read(self, name: str) -> np.ndarray:
+    def read(self, name: str) -> AnyArray:
         tensor = self._tensors[name].detach().contiguous()
         if tensor.dtype == self._torch.bfloat16:
-            return tensor.view(self._torch.int16).numpy().view(jnp.bfloat16)
-        return tensor.numpy()
+            return np.asarray(tensor.view(self._torch.int16).numpy().view(jnp.bfloat16))
+        return np.asarray(tensor.numpy())
 
 
 def _open(path: Path) -> _Safetensors | _Pickle:
@@ -158,11 +163,13 @@ def _open(path: Path) -> _Safetensors | _Pickle:
 
 
 class Tensors:
-    """The tensors of one or several files by their stored names; nothing but headers is read before it is asked for.
+    """The tensors of one or several files by their stored names. Only headers are read until `read_all`.
 
     Args:
-        files: what to read.
-        index: names by file, where an index promises them.
+        index: Path and `weight_map` (tensor name to file name) of the index, where the folder has one.
+
+    Raises:
+        CheckpointError: A file cannot be read, a tensor is duplicate, or the index does not match the files.
     """
 
     def __init__(self, files: list[Path], index: tuple[Path, dict[str, str]] | None = None):
@@ -171,21 +178,17 @@ class Tensors:
         for file in files:
             for name, stored in _open(file).listing().items():
                 if name in self.stored:
-                    raise CheckpointError(
-                        f"{file}: tensor {name} is there twice, also in {self.stored[name].file.name}"
-                    )
+                    raise CheckpointError(f"{file}: duplicate tensor {name}, also in {self.stored[name].file.name}")
                 self.stored[name] = stored
         if index is not None:
-            path, promised = index
-            for name in sorted(promised.keys() | self.stored.keys()):
-                found = self.stored[name].file.name if name in self.stored else None
-                if promised.get(name) != found:
-                    raise CheckpointError(
-                        f"{path}: tensor {name} is said to be in {promised.get(name)}, and is in {found}"
-                    )
+            path, weight_map = index
+            for name in sorted(weight_map.keys() | self.stored.keys()):
+                actual = self.stored[name].file.name if name in self.stored else "no file"
+                if (listed := weight_map.get(name, "no file")) != actual:
+                    raise CheckpointError(f"{path}: tensor {name} is listed in {listed}, but stored in {actual}")
 
-    def read_all(self, use: Callable[[str, np.ndarray], None], wanted: set[str]) -> None:
-        """Calls `use(name, array)` for every wanted tensor, file by file: one file is open, one tensor held, at a time."""
+    def read_all(self, use: Callable[[str, AnyArray], None], wanted: set[str]) -> None:
+        """Call `use(name, array)` for every wanted tensor, file by file: one file is open and one tensor held at a time."""
         for file in self.files:
             source = _open(file)
             for name, stored in self.stored.items():
@@ -194,23 +197,23 @@ class Tensors:
 
 
 def weights_of(folder: Path, names: tuple[str, ...] = WEIGHTS) -> Tensors | None:
-    """A folder's weights: the first of the names that is there, whole or sharded; None where none is.
+    """Return a folder's weights: the first of the names that exists, as one file or in shards; None without any.
 
     Raises:
-        CheckpointError: an index or a file that cannot be used.
+        CheckpointError: An index or a file cannot be used.
     """
     for name in names:
         index = folder / f"{name}.index.json"
         if index.exists():
-            promised = read_json(index).get("weight_map")
-            if not isinstance(promised, dict) or not all(isinstance(file, str) for file in promised.values()):
-                raise CheckpointError(f"{index}: weight_map is not there, or is not from names to files")
-            for file in promised.values():
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+                raise CheckpointError(f"{index}: weight_map is missing or does not map tensor names to file names")
+            for file in weight_map.values():
                 if Path(file).name != file:
-                    raise CheckpointError(f"{index}: shard {file!r} lies outside the folder")
+                    raise CheckpointError(f"{index}: shard {file!r} is outside the folder")
                 if not (folder / file).is_file():
-                    raise CheckpointError(f"{folder / file}: no such file, and {index.name} names it")
-            return Tensors([folder / file for file in sorted(set(promised.values()))], (index, promised))
+                    raise CheckpointError(f"{folder / file}: no such file, but {index.name} lists it")
+            return Tensors([folder / file for file in sorted(set(weight_map.values()))], (index, weight_map))
         if (folder / name).exists():
             return Tensors([folder / name])
     return None

@@ -1,54 +1,65 @@
-"""Which tensor of a checkpoint is which parameter, and how its axes turn.
+"""Map the tensors of a checkpoint to parameters, with their layouts.
 
-The names that transformers writes for llava-hf stand for all formats: every other spelling is turned into them
-(`canonical`), and out of them (`original_name`, `memory_name`).
+The names that transformers writes for llava-hf are the canonical ones: names of other formats are converted into them
+(`canonical_name`) and from them (`original_name`, `memory_name`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from reverie_jax.models.config import ProjectorKind, VLMConfig
 
+Layout = Literal["same", "linear", "conv"]
+AnyArray = NDArray[Any]
+
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
-    """One parameter of ours and the tensor, or the stack of tensors, that fills it.
+class ParameterSpec:
+    """One parameter and the tensor, or the stack of tensors, that fills it.
 
     Attributes:
-        path: dotted path of the parameter.
-        name: tensor name on disk; `{}` stands for the layer where the parameter is stacked `layers` times.
-        turn: which way the axes turn (see `to_ours` and `to_theirs`).
+        path: Dotted path of the parameter.
+        name: Tensor name on disk; `{}` stands for the layer where the parameter is stacked `layers` times.
+        layout: How the file's axes differ from the parameter's (see `to_model_layout`).
     """
 
     path: str
     name: str
-    turn: str = "same"
+    layout: Layout = "same"
     layers: int | None = None
 
     @property
     def names(self) -> list[str]:
+        """Tensor names on disk, one for each layer."""
         return [self.name] if self.layers is None else [self.name.format(i) for i in range(self.layers)]
 
 
-def to_ours(turn: str, tensor: Any) -> Any:
-    """A tensor of the file as the parameter has it: the same on host and on device."""
-    if turn == "linear":  # torch: (out, in)
+def to_model_layout(layout: Layout, tensor: Any) -> Any:
+    """Return a tensor of the file with the parameter's axes; on host or on device."""
+    if layout == "linear":  # torch: (out, in)
         return tensor.T
-    if turn == "conv":  # torch: (out, channel, row, column)
+    if layout == "conv":  # torch: (out, channel, row, column)
         return tensor.transpose(2, 3, 1, 0).reshape(-1, tensor.shape[0])
     return tensor
 
 
-def to_theirs(turn: str, array: np.ndarray, patch: int) -> np.ndarray:
-    """A parameter as the file has it; the inverse of `to_ours`."""
-    if turn == "linear":
+def to_file_layout(layout: Layout, array: AnyArray, patch: int) -> AnyArray:
+    """Return a parameter with the file's axes: the inverse of `to_model_layout`.
+
+    Args:
+        layout: How the axes differ.
+        array: The parameter, or one layer of it.
+        patch: Side of the tower's patches, in pixels.
+    """
+    if layout == "linear":
         return np.ascontiguousarray(array.T)
-    if turn == "conv":
+    if layout == "conv":
         return np.ascontiguousarray(array.reshape(patch, patch, 3, -1).transpose(3, 2, 0, 1))
     return np.ascontiguousarray(array)
 
@@ -56,12 +67,12 @@ def to_theirs(turn: str, array: np.ndarray, patch: int) -> np.ndarray:
 _ATTENTION = {"q": "query", "k": "key", "v": "value", "qkv": "qkv", "o": "out"}
 
 
-def entries(config: VLMConfig) -> list[Entry]:
-    """Every parameter of the model, by its name on disk (the prefixes that all transformers versions write)."""
-    table: list[Entry] = []
+def parameter_specs(config: VLMConfig) -> list[ParameterSpec]:
+    """Return every parameter of the model with its canonical tensor name, in the order of the files that are written."""
+    specs: list[ParameterSpec] = []
 
-    def add(path: str, name: str, turn: str = "same", layers: int | None = None) -> None:
-        table.append(Entry(path, name, turn, layers))
+    def add(path: str, name: str, layout: Layout = "same", layers: int | None = None) -> None:
+        specs.append(ParameterSpec(path, name, layout, layers))
 
     def linear(path: str, name: str, layers: int | None = None, bias: bool = True) -> None:
         add(f"{path}.kernel", f"{name}.weight", "linear", layers)
@@ -103,16 +114,16 @@ def entries(config: VLMConfig) -> list[Entry]:
     norm("decoder.layers.norm2", layer + "post_attention_layernorm", depth, bias=False)
     norm("decoder.norm", text + "norm", bias=False)
     linear("decoder.head", "language_model.lm_head", bias=False)
-    return table
+    return specs
 
 
 IGNORED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|embeddings\.position_ids)$")
-"""Tensors that old files carry and no model needs: both are functions of the configuration."""
+"""Tensors that old files contain and no model needs: both are functions of the configuration."""
 
-CLIP_REST = re.compile(r"^(text_model\..*|visual_projection\.weight|text_projection\.weight|logit_scale)$")
-"""What a CLIP repository holds beside the tower."""
+CLIP_UNUSED = re.compile(r"^(text_model\..*|visual_projection\.weight|text_projection\.weight|logit_scale)$")
+"""Tensors of a CLIP repository that are not the vision tower's."""
 
-_SPELLINGS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
+_RENAMINGS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
         # transformers >= 4.52 in memory: state_dict() dumps and adapters
@@ -132,21 +143,21 @@ _SPELLINGS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
 )
 
 
-def canonical(name: str) -> str:
-    """A tensor's name, however it is spelt, with the prefixes that `entries` uses."""
-    for pattern, replacement in _SPELLINGS:
+def canonical_name(name: str) -> str:
+    """Return the canonical form of a tensor name of any format."""
+    for pattern, replacement in _RENAMINGS:
         name = pattern.sub(replacement, name)
     return name
 
 
-def projector_name(name: str) -> str:
-    """A projector's tensor whatever stands before `mm_projector.`: original LLaVA writes several prefixes."""
-    _, found, tail = name.rpartition("mm_projector.")
-    return canonical(f"model.mm_projector.{tail}") if found else canonical(name)
+def canonical_projector_name(name: str) -> str:
+    """Return the canonical form of a projector's tensor name; original LLaVA writes several prefixes."""
+    _, separator, tail = name.rpartition("mm_projector.")
+    return canonical_name(f"model.mm_projector.{tail}") if separator else canonical_name(name)
 
 
 def original_name(name: str, projector: ProjectorKind) -> str:
-    """A name of `entries` as original LLaVA spells it."""
+    """Return a canonical name as original LLaVA writes it."""
     first = "model.mm_projector." if projector == "linear" else "model.mm_projector.0."
     for ours, theirs in (
         ("language_model.lm_head.", "lm_head."),
@@ -161,7 +172,7 @@ def original_name(name: str, projector: ProjectorKind) -> str:
 
 
 def memory_name(name: str) -> str:
-    """A name of `entries` as transformers >= 4.52 has it in memory, where PEFT finds modules."""
+    """Return a canonical name as transformers >= 4.52 has it in memory, where PEFT finds modules."""
     for ours, theirs in (
         ("language_model.lm_head.", "lm_head."),
         ("language_model.model.", "model.language_model."),

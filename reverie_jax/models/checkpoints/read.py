@@ -1,11 +1,10 @@
-"""The strict streaming reader: every tensor used or ignored by a named rule, every parameter filled once."""
+"""The strict streaming reader: every tensor is used or ignored by a named rule, every parameter is filled once."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,156 +17,178 @@ from jaxtyping import Array
 
 from reverie_jax.errors import CheckpointError
 from reverie_jax.models.checkpoints import orbax
-from reverie_jax.models.checkpoints.adapters import attach_lora
-from reverie_jax.models.checkpoints.names import Entry, entries, to_ours, to_theirs
-from reverie_jax.models.checkpoints.parts import Assembly, assemble, recognise, rows, stored_dtype
+from reverie_jax.models.checkpoints.adapters import attach_adapter
+from reverie_jax.models.checkpoints.components import (
+    ComponentLike,
+    ResolvedCheckpoint,
+    as_list,
+    detect_component,
+    resolve_checkpoint,
+    stored_dtype,
+    vocab_size,
+)
+from reverie_jax.models.checkpoints.names import (
+    AnyArray,
+    Layout,
+    ParameterSpec,
+    parameter_specs,
+    to_file_layout,
+    to_model_layout,
+)
 from reverie_jax.models.config import VLMConfig
 from reverie_jax.models.sharding import partition_spec
 from reverie_jax.models.vlm import VisionLanguageModel
 
 
 def abstract_model(config: VLMConfig, dtype: DTypeLike) -> VisionLanguageModel:
-    """The model's shapes, without memory."""
+    """Return a model of shapes, without memory for its parameters."""
     return nnx.eval_shape(lambda: VisionLanguageModel(config, rngs=nnx.Rngs(0), dtype=dtype))
 
 
-def read_config(path: str | Path, *, components: Sequence[str | Path] = ()) -> VLMConfig:
-    """The architecture of a checkpoint; only headers and configuration are read. See `read_model`."""
-    main = recognise(path)
-    if main.kind == "orbax":
-        return orbax.read_config(main.place, main.raw)
-    assembly = assemble(path, components)
-    return dataclasses.replace(assembly.config, text=dataclasses.replace(assembly.config.text, vocab=rows(assembly)))
+def read_config(path: ComponentLike, *, components: Sequence[ComponentLike] = ()) -> VLMConfig:
+    """Return the architecture of a checkpoint (see `read_model`); only headers and configuration are read."""
+    main = detect_component(path)
+    if main.format == "orbax":
+        return orbax.read_config(main.path, main.config)
+    return _with_vocab_size(resolve_checkpoint(main, components))
 
 
 def read_model(
-    path: str | Path,
+    path: ComponentLike,
     *,
-    components: str | Path | Sequence[str | Path] = (),
+    components: ComponentLike | Sequence[ComponentLike] = (),
     dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
 ) -> VisionLanguageModel:
-    """A model from files, tensor by tensor: each goes to its place on its devices and is forgotten on the host.
+    """Read a model tensor by tensor: each goes to its devices and is freed on the host.
 
     Args:
-        path: llava-hf, original LLaVA, LLaVA-pp, LoRA or Orbax folder, projector file, or one of several parts.
-        components: the parts that `path` lacks: plain language model, CLIP.
-        dtype: of the base's matrices; norms stay float32. As stored by default.
-        mesh: where parameters go, by `models.sharding`; one device by default.
+        path: A llava-hf, original LLaVA, LLaVA-pp, LoRA or Orbax folder, a projector file, or one of several components.
+        components: What `path` lacks: plain language model, CLIP.
+        dtype: Of the base model's matrices; norms stay float32. As stored by default.
+        mesh: Where the parameters are placed, by `models.sharding`; one device by default.
 
     Raises:
-        CheckpointError: anything is missing, left over, misshapen or unreadable.
+        CheckpointError: Anything is missing, unused, of a wrong shape or unreadable.
     """
-    components = [components] if isinstance(components, str | Path) else list(components)
-    main = recognise(path)
-    if main.kind == "orbax":
-        if components:
-            raise CheckpointError(f"{main.place}: is a complete checkpoint; it takes no components ({components[0]})")
-        return orbax.read_model(main.place, main.raw, dtype=dtype, mesh=mesh)
-    assembly = assemble(path, components)
-    config = dataclasses.replace(assembly.config, text=dataclasses.replace(assembly.config.text, vocab=rows(assembly)))
-    _check_names(assembly, config)
-    model = abstract_model(config, stored_dtype(assembly) if dtype is None else dtype)
-    _check_shapes(assembly, config, model)
-    model = _fill(assembly, config, model, mesh)
-    if main.kind == "llava-lora":
-        attach_lora(model, main, components)
+    main = detect_component(path)
+    others = [detect_component(other) for other in as_list(components)]
+    if main.format == "orbax":
+        if others:
+            raise CheckpointError(f"{main.path}: is a complete checkpoint; it takes no components ({others[0].path})")
+        return orbax.read_model(main.path, main.config, dtype=dtype, mesh=mesh)
+    checkpoint = resolve_checkpoint(main, others)
+    config = _with_vocab_size(checkpoint)
+    _check_names(checkpoint, config)
+    model = abstract_model(config, stored_dtype(checkpoint) if dtype is None else dtype)
+    _check_shapes(checkpoint, config, model)
+    model = _load_parameters(checkpoint, config, model, mesh)
+    if main.format == "llava-lora":
+        attach_adapter(model, main, base=others)
     return model
 
 
-def _listed(names: Sequence[str]) -> str:
+def _with_vocab_size(checkpoint: ResolvedCheckpoint) -> VLMConfig:
+    text = dataclasses.replace(checkpoint.config.text, vocab=vocab_size(checkpoint))
+    return dataclasses.replace(checkpoint.config, text=text)
+
+
+def _first_names(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def _check_names(assembly: Assembly, config: VLMConfig) -> None:
-    wanted = {name for entry in entries(config) for name in entry.names}
-    if missing := sorted(wanted - assembly.tensors.keys()):
-        raise CheckpointError(f"{assembly.place}: {len(missing)} tensor(s) are missing: {_listed(missing)}")
-    if extra := sorted(assembly.tensors[name][1] for name in assembly.tensors.keys() - wanted):
-        raise CheckpointError(f"{assembly.place}: {len(extra)} tensor(s) have no place in the model: {_listed(extra)}")
+def _check_names(checkpoint: ResolvedCheckpoint, config: VLMConfig) -> None:
+    wanted = {name for spec in parameter_specs(config) for name in spec.names}
+    if missing := sorted(wanted - checkpoint.tensors.keys()):
+        raise CheckpointError(f"{checkpoint.path}: {len(missing)} tensor(s) are missing: {_first_names(missing)}")
+    if unknown := sorted(checkpoint.tensors[name][1] for name in checkpoint.tensors.keys() - wanted):
+        raise CheckpointError(
+            f"{checkpoint.path}: {len(unknown)} tensor(s) are not part of the model: {_first_names(unknown)}"
+        )
 
 
 def parameters(model: VisionLanguageModel) -> dict[str, nnx.Variable[Any]]:
-    """Every parameter by its dotted path; adapters too."""
+    """Return every parameter by its dotted path, adapters included."""
     return {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
 
 
-def _check_shapes(assembly: Assembly, config: VLMConfig, model: VisionLanguageModel) -> None:
-    """All shapes are known to be right before the first tensor is read."""
-    ours = parameters(model)
-    for entry in entries(config):
-        shape = ours[entry.path].shape[0 if entry.layers is None else 1 :]
-        wanted = to_theirs(entry.turn, np.broadcast_to(np.False_, shape), config.vision.patch_size).shape
-        for name in entry.names:
-            tensors, stored = assembly.tensors[name]
-            found = tensors.stored[stored]
-            if found.shape != wanted or found.dtype is None:
-                kind = "no floating-point numbers" if found.dtype is None else found.dtype
+def _check_shapes(checkpoint: ResolvedCheckpoint, config: VLMConfig, model: VisionLanguageModel) -> None:
+    """Check all shapes before the first tensor is read."""
+    variables = parameters(model)
+    for spec in parameter_specs(config):
+        shape = variables[spec.path].shape[0 if spec.layers is None else 1 :]
+        wanted = to_file_layout(spec.layout, np.broadcast_to(np.False_, shape), config.vision.patch_size).shape
+        for name in spec.names:
+            tensors, stored_name = checkpoint.tensors[name]
+            stored = tensors.stored[stored_name]
+            if stored.shape != wanted or stored.dtype is None:
                 raise CheckpointError(
-                    f"{found.file}: tensor {stored} is {kind} {found.shape}; the configuration says float {wanted}"
-                    f" ({entry.path})"
+                    f"{stored.file}: tensor {stored_name} is {stored.dtype_name} {stored.shape}; by the configuration it"
+                    f" must be floating-point {wanted} ({spec.path})"
                 )
 
 
-def _homes(variable: nnx.Variable[Any], entry: Entry, mesh: Mesh | None) -> tuple[Any, Any]:
-    """Where a parameter lives, and where a tensor of the file lands so that turning it moves little."""
+def _shardings(variable: nnx.Variable[Any], spec: ParameterSpec, mesh: Mesh | None) -> tuple[Any, Any]:
+    """Return a parameter's sharding, and that of the file's tensor from which converting its layout moves least data."""
     if mesh is None:
         return None, None
-    spec = partition_spec(variable.shape, variable.axes, mesh)
-    one = tuple(spec)[0 if entry.layers is None else 1 :]
-    landing = {"same": one, "linear": one[::-1], "conv": ()}[entry.turn]
-    return NamedSharding(mesh, spec), NamedSharding(mesh, PartitionSpec(*landing))
+    partition = partition_spec(variable.shape, variable.axes, mesh)
+    layer = tuple(partition)[0 if spec.layers is None else 1 :]
+    stored = {"same": layer, "linear": layer[::-1], "conv": ()}[spec.layout]
+    return NamedSharding(mesh, partition), NamedSharding(mesh, PartitionSpec(*stored))
 
 
-def _at(x: Array, home: NamedSharding | None) -> Array:
-    return x if home is None else jax.lax.with_sharding_constraint(x, home)
+def _constrain(x: Array, sharding: NamedSharding | None) -> Array:
+    return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
 
 
-# Jitted here and not where they are used, so that parameters of one shape share one program.
-@functools.partial(jax.jit, static_argnames=("shape", "dtype", "home"))
-def _empty(*, shape: tuple[int, ...], dtype: Any, home: Any) -> Array:
-    return _at(jnp.zeros(shape, dtype), home)
+# Jitted at module level, so that parameters of one shape share one program.
+@functools.partial(jax.jit, static_argnames=("shape", "dtype", "sharding"))
+def _zeros(*, shape: tuple[int, ...], dtype: Any, sharding: Any) -> Array:
+    return _constrain(jnp.zeros(shape, dtype), sharding)
 
 
-@functools.partial(jax.jit, static_argnames=("turn", "home"), donate_argnums=0)
-def _put(stack: Array, tensor: Array, layer: Array, *, turn: str, home: Any) -> Array:
-    """One layer into its stack, in place."""
-    new = to_ours(turn, tensor).astype(stack.dtype)
-    return _at(jax.lax.dynamic_update_index_in_dim(stack, new, layer, 0), home)
+@functools.partial(jax.jit, static_argnames=("layout", "sharding"), donate_argnums=0)
+def _set_layer(stack: Array, tensor: Array, layer: Array, *, layout: Layout, sharding: Any) -> Array:
+    """Write one layer into its stack, in place."""
+    value = to_model_layout(layout, tensor).astype(stack.dtype)
+    return _constrain(jax.lax.dynamic_update_index_in_dim(stack, value, layer, 0), sharding)
 
 
-@functools.partial(jax.jit, static_argnames=("turn", "dtype", "home"))
-def _turned(tensor: Array, *, turn: str, dtype: Any, home: Any) -> Array:
-    return _at(to_ours(turn, tensor).astype(dtype), home)
+@functools.partial(jax.jit, static_argnames=("layout", "dtype", "sharding"))
+def _convert(tensor: Array, *, layout: Layout, dtype: Any, sharding: Any) -> Array:
+    return _constrain(to_model_layout(layout, tensor).astype(dtype), sharding)
 
 
-def _fill(assembly: Assembly, config: VLMConfig, model: VisionLanguageModel, mesh: Mesh | None) -> VisionLanguageModel:
-    ours = parameters(model)
-    place: dict[str, tuple[Entry, int]] = {
-        name: (entry, layer) for entry in entries(config) for layer, name in enumerate(entry.names)
+def _load_parameters(
+    checkpoint: ResolvedCheckpoint, config: VLMConfig, model: VisionLanguageModel, mesh: Mesh | None
+) -> VisionLanguageModel:
+    variables = parameters(model)
+    targets: dict[str, tuple[ParameterSpec, int]] = {
+        name: (spec, layer) for spec in parameter_specs(config) for layer, name in enumerate(spec.names)
     }
     values: dict[str, Array] = {}
 
-    def use(canonical_name: str, array: np.ndarray) -> None:
-        entry, layer = place[canonical_name]
-        variable = ours[entry.path]
-        home, landing = _homes(variable, entry, mesh)
-        tensor = jax.device_put(array if array.dtype.itemsize < 8 else array.astype(np.float32), landing)
-        if entry.layers is None:
-            value = _turned(tensor, turn=entry.turn, dtype=variable.dtype, home=home)
+    def load(name: str, array: AnyArray) -> None:
+        spec, layer = targets[name]
+        variable = variables[spec.path]
+        sharding, stored = _shardings(variable, spec, mesh)
+        tensor = jax.device_put(array if array.dtype.itemsize < 8 else array.astype(np.float32), stored)
+        if spec.layers is None:
+            value = _convert(tensor, layout=spec.layout, dtype=variable.dtype, sharding=sharding)
         else:
-            if entry.path not in values:
-                values[entry.path] = _empty(shape=tuple(variable.shape), dtype=variable.dtype, home=home)
-            value = _put(values[entry.path], tensor, jnp.int32(layer), turn=entry.turn, home=home)
-        if home is not None:
-            value = jax.device_put(value, home)  # the same layout by the name that the rules give it
-        values[entry.path] = value.block_until_ready()  # else the host runs ahead and holds many tensors at once
+            if spec.path not in values:
+                values[spec.path] = _zeros(shape=tuple(variable.shape), dtype=variable.dtype, sharding=sharding)
+            value = _set_layer(values[spec.path], tensor, jnp.int32(layer), layout=spec.layout, sharding=sharding)
+        if sharding is not None:
+            value = jax.device_put(value, sharding)  # equivalent; this gives it the name by which others compare it
+        values[spec.path] = value.block_until_ready()  # otherwise the host runs ahead and holds many tensors at once
 
-    sources: dict[int, tuple[Any, dict[str, str]]] = {}
-    for known, (tensors, stored) in assembly.tensors.items():
-        sources.setdefault(id(tensors), (tensors, {}))[1][stored] = known
-    for tensors, names in sources.values():
-        tensors.read_all(lambda stored, array, names=names: use(names[stored], array), set(names))
+    stored_names: dict[int, tuple[Any, dict[str, str]]] = {}
+    for name, (tensors, stored_name) in checkpoint.tensors.items():
+        stored_names.setdefault(id(tensors), (tensors, {}))[1][stored_name] = name
+    for tensors, names in stored_names.values():
+        tensors.read_all(lambda stored_name, array, names=names: load(names[stored_name], array), set(names))
     graph, state = nnx.split(model)
     flat = [(path, leaf.replace(values[".".join(map(str, path))])) for path, leaf in nnx.to_flat_state(state)]
     return nnx.merge(graph, nnx.from_flat_state(flat))

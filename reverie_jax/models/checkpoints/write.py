@@ -1,4 +1,4 @@
-"""Writers: llava-hf and original LLaVA, as safetensors in shards."""
+"""Writers of complete models: llava-hf and original LLaVA, as safetensors in shards."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from safetensors.numpy import save_file
 from reverie_jax.errors import CheckpointError
 from reverie_jax.files import write_json
 from reverie_jax.models.checkpoints.configs import llava_hf_json, original_json, preprocessor_json
-from reverie_jax.models.checkpoints.names import ParameterSpec, parameter_specs, original_name, to_file_layout
+from reverie_jax.models.checkpoints.names import AnyArray, ParameterSpec, original_name, parameter_specs, to_file_layout
 from reverie_jax.models.lora import assign
 from reverie_jax.models.vlm import VisionLanguageModel
 
 SHARD_BYTES = 5_000_000_000
-LLAMA_SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+_LLAMA_SPECIAL_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 
 def write_model(
@@ -31,24 +31,26 @@ def write_model(
     shard_bytes: int = SHARD_BYTES,
     special_ids: dict[str, Any] | None = None,
 ) -> None:
-    """A folder that `LlavaForConditionalGeneration` opens: config.json, preprocessor_config.json, weights.
+    """Write a llava-hf folder (`LlavaForConditionalGeneration`): config.json, preprocessor_config.json, weights.
 
     Args:
-        dtype: of all tensors; the model's own by default.
-        shard_bytes: largest file of weights.
-        special: `bos_token_id`, `eos_token_id`, `pad_token_id`; LLaMA's by default.
+        model: The model.
+        folder: Created if it is missing.
+        dtype: Of all tensors; the model's own by default.
+        shard_bytes: Size of the largest file of weights.
+        special_ids: `bos_token_id`, `eos_token_id`, `pad_token_id`; LLaMA's by default.
 
     Raises:
-        CheckpointError: the model cannot be said in this format (linear projector, unmerged adapters).
+        CheckpointError: The format does not support the model (linear projector, unmerged adapters).
     """
     config = model.config
     if config.projector != "mlp2x_gelu":
-        raise CheckpointError("llava-hf has no linear projector; such a model cannot be written in its format")
-    _no_adapters(model)
+        raise CheckpointError("llava-hf does not support linear projectors; write llava or orbax")
+    check_merged(model)
     dtype = np.dtype(model.compute_dtype if dtype is None else dtype)
     folder.mkdir(parents=True, exist_ok=True)
     _write_weights(model, folder, dtype, shard_bytes, {spec.path: spec.names for spec in parameter_specs(config)})
-    write_json(folder / "config.json", llava_hf_json(config, dtype.name, special_ids or LLAMA_SPECIAL))
+    write_json(folder / "config.json", llava_hf_json(config, dtype.name, special_ids or _LLAMA_SPECIAL_IDS))
     write_json(folder / "preprocessor_config.json", preprocessor_json(config))
 
 
@@ -60,46 +62,50 @@ def write_original(
     shard_bytes: int = SHARD_BYTES,
     special_ids: dict[str, Any] | None = None,
 ) -> None:
-    """A folder in original LLaVA's format, vision tower included; arguments and errors as `write_model`'s."""
-    _no_adapters(model)
+    """Write a folder in original LLaVA's format, vision tower included; arguments and errors as for `write_model`."""
+    check_merged(model)
     dtype = np.dtype(model.compute_dtype if dtype is None else dtype)
     folder.mkdir(parents=True, exist_ok=True)
     kind = model.config.projector
     names = {spec.path: [original_name(name, kind) for name in spec.names] for spec in parameter_specs(model.config)}
     _write_weights(model, folder, dtype, shard_bytes, names)
-    write_json(folder / "config.json", original_json(model.config, dtype.name, special_ids or LLAMA_SPECIAL))
+    write_json(folder / "config.json", original_json(model.config, dtype.name, special_ids or _LLAMA_SPECIAL_IDS))
 
 
-def _no_adapters(model: VisionLanguageModel) -> None:
+def check_merged(model: VisionLanguageModel) -> None:
+    """Check that a model has no adapters.
+
+    Raises:
+        CheckpointError: It has.
+    """
     if nnx.to_flat_state(nnx.state(model, nnx.LoRAParam)).leaves:
-        raise CheckpointError("the model carries adapters, which this format has no place for; merge adapters first")
+        raise CheckpointError("the model has adapters, which this format does not support; merge them first")
 
 
 def _write_weights(
-    model: VisionLanguageModel, folder: Path, dtype: np.dtype, shard_bytes: int, names: dict[str, list[str]]
+    model: VisionLanguageModel, folder: Path, dtype: np.dtype[Any], shard_bytes: int, names: dict[str, list[str]]
 ) -> None:
-    """Shards are filled in the table's order and written one by one: the host holds one shard beside the model."""
+    """Write shards one by one, in the order of `parameter_specs`: the host holds one shard beside the model."""
     values = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
-    table = parameter_specs(model.config)
-    plan: list[list[tuple[ParameterSpec, int]]] = [[]]
+    shards: list[list[tuple[ParameterSpec, int]]] = [[]]
     room = shard_bytes
-    for spec in table:
+    for spec in parameter_specs(model.config):
         size = values[spec.path].size * dtype.itemsize // len(spec.names)
         for layer in range(len(spec.names)):
-            if size > room and plan[-1]:
-                plan.append([])
+            if size > room and shards[-1]:
+                shards.append([])
                 room = shard_bytes
-            plan[-1].append((spec, layer))
+            shards[-1].append((spec, layer))
             room -= size
-    files = [_shard_name(number, len(plan)) for number in range(len(plan))]
+    files = [_shard_name(number, len(shards)) for number in range(len(shards))]
     weight_map: dict[str, str] = {}
     total = 0
-    for file, members in zip(files, plan, strict=True):
-        shard: dict[str, np.ndarray] = {}
+    for file, members in zip(files, shards, strict=True):
+        shard: dict[str, AnyArray] = {}
         for spec, layer in members:
             value = values[spec.path].get_value()
-            piece = np.asarray(value if spec.layers is None else value[layer]).astype(dtype, copy=False)
-            shard[names[spec.path][layer]] = to_file_layout(spec.layout, piece, model.config.vision.patch_size)
+            array = np.asarray(value if spec.layers is None else value[layer]).astype(dtype, copy=False)
+            shard[names[spec.path][layer]] = to_file_layout(spec.layout, array, model.config.vision.patch_size)
         save_file(shard, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(shard, file)
         total += sum(array.nbytes for array in shard.values())
@@ -113,7 +119,7 @@ def _shard_name(number: int, count: int) -> str:
 
 
 def resize_vocabulary(model: VisionLanguageModel, rows: int) -> None:
-    """Cuts embedding and head to `rows`, or adds rows that are the mean of the others, in place."""
+    """Cut embedding and head to `rows`, or add rows that are the mean of the others, in place."""
     decoder = model.decoder
     embedding, head = decoder.embedding.get_value(), decoder.head.kernel.get_value()
     more = rows - embedding.shape[0]

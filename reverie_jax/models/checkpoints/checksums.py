@@ -1,4 +1,4 @@
-"""Which weights these are: checksums that an adapter keeps of the base that it was made on."""
+"""Checksums of weights: an adapter records those of its base model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from reverie_jax.models.vlm import VisionLanguageModel
 Checksums = dict[str, str]
 
 # A few tensors of every layer. Neither embedding nor head: the same weights come with 32,000 rows and with 32,064.
-_LOOKED_AT = {
+_SAMPLED = {
     "decoder": ("layers.norm1.scale", "layers.out.kernel", "layers.down.kernel", "norm.scale"),
     "vision": ("cls", "position", "layers.out.kernel", "layers.norm2.scale"),
     "projector": ("linear1.kernel", "linear1.bias", "linear2.kernel", "linear2.bias"),
@@ -23,20 +23,20 @@ _LOOKED_AT = {
 
 @jax.jit
 def _checksum(x: jax.Array) -> jax.Array:
-    """A sum of the bits of x, rounded to bfloat16, that knows their places.
+    """Return a position-dependent sum of the bits of x, rounded to bfloat16.
 
-    Rounded, because float32, float16 and bfloat16 copies of one checkpoint are one base. Whole numbers that wrap, so the
-    same on every device layout.
+    Rounded, so that float32, float16 and bfloat16 copies of one checkpoint agree. In integers that wrap, so that every
+    device layout gives the same sum.
     """
     bits = jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16).astype(jnp.uint32)
     for _ in range(x.ndim):
-        place = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, 0)
-        bits = ((2 * place + 1) * (bits ^ (bits >> 15))).sum(0, dtype=jnp.uint32)
+        index = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, 0)
+        bits = ((2 * index + 1) * (bits ^ (bits >> 15))).sum(0, dtype=jnp.uint32)
     return bits
 
 
 def weights_checksum(model: VisionLanguageModel) -> str:
-    """Content of every parameter, adapters too, as a short hex string."""
+    """Return a checksum of every parameter, adapters included, as 16 hex digits."""
     digest = hashlib.sha256()
     for path, leaf in sorted(nnx.to_flat_state(nnx.state(model, nnx.Param)), key=lambda pair: pair[0]):
         digest.update(f"{'.'.join(map(str, path))}:{tuple(leaf.shape)}".encode())
@@ -45,14 +45,14 @@ def weights_checksum(model: VisionLanguageModel) -> str:
 
 
 def base_checksums(model: VisionLanguageModel) -> Checksums:
-    """Shapes and content of decoder, tower and projector, each as a short hex string; adapters do not count."""
+    """Return checksums of decoder, vision tower and projector (shapes and content), 16 hex digits each; without adapters."""
     flat = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
-    found = {}
-    for part, names in _LOOKED_AT.items():
+    checksums = {}
+    for part, names in _SAMPLED.items():
         digest = hashlib.sha256()
         for name in names:
             if (leaf := flat.get(f"{part}.{name}")) is not None:
                 digest.update(f"{name}:{tuple(leaf.shape)}".encode())
                 digest.update(np.uint32(_checksum(leaf.get_value())).tobytes())
-        found[part] = digest.hexdigest()[:16]
-    return found
+        checksums[part] = digest.hexdigest()[:16]
+    return checksums

@@ -1,0 +1,319 @@
+"""Detect what a folder or file is, by its content, and collect the tensors of the components of one model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from reverie_jax.errors import CheckpointError
+from reverie_jax.models.checkpoints.configs import (
+    LANGUAGE_MODELS,
+    TOWER_KEY,
+    known_tower,
+    llava_hf_config,
+    original_config,
+    original_language_model,
+    text_config,
+    tower_name,
+    vision_config,
+)
+from reverie_jax.models.checkpoints.files import Tensors, read_json, resolve, weights_of
+from reverie_jax.models.checkpoints.names import CLIP_UNUSED, IGNORED, canonical_name, canonical_projector_name
+from reverie_jax.models.config import ProjectorKind, VisionConfig, VLMConfig
+
+ComponentFormat = Literal["llava-hf", "llava", "llava-lora", "projector", "llm", "clip", "peft", "orbax"]
+
+DESCRIPTIONS: dict[ComponentFormat, str] = {
+    "llava-hf": "a llava-hf model",
+    "llava": "an original LLaVA",
+    "llava-lora": "an original LLaVA LoRA folder",
+    "projector": "a projector",
+    "llm": "a plain language model",
+    "clip": "a CLIP vision tower",
+    "peft": "a PEFT adapter",
+    "orbax": "a reverie-jax model in Orbax format",
+}
+COMPLETE_MODELS = ("llava-hf", "llava", "orbax")
+
+PROJECTOR_FILE, NON_LORA, ADAPTER_CONFIG = "mm_projector.bin", "non_lora_trainables.bin", "adapter_config.json"
+
+_PROJECTOR, _TOWER = "multi_modal_projector.", "vision_tower."
+
+
+@dataclasses.dataclass(frozen=True)
+class Component:
+    """A folder or file that holds a model or a component of one.
+
+    Attributes:
+        config: Content of its config.json; empty where it has none.
+    """
+
+    path: Path
+    format: ComponentFormat
+    config: dict[str, Any]
+
+    @property
+    def config_path(self) -> Path:
+        """The path of its config.json."""
+        return self.path / "config.json"
+
+    def __str__(self) -> str:
+        return f"{self.path}: {DESCRIPTIONS[self.format]}"
+
+
+ComponentLike = str | Path | Component
+"""A path, a hub id (see `files.resolve`), or what `detect_component` returned for one."""
+
+
+def as_list(components: ComponentLike | Sequence[ComponentLike] | None) -> list[ComponentLike]:
+    """Return one, several or no components as a list."""
+    if components is None:
+        return []
+    return [components] if isinstance(components, str | Path | Component) else list(components)
+
+
+def detect_component(source: ComponentLike) -> Component:
+    """Return what a path or hub id holds, by its content and never by its name.
+
+    Raises:
+        CheckpointError: It is missing, or of no known format.
+    """
+    if isinstance(source, Component):
+        return source
+    path = resolve(source)
+    if not path.is_dir():
+        return Component(path, "projector", {})
+    if (path / ADAPTER_CONFIG).exists():
+        if (path / NON_LORA).exists():
+            return Component(path, "llava-lora", read_json(path / "config.json"))
+        return Component(path, "peft", {})
+    if not (path / "config.json").exists() and (path / PROJECTOR_FILE).exists():
+        return Component(path, "projector", {})
+    config = read_json(path / "config.json")
+    model_type = config.get("model_type")
+    if model_type == "reverie":
+        return Component(path, "orbax", config)
+    if model_type in ("clip", "clip_vision_model"):
+        return Component(path, "clip", config)
+    if isinstance(config.get("text_config"), dict) and isinstance(config.get("vision_config"), dict):
+        return Component(path, "llava-hf", config)
+    if tower_name(config) or str(model_type).startswith("llava"):
+        if weights_of(path) is None and (path / PROJECTOR_FILE).exists():
+            return Component(path, "projector", config)
+        return Component(path, "llava", config)
+    if model_type in LANGUAGE_MODELS:
+        return Component(path, "llm", config)
+    raise CheckpointError(
+        f"{path / 'config.json'}: unknown model {model_type!r}; supported are llava-hf (text_config and vision_config), "
+        f"original LLaVA (mm_vision_tower), {', '.join(LANGUAGE_MODELS)} and CLIP"
+    )
+
+
+@dataclasses.dataclass
+class ResolvedCheckpoint:
+    """A model to be read: its architecture, and the file of every tensor.
+
+    Attributes:
+        tensors: Canonical name to (files, stored name).
+    """
+
+    path: Path
+    config: VLMConfig
+    tensors: dict[str, tuple[Tensors, str]]
+
+
+def resolve_checkpoint(source: ComponentLike, components: Sequence[ComponentLike] = ()) -> ResolvedCheckpoint:
+    """Return one complete model made of a path and the components that it lacks.
+
+    Raises:
+        CheckpointError: A component is missing, unused, duplicate or broken.
+    """
+    main = detect_component(source)
+    others = [detect_component(other) for other in components]
+    if main.format == "peft":
+        raise CheckpointError(f"{main}, not a model; give its base model as the path and this folder as the adapter")
+    if wrong := next((other for other in others if other.format in ("peft", "llava-lora", "orbax")), None):
+        raise CheckpointError(f"{wrong}, which cannot be a component of another model")
+    if main.format == "llava-hf":
+        _reject_unused(others, main)
+        return ResolvedCheckpoint(main.path, llava_hf_config(main.path, main.config), _canonical_tensors(main))
+    tower = _single(others, ("clip",))
+    if main.format == "llava":
+        _reject_unused([other for other in others if other is not tower], main)
+        return _resolve_original(main, main, tower, None)
+    if main.format in ("llm", "clip"):
+        everything = [main, *others]
+        llm, tower, projector = (_single(everything, (name,)) for name in ("llm", "clip", "projector"))
+        _reject_unused([other for other in everything if other not in (llm, tower, projector)], main)
+        if llm is None or projector is None:
+            missing = "the language model" if llm is None else "the projector (mm_projector.bin)"
+            raise CheckpointError(f"{main}; {missing} is missing: add it as a component")
+        return _resolve_original(projector, llm, tower, projector)
+    # A projector or a LoRA folder: both contain a projector, and need a language model or a complete LLaVA.
+    base = _single(others, ("llm", "llava", "llava-hf"))
+    _reject_unused([other for other in others if other not in (base, tower)], main)
+    base = base or recorded_base(main)
+    if base.format == "llava-hf":
+        tensors = _without_projector(_canonical_tensors(base)) | _canonical_tensors(main)
+        config = llava_hf_config(base.path, base.config)
+        return ResolvedCheckpoint(main.path, dataclasses.replace(config, projector=_projector_kind(tensors)), tensors)
+    return _resolve_original(main, base, tower, main)
+
+
+def recorded_base(lora: Component) -> Component:
+    """Return the language model that a LoRA folder records as its base model.
+
+    Raises:
+        CheckpointError: `lora` is not a LoRA folder, or the model that it names cannot be used.
+    """
+    missing = f"{lora}; the language model is missing: add it as a component"
+    if lora.format != "llava-lora":
+        raise CheckpointError(missing)
+    name = read_json(lora.path / ADAPTER_CONFIG).get("base_model_name_or_path")
+    try:
+        base = detect_component(str(name or ""))
+    except CheckpointError as error:
+        raise CheckpointError(f"{missing} (trained on {name!r}: {error})") from None
+    if base.format not in ("llm", "llava", "llava-hf"):
+        raise CheckpointError(f"{missing} (trained on {name!r}, which is {DESCRIPTIONS[base.format]})")
+    return base
+
+
+def vocab_size(checkpoint: ResolvedCheckpoint) -> int:
+    """Return the vocabulary size by the tensors: LLaVA-pp resizes it without changing every config.
+
+    Raises:
+        CheckpointError: Embedding and head differ.
+    """
+    sizes = []
+    for name in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
+        if name not in checkpoint.tensors:
+            return checkpoint.config.text.vocab  # the reader reports what is missing
+        tensors, stored = checkpoint.tensors[name]
+        shape = tensors.stored[stored].shape
+        sizes.append(shape[0] if shape else 0)
+    if sizes[0] != sizes[1]:
+        raise CheckpointError(f"{checkpoint.path}: the embedding has {sizes[0]} rows and lm_head has {sizes[1]}")
+    return sizes[0]
+
+
+def stored_dtype(checkpoint: ResolvedCheckpoint) -> np.dtype[Any]:
+    """Return the dtype of the decoder's matrices in the files."""
+    tensors, stored = checkpoint.tensors["language_model.model.embed_tokens.weight"]
+    return tensors.stored[stored].dtype or np.dtype(np.float32)
+
+
+def _weights(component: Component) -> Tensors:
+    if component.format == "projector":
+        return Tensors([component.path if component.path.is_file() else component.path / PROJECTOR_FILE])
+    if component.format == "llava-lora":
+        return Tensors([component.path / NON_LORA])
+    if (tensors := weights_of(component.path)) is None:
+        raise CheckpointError(
+            f"{component.path}: no weights; expected model.safetensors, pytorch_model.bin or an index of one of them"
+        )
+    return tensors
+
+
+def _canonical_tensors(component: Component) -> dict[str, tuple[Tensors, str]]:
+    """Return a component's tensors by canonical name, without those that a named rule ignores.
+
+    Raises:
+        CheckpointError: Two tensors are one parameter, or a tensor does not belong to such a component.
+    """
+    weights = _weights(component)
+    own_projector = component.format in ("projector", "llava-lora")
+    tensors: dict[str, tuple[Tensors, str]] = {}
+    for stored in weights.stored:
+        if IGNORED.search(stored) or (component.format == "clip" and CLIP_UNUSED.match(stored)):
+            continue
+        name = canonical_projector_name(stored) if own_projector else canonical_name(stored)
+        if name in tensors:
+            file = weights.stored[stored].file
+            raise CheckpointError(f"{file}: duplicate tensor {name}, stored as {tensors[name][1]} and as {stored}")
+        tensors[name] = weights, stored
+    expected = {"clip": _TOWER, "llm": "language_model.", "projector": _PROJECTOR, "llava-lora": _PROJECTOR}
+    if unexpected := [name for name in tensors if not name.startswith(expected.get(component.format, ""))]:
+        raise CheckpointError(
+            f"{component} with {len(unexpected)} tensor(s) that do not belong to one: {tensors[unexpected[0]][1]}, …"
+        )
+    return tensors
+
+
+def _without_projector(tensors: dict[str, tuple[Tensors, str]]) -> dict[str, tuple[Tensors, str]]:
+    return {name: where for name, where in tensors.items() if not name.startswith(_PROJECTOR)}
+
+
+def _single(components: Iterable[Component], formats: tuple[ComponentFormat | str, ...]) -> Component | None:
+    matches = [component for component in components if component.format in formats]
+    if len(matches) > 1:
+        raise CheckpointError(f"{matches[0].path} and {matches[1]}; only one is needed")
+    return matches[0] if matches else None
+
+
+def _reject_unused(unused: Sequence[Component], main: Component) -> None:
+    if unused:
+        raise CheckpointError(f"{unused[0]}, which does not apply to {main.path} ({DESCRIPTIONS[main.format]})")
+
+
+def _resolve_original(
+    settings: Component, base: Component, tower: Component | None, projector: Component | None
+) -> ResolvedCheckpoint:
+    """Return a model in original LLaVA's format.
+
+    Args:
+        settings: The component whose config.json says how the others are connected (`mm_*`).
+        base: Language model, or complete original LLaVA.
+        tower: CLIP; needed where `base` does not contain it.
+        projector: The component with the projector, where that is not `base`.
+    """
+    tensors = _canonical_tensors(base)
+    if projector is not None:
+        tensors = _without_projector(tensors) | _canonical_tensors(projector)
+    config = {**base.config, **settings.config}
+    path = settings.config_path if settings.config else base.config_path
+    included = any(name.startswith(_TOWER) for name in tensors)
+    recorded = tower_name(config)
+    if tower is None and recorded and Path(recorded).is_dir():
+        tower = detect_component(recorded)
+    sizes = known_tower(recorded)
+    if isinstance(own_sizes := config.get(TOWER_KEY), dict):
+        sizes = vision_config(path, own_sizes)
+    if tower is None and (not included or sizes is None):
+        try:
+            tower = detect_component(recorded)
+        except CheckpointError as error:
+            missing = "the configuration of its vision tower" if included else "its vision tower"
+            raise CheckpointError(
+                f"{path}: {missing} ({recorded or 'unnamed'}) is missing: add the tower as a component ({error})"
+            ) from None
+    if tower is not None:
+        sizes = _tower_sizes(tower)
+        if not included:
+            tensors |= _canonical_tensors(tower)
+    assert sizes is not None
+    language_model = base.config["model_type"] if base.format == "llm" else original_language_model(base.config)
+    text = text_config(base.config_path, base.config, language_model)
+    kind = _projector_kind(tensors)
+    if (wanted := config.get("mm_projector_type")) not in (None, kind):
+        raise CheckpointError(f"{path}: mm_projector_type is {wanted!r}, but the projector's tensors are {kind!r}")
+    return ResolvedCheckpoint(settings.path, original_config(path, config, text, sizes, kind), tensors)
+
+
+def _tower_sizes(tower: Component) -> VisionConfig:
+    if tower.format != "clip":
+        raise CheckpointError(f"{tower}, not a CLIP vision tower")
+    config = tower.config
+    if config["model_type"] == "clip":
+        config = config.get("vision_config", config)
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{tower.config_path}: vision_config is not an object")
+    return vision_config(tower.config_path, config)
+
+
+def _projector_kind(names: Iterable[str]) -> ProjectorKind:
+    return "mlp2x_gelu" if f"{_PROJECTOR}linear_2.weight" in set(names) else "linear"
