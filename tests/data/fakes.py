@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import io
+import json
 import re
+import struct
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 
+from reverie_jax.data import sources
 from reverie_jax.data.conversation import IMAGE, Conversation, ImageRecord, Turn
+from reverie_jax.data.mixture import MixtureEntry, read_mixture
 from reverie_jax.data.row_files import Rows
+from reverie_jax.data.sources import Example, ReadLog
 
 IMAGE_ID = 3
 
@@ -92,3 +99,53 @@ def records(count: int, seed: int = 0) -> list[ImageRecord]:
         colour = tuple(int(c) for c in rng.integers(0, 256, 3))
         found.append(ImageRecord(f"r{index}", png(colour), tuple(talks)))
     return found
+
+
+def llava_row(image: str | None, *texts: str, **fields: Any) -> dict[str, Any]:
+    """A row of LLaVA's, by default one question and its answer; without an image if `image` is None or empty."""
+    turns = [{"from": ("human", "gpt")[n % 2], "value": text} for n, text in enumerate(texts or ("Q?", "A."))]
+    return {"id": 1, "conversations": turns} | ({"image": image} if image else {}) | fields
+
+
+def write_json_rows(path: Path, rows: Any) -> Path:
+    """Write rows as JSON, or as JSON lines if the name ends in `.jsonl`; return the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "\n".join(map(json.dumps, rows)) if path.suffix == ".jsonl" else json.dumps(rows)
+    path.write_text(text, "utf-8")
+    return path
+
+
+def read_examples(path: Path, **options: Any) -> tuple[list[Example], ReadLog]:
+    """Return the examples of an annotation file, and what was noted while reading."""
+    log = ReadLog()
+    return list(sources.read(path, log, **options)), log
+
+
+def read_records(*entries: Path | MixtureEntry, **options: Any) -> list[ImageRecord]:
+    """Return the records of annotation files, each with its images in `images` beside it."""
+    entries = tuple(entry if isinstance(entry, MixtureEntry) else MixtureEntry(file=entry) for entry in entries)
+    with read_mixture(entries, ReadLog(), **options) as mixture:
+        return list(mixture)
+
+
+def texts(examples: Sequence[Example]) -> list[list[str]]:
+    """The texts of the turns of each example."""
+    return [[turn.text for turn in example.conversation.turns] for example in examples]
+
+
+def assert_one_line(error: pytest.ExceptionInfo[Exception], *names: object) -> None:
+    """Check that an error is one line that has these names."""
+    text = str(error.value)
+    assert "\n" not in text
+    for name in names:
+        assert str(name) in text
+
+
+def png_of_size(width: int, height: int, packed: bytes = b"") -> bytes:
+    """A PNG that claims a size; its data are nothing, or what is given, compressed."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", packed) + chunk(b"IEND", b"")

@@ -1,0 +1,212 @@
+"""Files of rows in every form: each row is read in each pass, and a broken file is one line that names it."""
+
+import itertools
+import json
+import subprocess
+import sys
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from reverie_jax.data import row_files
+from reverie_jax.data.row_files import Rows, read_items, read_rows, write_rows
+from reverie_jax.data.sources import ReadLog, llava
+from reverie_jax.errors import DataError
+from tests.data.fakes import Given, assert_one_line, llava_row, png, write_json_rows
+
+numbers = st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False)
+letters = st.text(st.characters(exclude_categories=("Cs",)), max_size=8)
+values = st.recursive(
+    st.none() | st.booleans() | numbers | letters,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(letters, inner, max_size=3),
+    max_leaves=6,
+)
+objects = st.dictionaries(letters, values, max_size=3)
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+@settings(max_examples=50)
+@given(rows=st.lists(objects, min_size=1, max_size=4), ascii=st.booleans(), indent=st.sampled_from([None, 2]))
+def test_rows_are_the_same_in_each_pass(tmp_path_factory, name, rows, ascii, indent):
+    path = tmp_path_factory.mktemp("rows") / name
+    if name == "a.json":
+        text = json.dumps(rows, ensure_ascii=ascii, indent=indent)
+    else:
+        text = "\n\n".join(json.dumps(row, ensure_ascii=ascii) for row in rows) + "\n"
+    path.write_bytes(text.encode("utf-8"))
+    result = Rows(path)
+    assert list(result) == rows
+    assert [row for pair in zip(result, result, strict=True) for row in pair] == [row for row in rows for _ in range(2)]
+
+
+@settings(max_examples=50)
+@given(rows=st.dictionaries(letters.filter(bool), objects, min_size=1, max_size=4))
+def test_rows_of_an_object_get_their_ids(tmp_path_factory, rows):
+    path = tmp_path_factory.mktemp("rows") / "a.json"
+    write_rows(path, rows)
+    assert list(Rows(path)) == [{"pid": key} | row for key, row in rows.items()]
+    assert Rows(path).is_object
+
+
+def test_parquet_rows_are_the_same_in_each_pass(tmp_path):
+    rows = [{"a": number, "b": [{"c": b"\0\xff", "d": None}], "e": "茶\n"} for number in range(100)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=7)
+    result = Rows(tmp_path / "a.parquet")
+    assert list(result) == rows == list(result)
+    assert list(itertools.islice(result, 3)) == rows[:3]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ('  \n\t[{"a": 1}]', [{"a": 1}]),
+        ('[\n{"a": 1}\n]\n\n', [{"a": 1}]),
+        ('\r\n{"7": {"a": 1}}\n', [{"pid": "7", "a": 1}]),
+        (" " * 100 + '{"7": {"a": 1}}', [{"pid": "7", "a": 1}]),
+        ('{"1": {"a": 1}, "2": 5, "3": {"a": 3}}', [{"pid": "1", "a": 1}, 5, {"pid": "3", "a": 3}]),
+        ('{"a": 1}\n{"a": 2}\n', [{"a": 1}, {"a": 2}]),
+        ('{"a": {"b": 1}, "c": 2}\r\n{"a": 2}\r\n', [{"a": {"b": 1}, "c": 2}, {"a": 2}]),
+        (f'[{{"a": {"[" * 500}{"]" * 500}}}]', None),  # deeper than anyone writes
+    ],
+    ids=lambda value: repr(value)[:25],
+)
+def test_forms_of_json_files(tmp_path, content, expected):
+    (tmp_path / "a.json").write_text(content)
+    rows = list(Rows(tmp_path / "a.json"))
+    assert rows == expected if expected else len(rows) == 1
+
+
+GOOD = json.dumps(llava_row("a.png"))
+BROKEN = {
+    "truncated list": ("a.json", f'[{GOOD}, {{"id": 2, "conv'),
+    "list without an end": ("a.json", f"[{GOOD},"),
+    "garbage after a list": ("a.json", f"[{GOOD}] garbage"),
+    "two lists": ("a.json", f"[{GOOD}][{GOOD}]"),
+    "a comma too many": ("a.json", f"[{GOOD},]"),
+    "NaN": ("a.json", '[{"a": NaN}]'),
+    "a control character": ("a.json", '[{"a": "\x01"}]'),
+    "an unknown escape": ("a.json", '[{"a": "\\x"}]'),
+    "empty": ("a.json", ""),
+    "white space": ("a.json", " \n"),
+    "a number": ("a.json", "3"),
+    "a text": ("a.json", '"rows"'),
+    "null": ("a.json", "null"),
+    "an empty list": ("a.json", "[]"),
+    "an empty object": ("a.json", "{}"),
+    "an object of texts": ("a.json", '{"a": "b"}'),
+    "a single row": ("a.json", GOOD),
+    "truncated object": ("a.json", f'{{"1": {GOOD}, "2": {{"id"'),
+    "garbage after an object": ("a.json", f'{{"1": {GOOD}, "2": 5}} garbage'),
+    "truncated line": ("a.jsonl", f'{GOOD}\n{{"id": 2, "conv'),
+    "garbage in a line": ("a.jsonl", f"{GOOD}\n{GOOD} garbage\n"),
+    "NaN in a line": ("a.jsonl", '{"a": -Infinity}\n'),
+    "a list of lines": ("a.jsonl", f"[{GOOD},\n{GOOD}]"),
+    "no lines": ("a.jsonl", "\n \n"),
+    "deep lines": ("a.jsonl", "[" * 100_000 + "]" * 100_000),
+    "not UTF-8": ("a.json", b'[{"a": "\xff"}]'),
+    "lines not UTF-8": ("a.jsonl", b'{"a": "\xff"}\n'),
+    "UTF-16": ("a.json", f"[{GOOD}]".encode("utf-16")),
+    "lines in UTF-16": ("a.jsonl", GOOD.encode("utf-16")),
+    "an image": ("a.json", png()),
+    "lines of an image": ("a.jsonl", png()),
+    "not Parquet": ("a.parquet", png()),
+    "missing": ("a.json", None),
+    "missing lines": ("a.jsonl", None),
+    "missing Parquet": ("a.parquet", None),
+}
+
+
+@pytest.mark.parametrize(("name", "content"), BROKEN.values(), ids=BROKEN)
+def test_a_broken_file_is_named_once(tmp_path, name, content):
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(DataError) as error:
+        read_rows(path)
+    assert_one_line(error, path)
+    assert str(error.value).count(str(tmp_path)) == 1
+
+
+def test_a_folder_is_not_a_file_of_rows(tmp_path):
+    with pytest.raises(DataError, match=tmp_path.name):
+        read_rows(tmp_path)
+
+
+@settings(max_examples=25)
+@given(st.data())
+def test_every_truncated_file_is_refused(tmp_path_factory, data):
+    rows = data.draw(st.sampled_from([[llava_row("a.png")] * 2, {"1": llava_row("a.png"), "2": llava_row("b.png")}]))
+    text = json.dumps(rows)
+    path = tmp_path_factory.mktemp("cut") / "a.json"
+    path.write_text(text[: data.draw(st.integers(0, len(text) - 1))])
+    with pytest.raises(DataError) as error:
+        read_rows(path)
+    assert_one_line(error, path)
+
+
+@pytest.mark.parametrize(("name", "start", "end"), [("a.json", "[", "]"), ("a.jsonl", "", "")])
+def test_a_broken_row_is_named_by_its_number(tmp_path, name, start, end):
+    (tmp_path / name).write_text(start + (",\n" if start else "\n").join([*[GOOD] * 41, '{"id": 1,,}']) + end)
+    with pytest.raises(DataError, match=r"row 41\b"):
+        read_rows(tmp_path / name)
+
+
+@pytest.mark.parametrize("form", ['[{"a": %s}]', '{"1": {"a": %s}}'])
+def test_deep_nesting_does_not_fill_the_memory(tmp_path, form):
+    path = tmp_path / "a.json"
+    path.write_text(form % ("[" * 30_000 + "]" * 30_000))
+    code = """
+import pathlib, resource, sys
+resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
+from reverie_jax.data.row_files import Rows
+from reverie_jax.errors import DataError
+try:
+    list(Rows(pathlib.Path(sys.argv[1])))
+except DataError as error:
+    print(error)
+"""
+    command = [sys.executable, "-c", code, str(path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr[-300:]
+    assert str(path) in result.stdout
+
+
+def test_a_row_without_an_end_is_not_read_to_the_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(row_files, "_MAX_ROW_BYTES", 50_000)
+    (tmp_path / "a.json").write_text(f'[{GOOD}, "{"x" * 100_000}')
+    with pytest.raises(DataError, match="50,000"):
+        read_rows(tmp_path / "a.json")
+    write_json_rows(tmp_path / "b.json", [GOOD * 100] * 100)
+    assert len(read_rows(tmp_path / "b.json")) == 100  # the limit is of a row, not of the file
+
+
+def test_a_deeply_nested_turn_is_an_invalid_row():
+    nested, log = [], ReadLog()
+    for _ in range(200_000):
+        nested = [nested]
+    examples = list(llava.read_examples(Given([llava_row("a.png"), {"conversations": [nested, 3]}]), log))
+    assert (len(examples), [where for where, _ in log.problems]) == (1, ["f: row 1"])
+
+
+def test_lists_of_an_object_are_read_by_name(tmp_path):
+    path = write_json_rows(tmp_path / "a.json", {"info": {"a": [1]}, "b": [{"c": [0.5]}, 2], "a": [], "d": 3})
+    assert {key: list(read_items(path, key)) for key in "abde"} == {"a": [], "b": [{"c": [0.5]}, 2], "d": [], "e": []}
+    for content in (None, b'{"b": [1, 2', b'{"b": [NaN]}', b"\xff"):
+        path.unlink(missing_ok=True)
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(DataError) as error:
+            list(read_items(path, "b"))
+        assert_one_line(error, path)
+
+
+def test_minimum_of_rows(tmp_path):
+    path = write_json_rows(tmp_path / "a.json", [])
+    assert read_rows(path, min_rows=0) == []
+    write_rows(path, [{"a": 1}])
+    assert read_rows(path, min_rows=1) == [{"a": 1}]
+    with pytest.raises(DataError, match=r"a\.json"):
+        read_rows(path, min_rows=2)
