@@ -8,7 +8,7 @@ import importlib.metadata
 from reverie_jax.errors import UserError
 from reverie_jax.eval.benchmarks.interface import Benchmark
 
-_HOMES = {
+_BUILT_IN = {
     "pope": "pope:Pope",
     "mme": "mme:Mme",
     "mmbench": "mmbench:MmBench",
@@ -29,23 +29,23 @@ _HOMES = {
 }
 
 GROUP = "reverie_jax.benchmarks"
-"""Entry-point group of further benchmarks; each is a class that is called without arguments."""
+"""Entry-point group of benchmarks in other packages; each entry is a class that is called without arguments."""
 
 
 def names() -> tuple[str, ...]:
     """Return the names of all benchmarks: built in, then registered under `GROUP` by installed packages."""
-    return (*_HOMES, *importlib.metadata.entry_points(group=GROUP).names)
+    return (*_BUILT_IN, *importlib.metadata.entry_points(group=GROUP).names)
 
 
 def benchmark(name: str) -> Benchmark:
-    """Return the benchmark of that name; its module is imported when it is first asked for.
+    """Return the benchmark of a name; its module is imported at the first use.
 
     Raises:
-        UserError: there is no such benchmark.
+        UserError: The name is unknown.
     """
-    if name in _HOMES:
-        module, made = _HOMES[name].split(":")
-        return getattr(importlib.import_module(f"{__name__}.{module}"), made)()
-    for found in importlib.metadata.entry_points(group=GROUP, name=name):
-        return found.load()()
+    if name in _BUILT_IN:
+        module, cls = _BUILT_IN[name].split(":")
+        return getattr(importlib.import_module(f"{__name__}.{module}"), cls)()
+    for entry in importlib.metadata.entry_points(group=GROUP, name=name):
+        return entry.load()()
     raise UserError(f"unknown benchmark {name!r}; choose from {', '.join(names())}")

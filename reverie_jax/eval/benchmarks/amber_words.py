@@ -1,4 +1,4 @@
-"""AMBER's descriptions: which nouns are not in the picture (`inference.py` of junyangwang0410/AMBER)."""
+"""AMBER's descriptions: which nouns are not in the image (`inference.py` of junyangwang0410/AMBER)."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from reverie_jax.eval.benchmarks.interface import BenchmarkError
 SIMILAR = 0.8
 
 Nouns = Callable[[str], Sequence[str]]
-"""A text's nouns as lemmas, in order, repeats included."""
+"""Returns the nouns of a text as lemmas, in order, repeats included."""
 Similarity = Callable[[str, str], float]
 
 
 @functools.cache
 def tools() -> tuple[Nouns, Similarity]:
-    """Those of the official script: NLTK's tagger and lemmas, vectors of spaCy's en_core_web_lg.
+    """Return the tools of the official script: NLTK's tagger and lemmas, vectors of spaCy's en_core_web_lg.
 
     Raises:
-        BenchmarkError: they are not installed.
+        BenchmarkError: They are not installed.
     """
     try:
         import nltk
@@ -30,23 +30,23 @@ def tools() -> tuple[Nouns, Similarity]:
         def nouns(text: str) -> list[str]:
             return [lemmatize(word) for word, tag in nltk.pos_tag(nltk.word_tokenize(text)) if tag.startswith("NN")]
 
-        nouns("Dogs.")  # the data is read when it is first asked for
+        nouns("Dogs.")  # the data is read at the first call
         document = functools.cache(spacy.load("en_core_web_lg"))
     except (ImportError, LookupError, OSError) as error:
         reason = next((line.strip(" *") for line in str(error).splitlines() if line.strip(" *")), type(error).__name__)
         raise BenchmarkError(
             "amber: descriptions are scored with NLTK's punkt_tab, averaged_perceptron_tagger_eng and wordnet and spaCy's "
-            f"en_core_web_lg, which are not all here ({reason}); `pip install nltk spacy`, `python -m nltk.downloader "
-            "punkt_tab averaged_perceptron_tagger_eng wordnet`, `python -m spacy download en_core_web_lg`"
+            f"en_core_web_lg, not all of which are installed ({reason}); run `pip install nltk spacy`, `python -m "
+            "nltk.downloader punkt_tab averaged_perceptron_tagger_eng wordnet` and `python -m spacy download en_core_web_lg`"
         ) from None
     return nouns, functools.cache(lambda one, other: float(document(one).similarity(document(other))))
 
 
 class _Words:
-    """One list of a picture's words with what goes with them, and which of the words were mentioned.
+    """A list of an image's words with their associated words, and which words were mentioned.
 
-    Associations stand before the words themselves, and the first entry that fits is credited: of a word that is twice in the
-    list, the second never is.
+    Associated words come before the words themselves, and the first entry that matches is credited; a duplicate in the list
+    is never credited.
     """
 
     def __init__(self, words: Sequence[str], relation: Mapping[str, Sequence[str]]):
@@ -55,7 +55,7 @@ class _Words:
         self._credited = [False] * len(words)
 
     def credit(self, fits: Callable[[str], bool]) -> bool:
-        """Credits the first entry that fits; whether there is one."""
+        """Credit the first entry that fits, and return whether there is one."""
         for word, owner in self._entries:
             if fits(word):
                 self._credited[owner] = True
@@ -70,7 +70,7 @@ class _Words:
         return len(self._credited)
 
 
-def described(
+def score_description(
     nouns: Sequence[str],
     truth: Sequence[str],
     hallu: Sequence[str],
@@ -78,13 +78,15 @@ def described(
     safe: frozenset[str],
     similarity: Similarity,
 ) -> tuple[dict[str, float], list[str]]:
-    """What a description adds to the sums, and the nouns that are flagged.
+    """Return what a description adds to the sums, and its flagged nouns.
 
     Args:
-        truth: what is in the picture.
-        hallu: what models are prone to see in it.
-        relation: words and what goes with them.
+        nouns: of the description.
+        truth: words for what is in the image.
+        hallu: words for what models tend to see in it.
+        relation: words with the words that go with each.
         safe: words that are never flagged.
+        similarity: of two words.
     """
     vocabulary = relation.keys() | {other for others in relation.values() for other in others}
     kept = [noun for noun in nouns if noun in vocabulary]
@@ -98,7 +100,7 @@ def described(
 
         if noun in safe or true.credit(same):
             continue
-        # Both, as officially: the noun itself may stand behind a word that is like it.
+        # Both, as officially: a similar word may come before the noun itself.
         false.credit(same)
         false.credit(similar)
         if not true.credit(similar):

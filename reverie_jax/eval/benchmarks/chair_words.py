@@ -1,10 +1,10 @@
-"""COCO's 80 classes by their words, and CHAIR's way of finding them in a caption (Rohrbach et al., arXiv 1809.02156).
+"""Words of COCO's 80 classes, and CHAIR's method of finding them in a caption (Rohrbach et al., arXiv 1809.02156).
 
 Sources of the tables: `data/synonyms.txt` and the phrases in `utils/chair.py` of LisaAnne/Hallucination (quirks kept: two
 words with a leading space and one capital never match); what RLHF-V's `eval/data/synonyms_refine.txt` adds; abbreviations of
 Punkt's English model (Kiss & Strunk 2006), as NLTK has it.
 
-Nothing is downloaded. NLTK's word splitter needs no data, TextBlob carries a sibling of `pattern.en`'s singulariser, and of
+Nothing is downloaded. NLTK's word splitter needs no data, TextBlob carries a sibling of `pattern.en`'s singularizer, and of
 Punkt's model only the abbreviations say whether a full stop stays with its word where all is lower case.
 """
 
@@ -119,7 +119,7 @@ SYNONYMS = (
     "hair drier, hairdryer",
     "toothbrush",
 )
-"""A class a row, its own name first. 416 entries, 403 of them distinct."""
+"""One class per row, its own name first: 416 entries, 403 of them distinct."""
 
 PHRASES = (
     *("motor bike", "motor cycle", "air plane", "traffic light", "street light", "traffic signal", "stop light"),
@@ -127,7 +127,7 @@ PHRASES = (
     *("tennis racket", "wine glass", "hot dog", "cell phone", "mobile phone", "teddy bear", "hair drier"),
     *("potted plant", "bow tie", "laptop computer", "stove top oven", "home plate", "train track"),
 )
-"""What counts as one word. "home plate" and "train track" are no objects: they keep "train" from being one."""
+"""Phrases that count as one word. "home plate" and "train track" are not objects, but keep "train" from counting."""
 
 _ANIMALS = ("bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe", "animal", "cub")
 _VEHICLES = ("jet", "train")
@@ -137,7 +137,7 @@ _MORE = {
     "dining table": ("coffee table",),
     "remote": ("remote control",),
 }
-"""What Object HalBench's list has beyond CHAIR's."""
+"""Synonyms that Object HalBench adds to CHAIR's."""
 
 _ABBREVIATIONS = (
     "a.a a.c a.d a.g a.h a.m a.m.e a.s a.t adm ala ariz aug ave b.f b.v bros c c.i.t c.o.m.b c.v calif chg cie co "
@@ -151,70 +151,72 @@ _ABBREVIATIONS = (
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    """What is an object, and of which class.
+    """Words of objects with their classes.
 
     Attributes:
         classes: by word.
-        merged: two words that are taken as one, and as which.
+        merged: pairs of words that count as one word, with that word.
     """
 
     classes: Mapping[str, str]
     merged: Mapping[str, str]
 
     def merge(self, words: Sequence[str], *, alone: bool = True) -> list[str]:
-        """Words, pairs that are one made one, from left to right.
+        """Return words with pairs merged, from left to right.
 
         Args:
-            alone: words that are in no pair are kept.
+            words: of a caption.
+            alone: keeps words that are not in a pair.
         """
-        found, at = [], 0
+        merged, at = [], 0
         while at < len(words):
             pair = " ".join(words[at : at + 2])
             if pair in self.merged:
-                found.append(self.merged[pair])
+                merged.append(self.merged[pair])
                 at += 2
             else:
-                found += [words[at]] if alone else []
+                merged += [words[at]] if alone else []
                 at += 1
-        return found
+        return merged
 
     def objects(self, words: Sequence[str]) -> list[tuple[str, str]]:
-        """The words that are objects, with their classes, repeats included. A toilet's seat is no chair."""
+        """Return the words that are objects, with their classes, repeats included. The seat of a toilet is not a chair."""
         if "toilet" in words and "seat" in words:
             words = [word for word in words if word != "seat"]
         return [(word, self.classes[word]) for word in words if word in self.classes]
 
     def mentions(self, caption: str, lemma: Callable[[str], str] | None = None) -> list[tuple[str, str]]:
-        """The objects that a caption mentions, with their classes, repeats included.
+        """Return the objects that a caption mentions, with their classes, repeats included.
 
         Args:
-            lemma: of a word; CHAIR's singulariser where it is None.
+            caption: to search.
+            lemma: returns the lemma of a word; CHAIR's singularizer if None.
         """
         return self.objects(self.merge([(lemma or singular)(word) for word in split(caption)]))
 
 
 def _merged(phrases: Sequence[str]) -> dict[str, str]:
-    """Pairs and what they count as: "baby" and "adult" before an animal, "passenger" before a vehicle are no persons."""
+    """Return pairs and their words: "baby" or "adult" before an animal, "passenger" before a vehicle are not persons."""
     return {
         **{phrase: phrase for phrase in phrases},
         **{f"{age} {animal}": animal for animal in _ANIMALS for age in ("baby", "adult")},
         **{f"passenger {vehicle}": vehicle for vehicle in _VEHICLES},
         "bow tie": "tie",
         "toilet seat": "toilet",
-        "wine glas": "wine glass",  # as the singulariser leaves it
+        "wine glas": "wine glass",  # as the singularizer writes it
     }
 
 
 @functools.cache
 def chair() -> Vocabulary:
-    """CHAIR's."""
+    """Return CHAIR's vocabulary."""
     rows = [row.split(", ") for row in SYNONYMS]
     return Vocabulary({word: row[0] for row in rows for word in row}, _merged(PHRASES))
 
 
 @functools.cache
 def refined() -> Vocabulary:
-    """Object HalBench's: no stray spaces, a few words more, and every synonym of several words is a phrase."""
+    """Return Object HalBench's: no stray spaces, a few more words, and every synonym of several words is a phrase."""
     rows = [[word.strip() for word in row.split(", ")] for row in SYNONYMS]
     classes = {word: row[0] for row in rows for word in [*row, *_MORE.get(row[0], ())]}
     return Vocabulary(classes, _merged([*(word for word in classes if " " in word), "home plate", "train track"]))
@@ -222,20 +224,20 @@ def refined() -> Vocabulary:
 
 @functools.cache
 def singular(word: str) -> str:
-    """As `pattern.en.singularize` has it, where an object may come of it. With its slips: "bus" becomes "bu", no object."""
-    # Where TextBlob's goes another way: Pattern leaves these as they are, and keeps the front of "minibuses".
+    """Singularize as `pattern.en`, for words that may become objects. Its slips are kept: "bus" becomes "bu"."""
+    # TextBlob differs here: Pattern leaves these unchanged, and keeps the front of "minibuses".
     if word.endswith(("collies", "doggies")):
         return word
     if word.endswith("buses"):
         return word.removesuffix("es")
-    from textblob.en.inflect import singularize  # NLTK comes with it, which takes a second to import
+    from textblob.en.inflect import singularize  # imports NLTK, which takes a second
 
     return str(singularize(word))
 
 
 @functools.cache
 def _splitters() -> tuple[Callable[[str], list[str]], Callable[[str], list[str]]]:
-    """Into sentences, and a sentence into words."""
+    """Return splitters of text into sentences, and of a sentence into words."""
     from nltk.tokenize.destructive import NLTKWordTokenizer
     from nltk.tokenize.punkt import PunktParameters, PunktSentenceTokenizer
 
@@ -245,8 +247,9 @@ def _splitters() -> tuple[Callable[[str], list[str]], Callable[[str], list[str]]
 
 
 def split(caption: str) -> list[str]:
-    """The words of a caption in lower case, as `nltk.word_tokenize` has them. Sentences count: only their last full stop is
-    split off its word.
+    """Split a caption into words in lower case, as `nltk.word_tokenize`.
+
+    Only the last full stop of a sentence is split off its word.
     """
     sentences, words = _splitters()
     return [word for sentence in sentences(caption.lower()) for word in words(sentence)]

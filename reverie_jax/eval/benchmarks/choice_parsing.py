@@ -1,4 +1,4 @@
-"""Which option an answer means: the inference of VLMEvalKit and that of lmms-eval, shared by the multiple-choice benchmarks.
+"""Parsers of the option that an answer means, as VLMEvalKit and lmms-eval infer it for multiple-choice benchmarks.
 
 Sources: VLMEvalKit's `matching_util.py` (commit e8e78f05), lmms-eval's `mmbench_evals.py` and `mcq_extract.py` (75571cfe).
 """
@@ -10,80 +10,80 @@ from collections.abc import Collection, Mapping, Sequence
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 NONE = "Z"
-"""What VLMEvalKit and its judges call none of the options."""
+"""VLMEvalKit's letter for none of the options."""
 
 Options = Mapping[str, str]
-"""Texts by letter."""
+"""Texts of options by letter."""
 
 _MARKS = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
-_IS = re.compile(r"answer\s+is\s+\**([a-d])", re.IGNORECASE)
+_ANSWER_IS = re.compile(r"answer\s+is\s+\**([a-d])", re.IGNORECASE)
 _REFUSALS = (
     "Sorry, I can't help with images of people yet.",
     "I can't process this file.",
     "I'm sorry, but without the image provided",
     "Cannot determine the answer",
 )
-"""VLMEvalKit's sentences that mean none of the options."""
+"""Sentences that VLMEvalKit parses as none of the options."""
 
 
-def lines(options: Options) -> str:
-    """Options as LLaVA writes them: `A. text`, a line each."""
+def format_options(options: Options) -> str:
+    """Return options as LLaVA writes them: `A. text`, a line each."""
     return "\n".join(f"{letter}. {text}" for letter, text in options.items())
 
 
 def vlmevalkit(answer: str, options: Options) -> str:
-    """VLMEvalKit: by letter, else by text. "Z" for none of the options; "" where it cannot be inferred."""
+    """Infer as VLMEvalKit, by letter, else by text: "Z" for none of the options, "" for an answer without an option."""
     return _vlmevalkit_letter(answer, options) or _vlmevalkit_text(answer, options)
 
 
 def _vlmevalkit_letter(answer: str, letters: Collection[str]) -> str:
-    """The only option letter among the words, if it is one of the last four. No article is told from option A.
+    """Return the only option letter among the words, if it is one of the last four; an article counts as option A.
 
-    Else the first "answer is X", where X need not end there and may be small: "the answer is blue" is B.
+    Otherwise the first "answer is X", where X may be the start of a word, in either case: "the answer is blue" is B.
     """
     if any(refusal in answer for refusal in _REFUSALS):
         return NONE
     words = answer.translate(_MARKS).split()
-    said = [letter for letter in letters if letter in words]
-    if len(said) == 1 and words.index(said[0]) > len(words) - 5:
-        return said[0]
-    if not said and NONE in words:
+    named = [letter for letter in letters if letter in words]
+    if len(named) == 1 and words.index(named[0]) > len(words) - 5:
+        return named[0]
+    if not named and NONE in words:
         return NONE
-    found = _IS.search(answer)
-    return found[1].upper() if found and found[1].upper() in letters else ""
+    match = _ANSWER_IS.search(answer)
+    return match[1].upper() if match and match[1].upper() in letters else ""
 
 
 def _vlmevalkit_text(answer: str, options: Options) -> str:
-    """The only option whose text is part of the answer; nothing where the answer is twice as long as all options."""
+    """Return the only option whose text is in the answer, unless the answer is over twice as long as all options."""
     if len(answer) > 2 * sum(map(len, options.values())):
         return ""
     return _only_text(answer, options)
 
 
 def _only_text(answer: str, options: Options) -> str:
-    said = [letter for letter, text in options.items() if text.lower() in answer.lower()]
-    return said[0] if len(said) == 1 else ""
+    named = [letter for letter, text in options.items() if text.lower() in answer.lower()]
+    return named[0] if len(named) == 1 else ""
 
 
 _WRAPPERS = ("{}.", "{},", "{}:", "{})", "{}).", "({})", "({}).", ":{}", ":{},", ":{}.", ":{})", ":{}).")
-"""lmms-eval's spellings of a letter that are a word, tried in this order."""
+"""Words of a letter that lmms-eval tries, in this order."""
 
 
-def lmms(answer: str, options: Options) -> str:
-    """lmms-eval without a judge (its `static` mode): MMBench's inference, else the extractor that ranks formats."""
-    return _lmms_letter(answer) or _only_text(answer, options) or ranked(answer, list(options))
+def lmms_eval(answer: str, options: Options) -> str:
+    """Infer as lmms-eval without a judge (its `static` mode): by MMBench's inference, else by ranks of formats."""
+    return _lmms_eval_letter(answer) or _only_text(answer, options) or ranked(answer, list(options))
 
 
-def _lmms_letter(answer: str) -> str:
-    """Letters are A to E, whatever the options are. A bare A among more than three words is taken for an article."""
+def _lmms_eval_letter(answer: str) -> str:
+    """Return a letter A to E, whatever the options are. A bare A among more than three words counts as an article."""
     words = answer.split()
-    said = [letter for letter in "ABCDE" if letter in words]
-    if len(said) == 1 and not ("A" in words and len(words) > 3):
-        return said[0]
+    named = [letter for letter in "ABCDE" if letter in words]
+    if len(named) == 1 and not ("A" in words and len(words) > 3):
+        return named[0]
     for wrapper in _WRAPPERS:
-        said = [letter for letter in "ABCDE" if wrapper.format(letter) in words]
-        if len(said) == 1:
-            return said[0]
+        named = [letter for letter in "ABCDE" if wrapper.format(letter) in words]
+        if len(named) == 1:
+            return named[0]
     return ""
 
 
@@ -102,13 +102,13 @@ _PHRASES = (
 )
 _FORMATS = {"({})": 6, "{}.": 5, "{}:": 4, "{})": 3, "{} ": 2}
 _START, _END, _PHRASE, _ANYWHERE = 10, 9, 7, 0
-"""Ranks of lmms-eval's formats; the highest that is there counts."""
+"""Ranks of lmms-eval's formats; the highest one in an answer counts."""
 
 
 def ranked(answer: str, letters: Sequence[str]) -> str:
-    """lmms-eval's extractor: the letter in the format of the highest rank, the last one of several in it.
+    """Return the letter in the format of the highest rank, the last one of several, as lmms-eval's extractor.
 
-    Whatever follows a phrase counts as said by it, letters within words too: it hardly ever finds nothing.
+    A letter anywhere behind a phrase counts, even within a word, so the extractor rarely returns nothing.
     """
     bare = answer.strip()
     for mark in ",.!?;:'\"":
@@ -116,17 +116,17 @@ def ranked(answer: str, letters: Sequence[str]) -> str:
     text, bare = f" {bare} ", bare.strip()
     small = text.lower()
     after = [small.find(phrase) + len(phrase) for phrase in _PHRASES if phrase in small]
-    found: list[tuple[int, int, str]] = []
+    candidates: list[tuple[int, int, str]] = []
     for letter in letters:
-        found += [
+        candidates += [
             (rank, text.rfind(form.format(letter)), letter)
             for form, rank in _FORMATS.items()
             if form.format(letter) in text
         ]
-        found += [(_PHRASE, text.find(letter, start), letter) for start in after if letter in text[start:]]
+        candidates += [(_PHRASE, text.find(letter, start), letter) for start in after if letter in text[start:]]
         if bare.startswith(letter) and not bare[1:2].isalpha():
-            found.append((_START, 0, letter))
+            candidates.append((_START, 0, letter))
         if bare.endswith(letter) and not bare[:-1][-1:].isalpha():
-            found.append((_END, len(text) - 1, letter))
-    found = found or [(_ANYWHERE, text.rfind(letter), letter) for letter in letters if letter in text]
-    return max(found)[2] if found else ""
+            candidates.append((_END, len(text) - 1, letter))
+    candidates = candidates or [(_ANYWHERE, text.rfind(letter), letter) for letter in letters if letter in text]
+    return max(candidates)[2] if candidates else ""

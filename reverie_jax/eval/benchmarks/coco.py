@@ -1,46 +1,28 @@
-"""COCO 2014's annotations, as captions are checked against them: classes with a segment, and five captions."""
+"""COCO 2014's annotations, which captions are checked against: classes with a segment, and five captions per image."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from reverie_jax.data.row_files import read_items
 from reverie_jax.errors import DataError
-from reverie_jax.eval.benchmarks import chair_words
+from reverie_jax.eval.benchmarks import chair_words, inputs
 from reverie_jax.eval.benchmarks.interface import BenchmarkError, require
 
 SPLITS = ("val", "train", "all")
-"""Of COCO's files; "all" is what CHAIR's own script makes of the others."""
-
-
-def list_items(path: Path, *keys: str) -> Iterator[tuple[str, Any]]:
-    """Yield (key, item) for the items of some lists of a COCO file, one list after the other, `annotations` last.
-
-    Raises:
-        BenchmarkError: The file cannot be read, or has no annotations.
-    """
-    try:
-        for key in keys:
-            yield from ((key, item) for item in read_items(path, key))
-        annotated = False
-        for item in read_items(path, "annotations"):
-            annotated = True
-            yield "annotations", item
-    except DataError as error:
-        raise BenchmarkError(str(error)) from None
-    require(annotated, f"{path}: not a file of COCO annotations (the list 'annotations' is missing or empty)")
+"""Splits of COCO's files; CHAIR's own script makes "all" of the others."""
 
 
 @dataclasses.dataclass
 class Coco:
-    """What COCO says of some pictures, by their ids.
+    """Annotations by image id.
 
     Attributes:
-        names: of the pictures' files.
+        names: names of the image files.
         segments: classes with a segment.
         captions: the reference captions.
     """
@@ -50,71 +32,106 @@ class Coco:
     captions: dict[int, list[str]] = dataclasses.field(default_factory=dict)
 
 
-def folder(data: Path) -> Path:
-    """Where COCO's annotations lie: the folder, or `annotations` in it."""
+def items(path: Path, key: str) -> Iterator[dict[str, Any]]:
+    """Yield the items of a list of a COCO file, one by one: the files have hundreds of megabytes.
+
+    Raises:
+        BenchmarkError: The file cannot be read, or the list is missing or empty.
+    """
+    empty = True
+    try:
+        for item in read_items(path, key):
+            empty = False
+            yield item
+    except DataError as error:
+        raise BenchmarkError(str(error)) from None
+    require(not empty, f"{path}: no {key}, so it is not a file of COCO's annotations")
+
+
+def annotation_folder(data: Path) -> Path:
+    """Return the folder with COCO's annotations: the folder itself, or `annotations` in it."""
     return next((place for place in (data, data / "annotations") if any(place.glob("instances_*2014.json"))), data)
 
 
 def read_coco(data: Path, ids: Sequence[int], needs: str) -> Coco:
-    """What COCO's files in a folder say of pictures, one split after the other until all are found.
+    """Read the annotations of images, one split after the other until all images are found.
+
+    Args:
+        data: the folder of COCO's files, or its parent.
+        ids: of the images.
+        needs: completes the message of an error.
 
     Raises:
-        BenchmarkError: a file is missing or broken, or a picture is in none.
+        BenchmarkError: A file is missing or invalid, or an image is in no file.
     """
-    place, coco, wanted = folder(data), Coco(), set(ids)
-    splits = [split for split in SPLITS if (place / f"instances_{split}2014.json").is_file()]
-    require(bool(splits), f"{data}: no instances_val2014.json there; {needs}")
+    folder, coco, wanted = annotation_folder(data), Coco(), set(ids)
+    splits = [split for split in SPLITS if (folder / f"instances_{split}2014.json").is_file()]
+    require(bool(splits), f"{data}: instances_val2014.json is missing; {needs}")
     for split in splits:
         if wanted <= coco.segments.keys():
             break
-        captions = place / f"captions_{split}2014.json"
+        captions = folder / f"captions_{split}2014.json"
         require(captions.is_file(), f"{captions}: no such file; {needs}")
-        _read_split(place / f"instances_{split}2014.json", captions, wanted, coco)
+        _read_instances(folder / f"instances_{split}2014.json", wanted, coco)
+        _read_captions(captions, wanted, coco)
     missing = [id for id in ids if id not in coco.segments]
     require(
         not missing,
-        f"{place}: {len(missing)} of {len(wanted)} pictures are not in {', '.join(f'{split}2014' for split in splits)}, "
+        f"{folder}: {len(missing)} of {len(wanted)} images are not in {', '.join(f'{split}2014' for split in splits)}, "
         f"the first is {missing[0] if missing else ''}; {needs}",
     )
     return coco
 
 
-def _read_split(instances: Path, captions: Path, wanted: set[int], coco: Coco) -> None:
-    """Adds what a split's two files say of the wanted pictures."""
-    classes, names = chair_words.chair().classes, dict[int, str]()
-    found: dict[int, set[int]] = {}
-    path = instances
+def _read_instances(path: Path, wanted: set[int], coco: Coco) -> None:
+    """Add classes and file names of a split's images."""
+    classes = chair_words.chair().classes
     try:
-        for key, item in list_items(instances, "categories", "images"):
-            if key == "categories":
-                names[item["id"]] = classes[item["name"]]
-            elif key == "images":
-                if item["id"] not in wanted:
-                    continue
+        names = {item["id"]: classes[item["name"]] for item in items(path, "categories")}
+        for item in items(path, "images"):
+            if item["id"] in wanted:
                 coco.names[item["id"]] = item.get("file_name", "")
-                found.setdefault(item["id"], set())
-            elif item["image_id"] in wanted:
-                found.setdefault(item["image_id"], set()).add(item["category_id"])
-        require(bool(names), f"{instances}: no categories there, so it is no file of COCO's instances")
-        path = captions
-        for _, item in list_items(captions):
+                coco.segments.setdefault(item["id"], set())
+        for item in items(path, "annotations"):
             if item["image_id"] in wanted:
-                found.setdefault(item["image_id"], set())
-                if not isinstance(item["caption"], str):
-                    raise TypeError(f"a caption of picture {item['image_id']} is {item['caption']!r}")
-                coco.captions.setdefault(item["image_id"], []).append(item["caption"])
-        path = instances
-        for id, numbers in found.items():
-            coco.segments.setdefault(id, set()).update(names[number] for number in numbers)
+                coco.segments.setdefault(item["image_id"], set()).add(names[item["category_id"]])
     except (KeyError, TypeError, AttributeError) as error:
-        raise BenchmarkError(f"{path}: no file of COCO's annotations ({error!r})") from None
+        raise BenchmarkError(f"{path}: not a file of COCO's annotations ({error!r})") from None
 
 
-def number(row: Any) -> int:
-    """COCO's id of a picture: a number, the name of its file, or a row that has one of them.
+def _read_captions(path: Path, wanted: set[int], coco: Coco) -> None:
+    """Add the reference captions of a split's images."""
+    try:
+        for item in items(path, "annotations"):
+            if item["image_id"] in wanted:
+                if not isinstance(item["caption"], str):
+                    raise TypeError(f"a caption of image {item['image_id']} is {item['caption']!r}")
+                coco.segments.setdefault(item["image_id"], set())
+                coco.captions.setdefault(item["image_id"], []).append(item["caption"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise BenchmarkError(f"{path}: not a file of COCO's annotations ({error!r})") from None
+
+
+def classes_of(
+    image: int, tables: Mapping[str, Any], words: chair_words.Vocabulary, lemma: Callable[[str], str] | None = None
+) -> set[str]:
+    """Return the classes in an image: those with a segment, and those that a reference caption mentions.
+
+    Args:
+        image: its id.
+        tables: `segments` and `captions` of `Coco`.
+        words: the vocabulary.
+        lemma: see `chair_words.Vocabulary.mentions`.
+    """
+    captions = tables["captions"].get(image, ())
+    return tables["segments"][image] | {name for text in captions for _, name in words.mentions(text, lemma)}
+
+
+def image_number(row: Any) -> int:
+    """Return COCO's id of an image from a number, the name of its file, or a row that has one of them.
 
     Raises:
-        ValueError: none is in it.
+        ValueError: It has no number.
     """
     if isinstance(row, Mapping):
         row = row["image_id"] if row.get("image_id") is not None else row["image"]
@@ -122,3 +139,21 @@ def number(row: Any) -> int:
     if digits is None:
         raise ValueError(f"no COCO id in {row!r}")
     return int(digits[1])
+
+
+def match_image(image: Any, by_image: Mapping[int, str]) -> str:
+    """Return the question about an image, or the image itself if there is none."""
+    try:
+        return str(by_image.get(image_number(image), image))
+    except ValueError:
+        return str(image)
+
+
+def file_name(image: int) -> str:
+    """Return the name of an image of val2014."""
+    return f"COCO_val2014_{image:012d}.jpg"
+
+
+def image_reader(folder: Path) -> Callable[[str], bytes]:
+    """Return a reader of images in a folder or COCO's folders in it; see `inputs.image_reader`."""
+    return inputs.image_reader(folder, *(folder / name for name in ("val2014", "train2014", "images")))

@@ -50,7 +50,9 @@ def parse_rows(path: Path, what: str, parse: Callable[[Any], T], *, min_rows: in
     """Return what `parse` returns for each row of a JSON, JSON-lines or Parquet file.
 
     Args:
+        path: of the file.
         what: name of a row in error messages.
+        parse: called with each row.
         min_rows: number of rows that the file must have.
 
     Raises:

@@ -3,14 +3,14 @@
 In the wild: `questions.jsonl` (`question_id`, `image`, `text`, `category`), `context.jsonl` (`image`, `caption`) and
 `answers_gpt4.jsonl` (`question_id`, `text`). COCO: `qa90_questions.jsonl`, `caps_boxes_coco2014_val_80.jsonl` (`image`,
 `captions`, `instances` of `category` and `bbox`) and `qa90_gpt4_answer.jsonl`, rated as RLHF-V does. The judge sees the
-context and no picture; a reply's first line is two numbers of 1 to 10, of the reference and of the model.
+context and no image; a reply's first line is two numbers of 1 to 10, of the reference and of the model.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,30 +18,28 @@ import numpy as np
 from jaxtyping import Float
 from numpy.typing import ArrayLike
 
-from reverie_jax.eval.benchmarks import files
+from reverie_jax.eval.benchmarks import inputs
 from reverie_jax.eval.benchmarks.interface import (
+    LMMS_EVAL,
     OFFICIAL,
-    Benchmark,
     BenchmarkData,
-    BenchmarkError,
     JudgeRequest,
-    ParsedAnswer,
     Question,
-    Scored,
-    Table,
+    Texts,
+    require,
 )
-from reverie_jax.eval.benchmarks.judged import fill, needed
-from reverie_jax.eval.statistics import Statistic
+from reverie_jax.eval.benchmarks.judged import JudgedBenchmark, fill
+from reverie_jax.eval.benchmarks.scoring import CountTable, ParsedAnswer, Scored, Statistic
 
 CATEGORIES = ("conv", "detail", "complex")
 FAILED = (-1.0, -1.0)
-"""What a reply without two numbers is read as."""
+"""Scores of a reply without two numbers."""
 
 
 def scores(reply: str) -> tuple[float, float]:
-    """The official reading: the first line, commas as spaces, is exactly two numbers with one space between; else `FAILED`.
+    """Return the two numbers of the first line, commas as spaces and one space between, as officially; else `FAILED`.
 
-    "8,7" is (8, 7); "8, 7" and "8 7 " are three pieces, so they fail.
+    "8,7" is (8, 7); "8, 7" and "8 7 " have three pieces, so they fail.
     """
     pieces = reply.split("\n")[0].replace(",", " ").split(" ")
     try:
@@ -52,111 +50,96 @@ def scores(reply: str) -> tuple[float, float]:
 
 
 def first_two(reply: str) -> tuple[float, float]:
-    """lmms-eval's: the first two numbers of the first line that is not empty ("Assistant 1: 8" is (1, 8))."""
+    """Return the first two numbers of the first line that is not empty, as lmms-eval ("Assistant 1: 8" is (1, 8))."""
     lines = reply.strip().split("\n")
     found = re.findall(r"-?\d+(?:\.\d+)?", lines[0].replace(",", " ").replace(";", " "))
     return (float(found[0]), float(found[1])) if len(found) >= 2 else FAILED
 
 
-_READERS = {OFFICIAL: scores, "lmms-eval": first_two}
+_PARSERS = {OFFICIAL: scores, LMMS_EVAL: first_two}
 _CELLS = ("rated", "reference", "model")
 _rounded = np.vectorize(lambda value: round(float(value), 3), otypes=[float])
-"""To three decimals as Python does; NumPy's own differs at ties."""
+"""To three decimals as Python rounds; NumPy's own differs at ties."""
 
 
-class _Rated(Benchmark):
-    """What both have in common.
+class _RatedBenchmark(JudgedBenchmark):
+    """Base of the two benchmarks.
 
     Attributes:
         sources: names of the files of questions, of contexts, of reference answers.
-        skips: replies that cannot be read are left out of the means; else their -1 is averaged in.
+        skips: leaves replies without two numbers out of the means; otherwise their -1 is averaged in.
     """
 
     max_new_tokens = 1024
-    judged: ClassVar[frozenset[str]]
     sources: ClassVar[tuple[str, str, str]]
     skips: ClassVar[bool]
 
     def context(self, row: Mapping[str, Any]) -> str:
-        """A picture in words."""
+        """Return an image in words."""
         raise NotImplementedError
 
-    def prompt(self, category: str) -> str:
-        """The name of the template for a category."""
+    def template(self, category: str) -> str:
+        """Return the name of the judge's template for a category."""
         raise NotImplementedError
 
     def titles(self, rule: str) -> dict[str, str]:
-        """The official names of all questions together ("") and of the categories."""
+        """Return the official names of the metrics by category, "" for all questions together."""
         return {"": "all", **{category: category for category in CATEGORIES}}
 
-    def pictures(self, folder: Path) -> Any:
-        return files.image_reader(folder, folder / "images")
+    def image_reader(self, folder: Path) -> Callable[[str], bytes]:
+        """Return a reader of images; see `inputs.image_reader`."""
+        return inputs.image_reader(folder, folder / "images")
 
     def load(self, data: Path) -> BenchmarkData:
+        """Read questions, contexts and reference answers; see `Benchmark.load`."""
         folder = data.parent if data.is_file() else data
-        asked, described, answered = (files.find(folder, name, benchmark=self) for name in self.sources)
-        contexts = dict(files.parse_rows(described, "context", lambda row: (row["image"], self.context(row))))
-        references = files.parse_rows(answered, "reference answer", lambda row: (str(row["question_id"]), _text(row)))
-        files.check_unique(answered, [id for id, _ in references])
-        reference = dict(references)
+        asked, described, answered = (inputs.find_file(folder, name, benchmark=self) for name in self.sources)
+        contexts = dict(inputs.parse_rows(described, "context", lambda row: (row["image"], self.context(row))))
+        rows = inputs.parse_rows(answered, "reference answer", lambda row: (str(row["question_id"]), _text(row)))
+        inputs.check_unique(answered, [id for id, _ in rows])
+        references = dict(rows)
 
-        def make(row: Mapping[str, Any]) -> Question:
+        def parse(row: Mapping[str, Any]) -> Question:
             id, image, category = row["question_id"], row["image"], row["category"]
             if category not in CATEGORIES:
-                raise ValueError(f"category {category!r}")
-            if image not in contexts:
-                raise BenchmarkError(f"{described}: no context for picture {image} of question {id}")
-            if str(id) not in reference:
-                raise BenchmarkError(f"{answered}: no reference answer to question {id}")
-            known = {"category": category, "context": contexts[image], "reference": reference[str(id)]}
-            return Question(id, image, _text(row), image, known)
+                raise ValueError(f"category is {category!r}")
+            require(image in contexts, f"{described}: context of image {image} (question {id}) is missing")
+            require(str(id) in references, f"{answered}: reference answer to question {id} is missing")
+            metadata = {"category": category, "context": contexts[image], "reference": references[str(id)]}
+            return Question(id, image, _text(row), image, metadata)
 
-        questions = files.parse_rows(asked, f"{self.name} question", make)
-        files.check_unique(asked, [question.id for question in questions])
-        return BenchmarkData(questions, self.pictures(folder), {"questions": len(questions)})
+        questions = inputs.parse_rows(asked, f"{self.name} question", parse)
+        inputs.check_unique(asked, [question.id for question in questions])
+        return BenchmarkData(questions, self.image_reader(folder), {"questions": len(questions)})
 
-    def requests(
-        self, loaded: BenchmarkData, answers: Mapping[str, str], rule: str, prompts: Mapping[str, str]
-    ) -> list[JudgeRequest]:
-        found = []
-        for question in loaded.questions:
-            id, known = str(question.id), question.known
-            if id in answers:
-                prompt = fill(
-                    prompts,
-                    self.prompt(known["category"]),
-                    context=known["context"],
-                    question=question.text,
-                    reference=known["reference"],
-                    answer=answers[id],
-                )
-                found.append(JudgeRequest(id, prompt))
-        return found
+    def question_requests(
+        self, loaded: BenchmarkData, question: Question, answers: Texts, prompts: Texts
+    ) -> Iterator[JudgeRequest]:
+        """Yield one request, with the context of the image and the reference answer."""
+        metadata = question.metadata
+        fields = {
+            "context": metadata["context"],
+            "reference": metadata["reference"],
+            "answer": answers[str(question.id)],
+        }
+        prompt = fill(prompts, self.template(metadata["category"]), question=question.text, **fields)
+        yield JudgeRequest(str(question.id), prompt)
 
     def score(
-        self,
-        loaded: BenchmarkData,
-        answers: Mapping[str, str],
-        rule: str = OFFICIAL,
-        replies: Mapping[str, str] | None = None,
+        self, loaded: BenchmarkData, answers: Texts, rule: str = OFFICIAL, replies: Texts | None = None
     ) -> Scored:
-        """A missing answer counts as a reply that cannot be read."""
-        said = needed(self, replies, (str(q.id) for q in loaded.questions if str(q.id) in answers))
-        kinds = [kind for kind in CATEGORIES if any(q.known["category"] == kind for q in loaded.questions)]
-        table = Table(
-            [f"{kind}/{cell}" for kind in kinds for cell in _CELLS],
-            loaded.units,
-        )
+        """Score by the judge's numbers; a missing answer counts as a reply without numbers."""
+        replies = self.replies_to(loaded, answers, replies)
+        kinds = [kind for kind in CATEGORIES if any(q.metadata["category"] == kind for q in loaded.questions)]
+        table = CountTable([f"{kind}/{cell}" for kind in kinds for cell in _CELLS], loaded.clusters)
         parsed_answers = []
         for question in loaded.questions:
-            id, kind = str(question.id), question.known["category"]
-            reference, model = _READERS[rule](said[id]) if id in answers else FAILED
+            id, kind = str(question.id), question.metadata["category"]
+            reference, model = _PARSERS[rule](replies[id]) if id in answers else FAILED
             unparsed = (reference, model) == FAILED
             if not (self.skips and reference == -1):
-                table.add(
-                    question.unit,
-                    {f"{kind}/rated": 1, f"{kind}/reference": reference, f"{kind}/model": model},
-                )
+                amounts = {f"{kind}/rated": 1, f"{kind}/reference": reference, f"{kind}/model": model}
+                table.add(question.cluster, amounts)
             parsed = "" if unparsed else f"{reference:g} {model:g}"
             parsed_answers.append(ParsedAnswer(question.id, parsed, None, unparsed, kind))
 
@@ -167,13 +150,13 @@ class _Rated(Benchmark):
             names = [kind] if kind else kinds
             columns = [[table[f"{name}/{cell}"] for name in names] for cell in _CELLS]
             metrics[title] = _relative(columns)
-            metrics[f"{title}/reference"] = _ten(columns[0], columns[1])
-            metrics[f"{title}/model"] = _ten(columns[0], columns[2])
+            metrics[f"{title}/reference"] = _mean_times_ten(columns[0], columns[1])
+            metrics[f"{title}/model"] = _mean_times_ten(columns[0], columns[2])
         protocol = {"parser": rule, "unread replies": "left out" if self.skips else "-1 for both, averaged in"}
-        return Scored(parsed_answers, table.units, table.counts, metrics, protocol)
+        return table.result(parsed_answers, metrics, protocol)
 
-    def export(self, loaded: BenchmarkData, answers: Mapping[str, str], out: Path) -> list[Path]:
-        """LLaVA's answer file. Its script zips the files, so all questions are there; and it wants an `answer_id`."""
+    def export(self, loaded: BenchmarkData, answers: Texts, out: Path) -> list[Path]:
+        """Write LLaVA's answer file. Its script zips files and reads `answer_id`, so all questions have a row."""
         rows: list[dict[str, Any]] = [
             {
                 "question_id": question.id,
@@ -185,79 +168,79 @@ class _Rated(Benchmark):
             }
             for question in loaded.questions
         ]
-        return [files.write_lines(out / f"{self.name}_answers.jsonl", rows)]
+        return [inputs.write_lines(out / f"{self.name}_answers.jsonl", rows)]
 
 
-class LlavaBench(_Rated):
-    """In the wild: 60 questions about 24 pictures."""
+class LlavaBench(_RatedBenchmark):
+    """LLaVA-Bench in the wild: 60 questions about 24 images."""
 
     name = "llava-bench"
+    published_items = 60
     judge_temperature = 0.2
-    rules = (OFFICIAL, "lmms-eval")
-    judged = frozenset(rules)
-    needs = "questions.jsonl, context.jsonl, answers_gpt4.jsonl and images/ of liuhaotian/llava-bench-in-the-wild"
+    rules = (OFFICIAL, LMMS_EVAL)
+    judged_rules = frozenset(rules)
+    required_files = (
+        "questions.jsonl, context.jsonl, answers_gpt4.jsonl and images/ of liuhaotian/llava-bench-in-the-wild"
+    )
     sources = ("questions.jsonl", "context.jsonl", "answers_gpt4.jsonl")
     skips = False
 
     def context(self, row: Mapping[str, Any]) -> str:
+        """Return the caption."""
         caption = row["caption"]
         return caption if isinstance(caption, str) else "\n".join(caption)
 
-    def prompt(self, category: str) -> str:
+    def template(self, category: str) -> str:
+        """Return the template of the category."""
         return f"llava_bench_{category}"
 
     def titles(self, rule: str) -> dict[str, str]:
+        """Return the names that LLaVA and lmms-eval give the metrics."""
         if rule == OFFICIAL:
             return {"": "all", **{category: f"llava_bench_{category}" for category in CATEGORIES}}
         return {"": "gpt_eval_llava_all", **{category: f"gpt_eval_llava_{category}" for category in CATEGORIES}}
 
 
-class LlavaBenchCoco(_Rated):
-    """90 questions about 30 pictures of COCO val2014, by RLHF-V's rule: a first number of -1 is left out of the means."""
+class LlavaBenchCoco(_RatedBenchmark):
+    """LLaVA-Bench COCO: 90 questions about 30 images of val2014, by RLHF-V's rule, which skips a first number of -1."""
 
     name = "llava-bench-coco"
-    judged = frozenset({OFFICIAL})
-    needs = (
+    required_files = (
         "qa90_questions.jsonl, qa90_gpt4_answer.jsonl and caps_boxes_coco2014_val_80.jsonl of the LLaVA repository in one "
-        "folder, and with --images COCO's val2014 pictures"
+        "folder, and with --images COCO's val2014 images"
     )
     sources = ("qa90_questions.jsonl", "caps_boxes_coco2014_val_80.jsonl", "qa90_gpt4_answer.jsonl")
     skips = True
 
     def context(self, row: Mapping[str, Any]) -> str:
+        """Return captions and boxes."""
         boxes = [f"{instance['category']}: {list(instance['bbox'])}" for instance in row["instances"]]
         return "\n".join(row["captions"]) + "\n\n" + "\n".join(boxes)
 
-    def prompt(self, category: str) -> str:
-        return "llava_bench_coco"  # officially the same words for all three
+    def template(self, category: str) -> str:
+        """Return the template, which is officially the same for all three categories."""
+        return "llava_bench_coco"
 
-    def pictures(self, folder: Path) -> Any:
-        """The questions name `000000441147.jpg`; COCO's file is `COCO_val2014_000000441147.jpg`."""
-        found = files.image_reader(folder, folder / "images", folder / "val2014")
-
-        def picture(name: str) -> bytes:
-            try:
-                return found(name)
-            except BenchmarkError:
-                return found(f"COCO_val2014_{name}")
-
-        return picture
+    def image_reader(self, folder: Path) -> Callable[[str], bytes]:
+        """Return a reader of `000000441147.jpg`, as questions name it, or COCO's `COCO_val2014_000000441147.jpg`."""
+        read = inputs.image_reader(folder, folder / "images", folder / "val2014")
+        return inputs.either(read, lambda name: read(f"COCO_val2014_{name}"))
 
 
 def _text(row: Mapping[str, Any]) -> str:
     if not isinstance(row["text"], str):
-        raise TypeError("text")
+        raise TypeError(f"text is {row['text']!r}")
     return row["text"]
 
 
 def _mean(over: ArrayLike, under: ArrayLike) -> Float[np.ndarray, "..."]:
-    """To three decimals, as the official summary rounds before it divides; 0 of nothing."""
+    """Divide, to three decimals as the official summary rounds before it divides the means; 0 where `under` is 0."""
     over, under = np.asarray(over), np.asarray(under)
     return _rounded(np.where(under > 0, over / np.where(under > 0, under, 1.0), 0.0))
 
 
 def _relative(columns: Sequence[Sequence[int]]) -> Statistic:
-    """Mean of the model over the mean of the reference, in percent."""
+    """Return the mean of the model over the mean of the reference, in percent."""
     rated, reference, model = map(list, columns)
 
     def statistic(sums: Float[np.ndarray, "... K"]) -> Float[np.ndarray, "..."]:
@@ -268,7 +251,7 @@ def _relative(columns: Sequence[Sequence[int]]) -> Statistic:
     return statistic
 
 
-def _ten(rated: Sequence[int], cells: Sequence[int]) -> Statistic:
-    """A mean rating times ten, as LLaVA's summary shows it."""
+def _mean_times_ten(rated: Sequence[int], cells: Sequence[int]) -> Statistic:
+    """Return a mean rating times ten, as LLaVA's summary shows it."""
     counts, values = list(rated), list(cells)
     return lambda sums: 10 * _mean(sums[..., values].sum(-1), sums[..., counts].sum(-1))

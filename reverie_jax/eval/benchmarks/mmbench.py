@@ -13,40 +13,38 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from reverie_jax.eval.benchmarks import choice_parsing, files, judged
+from reverie_jax.eval.benchmarks import choice_parsing, inputs, judged
 from reverie_jax.eval.benchmarks.interface import (
     LETTER,
+    LMMS_EVAL,
     OFFICIAL,
     Benchmark,
     BenchmarkData,
     BenchmarkError,
     JudgeRequest,
     NotScorable,
-    ParsedAnswer,
     Question,
-    Scored,
-    Table,
-    need,
-    share,
+    Texts,
+    require,
 )
-from reverie_jax.eval.statistics import Statistic
+from reverie_jax.eval.benchmarks.scoring import CountTable, ParsedAnswer, Scored, Statistic
 
 PASS = 1_000_000
-"""Between the indices of two passes of a question."""
+"""Difference between the indices of two passes of a question."""
 LETTER_CN = "请直接回答选项字母。"
 """LLaVA's suffix for MMBench-CN."""
-JUDGED, LMMS = "judged", "lmms-eval"
+JUDGED = "judged"
 
 _ASKED = "ABCD"
-_REFERENCE = 64
-"""Image cells of at most so many characters name the row that has the picture."""
+_MAX_REFERENCE = 64
+"""An image cell of at most so many characters is the index of the row that has the image."""
 _EMPTY = frozenset(
     (
         *("", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN"),
         *("<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null"),
     )
 )
-"""Cells that pandas, which both LLaVA and VLMEvalKit read the file with, takes for nothing."""
+"""Cells that pandas, with which LLaVA and VLMEvalKit read the file, parses as missing."""
 _ABILITIES = {
     "coarse_perception": "CP",
     "finegrained_perception (instance-level)": "FP-S",
@@ -58,40 +56,40 @@ _ABILITIES = {
 """VLMEvalKit's names of the level-2 abilities."""
 _GROUPS = ("split", "l2-category", "category")
 _NOT_UPLOADED = ("hint", "category", "source", "image", "comment", "l2-category")
-"""Columns that LLaVA leaves out of the upload."""
-_PLACE = 6
-"""Of the column `prediction` in the upload."""
+"""Columns that LLaVA omits from the upload."""
+_PREDICTION_COLUMN = 6
+"""Position of the column `prediction` in the upload."""
 _CHINESE = re.compile("[\u4e00-\u9fff]")
 _UNWRITABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f]")
 """Characters that an xlsx cell cannot hold."""
 
-_READERS: dict[str, Callable[[str, choice_parsing.Options], str]] = {
+_PARSERS: dict[str, Callable[[str, choice_parsing.Options], str]] = {
     OFFICIAL: choice_parsing.vlmevalkit,
     JUDGED: choice_parsing.vlmevalkit,
-    LMMS: choice_parsing.lmms,
+    LMMS_EVAL: choice_parsing.lmms_eval,
 }
 
 
-def _empty(cell: str | None) -> bool:
+def _is_empty(cell: str | None) -> bool:
     return cell is None or cell in _EMPTY or cell.lower() in ("nan", "none")
 
 
 class MmBench(Benchmark):
-    """See the module's docstring.
+    """MMBench, see the module's docstring.
 
-    The unit is the question with all its passes, named by the index of its first: they share a picture, and only all of them
-    together are right or wrong, so no resample may part them.
+    A cluster is a question with all its passes, named by the index of the first: only together are they right or wrong.
 
-    Rules: "official" is VLMEvalKit's exact matching, where an answer that no option can be inferred from is wrong unless a
-    judge's reply to it is there; "judged" needs those replies; "lmms-eval" is its `static` mode, with the same groups.
+    Rules: "official" is VLMEvalKit's exact matching, where an answer without an option is wrong unless there is a judge's
+    reply to it; "judged" needs those replies; "lmms-eval" is its `static` mode, with the same groups.
     """
 
     name = "mmbench"
+    published_items: ClassVar[int | None] = 4377  # rows of mmbench_dev_20230712, one per rotation
     expected_new_tokens = 8
-    rules = (OFFICIAL, JUDGED, LMMS)
-    judged = frozenset({JUDGED})
+    rules = (OFFICIAL, JUDGED, LMMS_EVAL)
+    judged_rules = frozenset({JUDGED})
     max_new_tokens = 1024
-    needs = (
+    required_files = (
         "a TSV of MMBench in English, from OpenCompass: mmbench_dev_20230712.tsv, which LLaVA uses, or "
         "MMBench_DEV_EN.tsv as VLMEvalKit has it"
     )
@@ -102,25 +100,26 @@ class MmBench(Benchmark):
     )
 
     def load(self, data: Path) -> BenchmarkData:
-        path = files.find(data, *self.patterns, benchmark=self)
-        rows, cells = _read(path)
+        """Read the TSV, and make the passes of questions that have only one; see `Benchmark.load`."""
+        path = inputs.find_file(data, *self.patterns, benchmark=self)
+        rows, images = _read(path)
         columns = list(next(iter(rows.values())))
         complete = any(index >= PASS for index in rows)
         if not complete:
             rows = {
-                index + number * PASS: _rotated(row, number)
+                index + number * PASS: _rotate(row, number)
                 for index, row in rows.items()
-                for number in range(max(1, len(_prefix(row))))
+                for number in range(max(1, len(_options_asked(row))))
             }
-        questions = [self._question(path, index, row, cells, rows) for index, row in rows.items()]
+        questions = [self._question(path, index, row, images, rows) for index, row in rows.items()]
 
-        def picture(name: str) -> bytes:
-            cell = cells.get(int(name)) if name.isdecimal() else None
-            need(cell is not None, f"{path}: no row {name} to take a picture from")
+        def read_image(name: str) -> bytes:
+            cell = images.get(int(name)) if name.isdecimal() else None
+            require(cell is not None, f"{path}: row {name}, which has the image, is missing")
             try:
                 return base64.b64decode("".join(str(cell).split()), validate=True)
             except (binascii.Error, ValueError) as error:
-                raise BenchmarkError(f"{path}: row {name}: its picture is no base64 ({error})") from None
+                raise BenchmarkError(f"{path}: row {name}: the image is not valid base64 ({error})") from None
 
         protocol = {
             "file": path.name,
@@ -128,149 +127,133 @@ class MmBench(Benchmark):
             "rows": len(rows),
             "passes": "rows of the file" if complete else "made here: options rotated to the left, a step a pass",
         }
-        return BenchmarkData(questions, picture, protocol, {"columns": columns})
+        return BenchmarkData(questions, read_image, protocol, {"columns": columns})
 
     def _question(
-        self, path: Path, index: int, row: dict[str, str], cells: dict[int, str], rows: Mapping[int, dict[str, str]]
+        self, path: Path, index: int, row: dict[str, str], images: dict[int, str], rows: Mapping[int, dict[str, str]]
     ) -> Question:
-        base = index % PASS
-        need(base in rows, f"{path}: row {index}: question {base} has no row of its own; take the whole file")
+        first = index % PASS
+        require(first in rows, f"{path}: row {index}: the first pass, row {first}, is missing; use the complete file")
         options = {
-            letter: row[letter] for letter in choice_parsing.LETTERS if letter in row and not _empty(row[letter])
+            letter: row[letter] for letter in choice_parsing.LETTERS if letter in row and not _is_empty(row[letter])
         }
         answer = row.get("answer", "")
-        # An option's text may be one of the words for nothing, as "None", and be right all the same.
-        need(
-            _empty(answer) or (len(answer) == 1 and answer in choice_parsing.LETTERS and bool(row.get(answer))),
-            f"{path}: row {index}: its answer {answer!r} is none of its options",
+        # The text of an option may be a word like "None", which is otherwise missing, and still be right.
+        require(
+            _is_empty(answer) or (len(answer) == 1 and answer in choice_parsing.LETTERS and bool(row.get(answer))),
+            f"{path}: row {index}: answer {answer!r} is not an option",
         )
-        parts = (
-            "" if _empty(row.get("hint")) else row["hint"],
-            row["question"],
-            choice_parsing.lines(_prefix(row)),
-            self.suffix,
-        )
-        text = "\n".join(part for part in parts if part)
-        known = {
+        hint = "" if _is_empty(row.get("hint")) else row["hint"]
+        parts = (hint, row["question"], choice_parsing.format_options(_options_asked(row)), self.suffix)
+        metadata = {
             "options": options,
-            "answer": "" if _empty(answer) else answer,
+            "answer": "" if _is_empty(answer) else answer,
             "question": row["question"],
-            "first": index == base,
+            "first": index == first,
             "row": row,
-            **{group: "" if _empty(row.get(group)) else row[group] for group in _GROUPS},
+            **{group: "" if _is_empty(row.get(group)) else row[group] for group in _GROUPS},
         }
-        # A pass we made has its question's picture; one of the file's may name any row's, and mostly repeats its question's.
-        holder = index if index in cells else base
-        cell = cells[holder]
-        image = cell if _refers(cell) else str(base) if cells.get(base) == cell else str(holder)
-        return Question(index, image, text, str(base), known)
+        # A generated pass has the image of its question; one of the file may refer to any row, mostly its question's.
+        holder = index if index in images else first
+        cell = images[holder]
+        image = cell if _refers(cell) else str(first) if images.get(first) == cell else str(holder)
+        return Question(index, image, "\n".join(part for part in parts if part), str(first), metadata)
 
     def score(
-        self,
-        loaded: BenchmarkData,
-        answers: Mapping[str, str],
-        rule: str = OFFICIAL,
-        replies: Mapping[str, str] | None = None,
+        self, loaded: BenchmarkData, answers: Texts, rule: str = OFFICIAL, replies: Texts | None = None
     ) -> Scored:
-        """A missing answer is wrong. `first_pass` is of the first passes alone, read in the same way."""
-        asked = {str(question.id): question for question in loaded.questions}
-        hidden = next((id for id, question in asked.items() if not question.known["answer"]), None)
-        if hidden is not None:
+        """Score questions with all passes; a missing answer is wrong. `first_pass` counts only the first passes."""
+        questions = {str(question.id): question for question in loaded.questions}
+        unlabeled = next((id for id, question in questions.items() if not question.metadata["answer"]), None)
+        if unlabeled is not None:
             raise NotScorable(
-                f"{self.name}: question {hidden} has no answer in {loaded.protocol.get('file')}, as all of the test split; "
-                f"`reverie score {self.name} --export FOLDER` writes the upload for the benchmark's server"
+                f"{loaded.protocol.get('file')}: question {unlabeled} has no answer, as in all of the test split; run "
+                f"`reverie score {self.name} --export FOLDER` for the upload to the benchmark's server"
             )
-        said = {id: _READERS[rule](answers.get(id, ""), question.known["options"]) for id, question in asked.items()}
-        unparsed = {id for id, letter in said.items() if not letter}
-        doubtful = [] if rule == LMMS else _open(asked, answers, said)
-        if rule == JUDGED and doubtful:
-            replies = judged.needed(self, replies, doubtful)
-        replied = [id for id in doubtful if id in (replies or {})]
-        for id in replied:
-            # VLMEvalKit asks three times and then draws an option by lot; here it is none of them.
-            said[id] = choice_parsing.vlmevalkit((replies or {})[id], asked[id].known["options"])
-        unparsed -= {id for id in replied if said[id]}
-        right = {id: said[id] == question.known["answer"] for id, question in asked.items()}
-        missed = {question.unit for id, question in asked.items() if not right[id]}
-        firsts = {id: question for id, question in asked.items() if question.known["first"]}
+        letters = {
+            id: _PARSERS[rule](answers.get(id, ""), question.metadata["options"]) for id, question in questions.items()
+        }
+        unparsed = {id for id, letter in letters.items() if not letter}
+        undecided = [] if rule == LMMS_EVAL else _undecided(questions, answers, letters)
+        if rule == JUDGED and undecided:
+            replies = judged.require_replies(self, replies, undecided)
+        judged_ids = [id for id in undecided if id in (replies or {})]
+        for id in judged_ids:
+            # VLMEvalKit asks three times and then draws an option at random; here it is none of them.
+            letters[id] = choice_parsing.vlmevalkit((replies or {})[id], questions[id].metadata["options"])
+        unparsed -= {id for id in judged_ids if letters[id]}
+        right = {id: letters[id] == question.metadata["answer"] for id, question in questions.items()}
+        missed = {question.cluster for id, question in questions.items() if not right[id]}
+        firsts = {id: question for id, question in questions.items() if question.metadata["first"]}
         groups = _groups(list(firsts.values()))
-        columns = [
-            "hits",
-            "questions",
-            "first",
-            *(f"{g}={name}/{what}" for g, name in groups for what in ("hits", "questions")),
-        ]
-        table = Table(columns, [question.unit for question in firsts.values()])
+        columns = [f"{group}={name}/{cell}" for group, name in groups for cell in ("hits", "questions")]
+        table = CountTable(["hits", "questions", "first", *columns], [question.cluster for question in firsts.values()])
         for id, question in firsts.items():
-            hit = float(question.unit not in missed)
-            table.add(question.unit, {"hits": hit, "questions": 1.0, "first": float(right[id])})
+            hit = float(question.cluster not in missed)
+            table.add(question.cluster, {"hits": hit, "questions": 1.0, "first": float(right[id])})
             for group, name in groups:
-                if question.known[group] == name:
-                    table.add(question.unit, {f"{group}={name}/hits": hit, f"{group}={name}/questions": 1.0})
+                if question.metadata[group] == name:
+                    table.add(question.cluster, {f"{group}={name}/hits": hit, f"{group}={name}/questions": 1.0})
         parsed_answers = [
-            ParsedAnswer(question.id, said[id], float(right[id]), id in unparsed, question.known["category"])
-            for id, question in asked.items()
+            ParsedAnswer(question.id, letters[id], float(right[id]), id in unparsed, question.metadata["category"])
+            for id, question in questions.items()
         ]
-        protocol = {"parser": rule, "not inferred": len(unparsed), "replies of a judge": len(replied)}
-        return Scored(parsed_answers, table.units, table.counts, _metrics(table, groups), protocol)
+        protocol = {"parser": rule, "not inferred": len(unparsed), "replies of a judge": len(judged_ids)}
+        return table.result(parsed_answers, _metrics(table, groups), protocol)
 
-    def key(self, row: Mapping[str, Any], loaded: BenchmarkData) -> str | None:
-        """LLaVA numbers the passes of `--all-rounds` apart, in `round_id`."""
+    def match_question(self, row: Mapping[str, Any], loaded: BenchmarkData) -> str | None:
+        """Match rows by index; LLaVA numbers the passes of `--all-rounds` in `round_id`."""
         id, number = row.get("question_id", row.get("index")), row.get("round_id") or 0
         if isinstance(id, int) and isinstance(number, int):
             return str(id + number * PASS)
         return None if id is None else str(id)
 
-    def requests(
-        self, loaded: BenchmarkData, answers: Mapping[str, str], rule: str, prompts: Mapping[str, str]
-    ) -> list[JudgeRequest]:
-        """What cannot be inferred, unless the question is missed by another pass anyway."""
+    def judge_requests(self, loaded: BenchmarkData, answers: Texts, rule: str, prompts: Texts) -> list[JudgeRequest]:
+        """Return requests about answers without an option, unless another pass has missed the question anyway."""
         if rule != JUDGED:
             return []
-        asked = {str(question.id): question for question in loaded.questions}
-        said = {
-            id: choice_parsing.vlmevalkit(answers.get(id, ""), question.known["options"])
-            for id, question in asked.items()
+        questions = {str(question.id): question for question in loaded.questions}
+        letters = {
+            id: choice_parsing.vlmevalkit(answers.get(id, ""), question.metadata["options"])
+            for id, question in questions.items()
         }
-        made = []
-        for id in _open(asked, answers, said):
-            known = asked[id].known
-            # VLMEvalKit goes by the question's language too, not by the file's.
-            name = "mmbench_cn" if _CHINESE.search(known["question"]) else "mmbench"
-            fields = {
-                "question": known["question"],
-                "options": choice_parsing.lines(known["options"]),
-                "answer": answers[id],
-            }
-            made.append(JudgeRequest(id, judged.fill(prompts, name, **fields).rstrip()))
-        return made
+        requests = []
+        for id in _undecided(questions, answers, letters):
+            metadata = questions[id].metadata
+            # VLMEvalKit goes by the language of the question, not of the file.
+            name = "mmbench_cn" if _CHINESE.search(metadata["question"]) else "mmbench"
+            options = choice_parsing.format_options(metadata["options"])
+            prompt = judged.fill(prompts, name, question=metadata["question"], options=options, answer=answers[id])
+            requests.append(JudgeRequest(id, prompt.rstrip()))
+        return requests
 
-    def export(self, loaded: BenchmarkData, answers: Mapping[str, str], out: Path) -> list[Path]:
-        """The xlsx that LLaVA uploads to MMBench's server: the file's columns without pictures, and `prediction`."""
+    def export(self, loaded: BenchmarkData, answers: Texts, out: Path) -> list[Path]:
+        """Write LLaVA's upload to MMBench's server: an xlsx of the file's columns without images, and `prediction`."""
         import pandas
 
-        columns = [column for column in loaded.known["columns"] if column not in _NOT_UPLOADED]
+        columns = [column for column in loaded.tables["columns"] if column not in _NOT_UPLOADED]
         rows = []
         for question in loaded.questions:
-            cells = {column: question.known["row"].get(column) for column in columns}
-            cells = {column: None if _empty(cell) else cell for column, cell in cells.items()}
+            cells = {column: question.metadata["row"].get(column) for column in columns}
+            cells = {column: None if _is_empty(cell) else cell for column, cell in cells.items()}
             text = answers.get(str(question.id))
             rows.append(cells | {"index": question.id, "prediction": text and _UNWRITABLE.sub("", text)})
-        columns.insert(_PLACE, "prediction")
+        columns.insert(_PREDICTION_COLUMN, "prediction")
         path = out / f"{self.name}.xlsx"
         try:
             out.mkdir(parents=True, exist_ok=True)
             pandas.DataFrame(rows, columns=columns).to_excel(path, index=False, engine="openpyxl")
         except ImportError:
-            raise BenchmarkError(f"{path}: writing it needs openpyxl; install that (pip install openpyxl)") from None
+            raise BenchmarkError(f"{path}: openpyxl is missing; run `pip install openpyxl`") from None
         return [path]
 
 
 class MmBenchCn(MmBench):
-    """MMBench with questions in Chinese, and LLaVA's Chinese suffix."""
+    """MMBench-CN: questions in Chinese, and LLaVA's Chinese suffix."""
 
     name = "mmbench-cn"
-    needs = (
+    published_items = None  # the number of questions of published scores is not known
+    required_files = (
         "a TSV of MMBench in Chinese, from OpenCompass: mmbench_dev_cn_20231003.tsv, which LLaVA uses, or "
         "MMBench_DEV_CN.tsv as VLMEvalKit has it"
     )
@@ -282,53 +265,50 @@ class MmBenchCn(MmBench):
 
 
 def _refers(cell: str) -> bool:
-    return len(cell) <= _REFERENCE and cell.isdecimal()
+    return len(cell) <= _MAX_REFERENCE and cell.isdecimal()
 
 
 def _read(path: Path) -> tuple[dict[int, dict[str, str]], dict[int, str]]:
-    """A TSV's rows without their pictures, and the pictures as they stand there, by index.
+    """Read the rows of a TSV without their images, and the image cells, by index.
 
-    A picture that several passes repeat, as in files of 2023, is kept once.
+    An image that several passes repeat, as in files of 2023, is kept once.
 
     Raises:
-        BenchmarkError: a row's index is no number or stands there twice; a row names another's picture that there is not.
+        BenchmarkError: An index is not a number or a duplicate; a row refers to an image that is missing.
     """
     rows: dict[int, dict[str, str]] = {}
-    cells: dict[int, str] = {}
-    for number, row in enumerate(files.read_tsv(path, ("index", "question", "A", "B", "image")), 1):
+    images: dict[int, str] = {}
+    for number, row in enumerate(inputs.read_tsv(path, ("index", "question", "A", "B", "image")), 1):
         try:
             index = int(row["index"])
         except ValueError:
-            raise BenchmarkError(f"{path}: row {number}: its index {row['index']!r} is no number") from None
-        need(index >= 0, f"{path}: row {number}: its index {index} is below 0")
-        need(index not in rows, f"{path}: question {index} stands there twice")
-        cell, first = row.pop("image").strip(), cells.get(index % PASS)
-        need(bool(cell), f"{path}: row {index} has no picture")
-        rows[index], cells[index] = row, first if first is not None and first == cell else cell
-    need(bool(rows), f"{path}: no question there")
-    for index, cell in cells.items():
-        if _refers(cell):
-            named = cells.get(int(cell))
-            need(
-                named is not None and not _refers(named),
-                f"{path}: row {index}: row {cell}, which it names, has no picture",
-            )
-    return rows, cells
+            raise BenchmarkError(f"{path}: row {number}: index {row['index']!r} is not a number") from None
+        require(index >= 0, f"{path}: row {number}: index {index} is negative")
+        require(index not in rows, f"{path}: duplicate question {index}")
+        cell, first = row.pop("image").strip(), images.get(index % PASS)
+        require(bool(cell), f"{path}: row {index} has no image")
+        rows[index], images[index] = row, first if first is not None and first == cell else cell
+    require(bool(rows), f"{path}: no questions")
+    for index, cell in images.items():
+        holder = images.get(int(cell)) if _refers(cell) else ""
+        valid = holder is not None and not _refers(holder)
+        require(valid, f"{path}: row {index} refers to row {cell[:_MAX_REFERENCE]}, which has no image")
+    return rows, images
 
 
-def _prefix(row: Mapping[str, str]) -> dict[str, str]:
-    """The options that LLaVA asks: from A on, up to the first that is empty."""
+def _options_asked(row: Mapping[str, str]) -> dict[str, str]:
+    """Return the options that LLaVA shows: from A on, up to the first empty one."""
     options: dict[str, str] = {}
     for letter in _ASKED:
-        if _empty(row.get(letter)):
+        if _is_empty(row.get(letter)):
             break
         options[letter] = row[letter]
     return options
 
 
-def _rotated(row: Mapping[str, str], steps: int) -> dict[str, str]:
-    """A pass of a question: its options moved to the left, and its answer with them."""
-    letters = list(_prefix(row))
+def _rotate(row: Mapping[str, str], steps: int) -> dict[str, str]:
+    """Return a pass of a question: options moved to the left, and the answer with them."""
+    letters = list(_options_asked(row))
     moved = {letter: row[letters[(place + steps) % len(letters)]] for place, letter in enumerate(letters)}
     answer = row.get("answer", "")
     if answer in letters:
@@ -336,29 +316,29 @@ def _rotated(row: Mapping[str, str], steps: int) -> dict[str, str]:
     return {**row, **moved}
 
 
-def _open(asked: Mapping[str, Question], answers: Mapping[str, str], said: Mapping[str, str]) -> list[str]:
-    """Answers that a judge decides: nothing is inferred, and no other pass has missed the question already."""
+def _undecided(questions: Mapping[str, Question], answers: Texts, letters: Texts) -> list[str]:
+    """Return answers that a judge decides: they have no option, and no other pass has missed the question."""
     missed = {
-        question.unit
-        for id, question in asked.items()
-        if id not in answers or (said[id] and said[id] != question.known["answer"])
+        question.cluster
+        for id, question in questions.items()
+        if id not in answers or (letters[id] and letters[id] != question.metadata["answer"])
     }
-    return [id for id, question in asked.items() if not said[id] and question.unit not in missed]
+    return [id for id, question in questions.items() if not letters[id] and question.cluster not in missed]
 
 
 def _groups(firsts: Sequence[Question]) -> list[tuple[str, str]]:
-    """Columns and their values that accuracy is told for: of splits only where there are several."""
-    names = {group: sorted({question.known[group] for question in firsts} - {""}) for group in _GROUPS}
+    """Return the columns and values that accuracy is reported for; splits only if there are several."""
+    names = {group: sorted({question.metadata[group] for question in firsts} - {""}) for group in _GROUPS}
     return [(group, name) for group in _GROUPS if group != "split" or len(names[group]) > 1 for name in names[group]]
 
 
-def _metrics(table: Table, groups: Sequence[tuple[str, str]]) -> dict[str, Statistic]:
-    """In percent. Groups by VLMEvalKit's names, level 2 before categories, and without a mean over them."""
-    found: dict[str, Statistic] = {
-        "accuracy": share(table["hits"], table["questions"], scale=100.0),
-        "first_pass": share(table["first"], table["questions"], scale=100.0),
+def _metrics(table: CountTable, groups: Sequence[tuple[str, str]]) -> dict[str, Statistic]:
+    """Return accuracies in percent, groups by VLMEvalKit's names; there is no mean over groups."""
+    metrics = {
+        "accuracy": table.ratio("hits", "questions", 100),
+        "first_pass": table.ratio("first", "questions", 100),
     }
     for group, name in groups:
-        over, under = table[f"{group}={name}/hits"], table[f"{group}={name}/questions"]
-        found[f"{_ABILITIES.get(name, name)}/accuracy"] = share(over, under, scale=100.0)
-    return found
+        title = f"{_ABILITIES.get(name, name)}/accuracy"
+        metrics[title] = table.ratio(f"{group}={name}/hits", f"{group}={name}/questions", 100)
+    return metrics

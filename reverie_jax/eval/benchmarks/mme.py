@@ -10,25 +10,21 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import numpy as np
-from jaxtyping import Float
-
-from reverie_jax.eval.benchmarks import files
+from reverie_jax.eval.benchmarks import inputs
 from reverie_jax.eval.benchmarks.interface import (
+    LMMS_EVAL,
     OFFICIAL,
     SHORT,
+    VLMEVALKIT,
     Benchmark,
     BenchmarkData,
     BenchmarkError,
-    ParsedAnswer,
     Question,
-    Scored,
-    Table,
-    need,
-    share,
+    Texts,
+    require,
 )
+from reverie_jax.eval.benchmarks.scoring import CountTable, ParsedAnswer, Scored, Statistic, total
 from reverie_jax.eval.benchmarks.yes_no import vlmevalkit_yes_no
-from reverie_jax.eval.statistics import Statistic
 
 PERCEPTION = (
     "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",
@@ -42,66 +38,72 @@ _CELLS = ("right", "questions", "both right", "images")
 
 
 def official(answer: str) -> str:
-    """Yes or no among the first four characters as they stand, spaces included; "" for what the tool calls other."""
+    """Return yes or no if it is in the first four characters, spaces included; "" for what the tool calls other."""
     head = clean(answer).lower()[:4]
     return "yes" if "yes" in head else "no" if "no" in head else ""
 
 
 def clean(answer: str) -> str:
-    """An answer on one line without tabs, as a result file can hold it; no longer and no shorter."""
+    """Return an answer of the same length without tabs and line ends, which a result file cannot have."""
     return answer.translate({ord(mark): " " for mark in "\n\r\t"})
 
 
-def _lmms(answer: str) -> str:
-    """lmms-eval: without full stops and spaces around it; a lone y or n counts, else the first four characters."""
+def _lmms_eval(answer: str) -> str:
+    """Parse as lmms-eval: full stops and outer spaces dropped; a lone y or n counts, else the first four characters."""
     text = answer.lower().strip().replace(".", "")
     return {"y": "yes", "n": "no"}.get(text, "") if len(text) == 1 else official(text)
 
 
-_READERS: Mapping[str, Callable[[str], str]] = {OFFICIAL: official, "lmms-eval": _lmms, "vlmevalkit": vlmevalkit_yes_no}
+_PARSERS: Mapping[str, Callable[[str], str]] = {
+    OFFICIAL: official,
+    LMMS_EVAL: _lmms_eval,
+    VLMEVALKIT: vlmevalkit_yes_no,
+}
 _SUMS = {
     OFFICIAL: ("perception", "cognition"),
-    "lmms-eval": ("mme_perception_score", "mme_cognition_score"),
-    "vlmevalkit": ("perception", "reasoning"),
+    LMMS_EVAL: ("mme_perception_score", "mme_cognition_score"),
+    VLMEVALKIT: ("perception", "reasoning"),
 }
-"""What each rule calls the sums over perception's and cognition's tasks."""
+"""Names of the sums over perception tasks and cognition tasks, by rule."""
 
 
 class Mme(Benchmark):
-    """See the module's docstring. Ids are LLaVA's, which name the image, with #1 or #2 for the line of the text file."""
+    """MME, see the module's docstring. Ids are LLaVA's (the image), with #1 or #2 for the line of the text file."""
 
     name = "mme"
+    published_items = 2374
     expected_new_tokens = 8
     yes_no = True
-    rules = (OFFICIAL, "lmms-eval", "vlmevalkit")
-    needs = f"{_FOLDER}, the folder that MME's authors send out, with a folder for each task"
+    rules = (OFFICIAL, LMMS_EVAL, VLMEVALKIT)
+    required_files = f"{_FOLDER}, the folder that MME's authors send out, with a folder for each task"
 
     def load(self, data: Path) -> BenchmarkData:
+        """Read the folders of tasks that are there; see `Benchmark.load`."""
         root = next((f for f in (data, data / _FOLDER) if any((f / task).is_dir() for task in TASKS)), None)
         if root is None:
             raise BenchmarkError(
-                f"{data}: no folder {TASKS[0]}, {TASKS[1]} or of another task there; mme needs {self.needs}"
+                f"{data}: folders of tasks ({TASKS[0]}, {TASKS[1]}, …) are missing; mme needs {self.required_files}"
             )
         questions: list[Question] = []
         images: dict[str, list[Question]] = {}
         for task in TASKS:
             folder = root / task
             texts = sorted(folder.glob("questions_answers_YN/*.txt")) or sorted(folder.glob("*.txt"))
-            need(bool(texts) or not folder.is_dir(), f"{folder}: no questions there; mme needs {self.needs}")
-            pictures = _pictures(folder)
+            require(bool(texts) or not folder.is_dir(), f"{folder}: no question files; mme needs {self.required_files}")
+            image_paths = _image_paths(folder)
             for path in texts:
-                # Scoring needs no pictures: without them the name is LLaVA's, as far as it can be known.
-                place = pictures.get(path.stem, f"{path.stem}.{'jpg' if task in PERCEPTION else 'png'}")
-                unit = f"{task}/{PurePosixPath(place).name}"
+                # Scoring needs no images: without them the name is LLaVA's, as far as it can be guessed.
+                image = image_paths.get(path.stem, f"{path.stem}.{'jpg' if task in PERCEPTION else 'png'}")
+                cluster = f"{task}/{PurePosixPath(image).name}"
                 pair = [
                     Question(
-                        f"{unit}#{number}",
-                        f"{task}/{place}",
+                        f"{cluster}#{number}",
+                        f"{task}/{image}",
                         f"{plain.replace(_ASK, '').strip()}\n{SHORT}",
-                        unit,
+                        cluster,
                         {"task": task, "label": label, "plain": plain},
                     )
-                    for number, (plain, label) in enumerate(_lines(path), 1)
+                    for number, (plain, label) in enumerate(_read_pair(path), 1)
                 ]
                 questions += pair
                 images[f"{task}/{path.stem}"] = pair
@@ -109,88 +111,84 @@ class Mme(Benchmark):
         protocol: dict[str, Any] = {"questions": len(questions), "images": len(images)}
         if absent:
             protocol["tasks that are not there"] = ", ".join(absent)
-        return BenchmarkData(questions, files.image_reader(root), protocol, {"images": images})
+        return BenchmarkData(questions, inputs.image_reader(root), protocol, {"images": images})
 
-    def key(self, row: Mapping[str, Any], loaded: BenchmarkData) -> str | None:
-        """LLaVA's answers name the image alone, twice; the prompt tells its two questions apart."""
-        said = super().key(row, loaded)
-        if said is None:
+    def match_question(self, row: Mapping[str, Any], loaded: BenchmarkData) -> str | None:
+        """Match rows by id, or LLaVA's rows, which name only the image, by image and prompt."""
+        id = super().match_question(row, loaded)
+        if id is None:
             return None
-        image, _, number = said.partition("#")
-        pair = loaded.known["images"].get(f"{image.split('/')[0]}/{PurePosixPath(image).stem}")
+        image, _, number = id.partition("#")
+        pair = loaded.tables["images"].get(f"{image.split('/')[0]}/{PurePosixPath(image).stem}")
         if pair is None:
-            return said
+            return id
         prompt = _bare(str(row.get("prompt", "")))
         for place, question in enumerate(pair, 1):
             if number == str(place) or (not number and prompt == _bare(question.text)):
                 return str(question.id)
         if number:
-            return said
-        raise ValueError(f"{image} has two questions, and the row's prompt is neither: {row.get('prompt')!r}")
+            return id
+        raise ValueError(f"{image} has two questions, and the prompt of the row is neither: {row.get('prompt')!r}")
 
-    def same(self, said: str, question: Question) -> bool:
-        """With or without the sentence that asks for yes or no: LLaVA takes it out."""
-        return _bare(said) == _bare(question.text)
+    def same_prompt(self, prompt: str, question: Question) -> bool:
+        """Compare without the sentence that asks for yes or no, which LLaVA removes."""
+        return _bare(prompt) == _bare(question.text)
 
     def score(
-        self,
-        loaded: BenchmarkData,
-        answers: Mapping[str, str],
-        rule: str = OFFICIAL,
-        replies: Mapping[str, str] | None = None,
+        self, loaded: BenchmarkData, answers: Texts, rule: str = OFFICIAL, replies: Texts | None = None
     ) -> Scored:
-        there = {question.known["task"] for question in loaded.questions}
-        tasks = [task for task in TASKS if task in there]
-        rights: dict[str, list[bool]] = {question.unit: [] for question in loaded.questions}
+        """Score yes and no; a missing answer is wrong."""
+        present = {question.metadata["task"] for question in loaded.questions}
+        tasks = [task for task in TASKS if task in present]
+        rights: dict[str, list[bool]] = {question.cluster: [] for question in loaded.questions}
         parsed_answers = []
         for question in loaded.questions:
-            known = question.known
-            said = _READERS[rule](answers.get(str(question.id), ""))
-            right = said == known["label"]
-            rights[question.unit].append(right)
-            parsed_answers.append(ParsedAnswer(question.id, said, float(right), not said, known["task"]))
-        table = Table([f"{task}/{cell}" for task in tasks for cell in _CELLS], list(rights))
-        for unit, pair in rights.items():
+            parsed = _PARSERS[rule](answers.get(str(question.id), ""))
+            right = parsed == question.metadata["label"]
+            rights[question.cluster].append(right)
+            parsed_answers.append(
+                ParsedAnswer(question.id, parsed, float(right), not parsed, question.metadata["task"])
+            )
+        table = CountTable([f"{task}/{cell}" for task in tasks for cell in _CELLS], list(rights))
+        for cluster, pair in rights.items():
             amounts = (sum(pair), len(pair), all(pair), 1)
-            task = unit.split("/")[0]
-            table.add(unit, {f"{task}/{cell}": float(n) for cell, n in zip(_CELLS, amounts, strict=True)})
-        return Scored(parsed_answers, table.units, table.counts, _metrics(table, tasks, rule), {"parser": rule})
+            task = cluster.split("/")[0]
+            table.add(cluster, {f"{task}/{cell}": float(n) for cell, n in zip(_CELLS, amounts, strict=True)})
+        return table.result(parsed_answers, _metrics(table, tasks, rule), {"parser": rule})
 
-    def export(self, loaded: BenchmarkData, answers: Mapping[str, str], out: Path) -> list[Path]:
-        """MME's result folder: a text file for each task, lines of image, question, label and answer."""
+    def export(self, loaded: BenchmarkData, answers: Texts, out: Path) -> list[Path]:
+        """Write MME's result folder: a text file for each task, with lines of image, question, label and answer."""
         out.mkdir(parents=True, exist_ok=True)
         rows: dict[str, list[str]] = {}
         for question in loaded.questions:
-            known, image = question.known, question.unit.partition("/")[2]
+            metadata, image = question.metadata, question.cluster.partition("/")[2]
             answer = clean(answers.get(str(question.id), ""))
-            line = "\t".join((image, known["plain"], known["label"].capitalize(), answer))
-            rows.setdefault(known["task"], []).append(line + "\n")
+            line = "\t".join((image, metadata["plain"], metadata["label"].capitalize(), answer))
+            rows.setdefault(metadata["task"], []).append(line + "\n")
         for task, lines in rows.items():
             (out / f"{task}.txt").write_text("".join(lines), "utf-8")
         return [out / f"{task}.txt" for task in rows]
 
 
-def _lines(path: Path) -> list[tuple[str, str]]:
-    """The two questions of a text file, and their labels as yes or no."""
+def _read_pair(path: Path) -> list[tuple[str, str]]:
+    """Read the two questions of a text file, and their labels as yes or no."""
     try:
         text = path.read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise BenchmarkError(f"{path}: cannot be read ({error})") from None
-    found = []
+    pairs = []
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             question, _, label = line.rstrip().rpartition("\t")
-            need(
-                bool(question.strip()) and label.strip().lower() in ("yes", "no"),
-                f"{path}: line {number} is not a question, a tab, and Yes or No",
-            )
-            found.append((question, label.strip().lower()))
-    need(len(found) == 2, f"{path}: {len(found)} questions where MME has two for each image; unpack the archive again")
-    return found
+            valid = bool(question.strip()) and label.strip().lower() in ("yes", "no")
+            require(valid, f"{path}: line {number} must be a question, a tab, and Yes or No")
+            pairs.append((question, label.strip().lower()))
+    require(len(pairs) == 2, f"{path}: {len(pairs)} questions instead of two for each image; unpack the archive again")
+    return pairs
 
 
-def _pictures(folder: Path) -> dict[str, str]:
-    """Where pictures lie below a task's folder, by their names without suffix."""
+def _image_paths(folder: Path) -> dict[str, str]:
+    """Return the paths of images below a task's folder, by their names without suffix."""
     found: dict[str, str] = {}
     for place in (folder / "images", folder):
         for path in sorted(place.iterdir()) if place.is_dir() else ():
@@ -200,31 +198,23 @@ def _pictures(folder: Path) -> dict[str, str]:
 
 
 def _bare(prompt: str) -> str:
-    """The question alone, to be compared."""
+    """Return the question without marker and suffixes, for comparison."""
     for part in ("<image>", SHORT, _ASK):
         prompt = prompt.replace(part, " ")
     return " ".join(prompt.split())
 
 
-def _metrics(table: Table, tasks: Sequence[str], rule: str) -> dict[str, Statistic]:
-    """Sums first, then each task's score, from 0 to 200: accuracy over questions plus accuracy over images, in percent."""
+def _metrics(table: CountTable, tasks: Sequence[str], rule: str) -> dict[str, Statistic]:
+    """Return sums, then the score of each task, from 0 to 200: accuracy over questions plus accuracy over images."""
     scores: dict[str, Statistic] = {}
     parts: dict[str, Statistic] = {}
     for task in tasks:
-        right, questions, both, images = (table[f"{task}/{cell}"] for cell in _CELLS)
-        parts[f"{task}/acc"] = share(right, questions, scale=100.0)
-        parts[f"{task}/acc+"] = share(both, images, scale=100.0)
-        scores[task] = _sum([parts[f"{task}/acc"], parts[f"{task}/acc+"]])
+        parts[f"{task}/acc"] = table.ratio(f"{task}/right", f"{task}/questions", 100)
+        parts[f"{task}/acc+"] = table.ratio(f"{task}/both right", f"{task}/images", 100)
+        scores[task] = total([parts[f"{task}/acc"], parts[f"{task}/acc+"]])
     sums = {
-        name: _sum([scores[task] for task in group if task in scores])
+        name: total([scores[task] for task in group if task in scores])
         for name, group in zip(_SUMS[rule], (PERCEPTION, COGNITION), strict=True)
         if any(task in scores for task in group)
     }
     return sums | scores | parts
-
-
-def _sum(statistics: Sequence[Statistic]) -> Statistic:
-    def statistic(sums: Float[np.ndarray, "... K"]) -> Float[np.ndarray, "..."]:
-        return np.asarray(np.sum([part(sums) for part in statistics], axis=0))
-
-    return statistic

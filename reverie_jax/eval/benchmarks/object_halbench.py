@@ -1,8 +1,8 @@
-"""Object HalBench: which objects of a description are not in the picture? (RLHF-V, Yu et al., arXiv 2312.00849, after
+"""Object HalBench: which objects of a description are not in the image? (RLHF-V, Yu et al., arXiv 2312.00849, after
 Rohrbach et al.; `eval/eval_gpt_obj_halbench.py` of RLHF-V and RLAIF-V.)
 
 Files: `obj_halbench_300_with_image.jsonl`, an object a line: `image_id` (COCO's), `question`, `image` (base64); and COCO's
-annotations as for CHAIR. A judge extracts the objects of each answer; what it replies is normalised with spaCy.
+annotations as for CHAIR. A judge extracts the objects of each answer; spaCy normalizes its reply.
 """
 
 from __future__ import annotations
@@ -10,97 +10,88 @@ from __future__ import annotations
 import base64
 import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from reverie_jax.eval.benchmarks import chair_words, coco, files
-from reverie_jax.eval.benchmarks.chair import COLUMNS, compared, reading
-from reverie_jax.eval.benchmarks.interface import (
-    OFFICIAL,
-    Benchmark,
-    BenchmarkData,
-    BenchmarkError,
-    JudgeRequest,
-    ParsedAnswer,
-    Question,
-    Scored,
-    Table,
-    share,
-)
-from reverie_jax.eval.benchmarks.judged import fill, needed
+from reverie_jax.eval.benchmarks import chair_words, coco, inputs
+from reverie_jax.eval.benchmarks.chair import COLUMNS, absent, count_objects, parsed_caption
+from reverie_jax.eval.benchmarks.interface import OFFICIAL, BenchmarkData, BenchmarkError, JudgeRequest, Question, Texts
+from reverie_jax.eval.benchmarks.judged import JudgedBenchmark, fill, require_replies
+from reverie_jax.eval.benchmarks.scoring import CountTable, ParsedAnswer, Scored
 
 PLAIN = "plain"
-"""No official rule: CHAIR's parse of the answers in the judge's stead, with Object HalBench's denominators."""
+"""Not an official rule: CHAIR's parser of answers instead of the judge, with Object HalBench's denominators."""
 
 SHORT_ANSWER = 3
-"""An answer of so many words or fewer names no object, and no judge is asked."""
+"""An answer of at most so many words names no object, and the judge is not asked about it."""
 
 _NOUNS = frozenset(("NN", "NNS", "NNP", "NNPS"))
 
 Tagger = Callable[[str], Sequence[tuple[str, str]]]
-"""A text's tokens: lemma and Penn Treebank tag."""
+"""Returns the tokens of a text: lemma and Penn Treebank tag."""
 
 
 @functools.cache
-def _spacy() -> Tagger:
+def _spacy_tagger() -> Tagger:
     try:
         import spacy
 
         model = spacy.load("en_core_web_trf")
     except (ImportError, OSError) as error:
         raise BenchmarkError(
-            f"object-halbench: its own rule normalises objects with spaCy's en_core_web_trf (3.7.2), which is not here "
-            f"({_first_line(error)}); `pip install spacy[transformers]`, `python -m spacy download en_core_web_trf`, or "
-            f"--rule {PLAIN}"
+            f"object-halbench: the official rule normalizes objects with spaCy's en_core_web_trf (3.7.2), which is missing "
+            f"({first_line(error)}); run `pip install spacy[transformers]` and `python -m spacy download en_core_web_trf`, "
+            f"or pass --rule {PLAIN}"
         ) from None
     return lambda text: [(token.lemma_, token.tag_) for token in model(text)]
 
 
 @functools.cache
-def _wordnet() -> Callable[[str], str]:
+def _wordnet_lemmatizer() -> Callable[[str], str]:
     try:
         from nltk.stem import WordNetLemmatizer
 
         lemmatize = WordNetLemmatizer().lemmatize
-        lemmatize("dogs")  # the data is read when it is first asked for
+        lemmatize("dogs")  # the data is read at the first call
     except (ImportError, LookupError) as error:
         raise BenchmarkError(
-            f"object-halbench: its own rule reads the reference captions with NLTK's WordNet, which is not here "
-            f"({_first_line(error)}); `python -m nltk.downloader wordnet`, or --rule {PLAIN}"
+            f"object-halbench: the official rule reads reference captions with NLTK's WordNet, which is missing "
+            f"({first_line(error)}); run `python -m nltk.downloader wordnet`, or pass --rule {PLAIN}"
         ) from None
     return functools.cache(lambda word: str(lemmatize(word)))
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message that is not empty or a row of asterisks."""
     return next((line.strip(" *") for line in str(error).splitlines() if line.strip(" *")), type(error).__name__)
 
 
-def extracted(reply: str) -> list[Any] | None:
-    """The list of objects in a judge's reply: the reply is JSON, or its last line where it has `["`; None for neither."""
+def extract_objects(reply: str) -> list[Any] | None:
+    """Return the list in a judge's reply, if the reply or (where it contains `["`) its last line is JSON; else None."""
     try:
-        found = json.loads(reply)
+        content = json.loads(reply)
     except ValueError:
         if '["' not in reply:
             return None
         try:
-            found = json.loads(reply.strip().split("\n")[-1])
+            content = json.loads(reply.strip().split("\n")[-1])
         except ValueError:
             return None
-    return found if isinstance(found, list) else None
+    return content if isinstance(content, list) else None
 
 
-def normalized(objects: Sequence[Any], words: chair_words.Vocabulary, tagger: Tagger) -> list[str]:
-    """The judge's objects as lemmas, each once: the known pairs of words in one, or else its runs of nouns."""
-    found: list[str] = []
+def normalize(objects: Sequence[Any], words: chair_words.Vocabulary, tagger: Tagger) -> list[str]:
+    """Return the judge's objects as lemmas without duplicates: known pairs of words, or else runs of nouns."""
+    lemmas: list[str] = []
     for object in objects:
         tokens = tagger(f"a {object}")
-        found += words.merge([lemma for lemma, _ in tokens], alone=False) or _runs(tokens)
-    return list(dict.fromkeys(found))
+        lemmas += words.merge([lemma for lemma, _ in tokens], alone=False) or _noun_runs(tokens)
+    return list(dict.fromkeys(lemmas))
 
 
-def _runs(tokens: Sequence[tuple[str, str]]) -> list[str]:
-    """Nouns that follow one another, joined."""
+def _noun_runs(tokens: Sequence[tuple[str, str]]) -> list[str]:
+    """Return nouns that follow one another, joined."""
     runs: list[list[str]] = [[]]
     for lemma, tag in tokens:
         if tag in _NOUNS:
@@ -111,147 +102,135 @@ def _runs(tokens: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def _caption(answer: str) -> str:
-    """As the official script reads an answer file."""
+    """Return an answer as the official script reads it from an answer file."""
     return answer.replace("Assistant:", "").strip()
 
 
-def _short(answer: str) -> bool:
+def _is_short(answer: str) -> bool:
     return len(_caption(answer).split()) <= SHORT_ANSWER
 
 
-class ObjectHalBench(Benchmark):
-    """See the module's docstring.
+class ObjectHalBench(JudgedBenchmark):
+    """Object HalBench, see the module's docstring.
 
     Args:
-        tagger: of the judge's objects; spaCy's en_core_web_trf where it is None, loaded when the official rule needs it.
-        lemma: of the reference captions' words; NLTK's WordNet likewise.
+        tagger: of the judge's objects; if None, spaCy's en_core_web_trf, loaded when the official rule needs it.
+        lemma: of words in reference captions; if None, NLTK's WordNet, loaded likewise.
     """
 
     name = "object-halbench"
+    published_items = 300
     beams = 3
     judge_temperature = 0.2
     rules = (OFFICIAL, PLAIN)
     max_new_tokens = 1024
-    judged = frozenset((OFFICIAL,))
-    needs = (
+    lower_is_better = frozenset({"CHAIRs", "CHAIRi", "CHAIRs_refine"})
+    required_files = (
         "obj_halbench_300_with_image.jsonl of RLHF-V or RLAIF-V, and COCO 2014's instances_val2014.json and "
-        "captions_val2014.json (train's too where pictures are of train2014)"
+        "captions_val2014.json (train's too where images are of train2014)"
     )
 
     def __init__(self, tagger: Tagger | None = None, lemma: Callable[[str], str] | None = None):
         self._tagger, self._lemma = tagger, lemma
 
     def load(self, data: Path) -> BenchmarkData:
-        path = files.find(data, "obj_halbench*.jsonl", "*obj*hal*.jsonl", benchmark=self)
-        pictures: dict[str, bytes] = {}
+        """Read the questions and COCO's annotations of their images; see `Benchmark.load`."""
+        path = inputs.find_file(data, "obj_halbench*.jsonl", "*obj*hal*.jsonl", benchmark=self)
+        encoded: dict[str, bytes] = {}
 
-        def make(row: Mapping[str, Any]) -> Question:
-            id, text = coco.number(row["image_id"]), row["question"]
+        def parse(row: Mapping[str, Any]) -> Question:
+            id, text = coco.image_number(row["image_id"]), row["question"]
             if not isinstance(text, str):
-                raise TypeError(f"its question is {text!r}")
-            image = f"COCO_val2014_{id:012d}.jpg"
+                raise TypeError(f"question is {text!r}")
+            image = coco.file_name(id)
             if row.get("image"):
-                pictures[image] = base64.b64decode(row["image"], validate=True)
+                encoded[image] = base64.b64decode(row["image"], validate=True)
             return Question(row.get("question_id", id), image, text, str(id), {"image_id": id})
 
-        questions = files.parse_rows(path, "question of Object HalBench", make)
-        files.check_unique(path, [question.id for question in questions])
-        place = path.parent
-        truth = coco.read_coco(
-            place, [question.known["image_id"] for question in questions], f"{self.name} needs {self.needs}"
-        )
-        in_folders = files.image_reader(place, place / "val2014", place / "train2014", place / "images")
-
-        def picture(name: str) -> bytes:
-            return pictures[name] if name in pictures else in_folders(name)
-
+        questions = inputs.parse_rows(path, "question of Object HalBench", parse)
+        inputs.check_unique(path, [question.id for question in questions])
         protocol = {
             "questions": len(questions),
             "published decoding": "for LLaVA by RLAIF-V: 3 beams, temperature 0, 1024 new tokens",
         }
-        known = {
-            "segments": truth.segments,
-            "captions": truth.captions,
-            "by_image": {question.known["image_id"]: str(question.id) for question in reversed(questions)},
-        }
-        return BenchmarkData(questions, picture, protocol, known)
+        ids = {question.metadata["image_id"]: str(question.id) for question in reversed(questions)}
+        folder = path.parent
+        truth = coco.read_coco(
+            folder, [q.metadata["image_id"] for q in questions], f"{self.name} needs {self.required_files}"
+        )
+        from_folders = coco.image_reader(folder)
+        tables = {"segments": truth.segments, "captions": truth.captions, "by_image": ids}
+        return BenchmarkData(
+            questions, lambda name: encoded[name] if name in encoded else from_folders(name), protocol, tables
+        )
 
-    def key(self, row: Mapping[str, Any], loaded: BenchmarkData) -> str | None:
-        """By the picture: the official answer files number their questions anew, from 0."""
+    def match_question(self, row: Mapping[str, Any], loaded: BenchmarkData) -> str | None:
+        """Match rows by image: the official answer files number their questions anew, from 0."""
         if row.get("image_id") is None:
-            return super().key(row, loaded)
-        try:
-            return str(loaded.known["by_image"].get(coco.number(row["image_id"]), row["image_id"]))
-        except ValueError:
-            return str(row["image_id"])
+            return super().match_question(row, loaded)
+        return coco.match_image(row["image_id"], loaded.tables["by_image"])
 
-    def requests(
-        self, loaded: BenchmarkData, answers: Mapping[str, str], rule: str, prompts: Mapping[str, str]
-    ) -> list[JudgeRequest]:
-        if rule != OFFICIAL:
-            return []
-        return [
-            JudgeRequest(
-                str(question.id),
-                fill(prompts, "object_halbench", question=question.text, answer=_caption(answers[str(question.id)])),
-            )
-            for question in loaded.questions
-            if str(question.id) in answers and not _short(answers[str(question.id)])
-        ]
+    def question_requests(
+        self, loaded: BenchmarkData, question: Question, answers: Texts, prompts: Texts
+    ) -> Iterator[JudgeRequest]:
+        """Yield one request, unless the answer is too short to name an object."""
+        id = str(question.id)
+        if not _is_short(answers[id]):
+            fields = {"question": question.text, "answer": _caption(answers[id])}
+            yield JudgeRequest(id, fill(prompts, "object_halbench", **fields))
 
     def score(
-        self,
-        loaded: BenchmarkData,
-        answers: Mapping[str, str],
-        rule: str = OFFICIAL,
-        replies: Mapping[str, str] | None = None,
+        self, loaded: BenchmarkData, answers: Texts, rule: str = OFFICIAL, replies: Texts | None = None
     ) -> Scored:
-        """A question without an answer counts nowhere. A reply that is no list of objects counts as an empty one."""
+        """Score the objects of answers; a missing answer counts nowhere, a reply without a list counts as an empty list."""
         official = rule == OFFICIAL
         if official:
-            asked = [str(q.id) for q in loaded.questions if not _short(answers.get(str(q.id), ""))]
-            replies = needed(self, replies, asked) if asked else {}
+            judged = [str(q.id) for q in loaded.questions if not _is_short(answers.get(str(q.id), ""))]
+            replies = require_replies(self, replies, judged) if judged else {}
         words = chair_words.refined() if official else chair_words.chair()
-        tagger = (self._tagger or _spacy()) if official else None
-        lemma = (self._lemma or _wordnet()) if official else None
-        table, parsed_answers, unparsed = Table(COLUMNS, loaded.units), [], 0
+        tagger = (self._tagger or _spacy_tagger()) if official else None
+        lemma = (self._lemma or _wordnet_lemmatizer()) if official else None
+        table, parsed_answers, unread = CountTable(COLUMNS, loaded.clusters), [], 0
         for question in loaded.questions:
             answer = answers.get(str(question.id))
             if answer is None:
                 parsed_answers.append(ParsedAnswer(question.id, "", unparsed=True))
                 continue
-            caption, id = _caption(answer), question.known["image_id"]
+            caption, image = _caption(answer), question.metadata["image_id"]
             if tagger is None or replies is None:
-                found: list[tuple[str, str]] | None = words.mentions(caption)
-            elif _short(answer):
-                found = []
+                objects: list[tuple[str, str]] | None = words.mentions(caption)
+            elif _is_short(answer):
+                objects = []
             else:
-                objects = extracted(replies[str(question.id)])
-                found = None if objects is None else words.objects(normalized(objects, words, tagger))
-            there = loaded.known["segments"][id] | {
-                name for text in loaded.known["captions"].get(id, ()) for _, name in words.mentions(text, lemma)
-            }
-            mentioned = [name for _, name in found or ()]
-            table.add(question.unit, {**compared(mentioned, there), "words": len(caption.split(" "))})
-            unparsed += found is None
+                listed = extract_objects(replies[str(question.id)])
+                objects = None if listed is None else words.objects(normalize(listed, words, tagger))
+            truth = coco.classes_of(image, loaded.tables, words, lemma)
+            mentioned = [name for _, name in objects or ()]
+            table.add(question.cluster, {**count_objects(mentioned, truth), "words": len(caption.split(" "))})
+            unread += objects is None
             parsed_answers.append(
-                ParsedAnswer(question.id, "", unparsed=True) if found is None else reading(question, mentioned, there)
+                ParsedAnswer(question.id, "", unparsed=True)
+                if objects is None
+                else parsed_caption(question, mentioned, truth)
             )
         metrics = {
-            "CHAIRs_refine": share(table["wrong_captions"], table["captions_with_objects"], scale=100),
-            "CHAIRi": share(table["wrong_mentions"], table["mentions"], scale=100),
-            "obj_rec": share(table["found"], table["there"], scale=100),
-            "avg_word_len": share(table["words"], table["captions"]),
-            "CHAIRs": share(table["wrong_captions"], table["captions"], scale=100),
+            "CHAIRs_refine": table.ratio("wrong_captions", "captions_with_objects", 100),
+            "CHAIRi": table.ratio("wrong_mentions", "mentions", 100),
+            "obj_rec": table.ratio("found", "there", 100),
+            "avg_word_len": table.ratio("words", "captions"),
+            "CHAIRs": table.ratio("wrong_captions", "captions", 100),
         }
-        protocol = {"objects": "the judge's" if official else "CHAIR's parse: a stand-in, not the published figure"}
-        return Scored(parsed_answers, table.units, table.counts, metrics, protocol | {"unread_replies": unparsed})
+        source = "the judge's" if official else "CHAIR's parse: a stand-in, not the published figure"
+        return table.result(parsed_answers, metrics, {"objects": source, "unread_replies": unread})
 
-    def export(self, loaded: BenchmarkData, answers: Mapping[str, str], out: Path) -> list[Path]:
-        """The answer file that the official script takes."""
+    def hallucinated(self, loaded: BenchmarkData, question: Question, text: str, parsed: ParsedAnswer) -> Sequence[str]:
+        """See `Benchmark.hallucinated`."""
+        return absent(parsed)
+
+    def export(self, loaded: BenchmarkData, answers: Texts, out: Path) -> list[Path]:
+        """Write the answer file that the official script takes."""
         rows = [
-            {"image_id": question.known["image_id"], "question": question.text, "answer": answers[str(question.id)]}
-            for question in loaded.questions
-            if str(question.id) in answers
+            {"image_id": question.metadata["image_id"], "question": question.text, "answer": text}
+            for question, text in loaded.answered(answers)
         ]
-        return [files.write_lines(out / "obj_halbench_answer.jsonl", rows)]
+        return [inputs.write_lines(out / "obj_halbench_answer.jsonl", rows)]

@@ -1,30 +1,28 @@
-"""SEED-Bench: multiple choice on pictures and video clips (Li et al., arXiv 2307.16125; asked and scored as LLaVA does).
+"""SEED-Bench: multiple choice on images and video clips (Li et al., arXiv 2307.16125; asked and scored as LLaVA does).
 
-Files: `SEED-Bench.json`, pictures in `SEED-Bench-image`, and LLaVA's middle frames of the clips in `SEED-Bench-video-image`.
+Files: `SEED-Bench.json`, images in `SEED-Bench-image`, and LLaVA's middle frames of the clips in `SEED-Bench-video-image`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from reverie_jax.eval.benchmarks import choice_parsing, files
+from reverie_jax.eval.benchmarks import choice_parsing, inputs
 from reverie_jax.eval.benchmarks.interface import (
     LETTER,
+    LMMS_EVAL,
     OFFICIAL,
+    VLMEVALKIT,
     Benchmark,
     BenchmarkData,
     BenchmarkError,
-    ParsedAnswer,
     Question,
-    Scored,
-    Table,
-    share,
+    Texts,
 )
-from reverie_jax.eval.statistics import Statistic
+from reverie_jax.eval.benchmarks.scoring import CountTable, ParsedAnswer, Scored
 
-LMMS, KIT = "lmms-eval", "vlmevalkit"
 IMAGES, FRAMES = "SEED-Bench-image", "SEED-Bench-video-image"
 """LLaVA's folders."""
 
@@ -33,122 +31,108 @@ _KINDS = ("image", "video")
 
 
 def official(answer: str) -> str:
-    """LLaVA: nothing but the bare capital letter."""
+    """Parse as LLaVA: the whole answer is a capital letter."""
     return answer if len(answer) == 1 and answer in _LETTERS else ""
 
 
-def lmms(answer: str) -> str:
-    """lmms-eval: the first character, whatever follows it; small letters too."""
+def lmms_eval(answer: str) -> str:
+    """Parse as lmms-eval: the first character, in either case, whatever follows it."""
     first = answer.strip()[:1].upper()
     return first if first and first in _LETTERS else ""
 
 
-class Seed(Benchmark):
-    """See the module's docstring. Units are pictures and clips: most have several questions.
+_PARSERS: dict[str, Callable[[str, choice_parsing.Options], str]] = {
+    OFFICIAL: lambda answer, options: official(answer),
+    LMMS_EVAL: lambda answer, options: lmms_eval(answer),
+    VLMEVALKIT: choice_parsing.vlmevalkit,
+}
 
-    Clips are asked only where LLaVA's frame of them is there; the protocol says how many are left out. VLMEvalKit has the
-    pictures alone.
+
+class Seed(Benchmark):
+    """SEED-Bench, see the module's docstring. Clusters are images and clips: most have several questions.
+
+    A clip is asked about only if LLaVA's frame of it is there; the protocol counts the others. VLMEvalKit has only images.
     """
 
     name = "seed"
+    published_items = 19242
     expected_new_tokens = 8
-    rules = (OFFICIAL, LMMS, KIT)
-    needs = (
-        f"SEED-Bench.json of AILab-CVC/SEED-Bench, its pictures in {IMAGES}, and for clips LLaVA's middle frames "
+    rules = (OFFICIAL, LMMS_EVAL, VLMEVALKIT)
+    required_files = (
+        f"SEED-Bench.json of AILab-CVC/SEED-Bench, its images in {IMAGES}, and for clips LLaVA's middle frames "
         f"in {FRAMES}"
     )
 
     def load(self, data: Path) -> BenchmarkData:
-        path = files.find(data, "SEED-Bench.json", "*/SEED-Bench.json", "SEED*Bench*.json", benchmark=self)
-        content = files.read_json(path)
-        rows = content.get("questions") if isinstance(content, dict) else None
+        """Read `SEED-Bench.json`; see `Benchmark.load`."""
+        path = inputs.find_file(data, "SEED-Bench.json", "*/SEED-Bench.json", "SEED*Bench*.json", benchmark=self)
+        content = inputs.read_json(path)
         types = content.get("question_type") if isinstance(content, dict) else None
-        if not isinstance(rows, list) or not rows or not isinstance(types, dict):
-            raise BenchmarkError(f"{path}: no lists questions and question_type there; {self.name} needs {self.needs}")
+        if not isinstance(types, dict):
+            raise BenchmarkError(f"{path}: question_type is missing; {self.name} needs {self.required_files}")
         names = {number: name for name, number in types.items()}
+        rows = content.get("questions")
+        questions = inputs.parse_list(path, "SEED-Bench question", lambda row: _parse(row, names), rows, "questions")
+        inputs.check_unique(path, [question.id for question in questions])
         folders = list(dict.fromkeys((data if data.is_dir() else path.parent, path.parent)))
-        asked: list[Question] = []
-        left_out: set[str] = set()
-        for number, row in enumerate(rows):
-            try:
-                question = _question(row, names)
-            except (KeyError, TypeError, ValueError, AttributeError) as error:
-                raise BenchmarkError(
-                    f"{path}: row {number} of questions is no SEED-Bench question ({error!r})"
-                ) from None
-            asked.append(question)
-            frame = question.image or ""
-            if question.known["kind"] != "image" and not any((folder / frame).is_file() for folder in folders):
-                left_out.add(str(question.id))
-        files.check_unique(path, [question.id for question in asked])
-        kinds = [question.known["kind"] for question in asked]
+        unavailable = frozenset(
+            str(q.id)
+            for q in questions
+            if q.metadata["kind"] != "image" and not any((folder / str(q.image)).is_file() for folder in folders)
+        )
+        kinds = [question.metadata["kind"] for question in questions]
         protocol = {f"questions/{kind}": kinds.count(kind) for kind in _KINDS}
-        protocol["clips without a frame"] = len(left_out)
-        return BenchmarkData(asked, files.image_reader(*folders), protocol, {"types": list(types)}, frozenset(left_out))
+        protocol["clips without a frame"] = len(unavailable)
+        return BenchmarkData(questions, inputs.image_reader(*folders), protocol, {"types": list(types)}, unavailable)
 
     def score(
-        self,
-        loaded: BenchmarkData,
-        answers: Mapping[str, str],
-        rule: str = OFFICIAL,
-        replies: Mapping[str, str] | None = None,
+        self, loaded: BenchmarkData, answers: Texts, rule: str = OFFICIAL, replies: Texts | None = None
     ) -> Scored:
-        """A missing answer is wrong."""
-        counted = [question for question in loaded.questions if rule != KIT or question.known["kind"] == "image"]
-        there = {question.known["type"] for question in counted}
-        types = [name for name in loaded.known["types"] if name in there]
-        kinds = [kind for kind in _KINDS if any(question.known["kind"] == kind for question in counted)]
-        groups = ["", *(f"{kind}/" for kind in kinds), *(f"{name}/" for name in types)]
-        table = Table([f"{group}{what}" for group in groups for what in ("right", "all")], [q.unit for q in counted])
+        """Score letters; a missing answer is wrong."""
+        scored = [
+            question for question in loaded.questions if rule != VLMEVALKIT or question.metadata["kind"] == "image"
+        ]
+        present = {question.metadata[key] for question in scored for key in ("kind", "type")}
+        groups = ["", *(f"{name}/" for name in (*_KINDS, *loaded.tables["types"]) if name in present)]
+        clusters = list(dict.fromkeys(question.cluster for question in scored))
+        table = CountTable([f"{group}{cell}" for group in groups for cell in ("right", "all")], clusters)
         parsed_answers = []
         for question in loaded.questions:
-            known, text = question.known, answers.get(str(question.id), "")
-            said = (
-                official(text)
-                if rule == OFFICIAL
-                else lmms(text)
-                if rule == LMMS
-                else choice_parsing.vlmevalkit(text, known["options"])
-            )
-            right = float(said == known["answer"])
-            if rule == KIT and known["kind"] != "image":
-                parsed_answers.append(ParsedAnswer(question.id, said, None, False, known["type"]))
+            metadata, text = question.metadata, answers.get(str(question.id), "")
+            parsed = _PARSERS[rule](text, metadata["options"])
+            right = float(parsed == metadata["answer"])
+            if rule == VLMEVALKIT and metadata["kind"] != "image":
+                parsed_answers.append(ParsedAnswer(question.id, parsed, None, False, metadata["type"]))
                 continue
-            parsed_answers.append(ParsedAnswer(question.id, said, right, not said, known["type"]))
-            for group in ("", f"{known['kind']}/", f"{known['type']}/"):
-                table.add(question.unit, {f"{group}right": right, f"{group}all": 1.0})
-        metrics: dict[str, Statistic] = {
-            f"{group}accuracy": share(table[f"{group}right"], table[f"{group}all"], scale=100.0) for group in groups
-        }
-        return Scored(parsed_answers, table.units, table.counts, metrics, {"parser": rule})
+            parsed_answers.append(ParsedAnswer(question.id, parsed, right, not parsed, metadata["type"]))
+            for group in ("", f"{metadata['kind']}/", f"{metadata['type']}/"):
+                table.add(question.cluster, {f"{group}right": right, f"{group}all": 1.0})
+        metrics = {f"{group}accuracy": table.ratio(f"{group}right", f"{group}all", 100) for group in groups}
+        return table.result(parsed_answers, metrics, {"parser": rule})
 
-    def export(self, loaded: BenchmarkData, answers: Mapping[str, str], out: Path) -> list[Path]:
-        """What the leaderboard takes: `question_id` as in the question file, and `prediction`."""
-        rows = [
-            {"question_id": question.known["question_id"], "prediction": answers[str(question.id)]}
-            for question in loaded.questions
-            if str(question.id) in answers
-        ]
-        return [files.write_lines(out / f"{self.name}_upload.jsonl", rows)]
+    def export(self, loaded: BenchmarkData, answers: Texts, out: Path) -> list[Path]:
+        """Write the leaderboard's file: `question_id` as in the question file, and `prediction`."""
+        rows = [{"question_id": q.metadata["question_id"], "prediction": text} for q, text in loaded.answered(answers)]
+        return [inputs.write_lines(out / f"{self.name}_upload.jsonl", rows)]
 
 
-def _question(row: Mapping[str, Any], names: Mapping[Any, str]) -> Question:
-    """A question as LLaVA asks it. Raises KeyError, TypeError or ValueError: it is broken."""
+def _parse(row: Mapping[str, Any], names: Mapping[Any, str]) -> Question:
+    """Return a question as LLaVA asks it. Raises KeyError, TypeError or ValueError for an invalid row."""
     written, kind, number = row["question_id"], row["data_type"], row["question_type_id"]
     options = {letter: str(row[f"choice_{letter.lower()}"]) for letter in _LETTERS}
     if kind not in _KINDS:
         raise ValueError(f"data_type is {kind!r}")
     if row["answer"] not in options:
         raise ValueError(f"answer is {row['answer']!r}")
-    # LLaVA's ids of pictures' questions are numbers; those of clips begin with a letter.
+    # LLaVA's ids of questions about images are numbers; those about clips begin with a letter.
     id = int(written) if str(written).isdecimal() else str(written)
     image = f"{IMAGES}/{row['data_id']}" if kind == "image" else f"{FRAMES}/{number}_{written}.png"
-    known = {
+    metadata = {
         "question_id": written,
         "options": options,
         "answer": row["answer"],
         "kind": kind,
         "type": names[number],
     }
-    text = f"{row['question']}\n{choice_parsing.lines(options)}\n{LETTER}"
-    return Question(id, image, text, f"{kind}/{row['data_id']}", known)
+    text = f"{row['question']}\n{choice_parsing.format_options(options)}\n{LETTER}"
+    return Question(id, image, text, f"{kind}/{row['data_id']}", metadata)

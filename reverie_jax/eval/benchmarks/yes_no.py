@@ -1,18 +1,18 @@
-"""Yes or no, as toolkits read it in answers of any form."""
+"""Parsers of yes and no in answers of any form."""
 
 from __future__ import annotations
 
 import re
 
-from reverie_jax.eval.benchmarks.textvqa import without_marks
+from reverie_jax.eval.benchmarks.vqa_normalization import strip_punctuation
 
 
 def vlmevalkit_yes_no(answer: str) -> str:
-    """VLMEvalKit: one of yes and no as a word, and not the other; "" else."""
-    said = {"yes", "no"} & set(without_marks(answer.lower()).split())
-    return said.pop() if len(said) == 1 else ""
+    """Return "yes" or "no" if only one of them is a word of the answer, as VLMEvalKit; else ""."""
+    words = {"yes", "no"} & set(strip_punctuation(answer.lower()).split())
+    return words.pop() if len(words) == 1 else ""
 
 
-def neither(answer: str) -> bool:
-    """Nothing in the answer says yes, no or not, in whatever case and between whatever marks."""
+def has_no_verdict(answer: str) -> bool:
+    """Return whether none of yes, no and not is a word of the answer, in any case and between any punctuation."""
     return not {"yes", "no", "not"} & set(re.findall(r"\w+", answer.lower()))

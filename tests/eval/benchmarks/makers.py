@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 
 from reverie_jax.eval.benchmarks import benchmark
-from reverie_jax.eval.benchmarks.interface import Benchmark, BenchmarkData, Scored
+from reverie_jax.eval.benchmarks.interface import Benchmark, BenchmarkData
+from reverie_jax.eval.benchmarks.scoring import Scored
 from reverie_jax.eval.statistics import resamples
 
 SHORT = "Answer the question using a single word or phrase."
@@ -252,7 +253,7 @@ def check(
     scored = bench.score(loaded, answers, rule, **more)
     assert [reading.id for reading in scored.parsed_answers] == [question.id for question in loaded.questions]
     assert all(reading.right is None or 0 <= reading.right <= 1 for reading in scored.parsed_answers)
-    assert scored.counts.shape[0] == len(scored.units) == len(set(scored.units))
+    assert scored.counts.shape[0] == len(scored.clusters) == len(set(scored.clusters))
     assert np.isfinite(scored.counts).all()
     sums = scored.counts.sum(0)
     for name, metric in scored.metrics.items():
@@ -261,7 +262,7 @@ def check(
         assert many == pytest.approx([float(metric(sums))] * 3), name
         assert metric(np.stack([[sums] * 3] * 2)).shape == (2, 3), name
         assert np.isfinite(metric(np.zeros_like(sums))), name
-        assert metric(resamples(len(scored.units), draws=5) @ scored.counts).shape == (5,), name
+        assert metric(resamples(len(scored.clusters), draws=5) @ scored.counts).shape == (5,), name
     _units_stand_alone(bench, loaded, answers, rule, scored, **more)
     return scored
 
@@ -270,18 +271,18 @@ def _units_stand_alone(
     bench: Benchmark, loaded: BenchmarkData, answers: Mapping[str, str], rule: str, scored: Scored, **more: Any
 ) -> None:
     """Some units' counts are what scoring their questions alone gives: no group of questions is in two units."""
-    units = list(dict.fromkeys(question.unit for question in loaded.questions))
-    if not set(scored.units) <= set(units):
+    units = list(dict.fromkeys(question.cluster for question in loaded.questions))
+    if not set(scored.clusters) <= set(units):
         return  # the rule groups further than questions' units do
-    units = [unit for unit in units if unit in set(scored.units)]
+    units = [unit for unit in units if unit in set(scored.clusters)]
     for start in (0, 1):
         kept = set(units[start::2])
         if not kept or len(kept) == len(units):
             continue  # nothing is left out, or nothing is left
-        part = dataclasses.replace(loaded, questions=[q for q in loaded.questions if q.unit in kept])
+        part = dataclasses.replace(loaded, questions=[q for q in loaded.questions if q.cluster in kept])
         there = {id: answers[id] for id in ids(part) if id in answers}
         alone = bench.score(part, there, rule, **more)
-        sums = np.sum([row for unit, row in zip(scored.units, scored.counts, strict=True) if unit in kept], axis=0)
+        sums = np.sum([row for unit, row in zip(scored.clusters, scored.counts, strict=True) if unit in kept], axis=0)
         if list(alone.metrics) == list(scored.metrics):
             for name, value in alone.values().items():
                 assert float(scored.metrics[name](sums)) == pytest.approx(value), name

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from reverie_jax.eval.benchmarks import files
-from reverie_jax.eval.benchmarks.interface import Benchmark, BenchmarkData, BenchmarkError, Scored
+from reverie_jax.eval.benchmarks import answer_files
+from reverie_jax.eval.benchmarks.interface import Benchmark, BenchmarkData, BenchmarkError
+from reverie_jax.eval.benchmarks.scoring import Scored
 
 PICTURE = b"\x89PNG no real picture"
 
@@ -225,10 +226,10 @@ def headline(scored: Scored) -> float:
 def sound(loaded: BenchmarkData, scored: Scored) -> None:
     """What every score holds: a reading a question, the questions' units, metrics of sums over any leading axes."""
     assert [str(reading.id) for reading in scored.parsed_answers] == [str(question.id) for question in loaded.questions]
-    assert set(scored.units) == {question.unit for question in loaded.questions}
-    assert len(scored.units) == len(set(scored.units)) == len(scored.counts)
+    assert set(scored.clusters) == {question.cluster for question in loaded.questions}
+    assert len(scored.clusters) == len(set(scored.clusters)) == len(scored.counts)
     assert np.isfinite(scored.counts).all()
-    weights = np.random.default_rng(0).integers(0, 3, (2, 3, len(scored.units)))
+    weights = np.random.default_rng(0).integers(0, 3, (2, 3, len(scored.clusters)))
     weights[0, 0] = 0  # nothing at all is no reason to fail
     sums = weights @ scored.counts
     for name, metric in scored.metrics.items():
@@ -257,14 +258,14 @@ def refused(benchmark: Benchmark, data: Path, *named: str) -> str:
 def comes_back(benchmark: Benchmark, loaded: BenchmarkData, answers: Mapping[str, str], out: Path) -> None:
     """What `export` writes in the official form is read as an answer file."""
     (path,) = benchmark.export(loaded, answers, out)
-    assert files.read_answers(path, benchmark, loaded) == dict(answers)
+    assert answer_files.read_answers(path, benchmark, loaded) == dict(answers)
 
 
 def partial(benchmark: Benchmark, loaded: BenchmarkData, prompts: Mapping[str, str], reply: str) -> Scored:
     """A score where the second question has no answer: the judge is not asked about it, and nothing is missed."""
     lost = str(loaded.questions[1].id)
     answers = {str(question.id): "So it is in every way." for question in loaded.questions if str(question.id) != lost}
-    asked = [request.id for request in benchmark.requests(loaded, answers, "official", prompts)]
+    asked = [request.id for request in benchmark.judge_requests(loaded, answers, "official", prompts)]
     assert asked
     assert lost not in {id.split("#")[0] for id in asked}
     scored = benchmark.score(loaded, answers, replies=dict.fromkeys(asked, reply))

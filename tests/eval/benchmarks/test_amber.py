@@ -357,7 +357,7 @@ def test_questions_are_the_queries(amber, tmp_path):
     assert [str(question.id) for question in loaded.questions] == ["1", "2", "3", "4", "5"]
     wanted = ["Describe this image."] * 3 + [f"Is number {n} there in this image?" for n in (4, 5)]
     assert [question.text for question in loaded.questions] == wanted
-    units = {question.image: question.unit for question in loaded.questions}
+    units = {question.image: question.cluster for question in loaded.questions}
     assert len(set(units.values())) == len(units) == 3
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from reverie_jax.eval.benchmarks import files
+from reverie_jax.eval.benchmarks import answer_files
 from reverie_jax.eval.benchmarks.interface import Benchmark, BenchmarkData, BenchmarkError, Question
 from tests.eval.benchmarks.makers import (
     LETTER,
@@ -117,7 +117,7 @@ class Case:
     path: Path
 
     def read(self, rows: list[Any], **more: Any) -> dict[str, str]:
-        return files.read_answers(lines(self.path, rows), self.bench, self.loaded, **more)
+        return answer_files.read_answers(lines(self.path, rows), self.bench, self.loaded, **more)
 
     def refused(self, rows: list[Any], **more: Any) -> str:
         with pytest.raises(BenchmarkError) as error:
@@ -172,7 +172,7 @@ def test_answer_may_have_any_of_three_names(case, name):
 
 def test_file_may_be_a_list(case):
     path = dump(case.path.with_suffix(".json"), case.rows)
-    assert files.read_answers(path, case.bench, case.loaded) == wanted(case)
+    assert answer_files.read_answers(path, case.bench, case.loaded) == wanted(case)
 
 
 def test_missing_answer_is_refused_and_counted_when_partial(case):
@@ -237,7 +237,7 @@ def test_longer_version_of_the_questions_is_refused(case):
     """3,000 answers for 2,910 questions, or the other way round."""
     part = dataclasses.replace(case.loaded, questions=case.loaded.questions[:-1])
     with pytest.raises(BenchmarkError) as error:
-        files.read_answers(lines(case.path, case.rows), case.bench, part)
+        answer_files.read_answers(lines(case.path, case.rows), case.bench, part)
     assert "\n" not in str(error.value)
 
 
@@ -256,7 +256,7 @@ def test_empty_and_missing_files_are_refused(case):
     case.path.write_text("", "utf-8")
     for path in (case.path, case.path.with_name("none.jsonl"), case.path.parent):
         with pytest.raises(BenchmarkError) as error:
-            files.read_answers(path, case.bench, case.loaded)
+            answer_files.read_answers(path, case.bench, case.loaded)
         assert "\n" not in str(error.value)
 
 
@@ -280,12 +280,12 @@ def test_older_pope_questions_are_not_taken_for_newer_ones(tmp_path):
     bench, older = opened("pope", pope(tmp_path / "old", random=rows(old)))
     _, newer = opened("pope", pope(tmp_path / "new", random=rows(new)))
     path = lines(tmp_path / "a.jsonl", [said(q.id, q.text, "Yes") for q in older.questions])
-    assert len(files.read_answers(path, bench, older)) == 3
+    assert len(answer_files.read_answers(path, bench, older)) == 3
     with pytest.raises(BenchmarkError, match="version"):
-        files.read_answers(path, bench, newer)
+        answer_files.read_answers(path, bench, newer)
     bare = lines(tmp_path / "b.jsonl", [{"question_id": q.id, "text": "Yes"} for q in older.questions])
     with pytest.raises(BenchmarkError, match="version"):
-        files.read_answers(bare, bench, newer)
+        answer_files.read_answers(bare, bench, newer)
 
 
 def test_score_of_joined_rows_is_not_that_of_rows_by_order(tmp_path):
@@ -293,7 +293,7 @@ def test_score_of_joined_rows_is_not_that_of_rows_by_order(tmp_path):
     bench, loaded = opened("pope", make_pope(tmp_path / "data"))
     rows = [{"question_id": q.id, "text": "Yes" if n % 2 else "No"} for n, q in enumerate(loaded.questions)]
     path = lines(tmp_path / "a.jsonl", rows[::-1])
-    found = files.read_answers(path, bench, loaded)
+    found = answer_files.read_answers(path, bench, loaded)
     by_order = {
         id: json.loads(line)["text"] for id, line in zip(ids(loaded), path.read_text().splitlines(), strict=True)
     }

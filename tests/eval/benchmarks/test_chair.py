@@ -150,13 +150,13 @@ def mentions(chair, loaded, caption: str, classes) -> Counter:
     shown = [*wanted, EMPTY]
     answers = {str(of[image].id): caption for image in shown} | {str(of[ZEBRA].id): "A zebra."}
     scored = chair.score(loaded, {str(q.id): answers.get(str(q.id), "") for q in loaded.questions})
-    row = dict(zip(scored.units, scored.counts, strict=True))
+    row = dict(zip(scored.clusters, scored.counts, strict=True))
 
     def invented(image: int) -> float:
-        return make.value(scored, "CHAIRi", sums=row[of[image].unit]) / 100
+        return make.value(scored, "CHAIRi", sums=row[of[image].cluster]) / 100
 
     # One true mention beside n false ones: their share is n / (n + 1).
-    share = make.value(scored, "CHAIRi", sums=row[of[EMPTY].unit] + row[of[ZEBRA].unit]) / 100
+    share = make.value(scored, "CHAIRi", sums=row[of[EMPTY].cluster] + row[of[ZEBRA].cluster]) / 100
     total = share / (1 - share)
     found = {name: round(invented(image) * total, 6) for name, image in zip(classes, wanted, strict=True)}
     return Counter({"all": round(total, 6), **found})
@@ -231,11 +231,11 @@ def test_scores_are_micro_over_mentions_and_over_all_captions(chair, small):
 
 def test_any_images_sums_are_their_own_score(chair, small):
     scored = chair.score(small, answers(small, SAID))
-    unit = {image: scored.units.index(question.unit) for image, question in asked(small).items()}
+    cluster = {image: scored.clusters.index(question.cluster) for image, question in asked(small).items()}
     rng = np.random.default_rng(0)
     for _ in range(20):
         images = [image for image in SAID if rng.random() < 0.5] or [101]
-        sums = scored.counts[[unit[image] for image in images]].sum(0)
+        sums = scored.counts[[cluster[image] for image in images]].sum(0)
         for name, number in by_hand(SAID, images).items():
             assert make.value(scored, name, sums=sums) == pytest.approx(number), (name, images)
 
@@ -269,8 +269,8 @@ def test_the_training_splits_truth_is_its_own(chair, tmp_path):
     loaded = chair.load(make.coco(tmp_path, {101: (["dog"], ["A dog."])}))
     said = {str(q.id): "A kite." for q in loaded.questions}
     scored = chair.score(loaded, said)
-    unit = scored.units.index(asked(loaded)[101].unit)
-    assert make.value(scored, "CHAIRs", sums=scored.counts[unit]) == 100
+    cluster = scored.clusters.index(asked(loaded)[101].cluster)
+    assert make.value(scored, "CHAIRs", sums=scored.counts[cluster]) == 100
 
 
 def test_questions_ask_for_a_detailed_description(small):
@@ -295,8 +295,8 @@ def test_captions_are_written_as_the_official_script_reads_them(chair, small, tm
     rows = {row["image_id"]: row for row in made["imgToEval"].values()}
     assert {image: row["caption"] for image, row in rows.items()} == {image: text for image, (text, _) in SAID.items()}
     assert all(set(row) >= language for row in rows.values())
-    found = [row for member in Rows(path) for row in chair.unfold(member)]
-    assert {chair.key(row, small): chair.text(row) for row in found} == answers(small, SAID)
+    found = [row for member in Rows(path) for row in chair.split_row(member)]
+    assert {chair.match_question(row, small): chair.answer_text(row) for row in found} == answers(small, SAID)
 
 
 @pytest.mark.parametrize("lost", ["instances_val2014.json", "captions_val2014.json"])

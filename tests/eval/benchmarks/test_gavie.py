@@ -83,10 +83,10 @@ def test_plain_means_over_questions(bench, loaded, seed):
     make.sound(loaded, scored)
 
 
-def test_questions_of_a_picture_are_one_unit(loaded):
+def test_questions_of_a_picture_are_one_cluster(loaded):
     assert len(loaded.questions) == 5
     assert len({str(question.id) for question in loaded.questions}) == 5
-    units = [question.unit for question in loaded.questions]
+    units = [question.cluster for question in loaded.questions]
     assert units[0] == units[1] == units[4] != units[2] == units[3]
 
 
@@ -99,7 +99,7 @@ def test_questions_are_bare(loaded):
 def test_judge_sees_regions_with_the_width_as_height(bench, loaded):
     """The official script writes bbox[2] twice; its published numbers rest on that."""
     said = make.by_question(loaded, ["So {regions}.", *["So."] * 4])
-    asked = bench.requests(loaded, said, "official", {"gavie": "R[{regions}] Q[{question}] A[{answer}]"})
+    asked = bench.judge_requests(loaded, said, "official", {"gavie": "R[{regions}] Q[{question}] A[{answer}]"})
     assert [request.id for request in asked] == [str(question.id) for question in loaded.questions]
     regions = "a red kite X:11 Y:12 Width:13 Height:13\nthe sky X:0 Y:0 Width:400 Height:400"
     assert asked[0].prompt == f"R[{regions}] Q[What is at [11, 12]?] A[So {{regions}}.]"
@@ -125,7 +125,7 @@ def test_regions_are_missed_where_the_judge_needs_them(bench, tmp_path):
     folder = make.gavie(tmp_path)
     (folder / "vg_annotation.json").unlink()
     with pytest.raises(BenchmarkError, match=r"vg_annotation\.json") as error:
-        bench.requests(bench.load(folder), dict.fromkeys("01234", "So."), "official", {"gavie": "{regions}"})
+        bench.judge_requests(bench.load(folder), dict.fromkeys("01234", "So."), "official", {"gavie": "{regions}"})
     assert "\n" not in str(error.value)
 
 
@@ -174,8 +174,8 @@ def test_rows_are_known_by_picture_and_question(bench, loaded):
     """The official list has no ids."""
     for place, question in enumerate(loaded.questions):
         row = {"image_id": question.image.split(".")[0], "question": question.text, "answer": "So."}
-        assert bench.key(row, loaded) == str(place)
-        assert bench.text(row) == "So."
+        assert bench.match_question(row, loaded) == str(place)
+        assert bench.answer_text(row) == "So."
 
 
 def test_a_question_without_an_answer_is_not_judged(bench, loaded):

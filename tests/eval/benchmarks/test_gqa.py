@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reverie_jax.eval.benchmarks import files
+from reverie_jax.eval.benchmarks import answer_files
 from reverie_jax.eval.benchmarks.interface import BenchmarkError
 from tests.eval.benchmarks.makers import check, dump, everyone, headline, ids, lines, opened, picture, said
 
@@ -62,9 +62,9 @@ def test_prompt_is_llavas_to_the_character(data):
     ]
 
 
-def test_questions_of_a_picture_are_one_unit(data):
+def test_questions_of_a_picture_are_one_cluster(data):
     _, loaded = opened("gqa", data)
-    first, second, third, fourth, fifth = (q.unit for q in loaded.questions)
+    first, second, third, fourth, fifth = (q.cluster for q in loaded.questions)
     assert first == fourth
     assert second == fifth
     assert len({first, second, third}) == 3
@@ -202,7 +202,7 @@ def test_answers_are_joined_by_id_in_any_order(data, tmp_path):
     bench, loaded = opened("gqa", data)
     rows = [said(q.id, q.text, f"{n}") for n, q in enumerate(loaded.questions)]
     wanted = {str(q.id): f"{n}" for n, q in enumerate(loaded.questions)}
-    assert files.read_answers(lines(tmp_path / "a.jsonl", rows[::-1]), bench, loaded) == wanted
+    assert answer_files.read_answers(lines(tmp_path / "a.jsonl", rows[::-1]), bench, loaded) == wanted
 
 
 def test_official_answer_file_is_read_back(data, tmp_path):
@@ -213,7 +213,7 @@ def test_official_answer_file_is_read_back(data, tmp_path):
     rows = json.loads(path.read_text("utf-8"))
     assert [set(row) for row in rows] == [{"questionId", "prediction"}] * 5
     assert {row["questionId"]: row["prediction"] for row in rows} == {id: q["answer"] for id, q in QUESTIONS.items()}
-    again = files.read_answers(path, bench, loaded)
+    again = answer_files.read_answers(path, bench, loaded)
     assert headline(bench.score(loaded, again)) == headline(bench.score(loaded, answers)) == 100
 
 

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reverie_jax.eval.benchmarks import files
+from reverie_jax.eval.benchmarks import answer_files, inputs
 from reverie_jax.eval.benchmarks.interface import BenchmarkError
 from tests.eval.benchmarks.makers import asked, check, dump, everyone, ids, lines, opened, picture, shade
 
@@ -76,7 +76,7 @@ def judged(
 ) -> dict[str, str]:
     """Replies to whatever the rule asks a judge: a code for each answer, and for comparisons "same" or not."""
     replies = {}
-    for request in bench.requests(loaded, answers, "official", prompts()):
+    for request in bench.judge_requests(loaded, answers, "official", prompts()):
         id, _, kind = request.id.partition("#")
         replies[request.id] = (same if kind else codes)[id]
     return replies
@@ -292,7 +292,7 @@ def test_perfect_and_hopeless_runs_divide_by_nothing(data):
 
 def test_score_without_replies_is_refused_in_one_line(data):
     bench, loaded = opened("hallusionbench", data)
-    assert "official" in bench.judged
+    assert "official" in bench.judged_rules
     for replies in (None, {}, {ids(loaded)[0]: "correct"}):
         with pytest.raises(BenchmarkError) as error:
             bench.score(loaded, everyone(loaded, "Yes"), "official", replies=replies)
@@ -302,7 +302,7 @@ def test_score_without_replies_is_refused_in_one_line(data):
 def test_judge_reads_question_reference_and_answer(data):
     bench, loaded = opened("hallusionbench", data)
     answers = {id: f"My answer {n}." for n, id in enumerate(ids(loaded))}
-    made = {request.id: request for request in bench.requests(loaded, answers, "official", prompts())}
+    made = {request.id: request for request in bench.judge_requests(loaded, answers, "official", prompts())}
     assert set(ids(loaded)) <= set(made)
     for number, (id, each) in enumerate(zip(ids(loaded), ROWS, strict=True)):
         for part in (each["question"], each["gt_answer_details"], f"My answer {number}."):
@@ -390,7 +390,7 @@ def test_answers_are_joined_in_any_order(data, tmp_path):
     bench, loaded = opened("hallusionbench", data)
     rows = [{"question_id": q.id, "text": f"{n}"} for n, q in enumerate(loaded.questions)]
     wanted = {id: f"{n}" for n, id in enumerate(ids(loaded))}
-    assert files.read_answers(lines(tmp_path / "a.jsonl", rows[::-1]), bench, loaded) == wanted
+    assert answer_files.read_answers(lines(tmp_path / "a.jsonl", rows[::-1]), bench, loaded) == wanted
 
 
 def test_official_result_file_is_written_and_read_back(data, tmp_path):
@@ -398,9 +398,9 @@ def test_official_result_file_is_written_and_read_back(data, tmp_path):
     bench, loaded = opened("hallusionbench", data)
     answers = {id: f"Answer {n}." for n, id in enumerate(ids(loaded))}
     (path,) = bench.export(loaded, answers, tmp_path / "out")
-    rows = files.read_json(path)
+    rows = inputs.read_json(path)
     assert [{**each, "model_prediction": f"Answer {n}."} for n, each in enumerate(ROWS)] == rows
-    assert files.read_answers(path, bench, loaded) == answers
+    assert answer_files.read_answers(path, bench, loaded) == answers
 
 
 def test_decision_table_has_every_case():

@@ -87,7 +87,7 @@ def test_first_line_is_read_as_llava_does(wild, loaded, reply):
 def test_ratio_of_means(wild, loaded, seed):
     pairs = np.random.default_rng(seed).integers(1, 11, (6, 2)).tolist()
     scored = score(wild, loaded, [f"{x} {y}\nSo." for x, y in pairs])
-    kinds = [question.known["category"] for question in loaded.questions]
+    kinds = [question.metadata["category"] for question in loaded.questions]
     kinds = [kind.removeprefix("llava_bench_") for kind in kinds]
     assert round(make.headline(scored), 1) == round(relative(pairs), 1)
     for kind in ("conv", "detail", "complex"):
@@ -149,7 +149,7 @@ def test_questions_are_bare(loaded):
     assert [question.text for question in loaded.questions] == [f"Question {number}?" for number in range(6)]
     assert [str(question.id) for question in loaded.questions] == [str(number) for number in range(6)]
     assert [question.image for question in loaded.questions] == ["001.jpg"] * 2 + ["002.jpg"] * 2 + ["003.jpg"] * 2
-    assert len({question.unit for question in loaded.questions}) == 3
+    assert len({question.cluster for question in loaded.questions}) == 3
 
 
 def test_pictures_are_found(loaded):
@@ -166,7 +166,7 @@ def prompts() -> dict[str, str]:
 def test_judge_sees_context_question_reference_and_answer(wild, loaded):
     said = make.by_question(loaded, [f"Answer {number}." for number in range(6)])
     said["3"] = "It has {question} and {nothing} in it."
-    asked = wild.requests(loaded, said, "official", prompts())
+    asked = wild.judge_requests(loaded, said, "official", prompts())
     assert [request.id for request in asked] == [str(number) for number in range(6)]
     assert asked[0].prompt == "conv C[Seen in 001.jpg.] Q[Question 0?] R[Reference 0.] A[Answer 0.]"
     assert asked[3].prompt == f"detail C[Seen in 002.jpg.] Q[Question 3?] R[Reference 3.] A[{said['3']}]"
@@ -180,7 +180,7 @@ def test_references_are_joined_by_id(wild, tmp_path):
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     make.lines(path, rows[::-1])
     loaded = wild.load(folder)
-    asked = wild.requests(loaded, {str(q.id): "So." for q in loaded.questions}, "official", prompts())
+    asked = wild.judge_requests(loaded, {str(q.id): "So." for q in loaded.questions}, "official", prompts())
     assert "R[Reference 4.]" in asked[4].prompt
 
 
@@ -298,7 +298,7 @@ def test_coco_without_one_reply_that_can_be_read(other, coco):
 
 
 def test_coco_judge_sees_captions_and_boxes(other, coco):
-    asked = other.requests(coco, {str(q.id): "So." for q in coco.questions}, "official", prompts())
+    asked = other.judge_requests(coco, {str(q.id): "So." for q in coco.questions}, "official", prompts())
     assert len(asked) == 6
     assert "C[A dog.\nA brown dog.\n\ndog: [0.1, 0.2, 0.3, 0.4]]" in asked[4].prompt
     assert "R[Reference 4.]" in asked[4].prompt

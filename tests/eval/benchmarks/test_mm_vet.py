@@ -59,7 +59,7 @@ PROMPTS = {"mm_vet": "few {question} | {answer} | {prediction} | "}
 
 def score(vet, loaded, replies):
     """One reply a question, under the ids that the judge is asked with."""
-    ids = [request.id for request in vet.requests(loaded, answers(loaded), "official", PROMPTS)]
+    ids = [request.id for request in vet.judge_requests(loaded, answers(loaded), "official", PROMPTS)]
     first = [next(id for id in ids if id.split("#")[0] == str(question.id)) for question in loaded.questions]
     return vet.score(loaded, answers(loaded), replies=dict(zip(first, replies, strict=True)))
 
@@ -96,7 +96,7 @@ def test_missing_answers_and_grades_are_not_the_same(vet, loaded):
 
 
 def test_one_missing_reply_is_named(vet, loaded):
-    ids = [request.id for request in vet.requests(loaded, answers(loaded), "official", PROMPTS)]
+    ids = [request.id for request in vet.judge_requests(loaded, answers(loaded), "official", PROMPTS)]
     lost = str(loaded.questions[3].id)
     some = {id: "0.5" for id in ids if id.split("#")[0] != lost}
     with pytest.raises(BenchmarkError, match=lost):
@@ -120,7 +120,7 @@ def test_several_runs_are_averaged(vet, loaded):
 def test_judge_sees_question_truth_and_answer(vet, loaded):
     said = answers(loaded)
     said[str(loaded.questions[1].id)] = "Both {answer} | {nothing}."
-    asked = vet.requests(loaded, said, "official", PROMPTS)
+    asked = vet.judge_requests(loaded, said, "official", PROMPTS)
     first = {request.id.split("#")[0]: request for request in reversed(asked)}
     # Marks of parts stand between spaces.
     zero = first[str(loaded.questions[0].id)].prompt
@@ -131,7 +131,7 @@ def test_judge_sees_question_truth_and_answer(vet, loaded):
 
 def test_questions_are_bare(loaded):
     assert [question.text for question in loaded.questions] == [f"What is x in number {n}?" for n in range(6)]
-    assert len({question.unit for question in loaded.questions}) == 6
+    assert len({question.cluster for question in loaded.questions}) == 6
     assert loaded.read_image(loaded.questions[2].image) == make.PICTURE
 
 
@@ -141,8 +141,8 @@ def test_rows_of_either_form_find_their_question(vet, loaded, prefix):
     ids = {str(question.id) for question in loaded.questions}
     for number in range(6):
         row = {"question_id": f"{prefix}{number}" if prefix else number, "text": "So."}
-        assert vet.key(row, loaded) in ids
-    assert len({vet.key({"question_id": f"{prefix}{n}"}, loaded) for n in range(6)}) == 6
+        assert vet.match_question(row, loaded) in ids
+    assert len({vet.match_question({"question_id": f"{prefix}{n}"}, loaded) for n in range(6)}) == 6
 
 
 def test_answers_are_written_by_their_official_names(vet, loaded, tmp_path):
@@ -151,7 +151,7 @@ def test_answers_are_written_by_their_official_names(vet, loaded, tmp_path):
 
 
 def test_a_missing_file_says_what_is_needed(vet, tmp_path):
-    assert vet.needs in make.refused(vet, tmp_path, "mm-vet.json")
+    assert vet.required_files in make.refused(vet, tmp_path, "mm-vet.json")
 
 
 @pytest.mark.parametrize("text", ["{", "3", "[]", "{}", "\xff"], ids=["cut off", "number", "list", "empty", "no text"])

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reverie_jax.eval.benchmarks import files
+from reverie_jax.eval.benchmarks import answer_files
 from reverie_jax.eval.benchmarks.interface import BenchmarkError
 from tests.eval.benchmarks.makers import (
     LETTER,
@@ -66,11 +66,11 @@ def test_every_rotation_is_a_question_with_its_own_index(data):
     assert "3000004" in ids(loaded)
 
 
-def test_passes_of_a_question_are_one_unit(data):
+def test_passes_of_a_question_are_one_cluster(data):
     _, loaded = opened("mmbench", data)
     units: dict[str, list[int]] = {}
     for question in loaded.questions:
-        units.setdefault(question.unit, []).append(int(question.id) % 1_000_000)
+        units.setdefault(question.cluster, []).append(int(question.id) % 1_000_000)
     assert sorted(map(tuple, map(set, units.values()))) == [(4,), (7,), (9,)]
 
 
@@ -280,8 +280,8 @@ def test_passes_are_made_where_the_file_has_none(tmp_path):
     mmbench(tmp_path / "all" / "mmbench_dev_20230712.tsv", QUESTIONS)
     bench, made = opened("mmbench", tmp_path / "one")
     _, read = opened("mmbench", tmp_path / "all")
-    assert {str(q.id): (q.text, q.unit) for q in made.questions} == {
-        str(q.id): (q.text, q.unit) for q in read.questions
+    assert {str(q.id): (q.text, q.cluster) for q in made.questions} == {
+        str(q.id): (q.text, q.cluster) for q in read.questions
     }
     assert all(made.read_image(q.image) == encoded(int(q.id) % 1_000_000, "JPEG") for q in made.questions)
     assert headline(check(bench, made, everyone(read, right))) == 100
@@ -357,7 +357,7 @@ def test_answers_by_llava_are_joined_by_index(data, tmp_path):
         )
         for q in loaded.questions
     ]
-    found = files.read_answers(lines(tmp_path / "a.jsonl", rows[::-1]), bench, loaded)
+    found = answer_files.read_answers(lines(tmp_path / "a.jsonl", rows[::-1]), bench, loaded)
     assert found == everyone(loaded, right)
 
 

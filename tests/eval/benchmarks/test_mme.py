@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reverie_jax.eval.benchmarks import benchmark, files
+from reverie_jax.eval.benchmarks import answer_files, benchmark
 from reverie_jax.eval.benchmarks.interface import BenchmarkError
 from tests.eval.benchmarks.makers import SHORT, asked, check, everyone, headline, lines, mme, opened, said, shade
 
@@ -34,7 +34,7 @@ def data(tmp_path):
 
 def known(question) -> str:
     """The label, whatever it is kept as."""
-    label = question.known["label"]
+    label = question.metadata["label"]
     return {True: "Yes", False: "No"}.get(label, str(label).capitalize())
 
 
@@ -60,18 +60,18 @@ def test_sentence_goes_whatever_stands_before_it(tmp_path, gap):
     assert [q.text.replace(" \n", "\n") for q in loaded.questions] == [f"Is it red?\n{SHORT}", f"Is it blue?\n{SHORT}"]
 
 
-def test_both_questions_of_a_picture_are_one_unit(data):
+def test_both_questions_of_a_picture_are_one_cluster(data):
     _, loaded = opened("mme", data)
     units: dict[str, int] = {}
     for question in loaded.questions:
-        units[question.unit] = units.get(question.unit, 0) + 1
+        units[question.cluster] = units.get(question.cluster, 0) + 1
     assert list(units.values()) == [2, 2, 2, 2]
 
 
 def test_same_picture_name_in_two_tasks_is_two_pictures(tmp_path):
     tasks = {"count": {"1.jpg": image("one")}, "color": {"0.jpg": image("red"), "1.jpg": image("blue")}}
     bench, loaded = opened("mme", mme(tmp_path, tasks))
-    assert len({q.unit for q in loaded.questions}) == 3
+    assert len({q.cluster for q in loaded.questions}) == 3
     one, blue = asked(loaded, "Is this one"), asked(loaded, "Is this blue")
     assert loaded.read_image(one.image) != loaded.read_image(blue.image)
     check(bench, loaded, everyone(loaded, known))
@@ -191,7 +191,7 @@ def test_scores_are_those_of_the_published_arithmetic(many, texts):
     answers = dict(zip([str(q.id) for q in loaded.questions], texts, strict=True))
     scored = check(bench, loaded, answers)
     read = {"Yes": "Yes", "No": "No", "Not sure": "No", "The answer is yes": ""}
-    rows = [(task_of(q.text), q.unit, known(q), read[text]) for q, text in zip(loaded.questions, texts, strict=True)]
+    rows = [(task_of(q.text), q.cluster, known(q), read[text]) for q, text in zip(loaded.questions, texts, strict=True)]
     tasks = by_hand(rows)
     values = scored.values()
     assert headline(scored) == pytest.approx(sum(tasks[task] for task in ("existence", "artwork", "OCR")))
@@ -224,7 +224,7 @@ def test_one_of_two_right_earns_half_a_hundred(two):
 def test_other_stays_in_the_denominator(data):
     bench, loaded = opened("mme", data)
     first = asked(loaded, "Is this a still life")
-    answers = everyone(loaded, lambda q: known(q) if "artwork" in q.unit or "still" in q.text else "")
+    answers = everyone(loaded, lambda q: known(q) if "artwork" in q.cluster or "still" in q.text else "")
     answers |= {str(q.id): known(q) for q in loaded.questions if "portrait" in q.text}
     answers[str(first.id)] = "I think so"
     # Three of four right, one picture of two: 75 + 50.
@@ -249,19 +249,19 @@ def test_answers_by_llava_are_joined_by_question(data, tmp_path):
     ]
     wanted = everyone(loaded, known)
     for order in (rows, rows[::-1], rows[3:] + rows[:3]):
-        assert files.read_answers(lines(tmp_path / "a.jsonl", order), bench, loaded) == wanted
+        assert answer_files.read_answers(lines(tmp_path / "a.jsonl", order), bench, loaded) == wanted
     with pytest.raises(BenchmarkError):
-        files.read_answers(lines(tmp_path / "a.jsonl", [*rows, rows[0]]), bench, loaded)
+        answer_files.read_answers(lines(tmp_path / "a.jsonl", [*rows, rows[0]]), bench, loaded)
     with pytest.raises(BenchmarkError):
-        files.read_answers(lines(tmp_path / "a.jsonl", rows[1:]), bench, loaded)
+        answer_files.read_answers(lines(tmp_path / "a.jsonl", rows[1:]), bench, loaded)
     with pytest.raises(BenchmarkError):
-        files.read_answers(lines(tmp_path / "a.jsonl", [{**rows[0], "prompt": "Is it?"}, *rows[1:]]), bench, loaded)
+        answer_files.read_answers(lines(tmp_path / "a.jsonl", [{**rows[0], "prompt": "Is it?"}, *rows[1:]]), bench, loaded)
 
 
 def test_own_answers_are_joined_by_our_id(data, tmp_path):
     bench, loaded = opened("mme", data)
     rows = [{"question_id": q.id, "text": known(q)} for q in loaded.questions]
-    assert files.read_answers(lines(tmp_path / "a.jsonl", rows), bench, loaded) == everyone(loaded, known)
+    assert answer_files.read_answers(lines(tmp_path / "a.jsonl", rows), bench, loaded) == everyone(loaded, known)
 
 
 def test_result_folder_is_the_official_tools(data, tmp_path):

@@ -123,7 +123,7 @@ def test_questions_are_the_files_in_its_order(loaded):
     rows = make.mmhal_rows()
     assert [question.text for question in loaded.questions] == [row["question"] for row in rows]
     assert len({str(question.id) for question in loaded.questions}) == 96
-    assert len({question.unit for question in loaded.questions}) == 96
+    assert len({question.cluster for question in loaded.questions}) == 96
 
 
 @pytest.mark.parametrize("replies", [None, {}], ids=["none", "empty"])
@@ -144,7 +144,7 @@ def test_one_missing_reply_is_named(mmhal, loaded):
 def test_judge_sees_contents_question_and_both_answers(mmhal, loaded):
     said = {str(q.id): "So {question} it is." for q in loaded.questions}
     template = "C[{image_content}] Q[{question}] G[{gt_answer}] A[{model_answer}]"
-    asked = mmhal.requests(loaded, said, "official", {"mmhal": template})
+    asked = mmhal.judge_requests(loaded, said, "official", {"mmhal": template})
     assert [request.id for request in asked] == [str(question.id) for question in loaded.questions]
     wanted = "C[Chair, Thing41] Q[What is there, number 41?] G[Thing 41.] A[So {question} it is.]"
     assert asked[41].prompt == wanted
@@ -165,7 +165,7 @@ def test_a_file_itself_is_taken(mmhal, tmp_path):
 
 
 def test_a_missing_file_says_what_is_needed(mmhal, tmp_path):
-    assert mmhal.needs in make.refused(mmhal, tmp_path, str(tmp_path))
+    assert mmhal.required_files in make.refused(mmhal, tmp_path, str(tmp_path))
 
 
 @pytest.mark.parametrize("text", ["{", "[3]", "[]", "\xff"], ids=["cut off", "numbers", "no rows", "no text"])

@@ -110,8 +110,8 @@ def single(bench, tmp_path, objects, there=(), caption="Nothing."):
     folder = files(tmp_path, {1: (list(there), [caption]), 2: (["zebra"], ["So."])})
     loaded = bench.load(folder)
     scored = score(bench, loaded, [objects, ["zebra"]])
-    unit = {q.id: scored.units.index(q.unit) for q in loaded.questions}
-    first = scored.counts[unit[loaded.questions[0].id]]
+    cluster = {q.id: scored.clusters.index(q.cluster) for q in loaded.questions}
+    first = scored.counts[cluster[loaded.questions[0].id]]
     name = next(name for name in scored.metrics if make.folded(name) in MENTION)
     wrong, share = (float(scored.metrics[name](sums)) / 100 for sums in (first, scored.counts.sum(0)))
     # wrong = h / n, share = h / (n + 1); with nothing wrong the recall of what is there tells.
@@ -230,7 +230,7 @@ PROMPTS = {"object_halbench": "Q[{question}] A[{answer}]"}
 def test_judge_is_not_asked_about_three_words(bench, loaded):
     texts = ["A dog.", "Only three words", " four words are here ", "It has {question}, {nothing} in it."]
     answers = make.by_question(loaded, texts)
-    asked = bench.requests(loaded, answers, "official", PROMPTS)
+    asked = bench.judge_requests(loaded, answers, "official", PROMPTS)
     ids = [str(question.id) for question in loaded.questions]
     assert [request.id for request in asked] == ids[2:]
     assert texts[3] in asked[1].prompt
@@ -263,10 +263,10 @@ def test_any_responses_sums_are_their_own_score(bench, loaded):
     lists = [["dog", "woman", "cat"], ["sofa"], ["road"], ["television", "kite"]]
     scored = score(bench, loaded, lists)
     wrong, named, all_mentions = np.array([1, 0, 0, 1]), np.array([1, 1, 0, 1]), np.array([3, 1, 0, 2])
-    unit = [scored.units.index(question.unit) for question in loaded.questions]
+    cluster = [scored.clusters.index(question.cluster) for question in loaded.questions]
     for bits in range(1, 16):
         at = [n for n in range(4) if bits >> n & 1]
-        sums = scored.counts[[unit[n] for n in at]].sum(0)
+        sums = scored.counts[[cluster[n] for n in at]].sum(0)
         wanted = 100 * wrong[at].sum() / named[at].sum() if named[at].sum() else 0.0
         assert float(next(iter(scored.metrics.values()))(sums)) == pytest.approx(wanted)
         name = next(name for name in scored.metrics if make.folded(name) in MENTION)
@@ -298,9 +298,9 @@ def test_replies_are_needed(bench, loaded, replies):
 
 def test_a_stand_in_without_a_judge_is_labelled(bench, loaded):
     """The plain path reads the answer itself. It is never the default, and its protocol says what it is."""
-    plain = [rule for rule in bench.rules if rule not in bench.judged]
+    plain = [rule for rule in bench.rules if rule not in bench.judged_rules]
     assert plain, "no rule that goes without a judge"
-    assert bench.rules[0] in bench.judged
+    assert bench.rules[0] in bench.judged_rules
     texts = [
         "A dog and a kite are here.",
         "Two cats sleep on the sofa.",
@@ -316,7 +316,7 @@ def test_a_stand_in_without_a_judge_is_labelled(bench, loaded):
 
 def test_questions_and_pictures_come_from_the_file(loaded):
     assert [question.text for question in loaded.questions] == [f"{ASKED} {image}" for image in IMAGES]
-    assert len({question.unit for question in loaded.questions}) == 4
+    assert len({question.cluster for question in loaded.questions}) == 4
     for question, image in zip(loaded.questions, IMAGES, strict=True):
         assert loaded.read_image(question.image) == make.PICTURE + bytes([image])
 

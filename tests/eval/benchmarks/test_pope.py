@@ -165,7 +165,7 @@ def test_question_may_hold_any_character(tmp_path):
 
 def test_question_is_asked_with_its_picture(tmp_path):
     talk = pope.conversation(PopeQuestion(1, "a.png", "Is there a cup?", True))
-    assert talk.open
+    assert talk.is_open
     assert [turn.text for turn in talk.turns] == ["<image>\nIs there a cup?"]
 
 

@@ -42,7 +42,7 @@ def made(splits: dict[str, list[tuple[str, bool]]]) -> BenchmarkData:
 
 def test_ids_are_those_of_llavas_file(data):
     _, loaded = opened("pope", data)
-    assert {q.known["split"]: q.id for q in loaded.questions[::3]} == {
+    assert {q.metadata["split"]: q.id for q in loaded.questions[::3]} == {
         "random": 10_000_001,
         "popular": 20_000_001,
         "adversarial": 1,
@@ -60,7 +60,7 @@ def test_prompts_are_llavas_to_the_character(data):
     wanted = "Is there a snowboard in the image?\nAnswer the question using a single word or phrase."
     assert by_id[1].text == by_id[10_000_001].text == by_id[20_000_001].text == wanted
     assert by_id[2].text == "Is there an airplane in the imange?\nAnswer the question using a single word or phrase."
-    assert all(q.image == q.unit for q in loaded.questions)
+    assert all(q.image == q.cluster for q in loaded.questions)
 
 
 def test_suffix_that_is_there_is_not_doubled(tmp_path):
@@ -81,7 +81,7 @@ def test_question_files_may_be_lists(tmp_path):
     rows = [{"question_id": 1, "image": "a.jpg", "text": "Is there a cup in the image?", "label": "no"}]
     (tmp_path / "aokvqa_pope_seem_random.json").write_text(json.dumps(rows, indent=4), "utf-8")
     (question,) = opened("pope", tmp_path)[1].questions
-    assert question.known["label"] is False
+    assert question.metadata["label"] is False
 
 
 @pytest.mark.parametrize(("number", "an", "old"), [(2910, "imange", True), (3000, "image", False)])
@@ -184,7 +184,7 @@ def test_vlmevalkit_leaves_other_signs_at_the_word(answer):
 
 
 @pytest.mark.parametrize(
-    ("answer", "unread"),
+    ("answer", "unparsed"),
     [
         ("Yes", False),
         ("No.", False),
@@ -313,14 +313,14 @@ def test_nothing_to_divide_by_gives_zero(rule, answer, label):
 
 def test_all_right_gives_one(data):
     bench, loaded = opened("pope", data)
-    right = everyone(loaded, lambda q: "Yes" if q.known["label"] else "No")
+    right = everyone(loaded, lambda q: "Yes" if q.metadata["label"] else "No")
     assert [headline(check(bench, loaded, right, rule)) for rule in bench.rules] == [1, 1, 100]
 
 
 def test_missing_answer_is_no_yes_from_nothing(data):
     """Upstream, a missing line shifts all that follow; here it is one question that reads as the empty text does."""
     bench, loaded = opened("pope", data)
-    right = everyone(loaded, lambda q: "Yes" if q.known["label"] else "No")
+    right = everyone(loaded, lambda q: "Yes" if q.metadata["label"] else "No")
     del right["3"]
     with_empty = bench.score(loaded, {**right, "3": ""}).values()
     assert bench.score(loaded, right).values() == with_empty
@@ -341,11 +341,11 @@ def test_upload_is_question_and_answer_in_file_order(data, tmp_path):
 def test_score_of_other_labels_is_another(tmp_path):
     """The same answers by the labels of the other version: the trap that destroys the random split."""
     bench, loaded = opened("pope", pope(tmp_path, random=ROWS))
-    other = [dataclasses.replace(q, known={**q.known, "label": not q.known["label"]}) for q in loaded.questions]
-    right = everyone(loaded, lambda q: "Yes" if q.known["label"] else "No")
+    other = [dataclasses.replace(q, metadata={**q.metadata, "label": not q.metadata["label"]}) for q in loaded.questions]
+    right = everyone(loaded, lambda q: "Yes" if q.metadata["label"] else "No")
     assert headline(bench.score(dataclasses.replace(loaded, questions=other), right)) == 0
 
 
 def test_needs_says_which_files():
-    assert re.search(r"coco_pope_random\.json.*popular.*adversarial", Pope.needs)
+    assert re.search(r"coco_pope_random\.json.*popular.*adversarial", Pope.required_files)
     assert Pope.max_new_tokens == 128  # LLaVA's cap

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reverie_jax.eval.benchmarks import files
+from reverie_jax.eval.benchmarks import answer_files
 from reverie_jax.eval.benchmarks.interface import BenchmarkError
 from tests.eval.benchmarks.makers import (
     LETTER,
@@ -263,7 +263,7 @@ def test_vlmevalkit_infers_as_for_mmbench_over_items_with_a_picture(data):
 def test_answers_by_llava_are_joined_by_id(data, tmp_path):
     bench, loaded = opened("scienceqa", data)
     rows = [said(q.id, ("<image>\n" if q.image else "") + q.text, right(q)) for q in loaded.questions]
-    found = files.read_answers(lines(tmp_path / "a.jsonl", rows[::-1]), bench, loaded)
+    found = answer_files.read_answers(lines(tmp_path / "a.jsonl", rows[::-1]), bench, loaded)
     assert found == everyone(loaded, right)
 
 

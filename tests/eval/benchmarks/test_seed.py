@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reverie_jax.eval.benchmarks import files
+from reverie_jax.eval.benchmarks import answer_files
 from reverie_jax.eval.benchmarks.interface import BenchmarkError
 from reverie_jax.eval.score import score
 from tests.eval.benchmarks.makers import (
@@ -57,10 +57,10 @@ def test_prompt_is_llavas_to_the_character(data):
     )
 
 
-def test_questions_of_a_picture_are_one_unit(data):
+def test_questions_of_a_picture_are_one_cluster(data):
     _, loaded = opened("seed", data)
-    assert loaded.questions[0].unit == loaded.questions[2].unit
-    assert len({q.unit for q in loaded.questions}) == 4
+    assert loaded.questions[0].cluster == loaded.questions[2].cluster
+    assert len({q.cluster for q in loaded.questions}) == 4
 
 
 def test_pictures_and_middle_frames_are_found_where_llava_has_them(data):
@@ -75,8 +75,8 @@ def test_clips_without_frames_are_not_asked_and_count_where_they_are_answered(da
     """Pictures alone are what most later work reports; but LLaVA's own answer files are about clips too."""
     (data / "SEED-Bench-video-image" / "10_v1738.png").rename(data / "SEED-Bench-video-image" / "11_v1738.png")
     bench, loaded = opened("seed", data)
-    assert [str(question.id) for question in loaded.asked] == ["101669", "101670", "5", "v99"]
-    assert loaded.left_out == {"v1738"}
+    assert [str(question.id) for question in loaded.available] == ["101669", "101670", "5", "v99"]
+    assert loaded.unavailable == {"v1738"}
     assert loaded.protocol["clips without a frame"] == 1
     rows = [{"question_id": row["question_id"], "text": row["answer"]} for row in QUESTIONS]
     every = score(bench, loaded, lines(tmp_path / "a.jsonl", rows))
@@ -141,7 +141,7 @@ def test_answer_must_be_the_letter_itself(data, answer):
         assert [bool(reading.right) for reading in scored.parsed_answers] == wanted
 
 
-@pytest.mark.parametrize(("answer", "unread"), [("A", False), ("D", False), ("", True), ("E", True), ("a cup", True)])
+@pytest.mark.parametrize(("answer", "unparsed"), [("A", False), ("D", False), ("", True), ("E", True), ("a cup", True)])
 def test_answers_that_are_no_letter_are_counted_apart(data, answer, unparsed):
     bench, loaded = opened("seed", data)
     assert [r.unparsed for r in bench.score(loaded, everyone(loaded, answer)).parsed_answers] == [unparsed] * 5
@@ -202,10 +202,10 @@ def test_vlmevalkit_has_images_alone_and_infers_as_for_mmbench(data):
 def test_answers_by_llava_have_numbers_for_images(data, tmp_path):
     bench, loaded = opened("seed", data)
     rows = [said(int(q.id) if str(q.id).isdigit() else q.id, q.text, right(q), category="x") for q in loaded.questions]
-    found = files.read_answers(lines(tmp_path / "a.jsonl", rows[::-1]), bench, loaded)
+    found = answer_files.read_answers(lines(tmp_path / "a.jsonl", rows[::-1]), bench, loaded)
     assert found == everyone(loaded, right)
     with pytest.raises(BenchmarkError, match="twice"):  # as in LLaVA's own file of 13B
-        files.read_answers(lines(tmp_path / "a.jsonl", [*rows, rows[0]]), bench, loaded)
+        answer_files.read_answers(lines(tmp_path / "a.jsonl", [*rows, rows[0]]), bench, loaded)
 
 
 def test_upload_is_the_leaderboards(data, tmp_path):
@@ -213,7 +213,7 @@ def test_upload_is_the_leaderboards(data, tmp_path):
     (path,) = bench.export(loaded, everyone(loaded, right), tmp_path / "out")
     rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
     assert rows == [{"question_id": row["question_id"], "prediction": row["answer"]} for row in QUESTIONS]
-    assert files.read_answers(path, bench, loaded) == everyone(loaded, right)
+    assert answer_files.read_answers(path, bench, loaded) == everyone(loaded, right)
 
 
 def test_cap_is_llavas():

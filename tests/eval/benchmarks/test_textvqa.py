@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reverie_jax.eval.benchmarks import files
+from reverie_jax.eval.benchmarks import answer_files
 from reverie_jax.eval.benchmarks.interface import BenchmarkError
 from tests.eval.benchmarks.makers import SHORT, check, dump, everyone, headline, ids, lines, opened, picture, said
 
@@ -68,7 +68,7 @@ def test_prompt_is_llavas_to_the_character(data):
 def test_questions_of_a_picture_are_one_unit_with_ids_of_their_own(data):
     _, loaded = opened("textvqa", data)
     assert len(set(ids(loaded))) == 3
-    assert [q.unit == loaded.questions[1].unit for q in loaded.questions] == [False, True, True]
+    assert [q.cluster == loaded.questions[1].cluster for q in loaded.questions] == [False, True, True]
     assert all(loaded.read_image(q.image)[:2] == b"\xff\xd8" for q in loaded.questions)
 
 
@@ -78,14 +78,14 @@ def test_answers_by_llava_are_joined_by_picture_and_question(data, tmp_path):
     rows = [said(key[1], prompt(key), f"answer {key[0]}") for key in SHOWN]
     wanted = {str(q.id): f"answer {key[0]}" for q, key in zip(loaded.questions, SHOWN, strict=True)}
     for order in (rows, rows[::-1]):
-        assert files.read_answers(lines(tmp_path / "a.jsonl", order), bench, loaded) == wanted
+        assert answer_files.read_answers(lines(tmp_path / "a.jsonl", order), bench, loaded) == wanted
     with pytest.raises(BenchmarkError):
-        files.read_answers(lines(tmp_path / "a.jsonl", [*rows, rows[2]]), bench, loaded)
+        answer_files.read_answers(lines(tmp_path / "a.jsonl", [*rows, rows[2]]), bench, loaded)
     with pytest.raises(BenchmarkError):
-        files.read_answers(lines(tmp_path / "a.jsonl", [rows[0], rows[1]]), bench, loaded)
+        answer_files.read_answers(lines(tmp_path / "a.jsonl", [rows[0], rows[1]]), bench, loaded)
     other = said("0054c91397f2fe05", f"who is it?\nReference OCR token: a\n{SHORT}", "x")
     with pytest.raises(BenchmarkError):
-        files.read_answers(lines(tmp_path / "a.jsonl", [*rows[:2], other]), bench, loaded)
+        answer_files.read_answers(lines(tmp_path / "a.jsonl", [*rows[:2], other]), bench, loaded)
 
 
 def test_a_question_that_stands_there_twice(data, tmp_path):
@@ -97,17 +97,17 @@ def test_a_question_that_stands_there_twice(data, tmp_path):
     bench, loaded = opened("textvqa", data)
     keys = [*SHOWN, list(SHOWN)[2]]
     rows = [said(key[1], prompt(key), f"answer {n}") for n, key in enumerate(keys)]
-    found = files.read_answers(lines(tmp_path / "a.jsonl", rows), bench, loaded)
+    found = answer_files.read_answers(lines(tmp_path / "a.jsonl", rows), bench, loaded)
     assert found == {"34602": "answer 0", "34603": "answer 1", "34604": "answer 2", "34605": "answer 3"}
     ours = [{"question_id": id, "text": "a"} for id in (34602, 34603, 34604, 34604)]
     with pytest.raises(BenchmarkError, match="34604 stands there twice"):
-        files.read_answers(lines(tmp_path / "a.jsonl", ours), bench, loaded)
+        answer_files.read_answers(lines(tmp_path / "a.jsonl", ours), bench, loaded)
 
 
 def test_own_answers_are_joined_by_our_id(data, tmp_path):
     bench, loaded = opened("textvqa", data)
     rows = [{"question_id": q.id, "text": "a"} for q in loaded.questions]
-    assert files.read_answers(lines(tmp_path / "a.jsonl", rows), bench, loaded) == everyone(loaded, "a")
+    assert answer_files.read_answers(lines(tmp_path / "a.jsonl", rows), bench, loaded) == everyone(loaded, "a")
 
 
 def test_missing_files_are_named(tmp_path):
