@@ -1,114 +1,143 @@
-"""Annotation files as their authors write them, with every variation that is tolerated, and what is not."""
-
-import json
+"""Annotation files as their authors write them: the variations that are accepted, and the rows that are reported."""
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from reverie_jax.data import sources
 from reverie_jax.data.conversation import IMAGE
-from reverie_jax.data.mixture import Mixture
-from reverie_jax.data.sources import Pictures, ReadLog, reverie
+from reverie_jax.data.mixture import MixtureEntry
+from reverie_jax.data.sources import ReadLog, reverie
 from reverie_jax.data.supervision import Supervision
 from reverie_jax.errors import DataError
-from tests.data.fakes import png
+from tests.data.fakes import (
+    assert_one_line,
+    llava_row,
+    png,
+    read_examples,
+    read_records,
+    talk,
+    texts,
+    write_json_rows,
+)
 
 WHY = "Explain why. Including any necessary facts or knowledge"
-WHY_NOT = "Explain why this answer is wrong: {}. Including any necessary facts or knowledge."
+WHY_WRONG = "Explain why this answer is wrong: {}. Including any necessary facts or knowledge."
 
 
-def said(*texts, keys=("from", "value"), roles=("human", "gpt"), first=0):
+def turns(*texts, keys=("from", "value"), roles=("human", "gpt"), first=0):
     return [{keys[0]: roles[(n + first) % 2], keys[1]: text} for n, text in enumerate(texts)]
 
 
-def read(tmp_path, rows, name="rows.json", **options):
-    path, reading = tmp_path / name, ReadLog()
-    text = "\n".join(map(json.dumps, rows)) if name.endswith("jsonl") else json.dumps(rows)
-    path.write_text(text, "utf-8")
-    return list(sources.read(path, reading, **options)), reading
+def messages(*texts):
+    return turns(*texts, keys=("role", "content"), roles=("user", "assistant"))
 
 
-def spoken(talks):
-    return [[turn.text for turn in talk.conversation.turns] for talk in talks]
+def read(tmp_path, rows, name="rows.json"):
+    return read_examples(write_json_rows(tmp_path / name, rows))
+
+
+def kinds(examples):
+    return [example.conversation.kind for example in examples]
+
+
+def problem_rows(log):
+    return [where.rsplit("row ", 1)[1] for where, _ in log.problems]
 
 
 # LLaVA.
 
+LLAVA = {
+    "several turns": (
+        {"id": "7", "image": "coco/a.jpg", "conversations": turns(f"{IMAGE}\nWhat?", "A cup.", "Whose?", "Mine.")},
+        ("coco/a.jpg", [f"{IMAGE}\nWhat?", "A cup.", "Whose?", "Mine."]),
+    ),
+    "marker at the end": (
+        {"image": "a.jpg", "conversations": turns(f"What?\n{IMAGE}", "A jug.")},
+        ("a.jpg", [f"What?\n{IMAGE}", "A jug."]),
+    ),
+    "no marker": (llava_row("a.jpg", "What?", "A jug."), ("a.jpg", [f"{IMAGE}\nWhat?", "A jug."])),
+    "marker in a later turn": (
+        llava_row("a.jpg", "What?", "A cup.", f"{IMAGE}\nAnd here?", "A jug."),
+        ("a.jpg", ["What?", "A cup.", f"{IMAGE}\nAnd here?", "A jug."]),
+    ),
+    "two markers become one": (
+        llava_row("a.jpg", f"{IMAGE} see {IMAGE}\nWhat?", "A cup."),
+        ("a.jpg", [f"{IMAGE}\nsee \nWhat?", "A cup."]),
+    ),
+    "text only": (llava_row(None, "Two and two?", "Four.", model=""), ("", ["Two and two?", "Four."])),
+    "an answer to nothing": (
+        {"image": "a.jpg", "conversations": turns("Hello.", "What?", "A cup.", first=1)},
+        ("a.jpg", [f"{IMAGE}\nWhat?", "A cup."]),
+    ),
+    "a question without an answer": (
+        llava_row("a.jpg", "What?", "A cup.", "Whose?"),
+        ("a.jpg", [f"{IMAGE}\nWhat?", "A cup."]),
+    ),
+    "messages and images": (
+        {"images": ["a.jpg"], "messages": messages(f"{IMAGE}What?", "A cup.")},
+        ("a.jpg", [f"{IMAGE}What?", "A cup."]),
+    ),
+}
 
-def test_llava_rows(tmp_path):
-    rows = [
-        {
-            "id": "000000033471",
-            "image": "coco/a.jpg",
-            "conversations": said(f"{IMAGE}\nWhat?", "A cup.", "Whose?", "Mine."),
-        },
-        {"id": 7, "image": "a.jpg", "conversations": said(f"What?\n{IMAGE}", "A jug.")},
-        {"id": "text", "model": "", "conversations": said("Two and two?", "Four.")},
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
+@pytest.mark.parametrize(("row", "expected"), LLAVA.values(), ids=LLAVA)
+def test_llava_rows(tmp_path, row, expected, name):
+    (example,), log = read(tmp_path, [row], name)
+    assert log == ReadLog()
+    assert example.image == expected[0]
+    assert [turn.text.split() for turn in example.conversation.turns] == [text.split() for text in expected[1]]
+    assert [turn.text.startswith(IMAGE) for turn in example.conversation.turns] == [
+        text.startswith(IMAGE) for text in expected[1]
     ]
-    talks, reading = read(tmp_path, rows)
-    assert reading == ReadLog()
-    assert [talk.image for talk in talks] == ["coco/a.jpg", "a.jpg", ""]
-    assert spoken(talks)[0] == [f"{IMAGE}\nWhat?", "A cup.", "Whose?", "Mine."]
-    assert talks[2].conversation.images == ()
-    assert {talk.conversation.dataset for talk in talks} == {"llava"}
-    assert {talk.conversation.kind for talk in talks} == {""}
+    assert example.conversation.images == ((0,) if example.image else ())
+    assert (example.conversation.dataset, example.conversation.kind) == ("llava", "")
 
 
-def test_llava_trainers_habits(tmp_path):
-    rows = [
-        {"image": "a.jpg", "conversations": said("Hello.", "What?", "A cup.", first=1)},  # an answer to nothing
-        {"image": "a.jpg", "conversations": said("What?", "A cup.", "Whose?")},  # a question without an answer
-        {"image": "a.jpg", "conversations": said(f"{IMAGE} see {IMAGE}\nWhat?", "A cup.")},  # two markers become one
-        {"image": "a.jpg", "conversations": said("What?", "A cup.", f"{IMAGE}\nAnd here?", "A jug.")},  # shown later
-    ]
-    talks, reading = read(tmp_path, rows)
-    assert reading.problems == []
-    assert spoken(talks)[:2] == [[f"{IMAGE}\nWhat?", "A cup."]] * 2
-    assert spoken(talks)[2][0].count(IMAGE) == 1
-    assert spoken(talks)[2][0].startswith(f"{IMAGE}\n")
-    assert spoken(talks)[3] == ["What?", "A cup.", f"{IMAGE}\nAnd here?", "A jug."]
+def test_unknown_fields_are_noted_once(tmp_path):
+    _, log = read(tmp_path, [llava_row("a.jpg", licence="x")] * 3)
+    assert len(log.notes) == 1
+    assert "licence" in log.notes[0]
 
 
-def test_json_lines_and_messages(tmp_path):
-    keys, roles = ("role", "content"), ("user", "assistant")
-    rows = [{"images": ["a.jpg"], "messages": said(f"{IMAGE}What?", "A cup.", keys=keys, roles=roles)}]
-    talks, _ = read(tmp_path, rows, "rows.jsonl")
-    assert talks[0].image == "a.jpg"
-    assert spoken(talks) == [[f"{IMAGE}What?", "A cup."]]
+HUMAN, GPT = {"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}
+BAD_ROWS = {
+    "not an object": "row",
+    "several images": {"image": ["a.jpg", "b.jpg"], "conversations": [HUMAN, GPT]},
+    "image not a text": llava_row("a.jpg") | {"image": 3},
+    "marker without an image": llava_row(None, f"{IMAGE}\nWhat?", "A cup."),
+    "marker in an answer": llava_row("a.jpg", "What?", f"A {IMAGE}."),
+    "no conversations": {"id": 1, "image": "a.jpg", "conversations": None},
+    "conversations not a list": llava_row("a.jpg") | {"conversations": "hello"},
+    "no turns": llava_row("a.jpg") | {"conversations": []},
+    "one turn": llava_row("a.jpg", "What?"),
+    "no answer": llava_row("a.jpg") | {"conversations": [GPT, HUMAN]},
+    "no value": llava_row("a.jpg") | {"conversations": [{"from": "human"}, GPT]},
+    "turn not an object": llava_row("a.jpg") | {"conversations": ["hello", GPT]},
+    "unknown role": llava_row("a.jpg") | {"conversations": turns("What?", "A cup.", roles=("human", "bing"))},
+    "role not a text": llava_row("a.jpg") | {"conversations": [{"from": ["human"], "value": "x"}, GPT]},
+    "two users": llava_row("a.jpg") | {"conversations": turns("What?", "A cup.", roles=("human", "human"))},
+    "question not a text": llava_row("a.jpg") | {"conversations": [HUMAN | {"value": 5}, GPT]},
+    "answer not a text": llava_row("a.jpg") | {"conversations": [HUMAN, GPT | {"value": None}]},
+}
 
 
-def test_unknown_fields_are_told_once(tmp_path):
-    rows = [{"image": "a.jpg", "licence": "x", "conversations": said("What?", "A cup.")}] * 3
-    _, reading = read(tmp_path, rows)
-    assert reading.notes == ["unknown field 'licence' is not used"]
-
-
-@pytest.mark.parametrize(
-    ("row", "why"),
-    [
-        ({"image": ["a.jpg", "b.jpg"], "conversations": said("What?", "A cup.")}, "2 pictures"),
-        ({"conversations": said(f"{IMAGE}\nWhat?", "A cup.")}, "without a picture"),
-        ({"image": "a.jpg", "conversations": said("What?", f"A {IMAGE}.")}, "only a user shows"),
-        ({"image": "a.jpg", "conversations": said("What?", "A cup.", roles=("human", "human"))}, "alternate"),
-        ({"image": "a.jpg", "conversations": said("What?", "A cup.", roles=("human", "bing"))}, "human or gpt"),
-        ({"image": "a.jpg", "conversations": []}, "at least two"),
-        ("row", "not an object"),
-    ],
-)
-def test_rows_that_cannot_be_used_are_all_named(tmp_path, row, why):
-    good = {"image": "a.jpg", "conversations": said("What?", "A cup.")}
-    talks, reading = read(tmp_path, [good, row, good, row])
-    assert len(talks) == 2
-    assert [where for where, _ in reading.problems] == [f"{tmp_path / 'rows.json'}: row {n}" for n in (1, 3)]
-    assert all(why in reason for _, reason in reading.problems)
-    with pytest.raises(DataError, match=r"row 1: .*; 1 more rows"):
-        reading.settle()
+@pytest.mark.parametrize("row", BAD_ROWS.values(), ids=BAD_ROWS)
+def test_invalid_rows_are_all_reported(tmp_path, row):
+    path = tmp_path / "rows.json"
+    examples, log = read(tmp_path, [llava_row("a.jpg"), row, llava_row("a.jpg"), row])
+    assert len(examples) == 2
+    assert [where for where, _ in log.problems] == [f"{path}: row 1", f"{path}: row 3"]
+    with pytest.raises(DataError, match=r"row 1: .*\(1 more") as error:
+        log.raise_problems()
+    assert_one_line(error)
 
 
 # REVERIE.
 
 
-def reflective(image="vg/VG_100K/1.jpg", asked=f"{IMAGE}\nWhat?", answer="A cup.", prompt=WHY, why="It has a handle."):
-    return {"id": 1, "image": image, "conversations": said(asked, answer, prompt, why)}
+def reflective(image="vg/VG_100K/1.jpg", question=f"{IMAGE}\nWhat?", answer="A cup.", prompt=WHY, why="A handle."):
+    return llava_row(image, question, answer, prompt, why)
 
 
 @pytest.mark.parametrize(
@@ -117,71 +146,80 @@ def reflective(image="vg/VG_100K/1.jpg", asked=f"{IMAGE}\nWhat?", answer="A cup.
         (WHY, "positive", ""),
         ("Explain why.", "positive", ""),
         ("explain why", "positive", ""),
-        (WHY_NOT.format("A jug."), "negative", "A jug."),
-        (WHY_NOT.format("a jug"), "negative", "a jug"),
+        (WHY_WRONG.format("A jug."), "negative", "A jug."),
+        (WHY_WRONG.format("a jug"), "negative", "a jug"),
         ("Explain why this answer is wrong: No", "negative", "No"),
         ("Explain why this is incorrect: a jug", "negative", "a jug"),
         ("explain why the answer is incorrect: a\njug", "negative", "a\njug"),
     ],
 )
-def test_prompts_say_the_kind(tmp_path, prompt, kind, quoted):
-    assert reverie.explains(prompt) == (kind, quoted)
-    talks, reading = read(tmp_path, [reflective(prompt=prompt)])
-    assert reading.problems == []
-    assert [talk.conversation.kind for talk in talks] == [kind]
-    assert {talk.conversation.dataset for talk in talks} == {"reverie"}
+def test_prompts_give_the_kind(tmp_path, prompt, kind, quoted):
+    assert reverie.parse_rationale_prompt(prompt) == (kind, quoted)
+    examples, log = read(tmp_path, [reflective(prompt=prompt)])
+    assert log.problems == []
+    assert [(e.conversation.kind, e.conversation.dataset) for e in examples] == [(kind, "reverie")]
 
 
-def test_a_row_of_another_kind_is_named(tmp_path):
-    rows = [reflective(), reflective(), reflective(prompt="And what else?")]
-    talks, reading = read(tmp_path, rows)
-    assert len(talks) == 2
-    assert reading.problems == [
-        (f"{tmp_path / 'rows.json'}: row 2", "asks for no rationale that is known: 'And what else?'")
-    ]
+def test_reflective_rows_must_ask_for_a_rationale_and_have_an_image(tmp_path):
+    rows = [reflective(), reflective(), reflective(prompt="And what else?"), reflective(""), reflective("")]
+    rows[3]["conversations"][0]["value"] = rows[4]["conversations"][0]["value"] = "What?"
+    examples, log = read(tmp_path, rows)
+    assert (len(examples), problem_rows(log)) == (2, ["2", "3", "4"])
 
 
-def test_llava_rows_of_four_turns_are_no_reflections(tmp_path):
+def test_llava_rows_of_four_turns_are_not_reflective(tmp_path):
     rows = [reflective(prompt="And what else?")] * 3 + [reflective(prompt="Explain why it is red.")]
-    talks, reading = read(tmp_path, rows)
-    assert (len(talks), reading.problems) == (4, [])
-    assert {talk.conversation.kind for talk in talks} == {""}
+    examples, log = read(tmp_path, rows)
+    assert (kinds(examples), log.problems) == ([""] * 4, [])
 
 
-def test_negative_rows_that_open_with_the_wrong_answer(tmp_path):
-    wrong = reflective(answer="A jug.", prompt=WHY_NOT.format("A jug."), why="No spout.")
-    talks, reading = read(tmp_path, [wrong, reflective(), reflective(image="other.jpg")])
-    assert spoken(talks)[0][1] == "A cup."
-    (note,) = reading.notes
-    assert note.startswith("1 negative rows opened with the wrong answer")
-    _, reading = read(tmp_path, [wrong])
-    assert "no row has the right one" in reading.problems[0][1]
+def test_negative_rows_that_open_with_the_wrong_answer_get_the_right_one(tmp_path):
+    wrong = reflective(answer="A jug.", prompt=WHY_WRONG.format("A jug."), why="No spout.")
+    examples, log = read(tmp_path, [wrong, reflective(), reflective(image="other.jpg")])
+    assert texts(examples)[0][1] == "A cup."
+    assert len(log.notes) == 1
+    _, log = read(tmp_path, [wrong])
+    assert problem_rows(log) == ["0"]
 
 
 def test_six_turns_become_two_conversations(tmp_path):
-    keys, roles = ("role", "content"), ("user", "assistant")
-    texts = (f"{IMAGE}What?", "A cup.", "Explain why", "A handle.", "Explain why this is incorrect: a jug", "No spout.")
-    talks, reading = read(tmp_path, [{"images": ["a.jpg"], "messages": said(*texts, keys=keys, roles=roles)}])
-    assert reading.problems == []
-    assert spoken(talks) == [list(texts[:4]), [*texts[:2], *texts[4:]]]
-    assert [talk.conversation.kind for talk in talks] == ["positive", "negative"]
+    row = (f"{IMAGE}What?", "A cup.", "Explain why", "A handle.", "Explain why this is incorrect: a jug", "No spout.")
+    examples, log = read(tmp_path, [{"images": ["a.jpg"], "messages": messages(*row)}])
+    assert log.problems == []
+    assert texts(examples) == [list(row[:4]), [*row[:2], *row[4:]]]
+    assert kinds(examples) == ["positive", "negative"]
 
 
 @pytest.mark.parametrize(
-    ("teach", "expected"),
+    ("supervised", "expected"),
     [
-        ("rationales", [("A cup.", 1, "It has a handle."), ("A cup.", 0, "No spout.")]),
-        ("positive", [("A cup.", 1, "It has a handle.")]),
+        ("rationales", [("A cup.", 1, "A handle."), ("A cup.", 0, "No spout.")]),
+        ("positive", [("A cup.", 1, "A handle.")]),
         ("negative", [("A cup.", 1, None), ("A cup.", 0, "No spout.")]),
         ("responses", [("A cup.", 1, None)]),
     ],
 )
-def test_arms_of_the_ablation(tmp_path, teach, expected):
-    rows = [reflective(), reflective(prompt=WHY_NOT.format("A jug"), why="No spout.")]
-    talks, _ = read(tmp_path, rows)
-    kept = Supervision(teach)([talk.conversation for talk in talks])
-    found = [(k.turns[1].text, k.turns[1].weight, k.turns[3].text if len(k.turns) > 2 else None) for k in kept]
-    assert found == expected
+def test_supervision_of_the_ablations(tmp_path, supervised, expected):
+    examples, _ = read(tmp_path, [reflective(), reflective(prompt=WHY_WRONG.format("A jug"), why="No spout.")])
+    kept = Supervision(supervised)([example.conversation for example in examples])
+    assert [
+        (c.turns[1].text, c.turns[1].weight, c.turns[3].text if len(c.turns) > 2 else None) for c in kept
+    ] == expected
+
+
+letters = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=12).filter(lambda t: IMAGE not in t)
+
+
+@settings(max_examples=20)
+@given(st.lists(st.tuples(letters, letters, letters), min_size=1, max_size=4, unique=True))
+def test_written_annotations_are_read_back(tmp_path_factory, rows):
+    folder = tmp_path_factory.mktemp("rows")
+    (folder / "ü.png").write_bytes(png())
+    conversations = [talk(question, answer, ("Explain why.", why)) for question, answer, why in rows]
+    assert reverie.write_annotations(folder / "rows.json", [("7", "ü.png", conversations)]) == len(rows)
+    (record,) = read_records(MixtureEntry(file=folder / "rows.json", images=folder))
+    assert record.id == "ü.png"
+    assert [c.turns for c in record.conversations] == [c.turns for c in conversations]
 
 
 # LRV.
@@ -194,73 +232,81 @@ def test_lrv_rows(tmp_path):
         {"image_id": "vg/9.png", "instruction": "Describe.", "answer": "A cup."},
         {"image_id": "9", "question": "", "answer": "A cup."},
         {"question": "What?", "answer": "A cup."},
+        *({"image_id": id, "question": "What?", "answer": "A cup."} for id in (None, ["7"], {"id": 7}, True, " ")),
     ]
-    talks, reading = read(tmp_path, rows)
-    assert [talk.image for talk in talks] == ["2373555.jpg", "7.jpg", "vg/9.png"]
-    assert [talk.conversation.kind for talk in talks] == ["negative", "", ""]
-    assert spoken(talks)[0] == [f"{IMAGE}\nIs there a dog?", "There is no dog."]
-    assert [where[-1] for where, _ in reading.problems] == ["3", "4"]
+    examples, log = read(tmp_path, rows)
+    assert [example.image for example in examples] == ["2373555.jpg", "7.jpg", "vg/9.png"]
+    assert kinds(examples) == ["negative", "", ""]
+    assert texts(examples)[0] == [f"{IMAGE}\nIs there a dog?", "There is no dog."]
+    assert problem_rows(log) == ["3", "4", "5", "6", "7", "8", "9"]
 
 
 @pytest.mark.parametrize("rows", [[{"a": 1}], [[1]], ["x"]], ids=repr)
-def test_files_of_no_known_form(tmp_path, rows):
-    with pytest.raises(DataError, match=r"rows\.json: rows of no known form"):
+def test_unknown_formats_are_refused(tmp_path, rows):
+    with pytest.raises(DataError, match=r"rows\.json"):
         read(tmp_path, rows)
 
 
-# Pictures, and several files.
+# Rows of the annotation pipeline.
 
 
-@pytest.fixture
-def folder(tmp_path):
-    place = tmp_path / "images"
-    for name in ("a.png", "vg/VG_100K/1.jpg", "x/2.jpg", "y/2.jpg"):
-        (place / name).parent.mkdir(parents=True, exist_ok=True)
-        (place / name).write_bytes(png())
-    return place
+def annotated(number=0, **changes):
+    return {
+        "image": "a.png",
+        "question": "Is it day?",
+        "correct_answer": "Yes",
+        "confusing_answer": f"No {number}",
+        "correct_rationale": "The sun shines.",
+        "incorrect_rationale": f"No lamp is lit {number}.",
+        "gemini_pro_judge": "no",
+    } | changes
 
 
-def test_names_with_other_folders_before_them(folder):
-    pictures = Pictures(folder)
-    assert pictures.find("vg/VG_100K/1.jpg") == pictures.find("1.jpg") == pictures.find("VG_100K/1.jpg")
-    assert pictures.find("x/2.jpg") != pictures.find("y/2.jpg")
-    with pytest.raises(DataError, match="2 files have that name"):
-        pictures.find("2.jpg")
-    with pytest.raises(DataError, match="No such file"):
-        pictures.find("3.jpg")
+def test_an_annotated_row_is_a_positive_and_a_negative_conversation(tmp_path):
+    examples, log = read(tmp_path, [annotated()])
+    assert log == ReadLog()
+    assert kinds(examples) == ["positive", "negative"]
+    positive, negative = texts(examples)
+    assert positive[:2] == negative[:2] == [f"{IMAGE}\nIs it day?", "Yes"]
+    assert "No 0" in negative[2]
+    assert (positive[3], negative[3]) == ("The sun shines.", "No lamp is lit 0.")
 
 
-def test_one_record_for_what_several_files_say_about_a_picture(tmp_path, folder):
-    one, _ = read(tmp_path, [reflective("1.jpg"), reflective("a.png")], "one.json")
-    two, _ = read(
-        tmp_path,
-        [
-            {"image": "vg/VG_100K/1.jpg", "conversations": said("Who?", "Me.")},
-            {"conversations": said("Two and two?", "Four.")},
-        ],
-        "two.json",
-    )
-    pictures = Pictures(folder)
-    found = list(Mixture([(one, pictures, None, 1), (two, Pictures(folder), None, 1)]))
-    assert [(record.id, len(record.conversations), bool(record.image)) for record in found] == [
-        ("1.jpg", 2, True),
-        ("a.png", 1, True),
-        (f"{tmp_path / 'two.json'}: row 1", 1, False),
-    ]
-    assert [talk.dataset for talk in found[0].conversations] == ["reverie", "llava"]
+def test_a_question_has_one_positive_conversation(tmp_path):
+    rows = [annotated(0), annotated(1), annotated(2, question="Why?"), annotated(3), annotated(4, image="b.png")]
+    examples, _ = read(tmp_path, rows)
+    positive = [(e.image, e.conversation.turns[0].text[8:]) for e in examples if e.conversation.kind == "positive"]
+    assert positive == [("a.png", "Is it day?"), ("a.png", "Why?"), ("b.png", "Is it day?")]
+    assert kinds(examples).count("negative") == 5
 
 
-def test_equal_names_in_two_folders_are_two_pictures(tmp_path, folder):
-    other = tmp_path / "others"
-    other.mkdir()
-    (other / "a.png").write_bytes(png((1, 2, 3)))
-    talks, _ = read(tmp_path, [reflective("a.png")])
-    found = list(Mixture([(talks, Pictures(folder), None, 1), (talks, Pictures(other), None, 1)]))
-    assert len({record.id for record in found}) == 2
-    assert [record.image for record in found] == [png(), png((1, 2, 3))]
+@pytest.mark.parametrize("verdict", ["no", "No", " NO", "no\n"])
+def test_the_judge_keeps_rows_without_contradiction(tmp_path, verdict):
+    examples, log = read(tmp_path, [annotated(gemini_pro_judge=verdict)])
+    assert (len(examples), log.notes) == (2, [])
 
 
-def test_pictures_without_a_folder_are_asked_for(tmp_path):
-    talks, _ = read(tmp_path, [reflective()])
-    with pytest.raises(DataError, match="name the folder of pictures"):
-        list(Mixture([(talks, None, None, 1)]))
+@pytest.mark.parametrize("verdict", ["yes", "", "Not sure", "nothing", None, False, 0, [], ["no"], ...], ids=repr)
+def test_any_other_verdict_drops_a_row_and_is_counted(tmp_path, verdict):
+    rows = [annotated(1), annotated(2, gemini_pro_judge=verdict), annotated(3)]
+    if verdict is ...:  # not judged
+        del rows[1]["gemini_pro_judge"]
+    path = write_json_rows(tmp_path / "a.json", rows)
+    examples, log = read_examples(path)
+    assert (kinds(examples), log.problems) == (["positive", "negative", "negative"], [])
+    assert len(log.notes) == 1
+    assert " 1 row" in log.notes[0]
+    assert kinds(read_examples(path, filtered=False)[0]) == ["positive", *["negative"] * 3]
+
+
+TEXT_KEYS = ["image", "question", "correct_answer", "confusing_answer", "correct_rationale", "incorrect_rationale"]
+
+
+@pytest.mark.parametrize("key", TEXT_KEYS)
+def test_annotated_rows_without_a_text_are_reported(tmp_path, key):
+    marked = [annotated(9, **{key: f"see {IMAGE}"})] if key not in ("image", "confusing_answer") else []
+    rows = [annotated(), *(annotated(1, **{key: value}) for value in (None, 3, ["a"], " ")), *marked, annotated(2)]
+    examples, log = read(tmp_path, rows)
+    assert kinds(examples) == ["positive", "negative", "negative"]
+    assert problem_rows(log) == [str(number) for number in range(1, len(rows) - 1)]
+    assert all(key in reason for _, reason in log.problems[:4])
