@@ -1,1 +1,1 @@
-"""The annotation pipeline: questions, right and confusing answers, rationales, and a judge that drops contradictions."""
+"""Annotation pipeline: questions, right and confusing answers, rationales, and a judge that drops contradictions."""

@@ -1,4 +1,4 @@
-"""A page of judged rows with their pictures, for a person to look through before anything is trained on them."""
+"""HTML page of judged rows with their images, to check before training on them."""
 
 from __future__ import annotations
 
@@ -8,41 +8,41 @@ from pathlib import Path
 
 import jinja2
 
-from reverie_jax.annotate.pipeline import JUDGED, KEYS, REASONED, VERDICT, read_stage_rows
+from reverie_jax.annotate.files import JUDGED, read_stage_rows
 from reverie_jax.data.images import thumbnail
-from reverie_jax.hosted import images
-from reverie_jax.hosted.interface import Refused
+from reverie_jax.data.sources.annotated import KEYS, VERDICT
+from reverie_jax.files import atomic_write
+from reverie_jax.hosted.images import read_image
+from reverie_jax.hosted.interface import UnusableError
 
-SIDE = 280
+THUMBNAIL_SIZE = 280
+"""Longest side, in pixels."""
 
 
-def write(folder: Path, shown: Path, count: int, seed: int = 0) -> Path:
-    """Writes `audit.html`: a random sample of kept rows, and as many of those that were dropped.
+def write_audit(folder: Path, images_folder: Path, count: int, seed: int = 0) -> Path:
+    """Write `audit.html`, a random sample of `count` kept and `count` dropped rows, and return its path.
 
     Raises:
-        UserError: nothing has been judged yet.
+        UserError: The step `judge` did not run.
     """
-    rows = read_stage_rows(folder / JUDGED, (*KEYS, *REASONED, VERDICT))
-    draw = random.Random(seed)
-    sample = {}
+    rows = read_stage_rows(folder / JUDGED, (*KEYS, VERDICT))
+    rng = random.Random(seed)
+    sample, counts = {}, {}
     for verdict, name in (("no", "kept"), ("yes", "dropped")):
-        those = [row for row in rows if row[VERDICT] == verdict]
-        chosen = draw.sample(those, min(count, len(those)))
-        sample[name] = [row | {"picture": _thumbnail(shown, row["image"])} for row in chosen]
+        matching = [row for row in rows if row[VERDICT] == verdict]
+        chosen = rng.sample(matching, min(count, len(matching)))
+        sample[name] = [row | {"thumbnail": _thumbnail(images_folder, row["image"])} for row in chosen]
+        counts[name] = len(matching)
     template = (importlib.resources.files("reverie_jax.annotate") / "audit.html").read_text("utf-8")
-    counts = {
-        name: sum(row[VERDICT] == verdict for row in rows) for verdict, name in (("no", "kept"), ("yes", "dropped"))
-    }
     page = folder / "audit.html"
-    page.write_text(
-        jinja2.Environment(autoescape=True).from_string(template).render(sample=sample, counts=counts), "utf-8"
-    )
+    environment = jinja2.Environment(autoescape=True)
+    atomic_write(page, environment.from_string(template).render(sample=sample, counts=counts))
     return page
 
 
 def _thumbnail(folder: Path, name: str) -> str:
-    """A small JPEG as a data address; empty where the picture cannot be read."""
+    """Return a small JPEG as a data URL; empty if the image cannot be read."""
     try:
-        return thumbnail(images.read(folder, name).encoded, name, SIDE)
-    except Refused:
+        return thumbnail(read_image(folder, name).encoded, name, THUMBNAIL_SIZE)
+    except UnusableError:
         return ""

@@ -1,4 +1,4 @@
-"""Raw replies to what was asked for. Models write around JSON, spell keys freely, and answer yes or no at length."""
+"""Parse raw replies. Models write text around JSON, spell keys freely, and answer yes or no at length."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pydantic
 
 from reverie_jax.annotate.schemas import Instruction
 from reverie_jax.data.reflection import AnnotatedQuestion, QuestionType, classify_question
-from reverie_jax.hosted.interface import Refused
+from reverie_jax.hosted.interface import UnusableError
 
 _FENCE = re.compile(r"```[a-zA-Z]*\s*(.*?)```", re.DOTALL)
 _KEYS = {
@@ -52,21 +52,21 @@ _TYPES: dict[str, QuestionType] = {
 
 
 def _literal(text: str) -> Any:
-    """JSON, or a Python literal; raises ValueError."""
+    """Parse JSON or a Python literal; raise ValueError if the text is neither."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
         pass
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", SyntaxWarning)  # a backslash that escapes nothing
+            warnings.simplefilter("ignore", SyntaxWarning)  # an invalid escape
             return ast.literal_eval(text)
     except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
         raise ValueError("neither JSON nor a Python literal") from None
 
 
 def _object(text: str) -> Any:
-    """The object, or the list with objects in it, that a text is; None where it is neither."""
+    """Parse a text that is an object or a list of objects; return None if it is neither."""
     try:
         found = _literal(text.strip())
     except ValueError:
@@ -76,15 +76,15 @@ def _object(text: str) -> Any:
     return found if isinstance(found, dict) else None
 
 
-def data(text: str) -> Any:
-    """The object or list that a reply holds: bare, in a fence, or with words around it.
+def extract_json(text: str) -> Any:
+    """Return the object or list in a reply: bare, in a fence, or with text around it.
 
     Raises:
-        Refused: there is none.
+        UnusableError: The reply has none.
     """
     text = text.strip().lstrip("\ufeff")
     fenced = [found for found in map(_object, _FENCE.findall(text)) if found is not None]
-    if len(fenced) > 1:  # each in a fence of its own
+    if len(fenced) > 1:  # one fence for each question
         return [one for found in fenced for one in (found if isinstance(found, list) else [found])]
     candidates = [text]
     for first, last in ("[]", "{}"):
@@ -93,7 +93,7 @@ def data(text: str) -> Any:
     for found in [*fenced, *map(_object, candidates)]:
         if found is not None:
             return found
-    raise Refused("neither JSON nor a Python literal, or cut off")
+    raise UnusableError("neither JSON nor a Python literal, or cut off")
 
 
 _ESCAPES = {"\f": "\\f", "\b": "\\b", "\t": "\\t", "\r": "\\r", "\n": "\\n"}
@@ -101,105 +101,103 @@ _LATEX = re.compile(
     r"\f(?=(?:rac|orall)\b)|\x08(?=(?:eta|ar|egin|oxed|inom)\b)|\t(?=(?:imes|ext|heta|au|an|riangle)\b)"
     r"|\r(?=(?:ho|ight|ightarrow)\b)|\n(?=(?:eq|abla|otin)\b)"
 )
-"""What JSON makes of LaTeX's commands where a model does not double the backslash."""
+"""Characters that JSON makes of LaTeX commands if a model does not double the backslash."""
 
 
-def _words(value: Any) -> str:
-    """An answer as text: yes/no answers come as booleans, counts as numbers."""
+def _to_text(value: Any) -> str:
+    """Return an answer as text; models write yes/no answers as booleans, and counts as numbers."""
     if isinstance(value, bool):
         return "Yes" if value else "No"
     if not isinstance(value, str | int | float):
         return ""
-    return clean(_LATEX.sub(lambda found: _ESCAPES[found[0]], str(value)))
+    return clean(_LATEX.sub(lambda match: _ESCAPES[match[0]], str(value)))
 
 
 def clean(text: str) -> str:
-    """Words that can be stored and taught: half characters and the marker of a picture have no place in them."""
+    """Return a text without unpaired surrogates and image markers, which cannot be stored or trained on."""
     return text.encode("utf-8", "ignore").decode("utf-8").replace("<image>", "image").strip()
 
 
-def _groups(found: Any) -> list[dict[str, Any]]:
-    """Question by question, keys brought to ours: {question1, correct answer1, …} counts as {question, correct_answer}."""
-    if isinstance(found, dict):
-        lists = [value for value in found.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
+def _question_groups(value: Any) -> list[dict[str, Any]]:
+    """Return one object for each question with our keys: {question1, correct answer1, ...} is read as one question."""
+    if isinstance(value, dict):
+        lists = [item for item in value.values() if isinstance(item, list) and item and isinstance(item[0], dict)]
         if len(lists) == 1:
-            found = lists[0]
-        elif found and all(isinstance(value, dict) for value in found.values()):
-            found = list(found.values())
+            value = lists[0]
+        elif value and all(isinstance(item, dict) for item in value.values()):
+            value = list(value.values())
         else:
-            found = [found]
+            value = [value]
     groups: list[dict[str, Any]] = []
-    for one in found:
-        if not isinstance(one, dict):
+    for row in value:
+        if not isinstance(row, dict):
             continue
         numbered: dict[str, dict[str, Any]] = {}
-        for key, value in one.items():
+        for key, answer in row.items():
             name, number = re.fullmatch(r"(.*?)[\s_-]*(\d*)", str(key).strip().lower(), re.DOTALL).groups()  # type: ignore[union-attr]
             name = _KEYS.get(re.sub(r"[\s-]+", "_", name), "")
             if name == "confusing_answers":
-                found_here = value if isinstance(value, list | tuple) else [value]
-                numbered.setdefault(number, {}).setdefault(name, []).extend(found_here)
+                answers = answer if isinstance(answer, list | tuple) else [answer]
+                numbered.setdefault(number, {}).setdefault(name, []).extend(answers)
             elif name:
-                numbered.setdefault(number, {})[name] = value
+                numbered.setdefault(number, {})[name] = answer
         if sum("question" in group for group in numbered.values()) == 1:
-            # One question, whatever the numbers: confusing_answer1 and confusing_answer2 are two answers to it.
-            whole: dict[str, Any] = {"confusing_answers": []}
+            # One question: confusing_answer1 and confusing_answer2 are two answers to it.
+            question: dict[str, Any] = {"confusing_answers": []}
             for group in numbered.values():
-                whole["confusing_answers"] += group.pop("confusing_answers", [])
-                whole |= group
-            numbered = {"": whole}
+                question["confusing_answers"] += group.pop("confusing_answers", [])
+                question |= group
+            numbered = {"": question}
         groups += numbered.values()
     return groups
 
 
-def questions(text: str, *, confusing: int = 1) -> list[AnnotatedQuestion]:
-    """The usable questions of a reply; each has its right answer and at least one wrong one that differs from it.
+def parse_questions(text: str, *, max_confusing: int | None = None) -> list[AnnotatedQuestion]:
+    """Return the usable questions of a reply; each has a right answer and at least one wrong answer that differs from it.
 
     Args:
-        confusing: more wrong answers than these are left off.
+        text: The raw reply.
+        max_confusing: Most wrong answers for each question; all if None.
 
     Raises:
-        Refused: not one question can be used; the reason says what the first lacks.
+        UnusableError: No question can be used; the reason names what is missing.
     """
     kept: dict[str, AnnotatedQuestion] = {}
-    problem = "no question in it"
-    for group in _groups(data(text)):
-        asked, right = _words(group.get("question")), _words(group.get("correct_answer"))
-        wrong = [answer for answer in map(_words, group.get("confusing_answers", [])) if answer]
+    problem = "the reply has no question"
+    for group in _question_groups(extract_json(text)):
+        question, right = _to_text(group.get("question")), _to_text(group.get("correct_answer"))
+        wrong = [answer for answer in map(_to_text, group.get("confusing_answers", [])) if answer]
         wrong = [answer for answer in dict.fromkeys(wrong) if answer.lower().strip(" .") != right.lower().strip(" .")]
-        if not (asked and right and wrong):
-            missing = [
-                name for name, there in (("question", asked), ("correct answer", right), ("wrong answer", wrong))
-            ]
-            empty = next(n for n, v in zip(missing, (asked, right, wrong), strict=True) if not v)
-            problem = f"a question without {empty}"
+        parts = {"text": question, "a correct answer": right, "a wrong answer": wrong}
+        if missing := [name for name, value in parts.items() if not value]:
+            problem = f"a question without {missing[0]}"
             continue
-        said = _TYPES.get(_words(group.get("type")).lower())
+        kind = _TYPES.get(_to_text(group.get("type")).lower())
         try:
-            made = AnnotatedQuestion(
-                question=asked,
-                type=said or classify_question(asked, right),
+            annotated = AnnotatedQuestion(
+                question=question,
+                type=kind or classify_question(question, right),
                 correct_answer=right,
-                confusing_answers=wrong[:confusing],
+                confusing_answers=wrong[:max_confusing],
             )
         except pydantic.ValidationError as error:
             problem = error.errors()[0]["msg"]
             continue
-        kept.setdefault(asked, made)
+        kept.setdefault(question, annotated)
     if not kept:
-        raise Refused(problem)
+        raise UnusableError(problem)
     return list(kept.values())
 
 
-def rationale(text: str) -> str:
-    """A rationale, trimmed.
+def parse_rationale(text: str) -> str:
+    """Return a rationale without surrounding white space.
 
     Raises:
-        Refused: it is empty.
+        UnusableError: It is empty.
     """
-    if not (found := clean(text)):
-        raise Refused("an empty reply")
-    return found
+    if not (rationale := clean(text)):
+        raise UnusableError("an empty reply")
+    return rationale
 
 
 _VERDICT = re.compile(r"[\W_]*(?:(?:answer|verdict|judgement|judgment)[\W_]+)?(yes|no)(?![^\W_])", re.IGNORECASE)
@@ -208,54 +206,54 @@ _AFTER_NO = re.compile(
     r"(contradictions?|conflicts?|inconsistenc|they|the|these|those|there|both|it|because|neither|not)\b)",
     re.IGNORECASE,
 )
-"""What may follow a No that is an answer, and not the beginning of `no one` or `no idea`."""
+"""Text after a No that is an answer, and not the beginning of `no one` or `no idea`."""
 
 
-def verdict(text: str) -> Literal["yes", "no"]:
-    """Whether the two rationales contradict each other: `no` keeps, `yes` drops. Whole words only, and first.
+def parse_verdict(text: str) -> Literal["yes", "no"]:
+    """Return whether the two rationales contradict each other: `no` keeps, `yes` drops. Whole words only, at the beginning.
 
     Raises:
-        Refused: it says neither, or both.
+        UnusableError: The reply says neither, or both.
     """
-    found = _VERDICT.match(text)
-    if found is None:
-        raise Refused("neither yes nor no")
-    said = found[1].lower()
-    other = "no" if said == "yes" else "yes"
-    # Behind a full stop a reason may have the other word in it, and only a sentence that begins with it takes it back.
-    ended = re.match(r"[*_\"')\]]*(\s*[.!]|[ \t]*\n)", text[found.end() :])
-    again = rf"(?:[.!?:;\n]|\bwait\b|\bactually\b)[\W_]*{other}\b" if ended else rf"\b{other}\b"
-    if re.search(again, text[found.end() :], re.IGNORECASE):
-        raise Refused("both yes and no")
-    if said == "no" and _AFTER_NO.match(text[found.end() :]) is None:
-        raise Refused("neither yes nor no")
-    return "yes" if said == "yes" else "no"
+    match = _VERDICT.match(text)
+    if match is None:
+        raise UnusableError("neither yes nor no")
+    verdict, rest = match[1].lower(), text[match.end() :]
+    other = "no" if verdict == "yes" else "yes"
+    # After a full stop a reason may contain the other word; only a sentence that begins with it revokes the verdict.
+    ended = re.match(r"[*_\"')\]]*(\s*[.!]|[ \t]*\n)", rest)
+    revoked = rf"(?:[.!?:;\n]|\bwait\b|\bactually\b)[\W_]*{other}\b" if ended else rf"\b{other}\b"
+    if re.search(revoked, rest, re.IGNORECASE):
+        raise UnusableError("both yes and no")
+    if verdict == "no" and _AFTER_NO.match(rest) is None:
+        raise UnusableError("neither yes nor no")
+    return "yes" if verdict == "yes" else "no"
 
 
-def instructions(text: str, *, task: str | None = None) -> list[Instruction]:
-    """The usable instructions of a reply, in LRV's sense.
+def parse_instructions(text: str, *, task: str | None = None) -> list[Instruction]:
+    """Return the usable LRV instructions of a reply.
 
     Args:
-        task: of all of them; each says its own by default.
+        text: The raw reply.
+        task: Task of all instructions; each names its own if None.
 
     Raises:
-        Refused: not one can be used.
+        UnusableError: No instruction can be used.
     """
-    found = data(text)
-    if isinstance(found, dict):
-        lists = [value for value in found.values() if isinstance(value, list)]
-        found = lists[0] if len(lists) == 1 else [found]
+    rows = extract_json(text)
+    if isinstance(rows, dict):
+        lists = [value for value in rows.values() if isinstance(value, list)]
+        rows = lists[0] if len(lists) == 1 else [rows]
     kept: dict[str, Instruction] = {}
-    for one in found:
-        if not isinstance(one, dict):
+    for row in rows:
+        if not isinstance(row, dict):
             continue
-        keys = {re.sub(r"[\s_-]*\d*$", "", str(key).strip().lower()): _words(value) for key, value in one.items()}
-        said = keys.get("instruction") or keys.get("question") or ""
-        answer = keys.get("answer") or keys.get("reason") or ""
-        if said and answer:
-            kept.setdefault(
-                said, Instruction(instruction=said, answer=answer, task=keys.get("task", "") if task is None else task)
-            )
+        values = {re.sub(r"[\s_-]*\d*$", "", str(key).strip().lower()): _to_text(value) for key, value in row.items()}
+        text = values.get("instruction") or values.get("question") or ""
+        answer = values.get("answer") or values.get("reason") or ""
+        if text and answer:
+            name = values.get("task", "") if task is None else task
+            kept.setdefault(text, Instruction(instruction=text, answer=answer, task=name))
     if not kept:
-        raise Refused("no instruction with an answer in it")
+        raise UnusableError("the reply has no instruction with an answer")
     return list(kept.values())

@@ -1,4 +1,4 @@
-"""What a hosted model must reply, as pydantic models and as JSON schemas."""
+"""Replies of hosted models, as pydantic models and as JSON schemas."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class QuestionSet(pydantic.BaseModel):
 
 
 class Instruction(pydantic.BaseModel):
-    """An instruction of LRV's kind; `task` is empty where it is a misleading one."""
+    """An instruction of LRV; `task` is empty if it is a misleading one."""
 
     model_config = pydantic.ConfigDict(extra="forbid")
 
@@ -28,22 +28,20 @@ class Instruction(pydantic.BaseModel):
 
 
 class InstructionSet(pydantic.BaseModel):
-    """Reply of the stages `lrv_…`."""
+    """Reply of the stages `lrv_...`."""
 
     model_config = pydantic.ConfigDict(extra="forbid")
 
     instructions: list[Instruction]
 
 
-def _plain(schema: Any) -> Any:
-    """A schema without bounds: services that hold replies to it know only the shape."""
+def _without_bounds(schema: Any) -> Any:
+    """Return a schema without length bounds, which APIs with structured output reject."""
     if isinstance(schema, dict):
-        return {key: _plain(value) for key, value in schema.items() if key != "minLength"}
-    return [_plain(value) for value in schema] if isinstance(schema, list) else schema
+        return {key: _without_bounds(value) for key, value in schema.items() if key != "minLength"}
+    return [_without_bounds(value) for value in schema] if isinstance(schema, list) else schema
 
 
-QUESTIONS_SCHEMA: dict[str, Any] = _plain(QuestionSet.model_json_schema())
-
-
-INSTRUCTIONS_SCHEMA: dict[str, Any] = _plain(InstructionSet.model_json_schema())
-"""Replies as JSON schemas, for providers that write to one."""
+QUESTIONS_SCHEMA: dict[str, Any] = _without_bounds(QuestionSet.model_json_schema())
+INSTRUCTIONS_SCHEMA: dict[str, Any] = _without_bounds(InstructionSet.model_json_schema())
+"""JSON schemas for structured output."""

@@ -1,33 +1,33 @@
-"""The stages in order, for one picture: questions, rationales, judge, conversations."""
+"""Annotate one image with an annotator in memory: questions, rationales, verdicts."""
 
 from __future__ import annotations
 
 from reverie_jax.annotate import parsing
 from reverie_jax.data.reflection import Reflection
-from reverie_jax.hosted.interface import AnnotationError, Annotator, Request, RequestImage
+from reverie_jax.hosted.interface import AnnotationError, Annotator, Request, RequestImage, Stage
 
 
-def annotate(picture: RequestImage, annotator: Annotator, count: int) -> tuple[list[Reflection], list[str]]:
-    """Asks everything about one picture.
+def annotate(image: RequestImage, annotator: Annotator, count: int) -> tuple[list[Reflection], list[str]]:
+    """Request `count` questions about an image, their rationales and verdicts.
 
     Returns:
-        The reflections, and the reasons of what was dropped: replies that could not be used, and rationales that the
-        judge found to contradict each other.
+        The reflections, and the reasons of what was dropped: unusable replies, and rationales that the judge found to
+        contradict each other.
     """
 
-    def ask(stage: str, **fields: str) -> str:
-        return annotator.reply(Request(stage, picture, fields)).strip()  # type: ignore[arg-type]
+    def ask(stage: Stage, **fields: str) -> str:
+        return annotator.reply(Request(stage, image, fields)).strip()
 
     try:
-        asked = parsing.questions(ask("questions", count=str(count), confusing="1"), confusing=99)
+        questions = parsing.parse_questions(ask("questions", count=str(count), confusing="1"))
     except AnnotationError as error:
-        return [], [f"{picture.key}: questions: {' '.join(str(error).split())}"]
+        return [], [f"{image.key}: questions: {' '.join(str(error).split())}"]
     kept, dropped = [], []
-    for question in asked:
-        about = {"question": question.question, "answer": question.correct_answer}
-        where = f"{picture.key}: {question.question!r}"
+    for question in questions:
+        fields = {"question": question.question, "answer": question.correct_answer}
+        where = f"{image.key}: {question.question!r}"
         try:
-            positive = ask("positive", **about)
+            positive = ask("positive", **fields)
         except AnnotationError as error:
             dropped.append(f"{where}: {error}")
             continue
@@ -35,14 +35,14 @@ def annotate(picture: RequestImage, annotator: Annotator, count: int) -> tuple[l
         for wrong in question.confusing_answers:
             try:
                 negative = ask("negative", question=question.question, answer=wrong)
-                said = ask("judge", **about, positive=positive, wrong=wrong, negative=negative)
-                verdict = parsing.verdict(said)
-            except AnnotationError as error:  # what was had for this question stays
+                reply = ask("judge", **fields, positive=positive, wrong=wrong, negative=negative)
+                verdict = parsing.parse_verdict(reply)
+            except AnnotationError as error:  # the question's other replies stay
                 dropped.append(f"{where}, {wrong!r}: {error}")
                 continue
             if verdict == "no":
                 negatives.append((wrong, negative))
             else:
-                dropped.append(f"{where}, {wrong!r}: the judge said {said!r}")
+                dropped.append(f"{where}, {wrong!r}: the judge said {reply!r}")
         kept.append(Reflection(question, positive, tuple(negatives)))
     return kept, dropped

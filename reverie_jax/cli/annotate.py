@@ -85,10 +85,15 @@ class Annotate:
         from reverie_jax.annotate import audit
 
         common.at_least(0, count=self.count)
-        print(audit.write(self.out, common.required(self.images, "--images", "name the folder of images"), self.count))
+        print(
+            audit.write_audit(
+                self.out, common.required(self.images, "--images", "name the folder of images"), self.count
+            )
+        )
 
     def _export(self) -> None:
-        from reverie_jax.annotate.pipeline import RELEASED, export
+        from reverie_jax.annotate.files import RELEASED
+        from reverie_jax.annotate.pipeline import export
 
         if self.dry_run:
             raise UserError("--dry-run: export sends no requests; run it without")
@@ -96,7 +101,7 @@ class Annotate:
 
     def _job(self) -> AnnotationJob:
         from reverie_jax.annotate.pipeline import AnnotationJob, Votes
-        from reverie_jax.hosted import images
+        from reverie_jax.hosted.images import list_images
 
         common.one_of(get_args(Votes), votes=self.votes)
         common.at_least(1, questions=self.questions, confusing=self.confusing)
@@ -105,23 +110,23 @@ class Annotate:
             names = self.out / "image_list.json"  # as REVERIE's scripts name it
         return AnnotationJob(
             folder=self.out,
-            pictures=folder,
-            images=tuple(images.listed(folder, names)),
-            model=common.required(self.writer, "--writer", _WRITER),
+            images_folder=folder,
+            images=tuple(list_images(folder, names)),
+            writer=common.required(self.writer, "--writer", _WRITER),
             judges=self.judge,
-            count=self.questions,
+            questions=self.questions,
             confusing=self.confusing,
             votes=self.votes,  # type: ignore[arg-type]
-            shown=self.judge_sees_image,
+            judge_sees_image=self.judge_sees_image,
             prompts=self.prompts,
-            settings=self.hosted.settings(),
-            limits=self.hosted.limits(),
+            config=self.hosted.config(),
         )
 
     def _reflective(self, steps: tuple[Step, ...]) -> int:
         from rich.console import Console
 
         from reverie_jax.annotate.pipeline import Pipeline
+        from reverie_jax.progress import ProgressBars
 
         outcomes: dict[str, Outcome] = {}
         with (
@@ -149,18 +154,18 @@ class Annotate:
         return LrvJob(
             folder=self.out,
             captions=common.required(self.captions, "--captions", "name the file of captions"),
-            model=common.required(self.writer, "--writer", _WRITER),
+            writer=common.required(self.writer, "--writer", _WRITER),
             counts=self.counts,
             balance=self.balance,
             prompts=self.prompts,
-            settings=self.hosted.settings(),
-            limits=self.hosted.limits(),
+            config=self.hosted.config(),
         )
 
     def _lrv(self) -> int:
         from rich.console import Console
 
         from reverie_jax.annotate import lrv
+        from reverie_jax.progress import ProgressBars
 
         with (
             ProgressBars() as bars,

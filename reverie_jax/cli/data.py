@@ -65,7 +65,9 @@ class Build:
                 bars.update("conversations read", count, None)
 
             store = work / "rows.sqlite"
-            with read_mixture(entries, log, store, seed=self.seed, max_side=self.max_side, on_progress=on_read) as records:
+            with read_mixture(
+                entries, log, store, seed=self.seed, max_side=self.max_side, on_progress=on_read
+            ) as records:
                 common.note(log.notes)
                 written = 0
 
@@ -253,7 +255,7 @@ class Questions:
 
     def run(self) -> None:
         """Run the command."""
-        from reverie_jax.annotate.pipeline import QUESTIONS
+        from reverie_jax.annotate.files import QUESTIONS
         from reverie_jax.data.row_files import Rows, write_rows
         from reverie_jax.data.sources import ReadLog, multiple_choice
 

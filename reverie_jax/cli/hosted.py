@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from reverie_jax.cli import common
 from reverie_jax.errors import UserError
@@ -12,8 +12,10 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from reverie_jax.hosted.interface import RequestSettings
-    from reverie_jax.hosted.runner import Limits, Outcome
-    from reverie_jax.hosted.session import CostEstimate, ProgressCallback, Session
+    from reverie_jax.hosted.runner import Outcome
+    from reverie_jax.hosted.session import CostEstimate, ProgressCallback, RequestConfig, Session
+    from reverie_jax.hosted.throttle import Limits, Throttle
+    from reverie_jax.progress import ProgressBars
 
 INCOMPLETE = 1
 """Exit code if some items have no usable reply: the rest is written, and a further run requests them again."""
@@ -54,7 +56,7 @@ class ProviderOptions:
         Raises:
             UserError: an option is out of range.
         """
-        from reverie_jax.hosted.runner import Limits
+        from reverie_jax.hosted.throttle import Limits
 
         if self.max_cost is not None and not any(self.price):
             raise UserError("--max-cost needs --price IN OUT: the price of a million tokens")
@@ -67,14 +69,14 @@ class ProviderOptions:
         )
         return Limits(
             concurrency=self.concurrency,
-            requests=self.requests_per_minute,
-            tokens=self.tokens_per_minute,
+            requests_per_minute=self.requests_per_minute,
+            tokens_per_minute=self.tokens_per_minute,
             price_in=self.price[0],
             price_out=self.price[1],
-            budget=self.max_cost,
-            token_budget=self.max_tokens,
+            max_cost=self.max_cost,
+            max_tokens=self.max_tokens,
             batch=self.batch,
-            poll=self.poll,
+            poll_seconds=self.poll,
         )
 
     def settings(self) -> RequestSettings:
@@ -83,25 +85,33 @@ class ProviderOptions:
 
         return RequestSettings(self.timeout, self.structured, self.temperature)
 
+    def config(self) -> RequestConfig:
+        """Return the settings and the limits."""
+        from reverie_jax.hosted.session import RequestConfig
+
+        return RequestConfig(self.settings(), self.limits())
+
 
 def summary(outcome: Outcome) -> str:
     """Return an outcome in a line."""
-    return f"{outcome.usable:,} new, {outcome.had:,} already answered, {len(outcome.failed):,} failed"
+    return f"{outcome.usable:,} new, {outcome.cached:,} already answered, {len(outcome.failed):,} failed"
 
 
 def totals(session: Session) -> str:
     """Return what the journal's requests took so far, in a line."""
     spent = session.journal.spent()
-    price = f", cost {spent.price:.4f}" if session.how.limits.price(1, 1) else ""
+    price = f", cost {spent.price:.4f}" if session.config.limits.price(1, 1) else ""
     return f"total: {spent.requests:,} requests, {spent.tokens_in:,} tokens in, {spent.tokens_out:,} tokens out{price}"
 
 
 def progress_callback(bars: ProgressBars) -> ProgressCallback:
     """Return a callback that shows a session's progress: items a minute, cost, failures."""
 
-    def on_progress(step: str, total: int, outcome: Outcome, gate: Any) -> None:
-        cost = f", cost {gate.price:.3f}" if gate.price else ""
-        bars.update(step, outcome.asked, total, f"{60 * bars.speed(step):.0f}/min{cost}, {len(outcome.failed)} failed")
+    def on_progress(step: str, total: int, outcome: Outcome, throttle: Throttle) -> None:
+        cost = f", cost {throttle.price:.3f}" if throttle.price else ""
+        bars.update(
+            step, outcome.requested, total, f"{60 * bars.speed(step):.0f}/min{cost}, {len(outcome.failed)} failed"
+        )
 
     return on_progress
 
@@ -140,15 +150,15 @@ def estimates_table(rows: list[CostEstimate]) -> Table:
     )
     for row in rows:
         numbers = (
-            f"{row.had:,}",
-            f"{row.to_ask:,}",
+            f"{row.cached:,}",
+            f"{row.to_request:,}",
             f"{row.tokens_in:,.0f}",
             f"{row.tokens_out:,.0f}",
             f"{row.price:.2f}",
         )
         table.add_row(row.stage, *numbers)
     table.add_section()
-    requests, price = sum(row.to_ask for row in rows), sum(row.price for row in rows)
+    requests, price = sum(row.to_request for row in rows), sum(row.price for row in rows)
     tokens_in, tokens_out = sum(row.tokens_in for row in rows), sum(row.tokens_out for row in rows)
     table.add_row("total", "", f"{requests:,}", f"{tokens_in:,.0f}", f"{tokens_out:,.0f}", f"{price:.2f}")
     return table

@@ -64,7 +64,7 @@ class Judge:
         )
         answers = answer_files.read_answers(self.predictions, benchmark, data, partial=True)
         max_new_tokens = 1024 if self.max_new_tokens is None else self.max_new_tokens
-        settings = dataclasses.replace(self.hosted.settings(), longest=max_new_tokens, structured=False)
+        settings = dataclasses.replace(self.hosted.settings(), max_new_tokens=max_new_tokens, structured=False)
         if settings.temperature is None:
             settings = dataclasses.replace(settings, temperature=benchmark.judge_temperature)
         run = judge.JudgeRun(

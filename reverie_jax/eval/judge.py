@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import datetime
 import functools
-import hashlib
 import importlib.resources
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,14 +20,14 @@ from pathlib import Path
 from reverie_jax.errors import UserError
 from reverie_jax.eval.benchmarks.interface import Benchmark, BenchmarkData, JudgeRequest
 from reverie_jax.eval.judge_replies import REPLIES, JudgeReply, answers_digest, write_replies
-from reverie_jax.hosted.interface import Refused, Request, RequestImage, digest
-from reverie_jax.hosted.journal import Item, Journal, Spent
-from reverie_jax.hosted.providers import parse
-from reverie_jax.hosted.request_key import content_of
+from reverie_jax.hosted.identity import RequestIdentity, content_digest, digest_bytes
+from reverie_jax.hosted.interface import Request, RequestImage, Stage, UnusableError, digest
+from reverie_jax.hosted.journal import Journal, Spent
+from reverie_jax.hosted.providers import parse_model_spec
 from reverie_jax.hosted.runner import Outcome, RequestTask
 from reverie_jax.hosted.session import CostEstimate, ProgressCallback, RequestConfig, Session
 
-STAGE = "evaluate"
+STAGE: Stage = "evaluate"
 LOCAL = "local:"
 
 Generate = Callable[[Sequence[JudgeRequest]], list[str]]
@@ -91,13 +90,13 @@ def load_prompts(folder: Path | None = None) -> dict[str, str]:
 
 def _label(judge: str) -> str:
     """Return a judge's name in reply files: without the address, which may hold a password."""
-    return judge if judge.startswith(LOCAL) else ":".join(parse(judge)[:2])
+    return judge if judge.startswith(LOCAL) else ":".join(parse_model_spec(judge)[:2])
 
 
 def _check_reply(reply: str) -> str:
     """Accept any text: the benchmark's rule parses it, and reports what cannot be parsed."""
     if not reply.strip():
-        raise Refused("an empty reply")
+        raise UnusableError("an empty reply")
     return reply
 
 
@@ -159,7 +158,7 @@ class JudgeRun:
                 today = datetime.datetime.now(datetime.UTC).date().isoformat()
                 replies = {r.id: JudgeReply(text, judge, today) for r, text in zip(requests, texts, strict=True)}
                 self._write(files[judge], judge, replies, 0.0)  # greedy, whatever the temperature of hosted judges
-                total.asked, total.usable = total.asked + len(replies), total.usable + len(replies)
+                total.requested, total.usable = total.requested + len(replies), total.usable + len(replies)
         return JudgeOutcome(total, files, spent, notes)
 
     def estimate(self) -> list[CostEstimate]:
@@ -214,21 +213,22 @@ class JudgeRun:
 
         shown, settings = request.image is not None, self.config.settings
         fields = {"benchmark": self.benchmark.name, "id": request.id, "prompt": digest(request.prompt)}
-        content = content_of(STAGE, hashlib.sha256(encoded()).hexdigest()[:32], fields)
-        kind, model, _ = parse(judge)
-        version = f"temperature={settings.temperature} longest={settings.longest} shown={shown}"
+        content = content_digest(STAGE, digest_bytes(encoded()), fields)
+        provider, model, _ = parse_model_spec(judge)
+        version = f"temperature={settings.temperature} longest={settings.max_new_tokens} shown={shown}"
 
         def build() -> Request:
             return Request(STAGE, RequestImage(request.image or request.id, encoded()), fields, request.prompt, shown)
 
-        return RequestTask(Item(STAGE, content, kind, model, version), request.id, build, _check_reply)
+        identity = RequestIdentity(STAGE, content, provider, model, version)
+        return RequestTask(identity, request.id, build, _check_reply)
 
     def _ask(self, session: Session, hosted: Sequence[str], files: Mapping[str, Path]) -> Outcome:
         """Ask hosted judges, and write the replies that the journal has, also after an error."""
         tasks = {judge: self._tasks(judge) for judge in hosted}
         completed = False
         try:
-            outcome = session.ask("judge", (task for some in tasks.values() for task in some), hosted)
+            outcome = session.run("judge", (task for some in tasks.values() for task in some), hosted)
             completed = True
         finally:
             for judge, some in tasks.items():
@@ -251,7 +251,7 @@ class JudgeRun:
 def _journaled(journal: Journal, tasks: Sequence[RequestTask]) -> Iterator[tuple[str, JudgeReply]]:
     """Yield the journal's replies by request id."""
     for task in tasks:
-        reply = journal.usable_reply(task.item)
+        reply = journal.get_reply(task.identity)
         if reply is not None:
             text, version, started = reply
             day = datetime.datetime.fromtimestamp(started, datetime.UTC).date()

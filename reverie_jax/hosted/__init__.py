@@ -1,0 +1,1 @@
+"""Clients of hosted models: providers, journal, limits, batches."""

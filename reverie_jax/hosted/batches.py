@@ -1,320 +1,298 @@
-"""Asks many things as batches: one file of requests, results within a day, half the price.
+"""Send requests as batches: one file of requests, results within a day, half the price.
 
-A batch is written down before it leaves, under a label of ours: a run that is killed at any moment finds it again, and asks
-nothing twice.
+A batch is recorded under a label of our own before it is submitted. A run that is killed at any moment finds it again by
+that label, and submits nothing twice.
 """
 
 from __future__ import annotations
 
 import asyncio
 import collections
-import contextlib
 import dataclasses
-import signal
 import uuid
 from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import tenacity
 
 from reverie_jax.errors import UserError
 from reverie_jax.hosted.interface import (
+    AccessError,
     AnnotationError,
     BatchProvider,
     BatchStatus,
-    NoAccess,
-    Provider,
-    Refused,
     Reply,
-    TryAgain,
+    RetryableError,
+    UnusableError,
 )
-from reverie_jax.hosted.journal import Journal
-from reverie_jax.hosted.runner import Gate, Limits, Outcome, RequestTask
+from reverie_jax.hosted.journal import Journal, OpenBatch
+from reverie_jax.hosted.runner import Outcome, ProgressFunction, Providers, RequestTask, handle_signals, record
+from reverie_jax.hosted.throttle import Limits, Throttle
 
 
 @dataclasses.dataclass
-class _Open:
-    """A batch under way.
+class _Batch:
+    """A submitted batch.
 
     Attributes:
-        items: (attempt, stage) of its requests by key.
+        name: The provider's.
+        pending: (attempt, stage) by identity key of its requests without a result.
     """
 
     label: str
     provider: BatchProvider
     name: str
-    items: dict[str, tuple[int, str]]
+    pending: dict[str, tuple[int, str]]
 
 
-class _Run:
-    """One stage's items until none is left to ask or to wait for."""
+class _BatchRun:
+    """Submit, poll and collect batches until every task is done or given up."""
 
     def __init__(
         self,
         tasks: Iterable[RequestTask],
-        providers: dict[tuple[str, str], Provider],
+        providers: Providers,
         journal: Journal,
         limits: Limits,
-        on_progress: Callable[[Outcome, Gate], None],
+        on_progress: ProgressFunction,
     ):
         self.journal, self.limits, self.on_progress = journal, limits, on_progress
         self.stop = asyncio.Event()
-        self.gate, self.outcome = Gate(limits, journal, self.stop), Outcome()
-        self.tasks = {task.item.key: task for task in tasks}
+        self.throttle, self.outcome = Throttle(limits, journal, self.stop), Outcome()
+        self.tasks = {task.identity.key: task for task in tasks}
         self.waiting = collections.deque(self.tasks.values())
-        self.unhappy: dict[str, collections.Counter[type]] = collections.defaultdict(collections.Counter)
-        self.open: list[_Open] = []
-        self._failures = 0
+        self.errors: dict[str, collections.Counter[type]] = collections.defaultdict(collections.Counter)
+        self.batches: list[_Batch] = []
+        self.failed_submits = 0
         self.providers: dict[tuple[str, str], BatchProvider] = {}
         for key, provider in providers.items():
             if not isinstance(provider, BatchProvider):
-                raise UserError(f"--batch: {key[0]} takes no batches; gemini and openai do")
+                raise UserError(f"--batch: {key[0]} has no batch API; use gemini or openai, or omit --batch")
             self.providers[key] = provider
 
-    async def patiently(self, what: Callable[..., Awaitable[Any]], *given: Any) -> Any:
-        """Tries again where the wire or the service fails.
+    async def retry(self, call: Callable[..., Awaitable[Any]], *args: Any) -> Any:
+        """Call a provider again while the connection or the service fails.
 
         Raises:
-            TryAgain, NoAccess, Refused: in the end.
+            RetryableError: The last attempt failed, too.
         """
-        limits = self.limits
-        build_tree = tenacity.wait_random_exponential(multiplier=limits.backoff, max=limits.longest)
-
-        def wait(state: tenacity.RetryCallState) -> float:
-            error = state.outcome.exception() if state.outcome else None
-            return max(build_tree(state), getattr(error, "after", None) or 0.0)
-
         retrying = tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception_type(TryAgain),
-            wait=wait,
-            stop=lambda state: state.attempt_number > limits.retries or self.stop.is_set(),
-            sleep=self.gate.sleep,
+            retry=tenacity.retry_if_exception_type(RetryableError),
+            wait=self.limits.retry_wait(),
+            stop=lambda state: state.attempt_number > self.limits.max_retries or self.stop.is_set(),
+            sleep=self.throttle.sleep,
             reraise=True,
         )
-        return await retrying(what, *given)
+        return await retrying(call, *args)
 
-    async def adopt(self) -> None:
-        """Goes on with the batches that an earlier run left under way."""
-        for label, kind, model, name in self.journal.batches():
-            provider, items = self.providers.get((kind, model)), self.journal.in_batch(label)
-            if provider is None or not items.keys() & self.tasks.keys():
-                for _, stage in items.values():
-                    self.gate.reserve(stage, always=True)
-                continue  # another step's, which will collect it
-            if name is None:  # killed while it was handed over
-                name = await self.patiently(provider.find, label)
+    async def resume(self) -> None:
+        """Continue with the batches that earlier runs left open; those of other steps and models only reserve budget."""
+        for batch in self.journal.open_batches():
+            provider = self.providers.get((batch.provider, batch.model))
+            pending = self.journal.pending(batch.label)
+            if provider is not None and pending.keys() & self.tasks.keys():
+                name = batch.name or await self._find(provider, batch)
                 if name is None:
-                    self.journal.batch_ended(label, "the batch never left")
                     continue
-                self.journal.batch_named(label, name)
-            for _, stage in items.values():
-                self.gate.reserve(stage, always=True)
-            self.open.append(_Open(label, provider, name, items))
-        under_way = {key for batch in self.open for key in batch.items}
-        self.waiting = collections.deque(a for a in self.waiting if a.item.key not in under_way)
+                self.batches.append(_Batch(batch.label, provider, name, pending))
+            for _, stage in pending.values():
+                self.throttle.reserve(stage, force=True)
+        pending_keys = {key for batch in self.batches for key in batch.pending}
+        self.waiting = collections.deque(task for task in self.waiting if task.identity.key not in pending_keys)
+
+    async def _find(self, provider: BatchProvider, batch: OpenBatch) -> str | None:
+        """Return the name of a batch whose run was killed while submitting it; None if it was never submitted."""
+        name: str | None = await self.retry(provider.find_batch, batch.label)
+        if name is None:
+            self.journal.end_batch(batch.label, "the batch was never submitted")
+        else:
+            self.journal.name_batch(batch.label, name)
+        return name
 
     async def submit(self) -> None:
-        """Hands over what waits, as few batches as the providers' limits and the budget allow."""
+        """Submit the waiting tasks in as few batches as the providers' limits and the budget allow."""
+        file = self.journal.path.with_name(f".{self.journal.path.name}.requests.jsonl")
         for key, provider in self.providers.items():
             while not self.stop.is_set():
-                chosen: list[RequestTask] = []
-                file = self.journal.path.with_name(f".{self.journal.path.name}.requests.jsonl")
                 try:
                     with file.open("w", encoding="utf-8") as lines:
-                        self._write(lines, provider, key, chosen)
+                        chosen = self._write(lines, provider, key)
                     if not chosen:
                         break
-                    await self._hand_over(file, provider, key, chosen)
+                    await self._submit(file, provider, key, chosen)
                 except OSError as error:
                     raise UserError(f"{file}: cannot be written ({error.strerror})") from None
                 finally:
                     file.unlink(missing_ok=True)
 
-    def _write(self, lines: Any, provider: BatchProvider, key: tuple[str, str], chosen: list[RequestTask]) -> None:
+    def _write(self, lines: TextIO, provider: BatchProvider, key: tuple[str, str]) -> list[RequestTask]:
+        """Write the requests of one batch and return their tasks."""
+        chosen: list[RequestTask] = []
         later: list[RequestTask] = []
         size = 0
-        while self.waiting and len(chosen) < provider.most:
+        while self.waiting and len(chosen) < provider.max_requests:
             task = self.waiting.popleft()
-            item = task.item
-            if (item.provider, item.model) != key:
+            if (task.identity.provider, task.identity.model) != key:
                 later.append(task)
                 continue
             try:
-                line = provider.line(item.key, task.request())
-            except Refused as error:  # its picture cannot be read
-                self._unhappy(task, error)
+                line = provider.encode_request(task.identity.key, task.build_request()) + "\n"
+            except UnusableError as error:
+                self._retry_or_give_up(task, error)
                 continue
-            if chosen and size + len(line) + 1 > provider.room:
+            if (chosen and size + len(line) > provider.max_bytes) or not self.throttle.reserve(task.identity.stage):
                 later.append(task)
                 break
-            if not self.gate.reserve(item.stage):
-                later.append(task)
-                break
-            lines.write(line + "\n")
-            size += len(line.encode()) + 1
+            lines.write(line)
+            size += len(line.encode())
             chosen.append(task)
         self.waiting.extendleft(reversed(later))
+        return chosen
 
-    async def _hand_over(
+    async def _submit(
         self, file: Path, provider: BatchProvider, key: tuple[str, str], chosen: list[RequestTask]
     ) -> None:
         label = f"reverie-{uuid.uuid4().hex}"
-        self.journal.batch_begins(label, *key, (task.item for task in chosen))
+        self.journal.record_batch(label, *key, (task.identity for task in chosen))
         try:
-            # Not patiently: a second try could make a second batch, where the first one's answer was lost on the way.
+            # Not retried: if only the response was lost, a second attempt would create a second batch.
             name = await provider.submit(file, label)
-        except TryAgain as error:
-            # Where not even this can be had, the batch stays open under its label: the next run looks for it.
-            found = await self.patiently(provider.find, label)
+        except RetryableError as error:
+            # If this fails, too, the batch stays open under its label: the next run looks for it.
+            found = await self.retry(provider.find_batch, label)
             if found is None:
-                self._not_handed_over(label, chosen, error)
-                self._failures += 1
-                longest, wait = self.limits.longest, self.limits.backoff * 2**self._failures
-                await self.gate.sleep(max(min(longest, wait), error.after or 0.0))
+                self._end(label, chosen, error)
+                self.failed_submits += 1
+                wait = min(self.limits.max_backoff, self.limits.backoff * 2**self.failed_submits)
+                await self.throttle.sleep(max(wait, error.retry_after or 0.0))
                 return
             name = found
         except AnnotationError as error:
-            self._not_handed_over(label, chosen, error)
-            if isinstance(error, NoAccess):
+            self._end(label, chosen, error)
+            if isinstance(error, AccessError):
                 raise
             return
-        self._failures = 0
-        self.journal.batch_named(label, name)
-        self.open.append(_Open(label, provider, name, self.journal.in_batch(label)))
+        self.failed_submits = 0
+        self.journal.name_batch(label, name)
+        self.batches.append(_Batch(label, provider, name, self.journal.pending(label)))
 
-    def _not_handed_over(self, label: str, chosen: list[RequestTask], error: AnnotationError) -> None:
-        self.journal.batch_ended(label, str(error))
+    def _end(self, label: str, chosen: list[RequestTask], error: AnnotationError) -> None:
+        """Record that a batch was not submitted."""
+        self.journal.end_batch(label, str(error))
         for task in chosen:
-            self.gate.leave(task.item.stage, None)
-            self._unhappy(task, error)
+            self.throttle.release(task.identity.stage, None)
+            self._retry_or_give_up(task, error)
 
-    async def _results(self, batch: _Open) -> tuple[BatchStatus, list[tuple[str, Reply | AnnotationError]]]:
-        """How a batch stands, and its results where it has ended."""
+    async def _fetch(self, batch: _Batch) -> tuple[BatchStatus, list[tuple[str, Reply | AnnotationError]]]:
+        """Return a batch's status, and its results if it ended."""
         try:
-            found = await self.patiently(batch.provider.look, batch.name)
-            return found, await self.patiently(batch.provider.results, found) if found.ended else []
-        except NoAccess as error:
+            status = await self.retry(batch.provider.get_status, batch.name)
+            return status, await self.retry(batch.provider.fetch_results, status) if status.ended else []
+        except AccessError as error:
             if " 404" not in str(error):
                 raise
-            return BatchStatus(True, "the provider has the batch no more"), []
+            return BatchStatus(True, "the provider deleted the batch or its results"), []
 
     async def collect(self) -> None:
-        """Takes in the results of the batches that have ended."""
-        for batch in list(self.open):
-            found, results = await self._results(batch)
-            if not found.ended:
+        """Record the results of the batches that ended."""
+        for batch in list(self.batches):
+            status, results = await self._fetch(batch)
+            if not status.ended:
                 continue
-            refused: NoAccess | None = None
+            denied: AccessError | None = None
             for key, result in results:
-                if key in batch.items and key in self.tasks:  # a line that is there twice counts once
-                    attempt, stage = batch.items.pop(key)
-                    self._take(key, attempt, stage, result)
-                    refused = result if isinstance(result, NoAccess) else refused
-            for _, stage in batch.items.values():
-                self.gate.leave(stage, None)
-            # What this run does not want, another may: it is left where it is.
-            if not {key for key, _ in results} & batch.items.keys():
-                reason = found.reason or "the batch has no result for it"
-                self.journal.batch_ended(batch.label, reason)
-                for key in batch.items.keys() & self.tasks.keys():
-                    self._unhappy(self.tasks[key], TryAgain(reason))
-            self.open.remove(batch)
-            self.on_progress(self.outcome, self.gate)
-            if refused is not None:
-                raise refused
+                if key in batch.pending and key in self.tasks:  # a duplicate line counts once
+                    attempt, _ = batch.pending.pop(key)
+                    self._record(self.tasks[key], attempt, result)
+                    denied = result if isinstance(result, AccessError) else denied
+            for _, stage in batch.pending.values():
+                self.throttle.release(stage, None)
+            # Results of tasks that are not part of this run stay at the provider for a later run.
+            if not {key for key, _ in results} & batch.pending.keys():
+                reason = status.reason or "the batch has no result for it"
+                self.journal.end_batch(batch.label, reason)
+                for key in batch.pending.keys() & self.tasks.keys():
+                    self._retry_or_give_up(self.tasks[key], RetryableError(reason))
+            self.batches.remove(batch)
+            self.on_progress(self.outcome, self.throttle)
+            if denied is not None:
+                raise denied
 
-    def _take(self, key: str, attempt: int, stage: str, result: Reply | AnnotationError) -> None:
-        task, journal = self.tasks[key], self.journal
-        reply = result if isinstance(result, Reply) else getattr(result, "reply", None)
-        error = result if isinstance(result, AnnotationError) else None
-        if reply is not None:
-            reply = dataclasses.replace(reply, text=reply.text.encode("utf-8", "replace").decode("utf-8"))
-            try:
-                if error is None:
-                    task.read(reply.text)
-            except Refused as problem:
-                error = problem
-        price = self.gate.leave(stage, reply)
-        if error is None:
-            journal.done(attempt, "usable", reply, price=price)
+    def _record(self, task: RequestTask, attempt: int, result: Reply | AnnotationError) -> None:
+        if error := record(self.journal, self.throttle, task, attempt, result):
+            self._retry_or_give_up(task, error)
+        else:
             self.outcome.usable += 1
-            self.outcome.asked += 1
-            return
-        state = "unusable" if isinstance(error, Refused) else "failed"
-        journal.done(attempt, state, reply, price=price, reason=str(error))
-        self._unhappy(task, error)
+            self.outcome.requested += 1
 
-    def _unhappy(self, task: RequestTask, error: AnnotationError) -> None:
-        """Puts an item back, or gives it up."""
-        seen = self.unhappy[task.item.key]
-        seen[type(error)] += 1
-        if seen[Refused] < self.limits.tries and seen[TryAgain] <= self.limits.retries and not seen[NoAccess]:
+    def _retry_or_give_up(self, task: RequestTask, error: AnnotationError) -> None:
+        errors, limits = self.errors[task.identity.key], self.limits
+        errors[type(error)] += 1
+        retry = errors[UnusableError] < limits.max_unusable and errors[RetryableError] <= limits.max_retries
+        if retry and not errors[AccessError]:
             self.waiting.append(task)
-            return
-        name = task.name if task.name not in self.outcome.failed else f"{task.name} ({task.item.key})"
-        self.outcome.failed[name] = str(error)
-        self.outcome.asked += 1
+        else:
+            self.outcome.add_failure(task, error)
+            self.outcome.requested += 1
 
-    async def all(self) -> Outcome:
+    async def run(self) -> Outcome:
+        """Submit and collect until nothing is waiting or pending."""
         try:
-            await self.adopt()
-            adopted = bool(self.open)  # those may have ended long ago
+            await self.resume()
+            resumed = bool(self.batches)  # these may have ended long ago
             while not self.stop.is_set():
                 await self.submit()
-                self.on_progress(self.outcome, self.gate)
-                if not self.open:
+                self.on_progress(self.outcome, self.throttle)
+                if not self.batches:
                     break
-                if not adopted:
-                    await self.gate.sleep(self.limits.poll)
-                adopted = False
+                if not resumed:
+                    await self.throttle.sleep(self.limits.poll_seconds)
+                resumed = False
                 if not self.stop.is_set():
                     await self.collect()
-        except NoAccess as error:
+        except AccessError as error:
             raise UserError(str(error)) from None
-        except (TryAgain, Refused) as error:
-            self.outcome.stopped = f"{error}; the batches under way are kept, run again to collect them"
+        except (RetryableError, UnusableError) as error:
+            self.outcome.stopped = f"{error}; open batches are kept, run the command again to collect them"
         except asyncio.CancelledError:
             self.stop.set()
         finally:
             for provider in self.providers.values():
                 await provider.close()
         if self.stop.is_set():
-            count = sum(len(batch.items) for batch in self.open)
-            self.outcome.stopped = f"interrupted; {count} requests are under way, run again to collect them"
+            count = sum(len(batch.pending) for batch in self.batches)
+            self.outcome.stopped = f"interrupted; {count} requests are pending, run the command again to collect them"
         elif self.waiting and not self.outcome.stopped:
-            self.outcome.stopped = self.gate.stopped or "the budget has no room beside what is under way"
+            self.outcome.stopped = self.throttle.stop_reason or "the budget is reserved for pending batches"
         return self.outcome
 
 
 def run(
     tasks: Iterable[RequestTask],
-    providers: Callable[[], dict[tuple[str, str], Provider]],
+    open_providers: Callable[[], Providers],
     journal: Journal,
     limits: Limits,
-    on_progress: Callable[[Outcome, Any], None] = lambda outcome, gate: None,
+    on_progress: ProgressFunction = lambda outcome, throttle: None,
 ) -> Outcome:
-    """Asks every item, as `runner.run` does, but by batches.
+    """Send every request as `runner.run` does, but in batches.
 
-    Ctrl-C (or SIGTERM) leaves the batches under way at the provider; the next run collects them.
+    Ctrl-C (or SIGTERM) leaves the open batches at the provider; the next run collects them.
 
     Raises:
-        UserError: a provider takes no batches, or will not have us at all (key, model, address).
+        UserError: A provider has no batch API, or access is denied (key, model, URL).
     """
 
     async def main() -> Outcome:
-        one = _Run(tasks, providers(), journal, limits, on_progress)
-        loop = asyncio.get_running_loop()
-        task = asyncio.ensure_future(one.all())
+        batch_run = _BatchRun(tasks, open_providers(), journal, limits, on_progress)
+        task = asyncio.ensure_future(batch_run.run())
 
         def interrupt() -> None:
-            if one.stop.is_set():  # twice: whoever waits, waits no longer
+            if batch_run.stop.is_set():  # the second signal cancels requests in flight
                 task.cancel()
-            one.stop.set()
+            batch_run.stop.set()
 
-        for number in (signal.SIGINT, signal.SIGTERM):
-            with contextlib.suppress(NotImplementedError, ValueError, RuntimeError):
-                loop.add_signal_handler(number, interrupt)
-        return await task
+        with handle_signals(interrupt):
+            return await task
 
     return asyncio.run(main())

@@ -1,9 +1,8 @@
-"""Pictures on their way to a model: the file as it is where its format is one that every service takes."""
+"""Images of requests: the file as it is, if every service accepts its format."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import os
 from pathlib import Path, PurePath
@@ -13,58 +12,53 @@ from PIL import Image, UnidentifiedImageError
 from reverie_jax.data.images import BrokenImage, decode
 from reverie_jax.data.row_files import read_rows
 from reverie_jax.errors import UserError
-from reverie_jax.hosted.interface import Refused, RequestImage
+from reverie_jax.hosted.interface import RequestImage, UnusableError
 
-_TAKEN = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}
+_ACCEPTED = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 
 
-def as_sent(picture: RequestImage) -> tuple[str, bytes]:
-    """(media type, bytes) by content, whatever the name says; other formats become PNG.
+def encode_image(image: RequestImage) -> tuple[str, bytes]:
+    """Return (media type, bytes); the type is read from the content. Other formats, and CMYK, become PNG.
 
     Raises:
-        Refused: no picture.
+        UnusableError: The bytes are not an image.
     """
     try:
-        with Image.open(io.BytesIO(picture.encoded)) as image:
-            kind = "" if image.mode == "CMYK" else image.format or ""
-        if kind in _TAKEN:
-            return _TAKEN[kind], picture.encoded
+        with Image.open(io.BytesIO(image.encoded)) as opened:
+            kind = "" if opened.mode == "CMYK" else opened.format or ""
+        if kind in _ACCEPTED:
+            return _ACCEPTED[kind], image.encoded
         buffer = io.BytesIO()
-        decode(picture.encoded, picture.key).save(buffer, format="PNG")
+        decode(image.encoded, image.key).save(buffer, format="PNG")
         return "image/png", buffer.getvalue()
     except UnidentifiedImageError:
-        raise Refused("not a readable picture (unknown format)") from None
+        raise UnusableError("not a readable image (unknown format)") from None
     except (BrokenImage, OSError, ValueError, Image.DecompressionBombError) as error:
-        raise Refused(f"not a readable picture ({' '.join(str(error).split())})") from None
+        raise UnusableError(f"not a readable image ({' '.join(str(error).split())})") from None
 
 
-def hashed(path: Path) -> str:
-    """A file's content by name: 32 hexadecimal digits of its SHA-256."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:32]
-
-
-def read(folder: Path, name: str) -> RequestImage:
-    """A picture that opens.
+def read_image(folder: Path, name: str) -> RequestImage:
+    """Read an image and check that it can be decoded.
 
     Raises:
-        Refused: it does not; nothing is asked about it then.
+        UnusableError: It cannot; no request is sent about it.
     """
     try:
-        encoded = place(folder, name).read_bytes()
+        encoded = resolve_image(folder, name).read_bytes()
         decode(encoded, name)
     except OSError as error:
-        raise Refused(f"picture cannot be read ({error.strerror})") from None
+        raise UnusableError(f"image cannot be read ({error.strerror})") from None
     except UserError as error:
-        raise Refused(str(error).replace(f"{name}: ", "", 1)) from None
+        raise UnusableError(str(error).replace(f"{name}: ", "", 1)) from None
     return RequestImage(name, encoded)
 
 
-def place(folder: Path, name: str) -> Path:
-    """Where a picture of that name lies. Names in the original scripts' output have the folder before them.
+def resolve_image(folder: Path, name: str) -> Path:
+    """Return the path of an image; names in the original scripts' output may begin with the folder.
 
     Raises:
-        UserError: it leaves the folder.
+        UserError: The name is not a file name, or is outside the folder.
     """
     root = folder.resolve()
     try:
@@ -74,43 +68,44 @@ def place(folder: Path, name: str) -> Path:
         path = (root / name).resolve()
         os.fsencode(path)
     except (ValueError, OSError) as error:
-        raise UserError(f"{name!r} is no file name ({type(error).__name__})") from None
+        raise UserError(f"{name!r} is not a file name ({type(error).__name__})") from None
     if not path.is_relative_to(root):
-        raise UserError(f"{name}: leaves the picture folder {folder}")
+        raise UserError(f"{name}: is outside the image folder {folder}")
     return path
 
 
-def local(folder: Path, name: str) -> str:
-    """A name of another machine's by the longest end of it that is a file in the folder; unchanged where there is none."""
+def localize_name(folder: Path, name: str) -> str:
+    """Return the longest suffix of another machine's path that is a file in the folder; `name` itself if none is."""
     parts = PurePath(name.replace("\\", "/")).parts
     for start in range(len(parts)):
-        end = PurePath(*parts[start:])
+        suffix = PurePath(*parts[start:])
         with contextlib.suppress(ValueError, OSError):
-            if ".." not in end.parts and not end.is_absolute() and (folder / end).is_file():
-                return end.as_posix()
+            if ".." not in suffix.parts and not suffix.is_absolute() and (folder / suffix).is_file():
+                return suffix.as_posix()
     return name
 
 
-def listed(folder: Path, names: Path | None = None) -> list[str]:
-    """Names of the pictures, relative to the folder: the list's, in its order, or all that lie there, sorted.
+def list_images(folder: Path, list_file: Path | None = None) -> list[str]:
+    """Return the names of the images, relative to the folder: those of the list in its order, or all files, sorted.
 
     Args:
-        names: a JSON list of names, as the original scripts' `image_list.json`.
+        folder: Images, also in folders below it.
+        list_file: JSON list of names, as the original scripts' `image_list.json`.
 
     Raises:
-        UserError: there is no folder, no picture, or the list is none.
+        UserError: The folder or the list is missing, empty or malformed.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder of pictures")
-    if names is not None:
-        found = read_rows(names, min_rows=0)
-        if not all(isinstance(name, str) and name for name in found):
-            raise UserError(f"{names}: expected a JSON list of picture names")
+        raise UserError(f"{folder}: no such folder of images")
+    if list_file is not None:
+        names = read_rows(list_file, min_rows=0)
+        if not all(isinstance(name, str) and name for name in names):
+            raise UserError(f"{list_file}: must be a JSON list of image names")
     else:
         paths = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-        found = sorted(path.relative_to(folder).as_posix() for path in paths)
-    if not found:
-        raise UserError(f"{names or folder}: no pictures")
-    for name in found:
-        place(folder, name)
-    return list(dict.fromkeys(found))
+        names = sorted(path.relative_to(folder).as_posix() for path in paths)
+    if not names:
+        raise UserError(f"{list_file or folder}: no images")
+    for name in names:
+        resolve_image(folder, name)
+    return list(dict.fromkeys(names))

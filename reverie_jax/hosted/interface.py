@@ -1,4 +1,4 @@
-"""What an annotator is asked and what it must reply: the one interface for hosted models and for the embedded world."""
+"""Requests, replies and providers: one interface for hosted models and for the embedded world."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Stage = Literal[
 
 @dataclasses.dataclass(frozen=True)
 class RequestImage:
-    """An image as an annotator gets it: `key` is its name, `encoded` the file's bytes (PNG, JPEG, …)."""
+    """An image of a request: `key` is its name, `encoded` the file's bytes (PNG, JPEG, ...)."""
 
     key: str
     encoded: bytes
@@ -32,29 +32,29 @@ class RequestImage:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One thing to ask.
+    """One request to a model.
 
     Attributes:
-        fields: what the stage needs. `questions`: {"count"} and {"confusing"}; `positive`: {"question", "answer"};
+        fields: Values of the prompt's template. `questions`: {"count", "confusing"}; `positive`: {"question", "answer"};
             `negative`: {"question", "answer"} with a confusing answer;
-            `judge`: {"question", "answer", "positive", "wrong", "negative"}; `lrv_…`: {"captions", "count", "each"};
-            `evaluate` (`eval.judge`): {"benchmark", "id", "prompt"}, the last a digest of the words.
-        prompt: the same in words, for a hosted model.
-        schema: of the reply's JSON; None where the reply is text.
-        shown: whether the model sees the picture.
+            `judge`: {"question", "answer", "positive", "wrong", "negative"}; `lrv_...`: {"captions", "count", "each"};
+            `evaluate` (`eval.judge`): {"benchmark", "id", "prompt"}, the last a digest of the prompt.
+        prompt: The filled template, for a hosted model.
+        send_image: Whether the model sees the image.
+        schema: JSON schema of the reply; None if the reply is text.
     """
 
     stage: Stage
-    picture: RequestImage
+    image: RequestImage
     fields: Mapping[str, str]
     prompt: str = ""
-    shown: bool = True
+    send_image: bool = True
     schema: Mapping[str, Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """What came back: raw text, tokens as the provider counts them, and the model's own name for its version."""
+    """A raw reply, its tokens as the provider counts them, and the model version that the provider names."""
 
     text: str
     tokens_in: int = 0
@@ -64,110 +64,118 @@ class Reply:
 
 @runtime_checkable
 class Annotator(Protocol):
-    """Anything that can reply at once, in memory."""
+    """A model in memory that replies at once."""
 
     name: str
 
     def reply(self, request: Request) -> str:
-        """Raw reply; raises `AnnotationError` where none can be had."""
+        """Return the raw reply.
+
+        Raises:
+            AnnotationError: There is no reply.
+        """
         ...
 
 
 @runtime_checkable
 class Provider(Protocol):
-    """Anything that can reply over a wire.
+    """A model behind an API.
 
     Attributes:
-        name: the kind of provider.
-        model: what is asked there; with the name, part of an item's identity.
+        name: Kind of provider.
+        model: The provider's name of the model.
     """
 
     name: str
     model: str
 
     async def ask(self, request: Request) -> Reply:
-        """One reply to one request, one try.
+        """Send one request once and return its reply.
 
         Raises:
-            TryAgain: the service did not reply, and may do so later.
-            Refused: it replied, and there is nothing to use.
-            NoAccess: no request of this kind will ever be answered (key, model, address).
+            RetryableError: No reply came; a later attempt may succeed.
+            UnusableError: The request cannot be sent, or its reply cannot be used.
+            AccessError: Every request will fail (key, model, URL).
         """
         ...
 
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        """Close the connections."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
 class BatchStatus:
-    """How a batch stands at its provider.
+    """State of a batch at its provider.
 
     Attributes:
-        ended: nothing more will come.
-        reason: why it ended without all results; empty where it did not.
-        results: what the provider needs to fetch results.
+        ended: Whether all results are available.
+        reason: Why it ended without all results; empty if it did not.
+        result_files: The provider's names of the files of results.
     """
 
     ended: bool
     reason: str = ""
-    results: tuple[str, ...] = ()
+    result_files: tuple[str, ...] = ()
 
 
 @runtime_checkable
 class BatchProvider(Provider, Protocol):
-    """A provider that also takes many requests as one file, answers within a day, and asks half the price.
+    """A provider that also takes many requests as one file: results within a day, at half the price.
 
-    All methods raise `TryAgain` and `NoAccess` as `ask` does; `submit` also `Refused`.
+    All methods raise `RetryableError` and `AccessError` as `ask` does; `submit` also `UnusableError`.
 
     Attributes:
-        most: requests of a batch.
-        room: bytes of its file.
+        max_requests: Most requests of a batch.
+        max_bytes: Largest size of its file.
     """
 
-    most: int
-    room: int
+    max_requests: int
+    max_bytes: int
 
-    def line(self, key: str, request: Request) -> str:
-        """A request as a line of the file, known by its key."""
+    def encode_request(self, key: str, request: Request) -> str:
+        """Return a request as a line of the file; `key` identifies its result."""
         ...
 
     async def submit(self, file: Path, label: str) -> str:
-        """Hands a file over; returns the batch's name there. `label` is ours, to find it by."""
+        """Upload a file, create its batch and return the provider's name of it; `find_batch` finds it by `label`."""
         ...
 
-    async def find(self, label: str) -> str | None:
-        """The name of the batch that has our label; None where the provider has none."""
+    async def find_batch(self, label: str) -> str | None:
+        """Return the provider's name of the batch with our label, or None."""
         ...
 
-    async def look(self, name: str) -> BatchStatus: ...
+    async def get_status(self, name: str) -> BatchStatus:
+        """Return the state of a batch."""
+        ...
 
-    async def results(self, batch: BatchStatus) -> list[tuple[str, Reply | AnnotationError]]:
-        """(key, reply or why there is none) of each request that has a result."""
+    async def fetch_results(self, status: BatchStatus) -> list[tuple[str, Reply | AnnotationError]]:
+        """Return (key, reply or error) of each request that has a result."""
         ...
 
 
 class AnnotationError(Exception):
-    """A request that got no usable reply; the message says why."""
+    """A request without a usable reply; the message says why."""
 
 
-class TryAgain(AnnotationError):
-    """The wire's fault, or a limit's: worth another try.
+class RetryableError(AnnotationError):
+    """The connection or the service failed, or a rate limit was hit.
 
     Attributes:
-        after: seconds that the service wants to be left alone, where it says so.
-        reached: something answered there.
+        retry_after: Seconds to wait, if the service says so.
+        reached: Whether a server answered.
     """
 
-    def __init__(self, reason: str, after: float | None = None, *, reached: bool = True):
+    def __init__(self, reason: str, retry_after: float | None = None, *, reached: bool = True):
         super().__init__(reason)
-        self.after, self.reached = after, reached
+        self.retry_after, self.reached = retry_after, reached
 
 
-class Refused(AnnotationError):
-    """A reply that cannot be used: blocked, empty, cut off, not what was asked for.
+class UnusableError(AnnotationError):
+    """The request cannot be sent (its image is broken) or its reply cannot be used (blocked, empty, cut off, malformed).
 
     Attributes:
-        reply: what came, for the record.
+        reply: The reply, empty if there is none.
     """
 
     def __init__(self, reason: str, reply: Reply | None = None):
@@ -175,33 +183,33 @@ class Refused(AnnotationError):
         self.reply = reply or Reply("")
 
 
-class NoAccess(AnnotationError):
-    """The service will not have us: a wrong key, an unknown model, an address that is none."""
+class AccessError(AnnotationError):
+    """Access denied: invalid key, unknown model or wrong URL."""
 
 
 def digest(*parts: object) -> str:
-    """A content's name: 32 hexadecimal digits of the SHA-256 of the parts as JSON."""
+    """Return 32 hexadecimal digits of the SHA-256 of the parts as JSON."""
     text = json.dumps(parts, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 @dataclasses.dataclass(frozen=True)
 class RequestSettings:
-    """What a hosted model is asked with.
+    """Settings of every request.
 
     Attributes:
-        timeout: seconds that one reply may take.
-        structured: asks for JSON by schema where the provider can do that.
-        temperature: None leaves it to the provider.
-        longest: tokens of a reply, None leaves it to the provider.
+        timeout: Seconds to wait for one reply.
+        structured: Request JSON by schema, if the provider supports it.
+        temperature: Sampling temperature; the provider's default if None.
+        max_new_tokens: Most tokens of a reply; the provider's default if None.
     """
 
     timeout: float = 120.0
     structured: bool = True
     temperature: float | None = None
-    longest: int | None = None
+    max_new_tokens: int | None = None
 
     @property
     def version(self) -> str:
-        """What of this changes replies."""
-        return f"structured={self.structured} temperature={self.temperature} longest={self.longest}"
+        """The settings that change replies, as part of a request's identity; existing journals hold this spelling."""
+        return f"structured={self.structured} temperature={self.temperature} longest={self.max_new_tokens}"

@@ -1,28 +1,30 @@
-"""One sitting over one journal: what every kind of annotation shares."""
+"""Shared state of one run: journal, providers, prompt versions, limits."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from reverie_jax.errors import UserError
-from reverie_jax.hosted import batches
+from reverie_jax.hosted import batches, runner
+from reverie_jax.hosted.identity import RequestIdentity
 from reverie_jax.hosted.interface import RequestSettings, Stage
-from reverie_jax.hosted.journal import Item, Journal
-from reverie_jax.hosted.providers import parse, provider
-from reverie_jax.hosted.runner import DEFAULT_TOKENS, Limits, Outcome, RequestTask, run
+from reverie_jax.hosted.journal import Journal
+from reverie_jax.hosted.providers import open_provider, parse_model_spec
+from reverie_jax.hosted.runner import Outcome, RequestTask
+from reverie_jax.hosted.throttle import DEFAULT_TOKENS, Limits, Throttle
 
 JOURNAL = "journal.sqlite"
 
 
 class CostEstimate(NamedTuple):
-    """A stage before it runs."""
+    """Estimate of a stage: requests with a reply, requests to send, their tokens and price."""
 
     stage: str
-    had: int
-    to_ask: int
+    cached: int
+    to_request: int
     tokens_in: float
     tokens_out: float
     price: float
@@ -30,101 +32,115 @@ class CostEstimate(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class RequestConfig:
-    """How hosted models are asked."""
+    """Settings of each request and limits of the run."""
 
     settings: RequestSettings = dataclasses.field(default_factory=RequestSettings)
     limits: Limits = dataclasses.field(default_factory=Limits)
 
 
-ProgressCallback = Callable[[str, int, Outcome, Any], None]
-"""Called after each item as `tell(step, total, outcome, gate)`."""
+ProgressCallback = Callable[[str, int, Outcome, Throttle], None]
+"""Called after each task as `on_progress(step, total, outcome, throttle)`."""
 
 
 class Session:
-    """The journal of a folder and the running of items. Close it, or use it as a context.
+    """Run tasks over the journal of a folder. Close it, or use it as a context manager.
 
     Args:
-        environment: where keys are.
-        versions: the version of each stage's prompt, a part of a request's identity.
+        environment: Holds the API keys.
+        versions: Version of each stage's prompt, a part of a request's identity.
+
+    Attributes:
+        notes: Lines to show to the user.
 
     Raises:
-        UserError: the folder's journal is in use or broken.
+        UserError: The folder's journal is in use or broken.
     """
 
     def __init__(
         self,
         folder: Path,
-        how: RequestConfig,
+        config: RequestConfig,
         environment: Mapping[str, str],
         on_progress: ProgressCallback | None = None,
         versions: Mapping[str, str] | None = None,
     ):
-        self.how, self._environment, self._on_progress = (
-            how,
-            environment,
-            on_progress or (lambda step, total, outcome, gate: None),
-        )
+        self.config, self._environment = config, environment
+        self._on_progress = on_progress or (lambda step, total, outcome, throttle: None)
         self._versions = versions or {}
         self.journal = Journal(folder / JOURNAL)
         self.notes: list[str] = []
-        """What a user should know, line by line."""
         if self.journal.lost:
             self.notes.append(
-                f"{self.journal.lost} requests were in flight when the last run ended; they are asked again"
+                f"{self.journal.lost} requests were in flight when the last run ended; sending them again"
             )
 
     def close(self) -> None:
+        """Close the journal."""
         self.journal.close()
 
-    def item(self, stage: Stage, who: str, content: str, shown: bool = True) -> Item:
-        """How something is known that is asked of a model in a prompt's words."""
-        kind, model, _ = parse(who)
-        return Item(stage, content, kind, model, f"{self._versions[stage]} {self.how.settings.version} shown={shown}")
+    def __enter__(self) -> Session:
+        return self
 
-    def had(self, task: RequestTask | None) -> str | None:
-        """The raw reply that is there already."""
-        return None if task is None else self.journal.usable(task.item)
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
-    def ask(self, step: str, tasks: Iterable[RequestTask], who: Iterable[str]) -> Outcome:
-        """Asks what has no reply yet.
+    def identify(self, stage: Stage, model_spec: str, content: str, send_image: bool = True) -> RequestIdentity:
+        """Return the identity of a request to a model; existing journals hold this spelling of the prompt's version."""
+        name, model, _ = parse_model_spec(model_spec)
+        prompt = f"{self._versions[stage]} {self.config.settings.version} shown={send_image}"
+        return RequestIdentity(stage, content, name, model, prompt)
+
+    def get_reply(self, task: RequestTask | None) -> str | None:
+        """Return the recorded raw reply, or None."""
+        recorded = None if task is None else self.journal.get_reply(task.identity)
+        return None if recorded is None else recorded.text
+
+    def run(self, step: str, tasks: Iterable[RequestTask], model_specs: Iterable[str]) -> Outcome:
+        """Send the requests that have no reply yet.
 
         Args:
-            who: the models that the askings name.
+            step: Name for the progress callback.
+            tasks: Requests; duplicates are sent once.
+            model_specs: The models of the tasks.
 
         Raises:
-            UserError: a service will not have us.
+            UserError: Access denied (key, model, URL).
         """
-        unique = {task.item.key: task for task in tasks}
-        open_ones = [task for task in unique.values() if self.had(task) is None]
-        had = len(unique) - len(open_ones)
-        if not open_ones:
-            return Outcome(had=had)
-        if self.how.limits.batch:
-            how = batches.run
-        elif waiting := self.journal.under_way() & {task.item.key for task in open_ones}:
+        unique = {task.identity.key: task for task in tasks}
+        missing = [task for task in unique.values() if self.get_reply(task) is None]
+        cached = len(unique) - len(missing)
+        if not missing:
+            return Outcome(cached=cached)
+        limits = self.config.limits
+        if not limits.batch and (pending := self.journal.pending_keys() & {task.identity.key for task in missing}):
+            count = len(pending)
             raise UserError(
-                f"{self.journal.path}: {len(waiting)} requests are under way in a batch; run with --batch to collect it"
+                f"{self.journal.path}: {count} requests are pending in a batch; add --batch to collect them"
             )
-        else:
-            how = run
-        outcome = how(
-            open_ones,
-            lambda: {parse(name)[:2]: provider(name, self.how.settings, self._environment) for name in who},
+        outcome = (batches if limits.batch else runner).run(
+            missing,
+            lambda: {
+                parse_model_spec(spec)[:2]: open_provider(spec, self.config.settings, self._environment)
+                for spec in model_specs
+            },
             self.journal,
-            self.how.limits,
-            lambda now, gate: self._on_progress(step, len(open_ones), now, gate),
+            limits,
+            lambda current, throttle: self._on_progress(step, len(missing), current, throttle),
         )
-        return dataclasses.replace(outcome, had=had + outcome.had)
+        return dataclasses.replace(outcome, cached=cached)
 
-    def estimate(self, stage: str, tasks: Iterable[RequestTask | None], more: int = 0) -> CostEstimate:
-        """What a stage would take, by the journal's means or plain guesses.
+    def estimate(self, stage: str, tasks: Iterable[RequestTask | None], extra: int = 0) -> CostEstimate:
+        """Estimate a stage from the mean tokens in the journal, or from `DEFAULT_TOKENS`.
 
         Args:
-            more: items that are not known yet.
+            stage: Stage of all tasks.
+            tasks: Requests; None is skipped.
+            extra: Number of tasks that are not known yet.
         """
-        unique = {task.item.key: task for task in tasks if task is not None}
-        had = sum(self.had(task) is not None for task in unique.values())
-        to_ask = len(unique) - had + more
-        mean = self.journal.mean_tokens(stage) or DEFAULT_TOKENS[stage]
-        tokens_in, tokens_out = to_ask * mean[0], to_ask * mean[1]
-        return CostEstimate(stage, had, to_ask, tokens_in, tokens_out, self.how.limits.price(tokens_in, tokens_out))
+        unique = {task.identity.key: task for task in tasks if task is not None}
+        cached = sum(self.get_reply(task) is not None for task in unique.values())
+        to_request = len(unique) - cached + extra
+        mean_in, mean_out = self.journal.mean_tokens().get(stage, DEFAULT_TOKENS[stage])
+        tokens_in, tokens_out = to_request * mean_in, to_request * mean_out
+        price = self.config.limits.price(tokens_in, tokens_out)
+        return CostEstimate(stage, cached, to_request, tokens_in, tokens_out, price)

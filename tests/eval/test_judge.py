@@ -21,13 +21,13 @@ from reverie_jax.errors import UserError
 from reverie_jax.eval.benchmarks.interface import BenchmarkData, BenchmarkError, JudgeRequest
 from reverie_jax.eval.benchmarks.mm_vet import MmVet
 from reverie_jax.eval.benchmarks.mmhal import TYPES, MmHal
-from reverie_jax.eval.judge import LOCAL, JudgeRun, load_prompts
+from reverie_jax.eval.judge import LOCAL
 from reverie_jax.eval.judge_replies import answers_digest, read_replies
-from reverie_jax.hosted.runner import Limits
 from reverie_jax.hosted.session import RequestConfig
+from reverie_jax.hosted.throttle import Limits
 from tests.annotate import helpers
-from tests.hosted.fixtures import keys  # noqa: F401  (a fixture)
 from tests.data.fakes import png
+from tests.hosted.fixtures import keys  # noqa: F401  (a fixture)
 from tests.hosted.server import Call, Fault, Server
 
 pytest.importorskip("openai")
@@ -37,7 +37,7 @@ pytestmark = [
     pytest.mark.usefixtures("keys"),
 ]
 COUNT = 16
-QUICK = Limits(concurrency=4, backoff=0.001, longest=0.001)
+QUICK = Limits(concurrency=4, backoff=0.001, max_backoff=0.001)
 
 
 def number(call: Call) -> int:
@@ -176,7 +176,7 @@ def test_what_has_no_reply_is_told_and_asked_again(ask, loaded, tmp_path):
 
 
 def test_a_budget_stops_and_a_larger_one_goes_on(ask, tmp_path):
-    limits = dataclasses.replace(QUICK, concurrency=1, price_in=5.0, price_out=5.0, budget=0.02)
+    limits = dataclasses.replace(QUICK, concurrency=1, price_in=5.0, price_out=5.0, max_cost=0.02)
     with Server(verdict) as server:
         found = ask(address(server), limits=limits)
         assert "budget" in found.outcome.stopped
@@ -185,7 +185,7 @@ def test_a_budget_stops_and_a_larger_one_goes_on(ask, tmp_path):
         assert found.spent.price <= 0.02
         assert len(rows(tmp_path / "out" / "replies.jsonl")) == asked
         assert ask(address(server), limits=limits).outcome.usable == 0
-        assert ask(address(server), limits=dataclasses.replace(limits, budget=1.0)).complete
+        assert ask(address(server), limits=dataclasses.replace(limits, max_cost=1.0)).complete
         assert len(server.calls) == COUNT
         assert set(Counter(call.digest for call in server.calls).values()) == {1}
 
@@ -410,7 +410,7 @@ def test_files_of_replies_from_elsewhere(tmp_path):
 CHILD = """
 import json, os, sys
 from pathlib import Path
-from reverie_jax.hosted.runner import Limits
+from reverie_jax.hosted.throttle import Limits
 from reverie_jax.hosted.session import How
 from reverie_jax.eval.benchmarks.mmhal import MmHal
 from reverie_jax.eval.judge import judge

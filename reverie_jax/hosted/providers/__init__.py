@@ -9,7 +9,7 @@ from pathlib import Path
 
 from reverie_jax.errors import UserError
 from reverie_jax.hosted.interface import Provider, RequestSettings
-from reverie_jax.hosted.providers.common import key
+from reverie_jax.hosted.providers.common import find_api_key
 
 GROUP = "reverie_jax.providers"
 """Entry-point group of further providers; each is a function (model, url, settings, environment) -> Provider."""
@@ -20,53 +20,54 @@ def names() -> tuple[str, ...]:
     return (*_BUILT_IN, *importlib.metadata.entry_points(group=GROUP).names)
 
 
-def parse(model_spec: str) -> tuple[str, str, str | None]:
-    """(kind, model, address) of "gemini:MODEL", "openai:MODEL@http://host/v1", "scenes:FOLDER" or "replay:JOURNAL".
+def parse_model_spec(model_spec: str) -> tuple[str, str, str | None]:
+    """Return (provider, model, URL) of "gemini:MODEL", "openai:MODEL@http://host/v1", "scenes:FOLDER" or "replay:JOURNAL".
 
     Raises:
-        UserError: it is none of these.
+        UserError: It has another form.
     """
-    kind, colon, model = model_spec.partition(":")
+    name, _, model = model_spec.partition(":")
     model, at, url = model.partition("@http")
-    if kind not in (known := names()) or not colon or not model:
-        raise UserError(f"{model_spec!r}: name a model as PROVIDER:MODEL; providers are {', '.join(known)}")
-    return kind, model, f"http{url}" if at else None
+    if name not in (known := names()) or not model:
+        raise UserError(f"{model_spec!r}: must be PROVIDER:MODEL; choose a provider from {', '.join(known)}")
+    return name, model, f"http{url}" if at else None
 
 
-def shown(model_spec: str) -> str:
-    """A name that can be written down: without the password that its address may hold."""
+def redact_password(model_spec: str) -> str:
+    """Return a model's name without the password that its URL may hold."""
     return re.sub(r"(@https?://)[^/@]*@", r"\1", model_spec)
 
 
-def provider(model_spec: str, settings: RequestSettings, environment: Mapping[str, str]) -> Provider:
-    """Opens a provider. Keys come from the environment.
+def open_provider(model_spec: str, settings: RequestSettings, environment: Mapping[str, str]) -> Provider:
+    """Open a provider, with the API key of the environment.
 
     Raises:
-        UserError: an unknown name, a package that is not installed, a key that is not set.
+        UserError: The name is unknown, its package is not installed, or its key is not set.
     """
-    kind, model, url = parse(model_spec)
+    name, model, url = parse_model_spec(model_spec)
     try:
-        if kind in _BUILT_IN:
-            return _BUILT_IN[kind](model, url, settings, environment)
-        (found,) = importlib.metadata.entry_points(group=GROUP, name=kind)
-        return found.load()(model, url, settings, environment)
+        if name in _BUILT_IN:
+            return _BUILT_IN[name](model, url, settings, environment)
+        (entry_point,) = importlib.metadata.entry_points(group=GROUP, name=name)
+        provider: Provider = entry_point.load()(model, url, settings, environment)
+        return provider
     except ImportError as error:
         raise UserError(
-            f"{kind} needs a package that is not installed ({error}): pip install 'reverie-jax[{kind}]'"
+            f"{name} needs a package that is not installed ({error}): pip install 'reverie-jax[{name}]'"
         ) from None
 
 
 def _gemini(model: str, url: str | None, settings: RequestSettings, environment: Mapping[str, str]) -> Provider:
     from reverie_jax.hosted.providers.gemini import Gemini
 
-    return Gemini(model, url, settings, key(environment, "GEMINI_API_KEY", "GOOGLE_API_KEY"))
+    return Gemini(model, url, settings, find_api_key(environment, "GEMINI_API_KEY", "GOOGLE_API_KEY"))
 
 
 def _openai(model: str, url: str | None, settings: RequestSettings, environment: Mapping[str, str]) -> Provider:
     from reverie_jax.hosted.providers.openai import OpenAI
 
-    elsewhere = url is not None or "OPENAI_BASE_URL" in environment  # local servers want no key
-    return OpenAI(model, url, settings, key(environment, "OPENAI_API_KEY", needed=not elsewhere))
+    own_server = url is not None or "OPENAI_BASE_URL" in environment  # such servers often need no key
+    return OpenAI(model, url, settings, find_api_key(environment, "OPENAI_API_KEY", required=not own_server))
 
 
 def _google_generativeai(
@@ -74,7 +75,7 @@ def _google_generativeai(
 ) -> Provider:
     from reverie_jax.hosted.providers.google_generativeai import GoogleGenerativeAI
 
-    return GoogleGenerativeAI(model, url, settings, key(environment, "GEMINI_API_KEY", "GOOGLE_API_KEY"))
+    return GoogleGenerativeAI(model, url, settings, find_api_key(environment, "GEMINI_API_KEY", "GOOGLE_API_KEY"))
 
 
 def _replay(journal: str, url: str | None, settings: RequestSettings, environment: Mapping[str, str]) -> Provider:

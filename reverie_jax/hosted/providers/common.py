@@ -1,4 +1,4 @@
-"""What providers share: keys and their hiding, Retry-After, files of batch results."""
+"""Shared by providers: API keys and their redaction, Retry-After, files of batch results."""
 
 from __future__ import annotations
 
@@ -7,28 +7,29 @@ import time
 from collections.abc import Callable, Mapping
 
 from reverie_jax.errors import UserError
-from reverie_jax.hosted.interface import AnnotationError, Reply, TryAgain
+from reverie_jax.hosted.interface import AnnotationError, Reply, RetryableError
 
-TRANSFER = 600.0
-"""Seconds that a file of requests or results may take."""
+TRANSFER_TIMEOUT = 600.0
+"""Seconds to wait for the upload or download of a batch file."""
+UNEXPECTED = "unexpected response from the API"
 
 
-def key(environment: Mapping[str, str], *names: str, needed: bool = True) -> str:
-    """The first of the variables that is set.
+def find_api_key(environment: Mapping[str, str], *names: str, required: bool = True) -> str:
+    """Return the first of the variables that is set; empty if none is.
 
     Raises:
-        UserError: none is, and one is needed.
+        UserError: None is set, and a key is required.
     """
     for name in names:
-        if found := environment.get(name, "").strip():
-            return found
-    if needed:
-        raise UserError(f"no key: set {' or '.join(names)} in the environment")
+        if value := environment.get(name, "").strip():
+            return value
+    if required:
+        raise UserError(f"no API key: set {' or '.join(names)} in the environment")
     return ""
 
 
-def hide(text: str, secret: str) -> str:
-    """A message in one line, without the key; services quote keys, whole or in part."""
+def redact(text: str, secret: str) -> str:
+    """Return a message in one line without the API key; services quote keys, whole or in part."""
     line = " ".join(text.split())
     if len(secret) >= 4:
         line = line.replace(secret, "***")
@@ -37,8 +38,8 @@ def hide(text: str, secret: str) -> str:
     return line[:500]
 
 
-def seconds(header: str | None) -> float | None:
-    """What a Retry-After header says, in seconds or as a date."""
+def parse_retry_after(header: str | None) -> float | None:
+    """Return the seconds of a Retry-After header, which holds seconds or a date; None if it holds neither."""
     if not header:
         return None
     try:
@@ -51,16 +52,16 @@ def seconds(header: str | None) -> float | None:
         return None
 
 
-def read_lines(
-    content: bytes, read: Callable[[bytes], tuple[str, Reply | AnnotationError] | None]
+def parse_result_lines(
+    content: bytes, parse: Callable[[bytes], tuple[str, Reply | AnnotationError] | None]
 ) -> list[tuple[str, Reply | AnnotationError]]:
-    """A batch's results, line by line; lines that make no sense are passed over.
+    """Parse a file of batch results; lines that `parse` returns None for are skipped.
 
     Raises:
-        TryAgain: not one does: it is no file of results.
+        RetryableError: No line can be parsed: the file does not hold results.
     """
     lines = [line for line in content.split(b"\n") if line.strip()]
-    found = [one for line in lines if (one := read(line)) is not None]
-    if lines and not found:
-        raise TryAgain("the service's results make no sense")
-    return found
+    results = [result for line in lines if (result := parse(line)) is not None]
+    if lines and not results:
+        raise RetryableError(f"{UNEXPECTED} (no batch results)")
+    return results

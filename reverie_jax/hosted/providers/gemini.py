@@ -13,38 +13,45 @@ from typing import Any
 from google import genai
 from google.genai import errors, types
 
-from reverie_jax.hosted.images import as_sent
-from reverie_jax.hosted.interface import AnnotationError, BatchStatus, Reply, Request, RequestSettings, TryAgain
-from reverie_jax.hosted.providers.common import TRANSFER, hide, read_lines, seconds
-from reverie_jax.hosted.providers.google_replies import reply, status
+from reverie_jax.hosted.images import encode_image
+from reverie_jax.hosted.interface import AnnotationError, BatchStatus, Reply, Request, RequestSettings, RetryableError
+from reverie_jax.hosted.providers.common import (
+    TRANSFER_TIMEOUT,
+    UNEXPECTED,
+    parse_result_lines,
+    parse_retry_after,
+    redact,
+)
+from reverie_jax.hosted.providers.google_replies import error_from_status, parse_response
 
-_WIRES = {"httpx", "httpx2", "httpcore", "aiohttp", "anyio", "ssl"}
-"""Packages whose errors are the wire's: which of them the SDK uses depends on what is installed."""
+_TRANSPORTS = {"httpx", "httpx2", "httpcore", "aiohttp", "anyio", "ssl"}
+"""Packages whose errors are connection errors; which of them the SDK uses depends on what is installed."""
 _HTTP = {3: 400, 4: 504, 5: 404, 7: 403, 8: 429, 13: 500, 14: 503, 16: 401}
-"""A batch's lines may name an error by google.rpc.Code."""
+"""HTTP status by google.rpc.Code, which batch results use."""
 
 
 class Gemini:
-    """One request, one reply, or many in a batch; retries are the runner's."""
+    """Gemini models; does not retry, the runner does."""
 
     name = "gemini"
 
     def __init__(self, model: str, url: str | None, settings: RequestSettings, key: str):
         self.model, self._settings, self._key = model, settings, key
-        once = types.HttpRetryOptions(attempts=1)  # left to itself, the SDK may retry behind our back
-        options = types.HttpOptions(base_url=url, timeout=int(settings.timeout * 1000), retry_options=once)
+        no_retry = types.HttpRetryOptions(attempts=1)  # by default the SDK may retry by itself
+        options = types.HttpOptions(base_url=url, timeout=int(settings.timeout * 1000), retry_options=no_retry)
         self._client = genai.Client(api_key=key, http_options=options, vertexai=False).aio
 
     async def close(self) -> None:
+        """Close the connections."""
         await self._client.aclose()
 
     def _content(self, request: Request) -> tuple[types.Content, types.GenerateContentConfig]:
         parts: list[Any] = [types.Part.from_text(text=request.prompt)]
-        if request.shown:
-            kind, encoded = as_sent(request.picture)
+        if request.send_image:
+            kind, encoded = encode_image(request.image)
             parts.insert(0, types.Part.from_bytes(data=encoded, mime_type=kind))
         config = types.GenerateContentConfig(
-            temperature=self._settings.temperature, max_output_tokens=self._settings.longest
+            temperature=self._settings.temperature, max_output_tokens=self._settings.max_new_tokens
         )
         if request.schema and self._settings.structured:
             config.response_mime_type = "application/json"
@@ -52,55 +59,59 @@ class Gemini:
         return types.Content(role="user", parts=parts), config
 
     async def ask(self, request: Request) -> Reply:
+        """Send one request; see `Provider.ask`."""
         content, config = self._content(request)
-        async with self._faults(self._settings.timeout):
-            found = await self._client.models.generate_content(model=self.model, contents=content, config=config)
-        return reply(found)
+        async with self._translate_errors(self._settings.timeout):
+            response = await self._client.models.generate_content(model=self.model, contents=content, config=config)
+        return parse_response(response)
 
     @contextlib.asynccontextmanager
-    async def _faults(self, timeout: float) -> AsyncIterator[None]:
-        """The SDK's errors as ours."""
+    async def _translate_errors(self, timeout: float) -> AsyncIterator[None]:
+        """Raise the SDK's errors as ours."""
         try:
-            async with asyncio.timeout(timeout):  # the SDK's own is for each read
+            async with asyncio.timeout(timeout):  # the SDK's timeout is for each read
                 yield
         except errors.APIError as error:
-            raise status(
+            raise error_from_status(
                 error.code, error.message or "", retry_after(error), f"gemini:{self.model}", self._key
             ) from None
-        except (TimeoutError, OSError, ValueError, KeyError) as error:  # what came back is no JSON, or lacks a part
-            raise _wire(error, timeout, self._key) from None
+        except (TimeoutError, OSError, ValueError, KeyError) as error:  # the response is not JSON, or incomplete
+            raise _connection_error(error, timeout, self._key) from None
         except Exception as error:
-            if type(error).__module__.split(".")[0] not in _WIRES:
+            if type(error).__module__.split(".")[0] not in _TRANSPORTS:
                 raise
-            raise _wire(error, timeout, self._key) from None
+            raise _connection_error(error, timeout, self._key) from None
 
     # Batches.
 
-    most, room = 100_000, 1_900_000_000
+    max_requests, max_bytes = 100_000, 1_900_000_000
 
-    def line(self, key: str, request: Request) -> str:
+    def encode_request(self, key: str, request: Request) -> str:
+        """Return a request as a line of a batch file."""
         content, config = self._content(request)
         body = {"contents": [_plain(content)], "generationConfig": _plain(config)}
         return json.dumps({"key": key, "request": body})
 
     async def submit(self, file: Path, label: str) -> str:
-        slow = types.HttpOptions(timeout=int(TRANSFER * 1000))
-        async with self._faults(TRANSFER):
+        """Upload a file and create its batch; return its name."""
+        slow = types.HttpOptions(timeout=int(TRANSFER_TIMEOUT * 1000))
+        async with self._translate_errors(TRANSFER_TIMEOUT):
             uploaded = await self._client.files.upload(
                 file=file,
                 config=types.UploadFileConfig(mime_type="application/jsonl", display_name=label, http_options=slow),
             )
-            made = await self._client.batches.create(
+            batch = await self._client.batches.create(
                 model=self.model, src=uploaded.name or "", config=types.CreateBatchJobConfig(display_name=label)
             )
-        if not made.name:
-            raise TryAgain("the service's reply makes no sense (a batch without a name)")
-        return made.name
+        if not batch.name:
+            raise RetryableError(f"{UNEXPECTED} (a batch without a name)")
+        return batch.name
 
-    async def find(self, label: str) -> str | None:
-        async with self._faults(self._settings.timeout):
+    async def find_batch(self, label: str) -> str | None:
+        """Return the name of the batch with our label, or None."""
+        async with self._translate_errors(self._settings.timeout):
             pages = await self._client.batches.list(config=types.ListBatchJobsConfig(page_size=100))
-            while True:  # page by page: the SDK's own iteration ends with an error behind two empty ones
+            while True:  # the SDK's own iteration fails after two empty pages
                 for batch in pages.page:
                     if batch.display_name == label:
                         return batch.name
@@ -109,36 +120,38 @@ class Gemini:
                 except IndexError:
                     return None
 
-    async def look(self, name: str) -> BatchStatus:
-        async with self._faults(self._settings.timeout):
-            found = await self._client.batches.get(name=name)
-        state = found.state.name if found.state else ""
+    async def get_status(self, name: str) -> BatchStatus:
+        """Return the state of a batch."""
+        async with self._translate_errors(self._settings.timeout):
+            batch = await self._client.batches.get(name=name)
+        state = batch.state.name if batch.state else ""
         word = state.removeprefix("JOB_STATE_").lower().replace("_", " ")
-        error = hide(f": {found.error.message}", self._key) if found.error and found.error.message else ""
-        file = found.dest.file_name if found.dest else None
+        error = redact(f": {batch.error.message}", self._key) if batch.error and batch.error.message else ""
+        file = batch.dest.file_name if batch.dest else None
         reason = "" if state == "JOB_STATE_SUCCEEDED" else f"the batch is {word}{error}"
-        return BatchStatus(bool(found.done), reason, (file,) if file else ())
+        return BatchStatus(bool(batch.done), reason, (file,) if file else ())
 
-    async def results(self, batch: BatchStatus) -> list[tuple[str, Reply | AnnotationError]]:
-        found: list[tuple[str, Reply | AnnotationError]] = []
-        for file in batch.results:
-            async with self._faults(TRANSFER):
+    async def fetch_results(self, status: BatchStatus) -> list[tuple[str, Reply | AnnotationError]]:
+        """Return (key, reply or error) of each request that has a result."""
+        results: list[tuple[str, Reply | AnnotationError]] = []
+        for file in status.result_files:
+            async with self._translate_errors(TRANSFER_TIMEOUT):
                 content = await self._client.files.download(file=file)
-            found += read_lines(content, self._result)
-        return found
+            results += parse_result_lines(content, self._parse_result)
+        return results
 
-    def _result(self, line: bytes) -> tuple[str, Reply | AnnotationError] | None:
+    def _parse_result(self, line: bytes) -> tuple[str, Reply | AnnotationError] | None:
         try:
             row = json.loads(line)
             key = row["key"]
             if not isinstance(key, str):
                 return None
             if "response" in row:
-                made = types.GenerateContentResponse._from_response(response=row["response"], kwargs={})
-                return key, reply(made)
-            said = row.get("error") or row.get("status") or {}
-            code = _HTTP.get(int(said["code"]), int(said["code"])) if "code" in said else None
-            return key, status(code, str(said.get("message")), None, f"gemini:{self.model}", self._key)
+                response = types.GenerateContentResponse._from_response(response=row["response"], kwargs={})
+                return key, parse_response(response)
+            error = row.get("error") or row.get("status") or {}
+            code = _HTTP.get(int(error["code"]), int(error["code"])) if "code" in error else None
+            return key, error_from_status(code, str(error.get("message")), None, f"gemini:{self.model}", self._key)
         except AnnotationError as problem:
             return key, problem
         except (ValueError, KeyError, TypeError, AttributeError):
@@ -149,18 +162,18 @@ def _plain(model: Any) -> Any:
     return model.model_dump(mode="json", by_alias=True, exclude_none=True)
 
 
-def _wire(error: Exception, timeout: float, key: str) -> TryAgain:
+def _connection_error(error: Exception, timeout: float, key: str) -> RetryableError:
     if "timeout" in type(error).__name__.lower():
-        return TryAgain(f"no reply within {timeout:g} s")
+        return RetryableError(f"no reply within {timeout:g} s")
     if isinstance(error, ValueError):
-        return TryAgain("the service's reply makes no sense")
-    return TryAgain(hide(f"connection failed ({type(error).__name__})", key), reached=False)
+        return RetryableError(UNEXPECTED)
+    return RetryableError(redact(f"connection failed ({type(error).__name__})", key), reached=False)
 
 
 def retry_after(error: errors.APIError) -> float | None:
-    """Seconds that the service asks for: in the header, or in the body's google.rpc.RetryInfo."""
+    """Return the seconds to wait, of the Retry-After header or of google.rpc.RetryInfo in the body."""
     headers = getattr(error.response, "headers", None) or {}
-    if (found := seconds(headers.get("retry-after") or headers.get("Retry-After"))) is not None:
-        return found
+    if (wait := parse_retry_after(headers.get("retry-after") or headers.get("Retry-After"))) is not None:
+        return wait
     delay = re.search(r"'retryDelay': '([\d.]+)s'", str(error.details))
     return float(delay[1]) if delay else None

@@ -1,4 +1,4 @@
-"""Gemini through google-generativeai, the older SDK: end of life, kept for those whose stack is pinned to it."""
+"""Gemini through google-generativeai, the deprecated SDK, for stacks that are pinned to it."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import google.generativeai as genai
 from google.api_core import exceptions
 from google.protobuf.json_format import ParseError
 
-from reverie_jax.hosted.images import as_sent
-from reverie_jax.hosted.interface import Reply, Request, RequestSettings, TryAgain
-from reverie_jax.hosted.providers.common import hide, seconds
-from reverie_jax.hosted.providers.google_replies import reply, status
+from reverie_jax.hosted.images import encode_image
+from reverie_jax.hosted.interface import Reply, Request, RequestSettings, RetryableError
+from reverie_jax.hosted.providers.common import UNEXPECTED, parse_retry_after, redact
+from reverie_jax.hosted.providers.google_replies import error_from_status, parse_response
 
 
 class GoogleGenerativeAI:
-    """One request, one reply. The SDK blocks, so each request has a thread."""
+    """Gemini models through a blocking SDK; each request runs in a thread."""
 
     name = "google-generativeai"
 
@@ -27,37 +27,38 @@ class GoogleGenerativeAI:
         self._model = genai.GenerativeModel(model)
 
     async def close(self) -> None:
-        pass
+        """Do nothing: the SDK has no connections to close."""
 
     async def ask(self, request: Request) -> Reply:
+        """Send one request; see `Provider.ask`."""
         return await asyncio.to_thread(self._ask, request)
 
     def _ask(self, request: Request) -> Reply:
         parts: list[Any] = [request.prompt]
-        if request.shown:
-            kind, encoded = as_sent(request.picture)
+        if request.send_image:
+            kind, encoded = encode_image(request.image)
             parts.insert(0, {"mime_type": kind, "data": encoded})
         config: dict[str, Any] = {}
         if self._settings.temperature is not None:
             config["temperature"] = self._settings.temperature
-        if self._settings.longest is not None:
-            config["max_output_tokens"] = self._settings.longest
+        if self._settings.max_new_tokens is not None:
+            config["max_output_tokens"] = self._settings.max_new_tokens
         if request.schema and self._settings.structured:
             config["response_mime_type"] = "application/json"
         try:
-            found = self._model.generate_content(
+            response = self._model.generate_content(
                 parts, generation_config=config, request_options={"timeout": self._settings.timeout, "retry": None}
             )
         except exceptions.GoogleAPICallError as error:
             headers = getattr(error.response, "headers", None) or {}
-            after, who = seconds(headers.get("retry-after")), f"{self.name}:{self.model}"
-            raise status(error.code, error.message or "", after, who, self._key) from None
+            after, model_spec = parse_retry_after(headers.get("retry-after")), f"{self.name}:{self.model}"
+            raise error_from_status(error.code, error.message or "", after, model_spec, self._key) from None
         except exceptions.RetryError:
-            raise TryAgain(f"no reply within {self._settings.timeout:g} s") from None
+            raise RetryableError(f"no reply within {self._settings.timeout:g} s") from None
         except (ParseError, ValueError):
-            raise TryAgain("the service's reply makes no sense") from None
-        except OSError as error:  # requests' errors are
+            raise RetryableError(UNEXPECTED) from None
+        except OSError as error:  # the base class of requests' errors
             if "imeout" in type(error).__name__:
-                raise TryAgain(f"no reply within {self._settings.timeout:g} s") from None
-            raise TryAgain(hide(f"connection failed ({type(error).__name__})", self._key)) from None
-        return reply(found)
+                raise RetryableError(f"no reply within {self._settings.timeout:g} s") from None
+            raise RetryableError(redact(f"connection failed ({type(error).__name__})", self._key)) from None
+        return parse_response(response)

@@ -1,59 +1,50 @@
-"""Providers that need no network: anything that replies in memory, and a recorded run."""
+"""Providers that need no network: a model in memory, and a recorded run."""
 
 from __future__ import annotations
 
-import sqlite3
 from pathlib import Path
 
-from reverie_jax.errors import UserError
-from reverie_jax.hosted.interface import AnnotationError, Annotator, Refused, Reply, Request
-from reverie_jax.hosted.request_key import content
+from reverie_jax.hosted.identity import request_digest
+from reverie_jax.hosted.interface import AnnotationError, Annotator, Reply, Request, UnusableError
+from reverie_jax.hosted.journal import JournalReader
 
 
 class Local:
-    """An annotator in memory, asked as if it were far away."""
+    """An annotator in memory as a provider."""
 
     def __init__(self, annotator: Annotator, model: str):
         self.name, self.model, self._annotator = annotator.name, model, annotator
 
     async def ask(self, request: Request) -> Reply:
+        """Return the annotator's reply; see `Provider.ask`."""
         try:
             return Reply(self._annotator.reply(request), version=self.name)
         except AnnotationError as error:
-            raise Refused(str(error)) from None
+            raise UnusableError(str(error)) from None
 
     async def close(self) -> None:
-        pass
+        """Do nothing: there are no connections."""
 
 
 class Replay:
-    """Replies of a journal, whoever gave them and in whatever words they were asked.
+    """Replies of a journal, whichever model and prompt they came from.
 
     Raises:
-        UserError: there is no journal.
+        UserError: The journal is missing or broken.
     """
 
     name = "replay"
 
     def __init__(self, path: Path):
-        if not path.is_file():
-            raise UserError(f"{path}: no such journal to replay")
-        self.model = str(path)
-        self._db = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
-        try:
-            self._db.execute("SELECT reply, version, state, content FROM attempts LIMIT 1")
-        except sqlite3.Error as error:
-            self._db.close()
-            raise UserError(f"{path}: not a journal to replay ({error})") from None
+        self.model, self._journal = str(path), JournalReader(path)
 
     async def ask(self, request: Request) -> Reply:
-        row = self._db.execute(
-            "SELECT reply, version FROM attempts WHERE state = 'usable' AND content = ? ORDER BY id LIMIT 1",
-            (content(request),),
-        ).fetchone()
-        if row is None:
-            raise Refused("not in the recording")
-        return Reply(row[0], version=row[1])
+        """Return the recorded reply; see `Provider.ask`."""
+        recorded = self._journal.find_reply(request_digest(request))
+        if recorded is None:
+            raise UnusableError("not in the recording")
+        return Reply(recorded.text, version=recorded.version)
 
     async def close(self) -> None:
-        self._db.close()
+        """Close the journal."""
+        self._journal.close()

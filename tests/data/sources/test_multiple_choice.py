@@ -8,14 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reverie_jax.annotate.pipeline import KEYS, QUESTIONS, RATIONALES
+from reverie_jax.annotate.files import QUESTIONS, RATIONALES
+from reverie_jax.data.sources.annotated import QUESTION_KEYS as KEYS
 from reverie_jax.data import check as checking
 from reverie_jax.data import sources
 from reverie_jax.data.conversation import IMAGE
-from reverie_jax.data.mixture import MixtureEntry, mixture
+from reverie_jax.data.mixture import MixtureEntry, read_mixture
 from reverie_jax.data.sources import ReadLog, Rows, multiple_choice
-from reverie_jax.data.sources.reverie import explains
-from reverie_jax.data.stats import statistics_of
+from reverie_jax.data.sources.reverie import parse_rationale_prompt
+from reverie_jax.data.stats import compute_stats
 from reverie_jax.data.supervision import Supervision
 from reverie_jax.errors import DataError
 from tests.annotate import helpers
@@ -101,7 +102,7 @@ def read(path, **options):
 
 
 def records(path, **options):
-    with mixture([MixtureEntry(file=path, **options)], ReadLog()) as found:
+    with read_mixture([MixtureEntry(file=path, **options)], ReadLog()) as found:
         return list(found)
 
 
@@ -137,7 +138,7 @@ def test_a_problem_is_asked_answered_by_its_letter_and_explained_by_its_solution
     assert asked.startswith(f"{IMAGE}\nWhich of these is a rock?\n")
     assert [line for line in asked.split("\n") if line[1:3] == ". "] == ["A. coal", "B. glass", "C. paper"]
     assert (answer, why) == ("A", "Coal forms in nature.")
-    assert explains(prompt) == ("positive", "")
+    assert parse_rationale_prompt(prompt) == ("positive", "")
     assert (talks[0].conversation.kind, talks[0].conversation.dataset) == ("positive", "scienceqa")
     assert talks[0].image == "train/7/image.png"
     assert "7" in talks[0].where.rsplit("row ")[1]
@@ -216,7 +217,7 @@ def test_check_opens_every_picture_of_the_parquet_form(tmp_path):
 def test_the_card_counts_pictures_of_one_name_apart(tmp_path):
     rows = [embedded(problem(), number) for number in range(3)]
     found = checking.check(parquet(tmp_path / "train.parquet", rows, SCIENCEQA), None)
-    numbers = statistics_of((talk.image, talk.conversation) for talk in found.talks)
+    numbers = compute_stats((talk.image, talk.conversation) for talk in found.talks)
     assert (numbers["images"], numbers["instructions"], found.offenders) == (3, 3, [])
 
 
@@ -454,7 +455,7 @@ def test_the_letter_taught_is_the_right_options(tmp_path_factory, data):
 
 def asked_about(rows, most=3, splits=("train",)):
     reading = ReadLog()
-    return multiple_choice.questions(Given(rows), reading, splits=splits, most=most), reading
+    return multiple_choice.annotation_rows(Given(rows), reading, splits=splits, most=most), reading
 
 
 @pytest.mark.parametrize("most", [1, 2, 3])
