@@ -26,8 +26,8 @@ from reverie_jax.data.tree import build_tree
 from reverie_jax.hosted.interface import ImageQuestions
 from reverie_jax.loading import load_model
 from reverie_jax.scenes.annotator import SceneAnnotator
-from reverie_jax.scenes.corpus import picture
-from reverie_jax.scenes.graph import World, take
+from reverie_jax.scenes.corpus import render_png
+from reverie_jax.scenes.graph import World, take_scenes
 from reverie_jax.train.recipes import RECIPES
 from reverie_jax.train.step import is_lora_or_projector, loss_and_grads, make_trainable
 
@@ -51,11 +51,11 @@ def main(args: Args) -> None:
     make_trainable(model, dataclasses.replace(RECIPES["scenes-rationales"], dropout=0.0))
     graph, params, frozen = nnx.split(model, is_lora_or_projector, ...)
     step = jax.jit(lambda batch: loss_and_grads(graph, params, frozen, batch, None)[0])
-    scenes = take(World.annotated(), "train", 0, args.images)
+    scenes = take_scenes(World.annotated(), "train", 0, args.images)
     annotator = SceneAnnotator({str(index): scene for index, scene in enumerate(scenes)})
     trees, flat = [], []
     for index, scene in enumerate(scenes):
-        encoded = picture(scene, model.config.vision.image_size)
+        encoded = render_png(scene, model.config.vision.image_size)
         pixels = processor.preprocess(encoded, str(index))
         kept, _ = annotate(ImageQuestions(str(index), encoded), annotator, 4)
         talks = [processor.encoder(talk) for reflection in kept for talk in reflection_conversations(reflection)]

@@ -29,4 +29,4 @@ class Demo:
         from reverie_jax.scenes import demo
 
         size = demo.DemoSize(train_images=self.train_images, test_images=self.test_images, steps=self.steps)
-        demo.run(self.out, size=size, seeds=self.seeds, base=self.model)
+        demo.run(self.out, size=size, seeds=self.seeds, model=self.model)

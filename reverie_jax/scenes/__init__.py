@@ -1,1 +1,1 @@
-"""The embedded world: pictures of everyday things, each with its exact scene graph."""
+"""Synthetic scenes: images of everyday objects, each with its exact scene graph; no download, key or judge is needed."""

@@ -1,7 +1,7 @@
-"""A pen that draws roles: shapes in unit-square coordinates, filled with what they are and not with colours.
+"""A canvas of roles: shapes in unit-square coordinates, filled with what they are instead of with colors.
 
-Coordinates run from (0, 0), top left, to (1, 1), bottom right, of a thing's box; x to the right, y down. Outlines are drawn
-outside of a shape, `EDGE` wide, so shapes keep at least that much off the box's sides.
+Coordinates run from (0, 0), top left, to (1, 1), bottom right, of an object's box; x to the right, y down. Outlines are
+drawn outside of a shape, `EDGE` wide, so shapes keep at least that distance from the box's sides.
 """
 
 from __future__ import annotations
@@ -18,39 +18,39 @@ Shape = Sequence[Point]
 EDGE = 0.03
 """Width of the dark outline, as a fraction of the box's side."""
 MARGIN = 0.02
-"""Empty border that `Pen` keeps on every side of the box, so that curves that swing out a little are not cut."""
+"""Empty border on every side of the box, so that curves that swing out a little are not cut."""
 
 
 class Role(enum.IntEnum):
-    """What a pixel of a drawing is. The first four follow the thing's colour; the others never do."""
+    """What a pixel of a drawing is. BODY, SHADE and LIGHT follow the object's color; the others never do."""
 
     EMPTY = 0
     BODY = 1
-    """Main body: the thing's colour, and its texture."""
+    """Main body: the object's color, and its texture."""
     SHADE = 2
-    """The thing's colour, darker and never textured."""
+    """The object's color, darker and never textured."""
     LIGHT = 3
-    """The thing's colour, paler and never textured."""
+    """The object's color, paler and never textured."""
     DARK = 4
     WHITE = 5
-    GREY = 6
+    GRAY = 6
     SLATE = 7
     LEAF = 8
     WOOD = 9
     GLOW = 10
 
 
-BODY, SHADE, LIGHT, DARK, WHITE, GREY = Role.BODY, Role.SHADE, Role.LIGHT, Role.DARK, Role.WHITE, Role.GREY
+BODY, SHADE, LIGHT, DARK, WHITE, GRAY = Role.BODY, Role.SHADE, Role.LIGHT, Role.DARK, Role.WHITE, Role.GRAY
 SLATE, LEAF, WOOD, GLOW, EMPTY = Role.SLATE, Role.LEAF, Role.WOOD, Role.GLOW, Role.EMPTY
 
 
 def rect(left: float, top: float, right: float, bottom: float) -> list[Point]:
-    """Axis-aligned rectangle."""
+    """Return an axis-aligned rectangle."""
     return [(left, top), (right, top), (right, bottom), (left, bottom)]
 
 
 def oval(x: float, y: float, rx: float, ry: float | None = None, start: float = 0, end: float = 360) -> list[Point]:
-    """Ellipse about (x, y), or the part of its rim from `start` to `end` degrees (0 is right, 90 is down)."""
+    """Return an ellipse about (x, y), or the part of its rim from `start` to `end` degrees (0 is right, 90 is down)."""
     ry = rx if ry is None else ry
     count = max(6, round(abs(end - start) / 6))
     angles = [math.radians(start + (end - start) * i / count) for i in range(count + 1)]
@@ -58,7 +58,7 @@ def oval(x: float, y: float, rx: float, ry: float | None = None, start: float = 
 
 
 def smooth(points: Shape, closed: bool = True, steps: int = 8) -> list[Point]:
-    """Catmull-Rom curve through `points`."""
+    """Return a Catmull-Rom curve through `points`."""
     n = len(points)
     curve = []
     for i in range(n if closed else n - 1):
@@ -71,19 +71,19 @@ def smooth(points: Shape, closed: bool = True, steps: int = 8) -> list[Point]:
     return curve if closed else [*curve, points[-1]]
 
 
-def turned(points: Shape, degrees: float, scale: float = 1.0) -> list[Point]:
-    """`points` scaled and turned clockwise about the middle of the box."""
+def rotate(points: Shape, degrees: float, scale: float = 1.0) -> list[Point]:
+    """Return `points` scaled and turned clockwise about the middle of the box."""
     c, s = math.cos(math.radians(degrees)) * scale, math.sin(math.radians(degrees)) * scale
     return [(0.5 + c * (x - 0.5) - s * (y - 0.5), 0.5 + s * (x - 0.5) + c * (y - 0.5)) for x, y in points]
 
 
-def mirrored(points: Shape) -> list[Point]:
-    """`points` with left and right exchanged."""
+def mirror(points: Shape) -> list[Point]:
+    """Return `points` with left and right exchanged."""
     return [(1 - x, y) for x, y in points]
 
 
-class Pen:
-    """Draws shapes in unit-square coordinates into a square image of roles, `pixels` on a side."""
+class Canvas:
+    """A square image of roles, `pixels` on a side, on which shapes are drawn in unit-square coordinates."""
 
     def __init__(self, pixels: int) -> None:
         self.pixels = pixels
@@ -95,12 +95,12 @@ class Pen:
         return [(x * scale + shift, y * scale + shift) for x, y in points]
 
     def flat(self, role: Role, *shapes: Shape) -> None:
-        """Fills shapes, without outline."""
+        """Fill shapes, without outline."""
         for shape in shapes:
             self._draw.polygon(self._scaled(shape), fill=int(role))
 
     def line(self, role: Role, points: Shape, width: float = EDGE) -> None:
-        """Open line with round ends and joints."""
+        """Draw an open line with round ends and joints."""
         scaled = self._scaled(points)
         pixels = max(1, round(width * self.pixels))
         self._draw.line(scaled, fill=int(role), width=pixels, joint="curve")
@@ -109,18 +109,18 @@ class Pen:
             self._draw.ellipse((x - r, y - r, x + r, y + r), fill=int(role))
 
     def solid(self, role: Role, *shapes: Shape) -> None:
-        """Fills the union of shapes, with a dark outline around the union only."""
+        """Fill the union of shapes, with a dark outline around the union only."""
         for shape in shapes:
             self.flat(DARK, shape)
             self.line(DARK, [*shape, shape[0]], 2 * EDGE)
         self.flat(role, *shapes)
 
     def tube(self, role: Role, points: Shape, width: float) -> None:
-        """Thick outlined line: handles, stems, posts."""
+        """Draw a thick outlined line: handles, stems, posts."""
         self.line(DARK, points, width + 2 * EDGE)
         self.line(role, points, width)
 
     def hole(self, shape: Shape) -> None:
-        """Cuts a hole, outlined, out of what is there."""
+        """Cut an outlined hole out of what is drawn."""
         self.line(DARK, [*shape, shape[0]], 2 * EDGE)
         self.flat(EMPTY, shape)

@@ -1,4 +1,4 @@
-"""Scenes as pictures and as the plain talk that the shipped base was pretrained on."""
+"""Scenes as PNG images and as the plain conversations that the shipped model is pretrained on."""
 
 from __future__ import annotations
 
@@ -11,51 +11,65 @@ from reverie_jax.data.conversation import IMAGE, Conversation, Turn
 from reverie_jax.data.images import encode_png
 from reverie_jax.data.reflection import reflection_conversations
 from reverie_jax.hosted.interface import RequestImage
-from reverie_jax.scenes import annotator as ask
+from reverie_jax.scenes import annotator
 from reverie_jax.scenes.draw import render
 from reverie_jax.scenes.graph import CATEGORIES, Scene
 
-PLAIN_ASKERS = (ask.ask_present, ask.ask_colour, ask.ask_count, ask.ask_place, ask.ask_relation, ask.ask_choice)
+PLAIN_QUESTION_MAKERS = (
+    annotator.ask_present,
+    annotator.ask_color,
+    annotator.ask_count,
+    annotator.ask_place,
+    annotator.ask_relation,
+    annotator.ask_choice,
+)
+_PLAIN_SHARES = (0.4, 0.15, 0.1, 0.15, 0.1, 0.1)
 
 
-def talk(question: str, answer: str, dataset: str) -> Conversation:
-    """One question about the picture and its answer."""
+def make_conversation(question: str, answer: str, dataset: str) -> Conversation:
+    """Return a conversation of one question about the image and its answer."""
     return Conversation((Turn("user", f"{IMAGE}\n{question}"), Turn("assistant", answer)), dataset=dataset)
 
 
-def plain_talks(scene: Scene, rng: np.random.Generator, questions: int, absent_share: float) -> list[Conversation]:
-    """A description and plain answers, no rationale, as captions and VQA teach a base.
+def make_plain_conversations(
+    scene: Scene, rng: np.random.Generator, questions: int, absent_share: float
+) -> list[Conversation]:
+    """Return a description and plain answers without rationales, as captions and VQA data have them.
 
-    What is not there is drawn from all categories alike: a question about the partner of something visible nearly always
-    has the answer yes, so the base learns to expect partners.
+    Absent objects are drawn from all categories alike: a question about the partner of a visible object nearly always has
+    the answer yes, so the model learns to expect partners.
 
     Args:
-        absent_share: share of the questions that ask for something absent; small, as in captions and early VQA, it makes
-            a base that says yes too readily.
+        scene: what the image shows.
+        rng: draws the questions.
+        questions: questions after the description; a few less where a kind does not apply to the scene.
+        absent_share: share of the questions about absent objects; small, as in captions and early VQA data, it makes a
+            model that says yes too readily.
     """
-    talks = [talk(ask.DESCRIBE, ask.describe(scene, rng), "plain/caption")]
+    conversations = [make_conversation(annotator.DESCRIBE, annotator.describe(scene, rng), "plain/caption")]
     absent = [c for c in CATEGORIES if c not in scene.categories]
     for _ in range(questions):
         if rng.random() < absent_share:
-            talks.append(talk(ask.existence(absent[rng.integers(len(absent))]), "No", "plain/absent"))
+            text = annotator.existence_question(absent[rng.integers(len(absent))])
+            conversations.append(make_conversation(text, "No", "plain/absent"))
             continue
-        question = PLAIN_ASKERS[rng.choice(len(PLAIN_ASKERS), p=(0.4, 0.15, 0.1, 0.15, 0.1, 0.1))](scene, rng)
-        if question is not None:
-            talks.append(talk(question.question, question.correct_answer, "plain/answer"))
-    return talks
+        ask = PLAIN_QUESTION_MAKERS[rng.choice(len(PLAIN_QUESTION_MAKERS), p=_PLAIN_SHARES)]
+        if (question := ask(scene, rng)) is not None:
+            conversations.append(make_conversation(question.question, question.correct_answer, "plain/answer"))
+    return conversations
 
 
-def picture(scene: Scene, size: int) -> bytes:
-    """The scene's picture as a PNG file."""
+def render_png(scene: Scene, size: int) -> bytes:
+    """Return the scene's image as a PNG file."""
     return encode_png(render(scene, size))
 
 
-def texts(scenes: list[Scene], seed: int) -> Iterator[str]:
-    """Everything that is said of some scenes, for training a tokenizer."""
-    pictures = {str(index): scene for index, scene in enumerate(scenes)}
-    annotator = ask.SceneAnnotator(pictures, seed)
-    for key in pictures:
-        for reflection in annotate(RequestImage(key, b""), annotator, 12)[0]:
-            for talk in reflection_conversations(reflection):
-                yield " ".join(turn.text for turn in talk.turns)
+def generate_texts(scenes: list[Scene], seed: int) -> Iterator[str]:
+    """Yield the text of all annotations of some scenes, for training a tokenizer."""
+    by_key = {str(index): scene for index, scene in enumerate(scenes)}
+    scene_annotator = annotator.SceneAnnotator(by_key, seed)
+    for key in by_key:
+        for reflection in annotate(RequestImage(key, b""), scene_annotator, 12)[0]:
+            for conversation in reflection_conversations(reflection):
+                yield " ".join(turn.text for turn in conversation.turns)
                 yield "USER: ASSISTANT:"

@@ -1,4 +1,4 @@
-"""Scenes as folders of files: pictures, graphs, annotations and POPE questions, as a real data set would come."""
+"""Scenes as folders of files: images, graphs, annotations and POPE questions, as a published dataset has them."""
 
 from __future__ import annotations
 
@@ -15,47 +15,47 @@ from reverie_jax.data.reflection import reflection_conversations
 from reverie_jax.data.sources import ReadLog, reverie
 from reverie_jax.errors import DataError
 from reverie_jax.hosted.interface import RequestImage
-from reverie_jax.scenes.annotator import SceneAnnotator, existence
-from reverie_jax.scenes.corpus import picture
-from reverie_jax.scenes.graph import CATEGORIES, Scene, SceneObject, World, cooccurrence, take
+from reverie_jax.scenes.annotator import SceneAnnotator, existence_question
+from reverie_jax.scenes.corpus import render_png
+from reverie_jax.scenes.graph import CATEGORIES, Scene, SceneObject, World, count_cooccurrences, take_scenes
 
-ANNOTATIONS, GRAPHS, PICTURES = "reverie.json", "scenes.jsonl", "images"
+ANNOTATIONS, GRAPHS, IMAGES = "reverie.json", "scenes.jsonl", "images"
 POPE_FILES = {split: f"scenes_pope_{split}.json" for split in ("random", "popular", "adversarial")}
 
 
-def write_pictures(folder: Path, scenes: Sequence[Scene], size: int) -> list[str]:
-    """Writes `pictures/NNNNNN.png` and `scenes.jsonl`; returns the file names, one a scene."""
-    (folder / PICTURES).mkdir(parents=True, exist_ok=True)
+def write_images(folder: Path, scenes: Sequence[Scene], size: int) -> list[str]:
+    """Write `images/NNNNNN.png` and `scenes.jsonl`; return the image names, one for each scene."""
+    (folder / IMAGES).mkdir(parents=True, exist_ok=True)
     names = [f"{index:06d}.png" for index in range(len(scenes))]
     with (folder / GRAPHS).open("w", encoding="utf-8") as graphs:
         for name, scene in zip(names, scenes, strict=True):
-            (folder / PICTURES / name).write_bytes(picture(scene, size))
+            (folder / IMAGES / name).write_bytes(render_png(scene, size))
             graphs.write(json.dumps({"image": name, "scene": dataclasses.asdict(scene)}) + "\n")
     return names
 
 
 def read_graphs(folder: Path) -> dict[str, Scene]:
-    """Scene graphs by picture name, as `write_pictures` left them.
+    """Read the scene graphs of a folder, by image name, as `write_images` wrote them.
 
     Raises:
-        DataError: there are none, or a line is broken.
+        DataError: the file is missing, or a line is broken.
     """
-    path, found = folder / GRAPHS, {}
+    path, scenes = folder / GRAPHS, {}
     if not path.exists():
-        raise DataError(f"{path}: no such file; `reverie scenes render` writes one")
+        raise DataError(f"{path}: missing; `reverie scenes render` writes it")
     for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
         try:
             row = json.loads(line)
-            objects = tuple(SceneObject(**obj) for obj in row["scene"].pop("things"))
-            found[row["image"]] = Scene(objects=objects, **row["scene"])
+            objects = tuple(SceneObject(**obj) for obj in row["scene"].pop("objects"))
+            scenes[row["image"]] = Scene(objects=objects, **row["scene"])
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path}: line {number} is no scene graph ({error!r})") from None
-    return found
+            raise DataError(f"{path}: line {number} is not a scene graph ({error!r})") from None
+    return scenes
 
 
 @dataclasses.dataclass(frozen=True)
-class Annotated:
-    """What annotation made, and what it dropped and why."""
+class AnnotationResult:
+    """The number of conversations written, and the reasons why annotations were dropped."""
 
     conversations: int
     dropped: tuple[str, ...]
@@ -63,70 +63,93 @@ class Annotated:
 
 def write_annotations(
     folder: Path, names: Sequence[str], scenes: Sequence[Scene], questions: int, seed: int
-) -> Annotated:
-    """Annotates the pictures of a folder through the annotation stages, and writes `reverie.json`."""
+) -> AnnotationResult:
+    """Annotate the images of a folder through the annotation stages, and write `reverie.json`.
+
+    Args:
+        folder: as `write_images` wrote it.
+        names: image names, one for each scene.
+        scenes: what the images show.
+        questions: questions for each image.
+        seed: fixes the annotator's free choices.
+    """
     annotator = SceneAnnotator(dict(zip(names, scenes, strict=True)), seed)
     rows, dropped = [], []
     for name in names:
-        encoded = (folder / PICTURES / name).read_bytes()
-        kept, lost = annotate(RequestImage(name, encoded), annotator, questions)
-        dropped += lost
-        rows.append((name, name, [talk for reflection in kept for talk in reflection_conversations(reflection)]))
-    return Annotated(reverie.write_annotations(folder / ANNOTATIONS, rows), tuple(dropped))
+        encoded = (folder / IMAGES / name).read_bytes()
+        reflections, reasons = annotate(RequestImage(name, encoded), annotator, questions)
+        dropped += reasons
+        rows.append((name, name, [item for reflection in reflections for item in reflection_conversations(reflection)]))
+    return AnnotationResult(reverie.write_annotations(folder / ANNOTATIONS, rows), tuple(dropped))
 
 
-def records(folder: Path) -> Mixture:
-    """A folder's annotations as records."""
-    return read_mixture([MixtureEntry(file=folder / ANNOTATIONS, images=folder / PICTURES)], ReadLog())
+def read_records(folder: Path) -> Mixture:
+    """Read a folder's annotations as records."""
+    return read_mixture([MixtureEntry(file=folder / ANNOTATIONS, images=folder / IMAGES)], ReadLog())
 
 
-def pope_negatives(scenes: Sequence[Scene], prior: Sequence[Scene], seed: int) -> dict[str, list[list[str]]]:
-    """For each split and scene, as many absent categories as the scene has present ones, three at most.
+def choose_negatives(scenes: Sequence[Scene], prior: Sequence[Scene], seed: int) -> dict[str, list[list[str]]]:
+    """Choose the absent categories that POPE asks about: as many as a scene has present ones, three at most.
 
     Args:
-        prior: training scenes: they say what is popular, and what appears with what.
+        scenes: to ask about.
+        prior: training scenes; they decide what is popular, and what appears together.
+        seed: of the random split.
+
+    Returns:
+        The categories of each scene, by split.
     """
     rng = np.random.default_rng([seed, 7])
-    table = cooccurrence(list(prior))
+    table = count_cooccurrences(list(prior))
     frequency = {c: sum(c in scene.categories for scene in prior) for c in CATEGORIES}
     chosen: dict[str, list[list[str]]] = {split: [] for split in POPE_FILES}
     for scene in scenes:
         absent = [c for c in CATEGORIES if c not in scene.categories]
         count = min(3, len(scene.categories))
-        company = {
+        cooccurrence = {
             c: max(table[present][c] / max(1, frequency[present]) for present in scene.categories) for c in absent
         }
         chosen["random"].append([str(c) for c in rng.permutation(absent)[:count]])
         chosen["popular"].append(sorted(absent, key=lambda c: -frequency[c])[:count])
-        chosen["adversarial"].append(sorted(absent, key=lambda c: -company[c])[:count])
+        chosen["adversarial"].append(sorted(absent, key=lambda c: -cooccurrence[c])[:count])
     return chosen
 
 
-def write_pope(folder: Path, names: Sequence[str], scenes: Sequence[Scene], prior: Sequence[Scene], seed: int) -> None:
-    """POPE question files for the three splits: the same present things, and the split's absent ones."""
-    negatives = pope_negatives(scenes, prior, seed)
+def write_pope_files(
+    folder: Path, names: Sequence[str], scenes: Sequence[Scene], prior: Sequence[Scene], seed: int
+) -> None:
+    """Write POPE's question files: all splits ask about the same present objects, each about absent ones of its own.
+
+    Args:
+        folder: to write to.
+        names: image names, one for each scene.
+        scenes: what the images show.
+        prior: training scenes, see `choose_negatives`.
+        seed: of the random choices.
+    """
+    negatives = choose_negatives(scenes, prior, seed)
     rng = np.random.default_rng([seed, 8])
     present = [[str(c) for c in rng.permutation(scene.categories)[:3]] for scene in scenes]
     for split, file in POPE_FILES.items():
         lines, number = [], 0
-        for name, there, missing in zip(names, present, negatives[split], strict=True):
-            for category, label in [(c, "yes") for c in there] + [(c, "no") for c in missing]:
+        for name, positive, negative in zip(names, present, negatives[split], strict=True):
+            for category, label in [(c, "yes") for c in positive] + [(c, "no") for c in negative]:
                 number += 1
-                row = {"question_id": number, "image": name, "text": existence(category), "label": label}
+                row = {"question_id": number, "image": name, "text": existence_question(category), "label": label}
                 lines.append(json.dumps(row))
         (folder / file).write_text("\n".join(lines) + "\n", "utf-8")
 
 
-def make_training_set(folder: Path, count: int, *, size: int, questions: int, seed: int) -> Annotated:
-    """Training scenes with pictures, graphs and annotations in `folder`."""
-    scenes = take(World.annotated(), "train", seed, count)
-    names = write_pictures(folder, scenes, size)
+def make_training_set(folder: Path, count: int, *, size: int, questions: int, seed: int) -> AnnotationResult:
+    """Write training scenes to a folder: images, graphs and annotations."""
+    scenes = take_scenes(World.annotated(), "train", seed, count)
+    names = write_images(folder, scenes, size)
     return write_annotations(folder, names, scenes, questions, seed)
 
 
 def make_test_set(folder: Path, count: int, *, size: int, seed: int) -> list[Scene]:
-    """Held-out scenes that break the prior, with pictures, graphs and POPE files in `folder`."""
-    scenes = take(World.broken(), "test", seed, count)
-    names = write_pictures(folder, scenes, size)
-    write_pope(folder, names, scenes, take(World.skewed(), "train", seed, 3000), seed)
+    """Write held-out scenes that break the prior to a folder: images, graphs and POPE files. Return the scenes."""
+    scenes = take_scenes(World.broken(), "test", seed, count)
+    names = write_images(folder, scenes, size)
+    write_pope_files(folder, names, scenes, take_scenes(World.skewed(), "train", seed, 3000), seed)
     return scenes

@@ -1,4 +1,4 @@
-"""The main job on the embedded world: tune the base twice, with and without rationales, and measure what that did."""
+"""The demo: tune a small model twice, with and without rationales, on drawn scenes, and measure the difference."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ import reverie_jax
 from reverie_jax.data.pipeline import DatasetStats
 from reverie_jax.data.records import RecordSource, write_records
 from reverie_jax.errors import UserError
+from reverie_jax.eval.benchmarks import pope
 from reverie_jax.eval.engine import Engine
 from reverie_jax.loading import SCENES_BASE, load_model
-from reverie_jax.models import lora
+from reverie_jax.models import VisionLanguageModel, lora
 from reverie_jax.scenes import benchmark, dataset, report
 from reverie_jax.scenes.benchmark import SceneCounts
 from reverie_jax.train.loop import train
@@ -37,9 +38,9 @@ class DemoSize:
     """How much the demo does.
 
     Attributes:
-        train_images: pictures that both arms are tuned on.
-        test_images: held-out pictures that everything is measured on.
-        questions: annotated questions a training picture.
+        train_images: images that both arms are tuned on.
+        test_images: held-out images that all models are evaluated on.
+        questions: annotated questions for each training image.
         steps: optimizer steps of each arm; None for the recipe's.
     """
 
@@ -49,8 +50,8 @@ class DemoSize:
     steps: int | None = None
 
 
-class _Clock:
-    """Seconds by stage, said aloud as stages end."""
+class _StageTimer:
+    """Measures and prints the seconds of each stage."""
 
     def __init__(self, console: Console):
         self.console = console
@@ -69,107 +70,139 @@ class _Clock:
         self.console.print(f"  {spent:.0f} s")
 
 
-def run(out: Path, *, size: DemoSize | None = None, seeds: int = 1, base: str = SCENES_BASE) -> dict[str, Any]:
-    """Builds data, evaluates the base, tunes and evaluates both arms, and writes report.html and report.json in `out`.
+class _Results:
+    """What the demo measures, by arm: counts over all seeds, the F1 of each seed, and the last run's data and recipe."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, SceneCounts] = {}
+        self.f1_per_seed: dict[str, list[float]] = {}
+        self.stats: dict[str, DatasetStats] = {}
+        self.recipes: dict[str, Recipe] = {}
+        self.annotated = dataset.AnnotationResult(0, ())
+
+    def add(self, arm: str, counts: SceneCounts) -> None:
+        """Add the counts of one evaluated model."""
+        self.counts[arm] = self.counts[arm] + counts if arm in self.counts else counts
+        self.f1_per_seed.setdefault(arm, []).append(round(float(pope.mean_f1(counts.all_pope.sum(0))), 4))
+
+    def scores(self) -> dict[str, Any]:
+        """Return the measured part of report.json."""
+        counts, tree = self.counts, self.stats["reflective"]
+        return {
+            "arms": {
+                arm: benchmark.estimates(table) | {"pope_mean_f1_per_seed": self.f1_per_seed[arm]}
+                for arm, table in counts.items()
+            },
+            "differences": {
+                f"{first}_minus_{second}": benchmark.differences(counts[first], counts[second])
+                for first, second in (("responses", "base"), ("reflective", "base"), ("reflective", "responses"))
+            },
+            "tokens": {
+                "flat": tree.flat_tokens,
+                "tree": tree.tokens,
+                "by_arm": {
+                    arm: {"flat": stats.flat_tokens, "tree": stats.tokens, "taught": stats.edges}
+                    for arm, stats in self.stats.items()
+                },
+            },
+        }
+
+
+def run(out: Path, *, size: DemoSize | None = None, seeds: int = 1, model: str = SCENES_BASE) -> dict[str, Any]:
+    """Build data, evaluate the base model, tune and evaluate both arms, and write report.html and report.json.
 
     Args:
-        out: run folder; what an earlier demo left there is replaced.
-        seeds: how many times to repeat both arms, each on training data and randomness of its own.
-        base: llava-hf checkpoint to start from.
+        out: output folder; an earlier demo's files are replaced.
+        size: how much to do.
+        seeds: repetitions of both arms, each with training data and a random seed of its own.
+        model: llava-hf checkpoint to start from.
 
     Returns:
-        What report.json holds.
+        The content of report.json.
+
+    Raises:
+        UserError: `seeds` is below 1, the model cannot be loaded, or the folder has files of something else.
     """
     if seeds < 1:
-        raise UserError(f"--seeds {seeds}: at least one run is needed")
+        raise UserError(f"--seeds {seeds}: must be at least 1")
     size, console, test = size or DemoSize(), Console(), out / "data" / "test"
-    model, processor = load_model(base, dtype=jnp.float32)
+    base, processor = load_model(model, dtype=jnp.float32)
     _clear(out)
-    clock = _Clock(console)
-    pixels = model.config.vision.image_size
-    with clock.stage("data", f"Drawing {size.test_images} held-out scenes that break the prior"):
+    timer, results = _StageTimer(console), _Results()
+    pixels = base.config.vision.image_size
+    with timer.stage("data", f"Drawing {size.test_images} held-out scenes that break the prior"):
         dataset.make_test_set(test, size.test_images, size=pixels, seed=0)
-    counts: dict[str, SceneCounts] = {}
-    per_seed: dict[str, list[float]] = {arm: [] for arm in ("base", *ARMS)}
 
-    def evaluate(arm: str, model: Any, seed: int) -> None:
-        with clock.stage(f"evaluate_{arm}", f"Asking the {arm} model" + (f", seed {seed}" if seeds > 1 else "")):
+    def evaluate(arm: str, tuned: VisionLanguageModel, seed: int) -> None:
+        with timer.stage(f"evaluate_{arm}", f"Evaluating the {arm} model" + (f", seed {seed}" if seeds > 1 else "")):
             predictions = out / "predictions" / arm / f"seed{seed}"
-            benchmark.predict(Engine(model, processor), test, predictions)
-            found = benchmark.score(test, predictions)
-        per_seed[arm].append(round(float(benchmark.pope.mean_f1(found.all_pope.sum(0))), 4))
-        counts[arm] = counts[arm] + found if arm in counts else found
+            benchmark.predict(Engine(tuned, processor), test, predictions)
+            results.add(arm, benchmark.count_predictions(test, predictions))
 
-    evaluate("base", model, 0)
-    surveys: dict[str, DatasetStats] = {}
-    recipes: dict[str, Recipe] = {}
-    annotated = None
+    evaluate("base", base, 0)
     for seed in range(seeds):
-        folder = out / "data" / f"train{seed}"
-        with clock.stage("data", f"Drawing and annotating {size.train_images} training scenes, seed {seed}"):
-            annotated = dataset.make_training_set(
+        folder, records = out / "data" / f"train{seed}", out / "data" / f"records{seed}"
+        with timer.stage("data", f"Drawing and annotating {size.train_images} training scenes, seed {seed}"):
+            results.annotated = dataset.make_training_set(
                 folder, size.train_images, size=pixels, questions=size.questions, seed=seed
             )
-            records = write_records(out / "data" / f"records{seed}", {"train": dataset.records(folder)})
-        source = RecordSource(records)
+            source = RecordSource(write_records(records, {"train": dataset.read_records(folder)}))
         for arm, name in ARMS.items():
             recipe = dataclasses.replace(RECIPES[name], seed=seed)
             if size.steps is not None:
                 recipe = dataclasses.replace(recipe, steps=size.steps, save_steps=size.steps)
-            tuned, _ = load_model(base, dtype=jnp.float32)
-            with clock.stage(f"train_{arm}", f"Tuning on {arm} ({recipe.steps} steps of {recipe.batch_size} images)"):
+            tuned, _ = load_model(model, dtype=jnp.float32)
+            with timer.stage(f"train_{arm}", f"Tuning on {arm} ({recipe.steps} steps of {recipe.batch_size} images)"):
                 result = train(tuned, processor, source, recipe, out / "runs" / arm / f"seed{seed}", console=console)
-            surveys[arm], recipes[arm] = result.stats, recipe
+            results.stats[arm], results.recipes[arm] = result.stats, recipe
             lora.merge(tuned)
             evaluate(arm, tuned, seed)
-    found = {
-        arm: benchmark.estimates(table) | {"pope_mean_f1_per_seed": per_seed[arm]} for arm, table in counts.items()
-    }
-    reflective = surveys["reflective"]
-    result_json: dict[str, Any] = {
-        "arms": found,
-        "differences": {
-            "responses_minus_base": benchmark.differences(counts["responses"], counts["base"]),
-            "reflective_minus_base": benchmark.differences(counts["reflective"], counts["base"]),
-            "reflective_minus_responses": benchmark.differences(counts["reflective"], counts["responses"]),
-        },
-        "tokens": {
-            "flat": reflective.flat_tokens,
-            "tree": reflective.tokens,
-            "by_arm": {arm: {"flat": s.flat_tokens, "tree": s.tokens, "taught": s.edges} for arm, s in surveys.items()},
-        },
-        "seconds": clock.seconds | {"total": round(sum(clock.seconds.values()), 2)},
-        "recipe": {arm: dataclasses.asdict(recipe) for arm, recipe in recipes.items()},
+    total = sum(timer.seconds.values())
+    content = {
+        **results.scores(),
+        "seconds": timer.seconds | {"total": round(total, 2)},
+        "recipe": {arm: dataclasses.asdict(recipe) for arm, recipe in results.recipes.items()},
         "data": dataclasses.asdict(size)
-        | {"seeds": seeds, "conversations": annotated.conversations if annotated else 0}
-        | {"dropped": len(annotated.dropped) if annotated else 0, "base": str(base)},
-        "machine": {
-            "platform": platform.platform(),
-            "python": platform.python_version(),
-            "jax": jax.__version__,
-            "devices": [str(device.device_kind) for device in jax.devices()],
-        },
+        | {"seeds": seeds, "conversations": results.annotated.conversations}
+        | {"dropped": len(results.annotated.dropped), "base": str(model)},
+        "machine": _describe_machine(),
     }
-    (out / "report.json").write_text(json.dumps(result_json, indent=2) + "\n", "utf-8")
+    _write_report(out, content)
+    console.print(report.scores_table("Held-out scenes that break the prior (95 % interval)", content["arms"]))
+    console.print(f"{total:.0f} s in total. Report: {out / 'report.html'}")
+    return content
+
+
+def _describe_machine() -> dict[str, Any]:
+    return {
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "devices": [str(device.device_kind) for device in jax.devices()],
+    }
+
+
+def _write_report(out: Path, content: dict[str, Any]) -> None:
+    """Write report.json and report.html; the page shows the loss and the answers of the first seed."""
+    (out / "report.json").write_text(json.dumps(content, indent=2) + "\n", "utf-8")
     curves = {arm: read_metrics(out / "runs" / arm / "seed0") for arm in ARMS}
-    gallery = report.gallery(test, {arm: out / "predictions" / arm / "seed0" for arm in found})
-    (out / "report.html").write_text(report.render(result_json, curves, gallery), "utf-8")
-    console.print(report.scores_table("Held-out scenes that break the prior (95 % interval)", result_json["arms"]))
-    console.print(f"{sum(clock.seconds.values()):.0f} s in all. Report: {out / 'report.html'}")
-    return result_json
+    predictions = {arm: out / "predictions" / arm / "seed0" for arm in content["arms"]}
+    cards = report.gallery(out / "data" / "test", predictions)
+    (out / "report.html").write_text(report.render(content, curves, cards), "utf-8")
 
 
 def _clear(out: Path) -> None:
-    """Removes what an earlier demo wrote, and nothing else: a folder that is not a demo's is refused."""
-    ours = {"data", "runs", "predictions", "report.html", "report.json"}
+    """Remove an earlier demo's files.
+
+    Raises:
+        UserError: the folder has other files.
+    """
+    names = {"data", "runs", "predictions", "report.html", "report.json"}
     if out.exists() and not out.is_dir():
-        raise UserError(f"{out}: is a file; the demo needs a folder")
-    strangers = {path.name for path in out.iterdir()} - ours if out.exists() else set()
-    if strangers:
-        raise UserError(
-            f"{out}: holds {sorted(strangers)[0]!r}, which no demo wrote; choose an empty folder with --out"
-        )
-    for name in ours:
-        path = out / name
+        raise UserError(f"{out}: is a file; choose an output folder with --out")
+    others = sorted({path.name for path in out.iterdir()} - names) if out.exists() else []
+    if others:
+        raise UserError(f"{out}: contains {others[0]!r}, which is not a demo's; choose an empty folder with --out")
+    for path in (out / name for name in names):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)

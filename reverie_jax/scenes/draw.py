@@ -1,7 +1,7 @@
-"""Pictures of scenes: a deterministic drawing of a scene graph, at any size.
+"""Images of scenes: a deterministic drawing of a scene graph, at any size.
 
-Everything is drawn a few times larger than asked for and averaged down, which is the anti-aliasing. `things` holds what
-the categories look like; here are their colours, their textures and what is behind them.
+Everything is drawn two to four times as large and averaged down, which is the anti-aliasing. `objects` holds the shapes of
+the categories; here are their colors, their textures and the backgrounds.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from reverie_jax.scenes.canvas import Role
-from reverie_jax.scenes.graph import Scene, Thing
-from reverie_jax.scenes.objects import roles
+from reverie_jax.scenes.graph import Scene, SceneObject
+from reverie_jax.scenes.objects import draw_roles
 
-Colour = tuple[int, int, int]
+Color = tuple[int, int, int]
 
-PAINTS: dict[str, Colour] = {
+PAINTS: dict[str, Color] = {
     "red": (218, 32, 38),
     "orange": (250, 134, 16),
     "yellow": (252, 218, 28),
@@ -25,20 +25,20 @@ PAINTS: dict[str, Colour] = {
     "pink": (252, 138, 190),
     "brown": (126, 76, 38),
 }
-"""What the names in `graph.COLOURS` look like."""
+"""RGB of the names in `graph.COLORS`."""
 
-NEUTRALS: dict[Role, Colour] = {
+NEUTRALS: dict[Role, Color] = {
     Role.DARK: (42, 40, 48),
     Role.WHITE: (252, 252, 250),
-    Role.GREY: (176, 178, 184),
+    Role.GRAY: (176, 178, 184),
     Role.SLATE: (98, 98, 110),
     Role.LEAF: (84, 116, 86),
     Role.WOOD: (150, 128, 106),
     Role.GLOW: (255, 238, 164),
 }
-"""Roles whose colour is the same whatever the thing's colour."""
+"""RGB of the roles that do not follow the object's color."""
 
-WALLS: dict[str, Colour] = {
+WALLS: dict[str, Color] = {
     "cream": (253, 246, 227),
     "sky": (221, 238, 252),
     "mint": (222, 245, 230),
@@ -46,23 +46,23 @@ WALLS: dict[str, Colour] = {
     "rose": (252, 229, 232),
     "sand": (243, 231, 209),
 }
-"""What the names in `graph.BACKGROUNDS` look like."""
+"""RGB of the names in `graph.BACKGROUNDS`."""
 
-_WHITE: Colour = (255, 255, 255)
-_BLACK: Colour = (0, 0, 0)
+_WHITE: Color = (255, 255, 255)
+_BLACK: Color = (0, 0, 0)
 _PATTERN = max(Role) + 1
-"""Palette entry of stripes and dots. They stand in no drawing: `_textured` puts them there."""
+"""Palette entry of stripes and dots, which `_apply_texture` draws."""
 
 
-def _mix(a: Colour, b: Colour, share: float) -> Colour:
-    """`a` with `share` of `b` in it."""
+def _mix(a: Color, b: Color, share: float) -> Color:
+    """Return `a` with `share` of `b` in it."""
     red, green, blue = (round(x + (y - x) * share) for x, y in zip(a, b, strict=True))
     return (red, green, blue)
 
 
-def _palette(colour: str) -> list[int]:
-    """Flat RGB palette by role. Patterns are almost white: half-way colours would be other names' colours."""
-    paint = PAINTS[colour]
+def _palette(color: str) -> list[int]:
+    """Return the flat RGB palette by role. Patterns are almost white: half-way colors would look like other colors."""
+    paint = PAINTS[color]
     entries = NEUTRALS | {
         Role.EMPTY: _BLACK,
         Role.BODY: paint,
@@ -76,8 +76,8 @@ def _palette(colour: str) -> list[int]:
 _PALETTES: dict[str, list[int]] = {name: _palette(name) for name in PAINTS}
 
 
-def _textured(drawing: np.ndarray, texture: str, phase: float) -> np.ndarray:
-    """`drawing`, an array of roles, with the texture on its main body. `phase` in [0, 1) moves the pattern."""
+def _apply_texture(drawing: np.ndarray, texture: str, phase: float) -> np.ndarray:
+    """Return `drawing`, an array of roles, with the texture on its main body. `phase` in [0, 1) moves the pattern."""
     if texture == "plain":
         return drawing
     pixels = drawing.shape[0]
@@ -94,24 +94,24 @@ def _textured(drawing: np.ndarray, texture: str, phase: float) -> np.ndarray:
     return np.where(pattern & (drawing == Role.BODY), np.uint8(_PATTERN), drawing)
 
 
-def _put(canvas: Image.Image, thing: Thing, rng: np.random.Generator) -> None:
-    """Draws a thing in its box. It may face either way."""
+def _put(canvas: Image.Image, obj: SceneObject, rng: np.random.Generator) -> None:
+    """Draw an object in its box. It may face either way."""
     phase, flip = float(rng.random()), bool(rng.random() < 0.5)
     side = canvas.width
-    # Rounded inwards, so that no pixel of a thing is outside of its box.
-    left, top = (int(np.ceil(edge * side)) for edge in thing.box[:2])
-    pixels = int(thing.extent * side) - 1
-    drawing = roles(thing.category, pixels)
-    tile = Image.fromarray(_textured(np.asarray(drawing), thing.texture, phase))
-    if flip:  # the pattern too: its stripes run across the slanted things, never along them
+    # Rounded inwards, so that no pixel of an object is outside of its box.
+    left, top = (int(np.ceil(edge * side)) for edge in obj.box[:2])
+    pixels = int(obj.extent * side) - 1
+    drawing = draw_roles(obj.category, pixels)
+    tile = Image.fromarray(_apply_texture(np.asarray(drawing), obj.texture, phase))
+    if flip:  # the pattern too: its stripes run across the slanted objects, never along them
         tile = tile.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     mask = tile.point([0] + [255] * 255)
-    tile.putpalette(_PALETTES[thing.colour])
+    tile.putpalette(_PALETTES[obj.color])
     canvas.paste(tile.convert("RGB"), (left, top), mask)
 
 
 def _backdrop(scene: Scene, side: int, rng: np.random.Generator) -> Image.Image:
-    """Wall and floor, and the clutter on them: pale, soft in contrast, and of no thing's shape."""
+    """Draw wall and floor, and the clutter on them: pale, low in contrast, and of no object's shape."""
     wall = WALLS[scene.background]
     canvas = Image.new("RGB", (side, side), wall)
     draw = ImageDraw.Draw(canvas)
@@ -143,10 +143,10 @@ def _backdrop(scene: Scene, side: int, rng: np.random.Generator) -> Image.Image:
 
 
 def render(scene: Scene, size: int = 128) -> np.ndarray:
-    """Draws a scene as uint8 RGB of shape [size, size, 3]: the same picture for the same arguments, always."""
+    """Draw a scene as uint8 RGB of shape [size, size, 3]; the same arguments give the same image."""
     rng = np.random.default_rng(scene.seed)
     scale = 4 if size <= 256 else 3 if size <= 512 else 2
     canvas = _backdrop(scene, size * scale, rng)
-    for thing in scene.things:
-        _put(canvas, thing, rng)
+    for obj in scene.objects:
+        _put(canvas, obj, rng)
     return np.array(canvas.reduce(scale))

@@ -1,10 +1,9 @@
-"""Scene graphs: what is in a picture, exactly, and how likely things are to appear together.
+"""Scene graphs: what an image shows, exactly, and how likely objects are to appear together.
 
-A `Scene` is the whole truth about one picture. Everything else in the embedded world (the drawing, the questions, the
-rationales, the scores) is a function of it.
+A `Scene` is the ground truth of one image. The drawing, the questions, the rationales and the scores are functions of it.
 
-Co-occurrence is the point. In training scenes a thing's partner is nearly always present (a cup beside a teapot), as in
-photographs; that prior is what teaches a model to see what is not there. Evaluation scenes break it.
+In training scenes an object's partner is nearly always present (a cup beside a teapot), as in photographs; from that prior a
+model learns to see what is not there. Evaluation scenes break it.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ PAIRS: tuple[tuple[str, str], ...] = (
     ("boat", "umbrella"),
     ("pencil", "envelope"),
 )
-"""Things that training scenes show together, far more often than not."""
+"""Categories that training scenes mostly show together."""
 
 CATEGORIES: tuple[str, ...] = tuple(sorted(name for pair in PAIRS for name in pair))
 PARTNER: dict[str, str] = {a: b for pair in PAIRS for a, b in (pair, pair[::-1])}
@@ -42,11 +41,11 @@ PLACES: dict[str, tuple[str, ...]] = {
     "room": ("vase", "flower", "lamp", "book", "cat", "fish", "clock", "key", "hat", "shoe", "pencil", "envelope"),
     "outdoors": ("tree", "bird", "dog", "ball", "house", "car", "boat", "umbrella"),
 }
-"""Looser company: in training scenes the other things come mostly from the same place."""
+"""Categories by place: in training scenes further objects mostly come from the same place."""
 
-COLOURS: tuple[str, ...] = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown")
+COLORS: tuple[str, ...] = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown")
 SIZES: dict[str, float] = {"small": 0.21, "large": 0.31}
-"""Side of a thing's square bounding box, as a fraction of the picture's side."""
+"""Side of an object's square bounding box, as a fraction of the image's side."""
 TEXTURES: tuple[str, ...] = ("plain", "striped", "dotted")
 BACKGROUNDS: tuple[str, ...] = ("cream", "sky", "mint", "grey", "rose", "sand")
 PLURALS: dict[str, str] = {"fish": "fish", "bus": "buses"}
@@ -56,16 +55,16 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 
 def plural(category: str) -> str:
-    """The plural noun for a category ("apple" -> "apples", "fish" -> "fish")."""
+    """Return the plural noun for a category ("apple" -> "apples", "fish" -> "fish")."""
     return PLURALS.get(category, category + "s")
 
 
 @dataclasses.dataclass(frozen=True, order=True)
-class Thing:
-    """One object: its kind, looks and place. `x`, `y` are the centre in [0, 1], x to the right, y down."""
+class SceneObject:
+    """One object: its category, looks and position. `x`, `y` are its center in [0, 1], x to the right, y down."""
 
     category: str
-    colour: str
+    color: str
     size: str
     texture: str
     x: float
@@ -73,60 +72,63 @@ class Thing:
 
     @property
     def extent(self) -> float:
+        """Side of the bounding box, as a fraction of the image's side."""
         return SIZES[self.size]
 
     @property
     def box(self) -> tuple[float, float, float, float]:
-        """(left, top, right, bottom), in fractions of the picture's side."""
+        """(left, top, right, bottom), as fractions of the image's side."""
         half = self.extent / 2
         return (self.x - half, self.y - half, self.x + half, self.y + half)
 
     @property
     def column(self) -> str:
-        """Which third of the picture the centre is in: "left", "middle" or "right"."""
+        """The third of the image that the center is in: "left", "middle" or "right"."""
         return "left" if self.x < 1 / 3 else "right" if self.x > 2 / 3 else "middle"
 
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """One picture's whole truth. `clutter` says that the background carries shapes that are no things."""
+    """The ground truth of one image. With `clutter` the background has shapes that are not objects."""
 
-    things: tuple[Thing, ...]
+    objects: tuple[SceneObject, ...]
     background: str
     clutter: bool
     seed: int
-    """Seeds the drawing's free choices (where stripes and clutter fall), never what is in the picture."""
+    """Seed of the drawing's free choices (where stripes and clutter fall); it does not change what the image shows."""
 
     @property
     def counts(self) -> Counter[str]:
-        return Counter(thing.category for thing in self.things)
+        """Number of objects of each category."""
+        return Counter(obj.category for obj in self.objects)
 
-    def of(self, category: str) -> tuple[Thing, ...]:
-        return tuple(thing for thing in self.things if thing.category == category)
+    def find(self, category: str) -> tuple[SceneObject, ...]:
+        """Return the objects of a category."""
+        return tuple(obj for obj in self.objects if obj.category == category)
 
     @property
     def categories(self) -> tuple[str, ...]:
-        """Distinct categories, from the left of the picture to the right."""
-        return tuple(dict.fromkeys(t.category for t in sorted(self.things, key=lambda t: (t.x, t.y))))
+        """Distinct categories, from the left of the image to the right."""
+        return tuple(dict.fromkeys(t.category for t in sorted(self.objects, key=lambda t: (t.x, t.y))))
 
     @property
     def graph_key(self) -> str:
-        """Identity of the scene graph: which things, with which looks, in which cell of a coarse grid.
+        """Hash of the scene graph: which objects, with which looks, in which cell of a coarse grid.
 
-        Background, clutter and small shifts do not count, so two scenes with different keys differ in what is seen.
+        Background, clutter and small shifts are left out, so scenes with different keys differ in what they show.
         """
-        rows = sorted((t.category, t.colour, t.size, t.texture, int(t.x * 6), int(t.y * 6)) for t in self.things)
+        rows = sorted((t.category, t.color, t.size, t.texture, int(t.x * 6), int(t.y * 6)) for t in self.objects)
         return hashlib.sha256(repr(rows).encode()).hexdigest()
 
     @property
     def split(self) -> Split:
-        """The split that owns this scene graph: a function of the graph alone, so splits can never share one."""
+        """The split of this scene graph: a function of the graph alone, so splits never share one."""
         bucket = int(self.graph_key[:8], 16) % 10
         return "validation" if bucket == 8 else "test" if bucket == 9 else "train"
 
 
-def relation(a: Thing, b: Thing) -> str | None:
-    """How `a` stands to `b`: "left of", "right of", "above", "below"; None where neither axis is clear."""
+def relation_between(a: SceneObject, b: SceneObject) -> str | None:
+    """Return how `a` stands to `b`: "left of", "right of", "above", "below"; None if neither axis is clear."""
     dx, dy = a.x - b.x, a.y - b.y
     if max(abs(dx), abs(dy)) < 0.15 or abs(abs(dx) - abs(dy)) < 0.05:
         return None
@@ -137,12 +139,12 @@ def relation(a: Thing, b: Thing) -> str | None:
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """The law that scenes are drawn from.
+    """The distribution that scenes are drawn from.
 
     Attributes:
-        partner: chance that a thing's partner is there too.
-        same_place: chance that a further thing comes from the same place as the first.
-        repeat: chance that a category appears two or three times.
+        partner: probability that an object's partner is there too.
+        same_place: probability that a further object comes from the same place as the first.
+        repeat: probability that a category appears two or three times.
     """
 
     partner: float = 0.85
@@ -151,38 +153,40 @@ class World:
 
     @staticmethod
     def skewed() -> World:
-        """Pretraining: partners nearly always appear together."""
+        """Return the distribution of pretraining: partners nearly always appear together."""
         return World()
 
     @staticmethod
     def annotated() -> World:
-        """Pictures that are annotated for tuning: partners still meet far more often than by chance."""
+        """Return the distribution of tuning: partners appear together far more often than by chance."""
         return World(partner=0.35)
 
     @staticmethod
     def broken() -> World:
-        """Evaluation: partners seldom appear together, so the prior misleads."""
+        """Return the distribution of evaluation: partners seldom appear together, so the prior misleads."""
         return World(partner=0.15, same_place=0.5)
 
     def sample(self, rng: np.random.Generator) -> Scene:
-        """Draws one scene: two to six things of two to four categories, none overlapping."""
+        """Draw one scene: two to six objects of two to four categories, none overlapping."""
         categories = self._categories(rng, int(rng.integers(2, 5)))
         kinds: list[str] = []
         for category in categories:
             kinds += [category] * (int(rng.integers(2, 4)) if rng.random() < self.repeat else 1)
         kinds = kinds[:6]
-        colour_of = {category: COLOURS[rng.integers(len(COLOURS))] for category in kinds}
-        things = []
+        color_of = {category: COLORS[rng.integers(len(COLORS))] for category in kinds}
+        objects = []
         for category, (column, row) in zip(kinds, _cells(rng, len(kinds)), strict=True):
             size = "large" if rng.random() < 0.55 else "small"
             texture = TEXTURES[rng.choice(3, p=(0.6, 0.2, 0.2))]
             slack = (1 / 3 - SIZES[size]) / 2
             x = (column + 0.5) / 3 + rng.uniform(-slack, slack)
             y = (row + 0.5) / 3 + rng.uniform(-slack, slack)
-            # Repeated things share a colour: "two red apples" is then one exact fact.
-            things.append(Thing(category, colour_of[category], size, texture, round(float(x), 4), round(float(y), 4)))
+            # Objects of one category share a color: "two red apples" is then one exact fact.
+            objects.append(
+                SceneObject(category, color_of[category], size, texture, round(float(x), 4), round(float(y), 4))
+            )
         return Scene(
-            things=tuple(sorted(things)),
+            objects=tuple(sorted(objects)),
             background=BACKGROUNDS[rng.integers(len(BACKGROUNDS))],
             clutter=bool(rng.random() < 0.5),
             seed=int(rng.integers(2**31)),
@@ -197,22 +201,22 @@ class World:
                 chosen.append(PARTNER[last])
                 continue
             pool = PLACES[place] if rng.random() < self.same_place else CATEGORIES
-            # A partner may come in by the draw above only: its chance is what the world fixes.
+            # A partner comes in by the draw above only: its probability is what the world fixes.
             pool = tuple(c for c in pool if c not in chosen and PARTNER[c] not in chosen)
             chosen.append(pool[rng.integers(len(pool))])
         return chosen
 
 
 def _cells(rng: np.random.Generator, count: int) -> list[tuple[int, int]]:
-    """`count` distinct cells of a 3 x 3 grid, as (column, row)."""
+    """Draw `count` distinct cells of a 3 x 3 grid, as (column, row)."""
     picked = rng.permutation(9)[:count]
     return [(int(cell % 3), int(cell // 3)) for cell in picked]
 
 
-def scenes(world: World, split: Split, seed: int) -> Iterator[Scene]:
-    """Endless scenes of `split`, no graph twice, the same for the same arguments.
+def generate_scenes(world: World, split: Split, seed: int) -> Iterator[Scene]:
+    """Yield scenes of a split without end, no graph twice; the same arguments give the same scenes.
 
-    The split of a scene is a function of its graph; scenes that belong elsewhere are passed over.
+    The split of a scene is a function of its graph; scenes of other splits are skipped.
     """
     rng = np.random.default_rng([seed, SPLITS.index(split)])
     seen: set[str] = set()
@@ -224,14 +228,14 @@ def scenes(world: World, split: Split, seed: int) -> Iterator[Scene]:
             yield scene
 
 
-def take(world: World, split: Split, seed: int, count: int) -> list[Scene]:
-    """The first `count` scenes of `scenes(world, split, seed)`."""
-    stream = scenes(world, split, seed)
+def take_scenes(world: World, split: Split, seed: int, count: int) -> list[Scene]:
+    """Return the first `count` scenes of `generate_scenes(world, split, seed)`."""
+    stream = generate_scenes(world, split, seed)
     return [next(stream) for _ in range(count)]
 
 
-def cooccurrence(sample: list[Scene]) -> dict[str, Counter[str]]:
-    """How often each category appears with each other one, in scenes of `sample`."""
+def count_cooccurrences(sample: list[Scene]) -> dict[str, Counter[str]]:
+    """Count in how many scenes of `sample` each category appears with each other one."""
     table: dict[str, Counter[str]] = {category: Counter() for category in CATEGORIES}
     for scene in sample:
         present = set(scene.categories)

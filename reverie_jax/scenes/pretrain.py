@@ -1,7 +1,7 @@
-"""Remakes the shipped base from nothing: `reverie scenes pretrain`.
+"""Pretraining of the shipped model from scratch: `reverie scenes pretrain`.
 
-Two stages, as for LLaVA. The tower learns to see (there from captions at web scale, here from the graph: what each patch
-shows), then projector and decoder learn to talk, the tower frozen. Neither sees a rationale, nor an evaluation scene.
+Two stages, as for LLaVA. The vision tower is trained on the scene graphs (what each patch shows; CLIP learns from captions),
+then projector and decoder on conversations, with the tower frozen. Neither sees rationales or evaluation scenes.
 """
 
 from __future__ import annotations
@@ -18,46 +18,52 @@ import numpy as np
 import optax
 from flax import nnx
 
-from reverie_jax.data.packing import Batch, SequenceShape, element, pack
+from reverie_jax.data.packing import Batch, SequenceShape, make_element, pack
 from reverie_jax.data.tokenization import Encoder
 from reverie_jax.data.tree import Trie
 from reverie_jax.models import TextConfig, VisionConfig, VisionLanguageModel, VLMConfig
 from reverie_jax.models.layers import Linear
 from reverie_jax.models.vision import VisionTower, normalize
-from reverie_jax.scenes.corpus import plain_talks
+from reverie_jax.scenes.corpus import make_plain_conversations
 from reverie_jax.scenes.draw import render
-from reverie_jax.scenes.graph import CATEGORIES, COLOURS, SIZES, TEXTURES, Scene, World, take
+from reverie_jax.scenes.graph import CATEGORIES, COLORS, SIZES, TEXTURES, Scene, World, take_scenes
 from reverie_jax.train.objective import edge_loss
 
 
 @dataclasses.dataclass(frozen=True)
 class PretrainRecipe:
-    """Everything that decides the base's weights.
+    """All settings that determine the model's weights.
 
     Attributes:
-        absent_share: share of the language stage's questions that ask for something absent.
-        finish_steps, finish_rate, finish_absent_share: the stage's last part asks of what is there and of little else, as
-            early instruction data does; it leaves a base that says yes too readily.
+        scenes: training scenes, of both stages.
+        tower_steps, tower_batch_size, tower_learning_rate: of the vision tower's stage.
+        steps, batch_size, learning_rate: of the language stage.
+        questions: plain questions about an image.
+        absent_share: share of the language stage's questions about absent objects.
+        finish_steps, finish_learning_rate, finish_absent_share: of the language stage's last part, which asks almost only
+            about what is there, as early instruction data does; the model then says yes too readily.
+        sequence: static sizes of a sequence, which holds one image.
+        seed: fixes scenes, questions and initial weights.
     """
 
     scenes: int = 60_000
     tower_steps: int = 2_500
-    tower_batch: int = 64
-    tower_rate: float = 1.5e-3
+    tower_batch_size: int = 64
+    tower_learning_rate: float = 1.5e-3
     steps: int = 2_500
-    batch: int = 16
-    rate: float = 2e-3
+    batch_size: int = 16
+    learning_rate: float = 2e-3
     questions: int = 9
     absent_share: float = 0.3
     finish_steps: int = 150
-    finish_rate: float = 7e-4
+    finish_learning_rate: float = 7e-4
     finish_absent_share: float = 0.01
-    row: SequenceShape = dataclasses.field(default_factory=lambda: SequenceShape(length=256, images=1, edges=128))
+    sequence: SequenceShape = dataclasses.field(default_factory=lambda: SequenceShape(length=256, images=1, edges=128))
     seed: int = 0
 
 
 def base_config(vocab: int, image_token_id: int) -> VLMConfig:
-    """The base's architecture: LLaVA-1.5's, small."""
+    """Return the model's architecture: LLaVA-1.5's, small."""
     return VLMConfig(
         vision=VisionConfig(hidden=128, layers=5, heads=4, mlp=512, image_size=128, patch_size=16),
         text=TextConfig(vocab=vocab, hidden=192, layers=4, heads=6, kv_heads=6, head_dim=32, mlp=512),
@@ -65,29 +71,35 @@ def base_config(vocab: int, image_token_id: int) -> VLMConfig:
     )
 
 
-PATCH_FACTS: tuple[tuple[str, ...], ...] = (CATEGORIES, COLOURS, tuple(SIZES), TEXTURES)
+PATCH_FACTS: tuple[tuple[str, ...], ...] = (CATEGORIES, COLORS, tuple(SIZES), TEXTURES)
 
 
-def patch_labels(scene: Scene, grid: int) -> np.ndarray:
-    """int32 [grid * grid, 4]: category, colour, size and texture of the thing over each patch's centre; 0 for none."""
+def label_patches(scene: Scene, grid: int) -> np.ndarray:
+    """Return int32 [grid * grid, 4]: category, color, size, texture of the object over each patch's center; 0 for none."""
     labels = np.zeros((grid, grid, 4), np.int32)
-    centre = (np.arange(grid) + 0.5) / grid
-    for thing in scene.things:
-        left, top, right, bottom = thing.box
-        inside = np.ix_((centre > top) & (centre < bottom), (centre > left) & (centre < right))
-        facts = (thing.category, thing.colour, thing.size, thing.texture)
+    center = (np.arange(grid) + 0.5) / grid
+    for obj in scene.objects:
+        left, top, right, bottom = obj.box
+        inside = np.ix_((center > top) & (center < bottom), (center > left) & (center < right))
+        facts = (obj.category, obj.color, obj.size, obj.texture)
         labels[inside] = [1 + names.index(fact) for names, fact in zip(PATCH_FACTS, facts, strict=True)]
     return labels.reshape(grid * grid, 4)
 
 
 class PatchHeads(nnx.Module):
-    """Reads each patch's facts off its feature; thrown away after the tower's stage."""
+    """Linear classifiers of each patch's category, color, size and texture; discarded after the tower's stage."""
 
     def __init__(self, width: int, *, rngs: nnx.Rngs):
         self.sizes = tuple(len(names) + 1 for names in PATCH_FACTS)
         self.out = Linear(width, sum(self.sizes), (None, None), rngs=rngs, bias=True)
 
     def loss(self, features: jax.Array, labels: jax.Array) -> jax.Array:
+        """Return the cross-entropy, summed over the four labels, averaged over patches.
+
+        Args:
+            features: float32 [batch, patches, width].
+            labels: int32 [batch, patches, 4], as `label_patches` returns them.
+        """
         parts = jnp.split(self.out(features), np.cumsum(self.sizes)[:-1], axis=-1)
         losses = [
             optax.softmax_cross_entropy_with_integer_labels(part, labels[..., i]).mean() for i, part in enumerate(parts)
@@ -95,45 +107,53 @@ class PatchHeads(nnx.Module):
         return jnp.stack(losses).sum()
 
 
-def _schedule(rate: float, steps: int) -> optax.GradientTransformation:
-    cosine = optax.warmup_cosine_decay_schedule(0.0, rate, max(1, steps // 20), steps)
+def _schedule(learning_rate: float, steps: int) -> optax.GradientTransformation:
+    cosine = optax.warmup_cosine_decay_schedule(0.0, learning_rate, max(1, steps // 20), steps)
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(cosine, b2=0.98, weight_decay=0.01))
 
 
 def tower_batches(scenes: list[Scene], recipe: PretrainRecipe, size: int, grid: int) -> Iterator[Any]:
+    """Yield batches of images, uint8 [batch, size, size, 3], and their patches' labels, without end."""
     data = grain.MapDataset.source(scenes).seed(recipe.seed).shuffle().repeat()
-    data = data.map(lambda scene: (render(scene, size), patch_labels(scene, grid)))
+    data = data.map(lambda scene: (render(scene, size), label_patches(scene, grid)))
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=64)
-    return iter(data.to_iter_dataset(options).batch(recipe.tower_batch))
+    return iter(data.to_iter_dataset(options).batch(recipe.tower_batch_size))
 
 
 def language_batches(scenes: list[Scene], recipe: PretrainRecipe, encoder: Encoder, size: int) -> Iterator[Batch]:
-    """Batches of one image a row: a description and as many plain answers as fit."""
+    """Yield batches of one image a sequence: a description and as many plain answers as fit."""
 
     def build(index: int) -> dict[str, np.ndarray]:
         rng = np.random.default_rng([recipe.seed, index])
         scene, trie = scenes[index % len(scenes)], Trie()
-        for conversation in plain_talks(scene, rng, recipe.questions, recipe.absent_share):
+        for conversation in make_plain_conversations(scene, rng, recipe.questions, recipe.absent_share):
             tokens = encoder(conversation)
             more, edges = trie.cost(tokens)
-            if len(trie) + more <= recipe.row.length and trie.edges + edges <= recipe.row.edges:
+            if len(trie) + more <= recipe.sequence.length and trie.edges + edges <= recipe.sequence.edges:
                 trie.add(tokens)
-        return element(trie.tree(), render(scene, size)[None])
+        return make_element(trie.tree(), render(scene, size)[None])
 
-    # The index of an epoch's end differs from its start's, so each visit asks a scene new questions.
-    data = grain.MapDataset.range(recipe.steps * recipe.batch).map(build)
+    # A scene's index grows from epoch to epoch, so each visit draws new questions.
+    data = grain.MapDataset.range(recipe.steps * recipe.batch_size).map(build)
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=64)
-    rows = pack(data.to_iter_dataset(options), recipe.row, encoder.patches)
-    return iter(rows.batch(recipe.batch))
+    sequences = pack(data.to_iter_dataset(options), recipe.sequence, encoder.patches)
+    return iter(sequences.batch(recipe.batch_size))
 
 
 def pretrain_tower(model: VisionLanguageModel, scenes: list[Scene], recipe: PretrainRecipe, log: Any) -> None:
-    """Trains `model.vision` in place to know what each patch shows."""
+    """Train `model.vision` in place to tell what each patch shows.
+
+    Args:
+        model: its vision tower is trained.
+        scenes: to draw.
+        recipe: all settings.
+        log: called with (stage, step, loss) every 50 steps.
+    """
     config = model.config.vision
     heads = PatchHeads(config.hidden, rngs=nnx.Rngs(recipe.seed + 1))
     tower_graph, tower = nnx.split(model.vision)
     heads_graph, head_state = nnx.split(heads)
-    optimizer = _schedule(recipe.tower_rate, recipe.tower_steps)
+    optimizer = _schedule(recipe.tower_learning_rate, recipe.tower_steps)
 
     def loss_of(params: Any, pixels: jax.Array, labels: jax.Array) -> jax.Array:
         vision: VisionTower = nnx.merge(tower_graph, params[0])
@@ -160,10 +180,18 @@ def pretrain_tower(model: VisionLanguageModel, scenes: list[Scene], recipe: Pret
 def pretrain_language(
     model: VisionLanguageModel, encoder: Encoder, scenes: list[Scene], recipe: PretrainRecipe, log: Any
 ) -> None:
-    """Trains projector and decoder in place to describe and to answer; the tower stays as it is."""
+    """Train projector and decoder in place to describe and to answer; the tower is frozen.
+
+    Args:
+        model: its projector and decoder are trained.
+        encoder: tokenizes conversations.
+        scenes: to draw.
+        recipe: all settings.
+        log: called with (stage, step, loss) every 50 steps.
+    """
     is_tower = nnx.PathContains("vision")
     graph, frozen, params = nnx.split(model, is_tower, ...)  # type: ignore[misc]
-    optimizer = _schedule(recipe.rate, recipe.steps)
+    optimizer = _schedule(recipe.learning_rate, recipe.steps)
 
     def loss_of(params: Any, frozen: Any, batch: Batch) -> jax.Array:
         loss = edge_loss(nnx.merge(graph, frozen, params), batch)
@@ -184,16 +212,17 @@ def pretrain_language(
     nnx.update(model, params)
 
 
-def finish(recipe: PretrainRecipe) -> PretrainRecipe:
-    """The language stage's last part, as a recipe of its own."""
+def finish_recipe(recipe: PretrainRecipe) -> PretrainRecipe:
+    """Return the recipe of the language stage's last part."""
     return dataclasses.replace(
         recipe,
         steps=recipe.finish_steps,
-        rate=recipe.finish_rate,
+        learning_rate=recipe.finish_learning_rate,
         absent_share=recipe.finish_absent_share,
         seed=recipe.seed + 1,
     )
 
 
-def pretraining_scenes(recipe: PretrainRecipe) -> list[Scene]:
-    return take(World.skewed(), "train", recipe.seed, recipe.scenes)
+def take_pretraining_scenes(recipe: PretrainRecipe) -> list[Scene]:
+    """Return the training scenes of a recipe."""
+    return take_scenes(World.skewed(), "train", recipe.seed, recipe.scenes)

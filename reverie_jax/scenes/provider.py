@@ -1,4 +1,4 @@
-"""The embedded world as a model provider: `scenes:FOLDER` replies from the scene graphs of a folder."""
+"""Model provider `scenes:FOLDER`: replies from the scene graphs of a folder."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Free text against the scene graph: hallucinated objects in descriptions, and false claims in rationales.
+"""Scoring of free text by the scene graph: hallucinated objects in descriptions, and false claims in rationales.
 
-CHAIR (Rohrbach et al., arXiv 1809.02156) counts mentions of objects that are not there. In the embedded world the truth is
-exact, so nothing is lost between a synonym list and an annotator's eye.
+CHAIR (Rohrbach et al., arXiv 1809.02156) counts mentions of objects that are not there. Scene graphs are exact, so neither a
+list of synonyms nor incomplete annotation adds errors.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float
 
 from reverie_jax.scenes.graph import Scene
-from reverie_jax.scenes.language import Claim, claims, mentioned
+from reverie_jax.scenes.language import Claim, parse_claims, parse_mentions
 
 DESCRIPTION_TOKENS = 80
 RATIONALE_TOKENS = 80
@@ -23,13 +23,13 @@ MENTIONS, HALLUCINATED, CAPTIONS, HALLUCINATING, PRESENT, COVERED = range(6)
 
 
 def description_counts(scenes: Sequence[Scene], texts: Sequence[str]) -> Float[np.ndarray, "N 6"]:
-    """Per picture: mentions, hallucinated mentions, 1, whether any is hallucinated, things there, things named.
+    """Return per image: mentions, hallucinated mentions, 1, whether any is hallucinated, categories present, those named.
 
-    A mention counts as often as it is made, as CHAIR's own script has it.
+    A repeated mention counts each time, as in CHAIR's own script.
     """
     rows = []
     for scene, text in zip(scenes, texts, strict=True):
-        named, present = mentioned(text), set(scene.categories)
+        named, present = parse_mentions(text), set(scene.categories)
         false = [name for name in named if name not in present]
         rows.append((len(named), len(false), 1, bool(false), len(present), len(present & set(named))))
     return np.asarray(rows, float)
@@ -44,12 +44,13 @@ class CheckedRationale:
 
     @property
     def correct(self) -> bool:
-        """It claims something about the picture, and nothing that is false of it."""
+        """Whether it makes claims about the image and all of them are true."""
         return bool(self.checked) and all(holds for _, holds in self.checked)
 
 
-def check(scene: Scene, text: str) -> CheckedRationale:
-    return CheckedRationale(text, tuple((claim, claim.holds(scene)) for claim in claims(text)))
+def check_rationale(scene: Scene, text: str) -> CheckedRationale:
+    """Check each claim of a rationale against the scene."""
+    return CheckedRationale(text, tuple((claim, claim.holds(scene)) for claim in parse_claims(text)))
 
 
 # Columns of the rationale counts.
@@ -57,7 +58,7 @@ RATIONALES, CORRECT, CLAIMS, TRUE_CLAIMS, EMPTY = range(5)
 
 
 def rationale_counts(checked: Sequence[CheckedRationale]) -> Float[np.ndarray, "5"]:
-    """One picture's rationales: how many, how many correct, claims, true claims, rationales without a claim."""
+    """Return one image's counts: rationales, correct ones, claims, true claims, rationales without a claim."""
     facts = [holds for rationale in checked for _, holds in rationale.checked]
     correct = sum(rationale.correct for rationale in checked)
     empty = sum(not rationale.checked for rationale in checked)

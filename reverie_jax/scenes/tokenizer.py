@@ -1,4 +1,4 @@
-"""The base's tokenizer: byte-level BPE trained on what is said of scenes, so any text at all has tokens."""
+"""The shipped model's tokenizer: byte-level BPE trained on texts about scenes; any text can be encoded."""
 
 from __future__ import annotations
 
@@ -6,14 +6,19 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from reverie_jax.data.conversation import IMAGE
-from reverie_jax.scenes.corpus import texts
-from reverie_jax.scenes.graph import World, take
+from reverie_jax.scenes.corpus import generate_texts
+from reverie_jax.scenes.graph import World, take_scenes
 
 SPECIAL = ("<pad>", "<s>", "</s>", IMAGE)
 
 
 def train_tokenizer(vocab: int, seed: int) -> PreTrainedTokenizerFast:
-    """A tokenizer with `vocab` entries at most; ids 0-3 are pad, bos, eos and the image placeholder."""
+    """Train a tokenizer with at most `vocab` entries; ids 0 to 3 are pad, bos, eos and the image placeholder.
+
+    Args:
+        vocab: largest vocabulary.
+        seed: of the scenes and their annotations.
+    """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -23,8 +28,8 @@ def train_tokenizer(vocab: int, seed: int) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator(texts(take(World.skewed(), "train", seed, 4000), seed), trainer)
-    # Every text begins with <s>; the file says so, whoever loads it.
+    bpe.train_from_iterator(generate_texts(take_scenes(World.skewed(), "train", seed, 4000), seed), trainer)
+    # Every text begins with <s>, also where transformers loads the file.
     bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", SPECIAL.index("<s>"))])
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,

@@ -23,8 +23,8 @@ from reverie_jax.data.tokenization import Encoder, Tokens
 from reverie_jax.data.tree import build_tree
 from reverie_jax.data.visualize import Span, TreeNode, tree_nodes, write
 from reverie_jax.errors import UserError
-from reverie_jax.scenes.dataset import ANNOTATIONS, PICTURES, make_training_set
-from reverie_jax.scenes.dataset import records as scene_records
+from reverie_jax.scenes.dataset import ANNOTATIONS, IMAGES, make_training_set
+from reverie_jax.scenes.dataset import read_records as scene_records
 from tests.data.fakes import IMAGE_ID, WordTokenizer, png, records, talk
 
 PATCHES, SIDE = 4, 8
@@ -276,7 +276,7 @@ def test_a_page_shows_each_record_with_its_numbers(tmp_path):
     page = page_of(tmp_path, found)
     assert len(page.captions) == len(page.images) == 3
     for record, caption in zip(found, page.captions, strict=True):
-        tokens = processor().tokens(record.id, Supervision()(record.conversations))
+        tokens = processor().tokenize(record.id, Supervision()(record.conversations))
         tree = build_tree(tokens)
         numbers = [int(one.replace(",", "")) for one in re.findall(r"[\d,]*\d", caption.removeprefix(record.id))]
         assert caption.startswith(record.id)
@@ -460,7 +460,7 @@ def test_no_source_is_one_line(tmp_path):
 
 def test_a_broken_picture_is_one_line(tmp_path):
     make_training_set(tmp_path, 2, size=48, questions=1, seed=0)
-    (tmp_path / PICTURES / "000001.png").write_bytes(b"no picture")
+    (tmp_path / IMAGES / "000001.png").write_bytes(b"no picture")
     with pytest.raises(UserError) as error:
         shown(tmp_path, count=9)
     assert "000001.png" in str(error.value)
