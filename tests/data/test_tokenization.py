@@ -1,153 +1,166 @@
-"""hf mode and the templates: against strings written out, transformers' own single pass over them, and brute force."""
+"""Tokenization as in transformers: against texts written out, its own single pass over them, and brute force."""
 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from reverie_jax.data.conversation import Conversation, Turn
-from reverie_jax.data.templates import v0
-from reverie_jax.data.tokenization import Encoder, Tokens
+from reverie_jax.data.templates import v0_template
+from reverie_jax.data.tokenization import Encoder
+from reverie_jax.errors import UserError
 from tests.data import llama_oracle
+from tests.data.fakes import IMAGE_ID, WordTokenizer
 from tests.data.llama_oracle import IMAGE
 
 PATCHES = 3
-IMAGE_ID = {"legacy": 32000, "modern": 32000, "phi3": 32011}
-EXAMPLE = ("Is tea hot?", "It is.")
+IMAGE_IDS = {"legacy": 32000, "modern": 32000, "phi3": 32011, "bpe": 3}
 PAIRS = [
-    *((name, kind) for name in ("llava-hf", "vicuna_v1", "llava_v0", "plain") for kind in ("legacy", "modern")),
-    ("llava_v1", "modern"),
-    ("v0", "modern"),
+    ("llava-hf", "legacy"),
+    ("llava-hf", "bpe"),
+    ("vicuna_v1", "modern"),
+    ("llava_v1", "legacy"),
+    ("llava_v0", "modern"),
+    ("v0", "legacy"),
+    ("plain", "modern"),
+    ("plain", "legacy"),
     ("phi3_instruct", "phi3"),
 ]
+"""Templates with the tokenizers of their models."""
+
+
+def byte_level_bpe() -> PreTrainedTokenizerFast:
+    """A tokenizer of a few sentences, of the same kind as the demo's."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<pad>", "<s>", "</s>", IMAGE],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    sentences = [
+        "USER: Is there a cup in the image? ASSISTANT: Yes, there is a red cup on the left.",
+        "USER: Explain why this answer is wrong: two ASSISTANT: There are three blue apples.",
+    ]
+    tokenizer.train_from_iterator(sentences, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        additional_special_tokens=[IMAGE],
+        clean_up_tokenization_spaces=False,
+    )
 
 
 @pytest.fixture(scope="module")
-def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """transformers' own with the two tokens that llava-hf checkpoints add."""
-    return {
-        kind: AutoTokenizer.from_pretrained(
-            llama_oracle.write_tokenizer(tmp_path_factory.mktemp(kind), kind, IMAGE, "<pad>")
-        )
-        for kind in IMAGE_ID
-    }
+def tokenizer(tmp_path_factory: pytest.TempPathFactory):
+    """transformers' own with the two tokens that llava-hf checkpoints add, by kind."""
+
+    @functools.cache
+    def load(kind: str) -> Any:
+        if kind == "bpe":
+            return byte_level_bpe()
+        folder = llama_oracle.write_tokenizer(tmp_path_factory.mktemp(kind), kind, IMAGE, "<pad>")
+        return AutoTokenizer.from_pretrained(folder)
+
+    return load
 
 
 @pytest.fixture(scope="module")
-def encoder(tokenizers):
+def encoder(tokenizer):
     @functools.cache
     def build(template: str, kind: str) -> Encoder:
-        shown = v0(*EXAMPLE) if template == "v0" else template
-        return Encoder(tokenizers[kind], shown, PATCHES, IMAGE_ID[kind])
+        chosen = v0_template("Is tea hot?", "It is.") if template == "v0" else template
+        return Encoder(tokenizer(kind), chosen, PATCHES, IMAGE_IDS[kind])
 
     return build
 
 
-def conversation(turns: list[str], weights: tuple[float, ...] = (), images: tuple[int, ...] = ()) -> Conversation:
-    spoken = tuple(
+def conversation(texts: list[str], weights: tuple[float, ...] = (), images: tuple[int, ...] = ()) -> Conversation:
+    turns = tuple(
         Turn(("user", "assistant")[n % 2], text, weights[n // 2] if n % 2 and weights else 1.0)
-        for n, text in enumerate(turns)
+        for n, text in enumerate(texts)
     )
-    return Conversation(spoken, images or (0,) * sum(text.count(IMAGE) for text in turns))
+    return Conversation(turns, images or (0,) * sum(text.count(IMAGE) for text in texts))
 
 
-# --- templates ---------------------------------------------------------------------------------------------------
+# Templates.
 
-USERS = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
-HUMANS = (
-    "A chat between a curious human and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the human's questions."
+USERS, HUMANS = (
+    f"A chat between a curious {speaker} and an artificial intelligence assistant. "
+    f"The assistant gives helpful, detailed, and polite answers to the {speaker}'s questions."
+    for speaker in ("user", "human")
 )
 DIALOGUE = [f"{IMAGE}\nWhat is this?", "A cat.", "Color?", "Black"]
+TWO = "USER: <image>\nWhat is this? ASSISTANT: A cat.</s>USER: Color? ASSISTANT:"
+SINGLE = "Human: <image>\nWhat is this?###Assistant: A cat.###Human: Color?###Assistant:"
 RENDERED = {
-    "llava-hf": (
-        "USER: <image>\nWhat is this? ASSISTANT: A cat.</s>USER: Color? ASSISTANT:",
-        " Black</s>",
-    ),
-    "vicuna_v1": (
-        f"{USERS} USER: <image>\nWhat is this? ASSISTANT: A cat.</s>USER: Color? ASSISTANT:",
-        " Black</s>",
-    ),
-    "llava_v1": (
-        f"{HUMANS} USER: <image>\nWhat is this? ASSISTANT: A cat.</s>USER: Color? ASSISTANT:",
-        " Black</s>",
-    ),
-    "llava_v0": (
-        f"{HUMANS}###Human: <image>\nWhat is this?###Assistant: A cat.###Human: Color?###Assistant:",
-        " Black###",
-    ),
-    "v0": (
-        f"{HUMANS}###Human: Is tea hot?###Assistant: It is."
-        "###Human: <image>\nWhat is this?###Assistant: A cat.###Human: Color?###Assistant:",
-        " Black###",
-    ),
+    "llava-hf": (TWO, " Black</s>"),
+    "vicuna_v1": (f"{USERS} {TWO}", " Black</s>"),
+    "llava_v1": (f"{HUMANS} {TWO}", " Black</s>"),
+    "llava_v0": (f"{HUMANS}###{SINGLE}", " Black###"),
+    "v0": (f"{HUMANS}###Human: Is tea hot?###Assistant: It is.###{SINGLE}", " Black###"),
     "phi3_instruct": (
         "<|system|>\nYou are a helpful AI assistant.<|end|>\n<|user|>\n<image>\nWhat is this?<|end|>\n"
         "<|assistant|>\nA cat.<|end|>\n<|user|>\nColor?<|end|>\n<|assistant|>\n",
         "Black<|end|>",
     ),
+    "plain": ("<image>A cat.\n", "Black\n"),
 }
 """The dialogue up to where its last answer begins, and the rest."""
 
 
-def one_pass(tokenizer, text: str) -> list[int]:
+def one_pass(tokenizer: Any, text: str) -> list[int]:
     """As transformers' LLaVA processor does it: every marker repeated, one call."""
     return tokenizer(text.replace(IMAGE, IMAGE * PATCHES)).input_ids
 
 
-@pytest.mark.parametrize(("template", "kind"), [pair for pair in PAIRS if pair[0] != "plain"])
-def test_dialogue_reads_as_the_template_says(tokenizers, encoder, template, kind):
-    asked, rest = RENDERED[template]
+@pytest.mark.parametrize(("template", "kind"), PAIRS)
+def test_a_dialogue_reads_as_the_template_says(tokenizer, encoder, template, kind):
+    prompt, rest = RENDERED[template]
     encode = encoder(template, kind)
-    assert encode(conversation(DIALOGUE)).ids.tolist() == one_pass(tokenizers[kind], asked + rest)
-    assert encode(conversation(DIALOGUE[:3])).ids.tolist() == one_pass(tokenizers[kind], asked)
+    assert encode(conversation(DIALOGUE)).ids.tolist() == one_pass(tokenizer(kind), prompt + rest)
+    assert encode(conversation(DIALOGUE[:3])).ids.tolist() == one_pass(tokenizer(kind), prompt)
 
 
-@pytest.mark.parametrize("kind", ["legacy", "modern"])
-def test_plain_is_the_picture_and_its_caption(tokenizers, encoder, kind):
-    encode = encoder("plain", kind)
-    taught = encode(conversation([f"Say what this is.\n{IMAGE}", "A cat."]))
-    assert taught.ids.tolist() == one_pass(tokenizers[kind], "<image>A cat.\n")
-    assert encode(conversation([f"Say what this is.\n{IMAGE}"])).ids.tolist() == one_pass(tokenizers[kind], IMAGE)
-
-
-@pytest.mark.parametrize("tokens", ["hf", "llava"])
-def test_an_answer_stops_where_its_template_ends_it(tokenizers, tokens):
+@pytest.mark.parametrize("tokenization", ["hf", "llava"])
+def test_answers_stop_at_the_templates_end(tokenizer, tokenization):
     def stops(template: str, kind: str) -> set[int]:
-        return set(Encoder(tokenizers[kind], template, PATCHES, IMAGE_ID[kind], tokens).stop_ids)
+        return set(Encoder(tokenizer(kind), template, PATCHES, IMAGE_IDS[kind], tokenization).stop_ids)
 
-    assert stops("vicuna_v1", "modern") == {2}
-    assert stops("vicuna_v1", "legacy") == {2}
+    assert stops("vicuna_v1", "modern") == stops("vicuna_v1", "legacy") == {2}
     assert {32000, 32007} <= stops("phi3_instruct", "phi3")
     assert not stops("phi3_instruct", "phi3") & {32001, 32006, 32010}
 
 
 @pytest.mark.parametrize(
-    ("template", "kind", "said", "answer"),
+    ("template", "kind", "text", "answer"),
     [
         ("vicuna_v1", "modern", " A cat.\n</s>", "A cat."),
-        ("vicuna_v1", "legacy", " Yes </s>", "Yes"),
-        ("phi3_instruct", "phi3", "A cat.<|end|>", "A cat."),
+        ("llava-hf", "legacy", " Yes </s>", "Yes"),
+        ("llava-hf", "bpe", " A cup.</s>", "A cup."),
         ("phi3_instruct", "phi3", "A cat.<|end|><|endoftext|>", "A cat."),
         ("llava_v0", "modern", " A cat.###Human: And?", "A cat."),
-        ("v0", "modern", " A cat.\n###", "A cat."),
+        ("v0", "legacy", " A cat.\n###", "A cat."),
         ("vicuna_v1", "modern", " # One\n## Two ###\ntext</s>", "# One\n## Two ###\ntext"),
     ],
 )
-def test_decoding_gives_the_answer_alone(tokenizers, encoder, template, kind, said, answer):
-    ids = tokenizers[kind](said, add_special_tokens=False).input_ids
+def test_decoding_gives_the_answer_alone(tokenizer, encoder, template, kind, text, answer):
+    ids = tokenizer(kind)(text, add_special_tokens=False).input_ids
     assert encoder(template, kind).decode(ids) == answer
 
 
-# --- anything that is said ---------------------------------------------------------------------------------------
+# Any text.
 
 WORDS = [
     *("a", "Is", "cup", "Black", "image?", "it's", "12", "(red)", "Yes,", "."),
@@ -158,32 +171,30 @@ WORDS = [
 ]
 
 
-def speech(smallest: int = 1) -> st.SearchStrategy[str]:
-    said = st.lists(st.sampled_from(WORDS), min_size=smallest, max_size=8).map("".join)
-    free = st.text(st.characters(exclude_categories=("Cs",)), min_size=smallest, max_size=12)
-    return (said | free).filter(lambda text: IMAGE not in text)
+def texts() -> st.SearchStrategy[str]:
+    joined = st.lists(st.sampled_from(WORDS), max_size=8).map("".join)
+    free = st.text(st.characters(exclude_categories=("Cs",)), max_size=12)
+    return (joined | free).filter(lambda text: IMAGE not in text)
 
 
 @st.composite
 def dialogues(draw: st.DrawFn) -> list[str]:
-    """One to four exchanges; up to two pictures shown anywhere in the questions."""
+    """One to four exchanges; up to two images shown anywhere in the questions."""
     rounds = draw(st.integers(1, 4))
-    turns = draw(st.lists(speech(0), min_size=2 * rounds, max_size=2 * rounds))
+    turns = draw(st.lists(texts(), min_size=2 * rounds, max_size=2 * rounds))
     for _ in range(draw(st.sampled_from([0, 1, 1, 1, 2]))):
         n = draw(st.sampled_from([0, 0, *range(0, len(turns), 2)]))
         turns[n] = draw(st.sampled_from([f"{IMAGE}\n{turns[n]}", turns[n] + IMAGE, f"{turns[n]} {IMAGE} so"]))
     return turns
 
 
-many = settings(max_examples=50, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
 ENDS = {"llava_v0": "###", "v0": "###", "plain": "\n", "phi3_instruct": "<|end|>"}
 
 
-def rendered(template: str, turns: list[str]) -> str:
-    """From section 3.3, once more: roles and separators, an open dialogue up to where its answer begins."""
+def render(template: str, turns: list[str]) -> str:
+    """Roles and separators once more; an open dialogue ends where its answer begins."""
     if template == "plain":
-        said = [IMAGE * text.count(IMAGE) if n % 2 == 0 else f"{text}\n" for n, text in enumerate(turns)]
-        return "".join(said)
+        return "".join(IMAGE * text.count(IMAGE) if n % 2 == 0 else f"{text}\n" for n, text in enumerate(turns))
     if template == "phi3_instruct":
         text = "<|system|>\nYou are a helpful AI assistant.<|end|>"
         user, assistant, prefix = "\n<|user|>\n{}<|end|>", "\n<|assistant|>\n", ""
@@ -206,66 +217,83 @@ def bare(text: str) -> str:
 
 
 @pytest.mark.parametrize(("template", "kind"), PAIRS)
-@many
-@given(turns=dialogues(), open=st.booleans())
-def test_ids_are_those_of_transformers_single_pass(tokenizers, encoder, template, kind, turns, open):
-    turns = turns[: len(turns) - open]
-    found = encoder(template, kind)(conversation(turns))
-    assert found.ids.tolist() == one_pass(tokenizers[kind], rendered(template, turns))
-    assert len(found.ids) == len(found.weights) == len(found.image_slots)
-    shown = found.image_slots >= 0
-    assert (found.ids[shown] == IMAGE_ID[kind]).all()
-    assert found.image_slots[shown].tolist() == list(range(PATCHES)) * sum(text.count(IMAGE) for text in turns)
-    assert not found.weights[shown].any()
-    if open and len(turns) == 1:
-        assert not found.weights.any()
-
-
-@pytest.mark.parametrize(("template", "kind"), PAIRS)
-@many
+@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
 @given(turns=dialogues())
 @example(turns=["What?", " A cat.", "And?", "\n\nA dog."])
+@example(turns=[f"{IMAGE}\nWhat?", "\nA cat."])
 @example(turns=[f"{IMAGE}\nWhat?", "", "And?", " "])
 @example(turns=[f"{IMAGE}", "</s>", "", "</s> x"])
-def test_each_answer_and_its_end_carry_its_weight(tokenizers, encoder, template, kind, turns):
-    weights = (0.5, 2.0, 0.25, 4.0)
-    found: Tokens = encoder(template, kind)(conversation(turns, weights))
-    end = ENDS.get(template, "</s>")
+def test_ids_are_those_of_one_pass_and_answers_carry_their_weights(tokenizer, encoder, template, kind, turns):
+    encode, weights = encoder(template, kind), (0.5, 2.0, 0.25, 4.0)
+    answered, question = encode(conversation(turns, weights)), encode(conversation(turns[:-1], weights))
+    for tokens, part in ((answered, turns), (question, turns[:-1])):
+        assert tokens.ids.tolist() == one_pass(tokenizer(kind), render(template, part))
+        assert len(tokens) == len(tokens.ids) == len(tokens.weights) == len(tokens.image_slots)
+        is_image = tokens.image_slots >= 0
+        assert (tokens.ids[is_image] == IMAGE_IDS[kind]).all()
+        count = sum(text.count(IMAGE) for text in turns)
+        assert tokens.image_slots[is_image].tolist() == list(range(PATCHES)) * count
+        assert not tokens.weights[is_image].any()
+    # An answer and its end are supervised, and nothing else.
     for weight, answer in zip(weights, turns[1::2], strict=False):
-        places = np.flatnonzero(found.weights == weight)
-        assert bare(tokenizers[kind].decode(found.ids[places])) == bare(answer + end)
-        assert (np.diff(places) == 1).all()
-    assert set(found.weights.tolist()) <= {0.0, *weights[: len(turns) // 2]}
+        indices = np.flatnonzero(answered.weights == weight)
+        assert bare(tokenizer(kind).decode(answered.ids[indices])) == bare(answer + ENDS.get(template, "</s>"))
+        assert (np.diff(indices) == 1).all()
+    assert set(answered.weights.tolist()) <= {0.0, *weights[: len(turns) // 2]}
+    # A question is the beginning of the answered conversation, and the rest is supervised.
+    size = len(question)
+    assert answered.ids[:size].tolist() == question.ids.tolist()
+    assert answered.weights[:size].tolist() == question.weights.tolist()
+    assert (answered.weights[size:] == weights[len(turns) // 2 - 1]).all()
 
 
-@pytest.mark.parametrize(("template", "kind"), PAIRS)
-@many
-@given(turns=dialogues())
-@example(turns=[f"{IMAGE}\nWhat?", " A cat."])
-@example(turns=[f"{IMAGE}\nWhat?", "\nA cat."])
-def test_an_open_dialogue_is_the_answered_ones_beginning_and_the_rest_is_taught(encoder, template, kind, turns):
-    encode = encoder(template, kind)
-    asked, answered = encode(conversation(turns[:-1])), encode(conversation(turns))
-    assert answered.ids[: len(asked)].tolist() == asked.ids.tolist()
-    assert answered.image_slots[: len(asked)].tolist() == asked.image_slots.tolist()
-    assert answered.weights[: len(asked)].tolist() == asked.weights.tolist()
-    assert (answered.weights[len(asked) :] == 1).all()
-
-
-@pytest.mark.parametrize("kind", ["legacy", "modern", "phi3"])
-def test_reference_mode_keeps_the_prompt_a_prefix_too(tokenizers, kind):
-    template = "phi3_instruct" if kind == "phi3" else "vicuna_v1"
-    encode = Encoder(tokenizers[kind], template, PATCHES, 0, "llava")
+@pytest.mark.parametrize(
+    ("template", "kind"), [("vicuna_v1", "legacy"), ("vicuna_v1", "modern"), ("phi3_instruct", "phi3")]
+)
+def test_the_question_is_a_prefix_in_llava_mode_too(tokenizer, template, kind):
+    encode = Encoder(tokenizer(kind), template, PATCHES, 0, "llava")
     answered = encode(conversation(DIALOGUE))
     for turns in (1, 3):
-        asked = encode(conversation(DIALOGUE[:turns]))
-        assert answered.ids[: len(asked)].tolist() == asked.ids.tolist()
-        assert answered.image_slots[: len(asked)].tolist() == asked.image_slots.tolist()
+        question = encode(conversation(DIALOGUE[:turns]))
+        assert answered.ids[: len(question)].tolist() == question.ids.tolist()
+        assert answered.image_slots[: len(question)].tolist() == question.image_slots.tolist()
 
 
-def test_pictures_are_the_ones_that_the_conversation_names(tokenizers, encoder):
-    found = encoder("llava-hf", "modern")(
-        conversation([f"{IMAGE} or {IMAGE}?", "So.", f"And {IMAGE}?"], images=(2, 0, 1))
-    )
-    shown = found.image_slots[found.image_slots >= 0]
-    assert shown.tolist() == [image * PATCHES + patch for image in (2, 0, 1) for patch in range(PATCHES)]
+# A tokenizer of words.
+
+
+@pytest.fixture
+def words() -> WordTokenizer:
+    return WordTokenizer()
+
+
+def test_a_tokenizer_without_special_tokens_adds_none(words):
+    words.bos_token_id = words.eos_token_id = None
+    tokens = Encoder(words, "llava-hf", 1, IMAGE_ID)(conversation([f"{IMAGE}\nWhat?", "A cup."]))
+    assert words.decode(tokens.ids, skip_special_tokens=False) == "USER: <image>\nWhat? ASSISTANT: A cup."
+    assert words.decode(tokens.ids[tokens.weights > 0], skip_special_tokens=False) == " A cup."
+
+
+def test_images_are_those_that_the_conversation_names(words):
+    images = (2, 0, 1)
+    example = conversation([f"{IMAGE} or {IMAGE}?", "So.", f"And {IMAGE}?"], images=images)
+    tokens = Encoder(words, "llava-hf", PATCHES, IMAGE_ID)(example)
+    slots = [image * PATCHES + patch for image in images for patch in range(PATCHES)]
+    assert tokens.image_slots[tokens.ids == IMAGE_ID].tolist() == slots
+    assert (tokens.image_slots[tokens.ids != IMAGE_ID] == -1).all()
+
+
+def test_the_weight_of_a_question_has_no_effect(words):
+    turns = Turn("user", "What?", 7.0), Turn("assistant", "A cup.", 0.0)
+    assert not Encoder(words, "llava-hf", PATCHES, IMAGE_ID)(Conversation(turns, ())).weights.any()
+
+
+def test_unknown_placeholders_and_templates_are_errors(words):
+    with pytest.raises(UserError, match="tokenization='llava'"):
+        Encoder(words, "llava-hf", PATCHES, 77)(conversation([f"{IMAGE}\nWhat?", "A cup."]))
+    with pytest.raises(UserError, match=r"'chatml'.*llava-hf"):
+        Encoder(words, "chatml", PATCHES, IMAGE_ID)
+    for tokenization in ("hf", "llava"):
+        with pytest.raises(UserError, match=r"v0.*template_example\.json") as error:
+            Encoder(words, "v0", PATCHES, IMAGE_ID, tokenization)
+        assert "\n" not in str(error.value)
