@@ -173,11 +173,11 @@ class Labelled:
     labels: list[int]
 
     @property
-    def taught(self) -> list[int]:
+    def supervised(self) -> list[int]:
         return [place for place, label in enumerate(self.labels) if label != IGNORE]
 
     def expanded(self, patches: int, filler: int) -> Labelled:
-        """The picture's mark as `patches` positions."""
+        """Return it with each image id repeated `patches` times."""
         times = [patches if id == IMAGE_ID else 1 for id in self.ids]
         ids = [
             filler if id == IMAGE_ID else id for id, count in zip(self.ids, times, strict=True) for _ in range(count)

@@ -1,12 +1,11 @@
-"""Reference mode against original LLaVA: its published and observed ids, and an emulation on sentencepiece for the rest.
+"""Original LLaVA's tokenization: its published and observed ids, and an emulation on sentencepiece for all other text.
 
-The emulation (`llama_oracle`) is held against the same vectors first.
+The emulation (`llama_oracle`) is held against the same observations.
 """
 
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,11 +13,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from reverie_jax.data.conversation import Conversation, Turn
-from reverie_jax.data.templates import v0
-from reverie_jax.data.tokenization import Encoder, load_tokenizer
-from reverie_jax.errors import UserError
+from reverie_jax.data.templates import v0_template
+from reverie_jax.data.tokenization import Encoder, Tokens, load_tokenizer
 from tests.data import llama_oracle
-from tests.data.llama_oracle import IMAGE, KINDS, SlowLlama
+from tests.data.llama_oracle import IMAGE, SlowLlama
 
 PATCHES = 3
 FILLER = 0  # the original format has no image token
@@ -27,58 +25,57 @@ PAIRS = [
     *((template, kind) for template in ("vicuna_v1", "llava_v1", "llava_v0") for kind in ("legacy", "modern")),
     ("phi3_instruct", "phi3"),
 ]
-"""Templates with the tokenizers that their models have."""
+"""Templates with the tokenizers of their models."""
 
 
 @pytest.fixture(scope="module")
-def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """transformers' own, of folders as the Llama and Phi-3 repositories have them."""
-
-    def load(kind: str):
-        folder: Path = llama_oracle.write_tokenizer(tmp_path_factory.mktemp(kind), kind)
-        return load_tokenizer(folder)
-
-    return {kind: load(kind) for kind in KINDS}
-
-
-@pytest.fixture(scope="module")
-def encoder(tokenizers):
-    return functools.cache(lambda template, kind: Encoder(tokenizers[kind], template, PATCHES, FILLER, "llava"))
-
-
-def conversation(turns: tuple[str, ...] | list[str], weights: tuple[float, ...] = ()) -> Conversation:
-    """Turns, user first; every marker shows the record's only picture."""
-    spoken = tuple(
-        Turn(("user", "assistant")[n % 2], text, weights[n // 2] if n % 2 and weights else 1.0)
-        for n, text in enumerate(turns)
+def tokenizer(tmp_path_factory: pytest.TempPathFactory):
+    """transformers' own, from folders as the Llama and Phi-3 repositories have them, by kind."""
+    return functools.cache(
+        lambda kind: load_tokenizer(llama_oracle.write_tokenizer(tmp_path_factory.mktemp(kind), kind))
     )
-    return Conversation(spoken, (0,) * sum(text.count(IMAGE) for text in turns))
 
 
-def bare(ids: np.ndarray, image_slots: np.ndarray) -> list[int]:
-    """Ids with -200 where a picture's positions stand; these are whole and in order."""
-    out = [int(id) for id, feature in zip(ids, image_slots, strict=True) if feature < 0]
-    starts = np.flatnonzero(image_slots == 0)
+@pytest.fixture(scope="module")
+def encoder(tokenizer):
+    return functools.cache(lambda template, kind: Encoder(tokenizer(kind), template, PATCHES, FILLER, "llava"))
+
+
+def conversation(texts: list[str], weights: tuple[float, ...] = ()) -> Conversation:
+    """Turns, user first; every marker shows the record's only image."""
+    turns = tuple(
+        Turn(("user", "assistant")[n % 2], text, weights[n // 2] if n % 2 and weights else 1.0)
+        for n, text in enumerate(texts)
+    )
+    return Conversation(turns, (0,) * sum(text.count(IMAGE) for text in texts))
+
+
+def bare(tokens: Tokens) -> list[int]:
+    """Ids with -200 in place of each image's tokens, which must be whole and in order."""
+    ids, slots = tokens.ids, tokens.image_slots
+    out = ids[slots < 0].tolist()
+    starts = np.flatnonzero(slots == 0)
     for start in starts:
-        assert image_slots[start : start + PATCHES].tolist() == list(range(PATCHES))
+        assert slots[start : start + PATCHES].tolist() == list(range(PATCHES))
         assert (ids[start : start + PATCHES] == FILLER).all()
-    assert (image_slots >= 0).sum() == PATCHES * len(starts)
+    assert (slots >= 0).sum() == PATCHES * len(starts)
     for number, start in enumerate(starts):
         out.insert(start - number * (PATCHES - 1), llama_oracle.IMAGE_ID)
     return out
 
 
-def held(encoder, template: str, kind: str, turns: list[str]) -> None:
-    """A taught conversation's ids, features and taught positions are the oracle's."""
-    found = encoder(template, kind)(conversation(turns))
-    item = llama_oracle.training(SlowLlama(kind), template, turns)
-    assert bare(found.ids, found.image_slots) == item.ids
-    wanted = item.expanded(PATCHES, FILLER)
-    assert found.ids.tolist() == wanted.ids
-    assert np.flatnonzero(found.weights).tolist() == wanted.taught
+def check_sample(encoder, template: str, kind: str, turns: list[str]) -> list[int]:
+    """Compare a sample's ids, image slots and supervised tokens with the oracle's; return the oracle's supervised tokens."""
+    tokens = encoder(template, kind)(conversation(turns))
+    expected = llama_oracle.training(SlowLlama(kind), template, turns)
+    assert bare(tokens) == expected.ids
+    expanded = expected.expanded(PATCHES, FILLER)
+    assert tokens.ids.tolist() == expanded.ids
+    assert np.flatnonzero(tokens.weights).tolist() == expanded.supervised
+    return expected.supervised
 
 
-# --- what was observed -------------------------------------------------------------------------------------------
+# Observed samples.
 
 PUBLISHED = """1 319 13563 1546 263 12758 5199 322 385 23116 21082 20255 29889 450 20255 4076 8444 29892 13173 29892
 322 1248 568 6089 304 278 5199 29915 29879 5155 29889 3148 1001 29901 29871 -200 29871 13 12148 8453 445 1967 297
@@ -91,7 +88,7 @@ SECOND_ROUND = {
     "legacy": "3148 1001 29901 9159 29973 319 1799 9047 13566 29901 6054 2",
     "modern": "11889 29901 9159 29973 319 1799 9047 13566 29901 6054 2",
 }
-TAUGHT = {
+SUPERVISED = {
     ("vicuna_v1", "legacy"): [*range(47, 51), 61, 62],
     ("vicuna_v1", "modern"): [*range(47, 51), 60, 61],
     ("llava_v1", "legacy"): [*range(47, 51), 61, 62],
@@ -109,76 +106,52 @@ def numbers(text: str) -> list[int]:
 
 @pytest.mark.parametrize("kind", ["legacy", "modern"])
 @pytest.mark.parametrize("template", ["llava_v1", "vicuna_v1"])
-def test_prompt_is_the_published_one(encoder, template, kind):
+def test_the_prompt_is_the_published_one(encoder, template, kind):
     expected = [1404 if id == 5199 and template == "vicuna_v1" else id for id in numbers(PUBLISHED)]
     assert len(expected) == 50
     assert llama_oracle.question(SlowLlama(kind), template, DESCRIBE) == expected
-    found = encoder(template, kind)(conversation(DESCRIBE))
-    assert bare(found.ids, found.image_slots) == expected
-    assert not found.weights.any()
+    tokens = encoder(template, kind)(conversation(DESCRIBE))
+    assert bare(tokens) == expected
+    assert not tokens.weights.any()
 
 
 @pytest.mark.parametrize(("template", "kind"), PAIRS)
-def test_oracle_teaches_what_the_original_was_seen_to_teach(template, kind):
-    item = llama_oracle.training(SlowLlama(kind), template, DIALOGUE)
-    assert item.taught == TAUGHT[template, kind]
-    assert len(item.ids) == (72 if template == "llava_v0" else LENGTH[kind])
-
-
-@pytest.mark.parametrize(("template", "kind"), PAIRS)
-def test_sample_teaches_what_the_original_was_seen_to_teach(encoder, template, kind):
-    found = encoder(template, kind)(conversation(DIALOGUE))
-    ids = bare(found.ids, found.image_slots)
+def test_a_sample_is_supervised_as_the_original_was_observed_to(encoder, template, kind):
+    assert check_sample(encoder, template, kind, DIALOGUE) == SUPERVISED[template, kind]
+    ids = bare(encoder(template, kind)(conversation(DIALOGUE)))
     assert len(ids) == (72 if template == "llava_v0" else LENGTH[kind])
-    text = [place if place < ids.index(-200) else place + PATCHES - 1 for place in TAUGHT[template, kind]]
-    assert np.flatnonzero(found.weights).tolist() == text
+    if template == "vicuna_v1":
+        assert ids[42:] == numbers(f"319 1799 9047 13566 29901 319 6635 29889 2 {SECOND_ROUND[kind]}")
+    if template == "phi3_instruct":
+        assert ids == numbers(PHI3)
 
 
 @pytest.mark.parametrize("kind", ["legacy", "modern"])
-def test_second_round_follows_the_end_token_as_the_tokenizers_kind_has_it(encoder, kind):
-    found = encoder("vicuna_v1", kind)(conversation(DIALOGUE))
-    ids = bare(found.ids, found.image_slots)
-    assert ids[42:51] == numbers("319 1799 9047 13566 29901 319 6635 29889 2")
-    assert ids[51:] == numbers(SECOND_ROUND[kind])
+def test_a_caption_is_supervised_with_its_newline(encoder, kind):
+    turns = [f"Describe it.\n{IMAGE}", "A cat."]
+    check_sample(encoder, "plain", kind, turns)
+    tokens = encoder("plain", kind)(conversation(turns))
+    assert bare(tokens) == [1, -200, 319, 6635, 29889, 13]
+    assert tokens.weights.tolist() == [0] * (1 + PATCHES) + [1] * 4
 
 
-def test_phi3_sample_is_the_observed_one(encoder):
-    found = encoder("phi3_instruct", "phi3")(conversation(DIALOGUE))
-    assert bare(found.ids, found.image_slots) == numbers(PHI3)
+@pytest.mark.parametrize(("template", "kind"), PAIRS)
+def test_tokens_carry_the_weight_of_their_answer(encoder, template, kind):
+    for weights in ((0.5, 2.0), (0.0, 1.0), (1.0, 0.0)):
+        carried = encoder(template, kind)(conversation(DIALOGUE, weights)).weights
+        if template == "llava_v0":  # the mask has drifted, but tokens still come in the order of the answers
+            supervised = encoder(template, kind)(conversation(DIALOGUE)).weights > 0
+            assert carried[supervised].tolist() == sorted(carried[supervised].tolist(), key=weights.index)
+            assert set(carried[supervised].tolist()) == set(weights)
+        else:
+            supervised = np.asarray(SUPERVISED[template, kind]) + PATCHES - 1
+            assert carried[supervised].tolist() == [weights[0]] * 4 + [weights[1]] * 2
+        assert np.count_nonzero(carried) == np.count_nonzero(carried[supervised])
 
 
-@pytest.mark.parametrize("kind", ["legacy", "modern"])
-def test_caption_is_taught_with_its_newline(encoder, kind):
-    said = [f"Describe it.\n{IMAGE}", "A cat."]
-    found = encoder("plain", kind)(conversation(said))
-    assert bare(found.ids, found.image_slots) == [1, -200, 319, 6635, 29889, 13]
-    assert found.weights.tolist() == [0] * (1 + PATCHES) + [1] * 4
-    held(encoder, "plain", kind, said)
+# Samples whose counts do not add up.
 
-
-# --- weights -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("template", "kind"), [pair for pair in PAIRS if pair[0] != "llava_v0"])
-@pytest.mark.parametrize("weights", [(0.5, 2.0), (0.0, 1.0), (1.0, 0.0)])
-def test_a_rounds_tokens_carry_its_answers_weight(encoder, template, kind, weights):
-    found = encoder(template, kind)(conversation(DIALOGUE, weights)).weights
-    taught = [place + PATCHES - 1 for place in TAUGHT[template, kind]]
-    assert found[taught].tolist() == [weights[0]] * 4 + [weights[1]] * 2
-    assert not np.delete(found, taught).any()
-
-
-def test_weights_of_v0_come_in_the_answers_order(encoder):
-    found = encoder("llava_v0", "modern")(conversation(DIALOGUE, (0.5, 2.0))).weights
-    carried = found[found > 0].tolist()
-    assert len(carried) == 23
-    assert set(carried) == {0.5, 2.0}
-    assert carried == sorted(carried)
-
-
-# --- whole samples that are taught nothing -------------------------------------------------------------------------
-
-WIPED = {
+MASKED = {
     "role inside": "The model says ASSISTANT: hello",
     "role, then a space": " ASSISTANT: hello",
     "end token inside": "One</s>two",
@@ -198,47 +171,35 @@ KEPT = {
 
 
 @pytest.mark.parametrize("kind", ["legacy", "modern"])
-@pytest.mark.parametrize("image", [True, False], ids=["picture", "text"])
-@pytest.mark.parametrize("answer", WIPED.values(), ids=WIPED)
-def test_a_count_that_does_not_come_out_wipes_the_whole_sample(encoder, kind, image, answer):
-    asked = f"{IMAGE}\nWhat is this?" if image else "What is this?"
-    dialogues = [[asked, answer], [asked, "A cat.", "And this?", answer]]
-    if answer:  # an empty one runs into the next round, and the count is right again
-        dialogues.append([asked, answer, "And this?", "A cat."])
-    for turns in dialogues:
-        assert not llama_oracle.training(SlowLlama(kind), "vicuna_v1", turns).taught
-        assert not encoder("vicuna_v1", kind)(conversation(turns)).weights.any()
-
-
-@pytest.mark.parametrize("kind", ["legacy", "modern"])
-@pytest.mark.parametrize("answer", KEPT.values(), ids=KEPT)
-def test_harmless_answers_are_taught(encoder, kind, answer):
-    turns = [f"{IMAGE}\nWhat is this?", answer, "And this?", answer]
-    assert llama_oracle.training(SlowLlama(kind), "vicuna_v1", turns).taught
-    held(encoder, "vicuna_v1", kind, turns)
+@pytest.mark.parametrize("name", [*MASKED, *KEPT])
+def test_a_count_that_does_not_add_up_masks_the_whole_sample(encoder, kind, name):
+    answer = (MASKED | KEPT)[name]
+    for question in (f"{IMAGE}\nWhat is this?", "What is this?"):
+        dialogues = [[question, answer], [question, "A cat.", "And this?", answer]]
+        if answer:  # an empty one runs into the next round, and the count is right again
+            dialogues.append([question, answer, "And this?", "A cat."])
+        for turns in dialogues:
+            assert bool(check_sample(encoder, "vicuna_v1", kind, turns)) == (name in KEPT)
 
 
 @pytest.mark.parametrize("answer", ["A cat.<|end|>", "a<|end|>\n<|assistant|>\nb", "<|end|>", "", "an <unk> word"])
-def test_phi3_wipes_too(encoder, answer):
+def test_phi3_masks_too(encoder, answer):
     for turns in ([f"{IMAGE}\nWhat?", answer], ["What?", "A cat.", "And?", answer]):
-        assert not llama_oracle.training(SlowLlama("phi3"), "phi3_instruct", turns).taught
-        assert not encoder("phi3_instruct", "phi3")(conversation(turns)).weights.any()
+        assert not check_sample(encoder, "phi3_instruct", "phi3", turns)
 
 
-def test_a_sample_past_the_published_length_is_not_checked(encoder):
-    turns = [f"{IMAGE}\nWhat is this?", "cat " * 2100 + "<unk>"]
-    assert llama_oracle.training(SlowLlama("modern"), "vicuna_v1", turns).taught
-    held(encoder, "vicuna_v1", "modern", turns)
+def test_a_sample_longer_than_the_published_length_is_not_checked(encoder):
+    assert check_sample(encoder, "vicuna_v1", "modern", [f"{IMAGE}\nWhat is this?", "cat " * 2100 + "<unk>"])
 
 
-def test_empty_words_leave_no_separator(encoder):
-    # The original prints `ROLE:` for an empty message, neither a space nor an end token behind it.
+@pytest.mark.parametrize(("template", "kind"), PAIRS)
+def test_empty_texts_have_no_separator(encoder, template, kind):
+    # The original prints `ROLE:` for an empty message, with neither a space nor an end token after it.
     for turns in ([f"{IMAGE}\nWhat?", ""], ["What?", "", "And?", "A cat."], ["What?", "A cat.", "", "A dog."]):
-        for template, kind in PAIRS:
-            held(encoder, template, kind, turns)
+        check_sample(encoder, template, kind, turns)
 
 
-# --- anything that is said -----------------------------------------------------------------------------------------
+# Any text.
 
 WORDS = [
     *("a", "Is", "cup", "Black", "image?", "it's", "12", "(red)", "Yes,", "."),
@@ -250,16 +211,17 @@ WORDS = [
 TRAPS = [*WORDS, " ASSISTANT: ", "</s>", "<s>", "<unk>", "<|end|>", "<|user|>", "<|assistant|>\n", "<|endoftext|>", "▁"]
 
 
-def speech(words: list[str], smallest: int = 1) -> st.SearchStrategy[str]:
-    said = st.lists(st.sampled_from(words), min_size=smallest, max_size=8).map("".join)
+def texts(words: list[str], smallest: int = 1) -> st.SearchStrategy[str]:
+    joined = st.lists(st.sampled_from(words), min_size=smallest, max_size=8).map("".join)
     free = st.text(st.characters(exclude_categories=("Cs",)), min_size=smallest, max_size=12)
-    return (said | free).filter(lambda text: IMAGE not in text)
+    return (joined | free).filter(lambda text: IMAGE not in text)
 
 
 @st.composite
-def dialogues(draw: st.DrawFn, words: list[str], smallest: int = 1) -> list[str]:
-    """One to four exchanges, a picture or none, its marker anywhere in any question."""
-    turns = draw(st.integers(1, 4).flatmap(lambda n: st.lists(speech(words, smallest), min_size=2 * n, max_size=2 * n)))
+def dialogues(draw: st.DrawFn) -> list[str]:
+    """One to four exchanges of ordinary text or of text full of format marks, with markers anywhere in any question."""
+    text = texts(draw(st.sampled_from([WORDS, TRAPS])))
+    turns = draw(st.integers(1, 4).flatmap(lambda n: st.lists(text, min_size=2 * n, max_size=2 * n)))
     for _ in range(draw(st.sampled_from([0, 1, 1, 1, 2]))):
         n = draw(st.sampled_from([0, 0, *range(0, len(turns), 2)]))
         at = draw(st.sampled_from([0, len(turns[n]), draw(st.integers(0, len(turns[n])))]))
@@ -268,69 +230,44 @@ def dialogues(draw: st.DrawFn, words: list[str], smallest: int = 1) -> list[str]
     return turns
 
 
-def plain_marked(turns: list[str]) -> bool:
+def markers_vanish(turns: list[str]) -> bool:
     """Taking the markers out leaves no new one (`<<image>image>`)."""
     return not any(IMAGE in text.replace(IMAGE, "") for text in turns)
 
 
-many = settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+slow = [HealthCheck.too_slow, HealthCheck.filter_too_much]
 
 
 @pytest.mark.parametrize(("template", "kind"), PAIRS)
-@many
-@given(turns=dialogues(WORDS).filter(plain_marked))
-def test_ordinary_talk_is_the_originals(encoder, template, kind, turns):
-    held(encoder, template, kind, turns)
-
-
-@pytest.mark.parametrize(("template", "kind"), PAIRS)
-@many
-@given(turns=dialogues(TRAPS).filter(plain_marked))
+@settings(max_examples=60, suppress_health_check=slow)
+@given(turns=dialogues().filter(markers_vanish))
 @example(turns=["Q", "A<unk>"])
 @example(turns=["Q<unk>", "A", "B", "C"])
 @example(turns=[f"{IMAGE}\nQ", "A</s>B", "C", "D"])
 @example(turns=[f"{IMAGE}\nQ</s> x", "A"])
 @example(turns=["</s>", "</s>"])
 @example(turns=[f"{IMAGE}\nQ", " <|end|> \n x"])
-def test_talk_full_of_format_marks_is_the_originals(encoder, template, kind, turns):
-    held(encoder, template, kind, turns)
+def test_any_sample_and_prompt_is_the_originals(encoder, template, kind, turns):
+    check_sample(encoder, template, kind, turns)
+    asked = [llama_oracle.normal(text) for text in turns[:-1]]  # evaluation puts the image in front itself
+    tokens = encoder(template, kind)(conversation(asked))
+    assert bare(tokens) == llama_oracle.question(SlowLlama(kind), template, asked)
+    assert not tokens.weights.any()
 
 
 @pytest.mark.parametrize("kind", ["legacy", "modern"])
-@many
-@given(speech(TRAPS, 0), speech(TRAPS, 0))
-def test_any_caption_is_the_originals(encoder, kind, asked, caption):
-    held(encoder, "plain", kind, [asked + IMAGE, caption])
+@settings(max_examples=40, suppress_health_check=slow)
+@given(texts(TRAPS, 0), texts(TRAPS, 0))
+def test_any_caption_is_the_originals(encoder, kind, question, caption):
+    check_sample(encoder, "plain", kind, [question + IMAGE, caption])
 
 
-@pytest.mark.parametrize(("template", "kind"), PAIRS)
-@many
-@given(turns=dialogues(TRAPS).filter(plain_marked))
-def test_any_prompt_is_the_originals(encoder, template, kind, turns):
-    asked = [llama_oracle.normal(text) for text in turns[:-1]]  # evaluation puts the picture in front itself
-    found = encoder(template, kind)(conversation(asked))
-    assert bare(found.ids, found.image_slots) == llama_oracle.question(SlowLlama(kind), template, asked)
-    assert not found.weights.any()
-
-
-# --- v0 ------------------------------------------------------------------------------------------------------------
-
-
-def test_v0_shows_its_example_in_prompts_only(tokenizers):
-    ours = Encoder(tokenizers["modern"], v0("Is tea hot?", "It is."), PATCHES, FILLER, "llava")
-    found = ours(conversation(DESCRIBE))
+def test_v0_shows_its_example_in_prompts_only(tokenizer):
     example = ["Is tea hot?", "It is."]
+    encode = Encoder(tokenizer("modern"), v0_template(*example), PATCHES, FILLER, "llava")
     expected = llama_oracle.question(SlowLlama("modern"), "llava_v0", [*example, *DESCRIBE])
-    assert bare(found.ids, found.image_slots) == expected
-    # Its training form names the system's words alone, as llava_v0's does.
-    item = llama_oracle.training(SlowLlama("modern"), "llava_v0", DIALOGUE)
-    taught = ours(conversation(DIALOGUE))
-    assert bare(taught.ids, taught.image_slots) == item.ids
-    assert np.flatnonzero(taught.weights).tolist() == item.expanded(PATCHES, FILLER).taught
-
-
-@pytest.mark.parametrize("tokens", ["hf", "llava"])
-def test_bare_v0_says_that_it_needs_its_example(tokenizers, tokens):
-    with pytest.raises(UserError, match=r"v0.*example") as caught:
-        Encoder(tokenizers["modern"], "v0", PATCHES, FILLER, tokens)
-    assert "\n" not in str(caught.value)
+    assert bare(encode(conversation(DESCRIBE))) == expected
+    # Its training form has the system message alone, as llava_v0's does.
+    sample, item = encode(conversation(DIALOGUE)), llama_oracle.training(SlowLlama("modern"), "llava_v0", DIALOGUE)
+    assert bare(sample) == item.ids
+    assert np.flatnonzero(sample.weights).tolist() == item.expanded(PATCHES, FILLER).supervised
