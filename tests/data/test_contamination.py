@@ -1,13 +1,10 @@
-"""Leaks: a picture under other names, sizes and formats is found; one that but shares a name or looks a bit alike is not."""
+"""Contamination: an image under other names, sizes and formats is found; one that only shares a name is not."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import io
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,60 +14,69 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from reverie_jax.cli.data_options import Match as Command
 
+from reverie_jax.cli.data import Contamination
+from reverie_jax.data import contamination
 from reverie_jax.data.contamination import (
-    COLOURS,
-    Evaluation,
+    MAX_COLOR_DIFFERENCE,
+    EvaluationImages,
     ImageHash,
-    Match,
-    canonical_name,
-    distances,
-    evaluation,
-    find,
-    image_hash,
+    ImageMatch,
+    find_matches,
+    hamming_distances,
+    hash_image,
+    normalize_name,
+    read_evaluation_images,
 )
 from reverie_jax.data.images import BrokenImage
+from reverie_jax.data.mixture import MixtureEntry, read_mixture
 from reverie_jax.data.records import write_records
+from reverie_jax.data.sources import ReadLog
 from reverie_jax.errors import DataError, UserError
-from tests.data.fakes import png, records
+from tests.data.fakes import assert_one_line, llava_row, png, records, write_json_rows
 
 SIDE = 192
 
 
 @functools.cache
-def natural(seed: int, side: int = SIDE) -> Image.Image:
-    """A picture as cameras make them: most power in low frequencies, three colours that go together."""
+def natural(seed: int) -> Image.Image:
+    """An image like a photograph: most power in low frequencies, three correlated colors."""
     rng = np.random.default_rng(seed)
-    across = np.hypot(*np.meshgrid(np.fft.fftfreq(side), np.fft.fftfreq(side)))
-    across[0, 0] = 1
+    frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(SIDE), np.fft.fftfreq(SIDE)))
+    frequency[0, 0] = 1
     planes = []
-    grey = rng.normal(size=(side, side))
+    gray = rng.normal(size=(SIDE, SIDE))
     for _ in range(3):
-        waves = np.fft.fft2(0.8 * grey + 0.2 * rng.normal(size=(side, side))) / across**1.2
+        waves = np.fft.fft2(0.8 * gray + 0.2 * rng.normal(size=(SIDE, SIDE))) / frequency**1.2
         plane = np.fft.ifft2(waves).real
         planes.append(np.clip(128 + 55 * (plane - plane.mean()) / plane.std(), 0, 255))
     return Image.fromarray(np.stack(planes, -1).astype(np.uint8))
 
 
-def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+def encode(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format=kind, **options)
     return buffer.getvalue()
 
 
-def against(**pictures: bytes | None) -> Evaluation:
-    """Evaluation pictures by name; None where only the name is known. Two underscores are a dot."""
-    return Evaluation(
-        {
-            name.replace("__", "."): None if picture is None else image_hash(picture, name)
-            for name, picture in pictures.items()
-        }
+@functools.cache
+def photo(seed: int) -> bytes:
+    return encode(natural(seed))
+
+
+def evaluation(**images: bytes | None) -> EvaluationImages:
+    """Evaluation images by name; None if only the name is known. Two underscores are a dot."""
+    return EvaluationImages(
+        {name.replace("__", "."): None if image is None else hash_image(image, name) for name, image in images.items()}
     )
 
 
-def leaks(name: str, picture: bytes, known: Evaluation, distance: int = 4) -> list[Match]:
-    return list(find([(name, picture)], known, distance=distance, threads=2))
+def matches(name: str, image: bytes, known: EvaluationImages, distance: int = 4) -> list[ImageMatch]:
+    return list(find_matches([(name, image)], known, max_distance=distance, threads=2))
+
+
+def by_name(name: str) -> EvaluationImages:
+    return EvaluationImages({name: None})
 
 
 # Names.
@@ -78,9 +84,7 @@ def leaks(name: str, picture: bytes, known: Evaluation, distance: int = 4) -> li
 NUMBER = "000000123456"
 SAME = [
     f"COCO_val2014_{NUMBER}.jpg",
-    f"COCO_train2014_{NUMBER}.jpg",
     f"COCO_test2015_{NUMBER}.png",
-    f"{NUMBER}.jpg",
     NUMBER,
     f"train2017/{NUMBER}.jpg",
     f"coco/images/val2017/{NUMBER}.JPG",
@@ -89,10 +93,10 @@ SAME = [
 
 
 @pytest.mark.parametrize("name", SAME)
-@pytest.mark.parametrize("other", SAME)
-def test_a_coco_picture_is_known_by_its_number_in_every_release(name, other):
-    assert canonical_name(name) == canonical_name(other)
-    assert leaks(name, b"", Evaluation({other: None})) == [Match(name, other, "name", None)]
+def test_a_coco_image_has_its_number_in_every_release(name):
+    for other in SAME:
+        assert normalize_name(name) == normalize_name(other)
+        assert matches(name, b"", by_name(other)) == [ImageMatch(name, other, "name", None)]
 
 
 @pytest.mark.parametrize(
@@ -112,11 +116,12 @@ def test_a_coco_picture_is_known_by_its_number_in_every_release(name, other):
         ("茶/ü.png", "ü.jpg", True),
     ],
 )
-def test_other_pictures_are_known_by_their_names(one, other, same):
-    assert bool(leaks(one, b"", Evaluation({other: None}))) == same
-    assert bool(leaks(other, b"", Evaluation({one: None}))) == same
+def test_other_images_are_compared_by_stem(one, other, same):
+    assert bool(matches(one, b"", by_name(other))) == same
+    assert bool(matches(other, b"", by_name(one))) == same
 
 
+@settings(max_examples=40)
 @given(
     st.integers(0, 10**12 - 1),
     st.sampled_from(("", "COCO_train2014_", "COCO_val2014_", "coco_test2015_", "COCO_")),
@@ -124,204 +129,156 @@ def test_other_pictures_are_known_by_their_names(one, other, same):
     st.sampled_from((".jpg", ".JPG", ".png", "")),
 )
 def test_the_number_of_any_coco_name_is_found(number, prefix, folder, suffix):
-    assert canonical_name(f"{folder}{prefix}{number:012d}{suffix}") == f"{number:012d}"
+    assert normalize_name(f"{folder}{prefix}{number:012d}{suffix}") == f"{number:012d}"
 
 
-def test_a_name_alone_is_a_leak_where_either_picture_is_not_at_hand():
-    picture, other = encoded(natural(1)), encoded(natural(2))
-    assert leaks("a.png", picture, against(a__jpg=None)) == [Match("a.png", "a.jpg", "name", None)]
-    assert leaks("a.png", b"", against(a__jpg=other)) == [Match("a.png", "a.jpg", "name", None)]
+MATCHES = {
+    "no evaluation image": ("a.png", photo(1), {"a__jpg": None}, [("a.jpg", "name", None)]),
+    "no training image": ("a.png", b"", {"a__jpg": photo(2)}, [("a.jpg", "name", None)]),
+    "same name, other image": ("a.png", photo(1), {"a__jpg": photo(2)}, []),
+    "same name and image": ("x/a.png", photo(1), {"a__jpg": photo(1)}, [("a.jpg", "name and hash", 0)]),
+    "other name, same image": ("x.png", photo(1), {"a__jpg": photo(1)}, [("a.jpg", "hash", 0)]),
+    "several": (  # not a.gif: the hash of an image of that name decides
+        "a.png",
+        photo(1),
+        {"a__jpg": photo(1), "b__png": photo(1), "c__png": photo(2), "a__gif": None},
+        [("a.jpg", "name and hash", 0), ("b.png", "hash", 0)],
+    ),
+    "single colors": ("red.png", png((255, 0, 0)), {"blue__png": png((0, 0, 255))}, []),
+    "black and white": ("black.png", png((0, 0, 0)), {"white__png": png((255, 255, 255))}, []),
+    "plain and natural": ("plain.png", png(), {f"{n}": photo(n) for n in range(10)}, []),
+}
 
 
-def test_one_name_for_two_pictures_is_no_leak_where_both_are_at_hand():
-    assert leaks("a.png", encoded(natural(1)), against(a__jpg=encoded(natural(2)))) == []
+@pytest.mark.parametrize(("name", "image", "known", "expected"), MATCHES.values(), ids=MATCHES)
+def test_images_match_by_hash_if_both_are_available_else_by_name(name, image, known, expected):
+    assert matches(name, image, evaluation(**known)) == [ImageMatch(name, *match) for match in expected]
 
 
-def test_one_name_for_one_picture_is_found_by_both():
-    picture = encoded(natural(1))
-    assert leaks("x/a.png", picture, against(a__jpg=picture)) == [Match("x/a.png", "a.jpg", "name and look", 0)]
-
-
-def test_another_name_is_found_by_its_look_alone():
-    picture = encoded(natural(1))
-    assert leaks("x.png", picture, against(a__jpg=picture)) == [Match("x.png", "a.jpg", "look", 0)]
-
-
-def test_every_likeness_is_told():
-    picture = encoded(natural(1))
-    known = against(a__jpg=picture, b__png=picture, c__png=encoded(natural(2)), a__gif=None)
-    found = leaks("a.png", picture, known)
-    assert {(leak.evaluation, leak.how) for leak in found} == {
-        ("a.jpg", "name and look"),
-        ("b.png", "look"),
-    }  # and not a.gif: what a picture of that name looks like decides
-
-
-# Looks.
+# Hashes.
 
 CHANGES: dict[str, Callable[[Image.Image], bytes]] = {
-    "half the size": lambda image: encoded(image.resize((SIDE // 2, SIDE // 2), Image.Resampling.LANCZOS)),
-    "twice the size": lambda image: encoded(image.resize((2 * SIDE, 2 * SIDE), Image.Resampling.BICUBIC)),
-    "another shape": lambda image: encoded(image.resize((SIDE + 40, SIDE - 30), Image.Resampling.BILINEAR)),
-    "recompressed": lambda image: encoded(image, "JPEG", quality=40),
-    "recompressed twice": lambda image: encoded(
-        Image.open(io.BytesIO(encoded(image, "JPEG", quality=60))), "JPEG", quality=50
+    "half the size": lambda image: encode(image.resize((SIDE // 2, SIDE // 2), Image.Resampling.LANCZOS)),
+    "twice the size": lambda image: encode(image.resize((2 * SIDE, 2 * SIDE), Image.Resampling.BICUBIC)),
+    "another shape": lambda image: encode(image.resize((SIDE + 40, SIDE - 30), Image.Resampling.BILINEAR)),
+    "recompressed": lambda image: encode(image, "JPEG", quality=40),
+    "recompressed twice": lambda image: encode(
+        Image.open(io.BytesIO(encode(image, "JPEG", quality=60))), "JPEG", quality=50
     ),
-    "webp": lambda image: encoded(image, "WEBP", quality=60),
-    "gif": lambda image: encoded(image, "GIF"),
-    "bmp": lambda image: encoded(image, "BMP"),
-    "grey": lambda image: encoded(image.convert("L")),
-    "with transparency": lambda image: encoded(image.convert("RGBA")),
-    "a little brighter": lambda image: encoded(image.point(lambda value: min(255, value + 12))),
-    "small and poor": lambda image: encoded(image.resize((64, 64)), "JPEG", quality=30),
+    "webp": lambda image: encode(image, "WEBP", quality=60),
+    "gif": lambda image: encode(image, "GIF"),
+    "bmp": lambda image: encode(image, "BMP"),
+    "gray": lambda image: encode(image.convert("L")),
+    "with transparency": lambda image: encode(image.convert("RGBA")),
+    "a little brighter": lambda image: encode(image.point(lambda value: min(255, value + 12))),
+    "small, low quality": lambda image: encode(image.resize((64, 64)), "JPEG", quality=30),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-@pytest.mark.parametrize("seed", range(4))
-def test_a_changed_copy_is_found(change, seed):
-    known = against(eval__jpg=encoded(natural(seed)), other__jpg=encoded(natural(90)))
-    found = leaks("train.png", change(natural(seed)), known)
-    assert [(leak.evaluation, leak.how) for leak in found] == [("eval.jpg", "look")]
-    assert found[0].distance is not None
-    assert found[0].distance <= 4
+def test_a_changed_copy_is_found(change):
+    for seed in range(3):
+        known = evaluation(eval__jpg=photo(seed), other__jpg=photo(90))
+        (match,) = matches("train.png", change(natural(seed)), known)
+        assert (match.evaluation, match.matched_by) == ("eval.jpg", "hash")
+        assert match.distance is not None
+        assert match.distance <= 4
 
 
-def test_different_pictures_do_not_look_alike():
-    looks = [image_hash(encoded(natural(seed)), "x") for seed in range(24)]
-    hashes = np.asarray([one.bits for one in looks], np.uint64)
-    apart = [distances(int(one), np.delete(hashes, number)).min() for number, one in enumerate(hashes)]
-    assert min(apart) > 8
-    known = Evaluation({f"{number}.png": one for number, one in enumerate(looks[:12])})
-    pictures = [(f"t{seed}.png", encoded(natural(seed))) for seed in range(12, 24)]
-    assert list(find(pictures, known, distance=4, threads=2)) == []
+def test_different_images_do_not_match():
+    hashes = [hash_image(photo(seed), "x") for seed in range(24)]
+    bits = np.asarray([value.bits for value in hashes], np.uint64)
+    assert min(hamming_distances(int(one), np.delete(bits, n)).min() for n, one in enumerate(bits)) > 8
+    known = EvaluationImages({f"{number}.png": value for number, value in enumerate(hashes[:12])})
+    images = [(f"t{seed}.png", photo(seed)) for seed in range(12, 24)]
+    assert list(find_matches(images, known, max_distance=4, threads=2)) == []
 
 
+@settings(max_examples=30)
 @given(st.integers(0, 2**64 - 1), st.lists(st.integers(0, 2**64 - 1), max_size=5))
-def test_distances_count_the_bits_that_differ(one, others):
-    wanted = [bin(one ^ other).count("1") for other in others]
-    assert distances(one, np.asarray(others, np.uint64)).tolist() == wanted
+def test_hamming_distances_are_of_brute_force(bits, others):
+    expected = [bin(bits ^ other).count("1") for other in others]
+    assert hamming_distances(bits, np.asarray(others, np.uint64)).tolist() == expected
 
 
-GREY = np.full((8, 8, 3), 100, np.int16)
+GRAY = np.full((8, 8, 3), 100, np.int16)
+LIMIT = MAX_COLOR_DIFFERENCE
 
 
-@pytest.mark.parametrize(("more", "alike"), [(0, True), (COLOURS, True), (COLOURS + 1, False), (-COLOURS - 1, False)])
-def test_looks_of_other_colours_are_others(more, alike):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("reverie_jax.data.contamination.look", lambda encoded, name: ImageHash(7, GREY))
-        found = leaks("t.png", b"x", Evaluation({"e.png": ImageHash(7, (GREY + more).astype(np.int16))}))
-    assert bool(found) == alike
+@pytest.mark.parametrize(("more", "similar"), [(0, True), (LIMIT, True), (LIMIT + 1, False), (-LIMIT - 1, False)])
+def test_plain_images_of_other_colors_do_not_match(monkeypatch, more, similar):
+    monkeypatch.setattr(contamination, "hash_image", lambda encoded, name: ImageHash(7, GRAY))
+    known = EvaluationImages({"e.png": ImageHash(7, (GRAY + more).astype(np.int16))})
+    assert bool(matches("t.png", b"x", known)) == similar
 
 
 @settings(max_examples=30)
 @given(st.integers(0, 2**64 - 1), st.sets(st.integers(0, 63), max_size=8), st.integers(0, 8))
-def test_the_distance_is_the_last_that_counts(own, flipped, distance):
-    other = own ^ sum(1 << bit for bit in flipped)
+def test_the_maximum_distance_matches(bits, flipped, distance):
+    other = bits ^ sum(1 << bit for bit in flipped)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("reverie_jax.data.contamination.look", lambda encoded, name: ImageHash(own, GREY))
-        found = leaks("t.png", b"x", Evaluation({"e.png": ImageHash(other, GREY)}), distance)
-    assert found == ([Match("t.png", "e.png", "look", len(flipped))] if len(flipped) <= distance else [])
+        patch.setattr(contamination, "hash_image", lambda encoded, name: ImageHash(bits, GRAY))
+        found = matches("t.png", b"x", EvaluationImages({"e.png": ImageHash(other, GRAY)}), distance)
+    expected = [ImageMatch("t.png", "e.png", "hash", len(flipped))] if len(flipped) <= distance else []
+    assert found == expected
 
 
-def test_distance_zero_finds_only_the_same_look():
-    picture, known = natural(3), against(e__png=encoded(natural(3)))
-    assert leaks("t.bmp", encoded(picture, "BMP"), known, 0) == [Match("t.bmp", "e.png", "look", 0)]
-    squeezed = next(
-        one
-        for one in (
-            encoded(picture.rotate(angle, Image.Resampling.BICUBIC, fillcolor=(128, 128, 128)))
-            for angle in np.linspace(0.2, 3, 20).tolist()
-        )
-        if image_hash(one, "x").bits != image_hash(encoded(picture), "x").bits
-    )
-    assert leaks("t.png", squeezed, known, 0) == []
-    assert leaks("t.png", squeezed, known, 63)
+def test_a_broken_training_image_is_named():
+    with pytest.raises(BrokenImage, match=r"t\.png") as error:
+        matches("t.png", png()[:40], evaluation(e__png=png()))
+    assert_one_line(error)
 
 
-def test_pictures_of_different_single_colours_are_no_leak():
-    assert leaks("red.png", png((255, 0, 0)), against(blue__png=png((0, 0, 255)))) == []
+@pytest.mark.parametrize("threads", [1, 5])
+def test_matches_come_in_the_order_of_the_images(threads):
+    known = EvaluationImages({f"{n}.jpg": None for n in range(200)})
+    images = [(f"{n}.png", b"") for n in range(199, -1, -1)]
+    found = find_matches(images, known, max_distance=4, threads=threads)
+    assert [match.training for match in found] == [name for name, _ in images]
 
 
-def test_black_and_white_are_no_leak():
-    assert leaks("black.png", png((0, 0, 0)), against(white__png=png((255, 255, 255)))) == []
+def test_images_are_read_one_by_one():
+    """A training set does not fit in memory."""
+    read = 0
 
-
-def test_a_flat_picture_looks_like_no_natural_one():
-    known = Evaluation({str(n): image_hash(encoded(natural(n)), "x") for n in range(10)})
-    assert leaks("flat.png", png(), known) == []
-
-
-def test_a_broken_training_picture_is_one_line():
-    with pytest.raises(BrokenImage) as error:
-        leaks("t.png", png()[:40], against(e__png=png()))
-    assert str(error.value).startswith("t.png: ")
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("threads", [1, 2, 5])
-def test_leaks_come_in_the_order_of_the_pictures(threads):
-    known = Evaluation({f"{n}.jpg": None for n in range(200)})
-    found = list(find([(f"{n}.png", b"") for n in range(199, -1, -1)], known, distance=4, threads=threads))
-    assert [leak.training for leak in found] == [f"{n}.png" for n in range(199, -1, -1)]
-
-
-def test_pictures_are_taken_one_by_one():
-    """A training set does not fit into memory: few pictures wait at a time."""
-    ahead, taken = [0], [0]
-
-    def pictures():
+    def images():
+        nonlocal read
         for number in range(300):
-            taken[0] += 1
-            ahead[0] = max(ahead[0], taken[0] - number)
+            read += 1
             yield f"{number}.png", b""
 
-    found = find(pictures(), Evaluation({f"{n}.jpg": None for n in range(300)}), distance=4, threads=2)
-    first = next(found)
-    assert first.training == "0.png"
-    assert taken[0] <= 17
+    known = EvaluationImages({f"{n}.jpg": None for n in range(300)})
+    found = find_matches(images(), known, max_distance=4, threads=2)
+    assert next(found).training == "0.png"
+    assert read <= 17
     assert len(list(found)) == 299
 
 
-# Evaluation pictures.
+# Evaluation images.
 
 
-def place(path: Path, **pictures: bytes) -> Path:
-    for name, content in pictures.items():
-        file = path / name.replace("__", ".")
+def write_files(folder: Path, **files: bytes) -> Path:
+    for name, content in files.items():
+        file = folder / name.replace("__", ".")
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(content)
-    return path
+    return folder
 
 
-def test_pictures_of_a_folder_are_found_at_any_depth(tmp_path):
-    place(tmp_path / "e" / "deep", a__png=png(), b__JPG=encoded(natural(1), "JPEG"))
-    place(tmp_path / "e", c__webp=encoded(natural(2), "WEBP"), notes__txt=b"no picture", data__json=b"{}")
-    found = evaluation([tmp_path / "e"], 2)
-    values = {Path(name).name: value for name, value in found.looks.items()}
-    assert set(values) == {"a.png", "b.JPG", "c.webp"}
-    assert values["a.png"].bits == image_hash(png(), "x").bits
-    assert found.unreadable == []
-
-
-def test_an_unreadable_file_is_named_and_the_others_are_compared(tmp_path):
-    place(tmp_path / "e", good__png=png(), cut__png=png()[:40], text__jpg=b"hello", empty__gif=b"")
-    (tmp_path / "e" / "folder.png").mkdir()
-    found = evaluation([tmp_path / "e"], 2)
-    assert [Path(name).name for name in found.looks] == ["good.png"]
+def test_folders_are_searched_at_any_depth_and_broken_files_are_named(tmp_path):
+    folder = tmp_path / "e"
+    write_files(folder / "deep", a__png=png(), b__JPG=encode(natural(1), "JPEG"))
+    write_files(folder, c__webp=encode(natural(2), "WEBP"), notes__txt=b"not an image", data__json=b"{}")
+    write_files(folder, cut__png=png()[:40], text__jpg=b"hello", empty__gif=b"")
+    (folder / "folder.png").mkdir()
+    found = read_evaluation_images([folder], 2)
+    hashes = {Path(name).name: value for name, value in found.hashes.items()}
+    assert set(hashes) == {"a.png", "b.JPG", "c.webp"}
+    assert hashes["a.png"].bits == hash_image(png(), "x").bits
     assert len(found.unreadable) == 4
     for name in ("cut.png", "text.jpg", "empty.gif", "folder.png"):
-        assert sum(str(tmp_path / "e" / name) in why for why in found.unreadable) == 1
-    assert not any("\n" in why for why in found.unreadable)
-
-
-def test_a_place_without_a_picture_is_refused(tmp_path):
-    (tmp_path / "empty").mkdir()
-    for path in (tmp_path / "empty", place(tmp_path / "e", cut__png=png()[:40])):
-        with pytest.raises(DataError, match="no picture"):
-            evaluation([path], 2)
-    with pytest.raises(DataError, match="nowhere"):
-        evaluation([tmp_path / "nowhere"], 2)
+        assert sum(str(folder / name) in reason for reason in found.unreadable) == 1
+    assert not any("\n" in reason for reason in found.unreadable)
 
 
 ROWS: list[dict[str, Any]] = [
@@ -331,14 +288,17 @@ ROWS: list[dict[str, Any]] = [
 ]
 NAMED = {"COCO_val2014_000000000001.jpg", "COCO_val2014_000000000002.jpg"}
 LINES = "\n".join(json.dumps(row) for row in ROWS)
+RAW_LINES = "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)  # U+2028 ends a line for `str.splitlines`
 QUESTION_FILES = {
     "list": ("q.json", json.dumps(ROWS)),
     "indented list": ("q.json", json.dumps(ROWS, indent=4)),
     "by id": ("q.json", json.dumps({str(row["question_id"]): row for row in ROWS})),
-    "lines": ("q.jsonl", LINES),
-    "lines that end": ("q.jsonl", LINES + "\n\n"),
+    "lines": ("q.jsonl", LINES + "\n\n"),
+    "raw lines": ("q.jsonl", RAW_LINES),
     "lines in a .json file": ("pope.json", LINES + "\n"),
-    "windows lines": ("pope.json", LINES.replace("\n", "\r\n")),
+    "raw lines in a .json file": ("pope.json", RAW_LINES),
+    "Windows lines": ("pope.json", LINES.replace("\n", "\r\n")),
+    "lines with objects": ("pope.json", "\n".join(json.dumps({"meta": {"source": "coco"}, **row}) for row in ROWS)),
     "names": ("q.json", json.dumps(sorted(NAMED))),
     "image_id": ("q.jsonl", "\n".join(json.dumps({"image_id": row["image"]}) for row in ROWS)),
 }
@@ -347,211 +307,133 @@ QUESTION_FILES = {
 @pytest.mark.parametrize(("name", "text"), QUESTION_FILES.values(), ids=QUESTION_FILES)
 def test_question_files_of_every_form_are_read(tmp_path, name, text):
     (tmp_path / name).write_text(text, "utf-8")
-    assert evaluation([tmp_path / name], 1).looks == dict.fromkeys(NAMED)
+    (tmp_path / f"again_{name}").write_text(text, "utf-8")  # as POPE's three files do
+    paths = [tmp_path / name, tmp_path / f"again_{name}"]
+    assert read_evaluation_images(paths, 1).hashes == dict.fromkeys(NAMED)
 
 
-def test_lines_that_are_not_escaped_are_read(tmp_path):
-    """U+2028 ends a line for `str.splitlines`, and not for JSON."""
-    text = "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)
-    (tmp_path / "q.jsonl").write_text(text, "utf-8")
-    assert set(evaluation([tmp_path / "q.jsonl"], 1).looks) == NAMED
+def test_an_image_id_may_be_a_coco_number(tmp_path):
+    path = write_json_rows(tmp_path / "q.json", [{"image_id": 123456}])
+    assert matches(f"COCO_val2014_{NUMBER}.jpg", b"", read_evaluation_images([path], 1))
 
 
-def test_lines_that_are_not_escaped_are_read_in_a_json_file(tmp_path):
-    text = "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)
-    (tmp_path / "pope.json").write_text(text, "utf-8")
-    assert set(evaluation([tmp_path / "pope.json"], 1).looks) == NAMED
-
-
-def test_lines_with_an_object_in_them_are_read_in_a_json_file(tmp_path):
-    lines = [json.dumps({"meta": {"source": "coco"}, **row}) for row in ROWS]
-    (tmp_path / "pope.json").write_text("\n".join(lines))
-    assert set(evaluation([tmp_path / "pope.json"], 1).looks) == NAMED
-
-
-@pytest.mark.parametrize("text", ["{", "[1, ", "not json", '{"image": "a.jpg"}\n{"image": ', ""], ids=repr)
-@pytest.mark.parametrize("name", ["q.json", "q.jsonl"])
-def test_a_file_that_is_none_is_one_line(tmp_path, name, text):
-    (tmp_path / name).write_text(text)
+@pytest.mark.parametrize("name", ["empty", "broken", "nowhere", "broken.json", "none.json"])
+def test_paths_without_images_are_refused(tmp_path, name):
+    (tmp_path / "empty").mkdir()
+    write_files(tmp_path / "broken", cut__png=png()[:40])
+    write_files(tmp_path, broken__json=b"[1, ", none__json=b'[{"text": "?"}]')
     with pytest.raises(DataError) as error:
-        evaluation([tmp_path / name], 1)
-    assert str(tmp_path / name) in str(error.value)
-    assert "\n" not in str(error.value)
+        read_evaluation_images([tmp_path / name], 1)
+    assert_one_line(error, tmp_path / name)
 
 
-def test_a_coco_number_is_a_coco_name(tmp_path):
-    (tmp_path / "q.json").write_text(json.dumps([{"image_id": 123456}]))
-    known = evaluation([tmp_path / "q.json"], 1)
-    assert leaks(f"COCO_val2014_{NUMBER}.jpg", b"", known)
+def test_folders_may_share_names_and_be_given_twice(tmp_path):
+    first = write_files(tmp_path / "mme", a__png=photo(1), x__png=photo(3))
+    second = write_files(tmp_path / "pope", a__png=photo(2), y__png=photo(4))
+    known = read_evaluation_images([first, second, first], 2)
+    assert all(matches(f"t{seed}.png", photo(seed), known) for seed in (1, 2))
 
 
-def test_two_folders_may_have_pictures_of_one_name(tmp_path):
-    first = place(tmp_path / "mme", a__png=encoded(natural(1)), x__png=encoded(natural(3)))
-    second = place(tmp_path / "pope", a__png=encoded(natural(2)), y__png=encoded(natural(4)))
-    known = evaluation([first, second], 2)
-    for seed in (1, 2):
-        assert leaks(f"t{seed}.png", encoded(natural(seed)), known), seed
-
-
-def test_several_question_files_may_name_the_same_pictures(tmp_path):
-    """As POPE's three files do."""
-    for split in ("random", "popular", "adversarial"):
-        (tmp_path / f"{split}.json").write_text(LINES)
-    places = [tmp_path / f"{split}.json" for split in ("random", "popular", "adversarial")]
-    assert set(evaluation(places, 1).looks) == NAMED
-
-
-def test_a_place_may_be_named_twice(tmp_path):
-    folder = place(tmp_path / "val", a__png=encoded(natural(1)))
-    assert leaks("t.png", encoded(natural(1)), evaluation([folder, folder], 1))
-
-
-def test_a_folder_and_the_questions_about_it_go_together(tmp_path):
-    """The names of the questions are those of the folder's pictures: both pictures are at hand, and differ."""
+def test_questions_name_the_images_of_a_folder(tmp_path):
+    """Both images are available, and differ."""
     name = "COCO_val2014_000000000001.jpg"
-    folder = place(tmp_path / "val", **{name.replace(".", "__"): encoded(natural(1))})
+    folder = write_files(tmp_path / "val", **{name.replace(".", "__"): photo(1)})
     (tmp_path / "pope.json").write_text(LINES)
-    known = evaluation([folder, tmp_path / "pope.json"], 1)
-    assert leaks(name, encoded(natural(2)), known) == []
+    assert matches(name, photo(2), read_evaluation_images([folder, tmp_path / "pope.json"], 1)) == []
 
 
 # The command.
 
 
-@dataclasses.dataclass
-class World:
-    """Three training pictures: one is an evaluation picture by look, one by name, one is neither."""
-
-    rows: Path
-    folder: Path
-    records: Path
-    out: Path
-
-
 @pytest.fixture(scope="module")
-def world(tmp_path_factory) -> World:
-    path = tmp_path_factory.mktemp("leak")
-    training = {"seen.png": natural(1), f"coco/train2017/{NUMBER}.png": natural(2), "other.png": natural(3)}
-    said = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A cup."}]
-    for name, image in training.items():
-        file = path / "images" / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(encoded(image))
-    rows = [{"id": name, "image": name, "conversations": said} for name in training]
-    rows.append({"id": "text", "conversations": said})
-    (path / "rows.json").write_text(json.dumps(rows))
-    place(path / "eval", unseen__jpg=encoded(natural(1), "JPEG", quality=60), other__png=encoded(natural(9)))
-    (path / "questions.jsonl").write_text(json.dumps({"image": f"COCO_val2014_{NUMBER}.jpg"}))
-    return World(path / "rows.json", path / "eval", path / "built", path / "found.jsonl")
+def world(tmp_path_factory) -> Path:
+    """A folder: of three training images, one is an evaluation image by hash, one by name."""
+    folder = tmp_path_factory.mktemp("contamination")
+    training = {"seen.png": 1, f"coco/train2017/{NUMBER}.png": 2, "other.png": 3}
+    for name, seed in training.items():
+        (folder / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "images" / name).write_bytes(photo(seed))
+    write_json_rows(folder / "rows.json", [*map(llava_row, training), llava_row(None)])
+    write_files(folder / "eval", unseen__jpg=encode(natural(1), "JPEG", quality=60), other__png=photo(9))
+    write_json_rows(folder / "questions.jsonl", [{"image": f"COCO_val2014_{NUMBER}.jpg"}])
+    write_records(folder / "one", {"train": records(1)})
+    return folder
 
 
-def run(capsys: pytest.CaptureFixture[str], command: Command) -> tuple[int, str, str]:
-    """(exit code, what it prints, what it prints as errors)"""
-    code: Any = 0
-    try:
-        command.run()
-    except SystemExit as exit:
-        code = exit.code
-    said = capsys.readouterr()
-    return code, said.out, said.err
+@pytest.fixture
+def run(capsys, tmp_path) -> Callable[..., tuple[int, str, str, list[dict[str, Any]]]]:
+    """Runs the command; returns (exit code, stdout, stderr, details)."""
+
+    def run(sources: tuple[Path, ...], eval_images: tuple[Path, ...], **options: Any) -> Any:
+        code, details = 0, tmp_path / "details.jsonl"
+        try:
+            Contamination(
+                sources=tuple(map(str, sources)), eval_images=eval_images, **{"details": details} | options
+            ).run()
+        except SystemExit as exit:
+            code = exit.code
+        return code, *capsys.readouterr(), [json.loads(line) for line in details.read_text("utf-8").splitlines()]
+
+    return run
 
 
-def written(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-
-
-def test_the_command_names_what_it_finds_and_ends_with_one(world, capsys):
-    both = (world.folder, world.rows.parent / "questions.jsonl")
-    code, out, _ = run(capsys, Command((str(world.rows),), both, details=world.out))
+def test_the_command_lists_matches_and_exits_with_one(world, run):
+    code, out, _, details = run((world / "rows.json",), (world / "eval", world / "questions.jsonl"))
     assert code == 1
-    assert "2 of 4 records show one of 3 evaluation pictures" in out
-    found = {row["training"]: row for row in written(world.out)}
+    assert "2 of 4 records match one of 3 evaluation images" in out
+    found = {row["training"]: row for row in details}
     assert set(found) == {"seen.png", f"coco/train2017/{NUMBER}.png"}
-    image_hash, name = found["seen.png"], found[f"coco/train2017/{NUMBER}.png"]
-    assert (Path(image_hash["evaluation"]).name, image_hash["how"]) == ("unseen.jpg", "look")
-    assert 0 <= image_hash["distance"] <= 4
-    assert (name["evaluation"], name["how"], name["distance"]) == (f"COCO_val2014_{NUMBER}.jpg", "name", None)
+    by_hash, by_name = found["seen.png"], found[f"coco/train2017/{NUMBER}.png"]
+    assert (Path(by_hash["evaluation"]).name, by_hash["matched_by"]) == ("unseen.jpg", "hash")
+    assert 0 <= by_hash["distance"] <= 4
+    assert by_name == {
+        **{"training": f"coco/train2017/{NUMBER}.png", "evaluation": f"COCO_val2014_{NUMBER}.jpg"},
+        **{"matched_by": "name", "distance": None},
+    }
 
 
-def test_the_command_ends_with_zero_where_there_is_none(world, capsys, tmp_path):
-    clean = place(tmp_path / "clean", a__png=encoded(natural(40)), other__png=encoded(natural(41)))
-    out = tmp_path / "none.jsonl"
-    code, said, _ = run(capsys, Command((str(world.rows),), (clean,), details=out))
-    assert code == 0
-    assert "0 of 4 records show one of 2 evaluation pictures" in said
-    assert out.read_text() == ""
-
-
-def test_records_are_compared_as_their_annotation_files_are(world, capsys):
-    from reverie_jax.data.mixture import MixtureEntry, mixture
-    from reverie_jax.data.sources import ReadLog
-
-    with mixture([MixtureEntry(file=world.rows)], ReadLog()) as found:
-        write_records(world.records, {"train": found})
-    sources = (str(world.records), str(world.rows))
-    results = []
-    for source in sources:
-        assert run(capsys, Command((source,), (world.folder,), details=world.out))[0] == 1
-        results.append(written(world.out))
-    assert results[0] == results[1]
-    assert len(results[0]) == 1
-
-
-def test_the_command_says_what_it_could_not_compare(world, capsys, tmp_path):
-    folder = place(tmp_path / "e", good__png=encoded(natural(50)), cut__png=png()[:40])
-    code, out, err = run(capsys, Command((str(world.rows),), (folder,)))
-    assert code == 0
-    assert "of 1 evaluation pictures" in out
-    assert [line for line in err.splitlines() if str(folder / "cut.png") in line]
+def test_the_command_exits_with_zero_without_matches_and_notes_broken_images(world, run, tmp_path):
+    clean = write_files(tmp_path / "clean", a__png=photo(40), other__png=photo(41), cut__png=png()[:40])
+    code, out, err, details = run((world / "rows.json",), (clean,))
+    assert (code, details) == (0, [])
+    assert "0 of 4 records match one of 2 evaluation images" in out
     assert len(err.splitlines()) == 1
+    assert str(clean / "cut.png") in err
 
 
-def test_the_distance_of_the_command_is_kept(world, capsys, tmp_path):
-    far = place(tmp_path / "e", far__png=encoded(natural(1).rotate(4, Image.Resampling.BICUBIC)))
-    bits = distances(
-        image_hash(encoded(natural(1)), "x").bits,
-        np.asarray([image_hash((far / "far.png").read_bytes(), "x").bits], np.uint64),
-    ).item()
+def test_records_are_compared_like_their_annotation_files(world, run):
+    with read_mixture([MixtureEntry(file=world / "rows.json")], ReadLog()) as mixture:
+        write_records(world / "built", {"train": mixture})
+    one, other = (run((world / source,), (world / "eval",)) for source in ("built", "rows.json"))
+    assert one[0] == other[0] == 1
+    assert one[3] == other[3]
+    assert len(one[3]) == 1
+
+
+def test_the_distance_is_an_option(world, run, tmp_path):
+    far = encode(natural(1).rotate(4, Image.Resampling.BICUBIC))
+    folder = write_files(tmp_path / "e", far__png=far)
+    bits = (hash_image(photo(1), "x").bits ^ hash_image(far, "x").bits).bit_count()
     assert bits > 0
-    assert run(capsys, Command((str(world.rows),), (far,), distance=bits))[0] == 1
-    assert run(capsys, Command((str(world.rows),), (far,), distance=bits - 1))[0] == 0
+    codes = [run((world / "rows.json",), (folder,), distance=distance)[0] for distance in (bits, bits - 1)]
+    assert codes == [1, 0]
 
 
-def test_more_than_twenty_leaks_are_counted(tmp_path, capsys):
+def test_matches_beyond_the_table_are_counted(run, tmp_path):
     write_records(tmp_path / "records", {"train": records(23)})
-    (tmp_path / "q.json").write_text(json.dumps([f"r{n}.jpg" for n in range(22)]))
-    code, out, _ = run(
-        capsys, Command((str(tmp_path / "records"),), (tmp_path / "q.json",), details=tmp_path / "o.jsonl")
-    )
+    write_json_rows(tmp_path / "q.json", [f"r{n}.jpg" for n in range(22)])
+    code, out, _, details = run((tmp_path / "records",), (tmp_path / "q.json",))
     assert code == 1
     assert "22 of 23 records" in out
     assert "2 more" in out
-    assert [row["training"] for row in written(tmp_path / "o.jsonl")] == [f"r{n}" for n in range(22)]
+    assert [row["training"] for row in details] == [f"r{n}" for n in range(22)]
 
 
-def test_files_and_records_do_not_mix(world, tmp_path):
-    write_records(tmp_path / "records", {"train": records(1)})
-    with pytest.raises(UserError, match="not both"):
-        Command((str(tmp_path / "records"), str(world.rows)), (world.folder,)).run()
-
-
-def test_no_source_is_no_success(world):
-    with pytest.raises(UserError):
-        Command((), (world.folder,)).run()
-
-
-def test_offenders_that_cannot_be_written_are_one_line(world, tmp_path):
-    with pytest.raises((UserError, SystemExit)):
-        Command((str(world.rows),), (world.folder,), details=tmp_path / "no" / "such" / "folder.jsonl").run()
-
-
-def test_the_command_line_gives_the_exit_codes(world, tmp_path):
-    command = [sys.executable, "-m", "reverie_jax.cli", "data", "contamination", str(world.rows), "--eval-images"]
-    running = [
-        subprocess.Popen([*command, str(place)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for place in (world.folder, tmp_path / "nowhere")
-    ]
-    (out, err), (no_out, no_err) = [process.communicate(timeout=120) for process in running]
-    assert [process.returncode for process in running] == [1, 2]
-    assert ("1 of 4 records" in out, err) == (True, "")
-    assert (no_out, no_err) == ("", f"reverie: error: {tmp_path / 'nowhere'}: no such file\n")
+@pytest.mark.parametrize("case", ["files and records", "no source", "missing images", "details", "distance"])
+def test_the_command_refuses(world, run, tmp_path, case):
+    sources = {"files and records": (world / "one", world / "rows.json"), "no source": ()}
+    images = {"missing images": (tmp_path / "nowhere",)}
+    options = {"details": {"details": tmp_path / "no" / "such.jsonl"}, "distance": {"distance": -1}}
+    with pytest.raises(UserError) as error:
+        run(sources.get(case, (world / "rows.json",)), images.get(case, (world / "eval",)), **options.get(case, {}))
+    assert_one_line(error)
