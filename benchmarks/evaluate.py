@@ -1,18 +1,18 @@
-"""Answers to POPE-shaped questions, ours against transformers' `generate`: the same weights, pictures and questions.
+"""Answers to POPE-like questions, ours against transformers' `generate`: the same weights, images and questions.
 
     python -m benchmarks.evaluate [--size tiny|small|7b] [--images N] [--questions 18] [--peer-images N] [--rounds N]
 
-Prints one JSON object. Both sides answer greedily with as many tokens as POPE's "Yes" and its end take, and on the sizes
-with equal weights both must say the same tokens before anything is timed.
+Prints one JSON object. Both sides decode greedily as many tokens as POPE's "Yes" and its end take. On the sizes with equal
+weights both must produce the same tokens before anything is timed.
 
-    peer  LlavaForConditionalGeneration.generate: a question a sequence with its own picture, padded to the left as its
-          documentation has it, at the batch size that was fastest of those tried. Its pictures are decoded and normalised
-          and its words tokenised before the clock runs.
-    ours  `eval.engine.Engine`: pictures read, decoded and scaled and words tokenised while the clock runs.
+    peer  LlavaForConditionalGeneration.generate: a question per sequence with its own image, padded on the left as in its
+          documentation, at the fastest of the tried batch sizes. Its images are decoded and normalized and its questions
+          tokenized before the clock starts.
+    ours  `eval.engine.Engine`: images are read, decoded and scaled and questions tokenized while the clock runs.
 
-The peer answers about `--peer-images` of the pictures and ours about all of them: rates are questions a second. Alternating
-rounds. On a GPU of a known kind it also says how near ours comes to the chip: model FLOPs of the prefill over its peak, and
-bytes that decoding must read (weights once a step, the row's KV once a step and row) over its bandwidth.
+The peer answers about `--peer-images` of the images and ours about all of them; rates are questions per second. Rounds
+alternate. On a GPU of a known kind the result includes utilization: model FLOPs of the prefill over the chip's peak, and the
+bytes that decoding must read (weights once per step, KV cache once per step and sequence) over its bandwidth.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from reverie_jax.eval.schedule import Schedule
 from reverie_jax.models import VisionConfig, VisionLanguageModel, VLMConfig
 from reverie_jax.models.vision import CLIP_MEAN, CLIP_STD
 
-THINGS = [
+OBJECTS = [
     "cup",
     "plate",
     "apple",
@@ -75,21 +75,21 @@ class Args:
     dtype: Literal["float32", "bfloat16"] | None = None
     """Of weights and computation; bfloat16 by default for 7b, float32 for the others."""
     images: int = 500
-    """Pictures that ours is asked about."""
+    """Images that ours answers questions about."""
     questions: int = 18
-    """Questions a picture."""
+    """Questions per image."""
     peer_images: int = 4
-    """Pictures that the peer is asked about in a round."""
+    """Images that the peer answers questions about in a round."""
     max_new_tokens: int = 2
-    """Tokens of an answer."""
+    """Tokens per answer."""
     rounds: int = 3
     """Timed rounds of each side, alternating."""
-    rows: int = 4
-    """Pictures in a batch of ours."""
+    batch_size: int = 4
+    """Images in a batch of ours."""
     batches: tuple[int, ...] = (1, 4, 18)
-    """Batch sizes of the peer that are tried."""
+    """Batch sizes to try for the peer."""
     cores: int | None = None
-    """Threads of torch; give ours as many with `taskset`."""
+    """Threads of torch; use `taskset` to give ours as many."""
 
     @property
     def precision(self) -> str:
@@ -97,28 +97,28 @@ class Args:
 
     @property
     def config(self) -> VLMConfig:
-        """The size's architecture, with LLaVA-1.5's 576 tokens a picture (but for tiny)."""
-        found = SIZES[self.size].config
+        """The size's architecture, with LLaVA-1.5's 576 tokens per image (except tiny)."""
+        config = SIZES[self.size].config
         if self.size != "small":
-            return found
-        wide: VisionConfig = dataclasses.replace(found.vision, image_size=336)
-        return dataclasses.replace(found, vision=wide)
+            return config
+        vision: VisionConfig = dataclasses.replace(config.vision, image_size=336)
+        return dataclasses.replace(config, vision=vision)
 
 
-def pictures(args: Args) -> list[ImageQuestions]:
-    """JPEGs of 640 x 480, each with its questions."""
-    found = []
-    for number in range(args.images):
-        rng = np.random.default_rng(number)
+def make_questions(args: Args) -> list[ImageQuestions]:
+    """Make JPEGs of 640 x 480, each with its questions."""
+    result = []
+    for index in range(args.images):
+        rng = np.random.default_rng(index)
         small = Image.fromarray(rng.integers(0, 255, (15, 20, 3), dtype=np.uint8))
         buffer = io.BytesIO()
         small.resize((640, 480), Image.Resampling.BICUBIC).save(buffer, format="JPEG")
-        asked = []
-        for place in range(args.questions):
-            text = f"Is there a {THINGS[place % len(THINGS)]} in the image?\n{SHORT}"
-            asked.append((number * args.questions + place, Conversation((Turn("user", f"{IMAGE}\n{text}"),))))
-        found.append(ImageQuestions(f"{number}.jpg", buffer.getvalue(), asked))
-    return found
+        questions = []
+        for number in range(args.questions):
+            text = f"Is there a {OBJECTS[number % len(OBJECTS)]} in the image?\n{SHORT}"
+            questions.append((index * args.questions + number, Conversation((Turn("user", f"{IMAGE}\n{text}"),))))
+        result.append(ImageQuestions(f"{index}.jpg", buffer.getvalue(), questions))
+    return result
 
 
 def peer_model(args: Args, config: VLMConfig, folder: Path, device: str) -> Any:
@@ -129,7 +129,7 @@ def peer_model(args: Args, config: VLMConfig, folder: Path, device: str) -> Any:
     from reverie_jax.models.checkpoints.write import LLAMA_SPECIAL
 
     dtype = getattr(torch, args.precision)
-    if SIZES[args.size].equal:
+    if SIZES[args.size].equal_weights:
         return LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype).to(device).eval()
     theirs = LlavaConfig.from_dict(llava_hf_json(config, args.precision, LLAMA_SPECIAL))
     with torch.device(device):
@@ -137,10 +137,10 @@ def peer_model(args: Args, config: VLMConfig, folder: Path, device: str) -> Any:
 
 
 class Peer:
-    """transformers' generate over questions that lie ready."""
+    """transformers' generate, on questions prepared in advance."""
 
     def __init__(
-        self, args: Args, config: VLMConfig, processor: Processor, shown: Sequence[ImageQuestions], folder: Path
+        self, args: Args, config: VLMConfig, processor: Processor, images: Sequence[ImageQuestions], folder: Path
     ):
         import torch
 
@@ -150,19 +150,19 @@ class Peer:
             torch.set_num_threads(args.cores)
         self.torch, self.device, self.args = torch, device, args
         self.model = peer_model(args, config, folder, device)
-        self.rows: list[tuple[int, list[int], int]] = []
+        self.sequences: list[tuple[int, list[int], int]] = []
         floats = []
-        for place, picture in enumerate(shown):
-            pixels = processor.preprocess(picture.read(), picture.name)[0]
+        for index, image in enumerate(images):
+            pixels = processor.preprocess(image.read(), image.name)[0]
             floats.append(np.moveaxis((pixels / 255 - np.asarray(CLIP_MEAN)) / np.asarray(CLIP_STD), -1, 0))
-            for number, talk in picture.questions:
-                self.rows.append((number, processor.encoder(talk).ids.tolist(), place))
+            for number, question in image.questions:
+                self.sequences.append((number, processor.encoder(question).ids.tolist(), index))
         self.pixels = torch.tensor(np.stack(floats), dtype=getattr(torch, args.precision), device=device)
-        self.rows.sort(key=lambda row: len(row[1]))
+        self.sequences.sort(key=lambda row: len(row[1]))
 
     def answer(self, batch: int, rows: int | None = None) -> dict[int, list[int]]:
-        torch, found = self.torch, {}
-        chosen = self.rows[:rows]
+        torch, answers = self.torch, {}
+        chosen = self.sequences[:rows]
         for start in range(0, len(chosen), batch):
             part = chosen[start : start + batch]
             longest = max(len(ids) for _, ids, _ in part)
@@ -171,7 +171,7 @@ class Peer:
             for row, (_, tokens, _) in enumerate(part):
                 ids[row, longest - len(tokens) :] = torch.tensor(tokens)
                 mask[row, longest - len(tokens) :] = 1
-            pixels = self.pixels[[place for _, _, place in part]]
+            pixels = self.pixels[[index for _, _, index in part]]
             with torch.no_grad():
                 out = self.model.generate(
                     input_ids=ids.to(self.device),
@@ -183,40 +183,40 @@ class Peer:
                     eos_token_id=None,
                     pad_token_id=0,
                 )
-            for (number, _, _), said in zip(part, out[:, longest:].tolist(), strict=True):
-                found[number] = said
-        return found
+            for (number, _, _), tokens in zip(part, out[:, longest:].tolist(), strict=True):
+                answers[number] = tokens
+        return answers
 
 
 class Ours:
-    """Engine over all pictures, tokens instead of texts."""
+    """Our engine on all images; answers are tokens instead of texts."""
 
-    def __init__(self, args: Args, model: VisionLanguageModel, processor: Processor, shown: Sequence[ImageQuestions]):
-        shape = EngineShape(sequence_length=4096, questions=32, batch_size=args.rows)
-        self.engine, self.decoding, self.shown = Engine(model, processor, shape), Decoding(args.max_new_tokens), shown
-        # No token's id: random weights end no answer, and must not end one by chance on one side.
+    def __init__(self, args: Args, model: VisionLanguageModel, processor: Processor, images: Sequence[ImageQuestions]):
+        shape = EngineShape(sequence_length=4096, questions=32, batch_size=args.batch_size)
+        self.engine, self.decoding, self.images = Engine(model, processor, shape), Decoding(args.max_new_tokens), images
+        # Not a token id: random weights must not end an answer by chance on one side.
         self.engine.encoder.stop_ids = (model.config.text.vocab,)
         self.engine.encoder.decode = lambda ids: " ".join(map(str, ids))  # type: ignore[method-assign]
 
-    def answer(self, shown: Sequence[ImageQuestions] | None = None) -> dict[int, list[int]]:
-        schedule: Schedule = self.engine.schedule(self.shown if shown is None else shown, self.decoding)
-        found: dict[int, list[int]] = {}
+    def answer(self, images: Sequence[ImageQuestions] | None = None) -> dict[int, list[int]]:
+        schedule: Schedule = self.engine.schedule(self.images if images is None else images, self.decoding)
+        tokens: dict[int, list[int]] = {}
         for answers in self.engine.stream(schedule, self.decoding):
-            found |= {number: [int(id) for id in answer.text.split()] for number, answer in answers.items()}
-        return found
+            tokens |= {number: [int(id) for id in answer.text.split()] for number, answer in answers.items()}
+        return tokens
 
     def shapes(self) -> list[dict[str, int]]:
-        schedule = self.engine.schedule(self.shown, self.decoding)
+        schedule = self.engine.schedule(self.images, self.decoding)
         return [
             {"rows": g.batch_size, "tokens": g.shape.length, "leaves": g.shape.questions, "batches": g.batches}
             for g in schedule.groups
         ]
 
 
-def near_the_chip(
+def utilization(
     args: Args, config: VLMConfig, model: VisionLanguageModel, ours: Ours, seconds: float
 ) -> dict[str, Any]:
-    """Prefill's model FLOPs and decoding's bytes, over what the chip could do in the time; nothing for an unknown chip."""
+    """Return FLOPs of the prefill and bytes of decoding as shares of the chip's peaks; nothing for an unknown chip."""
     from reverie_jax.train.plan import costs
     from reverie_jax.train.plan.topology import chip_of
 
@@ -226,14 +226,14 @@ def near_the_chip(
     sizes, width = costs.Sizes.of(model), jnp.dtype(args.precision).itemsize
     text, vision = config.text, config.vision
     tokens = pairs = 0
-    for picture in ours.shown:
-        lengths = [len(ours.engine.encoder(talk)) for _, talk in picture.questions]
+    for image in ours.images:
+        lengths = [len(ours.engine.encoder(question)) for _, question in image.questions]
         shared = vision.patches
         tokens += shared + sum(length - shared for length in lengths)
         pairs += shared**2 // 2 + sum((length - shared) * (length + shared) // 2 for length in lengths)
     layers = 2 * sizes.layers * tokens + 4 * pairs * text.heads * text.head_dim * text.layers
     tower = (2 * sizes.tower + 4 * (vision.patches + 1) * vision.hidden * config.feature_depth) * (vision.patches + 1)
-    flops = layers + len(ours.shown) * (tower + 2 * sum(sizes.projector) * vision.patches)
+    flops = layers + len(ours.images) * (tower + 2 * sum(sizes.projector) * vision.patches)
     read = 0
     for group in ours.shapes():
         steps = group["batches"] * (args.max_new_tokens - 1)
@@ -251,25 +251,25 @@ def run(args: Args) -> dict[str, Any]:
     from reverie_jax.models.checkpoints.write import write_model
 
     config = dataclasses.replace(args.config, image_token_id=3, tokenization="hf")
-    asked = " ".join(f"USER: Is there a {thing} in the image?\n{SHORT} ASSISTANT:" for thing in THINGS)
-    encoder = Encoder(small_tokenizer(asked), "vicuna_v1", config.vision.patches, 3)
+    texts = " ".join(f"USER: Is there a {name} in the image?\n{SHORT} ASSISTANT:" for name in OBJECTS)
+    encoder = Encoder(small_tokenizer(texts), "vicuna_v1", config.vision.patches, 3)
     processor = Processor(encoder, config.vision.image_size, context=config.text.context)
     model = VisionLanguageModel(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(args.precision))
-    shown = pictures(args)
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        if SIZES[args.size].equal:
+    images = make_questions(args)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if SIZES[args.size].equal_weights:
             write_model(model, folder)
-        few = shown[: args.peer_images]
+        few = images[: args.peer_images]
         peer = Peer(args, config, processor, few, folder) if peer_device() else None
-        ours = Ours(args, model, processor, shown)
-        said = ours.answer(few)  # compiles
-        found: dict[str, Any] = {
+        ours = Ours(args, model, processor, images)
+        answers = ours.answer(few)  # compiles
+        result: dict[str, Any] = {
             "size": args.size,
             "dtype": args.precision,
             "image_tokens": config.vision.patches,
-            "pictures": args.images,
-            "questions_a_picture": args.questions,
+            "images": args.images,
+            "questions_per_image": args.questions,
             "new_tokens": args.max_new_tokens,
             "shapes": ours.shapes(),
         }
@@ -278,18 +278,18 @@ def run(args: Args) -> dict[str, Any]:
             tried = {}
             for batch in args.batches:
                 peer.answer(batch, batch)  # warms up
-                rows, taken = max(batch, min(args.questions, len(peer.rows))), []
+                rows, taken = max(batch, min(args.questions, len(peer.sequences))), []
                 for _ in range(3):
                     started = time.perf_counter()
                     peer.answer(batch, rows)
                     taken.append(time.perf_counter() - started)
                 tried[batch] = rows / min(taken)
             best = max(tried, key=lambda batch: tried[batch])
-            found["peer_batch"] = best
-            found["peer_questions_per_second_by_batch"] = {str(b): round(rate, 3) for b, rate in tried.items()}
-            if SIZES[args.size].equal:
+            result["peer_batch"] = best
+            result["peer_questions_per_second_by_batch"] = {str(b): round(rate, 3) for b, rate in tried.items()}
+            if SIZES[args.size].equal_weights:
                 theirs = peer.answer(best)
-                differ = [number for number, tokens in theirs.items() if said[number] != tokens]
+                differ = [number for number, tokens in theirs.items() if answers[number] != tokens]
                 if differ:
                     raise RuntimeError(f"{len(differ)} of {len(theirs)} answers differ, the first is {differ[0]}")
         rates: dict[str, list[float]] = {"ours": [], "peer": []}
@@ -302,17 +302,17 @@ def run(args: Args) -> dict[str, Any]:
             count = len(ours.answer())
             seconds = time.perf_counter() - started
             rates["ours"].append(count / seconds)
-        found |= {
+        result |= {
             "questions_per_second": {side: spread(values) for side, values in rates.items() if values},
-            **near_the_chip(args, config, model, ours, args.images * args.questions / statistics.median(rates["ours"])),
+            **utilization(args, config, model, ours, args.images * args.questions / statistics.median(rates["ours"])),
             "device": str(jax.devices()[0].device_kind),
             "cores": len(os.sched_getaffinity(0)),
             "load": [round(x, 2) for x in os.getloadavg()],
         }
         if rates["peer"]:
             ratios = [mine / yours for mine, yours in zip(rates["ours"], rates["peer"], strict=True)]
-            found["ours_over_peer"] = spread(ratios)
-        return found
+            result["ours_over_peer"] = spread(ratios)
+        return result
 
 
 def main(args: Args) -> None:

@@ -1,25 +1,26 @@
-"""One LoRA step, ours against transformers, peft and torch's AdamW: the same conversations and pictures, in tokens/s.
+"""One LoRA step, ours against transformers, peft and torch's AdamW: the same conversations and images, in tokens/s.
 
     python -m benchmarks.train_step [--size tiny|small|7b] [--dtype float32|bfloat16] [--images N] [--rounds N] [--apart]
 
-Prints one JSON object. A step teaches every conversation about N pictures (REVERIE's proportions, `mixture_scale`) and ends
-in one update of the adapters on every linear of the decoder's layers and of the whole projector. Three ways, alternating:
+Prints one JSON object. A step supervises every conversation about N images (REVERIE's proportions, `mixture_scale`) and
+ends in one update of the adapters on every linear layer of the decoder and of the whole projector. Three ways, alternating:
 
-    peer  LlavaForConditionalGeneration: a conversation a sequence with its own picture, of like lengths together (as LLaVA
-          batches them), padded to the batch's longest; gradients checkpointed a layer at a time, tower without gradients.
-          Padding stands behind, where causal attention never looks, so no mask is passed: torch's fastest attention runs.
-    flat  ours, a conversation a tree (`Recipe.prefix_sharing` off), packed into rows.
-    tree  ours, a picture's conversations as one tree, packed into the same rows.
+    peer  LlavaForConditionalGeneration: a conversation per sequence with its own image, conversations of similar length
+          together (as LLaVA batches them), padded to the longest of the batch; each layer checkpointed, tower without
+          gradients. Padding comes last, where causal attention never looks, so no mask is passed and torch's fastest
+          attention runs.
+    flat  ours, without prefix sharing (`Recipe.prefix_sharing`): a conversation per tree, packed into sequences.
+    tree  ours, an image's conversations as one tree, packed into the same sequences.
 
-Tokens/s counts the tokens of the conversations one by one, pictures' tokens included and padding not; supervised tokens/s
-their taught tokens, likewise. So all ways share the numerator, and rates differ as seconds do; what was really computed is
-in `computed`. The loss is the mean over all taught tokens of the step: one that k conversations share counts k times. Where
-weights are equal (all sizes but 7b) the first two losses of all ways must agree before anything is timed, so nobody compares
-different work; the second needs the first one's gradients. Both of those steps are apart from the timed ones, compilation
-with them. Batches lie on the device before a step begins. `cpu_seconds` are those of all cores that a step used: on a busy
-machine they tell more than the clock.
+Tokens/s counts the tokens of the conversations one by one, image tokens included and padding excluded; supervised tokens/s
+counts their supervised tokens. All ways share the numerator, so rates differ as seconds do; `computed` reports the tokens
+that are actually computed. The loss is the mean over all supervised tokens of the step: one that k conversations share
+counts k times. With equal weights (all sizes but 7b) the first two losses of all ways must agree before anything is timed;
+the second one depends on the first step's gradients. These two steps, compilation included, are not timed. Batches are on
+the device before a step begins. `cpu_seconds` are those of all cores: on a busy machine they are more reliable than the
+clock.
 
-Without --tokenizer a small one stands in, with as many tokens a word as LLaMA's has in English.
+Without --tokenizer a small tokenizer is used, with as many tokens per word as LLaMA's has in English.
 """
 
 from __future__ import annotations
@@ -57,30 +58,32 @@ from reverie_jax.train.recipes import RECIPES, Recipe
 
 WAYS = ("peer", "flat", "tree")
 STEPS = 1000
-"""Of the schedule; so few of them are taken that its rate hardly changes."""
+"""Length of the schedule; so few steps are taken that the learning rate hardly changes."""
 VOCABULARY = 1200
-"""Of the tokenizer that stands in: a word that `mixture_scale` says then has about 1.3 tokens."""
+"""Of the small tokenizer: a word of `mixture_scale` then has about 1.3 tokens."""
 REVERIE = RECIPES["reverie-1.5-7b-lora"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """A model, and how a step on it is cut up.
+    """A model, and how a step on it is split into micro-batches.
 
     Attributes:
-        rows: of a micro-batch of ours.
-        talks: of a micro-batch of the peer's.
+        sequence: sizes of our packed sequences.
+        images: per step.
+        micro_batch: sequences in a micro-batch of ours.
+        peer_micro_batch: conversations in a micro-batch of the peer.
+        equal_weights: both sides read the same weights; otherwise each draws its own.
     """
 
     config: VLMConfig
-    row: SequenceShape
+    sequence: SequenceShape
     images: int
-    rows: int
-    talks: int
+    micro_batch: int
+    peer_micro_batch: int
     rank: int
     alpha: float
-    equal: bool = True
-    """Both sides read the same weights; otherwise each draws its own."""
+    equal_weights: bool = True
 
 
 SIZES = {
@@ -91,8 +94,8 @@ SIZES = {
         ),
         SequenceShape(length=512, images=4, edges=512),
         images=2,
-        rows=1,
-        talks=4,
+        micro_batch=1,
+        peer_micro_batch=4,
         rank=4,
         alpha=8.0,
     ),
@@ -103,20 +106,20 @@ SIZES = {
         ),
         SequenceShape(length=1024, images=3, edges=512),
         images=2,
-        rows=1,
-        talks=4,
+        micro_batch=1,
+        peer_micro_batch=4,
         rank=16,
         alpha=32.0,
     ),
     "7b": Size(
         ARCHITECTURES["llava-1.5-7b"],
-        REVERIE.row,
+        REVERIE.sequence,
         images=32,
-        rows=1,
-        talks=16,
+        micro_batch=1,
+        peer_micro_batch=16,
         rank=REVERIE.rank,
         alpha=REVERIE.alpha,
-        equal=False,
+        equal_weights=False,
     ),
 }
 
@@ -129,47 +132,46 @@ class Args:
     rounds: int = 3
     """Timed steps of each way, alternating."""
     images: int | None = None
-    """Pictures of a step; by default as many as the size has, 32 for 7b."""
+    """Images of a step, instead of the size's."""
     ways: tuple[Literal["peer", "flat", "tree"], ...] = WAYS
-    tokens: int | None = None
-    """Length of our rows, instead of the size's."""
-    rows: int | None = None
-    """Rows of a micro-batch of ours, instead of the size's."""
-    talks: int | None = None
-    """Conversations of a micro-batch of the peer's, instead of the size's."""
+    length: int | None = None
+    """Tokens of our sequences, instead of the size's."""
+    micro_batch: int | None = None
+    """Sequences in a micro-batch of ours, instead of the size's."""
+    peer_micro_batch: int | None = None
+    """Conversations in a micro-batch of the peer, instead of the size's."""
     fit: bool = False
-    """No more picture and edge slots in a row than these data need, instead of the recipe's."""
+    """Only as many image and edge slots in a sequence as the data need, instead of the recipe's."""
     checkpointing: bool = True
-    """The peer recomputes each layer in its backward pass, as LLaVA's scripts have it; ours always does."""
+    """The peer recomputes each layer in its backward pass, as in LLaVA's scripts; ours always does."""
     attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
-    """The peer's."""
+    """Attention of the peer."""
     adapters: Literal["float32", "bfloat16"] = "float32"
-    """The peer's, where the dtype is bfloat16: held in float32 under autocast, as ours are, or wholly in bfloat16, as
-    LLaVA's scripts have it."""
+    """Dtype of the peer's adapters if the dtype is bfloat16: float32 under autocast, as ours, or bfloat16, as in LLaVA's
+    scripts."""
     answers: Literal["once", "as-published"] = "once"
-    """An answer that several rationales share is taught once, or as often as it is repeated."""
+    """Supervise an answer that several rationales share once, or as often as it is repeated."""
     tokenizer: Path | None = None
     """Folder of a LLaMA tokenizer (Vicuna's); a small one by default."""
     cores: int | None = None
-    """Of the CPU, for all ways; all that there are by default. One is the fairest on a machine that others use: threads
-    that wait for one another's work lose most where a core is taken away."""
+    """CPU cores for all ways; all by default. One is the fairest on a shared machine: threads that wait for one another
+    lose most if a core is taken away."""
     apart: bool = False
-    """Each round runs peer and ours in processes of their own, one after the other, for a device that does not hold both."""
+    """Run peer and ours in separate processes, one after the other in each round, for a device that does not hold both."""
     part: Path | None = None
-    """Run as such a process, with the weights in this folder."""
+    """Run as such a process, with weights in this folder."""
 
     @property
     def chosen(self) -> Size:
-        """The size, with what was set instead of its own."""
+        """The size, with the options applied."""
         size = SIZES[self.size]
-        row = dataclasses.replace(size.row, length=self.tokens or size.row.length)
-        row = dataclasses.replace(row, edges=min(row.edges, row.tokens))
+        length = self.length or size.sequence.length
         return dataclasses.replace(
             size,
-            row=row,
+            sequence=dataclasses.replace(size.sequence, length=length, edges=min(size.sequence.edges, length)),
             images=self.images or size.images,
-            rows=self.rows or size.rows,
-            talks=self.talks or size.talks,
+            micro_batch=self.micro_batch or size.micro_batch,
+            peer_micro_batch=self.peer_micro_batch or size.peer_micro_batch,
         )
 
     @property
@@ -179,27 +181,27 @@ class Args:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What a step teaches.
+    """What a step supervises.
 
     Attributes:
-        talks: each record's conversations, as numbers.
+        conversations: tokens of each record's conversations.
     """
 
     records: list[ImageRecord]
-    talks: list[list[Tokens]]
+    conversations: list[list[Tokens]]
     processor: Processor
 
     @property
-    def conversations(self) -> int:
-        return sum(map(len, self.talks))
+    def count(self) -> int:
+        return sum(map(len, self.conversations))
 
     @property
     def tokens(self) -> int:
-        return sum(len(talk) for talks in self.talks for talk in talks)
+        return sum(len(one) for several in self.conversations for one in several)
 
     @property
     def supervised(self) -> int:
-        return sum(int((talk.weights > 0).sum()) for talks in self.talks for talk in talks)
+        return sum(int((one.weights > 0).sum()) for several in self.conversations for one in several)
 
 
 @dataclasses.dataclass
@@ -207,10 +209,10 @@ class Way:
     """A way to take the step.
 
     Attributes:
-        step: takes one, waits for it, and returns its loss.
-        computed: tokens, pictures and places of the LM head that a step computes, padding included.
-        device: what it runs on.
-        peak: largest memory on the device so far, where it is counted.
+        step: takes a step, waits for it, and returns its loss.
+        computed: tokens, images and positions of the LM head that a step computes, padding included.
+        device: name of the device it runs on.
+        peak: returns the peak memory of the device, None if unknown.
     """
 
     step: Callable[[], float]
@@ -220,7 +222,7 @@ class Way:
 
 
 def small_tokenizer(*more: str) -> Any:
-    """BPE of the words that `mixture_scale` uses and of the prompts around them, and of `more`."""
+    """Train a BPE tokenizer on the words of `mixture_scale`, its prompts, and `more`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -243,8 +245,8 @@ def small_tokenizer(*more: str) -> Any:
 
 
 def make_work(args: Args) -> Work:
-    """Pictures and conversations in REVERIE's proportions, by way of `reverie data build`."""
-    from reverie_jax.cli import data_options
+    """Make images and conversations in REVERIE's proportions with `reverie data build`."""
+    from reverie_jax.cli.data import Build
     from reverie_jax.data.records import RecordSource
     from reverie_jax.data.supervision import Supervision
     from reverie_jax.data.tokenization import load_tokenizer
@@ -256,63 +258,65 @@ def make_work(args: Args) -> Work:
     else:
         encoder = Encoder(load_tokenizer(args.tokenizer), "vicuna_v1", vision.patches, 0, "llava")
     processor = Processor(encoder, vision.image_size, context=size.config.text.context)
-    with tempfile.TemporaryDirectory() as place, contextlib.redirect_stdout(sys.stderr):
-        folder = Path(place)
+    with tempfile.TemporaryDirectory() as name, contextlib.redirect_stdout(sys.stderr):
+        folder = Path(name)
         mixture_scale.make(folder, size.images / mixture_scale.IMAGES, side=max(64, vision.image_size))
-        data_options.Build((str(folder / "reverie.json"),), folder / "records", jobs=1).run()
+        Build(sources=(str(folder / "reverie.json"),), out=folder / "records", jobs=1).run()
         source = RecordSource(folder / "records")
         supervision = Supervision(answers=args.answers)
         records = [source[number] for number in range(len(source))]
-    # Taught as the arm has it here, once for all ways.
+    # Supervision is applied here, once for all ways.
     records = [dataclasses.replace(one, conversations=tuple(supervision(one.conversations))) for one in records]
-    return Work(records, [processor.tokens(one.id, one.conversations) for one in records], processor)
+    return Work(records, [processor.tokenize(one.id, one.conversations) for one in records], processor)
 
 
-def our_batch(work: Work, size: Size, *, sharing: bool, fit: bool) -> Batch:
-    """All rows of a step, blank ones included that fill the last micro-batch."""
+def our_batch(work: Work, size: Size, *, prefix_sharing: bool, fit: bool) -> Batch:
+    """Return all sequences of a step, with empty ones that fill the last micro-batch."""
     import grain
 
     from reverie_jax.data.packing import stack
-    from reverie_jax.data.pipeline import packed_sequences, show
+    from reverie_jax.data.pipeline import TreeBuilder, image_reader, load_images, packed_sequences
     from reverie_jax.data.supervision import Supervision
 
-    numbers = grain.MapDataset.range(len(work.records))
-    # As often as they are repeated: `make_work` has left out the repetitions already, where they are to be.
+    indices = grain.MapDataset.range(len(work.records))
+    # Repeated answers are supervised each time: `make_work` has already removed them if they count once.
     supervision = Supervision(answers="as-published")
 
-    def rows_of(shape: SequenceShape) -> list[Batch]:
-        return list(packed_sequences(numbers, work.records, work.processor, shape, supervision, prefix_sharing=sharing))
+    def pack(shape: SequenceShape) -> list[Batch]:
+        builder = TreeBuilder(work.processor, shape, supervision, prefix_sharing)
+        return list(packed_sequences(indices, work.records, builder))
 
-    rows = rows_of(size.row)
+    sequences = pack(size.sequence)
     if fit:
-        images = max(int((row.flat_tokens > 0).sum()) for row in rows)
-        edges = max(int((row.weight > 0).sum()) for row in rows)
-        rows = rows_of(dataclasses.replace(size.row, images=images, edges=-(-edges // 64) * 64))
-    return show(stack(rows, -(-len(rows) // size.rows) * size.rows), work.records, work.processor)
+        images = max(int((one.flat_tokens > 0).sum()) for one in sequences)
+        edges = max(int((one.weight > 0).sum()) for one in sequences)
+        sequences = pack(dataclasses.replace(size.sequence, images=images, edges=-(-edges // 64) * 64))
+    batch = stack(sequences, -(-len(sequences) // size.micro_batch) * size.micro_batch)
+    return load_images(batch, image_reader(work.records), work.processor)
 
 
-def recipe_for(size: Size, rows: int, *, sharing: bool) -> Recipe:
+def recipe_for(size: Size, batch_size: int, *, prefix_sharing: bool) -> Recipe:
     return dataclasses.replace(
         REVERIE,
         name="benchmark",
         steps=STEPS,
-        rows=rows,
-        row=size.row,
-        accumulate=rows // size.rows,
-        sharing=sharing,
+        batch_size=batch_size,
+        sequence=size.sequence,
+        gradient_accumulation_steps=batch_size // size.micro_batch,
+        prefix_sharing=prefix_sharing,
         rank=size.rank,
         alpha=size.alpha,
         dropout=0.0,
-        warmup=0.0,
+        warmup_ratio=0.0,
     )
 
 
 def our_model(args: Args, work: Work, folder: Path) -> VisionLanguageModel:
-    """At random; written to the folder for the peer where weights are to be equal, and the adapter beside it."""
+    """Return a random model; with equal weights, it and its adapter are written to the folder for the peer."""
     from reverie_jax.models.checkpoints import read_model
     from reverie_jax.models.checkpoints.adapters import write_peft
     from reverie_jax.models.checkpoints.write import write_model
-    from reverie_jax.train.step import adapt
+    from reverie_jax.train.step import make_trainable
 
     size = args.chosen
     config = dataclasses.replace(size.config, image_token_id=work.processor.encoder.image_token_id, tokenization="hf")
@@ -321,33 +325,33 @@ def our_model(args: Args, work: Work, folder: Path) -> VisionLanguageModel:
         model = read_model(base, dtype=jnp.dtype(args.precision))
     else:
         model = VisionLanguageModel(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(args.precision))
-    if size.equal and not base.exists():
+    if size.equal_weights and not base.exists():
         write_model(model, base)
-    adapt(model, recipe_for(size, size.rows, sharing=True))
-    if size.equal and not (folder / "adapter").exists():
+    make_trainable(model, recipe_for(size, size.micro_batch, prefix_sharing=True))
+    if size.equal_weights and not (folder / "adapter").exists():
         (folder / "adapter").mkdir()
         write_peft(model, folder / "adapter", base=str(base), projector=False)
     return model
 
 
 def our_ways(args: Args, work: Work, folder: Path) -> dict[str, Way]:
-    from reverie_jax.train.step import TrainState, lora_and_projector, make_optimizer, make_step
+    from reverie_jax.train.step import TrainState, is_lora_or_projector, make_optimizer, make_step
 
     names = [way for way in args.ways if way != "peer"]
     size = args.chosen
     if not names:
-        if size.equal and not (folder / "base").exists():
+        if size.equal_weights and not (folder / "base").exists():
             our_model(args, work, folder)  # for the peer to read
         return {}
-    graph, params, frozen = nnx.split(our_model(args, work, folder), lora_and_projector, ...)
+    graph, params, frozen = nnx.split(our_model(args, work, folder), is_lora_or_projector, ...)
     device = jax.local_devices()[0]
 
     def peak() -> int | None:
         return (device.memory_stats() or {}).get("peak_bytes_in_use")
 
-    def made(sharing: bool) -> Way:
-        batch = our_batch(work, size, sharing=sharing, fit=args.fit)
-        recipe = recipe_for(size, len(batch.tokens), sharing=sharing)
+    def make_way(prefix_sharing: bool) -> Way:
+        batch = our_batch(work, size, prefix_sharing=prefix_sharing, fit=args.fit)
+        recipe = recipe_for(size, len(batch.tokens), prefix_sharing=prefix_sharing)
         optimizer = make_optimizer(recipe)
         take = make_step(graph, optimizer, recipe)
         on_device = Batch(*map(jnp.asarray, batch))
@@ -362,14 +366,14 @@ def our_ways(args: Args, work: Work, folder: Path) -> dict[str, Way]:
             jax.block_until_ready(state)
             return float(metrics.loss)
 
-        computed = {"tokens": batch.tokens.size, "pictures": batch.flat_tokens.size, "head": batch.parent.size}
+        computed = {"tokens": batch.tokens.size, "images": batch.flat_tokens.size, "head": batch.parent.size}
         return Way(step, computed, device.device_kind, peak)
 
-    return {name: made(name == "tree") for name in names}
+    return {name: make_way(name == "tree") for name in names}
 
 
 def peer_device() -> str | None:
-    """The device that ours runs on, as torch calls it; None where torch does not reach it."""
+    """Return torch's name of the device that ours runs on; None if torch cannot use it."""
     if jax.default_backend() == "cpu":
         return "cpu"
     import torch
@@ -378,7 +382,7 @@ def peer_device() -> str | None:
 
 
 def peer_model(args: Args, work: Work, folder: Path, device: str) -> Any:
-    """transformers' LLaVA with peft's adapters, and the whole projector tuned."""
+    """Return transformers' LLaVA with peft's adapters and a trained projector."""
     import torch
     from peft import LoraConfig, PeftModel, get_peft_model
     from transformers import LlavaConfig, LlavaForConditionalGeneration
@@ -387,9 +391,9 @@ def peer_model(args: Args, work: Work, folder: Path, device: str) -> Any:
     from reverie_jax.models.checkpoints.write import LLAMA_SPECIAL
 
     size, dtype = args.chosen, getattr(torch, args.precision)
-    # peft holds adapters in float32 on a base of 16 bits, unless told.
+    # By default peft keeps adapters of a 16-bit model in float32.
     wide = args.adapters == "float32"
-    if size.equal:
+    if size.equal_weights:
         model = LlavaForConditionalGeneration.from_pretrained(
             folder / "base", dtype=dtype, attn_implementation=args.attention
         ).to(device)
@@ -415,7 +419,7 @@ def peer_model(args: Args, work: Work, folder: Path, device: str) -> Any:
 
 
 def peer_way(args: Args, work: Work, folder: Path) -> dict[str, Way]:
-    """The peer, or nothing where it is not asked for or cannot run."""
+    """Return the peer; nothing if it is not selected or cannot run."""
     device = peer_device()
     if "peer" not in args.ways or device is None:
         return {}
@@ -430,27 +434,27 @@ def peer_way(args: Args, work: Work, folder: Path) -> dict[str, Way]:
     model = peer_model(args, work, folder, device)
     groups = [
         {"params": [p for name, p in model.named_parameters() if part in name], "lr": rate}
-        for part, rate in (("lora_", REVERIE.rate), ("multi_modal_projector", REVERIE.projector_rate))
+        for part, rate in (("lora_", REVERIE.learning_rate), ("multi_modal_projector", REVERIE.projector_learning_rate))
     ]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=True)
     schedule = get_cosine_schedule_with_warmup(optimizer, 0, STEPS)
-    pairs = [(talk, record) for record, talks in zip(work.records, work.talks, strict=True) for talk in talks]
+    pairs = [(one, record) for record, several in zip(work.records, work.conversations, strict=True) for one in several]
     pairs.sort(key=lambda pair: -len(pair[0]))
-    # Whatever stands behind a conversation is not seen by it; the placeholder alone may not.
+    # Padding follows a conversation, which does not attend to it; only the image token must not be used.
     padding = int(work.processor.encoder.image_token_id == 0)
     micro = []
-    for start in range(0, len(pairs), size.talks):
-        part = pairs[start : start + size.talks]
+    for start in range(0, len(pairs), size.peer_micro_batch):
+        part = pairs[start : start + size.peer_micro_batch]
         ids = np.full((len(part), len(part[0][0])), padding, np.int64)
         labels = np.full_like(ids, -100)
-        for row, (talk, _) in enumerate(part):
-            ids[row, : len(talk)] = talk.ids
-            labels[row, : len(talk)] = np.where(talk.weights > 0, talk.ids, -100)
-        shown = np.concatenate([work.processor.pixels(record.image, record.id) for _, record in part])
+        for index, (one, _) in enumerate(part):
+            ids[index, : len(one)] = one.ids
+            labels[index, : len(one)] = np.where(one.weights > 0, one.ids, -100)
+        shown = np.concatenate([work.processor.preprocess(record.image, record.id) for _, record in part])
         floats = np.moveaxis((shown / 255 - np.asarray(CLIP_MEAN)) / np.asarray(CLIP_STD), -1, 1)
         pixels = torch.tensor(floats, dtype=dtype, device=device)
         micro.append((torch.tensor(ids, device=device), torch.tensor(labels, device=device), pixels))
-    taught = torch.tensor(work.supervised, device=device)
+    supervised = torch.tensor(work.supervised, device=device)
     mixed = args.precision == "bfloat16" and args.adapters == "float32"
 
     def step() -> float:
@@ -458,8 +462,8 @@ def peer_way(args: Args, work: Work, folder: Path) -> dict[str, Way]:
         loss = torch.zeros((), device=device)
         for ids, labels, pixels in micro:
             with torch.autocast(device, torch.bfloat16, enabled=mixed):
-                given = {"input_ids": ids, "pixel_values": pixels, "labels": labels, "use_cache": False}
-                part = model(**given, num_items_in_batch=taught).loss
+                inputs = {"input_ids": ids, "pixel_values": pixels, "labels": labels, "use_cache": False}
+                part = model(**inputs, num_items_in_batch=supervised).loss
             part.backward()
             loss += part.detach()
         optimizer.step()
@@ -468,11 +472,11 @@ def peer_way(args: Args, work: Work, folder: Path) -> dict[str, Way]:
             torch.cuda.synchronize()
         return float(loss)
 
-    places = sum(ids.numel() for ids, _, _ in micro)
+    positions = sum(ids.numel() for ids, _, _ in micro)
     return {
         "peer": Way(
             step,
-            {"tokens": places, "pictures": len(pairs), "head": places},
+            {"tokens": positions, "images": len(pairs), "head": positions},
             torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads",
             torch.cuda.max_memory_allocated if device == "cuda" else lambda: None,
         )
@@ -480,40 +484,40 @@ def peer_way(args: Args, work: Work, folder: Path) -> dict[str, Way]:
 
 
 def check(losses: dict[str, list[float]], args: Args) -> None:
-    """All ways that began with the same weights lose the same, before the first step and after it.
+    """Check that all ways with the same weights have the same loss, before the first step and after it.
 
     Raises:
-        RuntimeError: they do not.
+        RuntimeError: they do not do the same work.
     """
-    alike = {way: found for way, found in losses.items() if SIZES[args.size].equal or way != "peer"}
-    # Adam's first step is the gradient's sign, so the second loss knows rounding that the first does not.
+    alike = {way: values for way, values in losses.items() if SIZES[args.size].equal_weights or way != "peer"}
+    # Adam's first step is the gradient's sign, so the second loss includes rounding that the first does not.
     tolerances = (1e-4, 1e-3) if args.precision == "float32" else (1e-2, 1e-2)
     for number, tolerance in enumerate(tolerances):
-        first = [found[number] for found in alike.values()]
+        first = [values[number] for values in alike.values()]
         if not all(math.isfinite(loss) for loss in first) or max(first) - min(first) > tolerance * min(first):
             raise RuntimeError(f"the ways do not do the same work: losses {losses}")
 
 
 def measure(args: Args, work: Work, folder: Path) -> dict[str, Any]:
-    """Each way's numbers, as they were taken."""
+    """Return the measurements of each way."""
     if args.precision == "float32":
         jax.config.update("jax_default_matmul_precision", "highest")  # as torch has it; no TF32
     compiled = 0
 
-    def heard(event: str, seconds: float, **_: Any) -> None:
+    def on_event(event: str, seconds: float, **_: Any) -> None:
         nonlocal compiled
         compiled += event.endswith("backend_compile_duration")
 
-    jax.monitoring.register_event_duration_secs_listener(heard)
+    jax.monitoring.register_event_duration_secs_listener(on_event)
     ways = our_ways(args, work, folder)  # writes what the peer reads
     ways = peer_way(args, work, folder) | ways
-    found: dict[str, Any] = {
+    measured: dict[str, Any] = {
         name: {"computed": way.computed, "device": way.device, "losses": [], "first": [], "seconds": [], "cpu": []}
         for name, way in ways.items()
     }
 
     def timed(name: str) -> tuple[float, float, float]:
-        """A step's loss, its seconds, and those of all cores together that it used."""
+        """Return a step's loss, its seconds, and its CPU seconds over all cores."""
         started, used = time.perf_counter(), time.process_time()
         loss = ways[name].step()
         seconds, used = time.perf_counter() - started, time.process_time() - used
@@ -523,30 +527,30 @@ def measure(args: Args, work: Work, folder: Path) -> dict[str, Any]:
     for number in range(2):
         for name in ways:
             loss, seconds, _ = timed(name)
-            found[name]["losses"].append(loss)
+            measured[name]["losses"].append(loss)
             if number == 0:
-                found[name]["first"].append(seconds)
-    check({name: one["losses"] for name, one in found.items()}, args)
+                measured[name]["first"].append(seconds)
+    check({name: one["losses"] for name, one in measured.items()}, args)
     before = compiled
     for _ in range(args.rounds):
         for name in ways:
             _, seconds, used = timed(name)
-            found[name]["seconds"].append(seconds)
-            found[name]["cpu"].append(used)
+            measured[name]["seconds"].append(seconds)
+            measured[name]["cpu"].append(used)
     for name, way in ways.items():
-        found[name]["peak"] = way.peak()
-        found[name]["compiled_in_rounds"] = compiled - before
-    return found
+        measured[name]["peak"] = way.peak()
+        measured[name]["compiled_in_rounds"] = compiled - before
+    return measured
 
 
 def in_processes(args: Args, folder: Path) -> dict[str, Any]:
-    """`measure` with peer and ours in processes of their own, one after the other in each round."""
+    """Run `measure` with peer and ours in separate processes, one after the other in each round."""
     merged: dict[str, Any] = {}
     sides = [tuple(way for way in args.ways if (way == "peer") == peer) for peer in (False, True)]
     for _ in range(args.rounds):
         for ways in filter(None, sides):  # ours first: it writes what the peer reads
-            own = [*sys.argv[1:], "--rounds", "1", "--part", str(folder), "--ways", *ways]
-            command = [sys.executable, "-m", "benchmarks.train_step", *own]
+            options = [*sys.argv[1:], "--rounds", "1", "--part", str(folder), "--ways", *ways]
+            command = [sys.executable, "-m", "benchmarks.train_step", *options]
             lines = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
             for name, one in json.loads(lines[-1]).items():
                 whole = merged.setdefault(name, one | {"first": [], "seconds": [], "cpu": []})
@@ -557,18 +561,19 @@ def in_processes(args: Args, folder: Path) -> dict[str, Any]:
 
 
 def spread(values: Sequence[float], digits: int = 3) -> dict[str, float]:
-    found = {"median": statistics.median(values), "min": min(values), "max": max(values)}
-    return {name: round(value, digits) for name, value in found.items()}
+    """Return median, minimum and maximum."""
+    result = {"median": statistics.median(values), "min": min(values), "max": max(values)}
+    return {name: round(value, digits) for name, value in result.items()}
 
 
-def report(args: Args, work: Work, found: dict[str, Any], load: tuple[float, ...]) -> dict[str, Any]:
-    """What is printed."""
+def report(args: Args, work: Work, measured: dict[str, Any], load: tuple[float, ...]) -> dict[str, Any]:
+    """Return what is printed."""
     size = args.chosen
-    seconds = {name: one["seconds"] for name, one in found.items()}
+    seconds = {name: one["seconds"] for name, one in measured.items()}
     medians = {name: statistics.median(times) for name, times in seconds.items()}
 
     def ratio(fast: str, slow: str) -> dict[str, float] | None:
-        """How many times as fast, round by round: neighbours in time share the machine's load."""
+        """Return the speedup round by round: neighbors in time share the machine's load."""
         if fast not in seconds or slow not in seconds:
             return None
         return spread([b / a for a, b in zip(seconds[fast], seconds[slow], strict=True)])
@@ -578,35 +583,35 @@ def report(args: Args, work: Work, found: dict[str, Any], load: tuple[float, ...
         "dtype": args.precision,
         "config": {"vision": dataclasses.asdict(size.config.vision), "text": dataclasses.asdict(size.config.text)},
         "adapters": {"rank": size.rank, "alpha": size.alpha},
-        "row": dataclasses.asdict(size.row) | {"fit": args.fit},
-        "micro_batch": {"rows": size.rows, "peer_conversations": size.talks},
+        "sequence": dataclasses.asdict(size.sequence) | {"fit": args.fit},
+        "micro_batch": {"sequences": size.micro_batch, "peer_conversations": size.peer_micro_batch},
         "peer_settings": {
             "checkpointing": args.checkpointing,
             "attention": args.attention,
             "adapters": args.adapters if args.precision == "bfloat16" else "float32",
         },
         "apart": args.apart,
-        "equal_weights": size.equal,
+        "equal_weights": size.equal_weights,
         "images": len(work.records),
-        "conversations": work.conversations,
+        "conversations": work.count,
         "conversation_tokens": work.tokens,
         "supervised_tokens": work.supervised,
-        "computed": {name: one["computed"] for name, one in found.items()},
-        "losses": {name: [round(loss, 6) for loss in one["losses"]] for name, one in found.items()},
-        "first_step_seconds": {name: spread(one["first"]) for name, one in found.items()},
+        "computed": {name: one["computed"] for name, one in measured.items()},
+        "losses": {name: [round(loss, 6) for loss in one["losses"]] for name, one in measured.items()},
+        "first_step_seconds": {name: spread(one["first"]) for name, one in measured.items()},
         "compile_seconds": {
-            name: round(max(0.0, statistics.median(one["first"]) - medians[name]), 3) for name, one in found.items()
+            name: round(max(0.0, statistics.median(one["first"]) - medians[name]), 3) for name, one in measured.items()
         },
-        "compiled_in_rounds": max(one["compiled_in_rounds"] for one in found.values()),
+        "compiled_in_rounds": max(one["compiled_in_rounds"] for one in measured.values()),
         "seconds": {name: spread(times) for name, times in seconds.items()},
-        "cpu_seconds": {name: spread(one["cpu"]) for name, one in found.items()},
+        "cpu_seconds": {name: spread(one["cpu"]) for name, one in measured.items()},
         "tokens_per_second": {name: round(work.tokens / median, 1) for name, median in medians.items()},
         "supervised_per_second": {name: round(work.supervised / median, 1) for name, median in medians.items()},
         "tree_over_peer": ratio("tree", "peer"),
         "flat_over_peer": ratio("flat", "peer"),
         "tree_over_flat": ratio("tree", "flat"),
-        "peak_bytes": {name: one["peak"] for name, one in found.items()},
-        "device": {name: one["device"] for name, one in found.items()},
+        "peak_bytes": {name: one["peak"] for name, one in measured.items()},
+        "device": {name: one["device"] for name, one in measured.items()},
         "cores": len(os.sched_getaffinity(0)),
         "load": {"before": list(load), "after": list(os.getloadavg())},
         "versions": {
@@ -614,26 +619,26 @@ def report(args: Args, work: Work, found: dict[str, Any], load: tuple[float, ...
             for name in ("jax", "flax", "optax", "torch", "transformers", "peft", "reverie-jax")
         },
     }
-    if "peer" in args.ways and "peer" not in found:
-        result["peer"] = "not run: this torch does not reach the device that ours runs on"
+    if "peer" in args.ways and "peer" not in measured:
+        result["peer"] = "not run: torch cannot use the device that ours runs on"
     return result
 
 
 def run(args: Args) -> dict[str, Any]:
-    """The whole benchmark; a part of it alone where `args.part` says so."""
+    """Run the benchmark, or one side of it (`args.part`)."""
     load = os.getloadavg()
-    if args.cores is not None:  # before either library has made its threads
+    if args.cores is not None:  # before either library starts its threads
         os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[: args.cores]))
     work = make_work(args)
     if args.part is not None:
         return measure(args, work, args.part)
-    with tempfile.TemporaryDirectory() as place:
-        found = in_processes(args, Path(place)) if args.apart else measure(args, work, Path(place))
-    return report(args, work, found, load)
+    with tempfile.TemporaryDirectory() as name:
+        measured = in_processes(args, Path(name)) if args.apart else measure(args, work, Path(name))
+    return report(args, work, measured, load)
 
 
 def main(args: Args) -> None:
-    # Torch wants room on the same device.
+    # Torch needs memory on the same device.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     print(json.dumps(run(args)))
 

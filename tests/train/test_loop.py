@@ -1,236 +1,257 @@
-"""The training loop: what it changes, what it leaves, and that an interruption changes nothing."""
+"""The training loop: what it changes, what it leaves, and that interruptions change nothing."""
 
-import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from reverie_jax.data.packing import SequenceShape
 from reverie_jax.errors import UserError
 from reverie_jax.models import VisionLanguageModel
 from reverie_jax.models.sharding import make_mesh
-from reverie_jax.train import recipes
-from reverie_jax.train.checkpoint import ResumeError, RunCheckpoints, load_run
-from reverie_jax.train.loop import TrainingFailed, train
+from reverie_jax.train import checkpoint, monitor, preemption
+from reverie_jax.train.checkpoint import VALIDATION, ResumeError, RunCheckpoints, load_run, read_identity
 from reverie_jax.train.metrics import MetricsLog, read_metrics
-from reverie_jax.train.step import lora_and_projector
+from reverie_jax.train.monitor import StepMonitor, TrainingFailed
+from reverie_jax.train.plan.plan import abstract_step
+from reverie_jax.train.preemption import Preempted, Preemption
+from reverie_jax.train.step import StepMetrics
 from tests.train import tiny
 
 
-def leaves(model, part=lora_and_projector):
-    _, params, rest = nnx.split(model, part, ...)
-    return [np.asarray(x) for x in jax.tree.leaves(params)], [np.asarray(x) for x in jax.tree.leaves(rest)]
+def stop_by_ctrl_c():
+    raise KeyboardInterrupt
 
 
-def same(a, b):
-    return len(a) == len(b) and all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+def stop_by_sigterm():
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
-def interrupted(recipe, folder, monkeypatch):
-    """A run that Ctrl-C ends after five steps."""
-    write = MetricsLog.write
-
-    def write_then_stop(self, step, values):
-        write(self, step, values)
-        if step == 5:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(MetricsLog, "write", write_then_stop)
+@pytest.fixture(scope="module")
+def cut(tmp_path_factory):
+    """Folder of a run that Ctrl-C ended after step 5."""
+    folder = tmp_path_factory.mktemp("cut") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        tiny.after_step(patch, 5, stop_by_ctrl_c)
         with pytest.raises(KeyboardInterrupt):
-            train(tiny.model(), tiny.processor(), tiny.records(), recipe, folder)
+            tiny.run(folder)
+    assert len(read_metrics(folder)) == 5
+    return folder
 
 
-def test_adapters_and_projector_move_and_nothing_else(tmp_path):
-    model = tiny.model()
-    before = dict(tiny.flat(model))
-    train(model, tiny.processor(), tiny.records(), tiny.recipe(steps=4), tmp_path)
-    after = dict(tiny.flat(model))
-    moved = {path for path in before if not np.array_equal(before[path], after[path])}
-    assert moved == {path for path in before if path.startswith("projector.")}
+def test_only_adapters_and_projector_change(finished):
+    before, after = dict(tiny.flat(tiny.model())), dict(tiny.flat(finished.model))
+    changed = {path for path in before if not np.array_equal(before[path], after[path])}
+    assert changed == {path for path in before if path.startswith("projector.")}
     assert all(np.abs(after[path]).max() > 0 for path in after if path.endswith("lora_b"))
 
 
-def test_loss_falls(tmp_path):
-    train(tiny.model(), tiny.processor(), tiny.records(), tiny.recipe(steps=30, learning_rate=2e-2), tmp_path)
-    losses = [row["loss"] for row in read_metrics(tmp_path)]
-    assert len(losses) == 30
-    assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.2
+def test_loss_falls(finished):
+    assert np.mean(finished.losses[-2:]) < np.mean(finished.losses[:2]) - 0.2
 
 
-@pytest.mark.parametrize("shape", [(2, 2, 1), pytest.param((1, 2, 2), marks=pytest.mark.slow)])
-def test_a_mesh_gives_the_losses_of_one_device(tmp_path, shape):
-    # Twenty steps, dropout on: losses within 1e-4.
-    recipe = tiny.recipe(steps=20, batch_size=4)
-    train(tiny.model(), tiny.processor(), tiny.records(), recipe, tmp_path / "one")
-    train(tiny.model(), tiny.processor(), tiny.records(), recipe, tmp_path / "mesh", mesh=make_mesh(*shape))
-    one, mesh = ([row["loss"] for row in read_metrics(tmp_path / name)] for name in ("one", "mesh"))
-    assert len(one) == 20
-    assert np.abs(np.asarray(one) - np.asarray(mesh)).max() < 1e-4
+def test_metrics_and_profile_are_written(finished):
+    row = read_metrics(finished.folder)[-1]
+    expected = {"loss", "grad_norm", "learning_rate", "projector_learning_rate", "tokens_per_second", "supervised"}
+    assert expected | {"packing", "input_wait", "attention_pairs"} <= row.keys()
+    assert list((finished.folder / "tensorboard").glob("events*"))
+    assert list((finished.folder / "profile").rglob("*.xplane.pb"))
+    assert json.loads((finished.folder / "run.json").read_text())["recipe"]["steps"] == 8
 
 
-def test_resumed_run_equals_uninterrupted_one_bit_for_bit(tmp_path, monkeypatch):
-    recipe = tiny.recipe(steps=9, save_steps=3)
-    whole = tiny.model()
-    train(whole, tiny.processor(), tiny.records(), recipe, tmp_path / "whole")
-    interrupted(recipe, tmp_path / "cut", monkeypatch)
-    assert len(read_metrics(tmp_path / "cut")) == 5
-    again = tiny.model()
-    result = train(again, tiny.processor(), tiny.records(), recipe, tmp_path / "cut")
-    assert result.steps == 6
-    assert same(leaves(whole)[0], leaves(again)[0])
-    assert [row["step"] for row in read_metrics(tmp_path / "cut")] == list(range(1, 10))
-    losses = [[row["loss"] for row in read_metrics(tmp_path / name)] for name in ("whole", "cut")]
-    assert losses[0] == losses[1]
+def test_four_devices_give_the_losses_of_one(finished, mesh_run):
+    np.testing.assert_allclose(mesh_run[0].losses, finished.losses, rtol=0, atol=1e-4)
 
 
-def test_killed_run_resumes_bit_identical(tmp_path):
-    """SIGKILL in mid-run, in a process of its own."""
-    command = [sys.executable, "-m", "tests.train.tiny", str(tmp_path / "killed")]
-    whole = tiny.model()
-    train(whole, tiny.processor(), tiny.records(), tiny.KILL_RECIPE, tmp_path / "whole")
+@pytest.mark.slow
+def test_data_parallel_devices_give_the_losses_of_one(finished, tmp_path):
+    run = tiny.run(tmp_path, mesh=make_mesh(2, 2, 1))
+    np.testing.assert_allclose(run.losses, finished.losses, rtol=0, atol=1e-4)
+
+
+def test_a_run_compiles_its_step_once(single_device_run, mesh_run):
+    for _, spy in (single_device_run, mesh_run):
+        assert len(spy.steps) == 1
+        assert spy.steps[0]._cache_size() == 1
+
+
+def test_state_is_sharded_as_planned_before_every_step(mesh_run):
+    planned = jax.tree.leaves(abstract_step(tiny.CONFIG, tiny.recipe(), make_mesh(1, 2, 2), dtype=jnp.float32).state)
+    assert len(mesh_run[1].shardings) == 8
+    for state in mesh_run[1].shardings:
+        for leaf, (sharding, rank) in zip(planned, state, strict=True):
+            assert leaf.sharding.is_equivalent_to(sharding, rank)
+
+
+def test_run_stopped_by_ctrl_c_resumes_bit_for_bit(finished, cut, tmp_path):
+    folder = shutil.copytree(cut, tmp_path / "run")
+    resumed = tiny.run(folder)
+    assert resumed.result.steps == 5  # from the checkpoint of step 3
+    tiny.assert_equal(tiny.trained(resumed.model)[0], tiny.trained(finished.model)[0])
+    assert resumed.losses == finished.losses
+
+
+def test_sigterm_saves_and_stops(finished, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        tiny.after_step(patch, 5, stop_by_sigterm)
+        with pytest.raises(Preempted, match="step 5 of 8 is saved"):
+            tiny.run(tmp_path)
+    resumed = tiny.run(tmp_path)
+    assert resumed.result.steps == 3
+    tiny.assert_equal(tiny.trained(resumed.model)[0], tiny.trained(finished.model)[0])
+
+
+def test_killed_process_resumes_bit_for_bit(finished, tmp_path):
+    folder = tmp_path / "killed"
+    command = [sys.executable, "-m", "tests.train.tiny", str(folder), "--hang-after", "5"]
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    metrics = tmp_path / "killed" / "metrics.jsonl"
-    while time.monotonic() < deadline and child.poll() is None:
-        if metrics.exists() and len(metrics.read_text().splitlines()) >= 14:
-            break
-        time.sleep(0.02)
-    os.kill(child.pid, signal.SIGKILL)
+    tiny.wait_for(lambda: len(read_metrics(folder)) == 5 and (folder / "checkpoints" / "3").exists(), child)
+    child.send_signal(signal.SIGKILL)
     child.wait()
-    steps = len(read_metrics(tmp_path / "killed"))
-    assert 14 <= steps < tiny.KILL_RECIPE.steps, "the run was not killed in its middle"
-    again = tiny.model()
-    result = train(again, tiny.processor(), tiny.records(), tiny.KILL_RECIPE, tmp_path / "killed")
-    assert 0 < result.steps < tiny.KILL_RECIPE.steps
-    assert same(leaves(whole)[0], leaves(again)[0])
-    rows = read_metrics(tmp_path / "killed")
-    assert [row["step"] for row in rows] == list(range(1, tiny.KILL_RECIPE.steps + 1))
+    resumed = tiny.run(folder)
+    assert 0 < resumed.result.steps < 8
+    tiny.assert_equal(tiny.trained(resumed.model)[0], tiny.trained(finished.model)[0])
+    assert resumed.losses == finished.losses
 
 
-def test_checkpoint_resumes_on_another_mesh(tmp_path, monkeypatch):
-    recipe = tiny.recipe(steps=6, save_steps=3, batch_size=4)
-    whole = tiny.model()
-    train(whole, tiny.processor(), tiny.records(), recipe, tmp_path / "whole")
-    interrupted(recipe, tmp_path / "cut", monkeypatch)
-    again = tiny.model()
-    train(again, tiny.processor(), tiny.records(), recipe, tmp_path / "cut", mesh=make_mesh(2, 2, 1))
-    for a, b in zip(leaves(whole)[0], leaves(again)[0], strict=True):
+def test_checkpoint_resumes_on_a_mesh(finished, cut, tmp_path):
+    resumed = tiny.run(shutil.copytree(cut, tmp_path / "run"), mesh=make_mesh(1, 2, 2))
+    assert resumed.result.steps == 5
+    for a, b in zip(tiny.trained(resumed.model)[0], tiny.trained(finished.model)[0], strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 
-def test_a_half_written_checkpoint_never_shadows_the_last_good_one(tmp_path):
-    recipe = tiny.recipe(steps=4, save_steps=2)
-    train(tiny.model(), tiny.processor(), tiny.records(), recipe, tmp_path)
-    newest = tmp_path / "checkpoints" / "4"
+def test_incomplete_checkpoint_is_ignored(finished, tmp_path):
+    folder = shutil.copytree(finished.folder, tmp_path / "run")
+    newest = folder / "checkpoints" / "8"
     for marker in newest.rglob("commit_success.txt"):
         marker.unlink()
-    (tmp_path / "checkpoints" / "4").rename(tmp_path / "checkpoints" / "4.orbax-checkpoint-tmp")
-    saved = RunCheckpoints(tmp_path, recipe, json.loads((tmp_path / "run.json").read_text())["base"])
-    assert saved.latest == 2
-    saved.close()
+    newest.rename(folder / "checkpoints" / "8.orbax-checkpoint-tmp")
+    checkpoints = RunCheckpoints(folder, tiny.recipe(), read_identity(folder)["base"])
+    assert checkpoints.latest == 6
+    checkpoints.close()
 
 
-def test_checkpoints_hold_no_base_weights(tmp_path):
-    model = tiny.model()
-    train(model, tiny.processor(), tiny.records(), tiny.recipe(steps=2, save_steps=2), tmp_path)
-    size = sum(path.stat().st_size for path in (tmp_path / "checkpoints").rglob("*") if path.is_file())
-    trained, frozen = leaves(model)
-    # Parameters and two moments, and some bookkeeping.
+def test_checkpoints_hold_no_frozen_weights(finished):
+    files = (finished.folder / "checkpoints" / "8").rglob("*")
+    size = sum(path.stat().st_size for path in files if path.is_file())
+    trained, frozen = tiny.trained(finished.model)
+    # Parameters, two moments, and metadata.
     assert size < 3 * sum(x.nbytes for x in trained) + 60_000
     assert sum(x.nbytes for x in frozen) > 60_000
 
 
-def test_loaded_run_equals_the_model_in_memory(tmp_path):
-    trainable_filter = tiny.model()
-    train(trainable_filter, tiny.processor(), tiny.records(), tiny.recipe(steps=3), tmp_path)
+def test_loaded_run_equals_the_trained_model(finished):
     loaded = tiny.model()
-    load_run(loaded, tmp_path)
-    assert same(leaves(trainable_filter)[0], leaves(loaded)[0])
-    assert same(leaves(trainable_filter)[1], leaves(loaded)[1])
+    load_run(loaded, finished.folder)
+    for part, expected in zip(tiny.trained(loaded), tiny.trained(finished.model), strict=True):
+        tiny.assert_equal(part, expected)
 
 
-def test_a_run_on_another_base_is_refused(tmp_path):
-    train(tiny.model(), tiny.processor(), tiny.records(), tiny.recipe(steps=2), tmp_path)
-    other = VisionLanguageModel(tiny.CONFIG, rngs=nnx.Rngs(7))
-    with pytest.raises(ResumeError, match="base"):
-        train(other, tiny.processor(), tiny.records(), tiny.recipe(steps=2), tmp_path)
-    with pytest.raises(ResumeError, match="base"):
-        load_run(VisionLanguageModel(tiny.CONFIG, rngs=nnx.Rngs(7)), tmp_path)
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"on": lambda: VisionLanguageModel(tiny.CONFIG, rngs=nnx.Rngs(7))}, "base"),
+        ({"steps": 3}, "recipe"),
+        ({"resume": False}, "already"),
+    ],
+)
+def test_a_folder_belongs_to_one_run(finished, options, reason):
+    on = options.get("on", tiny.model)()
+    with pytest.raises(ResumeError, match=rf"{finished.folder}.*{reason}"):
+        tiny.run(finished.folder, **{**options, "on": on})
 
 
-def test_another_recipe_in_the_same_folder_is_refused(tmp_path):
-    train(tiny.model(), tiny.processor(), tiny.records(), tiny.recipe(steps=2), tmp_path)
-    with pytest.raises(ResumeError, match="recipe"):
-        train(tiny.model(), tiny.processor(), tiny.records(), tiny.recipe(steps=3), tmp_path)
+def test_a_folder_without_a_run_cannot_be_loaded(tmp_path):
+    with pytest.raises(ResumeError, match=r"run\.json"):
+        load_run(tiny.model(), tmp_path)
+    (tmp_path / "run.json").write_text('{"base": {}}')
+    with pytest.raises(ResumeError, match=r"run\.json"):
+        load_run(tiny.model(), tmp_path)
 
 
-def test_no_resume_refuses_a_folder_with_a_run(tmp_path):
-    train(tiny.model(), tiny.processor(), tiny.records(), tiny.recipe(steps=2), tmp_path)
-    with pytest.raises(ResumeError, match="already"):
-        train(tiny.model(), tiny.processor(), tiny.records(), tiny.recipe(steps=2), tmp_path, resume=False)
+def test_state_with_a_bad_loss_is_not_saved(tmp_path, monkeypatch):
+    """Also where metrics are read one step late, as on accelerators."""
+    monkeypatch.setattr(monitor.jax, "default_backend", lambda: "gpu")
+    model = tiny.model()
+    model.projector.linear1.bias.set_value(model.projector.linear1.bias[...] * jnp.nan)
+    with pytest.raises(TrainingFailed, match=r"step 1: the loss is nan.* r\d+"):
+        tiny.run(tmp_path, on=model, save_steps=1)
+    assert not (tmp_path / "checkpoints" / "1").exists()
 
 
-def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
-    with pytest.raises(TrainingFailed, match="step 2"):
-        train(
-            tiny.model(),
-            tiny.processor(),
-            tiny.records(),
-            tiny.recipe(steps=4, learning_rate=float("inf"), warmup_ratio=0.0),
-            tmp_path,
-        )
-
-
-def test_metrics_say_what_a_user_needs(tmp_path):
-    train(tiny.model(), tiny.processor(), tiny.records(), tiny.recipe(steps=2), tmp_path)
-    row = read_metrics(tmp_path)[-1]
-    wanted = {"loss", "grad_norm", "rate", "projector_rate", "tokens_per_second", "supervised", "packing", "input_wait"}
-    assert wanted <= row.keys()
-    assert list((tmp_path / "tensorboard").glob("events*"))
-    assert json.loads((tmp_path / "run.json").read_text())["recipe"]["steps"] == 2
-
-
-def test_overrides_change_typed_fields():
-    base = recipes.recipe("scenes-rationales")
-    changed = recipes.override(base, ["steps=7", "learning_rate=1e-3", "sequence.length=512", "max_grad_norm=none"])
-    assert changed == dataclasses.replace(
-        base, steps=7, learning_rate=1e-3, sequence=dataclasses.replace(base.row, length=512), max_grad_norm=None
-    )
-
-
-@pytest.mark.parametrize("setting", ["stepz=3", "steps", "steps=many", "sequence=3", "supervision=everything"])
-def test_bad_overrides_are_refused(setting):
-    with pytest.raises(UserError):
-        recipes.override(recipes.recipe("scenes-rationales"), [setting])
-
-
-def test_unknown_recipe_names_the_known_ones():
-    with pytest.raises(UserError, match="scenes-responses"):
-        recipes.recipe("scenes-nothing")
-
-
-def test_recipe_survives_json():
-    recipe = tiny.recipe(sequence=SequenceShape(77, 2, 5))
-    assert recipes.Recipe.from_json(recipe.to_json()) == recipe
-
-
-def test_a_last_save_that_fails_at_once_is_an_error(tmp_path, monkeypatch):
-    """Also where Orbax raises before anything is under way."""
-    from reverie_jax.train import checkpoint
-
-    def full(*args, **options):
+def test_failure_of_the_last_save_is_an_error(tmp_path, monkeypatch, caplog):
+    def fail(*args, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.ocp.training.Checkpointer, "save_checkpointables_async", full)
-    with pytest.raises(TrainingFailed, match="the last checkpoint could not be written"):
-        train(tiny.model(), tiny.processor(), tiny.records(), tiny.recipe(steps=2), tmp_path)
-    assert len(read_metrics(tmp_path)) == 2
+    monkeypatch.setattr(checkpoint.ocp.training.Checkpointer, "save_checkpointables_async", fail)
+    with pytest.raises(TrainingFailed, match="step 8"):
+        tiny.run(tmp_path)
+    assert len(read_metrics(tmp_path)) == 8
+    assert "checkpoint of step 3 was not written" in caplog.text
+
+
+def test_held_out_records_are_validated_and_the_best_checkpoint_is_kept(finished, tmp_path, monkeypatch):
+    from reverie_jax.train.validation import Validation
+
+    measure, measured, best_at_3 = Validation.__call__, [], iter([1.0, 3.0, 2.0])
+
+    def ranked(self, params, frozen):
+        measured.append(measure(self, params, frozen)[VALIDATION])
+        return {VALIDATION: next(best_at_3)}
+
+    monkeypatch.setattr(Validation, "__call__", ranked)
+    changes = {"holdout": 3, "keep_checkpoints": 1}
+    result = tiny.run(tmp_path, **changes).result
+    assert result.stats.records == 9
+    assert all(0 < loss < 20 for loss in measured)
+    rows = [json.loads(line) for line in (tmp_path / "validation.jsonl").read_text().splitlines()]
+    assert [(row["step"], row[VALIDATION]) for row in rows] == [(3, 1.0), (6, 3.0), (8, 2.0)]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["3", "8"]
+    checkpoints = RunCheckpoints(tmp_path, tiny.recipe(**changes), read_identity(tmp_path)["base"])
+    assert (checkpoints.latest, checkpoints.best) == (8, 3)
+    checkpoints.close()
+
+
+def test_holding_out_everything_is_refused(tmp_path):
+    with pytest.raises(UserError, match="holdout=12"):
+        tiny.run(tmp_path, holdout=12)
+
+
+def test_micro_batches_that_a_mesh_cannot_share_are_refused(tmp_path):
+    with pytest.raises(UserError, match="micro-batches of 2"):
+        tiny.run(tmp_path, mesh=make_mesh(1, 4, 1), gradient_accumulation_steps=2)
+
+
+def test_a_loss_spike_names_the_records(tmp_path):
+    log = MetricsLog(tmp_path, 60)
+    recipe = tiny.recipe(loss_spike_threshold=2.0)
+    watch = StepMonitor(tiny.model(), tiny.records(), ("",), recipe, make_mesh(), log)
+
+    def step(number, loss):
+        counts = dict.fromkeys(StepMetrics._fields, np.float32(1)) | {"loss": np.float32(loss), "sums": {}}
+        watch.after(number, StepMetrics(**counts), np.asarray([[1, 0], [4, 9]], np.int32), 0.0)
+
+    with log:
+        for number in range(1, 30):
+            step(number, 3.0)
+        step(30, 4.9)
+        with pytest.raises(TrainingFailed, match=r"step 31: .* 3\.000 to 5\.100.* r0, r3, r8$"):
+            step(31, 5.1)
+    assert len(read_metrics(tmp_path)) == 30
+
+
+def test_saves_by_time(monkeypatch):
+    now = iter([0.0, 59.0, 61.0, 61.0, 100.0, 122.0, 122.0])
+    monkeypatch.setattr(preemption.time, "monotonic", lambda: next(now))
+    timed = Preemption(minutes=1.0)
+    assert [timed.save_due(step) for step in range(1, 5)] == [False, True, False, True]
+    monkeypatch.undo()
+    assert not Preemption(minutes=0.0).save_due(1)

@@ -12,12 +12,12 @@ import optax
 import pytest
 from flax import nnx
 
-from reverie_jax.data.packing import Batch, SequenceShape, element, pack, stack
+from reverie_jax.data.packing import Batch, SequenceShape, make_element, pack, stack
 from reverie_jax.data.tokenization import Tokens
 from reverie_jax.data.tree import build_tree
 from reverie_jax.models import lora
 from reverie_jax.train.objective import edge_loss
-from reverie_jax.train.step import lora_and_projector, loss_and_grads
+from reverie_jax.train.step import is_lora_or_projector
 from tests.train import tiny
 
 PATCHES = tiny.CONFIG.vision.patches
@@ -34,18 +34,18 @@ def split_model():
         if layer.lora_b is not None:
             noise = jax.random.normal(jax.random.key(layer.inputs), layer.lora_b.shape)
             layer.lora_b.set_value(0.1 * noise)
-    return nnx.split(model, lora_and_projector, ...)
+    return nnx.split(model, is_lora_or_projector, ...)
 
 
 @functools.cache
-def jitted():
+def mean_loss_and_grads():
     graph, params, frozen = split_model()
-    return jax.jit(lambda batch: loss_and_grads(graph, params, frozen, batch, None))
+    return jax.jit(lambda batch: tiny.loss_and_grads(graph, params, frozen, batch))
 
 
 @functools.cache
-def jitted_sum():
-    """Sum of a row's weighted losses and its gradients: what adds up over conversations."""
+def sum_of_losses_and_grads():
+    """Sums over a batch add up over conversations."""
     graph, params, frozen = split_model()
 
     def total(params, batch):
@@ -54,30 +54,30 @@ def jitted_sum():
     return jax.jit(lambda batch: jax.value_and_grad(total)(params, batch))
 
 
-def random_talk(rng, openings, images):
+def random_conversation(rng, openings, images):
     """A conversation of one to three exchanges; openings and words come from few, so that much is shared."""
-    ids, weights, features = [1], [0.0], [-1]
+    ids, weights, image_slots = [1], [0.0], [-1]
 
-    def say(new, weight=0.0, feature=None):
+    def add(new, weight=0.0, slots=None):
         ids.extend(new)
         weights.extend([weight] * len(new))
-        features.extend([-1] * len(new) if feature is None else feature)
+        image_slots.extend([-1] * len(new) if slots is None else slots)
 
     for image in range(images):
-        say([3] * PATCHES, feature=list(range(image * PATCHES, (image + 1) * PATCHES)))
-    say(openings[int(rng.integers(len(openings)))])
+        add([3] * PATCHES, slots=list(range(image * PATCHES, (image + 1) * PATCHES)))
+    add(openings[int(rng.integers(len(openings)))])
     for _ in range(int(rng.integers(1, 4))):
-        say(rng.integers(10, 13, int(rng.integers(1, 4))).tolist())
-        say(rng.integers(20, 22, int(rng.integers(1, 4))).tolist(), weight=float(rng.choice([0.0, 0.5, 1.0, 2.0])))
-    return Tokens(np.asarray(ids, np.int32), np.asarray(weights, np.float32), np.asarray(features, np.int32))
+        add(rng.integers(10, 13, int(rng.integers(1, 4))).tolist())
+        add(rng.integers(20, 22, int(rng.integers(1, 4))).tolist(), weight=float(rng.choice([0.0, 0.5, 1.0, 2.0])))
+    return Tokens(np.asarray(ids, np.int32), np.asarray(weights, np.float32), np.asarray(image_slots, np.int32))
 
 
-def rows_of(elements, shape):
+def pack_all(elements, shape):
     return list(pack(grain.MapDataset.source(elements).to_iter_dataset(), shape, PATCHES))
 
 
-def batch_of(rows, wanted=None):
-    return Batch(*map(jnp.asarray, stack(rows, wanted or len(rows))))
+def batch_of(sequences, size=None):
+    return Batch(*map(jnp.asarray, stack(sequences, size or len(sequences))))
 
 
 @st.composite
@@ -88,23 +88,23 @@ def forests(draw):
 
 
 @hypothesis.given(forests())
-@hypothesis.settings(max_examples=25)
+@hypothesis.settings(max_examples=12)
 def test_packed_trees_equal_conversations_one_by_one(case):
     seed, sizes = case
     rng = np.random.default_rng(seed)
     elements, flat = [], []
-    for images, talks in sizes:
+    for images, conversations in sizes:
         openings = [rng.integers(5, 8, int(rng.integers(1, 5))).tolist() for _ in range(int(rng.integers(1, 3)))]
-        conversations = [random_talk(rng, openings, images) for _ in range(talks)]
+        conversations = [random_conversation(rng, openings, images) for _ in range(conversations)]
         pixels = rng.integers(0, 255, (images, 24, 24, 3), dtype=np.uint8)
-        elements.append(element(build_tree(conversations), pixels))
-        flat += [element(build_tree([talk]), pixels) for talk in conversations]
-    rows = rows_of(elements, SHAPE)
-    loss, grads = jitted()(batch_of(rows, 4))
+        elements.append(make_element(build_tree(conversations), pixels))
+        flat += [make_element(build_tree([one]), pixels) for one in conversations]
+    rows = pack_all(elements, SHAPE)
+    loss, grads = mean_loss_and_grads()(batch_of(rows, 4))
     total, weight, sums = 0.0, 0.0, None
     for alone in flat:
-        row = batch_of(rows_of([alone], FLAT))
-        value, gradient = jitted_sum()(row)
+        row = batch_of(pack_all([alone], FLAT))
+        value, gradient = sum_of_losses_and_grads()(row)
         total, weight = total + float(value), weight + float(row.weight.sum())
         sums = gradient if sums is None else optax.tree.add(sums, gradient)
     hypothesis.assume(weight > 0)
@@ -117,52 +117,49 @@ def test_packed_trees_equal_conversations_one_by_one(case):
 
 def example_batch():
     rng = np.random.default_rng(0)
-    talks = [random_talk(rng, [[5, 6]], 1) for _ in range(4)]
+    conversations = [random_conversation(rng, [[5, 6]], 1) for _ in range(4)]
     pixels = rng.integers(0, 255, (1, 24, 24, 3), dtype=np.uint8)
-    return batch_of(rows_of([element(build_tree(talks), pixels)], SHAPE))
+    return batch_of(pack_all([make_element(build_tree(conversations), pixels)], SHAPE))
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 32, 96, 500])
-def test_chunking_changes_nothing(chunk):
+@functools.cache
+def example_loss(chunk):
     graph, params, frozen = split_model()
-    batch = example_batch()
-    model = nnx.merge(graph, params, frozen)
-    whole, part = (edge_loss(model, batch, chunk=size) for size in (96, chunk))
-    assert float(part.total) == pytest.approx(float(whole.total), rel=1e-6)
-    assert float(part.weight) == float(whole.weight)
+    jitted = jax.jit(lambda batch: edge_loss(nnx.merge(graph, params, frozen), batch, chunk=chunk))
+    return jitted(example_batch())
 
 
-def test_loss_is_the_weighted_cross_entropy_written_out():
+@pytest.mark.parametrize("chunk", [1, 7, 500])
+def test_loss_does_not_depend_on_the_chunk_size(chunk):
+    assert float(example_loss(chunk).total) == pytest.approx(float(example_loss(96).total), rel=1e-6)
+    assert float(example_loss(chunk).weight) == float(example_loss(96).weight)
+
+
+def test_loss_is_the_weighted_cross_entropy_of_all_logits():
     graph, params, frozen = split_model()
     model, batch = nnx.merge(graph, params, frozen), example_batch()
-    hidden = model.hidden(batch.tokens, batch.positions, batch.ends, batch.image_slots, batch.pixels)
-    logits = np.asarray(model.decoder.logits(hidden), np.float64)[0]
-    logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    by_hand = -sum(
-        w * logp[s, t]
+    logits = jax.jit(lambda batch: model.decoder.logits(model.hidden(batch.inputs)))(batch)
+    logits = np.asarray(logits, np.float64)[0]
+    logps = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    expected = -sum(
+        w * logps[s, t]
         for s, t, w in zip(*(np.asarray(x)[0] for x in (batch.parent, batch.target, batch.weight)), strict=True)
     )
-    assert float(edge_loss(model, batch).total) == pytest.approx(by_hand, rel=1e-5)
+    assert float(example_loss(96).total) == pytest.approx(expected, rel=1e-5)
 
 
-def test_empty_rows_add_nothing():
+def test_empty_sequences_change_nothing_and_no_supervision_gives_zero():
     batch = example_batch()
-    loss, grads = jitted()(batch)
-    filled = batch_of([Batch(*(np.asarray(x)[0] for x in batch))], 3)
-    again, more = jitted()(filled)
-    assert float(again) == pytest.approx(float(loss), rel=1e-6)
-    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(more), strict=True):
+    alone, padded = (mean_loss_and_grads()(batch_of([Batch(*(np.asarray(x)[0] for x in batch))], n)) for n in (1, 4))
+    assert float(padded[0]) == pytest.approx(float(alone[0]), rel=1e-6)
+    for a, b in zip(jax.tree.leaves(alone[1]), jax.tree.leaves(padded[1]), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
-
-
-def test_a_batch_that_teaches_nothing_has_loss_zero():
-    batch = example_batch()
-    loss, grads = jitted()(batch._replace(weight=jnp.zeros_like(batch.weight)))
+    loss, grads = mean_loss_and_grads()(batch._replace(weight=jnp.zeros_like(batch.weight)))
     assert float(loss) == 0.0
     assert all(float(jnp.abs(leaf).max()) == 0.0 for leaf in jax.tree.leaves(grads))
 
 
-def test_frozen_parts_get_no_gradient():
+def test_only_adapters_and_projector_are_trained():
     _, params, _ = split_model()
     paths = {".".join(map(str, path)) for path, _ in nnx.to_flat_state(params)}
     assert all(path.startswith("projector.") or path.endswith(("lora_a", "lora_b")) for path in paths)

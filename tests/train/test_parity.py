@@ -14,22 +14,22 @@ from flax import nnx
 from peft import PeftModel
 from transformers import LlavaForConditionalGeneration, get_cosine_schedule_with_warmup
 
-from reverie_jax.data.packing import Batch, SequenceShape, element, row, stack
+from reverie_jax.data.packing import Batch, SequenceShape, make_element, pack_sequence, stack
 from reverie_jax.data.tokenization import Tokens
 from reverie_jax.data.tree import build_tree
 from reverie_jax.models import lora
 from reverie_jax.models.checkpoints import read_model
 from reverie_jax.models.checkpoints.adapters import write_peft
 from reverie_jax.train.recipes import Recipe
-from reverie_jax.train.step import TrainState, adapt, lora_and_projector, make_optimizer, make_step
+from reverie_jax.train.step import TrainState, is_lora_or_projector, make_optimizer, make_step, make_trainable
 from tests.models import makers
 from tests.models.oracle import normalized
 
-STEPS, ROWS, PATCHES = 50, 4, 9
+STEPS, BATCH_SIZE, PATCHES = 50, 4, 9
 RECIPE = Recipe(
     name="parity",
     steps=STEPS,
-    batch_size=ROWS,
+    batch_size=BATCH_SIZE,
     sequence=SequenceShape(length=48, images=1, edges=32),
     rank=4,
     alpha=8.0,
@@ -42,26 +42,27 @@ RECIPE = Recipe(
 
 
 def batches(seed: int) -> list[Batch]:
-    """Rows of one conversation each: a picture, a question, an answer that is taught, of many lengths."""
-    random, found = np.random.default_rng(seed), []
+    """Return sequences of one conversation each, of many lengths: an image, a question, a supervised answer."""
+    random, batches = np.random.default_rng(seed), []
     for _ in range(STEPS):
-        rows = []
-        for _ in range(ROWS):
-            before, asked, said = (int(n) for n in random.integers((1, 2, 3), (4, 9, 20)))
-            words = random.integers(3, makers.WORDS, before + asked + said)
+        sequences = []
+        for _ in range(BATCH_SIZE):
+            before, question, answer = (int(n) for n in random.integers((1, 2, 3), (4, 9, 20)))
+            words = random.integers(3, makers.WORDS, before + question + answer)
             ids = np.concatenate([words[:before], np.full(PATCHES, makers.WORDS), words[before:]]).astype(np.int32)
             weights = np.zeros(len(ids), np.float32)
-            weights[-said:] = 1
-            features = np.full(len(ids), -1, np.int32)
-            features[before : before + PATCHES] = np.arange(PATCHES)
-            pixels = random.integers(0, 256, (1, makers.SIDE, makers.SIDE, 3), dtype=np.uint8)
-            rows.append(row([element(build_tree([Tokens(ids, weights, features)]), pixels)], RECIPE.sequence, PATCHES))
-        found.append(stack(rows, ROWS))
-    return found
+            weights[-answer:] = 1
+            slots = np.full(len(ids), -1, np.int32)
+            slots[before : before + PATCHES] = np.arange(PATCHES)
+            images = random.integers(0, 256, (1, makers.SIDE, makers.SIDE, 3), dtype=np.uint8)
+            element = make_element(build_tree([Tokens(ids, weights, slots)]), images)
+            sequences.append(pack_sequence([element], RECIPE.sequence, PATCHES))
+        batches.append(stack(sequences, BATCH_SIZE))
+    return batches
 
 
 def torch_run(base: Path, adapter: Path, data: list[Batch]) -> tuple[list[float], PeftModel]:
-    """Losses of each step, and the tuned model."""
+    """Return the loss of each step and the trained model."""
     model = PeftModel.from_pretrained(LlavaForConditionalGeneration.from_pretrained(base), adapter, is_trainable=True)
     projector = [p for name, p in model.named_parameters() if "multi_modal_projector" in name]
     for parameter in projector:
@@ -78,7 +79,7 @@ def torch_run(base: Path, adapter: Path, data: list[Batch]) -> tuple[list[float]
         lengths = batch.flat_tokens[:, 0]
         ids = torch.tensor(batch.tokens, dtype=torch.long)
         mask = torch.arange(ids.shape[1])[None] < torch.tensor(lengths)[:, None]
-        out = model(input_ids=ids, attention_mask=mask.long(), pixel_values=normalized(batch.pixels)).logits
+        out = model(input_ids=ids, attention_mask=mask.long(), pixel_values=normalized(batch.images)).logits
         weight = torch.tensor(batch.weight)
         picked = torch.take_along_dim(out, torch.tensor(batch.parent, dtype=torch.long)[..., None], 1)
         nll = torch.nn.functional.cross_entropy(
@@ -94,16 +95,16 @@ def torch_run(base: Path, adapter: Path, data: list[Batch]) -> tuple[list[float]
 
 
 @pytest.mark.parametrize("kind", makers.KINDS)
-def test_fifty_steps_are_those_of_torch(kind, tmp_path):
+def test_fifty_steps_equal_those_of_torch(kind, tmp_path):
     base = makers.hf_folder(tmp_path / "base", makers.hf(makers.parts(kind)))
     model, data = read_model(base), batches(3)
-    adapt(model, RECIPE)
-    for name in ("adapter", "tuned"):
+    make_trainable(model, RECIPE)
+    for name in ("adapter", "trained"):
         (tmp_path / name).mkdir()
     write_peft(model, tmp_path / "adapter", base=str(base), projector=False)
-    wanted, theirs = torch_run(base, tmp_path / "adapter", data)
+    expected, theirs = torch_run(base, tmp_path / "adapter", data)
 
-    graph, params, frozen = nnx.split(model, lora_and_projector, ...)
+    graph, params, frozen = nnx.split(model, is_lora_or_projector, ...)
     optimizer = make_optimizer(RECIPE)
     step = make_step(graph, optimizer, RECIPE)
     state = TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
@@ -111,18 +112,18 @@ def test_fifty_steps_are_those_of_torch(kind, tmp_path):
     for batch in data:
         state, metrics = step(state, frozen, Batch(*map(jnp.asarray, batch)))
         losses.append(float(metrics.loss))
-    assert np.ptp(wanted) > 0.1  # something was learnt
-    np.testing.assert_allclose(losses, wanted, rtol=1e-3)
+    assert np.ptp(expected) > 0.1  # something was learned
+    np.testing.assert_allclose(losses, expected, rtol=1e-3)
 
     nnx.update(model, jax.tree.map(jnp.copy, state.params))
-    write_peft(model, tmp_path / "tuned", base=str(base), projector=True)
+    write_peft(model, tmp_path / "trained", base=str(base), projector=True)
     from safetensors.numpy import load_file
 
-    ours = load_file(tmp_path / "tuned" / "adapter_model.safetensors")
-    found = {name.replace(".default", ""): p.detach().numpy() for name, p in theirs.named_parameters()}
+    ours = load_file(tmp_path / "trained" / "adapter_model.safetensors")
+    torch_factors = {name.replace(".default", ""): p.detach().numpy() for name, p in theirs.named_parameters()}
     factors = [name for name in ours if "lora_" in name]
-    assert len(factors) == 2 * 2 * len(makers.LEAVES[kind])
-    assert len(list(lora.adapters(model))) == len(makers.LEAVES[kind])
+    assert len(factors) == 2 * 2 * len(makers.MODULES[kind])
+    assert len(list(lora.adapters(model))) == len(makers.MODULES[kind])
     for name in factors:
-        error = np.linalg.norm(ours[name] - found[name]) / np.linalg.norm(found[name])
+        error = np.linalg.norm(ours[name] - torch_factors[name]) / np.linalg.norm(torch_factors[name])
         assert error <= 1e-3, (name, error)

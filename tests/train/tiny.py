@@ -1,11 +1,16 @@
 """A model, a processor and records that train in a second. Run as a module, it trains into the folder it is given."""
 
+import argparse
 import dataclasses
 import io
 import re
+import time
 from pathlib import Path
+from typing import NamedTuple
 
+import jax
 import numpy as np
+import pytest
 from flax import nnx
 from PIL import Image
 
@@ -13,7 +18,13 @@ from reverie_jax.data.conversation import Conversation, ImageRecord, Turn
 from reverie_jax.data.packing import SequenceShape
 from reverie_jax.data.processor import Processor
 from reverie_jax.models import TextConfig, VisionConfig, VisionLanguageModel, VLMConfig
-from reverie_jax.train.recipes import Recipe
+from reverie_jax.models.sharding import make_mesh
+from reverie_jax.train.distributed import join
+from reverie_jax.train.loop import TrainResult, finetune
+from reverie_jax.train.metrics import MetricsLog, read_metrics
+from reverie_jax.train.objective import edge_loss
+from reverie_jax.train.recipes import Recipe, override
+from reverie_jax.train.step import accumulate_gradients, trainable_filter
 
 CONFIG = VLMConfig(
     vision=VisionConfig(hidden=32, layers=3, heads=2, mlp=48, image_size=24, patch_size=8),
@@ -38,7 +49,7 @@ class Words:
 
 
 def processor():
-    return Processor.of(CONFIG, Words())
+    return Processor.from_config(CONFIG, Words())
 
 
 def model():
@@ -75,36 +86,101 @@ def records():
 
 
 def recipe(**changes):
-    base = Recipe(
+    """The recipe of most tests. Runs that change no field of the step share one compiled program."""
+    default = Recipe(
         name="tiny",
-        steps=6,
-        batch_size=2,
+        steps=8,
+        batch_size=4,
         sequence=SequenceShape(length=160, images=2, edges=80),
         rank=4,
         alpha=8.0,
-        learning_rate=5e-3,
+        learning_rate=1e-2,
         projector_learning_rate=1e-3,
-        save_steps=100,
+        save_steps=3,
     )
-    return dataclasses.replace(base, **changes)
+    return dataclasses.replace(default, **changes)
 
 
-KILL_RECIPE = recipe(steps=40, save_steps=4)
+class Run(NamedTuple):
+    """A finished training run."""
+
+    folder: Path
+    model: VisionLanguageModel
+    result: TrainResult
+
+    @property
+    def losses(self):
+        return read_losses(self.folder)
+
+
+def read_losses(folder):
+    """Return the loss of each step; every step must have one line."""
+    rows = read_metrics(folder)
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    return [row["loss"] for row in rows]
+
+
+def run(folder, *, on=None, data=None, mesh=None, resume=True, profile=False, vision_cache=None, **changes):
+    """Train a model (a new one if none is given) by `recipe(**changes)`."""
+    net = on or model()
+    options = {"mesh": mesh, "resume": resume, "profile": profile, "vision_cache": vision_cache}
+    return Run(folder, net, finetune(net, processor(), data or records(), recipe(**changes), folder, **options))
+
+
+def wait_for(condition, *children, seconds=300):
+    """Wait until the condition holds; fail if a child process ends before."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"nothing happened within {seconds} s"
+        assert all(child.poll() is None for child in children) or condition(), "a child process ended"
+        time.sleep(0.02)
+
+
+def after_step(patch, number, action):
+    """Call `action` in the training loop after a step's metrics are written."""
+    write = MetricsLog.write
+
+    def write_and_act(self, step, values):
+        write(self, step, values)
+        if step == number:
+            action()
+
+    patch.setattr(MetricsLog, "write", write_and_act)
+
+
+def trained(model, trainable="lora"):
+    """Return the (trained, frozen) arrays of a model."""
+    _, params, rest = nnx.split(model, trainable_filter(trainable), ...)
+    return [np.asarray(x) for x in jax.tree.leaves(params)], [np.asarray(x) for x in jax.tree.leaves(rest)]
+
+
+def assert_equal(arrays, others):
+    """Check bit equality."""
+    assert len(arrays) == len(others) > 0
+    for a, b in zip(arrays, others, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def loss_and_grads(graph, params, frozen, batch, *, steps=1, loss_reduction="tokens"):
+    """Return the mean cross-entropy of a batch and its gradients."""
+
+    def loss_of(params, part, key):
+        return edge_loss(nnx.merge(graph, params, frozen), part, key=key), {}
+
+    return accumulate_gradients(loss_of, params, batch, None, steps=steps, loss_reduction=loss_reduction)[:2]
+
 
 if __name__ == "__main__":
-    import argparse
-
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--mesh", type=int, nargs=3, default=(1, 1, 1))
     parser.add_argument("--distributed", default="")
     parser.add_argument("--set", nargs="*", default=())
+    parser.add_argument(
+        "--hang-after", type=int, default=0, help="step after which the process only waits to be killed"
+    )
     args = parser.parse_args()
-
-    from reverie_jax.models.sharding import make_mesh
-    from reverie_jax.train.distributed import join
-    from reverie_jax.train.loop import train
-    from reverie_jax.train.recipes import override
-
     join(args.distributed)
-    train(model(), processor(), records(), override(KILL_RECIPE, args.set), args.folder, mesh=make_mesh(*args.mesh))
+    if args.hang_after:
+        after_step(pytest.MonkeyPatch(), args.hang_after, lambda: time.sleep(3600))
+    finetune(model(), processor(), records(), override(recipe(), args.set), args.folder, mesh=make_mesh(*args.mesh))
