@@ -69,9 +69,9 @@ class SceneAnnotator:
                 rng = np.random.default_rng([self.seed, scene.seed])
                 return QuestionSet(questions=self.questions(scene, rng, int(fields["count"]))).model_dump_json()
             case "positive":
-                return " ".join(map(_upper, facts(scene, fields["question"], fields["answer"], support=True)))
+                return " ".join(map(_upper, state_facts(scene, fields["question"], fields["answer"], support=True)))
             case "negative":
-                reasons = facts(scene, fields["question"], fields["answer"], support=False)
+                reasons = state_facts(scene, fields["question"], fields["answer"], support=False)
                 return " ".join(map(_upper, [f"this is wrong because {reasons[0]}", *reasons[1:]]))
             case "judge":
                 stated = parse_claims(fields["positive"]) + parse_claims(fields["negative"])
@@ -182,7 +182,7 @@ QUESTION_MAKERS: tuple[Callable[[Scene, Rng], AnnotatedQuestion | None], ...] = 
 _SHARES = (0.3, 0.22, 0.08, 0.1, 0.08, 0.08, 0.06, 0.08)
 
 
-def facts(scene: Scene, question: str, answer: str, *, support: bool) -> list[str]:
+def state_facts(scene: Scene, question: str, answer: str, *, support: bool) -> list[str]:
     """Return sentences on what the image shows that decide the question, without repeating the answer's words.
 
     Args:

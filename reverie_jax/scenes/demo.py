@@ -26,7 +26,7 @@ from reverie_jax.loading import SCENES_BASE, load_model
 from reverie_jax.models import VisionLanguageModel, lora
 from reverie_jax.scenes import benchmark, dataset, report
 from reverie_jax.scenes.benchmark import SceneCounts
-from reverie_jax.train.loop import train
+from reverie_jax.train.loop import finetune
 from reverie_jax.train.metrics import read_metrics
 from reverie_jax.train.recipes import RECIPES, Recipe
 
@@ -153,7 +153,7 @@ def run(out: Path, *, size: DemoSize | None = None, seeds: int = 1, model: str =
                 recipe = dataclasses.replace(recipe, steps=size.steps, save_steps=size.steps)
             tuned, _ = load_model(model, dtype=jnp.float32)
             with timer.stage(f"train_{arm}", f"Tuning on {arm} ({recipe.steps} steps of {recipe.batch_size} images)"):
-                result = train(tuned, processor, source, recipe, out / "runs" / arm / f"seed{seed}", console=console)
+                result = finetune(tuned, processor, source, recipe, out / "runs" / arm / f"seed{seed}", console=console)
             results.stats[arm], results.recipes[arm] = result.stats, recipe
             lora.merge(tuned)
             evaluate(arm, tuned, seed)

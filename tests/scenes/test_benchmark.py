@@ -1,28 +1,25 @@
-"""CHAIR and rationale checks on scenes made by hand, every number counted on paper."""
+"""Descriptions, rationales and whole runs on scenes made by hand; every number is counted on paper."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from reverie_jax.eval.benchmarks.pope import BenchmarkError
-from reverie_jax.scenes import benchmark as report
-from reverie_jax.scenes import scoring as bench
-from reverie_jax.scenes.graph import Scene, Thing
+from reverie_jax.eval.benchmarks.interface import BenchmarkError
+from reverie_jax.scenes import benchmark, dataset, scoring
+from tests.scenes.makers import make_object, make_scene
 
-
-def scene(*things: Thing, seed: int = 0) -> Scene:
-    return Scene(tuple(sorted(things)), "cream", False, seed)
-
-
-TABLE = scene(
-    Thing("cup", "red", "large", "plain", 0.16, 0.5),
-    Thing("plate", "blue", "small", "striped", 0.84, 0.5),
-    Thing("apple", "green", "small", "plain", 0.5, 0.16),
-    Thing("apple", "green", "large", "plain", 0.5, 0.84),
+TABLE = make_scene(
+    make_object("cup", "red", 0.16, size="large"),
+    make_object("plate", "blue", 0.84, texture="striped"),
+    make_object("apple", "green", 0.5, 0.16),
+    make_object("apple", "green", 0.5, 0.84, size="large"),
 )
+PETS = make_scene(make_object("cat", x=0.2, size="large"), make_object("dog", x=0.8, size="large"), seed=1)
 
 # text: (mentions, hallucinated, captions, hallucinating, present, covered)
 DESCRIPTIONS = {
@@ -31,28 +28,23 @@ DESCRIPTIONS = {
     "A cat, a dog and another cat.": (3, 3, 1, 1, 3, 0),
     "There is no fork and no plate, but a cup.": (1, 0, 1, 0, 3, 1),
     "A teapot is often seen with a cup. There is a plate.": (1, 0, 1, 0, 3, 1),
-    "A wrong colour is no hallucinated thing: a blue cup.": (1, 0, 1, 0, 3, 1),
+    "A wrong color is not a hallucinated object: a blue cup.": (1, 0, 1, 0, 3, 1),
     "A quiet scene.": (0, 0, 1, 0, 3, 0),
     "": (0, 0, 1, 0, 3, 0),
 }
 
 
 @pytest.mark.parametrize("text", DESCRIPTIONS, ids=repr)
-def test_description_is_counted(text):
-    assert bench.description_counts([TABLE], [text]).tolist() == [list(DESCRIPTIONS[text])]
+def test_counts_of_a_description(text):
+    assert scoring.description_counts([TABLE], [text]).tolist() == [list(DESCRIPTIONS[text])]
 
 
-def test_descriptions_are_counted_picture_by_picture():
-    other = scene(Thing("cat", "red", "large", "plain", 0.5, 0.5))
-    found = bench.description_counts([TABLE, other], ["A cat.", "A cat."])
-    assert found.shape == (2, 6)
-    assert found[:, bench.HALLUCINATED].tolist() == [1, 0]
-    assert found[:, bench.PRESENT].tolist() == [3, 1]
-
-
-def test_texts_must_match_the_pictures():
+def test_descriptions_are_counted_image_by_image():
+    counts = scoring.description_counts([TABLE, PETS], ["A cat.", "A cat."])
+    assert counts[:, scoring.HALLUCINATED].tolist() == [1, 0]
+    assert counts[:, scoring.PRESENT].tolist() == [3, 2]
     with pytest.raises(ValueError, match=r"shorter|longer"):
-        bench.description_counts([TABLE], ["a", "b"])
+        scoring.description_counts([TABLE], ["a", "b"])
 
 
 # text: (claims, true claims)
@@ -73,109 +65,103 @@ RATIONALES = {
 
 
 @pytest.mark.parametrize("text", RATIONALES, ids=repr)
-def test_rationale_is_checked(text):
-    checked = bench.check(TABLE, text)
-    stated, true = RATIONALES[text]
-    assert checked.text == text
-    assert len(checked.checked) == stated
-    assert sum(holds for _, holds in checked.checked) == true
-    assert checked.correct == (stated > 0 and stated == true)
+def test_claims_of_a_rationale_are_checked(text):
+    rationale = scoring.check_rationale(TABLE, text)
+    claims, true = RATIONALES[text]
+    assert rationale.text == text
+    assert (len(rationale.checked), sum(holds for _, holds in rationale.checked)) == (claims, true)
+    assert rationale.correct == (claims > 0 and claims == true)
 
 
-def test_rationales_are_counted():
-    checked = [bench.check(TABLE, text) for text in RATIONALES]
-    stated, true = (sum(column) for column in zip(*RATIONALES.values(), strict=True))
-    correct = sum(s > 0 and s == t for s, t in RATIONALES.values())
-    assert bench.rationale_counts(checked).tolist() == [12, correct, stated, true, 2]
-    assert bench.rationale_counts([]).tolist() == [0, 0, 0, 0, 0]
+def test_counts_of_rationales():
+    checked = [scoring.check_rationale(TABLE, text) for text in RATIONALES]
+    claims, true = (sum(column) for column in zip(*RATIONALES.values(), strict=True))
+    correct = sum(c > 0 and c == t for c, t in RATIONALES.values())
+    assert scoring.rationale_counts(checked).tolist() == [12, correct, claims, true, 2]
+    assert scoring.rationale_counts([]).tolist() == [0, 0, 0, 0, 0]
 
 
-# From a folder of scenes and prediction files to a report.
-
-
-def write(path, rows):
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
 
 
 @pytest.fixture
-def folders(tmp_path):
-    """Two pictures, one POPE question of each label a picture, and predictions that are right for the first only."""
-    from reverie_jax.scenes import dataset
-
-    other = scene(
-        Thing("cat", "red", "large", "plain", 0.2, 0.5), Thing("dog", "red", "large", "plain", 0.8, 0.5), seed=1
-    )
-    data, said = tmp_path / "data", tmp_path / "said"
-    said.mkdir()
-    names = dataset.write_pictures(data, [TABLE, other], 8)
+def folders(tmp_path) -> tuple[Path, Path, list[int]]:
+    """Two images, POPE questions on both, predictions that are right for the first alone, and rationale numbers."""
+    data, out = tmp_path / "data", tmp_path / "out"
+    out.mkdir()
+    names = dataset.write_images(data, [TABLE, PETS], 8)
     texts: dict[str, str] = {}
+    questions = ((0, "cup", "yes"), (0, "cat", "no"), (1, "cat", "yes"), (1, "cup", "no"))
     for split, file in dataset.POPE_FILES.items():
-        lines = [
-            {"question_id": 1, "image": names[0], "text": "Is there a cup in the image?", "label": "yes"},
-            {"question_id": 2, "image": names[0], "text": "Is there a cat in the image?", "label": "no"},
-            {"question_id": 3, "image": names[1], "text": "Is there a cat in the image?", "label": "yes"},
-            {"question_id": 4, "image": names[1], "text": "Is there a cup in the image?", "label": "no"},
+        rows = [
+            {"question_id": id, "image": names[image], "text": f"Is there a {category} in the image?", "label": label}
+            for id, (image, category, label) in enumerate(questions, 1)
         ]
-        write(data / file, lines)
-        answers = [(4, "Yes"), (3, "No"), (2, "No"), (1, "Yes")]
-        texts |= {f"pope/{split}/{n}": text for n, text in answers}
+        write_rows(data / file, rows)
+        texts |= {f"pope/{split}/{id}": text for id, text in ((4, "Yes"), (3, "No"), (2, "No"), (1, "Yes"))}
     texts |= {"description/1": "A cup.", "description/0": "A red cup."}
-    asked = [a.known["number"] for a in report.questions(data) if a.known["kind"] == "rationale"]
-    texts |= {f"rationale/{n}": "There is a red cup." if n < report.QUESTIONS * 2 else "A fish." for n in asked}
-    write(said / "predictions.jsonl", [{"question_id": id, "text": text} for id, text in texts.items()])
-    return data, said, asked
+    asked = benchmark.build_questions(data)
+    numbers = [q.metadata["number"] for q in asked if q.metadata["kind"] == "rationale"]
+    first = benchmark.QUESTIONS * 2
+    texts |= {f"rationale/{n}": "There is a red cup." if n < first else "A fish." for n in numbers}
+    write_rows(out / "predictions.jsonl", [{"question_id": id, "text": text} for id, text in texts.items()])
+    return data, out, numbers
 
 
 def test_scores_are_those_counted_by_hand(folders):
-    data, said, asked = folders
-    counts = report.score(data, said)
+    data, out, numbers = folders
+    counts = benchmark.count_predictions(data, out)
     for table in counts.pope.values():
         assert table.tolist() == [[1, 0, 1, 0], [0, 1, 0, 1]]
     assert counts.description.tolist() == [[1, 0, 1, 0, 3, 1], [1, 1, 1, 1, 2, 0]]
-    first = sum(n < report.QUESTIONS * 2 for n in asked)
-    assert counts.rationale.tolist() == [
-        [first, first, first, first, 0],
-        [len(asked) - first, 0, len(asked) - first, 0, 0],
-    ]
-    found = report.estimates(counts)
-    assert found["pope"]["mean"]["f1"] == 0.5
-    assert found["pope"]["random"]["accuracy"] == 0.5
-    assert found["chair"]["i"]["value"] == 0.5
-    assert found["chair"]["coverage"]["value"] == 0.2
-    assert found["rationale_correct"]["value"] == pytest.approx(first / len(asked), abs=1e-4)
-
-
-def test_a_run_differs_from_itself_by_nothing(folders):
-    counts = report.score(*folders[:2])
-    for estimate in report.differences(counts, counts).values():
+    first = sum(n < benchmark.QUESTIONS * 2 for n in numbers)
+    rest = len(numbers) - first
+    assert counts.rationale.tolist() == [[first, first, first, first, 0], [rest, 0, rest, 0, 0]]
+    estimates = benchmark.estimates(counts)
+    assert estimates["pope"]["mean"]["f1"] == estimates["pope"]["random"]["accuracy"] == 0.5
+    assert estimates["chair"]["i"]["value"] == 0.5
+    assert estimates["chair"]["coverage"]["value"] == 0.2
+    assert estimates["rationale_correct"]["value"] == pytest.approx(first / len(numbers), abs=1e-4)
+    # A run differs from itself by nothing, and counts of two runs add up.
+    for estimate in benchmark.differences(counts, counts).values():
         assert estimate == {"value": 0, "ci95": [0, 0]}
-    doubled = counts + counts
-    assert np.array_equal(doubled.all_pope, 2 * counts.all_pope)
-    assert report.estimates(doubled) == report.estimates(counts)
+    assert np.array_equal((counts + counts).all_pope, 2 * counts.all_pope)
+    assert benchmark.estimates(counts + counts) == estimates
 
 
 @pytest.mark.parametrize("id", ["pope/random/1", "description/0", "rationale/0"])
-def test_missing_predictions_are_refused(folders, id):
-    data, said, _ = folders
-    path = said / "predictions.jsonl"
+def test_missing_predictions_are_named(folders, id):
+    data, out, _ = folders
+    path = out / "predictions.jsonl"
     path.write_text("".join(line + "\n" for line in path.read_text().splitlines() if f'"{id}"' not in line))
     with pytest.raises(BenchmarkError, match=id):
-        report.score(data, said)
+        benchmark.count_predictions(data, out)
 
 
-def test_every_question_of_a_folder_has_its_own_id(folders):
-    asked = report.questions(folders[0])
-    assert len({a.id for a in asked}) == len(asked)
+def test_an_unknown_image_is_named(folders):
+    path = folders[0] / dataset.POPE_FILES["popular"]
+    path.write_text(path.read_text().replace("000001.png", "000009.png"))
+    with pytest.raises(BenchmarkError, match=rf"{path.name}.*000009\.png"):
+        benchmark.build_questions(folders[0])
+
+
+def test_every_question_has_its_own_id(folders):
+    questions = benchmark.build_questions(folders[0])
+    assert len({question.id for question in questions}) == len(questions)
     kinds = {"pope/random", "pope/popular", "pope/adversarial", "description", "rationale"}
-    assert {a.known["kind"] for a in asked} == kinds
+    assert {question.metadata["kind"] for question in questions} == kinds
 
 
-def test_as_a_benchmark_it_has_the_same_numbers(folders):
-    data, said, _ = folders
-    benchmark = report.Scenes()
-    scored = benchmark.score(benchmark.load(data), report.answer_file(data, said))
-    found, wanted = scored.values(), report.estimates(report.score(data, said))
-    assert found["pope/f1"] == wanted["pope"]["mean"]["f1"]
-    assert found["chair_i"] == wanted["chair"]["i"]["value"]
-    assert found["rationale_correct"] == pytest.approx(wanted["rationale_correct"]["value"], abs=1e-4)
-    assert sum(reading.right == 1 for reading in scored.readings) == 6
+def test_the_benchmark_has_the_numbers_of_the_demo(folders):
+    data, out, _ = folders
+    scenes = benchmark.Scenes()
+    inputs = scenes.load(data)
+    scored = scenes.score(inputs, benchmark.read_predictions(data, out))
+    values, estimates = scored.values(), benchmark.estimates(benchmark.count_predictions(data, out))
+    assert values["pope/f1"] == estimates["pope"]["mean"]["f1"]
+    assert values["chair_i"] == estimates["chair"]["i"]["value"]
+    assert values["rationale_correct"] == pytest.approx(estimates["rationale_correct"]["value"], abs=1e-4)
+    assert sum(parsed.right == 1 for parsed in scored.parsed_answers) == 6
+    named = {q.id: scenes.hallucinated(inputs, q, "A cup.", p) for q, p in zip(inputs.questions, scored.parsed_answers, strict=False)}
+    assert {id: list(names) for id, names in named.items() if names} == {"description/1": ["cup"]}
