@@ -1,30 +1,32 @@
-"""Pictures to pixels, against transformers' CLIP processor and LLaVA's padding."""
+"""Images to pixels, against transformers' CLIP processor and LLaVA's padding; every mode and format that Pillow opens."""
 
 from __future__ import annotations
 
+import functools
 import io
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageDraw
 from transformers import CLIPImageProcessorPil
 
-from reverie_jax.data.images import PAD_COLOUR, BrokenImage, decode, encode_png, preprocess
+import reverie_jax
+from reverie_jax.data.images import PAD_COLOR, BrokenImage, decode, downscale, encode_png, preprocess, to_rgb
 
 SIZE = 24
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:
-    """Smooth noise: random pixels, blown up a little, so that a resize has something to get wrong."""
+    """Smooth noise, for which errors of resizing are visible."""
     rng = np.random.default_rng(seed)
     small = rng.integers(0, 256, (max(1, height // 3), max(1, width // 3), 3)).astype(np.uint8)
     return Image.fromarray(small).resize((width, height), Image.Resampling.BILINEAR)
 
 
 def clip(image: Image.Image, size: int) -> np.ndarray:
-    """The published preprocessing up to normalisation, in [0, 255]."""
+    """CLIP's preprocessing up to normalization, in [0, 255]."""
     processor = CLIPImageProcessorPil(
         size={"shortest_edge": size}, crop_size={"height": size, "width": size}, do_normalize=False, do_rescale=False
     )
@@ -42,66 +44,10 @@ def padded(image: Image.Image) -> Image.Image:
     return Image.fromarray(out)
 
 
-def agree(ours: np.ndarray, theirs: np.ndarray) -> None:
+def assert_close(ours: np.ndarray, theirs: np.ndarray) -> None:
     assert ours.shape == theirs.shape
     assert ours.dtype == np.uint8
     assert np.abs(ours.astype(np.float64) - theirs).max() <= 1
-
-
-SHAPES = {"square": (40, 40), "wide": (61, 33), "tall": (17, 90), "upscaled": (11, 7), "exact": (SIZE, SIZE)}
-
-
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_padded_picture_is_clips(shape):
-    image = noise(*shape)
-    agree(preprocess(image, SIZE), clip(padded(image), SIZE))
-
-
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_cropped_picture_is_clips(shape):
-    image = noise(*shape)
-    agree(preprocess(image, SIZE, pad=False), clip(image, SIZE))
-
-
-def test_published_size_is_clips():
-    image = noise(500, 375)
-    agree(preprocess(image, 336), clip(padded(image), 336))
-
-
-# (11, 55): 24 / 11 * 55 is 119.99999999999999 in floating point, but 24 * 55 / 11 is 120.
-@pytest.mark.parametrize("shape", [(11, 55), (55, 11), (94, 47), (22, 110)])
-def test_cropped_picture_is_clips_where_the_ratio_does_not_divide(shape):
-    image = noise(*shape)
-    agree(preprocess(image, SIZE, pad=False), clip(image, SIZE))
-
-
-@settings(max_examples=25)
-@given(st.integers(1, 60), st.integers(1, 60), st.integers(8, 40), st.booleans(), st.integers(0, 99))
-def test_any_shape_is_clips(width, height, size, pad, seed):
-    image = noise(width, height, seed)
-    agree(preprocess(image, size, pad=pad), clip(padded(image) if pad else image, size))
-
-
-@pytest.mark.parametrize(("size", "first", "last"), [((10, 21), 5, 14), ((11, 20), 4, 14)])
-def test_padding_stands_where_llava_puts_it(size, first, last):
-    image = Image.new("RGB", size, (255, 255, 255))
-    pixels = preprocess(image, max(size))
-    content = np.flatnonzero((pixels == 255).all((0, 2)))
-    assert content.tolist() == list(range(first, last + 1))
-    turned = preprocess(image.transpose(Image.Transpose.ROTATE_90), max(size))
-    assert np.flatnonzero((turned == 255).all((1, 2))).tolist() == list(range(first, last + 1))
-
-
-def test_padding_has_clips_mean_colour():
-    pixels = preprocess(Image.new("RGB", (10, 30)), 30)
-    assert PAD_COLOUR == (122, 116, 104)
-    assert (pixels[:, :10] == (122, 116, 104)).all()
-    assert (pixels[:, -10:] == (122, 116, 104)).all()
-
-
-def test_square_picture_of_the_right_size_is_left_alone():
-    image = noise(SIZE, SIZE)
-    assert np.array_equal(preprocess(image, SIZE), np.asarray(image))
 
 
 def saved(image: Image.Image, form: str = "PNG", **options: object) -> bytes:
@@ -110,35 +56,269 @@ def saved(image: Image.Image, form: str = "PNG", **options: object) -> bytes:
     return buffer.getvalue()
 
 
-GREY = Image.linear_gradient("L").resize((16, 16))
+# Geometry.
+
+SHAPES = [(40, 40), (61, 33), (17, 90), (11, 7), (SIZE, SIZE)]
+# 24 / 11 * 55 is 119.99999999999999 in floating point, but 24 * 55 / 11 is 120.
+SHAPES += [(11, 55), (55, 11), (94, 47), (22, 110)]
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA"])
-def test_every_png_mode_becomes_rgb(mode):
-    image = GREY.convert(mode)
-    encoded = saved(image)
-    assert Image.open(io.BytesIO(encoded)).mode == mode
-    pixels = decode(encoded, "a.png")
-    assert pixels.mode == "RGB"
-    assert np.array_equal(np.asarray(pixels), np.asarray(image.convert("RGB")))
-    assert np.asarray(pixels).std() > 10
+@pytest.mark.parametrize("pad", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes_are_clips(shape, pad):
+    image = noise(*shape)
+    assert_close(preprocess(image, SIZE, pad=pad), clip(padded(image) if pad else image, SIZE))
 
 
-def test_sixteen_bits_keep_their_shades():
-    # Pillow's own conversion cuts at 255: all but the darkest 256th of the shades would be white.
-    levels = (np.arange(256, dtype=np.uint16) * 257).reshape(16, 16)
-    encoded = saved(Image.fromarray(levels))
-    assert Image.open(io.BytesIO(encoded)).mode == "I;16"
-    pixels = decode(encoded, "a.png")
-    assert pixels.mode == "RGB"
-    found = np.asarray(pixels)[..., 0].astype(int)
-    assert np.abs(found - np.arange(256).reshape(16, 16)).max() <= 1
+@settings(max_examples=25)
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(8, 40), st.booleans(), st.integers(0, 99))
+def test_any_shape_is_clips(width, height, size, pad, seed):
+    image = noise(width, height, seed)
+    assert_close(preprocess(image, size, pad=pad), clip(padded(image) if pad else image, size))
 
 
-def test_jpeg_and_transparent_palette_are_read():
-    assert decode(saved(GREY.convert("CMYK"), "JPEG"), "a.jpg").mode == "RGB"
-    palette = GREY.convert("P")
-    assert decode(saved(palette, transparency=3), "a.png").mode == "RGB"
+sides = st.integers(1, 700)
+
+
+@pytest.mark.parametrize("size", [224, 336])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
+@given(shape=st.tuples(sides, sides).filter(lambda s: max(s) <= 8 * min(s)), pad=st.booleans(), seed=st.integers(0, 99))
+@example(shape=(500, 375), pad=False, seed=0)
+@example(shape=(375, 500), pad=True, seed=0)
+@example(shape=(337, 335), pad=False, seed=0)
+@example(shape=(225, 223), pad=True, seed=0)
+@example(shape=(1, 8), pad=False, seed=0)
+@example(shape=(77, 599), pad=False, seed=0)
+@example(shape=(1, 700), pad=True, seed=0)
+@example(shape=(2000, 3), pad=True, seed=0)
+def test_any_shape_is_clips_at_published_sizes(size, shape, pad, seed):
+    image = noise(*shape, seed)
+    assert_close(preprocess(image, size, pad=pad), clip(padded(image) if pad else image, size))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(20, 700), st.integers(20, 700), st.integers(8, 340))
+@example(640, 480, 336)
+@example(500, 375, 336)
+@example(400, 300, 336)
+@example(640, 427, 336)
+@example(480, 640, 336)
+@example(333, 500, 336)
+def test_computing_only_the_crop_changes_no_byte(width, height, size):
+    image = noise(width, height)
+    short = min(width, height)
+    whole = image.resize((size * width // short, size * height // short), Image.Resampling.BICUBIC)
+    left, top = (whole.width - size) // 2, (whole.height - size) // 2
+    cropped = np.asarray(whole.crop((left, top, left + size, top + size)))
+    np.testing.assert_array_equal(preprocess(image, size, pad=False), cropped)
+
+
+@settings(max_examples=40)
+@given(st.integers(1, 90), st.integers(1, 90))
+@example(10, 21)
+@example(11, 20)
+@example(24, 24)
+def test_padding_moves_no_pixel(width, height):
+    image = noise(width, height)
+    np.testing.assert_array_equal(preprocess(image, max(width, height)), np.asarray(padded(image)))
+    assert PAD_COLOR == (122, 116, 104)
+
+
+def test_larger_images_are_scaled_down():
+    image = saved(noise(80, 40))
+    assert downscale(image, "a.png", 80) == image
+    with Image.open(io.BytesIO(downscale(image, "a.png", 20))) as small:
+        assert (small.format, small.size) == ("JPEG", (20, 10))
+
+
+# Modes.
+
+STRAIGHT = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV")
+"""Modes of 8 bits that Pillow converts to RGB directly."""
+PREMULTIPLIED = {"RGBa": "RGBA", "La": "LA"}
+DEEP = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
+MODES = (*STRAIGHT, *PREMULTIPLIED, "LAB", *DEEP)
+
+
+def colorful(width: int = 12, height: int = 9) -> Image.Image:
+    """Every pixel has another color, none of them gray."""
+    y, x = np.mgrid[:height, :width]
+    return Image.fromarray(np.stack([x * 20, y * 25, 255 - x * y], -1).astype(np.uint8))
+
+
+def alpha(width: int = 12, height: int = 9) -> Image.Image:
+    return Image.fromarray(np.linspace(0, 255, width * height).reshape(height, width).astype(np.uint8))
+
+
+@functools.cache
+def image_of(mode: str) -> Image.Image:
+    image = colorful()
+    if mode in DEEP:
+        gray = np.linspace(0, 65535, 108).reshape(9, 12)
+        if mode in ("I", "F"):
+            return Image.fromarray(gray.astype(np.int32 if mode == "I" else np.float32))
+        return Image.frombytes(mode, image.size, gray.astype(">u2" if mode == "I;16B" else "<u2").tobytes())
+    if mode in ("LA", "RGBA", "La", "RGBa"):
+        image = image.convert(PREMULTIPLIED.get(mode, mode))
+        image.putalpha(alpha())
+        return image.convert(mode)
+    if mode in ("P", "PA"):
+        return image.quantize(64) if mode == "P" else image.quantize(64).convert("PA")
+    if mode == "LAB":
+        return Image.merge("LAB", [alpha(), *[Image.new("L", image.size, 128)] * 2])
+    return image.convert(mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_becomes_rgb_of_eight_bits(mode):
+    image = image_of(mode)
+    assert image.mode == mode
+    before = image.tobytes()
+    found = to_rgb(image)
+    assert (found.mode, found.size) == ("RGB", image.size)
+    assert np.asarray(found).dtype == np.uint8
+    assert image.tobytes() == before
+    for pad in (True, False):
+        assert preprocess(found, 8, pad=pad).shape == (8, 8, 3)
+    for size in ((1, 1), (3, 1), (1, 5)):
+        for value in (0, 1):
+            bands = len(Image.new(mode, size).getbands())
+            small = to_rgb(Image.new(mode, size, value if bands == 1 else None))
+            assert (small.mode, small.size) == ("RGB", size)
+
+
+@pytest.mark.parametrize("mode", STRAIGHT)
+def test_modes_of_eight_bits_are_converted_by_pillow(mode):
+    image = image_of(mode)
+    found = np.asarray(to_rgb(image))
+    assert np.array_equal(found, np.asarray(image.convert("RGB")))
+    assert len(np.unique(found.reshape(-1, 3), axis=0)) >= (2 if mode == "1" else 30)
+
+
+@pytest.mark.parametrize("mode", PREMULTIPLIED)
+def test_premultiplied_colors_are_divided(mode):
+    image = image_of(mode)
+    straight = image.convert(PREMULTIPLIED[mode])
+    assert np.array_equal(np.asarray(to_rgb(image)), np.asarray(straight.convert("RGB")))
+
+
+def test_transparency_is_dropped_not_blended():
+    image = colorful()
+    image.putalpha(0)
+    assert np.array_equal(np.asarray(to_rgb(image)), np.asarray(colorful()))
+    palette = colorful().quantize(16)
+    palette.info["transparency"] = palette.getpixel((0, 0))
+    assert np.array_equal(np.asarray(to_rgb(palette)), np.asarray(colorful().quantize(16).convert("RGB")))
+
+
+def test_lab_keeps_its_lightness():
+    light = np.asarray(to_rgb(image_of("LAB"))).astype(int).sum(-1).ravel()
+    assert light[0] < 30
+    assert light[-1] > 3 * 245
+    assert (np.diff(light) >= 0).all()
+
+
+@pytest.mark.parametrize("mode", [mode for mode in DEEP if mode != "F"])
+def test_sixteen_bits_keep_their_upper_byte(mode):
+    expected = np.linspace(0, 65535, 108).astype(int) / 257
+    found = np.asarray(to_rgb(image_of(mode))).astype(int).reshape(-1, 3)
+    assert np.abs(found - expected[:, None]).max() <= 1
+
+
+WILD = {
+    "negative": [-5.0, -1e9, 0.0, 3.0],
+    "huge": [1e9, 2e9, 70000.0, 0.0],
+    "not a number": [np.nan, 1.0, 2.0, 3.0],
+    "infinite": [np.inf, -np.inf, 0.0, 255.0],
+}
+
+
+@pytest.mark.parametrize("values", WILD.values(), ids=WILD)
+def test_values_out_of_range_are_not_errors(values):
+    gray = np.asarray(values).reshape(2, 2)
+    found = to_rgb(Image.fromarray(gray.astype(np.float32)))
+    assert (found.mode, found.size) == ("RGB", (2, 2))
+    whole = np.nan_to_num(gray, posinf=0, neginf=0).clip(-(2**31), 2**31 - 1).astype(np.int32)
+    found = to_rgb(Image.fromarray(whole))
+    assert (found.mode, found.size) == ("RGB", (2, 2))
+    level = np.asarray(found)[..., 0].ravel()
+    assert (np.diff(level[np.argsort(whole.ravel(), kind="stable")].astype(int)) >= 0).all()
+
+
+# Files.
+
+FILES = {
+    "png 1": ("1", "PNG"),
+    "png of 16 bits": ("I;16", "PNG"),
+    "png palette": ("P", "PNG"),
+    "png gray with alpha": ("LA", "PNG"),
+    "gif": ("P", "GIF"),
+    "webp with alpha": ("RGBA", "WEBP"),
+    "jpeg gray": ("L", "JPEG"),
+    "jpeg cmyk": ("CMYK", "JPEG"),
+    "tiff lab": ("LAB", "TIFF"),
+    "tiff ycbcr": ("YCbCr", "TIFF"),
+    "tiff cmyk": ("CMYK", "TIFF"),
+    "tiff 16 big": ("I;16B", "TIFF"),
+    "tiff float": ("F", "TIFF"),
+    "tiff palette with alpha": ("PA", "TIFF"),
+    "bmp": ("RGB", "BMP"),
+    "pgm": ("L", "PPM"),
+    "pgm of 16 bits": ("I", "PPM"),
+}
+
+
+@pytest.mark.parametrize(("mode", "form"), FILES.values(), ids=FILES)
+def test_every_format_is_decoded(mode, form):
+    encoded = saved(image_of(mode), form)
+    with Image.open(io.BytesIO(encoded)) as opened:
+        expected = np.asarray(to_rgb(opened))
+    found = decode(encoded, "a")
+    assert found.mode == "RGB"
+    assert np.array_equal(np.asarray(found), expected)
+    assert expected.std() > 10
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"transparency": 0}, {"transparency": bytes([0, 128, 255])}], ids=["opaque", "one clear", "blended"]
+)
+def test_palette_files_have_their_colors(options):
+    # Pasted as indices, as some of the original scripts do, red would come out black.
+    image = Image.new("P", (20, 8))
+    image.putpalette([255, 0, 0, 0, 255, 0, 10, 20, 30])
+    ImageDraw.Draw(image).rectangle((10, 0, 14, 7), fill=1)
+    ImageDraw.Draw(image).rectangle((15, 0, 19, 7), fill=2)
+    row = preprocess(decode(saved(image, **options), "a.png"), 20)[10]
+    assert (row[:10] == (255, 0, 0)).all()
+    assert (row[10:15] == (0, 255, 0)).all()
+    assert (row[15:] == (10, 20, 30)).all()
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])  # Pillow itself turns a TIFF as it loads it
+def test_the_exif_orientation_is_not_applied(orientation, form):
+    image = noise(30, 17)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    encoded = saved(image, form, exif=exif, **({"lossless": True} if form == "WEBP" else {}))
+    with Image.open(io.BytesIO(encoded)) as opened:
+        assert opened.getexif()[0x0112] == orientation
+    found = np.asarray(decode(encoded, "a"))
+    plain = np.asarray(decode(saved(image, form, **({"lossless": True} if form == "WEBP" else {})), "a"))
+    assert found.shape == (17, 30, 3)
+    assert np.array_equal(found, plain)
+
+
+def test_only_the_first_frame_is_decoded():
+    frames = [Image.new("RGB", (5, 4), color) for color in ((200, 10, 10), (10, 200, 10))]
+    encoded = saved(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert np.asarray(decode(encoded, "a.gif")).reshape(-1, 3).tolist() == [[200, 10, 10]] * 20
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_images_of_every_mode_can_be_asked_about(mode):
+    record = reverie_jax.ask(image_of(mode), "What is this?")
+    assert np.array_equal(np.asarray(decode(record.image, "a")), np.asarray(to_rgb(image_of(mode))))
 
 
 def test_png_keeps_every_pixel():
@@ -146,10 +326,12 @@ def test_png_keeps_every_pixel():
     assert np.array_equal(np.asarray(decode(encode_png(pixels), "a.png")), pixels)
 
 
+# Broken files.
+
 PNG = saved(noise(20, 20))
 BROKEN = {
     "empty": b"",
-    "text": b"this is no picture",
+    "text": b"not an image",
     "signature": PNG[:8],
     "cut": PNG[: len(PNG) // 2],
     "flipped": PNG[:60] + bytes([PNG[60] ^ 0xFF]) + PNG[61:],
@@ -158,45 +340,24 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("encoded", BROKEN.values(), ids=BROKEN)
-def test_broken_bytes_name_the_file(encoded):
-    with pytest.raises(BrokenImage, match=r"^photos/a\.png: not a readable picture") as caught:
+def test_broken_images_are_named(encoded):
+    with pytest.raises(BrokenImage, match=r"^photos/a\.png: ") as caught:
         decode(encoded, "photos/a.png")
     assert "\n" not in str(caught.value)
-    assert "0x" not in str(caught.value)  # no memory addresses: the line is the same every time
+    assert "0x" not in str(caught.value)  # no memory address
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(st.integers(0, len(PNG) - 1), st.integers(1, 255))
-def test_any_damaged_byte_is_read_or_named(place, change):
-    damaged = PNG[:place] + bytes([PNG[place] ^ change]) + PNG[place + 1 :]
+def test_a_damaged_byte_is_decoded_or_named(index, change):
+    damaged = PNG[:index] + bytes([PNG[index] ^ change]) + PNG[index + 1 :]
     try:
         assert decode(damaged, "a.png").mode == "RGB"
     except BrokenImage as error:
         assert str(error).startswith("a.png: ")  # noqa: PT017
 
 
-def test_a_picture_that_is_far_too_large_is_refused(monkeypatch):
+def test_images_beyond_pillows_limit_are_refused(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     with pytest.raises(BrokenImage, match=r"a\.png"):
         decode(PNG, "a.png")
-
-
-@pytest.mark.parametrize(("width", "height"), [(640, 480), (500, 375), (400, 300), (640, 427), (480, 640), (333, 500)])
-def test_computing_only_the_crop_changes_no_byte(width, height):
-    image = noise(width, height)
-    short = min(width, height)
-    whole = image.resize((336 * width // short, 336 * height // short), Image.Resampling.BICUBIC)
-    left, top = (whole.width - 336) // 2, (whole.height - 336) // 2
-    cropped = np.asarray(whole.crop((left, top, left + 336, top + 336)))
-    np.testing.assert_array_equal(preprocess(image, 336, pad=False), cropped)
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.integers(20, 300), st.integers(20, 300), st.integers(8, 340))
-def test_any_crop_is_of_the_whole(width, height, size):
-    image = noise(width, height)
-    short = min(width, height)
-    whole = image.resize((size * width // short, size * height // short), Image.Resampling.BICUBIC)
-    left, top = (whole.width - size) // 2, (whole.height - size) // 2
-    cropped = np.asarray(whole.crop((left, top, left + size, top + size)))
-    np.testing.assert_array_equal(preprocess(image, size, pad=False), cropped)
