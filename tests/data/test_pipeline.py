@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import functools
 import gc
 import itertools
@@ -22,11 +23,20 @@ from reverie_jax.data import packing, pipeline
 from reverie_jax.data.conversation import IMAGE, Conversation, ImageRecord, Turn
 from reverie_jax.data.images import BrokenImage
 from reverie_jax.data.packing import Batch, SequenceShape
-from reverie_jax.data.pipeline import TreeBuilder, ordered_batches, packed_sequences, training_batches
+from reverie_jax.data.pipeline import (
+    ImageQuestions,
+    TreeBuilder,
+    ordered_batches,
+    packed_sequences,
+    question_batches,
+    training_batches,
+)
+from reverie_jax.data.preferences import DPOConfig
 from reverie_jax.data.processor import Processor
 from reverie_jax.data.records import RecordSource, write_records
 from reverie_jax.data.supervision import Supervision
 from reverie_jax.data.tokenization import Encoder, Tokens
+from reverie_jax.errors import DataError, UserError
 from tests.data.fakes import IMAGE_ID, WordTokenizer, png
 
 PATCHES, SIDE = 4, 8
@@ -330,6 +340,107 @@ def test_origins_are_the_datasets_of_the_edges():
     words = {TOKENIZER.words[target]: origin for target, origin in origins if target in TOKENIZER.words}
     assert (words[" two"], words[" one"], words[" other"]) == (1, 0, 0)
     assert sorted(batch.records[0].tolist()) == [0, 0, 1, 2]
+
+
+def test_every_epoch_has_every_record_once_in_another_order():
+    one_each = TreeBuilder(BUILDER.processor, SequenceShape(160, 1, 120), Supervision())
+    drawn = take(batches(builder=one_each), 9)
+    numbers = [number for batch in drawn for sequence in sequences_of(batch) for number, *_ in trees_of(sequence)]
+    first, second = numbers[: len(RECORDS)], numbers[len(RECORDS) : 2 * len(RECORDS)]
+    assert sorted(first) == sorted(second) == list(range(len(RECORDS)))
+    assert first != second
+
+
+# Statistics.
+
+
+def silent(name: str) -> ImageRecord:
+    """A record without supervision."""
+    return ImageRecord(name, b"", (Conversation((Turn("user", "What?"), Turn("assistant", "A cup.", 0.0)), ()),))
+
+
+@pytest.mark.parametrize("builder", [BUILDER, UNSHARED], ids=["shared", "unshared"])
+def test_statistics_are_those_of_the_trees(builder):
+    stats = pipeline.dataset_stats([*RECORDS, silent("silent")], builder)
+    trees = [built.tree for record in RECORDS for built in builder.build(record)]
+    weights, flat = by_hand(RECORDS)
+    assert (stats.records, stats.trees, stats.tokens) == (len(RECORDS) + 1, len(trees), sum(map(len, trees)))
+    assert (stats.flat_tokens, stats.longest) == (flat, max(map(len, trees)))
+    assert stats.edges == sum(len(tree.parent) for tree in trees) >= len(weights)
+    assert stats.tokens < flat if builder is BUILDER else stats.tokens == flat
+    assert stats.sequences >= len(trees) / SHAPE.images
+
+
+@pytest.mark.parametrize(
+    ("records", "builder", "error", "named"),
+    [
+        (RECORDS, dataclasses.replace(BUILDER, shape=SequenceShape(10, edges=99)), DataError, "rec0: conversation 0"),
+        (RECORDS, dataclasses.replace(BUILDER, shape=SequenceShape(99, edges=1)), DataError, "rec0: conversation 0"),
+        (
+            *(RECORDS, dataclasses.replace(BUILDER, processor=dataclasses.replace(BUILDER.processor, context=12))),
+            *(UserError, "rec0: conversation 0 .* 12"),
+        ),
+        ([silent("a")], BUILDER, DataError, "supervised"),
+        ([silent("a")], dataclasses.replace(BUILDER, supervision=DPOConfig()), DataError, "pair"),
+    ],
+    ids=["length", "edges", "context", "unsupervised", "no pairs"],
+)
+def test_data_that_cannot_be_trained_on_is_an_error_before_training(records, builder, error, named):
+    with pytest.raises(error, match=named) as caught:
+        pipeline.dataset_stats(records, builder)
+    assert type(caught.value) is error
+    assert "\n" not in str(caught.value)
+
+
+def test_answers_of_pairs_have_ids(monkeypatch):
+    sides = itertools.product("12", ("chosen", "rejected"))
+    conversations = [
+        Conversation((Turn("user", "What?"), Turn("assistant", f"{kind} {pair}")), (), kind=kind, pair=pair)
+        for pair, kind in sides
+    ]
+    record = ImageRecord("rec0", b"", tuple(conversations))
+    builder = TreeBuilder(BUILDER.processor, dataclasses.replace(SHAPE, questions=4), DPOConfig())
+    (element,) = builder.elements(record, 3)
+    assert element["questions"].tolist() == [3 * 1024 + n for n in range(4)]
+    assert element["records"].tolist() == [3]
+    monkeypatch.setattr(pipeline, "PAIR_STRIDE", 2)
+    with pytest.raises(DataError, match="rec0: 2 pairs"):
+        builder.elements(record, 3)
+
+
+# Questions.
+
+
+def asked(index: int, ids: Sequence[int], words: int = 1) -> ImageQuestions:
+    questions = [(n, Conversation((Turn("user", f"{IMAGE}\n{' '.join([f'x{n}'] * words)}?"),))) for n in ids]
+    return ImageQuestions(f"image{index}", functools.partial(png, color(index)), questions)
+
+
+@pytest.mark.parametrize("hosts", [1, 2])
+def test_every_question_is_asked_once_with_its_image(hosts):
+    images = [asked(0, range(5)), asked(1, [5]), asked(2, range(6, 9))]
+    shape, paths = SequenceShape(length=40, images=1, questions=2), {}
+    for host in range(hosts):
+        data = question_batches(images, BUILDER.processor, shape, batch_size=4, local=local(host, hosts))
+        for batch in data:
+            assert len(batch.tokens) == 4 // hosts
+            for b, q in np.argwhere(batch.questions >= 0):
+                leaf, ends = batch.leaves[b, q], batch.ends[b]
+                assert int(batch.questions[b, q]) not in paths
+                path = [int(batch.tokens[b, j]) for j in range(leaf + 1) if leaf < ends[j]]
+                paths[int(batch.questions[b, q])] = (path, tuple(batch.images[b, 0, SIDE // 2, SIDE // 2].tolist()))
+    assert paths == {
+        n: (BUILDER.processor.encoder(question).ids.tolist(), color(index))
+        for index, image in enumerate(images)
+        for n, question in image.questions
+    }
+
+
+def test_a_question_that_does_not_fit_is_an_error_that_names_its_image():
+    shape = SequenceShape(length=40, images=1, questions=2)
+    with pytest.raises(DataError, match="image7") as error:
+        list(question_batches([asked(7, [0], words=60)], BUILDER.processor, shape, batch_size=1))
+    assert "\n" not in str(error.value)
 
 
 # Errors and threads.
