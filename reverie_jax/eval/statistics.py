@@ -79,7 +79,7 @@ def differences(
     both = np.concatenate([ours, theirs], axis=1)
     total, sums = both.sum(0), _resampled_sums(both, draws)
 
-    def difference(metric: Statistic, of: Float[np.ndarray, "... K"]) -> Float[np.ndarray, "..."]:
+    def difference(metric: Statistic, of: Float[np.ndarray, "... K"]) -> Any:
         return metric(of[..., :width]) - metric(of[..., width:])
 
     return {name: _estimate(difference(metric, total), difference(metric, sums)) for name, metric in metrics.items()}

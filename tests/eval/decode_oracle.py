@@ -1,4 +1,4 @@
-"""What decoding is held against: transformers' own LLaVA answering one conversation at a time, weights and words shared."""
+"""The oracle of decoding: transformers' LLaVA answers one conversation at a time, with the same weights and tokenizer."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from reverie_jax.data.conversation import Conversation, Turn
 from reverie_jax.data.pipeline import ImageQuestions
 from reverie_jax.data.processor import Processor
 from reverie_jax.data.templates import Template
+from reverie_jax.eval.engine import Engine
+from reverie_jax.eval.schedule import ICD_INSTRUCTION, EngineShape
 from reverie_jax.models import TextConfig, VisionConfig, VisionLanguageModel
 from reverie_jax.models.checkpoints import read_model
 from tests.models import oracle
@@ -30,13 +32,13 @@ SIZES = oracle.Sizes(
 END, OTHER_END = 2, 5
 NEW_TOKENS = 10
 ALIKE = 100
-"""From this seed on the two ends are likely together: of the best beams, most may end at once."""
+"""From this seed on the two ends are likely together: most of the best beams may end at once."""
 TIE = 1e-3
-"""Choices nearer than this are none that two programs must agree on: take another seed."""
+"""Two programs need not agree on scores closer than this: take another seed."""
 
 
 class Words(tiny.Words):
-    """Characters to ids; and ids back to their numbers, so that an answer's text says each of its tokens."""
+    """Encodes characters, and decodes ids to their numbers: an answer's text shows each of its tokens."""
 
     def __call__(self, text: str, *, return_offsets_mapping: bool) -> dict[str, Any]:
         found = super().__call__(text, return_offsets_mapping=return_offsets_mapping)
@@ -54,9 +56,9 @@ class Words(tiny.Words):
 
 
 def processor(*, two_ends: bool = False) -> Processor:
-    """With `two_ends` another token beside the end of sequence ends an answer, as Phi-3's does."""
+    """Return a processor; with `two_ends`, a second token ends answers, as Phi-3's does."""
     template = Template("tested", "two", "", "USER: ", " ASSISTANT:", end="<|end|>" if two_ends else None)
-    made = Processor.of(SIZES.ours, Words(), template)
+    made = Processor.from_config(SIZES.ours, Words(), template)
     assert made.encoder.stop_ids == ((END, OTHER_END) if two_ends else (END,))
     return made
 
@@ -66,21 +68,21 @@ PROCESSOR = processor()
 
 @functools.cache
 def theirs(seed: int) -> LlavaForConditionalGeneration:
-    """Random; logits far enough apart that answers differ, and the ends' far enough that some answers end."""
+    """Return a random model whose logits are far enough apart that answers differ and some of them end."""
     model = oracle.llava(SIZES, seed)
     with torch.no_grad():
         model.lm_head.weight *= 2.5
         model.lm_head.weight[[END, OTHER_END]] *= 1.7
         if seed >= ALIKE:
             model.lm_head.weight[OTHER_END] = 0.9 * model.lm_head.weight[END]
-        # A picture's placeholder in an answer: transformers would look for its picture when it runs everything again.
+        # Never an image placeholder: transformers would look for its image when it runs everything again.
         model.lm_head.weight[oracle.IMAGE] = 0
     return model
 
 
 @functools.cache
 def ours(seed: int) -> VisionLanguageModel:
-    """The same weights, by way of a checkpoint."""
+    """Return our model with the same weights, read from a checkpoint."""
     with tempfile.TemporaryDirectory() as folder:
         return read_model(oracle.saved(theirs(seed), Path(folder)))
 
@@ -93,30 +95,30 @@ def png(seed: int) -> bytes:
 
 
 def ask(text: str, *more: tuple[str, str], shown: bool = True) -> Conversation:
-    """An open conversation: a question, then answers each with a further question."""
+    """Return an open conversation: a question, then answers each with a further question."""
     turns = [Turn("user", f"<image>\n{text}" if shown else text)]
     for answer, prompt in more:
         turns += [Turn("assistant", answer), Turn("user", prompt)]
     return Conversation(tuple(turns), (0,) if shown else ())
 
 
-def seen(encoded: bytes) -> torch.Tensor:
-    """The picture as CLIP wants it in torch."""
-    return oracle.normalized(PROCESSOR.pixels(encoded, "picture"))
+def normalized(encoded: bytes) -> torch.Tensor:
+    """Return an image as CLIP takes it in torch."""
+    return oracle.normalized(PROCESSOR.preprocess(encoded, "picture"))
 
 
-def generated(
+def transformers_tokens(
     seed: int,
-    picture: ImageQuestions,
-    talk: Conversation,
+    image: ImageQuestions,
+    conversation: Conversation,
     max_new_tokens: int,
     processor: Processor = PROCESSOR,
     **options: Any,
 ) -> list[int]:
-    """What transformers' `generate` says to one conversation, without what ends it."""
-    ids = torch.tensor(processor.encoder(talk).ids, dtype=torch.long)[None]
+    """Return the answer of transformers' `generate` to one conversation, without the token that ends it."""
+    ids = torch.tensor(processor.encoder(conversation).ids, dtype=torch.long)[None]
     ends = processor.encoder.stop_ids
-    shown = {"pixel_values": seen(picture.read())} if picture.encoded else {}
+    shown = {"pixel_values": normalized(image.read())} if image.encoded else {}
     with torch.no_grad():
         out = theirs(seed).generate(
             input_ids=ids,
@@ -134,12 +136,12 @@ def generated(
         best = torch.cat(out.logits).topk(2).values
         assert (best[:, 0] - best[:, 1]).min() > TIE, "near a tie: take another seed"
     answer = out.sequences[0, ids.shape[1] :].tolist()
-    stop = next((place for place, token in enumerate(answer) if token in ends), len(answer))
+    stop = next((index for index, token in enumerate(answer) if token in ends), len(answer))
     return answer[:stop]
 
 
 def scores(seed: int, pixels: torch.Tensor | None, ids: Sequence[int]) -> np.ndarray:
-    """transformers' logits behind the last of the tokens: the whole conversation at once, no cache."""
+    """Return transformers' logits behind the last token: the whole conversation at once, no cache."""
     shown = {} if pixels is None else {"pixel_values": pixels}
     with torch.no_grad():
         return theirs(seed)(input_ids=torch.tensor([list(ids)]), **shown).logits[0, -1].numpy()
@@ -151,18 +153,14 @@ def log_softmax(scores: np.ndarray) -> np.ndarray:
 
 
 def contrasted(plain: np.ndarray, against: np.ndarray, alpha: float, beta: float) -> np.ndarray:
-    """Leng et al.'s equations 3 and 4, as probabilities have it: a token is out unless p >= beta max p."""
+    """Return Leng et al.'s equations 3 and 4 over probabilities: a token is excluded unless p >= beta max p."""
     probability, other = np.exp(log_softmax(plain)), np.exp(log_softmax(against))
     mixed = probability ** (1 + alpha) / other**alpha
     return np.where(probability >= beta * probability.max(), np.log(mixed / mixed.sum()), -np.inf)
 
 
 def stepwise(step: Callable[[list[int]], np.ndarray], max_new_tokens: int) -> list[int]:
-    """Greedy by running everything again for each token.
-
-    Args:
-        step: scores of the next token, behind an answer so far.
-    """
+    """Decode greedily by running everything again for each token; `step` scores the token after an answer so far."""
     answer: list[int] = []
     while len(answer) < max_new_tokens:
         found = step(answer)
@@ -175,12 +173,67 @@ def stepwise(step: Callable[[list[int]], np.ndarray], max_new_tokens: int) -> li
     return answer
 
 
+def behind_instruction(conversation: Conversation) -> Conversation:
+    """Return the conversation that ICD contrasts with: its last question behind the disturbing instruction."""
+    *before, last = conversation.turns
+    opening, text = ("<image>\n", last.text[8:]) if last.text.startswith("<image>\n") else ("", last.text)
+    return Conversation((*before, Turn("user", f"{opening}{ICD_INSTRUCTION} {text}")), conversation.images)
+
+
 def text(tokens: Sequence[int]) -> str:
     return " ".join(map(str, tokens))
 
 
-def each(
-    pictures: Sequence[ImageQuestions], answer: Callable[[ImageQuestions, Conversation], list[int]]
+def answers_of(
+    images: Sequence[ImageQuestions], answer: Callable[[ImageQuestions, Conversation], list[int]]
 ) -> Mapping[int, str]:
-    """By the question's number, the answers of an oracle that sees one conversation at a time."""
-    return {number: text(answer(picture, talk)) for picture in pictures for number, talk in picture.questions}
+    """Return answers by the question's number, from an oracle that sees one conversation at a time."""
+    return {number: text(answer(image, conversation)) for image in images for number, conversation in image.questions}
+
+
+# Several questions about an image; one that continues another; an image with one question; two questions without an image.
+IMAGES = [
+    ImageQuestions("a", png(0), [(0, ask("is it?")), (1, ask("is it red?")), (2, ask("is it?", ("yes", "why?")))]),
+    ImageQuestions(
+        "b",
+        png(1),
+        [(3, ask("what")), (4, ask("is it?")), (5, ask("z")), (6, ask("is it red?", ("no", "why is that?")))],
+    ),
+    ImageQuestions("none", b"", [(7, ask("is it?", shown=False)), (8, ask("name a colour", shown=False))]),
+    ImageQuestions("c", png(2), [(9, ask("is it?"))]),
+]
+# One tree in ten is long: two shapes.
+LONG = "tell me all that there is to see, from left to right and from the top down. "
+MANY_IMAGES = [
+    *IMAGES,
+    *(ImageQuestions(f"m{n}", png(10 + n), [(20 + n, ask("abcdefg"[n] * (n + 1) + "?"))]) for n in range(7)),
+    ImageQuestions("long", png(30), [(40, ask(LONG)), (41, ask("is it?", ("yes", LONG)))]),
+]
+
+
+SHAPE = EngineShape(batch_size=2)
+
+
+def answers_with_scores(seed, decoding, images=IMAGES, shape=SHAPE, *, mesh=None, processor=PROCESSOR, **options):
+    """Return our answers by number; batches arrive in the announced order."""
+    engine = Engine(ours(seed), processor, shape, mesh=mesh)
+    schedule = engine.schedule(images, decoding)
+    batches = list(engine.stream(schedule, decoding, **options))
+    assert [list(batch) for batch in batches] == list(schedule.numbers())
+    return {number: answer for batch in batches for number, answer in batch.items()}
+
+
+def decoded(*args, **options) -> dict[int, str]:
+    """Return the texts of our answers by number."""
+    return {number: answer.text for number, answer in answers_with_scores(*args, **options).items()}
+
+
+@functools.cache
+def greedy_answer(seed: int, number: int) -> str:
+    image, conversation = next((i, c) for i in MANY_IMAGES for n, c in i.questions if n == number)
+    return text(transformers_tokens(seed, image, conversation, NEW_TOKENS))
+
+
+def greedy(seed: int, images: Sequence[ImageQuestions] = IMAGES) -> dict[int, str]:
+    """Return transformers' greedy answers by number."""
+    return {number: greedy_answer(seed, number) for image in images for number, _ in image.questions}

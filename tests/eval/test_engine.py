@@ -1,165 +1,116 @@
-"""Decoding through the tree gives, token for token, what asking one question at a time gives."""
+"""The engine gives, token for token, what transformers answers to one question at a time, however questions are batched."""
 
-import functools
-import io
+from __future__ import annotations
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
-from flax import nnx
-from PIL import Image
 
-from reverie_jax.data.conversation import Conversation, Turn
-from reverie_jax.data.images import decode, preprocess
 from reverie_jax.data.pipeline import ImageQuestions
-from reverie_jax.errors import DataError
-from reverie_jax.eval import engine as engines
+from reverie_jax.errors import DataError, UserError
+from reverie_jax.eval import engine as engine_module
 from reverie_jax.eval.decode import Decoding
-from reverie_jax.eval.engine import Engine, EngineShape
-from reverie_jax.models import ModelInputs, VisionLanguageModel
+from reverie_jax.eval.engine import Engine, generate
+from reverie_jax.eval.schedule import EngineShape
 from reverie_jax.models.sharding import make_mesh
-from tests.train import tiny
+from tests.eval import decode_oracle as oracle
+from tests.eval.decode_oracle import IMAGES, MANY_IMAGES, NEW_TOKENS, ask, decoded, greedy, png
 
-NEW_TOKENS = 9
-
-
-@functools.cache
-def model():
-    """Random weights, large enough that answers differ from one another and some end early."""
-    made = VisionLanguageModel(tiny.CONFIG, rngs=nnx.Rngs(3))
-    head = made.decoder.head.kernel
-    head.set_value(head[...] * 3)
-    return made
+SHAPE = EngineShape(batch_size=4)
+DECODING = Decoding(NEW_TOKENS)
 
 
-def picture(name, questions, seed):
-    rng = np.random.default_rng(seed)
-    buffer = io.BytesIO()
-    Image.fromarray(rng.integers(0, 255, (24, 24, 3), dtype=np.uint8)).save(buffer, format="PNG")
-    return ImageQuestions(name, buffer.getvalue(), questions)
-
-
-def ask(text, *more):
-    turns = [Turn("user", f"<image>\n{text}")]
-    for answer, prompt in more:
-        turns += [Turn("assistant", answer), Turn("user", prompt)]
-    return Conversation(tuple(turns))
-
-
-PICTURES = [
-    picture("a", [(0, ask("is it?")), (1, ask("is it red?")), (2, ask("is it?", ("yes", "why?")))], 0),
-    picture(
-        "b", [(3, ask("what")), (4, ask("is it?")), (5, ask("z")), (6, ask("is it red?", ("no", "why is that?")))], 1
-    ),
-    picture("c", [(7, ask("is it?"))], 2),
-]
-
-
-@jax.jit
-def _last_logits(tokens, image_slots, pixels, last):
-    length = tokens.shape[1]
-    positions = jnp.arange(length, dtype=jnp.int32)[None]
-    # Plain causal attention over one conversation, padding behind it.
-    hidden = model().hidden(ModelInputs(tokens, positions, jnp.full_like(tokens, length), image_slots, pixels))
-    return model().decoder.logits(hidden[0, last])
-
-
-def one_at_a_time(encoded, talk):
-    """Greedy decoding by running the whole conversation again for each token: no tree, no cache."""
-    tokens = tiny.processor().encoder(talk)
-    ids, image_slots = tokens.ids.tolist(), tokens.image_slots.tolist()
-    pixels = jnp.asarray(preprocess(decode(encoded, "x"), 24)[None, None])
-    answer = []
-    for _ in range(NEW_TOKENS):
-        pad = 96 - len(ids)
-        logits = _last_logits(
-            jnp.asarray([ids + [0] * pad], jnp.int32),
-            jnp.asarray([image_slots + [-1] * pad], jnp.int32),
-            pixels,
-            len(ids) - 1,
-        )
-        token = int(logits.argmax())
-        if token == tiny.Words.eos_token_id:
-            break
-        answer.append(token)
-        ids.append(token)
-        image_slots.append(-1)
-    return tiny.processor().encoder.decode(answer)
-
-
-@functools.cache
-def expected():
-    return {n: one_at_a_time(p.encoded, talk) for p in PICTURES for n, talk in p.questions}
+@pytest.fixture(scope="module")
+def engine():
+    return Engine(oracle.ours(2), oracle.PROCESSOR, SHAPE)
 
 
 @pytest.mark.parametrize(
-    "shape",
+    ("seeds", "images", "shape", "axes", "expected_new_tokens"),
     [
-        EngineShape(),
-        EngineShape(batch_size=2),
-        EngineShape(batch_size=1, questions=2),
-        EngineShape(sequence_length=80, batch_size=3),
+        pytest.param(range(3), MANY_IMAGES, SHAPE, None, None, id="two shapes"),
+        pytest.param(range(3), MANY_IMAGES, SHAPE, None, 3, id="decoded twice"),
+        pytest.param((2,), IMAGES, EngineShape(batch_size=1, questions=2), None, None, id="two questions"),
+        pytest.param((2,), IMAGES, EngineShape(sequence_length=96, batch_size=3), None, None, id="short sequences"),
+        pytest.param((4,), IMAGES, SHAPE, (2, 2, 1), None, id="mesh"),
+        pytest.param((2, 4), IMAGES, SHAPE, (4, 1, 1), None, id="data parallel", marks=pytest.mark.slow),
+        pytest.param((2, 4), IMAGES, SHAPE, (1, 2, 2), None, id="tensor parallel", marks=pytest.mark.slow),
+        pytest.param((2, 4), MANY_IMAGES, SHAPE, (2, 2, 1), 3, id="all at once", marks=pytest.mark.slow),
     ],
-    ids=["default", "two rows", "two leaves", "short rows"],
 )
-def test_tree_decoding_equals_one_question_at_a_time(shape):
-    answers = Engine(model(), tiny.processor(), shape).answer(PICTURES, max_new_tokens=NEW_TOKENS)
-    assert answers == expected()
-    assert len(set(answers.values())) > 3, "the answers are too alike to tell the questions apart"
+def test_greedy_answers_are_transformers(seeds, images, shape, axes, expected_new_tokens):
+    lengths = set()
+    for seed in seeds:
+        expected = greedy(seed, images)
+        mesh = make_mesh(*axes) if axes else None
+        assert decoded(seed, DECODING, images, shape, mesh=mesh, expected_new_tokens=expected_new_tokens) == expected
+        lengths |= {len(text.split()) for text in expected.values()}
+    assert NEW_TOKENS in lengths
+    assert len(lengths) > 2, "too few answers end"
 
 
-def test_answers_do_not_depend_on_their_company():
-    engine = Engine(model(), tiny.processor())
-    alone = {}
-    for shown in PICTURES:
-        for number, talk in shown.questions:
-            alone |= engine.answer(
-                [ImageQuestions(shown.name, shown.encoded, [(number, talk)])], max_new_tokens=NEW_TOKENS
-            )
-    assert alone == expected()
+def test_questions_of_different_lengths_have_two_shapes(engine):
+    assert len(engine.schedule(MANY_IMAGES, DECODING).groups) == 2
 
 
-def test_a_mesh_gives_the_same_answers():
-    engine = Engine(model(), tiny.processor(), EngineShape(batch_size=4), mesh=make_mesh(2, 2, 1))
-    assert engine.answer(PICTURES, max_new_tokens=NEW_TOKENS) == expected()
+def test_answers_do_not_depend_on_the_rest_of_the_batch(engine):
+    for image in IMAGES[:2]:
+        for number, conversation in image.questions[:2]:
+            alone = [ImageQuestions(image.name, image.encoded, [(number, conversation)])]
+            assert engine.answer(alone, max_new_tokens=NEW_TOKENS)[number] == greedy(2)[number]
 
 
-def test_a_question_asked_twice_is_answered_twice():
-    twice = [picture("a", [(0, ask("is it?")), (9, ask("is it?"))], 0)]
-    answers = Engine(model(), tiny.processor()).answer(twice, max_new_tokens=NEW_TOKENS)
-    assert answers == {0: expected()[0], 9: expected()[0]}
+def test_skipped_batches_do_not_change_others():
+    engine = Engine(oracle.ours(0), oracle.PROCESSOR, SHAPE)
+    schedule = engine.schedule(MANY_IMAGES, DECODING)
+    announced = list(schedule.numbers())
+    assert len(announced) > 3
+    for skip in range(len(announced) + 1):
+        rest = list(engine.stream(schedule, DECODING, skip=skip))
+        assert [list(part) for part in rest] == announced[skip:]
+        for part in rest:
+            assert {n: answer.text for n, answer in part.items()} == {n: oracle.greedy_answer(0, n) for n in part}
 
 
-def test_one_token_answers():
-    answers = Engine(model(), tiny.processor()).answer(PICTURES, max_new_tokens=1)
-    assert all(expected()[number].startswith(text) for number, text in answers.items())
+@pytest.mark.parametrize(("room", "questions"), [(24_000, 4), (2_000, 1)])
+def test_little_room_for_answers_does_not_change_them(engine, room, questions, monkeypatch):
+    """Fewer questions or sequences together; and long answers are decoded again, part of a batch at a time."""
+    monkeypatch.setattr(engine_module, "SUFFIX_BYTES", room)
+    schedule = engine.schedule(IMAGES, DECODING, expected_new_tokens=2)
+    assert [group.shape.questions for group in schedule.groups] == [questions]
+    parts = list(engine.stream(schedule, DECODING, expected_new_tokens=2))
+    assert {n: answer.text for part in parts for n, answer in part.items()} == greedy(2)
 
 
-def test_nothing_to_ask():
-    assert Engine(model(), tiny.processor()).answer([], max_new_tokens=3) == {}
+def test_repeated_questions_and_no_questions(engine):
+    twice = [ImageQuestions("a", png(0), [(0, ask("is it?")), (9, ask("is it?"))])]
+    batches = []
+    answers = engine.answer(twice, max_new_tokens=NEW_TOKENS, on_progress=batches.append)
+    assert answers == dict.fromkeys((0, 9), greedy(2)[0])
+    assert batches == [2]
+    assert engine.answer([], max_new_tokens=3) == {}
 
 
-def test_the_same_number_twice_is_refused():
-    with pytest.raises(ValueError, match="same number"):
-        Engine(model(), tiny.processor()).answer([picture("a", [(0, ask("x")), (0, ask("y"))], 0)], max_new_tokens=2)
+@pytest.mark.parametrize(
+    ("image", "questions", "error", "match"),
+    [
+        ("a", [(0, ask("x")), (0, ask("y"))], ValueError, "same number"),
+        ("long.png", [(0, ask("x" * 2000))], DataError, r"long\.png"),
+    ],
+)
+def test_bad_questions_are_refused(engine, image, questions, error, match):
+    with pytest.raises(error, match=match):
+        engine.answer([ImageQuestions(image, png(0), questions)], max_new_tokens=2)
 
 
-def test_a_question_longer_than_a_row_is_named():
-    long = [picture("long.png", [(0, ask("x" * 300))], 0)]
-    with pytest.raises(DataError, match=r"long\.png"):
-        Engine(model(), tiny.processor(), EngineShape(sequence_length=128)).answer(long, max_new_tokens=2)
+def test_generate_refuses_conversations_that_end_with_an_answer(engine):
+    from reverie_jax.data.conversation import Conversation, ImageRecord, Turn
+
+    closed = ImageRecord("7", png(0), (Conversation((*ask("x").turns, Turn("assistant", "yes")), (0,)),))
+    with pytest.raises(UserError, match="record 7"):
+        generate(oracle.ours(2), oracle.PROCESSOR, [closed])
 
 
-@pytest.mark.parametrize("room", [8000, 400])
-def test_little_room_for_answers_changes_none(room, monkeypatch):
-    """Fewer questions a row, fewer rows a batch; and long answers are decoded again a part of the rows at a time."""
-    monkeypatch.setattr(engines, "SUFFIX_BYTES", room)
-    engine, how = Engine(model(), tiny.processor()), Decoding(NEW_TOKENS)
-    work = engine.schedule(PICTURES, how, expected_new_tokens=2)
-    (group,) = work.groups
-    assert group.shape.questions < 4
-    found = {}
-    for answers in engine.stream(work, how, expected_new_tokens=2):
-        found |= {number: answer.text for number, answer in answers.items()}
-    assert found == expected()
+def test_a_tokenizer_must_have_an_end():
+    processor = oracle.processor()
+    processor.encoder.stop_ids = ()
+    with pytest.raises(ValueError, match="end-of-sequence"):
+        Engine(oracle.ours(2), processor)

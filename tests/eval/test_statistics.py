@@ -1,4 +1,4 @@
-"""The bootstrap against a slow loop, and what must hold of any interval."""
+"""The bootstrap against a slow loop, and properties of any interval."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reverie_jax.eval.statistics import Estimate, bootstrap, difference, resamples, share
+from reverie_jax.eval.statistics import Estimate, bootstrap, calibration_bins, differences, ratio, resamples
 
-SHARE = share(0, 1)
+RATIO = {"ratio": ratio(0, 1)}
+DRAWS = 60
+rows = st.tuples(st.integers(0, 5), st.integers(0, 6))
+tables = st.lists(st.tuples(rows, rows), min_size=1, max_size=8)
 
 
 def percentile(values: list[float], percent: float) -> float:
-    """Linear between the two nearest ranks."""
+    """Interpolate linearly between the two nearest ranks."""
     ordered = sorted(values)
     place = (len(ordered) - 1) * percent / 100
     low = math.floor(place)
@@ -23,111 +26,92 @@ def percentile(values: list[float], percent: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
-def slow(rows: list[tuple[float, float]], weights: np.ndarray) -> list[float]:
-    """The ratio of each resample, drawing images one by one."""
-    found = []
-    for draw in weights.tolist():
+def slow_ratios(rows, weights) -> list[float]:
+    """Return the ratio of each resample, adding clusters one by one."""
+    ratios = []
+    for draw in weights:
         over = under = 0.0
         for times, row in zip(draw, rows, strict=True):
             for _ in range(times):
                 over, under = over + row[0], under + row[1]
-        found.append(over / under if under else 0.0)
-    return found
+        ratios.append(over / under if under else 0.0)
+    return ratios
 
 
-tables = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 6)), min_size=1, max_size=8)
+def weights_of(clusters: int, **options) -> list[list[int]]:
+    return np.concatenate(list(resamples(clusters, **options))).tolist()
 
 
-@settings(max_examples=20)
-@given(tables, st.integers(0, 99))
-def test_interval_is_that_of_the_slow_loop(rows, seed):
-    counts = np.asarray(rows, float)
-    weights = resamples(len(rows), draws=60, seed=seed)
-    drawn = slow(rows, weights)
-    found = bootstrap(counts, SHARE, weights)
-    total = sum(under for _, under in rows)
-    assert found.value == pytest.approx(sum(over for over, _ in rows) / total if total else 0)
-    assert found.low == pytest.approx(percentile(drawn, 2.5))
-    assert found.high == pytest.approx(percentile(drawn, 97.5))
+@settings(max_examples=25)
+@given(tables)
+def test_intervals_equal_the_slow_loop(pairs):
+    ours, theirs = ([pair[side] for pair in pairs] for side in (0, 1))
+    weights, once = weights_of(len(pairs), draws=DRAWS), [[1] * len(pairs)]
+    mine, yours = slow_ratios(ours, weights), slow_ratios(theirs, weights)
+    one, other = np.asarray(ours, float), np.asarray(theirs, float)
+    paired = [a - b for a, b in zip(mine, yours, strict=True)]
+    value = slow_ratios(ours, once)[0]
+    for estimate, drawn, expected in (
+        (bootstrap(one, RATIO, draws=DRAWS)["ratio"], mine, value),
+        (differences(one, other, RATIO, draws=DRAWS)["ratio"], paired, value - slow_ratios(theirs, once)[0]),
+    ):
+        assert estimate.value == pytest.approx(expected)
+        assert (estimate.low, estimate.high) == pytest.approx((percentile(drawn, 2.5), percentile(drawn, 97.5)))
 
 
-@settings(max_examples=20)
-@given(tables, st.data(), st.integers(0, 99))
-def test_difference_resamples_both_alike(rows, data, seed):
-    other = data.draw(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 6)), min_size=len(rows), max_size=len(rows)))
-    weights = resamples(len(rows), draws=60, seed=seed)
-    drawn = [a - b for a, b in zip(slow(rows, weights), slow(other, weights), strict=True)]
-    found = difference(np.asarray(rows, float), np.asarray(other, float), SHARE, weights)
-    assert found.low == pytest.approx(percentile(drawn, 2.5))
-    assert found.high == pytest.approx(percentile(drawn, 97.5))
-    ones = np.ones((1, len(rows)), int)
-    assert found.value == pytest.approx(slow(rows, ones)[0] - slow(other, ones)[0])
-
-
-def test_a_model_differs_from_itself_by_nothing():
-    counts = np.random.default_rng(0).integers(0, 7, (50, 2)).astype(float)
-    assert difference(counts, counts.copy(), SHARE, resamples(50)) == Estimate(0, 0, 0)
-
-
-def test_difference_changes_sign_with_its_sides():
-    rng = np.random.default_rng(1)
-    one, other = (rng.integers(0, 7, (40, 2)).astype(float) for _ in range(2))
-    weights = resamples(40)
-    there, back = difference(one, other, SHARE, weights), difference(other, one, SHARE, weights)
-    assert (there.value, there.low, there.high) == pytest.approx((-back.value, -back.high, -back.low))
-
-
-def test_paired_interval_is_narrower_than_its_sides():
+def test_a_paired_difference_is_antisymmetric_and_narrower_than_its_sides():
     rng = np.random.default_rng(2)
-    right = rng.random(200) < 0.5  # hard and easy pictures, the same for both models
+    right = rng.random(200) < 0.5  # easy and hard images, the same for both models
     one = np.stack([10.0 * right, np.full(200, 10.0)], 1)
     other = one.copy()
     other[:6, 0] = 10 - other[:6, 0]
-    weights = resamples(200)
-    paired, alone = difference(one, other, SHARE, weights), bootstrap(one, SHARE, weights)
+    paired, back = differences(one, other, RATIO)["ratio"], differences(other, one, RATIO)["ratio"]
+    alone = bootstrap(one, RATIO)["ratio"]
     assert 0 < paired.high - paired.low < 0.6 * (alone.high - alone.low)
+    assert paired == pytest.approx((-back.value, -back.high, -back.low))
+    assert differences(one, one.copy(), RATIO)["ratio"] == Estimate(0, 0, 0)
 
 
-def test_interval_covers_the_truth_about_as_often_as_it_says():
+def test_an_interval_covers_the_truth_about_as_often_as_it_claims():
     rng = np.random.default_rng(3)
-    weights = resamples(80, draws=400)
     covered = 0
     for _ in range(200):
-        share = rng.beta(3, 2, 80)  # questions about one image stand together
+        share = rng.beta(3, 2, 80)  # questions about one image are dependent
         counts = np.stack([rng.binomial(6, share), np.full(80, 6)], 1).astype(float)
-        found = bootstrap(counts, SHARE, weights)
-        covered += found.low <= 0.6 <= found.high
+        estimate = bootstrap(counts, RATIO, draws=400)["ratio"]
+        covered += estimate.low <= 0.6 <= estimate.high
     assert 0.88 <= covered / 200 <= 0.99
 
 
-def test_resamples_draw_as_many_images_as_there_are():
-    weights = resamples(30, draws=500)
+def test_resamples_draw_as_many_clusters_as_there_are():
+    weights = np.asarray(weights_of(30, draws=500))
     assert weights.shape == (500, 30)
     assert (weights.sum(1) == 30).all()
-    assert (weights >= 0).all()
     assert abs(weights.mean(0) - 1).max() < 0.2
-    assert np.array_equal(weights, resamples(30, draws=500))
-    assert not np.array_equal(weights, resamples(30, draws=500, seed=1))
+    assert np.array_equal(weights, np.random.default_rng(0).multinomial(30, np.full(30, 1 / 30), size=500))
+    assert not np.array_equal(weights, weights_of(30, draws=500, seed=1))
 
 
-def test_one_image_leaves_no_doubt():
-    assert bootstrap(np.asarray([[1.0, 4.0]]), SHARE, resamples(1)) == Estimate(0.25, 0.25, 0.25)
+def test_one_cluster_and_undefined_resamples():
+    assert bootstrap(np.asarray([[1.0, 4.0]]), RATIO)["ratio"] == Estimate(0.25, 0.25, 0.25)
+    undefined = {"ratio": ratio(0, 1, empty=float("nan"))}
+    assert bootstrap(np.asarray([[1.0, 1.0], [0.0, 0.0]]), undefined)["ratio"] == Estimate(1, 1, 1)
 
 
-@given(st.integers(0, 9), st.integers(0, 9))
-def test_ratio_divides_sums_or_says_empty(over, under):
+@pytest.mark.parametrize(("over", "under"), [(3, 4), (2, 0), (0, 5)])
+def test_ratio_divides_sums_or_is_empty(over, under):
     sums = np.asarray([over, 99, under], float)
-    assert float(share(0, 2, empty=-1.0)(sums)) == pytest.approx(over / under if under else -1)
-    assert share(0, 2)(np.stack([sums, sums])).shape == (2,)
+    assert float(ratio(0, 2, empty=-1.0)(sums)) == pytest.approx(over / under if under else -1)
+    assert float(ratio([0, 1], [1, 2], scale=10)(sums)) == pytest.approx(10 * (over + 99) / (99 + under))
+    assert ratio(0, 2)(np.stack([sums, sums])).shape == (2,)
 
 
-def test_undefined_resamples_are_left_out():
-    counts = np.asarray([[1.0, 1.0], [0.0, 0.0]])
-    found = bootstrap(counts, share(0, 1, empty=float("nan")), resamples(2))
-    assert found == Estimate(1, 1, 1)
+def test_calibration_bins_leave_out_empty_ones():
+    chance, label = np.asarray([0.0, 0.05, 0.95, 1.0]), np.asarray([0.0, 1.0, 1.0, 1.0])
+    assert calibration_bins(chance, label) == [(0.025, 0.5, 2), (0.975, 1.0, 2)]
 
 
-def test_estimate_is_written_with_four_digits():
+def test_an_estimate_is_written_with_four_digits():
     estimate = Estimate(0.123456, 0.1, 0.98765)
     assert estimate.json("f1") == {"f1": 0.1235, "ci95": [0.1, 0.9877]}
     assert str(estimate) == "0.123 [0.100, 0.988]"

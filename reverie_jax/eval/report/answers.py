@@ -13,8 +13,7 @@ import numpy as np
 
 from reverie_jax.errors import UserError
 from reverie_jax.eval import statistics
-from reverie_jax.eval.benchmarks import answer_files, inputs
-from reverie_jax.eval.benchmarks import benchmark as find_benchmark
+from reverie_jax.eval.benchmarks import answer_files, find_benchmark, inputs
 from reverie_jax.eval.benchmarks.interface import Benchmark, BenchmarkData, Question
 from reverie_jax.eval.benchmarks.scoring import CountTable, ParsedAnswer
 from reverie_jax.eval.judge_replies import REPLIES

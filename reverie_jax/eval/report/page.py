@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from reverie_jax.errors import UserError
-from reverie_jax.eval.benchmarks import answer_files, inputs
-from reverie_jax.eval.benchmarks import benchmark as find_benchmark
+from reverie_jax.eval.benchmarks import answer_files, find_benchmark, inputs
 from reverie_jax.eval.report import answers
 from reverie_jax.eval.report.answers import RescoredRun
 from reverie_jax.eval.report.gallery import clip, galleries

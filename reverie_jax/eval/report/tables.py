@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from reverie_jax.eval.benchmarks import benchmark as find_benchmark
+from reverie_jax.eval.benchmarks import find_benchmark
 from reverie_jax.eval.benchmarks.published import SCORES, SOURCES, published_scores
 from reverie_jax.eval.report.runs import Run
 from reverie_jax.eval.report.template import number
