@@ -25,7 +25,7 @@ CONVERSATIONS = [
 def main() -> None:
     """Print the tree's size, its supervised edges, and check the mask against flat conversations."""
     _, processor = reverie_jax.load_model("scenes-base")
-    tokens = processor.tokens("example", CONVERSATIONS)
+    tokens = processor.tokenize("example", CONVERSATIONS)
     tree = reverie_jax.build_tree(tokens)
     print(f"{tree.flat_tokens} tokens one by one, {len(tree)} in the tree")
 

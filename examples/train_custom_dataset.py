@@ -50,7 +50,7 @@ def main() -> None:
         reverie_jax.find_recipe("scenes-rationales"), steps=args.steps, batch_size=8, save_steps=args.steps
     )
     model, processor = reverie_jax.load_model(args.model)
-    result = reverie_jax.train(model, processor, records, recipe, args.out)
+    result = reverie_jax.finetune(model, processor, records, recipe, args.out)
     print(f"{result.steps} steps on {result.stats.records} images in {result.seconds:.0f} s: {args.out}")
 
     # The run folder is an adapter: load it on the same model.

@@ -46,7 +46,7 @@ class Train:
         from reverie_jax.loading import lacks_projector, load_model, load_with_projector
         from reverie_jax.train import recipes
         from reverie_jax.train.distributed import join
-        from reverie_jax.train.loop import train
+        from reverie_jax.train.loop import finetune
         from reverie_jax.train.metrics import serve
 
         join(self.distributed)
@@ -62,7 +62,7 @@ class Train:
         else:
             model, processor = load_model(self.model, components=self.components, adapter=self.adapter, **placement)
         with serve(self.out) if self.tensorboard else contextlib.nullcontext():
-            result = train(
+            result = finetune(
                 model,
                 processor,
                 records,

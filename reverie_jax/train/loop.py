@@ -53,7 +53,7 @@ class TrainResult:
     steps: int
 
 
-def train(
+def finetune(
     model: VisionLanguageModel,
     processor: Processor,
     records: Sequence[ImageRecord],

@@ -37,7 +37,7 @@ def names() -> tuple[str, ...]:
     return (*_BUILT_IN, *importlib.metadata.entry_points(group=GROUP).names)
 
 
-def benchmark(name: str) -> Benchmark:
+def find_benchmark(name: str) -> Benchmark:
     """Return the benchmark of a name; its module is imported at the first use.
 
     Raises:
