@@ -54,6 +54,7 @@ class Build:
         from reverie_jax.data.mixture import read_mixture
         from reverie_jax.data.records import RecordSource, work_folder, write_records
         from reverie_jax.data.sources import ReadLog
+        from reverie_jax.progress import ProgressBars
 
         common.at_least(1, max_side=self.max_side, jobs=self.jobs)
         entries, log = mixture_entries(self.sources, self.mixture), ReadLog()

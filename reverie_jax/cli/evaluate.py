@@ -165,6 +165,7 @@ class Eval:
         import jax
 
         from reverie_jax.eval import predict
+        from reverie_jax.progress import ProgressBars
 
         options = predict.PredictOptions(self._decoding(benchmark), self.reflect, self.limit)
         questions = options.questions(data)
@@ -210,9 +211,9 @@ def benchmark_folders(names: str, data: Path, out: Path) -> list[tuple[Benchmark
     Raises:
         UserError: a name is unknown or listed more than once.
     """
-    from reverie_jax.eval.benchmarks import benchmark
+    from reverie_jax.eval.benchmarks import find_benchmark
 
-    benchmarks = [benchmark(name.strip()) for name in names.split(",")]
+    benchmarks = [find_benchmark(name.strip()) for name in names.split(",")]
     if len({item.name for item in benchmarks}) != len(benchmarks):
         raise UserError(f"--benchmark {names}: a benchmark is listed more than once")
     folders = [data / item.name if (data / item.name).is_dir() else data for item in benchmarks]

@@ -54,8 +54,9 @@ class Judge:
         from reverie_jax.eval import benchmarks, judge
         from reverie_jax.eval.benchmarks import answer_files
         from reverie_jax.hosted.session import RequestConfig
+        from reverie_jax.progress import ProgressBars
 
-        benchmark = benchmarks.benchmark(self.benchmark)
+        benchmark = benchmarks.find_benchmark(self.benchmark)
         data = benchmark.load(self.data)
         if self.repeats != 1:
             benchmark = benchmark.with_repeats(self.repeats)

@@ -37,6 +37,6 @@ class Benchmarks:
         from reverie_jax.eval import benchmarks
 
         for name in benchmarks.names():
-            benchmark = benchmarks.benchmark(name)
+            benchmark = benchmarks.find_benchmark(name)
             judged = [f"{rule} (judge)" if rule in benchmark.judged_rules else rule for rule in benchmark.rules]
             print(f"{name:17} rules: {', '.join(judged)}\n{'':17} data: {benchmark.required_files}")

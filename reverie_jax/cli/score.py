@@ -55,7 +55,7 @@ class Score:
         from reverie_jax.eval import benchmarks
         from reverie_jax.eval.benchmarks.interface import NotScorable
 
-        benchmark = benchmarks.benchmark(self.benchmark)
+        benchmark = benchmarks.find_benchmark(self.benchmark)
         data = benchmark.load(self.data)
         exported = [] if self.export is None else self._export(benchmark, data, self.export)
         try:
