@@ -82,7 +82,7 @@ def _parse(parse: Callable[[Any], T], row: Any, what: str, where: str) -> T:
     except BenchmarkError:
         raise
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise BenchmarkError(f"{where} is not a {what} ({error!r})") from None
+        raise BenchmarkError(f"{where}: invalid {what} ({error!r})") from None
 
 
 def read_json(path: Path) -> Any:

@@ -1,26 +1,20 @@
-"""Small files in the benchmarks' published schemas, answer files as LLaVA writes them, and checks for any score."""
+"""Makers of small files in the official schemas of all benchmarks."""
 
 from __future__ import annotations
 
 import base64
-import dataclasses
 import io
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pytest
 from PIL import Image
-
-from reverie_jax.eval.benchmarks import benchmark
-from reverie_jax.eval.benchmarks.interface import Benchmark, BenchmarkData
-from reverie_jax.eval.benchmarks.scoring import Scored
-from reverie_jax.eval.statistics import resamples
 
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
+IMAGE = b"\x89PNG not a real image"
 
 
 def encoded(shade: int = 0, form: str = "PNG") -> bytes:
@@ -30,34 +24,34 @@ def encoded(shade: int = 0, form: str = "PNG") -> bytes:
     return file.getvalue()
 
 
-def picture(path: Path, shade: int = 0) -> Path:
+def shade(data: bytes) -> int:
+    """Return about the shade that `encoded` was called with."""
+    with Image.open(io.BytesIO(data)) as image:
+        return image.convert("RGB").getpixel((3, 3))[0]
+
+
+def write_image(path: Path, shade: int = 0) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(encoded(shade, "PNG" if path.suffix == ".png" else "JPEG"))
     return path
 
 
-def shade(data: bytes) -> int:
-    """What `encoded` was given, about."""
-    with Image.open(io.BytesIO(data)) as image:
-        return image.convert("RGB").getpixel((3, 3))[0]
-
-
-def dump(path: Path, content: Any) -> Path:
+def write_json(path: Path, content: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, ensure_ascii=False), "utf-8")
     return path
 
 
-def lines(path: Path, rows: Iterable[Any]) -> Path:
-    """JSON lines; a row that is text is written as it is."""
+def write_lines(path: Path, rows: Iterable[Any]) -> Path:
+    """Write JSON lines; a row that is text is written as it is."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
     path.write_text("".join(line + "\n" for line in text), "utf-8")
     return path
 
 
-def said(question_id: Any, prompt: str, text: Any, **more: Any) -> dict[str, Any]:
-    """A row as LLaVA's answer files have it."""
+def answer_row(question_id: Any, prompt: str, text: Any, **more: Any) -> dict[str, Any]:
+    """Return a row of an answer file of LLaVA."""
     row = {
         "question_id": question_id,
         "prompt": prompt,
@@ -68,16 +62,22 @@ def said(question_id: Any, prompt: str, text: Any, **more: Any) -> dict[str, Any
     return {**row, "metadata": {}, **more}
 
 
+def prompts() -> dict[str, str]:
+    """Return the judge prompts of the package."""
+    folder = resources.files("reverie_jax.eval").joinpath("prompts")
+    return {file.name.removesuffix(".txt"): file.read_text("utf-8") for file in folder.iterdir()}
+
+
 def pope(folder: Path, **splits: Sequence[tuple[str, str, str]]) -> Path:
     """POPE's question files: of each split, (image, question, label)."""
     for split, rows in splits.items():
-        made = [
+        records = [
             {"question_id": number, "image": image, "text": text, "label": label}
             for number, (image, text, label) in enumerate(rows, 1)
         ]
-        lines(folder / f"coco_pope_{split}.json", made)
+        write_lines(folder / f"coco_pope_{split}.json", records)
         for image, _, _ in rows:
-            picture(folder / "val2014" / image)
+            write_image(folder / "val2014" / image)
     return folder
 
 
@@ -85,11 +85,11 @@ def mme(folder: Path, tasks: Mapping[str, Mapping[str, Sequence[tuple[str, str]]
     """MME's folders: of each task and picture, (question, Yes or No). Five tasks keep pictures and texts apart."""
     for task, images in tasks.items():
         apart = task in ("artwork", "celebrity", "landmark", "posters", "scene")
-        for number, (image, asked) in enumerate(images.items()):
-            picture(folder / task / ("images" if apart else "") / image, number)
+        for number, (image, questions) in enumerate(images.items()):
+            write_image(folder / task / ("images" if apart else "") / image, number)
             path = folder / task / ("questions_answers_YN" if apart else "") / f"{Path(image).stem}.txt"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(f"{question}\t{label}\n" for question, label in asked), "utf-8")
+            path.write_text("".join(f"{question}\t{label}\n" for question, label in questions), "utf-8")
     return folder
 
 
@@ -121,16 +121,16 @@ def rotations(
     rows = []
     right = "ABCD".index(answer)
     image = base64.b64encode(encoded(index, "JPEG")).decode()
-    for turn in range(len(options) if passes is None else passes):
-        turned = [*options[turn:], *options[:turn]]
+    for step in range(len(options) if passes is None else passes):
+        turned = [*options[step:], *options[:step]]
         row = {
-            "index": index + turn * 1_000_000,
+            "index": index + step * 1_000_000,
             "question": question,
             "hint": hint,
-            "answer": "ABCD"[(right - turn) % len(options)],
+            "answer": "ABCD"[(right - step) % len(options)],
             "category": category,
             "image": image,
-            "source": "made",
+            "source": "test",
             "l2-category": level,
             "split": split,
         }
@@ -170,11 +170,11 @@ def problem(
 
 def scienceqa(folder: Path, problems: Mapping[str, Mapping[str, Any]], **splits: Sequence[str]) -> Path:
     """ScienceQA's files; without splits, all problems are in `test`."""
-    dump(folder / "problems.json", problems)
-    dump(folder / "pid_splits.json", splits or {"train": [], "val": [], "test": list(problems)})
+    write_json(folder / "problems.json", problems)
+    write_json(folder / "pid_splits.json", splits or {"train": [], "val": [], "test": list(problems)})
     for id, row in problems.items():
         if row["image"]:
-            picture(folder / "images" / "test" / id / row["image"], int(id))
+            write_image(folder / "images" / "test" / id / row["image"], int(id))
     return folder
 
 
@@ -215,80 +215,310 @@ def seed_question(
 
 def seed(folder: Path, questions: Sequence[Mapping[str, Any]]) -> Path:
     """SEED-Bench's file, with pictures where LLaVA keeps them."""
-    dump(folder / "SEED-Bench.json", {"questions": list(questions), "question_type": SEED_TYPES})
+    write_json(folder / "SEED-Bench.json", {"questions": list(questions), "question_type": SEED_TYPES})
     for number, row in enumerate(questions):
         if row["data_type"] == "image":
             path = folder / "SEED-Bench-image" / row["data_id"]
         else:
             path = folder / "SEED-Bench-video-image" / f"{row['question_type_id']}_{row['question_id']}.png"
-        picture(path, number)
+        write_image(path, number)
     return folder
 
 
-def opened(name: str, data: Path) -> tuple[Benchmark, BenchmarkData]:
-    bench = benchmark(name)
-    return bench, bench.load(data)
+CLASSES = (
+    "person bicycle car motorcycle airplane bus train truck boat traffic_light fire_hydrant stop_sign parking_meter bench "
+    "bird cat dog horse sheep cow elephant bear zebra giraffe backpack umbrella handbag tie suitcase frisbee skis snowboard "
+    "sports_ball kite baseball_bat baseball_glove skateboard surfboard tennis_racket bottle wine_glass cup fork knife spoon "
+    "bowl banana apple sandwich orange broccoli carrot hot_dog pizza donut cake chair couch potted_plant bed dining_table "
+    "toilet tv laptop mouse remote keyboard cell_phone microwave oven toaster sink refrigerator book clock vase scissors "
+    "teddy_bear hair_drier toothbrush"
+)
+COCO = tuple(name.replace("_", " ") for name in CLASSES.split())
+"""COCO's 80 categories in its order; ids have gaps, as COCO's."""
+CATEGORY = {name: number + 1 + number // 12 for number, name in enumerate(COCO)}
 
 
-def ids(loaded: BenchmarkData) -> list[str]:
-    return [str(question.id) for question in loaded.questions]
+def coco_name(image: int) -> str:
+    return f"COCO_val2014_{image:012d}.jpg"
 
 
-def asked(loaded: BenchmarkData, *texts: str) -> Any:
-    """The one question whose text holds all of these."""
-    found = [question for question in loaded.questions if all(text in question.text for text in texts)]
-    assert len(found) == 1, [question.text for question in loaded.questions]
-    return found[0]
+def coco(folder: Path, images: Mapping[int, tuple[Sequence[str], Sequence[str]]]) -> Path:
+    """COCO 2014's four annotation files.
+
+    Args:
+        images: val2014's: classes that are segmented there (one annotation each), and reference captions.
+    """
+    head = {"info": {"year": 2014}, "licenses": []}
+    named = [{"id": image, "file_name": coco_name(image), "height": 9, "width": 9} for image in images]
+    segments = [(image, name) for image, (names, _) in images.items() for name in names]
+    captions = [(image, text) for image, (_, texts) in images.items() for text in texts]
+    categories = [{"id": CATEGORY[name], "name": name, "supercategory": "thing"} for name in COCO]
+    # One image of the training split, which no benchmark here asks about.
+    other = [{"id": 990001, "file_name": "COCO_train2014_000000990001.jpg", "height": 9, "width": 9}]
+    for split, shown in (("val", named), ("train", other)):
+        found = segments if split == "val" else [(990001, "kite")]
+        references = captions if split == "val" else [(990001, "A kite.")]
+        rows = [
+            {
+                "id": number,
+                "image_id": image,
+                "category_id": CATEGORY[name],
+                "bbox": [0, 0, 1, 1],
+                "area": 1,
+                "iscrowd": 0,
+            }
+            for number, (image, name) in enumerate(found)
+        ]
+        write_json(
+            folder / f"instances_{split}2014.json",
+            {**head, "images": shown, "annotations": rows, "categories": categories},
+        )
+        texts = [{"id": number, "image_id": image, "caption": text} for number, (image, text) in enumerate(references)]
+        write_json(folder / f"captions_{split}2014.json", {**head, "images": shown, "annotations": texts})
+    return folder
 
 
-def headline(scored: Scored) -> float:
-    """The first metric."""
-    return next(iter(scored.values().values()))
+def mmhal_rows() -> list[dict[str, Any]]:
+    """MMHal-Bench's 96 rows, in its order: topics of eight questions, one of each type."""
+    kinds = ["attribute", "adversarial", "comparison", "counting", "relation", "environment", "holistic", "other"]
+    return [
+        {
+            "question_type": kinds[number % 8],
+            "question_topic": f"topic{number // 8}",
+            "image_id": f"{number:016x}",
+            "image_src": f"https://host/{number}_o.jpg",
+            "image_content": ["Chair", f"Thing{number}"],
+            "question": f"What is there, number {number}?",
+            "gt_answer": f"Thing {number}.",
+            "model_answer": "",
+        }
+        for number in range(96)
+    ]
 
 
-def check(
-    bench: Benchmark, loaded: BenchmarkData, answers: Mapping[str, str], rule: str = "official", **more: Any
-) -> Scored:
-    """Scores, and sees to what holds for any score: shapes, metrics of many sums at once, units that share no group."""
-    scored = bench.score(loaded, answers, rule, **more)
-    assert [reading.id for reading in scored.parsed_answers] == [question.id for question in loaded.questions]
-    assert all(reading.right is None or 0 <= reading.right <= 1 for reading in scored.parsed_answers)
-    assert scored.counts.shape[0] == len(scored.clusters) == len(set(scored.clusters))
-    assert np.isfinite(scored.counts).all()
-    sums = scored.counts.sum(0)
-    for name, metric in scored.metrics.items():
-        many = metric(np.stack([sums] * 3))
-        assert many.shape == (3,), name
-        assert many == pytest.approx([float(metric(sums))] * 3), name
-        assert metric(np.stack([[sums] * 3] * 2)).shape == (2, 3), name
-        assert np.isfinite(metric(np.zeros_like(sums))), name
-        assert metric(resamples(len(scored.clusters), draws=5) @ scored.counts).shape == (5,), name
-    _units_stand_alone(bench, loaded, answers, rule, scored, **more)
-    return scored
+def llava_bench(folder: Path, counts: Mapping[str, int] | None = None) -> Path:
+    """LLaVA-Bench in the wild: by default six questions about three images; `counts` says how many of each category."""
+    kinds = [kind for kind, n in (counts or {"conv": 2, "detail": 2, "complex": 2}).items() for _ in range(n)]
+    images = [f"{1 + number // 2:03d}.jpg" for number in range(len(kinds))]
+    rows = [
+        {"question_id": number, "image": image, "text": f"Question {number}?", "category": kind}
+        for number, (image, kind) in enumerate(zip(images, kinds, strict=True))
+    ]
+    write_lines(folder / "questions.jsonl", rows)
+    shown = list(dict.fromkeys(images))
+    write_lines(
+        folder / "context.jsonl",
+        [{"id": image[:-4], "image": image, "caption": f"Seen in {image}."} for image in shown],
+    )
+    references = [
+        {
+            "question_id": row["question_id"],
+            "text": f"Reference {row['question_id']}.",
+            "answer_id": f"a{row['question_id']}",
+        }
+        | {"prompt": row["text"], "model_id": "gpt-4", "metadata": {}}
+        for row in rows
+    ]
+    write_lines(folder / "answers_gpt4.jsonl", references)
+    for image in shown:
+        (folder / "images").mkdir(exist_ok=True)
+        (folder / "images" / image).write_bytes(IMAGE)
+    return folder
 
 
-def _units_stand_alone(
-    bench: Benchmark, loaded: BenchmarkData, answers: Mapping[str, str], rule: str, scored: Scored, **more: Any
-) -> None:
-    """Some units' counts are what scoring their questions alone gives: no group of questions is in two units."""
-    units = list(dict.fromkeys(question.cluster for question in loaded.questions))
-    if not set(scored.clusters) <= set(units):
-        return  # the rule groups further than questions' units do
-    units = [unit for unit in units if unit in set(scored.clusters)]
-    for start in (0, 1):
-        kept = set(units[start::2])
-        if not kept or len(kept) == len(units):
-            continue  # nothing is left out, or nothing is left
-        part = dataclasses.replace(loaded, questions=[q for q in loaded.questions if q.cluster in kept])
-        there = {id: answers[id] for id in ids(part) if id in answers}
-        alone = bench.score(part, there, rule, **more)
-        sums = np.sum([row for unit, row in zip(scored.clusters, scored.counts, strict=True) if unit in kept], axis=0)
-        if list(alone.metrics) == list(scored.metrics):
-            for name, value in alone.values().items():
-                assert float(scored.metrics[name](sums)) == pytest.approx(value), name
+def mm_vet(folder: Path, capabilities: Sequence[Sequence[str]]) -> Path:
+    """MM-Vet's `mm-vet.json` and pictures, one question a list of capabilities."""
+    rows = {
+        f"v1_{number}": {
+            "imagename": f"v1_{number}.png",
+            "question": f"What is x in number {number}?",
+            "answer": f"-1<AND>-5<OR>{number}",
+            "imagesource": "https://host",
+            "capability": list(needed),
+        }
+        for number, needed in enumerate(capabilities)
+    }
+    write_json(folder / "mm-vet.json", rows)
+    (folder / "images").mkdir(exist_ok=True)
+    for row in rows.values():
+        (folder / "images" / str(row["imagename"])).write_bytes(IMAGE)
+    return folder
 
 
-def everyone(loaded: BenchmarkData, answer: str | Callable[[Any], str]) -> dict[str, str]:
-    """The same answer to all, or what a function of the question says."""
-    say = answer if callable(answer) else lambda question: answer
-    return {str(question.id): say(question) for question in loaded.questions}
+def gavie(folder: Path) -> Path:
+    """GAVIE: five questions about two images of Visual Genome; the first asks about a box."""
+    regions = {
+        "2331": [{"caption": "a red kite", "bbox": [11, 12, 13, 14]}, {"caption": "the sky", "bbox": [0, 0, 400, 300]}],
+        "77": [{"caption": "a man", "bbox": [5, 6, 7, 8]}],
+    }
+    questions = [
+        ("2331", "What is at [11, 12]?"),
+        ("2331", "Describe the sky."),
+        ("77", "Who is it?"),
+        ("77", "Is it a man?"),
+        ("2331", "Is there a dog?"),
+    ]
+    write_json(folder / "evaluation_set.json", [{"image_id": image, "question": text} for image, text in questions])
+    write_json(folder / "vg_annotation.json", regions)
+    for image in regions:
+        (folder / f"{image}.jpg").write_bytes(IMAGE)
+    return folder
+
+
+def amber(
+    folder: Path, generative: Sequence[Mapping[str, Any]], yes_no: Sequence[tuple[str, str]], **more: Any
+) -> Path:
+    """AMBER's data folder.
+
+    Args:
+        generative: `truth` and `hallu` of each, ids from 1.
+        yes_no: type and truth ("yes", "no") of each yes/no question, with the following ids.
+        more: `relation`, `safe`.
+    """
+    marks: list[dict[str, Any]] = [{"type": "generative", **row} for row in generative]
+    marks += [{"type": kind, "truth": truth} for kind, truth in yes_no]
+    marks = [{"id": number, **row} for number, row in enumerate(marks, 1)]
+    queries = [
+        {
+            "id": row["id"],
+            "image": f"AMBER_{1 + (row['id'] - 1) % max(len(generative), 2)}.jpg",
+            "query": "Describe this image."
+            if row["type"] == "generative"
+            else f"Is number {row['id']} there in this image?",
+        }
+        for row in marks
+    ]
+    write_json(folder / "query" / "query_all.json", queries)
+    few = len(generative)
+    write_json(folder / "query" / "query_generative.json", queries[:few])
+    write_json(folder / "query" / "query_discriminative.json", queries[few:])
+    write_json(folder / "annotations.json", marks)
+    write_json(folder / "relation.json", more.get("relation", {}))
+    (folder / "safe_words.txt").write_text("\n".join(more.get("safe", ["light"])), "utf-8")
+    names = [
+        name + end
+        for name in ("chair", "safe_cover", "hallu_cover", "qa_correct")
+        for end in ("_num=0.001", "_score=0")
+    ]
+    (folder / "metrics.txt").write_text("\n".join(names), "utf-8")
+    return folder
+
+
+def gqa_question(image: str, text: str, answer: str, kind: str = "query", meaning: str = "attr") -> dict[str, Any]:
+    """One of GQA's questions, with the fields that the loader ignores."""
+    return {
+        "question": text,
+        "imageId": image,
+        "isBalanced": True,
+        "answer": answer,
+        "types": {"detailed": "colorAttr", "semantic": meaning, "structural": kind},
+        "semantic": [{"operation": "select", "dependencies": [], "argument": "table (1)"}],
+        "groups": {"global": "color", "local": "04-table_color"},
+        "fullAnswer": f"It is {answer}.",
+    }
+
+
+def gqa(folder: Path, questions: Mapping[str, Mapping[str, Any]]) -> Path:
+    write_json(folder / "testdev_balanced_questions.json", questions)
+    for number, row in enumerate(questions.values()):
+        write_image(folder / "images" / f"{row['imageId']}.jpg", number)
+    return folder
+
+
+def hallusion_row(
+    category: str, sub: str, visual: int, set_id: int, figure: int, question: int, truth: int, **more: Any
+) -> dict[str, Any]:
+    """One of HallusionBench's rows: all values are text."""
+    name = f"{category} {sub} set {set_id} figure {figure} question {question}"
+    row = {
+        "category": category,
+        "subcategory": sub,
+        "visual_input": str(visual),
+        "set_id": str(set_id),
+        "figure_id": str(figure),
+        "sample_note": "note",
+        "question_id": str(question),
+        "question": f"Is {name} right?",
+        "gt_answer_details": f"It is {'so' if truth else 'not so'}: {name}.",
+        "gt_answer": str(truth),
+        "filename": None if visual == 0 else f"./{category}/{sub}/{set_id}_{figure}.png",
+    }
+    return {**row, **more}
+
+
+HALLUSION = [
+    hallusion_row("VD", "ocr", 1, 0, 0, 0, 1),
+    hallusion_row("VD", "ocr", 1, 0, 0, 1, 0),
+    hallusion_row("VD", "ocr", 2, 0, 1, 0, 0),
+    hallusion_row("VD", "ocr", 2, 0, 1, 1, 1),
+    hallusion_row("VS", "ocr", 0, 0, 0, 0, 1),
+    hallusion_row("VS", "ocr", 0, 0, 0, 1, 0),
+    hallusion_row("VS", "ocr", 1, 0, 1, 0, 1),
+    hallusion_row("VS", "ocr", 1, 0, 1, 1, 0),
+    hallusion_row("VS", "ocr", 2, 0, 2, 0, 0),
+    hallusion_row("VD", "math", 1, 1, 0, 0, 1),
+    hallusion_row("VD", "math", 2, 1, 1, 0, 0),
+]
+"""Two sets of figures and questions; "ocr" is a part of both VD and VS, with the same numbers."""
+
+
+def hallusionbench(folder: Path) -> Path:
+    write_json(folder / "HallusionBench.json", HALLUSION)
+    for number, row in enumerate(HALLUSION):
+        if row["filename"]:
+            write_image(folder / row["filename"], number)
+    return folder
+
+
+def textvqa_row(id: int, image: str, question: str, answers: Sequence[str]) -> dict[str, Any]:
+    """One of TextVQA's annotations."""
+    return {"question_id": id, "image_id": image, "question": question, "answers": list(answers), "set_name": "val"}
+
+
+def textvqa(folder: Path, rows: Sequence[Mapping[str, Any]], tokens: Mapping[str, str]) -> Path:
+    """TextVQA as LLaVA keeps it: annotations, its own questions with the OCR tokens of each image, images."""
+    write_json(folder / "TextVQA_0.5.1_val.json", {"dataset_type": "val", "data": list(rows)})
+    texts = [
+        {
+            "question_id": row["image_id"],
+            "image": f"{row['image_id']}.jpg",
+            "text": f"{row['question']}\nReference OCR token: {tokens[row['image_id']]}\n{SHORT}",
+        }
+        for row in rows
+    ]
+    write_lines(folder / "llava_textvqa_val_v051_ocr.jsonl", texts)
+    for image in tokens:
+        write_image(folder / "train_images" / f"{image}.jpg")
+    return folder
+
+
+def llava_bench_coco(folder: Path) -> Path:
+    """LLaVA-Bench COCO: six questions about two images."""
+    kinds = ["conv", "detail", "complex"] * 2
+    rows = [
+        {"question_id": n, "image": f"{n // 3:012d}.jpg", "text": f"Question {n}?", "category": kind}
+        for n, kind in enumerate(kinds)
+    ]
+    write_lines(folder / "qa90_questions.jsonl", rows)
+    boxes = [{"category": "dog", "bbox": [0.1, 0.2, 0.3, 0.4]}]
+    contexts = [
+        {"id": f"{n:012d}", "image": f"{n:012d}.jpg", "captions": ["A dog.", "A brown dog."], "instances": boxes}
+        for n in range(2)
+    ]
+    write_lines(folder / "caps_boxes_coco2014_val_80.jsonl", contexts)
+    references = [{"question_id": n, "text": f"Reference {n}.", "answer_id": f"a{n}"} for n in range(6)]
+    write_lines(folder / "qa90_gpt4_answer.jsonl", references)
+    for n in range(2):
+        write_image(folder / "val2014" / coco_name(n))
+    return folder
+
+
+def object_halbench(folder: Path, images: Mapping[int, tuple[Sequence[str], Sequence[str]]]) -> Path:
+    """Object HalBench: a question about each image, and COCO's annotations (see `coco`)."""
+    coco(folder, images)
+    rows = [
+        {"image_id": n, "question": f"Describe image {n}.", "image": base64.b64encode(IMAGE + bytes([n])).decode()}
+        for n in images
+    ]
+    write_lines(folder / "obj_halbench_300_with_image.jsonl", rows)
+    return folder

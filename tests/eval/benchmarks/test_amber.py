@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from reverie_jax.eval.benchmarks import amber_words, benchmark
+from reverie_jax.eval.benchmarks import amber_words, find_benchmark
 from reverie_jax.eval.benchmarks.amber import Amber
 from tests.eval.benchmarks import makers_free as make
 
@@ -59,7 +59,7 @@ def similarity(one: str, other: str) -> float:
 
 @pytest.fixture(scope="module")
 def amber():
-    assert isinstance(benchmark("amber"), Amber)
+    assert isinstance(find_benchmark("amber"), Amber)
     return Amber(nouns, similarity)
 
 
@@ -196,7 +196,7 @@ def test_descriptions_are_left_out_where_their_tools_are_missing(tmp_path, monke
     for name in ("nltk", "spacy"):
         monkeypatch.setitem(sys.modules, name, None)
     amber_words.tools.cache_clear()
-    plain = benchmark("amber")
+    plain = find_benchmark("amber")
     alone = plain.load(make.amber(tmp_path / "alone", TRUTHS, [], relation=RELATION, safe=SAFE))
     with pytest.raises(make.BenchmarkError, match="spacy") as error:
         plain.score(alone, {"1": "A dog.", "2": "A dog.", "3": "A dog."})

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from reverie_jax.data.row_files import Rows
-from reverie_jax.eval.benchmarks import benchmark
+from reverie_jax.eval.benchmarks import find_benchmark
 from tests.eval.benchmarks import makers_free as make
 
 # What a caption mentions: classes, each as often as there is a mention.
@@ -127,7 +127,7 @@ EMPTY, ZEBRA = 81, 82
 
 @pytest.fixture(scope="module")
 def chair():
-    return benchmark("chair")
+    return find_benchmark("chair")
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from reverie_jax.eval.benchmarks import benchmark
+from reverie_jax.eval.benchmarks import find_benchmark
 from reverie_jax.eval.benchmarks.interface import BenchmarkError
 from tests.eval.benchmarks import makers_free as make
 
@@ -47,7 +47,7 @@ REPLIES = {
 
 @pytest.fixture(scope="module")
 def bench():
-    return benchmark("gavie")
+    return find_benchmark("gavie")
 
 
 @pytest.fixture(scope="module")

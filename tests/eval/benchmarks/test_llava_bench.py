@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from reverie_jax.eval.benchmarks import benchmark
+from reverie_jax.eval.benchmarks import find_benchmark
 from reverie_jax.eval.benchmarks.interface import BenchmarkError
 from tests.eval.benchmarks import makers_free as make
 
@@ -45,7 +45,7 @@ PAIRS = {
 
 @pytest.fixture(scope="module")
 def wild():
-    return benchmark("llava-bench")
+    return find_benchmark("llava-bench")
 
 
 @pytest.fixture(scope="module")
@@ -277,7 +277,7 @@ def coco_files(folder):
 
 @pytest.fixture(scope="module")
 def other():
-    return benchmark("llava-bench-coco")
+    return find_benchmark("llava-bench-coco")
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from reverie_jax.eval.benchmarks import benchmark
+from reverie_jax.eval.benchmarks import find_benchmark
 from reverie_jax.eval.benchmarks.interface import BenchmarkError
 from tests.eval.benchmarks import makers_free as make
 
@@ -42,7 +42,7 @@ GRADES = {
 
 @pytest.fixture(scope="module")
 def vet():
-    return benchmark("mm-vet")
+    return find_benchmark("mm-vet")
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from reverie_jax.eval.benchmarks import benchmark
+from reverie_jax.eval.benchmarks import find_benchmark
 from reverie_jax.eval.benchmarks.interface import BenchmarkError
 from tests.eval.benchmarks import makers_free as make
 
@@ -48,7 +48,7 @@ SILENT = {"", "5", "Score: 5", "Rating is 4", "Rating: five", "Rating: 7", "Rati
 
 @pytest.fixture(scope="module")
 def mmhal():
-    return benchmark("mmhal")
+    return find_benchmark("mmhal")
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import re
 import numpy as np
 import pytest
 
-from reverie_jax.eval.benchmarks import benchmark
+from reverie_jax.eval.benchmarks import find_benchmark
 from reverie_jax.eval.benchmarks.interface import BenchmarkError
 from reverie_jax.eval.benchmarks.object_halbench import ObjectHalBench
 from tests.eval.benchmarks import makers_free as make
@@ -59,7 +59,7 @@ def tagger(text: str) -> list[tuple[str, str]]:
 
 @pytest.fixture(scope="module")
 def bench():
-    assert isinstance(benchmark("object-halbench"), ObjectHalBench)
+    assert isinstance(find_benchmark("object-halbench"), ObjectHalBench)
     return ObjectHalBench(tagger, lemma)
 
 
