@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Self
+from typing import TypeVar
 
 from reverie_jax.annotate.prompts import Prompts
 from reverie_jax.hosted.providers import parse_model_spec
 from reverie_jax.hosted.session import ProgressCallback, RequestConfig, Session
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +50,7 @@ class JobRunner:
         """Close the journal."""
         self.session.close()
 
-    def __enter__(self) -> Self:
+    def __enter__(self: T) -> T:
         return self
 
     def __exit__(self, *_: object) -> None:

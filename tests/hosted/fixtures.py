@@ -1,23 +1,23 @@
-"""What the tests of the annotation pipeline share."""
+"""Fixtures of all tests that use hosted models: keys, virtual time, the command in this process, processes to kill."""
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import selectors
 import sqlite3
 import ssl
 import sys
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
-from tests.annotate import helpers
+from tests.hosted import helpers
 
 
-class Hasty(sqlite3.Connection):
-    """Does not wait for the disk; those that are killed (in processes of their own) do."""
+class _Hasty(sqlite3.Connection):
+    """Does not wait for the disk; the processes that are killed do."""
 
     def execute(self, sql: str, *more: Any) -> sqlite3.Cursor:
         return super().execute("PRAGMA synchronous = OFF" if sql.startswith("PRAGMA synchronous") else sql, *more)
@@ -25,21 +25,21 @@ class Hasty(sqlite3.Connection):
 
 @pytest.fixture
 def keys(monkeypatch) -> dict[str, str]:
-    """Keys in the environment, no proxy before the loopback, no other address; tables are as wide as they like."""
-    monkeypatch.setattr(sqlite3, "connect", functools.partial(sqlite3.connect, factory=Hasty))
+    """Set API keys, no proxy for the loopback, no other address, and a wide terminal."""
+    monkeypatch.setattr(sqlite3, "connect", functools.partial(sqlite3.connect, factory=_Hasty))
     for name in ("OPENAI_BASE_URL", "GOOGLE_API_KEY", "GOOGLE_GEMINI_BASE_URL", "GEMINI_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
     # Nobody speaks TLS to the loopback, and every client would read all authorities first.
     monkeypatch.setattr(ssl.SSLContext, "load_verify_locations", lambda *args, **kwargs: None)
-    found = helpers.SECRETS | {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "COLUMNS": "1000"}
-    for name, value in found.items():
+    environment = helpers.SECRETS | {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "COLUMNS": "1000"}
+    for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    return found
+    return environment
 
 
 @pytest.fixture
 def reverie(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
-    """Runs the command in this process; returns (exit code, stdout, stderr)."""
+    """Return a function that runs the command in this process and returns (exit code, stdout, stderr)."""
     from reverie_jax import cli
 
     def run(*words: Any) -> tuple[int, str, str]:
@@ -59,29 +59,42 @@ def reverie(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
 def zygote() -> Iterator[helpers.Zygote]:
     pytest.importorskip("openai")
     pytest.importorskip("google.genai")
-    made = helpers.Zygote()
-    yield made
-    made.close()
+    process = helpers.Zygote()
+    yield process
+    process.close()
 
 
 class Clock:
-    """Seconds that pass only when everybody sleeps."""
+    """Seconds that pass only when every coroutine sleeps."""
 
-    def __init__(self) -> None:
-        self.now = 1000.0
+    now = 1000.0
+
+
+class _VirtualSelector(selectors.DefaultSelector):
+    """Returns at once, and moves the clock forward instead of waiting."""
+
+    def __init__(self, clock: Clock):
+        super().__init__()
+        self.clock = clock
+
+    def select(self, timeout: float | None = None) -> Any:
+        events = super().select(0 if timeout is not None else None)
+        if not events and timeout is not None:
+            self.clock.now += max(timeout, 0.0)
+        return events
 
 
 @pytest.fixture
 def clock(monkeypatch) -> Clock:
-    """Time in which an event loop's minutes take no time: whatever would be waited for is there at once."""
-    made, real = Clock(), selectors.DefaultSelector.select
+    """Run event loops in virtual time."""
+    clock = Clock()
 
-    def wait(self: Any, timeout: float | None = None) -> Any:
-        events = real(self, 0 if timeout is not None else None)
-        if not events and timeout is not None and timeout > 0:
-            made.now += timeout
-        return events
+    class Loop(asyncio.SelectorEventLoop):
+        def __init__(self) -> None:
+            super().__init__(_VirtualSelector(clock))
 
-    monkeypatch.setattr(time, "monotonic", lambda: made.now)
-    monkeypatch.setattr(selectors.DefaultSelector, "select", wait)
-    return made
+        def time(self) -> float:
+            return clock.now
+
+    monkeypatch.setattr(asyncio.events, "new_event_loop", Loop)
+    return clock

@@ -1,13 +1,14 @@
-"""A loopback server that speaks the wire formats of hosted models, so that the real SDKs run against it unchanged.
+"""A loopback server with the APIs of OpenAI and Gemini (chat, files, batches), so that the real SDKs run against it.
 
-It answers as OpenAI's chat completions and Gemini's generateContent do, and misbehaves where a plan says so. It keeps count
-of what arrived, what it answered and how many requests it held at once: a test asks the server, never the client it tests.
+It misbehaves on request and counts what arrived and what it answered: tests ask the server, never the client they test.
 """
 
 from __future__ import annotations
 
 import base64
 import contextlib
+import email
+import functools
 import hashlib
 import json
 import random
@@ -18,55 +19,85 @@ import struct
 import sys
 import threading
 import time
+import uuid
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from email.message import Message
 from enum import Enum
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socketserver import TCPServer
-from types import TracebackType
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 from urllib.parse import parse_qs, unquote, urlsplit
 
 NOT_SURE = "Not sure, the analyses differ."
-RENAMED = {"question": "question1", "correct_answer": "correct answer1"}
-"""What the keys of a JSON answer become under `Fault.WRONG_KEYS`."""
+PAGE = "<!DOCTYPE html>\n<html><head><title>Error</title></head><body><h1>Something went wrong</h1></body></html>\n"
 
 
 class Kind(Enum):
-    """What a fault asks of the one who meets it."""
+    """How a client must react to a fault."""
 
-    TRANSPORT = "no reply came: ask again after a pause"
-    REPLY = "a reply came, and it may be of no use"
-    HARMLESS = "the whole answer came, in an odd dress: a tolerant reader can use it"
+    TRANSPORT = "no reply: retry"
+    REPLY = "a reply that may be unusable"
+    HARMLESS = "the whole answer in an odd form"
 
 
 class Fault(Enum):
-    """What can go wrong with a request, in words, and of which kind it is."""
+    """What goes wrong with a request."""
 
-    RATE_LIMIT_AFTER = ("429 that says when to come back", Kind.TRANSPORT)
-    RATE_LIMIT = ("429 that does not", Kind.TRANSPORT)
+    RATE_LIMIT_AFTER = ("429 with Retry-After", Kind.TRANSPORT)
+    RATE_LIMIT = ("429", Kind.TRANSPORT)
     SERVER_ERROR = ("500", Kind.TRANSPORT)
     UNAVAILABLE = ("503", Kind.TRANSPORT)
-    TIMEOUT = ("the request is taken and never answered", Kind.TRANSPORT)
-    RESET = ("the connection is reset before a byte came", Kind.TRANSPORT)
-    BLOCKED = ("a filter withholds the answer; Gemini gives no candidate", Kind.REPLY)
-    REFUSED = ("OpenAI gives a refusal, Gemini a candidate of finish reason SAFETY without content", Kind.REPLY)
-    EMPTY = ("an answer of no text", Kind.REPLY)
-    TRUNCATED = ("the first 60 % of the answer, at the token limit", Kind.REPLY)
-    UNSURE = ("a judge who cannot tell; only where `is_judge` says so", Kind.REPLY)
-    WEB_PAGE = ("an HTML error page of status 200", Kind.REPLY)
-    FENCED = ("a JSON answer in a Markdown fence, after a sentence", Kind.HARMLESS)
-    PYTHON_LITERAL = ("a JSON answer as a Python literal", Kind.HARMLESS)
-    WRONG_KEYS = ("a JSON answer with misspelt keys", Kind.HARMLESS)
+    TIMEOUT = ("never answered", Kind.TRANSPORT)
+    RESET = ("connection reset", Kind.TRANSPORT)
+    BLOCKED = ("filtered; Gemini sends no candidate", Kind.REPLY)
+    REFUSED = ("OpenAI sends a refusal, Gemini finish reason SAFETY", Kind.REPLY)
+    EMPTY = ("no text", Kind.REPLY)
+    TRUNCATED = ("the first 60 %, at the token limit", Kind.REPLY)
+    UNSURE = ("an undecided judge; only for calls that `is_judge`", Kind.REPLY)
+    WEB_PAGE = ("an HTML page with status 200", Kind.REPLY)
+    FENCED = ("JSON in a Markdown fence", Kind.HARMLESS)
+    PYTHON_LITERAL = ("JSON as a Python literal", Kind.HARMLESS)
+    WRONG_KEYS = ("JSON with misspelled keys", Kind.HARMLESS)
 
     def __init__(self, words: str, kind: Kind) -> None:
         self.words, self.kind = words, kind
 
 
-ALL = tuple(Fault)
 TRANSPORT, REPLY, HARMLESS = (tuple(f for f in Fault if f.kind is kind) for kind in Kind)
+STATUS = {Fault.RATE_LIMIT_AFTER: 429, Fault.RATE_LIMIT: 429, Fault.SERVER_ERROR: 500, Fault.UNAVAILABLE: 503}
+
+
+class Step(Enum):
+    """A request of the batch API; CHUNK is Gemini's second request of an upload."""
+
+    UPLOAD, CHUNK, CREATE, LIST, STATUS, DOWNLOAD = range(6)
+
+
+class Trouble(Enum):
+    """What goes wrong with a step, besides transport faults, WEB_PAGE, and a status with a message."""
+
+    LOST = "done, but the response is lost"
+    HANG = "not done; no response until the client is gone"
+    HANG_DONE = "done; no response until the client is gone"
+
+
+class Line(Enum):
+    """What goes wrong with a line of batch results, besides faults of a reply."""
+
+    MISSING = "no line"
+    DOUBLED = "two lines"
+    BROKEN = "half a line"
+    STRANGER = "a line with an unknown key before it"
+    ODD = "lines without a valid key before it"
+    BAD = "400"
+    DENIED = "401"
+    EXPIRED = "not processed within a day"
+
+
+LINES = (Line.MISSING, Line.DOUBLED, Line.BROKEN, Line.STRANGER, Line.BAD)
+UNANSWERED = {Line.MISSING, Line.BROKEN, Line.BAD, Line.DENIED, Line.EXPIRED}
 
 
 @dataclass(frozen=True)
@@ -74,17 +105,9 @@ class Call:
     """A request as it arrived.
 
     Attributes:
-        provider: "openai" or "gemini".
-        text: All text parts of the request, the system's first, joined with newlines.
-        images: The pictures as they were sent, decoded from base64.
-        structured: Whether the answer was asked for by a JSON schema.
-        key: The API key of the header or the query.
-        headers: Of the request; names are found whatever their case.
-        body: The whole request, for what is not spelt out above.
-        digest: Names the content: provider, model, text, images, structured. Temperature and seed are no part of it, so one
-            who asks the same again in another mood is still seen to ask again.
-        attempt: How often this content has arrived, this time included.
-        arrived: When the last byte of the request was read, by `time.monotonic`.
+        digest: Identifies the content: provider, model, text, images, structured.
+        attempt: Which time this content arrived, from 1.
+        arrived: By `time.monotonic`.
     """
 
     provider: str
@@ -100,102 +123,315 @@ class Call:
     arrived: float
 
 
-Plan = Callable[[Call], Fault | None]
+@dataclass
+class Batch:
+    """A batch that was created; `state` is its end as OpenAI spells it, `share` the part of its requests that is done."""
+
+    name: str
+    provider: str
+    model: str
+    label: str | None
+    keys: list[str]
+    calls: list[Call]
+    state: str
+    share: float
+    created: float
+    looks: int = 0
+    downloads: int = 0
+    replies: str | None = None
+    errors: str | None = None
 
 
-def share(fraction: float, seed: int, kinds: Sequence[Fault] = ALL, at_most: int = 2) -> Plan:
-    """A plan by which that share of requests goes wrong, but no content more than `at_most` times.
+def share(fraction: float, seed: int, faults: Sequence[Any] = tuple(Fault), at_most: int = 2) -> Callable[[Call], Any]:
+    """Return a plan by which a share of requests goes wrong, but no content more than `at_most` times.
 
-    What happens depends on the seed, the content and the attempt alone: neither the order in which requests arrive nor a
-    restart changes it.
+    It is a function of seed, content and attempt alone: neither the order of requests nor a restart changes it.
     """
-    if not 0 <= fraction <= 1 or not kinds:
-        raise ValueError(f"a share lies in [0, 1] and has kinds of fault to choose from: {fraction}, {kinds}")
 
-    def drawn(digest: str, attempt: int) -> Fault | None:
-        lot = random.Random(f"{seed} {digest} {attempt}")
-        return kinds[int(lot.random() * len(kinds))] if lot.random() < fraction else None
+    def draw(digest: str, attempt: int) -> Any:
+        rng = random.Random(f"{seed} {digest} {attempt}")
+        return faults[int(rng.random() * len(faults))] if rng.random() < fraction else None
 
-    def plan(call: Call) -> Fault | None:
-        before = sum(drawn(call.digest, attempt) is not None for attempt in range(1, call.attempt))
-        return drawn(call.digest, call.attempt) if before < at_most else None
+    def plan(call: Call) -> Any:
+        before = sum(draw(call.digest, attempt) is not None for attempt in range(1, call.attempt))
+        return draw(call.digest, call.attempt) if before < at_most else None
 
     return plan
 
 
-def version(model: str) -> str:
-    """The dated name by which a reply says which model it came from."""
-    return f"{model}-2026-01-01"
-
-
-def usage(call: Call, text: str) -> tuple[int, int]:
-    """Tokens of the request and of the reply: a word is one, a picture a hundred."""
+def usage(call: Any, text: str) -> tuple[int, int]:
+    """Return (input, output) tokens: a word is one, an image a hundred."""
     return len(call.text.split()) + 100 * len(call.images), len(text.split())
 
 
-class Server:
-    """The server, running in threads of this process from `with` to the end of the block.
+def content_digest(provider: str, model: str, text: str, images: Sequence[bytes], structured: bool) -> str:
+    """Return the digest of a call's content."""
+    content = [provider, model, text, [hashlib.sha256(image).hexdigest() for image in images], structured]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
-    A call for which `answer`, `faults` or `is_judge` raises is answered with status 400, and the block ends with that error.
+
+class OpenAI:
+    """OpenAI's wire format."""
+
+    name = "openai"
+    path = re.compile(r"/v1/chat/completions")
+
+    def read(self, path: str, query: dict[str, Any], headers: Message, body: dict[str, Any]) -> dict[str, Any]:
+        (message,) = body["messages"]
+        texts, images = [], []
+        for part in message["content"]:
+            if part["type"] == "text":
+                texts.append(part["text"])
+            else:
+                images.append(_decode(part["image_url"]["url"].partition(";base64,")[2]))
+        structured = body.get("response_format", {}).get("type") == "json_schema"
+        key = headers.get("Authorization", "").removeprefix("Bearer ")
+        content = {"provider": self.name, "model": body["model"], "text": "\n".join(texts), "images": images}
+        return content | {"structured": structured, "key": key, "body": body}
+
+    def reply(self, call: Call, text: str, fault: Fault | None) -> dict[str, Any]:
+        ends = {Fault.BLOCKED: "content_filter", Fault.TRUNCATED: "length"}
+        refusal = "I cannot help with that." if fault is Fault.REFUSED else None
+        content = None if fault in (Fault.BLOCKED, Fault.REFUSED) else text
+        message = {"role": "assistant", "content": content, "refusal": refusal}
+        tokens_in, tokens_out = usage(call, text)
+        return {
+            "id": f"chatcmpl-{call.digest[:20]}",
+            "object": "chat.completion",
+            "created": 1,
+            "model": f"{call.model}-2026-01-01",
+            "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": ends.get(fault, "stop")}],
+            "usage": {
+                "prompt_tokens": tokens_in,
+                "completion_tokens": tokens_out,
+                "total_tokens": tokens_in + tokens_out,
+            },
+        }
+
+    def error(self, status: int, message: str, retry_after: float | None) -> dict[str, Any]:
+        return {"error": {"message": message, "type": "error", "param": None, "code": None}}
+
+    def show(self, batch: Batch, ended: bool) -> dict[str, Any]:
+        state = batch.state if ended else "in_progress" if batch.looks else "validating"
+        message = f"Line 1 is invalid for key {batch.calls[0].key if batch.calls else ''}."
+        errors = {"object": "list", "data": [{"code": "invalid", "message": message, "param": None, "line": 1}]}
+        return {
+            "id": batch.name,
+            "object": "batch",
+            "endpoint": "/v1/chat/completions",
+            "errors": errors if state == "failed" else None,
+            "input_file_id": "file-input",
+            "completion_window": "24h",
+            "status": state,
+            "output_file_id": batch.replies if ended else None,
+            "error_file_id": batch.errors if ended else None,
+            "created_at": 1,
+            "metadata": None if batch.label is None else {"label": batch.label},
+        }
+
+
+class Gemini:
+    """Gemini's wire format."""
+
+    name = "gemini"
+    path = re.compile(r"/v\d\w*/models/([^/:]+):generateContent")
+    statuses: ClassVar = {
+        400: "INVALID_ARGUMENT",
+        401: "UNAUTHENTICATED",
+        403: "PERMISSION_DENIED",
+        404: "NOT_FOUND",
+        429: "RESOURCE_EXHAUSTED",
+        500: "INTERNAL",
+        503: "UNAVAILABLE",
+    }
+
+    def read(self, path: str, query: dict[str, Any], headers: Message, body: dict[str, Any]) -> dict[str, Any]:
+        parts = [part for content in body["contents"] for part in content["parts"]]
+        config = body.get("generationConfig", {})
+        match = self.path.fullmatch(path)
+        assert match
+        return {
+            "provider": self.name,
+            "model": unquote(match[1]),
+            "text": "\n".join(part["text"] for part in parts if "text" in part),
+            "images": [_decode(part["inlineData"]["data"]) for part in parts if "inlineData" in part],
+            "structured": "responseSchema" in config or "responseJsonSchema" in config,
+            "key": headers.get("x-goog-api-key") or query.get("key", ""),
+            "body": body,
+        }
+
+    def reply(self, call: Call, text: str, fault: Fault | None) -> dict[str, Any]:
+        ends = {Fault.REFUSED: "SAFETY", Fault.TRUNCATED: "MAX_TOKENS"}
+        candidate: dict[str, Any] = {"finishReason": ends.get(fault, "STOP"), "index": 0}
+        if fault is not Fault.REFUSED:
+            candidate["content"] = {"parts": [{"text": text}], "role": "model"}
+        blocked = {"promptFeedback": {"blockReason": "SAFETY"}}
+        tokens_in, tokens_out = usage(call, text)
+        tokens = {"promptTokenCount": tokens_in, "candidatesTokenCount": tokens_out}
+        return {
+            **(blocked if fault is Fault.BLOCKED else {"candidates": [candidate]}),
+            "usageMetadata": tokens | {"totalTokenCount": tokens_in + tokens_out},
+            "modelVersion": f"{call.model}-2026-01-01",
+        }
+
+    def error(self, status: int, message: str, retry_after: float | None) -> dict[str, Any]:
+        error: dict[str, Any] = {"code": status, "message": message, "status": self.statuses.get(status, "UNKNOWN")}
+        if retry_after is not None:
+            delay = {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": f"{retry_after:g}s"}
+            error["details"] = [delay]
+        return {"error": error}
+
+    def show(self, batch: Batch, ended: bool) -> dict[str, Any]:
+        states = {"completed": "SUCCEEDED"}
+        state = states.get(batch.state, batch.state.upper()) if ended else "RUNNING" if batch.looks else "PENDING"
+        metadata: dict[str, Any] = {
+            "@type": "type.googleapis.com/google.ai.generativelanguage.v1main.GenerateContentBatch",
+            "model": f"models/{batch.model}",
+            "createTime": "2026-01-01T00:00:00.000000001Z",
+            "updateTime": "2026-01-01T00:00:00.000000001Z",
+            "state": f"BATCH_STATE_{state}",
+            "name": batch.name,
+        }
+        if batch.label is not None:
+            metadata["displayName"] = batch.label
+        shown: dict[str, Any] = {"name": batch.name, "metadata": metadata}
+        if ended:
+            shown["done"] = True
+            if batch.replies:
+                metadata["output"] = shown["response"] = {"responsesFile": batch.replies}
+            if batch.state == "failed":
+                shown["error"] = {"code": 3, "message": "Line 1 is invalid."}
+        return shown
+
+
+OPENAI, GEMINI = WIRES = (OpenAI(), Gemini())
+
+
+def _decode(data: str) -> bytes:
+    """Decode base64 of either alphabet: google-genai writes the one for URLs."""
+    return base64.b64decode(data.translate(str.maketrans("-_", "+/")), validate=True)
+
+
+def dress(text: str, fault: Any) -> str:
+    """Return an answer as a fault delivers it."""
+    if fault in (Fault.BLOCKED, Fault.REFUSED, Fault.EMPTY):
+        return ""
+    if fault is Fault.TRUNCATED:
+        return text[: len(text) * 6 // 10]
+    if fault is Fault.UNSURE:
+        return NOT_SURE
+    if fault not in HARMLESS or not text.startswith(("{", "[")):
+        return text
+    if fault is Fault.FENCED:
+        return f"Here is the answer you asked for:\n\n```json\n{text}\n```"
+    if fault is Fault.PYTHON_LITERAL:
+        return repr(json.loads(text))
+    return text.replace('"question":', '"question1":').replace('"correct_answer":', '"correct answer1":')
+
+
+def _gone(connection: socket.socket) -> bool:
+    """Return whether the other side closed or reset the connection."""
+    try:
+        return connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+
+
+class Server:
+    """The server, in threads of this process. An exception of a callback ends the block with that exception.
 
     Args:
-        answer: The text of a good reply.
-        faults: What goes wrong with a call; None is nothing, always or this time.
+        answer: Text of a good reply.
+        faults: What goes wrong with a call: a `Fault`, or (status, message or whole body).
         latency: Seconds from a request to its reply.
-        hold: Seconds until the server hangs up under `Fault.TIMEOUT`; longer than the client's patience.
-        retry_after: Seconds that `Fault.RATE_LIMIT_AFTER` asks for.
-        is_judge: Which calls can be answered with `Fault.UNSURE`; the others get the good answer.
+        retry_after: Seconds of `Fault.RATE_LIMIT_AFTER`.
+        is_judge: Which calls can meet `Fault.UNSURE`.
+        lines: What goes wrong with a line of batch results: a `Fault` or a `Line`.
+        trouble: What goes wrong with a batch step, called with the step and its count from 1.
+        ends: (state, share of requests done) of the nth batch, from 0.
+        polls: Status requests that find a batch still running.
+        seconds: Least time that a batch takes.
+        page: Most batches on a page of the list.
+        edit: Changes a line of results.
+        ascii: Whether results escape other characters.
 
     Attributes:
-        url: Of the server, without a version: OpenAI's base URL is `url + "/v1"`, Gemini's is `url`.
-        peak: The most requests ever in flight at once, never more than the clients had.
+        served: How often each content got its whole answer from a client that was still there.
+        steps: How often each batch step came up.
+        direct: Number of requests without a batch.
+        uploads: Sizes of the uploaded files.
+        hanging: Set while a client hangs.
     """
 
     def __init__(
         self,
         answer: Callable[[Call], str],
-        faults: Plan | None = None,
+        faults: Callable[[Call], Any] | None = None,
         latency: float = 0.0,
         *,
-        hold: float = 5.0,
         retry_after: float = 1.0,
-        is_judge: Callable[[Call], bool] | None = None,
+        is_judge: Callable[[Call], bool] = lambda call: False,
+        lines: Callable[[Call], Any] = lambda call: None,
+        trouble: Callable[[Step, int], Any] | None = None,
+        ends: Callable[[int], tuple[str, float]] = lambda number: ("completed", 1.0),
+        polls: int = 1,
+        seconds: float = 0.0,
+        page: int = 20,
+        edit: Callable[[dict[str, Any]], None] = lambda row: None,
+        ascii: bool = False,
     ) -> None:
-        self.answer, self.faults, self.is_judge = answer, faults, is_judge
-        self.latency, self.hold, self.retry_after = latency, hold, retry_after
-        self.url, self.peak = "", 0
+        self.answer, self.latency, self.retry_after, self.is_judge = answer, latency, retry_after, is_judge
+        self.faults = faults or (lambda call: None)
+        self.lines, self.trouble, self.ends, self.polls, self.seconds = lines, trouble, ends, polls, seconds
+        self.page, self.edit, self.ascii = page, edit, ascii
+        self.url, self.direct = "", 0
+        self.calls: list[Call] = []
+        self.batches: list[Batch] = []
+        self.files: dict[str, bytes] = {}
+        self.uploads: list[int] = []
+        self.served: Counter[str] = Counter()
+        self.faulted: Counter[Any] = Counter()
+        self.steps: Counter[Step] = Counter()
+        self.hanging = threading.Event()
         self._lock = threading.Condition()
-        self._calls: list[Call] = []
         self._attempts: Counter[str] = Counter()
-        self._served: Counter[str] = Counter()
-        self._faulted: Counter[Fault] = Counter()
+        self._parts: dict[str, bytearray] = {}
         self._connections: set[socket.socket] = set()
-        self._task: set[socket.socket] = set()
-        self._failures: list[Exception] = []
-
-    @property
-    def calls(self) -> list[Call]:
-        """Every request so far, in order of arrival."""
-        with self._lock:
-            return list(self._calls)
-
-    @property
-    def served(self) -> Counter[str]:
-        """How often each content got its whole answer, harmless faults included, from a client that was still there."""
-        with self._lock:
-            return +self._served
-
-    @property
-    def faulted(self) -> Counter[Fault]:
-        """How often each fault was really met."""
-        with self._lock:
-            return +self._faulted
+        self._busy: set[socket.socket] = set()
+        self._errors: list[Exception] = []
 
     @property
     def in_flight(self) -> int:
-        """Requests that wait for a reply now; one whose client has gone waits no more."""
+        """Requests that wait for a reply; one whose client is gone does not."""
         with self._lock:
-            return sum(not _gone(connection) for connection in self._task)
+            return sum(not _gone(connection) for connection in self._busy)
+
+    @property
+    def submitted(self) -> Counter[str]:
+        """How often each content was submitted in a batch that was created."""
+        with self._lock:
+            return Counter(call.digest for batch in self.batches for call in batch.calls)
+
+    @property
+    def unanswered(self) -> Counter[str]:
+        """How often each content got no usable reply from a batch."""
+        with self._lock:
+            found: Counter[str] = Counter()
+            for batch in self.batches:
+                done = int(len(batch.calls) * batch.share)
+                for index, call in enumerate(batch.calls):
+                    fault = self._fault(call, self.lines)
+                    if index >= done or fault in UNANSWERED or (isinstance(fault, Fault) and fault not in HARMLESS):
+                        found[call.digest] += 1
+            return found
+
+    def add_strangers(self, provider: str, count: int) -> None:
+        """Add batches of other users."""
+        for number in range(count):
+            label = None if number % 2 else f"other-{number}"
+            self.batches.append(Batch(_batch_name(provider), provider, "m", label, [], [], "completed", 1.0, 0.0))
 
     def __enter__(self) -> Server:
         self._listener = _Listener(("127.0.0.1", 0), _Handler)
@@ -205,7 +441,7 @@ class Server:
         self._thread.start()
         return self
 
-    def __exit__(self, _: type | None, error: BaseException | None, __: TracebackType | None) -> None:
+    def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
         self._listener.shutdown()
         self._thread.join()
         self._listener.server_close()
@@ -214,270 +450,129 @@ class Server:
                 with contextlib.suppress(OSError):
                     connection.shutdown(socket.SHUT_RDWR)
             self._lock.wait_for(lambda: not self._connections, timeout=5)
-        if self._failures and error is None:
-            raise self._failures[0]
-        if self._failures and error is not None:
-            error.add_note(f"In the server: {self._failures[0]!r}")
+        if self._errors and error is None:
+            raise self._errors[0]
+        if self._errors and error is not None:
+            error.add_note(f"In the server: {self._errors[0]!r}")
 
-    def _connected(self, connection: socket.socket) -> None:
-        with self._lock:
-            self._connections.add(connection)
-
-    def _disconnected(self, connection: socket.socket) -> None:
-        with self._lock:
-            self._connections.discard(connection)
-            self._lock.notify_all()
-
-    def _arrives(self, request: Request, headers: Message, connection: socket.socket) -> Call:
-        pictures = [hashlib.sha256(image).hexdigest() for image in request.images]
-        content = [request.provider, request.model, request.text, pictures, request.structured]
-        digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    def _arrive(self, request: dict[str, Any], headers: Message, connection: socket.socket) -> Call:
+        content = (request[name] for name in ("provider", "model", "text", "images", "structured"))
+        digest = content_digest(*content)
         with self._lock:
             self._attempts[digest] += 1
-            call = Call(
-                **vars(request),
-                headers=headers,
-                digest=digest,
-                attempt=self._attempts[digest],
-                arrived=time.monotonic(),
-            )
-            self._calls.append(call)
-            self._task.add(connection)
-            self.peak = max(self.peak, self.in_flight)
+            attempt = self._attempts[digest]
+            call = Call(**request, headers=headers, digest=digest, attempt=attempt, arrived=time.monotonic())
+            self.calls.append(call)
+            self._busy.add(connection)
         return call
 
-    def _leaves(self, connection: socket.socket) -> None:
-        with self._lock:
-            self._task.discard(connection)
+    def _fault(self, call: Call, plan: Callable[[Call], Any]) -> Any:
+        fault = plan(call)
+        return None if fault is Fault.UNSURE and not self.is_judge(call) else fault
 
-    def _planned(self, call: Call) -> Fault | None:
-        fault = self.faults(call) if self.faults else None
-        if fault is Fault.UNSURE and not (self.is_judge and self.is_judge(call)):
-            fault = None
-        return fault
-
-    def _failed(self, error: Exception) -> None:
-        with self._lock:
-            self._failures.append(error)
-
-    def _count(self, call: Call, fault: Fault | None, by: int = 1) -> None:
+    def _count(self, call: Call, fault: Any, by: int = 1) -> None:
         with self._lock:
             if fault is not None:
-                self._faulted[fault] += by
-            if fault is None or fault.kind is Kind.HARMLESS:
-                self._served[call.digest] += by
+                self.faulted[fault[0] if isinstance(fault, tuple) else fault] += by
+            if fault is None or fault in HARMLESS:
+                self.served[call.digest] += by
+
+    def store(self, content: bytes, prefix: str) -> str:
+        name = prefix + uuid.uuid4().hex[:20]
+        self.files[name] = content
+        return name
+
+    def create(self, wire: Any, model: str, label: str | None, source: str, handler: _Handler) -> Batch:
+        keys, calls = [], []
+        for line in self.files[source].decode().split("\n"):
+            if line:
+                row = json.loads(line)
+                keys.append(row["custom_id" if wire is OPENAI else "key"])
+                body = row["body" if wire is OPENAI else "request"]
+                request = wire.read(f"/v1beta/models/{model}:generateContent", {}, handler.headers, body)
+                calls.append(self._arrive(request, handler.headers, handler.connection))
+        self._busy.discard(handler.connection)
+        assert keys
+        assert len(set(keys)) == len(keys)
+        state, done = self.ends(sum(bool(batch.calls) for batch in self.batches))
+        name = _batch_name(wire.name)
+        batch = Batch(name, wire.name, model, label, keys, calls, state, done, time.monotonic())
+        self._write_results(wire, batch)
+        with self._lock:
+            self.batches.append(batch)
+        return batch
+
+    def _write_results(self, wire: Any, batch: Batch) -> None:
+        replies, errors = [], []
+        done = int(len(batch.calls) * batch.share)
+        for index, (key, call) in enumerate(zip(batch.keys, batch.calls, strict=True)):
+            fault = self._fault(call, self.lines)
+            if index >= done:
+                if batch.state != "expired" or wire is not OPENAI:
+                    continue
+                fault = Line.EXPIRED
+            elif fault is not None:
+                self.faulted[fault] += 1
+            for good, line in self._result_lines(wire, key, call, fault):
+                (replies if good or wire is GEMINI else errors).append(line)
+        if batch.state != "failed":
+            prefix = "file-" if wire is OPENAI else "files/batch-"
+            batch.replies = self.store(("\n".join(replies) + "\n").encode(), prefix) if replies else None
+            batch.errors = self.store(("\n".join(errors) + "\n").encode(), prefix) if errors else None
+
+    def _result_lines(self, wire: Any, key: str, call: Call, fault: Any) -> Iterator[tuple[bool, str]]:
+        """Yield (whether it has a reply, text) of a request's lines."""
+        status = {Line.BAD: 400, Line.DENIED: 401, Fault.RESET: 500, Fault.TIMEOUT: 500, Fault.WEB_PAGE: 500}
+        if fault is Line.MISSING:
+            return
+        if fault is Line.EXPIRED:
+            error = {"code": "batch_expired", "message": "The completion window expired."}
+            yield False, self._dump({"custom_id": key, "response": None, "error": error})
+        elif (code := (status | STATUS).get(fault)) is not None:
+            if wire is OPENAI:
+                response = {"status_code": code, "body": wire.error(code, fault.name, None)}
+                yield False, self._dump({"custom_id": key, "response": response, "error": None})
+            else:
+                rpc = {400: 3, 401: 16, 429: 8, 500: 13, 503: 14}[code]
+                yield False, self._dump({"key": key, "error": {"code": rpc, "message": fault.name}})
+        else:
+            good = self._good_line(wire, key, call, fault)
+            if fault is Line.STRANGER:
+                yield True, self._good_line(wire, "0" * 32, call, None)
+            if fault is Line.ODD:
+                name = "custom_id" if wire is OPENAI else "key"
+                for value in ([key], None, 7):
+                    yield True, json.dumps(json.loads(good) | {name: value})
+                yield from ((True, text) for text in ("{}", "[]", "null", f'"{key}"'))
+            yield True, good[: len(good) // 2] if fault is Line.BROKEN else good
+            if fault is Line.DOUBLED:
+                yield True, good
+
+    def _good_line(self, wire: Any, key: str, call: Call, fault: Any) -> str:
+        fault = fault if isinstance(fault, Fault) else None
+        reply = wire.reply(call, dress(self.answer(call), fault), fault)
+        if wire is OPENAI:
+            return self._dump({"custom_id": key, "response": {"status_code": 200, "body": reply}, "error": None})
+        return self._dump({"response": reply, "key": key})
+
+    def _dump(self, row: dict[str, Any]) -> str:
+        self.edit(row)
+        return json.dumps(row, ensure_ascii=self.ascii)
+
+    def show(self, wire: Any, batch: Batch) -> dict[str, Any]:
+        return wire.show(batch, batch.looks > self.polls and time.monotonic() - batch.created >= self.seconds)
+
+    def list_page(self, provider: str, size: int, after: str) -> tuple[list[Batch], bool]:
+        """Return the newest batches after one, and whether there are more."""
+        with self._lock:
+            found = [batch for batch in reversed(self.batches) if batch.provider == provider]
+        start = next((index + 1 for index, batch in enumerate(found) if batch.name == after), 0)
+        size = min(size, self.page)
+        return found[start : start + size], len(found) > start + size
 
 
-@dataclass
-class Request:
-    """What a wire format says, before the server has numbered it."""
-
-    provider: str
-    model: str
-    text: str
-    images: list[bytes]
-    structured: bool
-    key: str
-    body: dict[str, Any]
-
-
-class End(Enum):
-    """How a reply ends."""
-
-    DONE = "done"
-    LENGTH = "length"
-    BLOCKED = "blocked"
-    REFUSED = "refused"
-
-
-class Wire(Protocol):
-    """A hosted model's wire format: requests are read, replies and errors are written."""
-
-    def read(self, path: str, query: dict[str, list[str]], headers: Message, body: dict[str, Any]) -> Request: ...
-
-    def reply(self, call: Call, text: str, end: End) -> dict[str, Any]: ...
-
-    def error(self, status: int, message: str, retry_after: float | None) -> dict[str, Any]: ...
-
-
-class OpenAI:
-    """Chat completions, all in one piece."""
-
-    path = re.compile(r"/v1/chat/completions")
-    ends: ClassVar = {End.DONE: "stop", End.LENGTH: "length", End.BLOCKED: "content_filter", End.REFUSED: "stop"}
-
-    def read(self, path: str, query: dict[str, list[str]], headers: Message, body: dict[str, Any]) -> Request:
-        if body.get("stream"):
-            raise ValueError("this server does not stream")
-        texts, images = [], []
-        for message in body["messages"]:
-            content = message["content"]
-            for part in [{"type": "text", "text": content}] if isinstance(content, str) else content or []:
-                if part["type"] == "text":
-                    texts.append(part["text"])
-                elif part["type"] == "image_url":
-                    head, _, data = part["image_url"]["url"].partition(";base64,")
-                    if not head.startswith("data:image/"):
-                        raise ValueError("a picture is a data URI here")
-                    images.append(_bytes(data))
-                else:
-                    raise ValueError(f"a part of type {part['type']}")
-        return Request(
-            provider="openai",
-            model=body["model"],
-            text="\n".join(texts),
-            images=images,
-            structured=(body.get("response_format") or {}).get("type") == "json_schema",
-            key=headers.get("Authorization", "").removeprefix("Bearer "),
-            body=body,
-        )
-
-    def reply(self, call: Call, text: str, end: End) -> dict[str, Any]:
-        asked, told = usage(call, text)
-        return {
-            "id": f"chatcmpl-{call.digest[:20]}-{call.attempt}",
-            "object": "chat.completion",
-            "created": int(time.time()),
-            "model": version(call.model),
-            "choices": [
-                {
-                    "index": 0,
-                    "message": {
-                        "role": "assistant",
-                        "content": None if end in (End.BLOCKED, End.REFUSED) else text,
-                        "refusal": "I cannot help with that." if end is End.REFUSED else None,
-                    },
-                    "logprobs": None,
-                    "finish_reason": self.ends[end],
-                }
-            ],
-            "usage": {"prompt_tokens": asked, "completion_tokens": told, "total_tokens": asked + told},
-        }
-
-    def error(self, status: int, message: str, retry_after: float | None) -> dict[str, Any]:
-        kinds = {
-            429: ("requests", "rate_limit_exceeded"),
-            500: ("server_error", None),
-            503: ("service_unavailable", None),
-        }
-        kind, code = kinds.get(status, ("invalid_request_error", None))
-        return {"error": {"message": message, "type": kind, "param": None, "code": code}}
-
-
-class Gemini:
-    """generateContent, all in one piece, as google-genai and google-generativeai over REST ask for it."""
-
-    path = re.compile(r"/v\d\w*/models/([^/:]+):generateContent")
-    ends: ClassVar = {End.DONE: "STOP", End.LENGTH: "MAX_TOKENS", End.REFUSED: "SAFETY"}
-    statuses: ClassVar = {
-        400: "INVALID_ARGUMENT",
-        404: "NOT_FOUND",
-        429: "RESOURCE_EXHAUSTED",
-        500: "INTERNAL",
-        503: "UNAVAILABLE",
-    }
-
-    def read(self, path: str, query: dict[str, list[str]], headers: Message, body: dict[str, Any]) -> Request:
-        said = [body["systemInstruction"]] if "systemInstruction" in body else []
-        texts, images = [], []
-        for content in [*said, *body["contents"]]:
-            for part in content["parts"]:
-                if "text" in part:
-                    texts.append(part["text"])
-                elif "inlineData" in part:
-                    images.append(_bytes(part["inlineData"]["data"]))
-                else:
-                    raise ValueError(f"a part of {sorted(part)}")
-        settings = body.get("generationConfig", {})
-        structured = "responseSchema" in settings or "responseJsonSchema" in settings
-        if structured and settings.get("responseMimeType") != "application/json":
-            raise ValueError("a schema goes with responseMimeType application/json")
-        found = self.path.fullmatch(path)
-        assert found
-        return Request(
-            provider="gemini",
-            model=unquote(found[1]),
-            text="\n".join(texts),
-            images=images,
-            structured=structured,
-            key=headers.get("x-goog-api-key") or query.get("key", [""])[0],
-            body=body,
-        )
-
-    def reply(self, call: Call, text: str, end: End) -> dict[str, Any]:
-        asked, told = usage(call, text)
-        candidate = {"finishReason": self.ends[end], "index": 0} if end is not End.BLOCKED else {}
-        if end in (End.DONE, End.LENGTH):
-            candidate["content"] = {"parts": [{"text": text}], "role": "model"}
-        return {
-            **({"promptFeedback": {"blockReason": "SAFETY"}} if end is End.BLOCKED else {"candidates": [candidate]}),
-            "usageMetadata": {"promptTokenCount": asked, "candidatesTokenCount": told, "totalTokenCount": asked + told},
-            "modelVersion": version(call.model),
-            "responseId": f"{call.digest[:20]}-{call.attempt}",
-        }
-
-    def error(self, status: int, message: str, retry_after: float | None) -> dict[str, Any]:
-        error: dict[str, Any] = {"code": status, "message": message, "status": self.statuses[status]}
-        if retry_after is not None:
-            delay = {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": f"{retry_after:g}s"}
-            error["details"] = [delay]
-        return {"error": error}
-
-
-WIRES = (OpenAI(), Gemini())
-STATUS = {Fault.RATE_LIMIT_AFTER: 429, Fault.RATE_LIMIT: 429, Fault.SERVER_ERROR: 500, Fault.UNAVAILABLE: 503}
-PAGE = "<!DOCTYPE html>\n<html><head><title>Error</title></head><body><h1>Something went wrong</h1></body></html>\n"
-
-
-def _bytes(data: str) -> bytes:
-    """Base64 of either alphabet: google-genai writes the one for URLs, the others the common one."""
-    return base64.b64decode(data.translate(str.maketrans("-_", "+/")), validate=True)
-
-
-def _dressed(text: str, fault: Fault | None) -> str:
-    """A JSON answer as the harmless faults deliver it; any other answer as it is."""
-    if fault is None or fault.kind is not Kind.HARMLESS:
-        return text
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
-        return text
-    if fault is Fault.FENCED:
-        return f"Here is the answer you asked for:\n\n```json\n{text}\n```"
-    if fault is Fault.PYTHON_LITERAL:
-        return repr(value)
-    return json.dumps(_renamed(value))
-
-
-def _renamed(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {RENAMED.get(key, key): _renamed(item) for key, item in value.items()}
-    return [_renamed(item) for item in value] if isinstance(value, list) else value
-
-
-def _ended(text: str, fault: Fault | None) -> tuple[str, End]:
-    """What a reply says under a fault, and how it ends."""
-    if fault is Fault.BLOCKED:
-        return "", End.BLOCKED
-    if fault is Fault.REFUSED:
-        return "", End.REFUSED
-    if fault is Fault.EMPTY:
-        return "", End.DONE
-    if fault is Fault.TRUNCATED:
-        return text[: len(text) * 6 // 10], End.LENGTH
-    if fault is Fault.UNSURE:
-        return NOT_SURE, End.DONE
-    return _dressed(text, fault), End.DONE
-
-
-def _gone(connection: socket.socket) -> bool:
-    """Whether the other side has closed or reset the connection."""
-    try:
-        return connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
+def _batch_name(provider: str) -> str:
+    return f"batch_{uuid.uuid4().hex}" if provider == "openai" else f"batches/{uuid.uuid4().hex[:12]}"
 
 
 class _Listener(ThreadingHTTPServer):
@@ -491,10 +586,9 @@ class _Listener(ThreadingHTTPServer):
         self.server_name, self.server_port = self.server_address[:2]
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that went away is no news; anything else is the test's to see."""
         error = sys.exception()
         if isinstance(error, Exception) and not isinstance(error, ConnectionError):
-            self.owner._failed(error)
+            self.owner._errors.append(error)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -506,18 +600,28 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:
         pass
 
+    @property
+    def owner(self) -> Server:
+        return self.server.owner
+
+    @property
+    def wire(self) -> Any:
+        return GEMINI if "x-goog-api-key" in self.headers or "X-Goog-Upload-Command" in self.headers else OPENAI
+
     def setup(self) -> None:
         super().setup()
-        self.server.owner._connected(self.connection)
+        with self.owner._lock:
+            self.owner._connections.add(self.connection)
 
     def finish(self) -> None:
         try:
             super().finish()
         finally:
-            self.server.owner._disconnected(self.connection)
+            with self.owner._lock:
+                self.owner._connections.discard(self.connection)
+                self.owner._lock.notify_all()
 
     def do_POST(self) -> None:
-        owner = self.server.owner
         size = int(self.headers.get("Content-Length", 0))
         raw = self.rfile.read(size)
         if len(raw) < size:
@@ -525,59 +629,193 @@ class _Handler(BaseHTTPRequestHandler):
             return
         address = urlsplit(self.path)
         wire = next((wire for wire in WIRES if wire.path.fullmatch(address.path)), None)
-        if wire is None:
-            wire = WIRES[1] if "/models/" in address.path else WIRES[0]
-            self.send_json(404, wire.error(404, f"no {address.path} here", None))
+        if wire is not None:
+            query = {name: values[0] for name, values in parse_qs(address.query).items()}
+            request = wire.read(address.path, query, self.headers, json.loads(raw))
+            call = self.owner._arrive(request, self.headers, self.connection)
+            try:
+                self.owner.direct += 1
+                self.respond(wire, call)
+            finally:
+                self.leave()
             return
-        try:
-            request = wire.read(address.path, parse_qs(address.query), self.headers, json.loads(raw))
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            self.send_json(400, wire.error(400, f"the request cannot be read: {error!r}", None))
-            return
-        call = owner._arrives(request, self.headers, self.connection)
-        try:
-            self.respond(wire, call)
-        finally:
-            owner._leaves(self.connection)
+        starts = self.headers.get("X-Goog-Upload-Command") == "start"
+        self.route(
+            (OPENAI, r"/v1/files", Step.UPLOAD, lambda: self.openai_upload(raw)),
+            (OPENAI, r"/v1/batches", Step.CREATE, lambda: self.openai_create(json.loads(raw))),
+            (GEMINI, r"/v1\w*/models/([^/:]+):batchGenerateContent", Step.CREATE, lambda m: self.gemini_create(m, raw)),
+            (
+                GEMINI,
+                r"/upload/v1\w*/files",
+                Step.UPLOAD if starts else Step.CHUNK,
+                self.gemini_start if starts else lambda: self.gemini_chunk(raw),
+            ),
+        )
 
-    def respond(self, wire: Wire, call: Call) -> None:
-        owner = self.server.owner
+    def do_GET(self) -> None:
+        query = {name: values[0] for name, values in parse_qs(urlsplit(self.path).query).items()}
+        self.route(
+            (OPENAI, r"/v1/batches", Step.LIST, lambda: self.openai_list(query)),
+            (OPENAI, r"/v1/batches/(batch_\w+)", Step.STATUS, self.status),
+            (OPENAI, r"/v1/files/(file-\w+)/content", Step.DOWNLOAD, self.download),
+            (GEMINI, r"/v1\w*/batches", Step.LIST, lambda: self.gemini_list(query)),
+            (GEMINI, r"/v1\w*/(batches/\w+)", Step.STATUS, self.status),
+            (GEMINI, r"/v1\w*/(files/[\w-]+):download", Step.DOWNLOAD, self.download),
+        )
+
+    def respond(self, wire: Any, call: Call) -> None:
+        """Answer a chat request."""
+        owner = self.owner
         try:
-            fault = owner._planned(call)
-            text = "" if fault and fault.kind is Kind.TRANSPORT else owner.answer(call)
+            fault = owner._fault(call, owner.faults)
+            text = "" if fault in TRANSPORT or isinstance(fault, tuple) else owner.answer(call)
         except Exception as error:
-            owner._failed(error)
-            self.send_json(400, wire.error(400, f"the test's own callback failed: {error!r}", None))
+            owner._errors.append(error)
+            self.send_json(400, wire.error(400, f"the test's callback failed: {error!r}", None))
             return
-        if not self.stays(owner.hold if fault is Fault.TIMEOUT else owner.latency) and fault is not Fault.TIMEOUT:
+        if fault is not Fault.TIMEOUT and not self.stays(owner.latency):
             self.close_connection = True
             return
-        # Counted before the reply leaves: one who has read it finds it counted. Taken back if it could not be delivered.
+        # Counted before the reply leaves: a client that has read it finds it counted. Taken back if not delivered.
         owner._count(call, fault)
         try:
-            if fault is Fault.TIMEOUT:
-                self.close_connection = True
-            elif fault is Fault.RESET:
-                self.reset()
-            elif fault in STATUS:
-                after = owner.retry_after if fault is Fault.RATE_LIMIT_AFTER else None
-                headers = {} if after is None else {"Retry-After": f"{after:g}"}
-                self.send_json(STATUS[fault], wire.error(STATUS[fault], fault.words, after), headers)
-            elif fault is Fault.WEB_PAGE:
-                self.send(200, PAGE.encode(), "text/html; charset=utf-8")
+            if isinstance(fault, tuple):
+                status, content = fault
+                self.send_json(status, wire.error(status, content, None) if isinstance(content, str) else content)
+            elif fault in (*TRANSPORT, Fault.WEB_PAGE):
+                self.misbehave(fault)
             else:
-                self.send_json(200, wire.reply(call, *_ended(text, fault)))
+                self.send_json(200, wire.reply(call, dress(text, fault), fault))
         except OSError:
             owner._count(call, fault, by=-1)
             self.close_connection = True
 
-    def stays(self, seconds: float) -> bool:
-        """Whether the client is still there after so long; ends at once when it goes.
+    def misbehave(self, fault: Any) -> None:
+        if fault is Fault.TIMEOUT:
+            self.stays(60.0)
+            self.close_connection = True
+        elif fault is Fault.RESET:
+            self.reset()
+        elif fault is Fault.WEB_PAGE:
+            self.send(200, PAGE.encode(), "text/html; charset=utf-8")
+        else:
+            after = self.owner.retry_after if fault is Fault.RATE_LIMIT_AFTER else None
+            self.error(STATUS[fault], fault.words, after)
 
-        A client has nothing to say while it waits, so a connection that can be read from has been closed.
-        """
+    def error(self, status: int, words: str, after: float | None = None) -> None:
+        headers = {} if after is None else {"Retry-After": f"{after:g}"}
+        self.send_json(status, self.wire.error(status, words, after), headers)
+
+    def route(self, *known: tuple[Any, str, Step, Callable[..., Any]]) -> None:
+        path = urlsplit(self.path).path
+        for wire, pattern, step, work in known:
+            if wire is self.wire and (match := re.fullmatch(pattern, path)):
+                self.do_step(step, functools.partial(work, *match.groups()))
+                return
+        self.error(404, f"no {path} here")
+
+    def do_step(self, step: Step, work: Callable[[], Callable[[], None]]) -> None:
+        """Do a batch step and respond, or misbehave; `work` returns what sends the response."""
+        owner = self.owner
+        with owner._lock:
+            owner.steps[step] += 1
+            count = owner.steps[step]
+        trouble = owner.trouble(step, count) if owner.trouble else None
+        try:
+            if trouble in (None, Trouble.LOST, Trouble.HANG_DONE):
+                respond = work()
+            if trouble is None:
+                respond()
+            elif trouble is Trouble.LOST:
+                self.reset()
+            elif isinstance(trouble, Trouble):
+                owner.hanging.set()
+                self.stays(60.0)
+                owner.hanging.clear()
+                self.close_connection = True
+            elif isinstance(trouble, tuple):
+                self.error(*trouble)
+            else:
+                self.misbehave(trouble)
+        except OSError:
+            self.close_connection = True
+
+    def json(self, body: Any, headers: dict[str, str] | None = None) -> Callable[[], None]:
+        return lambda: self.send_json(200, body, headers)
+
+    def openai_upload(self, raw: bytes) -> Callable[[], None]:
+        head = f"Content-Type: {self.headers['Content-Type']}\r\n\r\n".encode()
+        parts = {
+            part.get_param("name", header="content-disposition"): part.get_payload(decode=True)
+            for part in email.message_from_bytes(head + raw).walk()
+            if not part.is_multipart()
+        }
+        assert parts["purpose"] == b"batch"
+        name, size = self.owner.store(parts["file"], "file-"), len(parts["file"])
+        self.owner.uploads.append(size)
+        body = {"id": name, "object": "file", "bytes": size, "created_at": 1, "filename": "requests.jsonl"}
+        return self.json(body | {"purpose": "batch", "status": "processed"})
+
+    def openai_create(self, body: dict[str, Any]) -> Callable[[], None]:
+        assert (body["endpoint"], body["completion_window"]) == ("/v1/chat/completions", "24h")
+        label = (body.get("metadata") or {}).get("label")
+        return self.created(self.owner.create(OPENAI, "", label, body["input_file_id"], self))
+
+    def gemini_create(self, model: str, raw: bytes) -> Callable[[], None]:
+        body = json.loads(raw)["batch"]
+        file = body["inputConfig"]["fileName"]
+        return self.created(self.owner.create(GEMINI, model, body.get("displayName"), file, self))
+
+    def created(self, batch: Batch) -> Callable[[], None]:
+        return self.json(self.owner.show(self.wire, batch))
+
+    def openai_list(self, query: dict[str, str]) -> Callable[[], None]:
+        found, more = self.owner.list_page("openai", int(query.get("limit", 20)), query.get("after", ""))
+        data = [self.owner.show(OPENAI, batch) for batch in found]
+        ends = {"first_id": found[0].name, "last_id": found[-1].name} if found else {}
+        return self.json({"object": "list", "data": data, "has_more": more} | ends)
+
+    def gemini_list(self, query: dict[str, str]) -> Callable[[], None]:
+        found, more = self.owner.list_page("gemini", int(query.get("pageSize", 20)), query.get("pageToken", ""))
+        body: dict[str, Any] = {"operations": [self.owner.show(GEMINI, batch) for batch in found]} if found else {}
+        return self.json(body | ({"nextPageToken": found[-1].name if found else "next"} if more else {}))
+
+    def status(self, name: str) -> Callable[[], None]:
+        batch = next((batch for batch in self.owner.batches if batch.name == name), None)
+        if batch is None:
+            return lambda: self.error(404, f"No batch found with id '{name}'.")
+        batch.looks += 1
+        return self.json(self.owner.show(self.wire, batch))
+
+    def download(self, name: str) -> Callable[[], None]:
+        content = self.owner.files.get(name)
+        if content is None:
+            return lambda: self.error(404, f"No such File object: {name}")
+        for batch in self.owner.batches:
+            batch.downloads += name in (batch.replies, batch.errors)
+        return lambda: self.send(200, content, "application/octet-stream")
+
+    def gemini_start(self) -> Callable[[], None]:
+        number = uuid.uuid4().hex
+        self.owner._parts[number] = bytearray()
+        address = f"{self.owner.url}/upload/v1beta/files?upload_id={number}&upload_protocol=resumable"
+        return self.json({}, {"X-Goog-Upload-URL": address, "X-Goog-Upload-Status": "active"})
+
+    def gemini_chunk(self, raw: bytes) -> Callable[[], None]:
+        part = self.owner._parts[parse_qs(urlsplit(self.path).query)["upload_id"][0]]
+        assert int(self.headers["X-Goog-Upload-Offset"]) == len(part)
+        part += raw
+        if "finalize" not in self.headers["X-Goog-Upload-Command"]:
+            return self.json({}, {"X-Goog-Upload-Status": "active"})
+        name = self.owner.store(bytes(part), "files/")
+        self.owner.uploads.append(len(part))
+        body = {"name": name, "mimeType": "application/jsonl", "sizeBytes": str(len(part)), "state": "ACTIVE"}
+        return self.json({"file": body}, {"X-Goog-Upload-Status": "final"})
+
+    def stays(self, seconds: float) -> bool:
+        """Return whether the client is still there after some seconds; returns at once when it goes."""
         poll = select.poll()
-        poll.register(self.connection, select.POLLIN)
+        poll.register(self.connection, select.POLLIN)  # a waiting client sends nothing: readable means closed
         return not poll.poll(seconds * 1000)
 
     def send_json(self, status: int, body: dict[str, Any], headers: dict[str, str] | None = None) -> None:
@@ -589,12 +827,15 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)
-        # Before the reply is out: else its reader could send the next request while this one still counts as in flight.
-        self.server.owner._leaves(self.connection)
+        self.leave()  # before the reply is out: its reader may send the next request at once
         self.wfile.flush()
 
+    def leave(self) -> None:
+        with self.owner._lock:
+            self.owner._busy.discard(self.connection)
+
     def reset(self) -> None:
-        self.server.owner._leaves(self.connection)
+        self.leave()
         self.close_connection = True
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         # By its number: `close` would wait for the files made of the socket, and the base class first says goodbye.

@@ -219,9 +219,7 @@ def test_lrv_goes_by_batches_too(tmp_path, make, provider):
     for batch in (False, True):
         with BatchServer(lambda call: said) as server:
             limits = make(server, provider, limits=dataclasses.replace(QUICK, batch=batch)).limits
-            job = lrv.LrvJob(
-                tmp_path / f"out{batch}", tmp_path / "captions.json", MODELS[provider], limits=limits
-            )
+            job = lrv.LrvJob(tmp_path / f"out{batch}", tmp_path / "captions.json", MODELS[provider], limits=limits)
             with lrv.Generation(job, os.environ) as generation:
                 assert generation.generate().usable == 9
             assert (server.direct, len(server.batches)) == ((0, 1) if batch else (9, 0))

@@ -1,0 +1,443 @@
+"""Providers over the real SDKs: what they send, and what they make of every reply and fault."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import datetime
+import email.utils
+import io
+import json
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from reverie_jax.errors import UserError
+from reverie_jax.hosted import images, providers
+from reverie_jax.hosted.images import encode_image
+from reverie_jax.hosted.interface import (
+    AccessError,
+    AnnotationError,
+    Reply,
+    Request,
+    RequestImage,
+    RequestSettings,
+    RetryableError,
+    UnusableError,
+)
+from reverie_jax.hosted.providers import gemini, open_provider, openai, parse_model_spec, redact_password
+from reverie_jax.hosted.providers.common import parse_retry_after
+from tests.data.fakes import png
+from tests.hosted import helpers
+from tests.hosted.helpers import secret_of, spec_of
+from tests.hosted.server import HARMLESS, NOT_SURE, Fault, Line, Server, Step, Trouble, dress, usage
+
+pytest.importorskip("openai")
+pytest.importorskip("google.genai")
+pytestmark = [
+    # google-genai derives a class from aiohttp's session where aiohttp is installed, which aiohttp discourages.
+    pytest.mark.filterwarnings("ignore:Inheritance class:DeprecationWarning"),
+    pytest.mark.usefixtures("keys"),
+]
+PROVIDERS = pytest.mark.parametrize("provider", ["openai", "gemini"])
+SCHEMA = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"], "additionalProperties": False}
+ANSWER = '{"question": "Is it red?", "correct_answer": true}'
+REQUEST = Request("questions", RequestImage("a.png", png()), {}, "Ask one.", schema=SCHEMA)
+
+
+def call(spec: str, settings: RequestSettings, work: Callable[[Any], Any]) -> Any:
+    """Open a provider, await `work(provider)` and close it."""
+
+    async def main() -> Any:
+        provider = open_provider(spec, settings, helpers.SECRETS)
+        try:
+            return await work(provider)
+        finally:
+            await provider.close()
+
+    return asyncio.run(main())
+
+
+def ask(server: Server, provider: str, request: Request = REQUEST, **settings: Any) -> Reply:
+    return call(spec_of(server, provider), RequestSettings(**settings), lambda it: it.ask(request))
+
+
+@PROVIDERS
+def test_a_request_arrives_whole_and_its_reply_is_read(provider):
+    with Server(lambda call: ANSWER) as server:
+        reply = ask(server, provider, temperature=0.25, max_new_tokens=7)
+        (sent,) = server.calls
+        ask(server, provider, structured=False)
+        ask(server, provider, dataclasses.replace(REQUEST, send_image=False, schema=None))
+        _, plain, text = server.calls
+    assert (sent.provider, sent.model, sent.text, sent.images) == (provider, "tiny", "Ask one.", [png()])
+    assert (sent.structured, sent.key) == (True, secret_of(provider))
+    assert reply == Reply(ANSWER, *usage(sent, ANSWER), "tiny-2026-01-01")
+    assert (plain.structured, plain.images, text.structured, text.images) == (False, [png()], False, [])
+    if provider == "openai":
+        schema = sent.body["response_format"]["json_schema"]
+        assert (schema["strict"], schema["schema"]) == (True, SCHEMA)
+        assert (sent.body["temperature"], sent.body["max_completion_tokens"]) == (0.25, 7)
+    else:
+        config = sent.body["generationConfig"]
+        assert (config["responseMimeType"], config["responseJsonSchema"]) == ("application/json", SCHEMA)
+        assert (config["temperature"], config["maxOutputTokens"]) == (0.25, 7)
+
+
+KEY_ERROR = "Incorrect API key provided: {key}. Visit https://example.invalid/?key={start}***{end}"
+QUOTA = {"error": {"message": "No credit.", "type": "insufficient_quota", "code": "insufficient_quota", "param": None}}
+FAULTS: dict[Any, tuple[type[AnnotationError], str]] = {
+    Fault.RATE_LIMIT_AFTER: (RetryableError, "429"),
+    Fault.RATE_LIMIT: (RetryableError, "429"),
+    Fault.SERVER_ERROR: (RetryableError, "500"),
+    Fault.UNAVAILABLE: (RetryableError, "503"),
+    Fault.TIMEOUT: (RetryableError, "0.2 s"),
+    Fault.RESET: (RetryableError, "connection"),
+    Fault.WEB_PAGE: (RetryableError, "response"),
+    Fault.BLOCKED: (UnusableError, "blocked"),
+    Fault.REFUSED: (UnusableError, "blocked"),
+    Fault.EMPTY: (UnusableError, "empty"),
+    Fault.TRUNCATED: (UnusableError, "cut off"),
+    (400, "Request of {key} could not be processed."): (UnusableError, "could not be processed"),
+    (413, "Too large."): (UnusableError, "Too large"),
+    (401, KEY_ERROR): (AccessError, "tiny"),
+    (403, KEY_ERROR): (AccessError, "tiny"),
+    (404, "The model `tiny` does not exist."): (AccessError, "tiny"),
+    (503, "Backend of {key} is down."): (RetryableError, "503"),
+}
+
+
+@PROVIDERS
+@pytest.mark.parametrize("fault", FAULTS, ids=str)
+def test_faults(provider, fault):
+    """Each fault is the error that the runner knows; no error holds the key, or a line break."""
+    kind, word = FAULTS[fault]
+    secret = secret_of(provider)
+    sent = fault
+    if isinstance(fault, tuple):
+        sent = (fault[0], fault[1].format(key=secret, start=secret[:8], end=secret[-4:]))
+    with Server(lambda call: ANSWER, lambda call: sent, retry_after=7.0) as server:
+        with pytest.raises(kind, match=word) as caught:
+            ask(server, provider, timeout=0.2 if fault is Fault.TIMEOUT else 60.0)
+        (arrived,) = server.calls
+    error = caught.value
+    assert type(error) is kind
+    assert not any(part in str(error) for part in (secret, "\n"))
+    if "key" in str(error).lower():
+        assert not any(part in str(error) for part in (secret[:8], secret[-4:]))
+    if isinstance(error, RetryableError):
+        assert error.retry_after == (7.0 if fault is Fault.RATE_LIMIT_AFTER else None)
+        assert error.reached == (fault is not Fault.RESET)
+    if isinstance(error, UnusableError) and isinstance(fault, Fault):  # it is paid for, and recorded
+        assert error.reply.text == dress(ANSWER, fault)
+        assert error.reply.tokens_in == usage(arrived, "")[0]
+
+
+@pytest.mark.parametrize(
+    ("provider", "fault"),
+    [("openai", (429, QUOTA)), ("gemini", (400, "API key not valid. Please pass a valid API key."))],
+)
+def test_statuses_that_mean_no_access(provider, fault):
+    """No credit is a 429 of OpenAI, and a wrong key a 400 of Gemini."""
+    with Server(lambda call: ANSWER, lambda call: fault) as server, pytest.raises(AccessError):
+        ask(server, provider)
+
+
+@PROVIDERS
+@pytest.mark.parametrize("fault", [Fault.UNSURE, *HARMLESS])
+def test_other_replies_are_left_as_they_are(provider, fault):
+    with Server(lambda call: ANSWER, lambda call: fault, is_judge=lambda call: True) as server:
+        assert ask(server, provider).text == dress(ANSWER, fault)
+    assert dress(ANSWER, Fault.UNSURE) == NOT_SURE
+
+
+def test_retry_after_in_the_body_and_as_a_date():
+    delay = {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "31s"}
+    error = {"code": 429, "message": "Slow down.", "status": "RESOURCE_EXHAUSTED", "details": [delay]}
+    busy = (429, {"error": error})
+    with Server(lambda call: ANSWER, lambda call: busy) as server, pytest.raises(RetryableError) as caught:
+        ask(server, "gemini")
+    assert caught.value.retry_after == 31
+    later = email.utils.format_datetime(datetime.datetime.now(datetime.UTC) + datetime.timedelta(hours=1))
+    assert 3000 < (parse_retry_after(later) or 0) <= 3600
+    assert parse_retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0
+    assert [parse_retry_after(text) for text in ("7", "soon", None)] == [7, None, None]
+
+
+def test_an_address_without_a_server():
+    with pytest.raises(RetryableError) as caught:
+        call("openai:m@http://127.0.0.1:9/v1", RequestSettings(), lambda it: it.ask(REQUEST))
+    assert not caught.value.reached
+
+
+# Opening.
+
+
+def test_model_specs():
+    assert parse_model_spec("openai:org/m:1@http://me:pw@host/v1") == ("openai", "org/m:1", "http://me:pw@host/v1")
+    assert parse_model_spec("gemini:m") == ("gemini", "m", None)
+    assert parse_model_spec("scenes:folder")[0] == "scenes"
+    assert redact_password("openai:m@http://me:pw@host/v1") == "openai:m@http://host/v1"
+    for wrong in ("tiny", "mistral:tiny", "openai:", "openai", ""):
+        with pytest.raises(UserError, match=f"'{wrong}'"):
+            parse_model_spec(wrong)
+
+
+@pytest.mark.parametrize(
+    ("spec", "environment", "missing"),
+    [
+        ("openai:m", {}, "OPENAI_API_KEY"),
+        ("openai:m", {"OPENAI_API_KEY": "  "}, "OPENAI_API_KEY"),
+        ("gemini:m", {}, "GOOGLE_API_KEY"),
+        ("openai:m@http://127.0.0.1/v1", {}, ""),
+        ("openai:m", {"OPENAI_BASE_URL": "http://127.0.0.1/v1"}, ""),
+        ("gemini:m", {"GOOGLE_API_KEY": "AIza"}, ""),
+    ],
+)
+def test_keys(spec, environment, missing):
+    """An own server needs none."""
+    if missing:
+        with pytest.raises(UserError, match=missing):
+            open_provider(spec, RequestSettings(), environment)
+    else:
+        asyncio.run(open_provider(spec, RequestSettings(), environment).close())
+
+
+def test_a_package_that_is_not_installed_is_named(monkeypatch, zygote):
+    """And only when it is used."""
+    assert zygote.imported == []
+
+    def missing(*args: Any) -> Any:
+        raise ImportError("no such package")
+
+    monkeypatch.setitem(providers._BUILT_IN, "openai", missing)
+    with pytest.raises(UserError, match=r"reverie-jax\[openai\]"):
+        open_provider("openai:m", RequestSettings(), {})
+
+
+# Images.
+
+
+def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format=kind, **options)
+    return buffer.getvalue()
+
+
+GREY = np.arange(64 * 48, dtype=np.uint16).reshape(48, 64)
+COLOR = Image.fromarray(np.stack([GREY % 251, GREY // 16, GREY % 7 * 30], axis=-1).astype(np.uint8))
+IMAGES = {
+    "jpeg": (encoded(COLOR, "JPEG"), "image/jpeg"),
+    "webp": (encoded(COLOR, "WEBP"), "image/webp"),
+    **{mode: (encoded(COLOR.convert(mode), "PNG"), "image/png") for mode in ("RGBA", "LA", "P", "1", "L")},
+    "16 bit": (encoded(Image.fromarray(GREY * 21), "PNG"), "image/png"),
+    "CMYK JPEG": (encoded(COLOR.convert("CMYK"), "JPEG"), "image/png"),
+    "CMYK TIFF": (encoded(COLOR.convert("CMYK"), "TIFF"), "image/png"),
+    "gif": (encoded(COLOR, "GIF", save_all=True, append_images=[COLOR.rotate(90)]), "image/png"),
+    "bmp": (encoded(COLOR, "BMP"), "image/png"),
+    "16 bit TIFF": (encoded(Image.fromarray(GREY * 21), "TIFF"), "image/png"),
+}
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_images_are_sent_in_a_format_that_every_service_accepts(name):
+    """By content, whatever the name says; CMYK as colors of light."""
+    content, kind = IMAGES[name]
+    media_type, sent = encode_image(RequestImage("name.jpg", content))
+    assert media_type == kind
+    assert sent == content or not name.islower() or name in ("gif", "bmp")
+    with Image.open(io.BytesIO(sent)) as image:
+        assert (f"image/{image.format.lower()}", image.size) == (kind, (64, 48))
+        assert image.mode != "CMYK"
+        deep = image.mode.startswith("I")
+        mean = np.asarray(image if deep else image.convert("RGB"), float).mean() / (257 if deep else 1)
+    assert 20 < mean < 235
+
+
+@PROVIDERS
+def test_the_media_type_is_sent(provider):
+    with Server(lambda call: ANSWER) as server:
+        ask(server, provider, dataclasses.replace(REQUEST, image=RequestImage("a.png", IMAGES["jpeg"][0])))
+        body = json.dumps(server.calls[0].body)
+    assert "image/jpeg" in body
+    assert "image/png" not in body
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"not an image", b"<!DOCTYPE html><html></html>", encoded(COLOR, "PNG")[:200], encoded(COLOR, "JPEG")[:400]],
+)
+def test_broken_images_are_refused(tmp_path, content):
+    (tmp_path / "a.png").write_bytes(content)
+    with pytest.raises(UnusableError) as caught:
+        images.read_image(tmp_path, "a.png")
+    assert str(tmp_path) not in str(caught.value)
+    (tmp_path / "b.png").mkdir()
+    for name in ("gone.png", "b.png"):
+        with pytest.raises(UnusableError):
+            images.read_image(tmp_path, name)
+
+
+# Batches.
+
+STEPS = {
+    "openai": (Step.UPLOAD, Step.CREATE, Step.LIST, Step.STATUS, Step.DOWNLOAD),
+    "gemini": (Step.UPLOAD, Step.CHUNK, Step.CREATE, Step.LIST, Step.STATUS, Step.DOWNLOAD),
+}
+STEP_FAULTS: dict[Any, type[AnnotationError]] = {
+    Fault.RATE_LIMIT_AFTER: RetryableError,
+    Fault.TIMEOUT: RetryableError,
+    Fault.RESET: RetryableError,
+    Fault.WEB_PAGE: RetryableError,
+    Trouble.LOST: RetryableError,
+    (401, KEY_ERROR): AccessError,
+    (400, "Something about {key} is wrong."): UnusableError,
+}
+
+
+@pytest.fixture
+def quick_transfers(monkeypatch):
+    """Limit transfers to a short time, and let google-genai repeat a part at once."""
+    from google.genai import _api_client
+
+    monkeypatch.setattr(_api_client, "INITIAL_RETRY_DELAY", 0.001)
+    return lambda seconds: [monkeypatch.setattr(module, "TRANSFER_TIMEOUT", seconds) for module in (openai, gemini)]
+
+
+@pytest.mark.parametrize("fault", STEP_FAULTS, ids=str)
+@pytest.mark.parametrize(("provider", "step"), [(name, step) for name, steps in STEPS.items() for step in steps])
+def test_faults_of_batch_steps(provider, step, fault, tmp_path, quick_transfers):
+    """Every step, with every fault, raises an error that the batch run knows; without a fault it works."""
+    secret, settings = secret_of(provider), RequestSettings(timeout=60.0)
+    trouble = (fault[0], fault[1].format(key=secret, start=secret[:8], end="")) if isinstance(fault, tuple) else fault
+    kind = STEP_FAULTS[fault]
+    if fault is Fault.WEB_PAGE and step is Step.CHUNK:
+        kind = AnnotationError
+    file = tmp_path / "requests.jsonl"
+    with Server(lambda call: ANSWER, polls=0, retry_after=5.0) as server:
+
+        async def work(it: Any) -> Any:
+            file.write_text(it.encode_request("the key", REQUEST) + "\n")
+            name = await it.submit(file, "our label") if step in (Step.LIST, Step.STATUS, Step.DOWNLOAD) else ""
+            status = await it.get_status(name) if step is Step.DOWNLOAD else None
+            server.trouble = lambda at, count: trouble if at is step else None
+            if fault is Fault.TIMEOUT:
+                quick_transfers(0.2)
+                it._settings = dataclasses.replace(settings, timeout=0.2)
+            if step is Step.LIST:
+                return await it.find_batch("our label")
+            if step is Step.STATUS:
+                return await it.get_status(name)
+            return await it.fetch_results(status) if step is Step.DOWNLOAD else await it.submit(file, "our label")
+
+        with pytest.raises(kind) as caught:
+            call(spec_of(server, provider), settings, work)
+    assert secret not in str(caught.value)
+    if kind is AccessError:
+        assert "tiny" in str(caught.value)
+    if fault is Fault.RATE_LIMIT_AFTER:
+        assert caught.value.retry_after == 5.0
+
+
+RESULTS: dict[Any, Any] = {
+    None: str,
+    Line.MISSING: None,
+    Line.DOUBLED: str,
+    Line.BROKEN: None,
+    Line.STRANGER: str,
+    Line.ODD: str,
+    Line.BAD: UnusableError,
+    Line.DENIED: AccessError,
+    Fault.RATE_LIMIT: RetryableError,
+    Fault.SERVER_ERROR: RetryableError,
+    Fault.UNAVAILABLE: RetryableError,
+    Fault.BLOCKED: UnusableError,
+    Fault.REFUSED: UnusableError,
+    Fault.EMPTY: UnusableError,
+    Fault.TRUNCATED: UnusableError,
+    **dict.fromkeys(HARMLESS, str),
+}
+
+
+@PROVIDERS
+@pytest.mark.parametrize("ascii", [True, False])
+def test_lines_of_batch_results(provider, ascii, tmp_path):
+    """Each line is its request's reply or error; other lines are skipped. Services add fields, and JSON may hold U+2028."""
+    faults = dict(enumerate(RESULTS))
+    answer = ANSWER.replace("red", "red \u2028\u2029\x85 ü")
+
+    def edit(row: dict[str, Any]) -> None:
+        body = (row.get("response") or {}).get("body") or row.get("response") or {}
+        if "choices" in body or "candidates" in body:
+            body["lately"] = {"added": 1}
+            body.get("usageMetadata", {})["moonTokenCount"] = 3
+        if error := row.get("error") or body.get("error"):
+            error["message"] = f"cannot read \ud83d {secret_of(provider)}" if ascii else secret_of(provider)
+
+    plan = lambda call: faults[int(call.text.split()[1].rstrip("?"))]  # noqa: E731
+    with Server(lambda call: answer, lines=plan, polls=0, edit=edit, ascii=ascii, page=1) as server:
+        server.add_strangers(provider, 3)
+
+        async def work(it: Any) -> Any:
+            tasks = [helpers.make_task(number, "openai:m") for number in faults]
+            file = tmp_path / "requests.jsonl"
+            file.write_text("".join(it.encode_request(t.name, t.build_request()) + "\n" for t in tasks))
+            assert await it.find_batch("our label") is None
+            name = await it.submit(file, "our label")
+            server.add_strangers(provider, 3)
+            assert await it.find_batch("our label") == name
+            status = await it.get_status(name)
+            assert (status.ended, status.reason) == (True, "")
+            return await it.fetch_results(status)
+
+        results = call(spec_of(server, provider), RequestSettings(), work)
+    found = dict(results)
+    for number, fault in faults.items():
+        result, wanted = found.get(f"{number}.png"), RESULTS[fault]
+        if wanted is None:
+            assert result is None, fault
+        elif wanted is str:
+            assert isinstance(result, Reply), fault
+            assert result.text == dress(answer, fault)
+        else:
+            assert type(result) is wanted, fault
+            assert secret_of(provider) not in str(result)
+    assert len(results) == sum(wanted is not None for wanted in RESULTS.values()) + 2  # doubled, stranger
+
+
+@pytest.mark.parametrize("empty", [1, 2])
+def test_empty_pages_are_not_the_end_of_geminis_list(monkeypatch, empty, tmp_path):
+    usual, seen = Server.list_page, []
+
+    def page(self: Server, provider: str, size: int, after: str) -> Any:
+        seen.append(after)
+        return ([], True) if len(seen) <= empty else usual(self, provider, size, "" if after == "next" else after)
+
+    monkeypatch.setattr(Server, "list_page", page)
+    file = tmp_path / "requests.jsonl"
+    with Server(lambda call: ANSWER) as server:
+
+        async def work(it: Any) -> Any:
+            file.write_text(it.encode_request("the key", REQUEST))
+            return await it.submit(file, "our label") == await it.find_batch("our label")
+
+        assert call(spec_of(server, "gemini"), RequestSettings(), work)
+
+
+def test_a_file_larger_than_a_part_is_uploaded_in_parts(monkeypatch, tmp_path):
+    from google.genai import _api_client
+
+    monkeypatch.setattr(_api_client, "CHUNK_SIZE", 200)
+    file = tmp_path / "requests.jsonl"
+    with Server(lambda call: ANSWER) as server:
+
+        async def work(it: Any) -> Any:
+            file.write_text(it.encode_request("the key", REQUEST))
+            return await it.submit(file, "our label")
+
+        call(spec_of(server, "gemini"), RequestSettings(), work)
+        assert server.steps[Step.CHUNK] > 2
+        assert server.calls[0].images == [png()]
