@@ -1,4 +1,4 @@
-"""`reverie data build`: everything arrives once, whatever stops it on the way, and what is there already stays readable."""
+"""`reverie data build`: everything arrives once, whatever interrupts it, and previous records stay readable."""
 
 from __future__ import annotations
 
@@ -21,46 +21,44 @@ import pytest
 import tensorflow_datasets as tfds
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from reverie_jax.cli.data_options import Build
 
+from reverie_jax.cli.data import Build
 from reverie_jax.data import records as records_module
 from reverie_jax.data.conversation import ImageRecord
 from reverie_jax.data.images import encode_png
-from reverie_jax.data.mixture import MixtureEntry, mixture
+from reverie_jax.data.mixture import MixtureEntry, read_mixture
 from reverie_jax.data.records import RecordSource, write_records
 from reverie_jax.data.sources import ReadLog
 from reverie_jax.errors import DataError, UserError
-from tests.data.fakes import records
+from tests.data.fakes import assert_one_line, llava_row, read_records, records, write_json_rows
 
 SHARD = 3
-"""Records of a shard in these tests."""
-JudgeReply = tuple[str, str, str, str]
-Held = dict[str, tuple[bytes, list[JudgeReply]]]
-"""By name: the picture, and what is said of it; or, of one without a picture, by what is said."""
+"""Records per shard in these tests."""
+Content = dict[str, tuple[bytes, list[tuple[str, ...]]]]
+"""By name: an image and its conversations; a record without an image is named by its texts."""
 
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
-    monkeypatch.setattr(records_module, "SHARD", SHARD)
+    monkeypatch.setattr(records_module, "RECORDS_PER_SHARD", SHARD)
 
 
-def picture(number: int, side: int = 8) -> bytes:
+def make_image(number: int, side: int = 8) -> bytes:
     return encode_png(np.random.default_rng(number).integers(0, 256, (side, side, 3), np.uint8))
 
 
-def as_long_as(other: bytes) -> bytes:
-    """Another picture of the same number of bytes."""
-    return next(one for number in range(500, 5000) if len(one := picture(number)) == len(other))
+def same_size_image(other: bytes) -> bytes:
+    """Another image with the same number of bytes."""
+    return next(image for number in range(500, 5000) if len(image := make_image(number)) == len(other))
 
 
-def row(image: str, *said: str) -> dict[str, Any]:
-    turns = [{"from": ("human", "gpt")[number % 2], "value": text} for number, text in enumerate(said)]
-    return {"id": image, "image": image, "conversations": turns} if image else {"conversations": turns}
+def build(*sources: str, out: Path, **options: Any) -> None:
+    Build(sources=sources, out=out, **options).run()
 
 
 @dataclasses.dataclass
 class World:
-    """Two annotation files and their pictures; some pictures are in both, some rows show nothing."""
+    """Two annotation files and their images; some images are in both, some rows have none."""
 
     folder: Path
     side: int = 8
@@ -74,215 +72,224 @@ class World:
         return self.folder / "out"
 
     @property
-    def hidden(self) -> Path:
+    def work(self) -> Path:
         return self.folder / ".out.building"
 
-    def picture(self, number: int) -> Path:
+    def image(self, number: int) -> Path:
         return self.folder / "images" / f"{number:03d}.png"
 
-    def make(self, count: int, *, silent: int = 2) -> World:
+    def make(self, count: int, *, without_image: int = 2) -> World:
         (self.folder / "images").mkdir(parents=True)
         rng = random.Random(count)
-        rows: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
+        one: list[dict[str, Any]] = []
+        two: list[dict[str, Any]] = []
         for number in range(count):
-            self.picture(number).write_bytes(picture(number, self.side))
+            name = self.image(number).name
+            self.image(number).write_bytes(make_image(number, self.side))
             for question in range(rng.randint(1, 3)):
-                rows[0].append(
-                    row(f"{number:03d}.png", f"<image>\nq{number} {question}?", f"a{number} \u2028ü{question}")
-                )
+                one.append(llava_row(name, f"<image>\nq{number} {question}?", f"a{number} \u2028ü{question}"))
             if number % 3 == 0:
-                rows[1].append(row(f"{number:03d}.png", f"<image>\nother {number}?", "茶"))
-        rows[1].extend(row("", f"silent {number}?", "yes", "why?", "so") for number in range(silent))
-        rng.shuffle(rows[0])
-        for file, part in zip(self.files, rows, strict=True):
-            file.write_text(json.dumps(part))
+                two.append(llava_row(name, f"<image>\nother {number}?", "茶"))
+        two += [llava_row(None, f"text {number}?", "yes", "why?", "so") for number in range(without_image)]
+        rng.shuffle(one)
+        for file, rows in zip(self.files, (one, two), strict=True):
+            write_json_rows(file, rows)
         return self
 
     def rows(self) -> list[dict[str, Any]]:
-        return [one for file in self.files for one in json.loads(file.read_text())]
+        return [row for file in self.files for row in json.loads(file.read_text())]
 
-    def change(self, number: int, text: str) -> None:
-        """Gives the first row of a picture another answer."""
+    def change_answer(self, number: int, text: str) -> None:
+        """Change the answer of the first row about an image."""
         rows = json.loads(self.files[0].read_text())
-        next(one for one in rows if one.get("image") == f"{number:03d}.png")["conversations"][1]["value"] = text
-        self.files[0].write_text(json.dumps(rows))
+        row = next(row for row in rows if row.get("image") == self.image(number).name)
+        row["conversations"][1]["value"] = text
+        write_json_rows(self.files[0], rows)
 
     @property
     def sources(self) -> tuple[str, ...]:
-        return tuple(f"{file}={self.folder / 'pictures'}" for file in self.files)
+        return tuple(f"{file}={self.folder / 'images'}" for file in self.files)
+
+    @property
+    def entries(self) -> list[MixtureEntry]:
+        return [MixtureEntry(file=file, images=self.folder / "images") for file in self.files]
 
     def build(self, **options: Any) -> None:
-        Build(self.sources, self.out, **options).run()
+        build(*self.sources, out=self.out, **options)
 
-    def wanted(self) -> Held:
-        """What the annotation files hold, read by hand."""
-        found: Held = {}
-        for one in self.rows():
-            said = tuple(turn["value"] for turn in one["conversations"])
-            name = one.get("image", "")
+    def expected(self) -> Content:
+        """What the annotation files contain, without the package's readers."""
+        content: Content = {}
+        for row in self.rows():
+            texts = tuple(turn["value"] for turn in row["conversations"])
+            name = row.get("image", "")
             encoded = (self.folder / "images" / name).read_bytes() if name else b""
-            found.setdefault(name or " | ".join(said), (encoded, []))[1].append((*said, "", "")[:4])
-        return {name: (encoded, sorted(talks)) for name, (encoded, talks) in found.items()}
+            content.setdefault(name or " | ".join(texts), (encoded, []))[1].append(texts)
+        return {name: (encoded, sorted(conversations)) for name, (encoded, conversations) in content.items()}
 
 
-def held(source: RecordSource) -> Held:
-    """What records hold; each name once."""
-    found: Held = {}
-    for index in range(len(source)):
-        record = source[index]
-        said = [tuple(turn.text for turn in talk.turns) for talk in record.conversations]
-        name = record.id if record.image else " | ".join(said[0])
-        assert name not in found
-        found[name] = (record.image, sorted((*one, "", "")[:4] for one in said))
-    return found
+def content_of(source: RecordSource) -> Content:
+    """What records contain; each name must be unique."""
+    content: Content = {}
+    for record in source:
+        texts = [tuple(turn.text for turn in conversation.turns) for conversation in record.conversations]
+        name = record.id if record.image else " | ".join(texts[0])
+        assert name not in content
+        content[name] = (record.image, sorted(texts))
+    return content
 
 
 def shards(folder: Path) -> list[Path]:
     return sorted(folder.glob("**/*.array_record-*"))
 
 
-def contents(folder: Path) -> list[tuple[str, bytes]]:
+def files_of(folder: Path) -> list[tuple[str, bytes]]:
     return [(file.name, file.read_bytes()) for file in sorted(folder.glob("**/*")) if file.is_file()]
 
 
+def identity(file: Path) -> tuple[int, int]:
+    return file.stat().st_ino, file.stat().st_mtime_ns
+
+
 def finished(world: World) -> dict[str, tuple[int, int]]:
-    """Shards that an earlier run has made: by name, inode and time."""
-    return {file.name: (file.stat().st_ino, file.stat().st_mtime_ns) for file in world.hidden.glob("*.shard")}
+    """The shards that an interrupted run finished, by name."""
+    return {file.name: identity(file) for file in world.work.glob("*.shard")}
 
 
-def kept(world: World, before: dict[str, tuple[int, int]]) -> int:
-    """How many of the shards of an earlier run are those of the records."""
-    now = {(file.stat().st_ino, file.stat().st_mtime_ns) for file in shards(world.out)}
-    return len(now & set(before.values()))
+def reused(world: World, before: dict[str, tuple[int, int]]) -> int:
+    """How many of the finished shards are now the records'."""
+    return len({identity(file) for file in shards(world.out)} & set(before.values()))
 
 
-def beside(world: World) -> list[str]:
-    """What a run left beside its records."""
-    return sorted(file.name for file in world.folder.iterdir() if file.name.startswith("."))
+def assert_complete(world: World) -> None:
+    """Check that the records have the annotation files' content, and that nothing is left beside them."""
+    assert content_of(RecordSource(world.out)) == world.expected()
+    assert [file.name for file in world.folder.iterdir() if file.name.startswith(".")] == []
 
 
 # Everything arrives.
 
 
-@pytest.mark.parametrize("jobs", [1, 4])
-@pytest.mark.parametrize("count", [1, 2, 3, 4, 13])
+@pytest.mark.parametrize(("count", "jobs"), [(1, 1), (1, 4), (2, 4), (3, 4), (4, 4), (13, 1), (13, 4)])
 def test_every_conversation_and_every_byte_arrives_once(tmp_path, capsys, count, jobs):
     world = World(tmp_path / "w").make(count)
     world.build(jobs=jobs)
-    source = RecordSource(world.out)
-    assert held(source) == world.wanted()
-    assert len(source) == count + 2
+    assert_complete(world)
+    assert len(RecordSource(world.out)) == count + 2
     assert len(shards(world.out)) == -(-(count + 2) // SHARD)
-    assert beside(world) == []
-    said = capsys.readouterr()
-    assert said.out.startswith(f"{count + 2} images, {len(world.rows())} conversations: {world.out}")
-    assert said.err == ""
+    out, err = capsys.readouterr()
+    assert out.startswith(f"{count + 2} images, {len(world.rows())} conversations: {world.out}")
+    assert err == ""
 
 
-@pytest.mark.parametrize("jobs", [2, 3, 16, None])
-def test_jobs_change_no_byte(tmp_path, jobs):
-    world = World(tmp_path / "w").make(14)
-    world.build(jobs=1)
-    one = contents(world.out)
-    assert len(one) == 6 + 2
-    shutil.rmtree(world.out)
-    world.build(jobs=jobs)
-    assert contents(world.out) == one
+def test_the_number_of_jobs_changes_no_byte(tmp_path):
+    world, contents = World(tmp_path / "w").make(14), []
+    for jobs in (1, 3, 16, None):
+        world.build(jobs=jobs)
+        contents.append(files_of(world.out))
+        shutil.rmtree(world.out)
+    assert len(contents[0]) == 6 + 2
+    assert all(content == contents[0] for content in contents)
 
 
-@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(1, 11), st.integers(1, 12), st.integers(1, 4))
-def test_records_of_any_number_come_back_in_their_order(tmp_path_factory, count, size, jobs):
-    folder, found = tmp_path_factory.mktemp("any"), records(count)
+def test_records_keep_their_order(tmp_path_factory, count, size, jobs):
+    folder, written = tmp_path_factory.mktemp("any"), records(count)
+    progress: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(records_module, "SHARD", size)
-        told: list[int] = []
-        source = RecordSource(write_records(folder, {"train": found}, jobs=jobs, on_progress=told.append))
-    assert list(source) == found
-    assert sum(told) == count
-    assert told[:-1] == [size] * (len(told) - 1)
+        patch.setattr(records_module, "RECORDS_PER_SHARD", size)
+        source = RecordSource(write_records(folder, {"train": written}, jobs=jobs, on_progress=progress.append))
+    assert list(source) == written
+    assert sum(progress) == count
+    assert progress[:-1] == [size] * (len(progress) - 1)
 
 
-def test_tfds_reads_what_was_built(tmp_path):
+def test_tfds_reads_records(tmp_path):
     world = World(tmp_path / "w").make(7)
     world.build()
     (folder,) = {file.parent for file in shards(world.out)}
-    source = tfds.builder_from_directory(str(folder)).as_data_source(
-        "train", decoders={"image": tfds.decode.SkipDecoding()}
-    )
-    found = {
-        one["id"].decode(): (one["image"], len(json.loads(one["conversations"])))
-        for one in (source[index] for index in range(len(source)))
-    }
-    wanted = {name: (encoded, len(talks)) for name, (encoded, talks) in world.wanted().items() if encoded}
-    assert {name: one for name, one in found.items() if one[0]} == wanted
-    assert len(found) == 9
-    decoded = tfds.builder_from_directory(str(folder)).as_data_source("train")
-    assert all(decoded[n]["image"].shape == (8, 8, 3) for n in range(len(decoded)) if source[n]["image"])
+    builder = tfds.builder_from_directory(str(folder))
+    encoded = builder.as_data_source("train", decoders={"image": tfds.decode.SkipDecoding()})
+    rows = [encoded[index] for index in range(len(encoded))]
+    found = {row["id"].decode(): (row["image"], len(json.loads(row["conversations"]))) for row in rows if row["image"]}
+    assert found == {name: (image, len(texts)) for name, (image, texts) in world.expected().items() if image}
+    assert len(rows) == 9
+    decoded = builder.as_data_source("train")
+    assert all(decoded[n]["image"].shape == (8, 8, 3) for n, row in enumerate(rows) if row["image"])
 
 
-def test_new_records_take_the_place_of_old_ones(tmp_path):
+def test_new_records_replace_previous_ones(tmp_path):
     world = World(tmp_path / "w").make(8)
     world.build()
-    old = held(RecordSource(world.out))
-    world.change(3, "another answer")
-    world.picture(4).write_bytes(picture(99))
-    for file in world.files:
-        file.write_text(json.dumps([one for one in json.loads(file.read_text()) if one.get("image") != "007.png"]))
+    inodes = {file.stat().st_ino for file in shards(world.out)}
+    handles = [file.open("rb") for file in shards(world.out)]  # so that no inode is used again
     world.build()
-    new = held(RecordSource(world.out))
-    assert new == world.wanted() != old
-    assert "007.png" not in new
+    assert not inodes & {file.stat().st_ino for file in shards(world.out)}  # a finished run leaves nothing to reuse
+    for handle in handles:
+        handle.close()
+    previous = content_of(RecordSource(world.out))
+    world.change_answer(3, "another answer")
+    world.image(4).write_bytes(make_image(99))
+    for file in world.files:
+        write_json_rows(file, [row for row in json.loads(file.read_text()) if row.get("image") != "007.png"])
+    world.build()
+    assert_complete(world)
+    assert content_of(RecordSource(world.out)) != previous
     assert len(shards(world.out)) == 3
-    assert beside(world) == []
 
 
-def test_two_files_of_one_name_keep_their_own_talk(tmp_path):
-    rows = []
+def test_images_of_one_name_in_two_folders(tmp_path):
+    sources, entries = [], []
     for folder in ("a", "b"):
+        rows = [llava_row(name, f"<image>\n{folder}?", name) for name in ("x.png", f"{folder}.png")]
         (tmp_path / folder).mkdir()
-        (tmp_path / folder / "x.png").write_bytes(picture(ord(folder)))
-        (tmp_path / f"{folder}.json").write_text(json.dumps([row("x.png", f"<image>\n{folder}?", "yes")]))
-        rows.append(f"{tmp_path / folder}.json={tmp_path / folder}")
-    Build(tuple(rows), tmp_path / "out").run()
-    one, other = RecordSource(tmp_path / "out")
+        for row in rows:
+            (tmp_path / folder / row["image"]).write_bytes(make_image(ord(folder)))
+        file = write_json_rows(tmp_path / f"{folder}.json", rows)
+        sources.append(f"{file}={tmp_path / folder}")
+        entries.append(MixtureEntry(file=file, images=tmp_path / folder, cap=1 if folder == "a" else None))
+    build(*sources, out=tmp_path / "out")
+    one, _, other, _ = RecordSource(tmp_path / "out")
     assert [record.conversations[0].turns[0].text for record in (one, other)] == ["<image>\na?", "<image>\nb?"]
-    assert [record.image for record in (one, other)] == [picture(ord("a")), picture(ord("b"))]
+    assert [record.image for record in (one, other)] == [make_image(ord("a")), make_image(ord("b"))]
     assert one.id == "x.png" != other.id
+    ids = [[record.id for record in read_records(*entries, seed=seed)] for seed in range(20)]
+    assert ["a.png", "x.png", "b.png"] in ids  # the name is free where the cap drops the first file's row
 
 
-def test_a_picture_alone_in_its_name_is_called_by_it(tmp_path):
-    parts = []
-    for number, folder in enumerate("ab"):
-        (tmp_path / folder).mkdir()
-        rows = [row(name, "<image>\nWhat?", f"{name} {n}") for name in ("x.png", f"{folder}.png") for n in range(1)]
-        for one in rows:
-            (tmp_path / folder / one["image"]).write_bytes(picture(number))
-        (tmp_path / f"{folder}.json").write_text(json.dumps(rows))
-        parts.append(tmp_path / f"{folder}.json")
-    for seed in range(20):  # until the cap takes x.png of the first part away
-        caps = [
-            MixtureEntry(file=parts[0], pictures=tmp_path / "a", cap=1),
-            MixtureEntry(file=parts[1], pictures=tmp_path / "b"),
-        ]
-        with mixture(caps, ReadLog(), seed=seed) as found:
-            ids = [record.id for record in found]
-        if ids[0] == "a.png":
-            assert ids == ["a.png", "x.png", "b.png"]
-            return
-    pytest.fail("no seed leaves the other row")
+def test_splits_have_their_own_shards_or_share_them(tmp_path):
+    source = write_records(tmp_path / "own", {"train": records(7), "test": records(4, seed=1)}, jobs=3)
+    assert list(RecordSource(source)) == records(7)
+    assert list(RecordSource(source, "test")) == records(4, seed=1)
+    assert len(shards(tmp_path / "own")) == 3 + 2
+    world = World(tmp_path / "w").make(4, without_image=0)
+    with read_mixture(world.entries, ReadLog()) as mixture:
+        folder = write_records(world.out, {"train": mixture, "test": mixture}, jobs=2)
+    assert content_of(RecordSource(folder)) == content_of(RecordSource(folder, "test")) == world.expected()
 
 
-# What stops a run in the same process.
+@pytest.mark.parametrize("case", ["file in place", "jobs", "max side"])
+def test_the_command_refuses(tmp_path, case):
+    world = World(tmp_path / "w").make(2)
+    if case == "file in place":
+        world.out.write_text("mine")
+    options = {"jobs": {"jobs": -1}, "max side": {"max_side": 0}}
+    with pytest.raises(UserError) as error:
+        world.build(**options.get(case, {}))
+    assert_one_line(error)
+
+
+# Interruptions in one process.
 
 
 class Stop(Exception):
-    """A run ends here, as if someone had pulled the plug."""
+    """A run ends here, without cleaning up."""
 
 
 @contextlib.contextmanager
 def stopped_before_the_end() -> Iterator[None]:
-    """All shards are made, and the records are not."""
+    """All shards are finished, but not the records."""
 
     def stop(**options: Any) -> None:
         raise Stop
@@ -294,23 +301,29 @@ def stopped_before_the_end() -> Iterator[None]:
             pytest.fail("did not stop")
 
 
-CHANGED: dict[str, tuple[Callable[[World], object], Callable[[World], set[str]]]] = {
-    "nothing": (lambda world: None, lambda world: set()),
-    "a picture": (lambda world: world.picture(5).write_bytes(picture(77)), lambda world: {"005.png"}),
-    "a picture of the same size": (
-        lambda world: world.picture(5).write_bytes(as_long_as(world.picture(5).read_bytes())),
-        lambda world: {"005.png"},
+def add_row(world: World, number: int) -> None:
+    rows = json.loads(world.files[1].read_text())
+    write_json_rows(world.files[1], [*rows, llava_row(world.image(number).name, "<image>\nnew?", "new")])
+
+
+CHANGES: dict[str, tuple[Callable[[World], object], set[str]]] = {
+    "nothing": (lambda world: None, set()),
+    "an image": (lambda world: world.image(5).write_bytes(make_image(77)), {"005.png"}),
+    "an image of the same size": (
+        lambda world: world.image(5).write_bytes(same_size_image(world.image(5).read_bytes())),
+        {"005.png"},
     ),
-    "two pictures": (
-        lambda world: [world.picture(number).write_bytes(picture(77)) for number in (1, 9)],
-        lambda world: {"001.png", "009.png"},
+    "two images": (
+        lambda world: [world.image(number).write_bytes(make_image(77)) for number in (1, 9)],
+        {"001.png", "009.png"},
     ),
-    "an answer": (lambda world: world.change(2, "other"), lambda world: {"002.png"}),
+    "an answer": (lambda world: world.change_answer(2, "other"), {"002.png"}),
+    "a row more": (lambda world: add_row(world, 8), {"008.png"}),
 }
 
 
-@pytest.mark.parametrize(("change", "who"), CHANGED.values(), ids=CHANGED)
-def test_exactly_the_shards_that_changed_are_made_anew(tmp_path, change, who):
+@pytest.mark.parametrize(("change", "changed"), CHANGES.values(), ids=CHANGES)
+def test_only_changed_shards_are_written_again(tmp_path, change, changed):
     world = World(tmp_path / "w").make(13)
     with stopped_before_the_end():
         world.build()
@@ -318,236 +331,165 @@ def test_exactly_the_shards_that_changed_are_made_anew(tmp_path, change, who):
     assert len(before) == 5
     change(world)
     world.build(jobs=2)
-    source = RecordSource(world.out)
-    affected = {index // SHARD for index in range(len(source)) if source[index].id in who(world)}
-    assert kept(world, before) == 5 - len(affected)
-    for number, file in enumerate(shards(world.out)):
-        same = (file.stat().st_ino, file.stat().st_mtime_ns) in before.values()
-        assert same == (number not in affected)
-    assert held(source) == world.wanted()
-    assert beside(world) == []
+    affected = {index // SHARD for index, record in enumerate(RecordSource(world.out)) if record.id in changed}
+    assert [identity(file) in before.values() for file in shards(world.out)] == [n not in affected for n in range(5)]
+    assert_complete(world)
 
 
-def test_a_row_added_changes_its_pictures_shard_alone(tmp_path):
-    world = World(tmp_path / "w").make(13, silent=0)
-    with stopped_before_the_end():
-        world.build()
-    before = finished(world)
-    rows = json.loads(world.files[1].read_text())
-    world.files[1].write_text(json.dumps([*rows, row("008.png", "<image>\nnew?", "new")]))
-    world.build()
-    assert kept(world, before) == 4
-    assert held(RecordSource(world.out)) == world.wanted()
-
-
-def test_a_finished_run_leaves_nothing_to_take_up(tmp_path):
-    world = World(tmp_path / "w").make(6)
-    world.build()
-    inodes = {file.stat().st_ino for file in shards(world.out)}
-    held_open = [file.open("rb") for file in shards(world.out)]  # so that no inode is used again
-    world.build()
-    assert not inodes & {file.stat().st_ino for file in shards(world.out)}
-    for file in held_open:
-        file.close()
-
-
-def test_what_an_interrupted_run_left_of_other_rows_does_not_arrive(tmp_path):
+def test_shards_of_other_rows_do_not_arrive(tmp_path):
     world = World(tmp_path / "w").make(7)
     with stopped_before_the_end():
         world.build()
     for file in world.files:
-        file.write_text(json.dumps(json.loads(file.read_text())[:2]))
+        write_json_rows(file, json.loads(file.read_text())[:2])
     world.build()
-    assert held(RecordSource(world.out)) == world.wanted()
-    assert beside(world) == []
+    assert_complete(world)
 
 
-def test_a_bad_picture_leaves_the_old_records_and_one_line(tmp_path, capsys):
+def test_a_broken_image_keeps_previous_records(tmp_path, capsys):
     world = World(tmp_path / "w").make(13)
     world.build()
-    old = contents(world.out)
-    world.change(1, "newer")
-    world.picture(6).write_bytes(picture(6)[:50])
+    previous = files_of(world.out)
+    world.change_answer(1, "newer")
+    world.image(6).write_bytes(make_image(6)[:50])
     for jobs in (1, 3):
         with pytest.raises(DataError) as error:
             world.build(jobs=jobs)
-        assert str(world.picture(6)) in str(error.value)
-        assert "\n" not in str(error.value)
-        assert contents(world.out) == old
+        assert_one_line(error, world.image(6))
+        assert files_of(world.out) == previous
         assert len(RecordSource(world.out)) == 15
-        assert not list(world.hidden.glob("*.part"))
-        assert not list(world.hidden.glob("**/dataset_info.json"))
+        assert not list(world.work.glob("*.part"))
+        assert not list(world.work.glob("**/dataset_info.json"))
     before = finished(world)
     assert before
-    world.picture(6).write_bytes(picture(6))
+    world.image(6).write_bytes(make_image(6))
     world.build()
-    assert kept(world, before) == len(before)
-    assert held(RecordSource(world.out)) == world.wanted()
+    assert reused(world, before) == len(before)
+    assert_complete(world)
     assert capsys.readouterr().err == ""
 
 
-def test_a_picture_that_goes_away_is_one_line(tmp_path):
+def test_an_image_that_disappears_is_named(tmp_path):
     world = World(tmp_path / "w").make(4)
-    parts = [MixtureEntry(file=file, pictures=tmp_path / "w" / "images") for file in world.files]
-    with mixture(parts, ReadLog()) as found:
-        world.picture(2).unlink()
+    with read_mixture(world.entries, ReadLog()) as mixture:
+        world.image(2).unlink()
         with pytest.raises(DataError) as error:
-            write_records(world.out, {"train": found})
-    assert str(error.value) == f"{world.picture(2)}: cannot be read (No such file or directory)"
+            write_records(world.out, {"train": mixture})
+    assert_one_line(error, world.image(2))
     assert not world.out.exists()
 
 
-def test_a_folder_of_records_beside_what_a_stopped_run_left_is_read(tmp_path):
-    world = World(tmp_path / "w").make(4)
-    world.build()
-    with stopped_before_the_end():
-        world.build()
-    assert held(RecordSource(world.out)) == world.wanted()
-    assert held(RecordSource(world.folder)) == world.wanted()
-
-
-def test_hidden_folders_are_not_looked_for_records_in(tmp_path):
-    world = World(tmp_path / "w").make(4)
-    world.build()
-
-    def stop(path: Any, *more: Any, **options: Any) -> None:
-        raise Stop
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(records_module.shutil, "rmtree", stop)  # the last step but one
-        with pytest.raises(Stop):
-            world.build()
-    assert held(RecordSource(world.out)) == world.wanted()
-    assert held(RecordSource(world.folder)) == world.wanted()
-
-
 @pytest.mark.parametrize("error", [OSError("no"), KeyboardInterrupt()], ids=["error", "interruption"])
-def test_old_records_come_back_where_new_ones_cannot_take_their_place(tmp_path, error):
+def test_previous_records_are_restored(tmp_path, error):
     world = World(tmp_path / "w").make(4)
     world.build()
-    old = contents(world.out)
-    world.change(1, "newer")
-    move = Path.rename
+    previous = files_of(world.out)
+    world.change_answer(1, "newer")
+    rename = Path.rename
 
     def fail(self: Path, target: Path) -> Path:
         if Path(target).is_relative_to(world.out):
             raise error
-        return move(self, target)
+        return rename(self, target)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Path, "rename", fail)
         with pytest.raises((DataError, KeyboardInterrupt)):
             world.build()
-    assert held(RecordSource(world.out))
-    assert contents(world.out) == old
+    assert files_of(world.out) == previous
 
 
-@pytest.mark.parametrize("moment", ["half deleted", "deleted"])
-def test_at_no_moment_are_there_no_records(tmp_path, monkeypatch, moment):
+@pytest.mark.parametrize("moment", ["before the end", "before deletion", "half deleted", "deleted"])
+def test_there_are_records_at_every_moment(tmp_path, monkeypatch, moment):
     world = World(tmp_path / "w").make(9)
     world.build()
-    old = held(RecordSource(world.out))
-    world.change(1, "newer")
-    delete = shutil.rmtree
+    previous = content_of(RecordSource(world.out))
+    world.change_answer(1, "newer")
+    rmtree = shutil.rmtree
 
     def stop(path: Any, *more: Any, **options: Any) -> None:
         if moment == "deleted":
-            delete(path, *more, **options)
-        else:
-            for file in shards(Path(path))[:1]:
-                file.unlink()
+            rmtree(path, *more, **options)
+        elif moment == "half deleted":
+            shards(Path(path))[0].unlink()
         raise Stop
 
-    monkeypatch.setattr(records_module.shutil, "rmtree", stop)
-    with pytest.raises(Stop):
-        world.build()
-    assert held(RecordSource(world.out)) in (old, world.wanted())
+    if moment == "before the end":
+        with stopped_before_the_end():
+            world.build()
+    else:
+        monkeypatch.setattr(records_module.shutil, "rmtree", stop)
+        with pytest.raises(Stop):
+            world.build()
+    for folder in (world.out, world.folder):  # hidden folders are not searched for records
+        assert content_of(RecordSource(folder)) in (previous, world.expected())
 
 
-INTERLEAVED = ("a shard", "metadata", "the old records' end")
-
-
-@pytest.mark.parametrize("moment", INTERLEAVED)
-def test_a_run_within_a_run_fails_at_worst_with_a_line_and_leaves_records(tmp_path, moment):
+@pytest.mark.parametrize("moment", ["shard", "metadata", "replacement"])
+def test_a_run_within_a_run_is_one_line(tmp_path, monkeypatch, moment):
     world = World(tmp_path / "w").make(9)
     world.build()
-    world.change(1, "newer")
-    others: list[BaseException | None] = []
+    world.change_answer(1, "newer")
+    inner: list[UserError | None] = []
 
-    def other() -> None:
-        if not others:
-            others.append(None)
+    def run_another() -> None:
+        if not inner:
+            inner.append(None)
             try:
                 world.build(jobs=1)
             except UserError as error:
-                others[0] = error
+                inner[0] = error
 
-    write, move = tfds.folder_dataset.write_metadata, Path.rename
-    make = records_module._Shards.make
+    owner: Any
+    owner, name = {
+        "shard": (records_module._ShardWriter, "write_shard"),
+        "metadata": (tfds.folder_dataset, "write_metadata"),
+        "replacement": (Path, "rename"),
+    }[moment]
+    original = getattr(owner, name)
 
-    def writing(**options: Any) -> None:
-        write(**options)
-        other()
+    def patched(*arguments: Any, **options: Any) -> Any:
+        if moment == "replacement" and arguments[0].is_relative_to(world.out):
+            run_another()
+        result = original(*arguments, **options)
+        if moment == "metadata" or (moment == "shard" and arguments[1]):
+            run_another()
+        return result
 
-    def moving(self: Path, target: Path) -> Path:
-        if self.is_relative_to(world.out):
-            other()
-        return move(self, target)
-
-    def making(self: Any, start: int) -> Any:
-        found = make(self, start)
-        if start:
-            other()
-        return found
-
-    with pytest.MonkeyPatch.context() as patch:
-        if moment == "metadata":
-            patch.setattr(tfds.folder_dataset, "write_metadata", writing)
-        elif moment == "a shard":
-            patch.setattr(records_module._Shards, "make", making)
-        else:
-            patch.setattr(Path, "rename", moving)
-        failed: UserError | None = None
-        try:
-            world.build(jobs=1)
-        except UserError as error:
-            failed = error
-        except (OSError, RuntimeError) as error:
-            raise AssertionError("not a line") from error
-    assert others
-    assert failed is None or others[0] is None
-    assert held(RecordSource(world.out)) == world.wanted()
+    monkeypatch.setattr(owner, name, patched)
+    outer: UserError | None = None
+    try:
+        world.build(jobs=1)
+    except UserError as error:
+        outer = error
+    assert inner
+    assert outer is None or inner[0] is None
+    assert content_of(RecordSource(world.out)) == world.expected()
 
 
-def test_splits_have_shards_of_their_own(tmp_path):
-    source = write_records(tmp_path, {"train": records(7), "test": records(4, seed=1)}, jobs=3)
-    assert list(RecordSource(source)) == records(7)
-    assert list(RecordSource(source, "test")) == records(4, seed=1)
-    assert len(shards(tmp_path)) == 3 + 2
+def test_records_without_digests_are_written_again(tmp_path):
+    class Failing:
+        """Records of which the last cannot be read."""
+
+        def __len__(self) -> int:
+            return 7
+
+        def __getitem__(self, index: int) -> ImageRecord:
+            if index == 6:
+                raise DataError("the seventh")
+            return records(7)[index]
+
+    with pytest.raises(DataError, match="the seventh"):
+        write_records(tmp_path / "out", {"train": Failing()})
+    left = {file.stat().st_ino for file in (tmp_path / ".out.building").glob("*.shard")}
+    assert len(left) == 2
+    folder = write_records(tmp_path / "out", {"train": records(7)})
+    assert not left & {file.stat().st_ino for file in shards(folder)}
+    assert list(RecordSource(folder)) == records(7)
+    assert not (tmp_path / ".out.building").exists()
 
 
-def test_splits_of_the_same_records_share_their_shards(tmp_path):
-    world = World(tmp_path / "w").make(4, silent=0)
-    parts = [MixtureEntry(file=file, pictures=world.folder / "images") for file in world.files]
-    with mixture(parts, ReadLog()) as found:
-        folder = write_records(world.out, {"train": found, "test": found}, jobs=2)
-    assert held(RecordSource(folder)) == held(RecordSource(folder, "test")) == world.wanted()
-
-
-def test_a_file_in_the_records_place_is_one_line(tmp_path):
-    world = World(tmp_path / "w").make(2)
-    world.out.write_text("mine")
-    with pytest.raises(UserError):
-        world.build()
-
-
-def test_a_negative_number_of_jobs_is_one_line(tmp_path):
-    world = World(tmp_path / "w").make(2)
-    with pytest.raises(UserError):
-        world.build(jobs=-1)
-
-
-# What stops a process.
+# Processes.
 
 HELPER = """
 import json, os, resource, sys, time
@@ -555,7 +497,6 @@ from reverie_jax import cli
 from reverie_jax.data import records
 import reverie_jax.cli.data, tensorflow_datasets
 print(json.dumps("ready"), flush=True)
-running = set()
 for line in sys.stdin:
     what, *rest = json.loads(line)
     if what == "start":
@@ -566,17 +507,17 @@ for line in sys.stdin:
             try:
                 null, file = os.open(os.devnull, os.O_RDWR), os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
                 os.dup2(null, 0), os.dup2(null, 1), os.dup2(file, 2)
-                records.SHARD, sys.argv = shard, ["reverie", *arguments]
+                records.RECORDS_PER_SHARD, sys.argv = shard, ["reverie", *arguments]
                 if limit:
                     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
                 if hold:
-                    make, made = records._Shards.make, []
+                    write, written = records._ShardWriter.write_shard, []
                     def holding(self, start):
-                        if len(made) == hold[0]:
+                        if len(written) == hold[0]:
                             time.sleep(hold[1])
-                        made.append(make(self, start))
-                        return made[-1]
-                    records._Shards.make = holding
+                        written.append(write(self, start))
+                        return written[-1]
+                    records._ShardWriter.write_shard = holding
                 try:
                     cli.main()
                     code = 0
@@ -594,11 +535,11 @@ for line in sys.stdin:
         _, status = os.waitpid(rest[0], 0)
         print(json.dumps(os.waitstatus_to_exitcode(status)), flush=True)
 """
-"""Imports the package once; every run is a process that it forks, so a run costs no start."""
+"""Imports the package once; each run is a fork, so that it starts at once."""
 
 
 class Runs:
-    """Runs of `reverie data build` as processes of their own."""
+    """Runs of `reverie data build` in processes of their own."""
 
     def __init__(self, folder: Path):
         self.folder, self.number = folder, 0
@@ -609,270 +550,183 @@ class Runs:
             stderr=subprocess.DEVNULL,
             text=True,
         )
-        assert self.answer() == "ready"
+        assert self._answer() == "ready"
 
-    def answer(self) -> Any:
+    def _answer(self) -> Any:
         assert self.helper.stdout is not None
         return json.loads(self.helper.stdout.readline())
 
-    def ask(self, *what: Any) -> Any:
+    def _request(self, *what: Any) -> Any:
         assert self.helper.stdin is not None
         self.helper.stdin.write(json.dumps(what) + "\n")
         self.helper.stdin.flush()
-        return self.answer()
+        return self._answer()
 
     def start(
         self, world: World, *more: str, hold: tuple[int, float] | None = None, limit: int = 0
     ) -> tuple[int, Path]:
-        """(process, file of what it says on stderr)
+        """Start a run; return its process and the file of its stderr.
 
         Args:
-            hold: after so many shards, wait for so many seconds.
-            limit: most bytes of a file.
+            hold: wait for some seconds after some shards.
+            limit: maximum bytes of a file.
         """
         self.number += 1
         log = self.folder / f"{self.number}.log"
         arguments = ["data", "build", *world.sources, "--out", str(world.out), *more]
-        return self.ask("start", SHARD, str(log), arguments, hold, limit), log
+        return self._request("start", SHARD, str(log), arguments, hold, limit), log
 
     def wait(self, pid: int) -> int:
-        return self.ask("wait", pid)
+        return self._request("wait", pid)
 
-    def run(self, world: World, *more: str) -> tuple[int, str]:
-        """(exit code, stderr)"""
-        pid, log = self.start(world, *more)
+    def run(self, world: World, *more: str, **options: Any) -> tuple[int, str]:
+        """Return (exit code, stderr)."""
+        pid, log = self.start(world, *more, **options)
         return self.wait(pid), log.read_text()
 
-    def close(self) -> None:
-        self.helper.communicate()
+    def kill_after(self, world: World, count: int, jobs: str) -> None:
+        """Kill a run after some shards are finished."""
+        pid, _ = self.start(world, "--jobs", jobs, hold=(count, 60))
+        await_shards(world, count)
+        os.kill(pid, signal.SIGKILL)
+        assert self.wait(pid) == -signal.SIGKILL
+
+
+def await_shards(world: World, count: int) -> None:
+    until = time.monotonic() + 60
+    while not world.work.exists() or len(list(world.work.glob("*.shard"))) < count:
+        assert time.monotonic() < until
+        time.sleep(0.001)
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Iterator[Runs]:
     found = Runs(tmp_path_factory.mktemp("logs"))
     yield found
-    found.close()
+    found.helper.communicate()
 
 
 @pytest.fixture(scope="module")
-def undisturbed(runs, tmp_path_factory) -> tuple[World, float]:
-    """A world of sixteen shards with its records, and how long a run takes."""
-    world = World(tmp_path_factory.mktemp("undisturbed") / "w", side=40).make(46)
+def model(runs, tmp_path_factory) -> tuple[World, float]:
+    """A world of sixteen shards with its records, and the seconds of a run."""
+    world = World(tmp_path_factory.mktemp("model") / "w", side=40).make(46)
     runs.run(world)
     start = time.monotonic()
     assert runs.run(world) == (0, "")
     return world, time.monotonic() - start
 
 
-def fresh(world: World, folder: Path) -> World:
-    """A copy without its records. Digests name files by place, so each copy makes its own shards."""
+def copy_of(world: World, folder: Path) -> World:
+    """A copy without records. Digests include paths: each copy writes its own shards."""
     shutil.copytree(world.folder / "images", folder / "images")
     for file in world.files:
         shutil.copy2(file, folder / file.name)
     return World(folder, world.side)
 
 
-def placeless(folder: Path) -> list[tuple[str, bytes, str]]:
-    """Records without the places of those that show nothing."""
-    return [(one.id if one.image else "", one.image, one.talks_json()) for one in RecordSource(folder)]
+def without_paths(folder: Path) -> list[tuple[str, bytes, str]]:
+    return [(one.id if one.image else "", one.image, one.conversations_json()) for one in RecordSource(folder)]
 
 
 @pytest.mark.parametrize(
     ("seed", "jobs"),
     [(0, "2"), *[pytest.param(seed, jobs, marks=pytest.mark.slow) for seed in (1, 2) for jobs in "13"]],
 )
-def test_a_killed_run_is_taken_up_where_it_was(runs, undisturbed, tmp_path, seed, jobs):
-    model, took = undisturbed
-    world, rng = fresh(model, tmp_path / "w"), random.Random(seed)
+def test_a_run_killed_at_any_time_is_continued(runs, model, tmp_path, seed, jobs):
+    world, rng = copy_of(model[0], tmp_path / "w"), random.Random(seed)
     before: dict[str, tuple[int, int]] = {}
-    for _ in range(8):
+    for _ in range(6):
         pid, _ = runs.start(world, "--jobs", jobs)
-        while not world.hidden.exists() and not world.out.exists():
+        while not world.work.exists() and not world.out.exists():
             time.sleep(0.001)
-        time.sleep(rng.uniform(0, 0.6) * took)
+        time.sleep(rng.uniform(0, 0.6) * model[1])
         os.kill(pid, signal.SIGKILL)
         assert runs.wait(pid) in (-signal.SIGKILL, 0)
         now = finished(world)
-        if world.out.exists():  # the shards were all made
+        if world.out.exists():  # all shards were finished
             shutil.rmtree(world.out)
         else:
-            assert before.items() <= now.items()  # nothing that was finished is made again
+            assert before.items() <= now.items()  # no finished shard is written again
         before = now
     assert runs.run(world, "--jobs", jobs) == (0, "")
-    assert kept(world, before) == len(before)
-    assert placeless(world.out) == placeless(model.out)
-    assert held(RecordSource(world.out)) == world.wanted()
-    assert beside(world) == []
+    assert reused(world, before) == len(before)
+    assert without_paths(world.out) == without_paths(model[0].out)
+    assert_complete(world)
 
 
 @pytest.mark.parametrize("jobs", ["1", "2"])
-def test_a_run_killed_with_every_number_of_shards_is_taken_up(runs, undisturbed, tmp_path, jobs):
-    model, _ = undisturbed
-    world, before = fresh(model, tmp_path / "w"), {}
-    for wanted in (0, 1, 4, 9, 15):
-        pid, _ = runs.start(world, "--jobs", jobs, hold=(wanted, 60))
-        await_shards(world, wanted)
-        os.kill(pid, signal.SIGKILL)
-        assert runs.wait(pid) == -signal.SIGKILL
+def test_a_run_killed_after_any_number_of_shards_is_continued(runs, model, tmp_path, jobs):
+    world, before = copy_of(model[0], tmp_path / "w"), {}
+    for count in (0, 1, 9, 15):
+        runs.kill_after(world, count, jobs)
         now = finished(world)
-        assert len(now) == wanted if jobs == "1" else len(now) >= wanted
+        assert len(now) == count if jobs == "1" else len(now) >= count
         assert before.items() <= now.items()
         before = now
     assert runs.run(world) == (0, "")
-    assert kept(world, before) == len(before)
-    assert placeless(world.out) == placeless(model.out)
-    assert beside(world) == []
-
-
-def test_a_killed_run_leaves_the_old_records(runs, undisturbed, tmp_path):
-    world = fresh(undisturbed[0], tmp_path / "w")
+    assert reused(world, before) == len(before)
+    previous = files_of(world.out)
+    assert without_paths(world.out) == without_paths(model[0].out)
+    world.change_answer(3, "newer")
+    for count in (0, 15):
+        runs.kill_after(world, count, jobs)
+        assert files_of(world.out) == previous
     assert runs.run(world) == (0, "")
-    old = contents(world.out)
-    world.change(3, "newer")
-    for wanted in (0, 2, 15):
-        pid, _ = runs.start(world, "--jobs", "1", hold=(wanted, 60))
-        await_shards(world, wanted)
-        os.kill(pid, signal.SIGKILL)
-        assert runs.wait(pid) == -signal.SIGKILL
-        assert contents(world.out) == old
-    assert runs.run(world) == (0, "")
-    assert held(RecordSource(world.out)) == world.wanted()
+    assert_complete(world)
 
 
-def await_shards(world: World, count: int) -> None:
-    """Waits until a run has made so many; it has begun to make them where none is asked for."""
-    until = time.monotonic() + 60
-    while not world.hidden.exists() or len(list(world.hidden.glob("*.shard"))) < count:
-        assert time.monotonic() < until
-        time.sleep(0.001)
-
-
-def test_an_interrupted_run_ends_without_a_word(runs, undisturbed, tmp_path):
-    world = fresh(undisturbed[0], tmp_path / "w")
+def test_an_interrupted_run_ends_quietly(runs, model, tmp_path):
+    world = copy_of(model[0], tmp_path / "w")
     pid, log = runs.start(world, "--jobs", "1", hold=(4, 1))
     await_shards(world, 4)
     os.kill(pid, signal.SIGINT)
     assert (runs.wait(pid), log.read_text()) == (130, "")
-    assert not list(world.hidden.glob("*.part"))
+    assert not list(world.work.glob("*.part"))
     before = finished(world)
     assert 4 <= len(before) <= 6
     assert runs.run(world) == (0, "")
-    assert kept(world, before) == len(before)
-    assert held(RecordSource(world.out)) == world.wanted()
+    assert reused(world, before) == len(before)
+    assert_complete(world)
 
 
-def lines(text: str) -> list[str]:
-    return [line for line in text.splitlines() if line.strip()]
-
-
-@pytest.fixture(scope="module")
-def two_at_once(runs, undisturbed, tmp_path_factory) -> tuple[World, list[tuple[int, str]]]:
-    """A run that stands still in the middle while another goes from beginning to end: (the world, how both ended)."""
-    world = fresh(undisturbed[0], tmp_path_factory.mktemp("two") / "w")
-    first, log = runs.start(world, "--jobs", "1", hold=(3, 1))
+def test_of_two_runs_at_once_one_ends_with_a_line(runs, model, tmp_path):
+    """A run stops in the middle while another goes from its beginning to its end."""
+    world = copy_of(model[0], tmp_path / "w")
+    first, first_log = runs.start(world, "--jobs", "1", hold=(3, 1))
     await_shards(world, 3)
     os.kill(first, signal.SIGSTOP)
-    second, other_log = runs.start(world, "--jobs", "1")
-    until = time.monotonic() + 3 + 3 * undisturbed[1]  # it may wait for the first
-    while time.monotonic() < until and Path(f"/proc/{second}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z":
-        time.sleep(0.01)
+    second, second_log = runs.start(world, "--jobs", "1")
+    second_code = runs.wait(second)
     os.kill(first, signal.SIGCONT)
-    return world, [(runs.wait(pid), file.read_text()) for pid, file in ((first, log), (second, other_log))]
+    assert (runs.wait(first), first_log.read_text()) == (0, "")
+    assert second_code == 2
+    assert second_log.read_text().count("\n") == 1
+    assert_complete(world)
 
 
-def test_two_runs_at_once_leave_whole_records(two_at_once):
-    world, ends = two_at_once
-    assert 0 in [code for code, _ in ends]
-    assert held(RecordSource(world.out)) == world.wanted()
-
-
-def test_of_two_runs_at_once_one_fails_at_worst_with_a_line(two_at_once):
-    for code, said in two_at_once[1]:
-        assert code in (0, 2)
-        assert len(lines(said)) == (code == 2)
-
-
-@dataclasses.dataclass
-class Full:
-    """How a run on a full disk ended, and what it left."""
-
-    world: World
-    old: list[tuple[str, bytes]]
-    code: int
-    said: str
-    left: list[Path]
-
-
-@pytest.fixture(scope="module")
-def full_disk(runs, tmp_path_factory) -> Full:
-    """Files can be of 256 KiB at most: the annotations' database fits, a shard with a large picture does not."""
-    world = World(tmp_path_factory.mktemp("full") / "w").make(8)
-    assert runs.run(world) == (0, "")
-    old = contents(world.out)
-    world.picture(5).write_bytes(picture(5, 400))
-    pid, log = runs.start(world, "--jobs", "2", limit=256 * 1024)
-    code = runs.wait(pid)
-    return Full(world, old, code, log.read_text(), sorted(world.hidden.glob("**/*")))
-
-
-def test_a_full_disk_leaves_the_old_records(full_disk):
-    assert full_disk.code != 0
-    assert "too large" in full_disk.said
-    assert contents(full_disk.world.out) == full_disk.old
-    assert len(RecordSource(full_disk.world.out)) == 10
-
-
-def test_a_full_disk_leaves_nothing_that_looks_whole(full_disk):
-    assert len([file for file in full_disk.left if file.suffix == ".shard"]) < 4
-    assert not [file for file in full_disk.left if file.name == "dataset_info.json"]
-
-
-def test_a_full_disk_is_one_line(full_disk):
-    assert full_disk.code == 2
-    assert len(lines(full_disk.said)) == 1
-
-
-def test_a_full_disk_is_not_kept_full_by_what_was_not_finished(full_disk):
-    assert not [file for file in full_disk.left if file.suffix == ".part"]
-
-
-def test_after_a_full_disk_the_run_is_taken_up(full_disk, runs):
-    world, before = full_disk.world, finished(full_disk.world)
-    assert runs.run(world) == (0, "")
-    assert kept(world, before) == len(before) < 4
-    assert held(RecordSource(world.out)) == world.wanted()
-    assert beside(world) == []
-
-
-def test_a_bad_picture_is_one_line_of_the_command(runs, tmp_path):
+def test_a_full_disk_keeps_previous_records(runs, tmp_path):
+    """Files may have 256 KiB: the database fits, a shard with a large image does not."""
     world = World(tmp_path / "w").make(8)
-    world.picture(4).write_bytes(b"no picture")
-    code, said = runs.run(world)
+    assert runs.run(world) == (0, "")
+    previous = files_of(world.out)
+    world.image(5).write_bytes(make_image(5, 400))
+    code, err = runs.run(world, "--jobs", "2", limit=256 * 1024)
     assert code == 2
-    assert lines(said)[0].startswith(f"reverie: error: {world.picture(4)}: ")
-    assert len(lines(said)) == 1
+    assert err.count("\n") == 1
+    assert files_of(world.out) == previous
+    assert not [file for file in world.work.glob("**/*") if file.name == "dataset_info.json" or file.suffix == ".part"]
+    before = finished(world)
+    assert len(before) < 4
+    assert runs.run(world) == (0, "")
+    assert reused(world, before) == len(before)
+    assert_complete(world)
+
+
+def test_a_broken_image_is_one_line_of_the_command(runs, tmp_path):
+    world = World(tmp_path / "w").make(8)
+    world.image(4).write_bytes(b"not an image")
+    code, err = runs.run(world)
+    assert code == 2
+    assert err.startswith(f"reverie: error: {world.image(4)}: ")
+    assert err.count("\n") == 1
     assert not world.out.exists()
-
-
-def test_records_without_digests_are_made_anew(tmp_path):
-    found = records(7)
-
-    class Failing:
-        """Records of which the last cannot be had."""
-
-        def __len__(self) -> int:
-            return 7
-
-        def __getitem__(self, index: int) -> ImageRecord:
-            if index == 6:
-                raise DataError("the seventh")
-            return found[index]
-
-    with pytest.raises(DataError, match="the seventh"):
-        write_records(tmp_path / "out", {"train": Failing()})
-    left = {file.stat().st_ino for file in (tmp_path / ".out.building").glob("*.shard")}
-    assert len(left) == 2
-    folder = write_records(tmp_path / "out", {"train": found})
-    assert not left & {file.stat().st_ino for file in shards(folder)}
-    assert list(RecordSource(folder)) == found
-    assert not (tmp_path / ".out.building").exists()
