@@ -1,9 +1,9 @@
-"""Peak memory and time of a 7B checkpoint: load it, convert it to Orbax and back, compare bit by bit.
+"""Measure peak memory and time of a 7B checkpoint: load it, convert it to Orbax and back, compare bit by bit.
 
     python -m benchmarks.checkpoint_memory /path/with/45GB
 
-Makes a random llava-1.5-7b in llava-hf format (bfloat16, three shards) first. Every stage is a process of its own, whose
-peak is what the kernel counts for it (VmHWM), the interpreter and JAX included.
+It first makes a random llava-1.5-7b in llava-hf format (bfloat16, three shards). Every stage is a process of its own, whose
+peak is the kernel's count (VmHWM), the interpreter and JAX included.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ STAGES = ("load", "to-orbax", "load-orbax", "from-orbax")
 @dataclasses.dataclass(frozen=True)
 class Args:
     folder: Annotated[Path, tyro.conf.Positional]
-    """Where the checkpoints go."""
+    """Folder for the checkpoints."""
     architecture: str = "llava-1.5-7b"
     """A name in `models.config.ARCHITECTURES`."""
     stage: str | None = None
@@ -35,7 +35,7 @@ class Args:
 
 
 def make(folder: Path, architecture: str) -> None:
-    """Random weights of plausible size, written without a model: each tensor's bits come from a seeded generator."""
+    """Write random weights of plausible size without a model: each tensor's bits come from a seeded generator."""
     import jax.numpy as jnp
     from flax import nnx
     from safetensors.numpy import save_file
@@ -53,19 +53,19 @@ def make(folder: Path, architecture: str) -> None:
     shapes = {".".join(map(str, path)): leaf.shape for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
-    plan, sizes = [], []
+    names_and_shapes, sizes = [], []
     for spec in parameter_specs(config):
         shape = shapes[spec.path][0 if spec.layers is None else 1 :]
-        theirs = to_file_layout(spec.layout, np.broadcast_to(np.False_, shape), config.vision.patch_size).shape
+        shape = to_file_layout(spec.layout, np.broadcast_to(np.False_, shape), config.vision.patch_size).shape
         for name in spec.names:
-            plan.append((name, theirs))
-            sizes.append(2 * math.prod(theirs))
+            names_and_shapes.append((name, shape))
+            sizes.append(2 * math.prod(shape))
     edges = np.searchsorted(np.cumsum(sizes), [sum(sizes) / 3, 2 * sum(sizes) / 3]) + 1
     weight_map = {}
-    for number, part in enumerate(np.split(np.arange(len(plan)), edges)):
+    for number, part in enumerate(np.split(np.arange(len(names_and_shapes)), edges)):
         file = f"model-{number + 1:05}-of-00003.safetensors"
         shard = {}
-        for name, shape in (plan[i] for i in part):
+        for name, shape in (names_and_shapes[i] for i in part):
             bits = np.frombuffer(rng.bytes(2 * math.prod(shape)), np.uint16)
             shard[name] = ((bits & 0x80FF) | 0x3C00).view(jnp.bfloat16).reshape(shape)  # between 1/128 and 1/32
         save_file(shard, folder / file, metadata={"format": "pt"})
@@ -79,7 +79,7 @@ def make(folder: Path, architecture: str) -> None:
 
 
 def stage(args: Args) -> dict[str, float]:
-    """One stage, measured."""
+    """Run one stage; return its seconds and its peak memory in bytes."""
     started = time.perf_counter()
     source, orbax, back = args.folder / "source", args.folder / "orbax", args.folder / "back"
     from reverie_jax.convert import convert
@@ -100,19 +100,20 @@ def stage(args: Args) -> dict[str, float]:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """A digest of every tensor, one tensor in memory at a time."""
+    """Return a digest of every tensor, with one tensor in memory at a time."""
     from reverie_jax.models.checkpoints.files import weights_of
 
-    tensors, found = weights_of(folder), {}
+    tensors, digests = weights_of(folder), {}
     assert tensors is not None
     tensors.read_all(
-        lambda name, array: found.__setitem__(name, hashlib.sha256(array.view(np.uint8).data).hexdigest()),
+        lambda name, array: digests.__setitem__(name, hashlib.sha256(array.view(np.uint8).data).hexdigest()),
         set(tensors.stored),
     )
-    return found
+    return digests
 
 
 def main(args: Args) -> None:
+    """Run all stages, or the one of `args`."""
     if args.stage is not None:
         print(json.dumps(stage(args)))
         return
@@ -124,11 +125,13 @@ def main(args: Args) -> None:
     for name in STAGES:
         command = [sys.executable, "-m", "benchmarks.checkpoint_memory", str(args.folder), "--stage", name]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        found = json.loads(done.stdout.splitlines()[-1])
-        ratio = found["peak_bytes"] / weights
-        print(f"{name:11} {found['seconds']:6.0f} s, peak {found['peak_bytes'] / 1e9:6.2f} GB = {ratio:.3f} x weights")
+        result = json.loads(done.stdout.splitlines()[-1])
+        ratio = result["peak_bytes"] / weights
+        print(
+            f"{name:11} {result['seconds']:6.0f} s, peak {result['peak_bytes'] / 1e9:6.2f} GB = {ratio:.3f} x weights"
+        )
     same = contents(source) == contents(args.folder / "back")
-    print(f"back again: {'bit for bit the same' if same else 'DIFFERENT'}")
+    print(f"round trip: {'bit for bit the same' if same else 'DIFFERENT'}")
     if not same:
         raise SystemExit(1)
 

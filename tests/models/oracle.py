@@ -1,4 +1,4 @@
-"""What the tests of the model are held against: transformers' LLaVA at a size that runs at once, and plain numpy."""
+"""References of the model tests (transformers at a tiny size, plain numpy), and the model run on the same inputs."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from reverie_jax.models import ModelInputs, TextConfig, VisionConfig, VisionLanguageModel, VLMConfig
+from reverie_jax.models.sharding import partition_spec
 from reverie_jax.models.vision import CLIP_MEAN, CLIP_STD
 
 IMAGE = 7  # the placeholder's id in every tiny model here
@@ -45,21 +47,26 @@ SINGLE_KEY = Sizes(
 )
 
 
-def randomise(module: torch.nn.Module, seed: int) -> torch.nn.Module:
-    """Every parameter random, norms and biases too: none of them may go unread."""
+def randomize(module: torch.nn.Module, seed: int, *, half: bool = False) -> torch.nn.Module:
+    """Make every parameter random, norms and biases too, so that none can be ignored.
+
+    Args:
+        half: Round to values that float16 and bfloat16 represent exactly, so that a file's dtype loses nothing.
+    """
     random = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in module.named_parameters():
             noise = torch.randn(tensor.shape, generator=random)
             if tensor.ndim > 1:
-                tensor.copy_(noise * 1.2 / tensor[0].numel() ** 0.5)
+                noise *= 1.2 / tensor[0].numel() ** 0.5
             else:
-                tensor.copy_(1 + 0.3 * noise if "norm" in name and name.endswith("weight") else 0.3 * noise)
+                noise = 1 + 0.3 * noise if "norm" in name and name.endswith("weight") else 0.3 * noise
+            tensor.copy_(torch.where(noise.abs() < 1e-4, 0, noise).bfloat16() if half else noise)
     return module.eval()
 
 
 def llava(sizes: Sizes = GROUPED, seed: int = 0, **config: object) -> LlavaForConditionalGeneration:
-    """transformers' own model, at random."""
+    """Return transformers' own model, randomly initialized."""
     vision, text = sizes.vision, sizes.text
     model = LlavaForConditionalGeneration(
         LlavaConfig(
@@ -90,53 +97,75 @@ def llava(sizes: Sizes = GROUPED, seed: int = 0, **config: object) -> LlavaForCo
             **config,
         )
     ).eval()
-    return randomise(model, seed)
+    return randomize(model, seed)
 
 
-def normalized(pixels: np.ndarray) -> torch.Tensor:
-    """[..., S, S, 3] bytes as CLIP wants them in torch: one axis of images, channels second."""
-    floats = (pixels.astype(np.float64) / 255 - np.array(CLIP_MEAN)) / np.array(CLIP_STD)
-    return torch.tensor(np.moveaxis(floats.reshape(-1, *pixels.shape[-3:]), -1, 1), dtype=torch.float32)
+def saved(model: torch.nn.Module, folder: Path, **options: object) -> Path:
+    """Save a model as transformers does."""
+    model.save_pretrained(folder, **options)
+    return folder
 
 
-def picture_rows(
-    sizes: Sizes = GROUPED, seed: int = 0, rows: int = 2, images: int = 2, words: int = 9
-) -> tuple[np.ndarray, ...]:
-    """(tokens, positions, ends, image_slots, pixels) of causal rows: `images` pictures among `words` random words."""
+def normalized(images: np.ndarray) -> torch.Tensor:
+    """Return [..., S, S, 3] bytes as CLIP's input in torch: one axis of images, channels second."""
+    floats = (images.astype(np.float64) / 255 - np.array(CLIP_MEAN)) / np.array(CLIP_STD)
+    return torch.tensor(np.moveaxis(floats.reshape(-1, *images.shape[-3:]), -1, 1), dtype=torch.float32)
+
+
+def image_inputs(
+    sizes: Sizes = GROUPED, seed: int = 0, images: tuple[int, ...] = (2, 2), words: int = 9, image: int = IMAGE
+) -> ModelInputs:
+    """Return causal sequences of equal length with random words.
+
+    Args:
+        images: Number of images in each sequence.
+        words: Number of words in the sequence with most images.
+        image: Placeholder id.
+    """
     random = np.random.default_rng(seed)
     patches, side = sizes.vision.patches, sizes.vision.image_size
-    length = images * patches + words
-    tokens = random.integers(IMAGE + 1, sizes.text.vocab, (rows, length), dtype=np.int32)
-    slots = np.full((rows, length), -1, np.int32)
-    for row in range(rows):
+    count, most = len(images), max(images)
+    length = most * patches + words
+    tokens = random.integers(IMAGE + 1, sizes.text.vocab, (count, length), dtype=np.int32)
+    slots = np.full((count, length), -1, np.int32)
+    for row, shown in enumerate(images):
         start = 0
-        for image in range(images):
+        for n in range(shown):
             start += int(random.integers(1, 4))
-            slots[row, start : start + patches] = np.arange(image * patches, (image + 1) * patches)
+            slots[row, start : start + patches] = np.arange(n * patches, (n + 1) * patches)
             start += patches
-    tokens[slots >= 0] = IMAGE
-    positions = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
-    pixels = random.integers(0, 256, (rows, images, side, side, 3), dtype=np.uint8)
-    return tokens, positions, np.full((rows, length), length, np.int32), slots, pixels
+    tokens[slots >= 0] = image
+    pixels = random.integers(0, 256, (count, most, side, side, 3), dtype=np.uint8)
+    positions = np.tile(np.arange(length, dtype=np.int32), (count, 1))
+    return ModelInputs(tokens, positions, np.full((count, length), length, np.int32), slots, pixels)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _logits(graph, state, batch, key):
+@functools.partial(jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
+def _logits(graph, state, inputs, key):
     model = nnx.merge(graph, state)
-    return model.decoder.logits(model.hidden(ModelInputs(*batch), key=key))
+    return model.decoder.logits(model.hidden(inputs, key=key))
 
 
-def logits(model: VisionLanguageModel, batch: tuple[np.ndarray, ...], key: jax.Array | None = None) -> np.ndarray:
-    """Our logits at every place. Models of equal sizes share one compilation."""
-    return np.asarray(_logits(*nnx.split(model), tuple(map(jnp.asarray, batch)), key))
+def logits(model: VisionLanguageModel, inputs: ModelInputs, key: jax.Array | None = None) -> np.ndarray:
+    """Return the model's logits at every position. Models of equal sizes share one compilation."""
+    config = model.config
+    model.config = VLMConfig(
+        config.vision, config.text, feature_layer=config.feature_layer
+    )  # nothing else is computed with
+    graph, state = nnx.split(model)
+    model.config = config
+    # Through the host: an array on a named device compiles the program anew.
+    return np.asarray(_logits(graph, jax.tree.map(np.asarray, state), jax.tree.map(jnp.asarray, inputs), key))
 
 
-def llava_logits(model: torch.nn.Module, batch: tuple[np.ndarray, ...]) -> np.ndarray:
-    """transformers' logits of the same causal rows."""
-    tokens, _, _, _, pixels = batch
+def llava_logits(model: torch.nn.Module, inputs: ModelInputs) -> np.ndarray:
+    """Return transformers' logits of the same causal sequences."""
+    vision = model.config.vision_config
+    shown = (inputs.image_slots.max(axis=1) + 1) // (vision.image_size // vision.patch_size) ** 2
+    images = inputs.images[np.arange(inputs.images.shape[1])[None] < shown[:, None]]
     with torch.no_grad():
-        out = model(input_ids=torch.tensor(tokens, dtype=torch.long), pixel_values=normalized(pixels))
-    return out.logits.numpy()
+        ids = torch.tensor(inputs.tokens, dtype=torch.long)
+        return model(input_ids=ids, pixel_values=normalized(images)).logits.numpy()
 
 
 @functools.cache
@@ -155,19 +184,40 @@ def _random(sizes: Sizes) -> VisionLanguageModel:
 
 
 def random_model(sizes: Sizes = GROUPED) -> VisionLanguageModel:
-    """Ours, with every parameter random; a copy, so a test may change it."""
+    """Return our model with every parameter random; a copy, which a test may change."""
     return nnx.clone(_random(sizes))
 
 
 def flat(model: VisionLanguageModel) -> dict[str, np.ndarray]:
-    """Every parameter by its dotted path."""
+    """Return every parameter by its dotted path."""
     return {
         ".".join(map(str, path)): np.asarray(leaf.get_value())
         for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))
     }
 
 
-def saved(model: LlavaForConditionalGeneration, folder: Path, **options: object) -> Path:
-    """As transformers saves it."""
-    model.save_pretrained(folder, **options)
-    return folder
+def assert_close(actual: object, expected: object, atol: float = 1e-4) -> None:
+    np.testing.assert_allclose(np.asarray(actual), np.asarray(expected), rtol=0, atol=atol)
+
+
+def assert_same(first: VisionLanguageModel, second: VisionLanguageModel) -> None:
+    """Check that two models have one configuration and the same parameters, bit for bit."""
+    assert first.config == second.config
+    a, b = flat(first), flat(second)
+    assert a.keys() == b.keys()
+    for path in a:
+        assert a[path].dtype == b[path].dtype, path
+        np.testing.assert_array_equal(a[path], b[path], err_msg=path)
+
+
+def assert_sharded(mesh: Mesh, model: VisionLanguageModel) -> None:
+    """Check that every parameter is sharded by the rules, and that some are not replicated."""
+    sharded = 0
+    for path, leaf in nnx.to_flat_state(nnx.state(model)):
+        sharding = leaf.get_value().sharding
+        assert isinstance(sharding, NamedSharding), path
+        assert sharding.mesh == mesh, path
+        spec = partition_spec(leaf.shape, leaf.axes, mesh)
+        assert sharding.is_equivalent_to(NamedSharding(mesh, spec), len(leaf.shape)), path
+        sharded += not sharding.is_fully_replicated
+    assert sharded > 10

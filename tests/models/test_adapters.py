@@ -1,253 +1,267 @@
-"""Adapters on disk, read and written: held against PEFT on transformers' LLaVA and on the plain language models.
-
-What an adapter folder asks for is done exactly or refused, never passed over.
-"""
+"""Adapters on disk, read and written, compared with PEFT on transformers' LLaVA and on the plain language models."""
 
 import copy
 import json
 import shutil
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
 
 import reverie_jax
 from reverie_jax.convert import convert
 from reverie_jax.models import lora
-from reverie_jax.models.checkpoints import read_model
+from reverie_jax.models.checkpoints import attach_adapter, read_model
+from reverie_jax.models.sharding import make_mesh
 from tests.models import makers
-from tests.models.makers import KINDS, LEAVES, WORDS, Bench, assert_close, opened, refused, with_adapter
-from tests.models.oracle import llava_logits, logits
+from tests.models.makers import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILE,
+    KINDS,
+    MODULES,
+    NON_LORA,
+    WORDS,
+    Parts,
+    assert_refused,
+    open_with_peft,
+    parts,
+    with_adapter,
+)
+from tests.models.oracle import assert_close, assert_same, assert_sharded, llava_logits, logits
 
-FILE, CONFIG, PROJECTOR = "adapter_model.safetensors", "adapter_config.json", "multi_modal_projector"
+PROJECTOR = "multi_modal_projector"
 FACTOR = "base_model.model.model.language_model.layers.1.{}.lora_{}.weight"
-ROWS = makers.batch()
+INPUTS = makers.inputs()
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def bench(request, tmp_path_factory):
-    return Bench(request.param, tmp_path_factory.mktemp(request.param))
+def bench(request):
+    return makers.bench(request.param)
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return Bench("llama", tmp_path_factory.mktemp("llama-alone"))
+def llama():
+    return makers.bench()
+
+
+def has_adapters(model):
+    return next(lora.adapters(model), None) is not None
 
 
 # Reading.
 
 
-def test_adapters_matter(bench):
-    # What the tests below take for granted.
+def test_adapters_change_the_logits(bench):
+    # The tests below assume this.
     assert np.abs(bench.plain_logits - bench.base_logits).max() > 0.1
     assert np.abs(bench.full_logits - bench.plain_logits).max() > 0.1
     assert np.abs(bench.lora_logits - bench.base_logits[..., :WORDS]).max() > 0.1
 
 
 @pytest.mark.parametrize("projector", [False, True])
-def test_peft_adapter_gives_pefts_logits(projector, bench):
+def test_peft_adapter_gives_pefts_logits_apart_merged_and_disabled(projector, bench):
     folder, expected = bench.adapter(projector)
     model = with_adapter(bench.hf, folder)
-    assert_close(logits(model, ROWS), expected)
-    carriers = {path for path, layer in lora.linears(model) if layer.lora_a is not None}
-    assert len(carriers) == len(LEAVES[bench.kind])  # Phi-3's fused matrices carry one adapter each
-    assert all(path.startswith("decoder.layers.") for path in carriers)
+    assert_close(logits(model, INPUTS), expected)
+    paths = {path for path, *_ in lora.adapters(model)}
+    assert len(paths) == len(MODULES[bench.kind])  # Phi-3's fused matrices have one adapter each
+    assert all(path.startswith("decoder.layers.") for path in paths)
+    if not projector:
+        lora.set_adapters_enabled(model, False)
+        np.testing.assert_array_equal(logits(model, INPUTS), logits(read_model(bench.hf), INPUTS))
+        lora.set_adapters_enabled(model, True)
+    lora.merge(model)
+    assert not has_adapters(model)
+    assert_close(logits(model, INPUTS), expected)
 
 
-@pytest.mark.parametrize("spelling", ["transformers before 4.52", "in memory"])
-def test_other_spellings(spelling, llama, tmp_path):
+def test_names_before_transformers_4_52(llama, tmp_path):
     shutil.copytree(llama.full, tmp_path / "adapter")
-    old = {
-        "transformers before 4.52": [("model.model.language_model.", "model.language_model.model."),
-                                     ("model.model.multi_modal", "model.multi_modal")],
-        "in memory": [("lora_A.", "lora_A.default."), ("lora_B.", "lora_B.default.")],
-    }[spelling]  # fmt: skip
+    old = [
+        ("model.model.language_model.", "model.language_model.model."),
+        ("model.model.multi_modal", "model.multi_modal"),
+    ]
     tensors = {}
-    for name, tensor in load_file(llama.full / FILE).items():
+    for name, tensor in load_file(llama.full / ADAPTER_FILE).items():
         for before, after in old:
             name = name.replace(before, after)
-        tensors[name] = tensor
-    save_file(tensors, tmp_path / "adapter" / FILE)
-    assert_close(logits(with_adapter(llama.hf, tmp_path / "adapter"), ROWS), llama.full_logits)
+        tensors[name.replace("lora_A.", "lora_A.default.")] = tensor
+    makers.save(tmp_path / "adapter" / ADAPTER_FILE, tensors)
+    assert_close(logits(with_adapter(llama.hf, tmp_path / "adapter"), INPUTS), llama.full_logits)
 
 
-def test_adapter_in_a_bin(llama, tmp_path):
+def test_files_of_peft_0_4(llama, tmp_path):
     shutil.copytree(llama.full, tmp_path / "adapter")
-    torch.save(load_file(llama.full / FILE), tmp_path / "adapter" / "adapter_model.bin")
-    (tmp_path / "adapter" / FILE).unlink()
-    assert_close(logits(with_adapter(llama.hf, tmp_path / "adapter"), ROWS), llama.full_logits)
+    makers.as_old_peft(tmp_path / "adapter")
+    assert_close(logits(with_adapter(llama.hf, tmp_path / "adapter"), INPUTS), llama.full_logits)
 
 
-def test_llava_lora_gives_the_merged_models_logits(bench):
-    model = read_model(bench.lora, components=[bench.llm, bench.clip])
-    assert_close(logits(model, ROWS), bench.lora_logits)
-    assert any(layer.lora_a is not None for _, layer in lora.linears(model))
+LORA = [
+    ("llama", {}, ("bin shards", "full")),
+    ("llama", {"use_rslora": True, "modules": ["q_proj", "down_proj"]}, ("safetensors", "vision saved")),
+    ("llava-1.0", {"old": True}, ("bin", "full bin")),
+    ("phi3", {}, ("safetensors shards", "vision saved")),
+    ("phi3", {"old": True, "dtype": torch.float16, "modules": ["gate_up_proj"]}, ("saved", "full bin")),
+]
 
 
-@pytest.mark.parametrize("projector", [False, True])
-def test_merged_equals_unmerged(projector, bench):
-    model = with_adapter(bench.hf, bench.adapter(projector)[0])
-    apart = logits(model, ROWS)
+@pytest.mark.parametrize(("kind", "options", "forms"), LORA, ids=str)
+def test_llava_lora_gives_the_merged_models_logits(kind, options, forms, tmp_path):
+    tuned = makers.lora_folder(tmp_path / "lora", parts(kind), **options)
+    llm = makers.llm_folder(tmp_path / "llm", parts(kind), forms[0])
+    clip = makers.clip_folder(tmp_path / "clip", parts(kind), forms[1])
+    model = read_model(tmp_path / "lora", components=[llm, clip], dtype=jnp.float32)
+    expected = tuned.logits(INPUTS)
+    assert np.abs(expected - parts(kind).logits(INPUTS)).max() > 0.1
+    assert has_adapters(model)
+    assert_close(logits(model, INPUTS), expected)
     lora.merge(model)
-    assert all(layer.lora_a is None for _, layer in lora.linears(model))
-    assert_close(logits(model, ROWS), apart, atol=1e-5)
+    assert_close(logits(model, INPUTS), expected)
 
 
-def test_switched_off_is_the_base_exactly(bench):
-    base, model = read_model(bench.hf), with_adapter(bench.hf, bench.plain)
-    on = logits(model, ROWS)
-    lora.set_adapters_enabled(model, False)
-    np.testing.assert_array_equal(logits(model, ROWS), logits(base, ROWS))
-    lora.set_adapters_enabled(model, True)
-    np.testing.assert_array_equal(logits(model, ROWS), on)
+def test_llava_lora_as_an_adapter_replaces_the_projector(llama, tmp_path):
+    path = makers.projector_folder(
+        tmp_path / "x", Parts("llama", llama.part.llm, llama.part.tower, parts(seed=50).projector)
+    )
+    model = read_model(path, components=[llama.llm, llama.clip], dtype=jnp.float32)
+    attach_adapter(model, llama.lora)
+    assert_close(logits(model, INPUTS), llama.lora_logits)
 
 
-def test_load_model_takes_an_adapter(bench):
-    model, processor = reverie_jax.load_model(bench.hf, adapter=bench.full)
-    assert_close(logits(model, ROWS), bench.full_logits)
+def test_adapters_stay_float32_beside_a_half_precision_base(tmp_path):
+    part = parts("phi3")
+    makers.lora_folder(tmp_path / "lora", part)
+    llm = makers.llm_folder(tmp_path / "llm", part, "safetensors")
+    model = read_model(tmp_path / "lora", components=[llm, makers.clip_folder(tmp_path / "clip", part)])
+    layer = model.decoder.layers.gate_up
+    assert model.compute_dtype == jnp.float16
+    fused = part.llm.model.layers[0].mlp.gate_up_proj.weight.detach().numpy()
+    np.testing.assert_array_equal(layer.kernel[...][0].astype(np.float32), fused.T)
+    assert (layer.lora_a.shape, layer.lora_b.shape) == ((2, 36, 3), (2, 3, 104))
+    assert layer.lora_a.dtype == layer.lora_b.dtype == jnp.float32
+
+
+def test_mesh_gets_the_same_adapters(bench):
+    components, mesh = [bench.llm, bench.clip], make_mesh(data=2, fsdp=1, tensor=2)
+    model = read_model(bench.lora, components=components, mesh=mesh)
+    assert_sharded(mesh, model)
+    assert_same(model, read_model(bench.lora, components=components))
+
+
+def test_load_model_takes_an_adapter_and_components(llama):
+    model, processor = reverie_jax.load_model(llama.hf, adapter=llama.full)
+    assert_close(logits(model, INPUTS), llama.full_logits)
     assert reverie_jax.generate(model, processor, [reverie_jax.ask(None, "baba?")], max_new_tokens=2)
-
-
-def test_load_model_takes_a_lora_folder_and_its_parts(bench):
-    model, _ = reverie_jax.load_model(bench.lora, components=[bench.llm, bench.clip])
-    assert_close(logits(model, ROWS), bench.lora_logits)
+    model, _ = reverie_jax.load_model(llama.lora, components=[llama.llm, llama.clip])
+    assert_close(logits(model, INPUTS), llama.lora_logits)
 
 
 # Writing for PEFT on transformers' LLaVA.
+
+
+def assert_same_tensors(first, second):
+    before, after = makers.load(first), makers.load(second)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 @pytest.mark.parametrize("projector", [False, True])
 def test_peft_opens_what_was_written(projector, bench, tmp_path):
     folder, expected = bench.adapter(projector)
     convert(bench.hf, tmp_path / "out", to="peft", adapter=folder)
-    theirs = opened(bench.hf, tmp_path / "out")
-    assert_close(llava_logits(theirs, ROWS), expected)
+    assert_same_tensors(folder / ADAPTER_FILE, tmp_path / "out" / ADAPTER_FILE)
+    theirs = open_with_peft(bench.hf, tmp_path / "out")
+    assert_close(llava_logits(theirs, INPUTS), expected)
     adapted = sorted(name.removesuffix(".lora_A") for name, _ in theirs.named_modules() if name.endswith(".lora_A"))
-    leaves = sorted(f"layers.{n}.{leaf}" for n in range(2) for leaf in LEAVES[bench.kind])
-    assert [name.split("language_model.")[-1] for name in adapted] == leaves
+    modules = sorted(f"layers.{n}.{module}" for n in range(2) for module in MODULES[bench.kind])
+    assert [name.split("language_model.")[-1] for name in adapted] == modules
     assert bool(theirs.peft_config["default"].modules_to_save) == projector
-
-
-@pytest.mark.parametrize("projector", [False, True])
-def test_peft_tensors_come_back_bit_by_bit(projector, bench, tmp_path):
-    folder, _ = bench.adapter(projector)
-    convert(bench.hf, tmp_path / "out", to="peft", adapter=folder)
-    before, after = load_file(folder / FILE), load_file(tmp_path / "out" / FILE)
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
-
-
-def test_written_adapter_loads_again(bench, tmp_path):
-    convert(bench.hf, tmp_path / "out", to="peft", adapter=bench.full)
-    assert_close(logits(with_adapter(bench.hf, tmp_path / "out"), ROWS), bench.full_logits)
-    model, _ = reverie_jax.load_model(bench.hf, adapter=tmp_path / "out")
-    assert_close(logits(model, ROWS), bench.full_logits)
+    if projector:
+        model, _ = reverie_jax.load_model(bench.hf, adapter=tmp_path / "out")
+        assert_close(logits(model, INPUTS), expected)
 
 
 def test_llava_lora_becomes_a_peft_adapter(bench, tmp_path):
     convert(bench.lora, tmp_path / "out", to="peft", components=[bench.llm, bench.clip])
-    theirs = opened(bench.hf, tmp_path / "out")
-    assert_close(llava_logits(theirs, ROWS)[..., :WORDS], bench.lora_logits)
+    theirs = open_with_peft(bench.hf, tmp_path / "out")
+    assert_close(llava_logits(theirs, INPUTS)[..., :WORDS], bench.lora_logits)
 
 
 @pytest.mark.parametrize("to", ["peft", "llava-lora"])
-def test_without_an_adapter_there_is_nothing_to_write(to, llama, tmp_path):
-    refused(lambda: convert(llama.hf, tmp_path / "out", to=to), "adapter")
+def test_model_without_adapters_is_refused(to, llama, tmp_path):
+    assert_refused(lambda: convert(llama.hf, tmp_path / "out", to=to), "adapter")
     assert not list(tmp_path.iterdir())
 
 
 # Writing for original LLaVA.
 
 
-def test_llava_lora_opens_on_the_plain_language_model(bench, tmp_path):
-    convert(bench.hf, tmp_path / "out", to="llava-lora", adapter=bench.full)
-    theirs = PeftModel.from_pretrained(copy.deepcopy(bench.part.llm), tmp_path / "out").eval()
-    expected = makers.words_logits(bench.full_model)[..., :WORDS]
-    assert np.abs(expected - makers.words_logits(bench.part.llm)).max() > 0.1
-    assert_close(makers.words_logits(theirs), expected)
-
-
-def test_llava_lora_has_the_names_and_files_of_the_original(bench, tmp_path):
-    convert(bench.hf, tmp_path / "out", to="llava-lora", adapter=bench.full)
-    names = {
-        f"base_model.model.model.layers.{n}.{leaf}.lora_{side}.weight"
-        for n in range(2)
-        for leaf in LEAVES[bench.kind]
-        for side in "AB"
-    }
-    assert load_file(tmp_path / "out" / FILE).keys() == names
-    rest = torch.load(tmp_path / "out" / "non_lora_trainables.bin", weights_only=True)
-    expected = load_file(bench.full / FILE)
+def test_llava_lora_of_a_peft_adapter(bench, tmp_path):
+    """PEFT opens it on the plain language model; names, files and settings are the original's."""
+    out = tmp_path / "out"
+    convert(bench.hf, out, to="llava-lora", adapter=bench.full)
+    theirs = PeftModel.from_pretrained(copy.deepcopy(bench.part.llm), out).eval()
+    expected = makers.text_logits(bench.full_model)[..., :WORDS]
+    assert np.abs(expected - makers.text_logits(bench.part.llm)).max() > 0.1
+    assert_close(makers.text_logits(theirs), expected)
+    assert_close(logits(read_model(out, components=[bench.llm, bench.clip]), INPUTS), bench.full_logits[..., :WORDS])
+    names = {f"layers.{n}.{module}.lora_{side}" for n in range(2) for module in MODULES[bench.kind] for side in "AB"}
+    assert load_file(out / ADAPTER_FILE).keys() == {f"base_model.model.model.{name}.weight" for name in names}
+    rest, saved = torch.load(out / NON_LORA, weights_only=True), load_file(bench.full / ADAPTER_FILE)
     assert len(rest) == 4
-    for ours, theirs in (("0", "linear_1"), ("2", "linear_2")):
-        for name in ("weight", "bias"):
-            found = rest[f"base_model.model.model.mm_projector.{ours}.{name}"]
-            assert torch.equal(found, expected[f"base_model.model.model.{PROJECTOR}.{theirs}.{name}"])
-    settings = makers.original_config(bench.part)
-    raw = json.loads((tmp_path / "out" / "config.json").read_text())
+    for ours, name in (("0", "linear_1"), ("2", "linear_2")):
+        for leaf in ("weight", "bias"):
+            tensor = rest[f"base_model.model.model.mm_projector.{ours}.{leaf}"]
+            assert torch.equal(tensor, saved[f"base_model.model.model.{PROJECTOR}.{name}.{leaf}"])
+    settings, raw = makers.original_config(bench.part), json.loads((out / "config.json").read_text())
     for key in ("mm_projector_type", "mm_hidden_size", "mm_vision_select_layer", "hidden_size", "architectures"):
         assert raw[key] == settings[key], key
-    tuned = json.loads((tmp_path / "out" / CONFIG).read_text())
+    tuned = json.loads((out / ADAPTER_CONFIG).read_text())
     assert (tuned["r"], tuned["lora_alpha"], tuned["peft_type"]) == (3, 5, "LORA")
-    assert sorted(tuned["target_modules"]) == sorted(leaf.split(".")[1] for leaf in LEAVES[bench.kind])
+    assert sorted(tuned["target_modules"]) == sorted(module.split(".")[1] for module in MODULES[bench.kind])
 
 
-def test_llava_lora_loads_again(bench, tmp_path):
-    convert(bench.hf, tmp_path / "out", to="llava-lora", adapter=bench.full)
-    model = read_model(tmp_path / "out", components=[bench.llm, bench.clip])
-    assert_close(logits(model, ROWS), bench.full_logits[..., :WORDS])
-
-
-def test_llava_lora_comes_back_bit_by_bit(bench, tmp_path):
+def test_llava_lora_round_trip_is_exact(bench, tmp_path):
     convert(bench.lora, tmp_path / "out", to="llava-lora", components=[bench.llm, bench.clip])
-    before, after = load_file(bench.lora / FILE), load_file(tmp_path / "out" / FILE)
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    before, after = (torch.load(f / "non_lora_trainables.bin") for f in (bench.lora, tmp_path / "out"))
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    raw = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert raw["image_aspect_ratio"] == "pad"
-    assert_close(
-        logits(read_model(tmp_path / "out", components=[bench.llm, bench.clip]), ROWS),
-        bench.lora_logits,
-    )
+    for file in (ADAPTER_FILE, NON_LORA):
+        assert_same_tensors(bench.lora / file, tmp_path / "out" / file)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["image_aspect_ratio"] == "pad"
+    assert_close(logits(read_model(tmp_path / "out", components=[bench.llm, bench.clip]), INPUTS), bench.lora_logits)
 
 
-# Merging on the way out.
+# Merging.
 
 
 @pytest.mark.parametrize("to", ["llava-hf", "orbax"])
-def test_whole_models_are_written_merged(to, bench, tmp_path):
+def test_complete_models_are_written_merged(to, bench, tmp_path):
     convert(bench.hf, tmp_path / "out", to=to, adapter=bench.full)
     model = read_model(tmp_path / "out")
-    assert all(layer.lora_a is None for _, layer in lora.linears(model))
-    assert_close(logits(model, ROWS), bench.full_logits)
+    assert not has_adapters(model)
+    assert_close(logits(model, INPUTS), bench.full_logits)
     if to == "llava-hf":
-        assert_close(
-            llava_logits(LlavaForConditionalGeneration.from_pretrained(tmp_path / "out"), ROWS), bench.full_logits
-        )
+        theirs = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out")
+        assert_close(llava_logits(theirs, INPUTS), bench.full_logits)
 
 
 def test_merged_lora_folder_has_the_original_names(bench, tmp_path):
     convert(bench.lora, tmp_path / "out", to="llava", components=[bench.llm, bench.clip])
-    found = load_file(tmp_path / "out" / "model.safetensors")
+    written = load_file(tmp_path / "out" / "model.safetensors")
     for name, tensor in makers.original_tensors(bench.lora_parts, tower=False).items():
-        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-6)
+        torch.testing.assert_close(written[name], tensor, rtol=0, atol=1e-6)
 
 
 def test_half_precision_is_merged_in_float32_and_cast_once(llama, tmp_path):
     half = makers.hf(llama.part).half()
     base = makers.hf_folder(tmp_path / "half", half)
     convert(base, tmp_path / "out", adapter=llama.plain)
-    found = load_file(tmp_path / "out" / "model.safetensors")["language_model.model.layers.1.self_attn.q_proj.weight"]
-    factors = load_file(llama.plain / FILE)
+    merged = load_file(tmp_path / "out" / "model.safetensors")["language_model.model.layers.1.self_attn.q_proj.weight"]
+    factors = load_file(llama.plain / ADAPTER_FILE)
     a, b = (factors[FACTOR.format("self_attn.q_proj", side)].double() for side in "AB")
-    kernel = half.model.language_model.layers[1].self_attn.q_proj.weight.double()
-    exact = kernel + 5 / 3 * (b @ a)
-    assert found.dtype == torch.float16
-    assert (found.double() - exact).abs().max() <= 2.0**-11 * exact.abs().max() * 1.01
-    assert torch.equal(found, exact.half()) or (found != exact.half()).float().mean() < 0.01
+    exact = half.model.language_model.layers[1].self_attn.q_proj.weight.double() + 5 / 3 * (b @ a)
+    assert merged.dtype == torch.float16
+    assert (merged.double() - exact).abs().max() <= 2.0**-11 * exact.abs().max() * 1.01
+    assert (merged != exact.half()).float().mean() < 0.01
