@@ -1,6 +1,6 @@
 """Evaluate a checkpoint from Python: answer a benchmark's questions, score by its rule, compare with a second model.
 
-Here the benchmark is `scenes`, whose files are drawn on the spot. For an official one, give its name and the folder of its files.
+Here the benchmark is `scenes`, whose files are drawn on the spot. For an official one, name it and its folder of files.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Judge a benchmark's answers with a hosted model, and score the replies.
 
-Without `--judge` a stand-in answers on loopback in the protocol of OpenAI, so that the example runs without a key. Every reply is
+Without `--judge` a stand-in answers on loopback in the protocol of OpenAI, so that the example needs no key. Every reply is
 kept in the journal of the output folder: run it twice, and the second run sends nothing.
 """
 

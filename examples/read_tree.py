@@ -37,7 +37,9 @@ def main() -> None:
 
     decode = processor.encoder.tokenizer.decode
     for parent, target, weight in zip(tree.parent, tree.target, tree.weight, strict=True):
-        print(f"token {parent:3d} {decode([tree.tokens[parent]])!r:12} predicts {decode([target])!r:12} weight {weight:g}")
+        print(
+            f"token {parent:3d} {decode([tree.tokens[parent]])!r:12} predicts {decode([target])!r:12} weight {weight:g}"
+        )
 
 
 if __name__ == "__main__":

@@ -138,7 +138,7 @@ def work_folder(folder: Path) -> Iterator[Path]:
 
 
 def write_records(
-    folder: Path,
+    folder: str | Path,
     splits: Mapping[str, Records],
     *,
     work: Path | None = None,
@@ -160,6 +160,7 @@ def write_records(
     Raises:
         DataError: There are no records, one cannot be read, or the folder cannot be written.
     """
+    folder = Path(folder)
     if work is None:
         with work_folder(folder) as work:
             return write_records(folder, splits, work=work, jobs=jobs, on_progress=on_progress)
