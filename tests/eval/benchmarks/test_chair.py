@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 
 from reverie_jax.data.row_files import Rows
-from reverie_jax.eval.benchmarks import find_benchmark
-from tests.eval.benchmarks import makers_free as make
+from reverie_jax.eval.benchmarks import chair, chair_words
+from reverie_jax.eval.benchmarks.interface import BenchmarkError
+from tests.eval.benchmarks import makers as make
+from tests.eval.benchmarks.samples import answer_all, check, headline, ids, load, value
 
 # What a caption mentions: classes, each as often as there is a mention.
 MENTIONS = {
-    # Singulars lose their s: "bus" becomes "bu", which is nothing; "buses" is the one way to say it.
+    # Singulars lose their s: "bus" becomes "bu", which is nothing; only "buses" is found.
     "A bus is parked on the road.": [],
     "Two buses are parked near a minibus and an airbus.": ["bus"],
     "Several minibuses and airbuses wait.": ["bus", "airplane"],
@@ -81,7 +83,7 @@ MENTIONS = {
     "A baby cub.": [],
     "A baby toy bear.": ["person", "bear"],
     "An adult holds a baby giraffe.": ["person", "giraffe"],
-    # Colours and other senses fire all the same.
+    # Colors and other senses are found all the same.
     "An orange shirt and a mouse near the remote.": ["orange", "mouse", "remote"],
     # Compounds stay one word.
     "A man/woman and a cat/dog.": [],
@@ -122,58 +124,19 @@ MENTIONS = {
     " . ": [],
 }
 
-EMPTY, ZEBRA = 81, 82
-
-
-@pytest.fixture(scope="module")
-def chair():
-    return find_benchmark("chair")
-
-
-@pytest.fixture(scope="module")
-def lacking(chair, tmp_path_factory):
-    """Image k holds all of COCO but its k-th class; one image holds nothing, and one a zebra."""
-    images = {k: ([name for name in make.COCO if name != lost], ["So it is."]) for k, lost in enumerate(make.COCO, 1)}
-    images |= {EMPTY: ([], ["So it is."]), ZEBRA: (["zebra"], ["So it is."])}
-    return chair.load(make.coco(tmp_path_factory.mktemp("coco"), images))
-
-
-def asked(loaded):
-    """Question by image id."""
-    return {int(question.image[-16:-4]): question for question in loaded.questions}
-
-
-def mentions(chair, loaded, caption: str, classes) -> Counter:
-    """How often a caption mentions each class, from the published numbers alone."""
-    of = asked(loaded)
-    wanted = [make.COCO.index(name) + 1 for name in classes]
-    shown = [*wanted, EMPTY]
-    answers = {str(of[image].id): caption for image in shown} | {str(of[ZEBRA].id): "A zebra."}
-    scored = chair.score(loaded, {str(q.id): answers.get(str(q.id), "") for q in loaded.questions})
-    row = dict(zip(scored.clusters, scored.counts, strict=True))
-
-    def invented(image: int) -> float:
-        return make.value(scored, "CHAIRi", sums=row[of[image].cluster]) / 100
-
-    # One true mention beside n false ones: their share is n / (n + 1).
-    share = make.value(scored, "CHAIRi", sums=row[of[EMPTY].cluster] + row[of[ZEBRA].cluster]) / 100
-    total = share / (1 - share)
-    found = {name: round(invented(image) * total, 6) for name, image in zip(classes, wanted, strict=True)}
-    return Counter({"all": round(total, 6), **found})
-
 
 @pytest.mark.parametrize("caption", MENTIONS, ids=lambda caption: caption[:40])
-def test_caption_mentions_what_the_official_rule_finds(chair, lacking, caption):
-    wanted = Counter(MENTIONS[caption])
-    assert mentions(chair, lacking, caption, list(wanted)) == Counter({"all": wanted.total(), **wanted})
+def test_caption_mentions_what_the_official_rule_finds(caption):
+    mentioned = [name for _, name in chair_words.chair().mentions(caption)]
+    assert Counter(mentioned) == Counter(MENTIONS[caption])
 
 
-def test_every_class_is_found_by_its_name(chair, lacking):
-    """The 80 names themselves, but for the one that the rule can never find."""
-    names = [name for name in make.COCO if name not in ("toilet", "bus")]
-    text = " ".join(f"There is a {name} here." for name in names)
-    assert mentions(chair, lacking, text, names) == Counter({"all": 78, **Counter(names)})
-    assert mentions(chair, lacking, "A toilet and a bus.", ["toilet", "bus"]) == Counter(all=1, toilet=1, bus=0)
+def test_every_class_is_found_by_its_name():
+    """The 80 names themselves, without "bus", which the rule never finds."""
+    mentioned = [chair_words.chair().mentions(f"There is a {name} here.") for name in make.COCO]
+    assert [[name for _, name in found] for found in mentioned] == [
+        [name] if name != "bus" else [] for name in make.COCO
+    ]
 
 
 IMAGES = {
@@ -185,7 +148,7 @@ IMAGES = {
     105: ([], ["Nothing much."]),
 }
 TRUTH = {101: {"dog", "person"}, 102: {"cat", "couch"}, 103: {"bus"}, 104: {"bus"}, 105: set()}
-SAID = {
+CAPTIONS = {
     101: ("A dog, a dog and a puppy with a cat and a cat.", ["dog"] * 3 + ["cat"] * 2),
     102: ("A tabby on a settee near a table.", ["cat", "couch", "dining table"]),
     103: ("Buses and buses and a truck.", ["bus", "bus", "truck"]),
@@ -194,153 +157,112 @@ SAID = {
 }
 
 
-@pytest.fixture
-def small(chair, tmp_path):
-    return chair.load(make.coco(tmp_path, IMAGES))
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory):
+    data = make.coco(tmp_path_factory.mktemp("chair"), IMAGES)
+    make.write_json(data / "image_ids.json", list(IMAGES))
+    return load("chair", data)
 
 
-def answers(loaded, said):
-    return {str(question.id): said[image][0] for image, question in asked(loaded).items()}
-
-
-def by_hand(said, images) -> dict[str, float]:
+def by_hand(captions, images) -> dict[str, float]:
     """CHAIRi micro over the corpus with repeats, CHAIRs over all captions, recall of distinct classes."""
-    invented = mentioned = bad = found = true = 0
+    invented = mentioned = bad = found = true = words = 0
     for image in images:
-        words = said[image][1]
-        wrong = [word for word in words if word not in TRUTH[image]]
-        invented, mentioned, bad = invented + len(wrong), mentioned + len(words), bad + bool(wrong)
-        found, true = found + len(set(words) & TRUTH[image]), true + len(TRUTH[image])
+        text, names = captions[image]
+        wrong = [name for name in names if name not in TRUTH[image]]
+        invented, mentioned, bad = invented + len(wrong), mentioned + len(names), bad + bool(wrong)
+        found, true = found + len(set(names) & TRUTH[image]), true + len(TRUTH[image])
+        words += len(text.split())
     return {
         "CHAIRs": 100 * bad / len(images),
         "CHAIRi": 100 * invented / mentioned if mentioned else 0.0,
-        "recall": 100 * found / true if true else 0.0,
+        "Recall": 100 * found / true if true else 0.0,
+        "Len": words / len(images),
     }
 
 
-def test_scores_are_micro_over_mentions_and_over_all_captions(chair, small):
-    scored = chair.score(small, answers(small, SAID))
-    wanted = by_hand(SAID, list(SAID))
-    assert wanted["CHAIRi"] == pytest.approx(100 * 4 / 11)  # and not the mean of the captions' shares
-    assert wanted["CHAIRs"] == pytest.approx(100 * 3 / 5)
-    for name, number in wanted.items():
-        assert make.value(scored, name) == pytest.approx(number), name
-    assert make.headline(scored) == pytest.approx(wanted["CHAIRs"])
-    make.sound(small, scored)
+def scored_captions(sample, captions):
+    bench, loaded = sample
+    return check(bench, loaded, {str(image): text for image, (text, _) in captions.items()})
 
 
-def test_any_images_sums_are_their_own_score(chair, small):
-    scored = chair.score(small, answers(small, SAID))
-    cluster = {image: scored.clusters.index(question.cluster) for image, question in asked(small).items()}
+def test_scores_are_micro_over_mentions_and_over_all_captions(sample):
+    scored, expected = scored_captions(sample, CAPTIONS), by_hand(CAPTIONS, list(CAPTIONS))
+    assert expected["CHAIRi"] == pytest.approx(100 * 4 / 11)  # and not the mean of the captions' shares
+    assert expected["CHAIRs"] == pytest.approx(100 * 3 / 5)
+    assert scored.values() == pytest.approx(expected)
+    assert headline(scored) == pytest.approx(expected["CHAIRs"])
+    texts = ["dog, not: cat", "cat, couch, not: dining table", "bus, not: truck", "", ""]
+    assert [parsed.parsed for parsed in scored.parsed_answers] == texts
+    assert [chair.absent(parsed) for parsed in scored.parsed_answers][:3] == [["cat"], ["dining table"], ["truck"]]
+
+
+def test_sums_of_any_images_are_their_own_score(sample):
+    scored = scored_captions(sample, CAPTIONS)
     rng = np.random.default_rng(0)
     for _ in range(20):
-        images = [image for image in SAID if rng.random() < 0.5] or [101]
-        sums = scored.counts[[cluster[image] for image in images]].sum(0)
-        for name, number in by_hand(SAID, images).items():
-            assert make.value(scored, name, sums=sums) == pytest.approx(number), (name, images)
+        images = [image for image in CAPTIONS if rng.random() < 0.5] or [101]
+        sums = scored.counts[[scored.clusters.index(str(image)) for image in images]].sum(0)
+        for name, number in by_hand(CAPTIONS, images).items():
+            assert value(scored, name, sums=sums) == pytest.approx(number), (name, images)
 
 
-def test_caption_without_a_mention_is_clean(chair, small):
-    scored = chair.score(small, answers(small, {image: ("So it is.", []) for image in SAID}))
-    assert make.value(scored, "CHAIRs") == 0
-    assert make.value(scored, "CHAIRi") == 0  # upstream divides by zero
-    assert make.value(scored, "recall") == 0
-    make.sound(small, scored)
+def test_caption_without_a_mention_is_clean_and_a_missing_one_counts_nowhere(sample):
+    nothing = {image: ("So it is.", []) for image in IMAGES}
+    assert scored_captions(sample, nothing).values() == {"CHAIRs": 0, "CHAIRi": 0, "Recall": 0, "Len": 3}
+    some = {image: pair for image, pair in CAPTIONS.items() if image != 101}
+    assert scored_captions(sample, some).values() == pytest.approx(by_hand(CAPTIONS, list(some)))
 
 
-def test_words_of_one_class_count_apart(chair, small):
-    said = {**{image: ("Nothing.", []) for image in SAID}, 105: ("A bride and a groom and a man.", ["person"] * 3)}
-    said[102] = ("A cat.", ["cat"])
-    scored = chair.score(small, answers(small, said))
-    assert make.value(scored, "CHAIRi") == pytest.approx(75)
-    assert make.value(scored, "CHAIRs") == pytest.approx(20)
+def test_words_of_one_class_count_separately(sample):
+    captions = {image: ("Nothing.", []) for image in IMAGES}
+    captions |= {105: ("A bride and a groom and a man.", ["person"] * 3), 102: ("A cat.", ["cat"])}
+    scored = scored_captions(sample, captions)
+    assert (value(scored, "CHAIRi"), value(scored, "CHAIRs")) == pytest.approx((75, 20))
 
 
-def test_a_missing_caption_mentions_nothing(chair, small):
-    some = answers(small, SAID)
-    del some[str(asked(small)[101].id)]
-    scored = chair.score(small, some)
-    assert np.isfinite(list(scored.values().values())).all()
-    assert make.value(scored, "CHAIRi") == pytest.approx(by_hand({**SAID, 101: ("", [])}, list(SAID))["CHAIRi"])
+def test_truth_of_other_splits_is_not_used(tmp_path):
+    bench, loaded = load("chair", make.coco(tmp_path, {101: (["dog"], ["A dog."])}))
+    assert value(bench.score(loaded, answer_all(loaded, "A kite.")), "CHAIRs") == 100  # train2014 has a kite
 
 
-def test_the_training_splits_truth_is_its_own(chair, tmp_path):
-    """What stands in train2014's files is no truth of val2014's images."""
-    loaded = chair.load(make.coco(tmp_path, {101: (["dog"], ["A dog."])}))
-    said = {str(q.id): "A kite." for q in loaded.questions}
-    scored = chair.score(loaded, said)
-    cluster = scored.clusters.index(asked(loaded)[101].cluster)
-    assert make.value(scored, "CHAIRs", sums=scored.counts[cluster]) == 100
+def test_questions_ask_for_a_description_of_the_listed_images(sample, tmp_path):
+    _, loaded = sample
+    assert {question.text for question in loaded.questions} == {"Please describe this image in detail."}
+    assert [question.image for question in loaded.questions] == [make.coco_name(image) for image in IMAGES]
+    data = make.coco(tmp_path, IMAGES)
+    (data / "image_ids.txt").write_text("102\n\nCOCO_val2014_000000000101.jpg\n", "utf-8")
+    assert ids(load("chair", data)[1]) == ["102", "101"]
+    (data / "image_ids.txt").unlink()
+    make.write_lines(data / "q.jsonl", [{"question_id": 7, "image": "101.jpg", "text": "What?"}, {"image_id": 104}])
+    first, second = load("chair", data)[1].questions
+    assert (first.id, first.text, first.image) == (7, "What?", "101.jpg")
+    assert (second.id, second.image) == (104, make.coco_name(104))
+    make.write_lines(data / "other.jsonl", [{"image_id": 104}])
+    for wrong in (data, data / "other.jsonl"):  # two lists; an unknown image
+        make.write_lines(data / "other.jsonl", [{"image_id": 999}])
+        with pytest.raises(BenchmarkError):
+            load("chair", wrong)
 
 
-def test_questions_ask_for_a_detailed_description(small):
-    assert {question.text for question in small.questions} == {"Please describe this image in detail."}
-    assert {question.image for question in small.questions} >= {make.coco_name(image) for image in IMAGES}
+def test_sample_without_a_list_depends_on_ids_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(chair, "SAMPLE", 3)
+    _, one = load("chair", make.coco(tmp_path / "1", IMAGES))
+    _, other = load("chair", make.coco(tmp_path / "2", dict(reversed(IMAGES.items()))))
+    assert ids(one) == ids(other)
+    assert len(ids(one)) == 3
+    assert one.protocol["picture_ids_sha256"] == other.protocol["picture_ids_sha256"]
 
 
-def test_pictures_are_read_by_their_name(chair, tmp_path):
-    loaded = chair.load(make.coco(tmp_path, IMAGES))
-    (tmp_path / "val2014").mkdir()
-    (tmp_path / "val2014" / make.coco_name(101)).write_bytes(make.PICTURE)
-    assert loaded.read_image(asked(loaded)[101].image) == make.PICTURE
-    with pytest.raises(make.BenchmarkError):
-        loaded.read_image(asked(loaded)[102].image)
-
-
-def test_captions_are_written_as_the_official_script_reads_them(chair, small, tmp_path):
-    (path,) = chair.export(small, answers(small, SAID), tmp_path / "out")
-    made = json.loads(path.read_text("utf-8"))
+def test_caption_file_is_in_the_official_form_and_read_back(sample, tmp_path):
+    bench, loaded = sample
+    answers = {str(image): text for image, (text, _) in CAPTIONS.items()}
+    (path,) = bench.export(loaded, answers, tmp_path)
+    content = json.loads(path.read_text("utf-8"))
     language = {"Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "CIDEr", "SPICE", "ROUGE_L"}
-    assert set(made["overall"]) >= language
-    rows = {row["image_id"]: row for row in made["imgToEval"].values()}
-    assert {image: row["caption"] for image, row in rows.items()} == {image: text for image, (text, _) in SAID.items()}
-    assert all(set(row) >= language for row in rows.values())
-    found = [row for member in Rows(path) for row in chair.split_row(member)]
-    assert {chair.match_question(row, small): chair.answer_text(row) for row in found} == answers(small, SAID)
-
-
-@pytest.mark.parametrize("lost", ["instances_val2014.json", "captions_val2014.json"])
-def test_a_missing_file_is_named(chair, tmp_path, lost):
-    folder = make.coco(tmp_path, IMAGES)
-    (folder / lost).unlink()
-    make.refused(chair, folder, lost.split("_")[0])
-
-
-@pytest.mark.parametrize("broken", ["instances_val2014.json", "captions_val2014.json"])
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [("{", ""), ("[]", ""), ('{"annotations": 3}', ""), ("\xff", "")],
-    ids=["cut off", "a list", "no rows", "no text"],
-)
-def test_a_broken_file_is_named(chair, tmp_path, broken, text, said):
-    folder = make.coco(tmp_path, IMAGES)
-    (folder / broken).write_bytes(text.encode("latin1"))
-    make.refused(chair, folder, broken, said)
-
-
-@pytest.mark.parametrize("lost", ["image_id", "category_id"])
-def test_a_broken_annotation_is_named(chair, tmp_path, lost):
-    folder = make.coco(tmp_path, IMAGES)
-    path = folder / "instances_val2014.json"
-    whole = json.loads(path.read_text())
-    del whole["annotations"][1][lost]
-    make.dump(path, whole)
-    make.refused(chair, folder, path.name, "1")
-
-
-def test_an_unknown_category_is_named(chair, tmp_path):
-    folder = make.coco(tmp_path, IMAGES)
-    path = folder / "instances_val2014.json"
-    whole = json.loads(path.read_text())
-    whole["annotations"][0]["category_id"] = 777
-    make.dump(path, whole)
-    make.refused(chair, folder, path.name, "777")
-
-
-def test_a_caption_without_text_is_named(chair, tmp_path):
-    folder = make.coco(tmp_path, IMAGES)
-    path = folder / "captions_val2014.json"
-    whole = json.loads(path.read_text())
-    whole["annotations"][2]["caption"] = None
-    make.dump(path, whole)
-    make.refused(chair, folder, path.name)
+    assert set(content["overall"]) >= language
+    rows = content["imgToEval"].values()
+    assert {row["image_id"]: row["caption"] for row in rows} == {n: text for n, (text, _) in CAPTIONS.items()}
+    assert all(set(row) >= language for row in rows)
+    parts = [part for member in Rows(path) for part in bench.split_row(member)]
+    assert {bench.match_question(part, loaded): bench.answer_text(part) for part in parts} == answers

@@ -7,20 +7,21 @@ import json
 import numpy as np
 import pytest
 
-from reverie_jax.eval.benchmarks import find_benchmark
+from reverie_jax.eval.benchmarks.gavie import regions, scores
 from reverie_jax.eval.benchmarks.interface import BenchmarkError
-from tests.eval.benchmarks import makers_free as make
+from tests.eval.benchmarks.makers import IMAGE, gavie, write_json
+from tests.eval.benchmarks.samples import answer_all, check, load, value
 
 
 def reply(relevancy, accuracy, answer: int = 1) -> str:
-    """The official skeleton, filled."""
+    """Fill the official skeleton."""
     return (
         f"Relevancy:\nscore of the answer{answer}: {relevancy}\nreason: it does what is asked, 3 times.\n\n"
         f"Accuracy:\nscore of the answer{answer}: {accuracy}\nreason: 2 of 4 things are right."
     )
 
 
-# Reply, relevancy and accuracy; None: that heading has no score that can be read.
+# Reply, relevancy and accuracy; None: that heading has no score.
 REPLIES = {
     reply(8, 6): (8, 6),
     reply(0, 10): (0, 10),
@@ -42,141 +43,90 @@ REPLIES = {
     reply("eight", 6): (None, 6),
     reply(85, 6): (None, 6),
     reply(8, 11): (8, None),
+    reply(8, 6) + "\n" + reply(8, 5): (8, None),
 }
 
 
-@pytest.fixture(scope="module")
-def bench():
-    return find_benchmark("gavie")
-
-
-@pytest.fixture(scope="module")
-def loaded(bench, tmp_path_factory):
-    return bench.load(make.gavie(tmp_path_factory.mktemp("gavie")))
-
-
-def score(bench, loaded, replies):
-    return bench.score(loaded, {str(q.id): "So." for q in loaded.questions}, replies=make.by_question(loaded, replies))
-
-
-def both(scored) -> tuple[float, float]:
-    return make.value(scored, "relevancy", "gavie-relevancy"), make.value(scored, "accuracy", "gavie-accuracy")
-
-
 @pytest.mark.parametrize("text", REPLIES, ids=lambda text: repr(text)[:60])
-def test_reply_is_read(bench, loaded, text):
-    wanted = REPLIES[text]
-    scored = score(bench, loaded, [text, *[reply(5, 5)] * 4])
-    assert scored.parsed_answers[0].unparsed == (None in wanted)
-    assert np.isfinite(list(scored.values().values())).all()
-    if None not in wanted:
-        assert both(scored) == pytest.approx(((wanted[0] + 20) / 5, (wanted[1] + 20) / 5))
-    assert not any(reading.unparsed for reading in scored.parsed_answers[1:])
+def test_reply_is_parsed(text):
+    parsed = scores(text)
+    assert (parsed.get("relevancy"), parsed.get("accuracy")) == REPLIES[text]
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_plain_means_over_questions(bench, loaded, seed):
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory):
+    return load("gavie", gavie(tmp_path_factory.mktemp("gavie")))
+
+
+def score(sample, replies):
+    bench, loaded = sample
+    return check(bench, loaded, answer_all(loaded, "So."), replies=answer_all(loaded, replies))
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_plain_means_over_questions(sample, seed):
     pairs = np.random.default_rng(seed).integers(0, 11, (5, 2))
-    scored = score(bench, loaded, [reply(*pair) for pair in pairs])
-    assert both(scored) == pytest.approx(tuple(pairs.mean(0)))
-    assert make.headline(scored) in (pytest.approx(pairs[:, 1].mean()), pytest.approx(pairs[:, 0].mean()))
-    make.sound(loaded, scored)
+    scored = score(sample, [reply(*pair) for pair in pairs])
+    assert (value(scored, "relevancy"), value(scored, "accuracy")) == pytest.approx(tuple(pairs.mean(0)))
+    assert [parsed.right for parsed in scored.parsed_answers] == pytest.approx(list(pairs[:, 1] / 10))
 
 
-def test_questions_of_a_picture_are_one_cluster(loaded):
-    assert len(loaded.questions) == 5
-    assert len({str(question.id) for question in loaded.questions}) == 5
-    units = [question.cluster for question in loaded.questions]
-    assert units[0] == units[1] == units[4] != units[2] == units[3]
+def test_missing_scores_are_left_out_of_the_means(sample):
+    scored = score(sample, [reply(8, 6), reply(4, "x"), "no", reply(0, 3), reply(8, 0)])
+    assert scored.values() == pytest.approx({"accuracy": 3, "relevancy": 5, "unread": 0.4})
+    assert [parsed.unparsed for parsed in scored.parsed_answers] == [False, True, True, False, False]
+    bench, loaded = sample
+    answers = dict(list(answer_all(loaded, "So.").items())[1:])
+    scored = bench.score(loaded, answers, replies=answer_all(loaded, reply(5, 10)))
+    assert scored.values() == pytest.approx({"accuracy": 8, "relevancy": 4, "unread": 0})
 
 
-def test_questions_are_bare(loaded):
-    wanted = ["What is at [11, 12]?", "Describe the sky.", "Who is it?", "Is it a man?", "Is there a dog?"]
-    assert [question.text for question in loaded.questions] == wanted
-    assert loaded.read_image(loaded.questions[2].image) == make.PICTURE
+def test_judge_reads_regions_with_the_width_as_height(sample):
+    """The official script writes bbox[2] twice; its published numbers depend on that."""
+    bench, loaded = sample
+    answers = answer_all(loaded, ["So {regions}.", *["So."] * 4])
+    template = "R[{regions}] Q[{question}] A[{answer}]"
+    requests = bench.judge_requests(loaded, answers, "official", {"gavie": template})
+    text = "a red kite X:11 Y:12 Width:13 Height:13\nthe sky X:0 Y:0 Width:400 Height:400"
+    assert requests[0].prompt == f"R[{text}] Q[What is at [11, 12]?] A[So {{regions}}.]"
+    assert requests[2].prompt == "R[a man X:5 Y:6 Width:7 Height:7] Q[Who is it?] A[So.]"
+    assert regions([{"caption": "a man", "bbox": [5, 6, 7, 8]}], slip=False).endswith("Width:7 Height:8")
+    clusters = [question.cluster for question in loaded.questions]
+    assert clusters == ["2331", "2331", "77", "77", "2331"]
+    assert loaded.read_image(loaded.questions[2].image) == IMAGE
 
 
-def test_judge_sees_regions_with_the_width_as_height(bench, loaded):
-    """The official script writes bbox[2] twice; its published numbers rest on that."""
-    said = make.by_question(loaded, ["So {regions}.", *["So."] * 4])
-    asked = bench.judge_requests(loaded, said, "official", {"gavie": "R[{regions}] Q[{question}] A[{answer}]"})
-    assert [request.id for request in asked] == [str(question.id) for question in loaded.questions]
-    regions = "a red kite X:11 Y:12 Width:13 Height:13\nthe sky X:0 Y:0 Width:400 Height:400"
-    assert asked[0].prompt == f"R[{regions}] Q[What is at [11, 12]?] A[So {{regions}}.]"
-    assert asked[2].prompt == "R[a man X:5 Y:6 Width:7 Height:7] Q[Who is it?] A[So.]"
-    assert not any(request.image for request in asked)
-
-
-@pytest.mark.parametrize("replies", [None, {}, {"0": reply(1, 1)}], ids=["none", "empty", "one"])
-def test_replies_are_needed(bench, loaded, replies):
-    with pytest.raises(BenchmarkError) as error:
-        bench.score(loaded, {str(q.id): "So." for q in loaded.questions}, replies=replies)
-    assert "\n" not in str(error.value)
-
-
-def test_a_missing_file_is_named(bench, tmp_path):
-    folder = make.gavie(tmp_path)
-    (folder / "evaluation_set.json").unlink()
-    make.refused(bench, folder, "evaluation_set.json")
-
-
-def test_regions_are_missed_where_the_judge_needs_them(bench, tmp_path):
-    """Replies that are there can be scored without them."""
-    folder = make.gavie(tmp_path)
+def test_regions_are_needed_only_by_the_judge(sample, tmp_path):
+    folder = gavie(tmp_path)
     (folder / "vg_annotation.json").unlink()
-    with pytest.raises(BenchmarkError, match=r"vg_annotation\.json") as error:
-        bench.judge_requests(bench.load(folder), dict.fromkeys("01234", "So."), "official", {"gavie": "{regions}"})
-    assert "\n" not in str(error.value)
+    bench, loaded = sample[0], sample[0].load(folder)
+    bench.score(loaded, answer_all(loaded, "So."), replies=answer_all(loaded, reply(1, 2)))
+    with pytest.raises(BenchmarkError, match=r"vg_annotation\.json"):
+        bench.judge_requests(loaded, answer_all(loaded, "So."), "official", {"gavie": "{regions}"})
 
 
-@pytest.mark.parametrize("name", ["evaluation_set.json", "vg_annotation.json"])
-@pytest.mark.parametrize("text", ["{", "3", "\xff"], ids=["cut off", "number", "no text"])
-def test_a_broken_file_is_named(bench, tmp_path, name, text):
-    folder = make.gavie(tmp_path)
-    (folder / name).write_bytes(text.encode("latin1"))
-    make.refused(bench, folder, name)
+@pytest.mark.parametrize("region", [None, {"caption": "x"}, {"bbox": [1, 2, 3, 4]}, {"caption": "x", "bbox": [1, 2]}])
+def test_missing_or_invalid_region_is_an_error(tmp_path, region):
+    folder = gavie(tmp_path)
+    content = json.loads((folder / "vg_annotation.json").read_text())
+    content["77"] = [region]
+    write_json(folder / "vg_annotation.json", content if region else {"2331": content["2331"]})
+    with pytest.raises(BenchmarkError, match=r"vg_annotation\.json.*77"):
+        load("gavie", folder)
 
 
-@pytest.mark.parametrize("lost", ["image_id", "question"])
-def test_a_row_that_lacks_something_is_named(bench, tmp_path, lost):
-    folder = make.gavie(tmp_path)
-    rows = json.loads((folder / "evaluation_set.json").read_text())
-    del rows[3][lost]
-    make.dump(folder / "evaluation_set.json", rows)
-    make.refused(bench, folder, "evaluation_set.json", "3", lost)
-
-
-def test_a_picture_without_regions_is_refused(bench, tmp_path):
-    folder = make.gavie(tmp_path)
-    make.dump(folder / "vg_annotation.json", {"2331": [{"caption": "a kite", "bbox": [1, 2, 3, 4]}]})
-    make.refused(bench, folder, "vg_annotation.json", "77")
-
-
-@pytest.mark.parametrize(
-    "region", [{"caption": "x"}, {"bbox": [1, 2, 3, 4]}, {"caption": "x", "bbox": [1, 2]}], ids=str
-)
-def test_a_broken_region_is_refused(bench, tmp_path, region):
-    folder = make.gavie(tmp_path)
-    regions = json.loads((folder / "vg_annotation.json").read_text())
-    regions["77"] = [region]
-    make.dump(folder / "vg_annotation.json", regions)
-    make.refused(bench, folder, "vg_annotation.json", "77")
-
-
-def test_numbers_for_image_ids_are_the_same(bench, tmp_path):
-    folder = make.gavie(tmp_path)
-    rows = json.loads((folder / "evaluation_set.json").read_text())
-    make.dump(folder / "evaluation_set.json", [{**row, "image_id": int(row["image_id"])} for row in rows])
-    assert len(bench.load(folder).questions) == 5
-
-
-def test_rows_are_known_by_picture_and_question(bench, loaded):
+def test_rows_are_matched_by_image_and_question(sample, tmp_path):
     """The official list has no ids."""
+    bench, loaded = sample
     for place, question in enumerate(loaded.questions):
         row = {"image_id": question.image.split(".")[0], "question": question.text, "answer": "So."}
         assert bench.match_question(row, loaded) == str(place)
-        assert bench.answer_text(row) == "So."
-
-
-def test_a_question_without_an_answer_is_not_judged(bench, loaded):
-    make.partial(bench, loaded, {"gavie": "{question}"}, reply(8, 6))
+    with pytest.raises(LookupError):
+        bench.match_question({"image_id": 77, "question": "Who else?"}, loaded)
+    rows = json.loads((gavie(tmp_path) / "evaluation_set.json").read_text())
+    rows = [{"image_id": int(row["image_id"]), "instruction": row["question"]} for row in [*rows, rows[0]]]
+    write_json(tmp_path / "evaluation_set.json", rows)
+    _, loaded = load("gavie", tmp_path)
+    assert len(loaded.questions) == 6
+    with pytest.raises(LookupError):  # the same question twice
+        bench.match_question(rows[0], loaded)

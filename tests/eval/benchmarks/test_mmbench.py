@@ -1,4 +1,4 @@
-"""MMBench: every rotation a row, letters and texts inferred as the leaderboard does, a hit only if all passes are right."""
+"""MMBench: letters and texts inferred as the leaderboard does, a hit only if all rotations are right."""
 
 from __future__ import annotations
 
@@ -12,59 +12,51 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reverie_jax.eval.benchmarks import answer_files
-from reverie_jax.eval.benchmarks.interface import BenchmarkError
+from reverie_jax.eval.benchmarks import choice_parsing
+from reverie_jax.eval.benchmarks.interface import BenchmarkError, NotScorable
 from tests.eval.benchmarks.makers import LETTER, MMBENCH, encoded, mmbench, rotations
-from tests.eval.benchmarks.samples import answer_all, check, headline, load, value
+from tests.eval.benchmarks.samples import answer_all, check, headline, ids, load, value
 
+FILE = "mmbench_dev_20230712.tsv"
 CARS = ["A red car", "A blue truck", "A green bus", "A dog"]
+OPTIONS = dict(zip("ABCD", CARS, strict=True))
 QUESTIONS = [
     *rotations(4, "What is in the picture?", CARS, "B", hint="Look at the road."),
     *rotations(7, "Is it day?", ["yes", "no"], "A", category="image_scene", level="coarse_perception"),
     *rotations(9, "How many?", ["one", "two", "three"], "C", category="image_scene", level="coarse_perception"),
 ]
+RIGHT = [row["answer"] for row in QUESTIONS]
 
 
-@pytest.fixture
-def data(tmp_path):
-    mmbench(tmp_path / "mmbench_dev_20230712.tsv", QUESTIONS)
-    return tmp_path
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mmbench")
+    mmbench(folder / FILE, QUESTIONS)
+    return load("mmbench", folder)
 
 
 COMPANION = rotations(99, "Is it so?", ["yes", "no"], "A")
-"""A question with its passes as rows: a file without any has them made."""
+"""A question with its passes as rows: without any in the file, passes would be made."""
 
 
 def single(folder, row, columns=MMBENCH):
-    """A file with one pass of one question, opened to that question alone."""
-    mmbench(folder / "mmbench_dev_20230712.tsv", [row, *COMPANION], columns)
+    """Load a file with one pass of one question, and keep that question alone."""
+    mmbench(folder / FILE, [row, *COMPANION], columns)
     bench, loaded = load("mmbench", folder)
     return bench, dataclasses.replace(loaded, questions=[q for q in loaded.questions if str(q.id) == str(row["index"])])
 
 
-def right(question) -> str:
-    row = next(row for row in QUESTIONS if str(row["index"]) == str(question.id))
-    return row["answer"]
-
-
-def test_passes_of_a_question_are_one_cluster(data):
-    _, loaded = load("mmbench", data)
-    units: dict[str, list[int]] = {}
-    for question in loaded.questions:
-        units.setdefault(question.cluster, []).append(int(question.id) % 1_000_000)
-    assert sorted(map(tuple, map(set, units.values()))) == [(4,), (7,), (9,)]
-
-
-def test_prompts_are_llavas_to_the_character(data):
-    _, loaded = load("mmbench", data)
+def test_prompts_are_those_of_llava(sample):
+    _, loaded = sample
     texts = {str(q.id): q.text for q in loaded.questions}
-    assert texts["4"] == (
-        "Look at the road.\nWhat is in the picture?\nA. A red car\nB. A blue truck\nC. A green bus\nD. A dog\n"
-        "Answer with the option's letter from the given choices directly."
-    )
+    assert list(texts) == [str(row["index"]) for row in QUESTIONS]
+    lines = "\n".join(f"{letter}. {text}" for letter, text in OPTIONS.items())
+    assert texts["4"] == f"Look at the road.\nWhat is in the picture?\n{lines}\n{LETTER}"
     assert texts["1000004"].splitlines()[2:6] == ["A. A blue truck", "B. A green bus", "C. A dog", "D. A red car"]
     assert texts["7"] == f"Is it day?\nA. yes\nB. no\n{LETTER}"
     assert texts["2000009"] == f"How many?\nA. three\nB. one\nC. two\n{LETTER}"
+    assert [q.cluster for q in loaded.questions] == [str(int(q.id) % 1_000_000) for q in loaded.questions]
+    assert loaded.read_image(loaded.questions[0].image) == encoded(4, "JPEG")
 
 
 def test_chinese_prompt_has_llavas_chinese_suffix(tmp_path):
@@ -84,87 +76,72 @@ def test_options_stop_at_the_first_empty_one(tmp_path, empty):
     assert question.text == f"Which?\nA. one\nB. two\n{LETTER}"
 
 
-def test_pictures_come_from_the_table(data):
-    _, loaded = load("mmbench", data)
-    assert loaded.read_image(loaded.questions[0].image) == encoded(4, "JPEG")
-
-
-def test_short_cell_is_the_index_of_the_row_with_the_picture(tmp_path):
-    rows = [dict(row) for row in rotations(4, "What?", CARS, "B")]
+def test_short_image_cell_is_the_index_of_the_row_with_the_image(tmp_path):
+    rows = rotations(4, "What?", CARS, "B")
     for row in rows[1:]:
         row["image"] = "4"
-    mmbench(tmp_path / "mmbench_dev_20230712.tsv", rows)
+    mmbench(tmp_path / FILE, rows)
     _, loaded = load("mmbench", tmp_path)
     assert [loaded.read_image(q.image) for q in loaded.questions] == [encoded(4, "JPEG")] * 4
 
 
-def test_columns_may_be_in_any_order_and_texts_may_be_quoted(tmp_path):
+def test_columns_may_be_in_any_order_and_cells_quoted_or_large(tmp_path):
     (row,) = rotations(4, "What?", CARS, "B", passes=1)
-    quoted = {**row, "question": '"What is it?\nSay ""one"" word."'}
-    (question,) = single(tmp_path, quoted, MMBENCH[::-1])[1].questions
+    image = base64.b64encode(bytes(300_000)).decode()
+    changed = {**row, "question": '"What is it?\nSay ""one"" word."', "image": image}
+    (question,) = (loaded := single(tmp_path, changed, MMBENCH[::-1])[1]).questions
     assert question.text.startswith('What is it?\nSay "one" word.\nA. A red car')
-
-
-def test_large_cells_are_read(tmp_path):
-    (row,) = rotations(4, "What?", CARS, "B", passes=1)
-    big = base64.b64encode(bytes(300_000)).decode()
-    (question,) = (loaded := single(tmp_path, {**row, "image": big})[1]).questions
     assert loaded.read_image(question.image) == bytes(300_000)
 
 
-def test_missing_and_broken_tables_are_refused_in_one_line(tmp_path):
-    with pytest.raises(BenchmarkError) as error:
+ONE = rotations(4, "What?", CARS, "B", passes=1)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns"),
+    [
+        (ONE, [column for column in MMBENCH if column != "question"]),
+        ([{**ONE[0], "index": "four"}], MMBENCH),
+        ([{**ONE[0], "index": -1}], MMBENCH),
+        ([{**ONE[0], "index": 5_000_004}], MMBENCH),
+        ([*ONE, *ONE], MMBENCH),
+        ([{**ONE[0], "answer": "E"}], MMBENCH),
+        ([{**ONE[0], "image": ""}], MMBENCH),
+        ([{**ONE[0], "image": "7"}], MMBENCH),
+        ([], MMBENCH),
+        ([{"index": "1"}], ["index", "question\tA\tB\timage\n1"]),
+    ],
+)
+def test_invalid_table_is_named(tmp_path, rows, columns):
+    mmbench(tmp_path / FILE, rows, columns)
+    with pytest.raises(BenchmarkError, match=FILE):
         load("mmbench", tmp_path)
-    assert "\n" not in str(error.value)
-    rows = rotations(4, "What?", CARS, "B", passes=1)
-    broken = [
-        lambda: mmbench(tmp_path / "mmbench_dev_20230712.tsv", rows, [c for c in MMBENCH if c != "question"]),
-        lambda: mmbench(tmp_path / "mmbench_dev_20230712.tsv", [{**rows[0], "index": "four"}]),
-        lambda: mmbench(tmp_path / "mmbench_dev_20230712.tsv", [*rows, *rows]),
-        lambda: mmbench(tmp_path / "mmbench_dev_20230712.tsv", [{**rows[0], "answer": "E"}]),
-        lambda: (tmp_path / "mmbench_dev_20230712.tsv").write_text("index\tquestion\n1\n", "utf-8"),
-    ]
-    for make in broken:
-        make()
-        with pytest.raises(BenchmarkError, match="mmbench_dev") as error:
-            load("mmbench", tmp_path)
-        assert "\n" not in str(error.value)
+
+
+def test_image_that_is_not_base64_is_named(tmp_path):
+    (question,) = (loaded := single(tmp_path, {**ONE[0], "image": "*" * 80})[1]).questions
+    with pytest.raises(BenchmarkError, match=FILE):
+        loaded.read_image(question.image)
 
 
 # What the leaderboard infers for CARS without a judge; "" is nothing, "Z" is none of the options.
-READ = {
+PARSED = {
     "A": "A",
-    "B.": "B",
-    "(B)": "B",
-    "[B]": "B",
-    "**B**": "B",
-    "# B": "B",
-    "{B}": "B",
-    "B: A blue truck": "B",
-    "B: a blue one": "B",
+    **dict.fromkeys(("B.", "(B)", "[B]", "**B**", "# B", "{B}", "B: A blue truck", "B: a blue one"), "B"),
     "B. A blue truck": "B",  # two letters among its tokens, so the text decides
     "The answer is B": "B",
     "A blue truck.": "A",  # the article
     "It is a blue truck": "B",
     "It is A BLUE TRUCK, is it not": "B",  # its A is the third of eight tokens, so the text decides
     "the picture shows a blue truck": "B",
-    "blue truck": "",
-    "a red car, a blue truck": "",
-    "b": "",
-    "(b)": "",
-    "'B'": "",
-    '"B"': "",
-    "`B`": "",
-    "B\nbecause it is blue": "",
     "B because it is": "B",
-    "A or B": "",
-    "E": "",
-    "Z": "Z",
-    "None, so Z": "Z",
-    "": "",
     "The correct answer is **B** since one clearly sees that it is blue": "B",
     "THE ANSWER IS D as everyone can see in it": "D",
     "B because I think that it really is B": "",  # the first of them counts
+    **dict.fromkeys(("blue truck", "a red car, a blue truck", "b", "(b)", "'B'", '"B"', "`B`", "A or B", "E", ""), ""),
+    "B\nbecause it is blue": "",
+    "Z": "Z",
+    "None, so Z": "Z",
     "Sorry, I can't help with images of people yet.": "Z",
     "I can't process this file.": "Z",
     "I'm sorry, but without the image provided I cannot tell if B": "Z",
@@ -172,26 +149,29 @@ READ = {
     "\u7b54\u6848\u662fB": "",
     "\u7b54\u6848\u662f B": "B",
     "Antwort: C": "C",
+    # Twice the options' text is 74 characters: no text is looked for in longer answers.
+    "it is a blue truck".ljust(74, "."): "B",
+    "it is a blue truck".ljust(75, "."): "",
 }
 
 
 @pytest.fixture(scope="module")
 def cars(tmp_path_factory):
-    (row,) = rotations(4, "What?", CARS, "B", passes=1)
-    return single(tmp_path_factory.mktemp("cars"), row)
+    return single(tmp_path_factory.mktemp("cars"), ONE[0])
 
 
-@pytest.mark.parametrize("answer", READ, ids=repr)
+@pytest.mark.parametrize("answer", PARSED, ids=repr)
 def test_option_is_inferred_as_by_the_leaderboard(cars, answer):
     bench, loaded = cars
     (parsed,) = bench.score(loaded, {"4": answer}).parsed_answers
-    assert parsed.parsed == READ[answer]
-    assert parsed.right == float(READ[answer] == "B")
-    assert parsed.unparsed is (READ[answer] == "")
+    letter = PARSED[answer]
+    assert (parsed.parsed, parsed.right, parsed.unparsed) == (letter, float(letter == "B"), letter == "")
+    if "nswer is " not in answer.lower():  # `published_steps` lacks the search for "answer is X"
+        assert published_steps(answer, CARS) == letter
 
 
-def infer(answer: str, options: Sequence[str]) -> str:
-    """The published inference again, in other words."""
+def published_steps(answer: str, options: Sequence[str]) -> str:
+    """Infer again, in other words."""
     letters = "ABCD"[: len(options)]
     refusals = ("Sorry, I can't help with images of people yet.", "I can't process this file.")
     refusals += ("I'm sorry, but without the image provided", "Cannot determine the answer")
@@ -214,142 +194,125 @@ PIECES = ["A", "B", "a", "Z", "It is ", "a blue truck", "a dog", " ", ".", "*", 
 
 
 @given(st.lists(st.sampled_from(PIECES), max_size=8))
-def test_any_answer_is_inferred_by_the_published_steps(cars, pieces):
-    bench, loaded = cars
+def test_any_answer_is_inferred_by_the_published_steps(pieces):
     answer = "".join(pieces)
-    assert bench.score(loaded, {"4": answer}).parsed_answers[0].parsed == infer(answer, CARS)
+    assert choice_parsing.vlmevalkit(answer, OPTIONS) == published_steps(answer, CARS)
 
 
-def test_table_agrees_with_the_published_steps():
-    """The search for "answer is X" is not in `infer`: those rows are left out."""
-    assert {answer: infer(answer, CARS) for answer in READ if "nswer is " not in answer.lower()} == {
-        answer: letter for answer, letter in READ.items() if "nswer is " not in answer.lower()
-    }
+LMMS_EVAL = {
+    **dict.fromkeys(("B", "(B)", "B.", ":B", "(B).", "B: so", "a blue truck", "It is a blue truck"), "B"),
+    **dict.fromkeys(("My answer is C", "C\nor so", "so C"), "C"),
+    "A dog is there": "D",  # a bare A among more than three words is an article
+    "A": "A",
+    "A it is": "A",
+    "A or B": "A",  # the start of an answer ranks above its end
+    "The correct answer is D, not A": "D",
+    "xyz": "",
+    "": "",
+}
 
 
-@pytest.mark.parametrize("length", [74, 75])
-def test_text_is_looked_for_in_short_answers_only(cars, length):
-    """Twice the options' text is 74 characters."""
+@pytest.mark.parametrize("answer", LMMS_EVAL, ids=repr)
+def test_option_is_inferred_as_by_lmms_eval(cars, answer):
     bench, loaded = cars
-    answer = "it is a blue truck".ljust(length, ".")
-    (parsed,) = bench.score(loaded, {"4": answer}).parsed_answers
-    assert parsed.parsed == ("B" if length == 74 else "")
+    (parsed,) = bench.score(loaded, {"4": answer}, "lmms-eval").parsed_answers
+    assert parsed.parsed == LMMS_EVAL[answer]
 
 
-@pytest.mark.parametrize("answer", ["none", "Not really", "I know", "no", "No"])
-def test_options_are_looked_for_within_words(tmp_path, answer):
+@pytest.mark.parametrize("answer", ["none", "Not really", "I know", "no", "No", "C"])
+def test_options_are_looked_for_within_words_and_letters_among_the_options(tmp_path, answer):
     bench, loaded = single(tmp_path, rotations(7, "Is it?", ["yes", "no"], "A", passes=1)[0])
-    assert bench.score(loaded, {"7": answer}).parsed_answers[0].parsed == "B"
+    assert bench.score(loaded, {"7": answer}).parsed_answers[0].parsed == ("" if answer == "C" else "B")
 
 
-def test_option_that_reads_as_none_is_no_option(tmp_path):
-    """The text "none" in option D ends the options there, for the prompt and for the letters."""
-    (row,) = rotations(7, "Which?", ["one", "two", "three", "None"], "A", passes=1)
-    (question,) = single(tmp_path, row)[1].questions
-    assert "D." not in question.text
-
-
-def test_passes_are_made_where_the_file_has_none(tmp_path):
-    """Another file of the same questions, as VLMEvalKit has some: the same rows come out, in whatever order."""
-    mmbench(tmp_path / "one" / "mmbench_dev_20230712.tsv", [row for row in QUESTIONS if row["index"] < 1_000_000])
-    mmbench(tmp_path / "all" / "mmbench_dev_20230712.tsv", QUESTIONS)
-    bench, made = load("mmbench", tmp_path / "one")
-    _, read = load("mmbench", tmp_path / "all")
-    assert {str(q.id): (q.text, q.cluster) for q in made.questions} == {
-        str(q.id): (q.text, q.cluster) for q in read.questions
+def test_passes_are_made_where_the_file_has_none(tmp_path, sample):
+    """The same rows result from files of VLMEvalKit, which have one row per question."""
+    mmbench(tmp_path / FILE, [row for row in QUESTIONS if row["index"] < 1_000_000])
+    bench, loaded = load("mmbench", tmp_path)
+    assert {q.id: (q.text, q.cluster) for q in loaded.questions} == {
+        q.id: (q.text, q.cluster) for q in sample[1].questions
     }
-    assert all(made.read_image(q.image) == encoded(int(q.id) % 1_000_000, "JPEG") for q in made.questions)
-    assert headline(check(bench, made, answer_all(read, right))) == 100
+    assert all(loaded.read_image(q.image) == encoded(int(q.id) % 1_000_000, "JPEG") for q in loaded.questions)
+    assert headline(check(bench, loaded, answer_all(sample[1], RIGHT))) == 100
 
 
-@pytest.mark.parametrize("wrong", range(4))
-def test_one_wrong_pass_loses_the_question(data, wrong):
-    """Not its share: that would score seven to eight points too high."""
-    bench, loaded = load("mmbench", data)
-    answers = answer_all(loaded, right)
-    assert headline(check(bench, loaded, answers)) == 100
-    id = str(4 + wrong * 1_000_000)
-    answers[id] = "A" if answers[id] != "A" else "D"
-    assert headline(check(bench, loaded, answers)) == pytest.approx(200 / 3)
+KINDS = st.lists(st.sampled_from(["right", "right", "right", "A", "B", "?", None]), min_size=9, max_size=9)
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("whole")
-    mmbench(folder / "mmbench_dev_20230712.tsv", QUESTIONS)
-    return load("mmbench", folder)
-
-
-@given(st.lists(st.sampled_from(["right", "right", "right", "A", "B", "?"]), min_size=9, max_size=9))
-def test_accuracy_is_that_of_circular_groups(whole, kinds):
-    bench, loaded = whole
-    answers = {
-        str(row["index"]): row["answer"] if kind == "right" else kind
-        for row, kind in zip(QUESTIONS, kinds, strict=True)
-    }
+@given(KINDS)
+def test_accuracy_is_that_of_circular_groups(sample, kinds):
+    """One wrong or missing pass loses the question, not a share of it."""
+    bench, loaded = sample
+    pairs = zip(QUESTIONS, kinds, strict=True)
+    answers = {str(row["index"]): row["answer"] if kind == "right" else kind for row, kind in pairs if kind}
     groups: dict[int, list[bool]] = {}
     for row in QUESTIONS:
-        groups.setdefault(row["index"] % 1_000_000, []).append(answers[str(row["index"])] == row["answer"])
+        groups.setdefault(row["index"] % 1_000_000, []).append(answers.get(str(row["index"])) == row["answer"])
     hit = {index: all(good) for index, good in groups.items()}
     scored = check(bench, loaded, answers)
-    values = scored.values()
     assert headline(scored) == pytest.approx(100 * sum(hit.values()) / 3)
+    assert value(scored, "first_pass") == pytest.approx(100 * sum(good[0] for good in groups.values()) / 3)
     # No macro average: two of the three questions are of one category.
-    for names, share in (
-        (("object_localization", "finegrained_perception (instance-level)", "FP-S"), 100.0 * hit[4]),
-        (("image_scene", "coarse_perception", "CP"), 100 * (hit[7] + hit[9]) / 2),
-    ):
-        found = [value for key, value in values.items() if key.split("/")[0] in names and "first" not in key]
-        assert len(found) >= 2
-        assert found == pytest.approx([share] * len(found))
+    for name in ("object_localization", "FP-S"):
+        assert value(scored, f"{name}/accuracy") == 100.0 * hit[4]
+    for name in ("image_scene", "CP"):
+        assert value(scored, f"{name}/accuracy") == pytest.approx(50 * (hit[7] + hit[9]))
+
+
+def test_judge_decides_what_cannot_be_inferred(sample):
+    """Unless another pass has missed the question anyway."""
+    bench, loaded = sample
+    answers = answer_all(loaded, RIGHT) | {"4": "the blue one", "7": "daylight", "1000007": "A"}
+    prompts = {"mmbench": "{question} | {options} | {answer}"}
+    (request,) = bench.judge_requests(loaded, answers, "judged", prompts)
+    assert request.id == "4"
+    assert request.prompt.endswith("D. A dog | the blue one")
+    for reply, expected in (("B", 200 / 3), ("Z", 100 / 3), ("hm", 100 / 3)):
+        for rule in ("judged", "official"):
+            scored = bench.score(loaded, answers, rule, {"4": reply})
+            assert headline(scored) == pytest.approx(expected)
+            assert scored.protocol["replies of a judge"] == 1
 
 
 @pytest.fixture
-def written(monkeypatch):
-    """Frames that are written as workbooks: their writer need not be installed."""
-    found: list[pandas.DataFrame] = []
-    monkeypatch.setattr(pandas.DataFrame, "to_excel", lambda frame, path, **more: found.append(frame))
-    return found
+def workbooks(monkeypatch):
+    """Data frames that are written as workbooks: their writer need not be installed."""
+    frames: list[pandas.DataFrame] = []
+    monkeypatch.setattr(pandas.DataFrame, "to_excel", lambda frame, path, **more: frames.append(frame))
+    return frames
 
 
-def test_test_split_without_answers_is_read_for_upload(tmp_path, written):
+def test_test_split_without_answers_is_read_for_upload(tmp_path, workbooks):
     rows = [{**row, "answer": "", "split": "test"} for row in QUESTIONS]
     columns = [column for column in MMBENCH if column != "answer"]
     mmbench(tmp_path / "mmbench_test_en_20231003.tsv", rows, columns)
     bench, loaded = load("mmbench", tmp_path)
-    assert len(loaded.questions) == 9
-    with pytest.raises(BenchmarkError, match="test split") as error:
+    with pytest.raises(NotScorable, match="mmbench_test_en"):
         bench.score(loaded, answer_all(loaded, "B"))
-    assert "\n" not in str(error.value)
     bench.export(loaded, answer_all(loaded, "B"), tmp_path / "out")
-    (uploaded,) = written
-    assert "answer" not in uploaded.columns
-    assert list(uploaded["prediction"]) == ["B"] * 9
+    (frame,) = workbooks
+    assert "answer" not in frame.columns
+    assert list(frame["prediction"]) == ["B"] * 9
 
 
-def test_upload_has_the_columns_of_llavas_script(data, tmp_path, written):
-    bench, loaded = load("mmbench", data)
-    (path,) = bench.export(loaded, answer_all(loaded, lambda q: f"{right(q)}. <&> \u00e9\x00"), tmp_path / "out")
-    (frame,) = written
+def test_upload_has_the_columns_of_llavas_script(sample, tmp_path, workbooks):
+    bench, loaded = sample
+    (path,) = bench.export(loaded, answer_all(loaded, [f"{a}. <&> \u00e9\x00" for a in RIGHT]), tmp_path / "out")
+    (frame,) = workbooks
     assert path.suffix == ".xlsx"
     assert list(frame.columns) == ["index", "question", "A", "B", "C", "D", "prediction", "answer", "split"]
-    assert [int(index) for index in frame["index"]] == [row["index"] for row in QUESTIONS]
-    assert list(frame["prediction"]) == [f"{row['answer']}. <&> \u00e9" for row in QUESTIONS]
-    assert list(frame["answer"]) == [row["answer"] for row in QUESTIONS]
+    assert [str(index) for index in frame["index"]] == ids(loaded)
+    assert list(frame["prediction"]) == [f"{answer}. <&> \u00e9" for answer in RIGHT]
+    assert list(frame["answer"]) == RIGHT
     assert frame["A"][0] == "A red car"
     assert pandas.isna(frame["C"][4])
 
 
-@pytest.mark.skipif(importlib.util.find_spec("openpyxl") is not None, reason="openpyxl is there")
-def test_upload_says_what_it_needs(data, tmp_path):
-    bench, loaded = load("mmbench", data)
-    with pytest.raises(BenchmarkError, match="openpyxl") as error:
-        bench.export(loaded, answer_all(loaded, right), tmp_path / "out")
-    assert "\n" not in str(error.value)
-
-
-def test_upload_is_read_back_as_workbook(data, tmp_path):
-    pytest.importorskip("openpyxl")
-    bench, loaded = load("mmbench", data)
-    (path,) = bench.export(loaded, answer_all(loaded, right), tmp_path / "out")
-    assert list(pandas.read_excel(path)["prediction"]) == [row["answer"] for row in QUESTIONS]
+def test_upload_is_a_workbook_or_names_the_missing_package(sample, tmp_path):
+    bench, loaded = sample
+    if importlib.util.find_spec("openpyxl") is None:
+        with pytest.raises(BenchmarkError, match="openpyxl"):
+            bench.export(loaded, answer_all(loaded, RIGHT), tmp_path / "out")
+    else:
+        (path,) = bench.export(loaded, answer_all(loaded, RIGHT), tmp_path / "out")
+        assert list(pandas.read_excel(path)["prediction"]) == RIGHT
