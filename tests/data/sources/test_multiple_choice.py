@@ -436,7 +436,7 @@ def test_annotation_explains_wrong_options_and_keeps_human_rationales(monkeypatc
     path = write_json_rows(tmp_path / "aokvqa.json", rows)
     assert reverie("data", "questions", path, "--out", tmp_path / "out")[0] == 0
     prompts = helpers.write_prompts(tmp_path / "prompts")
-    arguments = ["--out", tmp_path / "out", "--images", images, "--model", "openai:tiny", "--prompts", prompts]
+    arguments = ["--out", tmp_path / "out", "--images", images, "--writer", "openai:tiny", "--prompts", prompts]
     with helpers.Memory(helpers.answer) as memory:
         code, _, err = reverie("annotate", "rationales", *arguments)
     assert code == 0, err
