@@ -15,8 +15,8 @@ from reverie_jax import cli
 from reverie_jax.eval.benchmarks import NAMES
 from reverie_jax.eval.engine import Engine
 from tests.hosted.fixtures import keys  # noqa: F401  (a fixture)
-from tests.eval.benchmarks.makers import SHORT, dump, lines, mme, opened, picture, pope, said
-from tests.eval.benchmarks.makers_free import mmhal_rows
+from tests.eval.benchmarks.makers import SHORT, answer_row, mme, mmhal_rows, pope, write_image, write_json, write_lines
+from tests.eval.benchmarks.samples import load
 from tests.hosted.server import Call, Fault, Server
 
 THINGS = ("cup", "dog", "car")
@@ -67,16 +67,16 @@ def data(tmp_path_factory):
     pope(root / "pope", random=asked(["a.png", "b.png"]), popular=asked(["a.png"]))
     pair = [("Is it one? Please answer yes or no.", "Yes"), ("Is it two? Please answer yes or no.", "No")]
     mme(root / "mme", {"count": {"1.jpg": pair, "2.jpg": pair}})
-    dump(root / "mmhal" / "response_template.json", mmhal_rows()[:3])
+    write_json(root / "mmhal" / "response_template.json", mmhal_rows()[:3])
     for number in range(3):
-        picture(root / "mmhal" / "images" / f"{number}_o.jpg", number)
+        write_image(root / "mmhal" / "images" / f"{number}_o.jpg", number)
     return root
 
 
 def answers(folder, name, say, path):
     """An answer file as LLaVA writes it."""
-    _, loaded = opened(name, folder / name)
-    return lines(path, [said(q.id, q.text, say(n, q)) for n, q in enumerate(loaded.questions)])
+    _, loaded = load(name, folder / name)
+    return write_lines(path, [answer_row(q.id, q.text, say(n, q)) for n, q in enumerate(loaded.questions)])
 
 
 @pytest.fixture
@@ -378,8 +378,8 @@ def test_score_of_a_part(reverie, data, right, tmp_path):
 def test_a_benchmark_without_a_server_exports_nothing(reverie, tmp_path, data):
     scene = tmp_path / "scenes"
     assert reverie("scenes", "render", scene, "--split", "test", "--count", 2, "--size", 32)[0] == 0
-    _, loaded = opened("scenes", scene)
-    path = lines(tmp_path / "a.jsonl", [said(q.id, q.text, "Yes, a cup.") for q in loaded.questions])
+    _, loaded = load("scenes", scene)
+    path = write_lines(tmp_path / "a.jsonl", [answer_row(q.id, q.text, "Yes, a cup.") for q in loaded.questions])
     words = ("score", "scenes", "--predictions", path, "--data", scene, "--json")
     made = json.loads(reverie(*words)[1])
     assert made["benchmark"] == "scenes"
