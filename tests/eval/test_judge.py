@@ -1,6 +1,6 @@
-"""Judges: what is asked arrives, what is replied is in the file, and what was paid for is not asked again.
+"""Judges: requests arrive, replies are in the file, and nothing that was paid for is requested again.
 
-A loopback server stands for the services; the test counts what arrived there.
+A loopback server, or one in memory, replaces the services; the tests count what arrives there.
 """
 
 from __future__ import annotations
@@ -18,16 +18,18 @@ from pathlib import Path
 import pytest
 
 from reverie_jax.errors import UserError
-from reverie_jax.eval.benchmarks.interface import BenchmarkData, BenchmarkError, JudgeRequest
+from reverie_jax.eval.benchmarks.interface import BenchmarkData, BenchmarkError
 from reverie_jax.eval.benchmarks.mm_vet import MmVet
-from reverie_jax.eval.benchmarks.mmhal import TYPES, MmHal
-from reverie_jax.eval.judge import LOCAL
+from reverie_jax.eval.benchmarks.mmhal import MmHal
+from reverie_jax.eval.judge import LOCAL, JudgeRun, load_prompts
 from reverie_jax.eval.judge_replies import answers_digest, read_replies
 from reverie_jax.hosted.session import RequestConfig
 from reverie_jax.hosted.throttle import Limits
-from tests.annotate import helpers
 from tests.data.fakes import png
+from tests.eval.benchmarks import makers as make
+from tests.hosted import helpers
 from tests.hosted.fixtures import keys  # noqa: F401  (a fixture)
+from tests.hosted.helpers import Memory, spec_of
 from tests.hosted.server import Call, Fault, Server
 
 pytest.importorskip("openai")
@@ -37,415 +39,341 @@ pytestmark = [
     pytest.mark.usefixtures("keys"),
 ]
 COUNT = 16
+ANSWERS = {str(n): f"Answer {n}." for n in range(COUNT)}
 QUICK = Limits(concurrency=4, backoff=0.001, max_backoff=0.001)
 
 
 def number(call: Call) -> int:
-    """Of the question that a call is about."""
-    found = re.search(r"Question number (\d+)\?", call.text)
-    assert found
-    return int(found[1])
+    """Return the number of the question in a request."""
+    match = re.search(r"number (\d+)\?", call.text)
+    assert match
+    return int(match[1])
 
 
-def verdict(call: Call) -> str:
+def rating(call: Call) -> str:
     return f"Seen. ✓\nRating: {number(call) % 7}"
 
 
-def write_questions(folder: Path, count: int = COUNT) -> MmHal:
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = [
-        {
-            "question_type": TYPES[n % 8],
-            "question_topic": "food",
-            "image_id": f"{n:04x}",
-            "image_src": f"https://example.invalid/a/{n:04x}_o.jpg",
-            "image_content": ["Table", "Bread"],
-            "question": f"Question number {n}?",
-            "gt_answer": f"Truth {n}.",
-            "model_answer": "",
-        }
-        for n in range(count)
-    ]
-    (folder / "response_template.json").write_text(json.dumps(rows), "utf-8")
-    return MmHal()
+def write_questions(folder: Path, count: int = COUNT) -> Path:
+    return make.write_json(folder / "response_template.json", make.mmhal_rows()[:count]).parent
 
 
 @pytest.fixture
-def loaded(tmp_path) -> BenchmarkData:
-    return write_questions(tmp_path / "data").load(tmp_path / "data")
-
-
-ANSWERS = {str(n): f"Answer {n}." for n in range(COUNT)}
-
-
-def address(server: Server, provider: str = "openai") -> str:
-    return f"{provider}:tiny@{server.url}" + ("/v1" if provider == "openai" else "")
+def data(tmp_path) -> BenchmarkData:
+    return MmHal().load(write_questions(tmp_path / "data"))
 
 
 @pytest.fixture
-def ask(loaded, tmp_path):
-    """Asks about the sixteen answers; more goes to `judge`."""
+def job(data, tmp_path):
+    """Return a function that makes a `JudgeRun` about the sixteen answers."""
 
-    def run(*who, limits=QUICK, answers=ANSWERS, benchmark=None, environment=None, out="out", loaded=loaded, **more):
-        return judge(
-            benchmark or MmHal(),
-            loaded,
-            answers,
-            "official",
-            who=who,
-            out=tmp_path / out,
-            how=RequestConfig(limits=limits),
-            environment=os.environ if environment is None else environment,
-            prompts=more.pop("prompts", None),
-            **more,
-        )
+    def build(*judges, out="out", limits=QUICK, **fields):
+        defaults = {"benchmark": MmHal(), "data": data, "answers": ANSWERS, "rule": "official"}
+        config = RequestConfig(limits=limits)
+        defaults |= {"environment": os.environ, "config": config, "out": tmp_path / out}
+        return JudgeRun(judges=judges, **defaults | fields)
 
-    return run
+    return build
 
 
 def rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
+@pytest.fixture
+def path(tmp_path) -> Path:
+    return tmp_path / "out" / "replies.jsonl"
+
+
 @pytest.mark.parametrize("provider", ["openai", "gemini"])
-def test_replies_are_written_in_order_and_scored(ask, loaded, tmp_path, provider):
-    with Server(verdict) as server:
-        found = ask(address(server, provider))
+def test_replies_are_written_in_order_and_scored(job, data, path, provider):
+    with Server(rating) as server:
+        first = job(spec_of(server, provider)).run()
         assert len(server.calls) == COUNT
         assert all(not call.images for call in server.calls)
-        assert all(f"Answer {number(call)}." in call.text and "Table, Bread" in call.text for call in server.calls)
-        assert found.complete
-        assert found.outcome.usable == COUNT
-        assert found.spent.requests == COUNT
-        again = ask(address(server, provider))
+        assert all(f"Answer {number(call)}." in call.text for call in server.calls)
+        assert all(f"Chair, Thing{number(call)}" in call.text for call in server.calls)
+        assert first.complete
+        assert first.outcome.usable == first.spent.requests == COUNT
+        second = job(spec_of(server, provider)).run()
         assert len(server.calls) == COUNT
-        assert again.outcome.had == COUNT
-    path = tmp_path / "out" / "replies.jsonl"
-    assert found.files == again.files == {f"{provider}:tiny": path}
-    made = rows(path)
-    assert [row["id"] for row in made] == list(ANSWERS)
-    assert {row["version"] for row in made} == {"tiny-2026-01-01"}
-    assert all(re.fullmatch(r"\d{4}-\d\d-\d\d", row["date"]) for row in made)
+        assert second.outcome.cached == COUNT
+    assert first.files == second.files == {f"{provider}:tiny": path}
+    written = rows(path)
+    assert [row["id"] for row in written] == list(ANSWERS)
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\d", row["date"]) for row in written)
     replies, protocol = read_replies(path)
-    assert protocol["judge"] == f"{provider}:tiny"
-    assert protocol["judge/version"] == "tiny-2026-01-01"
-    assert protocol["judge/answers"] == answers_digest(ANSWERS)
-    values = MmHal().score(loaded, ANSWERS, "official", replies).values()
+    expected = {"judge": f"{provider}:tiny", "judge/version": "tiny-2026-01-01"}
+    assert (expected | {"judge/answers": answers_digest(ANSWERS)}).items() <= protocol.items()
+    values = MmHal().score(data, ANSWERS, "official", replies).values()
     assert values["score"] == pytest.approx(sum(n % 7 for n in range(COUNT)) / COUNT)
     assert str(server.url) not in path.read_text("utf-8")
 
 
-def test_only_what_changed_is_asked_again(ask, tmp_path):
-    with Server(verdict) as server:
-        ask(address(server))
+def test_only_changes_are_requested_again(job, path, tmp_path):
+    with Memory(rating) as server:
+        judge = spec_of(server)
+        job(judge).run()
         changed = ANSWERS | {"3": "Another answer."}
-        ask(address(server), answers=changed)
+        job(judge, answers=changed).run()
         assert [number(call) for call in server.calls[COUNT:]] == [3]
-        first = read_replies(tmp_path / "out" / "replies.jsonl")[1]
-        assert first["judge/answers"] == answers_digest(changed) != answers_digest(ANSWERS)
-        mine = tmp_path / "mine"
-        mine.mkdir()
-        (mine / "mmhal.txt").write_text("Größe? {question} {gt_answer} {model_answer} {image_content}", "utf-8")
-        ask(address(server), answers=changed, prompts=mine)
+        protocol = read_replies(path)[1]
+        assert protocol["judge/answers"] == answers_digest(changed) != answers_digest(ANSWERS)
+        prompts = tmp_path / "prompts"
+        prompts.mkdir()
+        (prompts / "mmhal.txt").write_text("Größe? {question} {gt_answer} {model_answer} {image_content}", "utf-8")
+        job(judge, answers=changed, prompts=prompts).run()
         assert len(server.calls) == 2 * COUNT + 1
         assert all(call.text.startswith("Größe?") for call in server.calls[-COUNT:])
-        assert read_replies(tmp_path / "out" / "replies.jsonl")[1]["judge/prompt"] != first["judge/prompt"]
+        assert read_replies(path)[1]["judge/prompt"] != protocol["judge/prompt"]
+        job(judge, answers={"5": "{question} {x}"}).run()  # braces in an answer are not placeholders
+        assert "{question} {x}" in server.calls[-1].text
+        assert [row["id"] for row in rows(path)] == ["5"]
 
 
-def test_a_few_answers_alone(ask, tmp_path):
-    with Server(verdict) as server:
-        ask(address(server), answers={"5": "Answer 5."})
-        assert [number(call) for call in server.calls] == [5]
-    assert [row["id"] for row in rows(tmp_path / "out" / "replies.jsonl")] == ["5"]
-
-
-def test_what_has_no_reply_is_told_and_asked_again(ask, loaded, tmp_path):
-    broken = True
-    with Server(verdict, lambda call: Fault.EMPTY if broken and number(call) in (2, 9) else None) as server:
-        found = ask(address(server))
-        assert not found.complete
-        assert set(found.outcome.failed) == {"2", "9"}
-        replies, _ = read_replies(tmp_path / "out" / "replies.jsonl")
+def test_missing_replies_are_reported_and_requested_again(job, data, path):
+    broken = [2, 9]
+    with Memory(rating, lambda call: Fault.EMPTY if number(call) in broken else None) as server:
+        result = job(spec_of(server)).run()
+        assert not result.complete
+        assert set(result.outcome.failed) == {"2", "9"}
+        replies, _ = read_replies(path)
         assert set(replies) == set(ANSWERS) - {"2", "9"}
-        with pytest.raises(BenchmarkError, match=r"2 of 16 replies.*the first is 2"):
-            MmHal().score(loaded, ANSWERS, "official", replies)
-        broken, before = False, len(server.calls)
-        assert ask(address(server)).complete
+        with pytest.raises(BenchmarkError, match="2 of 16"):
+            MmHal().score(data, ANSWERS, "official", replies)
+        broken.clear()
+        before = len(server.calls)
+        assert job(spec_of(server)).run().complete
         assert {number(call) for call in server.calls[before:]} == {2, 9}
-    assert [row["id"] for row in rows(tmp_path / "out" / "replies.jsonl")] == list(ANSWERS)
+    assert [row["id"] for row in rows(path)] == list(ANSWERS)
 
 
-def test_a_budget_stops_and_a_larger_one_goes_on(ask, tmp_path):
+def test_a_budget_stops_and_a_larger_one_resumes(job, path):
     limits = dataclasses.replace(QUICK, concurrency=1, price_in=5.0, price_out=5.0, max_cost=0.02)
-    with Server(verdict) as server:
-        found = ask(address(server), limits=limits)
-        assert "budget" in found.outcome.stopped
-        asked = len(server.calls)
-        assert 0 < asked < COUNT
-        assert found.spent.price <= 0.02
-        assert len(rows(tmp_path / "out" / "replies.jsonl")) == asked
-        assert ask(address(server), limits=limits).outcome.usable == 0
-        assert ask(address(server), limits=dataclasses.replace(limits, max_cost=1.0)).complete
-        assert len(server.calls) == COUNT
-        assert set(Counter(call.digest for call in server.calls).values()) == {1}
+    with Memory(rating) as server:
+        result = job(spec_of(server), limits=limits).run()
+        assert "budget" in result.outcome.stopped
+        requested = len(server.calls)
+        assert 0 < requested < COUNT
+        assert result.spent.price <= 0.02
+        assert len(rows(path)) == requested
+        assert job(spec_of(server), limits=limits).run().outcome.usable == 0
+        assert job(spec_of(server), limits=dataclasses.replace(limits, max_cost=1.0)).run().complete
+    assert Counter(map(number, server.calls)) == Counter(range(COUNT))
 
 
-def test_what_it_would_take(loaded, tmp_path):
-    with Server(verdict) as server:
-        more = {"environment": os.environ, "prompts": None, "out": tmp_path / "out"}
-        how = RequestConfig(limits=dataclasses.replace(QUICK, price_in=1.0, price_out=1.0))
-        who = [address(server), f"{LOCAL}mine"]
-        (row,) = estimate(MmHal(), loaded, ANSWERS, "official", who=who, how=how, **more)
+def test_an_estimate_requests_nothing(job):
+    limits = dataclasses.replace(QUICK, price_in=1.0, price_out=1.0)
+    with Memory(rating) as server:
+        (row,) = job(spec_of(server), f"{LOCAL}mine", limits=limits).estimate()
         assert server.calls == []
-    assert (row.stage, row.had, row.to_ask) == ("openai:tiny", 0, COUNT)
+    assert (row.stage, row.cached, row.to_request) == ("openai:tiny", 0, COUNT)
     assert row.price > 0
 
 
-def test_a_missing_key_is_named_and_no_other_shown(ask, tmp_path):
-    environment = {"GEMINI_API_KEY": helpers.SECRETS["GEMINI_API_KEY"]}
+def test_keys_are_never_shown(job, path, capfd):
+    openai, gemini = helpers.SECRETS["OPENAI_API_KEY"], helpers.SECRETS["GEMINI_API_KEY"]
     with pytest.raises(UserError, match="OPENAI_API_KEY") as caught:
-        ask("openai:tiny", environment=environment)
-    assert helpers.SECRETS["GEMINI_API_KEY"] not in str(caught.value)
-    assert not (tmp_path / "out" / "replies.jsonl").exists()
-
-
-def test_a_wrong_key_is_never_shown(ask, tmp_path, monkeypatch, capfd):
-    secret = helpers.SECRETS["OPENAI_API_KEY"]
-    with Server(verdict) as server:
-        ask(address(server))
-        before = (tmp_path / "out" / "replies.jsonl").read_text("utf-8")
-        helpers.unhappy(monkeypatch, lambda call: (401, f"Incorrect API key provided: {secret}."))
+        job("openai:tiny", environment={"GEMINI_API_KEY": gemini}).run()
+    assert gemini not in str(caught.value)
+    assert not path.exists()
+    denied = []
+    fault = lambda call: (401, f"Incorrect API key provided: {openai}.") if denied else None  # noqa: E731
+    with Server(rating, fault) as server:
+        job(spec_of(server)).run()
+        before = path.read_text("utf-8")
+        denied.append(True)
         with pytest.raises(UserError, match="401") as caught:
-            ask(address(server), answers={n: f"{text} More." for n, text in ANSWERS.items()})
-    assert secret not in str(caught.value) + "".join(capfd.readouterr())
-    assert (tmp_path / "out" / "replies.jsonl").read_text("utf-8") == before
-    for path in (tmp_path / "out").iterdir():
-        assert secret.encode() not in path.read_bytes(), path
+            job(spec_of(server), answers={n: f"{text} More." for n, text in ANSWERS.items()}).run()
+    assert openai not in str(caught.value) + "".join(capfd.readouterr())
+    assert path.read_text("utf-8") == before
+    assert not any(openai.encode() in file.read_bytes() for file in path.parent.iterdir())
 
 
-def test_several_judges_have_a_file_each(ask, tmp_path):
-    with Server(verdict) as server:
-        found = ask(address(server), address(server, "gemini"))
+def test_several_judges_have_a_file_each(job, tmp_path):
+    with Server(rating) as server:
+        result = job(spec_of(server), spec_of(server, "gemini")).run()
         assert Counter(call.provider for call in server.calls) == {"openai": COUNT, "gemini": COUNT}
-    assert set(found.files) == {"openai:tiny", "gemini:tiny"}
-    assert len(set(found.files.values())) == 2
-    for who, path in found.files.items():
-        assert read_replies(path)[1]["judge"] == who
-    both = tmp_path / "both.jsonl"
-    some, others = (path.read_text("utf-8").splitlines(keepends=True) for path in found.files.values())
-    both.write_text("".join(some[:8] + others[8:]), "utf-8")
-    with pytest.raises(BenchmarkError, match=r"several judges.*gemini:tiny, openai:tiny"):
-        read_replies(both)
+    assert len(set(result.files.values())) == 2
+    assert {judge: read_replies(file)[1]["judge"] for judge, file in result.files.items()} == {
+        judge: judge for judge in ("openai:tiny", "gemini:tiny")
+    }
     with pytest.raises(UserError, match="one file"):
-        ask("openai:tiny@http://a/v1", "openai:tiny@http://b/v1")
+        job("openai:tiny@http://a/v1", "openai:tiny@http://b/v1").run()
 
 
-def test_several_runs_are_asked_each(ask, tmp_path):
-    data = {
-        f"v1_{n}": {
-            "imagename": "a.png",
-            "question": f"Question number {n}?",
-            "answer": "a<AND>b",
-            "capability": ["rec"],
-        }
+def test_repeats_are_requested_each(job, path, tmp_path):
+    questions = {
+        f"v1_{n}": {"imagename": "a.png", "question": f"number {n}?", "answer": "a<AND>b", "capability": ["rec"]}
         for n in range(2)
     }
-    (tmp_path / "mm-vet.json").write_text(json.dumps(data), "utf-8")
-    benchmark = MmVet(runs=3)
-    questions = benchmark.load(tmp_path)
-    answers = {"v1_0": "a", "v1_1": "b"}
-    with Server(lambda call: f"0.{len(server.calls) % 2}") as server:
-        ask(address(server), benchmark=benchmark, loaded=questions, answers=answers)
+    data = MmVet().load(make.write_json(tmp_path / "mm-vet.json", questions).parent)
+    with Memory(lambda call: f"0.{len(server.calls) % 2}") as server:
+        job(spec_of(server), benchmark=MmVet(3), data=data, answers={"v1_0": "a", "v1_1": "b"}).run()
         assert len(server.calls) == 6
         assert all("a <AND> b" in call.text for call in server.calls)
-    replies, _ = read_replies(tmp_path / "out" / "replies.jsonl")
-    assert set(replies) == {f"v1_{n}#{run}" for n in range(2) for run in range(3)}
+    assert set(read_replies(path)[0]) == {f"v1_{n}#{run}" for n in range(2) for run in range(3)}
 
 
-# A judge that is no service.
+def test_a_recorded_run_replies_the_same(job, path, tmp_path):
+    with Memory(rating) as server:
+        job(spec_of(server)).run()
+    replay = job(f"replay:{tmp_path / 'out' / 'journal.sqlite'}", out="again", environment={})
+    assert replay.run().complete
+    first, second = rows(path), rows(tmp_path / "again" / "replies.jsonl")
+    for key in ("id", "reply", "version", "prompt", "answers"):
+        assert [row[key] for row in first] == [row[key] for row in second]
 
 
-def test_a_recorded_run_replies_the_same(ask, tmp_path):
-    with Server(verdict) as server:
-        ask(address(server))
-    found = ask(f"replay:{tmp_path / 'out' / 'journal.sqlite'}", out="again", environment={})
-    assert found.complete
-    first, second = (rows(tmp_path / out / "replies.jsonl") for out in ("out", "again"))
-    same = ("id", "reply", "version", "prompt", "answers")
-    assert [[row[k] for k in same] for row in first] == [[row[k] for k in same] for row in second]
+def test_a_local_judge(job, path):
+    requests = []
 
+    def generate(batch):
+        requests.extend(batch)
+        return [f"Rating: {int(request.id) % 7}" for request in batch]
 
-def test_a_model_of_ones_own(ask, tmp_path):
-    seen: list[JudgeRequest] = []
-
-    def generate(requests):
-        seen.extend(requests)
-        return [f"Rating: {int(request.id) % 7}" for request in requests]
-
-    found = ask(f"{LOCAL}runs/mine", generate=generate, environment={})
-    assert found.complete
-    assert found.outcome.usable == len(seen) == COUNT
-    replies, protocol = read_replies(tmp_path / "out" / "replies.jsonl")
+    local = job(f"{LOCAL}runs/mine", environment={})
+    result = local.run(generate=generate)
+    assert result.complete
+    assert result.outcome.usable == len(requests) == COUNT
+    replies, protocol = read_replies(path)
     assert replies["8"] == "Rating: 1"
     assert protocol["judge"] == protocol["judge/version"] == "local:runs/mine"
-    assert not (tmp_path / "out" / "journal.sqlite").exists()
-    with pytest.raises(UserError, match="local judge"):
-        ask(f"{LOCAL}runs/mine")
+    assert not (path.parent / "journal.sqlite").exists()
+    with pytest.raises(UserError, match="local"):
+        local.run()
 
 
-# Pictures.
+class WithImages(MmHal):
+    """MMHal whose judge sees the image."""
+
+    def judge_requests(self, *args):
+        return [dataclasses.replace(r, image=f"{r.id}.png") for r in super().judge_requests(*args)]
 
 
-class Shown(MmHal):
-    """MMHal whose judge sees the picture."""
-
-    def judge_requests(self, loaded, answers, rule, prompts):
-        found = super().requests(loaded, answers, rule, prompts)
-        return [dataclasses.replace(request, image=f"{request.id}.png") for request in found]
-
-
-def test_the_judge_sees_the_picture_unless_told_not_to(ask, loaded):
-    seen = dataclasses.replace(loaded, read_image=lambda name: png((int(name.split(".")[0]), 0, 0)))
-    with Server(verdict) as server:
-        ask(address(server), benchmark=Shown(), loaded=seen)
+def test_the_judge_sees_the_image_unless_it_is_hidden(job, data):
+    shown = dataclasses.replace(data, read_image=lambda name: png((int(name.split(".")[0]), 0, 0)))
+    with Memory(rating) as server:
+        with_images = {"benchmark": WithImages(), "data": shown}
+        job(spec_of(server), **with_images).run()
         assert all(call.images == [png((number(call), 0, 0))] for call in server.calls)
-        ask(address(server), benchmark=Shown(), loaded=seen, images=False)
+        job(spec_of(server), **with_images, show_image=False).run()
         assert len(server.calls) == 2 * COUNT
-        assert all(call.images == [] for call in server.calls[COUNT:])
+        assert all(not call.images for call in server.calls[COUNT:])
 
 
-def test_a_picture_that_is_missing_is_one_line_and_nothing_is_asked(ask, loaded):
-    with Server(verdict) as server:
-        with pytest.raises(BenchmarkError, match=r"picture 0\.png"):
-            ask(address(server), benchmark=Shown())
-        assert server.calls == []
-
-
-# Prompts.
-
-
-def test_a_folder_of_prompts_goes_before_ours(tmp_path):
-    ours = prompts()
-    assert {"mmhal", "llava_bench_conv", "llava_bench_detail", "llava_bench_complex", "mm_vet", "gavie"} <= set(ours)
-    with pytest.raises(UserError, match=r"no prompt here.*mmhal\.txt"):
-        prompts(tmp_path)
+def test_prompts_of_the_user_replace_the_built_in_ones(tmp_path):
+    built_in = load_prompts()
+    assert {"mmhal", "llava_bench_conv", "llava_bench_detail", "llava_bench_complex", "mm_vet", "gavie"} <= set(
+        built_in
+    )
+    with pytest.raises(UserError, match=rf"{tmp_path}.*mmhal\.txt"):
+        load_prompts(tmp_path)
     (tmp_path / "gavie.txt").write_text("mine", "utf-8")
-    assert prompts(tmp_path) == ours | {"gavie": "mine"}
+    assert load_prompts(tmp_path) == built_in | {"gavie": "mine"}
     (tmp_path / "gavie.txt").write_bytes("Größe".encode("latin-1"))
     with pytest.raises(UserError, match=r"gavie\.txt"):
-        prompts(tmp_path)
+        load_prompts(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["{verdict}", "{}", "{question", "}", "{question.x}"])
-def test_a_broken_prompt_is_one_line_and_nothing_is_asked(ask, tmp_path, text):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "mmhal.txt").write_text(text, "utf-8")
-    with Server(verdict) as server:
+def test_a_broken_prompt_is_reported_and_nothing_is_requested(job, tmp_path, text):
+    (tmp_path / "mmhal.txt").write_text(text, "utf-8")
+    with Memory(rating) as server:
         with pytest.raises(BenchmarkError, match=r"mmhal\.txt.*\{model_answer\}") as caught:
-            ask(address(server), prompts=tmp_path / "mine")
+            job(spec_of(server), prompts=tmp_path).run()
         assert server.calls == []
     assert "\n" not in str(caught.value)
 
 
-def test_braces_in_answers_are_no_placeholders(ask):
-    with Server(verdict) as server:
-        ask(address(server), answers={"0": "{question} {x}"})
-        assert "{question} {x}" in server.calls[0].text
+@pytest.mark.parametrize(
+    ("judges", "fields", "match"),
+    [
+        (["openai:tiny"], {"rule": "other"}, "other.*official"),
+        (["tiny"], {}, "PROVIDER:MODEL"),
+        ([], {}, "openai:MODEL"),
+        (["openai:tiny"], {"benchmark": WithImages()}, r"0\.png"),
+    ],
+    ids=["rule", "judge", "no judge", "missing image"],
+)
+def test_mistakes_are_reported(job, judges, fields, match):
+    with pytest.raises(UserError, match=match):
+        job(*judges, **fields).run()
 
 
-def test_a_rule_without_a_judge(loaded, tmp_path):
-    more = {"how": RequestConfig(), "environment": {}, "prompts": None, "out": tmp_path, "who": ["openai:tiny"]}
-    with pytest.raises(UserError, match="needs no judge; of its rules, official does"):
-        judge(MmHal(), loaded, ANSWERS, "other", **more)
-    with pytest.raises(UserError, match="PROVIDER:MODEL"):
-        judge(MmHal(), loaded, ANSWERS, "official", **more | {"who": ["tiny"]})
-    with pytest.raises(UserError, match="name a judge"):
-        judge(MmHal(), loaded, ANSWERS, "official", **more | {"who": []})
-
-
-# Files of replies.
-
-GOOD = {"id": "0", "reply": "Rating: 3", "judge": "openai:tiny", "version": "v", "date": "2026-01-02", "prompt": "p"}
+REPLY = {"id": "0", "reply": "Rating: 3", "judge": "openai:tiny", "version": "v", "date": "2026-01-02", "prompt": "p"}
 
 
 @pytest.mark.parametrize(
-    ("lines", "words"),
+    ("lines", "match"),
     [
-        ([GOOD, GOOD], "reply 0 stands there twice"),
-        ([GOOD, {"id": "1"}], r"row 1 is no judge's reply .*reply"),
-        ([GOOD, {"id": "1", "reply": 3}], "row 1"),
-        ([GOOD, ["1"]], "row 1"),
-        ([GOOD, GOOD | {"id": "1", "judge": "gemini:tiny"}], "several judges"),
-        ([GOOD, GOOD | {"id": "1", "prompt": "q"}], "several prompts"),
-        ([GOOD, GOOD | {"id": "1", "answers": "a"}], "several models' answers"),
-        ([GOOD, GOOD | {"id": "1", "temperature": 0.2}], "several temperatures"),
+        ([REPLY, REPLY], "reply 0"),
+        ([REPLY, {"id": "1"}], "row 1.*reply"),
+        ([REPLY, {"id": "1", "reply": 3}], "row 1"),
+        ([REPLY, ["1"]], "row 1"),
+        ([REPLY, REPLY | {"id": "1", "judge": "gemini:tiny"}], "judges.*gemini:tiny, openai:tiny"),
+        ([REPLY, REPLY | {"id": "1", "prompt": "q"}], "prompts"),
+        ([REPLY, REPLY | {"id": "1", "answers": "a"}], "answers"),
+        ([REPLY, REPLY | {"id": "1", "temperature": 0.2}], "temperatures"),
+        (['{"id": "0", "reply'], "line 1"),
+        (None, "no such file"),
     ],
 )
-def test_broken_files_of_replies(tmp_path, lines, words):
+def test_broken_reply_files_are_reported(tmp_path, lines, match):
     path = tmp_path / "replies.jsonl"
-    path.write_text("\n".join(map(json.dumps, lines)), "utf-8")
-    with pytest.raises(BenchmarkError, match=words) as caught:
+    if lines is not None:
+        make.write_lines(path, lines)
+    with pytest.raises(BenchmarkError, match=rf"{path}.*{match}") as caught:
         read_replies(path)
-    assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_files_of_replies_from_elsewhere(tmp_path):
+def test_reply_files_from_elsewhere_need_ids_and_replies_only(tmp_path):
     path = tmp_path / "replies.jsonl"
-    path.write_text("", "utf-8")
-    assert read_replies(path)[0] == {}
-    path.write_text('{"id": 7, "reply": "Rating: 3"}\n', "utf-8")
-    assert read_replies(path) == ({"7": "Rating: 3"}, {"judge": "not said"})
-    path.write_text("\n".join(json.dumps(GOOD | {"id": str(n), "date": f"2026-01-0{n}"}) for n in (5, 3, 4)), "utf-8")
+    assert read_replies(make.write_lines(path, []))[0] == {}
+    plain = make.write_lines(path, [{"id": 7, "reply": "Rating: 3"}])
+    assert read_replies(plain) == ({"7": "Rating: 3"}, {"judge": "unknown"})
+    make.write_lines(path, [REPLY | {"id": str(n), "date": f"2026-01-0{n}"} for n in (5, 3, 4)])
     assert read_replies(path)[1]["judge/date"] == "2026-01-03 to 2026-01-05"
-    path.write_text('{"id": "0", "reply', "utf-8")
-    with pytest.raises(BenchmarkError, match=r"replies\.jsonl.*line 1"):
-        read_replies(path)
-    with pytest.raises(BenchmarkError, match="no such file"):
-        read_replies(tmp_path / "gone.jsonl")
 
-
-# SIGKILL, in a process of its own.
 
 CHILD = """
-import json, os, sys
+import os, sys
 from pathlib import Path
 from reverie_jax.hosted.throttle import Limits
-from reverie_jax.hosted.session import How
+from reverie_jax.hosted.session import RequestConfig
 from reverie_jax.eval.benchmarks.mmhal import MmHal
-from reverie_jax.eval.judge import judge
-data, who, count = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+from reverie_jax.eval.judge import JudgeRun
+data, judge, count = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 answers = {str(n): f"Answer {n}." for n in range(count)}
-how = How(limits=Limits(concurrency=4))
-benchmark = MmHal()
-found = judge(benchmark, benchmark.load(data), answers, "official", who=[who], out=data / "out", how=how,
-              environment=os.environ, prompts=None)
-sys.exit(not found.complete)
+config = RequestConfig(limits=Limits(concurrency=4))
+run = JudgeRun(benchmark=MmHal(), data=MmHal().load(data), answers=answers, rule="official", judges=[judge],
+               out=data / "out", config=config, environment=os.environ)
+sys.exit(not run.run().complete)
 """
 
 
-def test_what_was_paid_for_outlives_a_kill(tmp_path):
-    """Killed twice: only the few requests in flight are asked twice, and each answered one is in the file once."""
-    count, answered = 48, list[int]()
+def test_paid_replies_outlive_a_kill(tmp_path, path):
+    """Only the few requests in flight are sent twice, and each reply is in the file once."""
+    count, usable = 32, list[int]()
     write_questions(tmp_path, count)
-
-    with Server(verdict, latency=0.05) as server:
-        words = [sys.executable, "-W", "ignore", "-c", CHILD, str(tmp_path), address(server), str(count)]
-        for kill_at in (12, 30, None):
-            child = subprocess.Popen(words, env=os.environ | helpers.SECRETS, stderr=subprocess.PIPE)
+    with Server(rating, latency=0.05) as server:
+        command = [sys.executable, "-W", "ignore", "-c", CHILD, str(tmp_path), spec_of(server), str(count)]
+        for kill_at in (12, None):
+            child = subprocess.Popen(command, env=os.environ | helpers.SECRETS, stderr=subprocess.PIPE)
             try:
                 if kill_at is not None:
                     helpers.until(lambda at=kill_at, run=child: len(server.calls) >= at or run.poll() is not None)
                     child.send_signal(signal.SIGKILL)
-                _, log = child.communicate(timeout=60)
+                _, log = child.communicate(timeout=300)
             finally:
                 child.kill()
             assert child.returncode == (0 if kill_at is None else -signal.SIGKILL), log.decode()
-            kept = helpers.rows_of(tmp_path / "out" / "journal.sqlite", "item", "state = 'usable'")
-            assert len(set(kept)) == len(kept)  # nothing with a reply was asked again
-            answered.append(len(kept))
-        assert 0 < answered[0] < answered[1] < answered[2] == count
-        times = Counter(number(call) for call in server.calls)
+            items = helpers.rows_of(tmp_path / "out" / "journal.sqlite", "item", "state = 'usable'")
+            assert len(set(items)) == len(items)  # nothing with a reply was requested again
+            usable.append(len(items))
+        times = Counter(map(number, server.calls))
+    assert 0 < usable[0] < usable[1] == count
     assert set(times) == set(range(count))
-    assert sum(times.values()) <= count + 2 * 4
-    assert [row["id"] for row in rows(tmp_path / "out" / "replies.jsonl")] == [str(n) for n in range(count)]
+    assert sum(times.values()) <= count + 4
+    assert [row["id"] for row in rows(path)] == [str(n) for n in range(count)]
