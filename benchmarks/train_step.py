@@ -330,7 +330,7 @@ def our_model(args: Args, work: Work, folder: Path) -> VisionLanguageModel:
     make_trainable(model, recipe_for(size, size.micro_batch, prefix_sharing=True))
     if size.equal_weights and not (folder / "adapter").exists():
         (folder / "adapter").mkdir()
-        write_peft(model, folder / "adapter", base=str(base), projector=False)
+        write_peft(model, folder / "adapter", base_model=str(base), projector=False)
     return model
 
 

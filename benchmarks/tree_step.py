@@ -24,7 +24,7 @@ from reverie_jax.annotate.stages import annotate
 from reverie_jax.data.packing import Batch, SequenceShape, make_element, pack, stack
 from reverie_jax.data.reflection import reflection_conversations
 from reverie_jax.data.tree import build_tree
-from reverie_jax.hosted.interface import ImageQuestions
+from reverie_jax.hosted.interface import RequestImage
 from reverie_jax.loading import load_model
 from reverie_jax.scenes.annotator import SceneAnnotator
 from reverie_jax.scenes.corpus import render_png
@@ -69,7 +69,7 @@ def run(args: Args) -> dict[str, Any]:
     for index, scene in enumerate(scenes):
         encoded = render_png(scene, model.config.vision.image_size)
         pixels = processor.preprocess(encoded, str(index))
-        reflections, _ = annotate(ImageQuestions(str(index), encoded), annotator, 4)
+        reflections, _ = annotate(RequestImage(str(index), encoded), annotator, 4)
         conversations = [one for reflection in reflections for one in reflection_conversations(reflection)]
         tokens = [processor.encoder(one) for one in conversations]
         trees.append(make_element(build_tree(tokens), pixels))

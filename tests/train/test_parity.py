@@ -101,7 +101,7 @@ def test_fifty_steps_equal_those_of_torch(kind, tmp_path):
     make_trainable(model, RECIPE)
     for name in ("adapter", "trained"):
         (tmp_path / name).mkdir()
-    write_peft(model, tmp_path / "adapter", base=str(base), projector=False)
+    write_peft(model, tmp_path / "adapter", base_model=str(base), projector=False)
     expected, theirs = torch_run(base, tmp_path / "adapter", data)
 
     graph, params, frozen = nnx.split(model, is_lora_or_projector, ...)
@@ -116,7 +116,7 @@ def test_fifty_steps_equal_those_of_torch(kind, tmp_path):
     np.testing.assert_allclose(losses, expected, rtol=1e-3)
 
     nnx.update(model, jax.tree.map(jnp.copy, state.params))
-    write_peft(model, tmp_path / "trained", base=str(base), projector=True)
+    write_peft(model, tmp_path / "trained", base_model=str(base), projector=True)
     from safetensors.numpy import load_file
 
     ours = load_file(tmp_path / "trained" / "adapter_model.safetensors")

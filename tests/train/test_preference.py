@@ -80,7 +80,7 @@ def _answer_logps(graph, state, batch):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _log_softmax(graph, state, batch):
-    return jax.nn.log_softmax(nnx.merge(graph, state)(batch), axis=-1)
+    return jax.nn.log_softmax(nnx.merge(graph, state)(batch.inputs), axis=-1)
 
 
 def separate_answers(model, gamma):

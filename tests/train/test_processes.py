@@ -25,7 +25,7 @@ from reverie_jax.models.checkpoints import base_checksums
 from reverie_jax.train import loop
 from reverie_jax.train.checkpoint import RunCheckpoints, read_identity
 from reverie_jax.train.distributed import join
-from reverie_jax.train.metrics import read_metrics
+from reverie_jax.train.metrics import MetricsLog, read_metrics
 from reverie_jax.train.recipes import Recipe
 from reverie_jax.train.step import TrainState, is_lora_or_projector, make_optimizer, make_trainable
 from tests.train import tiny
@@ -189,25 +189,36 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def test_training_continues_on_a_full_disk(finished, small_disk, monkeypatch, caplog):
-    """The save after step 3 fails on the full disk; the next ones succeed. Metrics of the time between are not lost."""
-    folder, ballast, opened = small_disk / "run", small_disk / "ballast", []
-    folder.mkdir()
+def fill(ballast):
+    with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
 
-    def fill():
-        with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
-            while True:
-                file.write(bytes(4096))
+
+def test_metrics_wait_for_disk_space(small_disk, caplog):
+    values = {"loss": 1.0} | {f"value {index}": 1.0 for index in range(500)}  # more than a page
+    with MetricsLog(small_disk / "run", 2) as log:
+        fill(small_disk / "ballast")
+        log.write(1, values)
+        assert "metrics.jsonl cannot be written" in caplog.text
+        assert read_metrics(small_disk / "run") == []
+        (small_disk / "ballast").unlink()
+        log.write(2, values)
+    assert [row["step"] for row in read_metrics(small_disk / "run")] == [1, 2]
+
+
+def test_training_continues_on_a_full_disk(finished, small_disk, monkeypatch, caplog):
+    """The save after step 3 fails; the next ones succeed."""
+    folder, ballast, opened = small_disk / "run", small_disk / "ballast", []
 
     def free():
         assert not opened[0].wait()
         assert "checkpoint of step 3 was not written" in caplog.text
-        assert len(read_metrics(folder)) < 5
         ballast.unlink()
 
     checkpoints = loop.RunCheckpoints
     monkeypatch.setattr(loop, "RunCheckpoints", lambda *args: opened.append(checkpoints(*args)) or opened[-1])
-    tiny.after_step(monkeypatch, 2, fill)
+    tiny.after_step(monkeypatch, 2, lambda: fill(ballast))
     tiny.after_step(monkeypatch, 5, free)
     run = tiny.run(folder, keep_checkpoints=1)
     assert run.losses == finished.losses

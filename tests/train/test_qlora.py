@@ -19,7 +19,7 @@ def losses(tmp_path_factory):
     """The loss of each step, by quantization."""
     folder = tmp_path_factory.mktemp("scenes")
     dataset.make_training_set(folder / "scenes", 160, size=128, questions=4, seed=5)
-    records, losses = list(dataset.records(folder / "scenes")), {}
+    records, losses = list(dataset.read_records(folder / "scenes")), {}
     for quantization in ("none", "int8", "nf4"):
         # A third of the recipe's learning rates. At those, two bfloat16 runs that differed by the projector's rounding only
         # came out 2.2 % apart, and nf4 4 % below them: one run each cannot resolve 2 % there.

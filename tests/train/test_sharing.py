@@ -36,7 +36,7 @@ def records(tmp_path_factory) -> list[ImageRecord]:
     dataset.make_training_set(folder, 5, size=128, questions=2, seed=11)
     first = (Turn("user", "Are cups things?"), Turn("assistant", "Yes."))
     plain = Conversation((*first, Turn("user", "And two?"), Turn("assistant", "Yes, they are.")), ())
-    return [*dataset.records(folder), ImageRecord("words", b"", (plain,))]
+    return [*dataset.read_records(folder), ImageRecord("words", b"", (plain,))]
 
 
 @functools.cache
