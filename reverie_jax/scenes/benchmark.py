@@ -234,7 +234,7 @@ def estimates(counts: SceneCounts) -> dict[str, Any]:
 
 def differences(ours: SceneCounts, theirs: SceneCounts) -> dict[str, Any]:
     """Return the headline metrics of `ours` minus those of `theirs`, paired by image."""
-    headlines = {
+    headlines: dict[str, tuple[Any, Any, statistics.Statistic]] = {
         "pope_mean_f1": (ours.all_pope, theirs.all_pope, pope.mean_f1),
         "pope_adversarial_f1": (ours.pope["adversarial"], theirs.pope["adversarial"], pope.f1),
     }

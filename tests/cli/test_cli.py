@@ -55,7 +55,7 @@ def test_version_and_environment(reverie):
 def test_benchmarks_are_listed_with_their_rules(reverie):
     lines = reverie("benchmarks")[1].splitlines()[::2]
     assert [line.split()[0] for line in lines] == list(benchmarks.names())
-    assert all(rule in line for line in lines for rule in benchmarks.benchmark(line.split()[0]).rules)
+    assert all(rule in line for line in lines for rule in benchmarks.find_benchmark(line.split()[0]).rules)
 
 
 def test_recipes_are_listed_and_read_back_from_their_yaml(reverie, tmp_path):
@@ -172,13 +172,13 @@ def test_build_train_eval_score(reverie, demo, tmp_path):
     assert code == 0
     assert out.startswith("20 images")
     path = tmp_path / "mine.yaml"
-    path.write_text(reverie("recipes", "scenes-rationales")[1].replace("rank: 16", "rank: 4"))
-    words = ("--model", "scenes-base", "--data", tmp_path / "records", "--out", run, "--set", "steps=2", "batch_size=2")
+    path.write_text(reverie("recipes", "scenes-rationales")[1].replace("keep_checkpoints: 2", "keep_checkpoints: 3"))
+    words = ("--model", "scenes-base", "--data", tmp_path / "records", "--out", run, "--set", "steps=1", "seed=5")
     code, out, _ = reverie("train", path, *words)
     assert code == 0
-    assert out.startswith("2 steps")
+    assert out.startswith("1 steps")
     recipe = json.loads((run / "run.json").read_text())["recipe"]
-    assert (recipe["rank"], recipe["steps"], recipe["batch_size"]) == (4, 2, 2)
+    assert (recipe["keep_checkpoints"], recipe["steps"], recipe["seed"]) == (3, 1, 5)
     asked = ("--benchmark", "scenes", "--data", data / "test", "--out", scores)
     code, out, _ = reverie("eval", "--model", "scenes-base", *asked, "--adapter", run)
     assert code == 0
