@@ -71,10 +71,10 @@ class Conversation:
         return {key: value for key, value in dataclasses.asdict(self).items() if value or key != "pair"}
 
     @classmethod
-    def from_json(cls, row: dict[str, Any]) -> Conversation:
+    def from_json(cls, value: dict[str, Any]) -> Conversation:
         """Return the conversation of a JSON object."""
-        turns = tuple(Turn(**turn) for turn in row["turns"])
-        return cls(turns, tuple(row["images"]), row["dataset"], row.get("kind", ""), row.get("pair", ""))
+        turns = tuple(Turn(**turn) for turn in value["turns"])
+        return cls(turns, tuple(value["images"]), value["dataset"], value.get("kind", ""), value.get("pair", ""))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,4 +98,4 @@ class ImageRecord:
     @classmethod
     def from_parts(cls, id: str, image: bytes, conversations_json: str) -> ImageRecord:
         """Return the record of an image and its conversations as JSON text."""
-        return cls(id, image, tuple(Conversation.from_json(row) for row in json.loads(conversations_json)))
+        return cls(id, image, tuple(Conversation.from_json(value) for value in json.loads(conversations_json)))

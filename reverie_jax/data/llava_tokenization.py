@@ -111,8 +111,8 @@ def _plain(tokenizer: LlavaTokenizer, exchanges: Exchanges) -> Sample:
     return ids, [-1] * masked + [0] * (len(ids) - masked)
 
 
-def _checked(ids: list[int], supervised: list[int], counted: int) -> Sample:
-    """Return the sample, masked where the counted tokens are not all; ids of 0 are padding to the original, even <unk>."""
+def _mask_if_miscounted(ids: list[int], supervised: list[int], counted: int) -> Sample:
+    """Return the sample, masked if its rounds miss tokens; the original does not count ids of 0 (padding, <unk>)."""
     if counted < MODEL_MAX_LENGTH and counted != len(ids) - ids.count(0):
         return ids, [-1] * len(ids)
     return ids, supervised
@@ -137,7 +137,7 @@ def _two(tokenizer: LlavaTokenizer, template: Template, exchanges: Exchanges, ha
         skipped = len(tokenizer(pieces[0] + separator, has_image)) - 2 - less
         _mark_supervised(supervised, at + skipped, at + length, number, exchanges)
         at += length
-    return _checked(ids, supervised, at)
+    return _mask_if_miscounted(ids, supervised, at)
 
 
 def _phi3(tokenizer: LlavaTokenizer, template: Template, exchanges: Exchanges, has_image: bool) -> Sample:
@@ -162,7 +162,7 @@ def _phi3(tokenizer: LlavaTokenizer, template: Template, exchanges: Exchanges, h
         skipped = len(tokenizer(halves[0] + end + assistant, has_image)) - 1 + more
         _mark_supervised(supervised, at + skipped, at + length, number, exchanges)
         at += length
-    return _checked(ids, supervised, at)
+    return _mask_if_miscounted(ids, supervised, at)
 
 
 def _single(tokenizer: LlavaTokenizer, template: Template, exchanges: Exchanges, has_image: bool) -> Sample:

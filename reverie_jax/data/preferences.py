@@ -144,20 +144,20 @@ def build_pair_trees(
         rejected, chosen = token_weights(rejected, chosen, config.gamma)
         supervised = _supervised(chosen) + _supervised(rejected)
         shared = shared_length((chosen.ids, chosen.image_slots), (rejected.ids, rejected.image_slots))
-        own = len(rejected) - shared
+        unshared = len(rejected) - shared
         best: tuple[int, tuple[list[int], Trie, list[Tokens]]] | None = None
         for candidate in open_tries:
             _, trie, branches = candidate
             used = sum(map(_supervised, branches))
             # The rejected answer leaves the tree where the chosen one does, or where an older branch does.
-            more = trie.cost(chosen)[0] + min(own, trie.cost(rejected)[0])
+            more = trie.cost(chosen)[0] + min(unshared, trie.cost(rejected)[0])
             fits = len(trie) + more <= tokens and used + supervised <= edges and len(branches) + 2 <= leaves
             if fits and (best is None or more < best[0]):
                 best = more, candidate
         if best is None:
-            if len(chosen) + own > tokens or supervised > edges or leaves < 2:
+            if len(chosen) + unshared > tokens or supervised > edges or leaves < 2:
                 raise ValueError(
-                    f"pair {index} has {len(chosen) + own} tokens, {supervised} supervised ones and 2 answers; "
+                    f"pair {index} has {len(chosen) + unshared} tokens, {supervised} supervised ones and 2 answers; "
                     f"a sequence has room for {tokens} tokens, {edges} supervised ones and {leaves} answers"
                 )
             best = 0, ([], Trie(), [])

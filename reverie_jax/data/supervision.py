@@ -51,7 +51,8 @@ class Supervision:
         examples = [(one, _has_rationale(one)) for one in conversations if one.kind != "rejected"]
         if self.kinds != "rationales":
             examples = [
-                (one if one.kind == self.kinds or not why else _first_exchange(one), why) for one, why in examples
+                (_first_exchange(one) if has_rationale and one.kind != self.kinds else one, has_rationale)
+                for one, has_rationale in examples
             ]
         if self.context != "separate":
             examples = _join_rationales(examples, first=self.context.removesuffix("-first"))

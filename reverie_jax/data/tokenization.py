@@ -189,7 +189,7 @@ class Encoder:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return an answer's text: without special tokens, cut where the template ends an answer, and stripped."""
-        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
         if self.template.style == "single":
             text = text.split("###")[0]
         return text.strip()
