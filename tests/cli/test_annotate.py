@@ -1,4 +1,4 @@
-"""`reverie annotate` as its user meets it: what it prints, how it ends, and what it never writes anywhere."""
+"""`reverie annotate`: what it prints, its exit codes, and what it never writes."""
 
 from __future__ import annotations
 
@@ -6,29 +6,18 @@ import html
 import json
 import re
 import shutil
-import sqlite3
-from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from reverie_jax.data.mixture import MixtureEntry, mixture
+from reverie_jax.annotate.files import DROPPED, JUDGED, QUESTIONS, RATIONALES, RELEASED
+from reverie_jax.data.mixture import MixtureEntry, read_mixture
 from reverie_jax.data.sources import ReadLog
 from tests.annotate import helpers
-from tests.annotate.helpers import (
-    DROPPED,
-    JOURNAL,
-    JUDGED,
-    QUESTIONS,
-    RATIONALES,
-    RELEASED,
-    Memory,
-    answer,
-    load,
-    stage_of,
-)
-from tests.hosted import server as loopback
-from tests.hosted.server import Call, Fault, Server
+from tests.annotate.helpers import JOURNAL, SECRETS, Memory, answer, check_files, load, spec_of, stage_of
+from tests.data.fakes import png
+from tests.hosted.helpers import secret_of
+from tests.hosted.server import Call, Fault, Server, usage
 
 pytest.importorskip("openai")
 pytest.importorskip("google.genai")
@@ -41,19 +30,19 @@ STAGES = ("questions", "positive", "negative", "judge")
 
 
 @pytest.fixture
-def pictures(tmp_path) -> dict[str, bytes]:
-    return helpers.write_pictures(tmp_path / "images", 5)
+def images(tmp_path) -> dict[str, bytes]:
+    return helpers.write_images(tmp_path / "images", 5)
 
 
 @pytest.fixture
-def annotate(reverie, tmp_path, pictures):
-    """`reverie annotate STEP` over five pictures with the tests' own prompts; options are keywords."""
+def annotate(reverie, tmp_path, images):
+    """Return a function that runs `reverie annotate STEP` over five images; options are keywords."""
     prompts = helpers.write_prompts(tmp_path / "prompts")
 
-    def run(step: str, model: str = "", *more, **changes) -> tuple[int, str, str]:
+    def run(step: str, writer: str | None = None, *more, **changes) -> tuple[int, str, str]:
         options = {"out": tmp_path / "out", "images": tmp_path / "images", "prompts": prompts, "questions": 1}
         words: list = ["annotate", step]
-        for name, value in (options | ({"writer": model} if model else {}) | changes).items():
+        for name, value in (options | {"writer": writer} | changes).items():
             if value is not None:
                 words += [f"--{name.replace('_', '-')}", *(value if isinstance(value, tuple) else (value,))]
         return reverie(*words, *more)
@@ -61,152 +50,109 @@ def annotate(reverie, tmp_path, pictures):
     return run
 
 
-def name_of(server: Server | Memory, provider: str = "openai", model: str = "tiny") -> str:
-    return f"{provider}:{model}@{server.url}" + ("/v1" if provider == "openai" else "")
-
-
-def refused(result: tuple[int, str, str], *words: object) -> bool:
-    """Exit code 2, nothing on stdout, one line on stderr that holds the words."""
+def check_refused(result: tuple[int, str, str], *words: object) -> None:
+    """Check for exit code 2, nothing on stdout, and one line on stderr that contains the words."""
     code, out, err = result
     assert (code, out) == (2, "")
     assert err.startswith("reverie: error: ")
     assert err.count("\n") == 1
-    for word in words:
-        assert str(word) in err
-    return True
+    assert all(str(word) in err for word in words)
 
 
 def table(text: str) -> list[list[str]]:
-    """The cells of what was printed as a table."""
+    """Return the cells of a printed table."""
     rows = [re.split("[│┃]", line) for line in text.splitlines() if "│" in line or "┃" in line]
     return [[cell.strip() for cell in row[1:-1]] for row in rows]
 
 
 @PROVIDERS
-def test_run(annotate, tmp_path, pictures, provider):
-    """All of it: exit code 0, the number of conversations on stdout, counts on stderr, no table."""
+def test_run(annotate, tmp_path, images, provider):
+    """All steps: exit code 0, the conversations on stdout, counts and costs on stderr; a further run sends nothing."""
     with Server(answer) as server:
-        code, out, err = annotate("run", name_of(server, provider), price=(2, 10))
-        told = [loopback.usage(call, answer(call)) for call in server.calls]
-        wanted = helpers.expected(pictures, name_of(server, provider))
-        again = annotate("run", name_of(server, provider), price=(2, 10))
+        spec = spec_of(server, provider)
+        code, out, err = annotate("run", spec, price=(2, 10))
+        tokens = [usage(call, answer(call)) for call in server.calls]
+        again = annotate("run", spec, price=(2, 10))
         assert len(server.calls) == 20
-    assert code == 0
-    for name in (QUESTIONS, RATIONALES, JUDGED, RELEASED):
-        assert load(tmp_path / "out", name) == wanted[name]
-    assert out == f"{len(wanted[RELEASED])} conversations: {tmp_path / 'out' / RELEASED}\n"
-    assert "questions: 5 new, 0 already answered, 0 failed" in err
-    assert "rationales: 10 new, 0 already answered, 0 failed" in err
-    assert "judge: 5 new, 0 already answered, 0 failed" in err
-    inside, outside = (sum(column) for column in zip(*told, strict=True))
-    price = (2 * inside + 10 * outside) / 1e6
-    assert f"20 requests, {inside:,} tokens in, {outside:,} out, price {price:.4f}" in err
+        assert annotate("audit")[0] == 0
+    wanted = helpers.expected(images, spec)
+    check_files(tmp_path / "out", wanted)
+    assert (code, out) == (0, f"{len(wanted[RELEASED])} conversations: {tmp_path / 'out' / RELEASED}\n")
+    for step, count in (("questions", 5), ("rationales", 10), ("judge", 5)):
+        assert re.search(rf"{step}: {count} .*\b0 .*\b0 ", err)
+        assert re.search(rf"{step}: 0 .*\b{count} .*\b0 ", again[2])
+    tokens_in, tokens_out = (sum(column) for column in zip(*tokens, strict=True))
+    price = (2 * tokens_in + 10 * tokens_out) / 1e6
+    for text in (err, again[2]):
+        assert all(number in text for number in (f"{tokens_in:,}", f"{tokens_out:,}", f"{price:.4f}"))
     assert table(err) == []
-    assert (again[0], again[1]) == (0, out)
-    assert "questions: 0 new, 5 already answered, 0 failed" in again[2]
-    assert f"20 requests, {inside:,} tokens in" in again[2]
+    assert again[:2] == (0, out)
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {*helpers.FILES, JOURNAL, f"{JOURNAL}.lock", "audit.html"}
 
 
-def test_the_table_of_reasons(annotate, tmp_path, pictures):
-    """A count for each reason, and where; exit code 1; what could be done is written."""
-    names = list(pictures.values())
+def test_failures_are_listed(annotate, tmp_path, images):
+    """A count for each reason and step, and the images; exit code 1. The rest is written."""
+    names = list(images.values())
 
-    def plan(call: Call) -> Fault | None:
+    def plan(call: Call) -> Fault | tuple[int, str] | None:
         if stage_of(call) == "questions" and call.images[0] == names[0]:
-            return Fault.BLOCKED
+            return (400, "Invalid [/contents] or [bold]parts[/bold]: [red")
         if stage_of(call) == "negative" and call.images[0] in names[1:3]:
             return Fault.EMPTY
-        return Fault.UNSURE if stage_of(call) == "judge" and call.text.split("\n")[1] == doubtful else None
+        return Fault.UNSURE if stage_of(call) == "judge" and doubtful in call.text else None
 
     with Server(answer, plan, is_judge=lambda call: stage_of(call) == "judge") as server:
-        wanted = helpers.expected(pictures, name_of(server))
-        doubtful = wanted[QUESTIONS][4]["question"]
-        code, out, err = annotate("run", name_of(server))
+        doubtful = helpers.expected(images, spec_of(server))[QUESTIONS][4]["question"]
+        code, _, err = annotate("run", spec_of(server))
     assert code == 1
-    assert "conversations" in out
-    cells = table(err)
-    assert ["questions", "1", "blocked (content_filter)"] in cells
-    assert ["rationales", "2", "an empty reply"] in cells
-    assert ["judge", "1", "neither yes nor no"] in cells
-    assert len(cells) == 4
-    assert "run the command again" in err
+    failures = [cells[:2] for cells in table(err)]
+    assert failures[1:] == [["questions", "1"], ["rationales", "2"], ["judge", "1"]]
+    assert "Invalid [/contents] or [bold]parts[/bold]: [red" in err  # no markup
+    assert all(name in err for name in ("0000.png", "0001.png", "0002.png", "0004.png"))
     assert [row["image"] for row in load(tmp_path / "out", JUDGED)] == ["0003.png"]
 
 
-def test_a_judge_that_never_says_anything_usable(annotate, tmp_path):
-    """No row is kept, none is dropped, and the command says so."""
-    with Server(answer, lambda call: Fault.UNSURE, is_judge=lambda call: stage_of(call) == "judge") as server:
-        code, out, err = annotate("run", name_of(server))
-        assert Counter(map(stage_of, server.calls))["judge"] == 15
-    assert code == 1
-    assert ["judge", "5", "neither yes nor no"] in table(err)
-    assert load(tmp_path / "out", JUDGED) == load(tmp_path / "out", DROPPED) == load(tmp_path / "out", RELEASED) == []
-    assert out.startswith("0 conversations")
-    kept = helpers.rows_of(tmp_path / "out" / JOURNAL, "reply", "stage = 'judge'")
-    assert kept == [(loopback.NOT_SURE,)] * 15
-
-
-def test_a_services_words_are_shown_as_they_are(annotate, monkeypatch):
-    """Brackets in an error are no markup: not swallowed, and no crash."""
-    said = "Invalid value at [/contents] or [bold]parts[/bold] [0]: see [red"
-    helpers.unhappy(monkeypatch, lambda call: (400, said))
-    with Server(answer) as server:
-        code, _, err = annotate("questions", name_of(server))
-    assert code == 1
-    assert said in err
-
-
-def test_a_budget_ends_a_run(annotate, tmp_path):
+def test_a_budget_ends_a_run(annotate):
     with Memory(answer) as server:
-        code, _, err = annotate("run", name_of(server), max_tokens=1000, concurrency=1)
-        asked = len(server.calls)
-        assert 0 < asked < 20
+        code, _, err = annotate("run", spec_of(server), max_tokens=1000, concurrency=1)
+        assert 0 < len(server.calls) < 20
         assert code == 1
-        assert any(cells[2].startswith("stopped early: the budget of 1,000 tokens") for cells in table(err))
-        assert annotate("run", name_of(server), max_cost=1.0, price=(1, 1))[0] == 0
+        assert "1,000 tokens" in table(err)[-1][2]
+        assert annotate("run", spec_of(server), max_cost=1.0, price=(1, 1))[0] == 0
         assert len(server.calls) == 20
 
 
-def test_dry_run_asks_nothing(annotate, tmp_path, pictures, monkeypatch):
-    """Requests, tokens and price, from guesses at first and from what was seen later; it needs no key and no server."""
-    for name in helpers.SECRETS:
+def test_dry_run_sends_nothing(annotate, tmp_path, monkeypatch):
+    """Requests, tokens and price, from defaults and then from the journal; a batch costs half. No key is needed."""
+    for name in SECRETS:
         monkeypatch.delenv(name)
-    code, out, _ = annotate("run", "openai:tiny", "--dry-run", price=(1000, 2000), questions=2, confusing=3)
-    assert code == 0
-    rows = {cells[0]: cells[1:] for cells in table(out)}
-    assert [rows[stage][:2] for stage in STAGES] == [["0", "5"], ["0", "10"], ["0", "30"], ["0", "30"]]
-    numbers = {stage: [float(cell.replace(",", "")) for cell in rows[stage]] for stage in STAGES}
-    for _, _, tokens_in, tokens_out, price in numbers.values():
-        assert tokens_in > 0
-        assert tokens_out > 0
+
+    def estimates(*more, **changes) -> dict[str, list[float]]:
+        code, out, _ = annotate("run", "openai:tiny", "--dry-run", *more, **changes)
+        assert code == 0
+        return {row[0]: [float(cell.replace(",", "") or 0) for cell in row[1:]] for row in table(out)[1:]}
+
+    rows = estimates(price=(1000, 2000), questions=2, confusing=3)
+    assert [rows[stage][:2] for stage in STAGES] == [[0, 5], [0, 10], [0, 30], [0, 30]]
+    for _, _, tokens_in, tokens_out, price in (rows[stage] for stage in STAGES):
+        assert min(tokens_in, tokens_out) > 0
         assert price == pytest.approx((1000 * tokens_in + 2000 * tokens_out) / 1e6, abs=0.01)
-    total = [sum(column) for column in zip(*(row[1:] for row in numbers.values()), strict=True)]
-    assert [float(cell.replace(",", "")) for cell in rows["total"][1:]] == pytest.approx(total, abs=0.05)
-    files = {path.name for path in (tmp_path / "out").iterdir()} - {JOURNAL, f"{JOURNAL}.lock"}
-    assert files == set()
-    assert helpers.rows_of(tmp_path / "out" / JOURNAL) == []
-
-
-def test_dry_run_knows_what_is_there(annotate):
+    total = [sum(column) for column in zip(*(rows[stage][1:] for stage in STAGES), strict=True)]
+    assert rows["total"][1:] == pytest.approx(total, abs=0.05)
+    half = estimates("--batch", price=(1000, 2000), questions=2, confusing=3)
+    assert half["total"] == pytest.approx([*rows["total"][:-1], rows["total"][-1] / 2], abs=0.05)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {JOURNAL, f"{JOURNAL}.lock"}
     with Memory(answer) as server:
-        annotate("questions", name_of(server))
-        annotate("rationales", name_of(server))
-        asked = len(server.calls)
-        code, out, _ = annotate("run", name_of(server), "--dry-run")
-        assert len(server.calls) == asked
-    assert code == 0
-    rows = {cells[0]: cells[1:] for cells in table(out)}
-    assert [rows[stage][:2] for stage in STAGES] == [["5", "0"], ["5", "0"], ["5", "0"], ["0", "5"]]
-    assert rows["total"][1] == "5"
+        annotate("questions", "openai:tiny")
+        annotate("rationales", "openai:tiny")
+        rows = estimates()
+        assert len(server.calls) == 15
+    assert [rows[stage][:2] for stage in STAGES] == [[5, 0], [5, 0], [5, 0], [0, 5]]
+    assert rows["total"][1] == 5
 
 
 # Keys.
-
-
-def everything(folder: Path) -> bytes:
-    """All files below a folder, and their names."""
-    return b"\0".join(str(path).encode() + b"\0" + path.read_bytes() for path in folder.rglob("*") if path.is_file())
-
 
 ERRORS = {
     "wrong": (401, "Incorrect API key provided: {key}. Visit https://example.invalid/?key={key}"),
@@ -217,45 +163,44 @@ ERRORS = {
 }
 
 
+def everything(folder: Path) -> bytes:
+    """Return all files below a folder, with their names."""
+    return b"\0".join(str(path).encode() + b"\0" + path.read_bytes() for path in folder.rglob("*") if path.is_file())
+
+
 @PROVIDERS
 @pytest.mark.parametrize("case", ["good", *ERRORS])
-def test_keys_are_nowhere(annotate, provider, case, tmp_path, monkeypatch, caplog):
-    """Neither in the journal nor in any other file, log or line, even when the service's error quotes them."""
+def test_keys_are_written_nowhere(annotate, provider, case, tmp_path, caplog):
+    """Neither to the journal nor to any other file, log or line, even if the service's error quotes them."""
     caplog.set_level(0)
-    secret = helpers.SECRETS[f"{provider.upper()}_API_KEY"]
+    secret = secret_of(provider)
     journals = []
 
-    def broken(call: Call):
-        # While the run goes on, the journal's bytes are in the file beside it.
-        journals.append(everything(tmp_path / "out"))
+    def plan(call: Call):
+        journals.append(everything(tmp_path / "out"))  # during the run, the journal's bytes are in the file beside it
         if case == "good" or call.attempt > 1 or stage_of(call) != "questions":
             return None
         status, message = ERRORS[case]
         return status, message.format(key=secret, start=secret[:8], end=secret[-4:])
 
-    helpers.unhappy(monkeypatch, broken)
-    with Server(answer) as server:
-        code, out, err = annotate("run" if case == "good" else "questions", name_of(server, provider))
+    with Server(answer, plan, retry_after=0.01) as server:
+        code, out, err = annotate("run" if case == "good" else "questions", spec_of(server, provider))
         assert {call.key for call in server.calls} == {secret}
     assert code == (2 if case in ("wrong", "in part") else 0)
     # Not a record's times and numbers: any four digits may be in them by chance.
-    said = out + err + caplog.text + repr([(record.msg, record.args, record.exc_text) for record in caplog.records])
-    found = b"\0".join([everything(tmp_path / "out"), *journals]) + said.encode()
-    assert len(journals) >= 1
+    log = out + err + caplog.text + repr([(record.msg, record.args, record.exc_text) for record in caplog.records])
+    found = b"\0".join([everything(tmp_path / "out"), *journals]) + log.encode()
     assert b"SQLite" in found
-    for value in helpers.SECRETS.values():
-        assert value.encode() not in found
+    assert not any(value.encode() in found for value in SECRETS.values())
     if case == "in part":
-        assert secret[:8] not in said
-        assert secret[-4:] not in said
+        assert secret[:8] not in log
+        assert secret[-4:] not in log
     if case == "refused":
-        assert "could not be processed" in "".join(
-            row[0] for row in helpers.rows_of(tmp_path / "out" / JOURNAL, "reason")
-        )
+        assert "could not be processed" in repr(helpers.rows_of(tmp_path / "out" / JOURNAL, "reason"))
 
 
-def test_keys_are_no_options(reverie):
-    """What stands on a command line stands in the shell's history and in everybody's list of processes."""
+def test_keys_are_not_options(reverie):
+    """A command line is in the shell's history and in everybody's list of processes."""
     code, out, _ = reverie("annotate", "--help")
     assert code == 0
     assert not re.search(r"--\S*key", out)
@@ -263,119 +208,102 @@ def test_keys_are_no_options(reverie):
     assert "OPENAI_API_KEY" in out
 
 
-def test_keys_that_are_missing(annotate, monkeypatch):
-    for name in helpers.SECRETS:
-        monkeypatch.delenv(name)
-    assert refused(annotate("questions", "openai:tiny"), "OPENAI_API_KEY")
-    assert refused(annotate("questions", "gemini:tiny"), "GEMINI_API_KEY")
-    monkeypatch.setenv("OPENAI_API_KEY", "  ")
-    assert refused(annotate("questions", "openai:tiny"), "OPENAI_API_KEY")
+# Invalid options and files.
+
+WRONG_OPTIONS = [
+    ("rationals", "openai:tiny", {}, ("rationals", "judge")),
+    ("run", None, {}, ("--writer",)),
+    ("run", "mistral:tiny", {}, ("mistral", "gemini")),
+    ("run", "openai:tiny", {"judge": "tiny"}, ("tiny",)),
+    ("run", "openai:tiny", {"votes": "most"}, ("--votes", "majority")),
+    ("run", "openai:tiny", {"questions": 0}, ("--questions",)),
+    ("run", "openai:tiny", {"confusing": 0}, ("--confusing",)),
+    ("run", "openai:tiny", {"concurrency": 0}, ("--concurrency",)),
+    ("run", "openai:tiny", {"max_cost": 3}, ("--price",)),
+    ("run", "openai:tiny", {"timeout": 0}, ("--timeout",)),
+    ("run", "openai:tiny", {"poll": 0}, ("--poll",)),
+    ("run", "openai:tiny", {"requests_per_minute": 0}, ("--requests-per-minute",)),
+    ("run", "openai:tiny", {"tokens_per_minute": -1}, ("--tokens-per-minute",)),
+    ("run", "openai:tiny", {"images": "gone"}, ("gone",)),
+    ("run", "openai:tiny", {"images": "empty"}, ("empty",)),
+    ("run", "openai:tiny", {"images": "file"}, ("file",)),
+    ("run", "openai:tiny", {"images": None}, ("--images",)),
+    ("run", "openai:tiny", {"prompts": "gone"}, ("gone",)),
+    ("run", "openai:tiny", {"list": "gone.json"}, ("gone.json",)),
+    ("run", "openai:tiny", {"out": "file"}, ("file",)),
+    ("run", "openai:tiny", {"out": "file/below"}, ("file",)),
+    ("run", "openai:tiny", {"out": "broken"}, (JOURNAL,)),
+    ("run", "scenes:gone", {}, ("gone",)),
+    ("run", "replay:gone.sqlite", {}, ("gone.sqlite",)),
+    ("run", "replay:file", {}, ("file",)),
+    ("rationales", "openai:tiny", {}, (QUESTIONS,)),
+    ("judge", "openai:tiny", {}, (RATIONALES,)),
+    ("export", None, {}, (JUDGED,)),
+    ("audit", None, {}, (JUDGED,)),
+    ("audit", None, {"count": -1}, ("--count",)),
+]
 
 
-def test_a_server_of_ones_own_needs_no_key(annotate, monkeypatch):
-    monkeypatch.delenv("OPENAI_API_KEY")
-    with Server(answer) as server:
-        assert annotate("questions", name_of(server))[0] == 0
-        monkeypatch.setenv("OPENAI_BASE_URL", f"{server.url}/v1")
-        assert annotate("rationales", "openai:tiny")[0] == 0
-        assert len(server.calls) == 15
-
-
-def test_googles_other_name_for_the_key(annotate, monkeypatch):
-    monkeypatch.delenv("GEMINI_API_KEY")
-    monkeypatch.setenv("GOOGLE_API_KEY", "AIzaTheOtherOne")
-    with Server(answer) as server:
-        assert annotate("questions", name_of(server, "gemini"))[0] == 0
-        assert {call.key for call in server.calls} == {"AIzaTheOtherOne"}
-
-
-# Mistakes.
-
-
-def test_mistakes_are_one_line(annotate, tmp_path, reverie):
-    assert refused(annotate("rationals", "openai:tiny"), "rationals", "judge")
-    assert refused(annotate("run"), "--writer")
-    assert refused(annotate("run", "tiny"), "tiny", "openai")
-    assert refused(annotate("run", "mistral:tiny"), "mistral", "gemini")
-    assert refused(annotate("run", "openai:"), "openai")
-    assert refused(annotate("run", "openai:tiny", judge="tiny"), "tiny")
-    assert refused(annotate("run", "openai:tiny", votes="most"), "--votes", "majority")
-    assert refused(annotate("run", "openai:tiny", questions=0), "--questions")
-    assert refused(annotate("run", "openai:tiny", confusing=0), "--confusing")
-    assert refused(annotate("run", "openai:tiny", max_cost=3), "--price")
-    assert refused(annotate("run", "openai:tiny", timeout=0), "--timeout")
-    assert refused(annotate("run", "openai:tiny", requests_per_minute=0), "--requests-per-minute")
-    assert refused(annotate("run", "openai:tiny", tokens_per_minute=-1), "--tokens-per-minute")
-    assert refused(annotate("run", "openai:tiny", images=tmp_path / "gone"), tmp_path / "gone")
-    assert refused(annotate("run", "openai:tiny", images=None), "--images")
-    assert refused(annotate("run", "openai:tiny", prompts=tmp_path / "gone"), tmp_path / "gone")
-    assert refused(annotate("run", "openai:tiny", list=tmp_path / "gone.json"), "gone.json")
-    assert refused(annotate("rationales", "openai:tiny"), QUESTIONS)
-    assert refused(annotate("judge", "openai:tiny"), RATIONALES)
-    assert refused(annotate("export"), JUDGED)
-    assert refused(annotate("audit"), JUDGED)
+@pytest.mark.parametrize(("step", "writer", "options", "words"), WRONG_OPTIONS)
+def test_invalid_options_are_named(annotate, tmp_path, monkeypatch, step, writer, options, words):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
-    assert refused(annotate("run", "openai:tiny", images=tmp_path / "empty"), "empty", "no pictures")
-
-
-@pytest.mark.parametrize("text", ["", "{}", "[3]", '[""]', "[", "[]", '["a.png", null]'])
-def test_a_list_that_is_none(annotate, tmp_path, text):
-    (tmp_path / "list.json").write_text(text)
-    assert refused(annotate("run", "openai:tiny", list=tmp_path / "list.json"), "list.json")
-
-
-def test_a_file_in_the_way_is_one_line(annotate, tmp_path):
     (tmp_path / "file").write_text("mine")
-    assert refused(annotate("run", "openai:tiny", out=tmp_path / "file"), tmp_path / "file")
-    assert refused(annotate("run", "openai:tiny", out=tmp_path / "file" / "below"), tmp_path / "file")
-    assert refused(annotate("run", "openai:tiny", images=tmp_path / "file"), tmp_path / "file")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / JOURNAL).write_text("years of work")
+    check_refused(annotate(step, writer, **options), *words)
     assert (tmp_path / "file").read_text() == "mine"
+    assert (tmp_path / "broken" / JOURNAL).read_text() == "years of work"
 
 
-def test_a_broken_journal_is_one_line(annotate, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / JOURNAL).write_text("years of work")
-    assert refused(annotate("run", "openai:tiny"), JOURNAL)
-    assert (tmp_path / "out" / JOURNAL).read_text() == "years of work"
+LISTS = ["", "{}", "[3]", '[""]', "[", "[]", '["a.png", null]', '["../secret.png"]', '["link.png"]']
+LISTS += ['["sub/../../secret.png"]', '["a\\u0000b.png"]', '["\\ud800.png"]', f'["{"n" * 400}.png"]']
 
 
-def test_a_sample_that_is_none(annotate):
+@pytest.mark.parametrize("text", LISTS, ids=lambda text: text[:30])
+def test_invalid_lists_of_images_are_named(annotate, tmp_path, text):
+    """Also names outside the folder, and names that no file can have; nothing is sent about them."""
+    (tmp_path / "secret.png").write_bytes(png())
+    (tmp_path / "images" / "link.png").symlink_to(tmp_path / "secret.png")
+    (tmp_path / "list.json").write_text(text)
     with Memory(answer) as server:
-        annotate("run", name_of(server))
-    assert refused(annotate("audit", count=-1), "--count")
+        code, out, err = annotate("questions", spec_of(server), list=tmp_path / "list.json")
+        assert server.calls == []
+    assert code in (1, 2)
+    if code == 2:
+        check_refused((code, out, err), "list.json" if ".png" not in text or "null" in text else ".png")
 
 
-def test_images_are_listed(annotate, tmp_path, pictures):
-    """By `--list`, by the original's image_list.json in OUT, or all in the folder and below, sorted."""
+def test_images_are_listed(annotate, tmp_path, images):
+    """By `--list`, by OUT/image_list.json, or all in the folder and below, sorted."""
     (tmp_path / "images" / "b").mkdir()
-    (tmp_path / "images" / "b" / "ä.JPG").write_bytes(pictures["0000.png"][:-3] + b"abc")
-    (tmp_path / "images" / "notes.txt").write_text("no picture")
+    (tmp_path / "images" / "b" / "ä.JPG").write_bytes(png((9, 9, 9)))
+    (tmp_path / "images" / "notes.txt").write_text("not an image")
     (tmp_path / "list.json").write_text(json.dumps(["0003.png", "0001.png", "0003.png"]))
-    with Memory(answer) as server:
-        code, *_ = annotate("questions", name_of(server))
-        assert code in (0, 1)
-        assert len({call.images[0] for call in server.calls}) == len(server.calls)
-        listed = [row["image"] for row in load(tmp_path / "out", QUESTIONS)]
-        assert listed == sorted(listed)
-        assert set(listed) >= set(pictures)
-        annotate("questions", name_of(server), list=tmp_path / "list.json")
-        assert [row["image"] for row in load(tmp_path / "out", QUESTIONS)] == ["0003.png", "0001.png"]
-        (tmp_path / "out" / "image_list.json").write_text(json.dumps(["0004.png"]))
-        annotate("questions", name_of(server))
-        assert [row["image"] for row in load(tmp_path / "out", QUESTIONS)] == ["0004.png"]
+
+    def names(**options) -> list[str]:
+        with Memory(answer) as server:
+            assert annotate("questions", spec_of(server), **options)[0] == 0
+        return [row["image"] for row in load(tmp_path / "out", QUESTIONS)]
+
+    assert names() == [*images, "b/ä.JPG"]
+    assert names(list=tmp_path / "list.json") == ["0003.png", "0001.png"]
+    (tmp_path / "out" / "image_list.json").write_text(json.dumps(["0004.png"]))
+    assert names() == ["0004.png"]
 
 
-# A recorded run.
+# Recorded runs, and the embedded world.
 
 
 def test_replay(annotate, tmp_path):
-    """Without a server, the files of a recorded run again, byte for byte."""
+    """The files of a recorded run again, with other prompts too; what was not recorded is reported."""
     with Memory(answer) as server:
-        assert annotate("run", name_of(server), questions=2, confusing=2)[0] == 0
+        assert annotate("run", spec_of(server), questions=2, confusing=2)[0] == 0
     recording = tmp_path / "recording.sqlite"
     shutil.copy(tmp_path / "out" / JOURNAL, recording)
     before = recording.read_bytes()
-    code, _, err = annotate("run", f"replay:{recording}", out=tmp_path / "again", questions=2, confusing=2)
+    replay = f"replay:{recording}"
+    code, _, err = annotate("run", replay, out=tmp_path / "again", prompts=None, questions=2, confusing=2)
     assert code == 0, err
     for name in (QUESTIONS, RATIONALES, RELEASED):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
@@ -384,127 +312,62 @@ def test_replay(annotate, tmp_path):
         assert [row | {"judges": None} for row in one] == [row | {"judges": None} for row in other]
         assert [list(row["judges"].values()) for row in one] == [list(row["judges"].values()) for row in other]
     assert recording.read_bytes() == before
-
-
-def test_replay_with_other_prompts(annotate, tmp_path):
-    """In whatever words: a recording knows contents."""
-    with Memory(answer) as server:
-        annotate("run", name_of(server))
-    recording = f"replay:{tmp_path / 'out' / JOURNAL}"
-    assert annotate("run", recording, out=tmp_path / "again", prompts=None)[0] == 0
-    assert (tmp_path / "again" / RELEASED).read_bytes() == (tmp_path / "out" / RELEASED).read_bytes()
-
-
-def test_replay_of_what_was_not_recorded(annotate, tmp_path):
-    with Memory(answer) as server:
-        annotate("questions", name_of(server))
-    recording = f"replay:{tmp_path / 'out' / JOURNAL}"
-    code, _, err = annotate("run", recording, out=tmp_path / "again")
+    code, _, err = annotate("run", replay, out=tmp_path / "third", questions=3)
     assert code == 1
-    assert ["rationales", "10", "not in the recording"] in table(err)
-    assert refused(annotate("run", f"replay:{tmp_path / 'gone.sqlite'}", out=tmp_path / "o"), "gone.sqlite")
-
-
-@pytest.mark.parametrize("form", ["relative", "with a dot", "with two slashes"])
-def test_replay_however_the_file_is_named(annotate, tmp_path, monkeypatch, form):
-    with Memory(answer) as server:
-        annotate("questions", name_of(server))
-    monkeypatch.chdir(tmp_path)
-    path = {"relative": f"out/{JOURNAL}", "with a dot": f"./out/{JOURNAL}", "with two slashes": f"out//{JOURNAL}"}[form]
-    assert annotate("questions", f"replay:{path}", out=tmp_path / "again")[0] == 0
-    assert load(tmp_path / "again", QUESTIONS) == load(tmp_path / "out", QUESTIONS)
-
-
-@pytest.mark.parametrize("content", [b"no database", b""])
-def test_replay_of_what_is_no_journal(annotate, tmp_path, content):
-    (tmp_path / "recording.sqlite").write_bytes(content)
-    assert refused(annotate("questions", f"replay:{tmp_path / 'recording.sqlite'}"), "recording.sqlite")
-
-
-def test_replay_of_a_running_journal(annotate, tmp_path):
-    """Read while another writes it: what is there already is found."""
-    with Memory(answer) as server:
-        annotate("questions", name_of(server))
-    db = sqlite3.connect(tmp_path / "out" / JOURNAL, isolation_level=None)
-    db.execute("PRAGMA journal_mode = WAL")
-    db.execute("BEGIN IMMEDIATE")
-    assert annotate("questions", f"replay:{tmp_path / 'out' / JOURNAL}", out=tmp_path / "again")[0] == 0
-    db.execute("ROLLBACK")
-    db.close()
-
-
-# The embedded world.
+    assert ["questions", "5", "not in the recording"] in table(err)
 
 
 def test_scenes(annotate, reverie, tmp_path):
-    """From drawn pictures to what can be trained on, with exact truth and no network."""
+    """From drawn images to a file that can be trained on, with exact truth and no network."""
     assert reverie("scenes", "render", tmp_path / "world", "--count", 4, "--size", 64)[0] == 0
-    folder, out = tmp_path / "world" / "images", tmp_path / "notes"
-    model = f"scenes:{tmp_path / 'world'}"
-    code, _, err = annotate("run", model, out=out, images=folder, prompts=None, questions=3)
-    assert code == 0, err
+    folder, spec, files = tmp_path / "world" / "images", f"scenes:{tmp_path / 'world'}", []
+    for out in (tmp_path / "notes", tmp_path / "again"):
+        code, _, err = annotate("run", spec, out=out, images=folder, prompts=None, questions=3)
+        assert code == 0, err
+        files.append({name: (out / name).read_bytes() for name in (QUESTIONS, RATIONALES, JUDGED, RELEASED)})
+    assert files[0] == files[1]
     questions, judged = load(out, QUESTIONS), load(out, JUDGED)
     assert len(questions) == len(judged) == 12
     assert {row["question_type"] for row in questions} <= {"yes/no", "choice", "short", "open"}
     assert {row["gemini_pro_judge"] for row in judged} == {"no"}  # exact rationales never contradict each other
     assert load(out, DROPPED) == []
-    assert len(list(mixture([MixtureEntry(file=out / RELEASED, images=folder)], ReadLog()))) == 4
+    assert len(list(read_mixture([MixtureEntry(file=out / RELEASED, images=folder)], ReadLog()))) == 4
     assert len(load(out, RELEASED)) == 24
-    first = {name: (out / name).read_bytes() for name in (QUESTIONS, RATIONALES, JUDGED, RELEASED)}
-    again = tmp_path / "again"
-    assert annotate("run", model, out=again, images=folder, prompts=None, questions=3)[0] == 0
-    assert {name: (again / name).read_bytes() for name in first} == first
-    assert reverie("annotate", "audit", "--out", out, "--images", folder)[0] == 0
 
 
-def test_scenes_that_are_not_there(annotate, tmp_path):
-    assert refused(annotate("questions", f"scenes:{tmp_path / 'gone'}"), "gone")
-
-
-# The page to look through.
-
-
-class Page:
-    def __init__(self, text: str):
-        self.text = text
-        self.articles = re.findall(r"<article>(.*?)</article>", text, re.DOTALL)
+# The audit page.
 
 
 def test_audit(annotate, tmp_path):
-    """Kept and dropped rows with their pictures, everything that was said, nothing fetched from anywhere."""
+    """Kept and dropped rows with their images and all texts, nothing loaded from elsewhere; or a sample of them."""
     with Memory(answer) as server:
-        annotate("run", name_of(server), questions=4)
-        who = name_of(server)
-    code, out, _ = annotate("audit")
-    assert code == 0
-    assert out == f"{tmp_path / 'out' / 'audit.html'}\n"
-    page = Page((tmp_path / "out" / "audit.html").read_text("utf-8"))
+        spec = spec_of(server)
+        annotate("run", spec, questions=4)
+    (tmp_path / "images" / "0001.png").unlink()
+    (tmp_path / "images" / "0002.png").write_bytes(b"not an image")
+    page = tmp_path / "out" / "audit.html"
+    assert annotate("audit")[:2] == (0, f"{page}\n")
+    text = page.read_text("utf-8")
+    articles = re.findall(r"<article>(.*?)</article>", text, re.DOTALL)
     judged = load(tmp_path / "out", JUDGED)
     dropped = [row for row in judged if row["gemini_pro_judge"] == "yes"]
     assert dropped
-    assert len(page.articles) == len(judged) == 20
-    kept, gone = page.text.split("<h2>dropped")
+    assert len(articles) == len(judged) == 20
+    kept_half, dropped_half = text.split("<h2>dropped")
     for row in judged:
-        half = gone if row in dropped else kept
-        (article,) = [text for text in page.articles if row["question"] in html.unescape(text)]
-        assert article in half
+        (article,) = [article for article in articles if row["question"] in html.unescape(article)]
+        assert article in (dropped_half if row in dropped else kept_half)
         for key in ("image", "correct_answer", "confusing_answer", "correct_rationale", "incorrect_rationale"):
             assert row[key] in html.unescape(article)
         assert row["question_type"] in article
-        assert f"{who}: {row['gemini_pro_judge']}" in html.unescape(article)
-    assert page.text.count("data:image/jpeg;base64,") == 20
-    assert not any(mark in page.text for mark in ("<script", "<link", 'src="http', "url(http"))
-    assert f"{20 - len(dropped)} rows kept, {len(dropped)} dropped" in page.text
-
-
-def test_audit_draws_a_sample(annotate, tmp_path, reverie):
-    with Memory(answer) as server:
-        annotate("run", name_of(server), questions=5)
+        assert f"{spec}: {row['gemini_pro_judge']}" in html.unescape(article)
+    assert text.count("data:image/jpeg;base64,") == 12
+    assert not any(mark in text for mark in ("<script", "<link", 'src="http', "url(http"))
     assert annotate("audit", count=2)[0] == 0
-    text = (tmp_path / "out" / "audit.html").read_text("utf-8")
-    assert 2 < len(Page(text).articles) <= 4
+    sample = page.read_text("utf-8")
+    assert 2 < sample.count("<article>") <= 4
     annotate("audit", count=2)
-    assert (tmp_path / "out" / "audit.html").read_text("utf-8") == text
+    assert page.read_text("utf-8") == sample
     assert annotate("audit", count=0)[0] == 0
 
 
@@ -513,38 +376,14 @@ def test_audit_escapes_what_models_write(annotate, tmp_path):
 
     def reply(call: Call) -> str:
         if stage_of(call) == "questions":
-            one = {"question": evil, "type": "short", "correct_answer": f"r{evil}", "confusing_answers": [f"w{evil}"]}
-            return json.dumps({"questions": [one]})
+            row = {"question": evil, "correct_answer": f"r{evil}", "confusing_answers": [f"w{evil}"]}
+            return json.dumps({"questions": [row]})
         return "No" if stage_of(call) == "judge" else f"because {evil}"
 
-    name = "<b>&.png"
-    (tmp_path / "images" / "0000.png").rename(tmp_path / "images" / name)
+    (tmp_path / "images" / "0000.png").rename(tmp_path / "images" / "<b>&.png")
     with Memory(reply) as server:
-        annotate("run", name_of(server))
+        annotate("run", spec_of(server))
         annotate("audit")
     text = (tmp_path / "out" / "audit.html").read_text("utf-8")
-    assert "<script>" not in text
-    assert "<img src=x" not in text
-    assert "<b>" not in text
+    assert not any(mark in text for mark in ("<script>", "<img src=x", "<b>"))
     assert f"because {evil}" in html.unescape(text)
-
-
-def test_audit_without_a_picture(annotate, tmp_path):
-    """A picture that is gone or broken since then is a word in its place."""
-    with Memory(answer) as server:
-        annotate("run", name_of(server))
-    (tmp_path / "images" / "0001.png").unlink()
-    (tmp_path / "images" / "0002.png").write_bytes(b"no picture")
-    assert annotate("audit")[0] == 0
-    text = (tmp_path / "out" / "audit.html").read_text("utf-8")
-    assert text.count("data:image/jpeg;base64,") == 3
-    assert text.count("picture cannot be read") == 2
-
-
-def test_files_are_what_the_documentation_says(annotate, tmp_path):
-    with Memory(answer) as server:
-        annotate("run", name_of(server))
-        annotate("audit")
-    names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names >= {QUESTIONS, RATIONALES, JUDGED, DROPPED, RELEASED, JOURNAL, "audit.html"}
-    assert {name for name in names if name.startswith(".") or name.endswith(".part")} == set()

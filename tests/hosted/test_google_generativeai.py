@@ -1,84 +1,55 @@
-"""Google's older SDK against the loopback server: `make test-old-sdk` runs it, in an environment of its own."""
+"""Google's deprecated SDK against the loopback server: `make test-old-sdk` runs it, in an environment of its own."""
 
-import json
 import os
 
 import pytest
 
-from reverie_jax.annotate.pipeline import RELEASED, AnnotationJob, Pipeline, export
 from reverie_jax.errors import UserError
-from reverie_jax.hosted import images
-from reverie_jax.hosted.interface import RequestSettings
-from reverie_jax.hosted.runner import Limits
-from tests.data.fakes import png
-from tests.hosted.server import ALL, Server, share
+from reverie_jax.hosted.throttle import Limits
+from tests.hosted.helpers import JOURNAL, SECRETS, make_task, reply_to, rows_of, send
+from tests.hosted.server import Fault, Server, share
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.usefixtures("keys"),
 ]
-KEY = {"GEMINI_API_KEY": "AIza-a-key-of-no-worth"}
+FAULTS = [fault for fault in Fault if fault is not Fault.TIMEOUT]
 
 
 @pytest.fixture(autouse=True)
-def _sdk(monkeypatch):
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    pytest.importorskip("google.generativeai", reason="google-generativeai wants an environment of its own")
+def _sdk():
+    pytest.importorskip("google.generativeai", reason="google-generativeai needs an environment of its own")
 
 
-def is_judge(call):
-    return "contradict each other" in call.text
-
-
-def answer(call):
-    if is_judge(call):
-        return "No"
-    if "exercises" not in call.text:
-        return f"Because of what it shows ({len(call.text)})."
-    asked = {"question": "What is it?", "type": "short", "correct_answer": "a cup", "confusing_answers": ["a jug"]}
-    return json.dumps({"questions": [asked]})
-
-
-def job(tmp_path, url):
-    folder = tmp_path / "images"
-    folder.mkdir(exist_ok=True)
-    for n in range(12):
-        (folder / f"{n:02}.png").write_bytes(png((20 * n, 3, 4)))
-    limits = Limits(backoff=0.01, longest=0.1)
-    names = tuple(images.listed(folder))
-    return AnnotationJob(
-        tmp_path / "out",
-        folder,
-        names,
-        f"google-generativeai:m@{url}",
-        count=1,
-        settings=RequestSettings(1.0),
-        limits=limits,
-    )
+def ask(server, out, limits=Limits(backoff=0.01, max_backoff=0.1), **settings):  # noqa: B008
+    spec = f"google-generativeai:m@{server.url}"
+    return send(out, [make_task(number, spec) for number in range(24)], [spec], limits, **settings)
 
 
 def test_every_fault_is_survived(tmp_path):
-    with Server(answer, share(0.4, 5, ALL), is_judge=is_judge, hold=3.0, retry_after=0.01) as server:
-        with Pipeline(job(tmp_path, server.url), KEY) as pipeline:
-            for step in (pipeline.questions, pipeline.rationales, pipeline.judge):
-                assert step().failed == {}
-            assert pipeline.journal.spent().tokens_in > 0
+    """Every request gets its reply, a further run sends nothing, and the key is in no file."""
+    with Server(reply_to, share(0.4, 5, FAULTS), retry_after=0.01, is_judge=lambda call: True) as server:
+        outcome, replies = ask(server, tmp_path / "out")
+        assert (outcome.usable, outcome.failed) == (24, {})
+        assert all(reply and " says: " in reply for reply in replies.values())
         assert len(server.faulted) > 8
-        asked = len(server.calls)
-        with Pipeline(job(tmp_path, server.url), KEY) as pipeline:
-            pipeline.questions()
-        assert len(server.calls) == asked
-    assert export(tmp_path / "out") == 24
-    assert len(json.loads((tmp_path / "out" / RELEASED).read_text())) == 24
+        count = len(server.calls)
+        assert ask(server, tmp_path / "out")[0].cached == 24
+        assert len(server.calls) == count
+    assert min(tokens for (tokens,) in rows_of(tmp_path / "out" / JOURNAL, "tokens_in", "state = 'usable'")) > 0
     for file in (tmp_path / "out").iterdir():
-        assert KEY["GEMINI_API_KEY"].encode() not in file.read_bytes(), file
+        assert SECRETS["GEMINI_API_KEY"].encode() not in file.read_bytes(), file
 
 
-def test_a_key_is_needed(tmp_path):
-    with (
-        Server(answer) as server,
-        Pipeline(job(tmp_path, server.url), {}) as pipeline,
-        pytest.raises(UserError, match="GEMINI_API_KEY"),
-    ):
-        pipeline.questions()
-    assert "AIza" not in os.environ.get("GEMINI_API_KEY", "")
+def test_a_request_without_a_reply_times_out(tmp_path):
+    with Server(reply_to, lambda call: Fault.TIMEOUT) as server:
+        outcome, _ = ask(server, tmp_path / "out", Limits(max_retries=0, concurrency=24), timeout=0.2)
+    assert {"0.2 s" in reason for reason in outcome.failed.values()} == {True}
+
+
+def test_a_key_is_needed(tmp_path, monkeypatch):
+    monkeypatch.delenv("GEMINI_API_KEY")
+    with Server(reply_to) as server, pytest.raises(UserError, match="GEMINI_API_KEY"):
+        ask(server, tmp_path / "out")
+    assert "GEMINI_API_KEY" not in os.environ

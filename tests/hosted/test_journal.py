@@ -115,9 +115,14 @@ def test_adopted_replies_count_for_every_model_and_cost_nothing(path):
 
 def test_a_transaction_is_recorded_whole_or_not_at_all(path):
     with Journal(path) as journal:
-        with pytest.raises(KeyboardInterrupt), journal.transaction():
-            journal.adopt(ITEM, "theirs")
-            raise KeyboardInterrupt
+
+        def cut_short() -> None:
+            with journal.transaction():
+                journal.adopt(ITEM, "theirs")
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            cut_short()
         assert journal.get_reply(ITEM) is None
         with journal.transaction():
             journal.adopt(ITEM, "theirs")
