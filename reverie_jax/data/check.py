@@ -91,9 +91,9 @@ def check(path: Path, images: Path | None, processor: Processor | None = None) -
     problems: list[Problem] = []
     usable = []
     for example in sources.read(path, log):
-        found = checker.check(example)
-        problems += found
-        if not any(problem.fatal for problem in found):
+        example_problems = checker.check(example)
+        problems += example_problems
+        if not any(problem.fatal for problem in example_problems):
             usable.append(example)
     invalid = [Problem(where, "", "invalid row", reason) for where, reason in log.problems]
     return CheckReport(sum(1 for _ in Rows(path)), usable, invalid + problems, checker.lengths, log.notes)

@@ -11,7 +11,7 @@ from typing import Literal
 
 import imagehash
 import numpy as np
-from jaxtyping import Int16, UInt64
+from jaxtyping import Int16, UInt8, UInt64
 from PIL import Image
 
 from reverie_jax.data.images import BrokenImage, decode
@@ -181,6 +181,7 @@ def _similar_colors(one: ImageHash, other: ImageHash) -> bool:
     return bool(np.abs(one.colors - other.colors).mean() <= MAX_COLOR_DIFFERENCE)
 
 
-def hamming_distances(bits: int, others: UInt64[np.ndarray, "n"]) -> np.ndarray:
+def hamming_distances(bits: int, others: UInt64[np.ndarray, "n"]) -> UInt8[np.ndarray, "n"]:
     """Return the number of bits, [n], in which each hash differs from one."""
-    return np.bitwise_count(others ^ np.uint64(bits))
+    distances: np.ndarray = np.bitwise_count(others ^ np.uint64(bits))
+    return distances

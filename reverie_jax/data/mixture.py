@@ -144,8 +144,8 @@ class Mixture:
             on_progress(count)
             self._db.execute("DELETE FROM images WHERE id NOT IN (SELECT image FROM examples WHERE image NOT NULL)")
             self._db.executescript(_ORDER)
-            (self._records,) = self._db.execute("SELECT count(*) FROM records").fetchone()
-            (self.conversation_count,) = self._db.execute("SELECT count(*) FROM examples").fetchone()
+            self._records = self._count("records")
+            self.conversation_count = self._count("examples")
         except sqlite3.Error as error:
             self.close()
             raise DataError(f"{store or 'a temporary file'}: cannot be written ({error})") from None
@@ -185,6 +185,9 @@ class Mixture:
             " (SELECT draw FROM examples WHERE entry = ? AND pair GROUP BY draw HAVING count(*) % 2)",
             (entry, entry),
         )
+
+    def _count(self, table: str) -> int:
+        return int(self._db.execute(f"SELECT count(*) FROM {table}").fetchone()[0])
 
     def _image_id(self, key: str, name: str, encoded: bytes, version: str) -> int:
         row = self._db.execute("SELECT id FROM images WHERE key = ?", (key,)).fetchone()

@@ -720,13 +720,3 @@ def test_a_full_disk_keeps_previous_records(runs, tmp_path):
     assert runs.run(world) == (0, "")
     assert reused(world, before) == len(before)
     assert_complete(world)
-
-
-def test_a_broken_image_is_one_line_of_the_command(runs, tmp_path):
-    world = World(tmp_path / "w").make(8)
-    world.image(4).write_bytes(b"not an image")
-    code, err = runs.run(world)
-    assert code == 2
-    assert err.startswith(f"reverie: error: {world.image(4)}: ")
-    assert err.count("\n") == 1
-    assert not world.out.exists()

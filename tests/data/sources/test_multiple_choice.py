@@ -248,12 +248,6 @@ def test_bad_questions_are_reported_and_the_others_are_read(tmp_path, images):
     assert_one_line(error, f"{path}: row 1")
 
 
-@pytest.mark.parametrize("value", ["problem", 3, None, [1]], ids=repr)
-def test_a_problem_that_is_not_an_object_is_reported(tmp_path, value):
-    examples, log = read(tmp_path, {"1": problem(), "2": value, "3": problem()})
-    assert (len(examples), len(log.problems)) == (2, 1)
-
-
 # A-OKVQA.
 
 
