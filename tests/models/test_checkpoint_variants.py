@@ -200,50 +200,27 @@ def test_parameters_of_published_models_and_their_adapters(name):
         assert size(nnx.eval_shape(lambda rank=rank: abstract(rank)), nnx.LoRAParam) == count
 
 
-def skeleton(model, prefix=""):
-    """Return a model's tensors with their shapes, and next to no memory, on disk or off."""
-    return {prefix + name: torch.zeros(()).expand(x.shape) for name, x in model.state_dict().items()}
-
-
 def published(name):
-    """(config.json, tensors) of a published model: keys as in the released files, names from torch's classes."""
+    """Return config.json and tensors of a published model, as released; the tensors take no memory, on disk or off."""
+    hidden, layers, heads, mlp = PUBLISHED[name][0]
     phi, old = "phi3" in name, "1.0" in name
-    (hidden, layers, heads, mlp), tower = PUBLISHED[name][0], "openai/clip-vit-large-patch14" + ("" if old else "-336")
-    raw = {
-        "hidden_act": "silu",
-        "hidden_size": hidden,
-        "image_aspect_ratio": "square" if old else "pad",
-        "intermediate_size": mlp,
-        "max_position_embeddings": 2048 if old else 4096,
-        "mm_hidden_size": 1024,
-        "mm_projector_type": "linear" if old else "mlp2x_gelu",
-        "mm_use_im_patch_token": False,
-        "mm_use_im_start_end": False,
-        "mm_vision_select_feature": "patch",
-        "mm_vision_select_layer": -2,
-        "mm_vision_tower": tower,
-        "model_type": "llava_phi" if phi else "llava",
-        "num_attention_heads": heads,
-        "num_hidden_layers": layers,
-        "rms_norm_eps": 1e-6 if old else 1e-5,
-        "tie_word_embeddings": False,
-        "torch_dtype": "float16",
-        "vocab_size": 32064 if phi else 32000,
-    }
-    if not old:
-        raw |= {"num_key_value_heads": heads, "pretraining_tp": 1, "rope_scaling": None, "mm_resampler_type": None}
-    sizes = {key: raw[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")}
-    sizes |= {"num_attention_heads": heads, "num_key_value_heads": heads}
-    if phi:
-        raw |= {"sliding_window": 2047, "rope_theta": 10000.0, "original_max_position_embeddings": 4096}
+    sizes = {"hidden_size": hidden, "num_hidden_layers": layers, "intermediate_size": mlp}
+    sizes |= {"num_attention_heads": heads, "num_key_value_heads": heads, "vocab_size": 32064 if phi else 32000}
+    sizes |= {"max_position_embeddings": 2048 if old else 4096, "rms_norm_eps": 1e-6 if old else 1e-5}
+    vision = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
     with torch.device("meta"):
         llm = Phi3ForCausalLM(Phi3Config(**sizes)) if phi else LlamaForCausalLM(LlamaConfig(**sizes))
-        vision = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
         clip = CLIPVisionModel(CLIPVisionConfig(**vision, image_size=224 if old else 336, patch_size=14))
         projector = torch.nn.Linear(1024, hidden)
         if not old:
             projector = torch.nn.Sequential(projector, torch.nn.GELU(), torch.nn.Linear(hidden, hidden))
-    return raw, skeleton(llm) | skeleton(projector, "model.mm_projector.") | skeleton(clip, makers.TOWER)
+    part = makers.Parts("phi3" if phi else "llava-1.0" if old else "llama", llm, clip, projector)
+    raw = makers.original_config(part, mm_hidden_size=1024)
+    raw["mm_vision_tower"] = "openai/clip-vit-large-patch14" + ("" if old else "-336")
+    raw |= {} if old else {"rope_theta": 10000.0}
+    raw |= {"sliding_window": 2047, "original_max_position_embeddings": 4096} if phi else {}
+    raw.pop("head_dim", None)  # not in the released files
+    return raw, {name: torch.zeros(()).expand(x.shape) for name, x in makers.original_tensors(part).items()}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -14,7 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from reverie_jax import files
-from reverie_jax.errors import CheckpointError
+from reverie_jax.errors import CheckpointError, UserError
 from reverie_jax.models.checkpoints.names import AnyArray
 
 _log = logging.getLogger(__name__)
@@ -229,5 +229,9 @@ def new_folder(path: Path) -> Iterator[Path]:
     try:
         with files.atomic_folder(path, CheckpointError) as folder:
             yield folder
+    except CheckpointError:
+        raise
+    except UserError as error:  # of `files.write_json`
+        raise CheckpointError(str(error)) from error
     except SafetensorError as error:  # what safetensors raises when the disk is full
         raise CheckpointError(f"{path}: cannot be written ({error})") from error
