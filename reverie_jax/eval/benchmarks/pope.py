@@ -61,7 +61,10 @@ def read_questions(path: Path) -> list[PopeQuestion]:
 
 
 def says_yes(answer: str) -> bool:
-    """Return False iff "No", "not" or "no" is a word of the first sentence (commas dropped, split on spaces), as officially."""
+    """Return False iff "No", "not" or "no" is a word of the first sentence, as officially.
+
+    Commas are dropped, and words are split at spaces alone.
+    """
     words = answer.split(".")[0].replace(",", "").split(" ")
     return not ({"No", "not", "no"} & set(words))
 

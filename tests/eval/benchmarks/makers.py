@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -62,6 +63,7 @@ def answer_row(question_id: Any, prompt: str, text: Any, **more: Any) -> dict[st
     return {**row, "metadata": {}, **more}
 
 
+@functools.cache
 def prompts() -> dict[str, str]:
     """Return the judge prompts of the package."""
     folder = resources.files("reverie_jax.eval").joinpath("prompts")

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.eval.benchmarks.makers import SHORT, gqa, gqa_question
-from tests.eval.benchmarks.samples import answer_all, check, headline, load
+from tests.eval.benchmarks.samples import answer_all, headline, load
 
 KINDS = ["query", "verify", "choose", "logical", "compare", "query", "verify", "query"]
 MEANINGS = ["attr", "rel", "obj", "cat", "global", "attr", "attr", "rel"]
@@ -53,7 +53,7 @@ def test_answer_must_be_exactly_the_truth(many, truth, answer):
 @given(st.lists(st.sampled_from(["yes", "No.", "RED", "blue"]), min_size=8, max_size=8))
 def test_shares_are_those_of_the_published_script(many, texts):
     bench, loaded = many
-    scored = check(bench, loaded, answer_all(loaded, texts))
+    scored = bench.score(loaded, answer_all(loaded, texts))
     right = [text.rstrip(".").lower() == truth for text, truth in zip(texts, TRUTHS, strict=True)]
     values = scored.values()
 

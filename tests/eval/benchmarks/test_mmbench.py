@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import pandas
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reverie_jax.eval.benchmarks import choice_parsing
@@ -239,6 +239,7 @@ def test_passes_are_made_where_the_file_has_none(tmp_path, sample):
 KINDS = st.lists(st.sampled_from(["right", "right", "right", "A", "B", "?", None]), min_size=9, max_size=9)
 
 
+@settings(max_examples=25)
 @given(KINDS)
 def test_accuracy_is_that_of_circular_groups(sample, kinds):
     """One wrong or missing pass loses the question, not a share of it."""

@@ -244,7 +244,7 @@ rows = st.lists(st.tuples(st.integers(0, 3), st.booleans(), st.sampled_from(ANSW
 def scored_rows(drawn, rule: str):
     splits = {split: [(f"{i}.jpg", label) for i, label, _ in part] for split, part in zip(SPLITS, drawn, strict=False)}
     loaded = questions(**splits)
-    return check(Pope(), loaded, answer_all(loaded, [answer for part in drawn for *_, answer in part]), rule)
+    return Pope().score(loaded, answer_all(loaded, [answer for part in drawn for *_, answer in part]), rule)
 
 
 @given(st.tuples(rows, rows, rows))

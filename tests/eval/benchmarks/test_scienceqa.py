@@ -146,7 +146,7 @@ def test_letter_beyond_the_choices_is_wrong(sample, answer):
 @given(st.lists(st.sampled_from(["A", "B", "E", "?"]), min_size=4, max_size=4))
 def test_both_accuracies_by_hand(sample, texts):
     bench, loaded = sample
-    scored = check(bench, loaded, answer_all(loaded, texts))
+    scored = bench.score(loaded, answer_all(loaded, texts))
     right = [text == letter for text, letter in zip(texts, RIGHT, strict=True)]
     assert headline(scored) == pytest.approx(50 * (right[0] + right[2]))
     assert value(scored, "accuracy") == pytest.approx(25 * sum(right))

@@ -102,7 +102,7 @@ def many(tmp_path_factory):
 @given(st.lists(st.sampled_from(["A", "B", "C", "D", "A."]), min_size=8, max_size=8))
 def test_shares_are_those_of_llavas_script(many, texts):
     bench, loaded = many
-    scored = check(bench, loaded, answer_all(loaded, texts))
+    scored = bench.score(loaded, answer_all(loaded, texts))
     right = [text == letter for text, letter in zip(texts, LETTERS, strict=True)]
     values = scored.values()
 
