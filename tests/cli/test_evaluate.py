@@ -12,11 +12,11 @@ import sys
 import pytest
 
 from reverie_jax import cli
-from reverie_jax.eval.benchmarks import NAMES
+from reverie_jax.eval.benchmarks import names
 from reverie_jax.eval.engine import Engine
-from tests.hosted.fixtures import keys  # noqa: F401  (a fixture)
 from tests.eval.benchmarks.makers import SHORT, answer_row, mme, mmhal_rows, pope, write_image, write_json, write_lines
 from tests.eval.benchmarks.samples import load
+from tests.hosted.fixtures import keys  # noqa: F401  (a fixture)
 from tests.hosted.server import Call, Fault, Server
 
 THINGS = ("cup", "dog", "car")
@@ -237,7 +237,7 @@ def test_pictures_of_another_folder(reverie, data, tmp_path, never):
 
 
 WRONG = {
-    "--benchmark": ("popes", ("unknown benchmark 'popes'", *NAMES)),
+    "--benchmark": ("popes", ("unknown benchmark 'popes'", *names())),
     "--rule": ("strict", ("--rule strict", "official, lmms-eval, vlmevalkit")),
     "--against": ("noise", ("--against noise", "image or instruction")),
     "--mesh": ("batch_size=2", ("--mesh rows=2",)),
@@ -285,11 +285,11 @@ def test_wrong_paths_are_one_line(reverie, data, mine, tmp_path):
         "coco_pope",
     )
     found = ("--data", data / "pope")
-    assert refused(reverie("score", "popes", "--predictions", mine, *found), "unknown benchmark 'popes'", *NAMES)
+    assert refused(reverie("score", "popes", "--predictions", mine, *found), "unknown benchmark 'popes'", *names())
     assert refused(reverie("score", "pope", "--predictions", tmp_path / "gone", *found), "gone", "no such file")
     assert refused(reverie("score", "pope", "--predictions", mine, "--data", empty), empty)
     assert refused(reverie("score", "pope", "--predictions", mine, *found, "--rule", "x"), "--rule x", "vlmevalkit")
-    assert refused(reverie("judge", "x", "--predictions", mine, *found, "--out", empty, "--judge", "openai:x"), *NAMES)
+    assert refused(reverie("judge", "x", "--predictions", mine, *found, "--out", empty, "--judge", "openai:x"), *names())
 
 
 @pytest.mark.parametrize("option", ["--details", "--export", "--dump-prompts"])
