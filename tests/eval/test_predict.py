@@ -1,6 +1,6 @@
-"""Answer files: what is in them, and that kills, full disks and further processes change nothing in them.
+"""Answer files: their content, and that kills, full disks and several processes do not change them.
 
-Run as a module, it asks a tiny model a made-up benchmark and writes the answers into the folder it is given.
+Run as a module, it answers a small benchmark with a tiny model into the folder it is given.
 """
 
 from __future__ import annotations
@@ -36,22 +36,25 @@ from reverie_jax.data.pipeline import ImageQuestions
 from reverie_jax.data.processor import Processor
 from reverie_jax.data.reflection import WHY
 from reverie_jax.errors import UserError
-from reverie_jax.eval import predict as prediction
+from reverie_jax.eval import predict as predict_module
 from reverie_jax.eval.benchmarks.interface import Benchmark, BenchmarkData, BenchmarkError, Question
 from reverie_jax.eval.decode import Decoding
-from reverie_jax.eval.engine import Engine, EngineShape
-from reverie_jax.eval.predict import PredictOptions, dump_prompts, predict
+from reverie_jax.eval.engine import Engine
+from reverie_jax.eval.predict import PREDICTIONS, PredictOptions, dump_prompts, predict
+from reverie_jax.eval.schedule import EngineShape
 from reverie_jax.models import ModelInputs, VisionLanguageModel
 from reverie_jax.models.sharding import make_mesh
 from tests.train import tiny
 
 SHAPE = EngineShape(sequence_length=192, questions=4, batch_size=2)
 LONGEST = 6
-YES, NO = 4 + ord("_"), 4 + ord("p")  # what the model likes to say
+OPTIONS = PredictOptions(Decoding(LONGEST))
+REFLECT = PredictOptions(Decoding(LONGEST), reflect=True)
+YES, NO = 4 + ord("_"), 4 + ord("p")  # tokens that the model prefers
 
 
 class Words(tiny.Words):
-    """Characters, but " Yes" and " No" are tokens, as in real vocabularies."""
+    """Encodes characters, but " Yes" and " No" are tokens, as in real vocabularies."""
 
     def __call__(self, text, *, return_offsets_mapping):
         spans = [match.span() for match in re.finditer(r"<image>|</s>| Yes| No|.", text, re.DOTALL)]
@@ -61,57 +64,54 @@ class Words(tiny.Words):
 
 
 @functools.cache
-def model():
-    """Random weights, large enough that answers differ from one another and some end early."""
-    made = VisionLanguageModel(tiny.CONFIG, rngs=nnx.Rngs(3))
-    head = made.decoder.head.kernel
+def model(seed=3, dtype=jnp.float32):
+    """Return random weights, large enough that answers differ from one another and some end early."""
+    model = VisionLanguageModel(tiny.CONFIG, rngs=nnx.Rngs(seed), dtype=dtype)
+    head = model.decoder.head.kernel
     head.set_value(head[...] * 3)
-    return made
+    return model
 
 
 def processor():
     return Processor.from_config(tiny.CONFIG, Words())
 
 
-class Made(Benchmark):
-    name = "made"
+class Small(Benchmark):
+    name = "small"
     max_new_tokens = LONGEST
     required_files = "nothing"
 
 
-class Sure(Made):
-    """Yes or no."""
-
-    name = "sure"
+class YesNo(Small):
+    name = "yes-no"
     yes_no = True
 
 
 @functools.cache
-def shown(name):
+def read_image(name):
     return tiny.record(sum(map(ord, name))).image
 
 
 def mixed():
-    """Every kind of question, of pictures in no order."""
-    asked = [Question(10 + n, f"{n % 5}.png", f"Is it {'abcdefghij'[n]}?", f"{n % 5}.png") for n in range(10)]
-    asked.insert(2, Question("t/1", None, "What is one?", "t/1"))
-    asked.insert(5, Question("b/1", "2.png", "Why?", "2.png", {}, (("Is it a?", "no"), ("And b?", "yes"))))
-    asked.insert(6, Question("s/1", "3.png", "Short: is it a?", "3.png", {}, (), 3))
-    asked.insert(9, Question("t/2", None, "What is two, and what is “trois”?", "t/2"))
-    asked.append(Question("s/2", "0.png", "Short: is it b?", "0.png", {}, (), 3))
-    asked.append(Question(99, "4.png", "Is it e?", "4.png"))  # as 14: answered once, written twice
-    return BenchmarkData(asked, shown, {"version": "made"})
+    """Return every kind of question, their images in no order."""
+    questions = [Question(10 + n, f"{n % 5}.png", f"Is it {'abcdefghij'[n]}?", f"{n % 5}.png") for n in range(10)]
+    questions.insert(2, Question("t/1", None, "What is one?", "t/1"))
+    questions.insert(5, Question("b/1", "2.png", "Why?", "2.png", {}, (("Is it a?", "no"), ("And b?", "yes"))))
+    questions.insert(6, Question("s/1", "3.png", "Short: is it a?", "3.png", {}, (), 3))
+    questions.insert(9, Question("t/2", None, "What is two, and what is “trois”?", "t/2"))
+    questions.append(Question("s/2", "0.png", "Short: is it b?", "0.png", {}, (), 3))
+    questions.append(Question(99, "4.png", "Is it e?", "4.png"))  # as 14: answered once, written twice
+    return BenchmarkData(questions, read_image, {"version": "1"})
 
 
-def many(pictures):
-    """Two questions a picture."""
-    asked = [Question(n, f"{n // 2}.png", f"Is it {n}?", f"{n // 2}.png") for n in range(2 * pictures)]
-    return BenchmarkData(asked, shown)
+def many(images):
+    """Return two questions for each image."""
+    questions = [Question(n, f"{n // 2}.png", f"Is it {n}?", f"{n // 2}.png") for n in range(2 * images)]
+    return BenchmarkData(questions, read_image)
 
 
-@functools.cache
-def half():
-    return VisionLanguageModel(tiny.CONFIG, rngs=nnx.Rngs(3), dtype=jnp.bfloat16)
+ONE_EACH = BenchmarkData(mixed().questions[:5], read_image)
+"""One question per image, and one without: alone and in the tree the programs are the same."""
 
 
 @functools.cache
@@ -119,38 +119,38 @@ def engine(shape=SHAPE):
     return Engine(model(), processor(), shape)
 
 
-def run(out, loaded=None, benchmark=None, ask=None, *, engine=None, model="tiny", checksums=None, **more):
-    """`predict`, with what is left out as in the undisturbed run."""
+def run(out, data=None, benchmark=None, options=OPTIONS, *, engine=None, model="tiny", checksums=None, **more):
+    """Call `predict`; what is omitted is as in the uninterrupted run."""
     return predict(
         engine or globals()["engine"](),
-        benchmark or Made(),
-        loaded or mixed(),
+        benchmark or Small(),
+        data or mixed(),
         out,
-        ask or PredictOptions(Decoding(LONGEST)),
+        options,
         model=model,
-        checksums={"decoder": "abc"} if checksums is None else checksums,
+        checksums=checksums or {"decoder": "abc"},
         **more,
     )
 
 
 def rows(path):
-    # Not `splitlines`: an answer may hold other ends of lines than a file has.
+    # Not `splitlines`: an answer may contain other line separators.
     return [json.loads(line) for line in path.read_text("utf-8").split("\n")[:-1]]
 
 
-def by_hand(talks, caps, shape=SHAPE):
-    """Answers to conversations through the engine alone, each with a picture's copy of its own."""
-    found = {}
-    for cap in sorted(set(caps)):
-        pictures = [
+def answered_alone(conversations, limits, shape=SHAPE):
+    """Return answers to (image, turns) through the engine alone, each with its own copy of the image."""
+    answers = {}
+    for limit in sorted(set(limits)):
+        images = [
             ImageQuestions(
-                f"copy {n}", b"" if name is None else shown(name), [(n, Conversation(turns, (0,) if name else ()))]
+                f"copy {n}", read_image(name) if name else b"", [(n, Conversation(turns, (0,) if name else ()))]
             )
-            for n, ((name, turns), mine) in enumerate(zip(talks, caps, strict=True))
-            if mine == cap
+            for n, ((name, turns), own) in enumerate(zip(conversations, limits, strict=True))
+            if own == limit
         ]
-        found |= engine(shape).answer(pictures, max_new_tokens=cap)
-    return [found[n] for n in range(len(talks))]
+        answers |= engine(shape).answer(images, max_new_tokens=limit)
+    return [answers[n] for n in range(len(conversations))]
 
 
 def turns(*texts):
@@ -158,363 +158,309 @@ def turns(*texts):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The undisturbed run of the mixed questions."""
-    out = tmp_path_factory.mktemp("whole")
+def complete(tmp_path_factory):
+    """The folder of an uninterrupted run of the mixed questions."""
+    out = tmp_path_factory.mktemp("complete")
     run(out)
     return out
 
 
 @pytest.fixture
-def begun(whole, tmp_path):
-    """A folder in which the same run has ended its answers, but not its file."""
-    folder = tmp_path / "begun"
+def unfinished(complete, tmp_path):
+    """A folder in which the same run has all its answers, but not its file."""
+    folder = tmp_path / "unfinished"
     folder.mkdir()
-    for name in (".answers.jsonl", prediction.RUN):
-        (folder / name).write_bytes((whole / name).read_bytes())
+    for name in (".answers.jsonl", predict_module.RUN):
+        (folder / name).write_bytes((complete / name).read_bytes())
     return folder
 
 
 @pytest.fixture
-def asked(monkeypatch):
-    """How many batches went through the model."""
-    counted, real = [], Engine.stream
+def batches(monkeypatch):
+    """The question numbers of every batch that went through the model."""
+    decoded, stream = [], Engine.stream
 
-    def count(self, *args, **more):
-        for found in real(self, *args, **more):
-            counted.append(sorted(found))
-            yield found
+    def record(self, *args, **more):
+        for batch in stream(self, *args, **more):
+            decoded.append(sorted(batch))
+            yield batch
 
-    monkeypatch.setattr(Engine, "stream", count)
-    return counted
+    monkeypatch.setattr(Engine, "stream", record)
+    return decoded
 
 
 def same(one, other):
-    return (one / prediction.PREDICTIONS).read_bytes() == (other / prediction.PREDICTIONS).read_bytes()
+    return (one / PREDICTIONS).read_bytes() == (other / PREDICTIONS).read_bytes()
 
 
-def test_answers_are_in_the_questions_order_and_in_llavas_form(whole):
-    questions, made = mixed().questions, rows(whole / "predictions.jsonl")
-    assert [row["question_id"] for row in made] == [question.id for question in questions]
-    assert [type(row["question_id"]) for row in made] == [type(question.id) for question in questions]
-    assert [row["prompt"] for row in made] == [question.text for question in questions]
-    assert [row["image"] for row in made] == [question.image for question in questions]
-    assert [row["answer_id"] for row in made] == [str(n) for n in range(len(made))]
-    assert all(list(row)[:6] == ["question_id", "image", "prompt", "text", "answer_id", "model_id"] for row in made)
-    assert {row["model_id"] for row in made} == {"tiny"}
-    assert all(row["metadata"] == {} for row in made)
-    assert "“trois”" in (whole / "predictions.jsonl").read_text("utf-8")  # words stay readable
-    talks = [
-        (q.image, turns(f"{IMAGE}\n{said[0]}" if q.image else said[0], *said[1:]))
-        for q in questions
-        for said in [[text for pair in q.before for text in pair] + [q.text]]
+def test_answers_are_in_the_questions_order_and_in_llavas_form(complete):
+    questions, written = mixed().questions, rows(complete / PREDICTIONS)
+    assert [list(row)[:6] for row in written] == [
+        ["question_id", "image", "prompt", "text", "answer_id", "model_id"] for _ in questions
     ]
-    caps = [3 if str(question.id).startswith("s/") else LONGEST for question in questions]
-    expected = by_hand(talks, caps)
-    assert [row["text"] for row in made] == expected
+    assert [(row["question_id"], row["prompt"], row["image"]) for row in written] == [
+        (question.id, question.text, question.image) for question in questions
+    ]
+    assert [row["answer_id"] for row in written] == [str(n) for n in range(len(written))]
+    assert all(row["metadata"] == {} and row["model_id"] == "tiny" for row in written)
+    assert "“trois”" in (complete / PREDICTIONS).read_text("utf-8")  # not escaped
+    texts = [[text for pair in q.history for text in pair] + [q.text] for q in questions]
+    conversations = [
+        (q.image, turns(f"{IMAGE}\n{own[0]}" if q.image else own[0], *own[1:]))
+        for q, own in zip(questions, texts, strict=True)
+    ]
+    limits = [3 if str(question.id).startswith("s/") else LONGEST for question in questions]
+    expected = answered_alone(conversations, limits)
+    assert [row["text"] for row in written] == expected
     assert len(set(expected)) > 8, "the answers are too alike to tell the questions apart"
-    assert all(len(text) <= cap for text, cap in zip(expected, caps, strict=True))
+    assert all(len(text) <= limit for text, limit in zip(expected, limits, strict=True))
 
 
-def test_a_limit_asks_the_first_questions_only(whole, tmp_path, asked):
-    path = run(tmp_path / "few", ask=PredictOptions(Decoding(LONGEST), limit=4))
-    assert path == tmp_path / "few" / "predictions.jsonl"
-    assert rows(path) == rows(whole / "predictions.jsonl")[:4]
-    assert sum(map(len, asked)) == 4
-    with pytest.raises(UserError, match=r"questions, content differ"):
-        run(tmp_path / "few", ask=PredictOptions(Decoding(LONGEST), limit=5))
+def test_limits_of_questions_and_of_tokens(complete, tmp_path, batches):
+    path = run(tmp_path / "few", options=PredictOptions(Decoding(LONGEST), limit=4))
+    assert path == tmp_path / "few" / PREDICTIONS
+    assert rows(path) == rows(complete / PREDICTIONS)[:4]
+    assert sum(map(len, batches)) == 4
+    short = run(tmp_path / "short", ONE_EACH, options=PredictOptions(Decoding(2)))
+    assert all(len(row["text"]) <= 2 for row in rows(short))
+    record = json.loads((tmp_path / "short" / "run.json").read_text())
+    assert record["max_new_tokens"] == record["decoding"]["max_new_tokens"] == 2
+    batches.clear()
+    assert run(tmp_path / "none", BenchmarkData([], read_image), YesNo()).read_bytes() == b""
+    assert batches == []
 
 
-def test_nothing_to_ask(tmp_path, asked):
-    path = run(tmp_path, BenchmarkData([], shown), Sure())
-    assert path.read_bytes() == b""
-    assert asked == []
+def test_the_probability_of_yes_is_recorded(tmp_path):
+    """Among yes and no as the first token, against a plain forward pass over one conversation."""
+    graph, state = nnx.split(model())
 
-
-def test_the_longest_answer_of_the_command_line_is_a_limit_only(tmp_path):
-    path = run(tmp_path / "two", ask=PredictOptions(Decoding(2)))
-    assert all(len(row["text"]) <= 2 for row in rows(path))
-    assert json.loads((tmp_path / "two" / "run.json").read_text())["new_tokens"] == 2
-    assert json.loads((tmp_path / "two" / "run.json").read_text())["decoding"]["new_tokens"] == 2
-
-
-@functools.cache
-def _scores():
     @jax.jit
-    def last(tokens, image_slots, pixels, place):
-        length = tokens.shape[1]
-        positions = jnp.arange(length, dtype=jnp.int32)[None]
-        hidden = model().hidden(ModelInputs(tokens, positions, jnp.full_like(tokens, length), image_slots, pixels))
-        return model().decoder.logits(hidden[0, place])
+    def last_logits(tokens, image_slots, pixels, last):
+        model, length = nnx.merge(graph, state), tokens.shape[1]
+        positions, ends = jnp.arange(length, dtype=jnp.int32)[None], jnp.full((1, length), length, jnp.int32)
+        hidden = model.hidden(ModelInputs(tokens, positions, ends, image_slots, pixels))
+        return model.decoder.logits(hidden[0, last])
 
-    return last
-
-
-def test_how_likely_yes_is(tmp_path):
-    """Among yes and no as the answer's first token: against a plain forward pass over one conversation."""
-    loaded = BenchmarkData([*mixed().questions[:2], *mixed().questions[3:5]], shown)
-    made = rows(run(tmp_path, loaded, Sure()))
-    found = [row["metadata"]["yes"] for row in made]
+    data = BenchmarkData([*mixed().questions[:2], *mixed().questions[3:5]], read_image)
+    written = rows(run(tmp_path, data, YesNo()))
+    probabilities = [row["metadata"]["yes"] for row in written]
     expected = []
-    for question in loaded.questions:
+    for question in data.questions:
         tokens = processor().encoder(Conversation(turns(f"{IMAGE}\n{question.text}")))
         pad = 96 - len(tokens)
-        logits = _scores()(
+        logits = last_logits(
             jnp.asarray([[*tokens.ids.tolist(), *[0] * pad]], jnp.int32),
             jnp.asarray([[*tokens.image_slots.tolist(), *[-1] * pad]], jnp.int32),
-            jnp.asarray(preprocess(decode(shown(question.image), "x"), 24)[None, None]),
+            jnp.asarray(preprocess(decode(read_image(question.image), "x"), 24)[None, None]),
             len(tokens) - 1,
         )
         yes, no = (float(np.exp(float(logits[token]))) for token in (YES, NO))
         expected.append(yes / (yes + no))
-    assert found == pytest.approx(expected, abs=5e-6)
-    assert len({round(value, 2) for value in found}) == 4
-    assert [row["text"] for row in made] == [row["text"] for row in rows(run(tmp_path / "plain", loaded))]
+    assert probabilities == pytest.approx(expected, abs=5e-6)
+    assert len({round(value, 2) for value in probabilities}) == 4
 
 
 REFLECTING = EngineShape(sequence_length=512, questions=4, batch_size=2)
-ONE_EACH = BenchmarkData(mixed().questions[:5], shown)
-"""One question a picture, and one about none: by hand and through the tree the programs are the same."""
 
 
 @pytest.fixture
 def short_rationales(monkeypatch):
-    monkeypatch.setattr(prediction, "RATIONALE_TOKENS", 9)
+    monkeypatch.setattr(predict_module, "RATIONALE_TOKENS", 9)
 
 
-def test_reflecting_is_the_same_conversation_by_hand(tmp_path, short_rationales):
-    ask = PredictOptions(Decoding(LONGEST), reflect=True)
-    made = rows(run(tmp_path, ONE_EACH, ask=ask, engine=engine(REFLECTING)))
-    opened = [(q.image, [f"{IMAGE}\n{q.text}" if q.image else q.text]) for q in ONE_EACH.questions]
+def test_reflection_is_one_conversation_and_resumes_after_any_stop(tmp_path, short_rationales, batches):
+    written = rows(run(tmp_path / "complete", ONE_EACH, options=REFLECT, engine=engine(REFLECTING)))
+    decoded = list(batches)
+    conversations = [(q.image, [f"{IMAGE}\n{q.text}" if q.image else q.text]) for q in ONE_EACH.questions]
 
     def answers(longest):
-        said = [(image, turns(*texts)) for image, texts in opened]
-        return by_hand(said, [longest] * len(said), REFLECTING)
+        opened = [(image, turns(*texts)) for image, texts in conversations]
+        return answered_alone(opened, [longest] * len(opened), REFLECTING)
 
     first = answers(LONGEST)
-    for (_, texts), text in zip(opened, first, strict=True):
+    for (_, texts), text in zip(conversations, first, strict=True):
         texts += [text, WHY]
-    why = answers(9)
-    for (_, texts), text, question in zip(opened, why, ONE_EACH.questions, strict=True):
+    rationales = answers(9)
+    for (_, texts), text, question in zip(conversations, rationales, ONE_EACH.questions, strict=True):
         texts += [text, f"With this in mind, answer the question once more. {question.text}"]
     last = answers(LONGEST)
-    assert [row["first_text"] for row in made] == first
-    assert [row["rationale"] for row in made] == why
-    assert [row["text"] for row in made] == last
+    assert [(row["first_text"], row["rationale"], row["text"]) for row in written] == list(
+        zip(first, rationales, last, strict=True)
+    )
     assert first != last, "nothing was revised: the stages could not be told apart"
-    assert max(map(len, why)) > LONGEST
+    assert max(map(len, rationales)) > LONGEST
+    batches.clear()
+    stops = run_with_stops(tmp_path / "cut", ONE_EACH, options=REFLECT, engine=engine(REFLECTING))
+    assert len(stops) == 3 + len(decoded)
+    assert same(tmp_path / "cut", tmp_path / "complete")
+    assert batches == decoded, "a batch was decoded twice, or left out"
 
 
-def test_reflecting_goes_on_after_any_stop(tmp_path, short_rationales, asked):
-    ask = PredictOptions(Decoding(LONGEST), reflect=True)
-    run(tmp_path / "whole", ONE_EACH, ask=ask, engine=engine(REFLECTING))
-    batches = list(asked)
-    asked.clear()
-    kept = stopped(tmp_path / "cut", ONE_EACH, ask=ask, engine=engine(REFLECTING))
-    assert len(kept) == 3 + len(batches)
-    assert same(tmp_path / "cut", tmp_path / "whole")
-    assert asked == batches, "a batch was asked twice, or left out"
-
-
-def test_there_is_no_reflecting_on_a_turn_of_a_conversation(tmp_path):
-    with pytest.raises(UserError, match="made: its questions are conversations"):
-        run(tmp_path / "out", ask=PredictOptions(Decoding(LONGEST), reflect=True))
+def test_reflection_needs_single_questions(tmp_path):
+    with pytest.raises(UserError, match="small"):
+        run(tmp_path / "out", options=REFLECT)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_models_answer_shows_no_picture(tmp_path, monkeypatch, short_rationales):
-    """An answer with the picture's marker in it is words to the next stage."""
-    real = Engine._answers
+def test_an_image_marker_in_an_answer_is_text(tmp_path, monkeypatch, short_rationales):
+    answers = Engine._answers
 
-    def says(self, *args):
-        return {n: dataclasses.replace(a, text=f"an {IMAGE} of {a.text}") for n, a in real(self, *args).items()}
+    def marked(self, *args):
+        return {n: dataclasses.replace(a, text=f"an {IMAGE} of {a.text}") for n, a in answers(self, *args).items()}
 
-    monkeypatch.setattr(Engine, "_answers", says)
-    ask = PredictOptions(Decoding(LONGEST), reflect=True)
-    made = rows(run(tmp_path, ONE_EACH, ask=ask, engine=engine(REFLECTING)))
-    assert all(row[name].startswith(f"an {IMAGE}") for row in made for name in ("first_text", "rationale", "text"))
+    monkeypatch.setattr(Engine, "_answers", marked)
+    written = rows(run(tmp_path, ONE_EACH, options=REFLECT, engine=engine(REFLECTING)))
+    assert all(row[name].startswith(f"an {IMAGE}") for row in written for name in ("first_text", "rationale", "text"))
 
 
-def test_prompts_are_written_whole(tmp_path):
+def test_complete_prompts_are_written(tmp_path):
     path = tmp_path / "deep" / "prompts.jsonl"
     dump_prompts(processor().encoder, mixed().questions, path)
-    made = rows(path)
-    assert [row["question_id"] for row in made] == [question.id for question in mixed().questions]
-    by_id = {row["question_id"]: row for row in made}
-    assert by_id[10] == {
-        "question_id": 10,
-        "image": "0.png",
-        "text": "Is it a?",
-        "prompt": f"USER: {IMAGE}\nIs it a? ASSISTANT:",
-    }
-    assert by_id["t/1"]["prompt"] == "USER: What is one? ASSISTANT:"
-    assert (
-        by_id["b/1"]["prompt"]
-        == f"USER: {IMAGE}\nIs it a? ASSISTANT: no</s>USER: And b? ASSISTANT: yes</s>USER: Why? ASSISTANT:"
-    )
+    written = {row["question_id"]: row for row in rows(path)}
+    assert list(written) == [question.id for question in mixed().questions]
+    prompt = f"USER: {IMAGE}\nIs it a? ASSISTANT:"
+    assert written[10] == {"question_id": 10, "image": "0.png", "text": "Is it a?", "prompt": prompt}
+    assert written["t/1"]["prompt"] == "USER: What is one? ASSISTANT:"
+    assert written["b/1"]["prompt"] == f"{prompt} no</s>USER: And b? ASSISTANT: yes</s>USER: Why? ASSISTANT:"
 
 
 class Stop(Exception):
     pass
 
 
-def stopped(out, *args, **more):
-    """Stops at every report of progress that is new, then runs to the end.
+def stop(*progress):
+    raise Stop
 
-    Returns:
-        What was raised, with all that hangs on it, as a debugger would keep it.
-    """
-    raised, known = [], set()
 
-    def stop(*said):
-        if said not in known:
-            known.add(said)
+def run_with_stops(out, *args, **more):
+    """Stop at every progress report that is new, then run to the end; return the exceptions, as a debugger keeps them."""
+    raised, seen = [], set()
+
+    def stop_once(*progress):
+        if progress not in seen:
+            seen.add(progress)
             raise Stop
 
     while True:
         try:
-            run(out, *args, on_progress=stop, **more)
+            run(out, *args, on_progress=stop_once, **more)
             return raised
         except Stop as error:
             raised.append(error)
 
 
-def test_a_run_that_was_stopped_anywhere_goes_on(whole, tmp_path, asked):
-    told = []
-    run(tmp_path / "told", on_progress=lambda *said: told.append(said))
-    batches = list(asked)
-    assert told[0] == ("answers", 0, 16)
-    assert told[-1] == ("answers", 16, 16)
-    assert [done for _, done, _ in told] == list(itertools.accumulate([0, *map(len, batches)]))
-    for after in range(1, len(told)):
-        out = tmp_path / str(after)
-        asked.clear()
-        calls = itertools.count()
-
-        def stop(*said, after=after, calls=calls):
-            if next(calls) == after:
-                raise Stop
-
-        with pytest.raises(Stop):
-            run(out, on_progress=stop)
-        assert not (out / "predictions.jsonl").exists()
-        run(out)
-        assert same(out, whole)
-        assert asked == batches, "a batch was asked twice, or left out"
-        run(out)  # all is there: nothing is asked
-        assert asked == batches
-        assert same(out, whole)
-
-
-def test_stopped_at_every_report(whole, tmp_path, asked):
-    kept = stopped(tmp_path / "cut")
-    assert len(kept) == 1 + len(asked)
-    assert same(tmp_path / "cut", whole)
+def test_a_stopped_run_resumes_and_a_finished_one_decodes_nothing(complete, tmp_path, batches):
+    progress = []
+    run(tmp_path / "whole", on_progress=lambda *report: progress.append(report))
+    decoded = list(batches)
+    counts = itertools.accumulate([0, *map(len, decoded)])
+    assert progress == [("answers", count, 16) for count in counts]
+    assert progress[-1] == ("answers", 16, 16)
+    batches.clear()
+    stops = run_with_stops(tmp_path / "cut")
+    assert len(stops) == len(progress)
+    assert batches == decoded, "a batch was decoded twice, or left out"
+    for _ in range(2):
+        assert same(tmp_path / "cut", complete)
+        run(tmp_path / "cut")
+    assert batches == decoded
     gc.collect()
     assert jax.sharding.get_mesh().empty, "a stopped run leaves its mesh behind"
 
 
-def cut_half(lines):
-    return b"".join(lines[:7]) + lines[7][:-9]
-
-
 BROKEN = {
     "nothing": (lambda lines: b"", 0),
-    "half a line": (cut_half, 6),
+    "half a line": (lambda lines: b"".join(lines[:7]) + lines[7][:-9], 6),
     "no end of line": (lambda lines: b"".join(lines)[:-1], 11),
     "half a batch": (lambda lines: b"".join(lines[:4]), 2),
     "a broken line in the middle": (lambda lines: b"".join([*lines[:8], b"{\x00\x00\n", *lines[9:]]), 6),
     "a line of another form": (lambda lines: b"".join([*lines[:3], b'{"number": 3}\n', *lines[3:]]), 2),
     "lines in another order": (lambda lines: b"".join([*lines[:2], *lines[2:][::-1]]), 2),
-    "not a number": (lambda lines: b"".join([b"[]\n", *lines]), 0),
-    "more than there is": (lambda lines: b"".join([*lines, lines[0]]), 16),
+    "not an object": (lambda lines: b"".join([b"[]\n", *lines]), 0),
+    "too many lines": (lambda lines: b"".join([*lines, lines[0]]), 16),
 }
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-def test_what_is_broken_is_cut(begun, whole, asked, kind):
-    """The answers of whole batches before it are kept, the rest is asked again."""
+def test_a_broken_answer_log_is_cut_behind_its_complete_batches(unfinished, complete, batches, kind):
     change, kept = BROKEN[kind]
-    path = begun / ".answers.jsonl"
+    path = unfinished / ".answers.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
     assert len(lines) == 16
     path.write_bytes(change(lines))
-    run(begun)
-    assert same(begun, whole)
-    assert sum(map(len, asked)) == 16 - kept
+    run(unfinished)
+    assert same(unfinished, complete)
+    assert sum(map(len, batches)) == 16 - kept
     assert path.read_bytes() == b"".join(lines)
 
 
-def other_questions(change):
+def changed_question(**change):
     questions = list(mixed().questions)
     questions[3] = dataclasses.replace(questions[3], **change)
-    return {"loaded": dataclasses.replace(mixed(), questions=questions)}
+    return {"data": dataclasses.replace(mixed(), questions=questions)}
 
 
-OTHERS = {
-    "identity": (lambda: {"identity": {"decoder": "abd"}}, "identity"),
-    "adapter": (lambda: {"identity": {"decoder": "abc", "adapter": "runs/one"}}, "identity"),
+def options(*args, **more):
+    return {"options": PredictOptions(Decoding(*args, **more))}
+
+
+OTHER_RUNS = {
+    "weights": (lambda: {"checksums": {"decoder": "abd"}}, "checksums"),
+    "adapter": (lambda: {"checksums": {"decoder": "abc", "adapter": "runs/one"}}, "checksums"),
     "name": (lambda: {"model": "small"}, "model"),
-    "benchmark": (lambda: {"benchmark": Sure()}, "benchmark"),
-    "text": (lambda: other_questions({"text": "Is it z?"}), "content"),
-    "picture": (lambda: other_questions({"image": "4.png"}), "content"),
-    "before": (lambda: other_questions({"before": (("a", "b"),)}), "content"),
-    "fewer": (lambda: {"ask": PredictOptions(Decoding(LONGEST), limit=3)}, "questions, content"),
-    "version": (lambda: {"loaded": dataclasses.replace(mixed(), protocol={"version": "2"})}, "protocol"),
-    "drawn": (lambda: {"ask": PredictOptions(Decoding(LONGEST, temperature=1.0))}, "decoding"),
-    "beams": (lambda: {"ask": PredictOptions(Decoding(LONGEST, beams=3))}, "decoding"),
-    "contrast": (lambda: {"ask": PredictOptions(Decoding(LONGEST, contrast="image"))}, "decoding"),
-    "shorter": (lambda: {"ask": PredictOptions(Decoding(5))}, "decoding, new_tokens"),
-    "reflect": (lambda: {"ask": PredictOptions(Decoding(LONGEST), reflect=True), "loaded": ONE_EACH}, "reflect"),
+    "benchmark": (lambda: {"benchmark": YesNo()}, "benchmark"),
+    "text": (lambda: changed_question(text="Is it z?"), "content"),
+    "image": (lambda: changed_question(image="4.png"), "content"),
+    "history": (lambda: changed_question(history=(("a", "b"),)), "content"),
+    "fewer": (lambda: {"options": PredictOptions(Decoding(LONGEST), limit=3)}, "questions, content"),
+    "version": (lambda: {"data": dataclasses.replace(mixed(), protocol={"version": "2"})}, "protocol"),
+    "sampled": (lambda: options(LONGEST, temperature=1.0), "decoding"),
+    "beams": (lambda: options(LONGEST, beams=3), "decoding"),
+    "contrast": (lambda: options(LONGEST, contrast="image"), "decoding"),
+    "shorter": (lambda: options(5), "decoding, max_new_tokens"),
+    "reflect": (lambda: {"options": REFLECT, "data": ONE_EACH}, "reflect"),
     "template": (lambda: {"engine": Engine(model(), processor().override("plain"), SHAPE)}, "template"),
-    "dtype": (lambda: {"engine": Engine(half(), processor(), SHAPE)}, "dtype"),
+    "dtype": (lambda: {"engine": Engine(model(dtype=jnp.bfloat16), processor(), SHAPE)}, "dtype"),
 }
 
 
-@pytest.mark.parametrize("kind", OTHERS)
+@pytest.mark.parametrize("kind", OTHER_RUNS)
 @pytest.mark.filterwarnings("ignore:template")
-def test_another_runs_folder_is_refused_by_name(begun, asked, kind):
-    before = {path.name: path.read_bytes() for path in begun.iterdir()}
-    make, named = OTHERS[kind]
-    with pytest.raises(UserError) as caught:
-        run(begun, **make())
-    said = str(caught.value)
-    assert said.startswith(f"{begun}: holds answers of another run (")
-    assert named in said
-    assert "\n" not in said
-    assert asked == []
-    assert {path.name: path.read_bytes() for path in begun.iterdir()} == before
+def test_the_folder_of_another_run_is_refused(unfinished, batches, kind):
+    before = {path.name: path.read_bytes() for path in unfinished.iterdir()}
+    build, named = OTHER_RUNS[kind]
+    with pytest.raises(UserError, match=rf"{unfinished}.*{named}") as caught:
+        run(unfinished, **build())
+    assert "\n" not in str(caught.value)
+    assert batches == []
+    assert {path.name: path.read_bytes() for path in unfinished.iterdir()} == before
 
 
-def test_a_broken_record_is_named(begun):
-    for content in ('{"benchmark": ', "[]", ""):
-        (begun / "run.json").write_text(content)
-        with pytest.raises(UserError, match=r"run\.json: is broken"):
-            run(begun)
+@pytest.mark.parametrize("content", ['{"benchmark": ', "[]", "", '{"recipe": {}}'])
+def test_a_broken_record_is_reported(unfinished, content):
+    (unfinished / "run.json").write_text(content)
+    with pytest.raises(UserError, match=str(unfinished)):
+        run(unfinished)
 
 
-def test_answers_without_their_record_are_nobodys(begun, tmp_path, asked):
-    """`rm OUT/*` takes the record and leaves what begins with a dot: another model must not inherit it."""
-    (begun / "run.json").unlink()
-    (begun / "predictions.jsonl").write_text("somebody's")
-    with pytest.raises(UserError, match=r"holds a predictions\.jsonl that no run here wrote"):
-        run(begun)
-    assert (begun / "predictions.jsonl").read_text() == "somebody's"
-    (begun / "predictions.jsonl").unlink()
-    other = Engine(VisionLanguageModel(tiny.CONFIG, rngs=nnx.Rngs(5)), processor(), SHAPE)
+def test_answers_without_a_record_are_not_used(unfinished, tmp_path, batches):
+    """`rm OUT/*` removes the record but not the hidden files: another model must not inherit their answers."""
+    (unfinished / "run.json").unlink()
+    (unfinished / PREDICTIONS).write_text("somebody's")
+    with pytest.raises(UserError, match=str(unfinished)):
+        run(unfinished)
+    assert (unfinished / PREDICTIONS).read_text() == "somebody's"
+    (unfinished / PREDICTIONS).unlink()
+    other = {"engine": Engine(model(5), processor(), SHAPE), "checksums": {"decoder": "other"}}
     with pytest.raises(Stop):
-        run(begun, engine=other, checksums={"decoder": "other"}, on_progress=_raise)
-    run(begun, engine=other, checksums={"decoder": "other"})
-    run(tmp_path / "fresh", engine=other, checksums={"decoder": "other"})
-    assert sum(map(len, asked)) == 32
-    assert same(begun, tmp_path / "fresh")
+        run(unfinished, **other, on_progress=stop)
+    run(unfinished, **other)
+    run(tmp_path / "fresh", **other)
+    assert sum(map(len, batches)) == 32
+    assert same(unfinished, tmp_path / "fresh")
 
 
-def _raise(*said):
-    raise Stop
-
-
-class _Full:
+class _FullDisk:
     """A file on a disk that is full after some writes."""
 
     def __init__(self, file, writes):
@@ -537,101 +483,69 @@ class _Full:
         self._file.close()
 
 
-@pytest.mark.parametrize("writes", [0, 1, 3])
-@pytest.mark.parametrize("name", [".answers.jsonl", ".predictions.jsonl.part"])
-def test_a_write_that_finds_no_room_is_one_line(whole, tmp_path, monkeypatch, name, writes):
+@pytest.mark.parametrize(
+    ("name", "writes"),
+    [(".answers.jsonl", 0), (".answers.jsonl", 3), (".predictions.jsonl.part", 0), (".predictions.jsonl.part", 3)],
+)
+def test_a_full_disk_is_reported_and_the_run_resumes(complete, tmp_path, monkeypatch, name, writes):
     out, real = tmp_path / "out", Path.open
 
-    def opened(self, *args, **more):
+    def limited(self, *args, **more):
         file = real(self, *args, **more)
-        return _Full(file, writes) if self.name == name else file
+        return _FullDisk(file, writes) if self.name == name else file
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "open", opened)
-        with pytest.raises(UserError, match=r"cannot be written \(No space left on device\); run again") as caught:
+        patch.setattr(Path, "open", limited)
+        with pytest.raises(UserError, match=rf"{out}.*No space left on device") as caught:
             run(out)
-    assert str(caught.value).count("\n") == 0
-    assert not (out / "predictions.jsonl").exists()
+    assert "\n" not in str(caught.value)
+    assert not (out / PREDICTIONS).exists()
     run(out)
-    assert same(out, whole)
+    assert same(out, complete)
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 64 kilobytes."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("mounting needs rights that are not here")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
-
-
-@pytest.mark.parametrize("room", [0, 4096, 8192])
-def test_a_full_disk_is_one_line_and_the_run_goes_on(small_disk, whole, room, asked):
-    """With room for nothing, for the record, for some answers: pages are 4 kB."""
-    loaded = many(60)
-    wanted = run(small_disk.parent / "whole", loaded).read_bytes()
-    batches = list(asked)
-    asked.clear()
-    ballast = small_disk / "ballast"
-    with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
-        for _ in range(64 * 1024 // 4096 - room // 4096):
-            file.write(bytes(4096))
-    with pytest.raises(UserError, match=r"cannot be written \(No space left on device\)"):
-        run(small_disk / "out", loaded)
-    assert not (small_disk / "out" / "predictions.jsonl").exists()
-    before = len(asked)
-    assert bool(before) == (room > 0)
-    ballast.unlink()
-    assert run(small_disk / "out", loaded).read_bytes() == wanted
-    assert len(asked) <= len(batches) + 1  # the batch that found no room is asked again
-
-
-def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
+def test_a_folder_that_cannot_be_created_is_reported(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(UserError, match=str(tmp_path / "file" / "out")):
         run(tmp_path / "file" / "out")
 
 
-def test_a_picture_that_is_missing_or_broken_is_named(tmp_path):
-    def gone(name):
-        raise BenchmarkError(f"picture {name}: not there")
+def test_a_missing_or_broken_image_is_named(tmp_path):
+    def missing(name):
+        raise BenchmarkError(f"{name}: no such image")
 
-    with pytest.raises(BenchmarkError, match=r"picture 0\.png: not there"):
-        run(tmp_path / "gone", BenchmarkData(many(2).questions, gone))
+    with pytest.raises(BenchmarkError, match=r"^0\.png"):
+        run(tmp_path / "missing", BenchmarkData(many(2).questions, missing))
     with pytest.raises(UserError, match=r"0\.png"):
-        run(tmp_path / "broken", BenchmarkData(many(2).questions, lambda name: b"no picture"))
+        run(tmp_path / "broken", BenchmarkData(many(2).questions, lambda name: b"not an image"))
 
 
-def test_pictures_are_read_when_their_turn_comes(tmp_path):
+def test_images_are_read_when_they_are_needed(tmp_path):
     """Each once, and only a few batches ahead of the answers; those that are answered are not read again."""
-    loaded, opened = many(60), []
-    ahead = []
+    names, ahead = [], []
 
     def read(name):
-        opened.append(name)
-        return shown(name)
+        names.append(name)
+        return read_image(name)
 
-    def look(stage, done, total):
-        ahead.append(len(opened) - done // 2)
+    def on_progress(stage, done, total):
+        ahead.append(len(names) - done // 2)
         if done >= 80:
             raise Stop
 
-    loaded = dataclasses.replace(loaded, read_image=read)
+    data = dataclasses.replace(many(60), read_image=read)
     with pytest.raises(Stop):
-        run(tmp_path, loaded, on_progress=look)
+        run(tmp_path, data, on_progress=on_progress)
     assert ahead[0] == 0
     assert max(ahead) <= 5 * SHAPE.batch_size
-    assert sorted(opened, key=lambda name: int(name[:-4])) == [f"{n}.png" for n in range(len(opened))]
-    before = len(opened)
-    run(tmp_path, loaded)
-    assert opened[before:] == [f"{n}.png" for n in range(40, 60)]
+    assert sorted(names, key=lambda name: int(name[:-4])) == [f"{n}.png" for n in range(len(names))]
+    before = len(names)
+    run(tmp_path, data)
+    assert names[before:] == [f"{n}.png" for n in range(40, 60)]
 
 
 def start(out, *words, processes=1, devices=1):
-    """Runs of this module, as processes of their own."""
+    """Start this module in processes of their own."""
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
@@ -646,14 +560,14 @@ def start(out, *words, processes=1, devices=1):
     return started
 
 
-def end(children, out, seconds=500):
-    """Waits for all; on a failure shows what they said."""
+def wait(children, out, seconds=500):
+    """Wait for all processes; on a failure show their output."""
     try:
         codes = [child.wait(timeout=seconds) for child in children]
     finally:
         kill(children)
-    said = "\n".join(path.read_text()[-3000:] for path in sorted(out.parent.glob(f"{out.name}.*.log")))
-    assert codes == [0] * len(codes), said
+    output = "\n".join(path.read_text()[-3000:] for path in sorted(out.parent.glob(f"{out.name}.*.log")))
+    assert codes == [0] * len(codes), output
 
 
 def kill(children):
@@ -669,13 +583,9 @@ def size(path):
 
 
 def killed(out, kills, seed, *words, processes=1):
-    """Kills at random moments after a few more bytes are there, then lets the run end.
-
-    Returns:
-        How many bytes of answers each kill left.
-    """
-    draw, left, path = random.Random(seed), [], out / ".answers.jsonl"
-    while len(left) < kills:
+    """Kill processes at random moments, each after some more bytes of answers, then let the run end."""
+    draw, path = random.Random(seed), out / ".answers.jsonl"
+    for _ in range(kills):
         before = size(path)
         children = start(out, "--pause", 0.02, *words, processes=processes)
         until = time.monotonic() + 200
@@ -686,28 +596,26 @@ def killed(out, kills, seed, *words, processes=1):
         alive = children[0].poll() is None
         kill(children)
         assert alive, out.with_name(f"{out.name}.0.log").read_text()[-3000:]
-        left.append(size(path))
     assert not (out / "predictions.jsonl").exists()
-    end(start(out, *words, processes=processes), out)
-    return left
+    wait(start(out, *words, processes=processes), out)
 
 
-def test_a_kill_changes_nothing(tmp_path):
-    run(tmp_path / "whole", many(PICTURES))
+def test_a_kill_does_not_change_the_answers(tmp_path):
+    run(tmp_path / "whole", many(IMAGE_COUNT))
     killed(tmp_path / "cut", 1, 7)
     assert same(tmp_path / "cut", tmp_path / "whole")
 
 
 @pytest.mark.slow
-def test_twelve_kills_change_nothing(tmp_path):
-    run(tmp_path / "whole", many(PICTURES))
+def test_twelve_kills_do_not_change_the_answers(tmp_path):
+    run(tmp_path / "whole", many(IMAGE_COUNT))
     for seed in range(3):
         killed(tmp_path / f"cut{seed}", 4, seed)
         assert same(tmp_path / f"cut{seed}", tmp_path / "whole")
 
 
 def alike(one, other):
-    """The same answers; chances may differ in the last digit, for rows are computed in other company."""
+    """Compare answers; probabilities may differ in the last digit, for sequences are computed in other batches."""
     mine, theirs = rows(one / "predictions.jsonl"), rows(other / "predictions.jsonl")
     chances = [[row["metadata"].pop("yes", 0.0) for row in some] for some in (mine, theirs)]
     assert chances[0] == pytest.approx(chances[1], abs=1e-5)
@@ -715,24 +623,24 @@ def alike(one, other):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["mixed", "sure", "reflect"])
+@pytest.mark.parametrize("kind", ["mixed", "yes-no", "reflect"])
 def test_two_processes_answer_as_one(tmp_path, kind):
-    end(start(tmp_path / "one", "--kind", kind), tmp_path / "one")
-    end(start(tmp_path / "two", "--kind", kind, "--mesh", 2, processes=2), tmp_path / "two")
+    wait(start(tmp_path / "one", "--kind", kind), tmp_path / "one")
+    wait(start(tmp_path / "two", "--kind", kind, "--mesh", 2, processes=2), tmp_path / "two")
     assert alike(tmp_path / "two", tmp_path / "one")
     assert not list(tmp_path.glob("two/.*.part"))
 
 
 @pytest.mark.slow
-def test_two_processes_that_are_killed_go_on(tmp_path):
-    end(start(tmp_path / "one"), tmp_path / "one")
+def test_two_killed_processes_resume(tmp_path):
+    wait(start(tmp_path / "one"), tmp_path / "one")
     killed(tmp_path / "two", 3, 3, "--mesh", 2, processes=2)
     assert alike(tmp_path / "two", tmp_path / "one")
 
 
 @pytest.mark.slow
-def test_what_stops_the_first_process_stops_all(tmp_path):
-    """A folder of another run: neither waits for the other."""
+def test_an_error_of_process_0_ends_all(tmp_path):
+    """In the folder of another run, neither process waits for the other."""
     out = tmp_path / "out"
     out.mkdir()
     (out / "run.json").write_text('{"benchmark": "another"}')
@@ -741,12 +649,12 @@ def test_what_stops_the_first_process_stops_all(tmp_path):
         assert all(child.wait(timeout=90) for child in children)
     finally:
         kill(children)
-    said = [(tmp_path / f"out.{number}.log").read_text() for number in range(2)]
-    assert "holds answers of another run" in said[0]
-    assert "the first process could not go on" in said[1]
+    output = [(tmp_path / f"out.{number}.log").read_text() for number in range(2)]
+    assert str(out) in output[0]
+    assert "process 0 failed" in output[1]
 
 
-PICTURES = 40
+IMAGE_COUNT = 24
 BOUND = 150
 """Megabytes that 90,000 further questions may take."""
 
@@ -757,21 +665,21 @@ def test_memory_does_not_grow_with_the_questions(tmp_path):
     found = {}
     for count in (10_000, 100_000):
         out = tmp_path / str(count)
-        end(start(out, "--kind", "memory", "--count", count), out)
-        told = json.loads(out.with_name(f"{count}.0.log").read_text().splitlines()[-1])
-        assert told["answers"] == count
-        assert told["opened"] == count // 10
-        assert told["alive"] <= 4 * 16
-        assert told["ahead"] <= 5 * 16
-        found[count] = told
+        wait(start(out, "--kind", "memory", "--count", count), out)
+        report = json.loads(out.with_name(f"{count}.0.log").read_text().splitlines()[-1])
+        assert report["answers"] == count
+        assert report["opened"] == count // 10
+        assert report["alive"] <= 4 * 16
+        assert report["ahead"] <= 5 * 16
+        found[count] = report
     print(found)
     few, many = found.values()
     assert many["peak"] - few["peak"] < BOUND
     assert many["last"] - few["last"] < BOUND  # the peak may be the compiler's
 
 
-class _Held(bytes):
-    """A picture's file that is counted while it is in memory."""
+class _CountedBytes(bytes):
+    """An image file that is counted while it is in memory."""
 
     alive = most = 0
 
@@ -786,30 +694,39 @@ class _Held(bytes):
 
 def _memory(out, count):
     """Ten questions a picture, over four tiny files; tells the peak of the resident memory in megabytes."""
-    encoded = [shown(f"{n}.png") for n in range(4)]
+    encoded = [read_image(f"{n}.png") for n in range(4)]
     opened, ahead = itertools.count(), []
     seen, last = 0, 0.0
 
     def read(name):
         nonlocal seen
         seen = next(opened) + 1
-        return _Held(encoded[int(name[:-4]) % 4])
+        return _CountedBytes(encoded[int(name[:-4]) % 4])
 
-    def look(stage, done, total):
+    def on_progress(stage, done, total):
         nonlocal last
         ahead.append(seen - done // 10)
         last = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
 
-    asked = [Question(n, f"{n // 10}.png", f"Is it {n:06}?", f"{n // 10}.png") for n in range(count)]
-    made = Engine(model(), processor(), EngineShape(sequence_length=512, questions=32, batch_size=16))
-    ask = PredictOptions(Decoding(2))
-    path = predict(made, Made(), BenchmarkData(asked, read), out, ask, model="tiny", checksums={}, on_progress=look)
+    questions = [Question(n, f"{n // 10}.png", f"Is it {n:06}?", f"{n // 10}.png") for n in range(count)]
+    engine = Engine(model(), processor(), EngineShape(sequence_length=512, questions=32, batch_size=16))
+    options = PredictOptions(Decoding(2))
+    path = predict(
+        engine,
+        Small(),
+        BenchmarkData(questions, read),
+        out,
+        options,
+        model="tiny",
+        checksums={},
+        on_progress=on_progress,
+    )
     with path.open() as file:
         answers = sum(1 for _ in file)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    told = {"answers": answers, "opened": seen, "alive": _Held.most, "ahead": max(ahead)}
-    told |= {"peak": round(peak), "last": round(last)}
-    print(json.dumps(told))
+    report = {"answers": answers, "opened": seen, "alive": _CountedBytes.most, "ahead": max(ahead)}
+    report |= {"peak": round(peak), "last": round(last)}
+    print(json.dumps(report))
 
 
 def _main():
@@ -826,13 +743,13 @@ def _main():
     join(args.distributed)
     if args.kind == "memory":
         return _memory(args.out, args.count)
-    prediction.RATIONALE_TOKENS = 9
+    predict_module.RATIONALE_TOKENS = 9
     shape = REFLECTING if args.kind == "reflect" else SHAPE
-    made = Engine(model(), processor(), shape, mesh=make_mesh(args.mesh))
-    loaded = {"many": many(PICTURES), "mixed": mixed(), "sure": many(7), "reflect": ONE_EACH}[args.kind]
-    ask = PredictOptions(Decoding(LONGEST), reflect=args.kind == "reflect")
-    benchmark = Sure() if args.kind == "sure" else Made()
-    return run(args.out, loaded, benchmark, ask, engine=made, on_progress=lambda *said: time.sleep(args.pause))
+    engine = Engine(model(), processor(), shape, mesh=make_mesh(args.mesh))
+    data = {"many": many(IMAGE_COUNT), "mixed": mixed(), "yes-no": many(7), "reflect": ONE_EACH}[args.kind]
+    options = REFLECT if args.kind == "reflect" else OPTIONS
+    benchmark = YesNo() if args.kind == "yes-no" else Small()
+    return run(args.out, data, benchmark, options, engine=engine, on_progress=lambda *report: time.sleep(args.pause))
 
 
 if __name__ == "__main__":
