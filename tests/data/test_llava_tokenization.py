@@ -239,7 +239,7 @@ slow = [HealthCheck.too_slow, HealthCheck.filter_too_much]
 
 
 @pytest.mark.parametrize(("template", "kind"), PAIRS)
-@settings(max_examples=60, suppress_health_check=slow)
+@settings(suppress_health_check=slow)
 @given(turns=dialogues().filter(markers_vanish))
 @example(turns=["Q", "A<unk>"])
 @example(turns=["Q<unk>", "A", "B", "C"])
@@ -256,7 +256,7 @@ def test_any_sample_and_prompt_is_the_originals(encoder, template, kind, turns):
 
 
 @pytest.mark.parametrize("kind", ["legacy", "modern"])
-@settings(max_examples=40, suppress_health_check=slow)
+@settings(max_examples=25, suppress_health_check=slow)
 @given(texts(TRAPS, 0), texts(TRAPS, 0))
 def test_any_caption_is_the_originals(encoder, kind, question, caption):
     check_sample(encoder, "plain", kind, [question + IMAGE, caption])

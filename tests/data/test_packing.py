@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import grain
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from reverie_jax.data.packing import (
@@ -68,7 +68,6 @@ def test_best_subset_takes_the_fewest_that_are_best():
 SHAPE = SequenceShape(length=30, images=3, edges=8, questions=4)
 
 
-@settings(max_examples=50)
 @given(st.lists(st.tuples(st.integers(1, 30), st.integers(0, 3), st.integers(0, 8), st.integers(0, 4)), max_size=14))
 def test_every_element_is_in_one_bin_and_no_budget_is_exceeded(sizes):
     bins = bin_pack([sized(*size) for size in sizes], SHAPE)
@@ -79,7 +78,6 @@ def test_every_element_is_in_one_bin_and_no_budget_is_exceeded(sizes):
         assert 0 < len(members) <= SHAPE.images
 
 
-@settings(max_examples=50)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=9), st.integers(1, 5))
 def test_each_sequence_is_filled_best_around_the_largest_remaining_tree(sizes, trees):
     remaining = set(range(len(sizes)))
@@ -230,7 +228,6 @@ def check_sequence(sequence: Batch, samples: list[Sample]) -> list[int]:
     return [number for number, *_ in trees]
 
 
-@settings(max_examples=40)
 @given(
     st.integers(1, 12), st.integers(0, 10**6), st.integers(2, 4), st.booleans(), st.sampled_from((1, 2, 5, 100, None))
 )

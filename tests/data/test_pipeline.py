@@ -215,16 +215,6 @@ def test_iterators_side_by_side_do_not_disturb_each_other(expected):
         iterator.close()
 
 
-@pytest.mark.slow
-def test_the_default_window_gives_the_same_with_any_hosts(monkeypatch):
-    for module in (packing, pipeline):
-        monkeypatch.setattr(module, "WINDOW", 1024)
-    (whole,) = take(batches(threads=2), 1)
-    assert equal(concatenate([take(batches(local=local(host, 2), threads=1), 1)[0] for host in range(2)]), whole)
-    for sequence in sequences_of(whole):
-        check_images(sequence)
-
-
 # Images.
 
 

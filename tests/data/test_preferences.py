@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from reverie_jax.data.conversation import Conversation, Turn
@@ -37,7 +37,6 @@ def test_corrections_are_those_of_rlhf_v(rejected, chosen, expected):
     assert corrections(rejected, chosen) == (expected, expected)
 
 
-@settings(max_examples=50)
 @given(st.lists(st.integers(0, 5), max_size=30), st.lists(st.integers(0, 5), max_size=30))
 def test_only_replacements_count(one, other):
     assert corrections(one, one) == ([], []) or 0 < len(one) < 3  # too short for a match that counts
@@ -102,7 +101,6 @@ def answer_pairs(draw: st.DrawFn) -> list[tuple[Tokens, Tokens]]:
     return pairs
 
 
-@settings(max_examples=60)
 @given(answer_pairs(), st.sampled_from([DPOConfig(), DPOConfig(gamma=5.0, average=True)]), st.integers(14, 30))
 def test_trees_hold_both_branches_of_each_pair_with_their_own_edges(pairs, config, room):
     sizes = {"tokens": room, "edges": room, "leaves": 6}

@@ -3,21 +3,18 @@
 import collections
 import dataclasses
 import itertools
-import json
 import re
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reverie_jax.data import sources
 from reverie_jax.data.conversation import IMAGE, Conversation, Turn
-from reverie_jax.data.sources import ReadLog
 from reverie_jax.data.sources.reverie import parse_rationale_prompt
 from reverie_jax.data.supervision import Supervision
 from reverie_jax.data.tokenization import Encoder
 from reverie_jax.data.tree import build_tree
-from tests.data.fakes import IMAGE_ID, WordTokenizer
+from tests.data.fakes import IMAGE_ID, WordTokenizer, llava_row, read_examples, write_json_rows
 
 KINDS = ("responses", "positive", "negative", "rationales")
 ANSWERS = ("once", "as-published")
@@ -107,7 +104,7 @@ def brute_force(conversations, kinds, repeat, answer_weight=1.0, rationale_weigh
     return collections.Counter({key: count for key, count in counts.items() if key[2] != 0})
 
 
-@settings(max_examples=200)
+@settings(max_examples=120)
 @given(
     plan=plans,
     weights=st.lists(st.sampled_from([0.0, 0.5, 1.0, 1.0, 2.0]), min_size=7, max_size=7),
@@ -154,7 +151,6 @@ def test_every_arm_keeps_answers_that_have_a_kind_but_no_rationale():
         assert Supervision(*arm, answer_weight=0.5)(record) == record
 
 
-@settings(max_examples=50)
 @given(plan=plans, kinds=st.sampled_from(KINDS), repeat=st.sampled_from(ANSWERS), prompts=st.sampled_from(PROMPTS[:3]))
 def test_arms_are_idempotent_and_narrower_arms_follow_wider_ones(plan, kinds, repeat, prompts):
     record, arm = build(plan), Supervision(kinds, repeat, prompts=prompts)
@@ -263,7 +259,6 @@ def test_prompts_quote_the_wrong_answer(prompts, wrong, form, rationale, questio
     assert positive == negative.replace(f"Explain why this answer is wrong: {quoted}.", "Explain why.", 1)
 
 
-@settings(max_examples=50)
 @given(plan=plans, prompts=st.sampled_from(PROMPTS), context=st.sampled_from(CONTEXTS))
 def test_prompts_change_only_the_requests_for_rationales(plan, prompts, context):
     record = build(plan)
@@ -309,11 +304,9 @@ def test_the_line_for_the_type_depends_on_the_question_and_its_answer():
 
 @pytest.mark.parametrize("arm", [Supervision("responses"), Supervision(prompts="bare")], ids=["responses", "bare"])
 def test_a_request_that_shows_the_image_again_can_be_cut_or_reworded(tmp_path, arm):
-    texts = [f"{IMAGE}\nQ?", "A.", f"Explain why. {IMAGE}", "So."]
-    turns = [{"from": ("human", "gpt")[n % 2], "value": text} for n, text in enumerate(texts)]
-    path = tmp_path / "a.jsonl"
-    path.write_text(json.dumps({"image": "a.png", "conversations": turns}))
-    (one,) = arm([example.conversation for example in sources.read(path, ReadLog())])
+    row = llava_row("a.png", f"{IMAGE}\nQ?", "A.", f"Explain why. {IMAGE}", "So.")
+    examples, _ = read_examples(write_json_rows(tmp_path / "a.jsonl", [row]))
+    (one,) = arm([example.conversation for example in examples])
     assert one.turns[1].text == "A."
 
 

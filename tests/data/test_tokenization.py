@@ -217,7 +217,7 @@ def bare(text: str) -> str:
 
 
 @pytest.mark.parametrize(("template", "kind"), PAIRS)
-@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
 @given(turns=dialogues())
 @example(turns=["What?", " A cat.", "And?", "\n\nA dog."])
 @example(turns=[f"{IMAGE}\nWhat?", "\nA cat."])

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from reverie_jax.data.tokenization import Tokens
@@ -107,7 +107,6 @@ def test_edges_have_the_sum_of_the_conversations_weights(drawn):
     assert sorted(result) == sorted(brute)
 
 
-@settings(max_examples=40)
 @given(conversations())
 def test_repeated_conversations_add_weight_but_no_node(drawn):
     once, twice = build_tree(drawn), build_tree([*drawn, *drawn])

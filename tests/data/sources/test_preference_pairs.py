@@ -19,7 +19,7 @@ from reverie_jax.data.preferences import find_pairs
 from reverie_jax.data.sources import ReadLog
 from reverie_jax.data.supervision import Supervision
 from reverie_jax.errors import DataError
-from tests.data.fakes import png
+from tests.data.fakes import png, read_examples, read_records, texts, write_json_rows
 
 TEXT = pyarrow.string()
 STORED_IMAGE = pyarrow.struct([("bytes", pyarrow.binary()), ("path", TEXT)])
@@ -42,7 +42,7 @@ RLAIF_V = pyarrow.schema(
 )
 
 
-def texts(number, **changes):
+def pair_texts(number, **changes):
     return {"question": f"Q{number}?", "chosen": f"good {number}", "rejected": f"bad {number}"} | changes
 
 
@@ -51,7 +51,7 @@ def rlhf(number, stored=None, values=None, **changes):
     row = {
         "ds_name": "RLHF-V",
         "image": {"bytes": png((number % 256, 0, 0)) if stored is None else stored, "path": f"{number}.jpg"},
-        "text": json.dumps(texts(number) if values is None else values),
+        "text": json.dumps(pair_texts(number) if values is None else values),
         "origin_dataset": "LLaVA-Instruct",
         "origin_split": json.dumps({"model": "LLaVA", "type": "question answering"}),
         "idx": number,
@@ -62,7 +62,7 @@ def rlhf(number, stored=None, values=None, **changes):
 
 def rlaif(number, stored=None, values=None, **changes):
     """A row of RLAIF-V: the texts in columns of their own."""
-    row = rlhf(number, stored) | (texts(number) if values is None else values)
+    row = rlhf(number, stored) | (pair_texts(number) if values is None else values)
     del row["text"]
     return row | {"ds_name": "RLAIF-V", "idx": str(number)} | changes
 
@@ -75,29 +75,6 @@ def with_file(row, name="a.png"):
 def write_parquet(path, rows, schema=RLHF_V, **options):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema), path, **options)
     return path
-
-
-def write_json(path, rows):
-    path.write_text("\n".join(map(json.dumps, rows)) if path.suffix == ".jsonl" else json.dumps(rows), "utf-8")
-    return path
-
-
-def read(path):
-    log = ReadLog()
-    return list(sources.read(path, log)), log
-
-
-def records_of(*paths, **options):
-    with read_mixture([MixtureEntry(file=path, **options) for path in paths], ReadLog()) as mixture:
-        return list(mixture)
-
-
-def texts_of(conversations):
-    return [[turn.text for turn in conversation.turns] for conversation in conversations]
-
-
-def read_texts(path):
-    return texts_of(one.conversation for one in read(path)[0])
 
 
 def expected(*numbers):
@@ -135,9 +112,9 @@ FORMATS = {
 def test_each_row_is_a_chosen_and_a_rejected_conversation_about_its_image(tmp_path, name, options):
     schema, row, changes = FORMATS[name]
     path = write_parquet(tmp_path / "a.parquet", [row(number, **changes) for number in range(3)], schema, **options)
-    examples, log = read(path)
+    examples, log = read_examples(path)
     assert log == ReadLog()
-    assert texts_of(one.conversation for one in examples) == expected(0, 1, 2)
+    assert texts(examples) == expected(0, 1, 2)
     assert [one.conversation.kind for one in examples] == ["chosen", "rejected"] * 3
     assert [one.conversation.images for one in examples] == [(0,)] * 6
     assert [one.encoded for one in examples[::2]] == [png((number, 0, 0)) for number in range(3)]
@@ -148,12 +125,12 @@ def test_each_row_is_a_chosen_and_a_rejected_conversation_about_its_image(tmp_pa
 @pytest.mark.parametrize(("name", "row"), [("a.json", rlhf), ("a.jsonl", rlaif)], ids=["rlhf-v", "rlaif-v"])
 def test_json_rows_name_their_images(tmp_path, images, name, row):
     named_in_object = row(2, image={"bytes": None, "path": "a.png"}, image_path=None)
-    path = write_json(tmp_path / name, [with_file(row(0)), with_file(row(1), "b.png"), named_in_object])
-    assert read(path)[1] == ReadLog()
-    first, second = records_of(path)
+    path = write_json_rows(tmp_path / name, [with_file(row(0)), with_file(row(1), "b.png"), named_in_object])
+    assert read_examples(path)[1] == ReadLog()
+    first, second = read_records(path)
     assert [first.id, second.id] == ["a.png", "b.png"]
     assert [first.image, second.image] == [png((9, 0, 0)), png((9, 1, 0))]
-    assert texts_of(first.conversations) == expected(0, 2)
+    assert [[turn.text for turn in one.turns] for one in first.conversations] == expected(0, 2)
 
 
 words = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=20).filter(
@@ -172,20 +149,22 @@ def test_no_text_is_changed_on_the_way(tmp_path_factory, drawn):
         write_parquet(
             folder / "rlaif.parquet", [rlaif(number, values=row) for number, row in enumerate(rows)], RLAIF_V
         ),
-        write_json(folder / "rlhf.jsonl", [with_file(rlhf(number, values=row)) for number, row in enumerate(rows)]),
+        write_json_rows(
+            folder / "rlhf.jsonl", [with_file(rlhf(number, values=row)) for number, row in enumerate(rows)]
+        ),
     ]
     for path in paths:
-        examples, log = read(path)
+        examples, log = read_examples(path)
         assert log.problems == []
-        assert texts_of(one.conversation for one in examples) == [
+        assert texts(examples) == [
             [f"{IMAGE}\n{question}", answer] for question, *answers in drawn for answer in answers
         ]
 
 
 @pytest.mark.parametrize("question", [f"{IMAGE}\nQ0?", f"Q0? {IMAGE}", f"{IMAGE}{IMAGE}Q0?"])
 def test_a_question_that_has_markers_shows_its_image_once(tmp_path, question):
-    path = write_parquet(tmp_path / "a.parquet", [rlhf(0, values=texts(0, question=question))])
-    assert [text.count(IMAGE) for text, _ in read_texts(path)] == [1, 1]
+    path = write_parquet(tmp_path / "a.parquet", [rlhf(0, values=pair_texts(0, question=question))])
+    assert [text.count(IMAGE) for text, _ in texts(read_examples(path)[0])] == [1, 1]
 
 
 # Pairs.
@@ -194,33 +173,35 @@ def test_a_question_that_has_markers_shows_its_image_once(tmp_path, question):
 @pytest.mark.parametrize("changes", [{}, {"idx": None}], ids=["idx", "no idx"])
 def test_the_sides_of_a_row_have_a_pair_of_their_own(tmp_path, changes):
     path = write_parquet(tmp_path / "a.parquet", [rlhf(number, png(), **changes) for number in range(5)])
-    conversations = [one.conversation for one in read(path)[0]]
+    conversations = [one.conversation for one in read_examples(path)[0]]
     assert len({one.pair for one in conversations} - {""}) == 5
-    assert [text for pair in find_pairs("r", conversations) for text in texts_of(pair)] == expected(*range(5))
+    assert [side.turns[1].text for pair in find_pairs("r", conversations) for side in pair] == [
+        f"{side} {number}" for number in range(5) for side in ("good", "bad")
+    ]
 
 
 def test_rows_of_one_image_are_one_record_in_a_file_and_over_files(tmp_path, images):
     shown = [0, 1, 0, 2, 1, 0]
     path = write_parquet(tmp_path / "a.parquet", [rlhf(n, png((7, color, 0))) for n, color in enumerate(shown)])
-    records = records_of(path)
+    records = read_records(path)
     assert [record.image for record in records] == [png((7, color, 0)) for color in (0, 1, 2)]
     for color, record in enumerate(records):
         numbers = [number for number, other in enumerate(shown) if other == color]
-        assert texts_of(record.conversations) == expected(*numbers)
+        assert [[turn.text for turn in one.turns] for one in record.conversations] == expected(*numbers)
         assert len(find_pairs(record.id, record.conversations)) == len(numbers)
     shards = [write_parquet(tmp_path / f"{number}.parquet", [rlhf(number, png())]) for number in range(2)]
     named = (
-        write_json(tmp_path / "1.json", [with_file(rlhf(0))]),
-        write_json(tmp_path / "2.json", [with_file(rlaif(7))]),
+        write_json_rows(tmp_path / "1.json", [with_file(rlhf(0))]),
+        write_json_rows(tmp_path / "2.json", [with_file(rlaif(7))]),
     )
     for paths in (shards, named):
-        (record,) = records_of(*paths)
+        (record,) = read_records(*paths)
         assert len(find_pairs(record.id, record.conversations)) == 2
 
 
-def test_different_images_of_one_name_are_records_of_their_own(tmp_path):
+def test_different_images_of_one_name_are_read_records_their_own(tmp_path):
     rows = [rlhf(number, png((number, 7, 7)), image_path="same.jpg") for number in range(3)]
-    records = records_of(write_parquet(tmp_path / "a.parquet", rows))
+    records = read_records(write_parquet(tmp_path / "a.parquet", rows))
     assert [record.image for record in records] == [png((number, 7, 7)) for number in range(3)]
     assert len({record.id for record in records}) == 3
 
@@ -228,15 +209,15 @@ def test_different_images_of_one_name_are_records_of_their_own(tmp_path):
 @pytest.mark.parametrize("cap", [2, 4, 6])
 def test_a_cap_keeps_or_drops_both_sides_whatever_the_order_of_rows(tmp_path, cap):
     rows = [rlhf(number, png(), idx=None) for number in range(10)]
-    (one,) = records_of(write_parquet(tmp_path / "one.parquet", rows), cap=cap)
-    (other,) = records_of(write_parquet(tmp_path / "other.parquet", rows[::-1]), cap=cap)
+    (one,) = read_records(MixtureEntry(file=write_parquet(tmp_path / "one.parquet", rows), cap=cap))
+    (other,) = read_records(MixtureEntry(file=write_parquet(tmp_path / "other.parquet", rows[::-1]), cap=cap))
     assert 2 * len(find_pairs(one.id, one.conversations)) == len(one.conversations)
     assert {talk.turns for talk in one.conversations} == {talk.turns for talk in other.conversations}
 
 
 def test_no_arm_supervises_the_rejected_side(tmp_path):
-    rows = [rlhf(0, png()), rlhf(1, png()), rlhf(2, png(), texts(2, rejected="good 0"))]
-    (record,) = records_of(write_parquet(tmp_path / "a.parquet", rows))
+    rows = [rlhf(0, png()), rlhf(1, png()), rlhf(2, png(), pair_texts(2, rejected="good 0"))]
+    (record,) = read_records(write_parquet(tmp_path / "a.parquet", rows))
     chosen = [one for one in record.conversations if one.kind == "chosen"]
     assert len(chosen) == 3
     for arm in itertools.product(
@@ -255,22 +236,22 @@ BROKEN = {
     "a number": rlhf(1, text="3"),
     "no text": rlhf(1, text=""),
     "nested too deep": rlhf(1, text='"rejected"'.rjust(100_000, "[")),
-    "equal but for space": rlhf(1, values=texts(1, rejected=" good 1\n")),
-    "empty chosen": rlhf(1, values=texts(1, chosen="")),
-    "blank rejected": rlhf(1, values=texts(1, rejected=" \n")),
-    "blank question": rlhf(1, values=texts(1, question="\t")),
+    "equal but for space": rlhf(1, values=pair_texts(1, rejected=" good 1\n")),
+    "empty chosen": rlhf(1, values=pair_texts(1, chosen="")),
+    "blank rejected": rlhf(1, values=pair_texts(1, rejected=" \n")),
+    "blank question": rlhf(1, values=pair_texts(1, question="\t")),
     "no rejected": rlhf(1, values={"question": "Q?", "chosen": "a"}),
-    "chosen is null": rlhf(1, values=texts(1, chosen=None)),
-    "chosen is a list": rlhf(1, values=texts(1, chosen=["a"])),
+    "chosen is null": rlhf(1, values=pair_texts(1, chosen=None)),
+    "chosen is a list": rlhf(1, values=pair_texts(1, chosen=["a"])),
     "no image": rlhf(1, **NO_IMAGE),
     "image without bytes or name": rlhf(1, image={"bytes": None, "path": None}, image_path=None),
     "image of no bytes": rlhf(1, image={"bytes": b"", "path": ""}, image_path=""),
-    "marker in chosen": rlhf(1, values=texts(1, chosen=f"see {IMAGE}")),
-    "marker in rejected": rlhf(1, values=texts(1, rejected=f"see {IMAGE}")),
-    "columns: equal": rlaif(1, values=texts(1, rejected="good 1")),
-    "columns: no chosen": rlaif(1, values=texts(1, chosen=None)),
-    "columns: blank rejected": rlaif(1, values=texts(1, rejected="  ")),
-    "columns: no question": rlaif(1, values=texts(1, question=None)),
+    "marker in chosen": rlhf(1, values=pair_texts(1, chosen=f"see {IMAGE}")),
+    "marker in rejected": rlhf(1, values=pair_texts(1, rejected=f"see {IMAGE}")),
+    "columns: equal": rlaif(1, values=pair_texts(1, rejected="good 1")),
+    "columns: no chosen": rlaif(1, values=pair_texts(1, chosen=None)),
+    "columns: blank rejected": rlaif(1, values=pair_texts(1, rejected="  ")),
+    "columns: no question": rlaif(1, values=pair_texts(1, question=None)),
     "columns: no image": rlaif(1, **NO_IMAGE),
 }
 
@@ -279,18 +260,18 @@ BROKEN = {
 def test_broken_rows_are_named_and_the_others_are_read(tmp_path, name):
     row, schema = (rlaif, RLAIF_V) if name.startswith("columns") else (rlhf, RLHF_V)
     path = write_parquet(tmp_path / "a.parquet", [row(0), BROKEN[name], row(2), BROKEN[name]], schema)
-    examples, log = read(path)
-    assert texts_of(one.conversation for one in examples) == expected(0, 2)
+    examples, log = read_examples(path)
+    assert texts(examples) == expected(0, 2)
     assert [where for where, _ in log.problems] == [f"{path}: row 1", f"{path}: row 3"]
     assert all(why and "\n" not in why for _, why in log.problems)
-    assert f"{path}: row 1" in error_of(records_of, path)
+    assert f"{path}: row 1" in error_of(read_records, path)
 
 
 @pytest.mark.parametrize("text", ['{"question": ', "", None], ids=repr)
 def test_a_broken_first_row_does_not_hide_the_format(tmp_path, text):
     path = write_parquet(tmp_path / "a.parquet", [rlhf(0, text=text), rlhf(1), rlhf(2)])
-    examples, log = read(path)
-    assert texts_of(one.conversation for one in examples) == expected(1, 2)
+    examples, log = read_examples(path)
+    assert texts(examples) == expected(1, 2)
     assert [where for where, _ in log.problems] == [f"{path}: row 0"]
 
 
@@ -303,8 +284,8 @@ JSON_ROWS = {
 
 @pytest.mark.parametrize("name", JSON_ROWS)
 def test_broken_json_rows_are_errors_that_name_row_or_folder(tmp_path, images, name):
-    path = write_json(tmp_path / "a.json", [with_file(rlhf(0)), JSON_ROWS[name]])
-    message = error_of(records_of, path)
+    path = write_json_rows(tmp_path / "a.json", [with_file(rlhf(0)), JSON_ROWS[name]])
+    message = error_of(read_records, path)
     assert (str(images) if name == "base64 as name" else f"{path}: row 1") in message
 
 
@@ -334,10 +315,10 @@ def test_check_decodes_every_stored_image_of_a_name(tmp_path):
 @pytest.mark.parametrize("name", ["../outside.png", "/etc/hostname", "x/../../outside.png"])
 def test_an_image_name_outside_the_folder_is_never_read(tmp_path, images, name):
     (tmp_path / "outside.png").write_bytes(png((1, 2, 3)))
-    (record,) = records_of(write_parquet(tmp_path / "a.parquet", [rlhf(0, png((4, 5, 6)), image_path=name)]))
+    (record,) = read_records(write_parquet(tmp_path / "a.parquet", [rlhf(0, png((4, 5, 6)), image_path=name)]))
     assert record.image == png((4, 5, 6))
     bare = rlhf(0, image={"bytes": None, "path": name}, image_path=name)
-    assert name in error_of(records_of, write_parquet(tmp_path / "b.parquet", [bare]))
+    assert name in error_of(read_records, write_parquet(tmp_path / "b.parquet", [bare]))
 
 
 # Damaged files.
@@ -350,15 +331,15 @@ def test_damaged_files_are_errors_that_name_them(tmp_path):
     first_page = content[:4] + b"\xff" * 4 + content[8:]
     for damaged in (*cut, b"PAR1", b"PAR1PAR1", b'[{"chosen": 1}]', first_page):
         path.write_bytes(damaged)
-        message = error_of(read, path)
+        message = error_of(read_examples, path)
         assert message.count(str(path)) == 1
         assert "JSON" not in message
     for offset in range(0, len(content) - 4, 83):
         path.write_bytes(content[:offset] + b"\xff" * 4 + content[offset + 4 :])
         with contextlib.suppress(DataError):  # another error, or one that is not caught, fails the test
-            read(path)
+            read_examples(path)
     write_parquet(path, [])
-    assert str(path) in error_of(read, path)
+    assert str(path) in error_of(read_examples, path)
 
 
 def test_reading_does_not_hold_all_images_in_memory(tmp_path):
