@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +195,11 @@ def answer_all(loaded: BenchmarkData, answer: str | Sequence[str] | Callable[[An
         return dict.fromkeys(ids(loaded), answer)
     texts = map(answer, loaded.questions) if callable(answer) else answer
     return dict(zip(ids(loaded), texts, strict=True))
+
+
+def by_answer(groups: Mapping[Any, Iterable[str]]) -> dict[str, Any]:
+    """Return results by answer, from answers grouped by their result."""
+    return {answer: result for result, answers in groups.items() for answer in answers}
 
 
 def headline(scored: Scored) -> float:

@@ -12,7 +12,7 @@ from reverie_jax.eval.benchmarks import amber_words, find_benchmark
 from reverie_jax.eval.benchmarks.amber import Amber
 from reverie_jax.eval.benchmarks.interface import BenchmarkData, BenchmarkError
 from tests.eval.benchmarks import makers as make
-from tests.eval.benchmarks.samples import answer_all, build, check, headline, ids, nouns, value
+from tests.eval.benchmarks.samples import answer_all, build, by_answer, check, headline, ids, nouns, value
 
 # As in the official file, the words that are needed here.
 RELATION = {
@@ -232,18 +232,16 @@ def test_yes_no_table_is_that_of_the_second_derivation(mixed):
         assert printed(scored, f"{name}/") == expected, name
 
 
-PARSED = {
-    "No": ("no", "no", "no"),
-    "Yes": ("yes", "yes", "yes"),
-    "no": ("", "no", "no"),
-    "No.": ("", "no", "no"),
-    "No, there is not.": ("", "no", "no"),
-    "NO": ("", "no", "no"),
-    "": ("", "", ""),
-    "There is NO dog": ("", "no", "no"),
-    "Nothing at all": ("", "no", ""),
-    "Oh no, yes": ("", "yes", ""),
-}
+PARSED = by_answer(
+    {
+        ("no", "no", "no"): ["No"],
+        ("yes", "yes", "yes"): ["Yes"],
+        ("", "no", "no"): ["no", "No.", "No, there is not.", "NO", "There is NO dog"],
+        ("", "", ""): [""],
+        ("", "no", ""): ["Nothing at all"],
+        ("", "yes", ""): ["Oh no, yes"],
+    }
+)
 
 
 @pytest.mark.parametrize("answer", PARSED, ids=repr)
@@ -290,6 +288,10 @@ def test_task_without_answers_is_left_out(tmp_path):
     scored = check(bench, loaded, {"4": "No"})
     assert scored.protocol["scored"] == ["yes/no"]
     assert shown(value(scored, "Accuracy")) == 99.9
+    scored = bench.score(loaded, {"1": "A cloud.", "4": "No"}, "vlmevalkit")
+    assert (scored.protocol["scored"], headline(scored)) == (["yes/no"], 100)
+    parsed = bench.score(loaded, {"1": "A cloud."}).parsed_answers[0]
+    assert bench.hallucinated(loaded, loaded.questions[0], "A cloud.", parsed) == ["cloud"]
     with pytest.raises(BenchmarkError, match="vlmevalkit"):
         bench.score(loaded, {"1": "A dog."}, "vlmevalkit")
 

@@ -310,6 +310,7 @@ def test_text_must_be_text_and_may_have_any_character(case, rows, path):
 
 
 def test_empty_and_missing_answer_files_are_errors(case, path):
+    assert case.bench.match_question({}, case.loaded) is None
     path.write_text("", "utf-8")
     for wrong in (path, path.with_name("none.jsonl"), path.parent):
         with pytest.raises(BenchmarkError) as error:
@@ -375,16 +376,6 @@ def test_score_is_sound_with_all_and_with_some_answers(cases, name, rule):
         for id in set(ids(loaded)) - set(answers):
             assert not by_id[id].right
         json.dumps(dict(scored.protocol))
-
-
-@pytest.mark.parametrize(("name", "rule"), RULES)
-def test_cluster_names_are_those_of_questions(cases, name, rule):
-    case = cases(name)
-    scored = case.bench.score(case.loaded, case.answers, rule, case.replies(case.answers, rule))
-    assert set(scored.clusters) <= set(case.loaded.clusters)
-    assert sum(parsed.right is not None or parsed.unparsed for parsed in scored.parsed_answers) or name.startswith(
-        "llava"
-    )
 
 
 # Judges.

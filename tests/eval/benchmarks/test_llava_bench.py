@@ -11,37 +11,25 @@ import pytest
 from reverie_jax.eval.benchmarks.interface import BenchmarkError
 from reverie_jax.eval.benchmarks.llava_bench import FAILED, first_two, scores
 from tests.eval.benchmarks.makers import IMAGE, llava_bench, llava_bench_coco, write_lines
-from tests.eval.benchmarks.samples import answer_all, check, headline, load, value
+from tests.eval.benchmarks.samples import answer_all, by_answer, check, headline, load, value
 
 KINDS = ("conv", "detail", "complex")
 
 # LLaVA: the first line, commas to spaces, split at each space: two numbers or nothing. lmms-eval: the first two numbers.
-PAIRS = {
-    "8 7": ((8, 7), (8, 7)),
-    "8 7\nBecause it is so: 9 1": ((8, 7), (8, 7)),
-    "8.5 7": ((8.5, 7), (8.5, 7)),
-    "8,7": ((8, 7), (8, 7)),
-    "10 10": ((10, 10), (10, 10)),
-    "8 7.": ((8, 7), (8, 7)),
-    "8 7\r\nBecause": ((8, 7), (8, 7)),
-    "8, 7": (FAILED, (8, 7)),
-    "8 7 ": (FAILED, (8, 7)),
-    " 8 7": (FAILED, (8, 7)),
-    "8  7": (FAILED, (8, 7)),
-    "\n8 7": (FAILED, (8, 7)),
-    "8\t7": (FAILED, (8, 7)),
-    "8/10 7/10": (FAILED, (8, 10)),
-    "8": (FAILED, FAILED),
-    "8 7 6": (FAILED, (8, 7)),
-    "8 and 7": (FAILED, (8, 7)),
-    "eight seven": (FAILED, FAILED),
-    "Scores: 8 7": (FAILED, (8, 7)),
-    "**8 7**": (FAILED, (8, 7)),
-    "[8 7]": (FAILED, (8, 7)),
-    "Assistant 1: 8 Assistant 2: 7": (FAILED, (1, 8)),
-    "Assistant 1: 8\nAssistant 2: 7": (FAILED, (1, 8)),
-    "": (FAILED, FAILED),
-}
+PAIRS = by_answer(
+    {
+        ((8, 7), (8, 7)): ["8 7", "8 7\nBecause it is so: 9 1", "8,7", "8 7.", "8 7\r\nBecause"],
+        ((8.5, 7), (8.5, 7)): ["8.5 7"],
+        ((10, 10), (10, 10)): ["10 10"],
+        (FAILED, (8, 7)): [
+            *("8, 7", "8 7 ", " 8 7", "8  7", "\n8 7", "8\t7", "8 7 6", "8 and 7", "Scores: 8 7", "**8 7**"),
+            "[8 7]",
+        ],
+        (FAILED, (8, 10)): ["8/10 7/10"],
+        (FAILED, FAILED): ["8", "eight seven", ""],
+        (FAILED, (1, 8)): ["Assistant 1: 8 Assistant 2: 7", "Assistant 1: 8\nAssistant 2: 7"],
+    }
+)
 
 
 def test_first_line_is_parsed_as_llava_and_as_lmms_eval():

@@ -109,7 +109,7 @@ ONE = rotations(4, "What?", CARS, "B", passes=1)
         ([{**ONE[0], "image": ""}], MMBENCH),
         ([{**ONE[0], "image": "7"}], MMBENCH),
         ([], MMBENCH),
-        ([{"index": "1"}], ["index", "question\tA\tB\timage\n1"]),
+        ([{"index": "1"}], ["index", "question\tA\tB\timage\n1"]),  # fewer cells than columns
     ],
 )
 def test_invalid_table_is_named(tmp_path, rows, columns):

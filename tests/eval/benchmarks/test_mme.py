@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from reverie_jax.eval.benchmarks.interface import BenchmarkError
 from reverie_jax.eval.benchmarks.mme import COGNITION, PERCEPTION
 from tests.eval.benchmarks.makers import SHORT, mme, shade
-from tests.eval.benchmarks.samples import answer_all, check, find_question, headline, load, yes_no_pair
+from tests.eval.benchmarks.samples import answer_all, by_answer, check, find_question, headline, load, yes_no_pair
 
 YES_NO = "Please answer yes or no."
 
@@ -72,38 +72,21 @@ def test_last_line_may_lack_its_end_and_three_lines_are_an_error(data):
 
 
 # What the official tool, lmms-eval and VLMEvalKit parse; "" is neither.
-PARSED = {
-    "Yes": ("yes", "yes", "yes"),
-    "No": ("no", "no", "no"),
-    "yes.": ("yes", "yes", "yes"),
-    "NO!": ("no", "no", "no"),
-    " Yes": ("yes", "yes", "yes"),
-    "  No": ("no", "no", "no"),
-    "   No": ("", "no", "no"),
-    "   Yes": ("", "yes", "yes"),
-    "Not sure": ("no", "no", ""),
-    "None": ("no", "no", ""),
-    "Know": ("no", "no", ""),
-    "Eyes": ("yes", "yes", ""),
-    "Yesterday": ("yes", "yes", ""),
-    "The answer is yes": ("", "", "yes"),
-    "It is no.": ("", "", "no"),
-    "1. No": ("", "no", "no"),
-    "1. Yes": ("", "", "yes"),
-    "y": ("", "yes", ""),
-    "N.": ("", "no", ""),
-    "N/A": ("", "", ""),
-    "": ("", "", ""),
-    "(No)": ("no", "no", "no"),
-    "**Yes**": ("", "", ""),
-    "Yes and no": ("yes", "yes", ""),
-    "No, yes": ("no", "no", ""),
-    "Yes\nbecause it is": ("yes", "yes", "yes"),
-    "S\u00ed": ("", "", ""),
-    "\u662f": ("", "", ""),
-    "Nein": ("", "", ""),
-    "Non": ("no", "no", ""),
-}
+PARSED = by_answer(
+    {
+        ("yes", "yes", "yes"): ["Yes", "yes.", " Yes", "Yes\nbecause it is"],
+        ("no", "no", "no"): ["No", "NO!", "  No", "(No)"],
+        ("", "no", "no"): ["   No", "1. No"],
+        ("", "yes", "yes"): ["   Yes"],
+        ("no", "no", ""): ["Not sure", "None", "Know", "No, yes", "Non"],
+        ("yes", "yes", ""): ["Eyes", "Yesterday", "Yes and no"],
+        ("", "", "yes"): ["The answer is yes", "1. Yes"],
+        ("", "", "no"): ["It is no."],
+        ("", "yes", ""): ["y"],
+        ("", "no", ""): ["N."],
+        ("", "", ""): ["N/A", "", "**Yes**", "S\xed", "\u662f", "Nein"],
+    }
+)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from reverie_jax.eval.benchmarks.interface import BenchmarkError
 from reverie_jax.eval.benchmarks.scienceqa import official
 from tests.eval.benchmarks.makers import LETTER, problem, scienceqa, shade, write_json
-from tests.eval.benchmarks.samples import answer_all, check, headline, ids, load, value
+from tests.eval.benchmarks.samples import answer_all, by_answer, check, headline, ids, load, value
 
 PROBLEMS = {
     "11": problem("Which is iron?", ["wood", "iron", "glass"], 1, hint="Look at the ring."),
@@ -59,44 +59,25 @@ def test_invalid_split_is_named(tmp_path, test):
 
 
 # What LLaVA parses, and what lmms-eval parses, for a question with five choices.
-PARSED = {
-    "A": ("A", "A"),
-    "E": ("E", "E"),
-    "F": ("", ""),
-    "b": ("", "B"),
-    " B": ("", "B"),
-    "B\n": ("", "B"),
-    "B.": ("", "B"),
-    "B. ": ("B", "B"),
-    "B. iron": ("B", "B"),
-    "B. iron\nand more": ("B", "B"),
-    "B.iron": ("", "B"),
-    "b. iron": ("", ""),
-    "F. iron": ("", "F"),
-    "BB. iron": ("", ""),
-    "(B)": ("", ""),
-    "B)": ("", ""),
-    "**B**": ("", ""),
-    "iron": ("", ""),
-    "": ("", ""),
-    "Answer: B": ("", ""),
-    "The answer is B.": ("B", ""),
-    "The answer is B": ("", ""),
-    "The answer is B\n": ("", ""),
-    "The answer is B!": ("B", ""),
-    "The answer is B, since it is iron": ("B", ""),
-    "The answer is Basalt.": ("B", ""),
-    "the answer is B.": ("", ""),
-    "The answer is b.": ("", ""),
-    "The answer is (B).": ("", ""),
-    "So it is iron. The answer is B.": ("B", ""),
-    "The answer is B. The answer is C.": ("", ""),
-    "The answer is B. The answer is B.": ("", ""),
-    "A. wood. The answer is B.": ("A", "A"),
-    "The correct answer is B.": ("", ""),
-    "\u7b54\u6848\u662fB": ("", ""),
-    "Die Antwort ist B.": ("", ""),
-}
+PARSED = by_answer(
+    {
+        ("A", "A"): ["A", "A. wood. The answer is B."],
+        ("E", "E"): ["E"],
+        ("", ""): [
+            *("F", "b. iron", "BB. iron", "(B)", "B)", "**B**", "iron", "", "Answer: B", "The answer is B"),
+            *("The answer is B\n", "the answer is B.", "The answer is b.", "The answer is (B)."),
+            *("The answer is B. The answer is C.", "The answer is B. The answer is B."),
+            *("The correct answer is B.", "\u7b54\u6848\u662fB", "Die Antwort ist B."),
+        ],
+        ("", "B"): ["b", " B", "B\n", "B.", "B.iron"],
+        ("B", "B"): ["B. ", "B. iron", "B. iron\nand more"],
+        ("", "F"): ["F. iron"],
+        ("B", ""): [
+            *("The answer is B.", "The answer is B!", "The answer is B, since it is iron"),
+            *("The answer is Basalt.", "So it is iron. The answer is B."),
+        ],
+    }
+)
 
 
 @pytest.fixture(scope="module")

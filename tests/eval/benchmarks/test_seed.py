@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from reverie_jax.eval.score import score
 from tests.eval.benchmarks.makers import LETTER, SEED_TYPES, seed, seed_question, shade, write_lines
-from tests.eval.benchmarks.samples import answer_all, check, headline, ids, load
+from tests.eval.benchmarks.samples import answer_all, by_answer, check, headline, ids, load
 
 QUESTIONS = [
     seed_question("101669", 1, "A", text="Where is it?"),
@@ -60,24 +60,14 @@ def test_clips_without_frames_count_only_where_they_are_answered(tmp_path):
 
 
 # What LLaVA's script, and lmms-eval, parse.
-PARSED = {
-    "A": ("A", "A"),
-    "a": ("", "A"),
-    "A.": ("", "A"),
-    "A. One": ("", "A"),
-    "AB": ("", "A"),
-    "An owl": ("", "A"),
-    "apple": ("", "A"),
-    " A": ("", "A"),
-    "(A)": ("", ""),
-    "**A**": ("", ""),
-    "The answer is A": ("", ""),
-    "One": ("", ""),
-    "B": ("B", "B"),
-    "E": ("", ""),
-    "": ("", ""),
-    "\u7b54 A": ("", ""),
-}
+PARSED = by_answer(
+    {
+        ("A", "A"): ["A"],
+        ("", "A"): ["a", "A.", "A. One", "AB", "An owl", "apple", " A"],
+        ("", ""): ["(A)", "**A**", "The answer is A", "One", "E", "", "\u7b54 A"],
+        ("B", "B"): ["B"],
+    }
+)
 
 
 @pytest.mark.parametrize("answer", PARSED, ids=repr)

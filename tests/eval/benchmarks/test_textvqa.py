@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from reverie_jax.eval.benchmarks import answer_files
 from reverie_jax.eval.benchmarks.interface import BenchmarkData, BenchmarkError, Question
-from reverie_jax.eval.benchmarks.textvqa import TextVqa, soft_accuracy
+from reverie_jax.eval.benchmarks.textvqa import TextVqa, question_in, soft_accuracy
 from reverie_jax.eval.benchmarks.vqa_normalization import normalize
 from tests.eval.benchmarks.makers import SHORT, answer_row, textvqa, textvqa_row, write_json, write_lines
 from tests.eval.benchmarks.samples import answer_all, check, headline, ids, load
@@ -70,6 +70,21 @@ def test_rows_of_llava_are_matched_by_image_and_prompt(sample, tmp_path):
     for wrong in ([*rows, rows[3]], rows[:3], [*rows[:3], other], ours):
         with pytest.raises(BenchmarkError, match=r"a\.jsonl"):
             read(wrong)
+
+
+LAYOUTS = [
+    "OCR tokens: a, b. Question: What Is it? Short answer:",
+    "<image>\nWhat is it?\nReference OCR token: a\nSo.",
+    "Reference OCR token: a\nWhat is it?\nSo.",
+    "What is it?\nSo.",
+]
+
+
+def test_question_is_found_in_every_layout_of_llava():
+    assert {question_in(prompt) for prompt in LAYOUTS} == {"what is it?"}
+    for prompt in ("What is it?", "OCR tokens: a", "What\nis\nit?"):
+        with pytest.raises(ValueError, match=prompt[:3]):
+            question_in(prompt)
 
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
