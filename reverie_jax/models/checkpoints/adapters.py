@@ -115,8 +115,8 @@ def attach_adapter(
     factors, projector_names = _group_tensors(path, tensors, model)
     if adapter.format == "llava-lora":
         projector_names = {}  # its projector is in a file of its own
-    brings_projector = adapter.format == "llava-lora" or bool(projector_names)
-    _check_recorded_base(model, path, brings_projector=brings_projector)
+    has_projector = adapter.format == "llava-lora" or bool(projector_names)
+    _check_recorded_base(model, path, has_projector=has_projector)
     layers = dict(lora.linears(model))
     _check_shapes(path, tensors, factors, layers, settings["r"])
     arrays: dict[str, AnyArray] = {}
@@ -254,14 +254,14 @@ def _set_projector(model: VisionLanguageModel, path: Path, arrays: dict[str, Any
         lora.assign(variable, value)
 
 
-def _check_recorded_base(model: VisionLanguageModel, folder: Path, *, brings_projector: bool) -> None:
+def _check_recorded_base(model: VisionLanguageModel, folder: Path, *, has_projector: bool) -> None:
     path = folder / METADATA_FILE
     if not path.exists():
         return
     recorded = read_json(path).get("base")
     if not isinstance(recorded, dict):
         raise CheckpointError(f"{path}: base must be an object of checksums, not {recorded!r}")
-    check_base(base_checksums(model), recorded, str(folder), ignore=("projector",) if brings_projector else ())
+    check_base(base_checksums(model), recorded, str(folder), ignore=("projector",) if has_projector else ())
 
 
 def check_base(actual: Checksums, recorded: Checksums, source: str, *, ignore: Sequence[str] = ()) -> None:
