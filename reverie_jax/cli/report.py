@@ -9,6 +9,7 @@ from typing import Annotated
 from tyro.conf import Positional
 
 from reverie_jax.cli import common
+from reverie_jax.files import atomic_write
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,7 +32,5 @@ class Report:
         from reverie_jax.eval.report import page
 
         html = page.render(page.read_runs(self.runs), data=self.data, images=self.images, count=self.count)
-        with common.writing(self.out):
-            self.out.parent.mkdir(parents=True, exist_ok=True)
-            self.out.write_text(html, "utf-8")
+        atomic_write(self.out, html)
         print(self.out)

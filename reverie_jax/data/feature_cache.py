@@ -53,7 +53,9 @@ class FeatureCache(Sequence[np.ndarray]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[number] for number in range(*index.indices(len(self)))]
-        return np.frombuffer(self._source[index], self.dtype).reshape(-1, self.shape[1])
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        return np.frombuffer(self._source[index % len(self)], self.dtype).reshape(-1, self.shape[1])
 
     def __repr__(self) -> str:
         return f"FeatureCache({self._length} records)"

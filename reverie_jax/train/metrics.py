@@ -20,6 +20,7 @@ from rich.console import Console
 from tensorboardX import SummaryWriter
 
 from reverie_jax.errors import UserError
+from reverie_jax.files import atomic_write
 from reverie_jax.progress import ProgressBars
 
 _log = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ class MetricsLog:
         self._folder = folder
         path = folder / "metrics.jsonl"
         lines = [line for line in _complete_lines(path) if json.loads(line)["step"] <= resumed]
-        path.write_text("".join(line + "\n" for line in lines), "utf-8")
+        atomic_write(path, "".join(line + "\n" for line in lines))
         self._file, self._unwritten = path.open("ab", buffering=0), b""
         self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed + 1 if resumed else None)
         self._bars, self._label, self._total = ProgressBars(console=console), label, total
@@ -88,9 +89,9 @@ class MetricsLog:
         path = self._folder / "validation.jsonl"
         lines = [line for line in _complete_lines(path) if json.loads(line)["step"] < step]
         try:
-            path.write_text("".join(line + "\n" for line in [*lines, json.dumps({"step": step, **values})]), "utf-8")
-        except OSError as error:
-            _log.error("step %d: validation.jsonl cannot be written (%s)", step, error.strerror)
+            atomic_write(path, "".join(line + "\n" for line in [*lines, json.dumps({"step": step, **values})]))
+        except UserError as error:
+            _log.error("step %d: %s", step, error)
         for name, value in values.items():
             self._tensorboard.add_scalar(name, value, step)
 

@@ -179,13 +179,11 @@ def with_images(loaded: BenchmarkData, images: Path | None) -> BenchmarkData:
 
 def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     """Write rows as JSON lines and return the path; the folder is created."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    files.atomic_write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return path
 
 
 def write_json(path: Path, content: Any, indent: int | None = None) -> Path:
     """Write JSON and return the path; the folder is created."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, ensure_ascii=False, indent=indent) + "\n", "utf-8")
+    files.atomic_write(path, json.dumps(content, ensure_ascii=False, indent=indent) + "\n")
     return path
