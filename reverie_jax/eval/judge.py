@@ -2,8 +2,8 @@
 
 Hosted models are asked through `hosted`, as for annotation: the same names, keys, limits and budget, and a journal in the
 output folder that keeps each paid reply, so that no run asks for it again. A request is identified by the benchmark, the
-question, a digest of its text, and the model. A local model can judge too, as `local:CHECKPOINT`; the caller runs it, and only
-its replies are kept.
+question, a digest of its text, and the model. A local model can judge too, as `local:CHECKPOINT`; the caller runs it, and
+only its replies are kept.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ class Score:
         inputs.write_lines(path, rows)
 
 
-def _round(value: float) -> float:
+def _round(value: float | np.floating[Any]) -> float:
     return round(float(value), 6)
 
 
@@ -204,8 +204,8 @@ def compare(ours: Score, theirs: Score, *, draws: int = statistics.DRAWS) -> dic
     ids = [[str(parsed.id) for parsed in one.scored.parsed_answers] for one in (ours, theirs)]
     if (ours.benchmark, ours.rule) != (theirs.benchmark, theirs.rule) or ids[0] != ids[1]:
         raise UserError(
-            f"{ours.benchmark} by {ours.rule} cannot be compared with {theirs.benchmark} by {theirs.rule}: questions and rule "
-            "must be the same"
+            f"{ours.benchmark} by {ours.rule} cannot be compared with {theirs.benchmark} by {theirs.rule}: questions and "
+            "rule must be the same"
         )
     if list(ours.scored.clusters) != list(theirs.scored.clusters) or list(ours.metrics) != list(theirs.metrics):
         raise UserError(f"{ours.benchmark} by {ours.rule}: the two files are counted in different clusters")

@@ -127,7 +127,7 @@ def gallery(folder: Path, predictions: Mapping[str, Path], *, count: int = 9) ->
             return scoring.check_rationale(scene, text).correct
         if kind == "description":
             return not scoring.description_counts([scene], [text])[0, scoring.HALLUCINATED]
-        return pope.says_yes(text) == truth[question.text, question.image]
+        return pope.says_yes(text) == truth[question.text, question.cluster]
 
     cards = []
     for image in sorted(sorted(graphs, key=lambda image: -disagreement(image))[:count], key=list(graphs).index):
@@ -169,7 +169,12 @@ def render(result: Mapping[str, Any], curves: Mapping[str, Any], cards: Sequence
                 for metric in ("accuracy", "precision", "recall", "yes_ratio")
             ],
             differences=[
-                (name.replace("_", " "), LABELS[metric], interval(estimate), verdict(*estimate["ci95"], clusters))
+                (
+                    name.replace("_", " "),
+                    LABELS[metric],
+                    interval(estimate),
+                    verdict(estimate["ci95"][0], estimate["ci95"][1], clusters),
+                )
                 for name, metrics in result["differences"].items()
                 for metric, estimate in metrics.items()
             ],

@@ -600,14 +600,8 @@ def killed(out, kills, seed, *words, processes=1):
     wait(start(out, *words, processes=processes), out)
 
 
-def test_a_kill_does_not_change_the_answers(tmp_path):
-    run(tmp_path / "whole", many(IMAGE_COUNT))
-    killed(tmp_path / "cut", 1, 7)
-    assert same(tmp_path / "cut", tmp_path / "whole")
-
-
 @pytest.mark.slow
-def test_twelve_kills_do_not_change_the_answers(tmp_path):
+def test_kills_do_not_change_the_answers(tmp_path):
     run(tmp_path / "whole", many(IMAGE_COUNT))
     for seed in range(3):
         killed(tmp_path / f"cut{seed}", 4, seed)
@@ -654,14 +648,14 @@ def test_an_error_of_process_0_ends_all(tmp_path):
     assert "process 0 failed" in output[1]
 
 
-IMAGE_COUNT = 24
+IMAGE_COUNT = 40
 BOUND = 150
 """Megabytes that 90,000 further questions may take."""
 
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_questions(tmp_path):
-    """100,000 questions about 10,000 pictures against 10,000 about 1,000: a real tiny model, in processes of their own."""
+    """100,000 questions about 10,000 images against 10,000 about 1,000, in processes of their own."""
     found = {}
     for count in (10_000, 100_000):
         out = tmp_path / str(count)

@@ -94,8 +94,8 @@ def rescore(
         differs = [key for key, value in scores[run].metrics.items() if not _equal(value, metrics.get(key))]
         if differs or scores[run].items != stored[run]["items"]:
             notes.append(
-                f"{run}: scores.json does not match its answers ({', '.join(differs[:3]) or 'questions'} differ); the answers "
-                "have changed, or the files in --data are of another version"
+                f"{run}: scores.json does not match its answers ({', '.join(differs[:3]) or 'questions'} differ); "
+                "the answers have changed, or the files in --data are of another version"
             )
     return RescoredRun(benchmark, questions, scores, paths, rows, notes)
 
@@ -135,7 +135,7 @@ def differences(rescored: RescoredRun, first: str) -> tuple[dict[str, dict[str, 
 
 
 def rules(rescored: RescoredRun) -> list[dict[str, Any]]:
-    """Return, by run, its headline by every rule that needs no judge, and how far every two of them agree on who is right."""
+    """Return, by run, its headline by every rule that needs no judge, and how far every two rules agree on who is right."""
     results = []
     benchmark = rescored.benchmark
     names = [rule for rule in benchmark.rules if rule not in benchmark.judged_rules]

@@ -187,7 +187,8 @@ def _differences(runs: Sequence[Run], rescored: RescoredRun) -> dict[str, Any]:
     whole, _ = metric_groups(runs, name)
     pairs = []
     for run, comparison in comparisons.items():
-        main, rest = [], []
+        main: list[dict[str, Any]] = []
+        rest: list[dict[str, Any]] = []
         for metric, estimate in comparison["differences"].items():
             low, high = estimate["ci95"]
             cell = {

@@ -88,8 +88,8 @@ def published_table(runs: Sequence[Run], names: Sequence[str]) -> dict[str, Any]
         metrics = {metric for run in comparable for metric in run.results[name].scores["metrics"]}
         for metric in dict.fromkeys(score.metric for score in published if score.metric in metrics):
             row = metric_row(comparable, name, metric)
-            models = {score.model: score for score in published if score.metric == metric}
-            columns.append({"benchmark": name, "models": models, **row, "cells": {c["run"]: c for c in row["cells"]}})
+            others = {score.model: score for score in published if score.metric == metric}
+            columns.append({"benchmark": name, "models": others, **row, "cells": {c["run"]: c for c in row["cells"]}})
     models_with_scores = {model for column in columns for model in column["models"]}
     models = list(dict.fromkeys(score.model for score in SCORES if score.model in models_with_scores))
     used = {score.source for column in columns for score in column["models"].values()}
