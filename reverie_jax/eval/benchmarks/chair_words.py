@@ -132,11 +132,7 @@ PHRASES = (
 _ANIMALS = ("bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe", "animal", "cub")
 _VEHICLES = ("jet", "train")
 
-_MORE = {
-    "person": ("brother", "pedestrian"),
-    "dining table": ("coffee table",),
-    "remote": ("remote control",),
-}
+_MORE = {"person": ("brother", "pedestrian"), "dining table": ("coffee table",), "remote": ("remote control",)}
 """Synonyms that Object HalBench adds to CHAIR's."""
 
 _ABBREVIATIONS = (

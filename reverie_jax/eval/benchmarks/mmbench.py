@@ -334,10 +334,7 @@ def _groups(firsts: Sequence[Question]) -> list[tuple[str, str]]:
 
 def _metrics(table: CountTable, groups: Sequence[tuple[str, str]]) -> dict[str, Statistic]:
     """Return accuracies in percent, groups by VLMEvalKit's names; there is no mean over groups."""
-    metrics = {
-        "accuracy": table.ratio("hits", "questions", 100),
-        "first_pass": table.ratio("first", "questions", 100),
-    }
+    metrics = {"accuracy": table.ratio("hits", "questions", 100), "first_pass": table.ratio("first", "questions", 100)}
     for group, name in groups:
         title = f"{_ABILITIES.get(name, name)}/accuracy"
         metrics[title] = table.ratio(f"{group}={name}/hits", f"{group}={name}/questions", 100)

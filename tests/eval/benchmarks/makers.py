@@ -125,17 +125,8 @@ def rotations(
     image = base64.b64encode(encoded(index, "JPEG")).decode()
     for step in range(len(options) if passes is None else passes):
         turned = [*options[step:], *options[:step]]
-        row = {
-            "index": index + step * 1_000_000,
-            "question": question,
-            "hint": hint,
-            "answer": "ABCD"[(right - step) % len(options)],
-            "category": category,
-            "image": image,
-            "source": "test",
-            "l2-category": level,
-            "split": split,
-        }
+        row = {"index": index + step * 1_000_000, "question": question, "hint": hint, "image": image, "split": split}
+        row |= {"answer": "ABCD"[(right - step) % len(options)], "category": category, "l2-category": level}
         rows.append(row | dict(zip("ABCD", turned, strict=False)))
     return rows
 
@@ -152,22 +143,8 @@ def problem(
     split: str = "test",
 ) -> dict[str, Any]:
     """One of ScienceQA's problems."""
-    return {
-        "question": question,
-        "choices": list(choices),
-        "answer": answer,
-        "hint": hint,
-        "image": image,
-        "task": "closed choice",
-        "grade": grade,
-        "subject": subject,
-        "topic": "physics",
-        "category": "Materials",
-        "skill": "Compare",
-        "lecture": "",
-        "solution": "",
-        "split": split,
-    }
+    row = {"question": question, "choices": list(choices), "answer": answer, "hint": hint, "image": image}
+    return row | {"grade": grade, "subject": subject, "split": split, "lecture": "", "solution": ""}
 
 
 def scienceqa(folder: Path, problems: Mapping[str, Mapping[str, Any]], **splits: Sequence[str]) -> Path:
@@ -180,43 +157,27 @@ def scienceqa(folder: Path, problems: Mapping[str, Mapping[str, Any]], **splits:
     return folder
 
 
-SEED_TYPES = {
-    "Scene Understanding": 1,
-    "Instance Identity": 2,
-    "Instance Attributes": 3,
-    "Instance Location": 4,
-    "Instance Counting": 5,
-    "Spatial Relation": 6,
-    "Instance Interaction": 7,
-    "Visual Reasoning": 8,
-    "Text Recognition": 9,
-    "Action Recognition": 10,
-    "Action Prediction": 11,
-    "Procedure Understanding": 12,
-}
+_TYPES = (
+    *("Scene Understanding", "Instance Identity", "Instance Attributes", "Instance Location", "Instance Counting"),
+    *("Spatial Relation", "Instance Interaction", "Visual Reasoning", "Text Recognition", "Action Recognition"),
+    *("Action Prediction", "Procedure Understanding"),
+)
+SEED_TYPES = {name: number for number, name in enumerate(_TYPES, 1)}
 
 
 def seed_question(
     id: str, kind: int, answer: str, *, text: str = "What is it?", data: str | None = None
 ) -> dict[str, Any]:
     """One of SEED-Bench's questions: of an image for kinds 1 to 9, of a video from 10."""
-    row = {
-        "answer": answer,
-        "choice_a": "One",
-        "choice_b": "Two",
-        "choice_c": "Three",
-        "choice_d": "Four",
-        "data_id": data or (f"{id}_img" if kind < 10 else f"{id}.webm"),
-        "data_type": "image" if kind < 10 else "video",
-        "question": text,
-        "question_id": id,
-        "question_type_id": kind,
-    }
-    return row if kind < 10 else {**row, "segment": [0.0, 4.0]}
+    row = {"answer": answer, "question": text, "question_id": id, "question_type_id": kind}
+    row |= {f"choice_{letter}": choice for letter, choice in zip("abcd", ("One", "Two", "Three", "Four"), strict=True)}
+    if kind < 10:
+        return row | {"data_id": data or f"{id}_img", "data_type": "image"}
+    return row | {"data_id": data or f"{id}.webm", "data_type": "video", "segment": [0.0, 4.0]}
 
 
 def seed(folder: Path, questions: Sequence[Mapping[str, Any]]) -> Path:
-    """SEED-Bench's file, with pictures where LLaVA keeps them."""
+    """SEED-Bench's file, with images where LLaVA keeps them."""
     write_json(folder / "SEED-Bench.json", {"questions": list(questions), "question_type": SEED_TYPES})
     for number, row in enumerate(questions):
         if row["data_type"] == "image":
@@ -261,20 +222,11 @@ def coco(folder: Path, images: Mapping[int, tuple[Sequence[str], Sequence[str]]]
         found = segments if split == "val" else [(990001, "kite")]
         references = captions if split == "val" else [(990001, "A kite.")]
         rows = [
-            {
-                "id": number,
-                "image_id": image,
-                "category_id": CATEGORY[name],
-                "bbox": [0, 0, 1, 1],
-                "area": 1,
-                "iscrowd": 0,
-            }
+            {"id": number, "image_id": image, "category_id": CATEGORY[name], "bbox": [0, 0, 1, 1], "iscrowd": 0}
             for number, (image, name) in enumerate(found)
         ]
-        write_json(
-            folder / f"instances_{split}2014.json",
-            {**head, "images": shown, "annotations": rows, "categories": categories},
-        )
+        content = {**head, "images": shown, "annotations": rows, "categories": categories}
+        write_json(folder / f"instances_{split}2014.json", content)
         texts = [{"id": number, "image_id": image, "caption": text} for number, (image, text) in enumerate(references)]
         write_json(folder / f"captions_{split}2014.json", {**head, "images": shown, "annotations": texts})
     return folder
@@ -308,19 +260,9 @@ def llava_bench(folder: Path, counts: Mapping[str, int] | None = None) -> Path:
     ]
     write_lines(folder / "questions.jsonl", rows)
     shown = list(dict.fromkeys(images))
-    write_lines(
-        folder / "context.jsonl",
-        [{"id": image[:-4], "image": image, "caption": f"Seen in {image}."} for image in shown],
-    )
-    references = [
-        {
-            "question_id": row["question_id"],
-            "text": f"Reference {row['question_id']}.",
-            "answer_id": f"a{row['question_id']}",
-        }
-        | {"prompt": row["text"], "model_id": "gpt-4", "metadata": {}}
-        for row in rows
-    ]
+    contexts = [{"id": image[:-4], "image": image, "caption": f"Seen in {image}."} for image in shown]
+    write_lines(folder / "context.jsonl", contexts)
+    references = [answer_row(n, f"Question {n}?", f"Reference {n}.", model_id="gpt-4") for n in range(len(rows))]
     write_lines(folder / "answers_gpt4.jsonl", references)
     for image in shown:
         (folder / "images").mkdir(exist_ok=True)
@@ -329,7 +271,7 @@ def llava_bench(folder: Path, counts: Mapping[str, int] | None = None) -> Path:
 
 
 def mm_vet(folder: Path, capabilities: Sequence[Sequence[str]]) -> Path:
-    """MM-Vet's `mm-vet.json` and pictures, one question a list of capabilities."""
+    """MM-Vet's `mm-vet.json` and images, one question for each list of capabilities."""
     rows = {
         f"v1_{number}": {
             "imagename": f"v1_{number}.png",
@@ -353,13 +295,8 @@ def gavie(folder: Path) -> Path:
         "2331": [{"caption": "a red kite", "bbox": [11, 12, 13, 14]}, {"caption": "the sky", "bbox": [0, 0, 400, 300]}],
         "77": [{"caption": "a man", "bbox": [5, 6, 7, 8]}],
     }
-    questions = [
-        ("2331", "What is at [11, 12]?"),
-        ("2331", "Describe the sky."),
-        ("77", "Who is it?"),
-        ("77", "Is it a man?"),
-        ("2331", "Is there a dog?"),
-    ]
+    questions = [("2331", "What is at [11, 12]?"), ("2331", "Describe the sky."), ("77", "Who is it?")]
+    questions += [("77", "Is it a man?"), ("2331", "Is there a dog?")]
     write_json(folder / "evaluation_set.json", [{"image_id": image, "question": text} for image, text in questions])
     write_json(folder / "vg_annotation.json", regions)
     for image in regions:
@@ -381,15 +318,11 @@ def amber(
     marks += [{"type": kind, "truth": truth} for kind, truth in yes_no]
     marks = [{"id": number, **row} for number, row in enumerate(marks, 1)]
     queries = [
-        {
-            "id": row["id"],
-            "image": f"AMBER_{1 + (row['id'] - 1) % max(len(generative), 2)}.jpg",
-            "query": "Describe this image."
-            if row["type"] == "generative"
-            else f"Is number {row['id']} there in this image?",
-        }
-        for row in marks
+        {"id": row["id"], "image": f"AMBER_{1 + (row['id'] - 1) % max(len(generative), 2)}.jpg"} for row in marks
     ]
+    for row, query in zip(marks, queries, strict=True):
+        generated = row["type"] == "generative"
+        query["query"] = "Describe this image." if generated else f"Is number {row['id']} there in this image?"
     write_json(folder / "query" / "query_all.json", queries)
     few = len(generative)
     write_json(folder / "query" / "query_generative.json", queries[:few])
@@ -397,27 +330,14 @@ def amber(
     write_json(folder / "annotations.json", marks)
     write_json(folder / "relation.json", more.get("relation", {}))
     (folder / "safe_words.txt").write_text("\n".join(more.get("safe", ["light"])), "utf-8")
-    names = [
-        name + end
-        for name in ("chair", "safe_cover", "hallu_cover", "qa_correct")
-        for end in ("_num=0.001", "_score=0")
-    ]
-    (folder / "metrics.txt").write_text("\n".join(names), "utf-8")
     return folder
 
 
 def gqa_question(image: str, text: str, answer: str, kind: str = "query", meaning: str = "attr") -> dict[str, Any]:
     """One of GQA's questions, with the fields that the loader ignores."""
-    return {
-        "question": text,
-        "imageId": image,
-        "isBalanced": True,
-        "answer": answer,
-        "types": {"detailed": "colorAttr", "semantic": meaning, "structural": kind},
-        "semantic": [{"operation": "select", "dependencies": [], "argument": "table (1)"}],
-        "groups": {"global": "color", "local": "04-table_color"},
-        "fullAnswer": f"It is {answer}.",
-    }
+    types = {"detailed": "colorAttr", "semantic": meaning, "structural": kind}
+    row = {"question": text, "imageId": image, "isBalanced": True, "answer": answer, "types": types}
+    return row | {"semantic": [{"operation": "select", "dependencies": []}], "groups": {"global": "color"}}
 
 
 def gqa(folder: Path, questions: Mapping[str, Mapping[str, Any]]) -> Path:
@@ -432,34 +352,20 @@ def hallusion_row(
 ) -> dict[str, Any]:
     """One of HallusionBench's rows: all values are text."""
     name = f"{category} {sub} set {set_id} figure {figure} question {question}"
-    row = {
-        "category": category,
-        "subcategory": sub,
-        "visual_input": str(visual),
-        "set_id": str(set_id),
-        "figure_id": str(figure),
-        "sample_note": "note",
-        "question_id": str(question),
-        "question": f"Is {name} right?",
-        "gt_answer_details": f"It is {'so' if truth else 'not so'}: {name}.",
-        "gt_answer": str(truth),
-        "filename": None if visual == 0 else f"./{category}/{sub}/{set_id}_{figure}.png",
-    }
-    return {**row, **more}
+    row = {"category": category, "subcategory": sub, "sample_note": "note", "question": f"Is {name} right?"}
+    row |= {"visual_input": str(visual), "set_id": str(set_id), "figure_id": str(figure), "question_id": str(question)}
+    row |= {"gt_answer": str(truth), "gt_answer_details": f"It is {'so' if truth else 'not so'}: {name}."}
+    return row | {"filename": None if visual == 0 else f"./{category}/{sub}/{set_id}_{figure}.png"} | more
 
 
 HALLUSION = [
-    hallusion_row("VD", "ocr", 1, 0, 0, 0, 1),
-    hallusion_row("VD", "ocr", 1, 0, 0, 1, 0),
-    hallusion_row("VD", "ocr", 2, 0, 1, 0, 0),
-    hallusion_row("VD", "ocr", 2, 0, 1, 1, 1),
-    hallusion_row("VS", "ocr", 0, 0, 0, 0, 1),
-    hallusion_row("VS", "ocr", 0, 0, 0, 1, 0),
-    hallusion_row("VS", "ocr", 1, 0, 1, 0, 1),
-    hallusion_row("VS", "ocr", 1, 0, 1, 1, 0),
-    hallusion_row("VS", "ocr", 2, 0, 2, 0, 0),
-    hallusion_row("VD", "math", 1, 1, 0, 0, 1),
-    hallusion_row("VD", "math", 2, 1, 1, 0, 0),
+    hallusion_row(*row)
+    for row in (
+        *(("VD", "ocr", 1, 0, 0, 0, 1), ("VD", "ocr", 1, 0, 0, 1, 0), ("VD", "ocr", 2, 0, 1, 0, 0)),
+        *(("VD", "ocr", 2, 0, 1, 1, 1), ("VS", "ocr", 0, 0, 0, 0, 1), ("VS", "ocr", 0, 0, 0, 1, 0)),
+        *(("VS", "ocr", 1, 0, 1, 0, 1), ("VS", "ocr", 1, 0, 1, 1, 0), ("VS", "ocr", 2, 0, 2, 0, 0)),
+        *(("VD", "math", 1, 1, 0, 0, 1), ("VD", "math", 2, 1, 1, 0, 0)),
+    )
 ]
 """Two sets of figures and questions; "ocr" is a part of both VD and VS, with the same numbers."""
 
