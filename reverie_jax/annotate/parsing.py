@@ -51,7 +51,7 @@ _TYPES: dict[str, QuestionType] = {
 }
 
 
-def _literal(text: str) -> Any:
+def _parse_literal(text: str) -> Any:
     """Parse JSON or a Python literal; raise ValueError if the text is neither."""
     try:
         return json.loads(text)
@@ -65,15 +65,15 @@ def _literal(text: str) -> Any:
         raise ValueError("neither JSON nor a Python literal") from None
 
 
-def _object(text: str) -> Any:
+def _parse_object(text: str) -> Any:
     """Parse a text that is an object or a list of objects; return None if it is neither."""
     try:
-        found = _literal(text.strip())
+        value = _parse_literal(text.strip())
     except ValueError:
         return None
-    if isinstance(found, list):
-        return found if any(isinstance(one, dict) for one in found) else None
-    return found if isinstance(found, dict) else None
+    if isinstance(value, list):
+        return value if any(isinstance(item, dict) for item in value) else None
+    return value if isinstance(value, dict) else None
 
 
 def extract_json(text: str) -> Any:
@@ -83,16 +83,16 @@ def extract_json(text: str) -> Any:
         UnusableError: The reply has none.
     """
     text = text.strip().lstrip("\ufeff")
-    fenced = [found for found in map(_object, _FENCE.findall(text)) if found is not None]
+    fenced = [value for value in map(_parse_object, _FENCE.findall(text)) if value is not None]
     if len(fenced) > 1:  # one fence for each question
-        return [one for found in fenced for one in (found if isinstance(found, list) else [found])]
+        return [item for value in fenced for item in (value if isinstance(value, list) else [value])]
     candidates = [text]
     for first, last in ("[]", "{}"):
         if first in text and last in text:
             candidates.append(text[text.index(first) : text.rindex(last) + 1])
-    for found in [*fenced, *map(_object, candidates)]:
-        if found is not None:
-            return found
+    for value in [*fenced, *map(_parse_object, candidates)]:
+        if value is not None:
+            return value
     raise UnusableError("neither JSON nor a Python literal, or cut off")
 
 
@@ -134,7 +134,9 @@ def _question_groups(value: Any) -> list[dict[str, Any]]:
             continue
         numbered: dict[str, dict[str, Any]] = {}
         for key, answer in row.items():
-            name, number = re.fullmatch(r"(.*?)[\s_-]*(\d*)", str(key).strip().lower(), re.DOTALL).groups()  # type: ignore[union-attr]
+            text = str(key).strip().lower()
+            name = re.sub(r"[\s_-]*\d*$", "", text)
+            number = re.sub(r"\D", "", text[len(name) :])
             name = _KEYS.get(re.sub(r"[\s-]+", "_", name), "")
             if name == "confusing_answers":
                 answers = answer if isinstance(answer, list | tuple) else [answer]

@@ -17,12 +17,7 @@ from reverie_jax.annotate.adopt import ADOPTED, question_replies, read_original_
 from reverie_jax.annotate.files import DROPPED, JUDGED, QUESTIONS, RATIONALES, RELEASED, Row, read_stage_rows
 from reverie_jax.annotate.job import Job, JobRunner
 from reverie_jax.annotate.schemas import QUESTIONS_SCHEMA
-from reverie_jax.data.reflection import (
-    AnnotatedQuestion,
-    Reflection,
-    classify_question,
-    reflection_conversations,
-)
+from reverie_jax.data.reflection import AnnotatedQuestion, Reflection, classify_question, reflection_conversations
 from reverie_jax.data.row_files import read_rows, write_rows
 from reverie_jax.data.sources import reverie
 from reverie_jax.data.sources.annotated import KEYS, QUESTION_KEYS, RATIONALE_KEYS, VERDICT

@@ -160,14 +160,14 @@ class _BatchRun:
             name = await provider.submit(file, label)
         except RetryableError as error:
             # If this fails, too, the batch stays open under its label: the next run looks for it.
-            found = await self.retry(provider.find_batch, label)
-            if found is None:
+            created = await self.retry(provider.find_batch, label)
+            if created is None:
                 self._end(label, chosen, error)
                 self.failed_submits += 1
                 wait = min(self.limits.max_backoff, self.limits.backoff * 2**self.failed_submits)
                 await self.throttle.sleep(max(wait, error.retry_after or 0.0))
                 return
-            name = found
+            name = created
         except AnnotationError as error:
             self._end(label, chosen, error)
             if isinstance(error, AccessError):

@@ -117,7 +117,8 @@ class Session:
             raise UserError(
                 f"{self.journal.path}: {count} requests are pending in a batch; add --batch to collect them"
             )
-        outcome = (batches if limits.batch else runner).run(
+        run = batches.run if limits.batch else runner.run
+        outcome = run(
             missing,
             lambda: {
                 parse_model_spec(spec)[:2]: open_provider(spec, self.config.settings, self._environment)

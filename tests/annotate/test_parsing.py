@@ -198,7 +198,7 @@ No contradictions were found.|No, the two explanations do not contradict each ot
     "yes": r"""Yes| yes|YES!|**Yes**|_Yes_|Answer: Yes|Yes, they contradict each other.|Yes - one says red, the other blue.
 Yes.\nThe dog is said to be brown and white.|Yes. One says that there is no cat, the other that there is one.
 **Yes**\n\nThere is no way in which both hold.""",
-    "neither": r"""|   |Not sure|Not sure, the analyses differ.|None|Nobody|Nothing|Noted.|Nope-ish|Now|Norway|Yesterday|yesno
+    "neither": r"""|   |Not sure|Not sure, they differ.|None|Nobody|Nothing|Noted.|Nope-ish|Now|Norway|Yesterday|yesno
 N/A|No idea|No idea.|Maybe|Unclear|It depends|I cannot see the picture.|No, not yes|Yes and no|Yes or no?|No/Yes
 No\n\nOn second thought: Yes|Yes, because no dog is there.|Nein|Ja|Non|Oui|Sí|Нет|はい|いいえ|42
 <!DOCTYPE html><html><head><title>Error</title></head></html>|No one can tell.|No-one can tell.|No image was provided.

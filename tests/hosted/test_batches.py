@@ -25,19 +25,7 @@ from tests.data.fakes import png
 from tests.hosted import helpers
 from tests.hosted import server as loopback
 from tests.hosted.helpers import JOURNAL, MODELS, make_task, reply_to, rows_of, secret_of, send, states
-from tests.hosted.server import (
-    HARMLESS,
-    LINES,
-    REPLY,
-    TRANSPORT,
-    Call,
-    Fault,
-    Line,
-    Server,
-    Step,
-    Trouble,
-    share,
-)
+from tests.hosted.server import HARMLESS, LINES, REPLY, TRANSPORT, Call, Fault, Line, Server, Step, Trouble, share
 
 pytest.importorskip("openai")
 pytest.importorskip("google.genai")

@@ -84,9 +84,4 @@ def _replay(journal: str, url: str | None, settings: RequestSettings, environmen
     return Replay(Path(journal))
 
 
-_BUILT_IN = {
-    "gemini": _gemini,
-    "openai": _openai,
-    "google-generativeai": _google_generativeai,
-    "replay": _replay,
-}
+_BUILT_IN = {"gemini": _gemini, "openai": _openai, "google-generativeai": _google_generativeai, "replay": _replay}
