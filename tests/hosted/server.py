@@ -25,9 +25,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from email.message import Message
 from enum import Enum
+from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socketserver import TCPServer
-from typing import Any, ClassVar
+from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 NOT_SURE = "Not sure, the analyses differ."
@@ -235,15 +236,6 @@ class Gemini:
 
     name = "gemini"
     path = re.compile(r"/v\d\w*/models/([^/:]+):generateContent")
-    statuses: ClassVar = {
-        400: "INVALID_ARGUMENT",
-        401: "UNAUTHENTICATED",
-        403: "PERMISSION_DENIED",
-        404: "NOT_FOUND",
-        429: "RESOURCE_EXHAUSTED",
-        500: "INTERNAL",
-        503: "UNAVAILABLE",
-    }
 
     def read(self, path: str, query: dict[str, Any], headers: Message, body: dict[str, Any]) -> dict[str, Any]:
         parts = [part for content in body["contents"] for part in content["parts"]]
@@ -275,7 +267,7 @@ class Gemini:
         }
 
     def error(self, status: int, message: str, retry_after: float | None) -> dict[str, Any]:
-        error: dict[str, Any] = {"code": status, "message": message, "status": self.statuses.get(status, "UNKNOWN")}
+        error: dict[str, Any] = {"code": status, "message": message, "status": HTTPStatus(status).name}
         if retry_after is not None:
             delay = {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": f"{retry_after:g}s"}
             error["details"] = [delay]
