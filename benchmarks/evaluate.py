@@ -35,7 +35,7 @@ import tyro
 from flax import nnx
 from PIL import Image
 
-from benchmarks.train_step import SIZES, peer_device, small_tokenizer, spread
+from benchmarks.train_step import SIZES, SPECIAL_IDS, peer_device, small_tokenizer, spread
 from reverie_jax.data.conversation import IMAGE, Conversation, Turn
 from reverie_jax.data.pipeline import ImageQuestions
 from reverie_jax.data.processor import Processor
@@ -126,12 +126,11 @@ def peer_model(args: Args, config: VLMConfig, folder: Path, device: str) -> Any:
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
     from reverie_jax.models.checkpoints.configs import llava_hf_json
-    from reverie_jax.models.checkpoints.write import LLAMA_SPECIAL
 
     dtype = getattr(torch, args.precision)
     if SIZES[args.size].equal_weights:
         return LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype).to(device).eval()
-    theirs = LlavaConfig.from_dict(llava_hf_json(config, args.precision, LLAMA_SPECIAL))
+    theirs = LlavaConfig.from_dict(llava_hf_json(config, args.precision, SPECIAL_IDS))
     with torch.device(device):
         return LlavaForConditionalGeneration._from_config(theirs, dtype=dtype).eval()
 

@@ -61,6 +61,7 @@ STEPS = 1000
 """Length of the schedule; so few steps are taken that the learning rate hardly changes."""
 VOCABULARY = 1200
 """Of the small tokenizer: a word of `mixture_scale` then has about 1.3 tokens."""
+SPECIAL_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 REVERIE = RECIPES["reverie-1.5-7b-lora"]
 
 
@@ -388,7 +389,6 @@ def peer_model(args: Args, work: Work, folder: Path, device: str) -> Any:
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
     from reverie_jax.models.checkpoints.configs import llava_hf_json
-    from reverie_jax.models.checkpoints.write import LLAMA_SPECIAL
 
     size, dtype = args.chosen, getattr(torch, args.precision)
     # By default peft keeps adapters of a 16-bit model in float32.
@@ -403,7 +403,7 @@ def peer_model(args: Args, work: Work, folder: Path, device: str) -> Any:
     else:
         image = work.processor.encoder.image_token_id
         config = dataclasses.replace(size.config, image_token_id=image, tokenization="hf")
-        theirs = LlavaConfig.from_dict(llava_hf_json(config, args.precision, LLAMA_SPECIAL))
+        theirs = LlavaConfig.from_dict(llava_hf_json(config, args.precision, SPECIAL_IDS))
         with torch.device(device):
             model = LlavaForConditionalGeneration._from_config(theirs, dtype=dtype, attn_implementation=args.attention)
         inside = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"

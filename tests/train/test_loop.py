@@ -70,12 +70,6 @@ def test_four_devices_give_the_losses_of_one(finished, mesh_run):
     np.testing.assert_allclose(mesh_run[0].losses, finished.losses, rtol=0, atol=1e-4)
 
 
-@pytest.mark.slow
-def test_data_parallel_devices_give_the_losses_of_one(finished, tmp_path):
-    run = tiny.run(tmp_path, mesh=make_mesh(2, 2, 1))
-    np.testing.assert_allclose(run.losses, finished.losses, rtol=0, atol=1e-4)
-
-
 def test_a_run_compiles_its_step_once(single_device_run, mesh_run):
     for _, spy in (single_device_run, mesh_run):
         assert len(spy.steps) == 1
