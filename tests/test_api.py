@@ -19,7 +19,7 @@ from reverie_jax.errors import CheckpointError, UserError
 from reverie_jax.loading import apply_run_recipe, find_checkpoint, load_processor
 from reverie_jax.models.checkpoints import files
 from reverie_jax.train import recipes
-from tests.models import oracle
+from tests.models import makers, oracle
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +138,19 @@ def test_processor_of_a_run_follows_its_recipe(settings, aspect, tmp_path):
     (tmp_path / "run.json").write_text(json.dumps({"base": {}, "recipe": json.loads(recipe.to_json())}))
     processor = apply_run_recipe(load_processor("scenes-base"), tmp_path)
     assert (processor.image_aspect_ratio, processor.encoder.template.name) == (aspect, "llava-hf")
+
+
+@pytest.mark.parametrize("fault", ["missing", "broken", "too large"])
+def test_unusable_tokenizer_is_reported(fault, tmp_path):
+    folder = makers.original_folder(tmp_path / "x", makers.parts())
+    clip = makers.clip_folder(tmp_path / "clip", makers.parts())
+    if fault == "missing":
+        (folder / "tokenizer.json").unlink()
+    elif fault == "broken":
+        (folder / "tokenizer.json").write_text("{")
+    else:
+        makers.tokenizer("<image>", "<pad>").save_pretrained(folder)
+    makers.assert_refused(lambda: load_processor(folder, components=clip), folder)
 
 
 # The hub, replaced.

@@ -16,6 +16,7 @@ import reverie_jax
 from reverie_jax.convert import convert
 from reverie_jax.models import lora
 from reverie_jax.models.checkpoints import attach_adapter, read_model
+from reverie_jax.models.checkpoints.adapters import write_peft
 from reverie_jax.models.sharding import make_mesh
 from tests.models import makers
 from tests.models.makers import (
@@ -31,7 +32,7 @@ from tests.models.makers import (
     parts,
     with_adapter,
 )
-from tests.models.oracle import assert_close, assert_same, assert_sharded, llava_logits, logits
+from tests.models.oracle import assert_close, assert_same, assert_sharded, llava_logits, logits, random_model
 
 PROJECTOR = "multi_modal_projector"
 FACTOR = "base_model.model.model.language_model.layers.1.{}.lora_{}.weight"
@@ -145,6 +146,11 @@ def test_adapters_stay_float32_beside_a_half_precision_base(tmp_path):
     assert layer.lora_a.dtype == layer.lora_b.dtype == jnp.float32
 
 
+def test_second_adapter_is_refused(llama):
+    model = with_adapter(llama.hf, llama.plain)
+    assert_refused(lambda: attach_adapter(model, llama.full), llama.full, "decoder.layers")
+
+
 def test_mesh_gets_the_same_adapters(bench):
     components, mesh = [bench.llm, bench.clip], make_mesh(data=2, fsdp=1, tensor=2)
     model = read_model(bench.lora, components=components, mesh=mesh)
@@ -195,6 +201,14 @@ def test_llava_lora_becomes_a_peft_adapter(bench, tmp_path):
 def test_model_without_adapters_is_refused(to, llama, tmp_path):
     assert_refused(lambda: convert(llama.hf, tmp_path / "out", to=to), "adapter")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("targets", "name"), [("value", "rank"), ("projector", "projector.linear1")])
+def test_adapters_that_one_folder_cannot_hold(targets, name, tmp_path):
+    model = random_model()
+    lora.attach(model, rank=2, alpha=2.0, targets=r"decoder\.layers\.query")
+    lora.attach(model, rank=3, alpha=3.0, targets=rf"decoder\.layers\.{targets}|{targets}\.linear1")
+    assert_refused(lambda: write_peft(model, tmp_path, base_model="", projector=False), name)
 
 
 # Writing for original LLaVA.
