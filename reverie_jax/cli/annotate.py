@@ -84,10 +84,10 @@ class Annotate:
     def _audit(self) -> None:
         from reverie_jax.annotate import audit
 
-        common.at_least(0, count=self.count)
+        common.check_at_least(0, count=self.count)
         print(
             audit.write_audit(
-                self.out, common.required(self.images, "--images", "name the folder of images"), self.count
+                self.out, common.require(self.images, "--images", "name the folder of images"), self.count
             )
         )
 
@@ -103,16 +103,16 @@ class Annotate:
         from reverie_jax.annotate.pipeline import AnnotationJob, Votes
         from reverie_jax.hosted.images import list_images
 
-        common.one_of(get_args(Votes), votes=self.votes)
-        common.at_least(1, questions=self.questions, confusing=self.confusing)
-        folder, names = common.required(self.images, "--images", "name the folder of images"), self.list
+        common.check_choice(get_args(Votes), votes=self.votes)
+        common.check_at_least(1, questions=self.questions, confusing=self.confusing)
+        folder, names = common.require(self.images, "--images", "name the folder of images"), self.list
         if names is None and (self.out / "image_list.json").exists():
             names = self.out / "image_list.json"  # as REVERIE's scripts name it
         return AnnotationJob(
             folder=self.out,
             images_folder=folder,
             images=tuple(list_images(folder, names)),
-            writer=common.required(self.writer, "--writer", _WRITER),
+            writer=common.require(self.writer, "--writer", _WRITER),
             judges=self.judge,
             questions=self.questions,
             confusing=self.confusing,
@@ -153,8 +153,8 @@ class Annotate:
 
         return LrvJob(
             folder=self.out,
-            captions=common.required(self.captions, "--captions", "name the file of captions"),
-            writer=common.required(self.writer, "--writer", _WRITER),
+            captions=common.require(self.captions, "--captions", "name the file of captions"),
+            writer=common.require(self.writer, "--writer", _WRITER),
             counts=self.counts,
             balance=self.balance,
             prompts=self.prompts,

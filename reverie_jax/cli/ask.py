@@ -29,7 +29,7 @@ class Ask:
 
     def run(self) -> None:
         """Run the command."""
-        common.at_least(1, max_new_tokens=self.max_new_tokens)
+        common.check_at_least(1, max_new_tokens=self.max_new_tokens)
         from reverie_jax.data.conversation import IMAGE, Conversation, Turn
         from reverie_jax.data.images import decode
         from reverie_jax.data.pipeline import ImageQuestions

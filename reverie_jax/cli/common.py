@@ -38,7 +38,7 @@ def _default_hint(default: str) -> str:
     return "" if default in ("None", "", "''") else f"(default: {default})"
 
 
-FILE, FOLDER, N, NUMBER, TEXT = map(option, ("FILE", "FOLDER", "N", "NUMBER", "TEXT"))
+FILE, FOLDER, N, NUMBER = map(option, ("FILE", "FOLDER", "N", "NUMBER"))
 FLAG = arg(help_behavior_hint="")
 
 # Options of several commands: one name, one type, one help text.
@@ -114,7 +114,7 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def at_least(least: float, **options: float | None) -> None:
+def check_at_least(least: float, **options: float | None) -> None:
     """Check lower bounds; options that are None pass.
 
     Raises:
@@ -125,7 +125,7 @@ def at_least(least: float, **options: float | None) -> None:
             raise UserError(f"{flag(name)} {value}: must be at least {least:g}")
 
 
-def positive(**options: float | None) -> None:
+def check_positive(**options: float | None) -> None:
     """Check that options are above 0; those that are None pass.
 
     Raises:
@@ -136,18 +136,18 @@ def positive(**options: float | None) -> None:
             raise UserError(f"{flag(name)} {value}: must be more than 0")
 
 
-def one_of(choices: Sequence[str], **options: str) -> None:
+def check_choice(choices: Sequence[str], **options: str) -> None:
     """Check options against their choices.
 
     Raises:
-        UserError: an option is none of the choices.
+        UserError: an option is not one of the choices.
     """
     for name, value in options.items():
         if value not in choices:
             raise UserError(f"{flag(name)} {value}: must be {' or '.join(filter(None, choices))}")
 
 
-def required(value: Any, option: str, what: str) -> Any:
+def require(value: Any, option: str, what: str) -> Any:
     """Return an option's value.
 
     Raises:
@@ -177,14 +177,14 @@ def parse_dtype(name: str, choices: tuple[str, ...] = DTYPES) -> DTypeLike:
     """Return the dtype of that name; `auto` is bfloat16 on accelerators and float32 on CPUs.
 
     Raises:
-        UserError: it is none of the choices.
+        UserError: it is not one of the choices.
     """
     import jax
     import jax.numpy as jnp
 
     if name == "auto":
         name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    one_of(choices, dtype=name)
+    check_choice(choices, dtype=name)
     return jnp.dtype(name)
 
 
@@ -204,7 +204,7 @@ def load_merged(
     return merged, processor
 
 
-def images_folder(images: Path | None, annotations: Path) -> Path | None:
+def find_images_folder(images: Path | None, annotations: Path) -> Path | None:
     """Return the folder of an annotation file's images: the one given, else `images` beside the file if it exists."""
     beside = annotations.parent / "images"
     return beside if images is None and beside.is_dir() else images

@@ -56,7 +56,7 @@ class Build:
         from reverie_jax.data.sources import ReadLog
         from reverie_jax.progress import ProgressBars
 
-        common.at_least(1, max_side=self.max_side, jobs=self.jobs)
+        common.check_at_least(1, max_side=self.max_side, jobs=self.jobs)
         entries, log = mixture_entries(self.sources, self.mixture), ReadLog()
         if not entries:
             raise UserError("name at least one annotation file, as FILE=FOLDER")
@@ -107,7 +107,7 @@ class Check:
 
         from reverie_jax.data import check, stats
 
-        images = common.images_folder(self.images, self.annotations)
+        images = common.find_images_folder(self.images, self.annotations)
         processor = None
         if self.model is not None:
             from reverie_jax.loading import load_processor
@@ -178,7 +178,7 @@ class Contamination:
         """Run the command."""
         from reverie_jax.data import contamination
 
-        common.at_least(0, distance=self.distance)
+        common.check_at_least(0, distance=self.distance)
         common.check_writable(self.details)
         threads = common.cpu_count()
         evaluation = contamination.read_evaluation_images(self.eval_images, threads)
@@ -229,7 +229,7 @@ class Visualize:
         from reverie_jax.data import visualize
         from reverie_jax.loading import load_processor
 
-        common.at_least(1, count=self.count)
+        common.check_at_least(1, count=self.count)
         supervision = parse_supervision(self.supervision)
         processor = load_processor(self.model, components=self.components)
         with open_sources(self.sources) as sources:
@@ -260,7 +260,7 @@ class Questions:
         from reverie_jax.data.row_files import Rows, write_rows
         from reverie_jax.data.sources import ReadLog, multiple_choice
 
-        common.at_least(1, confusing=self.confusing)
+        common.check_at_least(1, confusing=self.confusing)
         log = ReadLog()
         rows = Rows(self.annotations)
         questions = multiple_choice.annotation_rows(rows, log, splits=self.splits, max_wrong=self.confusing)

@@ -99,8 +99,8 @@ class Eval:
             raise UserError("; ".join(failed))
 
     def _check(self) -> None:
-        common.one_of(("", "image", "instruction"), contrast=self.contrast)
-        common.at_least(
+        common.check_choice(("", "image", "instruction"), contrast=self.contrast)
+        common.check_at_least(
             1,
             batch_size=self.batch_size,
             max_questions=self.max_questions,

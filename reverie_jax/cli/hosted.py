@@ -60,7 +60,7 @@ class ProviderOptions:
 
         if self.max_cost is not None and not any(self.price):
             raise UserError("--max-cost needs --price IN OUT: the price of a million tokens")
-        common.positive(
+        common.check_positive(
             concurrency=self.concurrency,
             timeout=self.timeout,
             requests_per_minute=self.requests_per_minute,

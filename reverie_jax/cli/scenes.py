@@ -29,9 +29,9 @@ class Render:
         """Run the command."""
         from reverie_jax.scenes import dataset
 
-        common.at_least(1, count=self.count)
-        common.at_least(32, size=self.size)
-        common.one_of(("train", "test"), split=self.split)
+        common.check_at_least(1, count=self.count)
+        common.check_at_least(32, size=self.size)
+        common.check_choice(("train", "test"), split=self.split)
         if self.split == "test":
             dataset.make_test_set(self.out, self.count, size=self.size, seed=self.seed)
             print(f"{self.count} held-out scenes with POPE questions: {self.out}")
