@@ -14,6 +14,8 @@ from reverie_jax.files import atomic_path
 
 _BUFFER = 1 << 14
 _MAX_ROW_BYTES = 1 << 28
+_MAX_LINE_BYTES = 1 << 24
+"""Length of a first line beyond which a file that begins with an object is not JSON lines."""
 _MAX_DEPTH = 10_000
 """Brackets that may be open within one row; ijson's memory grows with the square of the depth."""
 
@@ -170,18 +172,17 @@ def _refuse(constant: str) -> Any:
 
 def _detect_form(file: IO[bytes]) -> str:
     """Return `list`, `object`, `lines` or nothing, from the beginning of the file."""
-    while line := file.readline(_MAX_ROW_BYTES):
-        if text := line.strip(b" \t\r\n"):
-            if not text.startswith(b"{"):
-                return "list" if text.startswith(b"[") else ""
-            try:
-                first = json.loads(text.decode())
-            except (ValueError, RecursionError):
-                return "object"
-            by_id = not first or all(isinstance(value, dict) for value in first.values())
-            more = not by_id and any(rest.strip(b" \t\r\n") for rest in file)
-            return "lines" if more else "object"
-    return ""
+    while (start := file.read(1)) and start in b" \t\r\n":
+        pass
+    if start != b"{":
+        return "list" if start == b"[" else ""
+    try:
+        first = json.loads(start + file.readline(_MAX_LINE_BYTES))
+    except (ValueError, RecursionError):
+        return "object"
+    by_id = not first or all(isinstance(value, dict) for value in first.values())
+    more = not by_id and any(line.strip(b" \t\r\n") for line in file)
+    return "lines" if more else "object"
 
 
 def _json_lines(file: IO[bytes]) -> Iterator[Any]:
