@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -112,12 +113,14 @@ def ratio(
         empty: Value where the denominator is 0.
     """
     above, below = ([c] if isinstance(c, int) else list(c) for c in (over, under))
+    return functools.partial(_divide, above=above, below=below, scale=scale, empty=empty)
 
-    def statistic(sums: Float[np.ndarray, "... K"]) -> Float[np.ndarray, "..."]:
-        bottom = sums[..., below].sum(-1)
-        return np.where(bottom > 0, scale * sums[..., above].sum(-1) / np.where(bottom > 0, bottom, 1.0), empty)
 
-    return statistic
+def _divide(
+    sums: Float[np.ndarray, "... K"], above: list[int], below: list[int], scale: float, empty: float
+) -> Float[np.ndarray, "..."]:
+    bottom = sums[..., below].sum(-1)
+    return np.where(bottom > 0, scale * sums[..., above].sum(-1) / np.where(bottom > 0, bottom, 1.0), empty)
 
 
 def calibration_bins(

@@ -127,10 +127,10 @@ def score(sample, codes: list[int], same: list[bool], *, full: bool = True):
 def test_metrics_are_those_of_the_published_arithmetic(sample):
     """Random codes, seeded: enough of them for every row of the table of causes."""
     rng, met = random.Random(0), set()
-    for turn in range(25):
-        codes = rng.choices([0, 1, 2], [2, 3, 1], k=len(ROWS))
+    for turn in range(14):
+        codes = rng.choices([0, 1, 2], k=len(ROWS))
         same = rng.choices([False, True], k=len(ROWS))
-        values = score(sample, codes, same, full=turn < 2).values()
+        values = score(sample, codes, same, full=turn == 0).values()
         expected = official(ROWS, codes, same)
         assert {name: values[name] for name in expected} == pytest.approx(expected)
         for part in ("VD", "VS"):
