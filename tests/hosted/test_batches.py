@@ -17,7 +17,7 @@ import pytest
 
 from reverie_jax.errors import UserError
 from reverie_jax.hosted import providers
-from reverie_jax.hosted.interface import Reply, Request
+from reverie_jax.hosted.interface import Reply, Request, UnusableError
 from reverie_jax.hosted.providers import gemini, openai
 from reverie_jax.hosted.runner import Outcome
 from reverie_jax.hosted.throttle import Limits
@@ -149,6 +149,22 @@ def test_what_never_gets_a_usable_reply_is_reported(ask, provider, tmp_path):
         assert states(tmp_path / "out" / JOURNAL)["usable"] == 5
 
 
+@pytest.mark.parametrize("batch", [True, False])
+def test_a_request_that_cannot_be_built_stops_no_other(tmp_path, batch):
+    """Its image is broken, say."""
+
+    def fail() -> Request:
+        raise UnusableError("the image is broken")
+
+    tasks = [make_task(number, MODELS["openai"]) for number in range(3)]
+    tasks[1] = dataclasses.replace(tasks[1], build_request=fail)
+    with Server(reply_to) as server, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OPENAI_BASE_URL", f"{server.url}/v1")
+        outcome, _ = send(tmp_path / "out", tasks, [MODELS["openai"]], change(batch=batch))
+    assert (outcome.usable, outcome.requested) == (2, 3)
+    assert outcome.failed == {"1.png": "the image is broken"}
+
+
 ENDS = [("failed", 0.0), ("expired", 0.0), ("expired", 0.5), ("cancelled", 0.0), ("cancelled", 0.5)]
 
 
@@ -239,6 +255,7 @@ STOPS = [
     (Step.STATUS, (401, "Wrong key."), 1),
     (Step.DOWNLOAD, (401, "Wrong key."), 1),
     (Step.LIST, (401, "Wrong key."), 1),
+    (Step.CREATE, (401, "Wrong key."), 1),
     (Step.STATUS, (400, "Wrong."), 1),
     (Step.DOWNLOAD, (400, "Wrong."), 1),
 ]
