@@ -107,13 +107,16 @@ REPLY = json.dumps({"questions": [QUESTION]})
 @pytest.mark.parametrize(
     ("verdict", "kept"),
     [(text, ["Yes", "Maybe"]) for text in ("No", "no", " No\n", "No.", "No, they agree.", "**No**")]
-    + [(text, []) for text in ("Yes", "yes, they do", "", "Nobody can say", "?")],
+    + [(text, []) for text in ("Yes", "yes, they do", "", "Nobody can say", "?", None)],
 )
-def test_the_judge_drops_contradictions_with_their_reasons(verdict, kept):
-    (reflection,), dropped = annotate(RequestImage("a", b""), Scripted(REPLY, verdict), 1)
+def test_negatives_are_dropped_with_the_reason(verdict, kept):
+    script = Scripted(REPLY, negative=None) if verdict is None else Scripted(REPLY, verdict)
+    (reflection,), dropped = annotate(RequestImage("a", b""), script, 1)
+    assert reflection.positive
     assert [wrong for wrong, _ in reflection.negatives] == kept
     assert len(dropped) == 2 - len(kept)
     assert all("Is it red?" in reason and reason.startswith("a: ") for reason in dropped)
+    assert all("blocked" in reason for reason in dropped) or verdict is not None
 
 
 @pytest.mark.parametrize(
@@ -123,14 +126,6 @@ def test_unusable_questions_are_dropped_with_one_line(reply):
     reflections, dropped = annotate(RequestImage("a", b""), Scripted(reply), 1)
     assert (reflections, len(dropped)) == ([], 1)
     assert "\n" not in dropped[0]
-
-
-def test_a_failed_negative_rationale_leaves_the_positive_one():
-    (reflection,), dropped = annotate(RequestImage("a", b""), Scripted(REPLY, negative=None), 1)
-    assert reflection.positive
-    assert reflection.negatives == ()
-    assert len(dropped) == 2
-    assert all("blocked" in reason for reason in dropped)
 
 
 def test_a_reflection_is_one_conversation_for_each_rationale():

@@ -163,5 +163,6 @@ def test_the_benchmark_has_the_numbers_of_the_demo(folders):
     assert values["chair_i"] == estimates["chair"]["i"]["value"]
     assert values["rationale_correct"] == pytest.approx(estimates["rationale_correct"]["value"], abs=1e-4)
     assert sum(parsed.right == 1 for parsed in scored.parsed_answers) == 6
-    named = {q.id: scenes.hallucinated(inputs, q, "A cup.", p) for q, p in zip(inputs.questions, scored.parsed_answers, strict=False)}
+    pairs = zip(inputs.questions, scored.parsed_answers, strict=True)
+    named = {q.id: scenes.hallucinated(inputs, q, "A cup.", p) for q, p in pairs}
     assert {id: list(names) for id, names in named.items() if names} == {"description/1": ["cup"]}
