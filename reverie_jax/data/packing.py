@@ -117,23 +117,24 @@ def make_element(
     }
 
 
-_ARRAYS = ("tokens", "images", "parent", "leaves", "flat_tokens")
-"""One array per budget: its length is what an element takes of `_capacity`."""
+_FIELDS = {
+    "tokens": ("tokens", "positions", "ends", "image_slots"),
+    "images": ("images",),
+    "edges": ("parent", "target", "weight", "branch", "origin"),
+    "questions": ("leaves", "questions"),
+    "trees": ("flat_tokens", "records"),
+}
+"""The fields of `Batch` by the axis that they share."""
 
 
 def _sizes(element: TreeElement) -> list[int]:
-    return [len(element[name]) for name in _ARRAYS]
+    """Return the length of each axis, in the order of `_FIELDS`."""
+    return [len(element[names[0]]) for names in _FIELDS.values()]
 
 
 def _capacity(shape: SequenceShape) -> dict[str, int]:
-    """Return what a sequence has room for, in the order of `_ARRAYS`."""
-    return {
-        "tokens": shape.length,
-        "images": shape.images,
-        "edges": shape.edges,
-        "questions": shape.questions,
-        "trees": shape.images,
-    }
+    """Return the room for each axis, in the order of `_FIELDS`."""
+    return dict(zip(_FIELDS, (shape.length, shape.images, shape.edges, shape.questions, shape.images), strict=True))
 
 
 def _check_fit(sizes: Any, shape: SequenceShape) -> None:
@@ -161,54 +162,37 @@ def pack_sequence(elements: Sequence[TreeElement], shape: SequenceShape, patches
     """
     _check_fit([np.sum([_sizes(element) for element in elements], axis=0).tolist()], shape)
 
-    def empty(name: str, size: int, dtype: Any = np.int32) -> np.ndarray:
-        return np.zeros((size, *elements[0][name].shape[1:]), dtype)
-
+    capacity = _capacity(shape)
+    axes = {name: axis for axis, names in _FIELDS.items() for name in names}
+    first = {name: elements[0][name] for name in axes}
     sequence = Batch(
-        tokens=empty("tokens", shape.length),
-        positions=empty("positions", shape.length),
-        ends=np.arange(1, shape.length + 1, dtype=np.int32),
-        image_slots=np.full(shape.length, -1, np.int32),
-        images=empty("images", shape.images, elements[0]["images"].dtype),
-        parent=empty("parent", shape.edges),
-        target=empty("target", shape.edges),
-        weight=empty("weight", shape.edges, np.float32),
-        branch=empty("branch", shape.edges),
-        origin=empty("origin", shape.edges),
-        leaves=empty("leaves", shape.questions),
-        questions=np.full(shape.questions, -1, np.int32),
-        flat_tokens=np.zeros(shape.images, np.int32),
-        records=np.zeros(shape.images, np.int32),
+        **{name: np.zeros((capacity[axes[name]], *array.shape[1:]), array.dtype) for name, array in first.items()}
     )
-    token = image = edge = leaf = 0
-    for slot, element in enumerate(elements):
-        length, images, edges, leaves, _ = _sizes(element)
-        at, at_edges = slice(token, token + length), slice(edge, edge + edges)
-        sequence.tokens[at], sequence.positions[at] = element["tokens"], element["positions"]
-        sequence.ends[at] = element["ends"] + token
-        sequence.image_slots[at] = np.where(element["image_slots"] >= 0, element["image_slots"] + image * patches, -1)
-        sequence.images[image : image + images] = element["images"]
-        sequence.parent[at_edges] = element["parent"] + token
-        for name in ("target", "weight", "origin"):
-            getattr(sequence, name)[at_edges] = element[name]
-        sequence.branch[at_edges] = element["branch"] + leaf
-        sequence.leaves[leaf : leaf + leaves] = element["leaves"] + token
-        sequence.questions[leaf : leaf + leaves] = element["questions"]
-        sequence.flat_tokens[slot], sequence.records[slot] = element["flat_tokens"][0], element["records"][0]
-        token, image, edge, leaf = token + length, image + images, edge + edges, leaf + leaves
+    _pad(sequence)
+    start = dict.fromkeys(_FIELDS, 0)
+    for element in elements:
+        shifts = dict.fromkeys(("ends", "parent", "leaves"), start["tokens"]) | {"branch": start["questions"]}
+        stop = {axis: start[axis] + size for axis, size in zip(_FIELDS, _sizes(element), strict=True)}
+        for name, axis in axes.items():
+            array = element[name] + shifts[name] if name in shifts else element[name]
+            if name == "image_slots":
+                array = np.where(array >= 0, array + start["images"] * patches, -1)
+            getattr(sequence, name)[start[axis] : stop[axis]] = array
+        start = stop
     return sequence
+
+
+def _pad(sequence: Batch) -> None:
+    """Write the padding of an empty sequence where it is not 0."""
+    sequence.ends[:] = np.arange(1, len(sequence.ends) + 1, dtype=np.int32)
+    sequence.image_slots[:] = -1
+    sequence.questions[:] = -1
 
 
 def stack(sequences: Sequence[Batch], batch_size: int) -> Batch:
     """Return a batch of the sequences, filled up to `batch_size` with empty ones."""
-    first = sequences[0]
-    blank = Batch(*(np.zeros_like(field) for field in first))
-    length = len(first.tokens)
-    blank = blank._replace(
-        ends=np.arange(1, length + 1, dtype=np.int32),
-        image_slots=np.full(length, -1, np.int32),
-        questions=np.full_like(first.questions, -1),
-    )
+    blank = Batch(*(np.zeros_like(field) for field in sequences[0]))
+    _pad(blank)
     padded = [*sequences, *([blank] * (batch_size - len(sequences)))]
     return Batch(*(np.stack(field) for field in zip(*padded, strict=True)))
 
@@ -256,7 +240,7 @@ def bin_pack(elements: Sequence[TreeElement], shape: SequenceShape) -> list[list
     Raises:
         ValueError: an element does not fit an empty sequence.
     """
-    sizes = np.asarray([_sizes(element) for element in elements]).reshape(-1, len(_ARRAYS))
+    sizes = np.asarray([_sizes(element) for element in elements]).reshape(-1, len(_FIELDS))
     _check_fit(sizes, shape)
     capacity = np.asarray(list(_capacity(shape).values()))
     remaining = sorted(range(len(elements)), key=lambda index: (-sizes[index, 0], index))
