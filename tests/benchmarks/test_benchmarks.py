@@ -9,6 +9,12 @@ from benchmarks import checkpoint_memory, evaluate, input_pipeline, mixture_scal
 from reverie_jax.models.config import ARCHITECTURES
 
 
+@pytest.fixture(autouse=True)
+def quick_tokenizer(monkeypatch):
+    """Training the tokenizer of the scenes takes a minute."""
+    monkeypatch.setattr("reverie_jax.scenes.tokenizer.train_tokenizer", lambda *args: train_step.small_tokenizer())
+
+
 def run_train_step(tmp_path, monkeypatch, ways=("peer", "tree")):
     return train_step.run(train_step.Args(size="tiny", rounds=1, images=1, ways=ways))
 
