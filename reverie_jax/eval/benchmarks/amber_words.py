@@ -89,10 +89,10 @@ def score_description(
         similarity: of two words.
     """
     vocabulary = relation.keys() | {other for others in relation.values() for other in others}
-    kept = [noun for noun in nouns if noun in vocabulary]
+    known = [noun for noun in nouns if noun in vocabulary]
     true, false = _Words(truth, relation), _Words(hallu, relation)
     flagged = []
-    for noun in kept:
+    for noun in known:
         same = functools.partial(str.__eq__, noun)
 
         def similar(word: str, noun: str = noun) -> bool:
@@ -108,7 +108,7 @@ def score_description(
     amounts: dict[str, float] = {
         "generated": 1,
         "clean": not flagged,
-        "nouns": len(kept),
+        "nouns": len(known),
         "flagged": len(flagged),
         "truth": len(true),
         "covered": true.credited,

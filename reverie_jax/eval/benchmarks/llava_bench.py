@@ -52,8 +52,8 @@ def scores(reply: str) -> tuple[float, float]:
 def first_two(reply: str) -> tuple[float, float]:
     """Return the first two numbers of the first line that is not empty, as lmms-eval ("Assistant 1: 8" is (1, 8))."""
     lines = reply.strip().split("\n")
-    found = re.findall(r"-?\d+(?:\.\d+)?", lines[0].replace(",", " ").replace(";", " "))
-    return (float(found[0]), float(found[1])) if len(found) >= 2 else FAILED
+    numbers = re.findall(r"-?\d+(?:\.\d+)?", lines[0].replace(",", " ").replace(";", " "))
+    return (float(numbers[0]), float(numbers[1])) if len(numbers) >= 2 else FAILED
 
 
 _PARSERS = {OFFICIAL: scores, LMMS_EVAL: first_two}
