@@ -254,7 +254,7 @@ def test_several_judges(make):
             dropped = [row["question"] for row in load(job.folder, DROPPED)]
             assert dropped == [row["question"] for n, row in enumerate(rows) if VERDICTS[rule][n] == "yes"]
             export(job.folder)
-            released = {talk["conversations"][0]["value"] for talk in load(job.folder, RELEASED)}
+            released = {row["conversations"][0]["value"] for row in load(job.folder, RELEASED)}
             kept = {row["question"] for n, row in enumerate(rows) if VERDICTS[rule][n] == "no"}
             assert {text.removeprefix("<image>\n") for text in released} == kept
 

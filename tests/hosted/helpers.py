@@ -58,10 +58,10 @@ def make_task(
 ) -> RequestTask:
     """Return a task with an image of its own."""
     provider, model, _ = providers.parse_model_spec(spec)
-    picture = RequestImage(f"{number}.png", image or png((number % 251, number // 251, 7)))
-    request = Request(stage, picture, {"n": str(number)}, f"Question {number}?", schema={"type": "object"})
+    request_image = RequestImage(f"{number}.png", image or png((number % 251, number // 251, 7)))
+    request = Request(stage, request_image, {"n": str(number)}, f"Question {number}?", schema={"type": "object"})
     identity = RequestIdentity(stage, request_digest(request), provider, model, version)
-    return RequestTask(identity, picture.key, lambda: request, parse_reply)
+    return RequestTask(identity, request_image.key, lambda: request, parse_reply)
 
 
 def send(
