@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.metadata
 import json
 import platform
 import shutil
@@ -16,7 +17,6 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
-import reverie_jax
 from reverie_jax.data.pipeline import DatasetStats
 from reverie_jax.data.records import RecordSource, write_records
 from reverie_jax.errors import UserError
@@ -56,9 +56,8 @@ class _StageTimer:
     def __init__(self, console: Console):
         self.console = console
         self.seconds: dict[str, float] = {}
-        self.console.print(
-            f"reverie {reverie_jax.__version__} on {jax.device_count()} {jax.default_backend()} device(s)"
-        )
+        version = importlib.metadata.version("reverie-jax")
+        self.console.print(f"reverie {version} on {jax.device_count()} {jax.default_backend()} device(s)")
 
     @contextlib.contextmanager
     def stage(self, name: str, text: str) -> Iterator[None]:
