@@ -17,7 +17,7 @@ _EXPORTS = {
     "ConversationTree": "data.tree",
     "DPOConfig": "data.preferences",
     "Engine": "eval.engine",
-    "EngineShape": "eval.engine",
+    "EngineShape": "eval.schedule",
     "ImageRecord": "data.conversation",
     "JudgeRun": "eval.judge",
     "PredictOptions": "eval.predict",
@@ -62,11 +62,11 @@ if TYPE_CHECKING:
     from reverie_jax.errors import UserError as UserError
     from reverie_jax.eval.benchmarks import find_benchmark as find_benchmark
     from reverie_jax.eval.engine import Engine as Engine
-    from reverie_jax.eval.engine import EngineShape as EngineShape
     from reverie_jax.eval.engine import generate as generate
     from reverie_jax.eval.judge import JudgeRun as JudgeRun
     from reverie_jax.eval.predict import PredictOptions as PredictOptions
     from reverie_jax.eval.predict import predict as predict
+    from reverie_jax.eval.schedule import EngineShape as EngineShape
     from reverie_jax.eval.score import compare as compare
     from reverie_jax.eval.score import score as score
     from reverie_jax.loading import load_model as load_model

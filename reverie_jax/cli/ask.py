@@ -33,7 +33,8 @@ class Ask:
         from reverie_jax.data.conversation import IMAGE, Conversation, Turn
         from reverie_jax.data.images import decode
         from reverie_jax.data.pipeline import ImageQuestions
-        from reverie_jax.eval.engine import Engine, EngineShape
+        from reverie_jax.eval.engine import Engine
+        from reverie_jax.eval.schedule import EngineShape
 
         try:
             encoded = self.image.read_bytes()

@@ -122,7 +122,8 @@ class Eval:
 
     def _engine(self) -> tuple[Engine, dict[str, str]]:
         """Load the model; return the engine, and the checksums of the tuned weights."""
-        from reverie_jax.eval.engine import Engine, EngineShape
+        from reverie_jax.eval.engine import Engine
+        from reverie_jax.eval.schedule import EngineShape
         from reverie_jax.loading import load_model
         from reverie_jax.models import lora
         from reverie_jax.models.checkpoints import base_checksums, weights_checksum

@@ -14,6 +14,7 @@ from reverie_jax.hosted.interface import RequestImage
 from reverie_jax.scenes import annotator
 from reverie_jax.scenes.draw import render
 from reverie_jax.scenes.graph import CATEGORIES, Scene
+from reverie_jax.scenes.language import describe
 
 PLAIN_QUESTION_MAKERS = (
     annotator.ask_present,
@@ -46,7 +47,7 @@ def make_plain_conversations(
         absent_share: share of the questions about absent objects; small, as in captions and early VQA data, it makes a
             model that says yes too readily.
     """
-    conversations = [make_conversation(annotator.DESCRIBE, annotator.describe(scene, rng), "plain/caption")]
+    conversations = [make_conversation(annotator.DESCRIBE, describe(scene, rng), "plain/caption")]
     absent = [c for c in CATEGORIES if c not in scene.categories]
     for _ in range(questions):
         if rng.random() < absent_share:

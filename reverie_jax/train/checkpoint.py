@@ -156,7 +156,7 @@ class RunCheckpoints:
         ]
         return min(scored)[1] if scored else self.latest
 
-    def restore_params(self, params: nnx.State) -> nnx.State:
+    def restore_params(self, params: nnx.State[Any, Any]) -> nnx.State[Any, Any]:
         """Return only the trained parameters of the best checkpoint, sharded as `params` are."""
         assert self.best is not None
         target = {"params": _abstract(nnx.to_pure_dict(params))}

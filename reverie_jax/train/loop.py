@@ -147,7 +147,7 @@ def _local_sequences(recipe: Recipe, mesh: Mesh) -> slice:
 
 def _place(
     model: VisionLanguageModel, optimizer: optax.GradientTransformation, recipe: Recipe, mesh: Mesh
-) -> tuple[nnx.GraphDef[VisionLanguageModel], TrainState, nnx.State]:
+) -> tuple[nnx.GraphDef[VisionLanguageModel], TrainState, nnx.State[Any, Any]]:
     """Return the model's graph, the initial state and the frozen weights, both on the mesh."""
     graph, params, frozen = nnx.split(model, trainable_filter(recipe.trainable), ...)  # type: ignore[misc]
     params, frozen = shard_state(params, mesh), shard_state(frozen, mesh)
@@ -182,7 +182,7 @@ class _Run:
     recipe: Recipe
     mesh: Mesh
     state: TrainState
-    frozen: nnx.State
+    frozen: nnx.State[Any, Any]
     reference_inputs: Any
     step: Callable[..., tuple[TrainState, StepMetrics]]
     batches: Any

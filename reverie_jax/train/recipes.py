@@ -368,4 +368,3 @@ def read_recipe(name: str) -> Recipe:
         return _ADAPTER.validate_python(content)
     except pydantic.ValidationError as error:
         raise UserError(f"{name}: {_first_problem(error)}") from None
-

@@ -58,8 +58,8 @@ class ReferenceSpec:
     """
 
     model: VisionLanguageModel
-    params: nnx.State
-    frozen: nnx.State
+    params: nnx.State[Any, Any]
+    frozen: nnx.State[Any, Any]
     fresh_adapters: bool
     records: Sequence[ImageRecord]
     builder: TreeBuilder
@@ -106,7 +106,9 @@ class ReferenceSpec:
         recipe, size = self.recipe, self.recipe.micro_batch_size
         graph, _, _ = nnx.split(self.model, trainable_filter(recipe.trainable), ...)  # type: ignore[misc]
 
-        def score(params: nnx.State, frozen: nnx.State, batch: Batch) -> tuple[Int[Array, "B Q"], Float[Array, "B Q"]]:
+        def score(
+            params: nnx.State[Any, Any], frozen: nnx.State[Any, Any], batch: Batch
+        ) -> tuple[Int[Array, "B Q"], Float[Array, "B Q"]]:
             return batch.questions, answer_logps(edge_logps(nnx.merge(graph, params, frozen), batch), batch)
 
         jitted = jax.jit(score, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
@@ -123,7 +125,7 @@ class ReferenceSpec:
         return joined[order].astype(np.int32), np.concatenate(all_logps)[order].astype(np.float32)
 
 
-def adapters_off(model: VisionLanguageModel, recipe: Recipe, params: nnx.State) -> ReferenceModel:
+def adapters_off(model: VisionLanguageModel, recipe: Recipe, params: nnx.State[Any, Any]) -> ReferenceModel:
     """Return the model without its adapters as a reference; of `params` only the projector's are copied."""
     projector = nnx.filter_state(params, nnx.PathContains("projector"))
     # The step donates the original.

@@ -30,7 +30,7 @@ from reverie_jax.train.recipes import LossReduction, Recipe, Trainable
 class TrainState(NamedTuple):
     """Everything a step changes: trainable parameters, optimizer state and the number of steps taken."""
 
-    params: nnx.State
+    params: nnx.State[Any, Any]
     optimizer: optax.OptState
     step: Int[Array, ""]
 
@@ -134,7 +134,7 @@ def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
     def adam(peak: float) -> optax.GradientTransformation:
         return optax.adamw(schedule(peak, recipe), weight_decay=recipe.weight_decay)
 
-    def labels(params: nnx.State) -> nnx.State:
+    def labels(params: nnx.State[Any, Any]) -> nnx.State[Any, Any]:
         return nnx.map_state(lambda path, leaf: "projector" if path[0] == "projector" else "adapter", params)
 
     by_part = optax.partition(
@@ -144,19 +144,19 @@ def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
     return optax.chain(*clip, by_part)
 
 
-LossFunction = Callable[[nnx.State, Batch, PRNGKeyArray | None], tuple[Loss, dict[str, Array]]]
+LossFunction = Callable[[nnx.State[Any, Any], Batch, PRNGKeyArray | None], tuple[Loss, dict[str, Array]]]
 """Function of parameters, micro-batch and random key that returns the loss and sums to report."""
 
 
 def accumulate_gradients(
     loss_function: LossFunction,
-    params: nnx.State,
+    params: nnx.State[Any, Any],
     batch: Batch,
     key: PRNGKeyArray | None,
     *,
     steps: int = 1,
     loss_reduction: LossReduction = "tokens",
-) -> tuple[Float[Array, ""], nnx.State, dict[str, Array]]:
+) -> tuple[Float[Array, ""], nnx.State[Any, Any], dict[str, Array]]:
     """Return the mean loss of a batch, its gradients with respect to the parameters, and the summed reports.
 
     Args:
@@ -169,7 +169,7 @@ def accumulate_gradients(
         loss_reduction: see `Recipe.loss_reduction`.
     """
 
-    def loss_of(params: nnx.State, part: Batch, key: PRNGKeyArray | None) -> tuple[Array, Any]:
+    def loss_of(params: nnx.State[Any, Any], part: Batch, key: PRNGKeyArray | None) -> tuple[Array, Any]:
         loss, sums = loss_function(params, part, key)
         if loss_reduction == "tokens":
             return loss.total, (loss.weight, sums)
@@ -200,11 +200,17 @@ def _make_loss(
     recipe: Recipe,
     datasets: int,
     reference: nnx.GraphDef[VisionLanguageModel] | None,
-) -> Callable[[nnx.State, nnx.State, Any, Batch, PRNGKeyArray | None], tuple[Loss, dict[str, Array]]]:
+) -> Callable[
+    [nnx.State[Any, Any], nnx.State[Any, Any], Any, Batch, PRNGKeyArray | None], tuple[Loss, dict[str, Array]]
+]:
     """Return the recipe's loss as a function of (params, frozen, reference inputs, micro-batch, key)."""
 
     def preference(
-        params: nnx.State, frozen: nnx.State, reference_inputs: Any, part: Batch, key: PRNGKeyArray | None
+        params: nnx.State[Any, Any],
+        frozen: nnx.State[Any, Any],
+        reference_inputs: Any,
+        part: Batch,
+        key: PRNGKeyArray | None,
     ) -> tuple[Loss, dict[str, Array]]:
         assert recipe.preference is not None
         if reference is None:
@@ -220,7 +226,11 @@ def _make_loss(
         return loss, {**rewards._asdict(), "pairs": loss.weight}
 
     def tokens(
-        params: nnx.State, frozen: nnx.State, reference_inputs: Any, part: Batch, key: PRNGKeyArray | None
+        params: nnx.State[Any, Any],
+        frozen: nnx.State[Any, Any],
+        reference_inputs: Any,
+        part: Batch,
+        key: PRNGKeyArray | None,
     ) -> tuple[Loss, dict[str, Array]]:
         logps = edge_logps(nnx.merge(graph, params, frozen), part, key=key, remat=recipe.remat)
         losses, weights = loss_by_dataset(jax.lax.stop_gradient(logps), part, datasets)
@@ -229,7 +239,7 @@ def _make_loss(
     return tokens if recipe.preference is None else preference
 
 
-def _metrics(loss: Float[Array, ""], grads: nnx.State, batch: Batch, sums: dict[str, Array]) -> StepMetrics:
+def _metrics(loss: Float[Array, ""], grads: nnx.State[Any, Any], batch: Batch, sums: dict[str, Array]) -> StepMetrics:
     return StepMetrics(
         loss=loss,
         grad_norm=optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads)),
@@ -271,7 +281,7 @@ def make_step(
 
     @functools.partial(jax.jit, donate_argnums=0, **options)
     def step(
-        state: TrainState, frozen: nnx.State, batch: Batch, reference_inputs: Any = None
+        state: TrainState, frozen: nnx.State[Any, Any], batch: Batch, reference_inputs: Any = None
     ) -> tuple[TrainState, StepMetrics]:
         # The key depends on seed and step only: a resumed run draws what an uninterrupted one draws.
         key = jax.random.fold_in(jax.random.key(recipe.seed), state.step) if recipe.dropout else None

@@ -76,13 +76,13 @@ class Validation:
     ):
         self.records, self.builder, self.batch_size, self.mesh = records, builder, recipe.micro_batch_size, mesh
 
-        def sums(params: nnx.State, frozen: nnx.State, batch: Batch) -> tuple[Array, Array]:
+        def sums(params: nnx.State[Any, Any], frozen: nnx.State[Any, Any], batch: Batch) -> tuple[Array, Array]:
             loss = edge_loss(nnx.merge(graph, params, frozen), batch)
             return loss.total, loss.weight
 
         self._sums = jax.jit(sums)
 
-    def __call__(self, params: nnx.State, frozen: nnx.State) -> dict[str, float] | None:
+    def __call__(self, params: nnx.State[Any, Any], frozen: nnx.State[Any, Any]) -> dict[str, float] | None:
         """Return {`VALIDATION`: mean loss per supervised token}, or None without held-out records."""
         if not self.records:
             return None

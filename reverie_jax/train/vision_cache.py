@@ -7,6 +7,7 @@ import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -68,7 +69,7 @@ def _compute_features(
     depth, dtype = model.config.feature_depth, model.compute_dtype
 
     @jax.jit
-    def run_tower(state: nnx.State, pixels: UInt8[Array, "B S S 3"]) -> Float[Array, "B P W"]:
+    def run_tower(state: nnx.State[Any, Any], pixels: UInt8[Array, "B S S 3"]) -> Float[Array, "B P W"]:
         return nnx.merge(graph, state)(normalize(pixels, dtype), depth)
 
     numbers = iter(range(len(records)))

@@ -1,5 +1,6 @@
-"""Object HalBench: which objects of a description are not in the image? (RLHF-V, Yu et al., arXiv 2312.00849, after
-Rohrbach et al.; `eval/eval_gpt_obj_halbench.py` of RLHF-V and RLAIF-V.)
+"""Object HalBench: which objects of a description are not in the image? (RLHF-V, Yu et al., arXiv 2312.00849.)
+
+After Rohrbach et al.; `eval/eval_gpt_obj_halbench.py` of RLHF-V and RLAIF-V.
 
 Files: `obj_halbench_300_with_image.jsonl`, an object a line: `image_id` (COCO's), `question`, `image` (base64); and COCO's
 annotations as for CHAIR. A judge extracts the objects of each answer; spaCy normalizes its reply.

@@ -48,7 +48,7 @@ class AbstractStep:
     graph: nnx.GraphDef[VisionLanguageModel]
     optimizer: optax.GradientTransformation
     state: TrainState
-    frozen: nnx.State
+    frozen: nnx.State[Any, Any]
     batch: Batch
     recipe: Recipe
     mesh: Mesh | AbstractMesh
