@@ -25,7 +25,7 @@ def read_stage_rows(path: Path, keys: Iterable[str]) -> list[Row]:
         UserError: The file is missing or broken; the row is named.
     """
     if not path.exists():
-        raise UserError(f"{path}: missing; run the previous step first")
+        raise UserError(f"{path}: missing; run the step that writes it first (questions, then rationales, then judge)")
     rows: list[Row] = read_rows(path, min_rows=0)
     keys = list(keys)
     for number, row in enumerate(rows):

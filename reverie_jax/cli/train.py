@@ -76,7 +76,7 @@ class Train:
         stats = result.stats
         print(
             f"{result.steps} steps in {result.seconds:.0f} s on {stats.records} images "
-            f"({stats.tokens:,} tokens in trees, {stats.flat_tokens:,} without): {self.out}"
+            f"({stats.tokens:,} tokens in trees, {stats.flat_tokens:,} without prefix sharing): {self.out}"
         )
 
 

@@ -23,7 +23,7 @@ class SequenceShape:
 
     Attributes:
         length: L, tokens.
-        images: M, the most trees in a sequence; also the number of image slots.
+        images: M, the most trees in a sequence; each has at most one image, so also the most images.
         edges: E, supervised tokens.
         questions: Q, open questions (evaluation) or answers of preference pairs; 0 in other training.
         branches: the most conversations in a tree; 0 for no limit. A tree with more is split.

@@ -76,7 +76,9 @@ class TreeBuilder:
         except UserError:
             raise  # it names the record already
         except ValueError as error:
-            raise DataError(f"record {record.id}: {error}; increase the sequence sizes or shorten the text") from None
+            raise DataError(
+                f"record {record.id}: {error}; raise sequence.length or sequence.edges, or shorten the text"
+            ) from None
 
     def _build_pairs(self, record: ImageRecord, config: DPOConfig) -> list[RecordTree]:
         pairs = find_pairs(record.id, record.conversations)

@@ -36,7 +36,7 @@ class Decoding:
         top_p: Nucleus (top-p) threshold of sampling.
         seed: Of sampling and of the noise.
         contrast: What the scores are contrasted with: the image under noise (VCD, Leng et al., arXiv 2311.16922), the
-            question behind a disturbing instruction (ICD, Wang et al., arXiv 2403.18715), or nothing.
+            question after a disturbing instruction (ICD, Wang et al., arXiv 2403.18715), or nothing.
         alpha: Strength of the contrast.
         beta: Tokens below this share of the likeliest token's probability are excluded from the contrast.
         noise_step: Diffusion step of the noise, of 1,000; see `add_noise`.
@@ -119,7 +119,7 @@ def extend(
 def add_noise(images: Any, noise_step: int, seed: int) -> Float[Array, "B M S S 3"]:
     """Return normalized images after diffusion noise as in VCD; step 0 adds none.
 
-    VCD's script counts from 0: step n has n + 1 diffusion steps behind it. The noise is the same for all images, so that an
+    VCD's script counts from 0: step n is n + 1 diffusion steps. The noise is the same for all images, so that an
     answer does not depend on the other images of the batch.
     """
     betas = jax.nn.sigmoid(jnp.linspace(-6, 6, 1000)) * (0.5e-2 - 1e-5) + 1e-5
@@ -158,7 +158,7 @@ def generate(
         batch: Packed sequences.
         decoding: How to decode.
         stops: Tokens that end an answer; the first of them stands for whichever did, and fills the rest.
-        contrast_batch: With `contrast="instruction"`, the same leaves behind the disturbing instruction.
+        contrast_batch: With `contrast="instruction"`, the same leaves after the disturbing instruction.
 
     Returns:
         Tokens, and log-probabilities of the N tracked tokens in the first place (without any contrast).
@@ -329,6 +329,6 @@ def _beam_search(
     opening = jnp.broadcast_to(first[:, :, None], (rows, leaves, beams, first.shape[-1]))
     now, origin = grow(start, opening)
     best = jax.lax.while_loop(unfinished, decode_step, (now, origin, state))[0].finished[:, :, 0]
-    # One id for all that end an answer, and nothing else behind it.
+    # One id for all that end an answer, and nothing else after it.
     stop = jnp.isin(best, jnp.asarray(stops, jnp.int32))
     return jnp.where(jnp.cumsum(stop, axis=-1) > 0, stops[0], best)

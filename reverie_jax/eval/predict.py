@@ -31,7 +31,7 @@ STAGES = ("first", "rationales", "answers")
 """Each writes a file of its own, `.STAGE.jsonl`; without `reflect` there is the last one only."""
 
 REVISE = "With this in mind, answer the question once more. {question}"
-"""Prompt behind the model's rationale (`PredictOptions.reflect`)."""
+"""Prompt for the model's rationale (`PredictOptions.reflect`)."""
 RATIONALE_TOKENS = 256
 
 _TEXT_ONLY_BATCH = 16
@@ -92,7 +92,7 @@ def predict(
 ) -> Path:
     """Answer all questions and write `out`/predictions.jsonl in the questions' order, in LLaVA's form.
 
-    Answers are written as batches end; an interrupted run resumes behind the last complete batch and writes the file that an
+    Answers are written as batches end; an interrupted run resumes after the last complete batch and writes the file that an
     uninterrupted one would have written. Several processes call it alike; the first one writes.
 
     Args:
@@ -327,7 +327,7 @@ class _AnswerLog:
                 self._file.close()
 
     def resume(self, batches: Sequence[list[int]]) -> int:
-        """Cut the file behind the last complete batch; return the number of complete batches.
+        """Cut the file after the last complete batch; return the number of complete batches.
 
         Raises:
             UserError: The file cannot be written, or processes see different files.

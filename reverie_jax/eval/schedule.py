@@ -122,7 +122,7 @@ def plan(
         leaves = max(len(image.questions) for image in members)
         batch_size = -(-min(limit.batch_size, len(members)) // multiple) * multiple
         shape = SequenceShape(length=min(bound, limit.sequence_length), images=1, questions=leaves)
-        second = _behind_instruction(members, processor, leaves) if contrast else None
+        second = _with_instruction(members, processor, leaves) if contrast else None
         groups.append(Group(shape, batch_size, members, second))
     return groups
 
@@ -145,7 +145,7 @@ def _rounded(length: int) -> int:
     return -(-length // _LENGTH_STEP) * _LENGTH_STEP
 
 
-def _behind_instruction(
+def _with_instruction(
     images: Sequence[ImageQuestions], processor: Processor, leaves: int
 ) -> tuple[SequenceShape, list[ImageQuestions]]:
     def disturbed(conversation: Conversation) -> Conversation:

@@ -30,7 +30,7 @@ _RUN_KEYS = (
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """The content of scores.json, and the parsed answers behind it.
+    """The content of scores.json, and the parsed answers that it summarizes.
 
     Attributes:
         benchmark: Name of the benchmark.
@@ -161,7 +161,7 @@ def _run_record(predictions: Path) -> dict[str, Any]:
 
 
 def _yes_no(predictions: Path, benchmark: Benchmark, data: BenchmarkData, scored: Scored) -> dict[str, Any]:
-    """Return how often yes is answered and is right; and the calibration of the model's probability of yes, if recorded."""
+    """Return the shares of answers and of labels that are yes, and the calibration of the probability of yes, if recorded."""
     if not benchmark.yes_no:
         return {}
     words = {"yes": True, "no": False}

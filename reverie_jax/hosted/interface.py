@@ -1,4 +1,4 @@
-"""Requests, replies and providers: one interface for hosted models and for the embedded world."""
+"""Requests, replies and providers: one interface for hosted models and for annotators in memory."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ class Outcome:
     """Result of a run over tasks.
 
     Attributes:
-        requested: Tasks whose request was sent at least once in this run.
+        requested: Tasks that ended in this run: with a usable reply, or after their last attempt.
         cached: Tasks that already had a reply.
         usable: Tasks with a new usable reply.
         failed: Reasons by name, of the tasks without a usable reply.

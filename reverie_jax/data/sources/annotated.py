@@ -10,7 +10,7 @@ from reverie_jax.data.row_files import Rows
 from reverie_jax.data.sources.common import Example, InvalidRow, ReadLog, parse_rows
 
 VERDICT = "gemini_pro_judge"
-"""The verdict's key in REVERIE's files, whoever judged: whether the rationale contradicts itself; `no` keeps a row."""
+"""The verdict's key in REVERIE's files, whichever model judged: `yes` (the rationales contradict) drops a row."""
 QUESTION_KEYS = ("image", "question", "correct_answer", "confusing_answer")
 RATIONALE_KEYS = ("correct_rationale", "incorrect_rationale")
 KEYS = (*QUESTION_KEYS, *RATIONALE_KEYS)

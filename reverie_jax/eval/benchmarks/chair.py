@@ -206,7 +206,7 @@ def absent(parsed: ParsedAnswer) -> list[str]:
 
 
 def parsed_caption(question: Question, mentioned: Sequence[str], truth: set[str]) -> ParsedAnswer:
-    """Return a caption as its classes, each once, those that are not in the image behind "not: "."""
+    """Return a caption as its classes, each once, those that are not in the image after "not: "."""
     names = [name if name in truth else f"{_ABSENT}{name}" for name in dict.fromkeys(mentioned)]
     right = float(all(name in truth for name in mentioned))
     return ParsedAnswer(question.id, ", ".join(names), right, not mentioned)

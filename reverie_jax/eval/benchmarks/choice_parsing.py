@@ -108,7 +108,7 @@ _START, _END, _PHRASE, _ANYWHERE = 10, 9, 7, 0
 def ranked(answer: str, letters: Sequence[str]) -> str:
     """Return the letter in the format of the highest rank, the last one of several, as lmms-eval's extractor.
 
-    A letter anywhere behind a phrase counts, even within a word, so the extractor rarely returns nothing.
+    A letter anywhere after a phrase counts, even within a word, so the extractor rarely returns nothing.
     """
     bare = answer.strip()
     for mark in ",.!?;:'\"":

@@ -15,7 +15,7 @@ from reverie_jax.eval.benchmarks.scoring import Key, ParsedAnswer, Scored
 
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
-"""LLaVA-1.5's suffixes, each on a line of its own behind the question."""
+"""LLaVA-1.5's suffixes, each on a line of its own after the question."""
 
 OFFICIAL = "official"
 LMMS_EVAL = "lmms-eval"
@@ -95,7 +95,7 @@ class JudgeRequest:
     """One request to a judge.
 
     Attributes:
-        id: of the reply: a question's id, with a suffix behind "#" where a question needs several replies.
+        id: of the reply: a question's id, with a suffix after "#" where a question needs several replies.
         prompt: the complete text.
         image: the image to show, where the judge sees it.
     """
@@ -118,7 +118,7 @@ class Benchmark:
         yes_no: answers are yes or no, and `metadata["label"]` is the truth (a bool or the word); the model's probability of
             "yes" is recorded too.
         judged_rules: rules that need replies of a judge.
-        lower_is_better: metrics (the part of their name behind "/") of which less is better.
+        lower_is_better: metrics (the part of their name after "/") of which less is better.
         list_metrics: prefixes of metrics ("capability/ocr") that list parts of one total: a report makes no groups of them.
         published_items: number of questions that published scores are of; None if it is not known.
         required_files: the files that `load` expects, and their source, in one line.
