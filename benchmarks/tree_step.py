@@ -20,7 +20,7 @@ import numpy as np
 import tyro
 from flax import nnx
 
-from reverie_jax.annotate.stages import annotate
+from reverie_jax.annotate.in_memory import annotate
 from reverie_jax.data.packing import Batch, SequenceShape, make_element, pack, stack
 from reverie_jax.data.reflection import reflection_conversations
 from reverie_jax.data.tree import build_tree

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jinja2
 
-from reverie_jax.annotate.files import JUDGED, read_stage_rows
+from reverie_jax.annotate.files import JUDGED, read_step_rows
 from reverie_jax.data.images import thumbnail
 from reverie_jax.data.sources.annotated import KEYS, VERDICT
 from reverie_jax.files import atomic_write
@@ -25,7 +25,7 @@ def write_audit(folder: Path, images_folder: Path, count: int, seed: int = 0) ->
     Raises:
         UserError: The step `judge` did not run.
     """
-    rows = read_stage_rows(folder / JUDGED, (*KEYS, VERDICT))
+    rows = read_step_rows(folder / JUDGED, (*KEYS, VERDICT))
     rng = random.Random(seed)
     sample, counts = {}, {}
     for verdict, name in (("no", "kept"), ("yes", "dropped")):

@@ -18,7 +18,7 @@ RELEASED = "reverie.json"
 Row = dict[str, Any]
 
 
-def read_stage_rows(path: Path, keys: Iterable[str]) -> list[Row]:
+def read_step_rows(path: Path, keys: Iterable[str]) -> list[Row]:
     """Read a step's file: a list of objects with at least these keys, all strings.
 
     Raises:

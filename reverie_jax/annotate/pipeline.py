@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from reverie_jax.annotate import parsing
 from reverie_jax.annotate.adopt import ADOPTED, question_replies, read_original_rows
-from reverie_jax.annotate.files import DROPPED, JUDGED, QUESTIONS, RATIONALES, RELEASED, Row, read_stage_rows
+from reverie_jax.annotate.files import DROPPED, JUDGED, QUESTIONS, RATIONALES, RELEASED, Row, read_step_rows
 from reverie_jax.annotate.job import Job, JobRunner
 from reverie_jax.annotate.schemas import QUESTIONS_SCHEMA
 from reverie_jax.data.reflection import AnnotatedQuestion, Reflection, classify_question, reflection_conversations
@@ -215,7 +215,7 @@ class Pipeline(JobRunner):
 
     def rationales(self) -> Outcome:
         """Request why the right answers are right and the wrong ones wrong."""
-        rows = read_stage_rows(self.job.folder / QUESTIONS, QUESTION_KEYS)
+        rows = read_step_rows(self.job.folder / QUESTIONS, QUESTION_KEYS)
         tasks = ((row["image"], self.rationale_task(row, stage)) for row in rows for stage in _RATIONALE_STAGES)
         outcome = self._run("rationales", tasks, [self.job.writer])
         complete = []
@@ -229,7 +229,7 @@ class Pipeline(JobRunner):
 
     def judge(self) -> Outcome:
         """Request every judge's verdict; write the rows with a verdict, and the dropped ones to a file of their own."""
-        rows = read_stage_rows(self.job.folder / RATIONALES, KEYS)
+        rows = read_step_rows(self.job.folder / RATIONALES, KEYS)
         tasks = ((row["image"], self.judge_task(row, judge)) for row in rows for judge in self.judges)
         outcome = self._run("judge", tasks, self.judges)
         judged, dropped = [], []
@@ -260,8 +260,8 @@ class Pipeline(JobRunner):
         job, steps = self.job, list(steps)
         tasks = {"questions": [self.question_task(name) for name in job.images]}
         unknown = sum(task is not None and self.session.get_reply(task) is None for task in tasks["questions"])
-        rows = read_stage_rows(job.folder / QUESTIONS, QUESTION_KEYS) if (job.folder / QUESTIONS).exists() else []
-        explained = read_stage_rows(job.folder / RATIONALES, KEYS) if (job.folder / RATIONALES).exists() else []
+        rows = read_step_rows(job.folder / QUESTIONS, QUESTION_KEYS) if (job.folder / QUESTIONS).exists() else []
+        explained = read_step_rows(job.folder / RATIONALES, KEYS) if (job.folder / RATIONALES).exists() else []
         for stage in _RATIONALE_STAGES:
             tasks[stage] = [self.rationale_task(row, stage) for row in rows]
         tasks["judge"] = [self.judge_task(row, judge) for row in explained for judge in self.judges]
@@ -282,7 +282,7 @@ def export(folder: Path) -> int:
     Raises:
         UserError: The step `judge` did not run.
     """
-    rows = read_stage_rows(folder / JUDGED, (*KEYS, VERDICT))
+    rows = read_step_rows(folder / JUDGED, (*KEYS, VERDICT))
     images: dict[str, dict[tuple[str, str], Reflection]] = {}
     for row in rows:
         if row[VERDICT] != "no":

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from reverie_jax.annotate.stages import annotate
+from reverie_jax.annotate.in_memory import annotate
 from reverie_jax.data.conversation import IMAGE, Conversation, Turn
 from reverie_jax.data.images import encode_png
 from reverie_jax.data.reflection import reflection_conversations

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from reverie_jax.annotate.stages import annotate
+from reverie_jax.annotate.in_memory import annotate
 from reverie_jax.data.mixture import Mixture, MixtureEntry, read_mixture
 from reverie_jax.data.reflection import reflection_conversations
 from reverie_jax.data.sources import ReadLog, reverie

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reverie_jax.annotate.stages import annotate
+from reverie_jax.annotate.in_memory import annotate
 from reverie_jax.data.conversation import Turn
 from reverie_jax.data.reflection import WHY, WHY_WRONG, AnnotatedQuestion, Reflection, reflection_conversations
 from reverie_jax.hosted.interface import AnnotationError, Request, RequestImage
