@@ -23,7 +23,7 @@ from reverie_jax.files import write_json
 from reverie_jax.loading import Components, detect_components, load_adapter, read_tokenizer
 from reverie_jax.models import VisionLanguageModel, lora
 from reverie_jax.models.checkpoints import adapters, base_checksums, orbax, read_model, write
-from reverie_jax.models.checkpoints.components import ADAPTER_CONFIG, DESCRIPTIONS, Component, ComponentFormat
+from reverie_jax.models.checkpoints.components import ADAPTER_CONFIG, DESCRIPTIONS, Component, ComponentFormat, as_list
 from reverie_jax.models.checkpoints.files import new_folder, read_json
 
 Format = Literal["llava-hf", "peft", "llava-lora", "llava", "orbax"]
@@ -88,7 +88,7 @@ def convert(
         main, *others = detect_components(src, components)
         model = read_model(main, components=others, dtype=None if dtype is None else jnp.dtype(dtype))
         tokenizer = read_tokenizer(model.config, main, others)
-        source = _describe_source(model, str(src), main, others, adapter)
+        source = _describe_source(model, str(src), main, [str(part) for part in as_list(components)], adapter)
         if adapter is not None:
             name, projector = load_adapter(model, adapter, [main, *others])
             source = dataclasses.replace(source, base_model=name or str(src), projector=projector)
@@ -104,13 +104,13 @@ def convert(
 
 
 def _describe_source(
-    model: VisionLanguageModel, src: str, main: Component, others: Sequence[Component], adapter: Any
+    model: VisionLanguageModel, src: str, main: Component, others: Sequence[str], adapter: Any
 ) -> ConversionSource:
-    base_model = str(others[0].path) if others else src
+    base_model = others[0] if others else src
     if main.format == "llava-lora":
         recorded = read_json(main.path / ADAPTER_CONFIG).get("base_model_name_or_path")
         base_model = str(recorded or base_model)
-    names = (src, *(str(other.path) for other in others), *([] if adapter is None else [str(adapter)]))
+    names = (src, *others, *([] if adapter is None else [str(adapter)]))
     return ConversionSource(names, main.format, base_model, main.format == "llava-lora", base_checksums(model))
 
 

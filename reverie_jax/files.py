@@ -53,6 +53,10 @@ def atomic_path(path: Path, error: type[UserError] = UserError) -> Iterator[Path
     Raises:
         error: The file cannot be written. Nothing is left behind.
     """
+    path = path.resolve() if path.is_symlink() else path  # the link stays
+    if path.exists() and not path.is_file():  # a device or a pipe, as /dev/stdout
+        yield path
+        return
     part = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,10 @@ import tempfile
 
 # Four devices on the CPU: meshes are tested without an accelerator. Each step is awaited: many queued ones deadlock.
 # Compiling is most of the suite's time: LLVM does little, and a program is compiled once for all workers and their children.
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=1")
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+)
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _programs = tempfile.TemporaryDirectory(prefix="reverie-programs-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs.name

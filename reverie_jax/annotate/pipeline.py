@@ -194,7 +194,8 @@ class Pipeline(JobRunner):
 
     def questions(self) -> Outcome:
         """Request the questions; write one row for each question and confusing answer."""
-        tasks = [(name, self.question_task(name)) for name in self.job.images]
+        with self.journal.transaction():  # building tasks records digests of images
+            tasks = [(name, self.question_task(name)) for name in self.job.images]
         outcome = self._run("questions", iter(tasks), [self.job.writer])
         rows: list[Row] = []
         for name, task in tasks:

@@ -173,7 +173,7 @@ def parse_mesh(text: str) -> Mesh:
         raise UserError(f"--mesh {text}: {error}") from None
 
 
-def parse_dtype(name: str, choices: tuple[str, ...] = DTYPES) -> DTypeLike:
+def parse_dtype(name: str, choices: tuple[str, ...] = DTYPES, *, auto: bool = True) -> DTypeLike:
     """Return the dtype of that name; `auto` is bfloat16 on accelerators and float32 on CPUs.
 
     Raises:
@@ -182,7 +182,7 @@ def parse_dtype(name: str, choices: tuple[str, ...] = DTYPES) -> DTypeLike:
     import jax
     import jax.numpy as jnp
 
-    if name == "auto":
+    if auto and name == "auto":
         name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     check_choice(choices, dtype=name)
     return jnp.dtype(name)

@@ -40,7 +40,7 @@ class Convert:
         from reverie_jax.convert import convert
 
         known = (*common.DTYPES, "float16")
-        dtype = None if self.dtype is None else common.parse_dtype(self.dtype, known)
+        dtype = None if self.dtype is None else common.parse_dtype(self.dtype, known, auto=False)
         folder = convert(
             self.model,
             self.out,

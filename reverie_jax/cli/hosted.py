@@ -30,7 +30,7 @@ class ProviderOptions:
     structured: Annotated[bool, common.FLAG] = True
     """Do not request JSON by schema, for servers without support for it."""
     temperature: Annotated[float | None, common.NUMBER] = None
-    """Sampling temperature; the provider's (for judges the benchmark's) default if omitted."""
+    """Sampling temperature; the default of the provider (of `reverie judge`: of the benchmark) if omitted."""
     timeout: Annotated[float, common.option("SECONDS")] = 120.0
     """Seconds to wait for one reply."""
     concurrency: Annotated[int, common.N] = 16

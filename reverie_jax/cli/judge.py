@@ -100,7 +100,7 @@ def _local(checkpoint: str, data: BenchmarkData, max_new_tokens: int) -> Generat
         from reverie_jax.data.processor import ask
         from reverie_jax.eval.engine import generate as answers
 
-        model, processor = common.load_merged(checkpoint, (), None)
+        model, processor = common.load_merged(checkpoint, (), None, "float32")
         records = [
             ask(None if request.image is None else data.read_image(request.image), request.prompt)
             for request in requests

@@ -22,7 +22,7 @@ class Recipes:
         from reverie_jax.train import recipes
 
         if self.name is not None:
-            print(recipes.find_recipe(self.name).to_yaml(), end="")
+            print(recipes.read_recipe(self.name).to_yaml(), end="")
             return
         for name, recipe in sorted(recipes.RECIPES.items()):
             print(f"{name:21} {recipe.summary()}")

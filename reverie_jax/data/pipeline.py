@@ -83,7 +83,9 @@ class TreeBuilder:
     def _build_pairs(self, record: ImageRecord, config: DPOConfig) -> list[RecordTree]:
         pairs = find_pairs(record.id, record.conversations)
         if 2 * len(pairs) > PAIR_STRIDE:
-            raise ValueError(f"{len(pairs)} pairs about one image; at most {PAIR_STRIDE // 2} are supported")
+            raise DataError(
+                f"record {record.id}: {len(pairs)} pairs about one image; at most {PAIR_STRIDE // 2} are supported"
+            )
         tokens = self.processor.tokenize(record.id, [side for pair in pairs for side in pair])
         sides = list(zip(tokens[::2], tokens[1::2], strict=True))
         shape = self.shape

@@ -21,7 +21,7 @@ from reverie_jax.data.conversation import ImageRecord
 from reverie_jax.errors import DataError, UserError
 
 _TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
-NAME, VERSION = "reflective_records", "1.0.0"
+NAME, VERSION = "reflective_records", "2.0.0"
 PREVIOUS = "previous"
 """Name, in the work folder, of the records that new ones replace."""
 RECORDS_PER_SHARD = 1024

@@ -16,7 +16,7 @@ QuestionType = Literal["yes/no", "choice", "short", "open"]
 
 
 class AnnotatedQuestion(pydantic.BaseModel):
-    # The docstring is part of the schema that hosted models get, and so of the key under which their replies are kept.
+    # The docstring is part of the schema that hosted models get.
     """A question about an image, its right answer, and answers that would confuse."""
 
     model_config = pydantic.ConfigDict(extra="forbid")

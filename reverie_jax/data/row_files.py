@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -86,7 +87,7 @@ class Rows:
                 case "lines":
                     yield from _json_lines(file)
                 case "list":
-                    yield from _stream(file, ijson.items, "item")
+                    yield from _stream(file, ijson.items, "item", _MAX_ROW_BYTES)
                 case "object":
                     yield from self._rows_by_id(file)
                 case _:
@@ -95,7 +96,7 @@ class Rows:
 
     def _rows_by_id(self, file: IO[bytes]) -> Iterator[Any]:
         empty = True
-        for key, row in _stream(file, ijson.kvitems, ""):
+        for key, row in _stream(file, ijson.kvitems, "", _MAX_ROW_BYTES):
             if empty and not isinstance(row, dict):
                 raise self._not_a_list()
             yield {"pid": key, **row} if isinstance(row, dict) else row
@@ -120,37 +121,37 @@ class Rows:
 class _BoundedReader:
     """A file for ijson, which has no limits of its own: a broken file is not read into memory to its end."""
 
-    def __init__(self, file: IO[bytes]):
-        self._file, self.size, self.depth = file, 0, 0
+    def __init__(self, file: IO[bytes], max_bytes: float):
+        self._file, self._max_bytes, self.size, self.depth = file, max_bytes, 0, 0
 
     def read(self, size: int) -> bytes:
         data = self._file.read(size)
         self.size += len(data)
         self.depth += data.count(b"[") + data.count(b"{") - data.count(b"]") - data.count(b"}")
-        if self.size > _MAX_ROW_BYTES:
-            raise ValueError(f"a row of more than {_MAX_ROW_BYTES:,} bytes")
+        if self.size > self._max_bytes:
+            raise ValueError(f"a row of more than {self._max_bytes:,} bytes")
         if self.depth > _MAX_DEPTH:
             raise ValueError("nested too deep")
         return data
 
 
-def _stream(file: IO[bytes], parse: Any, prefix: str) -> Iterator[Any]:
-    """Yield what `ijson.items` or `ijson.kvitems` finds below a prefix."""
-    reader = _BoundedReader(file)
+def _stream(file: IO[bytes], parse: Any, prefix: str, max_bytes: float) -> Iterator[Any]:
+    """Yield what `ijson.items` or `ijson.kvitems` finds below a prefix, each of at most `max_bytes`."""
+    reader = _BoundedReader(file, max_bytes)
     for value in parse(reader, prefix, use_float=True, buf_size=_BUFFER):
         yield value
         reader.size = reader.depth = 0
 
 
 def read_items(path: Path, key: str) -> Iterator[Any]:
-    """Yield the items of one list in a large JSON object, `{key: [item, …], …}`.
+    """Yield the items of one list in a large JSON object, `{key: [item, …], …}`, whatever comes before and after it.
 
     Raises:
         DataError: The file cannot be read or is not valid JSON.
     """
     try:
         with path.open("rb") as file:
-            yield from _stream(file, ijson.items, f"{key}.item")
+            yield from _stream(file, ijson.items, f"{key}.item", math.inf)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
     except (ijson.JSONError, ValueError) as error:

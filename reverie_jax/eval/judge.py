@@ -121,9 +121,9 @@ class JudgeRun:
     data: BenchmarkData
     answers: Mapping[str, str]
     rule: str
-    judges: Sequence[str]
+    judges: Sequence[str] = dataclasses.field(repr=False)  # an address may have a password
     out: Path
-    environment: Mapping[str, str]
+    environment: Mapping[str, str] = dataclasses.field(repr=False)  # has the keys
     config: RequestConfig = dataclasses.field(default_factory=RequestConfig)
     prompts: Path | None = None
     show_image: bool = True
@@ -140,7 +140,7 @@ class JudgeRun:
         """
         files, hosted = self._files(), self._hosted()
         if len(self.judges) - len(hosted) > 1 or (len(self.judges) > len(hosted) and generate is None):
-            raise UserError(f"{', '.join(self.judges)}: at most one local judge in a run")
+            raise UserError(f"{', '.join(files)}: at most one local judge in a run")
         requests, _ = self._requests
         try:
             self.out.mkdir(parents=True, exist_ok=True)
@@ -168,6 +168,7 @@ class JudgeRun:
             UserError: as `run` does.
         """
         self._files()
+        _ = self._requests  # fails early on a rule without a judge or a broken template
         with contextlib.closing(Session(self.out, self.config, self.environment)) as session:
             return [
                 session.estimate(STAGE, self._tasks(judge))._replace(stage=_label(judge)) for judge in self._hosted()

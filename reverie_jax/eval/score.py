@@ -161,7 +161,7 @@ def _run_record(predictions: Path) -> dict[str, Any]:
 
 
 def _yes_no(predictions: Path, benchmark: Benchmark, data: BenchmarkData, scored: Scored) -> dict[str, Any]:
-    """Return the shares of answers and of labels that are yes, and the calibration of the probability of yes, if recorded."""
+    """Return the shares of answers and of labels that are yes, and the calibration of P(yes), if recorded."""
     if not benchmark.yes_no:
         return {}
     words = {"yes": True, "no": False}

@@ -115,6 +115,7 @@ class Throttle:
         spent = journal.spent()
         self.price, self.tokens = spent.price, spent.tokens_in + spent.tokens_out
         self._reserved = collections.Counter[str]()
+        self._open_stages = set[str]()
         self.stop_reason = ""
         self.reached, self._unanswered = False, 0
         self._released = asyncio.Event()
@@ -123,13 +124,15 @@ class Throttle:
     def estimate(self, stage: str) -> tuple[float, float]:
         """Return the expected (input, output) tokens of a request.
 
-        This is the mean of the stage's replies. Before the first one it is the default, but at least the mean of every
-        other stage: a batch that is under way must not turn out to cost more than the budget allowed for.
+        This is the mean of the stage's replies. Before the first one it is the default; for a batch that is under way
+        already at least the mean of every other stage, so that it does not cost more than the budget allowed for.
         """
         if stage in self._sums:
             count, tokens_in, tokens_out = self._sums[stage]
             return tokens_in / count, tokens_out / count
         default_in, default_out = DEFAULT_TOKENS[stage]
+        if stage not in self._open_stages:
+            return default_in, default_out
         means = [(tokens_in / count, tokens_out / count) for count, tokens_in, tokens_out in self._sums.values()]
         return max([default_in, *(mean[0] for mean in means)]), max([default_out, *(mean[1] for mean in means)])
 
@@ -190,6 +193,8 @@ class Throttle:
         if not force and (reason := self._over_budget(stage)):
             self.stop_reason = "" if self._reserved.total() else reason
             return False
+        if force:
+            self._open_stages.add(stage)
         self._reserved[stage] += 1
         return True
 

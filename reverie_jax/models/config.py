@@ -21,6 +21,8 @@ class VisionConfig:
         activation: OpenAI's CLIP uses quick-GELU, x * sigmoid(1.702 x).
     """
 
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
+
     hidden: int
     layers: int
     heads: int
@@ -46,6 +48,8 @@ class TextConfig:
         sliding_window: Attention window that the weights were trained with, if any. Attention here is full, so
             `context` is limited to the lengths at which the two agree.
     """
+
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
 
     vocab: int
     hidden: int
@@ -78,6 +82,8 @@ class VLMConfig:
         image_aspect_ratio: How images become squares: padded, or cropped ("square").
         vision_tower: Name of the tower's own repository, where it is known.
     """
+
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
 
     vision: VisionConfig
     text: TextConfig

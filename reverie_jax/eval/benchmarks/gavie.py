@@ -65,6 +65,7 @@ class Gavie(JudgedBenchmark):
     """GAVIE, see the module's docstring. Ids are positions in the file, from 0."""
 
     name = "gavie"
+    lower_is_better = frozenset({"unread"})
     published_items = 1000
     max_new_tokens = 512
     required_files = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import re
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ GROUP = "reverie_jax.providers"
 """Entry-point group of further providers; each is a function (model, url, settings, environment) -> Provider."""
 
 
+@functools.cache
 def names() -> tuple[str, ...]:
     """Return the names of all providers: built in, then registered under `GROUP` by installed packages."""
     return (*_BUILT_IN, *importlib.metadata.entry_points(group=GROUP).names)
@@ -29,7 +31,9 @@ def parse_model_spec(model_spec: str) -> tuple[str, str, str | None]:
     name, _, model = model_spec.partition(":")
     model, at, url = model.partition("@http")
     if name not in (known := names()) or not model:
-        raise UserError(f"{model_spec!r}: must be PROVIDER:MODEL; choose a provider from {', '.join(known)}")
+        raise UserError(
+            f"{redact_password(model_spec)!r}: must be PROVIDER:MODEL; choose a provider from {', '.join(known)}"
+        )
     return name, model, f"http{url}" if at else None
 
 
@@ -48,13 +52,12 @@ def open_provider(model_spec: str, settings: RequestSettings, environment: Mappi
     try:
         if name in _BUILT_IN:
             return _BUILT_IN[name](model, url, settings, environment)
-        (entry_point,) = importlib.metadata.entry_points(group=GROUP, name=name)
+        entry_point = next(iter(importlib.metadata.entry_points(group=GROUP, name=name)))
         provider: Provider = entry_point.load()(model, url, settings, environment)
         return provider
     except ImportError as error:
-        raise UserError(
-            f"{name} needs a package that is not installed ({error}): pip install 'reverie-jax[{name}]'"
-        ) from None
+        fix = f": pip install 'reverie-jax[{name}]'" if name in _BUILT_IN else ""
+        raise UserError(f"{name} needs a package that is not installed ({error}){fix}") from None
 
 
 def _gemini(model: str, url: str | None, settings: RequestSettings, environment: Mapping[str, str]) -> Provider:
