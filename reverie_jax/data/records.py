@@ -277,7 +277,12 @@ class RecordSource(Sequence[ImageRecord]):
             row = self._source[index % len(self)]
         except RuntimeError as error:
             raise DataError(f"{self.folder}: record {index} cannot be read ({error})") from None
-        return ImageRecord.from_parts(row["id"].decode(), row["image"], row["conversations"].decode())
+        try:
+            return ImageRecord.from_parts(row["id"].decode(), row["image"], row["conversations"].decode())
+        except (KeyError, TypeError) as error:
+            raise DataError(
+                f"{self.folder}: record {index} was written by another version ({error}); run `reverie data build` again"
+            ) from None
 
     def __repr__(self) -> str:
         # Grain stores this in a checkpoint and compares it on restore: it must not hold a memory address.
