@@ -1,6 +1,7 @@
 """The structure: which room may import which, no import circle, files and functions of a readable size."""
 
 import ast
+import functools
 import graphlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -79,6 +80,7 @@ def imports(path: Path, package: Path, modules: set[str]) -> Iterator[str]:
                 yield name.removeprefix(f"{root}.")
 
 
+@functools.cache
 def graph(package: Path) -> dict[str, set[str]]:
     """The modules that each module imports."""
     files = {module(path, package): path for path in sorted(package.rglob("*.py"))}
