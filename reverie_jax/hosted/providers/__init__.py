@@ -56,7 +56,7 @@ def open_provider(model_spec: str, settings: RequestSettings, environment: Mappi
         provider: Provider = entry_point.load()(model, url, settings, environment)
         return provider
     except ImportError as error:
-        fix = f": pip install 'reverie-jax[{name}]'" if name in _BUILT_IN else ""
+        fix = f": pip install -e '.[{name}]' in the checkout" if name in _BUILT_IN else ""
         raise UserError(f"{name} needs a package that is not installed ({error}){fix}") from None
 
 

@@ -395,7 +395,9 @@ def write_llava_lora(model: VisionLanguageModel, folder: Path, *, base_model: st
     try:
         import torch
     except ModuleNotFoundError:
-        raise CheckpointError(f"writing {NON_LORA} needs PyTorch: pip install 'reverie-jax[convert]'") from None
+        raise CheckpointError(
+            f"writing {NON_LORA} needs PyTorch: pip install -e '.[convert]' in the checkout"
+        ) from None
     kind = model.config.projector
     tensors, modules = _lora_tensors(model, lambda name: original_name(name, kind))
     projector = {

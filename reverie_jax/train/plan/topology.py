@@ -143,7 +143,7 @@ def tpu_devices(topology: Topology) -> list[Any]:
     """
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
-            "planning for a TPU needs the TPU compiler: pip install 'reverie-jax[tpu]' (no TPU is needed); "
+            "planning for a TPU needs the TPU compiler: pip install -e '.[tpu]' in the checkout (no TPU is needed); "
             "GPU topologies such as h200:8 are estimated without it"
         )
     silence_libtpu()
