@@ -377,3 +377,9 @@ def test_paid_replies_outlive_a_kill(tmp_path, path):
     assert set(times) == set(range(count))
     assert sum(times.values()) <= count + 4
     assert [row["id"] for row in rows(path)] == [str(n) for n in range(count)]
+
+
+def test_a_run_prints_neither_keys_nor_passwords(job):
+    run = job("openai:tiny@http://user:letmein@127.0.0.1/v1", environment={"OPENAI_API_KEY": "sk-secret"})
+    assert "sk-secret" not in repr(run)
+    assert "letmein" not in repr(run)

@@ -214,7 +214,7 @@ def test_a_package_that_is_not_installed_is_named(monkeypatch, zygote):
         raise ImportError("no such package")
 
     monkeypatch.setitem(providers._BUILT_IN, "openai", missing)
-    with pytest.raises(UserError, match=r"reverie-jax\[openai\]"):
+    with pytest.raises(UserError, match=r"openai"):
         open_provider("openai:m", RequestSettings(), {})
 
 

@@ -12,8 +12,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from reverie_jax.data import row_files
 from reverie_jax.data.row_files import Rows
-from reverie_jax.eval.benchmarks import chair, chair_words
+from reverie_jax.eval.benchmarks import chair, chair_words, coco
 from reverie_jax.eval.benchmarks.interface import BenchmarkError
 from tests.eval.benchmarks import makers as make
 from tests.eval.benchmarks.samples import answer_all, check, headline, ids, load, value
@@ -266,3 +267,12 @@ def test_caption_file_is_in_the_official_form_and_read_back(sample, tmp_path):
     assert all(set(row) >= language for row in rows)
     parts = [part for member in Rows(path) for part in bench.split_row(member)]
     assert {bench.match_question(part, loaded): bench.answer_text(part) for part in parts} == answers
+
+
+def test_coco_files_may_hold_much_beside_the_list(tmp_path, monkeypatch):
+    monkeypatch.setattr(row_files, "_MAX_ROW_BYTES", 1000)
+    rows = [{"id": number, "image_id": number} for number in range(2000)]
+    path = tmp_path / "instances_train2014.json"
+    path.write_text(json.dumps({"images": rows, "annotations": rows, "categories": rows[:3]}))
+    for key in ("images", "annotations", "categories"):
+        assert [row["id"] for row in coco.items(path, key)] == list(range(3 if key == "categories" else 2000))
