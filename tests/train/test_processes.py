@@ -207,6 +207,7 @@ def test_metrics_wait_for_disk_space(small_disk, caplog):
     assert [row["step"] for row in read_metrics(small_disk / "run")] == [1, 2]
 
 
+@pytest.mark.slow
 def test_training_continues_on_a_full_disk(finished, small_disk, monkeypatch, caplog):
     """The save after step 3 fails; the next ones succeed."""
     folder, ballast, opened = small_disk / "run", small_disk / "ballast", []
