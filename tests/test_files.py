@@ -11,22 +11,19 @@ from reverie_jax.errors import CheckpointError, DataError, UserError
 @pytest.mark.parametrize("error", [UserError, DataError])
 @pytest.mark.parametrize(
     "content",
-    [None, b"", b"{", b'{"a": 1', b"\xff{}", b"[" * 200_000, b"{} {}"],
+    [None, "folder", b"", b"{", b'{"a": 1', b"\xff{}", b"[" * 200_000, b"{} {}"],
     ids=lambda content: repr(content)[:12],
 )
 def test_read_json_names_the_file(tmp_path, content, error):
     path = tmp_path / "broken.json"
-    if content is not None:
+    if content == "folder":
+        path.mkdir()
+    elif content is not None:
         path.write_bytes(content)
     with pytest.raises(error, match=path.name) as caught:
         files.read_json(path, error)
     assert type(caught.value) is error
     assert "\n" not in str(caught.value)
-
-
-def test_a_folder_is_not_read_as_json(tmp_path):
-    with pytest.raises(UserError, match=tmp_path.name):
-        files.read_json(tmp_path)
 
 
 def test_writers_create_parents_and_leave_only_their_file(tmp_path):
@@ -42,19 +39,26 @@ def test_writers_create_parents_and_leave_only_their_file(tmp_path):
 
 def fail(part, problem):
     part.write_text("half")
-    raise problem
+    raise DataError(f"{part}: bad") if isinstance(problem, DataError) else problem
 
 
-@pytest.mark.parametrize("problem", [KeyboardInterrupt(), ValueError("late"), OSError(28, "No space left on device")])
-def test_a_failed_write_keeps_the_old_file(tmp_path, problem):
-    path = tmp_path / "a.txt"
-    path.write_text("old")
-    expected = DataError if isinstance(problem, OSError) else type(problem)
-    with pytest.raises(expected) as caught, files.atomic_path(path, DataError) as part:
-        fail(part, problem)
-    assert path.read_text() == "old"
-    assert os.listdir(tmp_path) == [path.name]
-    assert not isinstance(problem, OSError) or str(path) in str(caught.value)
+@pytest.mark.parametrize("write", [files.atomic_path, files.atomic_folder])
+@pytest.mark.parametrize(
+    "problem",
+    [KeyboardInterrupt(), ValueError("late"), OSError(28, "No space left on device"), DataError("in the block")],
+    ids=repr,
+)
+def test_a_failed_write_keeps_the_old_file_and_leaves_nothing(tmp_path, write, problem):
+    path, is_file = tmp_path / "out", write is files.atomic_path
+    if is_file:
+        path.write_text("old")
+    expected = CheckpointError if isinstance(problem, OSError) else type(problem)
+    with pytest.raises(expected) as caught, write(path, CheckpointError) as part:
+        fail(part if is_file else part / "a", problem)
+    assert os.listdir(tmp_path) == ["out"] * is_file
+    assert not is_file or path.read_text() == "old"
+    if isinstance(problem, OSError) or (isinstance(problem, DataError) and not is_file):
+        assert str(caught.value).startswith(str(path))
 
 
 def test_a_path_that_cannot_be_written_is_named(tmp_path):
@@ -75,18 +79,7 @@ def test_folder_appears_as_a_whole_with_usual_permissions(tmp_path):
     assert (path / "a").stat().st_mode == (tmp_path / "usual").stat().st_mode
 
 
-@pytest.mark.parametrize(
-    "problem", [KeyboardInterrupt(), OSError(28, "No space left on device"), DataError("in the block")]
-)
-def test_a_failed_folder_leaves_nothing(tmp_path, problem):
-    expected = CheckpointError if isinstance(problem, OSError) else type(problem)
-    with pytest.raises(expected) as caught, files.atomic_folder(tmp_path / "out", CheckpointError) as part:
-        fail(part / "a", DataError(f"{part}/a: bad") if isinstance(problem, DataError) else problem)
-    assert os.listdir(tmp_path) == []
-    assert isinstance(problem, KeyboardInterrupt) or str(caught.value).startswith(str(tmp_path / "out"))
-
-
-def test_an_existing_folder_is_kept(tmp_path):
+def test_an_existing_folder_is_kept_unless_it_is_empty(tmp_path):
     (tmp_path / "a").write_text("x")
     with pytest.raises(CheckpointError, match=tmp_path.name), files.atomic_folder(tmp_path, CheckpointError):
         pass
@@ -96,17 +89,13 @@ def test_an_existing_folder_is_kept(tmp_path):
     assert (tmp_path / "empty" / "a").exists()
 
 
-def test_a_link_stays_and_its_target_is_written(tmp_path):
-    target, link = tmp_path / "target", tmp_path / "link"
+def test_links_and_pipes_stay_what_they_are(tmp_path):
+    target, link, pipe = (tmp_path / name for name in ("target", "link", "pipe"))
     target.write_text("old")
     link.symlink_to(target)
     files.atomic_write(link, "new")
     assert link.is_symlink()
     assert target.read_text() == "new"
-
-
-def test_a_pipe_is_written_to_directly(tmp_path):
-    pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
     try:

@@ -8,10 +8,8 @@ import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ import tensorflow_datasets as tfds
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from reverie_jax import cli, progress
 from reverie_jax.cli.data import Build
 from reverie_jax.data import records as records_module
 from reverie_jax.data.conversation import ImageRecord
@@ -30,7 +29,7 @@ from reverie_jax.data.mixture import MixtureEntry, read_mixture
 from reverie_jax.data.records import RecordSource, write_records
 from reverie_jax.data.sources import ReadLog
 from reverie_jax.errors import DataError, UserError
-from tests.data.fakes import assert_one_line, llava_row, read_records, records, write_json_rows
+from tests.data.fakes import assert_one_line, llava_row, records, write_json_rows
 
 SHARD = 3
 """Records per shard in these tests."""
@@ -61,7 +60,6 @@ class World:
     """Two annotation files and their images; some images are in both, some rows have none."""
 
     folder: Path
-    side: int = 8
 
     @property
     def files(self) -> tuple[Path, Path]:
@@ -85,7 +83,7 @@ class World:
         two: list[dict[str, Any]] = []
         for number in range(count):
             name = self.image(number).name
-            self.image(number).write_bytes(make_image(number, self.side))
+            self.image(number).write_bytes(make_image(number))
             for question in range(rng.randint(1, 3)):
                 one.append(llava_row(name, f"<image>\nq{number} {question}?", f"a{number} \u2028ü{question}"))
             if number % 3 == 0:
@@ -170,26 +168,20 @@ def assert_complete(world: World) -> None:
 # Everything arrives.
 
 
-@pytest.mark.parametrize(("count", "jobs"), [(1, 1), (1, 4), (2, 4), (3, 4), (4, 4), (13, 1), (13, 4)])
-def test_every_conversation_and_every_byte_arrives_once(tmp_path, capsys, count, jobs):
-    world = World(tmp_path / "w").make(count)
-    world.build(jobs=jobs)
-    assert_complete(world)
-    assert len(RecordSource(world.out)) == count + 2
-    assert len(shards(world.out)) == -(-(count + 2) // SHARD)
-    out, err = capsys.readouterr()
-    assert out.startswith(f"{count + 2} images, {len(world.rows())} conversations: {world.out}")
-    assert err == ""
-
-
-def test_the_number_of_jobs_changes_no_byte(tmp_path):
-    world, contents = World(tmp_path / "w").make(14), []
-    for jobs in (1, 3, 16, None):
+@pytest.mark.parametrize("count", [1, 3, 4, 14])
+def test_every_conversation_and_every_byte_arrives_once_whatever_the_jobs(tmp_path, capsys, count):
+    world, contents = World(tmp_path / "w").make(count), []
+    for jobs in (1, 4, None):
         world.build(jobs=jobs)
+        assert_complete(world)
+        assert len(RecordSource(world.out)) == count + 2
+        assert len(shards(world.out)) == -(-(count + 2) // SHARD)
+        out, err = capsys.readouterr()
+        assert out.startswith(f"{count + 2} images, {len(world.rows())} conversations: {world.out}")
+        assert err == ""
         contents.append(files_of(world.out))
         shutil.rmtree(world.out)
-    assert len(contents[0]) == 6 + 2
-    assert all(content == contents[0] for content in contents)
+    assert contents[0] == contents[1] == contents[2]
 
 
 @settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -237,25 +229,6 @@ def test_new_records_replace_previous_ones(tmp_path):
     assert_complete(world)
     assert content_of(RecordSource(world.out)) != previous
     assert len(shards(world.out)) == 3
-
-
-def test_images_of_one_name_in_two_folders(tmp_path):
-    sources, entries = [], []
-    for folder in ("a", "b"):
-        rows = [llava_row(name, f"<image>\n{folder}?", name) for name in ("x.png", f"{folder}.png")]
-        (tmp_path / folder).mkdir()
-        for row in rows:
-            (tmp_path / folder / row["image"]).write_bytes(make_image(ord(folder)))
-        file = write_json_rows(tmp_path / f"{folder}.json", rows)
-        sources.append(f"{file}={tmp_path / folder}")
-        entries.append(MixtureEntry(file=file, images=tmp_path / folder, cap=1 if folder == "a" else None))
-    build(*sources, out=tmp_path / "out")
-    one, _, other, _ = RecordSource(tmp_path / "out")
-    assert [record.conversations[0].turns[0].text for record in (one, other)] == ["<image>\na?", "<image>\nb?"]
-    assert [record.image for record in (one, other)] == [make_image(ord("a")), make_image(ord("b"))]
-    assert one.id == "x.png" != other.id
-    ids = [[record.id for record in read_records(*entries, seed=seed)] for seed in range(20)]
-    assert ["a.png", "x.png", "b.png"] in ids  # the name is free where the cap drops the first file's row
 
 
 def test_splits_have_their_own_shards_or_share_them(tmp_path):
@@ -313,10 +286,6 @@ CHANGES: dict[str, tuple[Callable[[World], object], set[str]]] = {
         lambda world: world.image(5).write_bytes(same_size_image(world.image(5).read_bytes())),
         {"005.png"},
     ),
-    "two images": (
-        lambda world: [world.image(number).write_bytes(make_image(77)) for number in (1, 9)],
-        {"001.png", "009.png"},
-    ),
     "an answer": (lambda world: world.change_answer(2, "other"), {"002.png"}),
     "a row more": (lambda world: add_row(world, 8), {"008.png"}),
 }
@@ -333,16 +302,6 @@ def test_only_changed_shards_are_written_again(tmp_path, change, changed):
     world.build(jobs=2)
     affected = {index // SHARD for index, record in enumerate(RecordSource(world.out)) if record.id in changed}
     assert [identity(file) in before.values() for file in shards(world.out)] == [n not in affected for n in range(5)]
-    assert_complete(world)
-
-
-def test_shards_of_other_rows_do_not_arrive(tmp_path):
-    world = World(tmp_path / "w").make(7)
-    with stopped_before_the_end():
-        world.build()
-    for file in world.files:
-        write_json_rows(file, json.loads(file.read_text())[:2])
-    world.build()
     assert_complete(world)
 
 
@@ -369,43 +328,28 @@ def test_a_broken_image_keeps_previous_records(tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_an_image_that_disappears_is_named(tmp_path):
-    world = World(tmp_path / "w").make(4)
-    with read_mixture(world.entries, ReadLog()) as mixture:
-        world.image(2).unlink()
-        with pytest.raises(DataError) as error:
-            write_records(world.out, {"train": mixture})
-    assert_one_line(error, world.image(2))
-    assert not world.out.exists()
+MOMENTS = [
+    "before the end",
+    "replacement fails",
+    "replacement interrupted",
+    "before deletion",
+    "half deleted",
+    "deleted",
+]
 
 
-@pytest.mark.parametrize("error", [OSError("no"), KeyboardInterrupt()], ids=["error", "interruption"])
-def test_previous_records_are_restored(tmp_path, error):
-    world = World(tmp_path / "w").make(4)
-    world.build()
-    previous = files_of(world.out)
-    world.change_answer(1, "newer")
-    rename = Path.rename
-
-    def fail(self: Path, target: Path) -> Path:
-        if Path(target).is_relative_to(world.out):
-            raise error
-        return rename(self, target)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Path, "rename", fail)
-        with pytest.raises((DataError, KeyboardInterrupt)):
-            world.build()
-    assert files_of(world.out) == previous
-
-
-@pytest.mark.parametrize("moment", ["before the end", "before deletion", "half deleted", "deleted"])
+@pytest.mark.parametrize("moment", MOMENTS)
 def test_there_are_records_at_every_moment(tmp_path, monkeypatch, moment):
     world = World(tmp_path / "w").make(9)
     world.build()
-    previous = content_of(RecordSource(world.out))
+    previous, files = content_of(RecordSource(world.out)), files_of(world.out)
     world.change_answer(1, "newer")
-    rmtree = shutil.rmtree
+    rename, rmtree = Path.rename, shutil.rmtree
+
+    def fail(self: Path, target: Path) -> Path:
+        if Path(target).is_relative_to(world.out):
+            raise OSError("no") if moment == "replacement fails" else KeyboardInterrupt
+        return rename(self, target)
 
     def stop(path: Any, *more: Any, **options: Any) -> None:
         if moment == "deleted":
@@ -417,6 +361,12 @@ def test_there_are_records_at_every_moment(tmp_path, monkeypatch, moment):
     if moment == "before the end":
         with stopped_before_the_end():
             world.build()
+    elif moment.startswith("replacement"):
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "rename", fail)
+            with pytest.raises((DataError, KeyboardInterrupt)):
+                world.build()
+        assert files_of(world.out) == files
     else:
         monkeypatch.setattr(records_module.shutil, "rmtree", stop)
         with pytest.raises(Stop):
@@ -476,247 +426,101 @@ def test_records_without_digests_are_written_again(tmp_path):
 
         def __getitem__(self, index: int) -> ImageRecord:
             if index == 6:
-                raise DataError("the seventh")
+                raise DataError("a.json: row 3: bad")
             return records(7)[index]
 
-    with pytest.raises(DataError, match="the seventh"):
+    with pytest.raises(DataError, match=r"^a\.json: row 3: bad$"):
         write_records(tmp_path / "out", {"train": Failing()})
     left = {file.stat().st_ino for file in (tmp_path / ".out.building").glob("*.shard")}
     assert len(left) == 2
+    assert [file.name for file in tmp_path.iterdir()] == [".out.building"]
     folder = write_records(tmp_path / "out", {"train": records(7)})
     assert not left & {file.stat().st_ino for file in shards(folder)}
     assert list(RecordSource(folder)) == records(7)
     assert not (tmp_path / ".out.building").exists()
 
 
-# Processes.
-
-HELPER = """
-import json, os, resource, sys, time
-from reverie_jax import cli
-from reverie_jax.data import records
-import reverie_jax.cli.data, tensorflow_datasets
-print(json.dumps("ready"), flush=True)
-for line in sys.stdin:
-    what, *rest = json.loads(line)
-    if what == "start":
-        shard, log, arguments, hold, limit = rest
-        pid = os.fork()
-        if pid == 0:
-            code = 70
-            try:
-                null, file = os.open(os.devnull, os.O_RDWR), os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-                os.dup2(null, 0), os.dup2(null, 1), os.dup2(file, 2)
-                records.RECORDS_PER_SHARD, sys.argv = shard, ["reverie", *arguments]
-                if limit:
-                    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-                if hold:
-                    write, written = records._ShardWriter.write_shard, []
-                    def holding(self, start):
-                        if len(written) == hold[0]:
-                            time.sleep(hold[1])
-                        written.append(write(self, start))
-                        return written[-1]
-                    records._ShardWriter.write_shard = holding
-                try:
-                    cli.main()
-                    code = 0
-                except SystemExit as end:
-                    code = end.code or 0
-                except BaseException:
-                    import traceback
-                    traceback.print_exc()
-                    code = 1
-            finally:
-                sys.stderr.flush()
-                os._exit(code)
-        print(json.dumps(pid), flush=True)
-    else:
-        _, status = os.waitpid(rest[0], 0)
-        print(json.dumps(os.waitstatus_to_exitcode(status)), flush=True)
-"""
-"""Imports the package once; each run is a fork, so that it starts at once."""
+# Runs that end in the middle.
 
 
-class Runs:
-    """Runs of `reverie data build` in processes of their own."""
-
-    def __init__(self, folder: Path):
-        self.folder, self.number = folder, 0
-        self.helper = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", HELPER],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        assert self._answer() == "ready"
-
-    def _answer(self) -> Any:
-        assert self.helper.stdout is not None
-        return json.loads(self.helper.stdout.readline())
-
-    def _request(self, *what: Any) -> Any:
-        assert self.helper.stdin is not None
-        self.helper.stdin.write(json.dumps(what) + "\n")
-        self.helper.stdin.flush()
-        return self._answer()
-
-    def start(
-        self, world: World, *more: str, hold: tuple[int, float] | None = None, limit: int = 0
-    ) -> tuple[int, Path]:
-        """Start a run; return its process and the file of its stderr.
-
-        Args:
-            hold: wait for some seconds after some shards.
-            limit: maximum bytes of a file.
-        """
-        self.number += 1
-        log = self.folder / f"{self.number}.log"
-        arguments = ["data", "build", *world.sources, "--out", str(world.out), *more]
-        return self._request("start", SHARD, str(log), arguments, hold, limit), log
-
-    def wait(self, pid: int) -> int:
-        return self._request("wait", pid)
-
-    def run(self, world: World, *more: str, **options: Any) -> tuple[int, str]:
-        """Return (exit code, stderr)."""
-        pid, log = self.start(world, *more, **options)
-        return self.wait(pid), log.read_text()
-
-    def kill_after(self, world: World, count: int, jobs: str) -> None:
-        """Kill a run after some shards are finished."""
-        pid, _ = self.start(world, "--jobs", jobs, hold=(count, 60))
-        await_shards(world, count)
-        os.kill(pid, signal.SIGKILL)
-        assert self.wait(pid) == -signal.SIGKILL
-
-
-def await_shards(world: World, count: int) -> None:
-    until = time.monotonic() + 60
-    while not world.work.exists() or len(list(world.work.glob("*.shard"))) < count:
-        assert time.monotonic() < until
-        time.sleep(0.001)
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> Iterator[Runs]:
-    found = Runs(tmp_path_factory.mktemp("logs"))
-    yield found
-    found.helper.communicate()
-
-
-@pytest.fixture(scope="module")
-def model(runs, tmp_path_factory) -> tuple[World, float]:
-    """A world of sixteen shards with its records, and the seconds of a run."""
-    world = World(tmp_path_factory.mktemp("model") / "w", side=40).make(46)
-    runs.run(world)
-    start = time.monotonic()
-    assert runs.run(world) == (0, "")
-    return world, time.monotonic() - start
-
-
-def copy_of(world: World, folder: Path) -> World:
-    """A copy without records. Digests include paths: each copy writes its own shards."""
-    shutil.copytree(world.folder / "images", folder / "images")
-    for file in world.files:
-        shutil.copy2(file, folder / file.name)
-    return World(folder, world.side)
-
-
-def without_paths(folder: Path) -> list[tuple[str, bytes, str]]:
-    return [(one.id if one.image else "", one.image, one.conversations_json()) for one in RecordSource(folder)]
-
-
-@pytest.mark.parametrize(
-    ("seed", "jobs"),
-    [(0, "2"), *[pytest.param(seed, jobs, marks=pytest.mark.slow) for seed in (1, 2) for jobs in "13"]],
-)
-def test_a_run_killed_at_any_time_is_continued(runs, model, tmp_path, seed, jobs):
-    world, rng = copy_of(model[0], tmp_path / "w"), random.Random(seed)
-    before: dict[str, tuple[int, int]] = {}
-    for _ in range(6):
-        pid, _ = runs.start(world, "--jobs", jobs)
-        while not world.work.exists() and not world.out.exists():
-            time.sleep(0.001)
-        time.sleep(rng.uniform(0, 0.6) * model[1])
-        os.kill(pid, signal.SIGKILL)
-        assert runs.wait(pid) in (-signal.SIGKILL, 0)
-        now = finished(world)
-        if world.out.exists():  # all shards were finished
-            shutil.rmtree(world.out)
-        else:
-            assert before.items() <= now.items()  # no finished shard is written again
-        before = now
-    assert runs.run(world, "--jobs", jobs) == (0, "")
-    assert reused(world, before) == len(before)
-    assert without_paths(world.out) == without_paths(model[0].out)
-    assert_complete(world)
-
-
-@pytest.mark.parametrize("jobs", ["1", "2"])
-def test_a_run_killed_after_any_number_of_shards_is_continued(runs, model, tmp_path, jobs):
-    world, before = copy_of(model[0], tmp_path / "w"), {}
-    for count in (0, 1, 9, 15):
-        runs.kill_after(world, count, jobs)
-        now = finished(world)
-        assert len(now) == count if jobs == "1" else len(now) >= count
-        assert before.items() <= now.items()
-        before = now
-    assert runs.run(world) == (0, "")
-    assert reused(world, before) == len(before)
+@pytest.mark.parametrize("count", [0, 1, 4])
+def test_a_killed_run_is_continued(tmp_path, monkeypatch, count):
+    """A killed run leaves what is there at that moment: the files are linked then, and put back afterwards."""
+    world, killed = World(tmp_path / "w").make(13), tmp_path / "killed"
+    world.build()
     previous = files_of(world.out)
-    assert without_paths(world.out) == without_paths(model[0].out)
     world.change_answer(3, "newer")
-    for count in (0, 15):
-        runs.kill_after(world, count, jobs)
-        assert files_of(world.out) == previous
-    assert runs.run(world) == (0, "")
+    write = records_module._ShardWriter.write_shard
+
+    def writing(self: Any, start: int) -> Any:
+        if start == count * SHARD:
+            shutil.copytree(world.folder, killed, copy_function=os.link)
+        return write(self, start)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(records_module._ShardWriter, "write_shard", writing)
+        world.build(jobs=1)
+    shutil.rmtree(world.folder)
+    killed.rename(world.folder)
+    assert files_of(world.out) == previous
+    before = finished(world)
+    assert len(before) == count
+    world.build(jobs=2)
+    assert reused(world, before) == count
     assert_complete(world)
 
 
-def test_an_interrupted_run_ends_quietly(runs, model, tmp_path):
-    world = copy_of(model[0], tmp_path / "w")
-    pid, log = runs.start(world, "--jobs", "1", hold=(4, 1))
-    await_shards(world, 4)
-    os.kill(pid, signal.SIGINT)
-    assert (runs.wait(pid), log.read_text()) == (130, "")
+def reverie(monkeypatch, world: World, *more: str) -> int:
+    """Run the command in this process; return its exit code."""
+    monkeypatch.setattr("sys.argv", ["reverie", "data", "build", *world.sources, "--out", str(world.out), *more])
+    with pytest.raises(SystemExit) as exit:
+        cli.main()
+    return exit.value.code
+
+
+def test_an_interrupted_run_ends_quietly_and_is_continued(tmp_path, monkeypatch, capsys):
+    world = World(tmp_path / "w").make(13)
+
+    def interrupt(self: Any, name: str, *more: Any) -> None:
+        if name == "images written":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(progress.ProgressBars, "update", interrupt)
+        assert reverie(patch, world, "--jobs", "1") == 130
+    assert capsys.readouterr().err == ""
     assert not list(world.work.glob("*.part"))
     before = finished(world)
-    assert 4 <= len(before) <= 6
-    assert runs.run(world) == (0, "")
+    assert 1 <= len(before) < 5
+    world.build()
     assert reused(world, before) == len(before)
     assert_complete(world)
 
 
-def test_of_two_runs_at_once_one_ends_with_a_line(runs, model, tmp_path):
-    """A run stops in the middle while another goes from its beginning to its end."""
-    world = copy_of(model[0], tmp_path / "w")
-    first, first_log = runs.start(world, "--jobs", "1", hold=(3, 1))
-    await_shards(world, 3)
-    os.kill(first, signal.SIGSTOP)
-    second, second_log = runs.start(world, "--jobs", "1")
-    second_code = runs.wait(second)
-    os.kill(first, signal.SIGCONT)
-    assert (runs.wait(first), first_log.read_text()) == (0, "")
-    assert second_code == 2
-    assert second_log.read_text().count("\n") == 1
-    assert_complete(world)
+FULL_DISK = """
+import resource, sys
+from reverie_jax import cli
+from reverie_jax.data import records
+records.RECORDS_PER_SHARD = 3
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 18, 1 << 18))
+cli.main()
+"""
+"""Files may have 256 KiB: the database fits, a shard with a large image does not."""
 
 
-def test_a_full_disk_keeps_previous_records(runs, tmp_path):
-    """Files may have 256 KiB: the database fits, a shard with a large image does not."""
+def test_a_full_disk_keeps_previous_records(tmp_path):
     world = World(tmp_path / "w").make(8)
-    assert runs.run(world) == (0, "")
+    world.build()
     previous = files_of(world.out)
     world.image(5).write_bytes(make_image(5, 400))
-    code, err = runs.run(world, "--jobs", "2", limit=256 * 1024)
-    assert code == 2
-    assert err.count("\n") == 1
+    command = [sys.executable, "-W", "ignore", "-c", FULL_DISK, "data", "build", *world.sources]
+    run = subprocess.run([*command, "--out", world.out, "--jobs", "2"], capture_output=True, text=True, check=False)
+    assert run.returncode == 2
+    assert run.stderr.count("\n") == 1
     assert files_of(world.out) == previous
     assert not [file for file in world.work.glob("**/*") if file.name == "dataset_info.json" or file.suffix == ".part"]
     before = finished(world)
     assert len(before) < 4
-    assert runs.run(world) == (0, "")
+    world.build()
     assert reused(world, before) == len(before)
     assert_complete(world)

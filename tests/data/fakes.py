@@ -1,4 +1,4 @@
-"""Small stand-ins: a tokenizer that needs no training, and records that need no renderer."""
+"""Small stand-ins: a tokenizer that needs no training, records that need no renderer, rows and tokens of any kind."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
+from hypothesis import strategies as st
 from PIL import Image
 
 from reverie_jax.data import sources
@@ -21,8 +24,10 @@ from reverie_jax.data.conversation import IMAGE, Conversation, ImageRecord, Turn
 from reverie_jax.data.mixture import MixtureEntry, read_mixture
 from reverie_jax.data.row_files import Rows
 from reverie_jax.data.sources import Example, ReadLog
+from reverie_jax.data.tokenization import Tokens
 
 IMAGE_ID = 3
+STORED_IMAGE = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
 
 
 class WordTokenizer:
@@ -58,11 +63,31 @@ class WordTokenizer:
         return "".join(self.words[i] for i in ids if not (skip_special_tokens and i in self.special.values()))
 
 
+# Images.
+
+
+def saved(image: Image.Image, form: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format=form, **options)
+    return buffer.getvalue()
+
+
 def png(colour: tuple[int, int, int] = (10, 200, 30), size: tuple[int, int] = (6, 4)) -> bytes:
     """A picture of one colour as a PNG file."""
-    buffer = io.BytesIO()
-    Image.new("RGB", size, colour).save(buffer, format="PNG")
-    return buffer.getvalue()
+    return saved(Image.new("RGB", size, colour))
+
+
+def png_of_size(width: int, height: int, packed: bytes = b"") -> bytes:
+    """A PNG that claims a size; its data are nothing, or what is given, compressed."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", packed) + chunk(b"IEND", b"")
+
+
+# Conversations and records.
 
 
 def talk(question: str, answer: str, *more: tuple[str, str], weight: float = 1.0) -> Conversation:
@@ -74,15 +99,15 @@ def talk(question: str, answer: str, *more: tuple[str, str], weight: float = 1.0
     return Conversation(tuple(turns), kind=kind)
 
 
-class Given(Rows):
-    """Rows that are in no file."""
-
-    def __init__(self, rows: list, path: str = "f"):
-        super().__init__(Path(path), min_rows=0)
-        self.given = rows
-
-    def _rows(self):
-        yield from self.given
+def conversation_of(
+    texts: Sequence[str], weights: Sequence[float] = (), images: tuple[int, ...] = (), **fields: Any
+) -> Conversation:
+    """A conversation of these turns, user first; `weights` are the answers', and `images` all 0 by default."""
+    turns = tuple(
+        Turn(("user", "assistant")[n % 2], text, weights[n // 2] if n % 2 and weights else 1.0)
+        for n, text in enumerate(texts)
+    )
+    return Conversation(turns, images or (0,) * sum(text.count(IMAGE) for text in texts), **fields)
 
 
 def records(count: int, seed: int = 0) -> list[ImageRecord]:
@@ -101,6 +126,55 @@ def records(count: int, seed: int = 0) -> list[ImageRecord]:
     return found
 
 
+# Tokens.
+
+WEIGHTS = (0.0, 0.0, 0.5, 1.0, 3.0)
+"""Loss weights whose sums are exact in float32."""
+Node = tuple[int, int]
+"""(token id, image slot)"""
+
+
+def tokens_of(nodes: Sequence[Node], weights: Sequence[float]) -> Tokens:
+    ids, slots = zip(*nodes, strict=True) if nodes else ((), ())
+    return Tokens(np.asarray(ids, np.int32), np.asarray(weights, np.float32), np.asarray(slots, np.int32))
+
+
+def text_tokens(ids: Sequence[int], weights: Sequence[float] = ()) -> Tokens:
+    """Text tokens; weights of the first ones may be left out, which are 0."""
+    return tokens_of([(id, -1) for id in ids], [0.0] * (len(ids) - len(weights)) + [*weights])
+
+
+@st.composite
+def token_lists(draw: st.DrawFn, smallest: int = 0) -> list[Tokens]:
+    """Conversations of a few segments, so that prefixes are shared at all depths and some repeat altogether.
+
+    They have images, and text may have the placeholder's own id.
+    """
+    node = st.tuples(st.integers(1, 3), st.sampled_from((-1, -1, -1, 0, 1, 5)))
+    segments = draw(st.lists(st.lists(node, min_size=1, max_size=4), min_size=1, max_size=4))
+    plans = st.lists(st.integers(0, len(segments) - 1), min_size=1, max_size=4)
+    drawn = []
+    for plan in draw(st.lists(plans, min_size=smallest, max_size=7)):
+        nodes = [node for number in plan for node in segments[number]]
+        weights = [0.0] + [draw(st.sampled_from(WEIGHTS)) if slot < 0 else 0.0 for _, slot in nodes[1:]]
+        drawn.append(tokens_of(nodes, weights))
+    return drawn
+
+
+# Rows.
+
+
+class Given(Rows):
+    """Rows that are in no file."""
+
+    def __init__(self, rows: list, path: str = "f"):
+        super().__init__(Path(path), min_rows=0)
+        self.given = rows
+
+    def _rows(self):
+        yield from self.given
+
+
 def llava_row(image: str | None, *texts: str, **fields: Any) -> dict[str, Any]:
     """A row of LLaVA's, by default one question and its answer; without an image if `image` is None or empty."""
     turns = [{"from": ("human", "gpt")[n % 2], "value": text} for n, text in enumerate(texts or ("Q?", "A."))]
@@ -112,6 +186,11 @@ def write_json_rows(path: Path, rows: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "\n".join(map(json.dumps, rows)) if path.suffix == ".jsonl" else json.dumps(rows)
     path.write_text(text, "utf-8")
+    return path
+
+
+def write_parquet(path: Path, rows: list[dict[str, Any]], schema: Any = None, **options: Any) -> Path:
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema), path, **options)
     return path
 
 
@@ -133,19 +212,19 @@ def texts(examples: Sequence[Example]) -> list[list[str]]:
     return [[turn.text for turn in example.conversation.turns] for example in examples]
 
 
+def kinds(examples: Sequence[Example]) -> list[str]:
+    return [example.conversation.kind for example in examples]
+
+
+def problem_rows(log: ReadLog) -> list[str]:
+    """The rows that cannot be used, by id or number."""
+    assert all(why and "\n" not in why for _, why in log.problems)
+    return [where.rsplit("row ", 1)[1] for where, _ in log.problems]
+
+
 def assert_one_line(error: pytest.ExceptionInfo[Exception], *names: object) -> None:
     """Check that an error is one line that has these names."""
     text = str(error.value)
     assert "\n" not in text
     for name in names:
         assert str(name) in text
-
-
-def png_of_size(width: int, height: int, packed: bytes = b"") -> bytes:
-    """A PNG that claims a size; its data are nothing, or what is given, compressed."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", packed) + chunk(b"IEND", b"")

@@ -1,6 +1,6 @@
 """Original LLaVA's tokens, straight on sentencepiece: transformers 4.37.2's slow Llama tokenizer and LLaVA's label masks.
 
-Nothing here knows reverie_jax. Written from shared/reference/llava.md, sections 3.2-3.5, and held against its section 8.
+Nothing here knows reverie_jax.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+from hypothesis import strategies as st
 
 IMAGE, IMAGE_ID, IGNORE = "<image>", -200, -100
 UNDERLINE = "▁"
@@ -191,19 +192,6 @@ def _mask(ids: list[int], first: int, past: int, labels: list[int]) -> None:
         labels[place] = IGNORE
 
 
-def _rounds_masked(ids: list[int], rounds: list[tuple[int, int]], first: int) -> Labelled:
-    """Rounds as (length, instruction's length); the sample is wiped where they do not add up."""
-    labels, at = list(ids), first
-    _mask(ids, 0, first, labels)
-    for length, instruction in rounds:
-        _mask(ids, at, at + instruction, labels)
-        at += length
-    _mask(ids, at, len(ids), labels)
-    if at < MAX_LENGTH and at != sum(id != 0 for id in ids):
-        labels = [IGNORE] * len(ids)
-    return Labelled(ids, labels)
-
-
 def _train_plain(tokenizer: SlowLlama, turns: Turns, image: bool) -> Labelled:
     ids = with_image(tokenizer, f"{IMAGE}{turns[1]}\n")
     labels = list(ids)
@@ -211,38 +199,31 @@ def _train_plain(tokenizer: SlowLlama, turns: Turns, image: bool) -> Labelled:
     return Labelled(ids, labels)
 
 
-def _cut(tokenizer: SlowLlama, rounds: list[str], tag: str, image: bool) -> list[tuple[int, int]]:
-    """Tokens of each round, and of it up to and with the tag; up to the first round that has not exactly one tag."""
+def _train_rounds(tokenizer: SlowLlama, template: str, text: str, image: bool) -> Labelled:
+    """Rounds counted by themselves, up to the first that has not exactly one tag; wiped where they do not add up."""
     encode = functools.partial(with_image, tokenizer) if image else tokenizer
-    found = []
-    for text in rounds:
-        parts = text.split(tag)
-        if len(parts) != 2:
+    ids = encode(text)
+    if template == "phi3_instruct":
+        said, tag, at = text.split("<|end|>"), "<|end|>\n<|assistant|>\n", 0
+        groups = [said[:3], *(said[n : n + 2] for n in range(3, len(said), 2))]
+        rounds, tail = ["<|end|>".join(group) for group in groups], 1
+        first, later = 1, -2 + int(tokenizer.legacy)
+    else:
+        rounds, tag, at, tail = text.split("</s>"), " ASSISTANT: ", 1, 2
+        first, later = 0, -int(not tokenizer.legacy)
+    labels = list(ids)
+    _mask(ids, 0, at, labels)
+    for n, part in enumerate(rounds):
+        halves = part.split(tag)
+        if len(halves) != 2:
             break
-        found.append((len(encode(text)), len(encode(parts[0] + tag))))
-    return found
-
-
-def _train_v1(tokenizer: SlowLlama, text: str, image: bool) -> Labelled:
-    ids = with_image(tokenizer, text) if image else tokenizer(text)
-    rounds = []
-    for n, (length, instruction) in enumerate(_cut(tokenizer, text.split("</s>"), " ASSISTANT: ", image)):
-        late = int(n > 0 and not tokenizer.legacy)
-        rounds.append((length - late, instruction - 2 - late))
-    return _rounds_masked(ids, rounds, 1)
-
-
-def _train_phi3(tokenizer: SlowLlama, text: str, image: bool) -> Labelled:
-    ids = with_image(tokenizer, text) if image else tokenizer(text)
-    said = text.split("<|end|>")
-    groups = [said[:3], *(said[n : n + 2] for n in range(3, len(said), 2))]
-    rounds = []
-    for n, (length, instruction) in enumerate(
-        _cut(tokenizer, ["<|end|>".join(group) for group in groups], "<|end|>\n<|assistant|>\n", image)
-    ):
-        shift = 1 if n == 0 else -2 + int(tokenizer.legacy)
-        rounds.append((length + shift, instruction - 1 + shift))
-    return _rounds_masked(ids, rounds, 0)
+        shift = later if n else first
+        _mask(ids, at, at + len(encode(halves[0] + tag)) + shift - tail, labels)
+        at += len(encode(part)) + shift
+    _mask(ids, at, len(ids), labels)
+    if at < MAX_LENGTH and at != sum(id != 0 for id in ids):
+        labels = [IGNORE] * len(ids)
+    return Labelled(ids, labels)
 
 
 def _train_v0(tokenizer: SlowLlama, turns: Turns, image: bool) -> Labelled:
@@ -269,10 +250,41 @@ def training(tokenizer: SlowLlama, template: str, turns: Turns) -> Labelled:
         return _train_plain(tokenizer, said, image)
     if template == "llava_v0":
         return _train_v0(tokenizer, said, image)
-    mask = _train_phi3 if template == "phi3_instruct" else _train_v1
-    return mask(tokenizer, prompt(template, said), image)
+    return _train_rounds(tokenizer, template, prompt(template, said), image)
 
 
 def question(tokenizer: SlowLlama, template: str, turns: Turns) -> list[int]:
     """The prompt of an open conversation, -200 for a picture."""
     return with_image(tokenizer, prompt(template, turns))
+
+
+# Texts to try.
+
+WORDS = [
+    *("a", "Is", "cup", "Black", "image?", "it's", "12", "(red)", "Yes,", "."),
+    *(" ", "  ", "    ", "\n", "\n\n", "\t", " \n ", "\r\n"),
+    *("é", "e\u0301", "猫", "図。", "🍵", "👩‍👩‍👧", "العربية", "Ω≈ç", "\u00a0", "\u3000", "\u200b", "\u0085"),
+    *("<0x0A>", "<|", "|>", "<", ">", "</", "s>", "http://x.y/?q=1", "`x = 1`", "  - item", "\\n", "'", '"'),
+    *("USER: ", "ASSISTANT: ", "ASSISTANT:", "Human: ", "Assistant:", "###", "### ", "# "),
+]
+TRAPS = [*WORDS, " ASSISTANT: ", "</s>", "<s>", "<unk>", "<pad>", "▁"]
+TRAPS += ["<|end|>", "<|user|>", "<|user|>\n", "<|assistant|>\n", "<|endoftext|>"]
+
+
+def any_text(words: list[str], smallest: int = 1) -> st.SearchStrategy[str]:
+    joined = st.lists(st.sampled_from(words), min_size=smallest, max_size=8).map("".join)
+    free = st.text(st.characters(exclude_categories=("Cs",)), min_size=smallest, max_size=12)
+    return (joined | free).filter(lambda text: IMAGE not in text)
+
+
+@st.composite
+def dialogues(draw: st.DrawFn, smallest: int = 1) -> list[str]:
+    """One to four exchanges of ordinary text or of text full of format marks, with markers anywhere in any question."""
+    text = any_text(draw(st.sampled_from([WORDS, TRAPS])), smallest)
+    turns = draw(st.integers(1, 4).flatmap(lambda n: st.lists(text, min_size=2 * n, max_size=2 * n)))
+    for _ in range(draw(st.sampled_from([0, 1, 1, 1, 2]))):
+        n = draw(st.sampled_from([0, 0, *range(0, len(turns), 2)]))
+        at = draw(st.sampled_from([0, len(turns[n]), draw(st.integers(0, len(turns[n])))]))
+        gap = draw(st.sampled_from(["\n", "", " "]))
+        turns[n] = turns[n][:at] + (gap if at else "") + IMAGE + gap + turns[n][at:]
+    return turns

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import re
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from transformers import CLIPImageProcessorPil
 
 import reverie_jax
 from reverie_jax.data.images import PAD_COLOR, BrokenImage, decode, downscale, encode_png, preprocess, to_rgb
+from tests.data.fakes import saved
 
 SIZE = 24
 
@@ -44,65 +46,51 @@ def padded(image: Image.Image) -> Image.Image:
     return Image.fromarray(out)
 
 
-def assert_close(ours: np.ndarray, theirs: np.ndarray) -> None:
+# Geometry.
+
+
+def check_geometry(size: int, shape: tuple[int, int], pad: bool, seed: int) -> None:
+    image = noise(*shape, seed)
+    ours = preprocess(image, size, pad=pad)
+    theirs = clip(padded(image) if pad else image, size)
     assert ours.shape == theirs.shape
     assert ours.dtype == np.uint8
     assert np.abs(ours.astype(np.float64) - theirs).max() <= 1
 
 
-def saved(image: Image.Image, form: str = "PNG", **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format=form, **options)
-    return buffer.getvalue()
-
-
-# Geometry.
-
-SHAPES = [(40, 40), (61, 33), (17, 90), (11, 7), (SIZE, SIZE)]
+@settings(max_examples=60)
+@given(st.integers(8, 40), st.tuples(st.integers(1, 60), st.integers(1, 60)), st.booleans(), st.integers(0, 99))
+@example(SIZE, (SIZE, SIZE), True, 0)
+@example(SIZE, (17, 90), False, 0)
 # 24 / 11 * 55 is 119.99999999999999 in floating point, but 24 * 55 / 11 is 120.
-SHAPES += [(11, 55), (55, 11), (94, 47), (22, 110)]
-
-
-@pytest.mark.parametrize("pad", [True, False])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_shapes_are_clips(shape, pad):
-    image = noise(*shape)
-    assert_close(preprocess(image, SIZE, pad=pad), clip(padded(image) if pad else image, SIZE))
-
-
-@settings(max_examples=25)
-@given(st.integers(1, 60), st.integers(1, 60), st.integers(8, 40), st.booleans(), st.integers(0, 99))
-def test_any_shape_is_clips(width, height, size, pad, seed):
-    image = noise(width, height, seed)
-    assert_close(preprocess(image, size, pad=pad), clip(padded(image) if pad else image, size))
+@example(SIZE, (11, 55), False, 0)
+@example(SIZE, (55, 11), False, 0)
+@example(SIZE, (94, 47), False, 0)
+def test_any_shape_is_clips(size, shape, pad, seed):
+    check_geometry(size, shape, pad, seed)
 
 
 sides = st.integers(1, 700)
 
 
 @pytest.mark.parametrize("size", [224, 336])
-@settings(max_examples=15, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
 @given(shape=st.tuples(sides, sides).filter(lambda s: max(s) <= 8 * min(s)), pad=st.booleans(), seed=st.integers(0, 99))
 @example(shape=(500, 375), pad=False, seed=0)
 @example(shape=(375, 500), pad=True, seed=0)
 @example(shape=(337, 335), pad=False, seed=0)
-@example(shape=(225, 223), pad=True, seed=0)
 @example(shape=(1, 8), pad=False, seed=0)
 @example(shape=(77, 599), pad=False, seed=0)
-@example(shape=(1, 700), pad=True, seed=0)
 @example(shape=(2000, 3), pad=True, seed=0)
 def test_any_shape_is_clips_at_published_sizes(size, shape, pad, seed):
-    image = noise(*shape, seed)
-    assert_close(preprocess(image, size, pad=pad), clip(padded(image) if pad else image, size))
+    check_geometry(size, shape, pad, seed)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(20, 700), st.integers(20, 700), st.integers(8, 340))
 @example(640, 480, 336)
 @example(500, 375, 336)
-@example(400, 300, 336)
 @example(640, 427, 336)
-@example(480, 640, 336)
 @example(333, 500, 336)
 def test_computing_only_the_crop_changes_no_byte(width, height, size):
     image = noise(width, height)
@@ -113,10 +101,9 @@ def test_computing_only_the_crop_changes_no_byte(width, height, size):
     np.testing.assert_array_equal(preprocess(image, size, pad=False), cropped)
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(st.integers(1, 90), st.integers(1, 90))
 @example(10, 21)
-@example(11, 20)
 @example(24, 24)
 def test_padding_moves_no_pixel(width, height):
     image = noise(width, height)
@@ -175,31 +162,27 @@ def test_every_mode_becomes_rgb_of_eight_bits(mode):
     assert image.mode == mode
     before = image.tobytes()
     found = to_rgb(image)
-    assert (found.mode, found.size) == ("RGB", image.size)
-    assert np.asarray(found).dtype == np.uint8
+    pixels = np.asarray(found)
+    assert (found.mode, found.size, pixels.dtype) == ("RGB", image.size, np.uint8)
     assert image.tobytes() == before
-    for pad in (True, False):
-        assert preprocess(found, 8, pad=pad).shape == (8, 8, 3)
+    if mode in STRAIGHT or mode in PREMULTIPLIED:
+        straight = image.convert(PREMULTIPLIED[mode]) if mode in PREMULTIPLIED else image
+        assert np.array_equal(pixels, np.asarray(straight.convert("RGB")))
+        assert len(np.unique(pixels.reshape(-1, 3), axis=0)) >= (2 if mode == "1" else 30)
+    elif mode == "LAB":
+        light = pixels.astype(int).sum(-1).ravel()
+        assert light[0] < 30
+        assert light[-1] > 3 * 245
+        assert (np.diff(light) >= 0).all()
+    elif mode != "F":  # 16 bits keep their upper byte
+        expected = np.linspace(0, 65535, 108).astype(int) / 257
+        assert np.abs(pixels.astype(int).reshape(-1, 3) - expected[:, None]).max() <= 1
     for size in ((1, 1), (3, 1), (1, 5)):
         for value in (0, 1):
             bands = len(Image.new(mode, size).getbands())
             small = to_rgb(Image.new(mode, size, value if bands == 1 else None))
             assert (small.mode, small.size) == ("RGB", size)
-
-
-@pytest.mark.parametrize("mode", STRAIGHT)
-def test_modes_of_eight_bits_are_converted_by_pillow(mode):
-    image = image_of(mode)
-    found = np.asarray(to_rgb(image))
-    assert np.array_equal(found, np.asarray(image.convert("RGB")))
-    assert len(np.unique(found.reshape(-1, 3), axis=0)) >= (2 if mode == "1" else 30)
-
-
-@pytest.mark.parametrize("mode", PREMULTIPLIED)
-def test_premultiplied_colors_are_divided(mode):
-    image = image_of(mode)
-    straight = image.convert(PREMULTIPLIED[mode])
-    assert np.array_equal(np.asarray(to_rgb(image)), np.asarray(straight.convert("RGB")))
+    assert np.array_equal(np.asarray(decode(reverie_jax.ask(image, "What is this?").image, "a")), pixels)
 
 
 def test_transparency_is_dropped_not_blended():
@@ -209,20 +192,6 @@ def test_transparency_is_dropped_not_blended():
     palette = colorful().quantize(16)
     palette.info["transparency"] = palette.getpixel((0, 0))
     assert np.array_equal(np.asarray(to_rgb(palette)), np.asarray(colorful().quantize(16).convert("RGB")))
-
-
-def test_lab_keeps_its_lightness():
-    light = np.asarray(to_rgb(image_of("LAB"))).astype(int).sum(-1).ravel()
-    assert light[0] < 30
-    assert light[-1] > 3 * 245
-    assert (np.diff(light) >= 0).all()
-
-
-@pytest.mark.parametrize("mode", [mode for mode in DEEP if mode != "F"])
-def test_sixteen_bits_keep_their_upper_byte(mode):
-    expected = np.linspace(0, 65535, 108).astype(int) / 257
-    found = np.asarray(to_rgb(image_of(mode))).astype(int).reshape(-1, 3)
-    assert np.abs(found - expected[:, None]).max() <= 1
 
 
 WILD = {
@@ -250,20 +219,14 @@ def test_values_out_of_range_are_not_errors(values):
 FILES = {
     "png 1": ("1", "PNG"),
     "png of 16 bits": ("I;16", "PNG"),
-    "png palette": ("P", "PNG"),
     "png gray with alpha": ("LA", "PNG"),
     "gif": ("P", "GIF"),
     "webp with alpha": ("RGBA", "WEBP"),
-    "jpeg gray": ("L", "JPEG"),
     "jpeg cmyk": ("CMYK", "JPEG"),
     "tiff lab": ("LAB", "TIFF"),
-    "tiff ycbcr": ("YCbCr", "TIFF"),
-    "tiff cmyk": ("CMYK", "TIFF"),
     "tiff 16 big": ("I;16B", "TIFF"),
     "tiff float": ("F", "TIFF"),
     "tiff palette with alpha": ("PA", "TIFF"),
-    "bmp": ("RGB", "BMP"),
-    "pgm": ("L", "PPM"),
     "pgm of 16 bits": ("I", "PPM"),
 }
 
@@ -294,31 +257,24 @@ def test_palette_files_have_their_colors(options):
     assert (row[15:] == (10, 20, 30)).all()
 
 
-@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])  # Pillow itself turns a TIFF as it loads it
-def test_the_exif_orientation_is_not_applied(orientation, form):
-    image = noise(30, 17)
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    encoded = saved(image, form, exif=exif, **({"lossless": True} if form == "WEBP" else {}))
-    with Image.open(io.BytesIO(encoded)) as opened:
-        assert opened.getexif()[0x0112] == orientation
-    found = np.asarray(decode(encoded, "a"))
-    plain = np.asarray(decode(saved(image, form, **({"lossless": True} if form == "WEBP" else {})), "a"))
-    assert found.shape == (17, 30, 3)
-    assert np.array_equal(found, plain)
+def test_the_exif_orientation_is_not_applied(form):
+    image, options = noise(30, 17), {"lossless": True} if form == "WEBP" else {}
+    plain = np.asarray(decode(saved(image, form, **options), "a"))
+    assert plain.shape == (17, 30, 3)
+    for orientation in (3, 6):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        encoded = saved(image, form, exif=exif, **options)
+        with Image.open(io.BytesIO(encoded)) as opened:
+            assert opened.getexif()[0x0112] == orientation
+        assert np.array_equal(np.asarray(decode(encoded, "a")), plain)
 
 
 def test_only_the_first_frame_is_decoded():
     frames = [Image.new("RGB", (5, 4), color) for color in ((200, 10, 10), (10, 200, 10))]
     encoded = saved(frames[0], "GIF", save_all=True, append_images=frames[1:])
     assert np.asarray(decode(encoded, "a.gif")).reshape(-1, 3).tolist() == [[200, 10, 10]] * 20
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_images_of_every_mode_can_be_asked_about(mode):
-    record = reverie_jax.ask(image_of(mode), "What is this?")
-    assert np.array_equal(np.asarray(decode(record.image, "a")), np.asarray(to_rgb(image_of(mode))))
 
 
 def test_png_keeps_every_pixel():
@@ -329,22 +285,6 @@ def test_png_keeps_every_pixel():
 # Broken files.
 
 PNG = saved(noise(20, 20))
-BROKEN = {
-    "empty": b"",
-    "text": b"not an image",
-    "signature": PNG[:8],
-    "cut": PNG[: len(PNG) // 2],
-    "flipped": PNG[:60] + bytes([PNG[60] ^ 0xFF]) + PNG[61:],
-    "jpeg": saved(noise(20, 20), "JPEG")[:200],
-}
-
-
-@pytest.mark.parametrize("encoded", BROKEN.values(), ids=BROKEN)
-def test_broken_images_are_named(encoded):
-    with pytest.raises(BrokenImage, match=r"^photos/a\.png: ") as caught:
-        decode(encoded, "photos/a.png")
-    assert "\n" not in str(caught.value)
-    assert "0x" not in str(caught.value)  # no memory address
 
 
 @settings(max_examples=40)
@@ -354,7 +294,7 @@ def test_a_damaged_byte_is_decoded_or_named(index, change):
     try:
         assert decode(damaged, "a.png").mode == "RGB"
     except BrokenImage as error:
-        assert str(error).startswith("a.png: ")  # noqa: PT017
+        assert re.fullmatch(r"a\.png: (?!.*0x).*", str(error))  # noqa: PT017  # one line, without a memory address
 
 
 def test_images_beyond_pillows_limit_are_refused(monkeypatch):

@@ -10,13 +10,12 @@ import functools
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
-from hypothesis import strategies as st
 
-from reverie_jax.data.conversation import Conversation, Turn
 from reverie_jax.data.templates import v0_template
 from reverie_jax.data.tokenization import Encoder, Tokens, load_tokenizer
 from tests.data import llama_oracle
-from tests.data.llama_oracle import IMAGE, SlowLlama
+from tests.data.fakes import conversation_of
+from tests.data.llama_oracle import IMAGE, TRAPS, SlowLlama, any_text, dialogues
 
 PATCHES = 3
 FILLER = 0  # the original format has no image token
@@ -41,15 +40,6 @@ def encoder(tokenizer):
     return functools.cache(lambda template, kind: Encoder(tokenizer(kind), template, PATCHES, FILLER, "llava"))
 
 
-def conversation(texts: list[str], weights: tuple[float, ...] = ()) -> Conversation:
-    """Turns, user first; every marker shows the record's only image."""
-    turns = tuple(
-        Turn(("user", "assistant")[n % 2], text, weights[n // 2] if n % 2 and weights else 1.0)
-        for n, text in enumerate(texts)
-    )
-    return Conversation(turns, (0,) * sum(text.count(IMAGE) for text in texts))
-
-
 def bare(tokens: Tokens) -> list[int]:
     """Ids with -200 in place of each image's tokens, which must be whole and in order."""
     ids, slots = tokens.ids, tokens.image_slots
@@ -66,7 +56,7 @@ def bare(tokens: Tokens) -> list[int]:
 
 def check_sample(encoder, template: str, kind: str, turns: list[str]) -> list[int]:
     """Compare a sample's ids, image slots and supervised tokens with the oracle's; return the oracle's supervised tokens."""
-    tokens = encoder(template, kind)(conversation(turns))
+    tokens = encoder(template, kind)(conversation_of(turns))
     expected = llama_oracle.training(SlowLlama(kind), template, turns)
     assert bare(tokens) == expected.ids
     expanded = expected.expanded(PATCHES, FILLER)
@@ -88,15 +78,10 @@ SECOND_ROUND = {
     "legacy": "3148 1001 29901 9159 29973 319 1799 9047 13566 29901 6054 2",
     "modern": "11889 29901 9159 29973 319 1799 9047 13566 29901 6054 2",
 }
-SUPERVISED = {
-    ("vicuna_v1", "legacy"): [*range(47, 51), 61, 62],
-    ("vicuna_v1", "modern"): [*range(47, 51), 60, 61],
-    ("llava_v1", "legacy"): [*range(47, 51), 61, 62],
-    ("llava_v1", "modern"): [*range(47, 51), 60, 61],
-    ("llava_v0", "legacy"): [33, 34, *range(46, 57), *range(62, 72)],
-    ("llava_v0", "modern"): [33, 34, *range(46, 57), *range(62, 72)],
-    ("phi3_instruct", "phi3"): [22, 23, 24, 25, 31, 32],
-}
+TWO = {"legacy": [*range(47, 51), 61, 62], "modern": [*range(47, 51), 60, 61]}
+SUPERVISED = {(template, kind): TWO[kind] for template in ("vicuna_v1", "llava_v1") for kind in TWO}
+SUPERVISED |= {("llava_v0", kind): [33, 34, *range(46, 57), *range(62, 72)] for kind in TWO}
+SUPERVISED |= {("phi3_instruct", "phi3"): [22, 23, 24, 25, 31, 32]}
 LENGTH = {"legacy": 63, "modern": 62, "phi3": 33}
 
 
@@ -110,15 +95,13 @@ def test_the_prompt_is_the_published_one(encoder, template, kind):
     expected = [1404 if id == 5199 and template == "vicuna_v1" else id for id in numbers(PUBLISHED)]
     assert len(expected) == 50
     assert llama_oracle.question(SlowLlama(kind), template, DESCRIBE) == expected
-    tokens = encoder(template, kind)(conversation(DESCRIBE))
-    assert bare(tokens) == expected
-    assert not tokens.weights.any()
+    assert bare(encoder(template, kind)(conversation_of(DESCRIBE))) == expected
 
 
 @pytest.mark.parametrize(("template", "kind"), PAIRS)
 def test_a_sample_is_supervised_as_the_original_was_observed_to(encoder, template, kind):
     assert check_sample(encoder, template, kind, DIALOGUE) == SUPERVISED[template, kind]
-    ids = bare(encoder(template, kind)(conversation(DIALOGUE)))
+    ids = bare(encoder(template, kind)(conversation_of(DIALOGUE)))
     assert len(ids) == (72 if template == "llava_v0" else LENGTH[kind])
     if template == "vicuna_v1":
         assert ids[42:] == numbers(f"319 1799 9047 13566 29901 319 6635 29889 2 {SECOND_ROUND[kind]}")
@@ -130,7 +113,7 @@ def test_a_sample_is_supervised_as_the_original_was_observed_to(encoder, templat
 def test_a_caption_is_supervised_with_its_newline(encoder, kind):
     turns = [f"Describe it.\n{IMAGE}", "A cat."]
     check_sample(encoder, "plain", kind, turns)
-    tokens = encoder("plain", kind)(conversation(turns))
+    tokens = encoder("plain", kind)(conversation_of(turns))
     assert bare(tokens) == [1, -200, 319, 6635, 29889, 13]
     assert tokens.weights.tolist() == [0] * (1 + PATCHES) + [1] * 4
 
@@ -138,9 +121,9 @@ def test_a_caption_is_supervised_with_its_newline(encoder, kind):
 @pytest.mark.parametrize(("template", "kind"), PAIRS)
 def test_tokens_carry_the_weight_of_their_answer(encoder, template, kind):
     for weights in ((0.5, 2.0), (0.0, 1.0), (1.0, 0.0)):
-        carried = encoder(template, kind)(conversation(DIALOGUE, weights)).weights
+        carried = encoder(template, kind)(conversation_of(DIALOGUE, weights)).weights
         if template == "llava_v0":  # the mask has drifted, but tokens still come in the order of the answers
-            supervised = encoder(template, kind)(conversation(DIALOGUE)).weights > 0
+            supervised = encoder(template, kind)(conversation_of(DIALOGUE)).weights > 0
             assert carried[supervised].tolist() == sorted(carried[supervised].tolist(), key=weights.index)
             assert set(carried[supervised].tolist()) == set(weights)
         else:
@@ -175,10 +158,10 @@ KEPT = {
 def test_a_count_that_does_not_add_up_masks_the_whole_sample(encoder, kind, name):
     answer = (MASKED | KEPT)[name]
     for question in (f"{IMAGE}\nWhat is this?", "What is this?"):
-        dialogues = [[question, answer], [question, "A cat.", "And this?", answer]]
+        samples = [[question, answer], [question, "A cat.", "And this?", answer]]
         if answer:  # an empty one runs into the next round, and the count is right again
-            dialogues.append([question, answer, "And this?", "A cat."])
-        for turns in dialogues:
+            samples.append([question, answer, "And this?", "A cat."])
+        for turns in samples:
             assert bool(check_sample(encoder, "vicuna_v1", kind, turns)) == (name in KEPT)
 
 
@@ -192,42 +175,7 @@ def test_a_sample_longer_than_the_published_length_is_not_checked(encoder):
     assert check_sample(encoder, "vicuna_v1", "modern", [f"{IMAGE}\nWhat is this?", "cat " * 2100 + "<unk>"])
 
 
-@pytest.mark.parametrize(("template", "kind"), PAIRS)
-def test_empty_texts_have_no_separator(encoder, template, kind):
-    # The original prints `ROLE:` for an empty message, with neither a space nor an end token after it.
-    for turns in ([f"{IMAGE}\nWhat?", ""], ["What?", "", "And?", "A cat."], ["What?", "A cat.", "", "A dog."]):
-        check_sample(encoder, template, kind, turns)
-
-
 # Any text.
-
-WORDS = [
-    *("a", "Is", "cup", "Black", "image?", "it's", "12", "(red)", "Yes,", "."),
-    *(" ", "  ", "   ", "\n", "\n\n", "\t", " \n ", "\r\n"),
-    *("é", "e\u0301", "猫", "図。", "🍵", "👩‍👩‍👧", "العربية", "Ω≈ç", "\u00a0", "\u3000", "\u200b", "\u0085"),
-    *("<0x0A>", "<|", "|>", "<", ">", "</", "s>", "http://x.y/?q=1", "`x = 1`", "  - item", "\\n", "'", '"'),
-    *("USER: ", "ASSISTANT: ", "ASSISTANT:", "Human: ", "Assistant:", "###", "### ", "# "),
-]
-TRAPS = [*WORDS, " ASSISTANT: ", "</s>", "<s>", "<unk>", "<|end|>", "<|user|>", "<|assistant|>\n", "<|endoftext|>", "▁"]
-
-
-def texts(words: list[str], smallest: int = 1) -> st.SearchStrategy[str]:
-    joined = st.lists(st.sampled_from(words), min_size=smallest, max_size=8).map("".join)
-    free = st.text(st.characters(exclude_categories=("Cs",)), min_size=smallest, max_size=12)
-    return (joined | free).filter(lambda text: IMAGE not in text)
-
-
-@st.composite
-def dialogues(draw: st.DrawFn) -> list[str]:
-    """One to four exchanges of ordinary text or of text full of format marks, with markers anywhere in any question."""
-    text = texts(draw(st.sampled_from([WORDS, TRAPS])))
-    turns = draw(st.integers(1, 4).flatmap(lambda n: st.lists(text, min_size=2 * n, max_size=2 * n)))
-    for _ in range(draw(st.sampled_from([0, 1, 1, 1, 2]))):
-        n = draw(st.sampled_from([0, 0, *range(0, len(turns), 2)]))
-        at = draw(st.sampled_from([0, len(turns[n]), draw(st.integers(0, len(turns[n])))]))
-        gap = draw(st.sampled_from(["\n", "", " "]))
-        turns[n] = turns[n][:at] + (gap if at else "") + IMAGE + gap + turns[n][at:]
-    return turns
 
 
 def markers_vanish(turns: list[str]) -> bool:
@@ -247,17 +195,22 @@ slow = [HealthCheck.too_slow, HealthCheck.filter_too_much]
 @example(turns=[f"{IMAGE}\nQ</s> x", "A"])
 @example(turns=["</s>", "</s>"])
 @example(turns=[f"{IMAGE}\nQ", " <|end|> \n x"])
+# The original prints `ROLE:` for an empty message, with neither a space nor an end token after it.
+@example(turns=[f"{IMAGE}\nWhat?", ""])
+@example(turns=["What?", "", "And?", "A cat."])
+@example(turns=["What?", "A cat.", "", "A dog."])
 def test_any_sample_and_prompt_is_the_originals(encoder, template, kind, turns):
     check_sample(encoder, template, kind, turns)
     asked = [llama_oracle.normal(text) for text in turns[:-1]]  # evaluation puts the image in front itself
-    tokens = encoder(template, kind)(conversation(asked))
-    assert bare(tokens) == llama_oracle.question(SlowLlama(kind), template, asked)
-    assert not tokens.weights.any()
+    if all(asked):
+        tokens = encoder(template, kind)(conversation_of(asked))
+        assert bare(tokens) == llama_oracle.question(SlowLlama(kind), template, asked)
+        assert not tokens.weights.any()
 
 
 @pytest.mark.parametrize("kind", ["legacy", "modern"])
 @settings(max_examples=25, suppress_health_check=slow)
-@given(texts(TRAPS, 0), texts(TRAPS, 0))
+@given(any_text(TRAPS, 0), any_text(TRAPS, 0))
 def test_any_caption_is_the_originals(encoder, kind, question, caption):
     check_sample(encoder, "plain", kind, [question + IMAGE, caption])
 
@@ -266,8 +219,8 @@ def test_v0_shows_its_example_in_prompts_only(tokenizer):
     example = ["Is tea hot?", "It is."]
     encode = Encoder(tokenizer("modern"), v0_template(*example), PATCHES, FILLER, "llava")
     expected = llama_oracle.question(SlowLlama("modern"), "llava_v0", [*example, *DESCRIBE])
-    assert bare(encode(conversation(DESCRIBE))) == expected
+    assert bare(encode(conversation_of(DESCRIBE))) == expected
     # Its training form has the system message alone, as llava_v0's does.
-    sample, item = encode(conversation(DIALOGUE)), llama_oracle.training(SlowLlama("modern"), "llava_v0", DIALOGUE)
+    sample, item = encode(conversation_of(DIALOGUE)), llama_oracle.training(SlowLlama("modern"), "llava_v0", DIALOGUE)
     assert bare(sample) == item.ids
     assert np.flatnonzero(sample.weights).tolist() == item.expanded(PATCHES, FILLER).supervised

@@ -25,6 +25,7 @@ from tests.data.fakes import (
     llava_row,
     png,
     read_records,
+    saved,
     write_json_rows,
 )
 
@@ -85,12 +86,12 @@ def mix(files, folder, cap=None, **options):
 # One record for each image.
 
 
-@settings(max_examples=50)
-@given(files=st.lists(st.lists(names, max_size=6), min_size=1, max_size=3))
-def test_a_record_has_all_conversations_about_an_image_in_order(shared, files):
+@settings(max_examples=40)
+@given(files=st.lists(st.lists(names, max_size=6), min_size=1, max_size=3), embedded=st.booleans())
+def test_a_record_has_all_conversations_about_an_image_in_order(shared, files, embedded):
     flat = [one for file in examples(files) for one in file]
     order = list(dict.fromkeys(one.image for one in flat if one.image))
-    with mix(examples(files), shared) as mixture:
+    with mix(examples(files, embedded), None if embedded else shared) as mixture:
         records = list(mixture)
         assert (len(mixture), mixture.conversation_count) == (len(records), len(flat))
         assert list(mixture.conversations()) == [(one.image, one.conversation) for one in flat]
@@ -101,16 +102,6 @@ def test_a_record_has_all_conversations_about_an_image_in_order(shared, files):
         assert list(record.conversations) == [one.conversation for one in expected]
     assert [record.id for record in records if not record.image] == [one.where for one in flat if not one.image]
     assert records == sorted(records, key=lambda record: not record.image)
-
-
-@settings(max_examples=30)
-@given(images=st.lists(names, min_size=1, max_size=8))
-def test_embedded_images_are_records_by_content(images):
-    with mix(examples([images], embedded=True), None) as mixture:
-        records = [record for record in mixture if record.image]
-    order = list(dict.fromkeys(image for image in images if image))
-    assert [record.image for record in records] == [png((NAMES.index(name), 0, 0)) for name in order]
-    assert [len(record.conversations) for record in records] == [images.count(name) for name in order]
 
 
 def test_one_image_under_several_names_is_one_record(tmp_path, images):
@@ -132,7 +123,7 @@ def test_one_name_in_two_folders_is_two_images(tmp_path, images, other):
 
 
 def test_larger_images_are_scaled_down_on_request(tmp_path, images):
-    Image.new("RGB", (80, 40), (200, 30, 30)).save(images / "large.png")
+    (images / "large.png").write_bytes(saved(Image.new("RGB", (80, 40), (200, 30, 30))))
     path = write_json_rows(tmp_path / "a.json", [llava_row("large.png"), llava_row("a.png")])
     entries = [MixtureEntry(file=path, images=images)]
     with read_mixture(entries, ReadLog()) as full, read_mixture(entries, ReadLog(), max_side=20) as small:
@@ -150,7 +141,7 @@ def capped(file, cap, seed=0, folder=None):
         return list(mixture.conversations())
 
 
-@settings(max_examples=50)
+@settings(max_examples=40)
 @given(images=st.lists(names, max_size=9), cap=st.integers(1, 10), seed=st.integers(0, 3), data=st.data())
 def test_a_cap_keeps_the_same_rows_in_any_order(shared, images, cap, seed, data):
     (file,) = examples([images])
@@ -164,12 +155,9 @@ def test_a_cap_keeps_the_same_rows_in_any_order(shared, images, cap, seed, data)
     assert {*kept} <= {*capped(file, cap + 1, seed, shared)}
 
 
-def test_repeated_rows_count_one_each(shared):
+def test_repeated_rows_count_one_each_and_seeds_draw_different_ones(shared):
     file = [example(0, "a.png")] * 4 + [example(1, "b.png")] * 2
     assert [len(capped(file, cap, folder=shared)) for cap in range(1, 8)] == [1, 2, 3, 4, 5, 6, 6]
-
-
-def test_seeds_draw_different_rows(shared):
     file = [example(number, "a.png") for number in range(12)]
     drawn = [frozenset(capped(file, 4, seed, shared)) for seed in range(30)]
     assert len(set(drawn)) > 20
@@ -187,7 +175,7 @@ def test_images_without_a_kept_row_are_not_records(tmp_path, images, other):
     rows = [llava_row("a.png"), *(llava_row("b.png", f"Q{n}?", "A.") for n in range(40))]
     first = MixtureEntry(file=write_json_rows(tmp_path / "1.json", rows), cap=1)
     second = MixtureEntry(file=write_json_rows(tmp_path / "2.json", [llava_row("a.png")]), images=other)
-    records = read_records(first, second)
+    records = read_records(first, second)  # the name is free, since the cap drops the first file's row
     assert [(record.id, len(record.conversations)) for record in records] == [("b.png", 1), ("a.png", 1)]
 
 
@@ -200,7 +188,7 @@ def test_a_weight_does_not_change_what_a_cap_keeps(tmp_path, images):
 # Weights.
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(weight=st.floats(0.01, 100), exchanges=st.integers(1, 3))
 def test_a_weight_multiplies_the_loss_of_each_answer(shared, weight, exchanges):
     turns = [Turn("assistant", "A.", 0.25) if n % 2 else Turn("user", f"Q{n}?") for n in range(2 * exchanges)]
@@ -208,9 +196,8 @@ def test_a_weight_multiplies_the_loss_of_each_answer(shared, weight, exchanges):
     plain = Conversation(tuple(turns), dataset="s", kind="negative", pair="p")
     with Mixture([([Example("a.png", plain, "f: row 0")], shared, None, weight)]) as mixture:
         (weighted,) = mixture[0].conversations
-    assert [t.weight for t in weighted.turns if t.role == "assistant"] == [0.25 * weight] * exchanges
-    assert [t.text for t in weighted.turns] == [t.text for t in plain.turns]
-    assert (weighted.dataset, weighted.kind, weighted.pair, weighted.images) == ("s", "negative", "p", (0,))
+    expected = [dataclasses.replace(turn, weight=turn.weight * weight) for turn in turns]
+    assert weighted == dataclasses.replace(plain, turns=tuple(expected))
 
 
 ROWS = {
@@ -248,47 +235,42 @@ def digest(files, folder, start=0, stop=None, **options):
         return mixture.digest(start, len(mixture) if stop is None else stop)
 
 
-@settings(max_examples=40)
-@given(files=st.lists(st.lists(names, max_size=6), min_size=1, max_size=3).filter(any), data=st.data())
-def test_a_digest_changes_with_every_word(shared, files, data):
-    changed, before = examples(files), digest(examples(files), shared)
-    assert digest(examples(files), shared, seed=5) == before
-    file = data.draw(st.sampled_from([file for file in changed if file]))
-    index = data.draw(st.integers(0, len(file) - 1))
-    old = file[index]
+def changed(old, what):
+    """The example with something else in it."""
     question, answer = old.conversation.turns
-    turns = data.draw(
-        st.sampled_from(
-            [
-                (Turn("user", question.text + " "), answer),
-                (question, Turn("assistant", answer.text + ".")),
-                (question, Turn("assistant", answer.text, 0.5)),
-                (question,),
-            ]
-        )
-    )
-    file[index] = Example(old.image, Conversation(turns, old.conversation.images), old.where)
-    assert digest(changed, shared) != before
+    turns = {
+        "question": (dataclasses.replace(question, text=question.text + " "), answer),
+        "answer": (question, dataclasses.replace(answer, text=answer.text + ".")),
+        "weight": (question, dataclasses.replace(answer, weight=0.5)),
+        "open": (question,),
+    }
+    fields = {"turns": turns[what]} if what in turns else {what: "rejected"}
+    return dataclasses.replace(old, conversation=dataclasses.replace(old.conversation, **fields))
 
 
-@settings(max_examples=30)
+@settings(max_examples=40)
+@given(
+    files=st.lists(st.lists(names, max_size=6), min_size=1, max_size=3).filter(any),
+    what=st.sampled_from(["question", "answer", "weight", "open", "dataset", "kind", "pair"]),
+    data=st.data(),
+)
+def test_a_digest_changes_with_every_word_and_field(shared, files, what, data):
+    other, before = examples(files), digest(examples(files), shared)
+    assert digest(examples(files), shared, seed=5) == before
+    file = data.draw(st.sampled_from([file for file in other if file]))
+    index = data.draw(st.integers(0, len(file) - 1))
+    file[index] = changed(file[index], what)
+    assert digest(other, shared) != before
+
+
+@settings(max_examples=25)
 @given(images=st.lists(st.sampled_from(NAMES), min_size=1, max_size=5), more=names)
 def test_a_digest_depends_on_its_records_only(shared, images, more):
     after = digest(examples([[*images, more]]), shared, stop=len(set(images)))
     assert (after == digest(examples([images]), shared)) == (more not in images)
 
 
-@pytest.mark.parametrize("field", ["dataset", "kind", "pair"])
-def test_a_digest_changes_with_every_field(shared, field):
-    fields = {"dataset": "s", "kind": "chosen", "pair": "1"}
-    one, two = (
-        [Example("a.png", conversation("Q?", "A.", "a.png", **fields), "f: row 0")]
-        for fields in (fields, fields | {field: "rejected"})
-    )
-    assert digest([one], shared) != digest([two], shared)
-
-
-def test_a_digest_changes_with_an_image_file(tmp_path, images):
+def test_a_digest_changes_with_an_image(tmp_path, images):
     path = write_json_rows(tmp_path / "a.json", [llava_row("a.png"), llava_row("b.png")])
 
     def digests():
@@ -303,9 +285,6 @@ def test_a_digest_changes_with_an_image_file(tmp_path, images):
     assert digests()[1] != before[1]
     os.utime(images / "a.png", (1, 1))
     assert digests()[0] != before[0]
-
-
-def test_a_digest_changes_with_an_embedded_image():
     one, same, other = (
         digest([[example(0, "a.png", encoded=png(color))]], None) for color in ((1, 2, 3), (1, 2, 3), (1, 2, 4))
     )
@@ -346,9 +325,7 @@ def test_a_mixture_file_may_set_every_field(tmp_path):
 
 
 BAD_MIXTURES = {
-    "missing": None,
     "not JSON": "[{",
-    "empty": "",
     "a number": "3",
     "an object": '{"file": "a.json"}',
     "no entries": "[]",
@@ -364,16 +341,13 @@ BAD_MIXTURES = {
     "weight a text": '[{"file": "a.json", "weight": "much"}]',
     "splits a text": '[{"file": "a.json", "splits": "train"}]',
     "second entry": '[{"file": "a.json"}, {"file": "a.json", "cap": -1}]',
-    "too deep": "[" * 100_000,
-    "not UTF-8": b'[{"file": "\xff"}]',
 }
 
 
 @pytest.mark.parametrize("content", BAD_MIXTURES.values(), ids=BAD_MIXTURES)
 def test_a_bad_mixture_file_is_named(tmp_path, content):
     path = tmp_path / "mixture.json"
-    if content is not None:
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    path.write_text(content)
     with pytest.raises(UserError) as error:
         read_mixture_file(path)
     assert_one_line(error, path)
@@ -389,3 +363,7 @@ def test_missing_files_and_folders_of_a_mixture_are_named(tmp_path, images):
         with pytest.raises(DataError) as error:
             read_records(good, bad)
         assert_one_line(error, name)
+    with read_mixture([good], ReadLog()) as mixture:
+        (images / "a.png").unlink()
+        with pytest.raises(DataError, match=r"a\.png"):
+            mixture[0]

@@ -156,30 +156,15 @@ def states() -> list[str]:
     return states
 
 
-class SlowRecords(Sequence[ImageRecord]):
-    def __len__(self) -> int:
-        return len(RECORDS)
-
-    def __getitem__(self, index: Any) -> Any:
-        time.sleep(0.001 * (index % 4))
-        return RECORDS[index]
-
-
-@pytest.mark.parametrize("case", ["default threads", "5 threads", "slow records", "records on disk"])
+@pytest.mark.parametrize("case", ["default threads", "5 threads", "records on disk"])
 def test_threads_and_storage_do_not_change_the_batches(expected, case, tmp_path):
     records: Sequence[ImageRecord] = RECORDS
-    if case == "slow records":
-        records = SlowRecords()
-    elif case == "records on disk":
+    if case == "records on disk":
         records = RecordSource(write_records(tmp_path, {"train": RECORDS}))
     assert all(map(equal, take(batches(records, threads=None if case == "default threads" else 5), 3), expected))
 
 
-def test_another_seed_gives_another_order(expected):
-    assert not all(map(equal, take(batches(seed=4), 2), expected))
-
-
-@pytest.mark.parametrize(("hosts", "threads"), [(1, 3), (2, 1), (4, 2)])
+@pytest.mark.parametrize(("hosts", "threads"), [(2, 1), (4, 2)])
 def test_hosts_receive_the_parts_of_the_single_hosts_batch(expected, hosts, threads):
     parts = [take(batches(local=local(host, hosts), threads=threads), 3) for host in range(hosts)]
     for number in range(3):
@@ -188,6 +173,7 @@ def test_hosts_receive_the_parts_of_the_single_hosts_batch(expected, hosts, thre
 
 
 def test_every_state_continues_exactly_with_other_threads(expected, states):
+    assert not all(map(equal, take(batches(seed=4), 2), expected))  # another seed, another order
     assert len(set(states)) == len(states)
     # Some states lie within a window, or this file tests less than it says.
     assert any(f'"next_index_in_buffer": {n}' in state for state in states for n in (1, 2, 3))
@@ -204,15 +190,6 @@ def test_a_state_serves_any_number_of_hosts_and_a_running_iterator(expected, sta
         running.set_state(json.loads(states[number]))
         assert equal(next(running), expected[number])
     running.close()
-
-
-def test_iterators_side_by_side_do_not_disturb_each_other(expected):
-    data = batches(threads=2)
-    running = [iter(data) for _ in range(3)]
-    for number in range(2):
-        assert all(equal(next(iterator), expected[number]) for iterator in running)
-    for iterator in running:
-        iterator.close()
 
 
 # Images.
@@ -245,22 +222,6 @@ def test_each_image_is_in_the_sequence_of_its_text(hosts, builder):
     assert len(seen) == len(RECORDS)
     if builder is BUILDER:  # windows span epochs; still every record comes as often as any other, to within two
         assert max(seen.values()) - min(seen.values()) <= 2
-
-
-def test_sequences_of_text_have_no_image():
-    (batch,) = take(batches([record for record in coded(20) if not record.image], threads=2), 1)
-    assert (batch.weight > 0).any()
-    assert batch.images.shape == (4, SHAPE.images, SIDE, SIDE, 3)
-    assert not batch.images.any()
-    assert (batch.image_slots == -1).all()
-
-
-def test_an_image_of_two_trees_in_a_sequence_is_in_both_slots():
-    record = next(record for record in coded(4) if len(record.conversations) > 1 and record.image)
-    (batch,) = take(batches([record], UNSHARED, threads=2), 1)
-    for sequence in sequences_of(batch):
-        for slot in range(max(2, len(trees_of(sequence)))):
-            assert tuple(sequence.images[slot, SIDE // 2, SIDE // 2].tolist()) == color(int(record.id[3:]))
 
 
 # Epochs.
@@ -481,7 +442,7 @@ def remaining(before: set[threading.Thread], most: int = 0) -> int:
     return count
 
 
-@pytest.mark.parametrize(("taken", "closed"), [(0, True), (2, True), (2, False)])
+@pytest.mark.parametrize(("taken", "closed"), [(0, True), (2, False)])
 def test_no_thread_outlives_an_iterator_and_its_data(taken, closed):
     before = set(threading.enumerate())
     data = batches(threads=3)

@@ -37,19 +37,6 @@ def test_images_keep_every_byte_and_texts_every_letter(tmp_path):
     assert found.image == png()
 
 
-def test_records_are_found_below_a_folder(tmp_path):
-    folder = write_records(tmp_path, {"train": records(1)})
-    assert folder != tmp_path
-    assert list(RecordSource(tmp_path)) == list(RecordSource(folder)) == records(1)
-
-
-def test_new_records_replace_old_ones(tmp_path):
-    write_records(tmp_path, {"train": records(3), "test": records(1)})
-    assert list(RecordSource(write_records(tmp_path, {"train": records(2, seed=5)}))) == records(2, seed=5)
-    with pytest.raises(DataError, match="test"):
-        RecordSource(tmp_path, "test")
-
-
 @pytest.mark.parametrize("case", ["missing", "empty", "dataset_info.json", "features.json", "split", "shards"])
 def test_damaged_records_are_named(folder, tmp_path, case):
     copy = tmp_path / "copy"
@@ -65,22 +52,3 @@ def test_damaged_records_are_named(folder, tmp_path, case):
     with pytest.raises(DataError) as error:
         _ = RecordSource(copy, "validation" if case == "split" else "train")[0]
     assert_one_line(error, copy, *(("validation", "train", "test") if case == "split" else ()))
-
-
-class BrokenRecords:
-    """Records of which the second cannot be read."""
-
-    def __len__(self) -> int:
-        return 2
-
-    def __getitem__(self, index: int) -> ImageRecord:
-        if index == 1:
-            raise DataError("a.json: row 3: bad")
-        return records(1)[0]
-
-
-def test_an_error_while_writing_leaves_nothing(tmp_path):
-    with pytest.raises(DataError, match=r"^a\.json: row 3: bad$"):
-        write_records(tmp_path / "records", {"train": BrokenRecords()})
-    assert not (tmp_path / "records").exists()
-    assert list(tmp_path.glob(".*/*")) == []

@@ -135,12 +135,6 @@ def test_order_input_and_other_conversations_are_unchanged(plan, arm):
     assert firsts == sorted(firsts)
 
 
-def test_every_arm_supervises_answers_in_full():
-    record = [reflective(kind, "Q?", "A.", f"{kind}.") for kind in ("negative", "positive", "negative")]
-    for arm in ARMS:
-        assert supervised(Supervision(*arm)(record))[((f"{IMAGE}\nQ?",), "A.", 1.0)] >= 1
-
-
 def test_every_arm_keeps_answers_that_have_a_kind_but_no_rationale():
     # As LRV's rows have them, whose task is the kind.
     record = [
@@ -149,14 +143,6 @@ def test_every_arm_keeps_answers_that_have_a_kind_but_no_rationale():
     ]
     for arm in ARMS:
         assert Supervision(*arm, answer_weight=0.5)(record) == record
-
-
-@given(plan=plans, kinds=st.sampled_from(KINDS), repeat=st.sampled_from(ANSWERS), prompts=st.sampled_from(PROMPTS[:3]))
-def test_arms_are_idempotent_and_narrower_arms_follow_wider_ones(plan, kinds, repeat, prompts):
-    record, arm = build(plan), Supervision(kinds, repeat, prompts=prompts)
-    assert arm(arm(record)) == arm(record)
-    narrow = Supervision(kinds, "as-published")
-    assert narrow(Supervision(answers="as-published")(record)) == narrow(record)
 
 
 # Contexts.

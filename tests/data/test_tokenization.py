@@ -3,74 +3,41 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
-from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 
+import reverie_jax.scenes
 from reverie_jax.data.conversation import Conversation, Turn
 from reverie_jax.data.templates import v0_template
 from reverie_jax.data.tokenization import Encoder
 from reverie_jax.errors import UserError
 from tests.data import llama_oracle
-from tests.data.fakes import IMAGE_ID, WordTokenizer
-from tests.data.llama_oracle import IMAGE
+from tests.data.fakes import IMAGE_ID, WordTokenizer, conversation_of
+from tests.data.llama_oracle import IMAGE, dialogues
 
 PATCHES = 3
 IMAGE_IDS = {"legacy": 32000, "modern": 32000, "phi3": 32011, "bpe": 3}
 PAIRS = [
-    ("llava-hf", "legacy"),
-    ("llava-hf", "bpe"),
-    ("vicuna_v1", "modern"),
-    ("llava_v1", "legacy"),
-    ("llava_v0", "modern"),
-    ("v0", "legacy"),
-    ("plain", "modern"),
-    ("plain", "legacy"),
-    ("phi3_instruct", "phi3"),
+    *[("llava-hf", "legacy"), ("llava-hf", "bpe"), ("vicuna_v1", "modern"), ("llava_v1", "legacy")],
+    *[("llava_v0", "modern"), ("v0", "legacy"), ("plain", "modern"), ("plain", "legacy"), ("phi3_instruct", "phi3")],
 ]
 """Templates with the tokenizers of their models."""
 
 
-def byte_level_bpe() -> PreTrainedTokenizerFast:
-    """A tokenizer of a few sentences, of the same kind as the demo's."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<pad>", "<s>", "</s>", IMAGE],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    sentences = [
-        "USER: Is there a cup in the image? ASSISTANT: Yes, there is a red cup on the left.",
-        "USER: Explain why this answer is wrong: two ASSISTANT: There are three blue apples.",
-    ]
-    tokenizer.train_from_iterator(sentences, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="</s>",
-        additional_special_tokens=[IMAGE],
-        clean_up_tokenization_spaces=False,
-    )
-
-
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory):
-    """transformers' own with the two tokens that llava-hf checkpoints add, by kind."""
+    """transformers' own with the two tokens that llava-hf checkpoints add, by kind; the demo's is byte-level."""
 
     @functools.cache
     def load(kind: str) -> Any:
-        if kind == "bpe":
-            return byte_level_bpe()
-        folder = llama_oracle.write_tokenizer(tmp_path_factory.mktemp(kind), kind, IMAGE, "<pad>")
+        folder = Path(reverie_jax.scenes.__path__[0]) / "base"
+        if kind != "bpe":
+            folder = llama_oracle.write_tokenizer(tmp_path_factory.mktemp(kind), kind, IMAGE, "<pad>")
         return AutoTokenizer.from_pretrained(folder)
 
     return load
@@ -86,14 +53,6 @@ def encoder(tokenizer):
     return build
 
 
-def conversation(texts: list[str], weights: tuple[float, ...] = (), images: tuple[int, ...] = ()) -> Conversation:
-    turns = tuple(
-        Turn(("user", "assistant")[n % 2], text, weights[n // 2] if n % 2 and weights else 1.0)
-        for n, text in enumerate(texts)
-    )
-    return Conversation(turns, images or (0,) * sum(text.count(IMAGE) for text in texts))
-
-
 # Templates.
 
 USERS, HUMANS = (
@@ -101,36 +60,47 @@ USERS, HUMANS = (
     f"The assistant gives helpful, detailed, and polite answers to the {speaker}'s questions."
     for speaker in ("user", "human")
 )
+ENDS = {"llava_v0": "###", "v0": "###", "plain": "\n", "phi3_instruct": "<|end|>"}
 DIALOGUE = [f"{IMAGE}\nWhat is this?", "A cat.", "Color?", "Black"]
-TWO = "USER: <image>\nWhat is this? ASSISTANT: A cat.</s>USER: Color? ASSISTANT:"
-SINGLE = "Human: <image>\nWhat is this?###Assistant: A cat.###Human: Color?###Assistant:"
+
+
+def render(template: str, turns: list[str]) -> str:
+    """The templates once more; an open dialogue ends where its answer begins."""
+    if template == "plain":
+        return "".join(IMAGE * text.count(IMAGE) if n % 2 == 0 else f"{text}\n" for n, text in enumerate(turns))
+    if template == "phi3_instruct":
+        text = "<|system|>\nYou are a helpful AI assistant.<|end|>"
+        user, assistant, prefix = "\n<|user|>\n{}<|end|>", "\n<|assistant|>\n", ""
+    elif template in ("llava_v0", "v0"):
+        text = f"{HUMANS}###" + "Human: Is tea hot?###Assistant: It is.###" * (template == "v0")
+        user, assistant, prefix = "Human: {}###", "Assistant:", " "
+    else:
+        text = {"llava-hf": "", "vicuna_v1": f"{USERS} ", "llava_v1": f"{HUMANS} "}[template]
+        user, assistant, prefix = "USER: {} ", "ASSISTANT:", " "
+    for n, words in enumerate(turns):
+        text += user.replace("{}", words) + assistant if n % 2 == 0 else f"{prefix}{words}{ENDS.get(template, '</s>')}"
+    return text
+
+
+TWO = "USER: <image>\nWhat is this? ASSISTANT: A cat.</s>USER: Color? ASSISTANT: Black</s>"
+SINGLE = "Human: <image>\nWhat is this?###Assistant: A cat.###Human: Color?###Assistant: Black###"
 RENDERED = {
-    "llava-hf": (TWO, " Black</s>"),
-    "vicuna_v1": (f"{USERS} {TWO}", " Black</s>"),
-    "llava_v1": (f"{HUMANS} {TWO}", " Black</s>"),
-    "llava_v0": (f"{HUMANS}###{SINGLE}", " Black###"),
-    "v0": (f"{HUMANS}###Human: Is tea hot?###Assistant: It is.###{SINGLE}", " Black###"),
+    "llava-hf": TWO,
+    "vicuna_v1": f"{USERS} {TWO}",
+    "llava_v1": f"{HUMANS} {TWO}",
+    "llava_v0": f"{HUMANS}###{SINGLE}",
+    "v0": f"{HUMANS}###Human: Is tea hot?###Assistant: It is.###{SINGLE}",
     "phi3_instruct": (
         "<|system|>\nYou are a helpful AI assistant.<|end|>\n<|user|>\n<image>\nWhat is this?<|end|>\n"
-        "<|assistant|>\nA cat.<|end|>\n<|user|>\nColor?<|end|>\n<|assistant|>\n",
-        "Black<|end|>",
+        "<|assistant|>\nA cat.<|end|>\n<|user|>\nColor?<|end|>\n<|assistant|>\nBlack<|end|>"
     ),
-    "plain": ("<image>A cat.\n", "Black\n"),
+    "plain": "<image>A cat.\nBlack\n",
 }
-"""The dialogue up to where its last answer begins, and the rest."""
 
 
-def one_pass(tokenizer: Any, text: str) -> list[int]:
-    """As transformers' LLaVA processor does it: every marker repeated, one call."""
-    return tokenizer(text.replace(IMAGE, IMAGE * PATCHES)).input_ids
-
-
-@pytest.mark.parametrize(("template", "kind"), PAIRS)
-def test_a_dialogue_reads_as_the_template_says(tokenizer, encoder, template, kind):
-    prompt, rest = RENDERED[template]
-    encode = encoder(template, kind)
-    assert encode(conversation(DIALOGUE)).ids.tolist() == one_pass(tokenizer(kind), prompt + rest)
-    assert encode(conversation(DIALOGUE[:3])).ids.tolist() == one_pass(tokenizer(kind), prompt)
+@pytest.mark.parametrize("template", RENDERED)
+def test_a_dialogue_reads_as_the_template_says(template):
+    assert render(template, DIALOGUE) == RENDERED[template]
 
 
 @pytest.mark.parametrize("tokenization", ["hf", "llava"])
@@ -162,53 +132,10 @@ def test_decoding_gives_the_answer_alone(tokenizer, encoder, template, kind, tex
 
 # Any text.
 
-WORDS = [
-    *("a", "Is", "cup", "Black", "image?", "it's", "12", "(red)", "Yes,", "."),
-    *(" ", "  ", "    ", "\n", "\n\n", "\t", " \n ", "\r\n"),
-    *("é", "e\u0301", "猫", "図。", "🍵", "👩‍👩‍👧", "العربية", "\u00a0", "\u3000", "\u200b", "<0x0A>", "▁"),
-    *("USER: ", " ASSISTANT: ", "ASSISTANT:", "Human: ", "###", "### ", "#", "</s>", "<s>", "<unk>"),
-    *("<|", "|>", "<|end|>", "<|user|>\n", "<|assistant|>\n", "<|endoftext|>", "<pad>", "http://x.y/?q=1", "  - item"),
-]
 
-
-def texts() -> st.SearchStrategy[str]:
-    joined = st.lists(st.sampled_from(WORDS), max_size=8).map("".join)
-    free = st.text(st.characters(exclude_categories=("Cs",)), max_size=12)
-    return (joined | free).filter(lambda text: IMAGE not in text)
-
-
-@st.composite
-def dialogues(draw: st.DrawFn) -> list[str]:
-    """One to four exchanges; up to two images shown anywhere in the questions."""
-    rounds = draw(st.integers(1, 4))
-    turns = draw(st.lists(texts(), min_size=2 * rounds, max_size=2 * rounds))
-    for _ in range(draw(st.sampled_from([0, 1, 1, 1, 2]))):
-        n = draw(st.sampled_from([0, 0, *range(0, len(turns), 2)]))
-        turns[n] = draw(st.sampled_from([f"{IMAGE}\n{turns[n]}", turns[n] + IMAGE, f"{turns[n]} {IMAGE} so"]))
-    return turns
-
-
-ENDS = {"llava_v0": "###", "v0": "###", "plain": "\n", "phi3_instruct": "<|end|>"}
-
-
-def render(template: str, turns: list[str]) -> str:
-    """Roles and separators once more; an open dialogue ends where its answer begins."""
-    if template == "plain":
-        return "".join(IMAGE * text.count(IMAGE) if n % 2 == 0 else f"{text}\n" for n, text in enumerate(turns))
-    if template == "phi3_instruct":
-        text = "<|system|>\nYou are a helpful AI assistant.<|end|>"
-        user, assistant, prefix = "\n<|user|>\n{}<|end|>", "\n<|assistant|>\n", ""
-    elif template in ("llava_v0", "v0"):
-        text = f"{HUMANS}###"
-        user, assistant, prefix = "Human: {}###", "Assistant:", " "
-        if template == "v0":
-            text += "Human: Is tea hot?###Assistant: It is.###"
-    else:
-        text = {"llava-hf": "", "vicuna_v1": f"{USERS} ", "llava_v1": f"{HUMANS} "}[template]
-        user, assistant, prefix = "USER: {} ", "ASSISTANT:", " "
-    for n, words in enumerate(turns):
-        text += user.replace("{}", words) + assistant if n % 2 == 0 else f"{prefix}{words}{ENDS.get(template, '</s>')}"
-    return text
+def one_pass(tokenizer: Any, text: str) -> list[int]:
+    """As transformers' LLaVA processor does it: every marker repeated, one call."""
+    return tokenizer(text.replace(IMAGE, IMAGE * PATCHES)).input_ids
 
 
 def bare(text: str) -> str:
@@ -217,15 +144,16 @@ def bare(text: str) -> str:
 
 
 @pytest.mark.parametrize(("template", "kind"), PAIRS)
-@settings(max_examples=30, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
-@given(turns=dialogues())
+@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+@given(turns=dialogues(smallest=0))
+@example(turns=DIALOGUE)
 @example(turns=["What?", " A cat.", "And?", "\n\nA dog."])
 @example(turns=[f"{IMAGE}\nWhat?", "\nA cat."])
 @example(turns=[f"{IMAGE}\nWhat?", "", "And?", " "])
 @example(turns=[f"{IMAGE}", "</s>", "", "</s> x"])
 def test_ids_are_those_of_one_pass_and_answers_carry_their_weights(tokenizer, encoder, template, kind, turns):
     encode, weights = encoder(template, kind), (0.5, 2.0, 0.25, 4.0)
-    answered, question = encode(conversation(turns, weights)), encode(conversation(turns[:-1], weights))
+    answered, question = (encode(conversation_of(part, weights)) for part in (turns, turns[:-1]))
     for tokens, part in ((answered, turns), (question, turns[:-1])):
         assert tokens.ids.tolist() == one_pass(tokenizer(kind), render(template, part))
         assert len(tokens) == len(tokens.ids) == len(tokens.weights) == len(tokens.image_slots)
@@ -252,9 +180,9 @@ def test_ids_are_those_of_one_pass_and_answers_carry_their_weights(tokenizer, en
 )
 def test_the_question_is_a_prefix_in_llava_mode_too(tokenizer, template, kind):
     encode = Encoder(tokenizer(kind), template, PATCHES, 0, "llava")
-    answered = encode(conversation(DIALOGUE))
+    answered = encode(conversation_of(DIALOGUE))
     for turns in (1, 3):
-        question = encode(conversation(DIALOGUE[:turns]))
+        question = encode(conversation_of(DIALOGUE[:turns]))
         assert answered.ids[: len(question)].tolist() == question.ids.tolist()
         assert answered.image_slots[: len(question)].tolist() == question.image_slots.tolist()
 
@@ -269,18 +197,17 @@ def words() -> WordTokenizer:
 
 def test_a_tokenizer_without_special_tokens_adds_none(words):
     words.bos_token_id = words.eos_token_id = None
-    tokens = Encoder(words, "llava-hf", 1, IMAGE_ID)(conversation([f"{IMAGE}\nWhat?", "A cup."]))
+    tokens = Encoder(words, "llava-hf", 1, IMAGE_ID)(conversation_of([f"{IMAGE}\nWhat?", "A cup."]))
     assert words.decode(tokens.ids, skip_special_tokens=False) == "USER: <image>\nWhat? ASSISTANT: A cup."
     assert words.decode(tokens.ids[tokens.weights > 0], skip_special_tokens=False) == " A cup."
 
 
 def test_images_are_those_that_the_conversation_names(words):
     images = (2, 0, 1)
-    example = conversation([f"{IMAGE} or {IMAGE}?", "So.", f"And {IMAGE}?"], images=images)
-    tokens = Encoder(words, "llava-hf", PATCHES, IMAGE_ID)(example)
+    shown = conversation_of([f"{IMAGE} or {IMAGE}?", "So.", f"And {IMAGE}?"], images=images)
+    tokens = Encoder(words, "llava-hf", PATCHES, IMAGE_ID)(shown)
     slots = [image * PATCHES + patch for image in images for patch in range(PATCHES)]
     assert tokens.image_slots[tokens.ids == IMAGE_ID].tolist() == slots
-    assert (tokens.image_slots[tokens.ids != IMAGE_ID] == -1).all()
 
 
 def test_the_weight_of_a_question_has_no_effect(words):
@@ -290,7 +217,7 @@ def test_the_weight_of_a_question_has_no_effect(words):
 
 def test_unknown_placeholders_and_templates_are_errors(words):
     with pytest.raises(UserError, match="tokenization='llava'"):
-        Encoder(words, "llava-hf", PATCHES, 77)(conversation([f"{IMAGE}\nWhat?", "A cup."]))
+        Encoder(words, "llava-hf", PATCHES, 77)(conversation_of([f"{IMAGE}\nWhat?", "A cup."]))
     with pytest.raises(UserError, match=r"'chatml'.*llava-hf"):
         Encoder(words, "chatml", PATCHES, IMAGE_ID)
     for tokenization in ("hf", "llava"):

@@ -12,34 +12,7 @@ from hypothesis import strategies as st
 
 from reverie_jax.data.tokenization import Tokens
 from reverie_jax.data.tree import ConversationTree, Trie, build_tree, build_trees, unsupervised
-
-WEIGHTS = (0.0, 0.0, 0.5, 1.0, 3.0)  # exact in float32, so sums are too
-Node = tuple[int, int]
-"""(token id, image slot)"""
-
-
-def tokens_of(nodes: list[Node], weights: list[float]) -> Tokens:
-    ids, slots = zip(*nodes, strict=True) if nodes else ((), ())
-    return Tokens(np.asarray(ids, np.int32), np.asarray(weights, np.float32), np.asarray(slots, np.int32))
-
-
-def text(ids: list[int], supervised: int = 0) -> Tokens:
-    """Text tokens, the last `supervised` of them with weight 1."""
-    return tokens_of([(id, -1) for id in ids], [0.0] * (len(ids) - supervised) + [1.0] * supervised)
-
-
-@st.composite
-def conversations(draw: st.DrawFn, most: int = 7) -> list[Tokens]:
-    """Conversations of a few segments, so that prefixes are shared at all depths and some repeat altogether."""
-    node = st.tuples(st.integers(1, 3), st.sampled_from((-1, -1, -1, 0, 1, 5)))
-    segments = draw(st.lists(st.lists(node, min_size=1, max_size=4), min_size=1, max_size=4))
-    plans = st.lists(st.integers(0, len(segments) - 1), min_size=1, max_size=4)
-    drawn = []
-    for plan in draw(st.lists(plans, min_size=1, max_size=most)):
-        nodes = [node for number in plan for node in segments[number]]
-        weights = draw(st.lists(st.sampled_from(WEIGHTS), min_size=len(nodes) - 1, max_size=len(nodes) - 1))
-        drawn.append(tokens_of(nodes, [0.0, *weights]))
-    return drawn
+from tests.data.fakes import Node, text_tokens, token_lists
 
 
 def nodes_of(conversation: Tokens) -> list[Node]:
@@ -60,7 +33,7 @@ def names(tree: ConversationTree, index: int) -> tuple[Node, ...]:
     return tuple((int(tree.tokens[j]), int(tree.image_slots[j])) for j in path(tree, index))
 
 
-@given(conversations())
+@given(token_lists(1))
 def test_nodes_and_leaves_are_the_conversations_prefixes(drawn):
     tree = build_tree(drawn)
     nodes = [names(tree, index) for index in range(len(tree))]
@@ -76,7 +49,7 @@ def test_nodes_and_leaves_are_the_conversations_prefixes(drawn):
     assert [list(nodes[leaf]) for leaf in tree.leaves] == [nodes_of(conversation) for conversation in drawn]
 
 
-@given(conversations())
+@given(token_lists(1))
 def test_mask_is_the_ancestor_matrix(drawn):
     tree = build_tree(drawn)
     # Parents by depth alone: in depth-first order, a node's parent is the last one before it that is one higher up.
@@ -91,7 +64,7 @@ def test_mask_is_the_ancestor_matrix(drawn):
     assert np.array_equal((j <= i) & (i < tree.ends[None, :]), ancestors)
 
 
-@given(conversations())
+@given(token_lists(1))
 def test_edges_have_the_sum_of_the_conversations_weights(drawn):
     tree = build_tree(drawn)
     total: dict[tuple[Node, ...], float] = defaultdict(float)
@@ -107,7 +80,7 @@ def test_edges_have_the_sum_of_the_conversations_weights(drawn):
     assert sorted(result) == sorted(brute)
 
 
-@given(conversations())
+@given(token_lists(1))
 def test_repeated_conversations_add_weight_but_no_node(drawn):
     once, twice = build_tree(drawn), build_tree([*drawn, *drawn])
     for field in ("tokens", "positions", "ends", "image_slots", "parent", "target", "branch"):
@@ -119,7 +92,7 @@ def test_repeated_conversations_add_weight_but_no_node(drawn):
     assert np.array_equal(bare.tokens, once.tokens)
 
 
-@given(conversations())
+@given(token_lists(1))
 def test_cost_is_what_adding_takes(drawn):
     trie = Trie()
     for conversation in drawn:
@@ -130,8 +103,8 @@ def test_cost_is_what_adding_takes(drawn):
     assert trie.branches == len(drawn)
 
 
-@given(conversations(), st.integers(1, 30), st.integers(0, 12), st.sampled_from([None, 1, 2, 3]))
-@example([text([1, 2, 3], 2), text([1, 2, 3], 2)], 3, 2, None)
+@given(token_lists(1), st.integers(1, 30), st.integers(0, 12), st.sampled_from([None, 1, 2, 3]))
+@example([text_tokens([1, 2, 3], [1, 1]), text_tokens([1, 2, 3], [1, 1])], 3, 2, None)
 def test_trees_fit_and_hold_every_conversation(drawn, limit, edges, branches):
     sizes = [(len(conversation), int((conversation.weights > 0).sum())) for conversation in drawn]
     too_large = [n for n, (length, supervised) in enumerate(sizes) if length > limit or supervised > edges]
@@ -156,7 +129,7 @@ def test_trees_fit_and_hold_every_conversation(drawn, limit, edges, branches):
 
 def test_a_conversation_joins_the_tree_to_which_it_adds_least():
     one, other = [1] * 6, [2] * 6
-    drawn = [text([*one, 3], 1), text([*other, 3], 1), text([*one, 4], 1), text([*other, 4], 1)]
+    drawn = [text_tokens([*path, leaf], [1]) for leaf in (3, 4) for path in (one, other)]
     assert [members for members, _ in build_trees(drawn, tokens=8, edges=9)] == [[0, 2], [1, 3]]
 
 
@@ -166,25 +139,19 @@ def test_no_conversations_give_no_tree():
     assert (len(tree), len(tree.leaves)) == (0, 0)
 
 
-@pytest.mark.parametrize(("bad", "why"), [(text([]), "no tokens"), (text([1, 2], 2), "first token")])
+@pytest.mark.parametrize(("bad", "why"), [(text_tokens([]), "no tokens"), (text_tokens([1, 2], [1, 1]), "first token")])
 def test_a_conversation_without_anything_before_an_answer_is_an_error(bad, why):
     with pytest.raises(ValueError, match=why):
-        build_tree([text([1]), bad])
-
-
-def test_images_fork_where_their_features_differ():
-    one, two = (tokens_of([(9, slot), (9, slot + 1), (5, -1)], [0, 0, 1.0]) for slot in (0, 2))
-    tree = build_tree([one, two])
-    assert tree.tokens.tolist() == [9, 9, 5, 9, 9, 5]
-    assert tree.ends.tolist() == [3, 3, 3, 6, 6, 6]
-    assert tree.parent.tolist() == [1, 4]
+        build_tree([text_tokens([1]), bad])
 
 
 def test_the_example_of_the_module_docstring():
     i, q, a, w, e, v, f, p, b = range(10, 19)
-    drawn = [text([i, q, a, w, e]), text([i, q, a, v, f]), text([i, p, b])]
-    for conversation, supervised in zip(drawn, ([2, 4], [2, 4], [2]), strict=True):
-        conversation.weights[supervised] = 1
+    drawn = [
+        text_tokens([i, q, a, w, e], [1, 0, 1]),
+        text_tokens([i, q, a, v, f], [1, 0, 1]),
+        text_tokens([i, p, b], [1]),
+    ]
     tree = build_tree(drawn)
     assert tree.tokens.tolist() == [i, q, a, w, e, v, f, p, b]
     assert tree.positions.tolist() == [0, 1, 2, 3, 4, 3, 4, 1, 2]

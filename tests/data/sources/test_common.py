@@ -1,10 +1,7 @@
 """Images by the names of annotation files: found below their folder, never outside it, and refused if they are broken."""
 
-import io
 import zlib
 
-import pyarrow
-import pyarrow.parquet
 import pytest
 from PIL import Image
 
@@ -14,7 +11,16 @@ from reverie_jax.data.mixture import MixtureEntry
 from reverie_jax.data.sources import ImageFolder
 from reverie_jax.data.sources.common import InvalidRow, content_digest, parse_image
 from reverie_jax.errors import DataError
-from tests.data.fakes import assert_one_line, llava_row, png, png_of_size, read_records, write_json_rows
+from tests.data.fakes import (
+    assert_one_line,
+    llava_row,
+    png,
+    png_of_size,
+    read_records,
+    saved,
+    write_json_rows,
+    write_parquet,
+)
 
 
 @pytest.fixture
@@ -47,9 +53,12 @@ def test_names_in_several_folders_need_their_folder(folder):
         assert_one_line(error, folder / name)
 
 
-def test_a_missing_folder_is_named(tmp_path):
+def test_a_folder_is_needed_for_images(tmp_path):
     with pytest.raises(DataError, match="nowhere"):
         ImageFolder(tmp_path / "nowhere")
+    with pytest.raises(DataError) as error:
+        read_records(write_json_rows(tmp_path / "a.json", [llava_row("a.png")]))
+    assert_one_line(error, tmp_path / "a.json", "row 0", "a.png")
 
 
 ESCAPES = ["../outside.png", "x/../../outside.png", "/etc/hostname", "./../outside.png", "images/../../outside.png"]
@@ -83,17 +92,9 @@ def test_names_without_a_file_are_one_line(tmp_path, folder, name):
     assert_one_line(error, folder)
 
 
-def test_a_folder_is_needed_for_images(tmp_path):
-    with pytest.raises(DataError) as error:
-        read_records(write_json_rows(tmp_path / "a.json", [llava_row("a.png")]))
-    assert_one_line(error, tmp_path / "a.json", "row 0", "a.png")
-
-
-def saved(kind, damage, mode="RGB"):
+def damaged(kind, damage, mode="RGB"):
     """An image file of 16 x 16, with bytes from some places on replaced."""
-    buffer = io.BytesIO()
-    Image.new(mode, (16, 16), 3).save(buffer, format=kind)
-    content = bytearray(buffer.getvalue())
+    content = bytearray(saved(Image.new(mode, (16, 16), 3), kind))
     for place, value in damage(content).items():
         start = place % len(content)
         content[start : start + len(value)] = value
@@ -113,14 +114,14 @@ BROKEN_IMAGES = {
     "png just too large": png_of_size(MAX_PIXELS // 8_000 + 1, 8_000),
     "png that inflates": png_of_size(12_000, 12_000, zlib.compress(bytes(12_000 * 400), 9)),
     "png whose text inflates": inflating(200_000_000),
-    "gif of 65,535 x 65,535": saved("GIF", lambda content: {6: b"\xff" * 4}),
-    "bmp of 50,000 x 50,000": saved("BMP", lambda content: {18: (50_000).to_bytes(4, "little") * 2}),
-    "jpeg of 60,000 x 60,000": saved(
+    "gif of 65,535 x 65,535": damaged("GIF", lambda content: {6: b"\xff" * 4}),
+    "bmp of 50,000 x 50,000": damaged("BMP", lambda content: {18: (50_000).to_bytes(4, "little") * 2}),
+    "jpeg of 60,000 x 60,000": damaged(
         "JPEG", lambda content: {content.index(b"\xff\xc0") + 5: (60_000).to_bytes(2, "big") * 2}
     ),
-    "damaged avif": saved("AVIF", lambda content: {-30: b"\xff" * 30}),
-    "damaged dds": saved("DDS", lambda content: {80: b"\0" * 4}),
-    "damaged blp": saved("BLP", lambda content: {4: b"\x7f" * 4}, "P"),
+    "damaged avif": damaged("AVIF", lambda content: {-30: b"\xff" * 30}),
+    "damaged dds": damaged("DDS", lambda content: {80: b"\0" * 4}),
+    "damaged blp": damaged("BLP", lambda content: {4: b"\x7f" * 4}, "P"),
     "truncated": png()[:40],
     "text": b"words",
     "empty": b"",
@@ -141,8 +142,7 @@ def test_broken_images_are_named(tmp_path, name):
     if not BROKEN_IMAGES[name]:
         return
     row = {"image": {"bytes": BROKEN_IMAGES[name], "path": f"{name}.png"}, "question": "Q?"}
-    row |= {"chosen": "A", "rejected": "B", "idx": "0"}
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "a.parquet")
+    write_parquet(tmp_path / "a.parquet", [row | {"chosen": "A", "rejected": "B", "idx": "0"}])
     with pytest.raises(DataError) as error:
         read_records(tmp_path / "a.parquet")
     assert_one_line(error, tmp_path / "a.parquet", f"{name}.png")

@@ -2,8 +2,6 @@
 
 import json
 
-import pyarrow
-import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,58 +14,39 @@ from reverie_jax.data.sources.reverie import parse_rationale_prompt
 from reverie_jax.data.stats import compute_stats
 from reverie_jax.data.supervision import Supervision
 from reverie_jax.errors import DataError
-from tests.data.fakes import Given, assert_one_line, png, read_examples, read_records, texts, write_json_rows
+from tests.data.fakes import (
+    Given,
+    assert_one_line,
+    kinds,
+    png,
+    problem_rows,
+    read_examples,
+    read_records,
+    texts,
+    write_json_rows,
+    write_parquet,
+)
 
 QUESTIONS, RATIONALES = "reasoning_instruct_data.json", "rationale_instruct_data.json"
-IMAGE_STRUCT = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
-TEXT = pyarrow.string()
-SCIENCEQA = pyarrow.schema(
-    [
-        *[("image", IMAGE_STRUCT), ("question", TEXT), ("choices", pyarrow.list_(TEXT)), ("answer", pyarrow.int8())],
-        *[(name, TEXT) for name in ("hint", "task", "grade", "subject", "topic", "category", "skill")],
-        *[("lecture", TEXT), ("solution", TEXT)],
-    ]
-)
-AOKVQA = pyarrow.schema(
-    [
-        *[("image", IMAGE_STRUCT), ("question_id", TEXT), ("question", TEXT), ("choices", pyarrow.list_(TEXT))],
-        *[("correct_choice_idx", pyarrow.int8()), ("direct_answers", TEXT)],
-        *[("difficult_direct_answer", pyarrow.bool_()), ("rationales", pyarrow.list_(TEXT))],
-    ]
-)
 
 
 def problem(**changes):
     """A row of ScienceQA's problems.json, an object by id."""
     return {
-        "question": "Which of these is a rock?",
-        "choices": ["coal", "glass", "paper"],
-        "answer": 0,
-        "hint": "",
-        "image": "image.png",
-        "task": "closed choice",
-        "grade": "grade4",
-        "subject": "natural science",
-        "topic": "earth-science",
-        "category": "Rocks and minerals",
-        "skill": "Identify rocks",
-        "lecture": "A rock is a solid.",
-        "solution": "Coal forms in nature.",
-        "split": "train",
+        **{"question": "Which of these is a rock?", "choices": ["coal", "glass", "paper"], "answer": 0, "hint": ""},
+        **{"image": "image.png", "task": "closed choice", "grade": "grade4", "subject": "natural science"},
+        **{"topic": "earth-science", "category": "Rocks and minerals", "skill": "Identify rocks"},
+        **{"lecture": "A rock is a solid.", "solution": "Coal forms in nature.", "split": "train"},
     } | changes
 
 
 def annotated(**changes):
     """A row of A-OKVQA's list."""
     return {
-        "split": "train",
-        "image_id": 299207,
-        "question_id": "22MexNkBPpdZGX6sxbxVBH",
-        "question": "What is the man by the bags awaiting?",
-        "choices": ["skateboarder", "train", "delivery", "cab"],
-        "correct_choice_idx": 3,
-        "direct_answers": ["ride", "taxi", "bus"],
-        "difficult_direct_answer": False,
+        **{"split": "train", "image_id": 299207, "question_id": "22MexNkBPpdZGX6sxbxVBH"},
+        **{"question": "What is the man by the bags awaiting?", "correct_choice_idx": 3},
+        **{"choices": ["skateboarder", "train", "delivery", "cab"], "direct_answers": ["ride", "taxi", "bus"]},
+        **{"difficult_direct_answer": False},
         "rationales": ["He stands at the kerb.", "He has bags.", "He looks down the road."],
     } | changes
 
@@ -82,17 +61,8 @@ def embedded(row, number, path="image.png", encoded=None):
     return without(row, "split", "image_id", "direct_answers") | {"image": {"bytes": encoded, "path": path}}
 
 
-def parquet(path, rows, schema=SCIENCEQA):
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema), path)
-    return path
-
-
 def read(tmp_path, rows, **options):
     return read_examples(write_json_rows(tmp_path / "rows.json", rows), **options)
-
-
-def problem_rows(log):
-    return [where.split("row ")[1] for where, _ in log.problems]
 
 
 @pytest.fixture
@@ -131,38 +101,32 @@ def test_a_hint_is_context_before_the_question(tmp_path):
     assert "Context" not in second
 
 
-@pytest.mark.parametrize("empty", ["", " \n", None], ids=repr)
-def test_without_a_solution_a_question_is_only_answered(tmp_path, empty):
-    (example,), log = read(tmp_path, {"1": problem(solution=empty)})
+def test_without_a_solution_a_question_is_only_answered(tmp_path):
+    examples, log = read(tmp_path, {str(n): problem(solution=empty) for n, empty in enumerate(["", " \n", None])})
     assert log.problems == []
-    assert texts([example])[0][1:] == ["A"]
-    assert example.conversation.kind == ""
-    assert Supervision("negative")([example.conversation]) == [example.conversation]
+    assert [turns[1:] for turns in texts(examples)] == [["A"]] * 3
+    assert kinds(examples) == [""] * 3
+    conversations = [example.conversation for example in examples]
+    assert Supervision("negative")(conversations) == conversations
 
 
 def test_each_problem_shows_the_image_of_its_own_folder(tmp_path, images):
-    rows = {str(number): problem() for number in (3, 1, 2)} | {
-        "4": problem(image=None),
-        "5": without(problem(), "image"),
-    }
-    records = read_records(write_json_rows(tmp_path / "problems.json", rows))
+    rows = {str(number): problem() for number in (3, 1, 2)}
+    rows |= {"4": problem(image=None), "5": without(problem(), "image")}
+    path = tmp_path / "problems.json"
+    records = read_records(write_json_rows(path, rows))
     assert [record.image for record in records] == [*(png((number, 1, 0)) for number in (3, 1, 2)), b"", b""]
     assert [record.id for record in records[:3]] == [f"train/{number}/image.png" for number in (3, 1, 2)]
     assert [record.conversations[0].images for record in records] == [(0,)] * 3 + [()] * 2
     assert IMAGE not in records[3].conversations[0].turns[0].text
-
-
-def test_a_missing_image_is_not_replaced_by_another_problems(tmp_path):
-    (tmp_path / "images" / "train" / "1").mkdir(parents=True)
-    (tmp_path / "images" / "train" / "1" / "image.png").write_bytes(png())
-    with pytest.raises(DataError) as error:
-        read_records(write_json_rows(tmp_path / "problems.json", {"1": problem(), "2": problem()}))
-    assert_one_line(error, "train/2/image.png")
+    with pytest.raises(DataError) as error:  # and not of another one, if it is missing
+        read_records(write_json_rows(path, {"1": problem(), "9": problem()}))
+    assert_one_line(error, "train/9/image.png")
 
 
 def test_the_parquet_file_has_images_of_the_same_name(tmp_path):
     rows = [embedded(problem(), number) for number in range(3)] + [without(problem(image=None), "split")]
-    path = parquet(tmp_path / "train.parquet", rows)
+    path = write_parquet(tmp_path / "train.parquet", rows)
     examples, log = read_examples(path)
     assert log == ReadLog()
     assert {tuple(turns[1:]) for turns in texts(examples)} == {("A", "Explain why.", "Coal forms in nature.")}
@@ -174,16 +138,13 @@ def test_the_parquet_file_has_images_of_the_same_name(tmp_path):
     assert (stats["images"], stats["instructions"], report.problems) == (3, 4, [])
 
 
-def test_the_parquet_file_joins_problems_about_one_image(tmp_path):
+def test_the_parquet_file_joins_problems_about_one_image_and_names_broken_ones(tmp_path):
     rows = [embedded(problem(question=f"Q{number}?"), number % 2, path=None) for number in range(4)]
-    records = read_records(parquet(tmp_path / "train.parquet", rows))
+    records = read_records(write_parquet(tmp_path / "train.parquet", rows))
     questions = [[conversation.turns[0].text[8:10] for conversation in record.conversations] for record in records]
     assert questions == [["Q0", "Q2"], ["Q1", "Q3"]]
-
-
-def test_check_decodes_embedded_images(tmp_path):
-    rows = [embedded(problem(), 0), embedded(problem(question="Q1?"), 1, encoded=b"not an image")]
-    report = checking.check(parquet(tmp_path / "train.parquet", rows), None)
+    rows[1] = embedded(problem(), 1, encoded=b"not an image")
+    report = checking.check(write_parquet(tmp_path / "train.parquet", rows), None)
     assert [problem.where[-5:] for problem in report.problems if problem.fatal] == ["row 1"]
 
 
@@ -229,23 +190,14 @@ BAD_QUESTIONS = {
 }
 
 
-def test_bad_problems_are_reported_and_the_others_are_read(tmp_path):
-    examples, log = read(tmp_path, {"first": problem(), **BAD_PROBLEMS, "last": problem()})
-    assert [example.image for example in examples] == ["train/first/image.png", "train/last/image.png"]
-    assert problem_rows(log) == list(BAD_PROBLEMS)
-    assert all("\n" not in reason for _, reason in log.problems)
-
-
-def test_bad_questions_are_reported_and_the_others_are_read(tmp_path, images):
-    path = write_json_rows(
-        tmp_path / "rows.json", [annotated(image_id=1), *BAD_QUESTIONS.values(), annotated(image_id=1)]
-    )
-    examples, log = read_examples(path)
-    assert len(examples) == 6
-    assert problem_rows(log) == [str(number + 1) for number in range(len(BAD_QUESTIONS))]
-    with pytest.raises(DataError) as error:
-        read_records(path)
-    assert_one_line(error, f"{path}: row 1")
+@pytest.mark.parametrize(("good", "bad"), [(problem(), BAD_PROBLEMS), (annotated(), BAD_QUESTIONS)], ids=str)
+def test_bad_rows_are_reported_and_the_others_are_read(tmp_path, good, bad):
+    rows = [good, *bad.values(), good]
+    if bad is BAD_PROBLEMS:
+        rows = {"first": good, **bad, "last": good}
+    examples, log = read(tmp_path, rows)
+    assert len(examples) == 2 * max(1, len(good.get("rationales", ())))
+    assert problem_rows(log) == [*bad] if bad is BAD_PROBLEMS else [str(n + 1) for n in range(len(bad))]
 
 
 # A-OKVQA.
@@ -265,20 +217,14 @@ def test_a_question_has_a_conversation_for_each_rationale(tmp_path):
 
 @pytest.mark.parametrize(
     ("rationales", "kept"),
-    [
-        ([], []),
-        (None, []),
-        (["", " "], []),
-        (["One.", "One.", " One. "], ["One."]),
-        (["One.", "", "Two."], ["One.", "Two."]),
-    ],
+    [([], []), (None, []), (["", " "], []), (["One.", "One.", " One. ", "", "Two."], ["One.", "Two."])],
     ids=repr,
 )
 def test_empty_and_repeated_rationales_are_dropped(tmp_path, rationales, kept):
     examples, log = read(tmp_path, [annotated(rationales=rationales)])
     assert log.problems == []
     assert [turns[3:] for turns in texts(examples)] == ([[why] for why in kept] or [[]])
-    assert [example.conversation.kind for example in examples] == (["positive"] * len(kept) or [""])
+    assert kinds(examples) == (["positive"] * len(kept) or [""])
 
 
 def test_aokvqa_images_are_coco_numbers_or_embedded(tmp_path, images):
@@ -287,7 +233,7 @@ def test_aokvqa_images_are_coco_numbers_or_embedded(tmp_path, images):
     assert [record.image for record in records] == [png((number, 2, 0)) for number in (2, 1)]
     assert [len(record.conversations) for record in records] == [6, 3]
     rows = [embedded(annotated(), number, path=None) for number in (0, 1, 0)]
-    records = read_records(parquet(tmp_path / "train.parquet", rows, AOKVQA))
+    records = read_records(write_parquet(tmp_path / "train.parquet", rows))
     assert [record.image for record in records] == [png((number, 0, 0)) for number in range(2)]
     assert [len(record.conversations) for record in records] == [6, 3]
 
@@ -295,18 +241,16 @@ def test_aokvqa_images_are_coco_numbers_or_embedded(tmp_path, images):
 # Splits.
 
 
-def test_other_splits_are_skipped_and_counted(tmp_path, images):
+def test_other_splits_are_skipped_and_counted(tmp_path):
     splits = {"1": "train", "2": "val", "3": "test", "4": "val", "6": "minival"}
     rows = {id: problem(split=split) for id, split in splits.items()}
     rows["3"]["answer"] = None  # a broken row of another split does not matter
-    path = write_json_rows(tmp_path / "problems.json", rows)
-    examples, log = read_examples(path)
+    examples, log = read(tmp_path, rows)
     assert [example.image for example in examples] == ["train/1/image.png"]
     assert log.problems == []
     assert len(log.notes) == 3
     for count, split in ((1, "minival"), (1, "test"), (2, "val")):
         assert sum(f" {count} rows" in note and repr(split) in note for note in log.notes) == 1
-    assert len(read_records(path)) == 1
 
 
 def test_named_splits_are_read(tmp_path):
@@ -344,26 +288,21 @@ def annotation_rows(rows, max_wrong=3):
     return multiple_choice.annotation_rows(Given(rows), log, splits=("train",), max_wrong=max_wrong), log
 
 
-@pytest.mark.parametrize("max_wrong", [1, 2, 3, 99])
+@pytest.mark.parametrize("max_wrong", [1, 2, 99])
 def test_each_wrong_option_is_a_row_of_the_first_stage(max_wrong):
     rows, log = annotation_rows([annotated(), {"pid": "7", **problem(solution="")}], max_wrong)
     assert log == ReadLog()
-    first = min(3, max_wrong)
     assert [row["confusing_answer"][0] for row in rows] == [*"ABC"[:max_wrong], *"BC"[:max_wrong]]
     for row in rows:
         assert set(QUESTION_KEYS) <= row.keys()
         assert all(isinstance(value, str) and value.strip() for value in row.values())
-        assert row["correct_answer"] != row["confusing_answer"]
         assert f"\n{row['correct_answer']}\n" in row["question"]
         assert f"\n{row['confusing_answer']}\n" in row["question"]
         assert IMAGE not in row["question"]
-    assert {(row["image"], row["correct_answer"]) for row in rows} == {
-        ("000000299207.jpg", "D. cab"),
-        ("train/7/image.png", "A. coal"),
+    assert {(row["image"], row["correct_answer"], row.get("correct_rationale")) for row in rows} == {
+        ("000000299207.jpg", "D. cab", "He stands at the kerb."),
+        ("train/7/image.png", "A. coal", None),
     }
-    assert [row.get("correct_rationale") for row in rows] == ["He stands at the kerb."] * first + [None] * (
-        len(rows) - first
-    )
 
 
 def test_questions_without_an_image_file_are_reported():
@@ -392,7 +331,7 @@ def reverie(monkeypatch, capsys):
     return run
 
 
-def test_the_command_writes_a_folder_for_annotation_once(reverie, tmp_path, images):
+def test_the_command_writes_a_folder_for_annotation_once(reverie, tmp_path):
     rows = {"1": problem(), "2": problem(image=None), "3": problem(split="test")}
     path = write_json_rows(tmp_path / "problems.json", rows)
     code, out, err = reverie("data", "questions", path, "--out", tmp_path / "out", "--confusing", 1)
@@ -436,7 +375,6 @@ def test_annotation_explains_wrong_options_and_keeps_human_rationales(monkeypatc
     assert code == 0, err
     rows = json.loads((tmp_path / "out" / RATIONALES).read_text("utf-8"))
     assert [row["confusing_answer"] for row in rows] == ["A. skateboarder", "B. train", "C. delivery"] * 2
-    assert {row["correct_answer"] for row in rows} == {"D. cab"}
     assert all(row["incorrect_rationale"].startswith("It is not seen") for row in rows)
     human, generated = ([row["correct_rationale"] for row in rows if row["image"][11] == id] for id in "12")
     assert set(human) == {"He stands at the kerb."}
