@@ -152,8 +152,6 @@ class Page:
             self.image_spans.append(re.findall('<span class="image">(.*?)</span>', tree))
             texts = re.sub('<span class="image">.*?</span>', "", tree)
             texts = re.findall('<span class="text">(.*?)</span>', texts, re.DOTALL)
-                '<span class="text">(.*?)</span>', re.sub('<span class="image">.*?</span>', "", tree), re.DOTALL
-            )
             self.texts.append("".join(map(plain, texts)))
             marks = re.findall('<mark(?: class="(.*?)")? title="(.*?)">(.*?)</mark>', tree, re.DOTALL)
             self.marked.append([(html.unescape(text), kind, title) for kind, title, text in marks])
