@@ -131,21 +131,11 @@ def test_numbers_of_a_dataset_card(tmp_path):
     }
 
 
-def test_the_command(annotations, tmp_path, monkeypatch, capsys):
-    from reverie_jax import cli
-
-    def run(*arguments):
-        monkeypatch.setattr("sys.argv", ["reverie", "data", "check", str(annotations), *map(str, arguments)])
-        try:
-            cli.main()
-        except SystemExit as exit:
-            return exit.code
-        return 0
-
-    assert run("--details", tmp_path / "problems.jsonl") == 1  # `images` beside the file is found
-    out = capsys.readouterr().out
-    assert "12 rows, 4 usable" in out
-    problems = [json.loads(line) for line in (tmp_path / "problems.jsonl").read_text().splitlines()]
+def test_the_command(annotations, tmp_path, reverie):
+    details, clean = tmp_path / "problems.jsonl", tmp_path / "clean.json"
+    code, out, _ = reverie("data", "check", annotations, "--details", details)  # `images` beside the file is found
+    assert (code, "12 rows, 4 usable" in out) == (1, True)
+    problems = [json.loads(line) for line in details.read_text().splitlines()]
     assert {problem["kind"] for problem in problems} == {kind for kind, _ in EXPECTED.values()}
-    assert run("--fix", tmp_path / "clean.json") == 0
-    assert "4 rows" in capsys.readouterr().out
+    code, out, _ = reverie("data", "check", annotations, "--fix", clean)
+    assert (code, "4 rows" in out) == (0, True)

@@ -314,23 +314,6 @@ def test_questions_without_an_image_file_are_reported():
     assert len(log.notes) == 1
 
 
-@pytest.fixture
-def reverie(monkeypatch, capsys):
-    """Runs a command in this process; returns (exit code, stdout, stderr)."""
-    from reverie_jax import cli
-
-    def run(*arguments):
-        monkeypatch.setattr("sys.argv", ["reverie", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as exit:
-            code = exit.code or 0
-        return code, *capsys.readouterr()
-
-    return run
-
-
 def test_the_command_writes_a_folder_for_annotation_once(reverie, tmp_path):
     rows = {"1": problem(), "2": problem(image=None), "3": problem(split="test")}
     path = write_json_rows(tmp_path / "problems.json", rows)
@@ -360,11 +343,9 @@ def test_the_command_refuses(reverie, tmp_path, case):
         assert not (tmp_path / "records").exists()
 
 
-def test_annotation_explains_wrong_options_and_keeps_human_rationales(monkeypatch, tmp_path, images, reverie):
+def test_annotation_explains_wrong_options_and_keeps_human_rationales(tmp_path, images, keys, reverie):
     from tests.annotate import helpers
 
-    for name, value in helpers.SECRETS.items():
-        monkeypatch.setenv(name, value)
     rows = [annotated(image_id=1), annotated(image_id=2, rationales=[])]
     path = write_json_rows(tmp_path / "aokvqa.json", rows)
     assert reverie("data", "questions", path, "--out", tmp_path / "out")[0] == 0

@@ -1,7 +1,6 @@
 """Preference pairs in the formats of RLHF-V and RLAIF-V: nothing changed on the way, pairs kept, broken rows named."""
 
 import contextlib
-import itertools
 import json
 import tracemalloc
 
@@ -15,7 +14,6 @@ from reverie_jax.data.conversation import IMAGE
 from reverie_jax.data.mixture import MixtureEntry, read_mixture
 from reverie_jax.data.preferences import find_pairs
 from reverie_jax.data.sources import ReadLog
-from reverie_jax.data.supervision import Supervision
 from reverie_jax.errors import DataError
 from tests.data.fakes import (
     kinds,
@@ -191,18 +189,6 @@ def test_a_cap_keeps_or_drops_both_sides_whatever_the_order_of_rows(tmp_path, ca
     assert {talk.turns for talk in one.conversations} == {talk.turns for talk in other.conversations}
 
 
-def test_no_arm_supervises_the_rejected_side(tmp_path):
-    rows = [rlhf(0, png()), rlhf(1, png()), rlhf(2, png(), pair_texts(2, rejected="good 0"))]
-    (record,) = read_records(write_parquet(tmp_path / "a.parquet", rows))
-    chosen = [one for one in record.conversations if one.kind == "chosen"]
-    assert len(chosen) == 3
-    for arm in itertools.product(
-        *(("responses", "positive", "negative", "rationales"), ("once", "as-published")),
-        *(("separate", "positive-first", "negative-first"), ("as-written", "bare", "guided-type"), (0.0, 1.0)),
-    ):
-        assert Supervision(*arm)(record.conversations) == chosen
-
-
 # Broken rows.
 
 NO_IMAGE = {"image": None, "image_path": None}
@@ -248,20 +234,6 @@ def test_a_broken_first_row_does_not_hide_the_format(tmp_path, text):
     examples, log = read_examples(path)
     assert texts(examples) == expected(1, 2)
     assert problem_rows(log) == ["0"]
-
-
-JSON_ROWS = {
-    "base64 bytes": rlhf(1, image={"bytes": "iVBORw0KGgo=", "path": "a.png"}),
-    "numbers as bytes": rlhf(1, image={"bytes": [137, 80, 78, 71], "path": "a.png"}),
-    "base64 as name": rlhf(1, image="iVBORw0KGgo" * 40, image_path=None),
-}
-
-
-@pytest.mark.parametrize("name", JSON_ROWS)
-def test_broken_json_rows_are_errors_that_name_row_or_folder(tmp_path, images, name):
-    path = write_json_rows(tmp_path / "a.json", [with_file(rlhf(0)), JSON_ROWS[name]])
-    message = error_of(read_records, path)
-    assert (str(images) if name == "base64 as name" else f"{path}: row 1") in message
 
 
 # Images.
