@@ -15,7 +15,7 @@ from typing import Any
 from reverie_jax.annotate.files import DROPPED, JUDGED, QUESTIONS, RATIONALES, RELEASED
 from tests.data.fakes import png
 from tests.hosted.helpers import JOURNAL, MODELS, SECRETS, Memory, rows_of, spec_of, states, until
-from tests.hosted.server import Call, content_digest
+from tests.hosted.wires import Call, content_digest
 
 __all__ = ["JOURNAL", "MODELS", "SECRETS", "Memory", "rows_of", "spec_of", "states", "until"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import random
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +49,13 @@ class Original:
         }
 
     def combine(self, *files: str, rows: list[dict[str, Any]] | None = None) -> None:
-        """Write combined files."""
+        """Write combined files, the last image first."""
         for file in files or RAW:
-            text = json.dumps(self.rows[file] if rows is None else rows, indent=4 if file == JUDGED else None)
-            (self.folder / file).write_text(text)
+            ordered = sorted(self.rows[file] if rows is None else rows, key=lambda row: str(row["image"]), reverse=True)
+            (self.folder / file).write_text(json.dumps(ordered, indent=4 if file == JUDGED else None))
 
-    def raw(self, *files: str, numbers: Any = None) -> None:
-        """Write files of single rows, named by their positions; all of them, or some."""
+    def raw(self, *files: str, numbers: Any = None, spell: Callable[[str], str] = str) -> None:
+        """Write files of single rows, all of them or some, whose names say nothing; the last one twice."""
         for file in files or RAW:
             folder = self.folder / RAW[file]
             folder.mkdir(exist_ok=True)
@@ -63,10 +63,12 @@ class Original:
             if file == QUESTIONS:
                 by_image: dict[str, list[dict[str, str]]] = {}
                 for row in items:
-                    by_image.setdefault(row["image"], []).append({key: row[key] for key in KEYS})
+                    by_image.setdefault(row["image"], []).append({spell(key): row[key] for key in KEYS})
                 items = [{"image": image, "content": content} for image, content in by_image.items()]
             for number in range(len(items)) if numbers is None else numbers:
-                (folder / f"{number}.json").write_text(json.dumps(items[number]))
+                for name in (f"{len(items) - number}.json", "07.json"):
+                    (folder / name).write_text(json.dumps(items[number]))
+            (folder / "notes.txt").write_text("not a row")
 
 
 @pytest.fixture
@@ -113,9 +115,8 @@ def test_a_folder_is_continued_after_each_step(original, job, form, steps):
         theirs.combine(*files)
     if form != "combined":
         theirs.raw(*files)
-    later = {1: {"positive": 6, "negative": 6, "judge": 6}, 2: {"judge": 6}, 3: {}}[steps]
     requests, notes = resume(job)
-    assert requests == later
+    assert requests == {1: {"positive": 6, "negative": 6, "judge": 6}, 2: {"judge": 6}, 3: {}}[steps]
     assert len(notes) == 1
     assert "6 rows" in notes[0]
     check_files(job.folder, theirs.wanted, WRITTEN)
@@ -129,48 +130,44 @@ def test_each_step_alone_continues(original, job):
     assert load(job.folder, QUESTIONS) == theirs.wanted[QUESTIONS]
 
 
-def test_killed_in_the_middle_of_each_step(original, job):
-    """Some raw files, some of them cut off, empty or of another kind, and no combined file."""
-    theirs = original()
+def killed_in_each_step(theirs: Original) -> None:
+    """Write some raw files, some of them cut off, empty or of another kind, and no combined file."""
     theirs.raw(QUESTIONS, numbers=[0, 1, 2, 5])
-    broken = theirs.folder / RAW[QUESTIONS]
-    (broken / "3.json").write_text('{"image": "images/0003.png", "content"')
-    for number, text in enumerate(["", "[]", "null", '{"image": "0001.png"}', '{"content": 3}'], 10):
-        (broken / f"{number}.json").write_text(text)
+    texts = ['{"image": "images/0003.png", "content"', "", "[]", "null", '{"image": "0001.png"}', '{"content": 3}']
+    for number, text in enumerate(texts, 10):
+        (theirs.folder / RAW[QUESTIONS] / f"{number}.json").write_text(text)
     theirs.raw(RATIONALES, numbers=[1, 5])
     (theirs.folder / RAW[RATIONALES] / "2.json").write_text('{"image": "pict')
     theirs.raw(JUDGED, numbers=[5])
-    requests, notes = resume(job)
-    assert requests == {"questions": 2, "positive": 4, "negative": 4, "judge": 5}
-    assert "7 broken" in notes[0]
-    check_files(job.folder, theirs.wanted, WRITTEN)
 
 
-def test_an_old_combined_file_beside_newer_raw_ones(original, job):
-    theirs = original()
+def old_combined_files_beside_newer_raw_ones(theirs: Original) -> None:
     theirs.combine(QUESTIONS, rows=theirs.rows[QUESTIONS][:2])
     theirs.raw(QUESTIONS)
     theirs.combine(RATIONALES, rows=theirs.rows[RATIONALES][:1])
     theirs.raw(RATIONALES, numbers=[1, 2])
-    assert resume(job)[0] == {"positive": 3, "negative": 3, "judge": 6}
-    check_files(job.folder, theirs.wanted, WRITTEN)
 
 
-def test_rows_are_identified_by_their_content(original, job):
-    """Files under each other's numbers, rows twice or shuffled."""
-    theirs, rng = original(), random.Random(5)
-    for file in RAW:
-        theirs.rows[file] = rng.sample(theirs.rows[file], 6)
-        theirs.raw(file, numbers=[0, 1, 2, 3])
-        folder = theirs.folder / RAW[file]
-        (folder / "10.json").write_bytes((folder / "2.json").read_bytes())
-        (folder / "2.json").rename(folder / "07.json")
-        (folder / "notes.txt").write_text("not a row")
-    done = [{row["image"] for row in theirs.rows[file][:4]} for file in RAW]
-    requests, _ = resume(job)
-    assert requests.get("questions", 0) == 6 - len(done[0] | done[1] | done[2])  # a later row has the question too
-    assert requests.get("positive", 0) == requests.get("negative", 0) == 6 - len(done[1] | done[2])
-    assert requests["judge"] == 2
+def numbered_keys(theirs: Original) -> None:
+    """Write raw replies that the scripts stored, and could not combine."""
+    theirs.raw(QUESTIONS, spell=lambda key: f"{key.replace('_', ' ')}1")
+    theirs.combine(QUESTIONS, rows=[])
+
+
+PARTIAL = [
+    (killed_in_each_step, {"questions": 2, "positive": 4, "negative": 4, "judge": 5}, "7 broken"),
+    (old_combined_files_beside_newer_raw_ones, {"positive": 3, "negative": 3, "judge": 6}, ""),
+    (numbered_keys, {"positive": 6, "negative": 6, "judge": 6}, ""),
+]
+
+
+@pytest.mark.parametrize(("prepare", "requested", "note"), PARTIAL)
+def test_a_part_of_a_folder(original, job, prepare, requested, note):
+    theirs = original()
+    prepare(theirs)
+    requests, notes = resume(job)
+    assert requests == requested
+    assert note in notes[0]
     check_files(job.folder, theirs.wanted, WRITTEN)
 
 
@@ -187,19 +184,6 @@ def test_several_questions_and_judges(original, job):
     for row, before in zip(load(job.folder, JUDGED), theirs.wanted[JUDGED], strict=True):
         assert row["judges"]["openai:a"] == before["gemini_pro_judge"]
         assert set(row["judges"]) == {"openai:a", "openai:b"}
-
-
-def test_numbered_keys(original, job):
-    """Raw replies that the scripts stored, and could not combine."""
-    theirs = original()
-    folder = theirs.folder / RAW[QUESTIONS]
-    folder.mkdir()
-    for number, row in enumerate(theirs.rows[QUESTIONS]):
-        content = [{f"{key.replace('_', ' ')}1": row[key] for key in KEYS}]
-        (folder / f"{number}.json").write_text(json.dumps({"image": row["image"], "content": content}))
-    theirs.combine(QUESTIONS, rows=[])
-    assert resume(job)[0] == {"positive": 6, "negative": 6, "judge": 6}
-    check_files(job.folder, theirs.wanted, WRITTEN)
 
 
 # Images.
@@ -219,7 +203,7 @@ def test_nothing_is_lost_before_the_images_are_found(original, job, tmp_path):
     theirs = original()
     theirs.combine()
     (tmp_path / "wrong").mkdir()
-    with Memory(answer), pytest.raises(UserError, match=r"0000\.png"):
+    with Memory(answer), pytest.raises(UserError, match=r"0005\.png"):
         Pipeline(dataclasses.replace(job, images_folder=tmp_path / "wrong"), os.environ)
     with Journal(job.folder / JOURNAL):
         pass

@@ -9,11 +9,11 @@ from reverie_jax.annotate import lrv
 from reverie_jax.errors import UserError
 from reverie_jax.hosted.session import RequestConfig
 from reverie_jax.hosted.throttle import Limits
+from tests.hosted.faults import HARMLESS, REPLY, Fault, share
 from tests.hosted.helpers import spec_of
-from tests.hosted.server import HARMLESS, REPLY, Fault, Server, share
+from tests.hosted.server import Server
 
-pytest.importorskip("openai")
-pytestmark = pytest.mark.usefixtures("keys")
+pytestmark = pytest.mark.usefixtures("keys", "sdks")
 KINDS = {"something that is not there": "nonexistent", "a wrong attribute": "existent", "false knowledge": "knowledge"}
 FAULTS = (Fault.RATE_LIMIT_AFTER, Fault.SERVER_ERROR, Fault.RESET, *REPLY, *HARMLESS)
 

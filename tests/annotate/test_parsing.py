@@ -78,32 +78,6 @@ def test_spellings(text, expected):
     assert parse(text) == expected
 
 
-DRESSES = [
-    "\n\n  {}\t\n",
-    "```json\n{}\n```",
-    "```\n{}\n```",
-    "```JSON\n{}\n```",
-    "```json {} ```",
-    "```json\n{}",
-    "Sure!\n\n```json\n{}\n```\n\nLet me know if you need more (I can do [many] {{kinds}}).",
-    "Sure:\r\n```json\r\n{}\r\n```\r\n",
-    "Of course - here it is:\n{}\nAnything else?",
-    "\ufeff{}",
-]
-SHAPES = [
-    (SEVERAL, [("How many?", "short", "two", ["three", "four"])]),
-    (f"[{SEVERAL}, {OTHER}]", [("How many?", "short", "two", ["three", "four"]), RED]),
-    (f'{{"questions": [{ONE}]}}', [HOW_MANY]),
-    ("[{'question': 'How many?', 'correct_answer': 'two', 'confusing_answer': 'three', 'ok': True}]", [HOW_MANY]),
-]
-
-
-@pytest.mark.parametrize(("text", "expected"), SHAPES)
-@pytest.mark.parametrize("dress", DRESSES)
-def test_text_around_the_object(dress, text, expected):
-    assert parse(dress.replace("{{", "{").replace("}}", "}").replace("{}", text), 2) == expected
-
-
 REFUSED = [
     "",
     " \n\t ",
@@ -184,8 +158,10 @@ def test_type_of_a_question_without_one(question, answer, kind):
 
 
 def test_rationales_are_stripped_and_otherwise_left_alone():
+    """But for what can be neither stored nor trained on."""
     assert parsing.parse_rationale("  The dog\nis brown. 因为 \n") == "The dog\nis brown. 因为"
     assert parsing.parse_rationale('{"a": 1}') == '{"a": 1}'
+    assert parsing.parse_rationale("In the <image> it is\ud83d red.") == "In the image it is red."
     for text in ("", " ", "\n\t\n", "\u00a0"):
         with pytest.raises(UnusableError):
             parsing.parse_rationale(text)
@@ -256,14 +232,29 @@ FORMS = {
     "pretty JSON": lambda value: json.dumps(value, indent=4, ensure_ascii=False),
     "Python": repr,
 }
-AROUND = ["{}", "```json\n{}\n```", "```\n{}\n```", "B{}A", "B\n```json\n{}\n```\nA", "B```python\n{}\n```A"]
+AROUND = [
+    "{}",
+    "\n\n  {}\t\n",
+    "\ufeff{}",
+    "```json\n{}\n```",
+    "```\n{}\n```",
+    "```JSON\n{}\n```",
+    "```json {} ```",
+    "```json\n{}",
+]
+AROUND += ["B{}A", "B\n```json\n{}\n```\nA (I can do [many] {kinds}).", "B\r\n```python\r\n{}\r\n```\r\nA"]
 
 
-@given(value=sets, form=st.sampled_from(sorted(FORMS)), around=st.sampled_from(AROUND), before=prose, after=prose)
-def test_any_set_of_questions_comes_back(value, form, around, before, after):
+SHAPES = st.sampled_from(["object", "list", "one"])
+
+
+@given(sets, SHAPES, st.sampled_from(sorted(FORMS)), st.sampled_from(AROUND), prose, prose)
+def test_any_set_of_questions_comes_back(value, shape, form, around, before, after):
+    rows = value.model_dump()["questions"]
+    content = {"object": {"questions": rows}, "list": rows, "one": rows[0]}[shape]
     head, _, tail = around.partition("{}")
-    text = head.replace("B", before) + FORMS[form](value.model_dump()) + tail.replace("A", after)
-    assert parsing.parse_questions(text) == value.questions
+    text = head.replace("B", before) + FORMS[form](content) + tail.replace("A", after)
+    assert parsing.parse_questions(text) == value.questions[: 1 if shape == "one" else None]
 
 
 names = st.sampled_from(["question", "question1", "answer", "correct answer1", "confusing_answers", "type", "x", ""])

@@ -6,8 +6,8 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import shutil
-import threading
 from collections import Counter
 from pathlib import Path
 
@@ -24,14 +24,11 @@ from reverie_jax.hosted.throttle import Limits
 from tests.annotate import helpers
 from tests.annotate.helpers import FILES, JOURNAL, Memory, answer, check_files, expected, load, spec_of, stage_of
 from tests.data.fakes import png
-from tests.hosted.server import Call, Fault, Server, share
+from tests.hosted.faults import Fault, share
+from tests.hosted.server import Server
+from tests.hosted.wires import Call
 
-pytest.importorskip("openai")
-pytest.importorskip("google.genai")
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:Inheritance class:DeprecationWarning"),
-    pytest.mark.usefixtures("keys"),
-]
+pytestmark = pytest.mark.usefixtures("keys", "sdks")
 QUICK = Limits(concurrency=8, backoff=0.001, max_backoff=0.005)
 STEPS = ("questions", "rationales", "judge")
 FAULTS = [fault for fault in Fault if fault is not Fault.TIMEOUT]  # the providers' tests have timeouts
@@ -118,21 +115,27 @@ def test_batches_write_the_same_files(make, monkeypatch):
         assert (jobs[0].folder / name).read_bytes() == (jobs[1].folder / name).read_bytes(), name
 
 
-def test_built_in_prompts(make):
-    """They contain what the stage needs, and nothing that it must not know."""
+def test_built_in_prompts(make, tmp_path):
+    """They contain what the stage needs, and nothing that it must not know. One of them can be replaced."""
 
     def reply(call: Call) -> str:
         kind = "questions\n2\n2" if call.structured else "judge" if "contradict" in call.text else "positive"
         return helpers.write_reply(kind, call.digest[:16])
 
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "positive.txt").write_text("Warum ist {{ answer }} richtig? {{ question }} Größe ✓", "utf-8")
     with Memory(reply) as server:
         job = make(server, questions=2, confusing=2, prompts=None)
         run(job)
-        texts = [call.text for call in server.calls]
+        texts, rows = [call.text for call in server.calls], load(job.folder, RATIONALES)
+        run(dataclasses.replace(job, prompts=tmp_path / "mine"), "rationales")
+        mine = [call.text for call in server.calls[len(texts) :]]
+    assert len(mine) == 12
+    assert all(re.fullmatch(r"Warum ist right [01] richtig\? .* Größe ✓", text) for text in mine)
     assert len(texts) == 6 + 12 + 24 + 24
     assert not any("{{" in text or "{%" in text or "None" in text for text in texts)
     assert sum("JSON" in text and ("2" in text or "two" in text) for text in texts) == 6
-    for row in load(job.folder, RATIONALES):
+    for row in rows:
         about = [text for text in texts if row["question"] in text]
         judge = ("correct_rationale", "incorrect_rationale", "confusing_answer", "correct_answer")
         assert sum(all(row[key] in text for key in judge) for text in about) == 1
@@ -227,36 +230,32 @@ VERDICTS = {
 def test_several_judges(make):
     """An unusable vote is requested again in the next run. A row without a verdict is in no file."""
     order = {}
-
-    def reply(call: Call) -> str:
-        return answer(call) if call.model == "writer" else SAID[call.model][order[call.text.split("\n")[1]]]
-
+    number = lambda call: order[call.text.split("\n")[1]]  # noqa: E731
+    reply = lambda call: answer(call) if call.model == "writer" else SAID[call.model][number(call)]  # noqa: E731
     silent = {(model, n) for model, said in SAID.items() for n, text in enumerate(said) if text in ("Not sure", "Hm")}
     with Memory(reply) as server:
-        judges = tuple(spec_of(server, "openai", model) for model in SAID)
-        job = make(server, writer=spec_of(server, "openai", "writer"), judges=judges)
+        judges = [spec_of(server, "openai", model) for model in SAID]
+        job = make(server, writer=spec_of(server, "openai", "writer"), judges=tuple(judges))
         run(job, "questions", "rationales")
         rows = load(job.folder, RATIONALES)
         order |= {row["question"]: number for number, row in enumerate(rows)}
-        for tries, rule in enumerate(VERDICTS, 1):
+        for tries, (rule, verdicts) in enumerate(VERDICTS.items(), 1):
             outcome = run(dataclasses.replace(job, votes=rule), "judge")["judge"]
-            calls = [call for call in server.calls if call.model in SAID]
-            counts = Counter((call.model, order[call.text.split("\n")[1]]) for call in calls)
+            counts = Counter((call.model, number(call)) for call in server.calls if call.model in SAID)
             assert counts == {(m, n): 3 * tries if (m, n) in silent else 1 for m in SAID for n in range(6)}
             assert [count for _, count in outcome.reasons()] == [3]
-            judged = {row["question"]: row for row in load(job.folder, JUDGED)}
-            assert [judged.get(row["question"], {}).get("gemini_pro_judge") for row in rows] == list(VERDICTS[rule])
-            for number, row in enumerate(rows):
-                if row["question"] in judged:
-                    said = {judge: SAID[model][number].lower() for judge, model in zip(judges, SAID, strict=True)}
-                    votes = {judge: vote for judge, vote in said.items() if vote in ("yes", "no")}
-                    assert judged[row["question"]]["judges"] == votes
-            dropped = [row["question"] for row in load(job.folder, DROPPED)]
-            assert dropped == [row["question"] for n, row in enumerate(rows) if VERDICTS[rule][n] == "yes"]
+            judged = {order[row["question"]]: row for row in load(job.folder, JUDGED)}
+            assert [judged.get(n, {}).get("gemini_pro_judge") for n in range(6)] == list(verdicts)
+            for n, row in judged.items():
+                said = {judge: SAID[model][n] for judge, model in zip(judges, SAID, strict=True)}
+                assert row["judges"] == {judge: text.lower() for judge, text in said.items() if text in ("Yes", "No")}
+            dropped = [order[row["question"]] for row in load(job.folder, DROPPED)]
+            assert dropped == [n for n in range(6) if verdicts[n] == "yes"]
             export(job.folder)
             released = {row["conversations"][0]["value"] for row in load(job.folder, RELEASED)}
-            kept = {row["question"] for n, row in enumerate(rows) if VERDICTS[rule][n] == "no"}
-            assert {text.removeprefix("<image>\n") for text in released} == kept
+            assert {order[text.removeprefix("<image>\n")] for text in released} == {
+                n for n in range(6) if verdicts[n] == "no"
+            }
 
 
 def test_judges_with_the_same_name(make):
@@ -287,36 +286,25 @@ def test_a_judge_can_see_the_image(make, images):
 # What identifies a request.
 
 
-def test_images_that_come_and_go_do_not_shift_rows(make, images):
-    """New images before, between and behind; rows in any order: each keeps its replies, and none is requested again."""
+def test_images_that_come_and_go_do_not_shift_rows(make, images, tmp_path):
+    """New images before, between and behind, rows in any order, moved folders: no reply is requested again."""
     with Memory(answer) as server:
         job = make(server, images=("0003.png", "0001.png"))
         run(job)
-        more = dataclasses.replace(job, images=tuple(images))
-        run(more)
+        (tmp_path / "images").rename(tmp_path / "moved")
+        job.folder.rename(tmp_path / "notes")
+        job = make(server, out="notes", images_folder=tmp_path / "moved")
+        run(job)
         assert stages_of(server) == dict.fromkeys(("questions", "positive", "negative", "judge"), 6)
         wanted = expected(images, job.writer)
         check_files(job.folder, wanted)
+        assert not any(str(tmp_path) in (job.folder / name).read_text("utf-8") for name in FILES)
         rows = load(job.folder, RATIONALES)
         new = rows[2] | {"incorrect_rationale": "Another one."}
         (job.folder / RATIONALES).write_text(json.dumps([new, *rows[3:], *rows[:2]]))
         run(job, "judge")
         assert stages_of(server)["judge"] == 7
     assert load(job.folder, JUDGED)[1:] == [*wanted[JUDGED][3:], *wanted[JUDGED][:2]]
-
-
-def test_folders_can_be_moved(make, images, tmp_path):
-    """No file contains a path."""
-    with Memory(answer) as server:
-        job = make(server)
-        run(job)
-        (tmp_path / "images").rename(tmp_path / "moved")
-        job.folder.rename(tmp_path / "notes")
-        job = dataclasses.replace(job, folder=tmp_path / "notes", images_folder=tmp_path / "moved")
-        run(job)
-        assert len(server.calls) == 24
-    check_files(job.folder, expected(images, job.writer))
-    assert not any(str(tmp_path) in (job.folder / name).read_text("utf-8") for name in FILES)
 
 
 def test_what_is_requested_again(make, tmp_path, prompts):
@@ -391,18 +379,13 @@ def test_a_changed_prompt_is_requested_again_and_only_its_stage(make, prompts, i
 
 
 def test_a_positive_is_kept_when_its_negative_fails(make, images):
-    well = threading.Event()
-
-    def plan(call: Call) -> Fault | None:
-        return None if well.is_set() or stage_of(call) != "negative" else Fault.EMPTY
-
-    with Memory(answer, plan) as server:
+    with Memory(answer, lambda call: Fault.EMPTY if stage_of(call) == "negative" else None) as server:
         job = make(server)
         run(job, "questions")
         outcome = run(job, "rationales")["rationales"]
         assert (outcome.usable, len(outcome.failed)) == (6, 6)
         assert load(job.folder, RATIONALES) == []
-        well.set()
+        server.faults = lambda call: None
         run(job)
         assert stages_of(server) == {"questions": 6, "positive": 6, "negative": 6 * 3 + 6, "judge": 6}
     check_files(job.folder, expected(images, job.writer))
@@ -427,19 +410,6 @@ def test_a_broken_image_stops_no_other(make, images, tmp_path):
     assert [row["image"] for row in load(job.folder, RATIONALES)] == ["0000.png", "0002.png", "0004.png"]
 
 
-def test_an_image_marker_in_a_reply_can_be_exported(make, images):
-    def reply(call: Call) -> str:
-        marked = stage_of(call) == "positive" and call.images == [images["0000.png"]]
-        return "In the <image> it is red." if marked else "No" if stage_of(call) == "judge" else answer(call)
-
-    with Memory(reply) as server:
-        job = make(server)
-        run(job)
-    assert {row["image"] for row in load(job.folder, RELEASED)} == set(images)
-    entries = [MixtureEntry(file=job.folder / RELEASED, images=job.images_folder)]
-    assert len(list(read_mixture(entries, ReadLog()))) == 6
-
-
 def test_a_full_disk_leaves_the_old_file(make, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
@@ -457,22 +427,6 @@ def test_a_full_disk_leaves_the_old_file(make, monkeypatch):
 
 
 # Prompts.
-
-
-def test_one_prompt_can_be_replaced(make, tmp_path):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "positive.txt").write_text("Warum ist {{ answer }} richtig? {{ question }} Größe ✓", "utf-8")
-
-    def reply(call: Call) -> str:
-        kind = "questions\n1\n1" if call.structured else "judge" if "contradict" in call.text else "positive"
-        return helpers.write_reply(kind, call.digest[:16])
-
-    with Memory(reply) as server:
-        run(make(server, prompts=tmp_path / "mine"))
-        mine = [call.text for call in server.calls if call.text.startswith("Warum ist right 0 richtig?")]
-    assert len(mine) == 6
-    assert all(text.endswith("Größe ✓") for text in mine)
-    assert len(server.calls) == 24
 
 
 @pytest.mark.parametrize(

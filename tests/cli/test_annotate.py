@@ -16,15 +16,13 @@ from reverie_jax.data.sources import ReadLog
 from tests.annotate import helpers
 from tests.annotate.helpers import JOURNAL, SECRETS, Memory, answer, check_files, load, spec_of, stage_of
 from tests.data.fakes import png
+from tests.hosted.faults import Fault
+from tests.hosted.fixtures import sdks  # noqa: F401  (a fixture)
 from tests.hosted.helpers import secret_of
-from tests.hosted.server import Call, Fault, Server, usage
+from tests.hosted.server import Server
+from tests.hosted.wires import Call, usage
 
-pytest.importorskip("openai")
-pytest.importorskip("google.genai")
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:Inheritance class:DeprecationWarning"),
-    pytest.mark.usefixtures("keys"),
-]
+pytestmark = pytest.mark.usefixtures("keys", "sdks")
 PROVIDERS = pytest.mark.parametrize("provider", ["openai", "gemini"])
 STAGES = ("questions", "positive", "negative", "judge")
 
@@ -155,10 +153,8 @@ def test_dry_run_sends_nothing(annotate, tmp_path, monkeypatch):
 # Keys.
 
 ERRORS = {
-    "wrong": (401, "Incorrect API key provided: {key}. Visit https://example.invalid/?key={key}"),
-    "in part": (401, "Incorrect API key provided: {start}********{end}."),
+    "in part": (401, "Incorrect API key provided: {start}********{end}. Visit https://example.invalid/?key={key}"),
     "refused": (400, "Request of {key} could not be processed."),
-    "down": (503, "Backend of {key} is down."),
     "limit": (429, "Rate limit reached for key {key} in organization."),
 }
 
@@ -186,7 +182,7 @@ def test_keys_are_written_nowhere(annotate, provider, case, tmp_path, caplog):
     with Server(answer, plan, retry_after=0.01) as server:
         code, out, err = annotate("run" if case == "good" else "questions", spec_of(server, provider))
         assert {call.key for call in server.calls} == {secret}
-    assert code == (2 if case in ("wrong", "in part") else 0)
+    assert code == (2 if case == "in part" else 0)
     # Not a record's times and numbers: any four digits may be in them by chance.
     log = out + err + caplog.text + repr([(record.msg, record.args, record.exc_text) for record in caplog.records])
     found = b"\0".join([everything(tmp_path / "out"), *journals]) + log.encode()
@@ -337,10 +333,18 @@ def test_scenes(annotate, reverie, tmp_path):
 
 # The audit page.
 
+EVIL = "<script>alert('a & b')</script>\"'<img src=x onerror=alert(1)>"
+
+
+def evil_answer(call: Call) -> str:
+    evil = json.dumps(EVIL)[1:-1] if stage_of(call) == "questions" else EVIL
+    return re.sub(r"\b(Which|right|wrong|seen) ", lambda match: match[0] + evil, answer(call))
+
 
 def test_audit(annotate, tmp_path):
-    """Kept and dropped rows with their images and all texts, nothing loaded from elsewhere; or a sample of them."""
-    with Memory(answer) as server:
+    """Kept and dropped rows, escaped, with their images, nothing loaded from elsewhere; or a sample of them."""
+    (tmp_path / "images" / "0000.png").rename(tmp_path / "images" / "<b>&.png")
+    with Memory(evil_answer) as server:
         spec = spec_of(server)
         annotate("run", spec, questions=4)
     (tmp_path / "images" / "0001.png").unlink()
@@ -362,28 +366,10 @@ def test_audit(annotate, tmp_path):
         assert row["question_type"] in article
         assert f"{spec}: {row['gemini_pro_judge']}" in html.unescape(article)
     assert text.count("data:image/jpeg;base64,") == 12
-    assert not any(mark in text for mark in ("<script", "<link", 'src="http', "url(http"))
+    assert not any(mark in text for mark in ("<script", "<img src=x", "<b>", "<link", 'src="http', "url(http"))
     assert annotate("audit", count=2)[0] == 0
     sample = page.read_text("utf-8")
     assert 2 < sample.count("<article>") <= 4
     annotate("audit", count=2)
     assert page.read_text("utf-8") == sample
     assert annotate("audit", count=0)[0] == 0
-
-
-def test_audit_escapes_what_models_write(annotate, tmp_path):
-    evil = "<script>alert('a & b')</script>\"'<img src=x onerror=alert(1)>"
-
-    def reply(call: Call) -> str:
-        if stage_of(call) == "questions":
-            row = {"question": evil, "correct_answer": f"r{evil}", "confusing_answers": [f"w{evil}"]}
-            return json.dumps({"questions": [row]})
-        return "No" if stage_of(call) == "judge" else f"because {evil}"
-
-    (tmp_path / "images" / "0000.png").rename(tmp_path / "images" / "<b>&.png")
-    with Memory(reply) as server:
-        annotate("run", spec_of(server))
-        annotate("audit")
-    text = (tmp_path / "out" / "audit.html").read_text("utf-8")
-    assert not any(mark in text for mark in ("<script>", "<img src=x", "<b>"))
-    assert f"because {evil}" in html.unescape(text)

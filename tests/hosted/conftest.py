@@ -1,5 +1,5 @@
 """Fixtures shared by the tests of hosted models."""
 
-from tests.hosted.fixtures import clock, keys, reverie, zygote
+from tests.hosted.fixtures import begin, clock, keys, reverie, sdks, zygote
 
-__all__ = ["clock", "keys", "reverie", "zygote"]
+__all__ = ["begin", "clock", "keys", "reverie", "sdks", "zygote"]

@@ -8,12 +8,16 @@ import selectors
 import sqlite3
 import ssl
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
+from tests.data.fakes import png
 from tests.hosted import helpers
+
+IMAGES = 12
 
 
 class _Hasty(sqlite3.Connection):
@@ -55,13 +59,42 @@ def reverie(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
     return run
 
 
+def import_sdks() -> None:
+    """Import both SDKs, or skip the test. Where aiohttp is installed, it warns about a class that google-genai derives."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        pytest.importorskip("openai")
+        pytest.importorskip("google.genai")
+
+
+@pytest.fixture(scope="session")
+def sdks() -> None:
+    import_sdks()
+
+
 @pytest.fixture(scope="session")
 def zygote() -> Iterator[helpers.Zygote]:
-    pytest.importorskip("openai")
-    pytest.importorskip("google.genai")
+    import_sdks()
     process = helpers.Zygote()
     yield process
     process.close()
+
+
+@pytest.fixture
+def begin(zygote, tmp_path, keys) -> Callable[..., helpers.Child]:
+    """Return a function that starts `reverie annotate questions` over twelve images in a process of its own."""
+    for folder in ("images", "prompts", "spare"):
+        (tmp_path / folder).mkdir()
+    for number in range(IMAGES):
+        (tmp_path / "images" / f"{number:02}.png").write_bytes(png((number, 3, 4)))
+    (tmp_path / "prompts" / "questions.txt").write_text("{{ count }}")
+
+    def start(server: helpers.Server, provider: str, *more: Any) -> helpers.Child:
+        words = ["annotate", "questions", "--images", "images", "--out", "out", "--prompts", "prompts"]
+        environment = keys | {"TMPDIR": str(tmp_path / "spare")} | helpers.addresses(server)
+        return zygote.start([*words, "--writer", helpers.MODELS[provider], *more], environment, tmp_path)
+
+    return start
 
 
 class Clock:

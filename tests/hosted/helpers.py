@@ -15,7 +15,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from email.message import Message
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,10 @@ from reverie_jax.hosted.interface import Reply, Request, RequestImage, RequestSe
 from reverie_jax.hosted.runner import Outcome, RequestTask
 from reverie_jax.hosted.session import RequestConfig, Session
 from tests.data.fakes import png
-from tests.hosted import server as loopback
-from tests.hosted.server import TRANSPORT, Call, Fault, Server
+from tests.hosted import wires
+from tests.hosted.faults import TRANSPORT, Fault
+from tests.hosted.server import Server
+from tests.hosted.wires import Call
 
 SECRETS = {"OPENAI_API_KEY": "sk-proj-S3cretOfOpenAI-0123456789", "GEMINI_API_KEY": "AIzaSecretOfGoogle9876543210"}
 MODELS = {"openai": "openai:tiny", "gemini": "gemini:tiny"}
@@ -36,6 +37,11 @@ JOURNAL = "journal.sqlite"
 def spec_of(server: Server | Memory, provider: str = "openai", model: str = "tiny") -> str:
     """Return a model at the server's address."""
     return f"{provider}:{model}@{server.url}" + ("/v1" if provider == "openai" else "")
+
+
+def addresses(server: Server) -> dict[str, str]:
+    """Return the environment by which both providers' models without an address are the server's."""
+    return {"OPENAI_BASE_URL": f"{server.url}/v1", "GOOGLE_GEMINI_BASE_URL": server.url}
 
 
 def secret_of(provider: str) -> str:
@@ -53,15 +59,13 @@ def parse_reply(text: str) -> str:
     return text
 
 
-def make_task(
-    number: int, spec: str, *, stage: Any = "questions", version: str = "v", image: bytes = b""
-) -> RequestTask:
+def make_task(number: int, spec: str, *, stage: Any = "questions", version: str = "v") -> RequestTask:
     """Return a task with an image of its own."""
     provider, model, _ = providers.parse_model_spec(spec)
-    request_image = RequestImage(f"{number}.png", image or png((number % 251, number // 251, 7)))
-    request = Request(stage, request_image, {"n": str(number)}, f"Question {number}?", schema={"type": "object"})
+    image = RequestImage(f"{number}.png", png((number % 251, number // 251, 7)))
+    request = Request(stage, image, {"n": str(number)}, f"Question {number}?", schema={"type": "object"})
     identity = RequestIdentity(stage, request_digest(request), provider, model, version)
-    return RequestTask(identity, request_image.key, lambda: request, parse_reply)
+    return RequestTask(identity, image.key, lambda: request, parse_reply)
 
 
 def send(
@@ -74,15 +78,23 @@ def send(
         return outcome, {task.name: session.get_reply(task) for task in tasks}
 
 
-def rows_of(journal: Path, columns: str = "*", where: str = "1") -> list[Any]:
-    """Return attempts of a journal that nobody has open."""
+def rows_of(journal: Path, columns: str = "*", where: str = "1", table: str = "attempts") -> list[Any]:
+    """Return rows of a journal that nobody has open."""
     with contextlib.closing(sqlite3.connect(journal)) as db:
-        return db.execute(f"SELECT {columns} FROM attempts WHERE {where} ORDER BY id").fetchall()
+        return db.execute(f"SELECT {columns} FROM {table} WHERE {where} ORDER BY rowid").fetchall()
 
 
 def states(journal: Path) -> dict[str, int]:
     """Return the number of attempts by state."""
     return dict(rows_of(journal, "state, COUNT(*)", "1 GROUP BY state"))
+
+
+def until(condition: Callable[[], Any], seconds: float = 120.0) -> None:
+    """Wait for a condition."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "the condition did not become true"
+        time.sleep(0.002)
 
 
 class Memory:
@@ -97,13 +109,13 @@ class Memory:
     def __init__(
         self,
         answer: Callable[[Call], str],
-        faults: Callable[[Call], Any] | None = None,
+        faults: Callable[[Call], Any] = lambda call: None,
         latency: Callable[[Call], float] = lambda call: 0.0,
         *,
         retry_after: float = 1.0,
         tokens: tuple[int, int] | None = None,
     ):
-        self.answer, self.faults, self.latency = answer, faults or (lambda call: None), latency
+        self.answer, self.faults, self.latency = answer, faults, latency
         self.retry_after, self.tokens = retry_after, tokens
         self.url = "http://memory"
         self.calls: list[Call] = []
@@ -121,10 +133,10 @@ class Memory:
 
     async def reply(self, model: str, request: Request, structured: bool) -> Reply:
         images = [request.image.encoded] if request.send_image else []
-        digest = loopback.content_digest("openai", model, request.prompt, images, structured)
+        digest = wires.content_digest("openai", model, request.prompt, images, structured)
         self._attempts[digest] += 1
         attempt, arrived = self._attempts[digest], asyncio.get_running_loop().time()
-        call = Call("openai", model, request.prompt, images, structured, "", Message(), {}, digest, attempt, arrived)
+        call = Call("openai", model, request.prompt, images, structured, "", {}, digest, attempt, arrived)
         self.calls.append(call)
         self.in_flight += 1
         self.peak = max(self.peak, self.in_flight)
@@ -136,11 +148,11 @@ class Memory:
         if isinstance(fault, Exception):
             raise fault
         if fault in TRANSPORT:
-            raise RetryableError(fault.words, self.retry_after if fault is Fault.RATE_LIMIT_AFTER else None)
+            raise RetryableError(fault.value, self.retry_after if fault is Fault.RATE_LIMIT_AFTER else None)
         text = "" if fault else self.answer(call)
-        reply = Reply(text, *(self.tokens or loopback.usage(call, text)), f"{model}-2026-01-01")
+        reply = Reply(text, *(self.tokens or wires.usage(call, text)), f"{model}-2026-01-01")
         if fault is not None:
-            raise UnusableError(fault.words, reply)
+            raise UnusableError(fault.value, reply)
         return reply
 
 
@@ -170,11 +182,11 @@ for line in sys.stdin:
         code = 70
         try:
             os.setsid()
-            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-            for number in (1, 2):
-                os.dup2(os.open(order["log"][number - 1], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-            os.environ.update(order["environment"])
             os.chdir(order["folder"])
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            for number, name in ((1, "stdout.txt"), (2, "stderr.txt")):
+                os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+            os.environ.update(order["environment"])
             sys.argv = ["reverie", *order["words"]]
             try:
                 reverie_jax.cli.main()
@@ -194,13 +206,17 @@ for line in sys.stdin:
 
 @dataclasses.dataclass
 class Child:
-    """A run of `reverie` in a process of its own."""
+    """A run of `reverie` in a process of its own, in `folder`."""
 
     pid: int
-    stdout: Path
-    stderr: Path
+    folder: Path
     _zygote: Zygote
     _code: int | None = None
+
+    @property
+    def log(self) -> str:
+        """What it wrote to stderr."""
+        return (self.folder / "stderr.txt").read_text("utf-8")
 
     def wait(self, seconds: float = 120.0) -> int | None:
         """Return its exit code, minus the signal that killed it; None if it still runs after so long."""
@@ -222,14 +238,9 @@ class Zygote:
 
     def __init__(self) -> None:
         plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONWARNINGS": "ignore"}
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", ZYGOTE],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            bufsize=0,
-            env=os.environ | plain,
-            start_new_session=True,
-        )
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
+        command = [sys.executable, "-c", ZYGOTE]
+        self.process = subprocess.Popen(command, **pipes, env=os.environ | plain, start_new_session=True)
         self._last: Child | None = None
         self.imported: list[str] = json.loads(self.read_line())
         """SDKs that were imported before any of them was needed."""
@@ -241,16 +252,10 @@ class Zygote:
     def start(self, words: Iterable[Any], environment: Mapping[str, str], folder: Path) -> Child:
         """Start `reverie` with these arguments; its output goes into files in the folder."""
         self._end()
-        log = folder / "stdout.txt", folder / "stderr.txt"
-        order = {
-            "words": [str(word) for word in words],
-            "environment": dict(environment),
-            "folder": str(folder),
-            "log": [str(path) for path in log],
-        }
+        order = {"words": [str(word) for word in words], "environment": dict(environment), "folder": str(folder)}
         assert self.process.stdin is not None
         self.process.stdin.write((json.dumps(order) + "\n").encode())
-        self._last = Child(int(self.read_line()), *log, self)
+        self._last = Child(int(self.read_line()), folder, self)
         return self._last
 
     def _end(self) -> None:
@@ -261,16 +266,4 @@ class Zygote:
 
     def close(self) -> None:
         self._end()
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.close()
-        self.process.wait(timeout=60)
-        self.process.stdout.close()
-
-
-def until(condition: Callable[[], Any], seconds: float = 120.0) -> None:
-    """Wait for a condition."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "the condition did not become true"
-        time.sleep(0.002)
+        self.process.communicate(timeout=60)

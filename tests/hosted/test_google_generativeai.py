@@ -6,8 +6,9 @@ import pytest
 
 from reverie_jax.errors import UserError
 from reverie_jax.hosted.throttle import Limits
+from tests.hosted.faults import Fault, share
 from tests.hosted.helpers import JOURNAL, SECRETS, make_task, reply_to, rows_of, send
-from tests.hosted.server import Fault, Server, share
+from tests.hosted.server import Server
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),

@@ -9,6 +9,7 @@ import email.utils
 import io
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,20 +29,16 @@ from reverie_jax.hosted.interface import (
     RetryableError,
     UnusableError,
 )
-from reverie_jax.hosted.providers import gemini, open_provider, openai, parse_model_spec, redact_password
+from reverie_jax.hosted.providers import open_provider, parse_model_spec, redact_password
 from reverie_jax.hosted.providers.common import parse_retry_after
 from tests.data.fakes import png
 from tests.hosted import helpers
+from tests.hosted.faults import HARMLESS, Fault, Step, dress
 from tests.hosted.helpers import secret_of, spec_of
-from tests.hosted.server import HARMLESS, NOT_SURE, Fault, Line, Server, Step, Trouble, dress, usage
+from tests.hosted.server import Server
+from tests.hosted.wires import usage
 
-pytest.importorskip("openai")
-pytest.importorskip("google.genai")
-pytestmark = [
-    # google-genai derives a class from aiohttp's session where aiohttp is installed, which aiohttp discourages.
-    pytest.mark.filterwarnings("ignore:Inheritance class:DeprecationWarning"),
-    pytest.mark.usefixtures("keys"),
-]
+pytestmark = pytest.mark.usefixtures("keys", "sdks")
 PROVIDERS = pytest.mark.parametrize("provider", ["openai", "gemini"])
 SCHEMA = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"], "additionalProperties": False}
 ANSWER = '{"question": "Is it red?", "correct_answer": true}'
@@ -151,7 +148,6 @@ def test_statuses_that_mean_no_access(provider, fault):
 def test_other_replies_are_left_as_they_are(provider, fault):
     with Server(lambda call: ANSWER, lambda call: fault, is_judge=lambda call: True) as server:
         assert ask(server, provider).text == dress(ANSWER, fault)
-    assert dress(ANSWER, Fault.UNSURE) == NOT_SURE
 
 
 def test_retry_after_in_the_body_and_as_a_date():
@@ -283,129 +279,15 @@ def test_broken_images_are_refused(tmp_path, content):
 
 # Batches.
 
-STEPS = {
-    "openai": (Step.UPLOAD, Step.CREATE, Step.LIST, Step.STATUS, Step.DOWNLOAD),
-    "gemini": (Step.UPLOAD, Step.CHUNK, Step.CREATE, Step.LIST, Step.STATUS, Step.DOWNLOAD),
-}
-STEP_FAULTS: dict[Any, type[AnnotationError]] = {
-    Fault.RATE_LIMIT_AFTER: RetryableError,
-    Fault.TIMEOUT: RetryableError,
-    Fault.RESET: RetryableError,
-    Fault.WEB_PAGE: RetryableError,
-    Trouble.LOST: RetryableError,
-    (401, KEY_ERROR): AccessError,
-    (400, "Something about {key} is wrong."): UnusableError,
-}
 
+def submit_and_find(server: Server, folder: Path) -> tuple[str, str | None]:
+    """Submit a batch to Gemini; return its name, and the one that is found by its label."""
 
-@pytest.fixture
-def quick_transfers(monkeypatch):
-    """Limit transfers to a short time, and let google-genai repeat a part at once."""
-    from google.genai import _api_client
+    async def work(it: Any) -> tuple[str, str | None]:
+        (folder / "requests.jsonl").write_text(it.encode_request("the key", REQUEST))
+        return await it.submit(folder / "requests.jsonl", "our label"), await it.find_batch("our label")
 
-    monkeypatch.setattr(_api_client, "INITIAL_RETRY_DELAY", 0.001)
-    return lambda seconds: [monkeypatch.setattr(module, "TRANSFER_TIMEOUT", seconds) for module in (openai, gemini)]
-
-
-@pytest.mark.parametrize("fault", STEP_FAULTS, ids=str)
-@pytest.mark.parametrize(("provider", "step"), [(name, step) for name, steps in STEPS.items() for step in steps])
-def test_faults_of_batch_steps(provider, step, fault, tmp_path, quick_transfers):
-    """Every step, with every fault, raises an error that the batch run knows; without a fault it works."""
-    secret, settings = secret_of(provider), RequestSettings(timeout=60.0)
-    trouble = (fault[0], fault[1].format(key=secret, start=secret[:8], end="")) if isinstance(fault, tuple) else fault
-    kind = STEP_FAULTS[fault]
-    if fault is Fault.WEB_PAGE and step is Step.CHUNK:
-        kind = AnnotationError
-    file = tmp_path / "requests.jsonl"
-    with Server(lambda call: ANSWER, polls=0, retry_after=5.0) as server:
-
-        async def work(it: Any) -> Any:
-            file.write_text(it.encode_request("the key", REQUEST) + "\n")
-            name = await it.submit(file, "our label") if step in (Step.LIST, Step.STATUS, Step.DOWNLOAD) else ""
-            status = await it.get_status(name) if step is Step.DOWNLOAD else None
-            server.trouble = lambda at, count: trouble if at is step else None
-            if fault is Fault.TIMEOUT:
-                quick_transfers(0.2)
-                it._settings = dataclasses.replace(settings, timeout=0.2)
-            if step is Step.LIST:
-                return await it.find_batch("our label")
-            if step is Step.STATUS:
-                return await it.get_status(name)
-            return await it.fetch_results(status) if step is Step.DOWNLOAD else await it.submit(file, "our label")
-
-        with pytest.raises(kind) as caught:
-            call(spec_of(server, provider), settings, work)
-    assert secret not in str(caught.value)
-    if kind is AccessError:
-        assert "tiny" in str(caught.value)
-    if fault is Fault.RATE_LIMIT_AFTER:
-        assert caught.value.retry_after == 5.0
-
-
-RESULTS: dict[Any, Any] = {
-    None: str,
-    Line.MISSING: None,
-    Line.DOUBLED: str,
-    Line.BROKEN: None,
-    Line.STRANGER: str,
-    Line.ODD: str,
-    Line.BAD: UnusableError,
-    Line.DENIED: AccessError,
-    Fault.RATE_LIMIT: RetryableError,
-    Fault.SERVER_ERROR: RetryableError,
-    Fault.UNAVAILABLE: RetryableError,
-    Fault.BLOCKED: UnusableError,
-    Fault.REFUSED: UnusableError,
-    Fault.EMPTY: UnusableError,
-    Fault.TRUNCATED: UnusableError,
-    **dict.fromkeys(HARMLESS, str),
-}
-
-
-@PROVIDERS
-@pytest.mark.parametrize("ascii", [True, False])
-def test_lines_of_batch_results(provider, ascii, tmp_path):
-    """Each line is its request's reply or error; other lines are skipped. Services add fields, and JSON may hold U+2028."""
-    faults = dict(enumerate(RESULTS))
-    answer = ANSWER.replace("red", "red \u2028\u2029\x85 ü")
-
-    def edit(row: dict[str, Any]) -> None:
-        body = (row.get("response") or {}).get("body") or row.get("response") or {}
-        if "choices" in body or "candidates" in body:
-            body["lately"] = {"added": 1}
-            body.get("usageMetadata", {})["moonTokenCount"] = 3
-        if error := row.get("error") or body.get("error"):
-            error["message"] = f"cannot read \ud83d {secret_of(provider)}" if ascii else secret_of(provider)
-
-    plan = lambda call: faults[int(call.text.split()[1].rstrip("?"))]  # noqa: E731
-    with Server(lambda call: answer, lines=plan, polls=0, edit=edit, ascii=ascii, page=1) as server:
-        server.add_strangers(provider, 3)
-
-        async def work(it: Any) -> Any:
-            tasks = [helpers.make_task(number, "openai:m") for number in faults]
-            file = tmp_path / "requests.jsonl"
-            file.write_text("".join(it.encode_request(t.name, t.build_request()) + "\n" for t in tasks))
-            assert await it.find_batch("our label") is None
-            name = await it.submit(file, "our label")
-            server.add_strangers(provider, 3)
-            assert await it.find_batch("our label") == name
-            status = await it.get_status(name)
-            assert (status.ended, status.reason) == (True, "")
-            return await it.fetch_results(status)
-
-        results = call(spec_of(server, provider), RequestSettings(), work)
-    found = dict(results)
-    for number, fault in faults.items():
-        result, wanted = found.get(f"{number}.png"), RESULTS[fault]
-        if wanted is None:
-            assert result is None, fault
-        elif wanted is str:
-            assert isinstance(result, Reply), fault
-            assert result.text == dress(answer, fault)
-        else:
-            assert type(result) is wanted, fault
-            assert secret_of(provider) not in str(result)
-    assert len(results) == sum(wanted is not None for wanted in RESULTS.values()) + 2  # doubled, stranger
+    return call(spec_of(server, "gemini"), RequestSettings(), work)
 
 
 @pytest.mark.parametrize("empty", [1, 2])
@@ -417,27 +299,16 @@ def test_empty_pages_are_not_the_end_of_geminis_list(monkeypatch, empty, tmp_pat
         return ([], True) if len(seen) <= empty else usual(self, provider, size, "" if after == "next" else after)
 
     monkeypatch.setattr(Server, "list_page", page)
-    file = tmp_path / "requests.jsonl"
     with Server(lambda call: ANSWER) as server:
-
-        async def work(it: Any) -> Any:
-            file.write_text(it.encode_request("the key", REQUEST))
-            return await it.submit(file, "our label") == await it.find_batch("our label")
-
-        assert call(spec_of(server, "gemini"), RequestSettings(), work)
+        name, found = submit_and_find(server, tmp_path)
+    assert name == found
 
 
 def test_a_file_larger_than_a_part_is_uploaded_in_parts(monkeypatch, tmp_path):
     from google.genai import _api_client
 
     monkeypatch.setattr(_api_client, "CHUNK_SIZE", 200)
-    file = tmp_path / "requests.jsonl"
     with Server(lambda call: ANSWER) as server:
-
-        async def work(it: Any) -> Any:
-            file.write_text(it.encode_request("the key", REQUEST))
-            return await it.submit(file, "our label")
-
-        call(spec_of(server, "gemini"), RequestSettings(), work)
+        submit_and_find(server, tmp_path)
         assert server.steps[Step.CHUNK] > 2
         assert server.calls[0].images == [png()]

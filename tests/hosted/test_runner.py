@@ -13,17 +13,13 @@ from reverie_jax.errors import UserError
 from reverie_jax.hosted.interface import AccessError, RetryableError
 from reverie_jax.hosted.runner import Outcome
 from reverie_jax.hosted.throttle import Limits
-from tests.data.fakes import png
 from tests.hosted import helpers
-from tests.hosted.helpers import JOURNAL, Memory, make_task, reply_to, rows_of, send, spec_of, states
-from tests.hosted.server import Fault, Server
+from tests.hosted.faults import Fault
+from tests.hosted.fixtures import IMAGES
+from tests.hosted.helpers import JOURNAL, Memory, make_task, reply_to, rows_of, send, states
+from tests.hosted.server import Server
 
-pytest.importorskip("openai")
-pytest.importorskip("google.genai")
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:Inheritance class:DeprecationWarning"),
-    pytest.mark.usefixtures("keys"),
-]
+pytestmark = pytest.mark.usefixtures("keys", "sdks")
 QUICK = Limits(concurrency=4, backoff=0.001, max_backoff=0.001)
 
 
@@ -113,7 +109,7 @@ def test_unusable_replies_and_failures_are_counted_apart(ask, tmp_path):
         assert len(server.calls) == 6
     assert states(tmp_path / "out" / JOURNAL) == {"failed": 3, "unusable": 2, "usable": 1}
     with Memory(reply_to, lambda call: [*plan, Fault.EMPTY][call.attempt - 1]) as server:
-        assert ask(1, limits, out="unusable").reasons() == [(Fault.EMPTY.words, 1)]
+        assert ask(1, limits, out="unusable").reasons() == [(Fault.EMPTY.value, 1)]
         assert len(server.calls) == 6
     with Memory(reply_to, lambda call: Fault.SERVER_ERROR) as server:
         ask(1, limits, out="failing")
@@ -227,24 +223,6 @@ def test_a_server_that_is_never_reached_ends_the_run(ask):
 
 # Signals, in processes of their own.
 
-
-@pytest.fixture
-def begin(zygote, tmp_path, keys):
-    """Return a function that starts `reverie annotate questions` over forty images."""
-    (tmp_path / "images").mkdir()
-    for number in range(40):
-        (tmp_path / "images" / f"{number}.png").write_bytes(png((number, 3, 4)))
-    (tmp_path / "prompts").mkdir()
-    (tmp_path / "prompts" / "questions.txt").write_text("{{ count }}")
-
-    def start(server: Server, *more, provider: str = "openai") -> helpers.Child:
-        words = ["annotate", "questions", "--images", "images", "--out", "out", "--prompts", "prompts"]
-        words += ["--concurrency", 4, "--writer", spec_of(server, provider), *more]
-        return zygote.start(words, keys, tmp_path)
-
-    return start
-
-
 QUESTION = '{"question": "What?", "correct_answer": "a cup", "confusing_answer": "a jug"}'
 
 
@@ -252,26 +230,25 @@ QUESTION = '{"question": "What?", "correct_answer": "a cup", "confusing_answer":
 def test_first_signal_lets_requests_in_flight_finish(begin, provider, number, tmp_path):
     """They are paid for: each is answered and recorded; nothing new is sent. The next run sends the rest."""
     with Server(lambda call: QUESTION, latency=0.3) as server:
-        child = begin(server, provider=provider)
-        helpers.until(lambda: len(server.calls) >= 6 and server.in_flight == 4)
+        child = begin(server, provider, "--concurrency", 4)
+        helpers.until(lambda: len(server.calls) >= 5 and server.in_flight == 4)
         child.signal(number)
         before = len(server.calls)
         assert child.wait() == 1
         count = len(server.calls)
-        assert sum(server.served.values()) == count <= before + 4  # one just answered may have sent another
-        log = child.stderr.read_text("utf-8")
-        assert "interrupted" in log
-        assert "Traceback" not in log
+        assert sum(server.served.values()) == count <= before + 4  # one just answered may send another
+        assert "interrupted" in child.log
+        assert "Traceback" not in child.log
         assert states(tmp_path / "out" / JOURNAL) == {"usable": count}
         server.latency = 0.0
-        assert begin(server, provider=provider).wait() == 0
-        assert (len(server.calls), len(server.served)) == (40, 40)
+        assert begin(server, provider).wait() == 0
+        assert (len(server.calls), len(server.served)) == (IMAGES, IMAGES)
 
 
 def test_second_signal_cancels_requests_and_other_runs_are_refused(begin, reverie, tmp_path):
     """Those in flight are lost, and the next run says how many. Meanwhile nobody else can use the folder."""
     with Server(lambda call: QUESTION, latency=600.0) as server:
-        child = begin(server)
+        child = begin(server, "openai", "--concurrency", 4)
         helpers.until(lambda: server.in_flight == 4)
         words = ("--images", tmp_path / "images", "--out", tmp_path / "out", "--writer", "openai:m")
         code, out, err = reverie("annotate", "run", *words)
@@ -281,21 +258,21 @@ def test_second_signal_cancels_requests_and_other_runs_are_refused(begin, reveri
         assert child.wait(0.5) is None
         child.signal(signal.SIGINT)
         assert child.wait() in (1, 130)
-        assert "Traceback" not in child.stderr.read_text("utf-8")
+        assert "Traceback" not in child.log
         server.latency = 0.0
-        child = begin(server)
+        child = begin(server, "openai")
         assert child.wait() == 0
-        assert "4 requests" in child.stderr.read_text("utf-8")
-        assert (len(server.calls), sum(server.served.values())) == (44, 40)
-    assert states(tmp_path / "out" / JOURNAL) == {"lost": 4, "usable": 40}
+        assert "4 requests" in child.log
+        assert (len(server.calls), sum(server.served.values())) == (IMAGES + 4, IMAGES)
+    assert states(tmp_path / "out" / JOURNAL) == {"lost": 4, "usable": IMAGES}
 
 
 @pytest.mark.parametrize(("fault", "more"), [(Fault.RATE_LIMIT_AFTER, ()), (None, ("--requests-per-minute", 0.01))])
 def test_a_signal_ends_waits(begin, fault, more):
     """For the end of a pause, or for the next turn."""
     with Server(lambda call: QUESTION, lambda call: fault, retry_after=6000.0) as server:
-        child = begin(server, *more)
+        child = begin(server, "openai", "--concurrency", 4, *more)
         helpers.until(lambda: (len(server.served) == 1 or sum(server.faulted.values()) >= 4) and server.in_flight == 0)
         child.signal(signal.SIGINT)
         assert child.wait() == 1
-        assert "interrupted" in child.stderr.read_text("utf-8")
+        assert "interrupted" in child.log
