@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,7 +18,6 @@ from reverie_jax.scenes.graph import (
     SIZES,
     TEXTURES,
     Scene,
-    count_cooccurrences,
     generate_scenes,
     relation_between,
     take_scenes,
@@ -83,13 +81,6 @@ def test_partners_are_together_in_training_and_seldom_in_the_test():
     assert sorted(c for members in PLACES.values() for c in members) == sorted(CATEGORIES)
 
 
-def test_cooccurrence_counts_scenes():
-    table = count_cooccurrences(TRAIN[:60])
-    for a, b in itertools.product(CATEGORIES[:9], CATEGORIES):
-        both = sum(a != b and {a, b} <= {item.category for item in s.objects} for s in TRAIN[:60])
-        assert table[a][b] == both
-
-
 @given(st.floats(0, 1), st.floats(0, 1), st.floats(0, 1), st.floats(0, 1))
 def test_relations_are_mirrored(ax, ay, bx, by):
     a, b = make_object("cup", x=ax, y=ay), make_object("fork", x=bx, y=by)
@@ -101,20 +92,15 @@ def test_relations_are_mirrored(ax, ay, bx, by):
         assert by - ay >= 0.15
 
 
-@pytest.mark.parametrize("size", [16, 48])
-def test_drawing_is_deterministic_and_has_the_given_size(size):
-    pixels = render(TRAIN[0], size)
-    assert (pixels.shape, pixels.dtype) == ((size, size, 3), np.uint8)
-    assert np.array_equal(pixels, render(TRAIN[0], size))
-
-
 @settings(max_examples=10)
-@given(numbers, st.sampled_from(COLORS))
-def test_another_color_changes_an_objects_box_alone(number, color):
-    scene, size = sample_scene(number), 48
+@given(numbers, st.sampled_from(COLORS), st.sampled_from([16, 48]))
+def test_another_color_changes_an_objects_box_alone(number, color, size):
+    scene = sample_scene(number)
     first = scene.objects[0]
     changed = dataclasses.replace(scene, objects=(dataclasses.replace(first, color=color), *scene.objects[1:]))
-    differs = (render(scene, size) != render(changed, size)).any(-1)
+    pixels = render(scene, size)
+    assert (pixels.shape, pixels.dtype) == ((size, size, 3), np.uint8)
+    differs = (pixels != render(changed, size)).any(-1)
     assert differs.any() == (color != first.color)
     rows, columns = np.nonzero(differs)
     left, top, right, bottom = (edge * size for edge in first.box)

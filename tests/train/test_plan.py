@@ -1,6 +1,7 @@
 """`reverie plan`: exact bytes of arguments, FLOPs as XLA counts them, collectives of compiled programs, and the search."""
 
 import dataclasses
+import functools
 import importlib.util
 import os
 import subprocess
@@ -166,15 +167,16 @@ def test_collectives_of_a_compiled_loop():
     shard = jax.shard_map(run, mesh=mesh, in_specs=split, out_specs=PartitionSpec(), check_vma=False)
     weights = jax.ShapeDtypeStruct((5, 8, 16), jnp.float32, sharding=NamedSharding(mesh, split))
     result = hlo.traffic(jax.jit(shard).lower(weights).compile().as_text(), 4)
-    shard, whole = 2 * 16 * 4, 8 * 16 * 4
-    assert result.counts == dict.fromkeys(("all-gather", "all-reduce", "collective-permute", "reduce-scatter"), 5)
-    assert result.operands["all-gather"] == 5 * shard
-    assert result.received["all-gather"] == 5 * 3 * shard
-    assert result.operands["reduce-scatter"] == 5 * whole
-    assert result.received["reduce-scatter"] == 5 * whole * 3 // 4
-    assert result.operands["all-reduce"] == 5 * shard
-    assert result.received["all-reduce"] == 5 * 2 * shard * 3 // 4
-    assert result.operands["collective-permute"] == result.received["collective-permute"] == 5 * shard
+    shard, whole = 5 * 2 * 16 * 4, 5 * 8 * 16 * 4  # of five rounds
+    expected = {
+        "all-gather": (5, shard, 3 * shard),
+        "all-reduce": (5, shard, 2 * shard * 3 // 4),
+        "collective-permute": (5, shard, shard),
+        "reduce-scatter": (5, whole, whole * 3 // 4),
+    }
+    assert {
+        name: (result.counts[name], result.operands[name], result.received[name]) for name in result.counts
+    } == expected
     assert result.unknown_loops == 0
 
 
@@ -227,31 +229,26 @@ def test_collectives_of_a_tpu_program():
     assert result.unknown_loops == 0
 
 
-@pytest.mark.parametrize(
-    ("attributes", "group"),
-    [
-        ("replica_groups={{0,1},{2,3}}, dimensions={0}", 2),
-        ("replica_groups=[2,4]<=[8], dimensions={0}", 4),
-        ("replica_groups=[4,2]<=[2,4]T(1,0)", 2),
-        ("replica_groups=mesh['a'=2,'b'=4] {'b'}", 4),
-        ("replica_groups={}", 8),
-    ],
-)
-def test_chips_of_a_collective(attributes, group):
-    assert hlo._group(attributes, 8) == group
+GROUPS = {
+    "replica_groups={{0,1},{2,3}}, dimensions={0}": 2,
+    "replica_groups=[2,4]<=[8], dimensions={0}": 4,
+    "replica_groups=[4,2]<=[2,4]T(1,0)": 2,
+    "replica_groups=mesh['a'=2,'b'=4] {'b'}": 4,
+    "replica_groups={}": 8,
+}
 
 
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [
-        ("f32[]", 4),
-        ("bf16[2,8]{1,0:T(8,128)(2,1)S(1)}", 32),
-        ("(s32[], pred[3], token[])", 7),
-        ("u8[16,336,336,3]", 5419008),
-    ],
-)
-def test_bytes_of_a_shape(text, size):
-    assert hlo.shape_bytes(text) == size
+SIZES = {
+    "f32[]": 4,
+    "bf16[2,8]{1,0:T(8,128)(2,1)S(1)}": 32,
+    "(s32[], pred[3], token[])": 7,
+    "u8[16,336,336,3]": 5419008,
+}
+
+
+def test_chips_of_a_collective_and_bytes_of_a_shape():
+    assert {text: hlo._group(text, 8) for text in GROUPS} == GROUPS
+    assert {text: hlo.shape_bytes(text) for text in SIZES} == SIZES
 
 
 def plan_of(recipe, devices=None, **options):
@@ -310,34 +307,32 @@ def test_a_step_that_does_not_compile(monkeypatch):
         plan_of(tiny.recipe())
 
 
-class FakeCompiler:
-    """Stands for `make_plan`: compiled plans take `slowdown` times as long where tensor is 4, and `growth` the memory."""
+@functools.cache
+def estimated(batch_size, tensor):
+    recipe, mesh = tiny.recipe(batch_size=batch_size), {"data": 1, "fsdp": 4 // tensor, "tensor": tensor}
+    return make_plan(CONFIG, recipe, CPUS, mesh, architecture="tiny", compiled=False)
 
-    def __init__(self, slowdown=1.0, growth=1.0):
-        self.slowdown, self.growth = slowdown, growth
 
-    def __call__(self, config, recipe, topology, mesh, *, compiled=True, devices=None, **options):
-        plan = make_plan(config, recipe, topology, mesh, compiled=False, **options)
-        seconds = recipe.batch_size * (1.0 if mesh["tensor"] == 4 else 2.0)
-        peak = plan.peak_bytes_per_chip
-        if compiled:
-            seconds *= self.slowdown if mesh["tensor"] == 4 else 1.0
-            peak = int(peak * self.growth)
+def searched(monkeypatch, slowdown=1.0, growth=1.0):
+    """Search where compiled plans take `slowdown` times as long if tensor is 4, and `growth` times the memory."""
+
+    def plan(config, recipe, topology, mesh, *, compiled=True, **options):
+        plan, is_fast = estimated(recipe.batch_size, mesh["tensor"]), mesh["tensor"] == 4
+        seconds = recipe.batch_size * (1.0 if is_fast else 2.0) * (slowdown if compiled and is_fast else 1.0)
+        peak = int(plan.peak_bytes_per_chip * (growth if compiled else 1.0))
         return dataclasses.replace(plan, roofline_seconds_per_step=seconds, compiled=compiled, peak_bytes_per_chip=peak)
 
-
-def searched(monkeypatch, compiler, **options):
-    monkeypatch.setattr(search, "make_plan", compiler)
+    monkeypatch.setattr(search, "make_plan", plan)
     tried = []
-    given = {"architecture": "tiny", "max_batch_size": 4, "on_plan": tried.append, "devices": jax.devices(), **options}
-    return search.search_plan(CONFIG, tiny.recipe(), CPUS, **given), tried
+    options = {"architecture": "tiny", "max_batch_size": 4, "on_plan": tried.append, "devices": jax.devices()}
+    return search.search_plan(CONFIG, tiny.recipe(), CPUS, **options), tried
 
 
 def test_search_compiles_until_nothing_else_can_be_faster(monkeypatch):
-    best, tried = searched(monkeypatch, FakeCompiler())
+    best, tried = searched(monkeypatch)
     assert tried == [best]
     assert best.mesh["tensor"] == 4
-    best, tried = searched(monkeypatch, FakeCompiler(slowdown=3.0))
+    best, tried = searched(monkeypatch, slowdown=3.0)
     assert tried[0].mesh["tensor"] == 4
     assert best.mesh["tensor"] < 4
     assert len(tried) <= search.MAX_COMPILED
@@ -345,23 +340,19 @@ def test_search_compiles_until_nothing_else_can_be_faster(monkeypatch):
 
 def test_search_without_a_plan_that_fits(monkeypatch):
     with pytest.raises(UserError, match="95%"):
-        searched(monkeypatch, FakeCompiler(growth=1e9))
+        searched(monkeypatch, growth=1e9)
     monkeypatch.setitem(CHIPS, "v5e", dataclasses.replace(CHIPS["v5e"], hbm=1000))
     with pytest.raises(UserError, match="95%"):
-        searched(monkeypatch, FakeCompiler())
+        searched(monkeypatch)
 
 
 def test_search_on_gpus_is_by_formula():
-    tried = []
-    gpus = Topology.parse("h100:4")
-    options = {"architecture": "tiny", "max_batch_size": 16, "on_plan": tried.append}
-    best = search.search_plan(CONFIG, tiny.recipe(), gpus, **options)
+    tried, sizes = [], {1: (4, 8), 2: (2, 4, 8), 4: (1, 2, 4, 8)}
+    options = {"architecture": "tiny", "max_batch_size": 8, "on_plan": tried.append}
+    best = search.search_plan(CONFIG, tiny.recipe(), Topology.parse("h100:4"), **options)
     assert not best.compiled
-    assert {(plan.batch_size, plan.mesh["tensor"]) for plan in tried} == {
-        *((size, 1) for size in (4, 8, 16)),
-        *((size, 2) for size in (2, 4, 8, 16)),
-        *((size, 4) for size in (1, 2, 4, 8, 16)),
-    }
+    by_tensor = {tensor: tuple(sorted(p.batch_size for p in tried if p.mesh["tensor"] == tensor)) for tensor in sizes}
+    assert by_tensor == sizes
     fastest = min(map(search.seconds_per_sequence, tried))
     assert search.seconds_per_sequence(best) == pytest.approx(fastest, rel=0.01)
     with pytest.raises(UserError, match="5 chips"):
@@ -380,20 +371,6 @@ def test_arguments_shrink_with_chips():
     assert chip_bytes(()) == 0
 
 
-@pytest.mark.parametrize(
-    ("recipe", "architecture"),
-    [
-        ("llava-1.5-13b-full", "llava-1.5-13b"),
-        ("reverie-phi3-lora", "llava-phi3-mini"),
-        ("llava-1.0-pretrain", "llava-1.0-7b"),
-        ("llava-1.5-pretrain", "llava-1.5-7b"),
-        ("scenes-rationales", "llava-1.5-7b"),
-    ],
-)
-def test_architecture_of_a_recipe(recipe, architecture):
-    assert architecture_of(recipe) == architecture
-
-
 def test_meshes():
     assert mesh_sizes(None, 8) == {"data": 1, "fsdp": 8, "tensor": 1}
     assert mesh_sizes("tensor=2,fsdp=4", 8) == {"data": 1, "fsdp": 4, "tensor": 2}
@@ -402,19 +379,19 @@ def test_meshes():
             mesh_sizes(wrong, 8)
 
 
-@pytest.mark.parametrize(
-    ("name", "chips", "is_tpu", "links"),
-    [
-        ("v5e:2x4", 8, True, 3),
-        ("v6e:4x4", 16, True, 4),
-        ("v5p:4x4x4", 64, True, 6),
-        ("v5p:1x1x1", 1, True, 1),
-        ("h200:8", 8, False, 1),
-    ],
-)
-def test_topologies(name, chips, is_tpu, links):
-    parsed = Topology.parse(name)
-    assert (parsed.chips, parsed.is_tpu, parsed.interconnect) == (chips, is_tpu, links * parsed.chip.link)
+# Chips, whether they are TPUs, and links of each.
+TOPOLOGIES = {
+    "v5e:2x4": (8, True, 3),
+    "v6e:4x4": (16, True, 4),
+    "v5p:4x4x4": (64, True, 6),
+    "v5p:1x1x1": (1, True, 1),
+    "h200:8": (8, False, 1),
+}
+
+
+def test_topologies():
+    parsed = map(Topology.parse, TOPOLOGIES)
+    assert {one.name: (one.chips, one.is_tpu, one.interconnect / one.chip.link) for one in parsed} == TOPOLOGIES
 
 
 @pytest.mark.parametrize("name", ["v9:2x4", "v5e", "v5e:8", "v5p:2x4", "h100:2x4", "h100:0", "h100:", "v5e:2x4x", ""])
@@ -423,21 +400,30 @@ def test_unknown_topologies_are_refused(name):
         Topology.parse(name)
 
 
-@pytest.mark.parametrize(
-    ("kind", "chip"),
-    [
-        ("TPU v5 lite", "v5e"),
-        ("TPU v5", "v5p"),
-        ("TPU v6e", "v6e"),
-        ("NVIDIA A100-SXM4-40GB", "a100-40"),
-        ("NVIDIA A100-SXM4-80GB", "a100"),
-        ("NVIDIA H100 80GB HBM3", "h100"),
-        ("TPU v9", None),
-        ("cpu", None),
-    ],
-)
-def test_chip_of_a_device(kind, chip):
-    assert topology.chip_of(kind) is CHIPS.get(chip)
+ARCHITECTURE_OF = {
+    "llava-1.5-13b-full": "llava-1.5-13b",
+    "reverie-phi3-lora": "llava-phi3-mini",
+    "llava-1.0-pretrain": "llava-1.0-7b",
+    "llava-1.5-pretrain": "llava-1.5-7b",
+    "scenes-rationales": "llava-1.5-7b",
+}
+CHIP_OF = {
+    "TPU v5 lite": "v5e",
+    "TPU v5": "v5p",
+    "TPU v6e": "v6e",
+    "NVIDIA A100-SXM4-40GB": "a100-40",
+    "NVIDIA A100-SXM4-80GB": "a100",
+    "NVIDIA H100 80GB HBM3": "h100",
+    "TPU v9": None,
+    "cpu": None,
+}
+
+
+def test_names_of_recipes_and_devices():
+    assert {name: architecture_of(name) for name in ARCHITECTURE_OF} == ARCHITECTURE_OF
+    assert {kind: topology.chip_of(kind) for kind in CHIP_OF} == {
+        kind: CHIPS.get(chip) for kind, chip in CHIP_OF.items()
+    }
 
 
 def test_missing_tpu_compiler_names_the_extra(monkeypatch):
