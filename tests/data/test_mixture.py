@@ -5,7 +5,6 @@ import io
 import itertools
 import os
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,13 +13,8 @@ from PIL import Image
 from reverie_jax.data.conversation import IMAGE, Conversation, Turn
 from reverie_jax.data.mixture import Mixture, MixtureEntry, read_mixture, read_mixture_file
 from reverie_jax.data.sources import Example, ImageFolder, ReadLog
-from reverie_jax.data.supervision import Supervision
-from reverie_jax.data.tokenization import Encoder
-from reverie_jax.data.tree import build_tree
 from reverie_jax.errors import DataError, UserError
 from tests.data.fakes import (
-    IMAGE_ID,
-    WordTokenizer,
     assert_one_line,
     llava_row,
     png,
@@ -198,33 +192,6 @@ def test_a_weight_multiplies_the_loss_of_each_answer(shared, weight, exchanges):
         (weighted,) = mixture[0].conversations
     expected = [dataclasses.replace(turn, weight=turn.weight * weight) for turn in turns]
     assert weighted == dataclasses.replace(plain, turns=tuple(expected))
-
-
-ROWS = {
-    "reflective": [
-        llava_row("a.png", f"{IMAGE}\nIs it red?", "No", "Explain why.", "It is green."),
-        llava_row("a.png", f"{IMAGE}\nIs it red?", "No", "Explain why this answer is wrong: Yes", "It is as green."),
-        llava_row("a.png", f"{IMAGE}\nWho?", "Me.", "Explain why.", "I see me."),
-    ],
-    "plain": [
-        llava_row("a.png", f"{IMAGE}\nWho?", "Me.", "And who?", "You."),
-        llava_row("a.png", "Who?", "Me."),
-        llava_row("a.png", "Where?", "There."),
-    ],
-}
-
-
-@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
-def test_a_weight_equals_repeated_rows(tmp_path, images, rows):
-    path, encoder = write_json_rows(tmp_path / "a.json", rows), Encoder(WordTokenizer(), "llava-hf", 4, IMAGE_ID)
-    supervision = Supervision(answers="as-published")
-    (weighted,) = read_records(MixtureEntry(file=path, weight=3))
-    (repeated,) = read_records(*[path] * 3)
-    assert len(repeated.conversations) == 3 * len(weighted.conversations)
-    one, two = (build_tree([encoder(c) for c in supervision(r.conversations)]) for r in (weighted, repeated))
-    for field in ("tokens", "positions", "ends", "image_slots", "parent", "target", "weight"):
-        np.testing.assert_array_equal(getattr(one, field), getattr(two, field))
-    assert one.weight.max() >= 3
 
 
 # Digests.

@@ -107,6 +107,7 @@ BROKEN = {
     "a folder": ("a.json", "folder"),
     "not Parquet": ("a.parquet", png()),
     "missing": ("a.json", None),
+    "missing Parquet": ("a.parquet", None),
 }
 
 

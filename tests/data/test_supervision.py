@@ -9,12 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reverie_jax.data.conversation import IMAGE, Conversation, Turn
+from reverie_jax.data.conversation import IMAGE
 from reverie_jax.data.sources.reverie import parse_rationale_prompt
 from reverie_jax.data.supervision import Supervision
-from reverie_jax.data.tokenization import Encoder
-from reverie_jax.data.tree import build_tree
-from tests.data.fakes import IMAGE_ID, WordTokenizer, llava_row, read_examples, write_json_rows
+from tests.data.fakes import conversation_of, llava_row, read_examples, write_json_rows
 
 KINDS = ("responses", "positive", "negative", "rationales")
 ANSWERS = ("once", "as-published")
@@ -24,11 +22,9 @@ GUIDANCE = "Including any necessary facts or knowledge"
 ARMS = list(itertools.product(KINDS, ANSWERS, CONTEXTS, PROMPTS))
 
 
-def conversation(kind, *texts, weight=1.0, pair=""):
+def conversation(kind, question, *texts, weight=1.0, pair=""):
     """The first question shows the image."""
-    texts = [f"{IMAGE}\n{texts[0]}", *texts[1:]]
-    turns = tuple(Turn(("user", "assistant")[n % 2], text, weight if n % 2 else 1.0) for n, text in enumerate(texts))
-    return Conversation(turns, kind=kind, pair=pair)
+    return conversation_of([f"{IMAGE}\n{question}", *texts], [weight] * len(texts), kind=kind, pair=pair)
 
 
 def reflective(kind, question, answer, rationale, wrong="Nothing", weight=1.0):
@@ -294,23 +290,3 @@ def test_a_request_that_shows_the_image_again_can_be_cut_or_reworded(tmp_path, a
     examples, _ = read_examples(write_json_rows(tmp_path / "a.jsonl", [row]))
     (one,) = arm([example.conversation for example in examples])
     assert one.turns[1].text == "A."
-
-
-# Trees.
-
-
-@settings(max_examples=15)
-@given(plan=plans)
-def test_in_a_tree_an_answer_weighs_once_or_once_per_rationale(plan):
-    record = [one for one in build(plan) if has_rationale(one)]
-    encoder = Encoder(WordTokenizer(), "llava-hf", 4, IMAGE_ID)
-    rows = collections.Counter((one.turns[0].text, one.turns[1].text) for one in record)
-    for repeat in ANSWERS:
-        tree = build_tree([encoder(one) for one in Supervision(answers=repeat)(record)])
-        weights = collections.Counter()
-        for target, weight in zip(tree.target.tolist(), tree.weight.tolist(), strict=True):
-            weights[encoder.tokenizer.words[target].strip()] += weight
-        for answer, word in (("Yes", "Yes"), ("A cup.", "cup.")):
-            counts = [1 if repeat == "once" else count for (_, text), count in rows.items() if text == answer]
-            assert weights[word] == sum(counts)
-        assert weights["Because"] == len(record)

@@ -175,18 +175,6 @@ def test_ids_are_those_of_one_pass_and_answers_carry_their_weights(tokenizer, en
     assert (answered.weights[size:] == weights[len(turns) // 2 - 1]).all()
 
 
-@pytest.mark.parametrize(
-    ("template", "kind"), [("vicuna_v1", "legacy"), ("vicuna_v1", "modern"), ("phi3_instruct", "phi3")]
-)
-def test_the_question_is_a_prefix_in_llava_mode_too(tokenizer, template, kind):
-    encode = Encoder(tokenizer(kind), template, PATCHES, 0, "llava")
-    answered = encode(conversation_of(DIALOGUE))
-    for turns in (1, 3):
-        question = encode(conversation_of(DIALOGUE[:turns]))
-        assert answered.ids[: len(question)].tolist() == question.ids.tolist()
-        assert answered.image_slots[: len(question)].tolist() == question.image_slots.tolist()
-
-
 # A tokenizer of words.
 
 
