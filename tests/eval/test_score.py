@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from reverie_jax.errors import UserError
-from reverie_jax.eval.benchmarks import find_benchmark
-from reverie_jax.eval.benchmarks.interface import BenchmarkError, NotScorable
+from reverie_jax.eval.benchmarks.interface import NotScorable
 from reverie_jax.eval.benchmarks.pope import says_yes
 from reverie_jax.eval.judge_replies import answers_digest
 from reverie_jax.eval.score import LISTED, agreement, compare, score, write_score
 from reverie_jax.eval.statistics import resamples
 from tests.eval.benchmarks import makers as make
+from tests.eval.benchmarks.samples import SAMPLES, load, refused
 from tests.eval.test_statistics import percentile
 
 OBJECTS = ("cup", "dog", "car", "fork", "kite")
@@ -38,8 +38,7 @@ def pope(tmp_path_factory):
         ]
         for split, count in (("random", 4), ("adversarial", 3))
     }
-    benchmark = find_benchmark("pope")
-    return benchmark, benchmark.load(make.pope(folder, **splits))
+    return load("pope", make.pope(folder, **splits))
 
 
 def write_answers(path, data, answers, **fields):
@@ -108,15 +107,12 @@ def test_a_score_is_that_of_a_slow_loop_over_clusters(pope, predictions, tmp_pat
     assert written["intervals"]["f1"] == [round(bound, 6) for bound in result.intervals["f1"]]
 
 
-def test_one_cluster_and_no_draws_give_no_interval(pope, predictions, tmp_path):
+def test_no_intervals_and_unknown_rules(pope, predictions, tmp_path):
     benchmark, data = pope
     one = dataclasses.replace(data, questions=[q for q in data.questions if q.cluster == "0.jpg"])
     assert score(benchmark, one, write_answers(tmp_path / "1.jsonl", one, random_answers(one, 0))).intervals == {}
     assert score(benchmark, data, predictions, draws=0).intervals == {}
-
-
-def test_an_unknown_rule_is_refused(pope, predictions):
-    with pytest.raises(BenchmarkError, match=r"strict.*official, lmms-eval, vlmevalkit"):
+    with refused("strict", "official, lmms-eval, vlmevalkit"):
         score(*pope, predictions, "strict")
 
 
@@ -144,7 +140,7 @@ def test_missing_answers_count_as_the_rule_defines(pope, tmp_path):
     missing = [str(question.id) for question in data.questions][::5]
     few = {id: text for id, text in random_answers(data, 0).items() if id not in missing}
     path = write_answers(tmp_path / "few.jsonl", data, few)
-    with pytest.raises(BenchmarkError, match=rf"few\.jsonl: {len(missing)} of 42 .*{missing[0]}"):
+    with refused(f"few.jsonl: {len(missing)} of 42 ", missing[0]):
         score(benchmark, data, path)
     result = score(benchmark, data, path, partial=True, draws=0)
     assert (result.missing, result.items) == (len(missing), 42)
@@ -152,16 +148,12 @@ def test_missing_answers_count_as_the_rule_defines(pope, tmp_path):
     result.write_details(tmp_path / "details.jsonl")
     rows = [json.loads(line) for line in (tmp_path / "details.jsonl").read_text().splitlines()]
     assert {str(row["question_id"]) for row in rows if row["text"] is None} == set(missing)
-    unknown = make.write_lines(tmp_path / "unknown.jsonl", [make.answer_row(999, "Is there?", "yes")])
-    with pytest.raises(BenchmarkError, match="999"):
-        score(benchmark, data, unknown, partial=True)
 
 
 @pytest.fixture
 def judged(tmp_path):
     """MMHal's questions, an answer file, and a writer of a judge's replies."""
-    benchmark = find_benchmark("mmhal")
-    data = benchmark.load(make.write_json(tmp_path / "data" / "response_template.json", make.mmhal_rows()).parent)
+    benchmark, data = load("mmhal", SAMPLES["mmhal"](tmp_path))
     answers = {str(question.id): f"Answer {question.id}." for question in data.questions}
 
     def replies(name="replies.jsonl", **fields):
@@ -182,7 +174,7 @@ def test_a_judged_rule_needs_replies_about_these_answers(judged, tmp_path):
     expected = {"judge": "openai:tiny", "judge/version": "tiny-1", "judge/date": "2026-01-02"}
     assert expected.items() <= result.protocol.items()
     other = replies("other.jsonl", answers=answers_digest({"0": "another"}))
-    with pytest.raises(BenchmarkError, match=r"other\.jsonl.*answers\.jsonl"):
+    with refused("other.jsonl", "answers.jsonl"):
         score(benchmark, data, path, replies=other)
     plain = [{"id": q.id, "reply": "Rating: 4"} for q in data.questions]  # from elsewhere
     result = score(benchmark, data, path, replies=make.write_lines(tmp_path / "plain.jsonl", plain), draws=0)
@@ -282,9 +274,7 @@ def slow_calibration(pairs):
 def test_calibration_of_recorded_probabilities(pope, tmp_path, kind):
     benchmark, data = pope
     if kind == "labels in words":
-        pair = [("Is it one? Please answer yes or no.", "Yes"), ("Is it two? Please answer yes or no.", "No")]
-        benchmark = find_benchmark("mme")
-        data = benchmark.load(make.mme(tmp_path / "mme", {"count": {f"{n}.jpg": pair for n in range(4)}}))
+        benchmark, data = load("mme", SAMPLES["mme"](tmp_path / "mme"))
     draw = random.Random(0)
     chance = {q.id: round(draw.random(), 6) for q in data.questions}
     chance |= dict(zip([q.id for q in data.questions[:3]], (0.0, 1.0, 0.999999), strict=True))
@@ -318,5 +308,5 @@ def test_the_record_of_a_run_is_part_of_the_score(pope, tmp_path):
     assert recorded(path) == {f"run/{name}": value for name, value in kept.items()}
     assert recorded(write_answers(tmp_path / "theirs.jsonl", data, random_answers(data, 0))) == {}
     (tmp_path / "run.json").write_text("{")
-    with pytest.raises(BenchmarkError, match=r"run\.json"):
+    with refused("run.json"):
         score(benchmark, data, path)

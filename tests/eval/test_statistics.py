@@ -14,7 +14,6 @@ from reverie_jax.eval.statistics import Estimate, bootstrap, calibration_bins, d
 RATIO = {"ratio": ratio(0, 1)}
 DRAWS = 60
 rows = st.tuples(st.integers(0, 5), st.integers(0, 6))
-tables = st.lists(st.tuples(rows, rows), min_size=1, max_size=8)
 
 
 def percentile(values: list[float], percent: float) -> float:
@@ -30,11 +29,9 @@ def slow_ratios(rows, weights) -> list[float]:
     """Return the ratio of each resample, adding clusters one by one."""
     ratios = []
     for draw in weights:
-        over = under = 0.0
-        for times, row in zip(draw, rows, strict=True):
-            for _ in range(times):
-                over, under = over + row[0], under + row[1]
-        ratios.append(over / under if under else 0.0)
+        drawn = [row for times, row in zip(draw, rows, strict=True) for _ in range(times)]
+        under = sum(row[1] for row in drawn)
+        ratios.append(sum(row[0] for row in drawn) / under if under else 0.0)
     return ratios
 
 
@@ -43,7 +40,7 @@ def weights_of(clusters: int, **options) -> list[list[int]]:
 
 
 @settings(max_examples=25)
-@given(tables)
+@given(st.lists(st.tuples(rows, rows), min_size=1, max_size=8))
 def test_intervals_equal_the_slow_loop(pairs):
     ours, theirs = ([pair[side] for pair in pairs] for side in (0, 1))
     weights, once = weights_of(len(pairs), draws=DRAWS), [[1] * len(pairs)]
@@ -55,13 +52,11 @@ def test_intervals_equal_the_slow_loop(pairs):
         (bootstrap(one, RATIO, draws=DRAWS)["ratio"], mine, value),
         (differences(one, other, RATIO, draws=DRAWS)["ratio"], paired, value - slow_ratios(theirs, once)[0]),
     ):
-        assert estimate.value == pytest.approx(expected)
-        assert (estimate.low, estimate.high) == pytest.approx((percentile(drawn, 2.5), percentile(drawn, 97.5)))
+        assert estimate == pytest.approx((expected, percentile(drawn, 2.5), percentile(drawn, 97.5)))
 
 
 def test_a_paired_difference_is_antisymmetric_and_narrower_than_its_sides():
-    rng = np.random.default_rng(2)
-    right = rng.random(200) < 0.5  # easy and hard images, the same for both models
+    right = np.random.default_rng(2).random(200) < 0.5  # easy and hard images, the same for both models
     one = np.stack([10.0 * right, np.full(200, 10.0)], 1)
     other = one.copy()
     other[:6, 0] = 10 - other[:6, 0]
@@ -73,8 +68,7 @@ def test_a_paired_difference_is_antisymmetric_and_narrower_than_its_sides():
 
 
 def test_an_interval_covers_the_truth_about_as_often_as_it_claims():
-    rng = np.random.default_rng(3)
-    covered = 0
+    rng, covered = np.random.default_rng(3), 0
     for _ in range(200):
         share = rng.beta(3, 2, 80)  # questions about one image are dependent
         counts = np.stack([rng.binomial(6, share), np.full(80, 6)], 1).astype(float)
@@ -87,7 +81,6 @@ def test_resamples_draw_as_many_clusters_as_there_are():
     weights = np.asarray(weights_of(30, draws=500))
     assert weights.shape == (500, 30)
     assert (weights.sum(1) == 30).all()
-    assert abs(weights.mean(0) - 1).max() < 0.2
     assert np.array_equal(weights, np.random.default_rng(0).multinomial(30, np.full(30, 1 / 30), size=500))
     assert not np.array_equal(weights, weights_of(30, draws=500, seed=1))
 
@@ -106,12 +99,9 @@ def test_ratio_divides_sums_or_is_empty(over, under):
     assert ratio(0, 2)(np.stack([sums, sums])).shape == (2,)
 
 
-def test_calibration_bins_leave_out_empty_ones():
+def test_calibration_bins_and_what_is_written():
     chance, label = np.asarray([0.0, 0.05, 0.95, 1.0]), np.asarray([0.0, 1.0, 1.0, 1.0])
-    assert calibration_bins(chance, label) == [(0.025, 0.5, 2), (0.975, 1.0, 2)]
-
-
-def test_an_estimate_is_written_with_four_digits():
+    assert calibration_bins(chance, label) == [(0.025, 0.5, 2), (0.975, 1.0, 2)]  # empty ones are left out
     estimate = Estimate(0.123456, 0.1, 0.98765)
     assert estimate.json("f1") == {"f1": 0.1235, "ci95": [0.1, 0.9877]}
     assert str(estimate) == "0.123 [0.100, 0.988]"

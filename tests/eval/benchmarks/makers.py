@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import base64
-import functools
 import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -63,13 +61,6 @@ def answer_row(question_id: Any, prompt: str, text: Any, **more: Any) -> dict[st
     return {**row, "metadata": {}, **more}
 
 
-@functools.cache
-def prompts() -> dict[str, str]:
-    """Return the judge prompts of the package."""
-    folder = resources.files("reverie_jax.eval").joinpath("prompts")
-    return {file.name.removesuffix(".txt"): file.read_text("utf-8") for file in folder.iterdir()}
-
-
 def pope(folder: Path, **splits: Sequence[tuple[str, str, str]]) -> Path:
     """POPE's question files: of each split, (image, question, label)."""
     for split, rows in splits.items():
@@ -108,43 +99,31 @@ def mmbench(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str
 
 
 def rotations(
-    index: int,
-    question: str,
-    options: Sequence[str],
-    answer: str,
-    *,
-    hint: str = "",
-    category: str = "object_localization",
-    level: str = "finegrained_perception (instance-level)",
-    split: str = "dev",
-    passes: int | None = None,
+    index: int, question: str, options: Sequence[str], answer: str, *, passes: int | None = None, **more: str
 ) -> list[dict[str, Any]]:
     """A question's passes, each a row of its own: options moved up by one, the answer's letter with them."""
-    rows = []
-    right = "ABCD".index(answer)
-    image = base64.b64encode(encoded(index, "JPEG")).decode()
+    level = more.pop("level", "finegrained_perception (instance-level)")
+    same = {
+        "question": question,
+        "hint": "",
+        "image": base64.b64encode(encoded(index, "JPEG")).decode(),
+        "split": "dev",
+    }
+    same |= {"category": "object_localization", "l2-category": level, **more}
+    right, rows = "ABCD".index(answer), []
     for step in range(len(options) if passes is None else passes):
-        turned = [*options[step:], *options[:step]]
-        row = {"index": index + step * 1_000_000, "question": question, "hint": hint, "image": image, "split": split}
-        row |= {"answer": "ABCD"[(right - step) % len(options)], "category": category, "l2-category": level}
-        rows.append(row | dict(zip("ABCD", turned, strict=False)))
+        turned = dict(zip("ABCD", [*options[step:], *options[:step]], strict=False))
+        rows.append(
+            {"index": index + step * 1_000_000, "answer": "ABCD"[(right - step) % len(options)], **same, **turned}
+        )
     return rows
 
 
-def problem(
-    question: str,
-    choices: Sequence[str],
-    answer: int,
-    *,
-    hint: str = "",
-    image: str | None = "image.png",
-    subject: str = "natural science",
-    grade: str = "grade4",
-    split: str = "test",
-) -> dict[str, Any]:
+def problem(question: str, choices: Sequence[str], answer: int, **more: Any) -> dict[str, Any]:
     """One of ScienceQA's problems."""
-    row = {"question": question, "choices": list(choices), "answer": answer, "hint": hint, "image": image}
-    return row | {"grade": grade, "subject": subject, "split": split, "lecture": "", "solution": ""}
+    row = {"question": question, "choices": list(choices), "answer": answer, "hint": "", "image": "image.png"}
+    row |= {"grade": "grade4", "subject": "natural science", "split": "test", "lecture": "", "solution": ""}
+    return row | more
 
 
 def scienceqa(folder: Path, problems: Mapping[str, Mapping[str, Any]], **splits: Sequence[str]) -> Path:
@@ -211,24 +190,19 @@ def coco(folder: Path, images: Mapping[int, tuple[Sequence[str], Sequence[str]]]
     Args:
         images: val2014's: classes that are segmented there (one annotation each), and reference captions.
     """
-    head = {"info": {"year": 2014}, "licenses": []}
-    named = [{"id": image, "file_name": coco_name(image), "height": 9, "width": 9} for image in images]
-    segments = [(image, name) for image, (names, _) in images.items() for name in names]
-    captions = [(image, text) for image, (_, texts) in images.items() for text in texts]
     categories = [{"id": CATEGORY[name], "name": name, "supercategory": "thing"} for name in COCO]
     # One image of the training split, which no benchmark here asks about.
-    other = [{"id": 990001, "file_name": "COCO_train2014_000000990001.jpg", "height": 9, "width": 9}]
-    for split, shown in (("val", named), ("train", other)):
-        found = segments if split == "val" else [(990001, "kite")]
-        references = captions if split == "val" else [(990001, "A kite.")]
+    for split, shown in (("val", images), ("train", {990001: (["kite"], ["A kite."])})):
+        names = [{"id": n, "file_name": coco_name(n).replace("val", split), "height": 9, "width": 9} for n in shown]
+        head = {"info": {"year": 2014}, "licenses": [], "images": names}
+        segments = [(image, CATEGORY[name]) for image, (classes, _) in shown.items() for name in classes]
         rows = [
-            {"id": number, "image_id": image, "category_id": CATEGORY[name], "bbox": [0, 0, 1, 1], "iscrowd": 0}
-            for number, (image, name) in enumerate(found)
+            {"id": n, "image_id": image, "category_id": category, "bbox": [0, 0, 1, 1], "iscrowd": 0}
+            for n, (image, category) in enumerate(segments)
         ]
-        content = {**head, "images": shown, "annotations": rows, "categories": categories}
-        write_json(folder / f"instances_{split}2014.json", content)
-        texts = [{"id": number, "image_id": image, "caption": text} for number, (image, text) in enumerate(references)]
-        write_json(folder / f"captions_{split}2014.json", {**head, "images": shown, "annotations": texts})
+        texts = [{"id": image, "image_id": image, "caption": t} for image, (_, some) in shown.items() for t in some]
+        write_json(folder / f"instances_{split}2014.json", {**head, "annotations": rows, "categories": categories})
+        write_json(folder / f"captions_{split}2014.json", {**head, "annotations": texts})
     return folder
 
 
@@ -250,23 +224,25 @@ def mmhal_rows() -> list[dict[str, Any]]:
     ]
 
 
-def llava_bench(folder: Path, counts: Mapping[str, int] | None = None) -> Path:
-    """LLaVA-Bench in the wild: by default six questions about three images; `counts` says how many of each category."""
-    kinds = [kind for kind, n in (counts or {"conv": 2, "detail": 2, "complex": 2}).items() for _ in range(n)]
-    images = [f"{1 + number // 2:03d}.jpg" for number in range(len(kinds))]
+def llava_bench(
+    folder: Path, kinds: Sequence[str] = ("conv", "conv", "detail", "detail", "complex", "complex")
+) -> Path:
+    """LLaVA-Bench in the wild: a question of each kind, two about an image."""
+    images = [f"{1 + n // 2:03d}.jpg" for n in range(len(kinds))]
+    contexts = [{"id": i[:-4], "image": i, "caption": f"Seen in {i}."} for i in dict.fromkeys(images)]
+    for image in images:
+        write_image(folder / "images" / image)
+    return _rated(folder, kinds, images, contexts, ("questions", "context", "answers_gpt4"))
+
+
+def _rated(folder: Path, kinds: Any, images: Any, contexts: Any, files: Sequence[str]) -> Path:
     rows = [
-        {"question_id": number, "image": image, "text": f"Question {number}?", "category": kind}
-        for number, (image, kind) in enumerate(zip(images, kinds, strict=True))
+        {"question_id": n, "image": image, "text": f"Question {n}?", "category": kind}
+        for n, (image, kind) in enumerate(zip(images, kinds, strict=True))
     ]
-    write_lines(folder / "questions.jsonl", rows)
-    shown = list(dict.fromkeys(images))
-    contexts = [{"id": image[:-4], "image": image, "caption": f"Seen in {image}."} for image in shown]
-    write_lines(folder / "context.jsonl", contexts)
     references = [answer_row(n, f"Question {n}?", f"Reference {n}.", model_id="gpt-4") for n in range(len(rows))]
-    write_lines(folder / "answers_gpt4.jsonl", references)
-    for image in shown:
-        (folder / "images").mkdir(exist_ok=True)
-        (folder / "images" / image).write_bytes(IMAGE)
+    for name, content in zip(files, (rows, contexts, references), strict=True):
+        write_lines(folder / f"{name}.jsonl", content)
     return folder
 
 
@@ -402,23 +378,16 @@ def textvqa(folder: Path, rows: Sequence[Mapping[str, Any]], tokens: Mapping[str
 
 def llava_bench_coco(folder: Path) -> Path:
     """LLaVA-Bench COCO: six questions about two images."""
-    kinds = ["conv", "detail", "complex"] * 2
-    rows = [
-        {"question_id": n, "image": f"{n // 3:012d}.jpg", "text": f"Question {n}?", "category": kind}
-        for n, kind in enumerate(kinds)
-    ]
-    write_lines(folder / "qa90_questions.jsonl", rows)
     boxes = [{"category": "dog", "bbox": [0.1, 0.2, 0.3, 0.4]}]
     contexts = [
         {"id": f"{n:012d}", "image": f"{n:012d}.jpg", "captions": ["A dog.", "A brown dog."], "instances": boxes}
         for n in range(2)
     ]
-    write_lines(folder / "caps_boxes_coco2014_val_80.jsonl", contexts)
-    references = [{"question_id": n, "text": f"Reference {n}.", "answer_id": f"a{n}"} for n in range(6)]
-    write_lines(folder / "qa90_gpt4_answer.jsonl", references)
     for n in range(2):
         write_image(folder / "val2014" / coco_name(n))
-    return folder
+    images = [f"{n // 3:012d}.jpg" for n in range(6)]
+    files = ("qa90_questions", "caps_boxes_coco2014_val_80", "qa90_gpt4_answer")
+    return _rated(folder, ["conv", "detail", "complex"] * 2, images, contexts, files)
 
 
 def object_halbench(folder: Path, images: Mapping[int, tuple[Sequence[str], Sequence[str]]]) -> Path:

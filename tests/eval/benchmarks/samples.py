@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from reverie_jax.eval.benchmarks import find_benchmark
+from reverie_jax.eval.benchmarks import answer_files, find_benchmark
 from reverie_jax.eval.benchmarks.amber import Amber
-from reverie_jax.eval.benchmarks.interface import Benchmark, BenchmarkData
+from reverie_jax.eval.benchmarks.interface import Benchmark, BenchmarkData, BenchmarkError
 from reverie_jax.eval.benchmarks.object_halbench import ObjectHalBench
 from reverie_jax.eval.benchmarks.scoring import Scored
 from reverie_jax.eval.statistics import resamples
@@ -54,6 +56,15 @@ def similarity(one: str, other: str) -> float:
 
 # One sample of each benchmark, for tests of what holds for all.
 
+CARS = ("A red car", "A blue truck", "A green bus", "A dog")
+COCO = {
+    11: (["dog", "dog"], ["A woman walks.", "A dog on the grass."]),
+    12: (["cat"], ["A kitten sleeps on a sofa.", "Two men watch."]),
+    13: ([], ["A bus on a road."]),
+    14: (["couch", "tv"], ["A television."]),
+}
+"""Segments and captions by image. Captions are read by lemmas: "bus" is found, "men" not."""
+
 
 def _pope(folder: Path) -> Path:
     rows = [(f"{n}.jpg", f"Is there a {thing} in the image?", "yes") for n, thing in enumerate(("cup", "dog", "car"))]
@@ -67,34 +78,22 @@ def yes_no_pair(name: str, yes: str = "Yes", no: str = "No") -> list[tuple[str, 
 
 
 def _mme(folder: Path) -> Path:
-    tasks = {
-        "count": {"1.jpg": yes_no_pair("one"), "2.jpg": yes_no_pair("two")},
-        "scene": {"1.jpg": yes_no_pair("a shop")},
-    }
-    return make.mme(folder, tasks)
-
-
-MMBENCH_ROWS = [
-    *make.rotations(3, "What?", ["one", "two"], "A", hint="Look."),
-    *make.rotations(5, "Who?", ["me", "you", "she"], "B", category="image_scene", level="coarse_perception"),
-]
+    count = {"1.jpg": yes_no_pair("one"), "2.jpg": yes_no_pair("two")}
+    return make.mme(folder, {"count": count, "scene": {"1.jpg": yes_no_pair("a shop")}})
 
 
 def _mmbench(name: str) -> Callable[[Path], Path]:
-    def write(folder: Path) -> Path:
-        make.mmbench(folder / name, MMBENCH_ROWS)
-        return folder
-
-    return write
+    rows = make.rotations(3, "What?", CARS, "B", hint="Look.")
+    rows += make.rotations(5, "Who?", ["me", "you", "she"], "B", category="image_scene", level="coarse_perception")
+    return lambda folder: make.mmbench(folder / name, rows).parent
 
 
 def _scienceqa(folder: Path) -> Path:
-    texts = ("Which is iron?", "Which is wood?", "Which is glass?", "Which is tin?")
     problems = {
         str(7 * n): make.problem(
-            text, ["this", "that"], n % 2, image="image.png" if n % 2 else None, hint="Read." * (n == 1)
+            f"Which is {thing}?", list("uvwxy"), n % 2, image="image.png" if n % 2 else None, hint="Read." * (n == 1)
         )
-        for n, text in enumerate(texts, 1)
+        for n, thing in enumerate(("iron", "wood", "glass", "tin"), 1)
     }
     return make.scienceqa(folder, problems)
 
@@ -113,36 +112,25 @@ def _textvqa(folder: Path) -> Path:
     return make.textvqa(folder, rows, {"000": "DAKOTA, DIGITAL", "001": "drupalcon"})
 
 
-_COCO = {
-    11: (["dog", "dog"], ["A woman walks.", "A dog on the grass."]),
-    12: (["cat"], ["A kitten sleeps on a sofa.", "Two men watch."]),
-    13: ([], ["A bus on a road."]),
-    14: (["couch", "tv"], ["A television."]),
-}
-
-
 def _chair(folder: Path) -> Path:
-    make.coco(folder, _COCO)
-    for image in _COCO:
+    for image in COCO:
         make.write_image(folder / "val2014" / make.coco_name(image))
-    return folder
+    return make.coco(folder, COCO)
 
 
 def _amber(folder: Path) -> Path:
     described = [{"truth": ["dog"], "hallu": ["bird"]}, {"truth": ["kite"], "hallu": ["dog"]}]
     yes_no = [("discriminative-hallucination", "no"), ("discriminative-relation", "yes"), ("relation", "no")]
-    make.amber(folder, described, yes_no, relation={"dog": ["puppy"], "kite": [], "bird": []})
     for number in (1, 2):
         make.write_image(folder / "image" / f"AMBER_{number}.jpg")
-    return folder
+    return make.amber(folder, described, yes_no, relation={"dog": ["puppy"], "kite": [], "bird": []})
 
 
 def _mmhal(folder: Path) -> Path:
     rows = make.mmhal_rows()
-    make.write_json(folder / "response_template.json", rows)
     for row in rows:
         (folder / f"{row['image_id']}.jpg").write_bytes(make.IMAGE)
-    return folder
+    return make.write_json(folder / "response_template.json", rows).parent
 
 
 SAMPLES: dict[str, Callable[[Path], Path]] = {
@@ -156,7 +144,7 @@ SAMPLES: dict[str, Callable[[Path], Path]] = {
     "textvqa": _textvqa,
     "hallusionbench": make.hallusionbench,
     "chair": _chair,
-    "object-halbench": lambda folder: make.object_halbench(folder, _COCO),
+    "object-halbench": lambda folder: make.object_halbench(folder, COCO),
     "amber": _amber,
     "mmhal": _mmhal,
     "llava-bench": make.llava_bench,
@@ -164,7 +152,7 @@ SAMPLES: dict[str, Callable[[Path], Path]] = {
     "mm-vet": lambda folder: make.mm_vet(folder, [["rec"], ["rec", "ocr"], ["ocr", "rec"], ["know", "rec", "gen"]]),
     "gavie": make.gavie,
 }
-"""Writes the files of each benchmark into a folder."""
+"""Writes the files of each benchmark into a folder, and returns the folder."""
 
 
 def build(name: str) -> Benchmark:
@@ -175,8 +163,60 @@ def build(name: str) -> Benchmark:
 
 
 def load(name: str, data: Path) -> tuple[Benchmark, BenchmarkData]:
-    bench = find_benchmark(name)
+    bench = build(name)
     return bench, bench.load(data)
+
+
+def prompts() -> dict[str, str]:
+    """Return the judge prompts of the package."""
+    folder = resources.files("reverie_jax.eval").joinpath("prompts")
+    return {file.name.removesuffix(".txt"): file.read_text("utf-8") for file in folder.iterdir()}
+
+
+_GAVIE = "Relevancy:\nscore of the answer1: 8\nreason: so\n\nAccuracy:\nscore of the answer1: 6\nreason: so"
+_REPLIES = {
+    **{"mmhal": "Rating: 5", "gavie": _GAVIE, "llava-bench": "8 6", "llava-bench-coco": "8 6", "mm-vet": "0.5"},
+    **{"hallusionbench": "correct", "object-halbench": '["dog", "kite"]', "mmbench": "A", "mmbench-cn": "A"},
+}
+
+
+@dataclasses.dataclass
+class Case:
+    """A loaded sample, with answers to all of its questions."""
+
+    bench: Benchmark
+    loaded: BenchmarkData
+    data: Path
+
+    @property
+    def answers(self) -> dict[str, str]:
+        texts = ("A dog and a kite are here.", "Yes", "No, there is no {question} in it.")
+        return {id: texts[n % 3] for n, id in enumerate(ids(self.loaded))}
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        return [{"question_id": q.id, "text": self.answers[str(q.id)]} for q in self.loaded.questions]
+
+    def replies(self, answers: dict[str, str], rule: str) -> dict[str, str]:
+        requests = self.bench.judge_requests(self.loaded, answers, rule, prompts())
+        return dict.fromkeys([request.id for request in requests], _REPLIES.get(self.bench.name, ""))
+
+    def read(self, path: Path, rows: list[Any], **more: Any) -> dict[str, str]:
+        return answer_files.read_answers(make.write_lines(path, rows), self.bench, self.loaded, **more)
+
+    def rejects(self, path: Path, rows: list[Any], *named: str, **more: Any) -> None:
+        """Check that an answer file is an error of one line that names it."""
+        with refused(path.name, *named):
+            self.read(path, rows, **more)
+
+
+@contextlib.contextmanager
+def refused(*facts: Any, error: type[Exception] = BenchmarkError) -> Iterator[None]:
+    """Check that the block raises an error of one line with all these facts."""
+    with pytest.raises(error) as caught:
+        yield
+    assert "\n" not in str(caught.value)
+    assert all(str(fact) in str(caught.value) for fact in facts), caught.value
 
 
 def ids(loaded: BenchmarkData) -> list[str]:

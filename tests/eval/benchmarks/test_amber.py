@@ -10,9 +10,9 @@ import pytest
 
 from reverie_jax.eval.benchmarks import amber_words, find_benchmark
 from reverie_jax.eval.benchmarks.amber import Amber
-from reverie_jax.eval.benchmarks.interface import BenchmarkData, BenchmarkError
+from reverie_jax.eval.benchmarks.interface import BenchmarkData
 from tests.eval.benchmarks import makers as make
-from tests.eval.benchmarks.samples import answer_all, build, by_answer, check, headline, ids, nouns, value
+from tests.eval.benchmarks.samples import answer_all, check, headline, ids, load, nouns, refused, value
 
 # As in the official file, the words that are needed here.
 RELATION = {
@@ -45,11 +45,10 @@ TRUTHS = [
 ]
 
 
-def load(folder, described=(), yes_no=()) -> tuple[Amber, BenchmarkData]:
+def load_amber(folder, described=(), yes_no=()) -> tuple[Amber, BenchmarkData]:
     """Load descriptions, and questions of (kind, truth)."""
     pairs = [(KINDS[kind], truth) for kind, truth in yes_no]
-    bench = build("amber")
-    return bench, bench.load(make.amber(folder, list(described), pairs, relation=RELATION, safe=SAFE))
+    return load("amber", make.amber(folder, list(described), pairs, relation=RELATION, safe=SAFE))
 
 
 def score(sample, answers, rule: str = "official"):
@@ -98,7 +97,7 @@ DESCRIPTIONS = ["A man on a ship under the sky.", "A dog and a bird on a chair."
 
 @pytest.fixture(scope="module")
 def described(tmp_path_factory):
-    return load(tmp_path_factory.mktemp("described"), TRUTHS)
+    return load_amber(tmp_path_factory.mktemp("described"), TRUTHS)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +143,7 @@ def test_descriptions_are_scored_as_by_the_second_derivation(described, text):
     ],
 )
 def test_one_noun(tmp_path, noun, flagged, right, wrong):
-    scored = score(load(tmp_path, TRUTHS[1:2]), noun)
+    scored = score(load_amber(tmp_path, TRUTHS[1:2]), noun)
     assert scored.values() == pytest.approx(
         {
             "CHAIR": 100 * flagged / ((noun in VOCABULARY) + 0.001),
@@ -155,22 +154,20 @@ def test_one_noun(tmp_path, noun, flagged, right, wrong):
     )
 
 
-def test_a_noun_credits_the_same_and_the_first_similar_word(tmp_path):
-    """ "door" goes with car, and is similar to "armrest", which goes with bench and comes before."""
-    scored = score(load(tmp_path, [{"truth": ["dog"], "hallu": ["bench", "car"]}]), "door")
-    assert value(scored, "Cog") == pytest.approx(100 * 2 / 2.001)
-
-
-def test_perfect_small_set_is_not_perfect(tmp_path):
-    """The denominators begin at 0.001."""
-    values = score(load(tmp_path, TRUTHS[2:]), "A kite.").values()
-    assert {name: shown(number) for name, number in values.items()} == {"CHAIR": 0, "Cover": 99.9, "Hal": 0.1, "Cog": 0}
-
-
-def test_word_without_associations_has_none(tmp_path):
-    """The official script fails with a KeyError."""
-    scored = score(load(tmp_path, [{"truth": ["unicorn", "kite"], "hallu": []}]), "A kite.")
-    assert value(scored, "Cover") == pytest.approx(100 * 1 / 2.001)
+@pytest.mark.parametrize(
+    ("truth", "hallu", "text", "expected"),
+    [
+        # "door" goes with car, and is similar to "armrest", which goes with bench and comes before: both are credited.
+        (["dog"], ["bench", "car"], "door", {"Cog": 100 * 2 / 2.001}),
+        # The denominators begin at 0.001: a perfect small set is not perfect.
+        (["kite"], ["umbrella"], "A kite.", {"CHAIR": 0, "Cover": 100 / 1.001, "Hal": 100 - 100 / 1.001, "Cog": 0}),
+        # A word without associations has none; the official script fails with a KeyError.
+        (["unicorn", "kite"], [], "A kite.", {"Cover": 100 * 1 / 2.001}),
+    ],
+)
+def test_oddities_of_the_official_script(tmp_path, truth, hallu, text, expected):
+    values = score(load_amber(tmp_path, [{"truth": truth, "hallu": hallu}]), text).values()
+    assert {name: values[name] for name in expected} == pytest.approx(expected)
 
 
 def test_descriptions_are_left_out_where_their_tools_are_missing(tmp_path, monkeypatch):
@@ -179,10 +176,10 @@ def test_descriptions_are_left_out_where_their_tools_are_missing(tmp_path, monke
         monkeypatch.setitem(sys.modules, name, None)
     amber_words.tools.cache_clear()
     plain = find_benchmark("amber")
-    _, alone = load(tmp_path / "alone", TRUTHS)
-    with pytest.raises(BenchmarkError, match="spacy"):
+    _, alone = load_amber(tmp_path / "alone", TRUTHS)
+    with refused("spacy"):
         plain.score(alone, answer_all(alone, "A dog."))
-    _, both = load(tmp_path / "both", TRUTHS, [("State", "no")])
+    _, both = load_amber(tmp_path / "both", TRUTHS, [("State", "no")])
     scored = plain.score(both, {"1": "A dog.", "2": "A dog.", "3": "A dog.", "4": "No"})
     assert shown(value(scored, "Accuracy")) == 99.9
     assert "Hal" not in scored.metrics
@@ -216,7 +213,7 @@ def mixed(tmp_path_factory):
     rows = [(kind, "no" if kind == "Existence" else rng.choice(["yes", "no"]).item()) for kind in [*KINDS] * 12]
     weights = {"Yes": 0.4, "No": 0.4, "yes": 0.05, "No.": 0.05, "": 0.05, "maybe": 0.05}
     answers = rng.choice(list(weights), p=list(weights.values()), size=len(rows)).tolist()
-    return load(tmp_path_factory.mktemp("mixed"), (), rows), rows, answers
+    return load_amber(tmp_path_factory.mktemp("mixed"), (), rows), rows, answers
 
 
 def test_yes_no_table_is_that_of_the_second_derivation(mixed):
@@ -232,51 +229,27 @@ def test_yes_no_table_is_that_of_the_second_derivation(mixed):
         assert printed(scored, f"{name}/") == expected, name
 
 
-PARSED = by_answer(
-    {
-        ("no", "no", "no"): ["No"],
-        ("yes", "yes", "yes"): ["Yes"],
-        ("", "no", "no"): ["no", "No.", "No, there is not.", "NO", "There is NO dog"],
-        ("", "", ""): [""],
-        ("", "no", ""): ["Nothing at all"],
-        ("", "yes", ""): ["Oh no, yes"],
-    }
-)
-
-
-@pytest.mark.parametrize("answer", PARSED, ids=repr)
-def test_answers_are_parsed_by_each_rule(tmp_path, answer):
-    rows = [("Relation", "no"), ("Relation", "no"), ("Relation", "yes")]
-    sample = load(tmp_path, (), rows)
-    for rule, word in zip(sample[0].rules, PARSED[answer], strict=True):
-        scored = score(sample, [answer, "No", "Yes"], rule)
-        first = scored.parsed_answers[0]
-        assert (first.parsed, first.right, first.unparsed) == (word, float(word == "no"), word == "")
-        if rule == "official":
-            assert printed(scored) == yes_no_metrics(rows, [answer, "No", "Yes"])
-
-
 def test_other_text_lowers_recall_alone(tmp_path):
-    scored = score(load(tmp_path, (), [("Existence", "no")] * 10), ["No"] * 5 + ["Not at all"] * 5)
+    scored = score(load_amber(tmp_path, (), [("Existence", "no")] * 10), ["No"] * 5 + ["Not at all"] * 5)
     assert (printed(scored)["Precision"], printed(scored)["Recall"]) == (100.0, 50.0)
 
 
 def test_f1_of_existence_has_a_larger_constant(tmp_path):
     """90.8 where 90.9 would be right."""
     rows, answers = [("Existence", "no")] * 6, ["No"] * 5 + ["Yes"]
-    scored = score(load(tmp_path, (), rows), answers)
+    scored = score(load_amber(tmp_path, (), rows), answers)
     assert printed(scored, "Existence/") == yes_no_metrics(rows, answers, 0.001)
     assert (printed(scored, "Existence/")["F1"], printed(scored)["F1"]) == (90.8, 90.9)
-    scored = score(load(tmp_path, (), rows), "Yes")
+    scored = score(load_amber(tmp_path, (), rows), "Yes")
     assert printed(scored) == {"Accuracy": 0, "Precision": 0, "Recall": 0, "F1": 0}
 
 
 def test_amber_score_joins_both_tasks(tmp_path):
     rows, answers = (
-        [("Relation", "no"), ("State", "yes"), ("Existence", "no"), ("Action", "no")],
+        list(zip(["Relation", "State", "Existence", "Action"], ["no", "yes", "no", "no"], strict=False)),
         ["No", "Yes", "Yes", "No"],
     )
-    scored = score(load(tmp_path, TRUTHS, rows), [*DESCRIPTIONS, *answers])
+    scored = score(load_amber(tmp_path, TRUTHS, rows), [*DESCRIPTIONS, *answers])
     pairs = zip(DESCRIPTIONS, TRUTHS, strict=True)
     chair = description_metrics([counts(nouns(text), **truth) for text, truth in pairs])["CHAIR"]
     assert headline(scored) == pytest.approx((100 - chair + yes_no_metrics(rows, answers)["F1"]) / 2, abs=0.1)
@@ -284,7 +257,7 @@ def test_amber_score_joins_both_tasks(tmp_path):
 
 
 def test_task_without_answers_is_left_out(tmp_path):
-    bench, loaded = load(tmp_path, TRUTHS, [("State", "no"), ("State", "yes")])
+    bench, loaded = load_amber(tmp_path, TRUTHS, [("State", "no"), ("State", "yes")])
     scored = check(bench, loaded, {"4": "No"})
     assert scored.protocol["scored"] == ["yes/no"]
     assert shown(value(scored, "Accuracy")) == 99.9
@@ -292,7 +265,7 @@ def test_task_without_answers_is_left_out(tmp_path):
     assert (scored.protocol["scored"], headline(scored)) == (["yes/no"], 100)
     parsed = bench.score(loaded, {"1": "A cloud."}).parsed_answers[0]
     assert bench.hallucinated(loaded, loaded.questions[0], "A cloud.", parsed) == ["cloud"]
-    with pytest.raises(BenchmarkError, match="vlmevalkit"):
+    with refused("vlmevalkit"):
         bench.score(loaded, {"1": "A dog."}, "vlmevalkit")
 
 
@@ -308,7 +281,7 @@ def test_vlmevalkit_means_three_accuracies(mixed):
 
 def test_queries_are_joined_with_annotations_by_id(tmp_path):
     """The official script takes row id - 1; a shuffled file must not give other truths."""
-    bench, loaded = load(tmp_path, TRUTHS, [("State", "yes"), ("State", "no")])
+    bench, loaded = load_amber(tmp_path, TRUTHS, [("State", "yes"), ("State", "no")])
     questions = [f"Is number {n} there in this image?" for n in (4, 5)]
     assert [question.text for question in loaded.questions] == ["Describe this image."] * 3 + questions
     assert [question.max_new_tokens for question in loaded.questions] == [None] * 3 + [128] * 2
@@ -322,11 +295,5 @@ def test_queries_are_joined_with_annotations_by_id(tmp_path):
     assert ids(bench.load(tmp_path)) == ids(bench.load(tmp_path / "query" / "query_discriminative.json")) == ["4", "5"]
     annotations = json.loads((tmp_path / "annotations.json").read_text())
     make.write_json(tmp_path / "annotations.json", annotations[:4])
-    with pytest.raises(BenchmarkError, match=r"annotations\.json.*5"):
+    with refused("annotations.json", "question 5"):
         bench.load(tmp_path)
-
-
-def test_answers_are_in_the_official_form(tmp_path):
-    bench, loaded = load(tmp_path, (), [("State", "yes"), ("State", "no")])
-    (path,) = bench.export(loaded, {"1": "Yes", "2": "No"}, tmp_path / "out")
-    assert json.loads(path.read_text("utf-8")) == [{"id": 1, "response": "Yes"}, {"id": 2, "response": "No"}]

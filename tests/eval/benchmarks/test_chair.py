@@ -9,24 +9,20 @@ from __future__ import annotations
 import json
 from collections import Counter
 
-import numpy as np
 import pytest
 
 from reverie_jax.data import row_files
-from reverie_jax.data.row_files import Rows
 from reverie_jax.eval.benchmarks import chair, chair_words, coco
-from reverie_jax.eval.benchmarks.interface import BenchmarkError
 from tests.eval.benchmarks import makers as make
-from tests.eval.benchmarks.samples import answer_all, check, headline, ids, load, value
+from tests.eval.benchmarks.samples import answer_all, check, headline, ids, load, refused, value
 
-# What a caption mentions: classes, each as often as there is a mention.
+# What captions mention: classes, each as often as there is a mention.
 MENTIONS = {
     # Singulars lose their s: "bus" becomes "bu", which is nothing; only "buses" is found.
-    "A bus is parked on the road.": [],
+    ("A bus is parked on the road.", "The grass is tall near the tennis court.", "The train track is empty."): [],
     "Two buses are parked near a minibus and an airbus.": ["bus"],
     "Several minibuses and airbuses wait.": ["bus", "airplane"],
     "A trolley passes by, then two trolleys.": ["bus"] * 2,
-    "The grass is tall near the tennis court.": [],
     "A player swings a tennis racket.": ["person", "tennis racket"],
     "Two rackets and a tennis ball lie on the court.": ["tennis racket", "sports ball"],
     "A sports ball rolls past a baseball.": ["sports ball"],
@@ -38,32 +34,29 @@ MENTIONS = {
     "A thief and two thieves with knives.": ["person", "knife"],
     "Two canoes and a canoe.": ["boat"],
     "Collies and doggies, puppies and ponies.": ["dog", "horse"],
-    "He wears bow ties and ties.": ["tie"],
+    ("He wears bow ties and ties.", "He wears a bow tie."): ["tie"],
     "Calves, oxen, an ox, geese, sheep, mice and bison.": ["cow"] * 4 + ["bird", "sheep", "mouse"],
     "Scissors, skis, a ski and luggage.": ["scissors", "skis", "skis", "suitcase"],
     "Two taxis, three suvs and limos.": ["car"] * 3,
     "Shelves of books and stoves, gloves and a baseball glove.": ["book", "oven", "baseball glove"],
-    "A toothbrush, two toothbrushes, benches, couches and sandwiches.": ["toothbrush"] * 2
-    + ["bench", "couch", "sandwich"],
-    "Two vases and purses.": ["vase", "handbag"],
+    "Two toothbrushes, a toothbrush, benches and couches.": ["toothbrush"] * 2 + ["bench", "couch"],
+    "Two vases, sandwiches and purses.": ["vase", "sandwich", "handbag"],
     "A skier is skiing on skis.": ["person", "skis"],
     # Two words, from left to right.
     "She uses a hair drier, a hairdryer and a hair dryer.": ["hair drier"] * 2,
     "Three hot dogs and a dog.": ["hot dog", "dog"],
     "A hot dog bun.": ["hot dog"],
-    "He wears a bow tie.": ["tie"],
     "A tie and a bow.": ["tie"] * 2,
     "Suit cases and a suitcase.": ["suitcase"] * 2,
     "Two baseball gloves and three baseball bats with home plate.": ["baseball glove", "baseball bat"],
-    "Traffic lights, a stop sign, fire hydrants, parking meters and street lights.": ["traffic light"] * 2
-    + ["stop sign", "fire hydrant", "parking meter"],
+    "Traffic lights, a stop sign and street lights.": ["traffic light"] * 2 + ["stop sign"],
+    "Fire hydrants and parking meters.": ["fire hydrant", "parking meter"],
     "A teddy bear and a bear.": ["teddy bear", "bear"],
     "Teddy bears by a laptop computer.": ["teddy bear", "laptop"],
     "A potted plant and potted plants and a plant.": ["potted plant"] * 2,
     "A dining table, a table and a desk.": ["dining table"] * 3,
     "Cell phones and mobile phones and telephones.": ["cell phone"] * 3,
     "He rides a motor cycle beside a motorbike.": ["motorcycle"] * 2,
-    "The train track is empty.": [],
     "A train on the tracks.": ["train"],
     "The remote control lies by the computer mouse.": ["remote", "laptop", "mouse"],
     "A stove top oven.": ["oven"] * 2,
@@ -72,8 +65,7 @@ MENTIONS = {
     "A cheesecake and a cupcake.": ["cake"],
     "An iPhone and an iphone and a smartphone.": ["cell phone"],
     # Toilet seats, jets, young animals.
-    "A toilet seat is up.": ["toilet"],
-    "The seat of the toilet is up and the other seats are down.": ["toilet"],
+    ("A toilet seat is up.", "The seat of the toilet is up and the other seats are down."): ["toilet"],
     "A baby and a toilet. Take a seat.": ["person", "toilet"],
     "A toilet with a lid and a chair.": ["toilet", "chair"],
     "Take a seat.": ["chair"],
@@ -87,8 +79,7 @@ MENTIONS = {
     # Colors and other senses are found all the same.
     "An orange shirt and a mouse near the remote.": ["orange", "mouse", "remote"],
     # Compounds stay one word.
-    "A man/woman and a cat/dog.": [],
-    "A dog-cat sits beside a cat-dog.": [],
+    ("A man/woman and a cat/dog.", "A dog-cat sits beside a cat-dog."): [],
     "A ship and a spaceship.": ["boat"],
     # Case, possessives, contractions, quotes, brackets, numbers.
     "The DOG and The Cat. A TV.": ["dog", "cat", "tv"],
@@ -96,48 +87,43 @@ MENTIONS = {
     "The dog’s bowl and “a cat”.": ["dog", "bowl", "cat"],
     "It's a dog that isn't a cat; there're cows and they've horses.": ["dog", "cat", "cow", "horse"],
     'A sign says "dog" and (cat) and [horse].': ["dog", "cat", "horse"],
-    'She said "a dog." Then a cat came.': ["dog", "cat"],
-    "He saw a dog (and a cat.) The horse ran.": ["dog", "cat", "horse"],
-    "<dog> {cat}": ["dog", "cat"],
-    "2 dogs, 3 cats and 10 horses.": ["dog", "cat", "horse"],
-    "1. A dog. 2. A cat. 3. A horse.": ["dog", "cat", "horse"],
+    ('She said "a dog." Then a cat came.', "<dog> {cat}", "A dog--a cat."): ["dog", "cat"],
+    ("He saw a dog (and a cat.) The horse ran.", "2 dogs, 3 cats and 10 horses."): ["dog", "cat", "horse"],
+    ("1. A dog. 2. A cat. 3. A horse.", "A dog.\nA cat.\n- A horse"): ["dog", "cat", "horse"],
     "*dog* **cat** _horse_ `cow`": ["dog", "cat", "cow"],
     "#dog @cat $horse 50%cow": ["dog", "cat", "horse", "cow"],
     # A full stop ends a sentence in mid text, but not where no space follows.
     "There is a dog. There is a cat. There are cows.": ["dog", "cat", "cow"],
-    "a dog . a cat .": ["dog", "cat"],
+    ("a dog . a cat .", "A dog... and a cat.", "A dog\tand a cat."): ["dog", "cat"],
     "A dog.A cat.": ["cat"],
-    "A dog... and a cat.": ["dog", "cat"],
-    "A dog at 5 p.m. near a cat. Mr. Smith rides a horse.": ["dog", "cat", "horse"],
-    "The dog! Is it a cat? Yes, a horse; a sheep: a cow, a zebra.": ["dog", "cat", "horse", "sheep", "cow", "zebra"],
+    ("A dog at 5 p.m. near a cat. Mr. Smith rides a horse.", "A dog\nand a cat\n\nand a horse."): [
+        "dog",
+        "cat",
+        "horse",
+    ],
+    "The dog! Is it a cat? Yes, a horse; a sheep: a cow.": ["dog", "cat", "horse", "sheep", "cow"],
     "A dog,a cat;a horse:a cow&a zebra.": ["dog", "cat", "horse", "cow", "zebra"],
-    "A dog--a cat.": ["dog", "cat"],
-    "A dog\nand a cat\n\nand a horse.": ["dog", "cat", "horse"],
-    "A dog.\nA cat.\n- A horse": ["dog", "cat", "horse"],
-    "A dog\tand a cat.": ["dog", "cat"],
     # Other languages, and nothing at all.
-    "Un chien et un chat.": [],
-    "Ein Hund sitzt im Auto.": [],
-    "猫と犬がいます。": [],
+    (
+        "Un chien et un chat.",
+        "Ein Hund sitzt im Auto.",
+        "猫と犬がいます。",
+        "Nothing of the kind is here.",
+        "",
+        " . ",
+    ): [],
     "A café table with a piñata and a dog.": ["dining table", "dog"],
-    "Nothing of the kind is here.": [],
-    "": [],
-    " . ": [],
 }
 
 
-@pytest.mark.parametrize("caption", MENTIONS, ids=lambda caption: caption[:40])
-def test_caption_mentions_what_the_official_rule_finds(caption):
-    mentioned = [name for _, name in chair_words.chair().mentions(caption)]
-    assert Counter(mentioned) == Counter(MENTIONS[caption])
-
-
-def test_every_class_is_found_by_its_name():
-    """The 80 names themselves, without "bus", which the rule never finds."""
-    mentioned = [chair_words.chair().mentions(f"There is a {name} here.") for name in make.COCO]
-    assert [[name for _, name in found] for found in mentioned] == [
-        [name] if name != "bus" else [] for name in make.COCO
-    ]
+def test_captions_mention_what_the_official_rule_finds():
+    for captions, classes in MENTIONS.items():
+        for caption in [captions] if isinstance(captions, str) else captions:
+            mentioned = [name for _, name in chair_words.chair().mentions(caption)]
+            assert Counter(mentioned) == Counter(classes), caption
+    # The 80 names themselves, without "bus", which the rule never finds.
+    found = {name: [n for _, n in chair_words.chair().mentions(f"There is a {name} here.")] for name in make.COCO}
+    assert found == {name: [name] if name != "bus" else [] for name in make.COCO}
 
 
 IMAGES = {
@@ -198,16 +184,6 @@ def test_scores_are_micro_over_mentions_and_over_all_captions(sample):
     assert [chair.absent(parsed) for parsed in scored.parsed_answers][:3] == [["cat"], ["dining table"], ["truck"]]
 
 
-def test_sums_of_any_images_are_their_own_score(sample):
-    scored = scored_captions(sample, CAPTIONS)
-    rng = np.random.default_rng(0)
-    for _ in range(20):
-        images = [image for image in CAPTIONS if rng.random() < 0.5] or [101]
-        sums = scored.counts[[scored.clusters.index(str(image)) for image in images]].sum(0)
-        for name, number in by_hand(CAPTIONS, images).items():
-            assert value(scored, name, sums=sums) == pytest.approx(number), (name, images)
-
-
 def test_caption_without_a_mention_is_clean_and_a_missing_one_counts_nowhere(sample):
     nothing = {image: ("So it is.", []) for image in IMAGES}
     assert scored_captions(sample, nothing).values() == {"CHAIRs": 0, "CHAIRi": 0, "Recall": 0, "Len": 3}
@@ -242,7 +218,7 @@ def test_questions_ask_for_a_description_of_the_listed_images(sample, tmp_path):
     make.write_lines(data / "other.jsonl", [{"image_id": 104}])
     for wrong in (data, data / "other.jsonl"):  # two lists; an unknown image
         make.write_lines(data / "other.jsonl", [{"image_id": 999}])
-        with pytest.raises(BenchmarkError):
+        with refused():
             load("chair", wrong)
 
 
@@ -253,20 +229,6 @@ def test_sample_without_a_list_depends_on_ids_alone(tmp_path, monkeypatch):
     assert ids(one) == ids(other)
     assert len(ids(one)) == 3
     assert one.protocol["picture_ids_sha256"] == other.protocol["picture_ids_sha256"]
-
-
-def test_caption_file_is_in_the_official_form_and_read_back(sample, tmp_path):
-    bench, loaded = sample
-    answers = {str(image): text for image, (text, _) in CAPTIONS.items()}
-    (path,) = bench.export(loaded, answers, tmp_path)
-    content = json.loads(path.read_text("utf-8"))
-    language = {"Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "CIDEr", "SPICE", "ROUGE_L"}
-    assert set(content["overall"]) >= language
-    rows = content["imgToEval"].values()
-    assert {row["image_id"]: row["caption"] for row in rows} == {n: text for n, (text, _) in CAPTIONS.items()}
-    assert all(set(row) >= language for row in rows)
-    parts = [part for member in Rows(path) for part in bench.split_row(member)]
-    assert {bench.match_question(part, loaded): bench.answer_text(part) for part in parts} == answers
 
 
 def test_coco_files_may_hold_much_beside_the_list(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""HallusionBench: a judge's codes, groups by question and by figure; the yes/no rules that need no judge."""
+"""HallusionBench: groups by question and by figure, causes of errors; the yes/no rules that need no judge."""
 
 from __future__ import annotations
 
@@ -6,16 +6,13 @@ import itertools
 import random
 from collections.abc import Mapping
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reverie_jax.eval.benchmarks import inputs
-from reverie_jax.eval.benchmarks.hallusionbench import parse_code
 from tests.eval.benchmarks.makers import HALLUSION as ROWS
-from tests.eval.benchmarks.makers import hallusionbench, prompts, shade, write_image, write_json
-from tests.eval.benchmarks.samples import answer_all, check, find_question, ids, load
+from tests.eval.benchmarks.makers import hallusionbench, shade, write_image, write_json
+from tests.eval.benchmarks.samples import answer_all, check, find_question, ids, load, prompts
 
 LABELS = [{"1": "yes", "0": "no"}[row["gt_answer"]] for row in ROWS]
 
@@ -40,21 +37,21 @@ def test_images_may_be_one_folder_deeper(tmp_path):
     assert shade(loaded.read_image(find_question(loaded, "VS ocr set 0 figure 1 question 0").image)) == 200
 
 
+def right_groups(rows: list[dict], right: list[bool], *names: str, keep=lambda row: True) -> float:
+    """Return the share of groups by those columns that are all right, in percent."""
+    found: dict[tuple, list[bool]] = {}
+    for row, good in zip(rows, right, strict=True):
+        if keep(row):
+            found.setdefault(tuple(row[name] for name in names), []).append(good)
+    return 100 * sum(map(all, found.values())) / len(found) if found else 0.0
+
+
 def official(rows: list[dict], codes: list[int], same: list[bool]) -> dict[str, float]:
     """Return the metrics of the published arithmetic, group by group."""
     right = [
         code == 1 or (code == 2 and row["category"] == "VS" and row["figure_id"] == "0")
         for row, code in zip(rows, codes, strict=True)
     ]
-
-    def groups(names: tuple[str, ...], keep=lambda row: True) -> float:
-        """Return the share of groups by those columns that are all right."""
-        found: dict[tuple, list[bool]] = {}
-        for row, good in zip(rows, right, strict=True):
-            if keep(row):
-                found.setdefault(tuple(row[name] for name in names), []).append(good)
-        return 100 * sum(map(all, found.values())) / len(found) if found else 0.0
-
     question = ("category", "subcategory", "set_id", "question_id")
     figure = ("category", "subcategory", "set_id", "figure_id")
     origin = {
@@ -71,10 +68,10 @@ def official(rows: list[dict], codes: list[int], same: list[bool]) -> dict[str, 
     wrong = [row["gt_answer"] == "0" for row, good in zip(rows, right, strict=True) if not good]
     return {
         "aAcc": 100 * sum(right) / len(rows),
-        "qAcc": groups(question),
-        "fAcc": groups(figure, lambda row: (row["category"], row["figure_id"]) != ("VS", "0")),
-        "easy": groups(question, lambda row: row["visual_input"] != "2"),
-        "hard": groups(question, lambda row: row["visual_input"] == "2"),
+        "qAcc": right_groups(rows, right, *question),
+        "fAcc": right_groups(rows, right, *figure, keep=lambda r: (r["category"], r["figure_id"]) != ("VS", "0")),
+        "easy": right_groups(rows, right, *question, keep=lambda row: row["visual_input"] != "2"),
+        "hard": right_groups(rows, right, *question, keep=lambda row: row["visual_input"] == "2"),
         "diff": (sum(says_yes) - sum(row["gt_answer"] == "1" for row in rows)) / len(rows),
         "fp": sum(wrong) / len(wrong) if wrong else 0.0,
         **{kind: 100 * causes.count(kind) / errors if errors else 0.0 for kind in ("LH", "VI", "Mixed")},
@@ -106,11 +103,8 @@ def test_second_derivation_has_a_cause_for_every_error():
 def judged(sample, codes: Mapping[str, str], same: Mapping[str, str]) -> dict[str, str]:
     """Return replies to all requests: a code for each answer, and for comparisons "same" or not."""
     bench, loaded = sample
-    replies = {}
-    for request in bench.judge_requests(loaded, answer_all(loaded, "Yes, it is."), "official", prompts()):
-        id, _, kind = request.id.partition("#")
-        replies[request.id] = (same if kind else codes)[id]
-    return replies
+    requests = bench.judge_requests(loaded, answer_all(loaded, "Yes, it is."), "official", prompts())
+    return {r.id: (same if "#" in r.id else codes)[r.id.partition("#")[0]] for r in requests}
 
 
 REPLIES = {0: "Incorrect.", 1: "The prediction is CORRECT", 2: "unclear"}
@@ -125,12 +119,11 @@ def score(sample, codes: list[int], same: list[bool], *, full: bool = True):
 
 
 def test_metrics_are_those_of_the_published_arithmetic(sample):
-    """Random codes, seeded: enough of them for every row of the table of causes."""
+    """All right and all wrong; then random codes, seeded: enough of them for every row of the table of causes."""
     rng, met = random.Random(0), set()
-    for turn in range(14):
-        codes = rng.choices([0, 1, 2], k=len(ROWS))
-        same = rng.choices([False, True], k=len(ROWS))
-        values = score(sample, codes, same, full=turn == 0).values()
+    drawn = [(rng.choices([0, 1, 2], k=len(ROWS)), rng.choices([False, True], k=len(ROWS))) for _ in range(14)]
+    for turn, (codes, same) in enumerate([([1] * len(ROWS), [True] * 11), ([0] * len(ROWS), [True] * 11), *drawn]):
+        values = score(sample, codes, same, full=turn < 3).values()
         expected = official(ROWS, codes, same)
         assert {name: values[name] for name in expected} == pytest.approx(expected)
         for part in ("VD", "VS"):
@@ -139,17 +132,6 @@ def test_metrics_are_those_of_the_published_arithmetic(sample):
             assert {name: values[f"{part}/{name}"] for name in few} == pytest.approx(few)
         met |= {(row["figure_id"], row["category"], *pair) for row, *pair in zip(ROWS, codes, same, strict=True)}
     assert len(met) == 30  # figures 0 and 1 of both parts and figure 2 of VS, three codes, the same or not
-
-
-CODES = {
-    **{"correct": 1, "Correct.": 1, "Not correct": 1, "\u201ccorrect\u201d": 1, "correctness is unclear": 1},
-    **{"incorrect": 0, "INCORRECT": 0, "The answer is not incorrect, it is correct": 0},
-    **{"unclear": 2, "": 2, "wrong": 2, "true": 2},
-}
-
-
-def test_replies_are_parsed_as_published():
-    assert {reply: parse_code(reply) for reply in CODES} == CODES
 
 
 @pytest.mark.parametrize(
@@ -161,9 +143,8 @@ def test_comparisons_are_parsed_as_published(sample, reply, alike):
     replies = judged(sample, answer_all(loaded, [REPLIES[code] for code in codes]), answer_all(loaded, reply))
     values = bench.score(loaded, answer_all(loaded, "No."), "official", replies=replies).values()
     expected = official(ROWS, codes, [alike] * len(ROWS))
-    assert {name: values[name] for name in ("LH", "VI", "Mixed")} == pytest.approx(
-        {name: expected[name] for name in ("LH", "VI", "Mixed")}
-    )
+    for name in ("LH", "VI", "Mixed"):
+        assert values[name] == pytest.approx(expected[name])
 
 
 def test_unclear_is_right_only_without_an_image(sample):
@@ -171,17 +152,9 @@ def test_unclear_is_right_only_without_an_image(sample):
     assert [bool(parsed.right) for parsed in scored.parsed_answers] == [row["visual_input"] == "0" for row in ROWS]
 
 
-def test_metrics_without_errors_or_without_right_answers_are_finite(sample):
-    for code, expected in ((1, 100), (0, 0)):
-        values = score(sample, [code] * len(ROWS), [True] * len(ROWS)).values()
-        assert [values[name] for name in ("aAcc", "qAcc", "fAcc", "easy", "hard")] == [expected] * 5
-        assert all(np.isfinite(list(values.values())))
-
-
 def test_causes_are_left_out_without_comparisons(sample):
     bench, loaded = sample
-    replies = dict.fromkeys(ids(loaded), "incorrect")
-    scored = bench.score(loaded, answer_all(loaded, "No."), "official", replies)
+    scored = bench.score(loaded, answer_all(loaded, "No."), "official", dict.fromkeys(ids(loaded), "incorrect"))
     assert "LH" not in scored.metrics
     assert "LH, VI and Mixed" in scored.protocol
 
@@ -199,57 +172,28 @@ def test_judge_reads_question_reference_and_answer(sample):
     assert "My answer 4." in compared
 
 
-PARSED = {
-    **{"Yes": "yes", "Yes.": "yes", "The answer is yes!": "yes", "no": "no", "No, it is not.": "no"},
-    **dict.fromkeys(("Yes and no", "none", "I do not know", "", "Eyes", "S\u00ed", "**Yes**"), ""),
-}
-
-
-@pytest.mark.parametrize("answer", PARSED, ids=repr)
-def test_rules_without_a_judge_parse_words(sample, answer):
-    bench, loaded = sample
-    scored = bench.score(loaded, answer_all(loaded, answer), "vlmevalkit")
-    for row, label, parsed in zip(ROWS, LABELS, scored.parsed_answers, strict=True):
-        if row["filename"]:
-            word = PARSED[answer]
-            assert (parsed.parsed, parsed.right, parsed.unparsed) == (word, float(word == label), word == "")
-    codes = [1 if PARSED[answer] == label else 0 if PARSED[answer] else 2 for label in LABELS]
-    values = check(bench, loaded, answer_all(loaded, answer), "yes-no").values()
-    expected = official(ROWS, codes, [False] * len(ROWS))
-    assert {name: values[name] for name in ("aAcc", "qAcc", "fAcc", "diff", "fp")} == pytest.approx(
-        {name: expected[name] for name in ("aAcc", "qAcc", "fAcc", "diff", "fp")}
-    )
-
-
 def vlmevalkit(words: list[str]) -> dict[str, float]:
     """Return VLMEvalKit's metrics: rows with an image; groups without VD and VS, so those of "ocr" fall together."""
     pairs = [(row, word == label) for row, word, label in zip(ROWS, words, LABELS, strict=True) if row["filename"]]
-
-    def groups(*names: str) -> float:
-        found: dict[tuple, list[bool]] = {}
-        for row, good in pairs:
-            found.setdefault(tuple(row[name] for name in names), []).append(good)
-        return 100 * sum(map(all, found.values())) / len(found)
-
+    rows, right = map(list, zip(*pairs, strict=True))
     values = {
-        "aAcc": 100 * sum(good for _, good in pairs) / len(pairs),
-        "fAcc": groups("subcategory", "set_id", "figure_id"),
-        "qAcc": groups("subcategory", "set_id", "question_id"),
+        "aAcc": 100 * sum(right) / len(right),
+        "fAcc": right_groups(rows, right, "subcategory", "set_id", "figure_id"),
+        "qAcc": right_groups(rows, right, "subcategory", "set_id", "question_id"),
     }
     return {"Overall": sum(values.values()) / 3, **values}
 
 
 @settings(max_examples=15)
-@given(st.lists(st.sampled_from(["yes", "no", ""]), min_size=11, max_size=11))
-def test_groups_of_vlmevalkit_fall_together(sample, words):
+@given(st.lists(st.sampled_from(["Yes.", "no", "Yes and no"]), min_size=11, max_size=11))
+def test_rules_without_a_judge(sample, texts):
     bench, loaded = sample
-    values, expected = check(bench, loaded, answer_all(loaded, words), "vlmevalkit").values(), vlmevalkit(words)
+    words = [{"Yes.": "yes", "no": "no"}.get(text, "") for text in texts]
+    values, expected = check(bench, loaded, answer_all(loaded, texts), "vlmevalkit").values(), vlmevalkit(words)
     assert next(iter(values)) == "Overall"
     assert {name: values[name] for name in expected} == pytest.approx(expected)
-
-
-def test_official_result_file_has_the_rows_and_the_answers(sample, tmp_path):
-    bench, loaded = sample
-    answers = answer_all(loaded, [f"Answer {n}." for n in range(len(ROWS))])
-    (path,) = bench.export(loaded, answers, tmp_path)
-    assert inputs.read_json(path) == [{**row, "model_prediction": f"Answer {n}."} for n, row in enumerate(ROWS)]
+    codes = [1 if word == label else 0 if word else 2 for word, label in zip(words, LABELS, strict=True)]
+    values = check(bench, loaded, answer_all(loaded, texts), "yes-no").values()
+    expected = official(ROWS, codes, [False] * len(ROWS))
+    for name in ("aAcc", "qAcc", "fAcc", "diff", "fp"):
+        assert values[name] == pytest.approx(expected[name])

@@ -1,38 +1,33 @@
-"""MMBench: letters and texts inferred as the leaderboard does, a hit only if all rotations are right."""
+"""MMBench: prompts and passes as LLaVA's, a hit only if all rotations are right. Parsers are in `test_rules.py`."""
 
 from __future__ import annotations
 
 import base64
 import dataclasses
 import importlib.util
-from collections.abc import Sequence
 
 import pandas
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reverie_jax.eval.benchmarks import choice_parsing
 from reverie_jax.eval.benchmarks.interface import BenchmarkError, NotScorable
 from tests.eval.benchmarks.makers import LETTER, MMBENCH, encoded, mmbench, rotations
-from tests.eval.benchmarks.samples import answer_all, check, headline, ids, load, value
+from tests.eval.benchmarks.samples import CARS, answer_all, check, headline, ids, load, refused, value
 
 FILE = "mmbench_dev_20230712.tsv"
-CARS = ["A red car", "A blue truck", "A green bus", "A dog"]
-OPTIONS = dict(zip("ABCD", CARS, strict=True))
 QUESTIONS = [
     *rotations(4, "What is in the picture?", CARS, "B", hint="Look at the road."),
     *rotations(7, "Is it day?", ["yes", "no"], "A", category="image_scene", level="coarse_perception"),
     *rotations(9, "How many?", ["one", "two", "three"], "C", category="image_scene", level="coarse_perception"),
 ]
 RIGHT = [row["answer"] for row in QUESTIONS]
+ONE = rotations(4, "What?", CARS, "B", passes=1)
 
 
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("mmbench")
-    mmbench(folder / FILE, QUESTIONS)
-    return load("mmbench", folder)
+    return load("mmbench", mmbench(tmp_path_factory.mktemp("mmbench") / FILE, QUESTIONS).parent)
 
 
 COMPANION = rotations(99, "Is it so?", ["yes", "no"], "A")
@@ -41,8 +36,7 @@ COMPANION = rotations(99, "Is it so?", ["yes", "no"], "A")
 
 def single(folder, row, columns=MMBENCH):
     """Load a file with one pass of one question, and keep that question alone."""
-    mmbench(folder / FILE, [row, *COMPANION], columns)
-    bench, loaded = load("mmbench", folder)
+    bench, loaded = load("mmbench", mmbench(folder / FILE, [row, *COMPANION], columns).parent)
     return bench, dataclasses.replace(loaded, questions=[q for q in loaded.questions if str(q.id) == str(row["index"])])
 
 
@@ -50,7 +44,7 @@ def test_prompts_are_those_of_llava(sample):
     _, loaded = sample
     texts = {str(q.id): q.text for q in loaded.questions}
     assert list(texts) == [str(row["index"]) for row in QUESTIONS]
-    lines = "\n".join(f"{letter}. {text}" for letter, text in OPTIONS.items())
+    lines = "\n".join(f"{letter}. {text}" for letter, text in zip("ABCD", CARS, strict=True))
     assert texts["4"] == f"Look at the road.\nWhat is in the picture?\n{lines}\n{LETTER}"
     assert texts["1000004"].splitlines()[2:6] == ["A. A blue truck", "B. A green bus", "C. A dog", "D. A red car"]
     assert texts["7"] == f"Is it day?\nA. yes\nB. no\n{LETTER}"
@@ -61,12 +55,11 @@ def test_prompts_are_those_of_llava(sample):
 
 def test_chinese_prompt_has_llavas_chinese_suffix(tmp_path):
     rows = rotations(1, "\u56fe\u4e2d\u662f\u4ec0\u4e48\uff1f", ["\u72d7", "\u732b"], "A")
-    mmbench(tmp_path / "mmbench_dev_cn_20231003.tsv", rows)
-    bench, loaded = load("mmbench-cn", tmp_path)
+    bench, loaded = load("mmbench-cn", mmbench(tmp_path / "mmbench_dev_cn_20231003.tsv", rows).parent)
     suffix = "\u8bf7\u76f4\u63a5\u56de\u7b54\u9009\u9879\u5b57\u6bcd\u3002"
     assert loaded.questions[0].text == f"\u56fe\u4e2d\u662f\u4ec0\u4e48\uff1f\nA. \u72d7\nB. \u732b\n{suffix}"
-    assert headline(check(bench, loaded, {"1": "A", "1000001": "B"})) == 100
-    assert headline(check(bench, loaded, {"1": "\u662f\u72d7", "1000001": "\u72d7"})) == 100
+    for answers in ({"1": "A", "1000001": "B"}, {"1": "\u662f\u72d7", "1000001": "\u72d7"}):
+        assert headline(check(bench, loaded, answers)) == 100
 
 
 @pytest.mark.parametrize("empty", ["", "nan", "NaN", "None", "none"])
@@ -78,145 +71,45 @@ def test_options_stop_at_the_first_empty_one(tmp_path, empty):
 
 def test_short_image_cell_is_the_index_of_the_row_with_the_image(tmp_path):
     rows = rotations(4, "What?", CARS, "B")
-    for row in rows[1:]:
-        row["image"] = "4"
-    mmbench(tmp_path / FILE, rows)
-    _, loaded = load("mmbench", tmp_path)
+    _, loaded = load(
+        "mmbench", mmbench(tmp_path / FILE, [rows[0], *({**row, "image": "4"} for row in rows[1:])]).parent
+    )
     assert [loaded.read_image(q.image) for q in loaded.questions] == [encoded(4, "JPEG")] * 4
 
 
 def test_columns_may_be_in_any_order_and_cells_quoted_or_large(tmp_path):
-    (row,) = rotations(4, "What?", CARS, "B", passes=1)
     image = base64.b64encode(bytes(300_000)).decode()
-    changed = {**row, "question": '"What is it?\nSay ""one"" word."', "image": image}
+    changed = {**ONE[0], "question": '"What is it?\nSay ""one"" word."', "image": image}
     (question,) = (loaded := single(tmp_path, changed, MMBENCH[::-1])[1]).questions
     assert question.text.startswith('What is it?\nSay "one" word.\nA. A red car')
     assert loaded.read_image(question.image) == bytes(300_000)
-
-
-ONE = rotations(4, "What?", CARS, "B", passes=1)
 
 
 @pytest.mark.parametrize(
     ("rows", "columns"),
     [
         (ONE, [column for column in MMBENCH if column != "question"]),
-        ([{**ONE[0], "index": "four"}], MMBENCH),
-        ([{**ONE[0], "index": -1}], MMBENCH),
-        ([{**ONE[0], "index": 5_000_004}], MMBENCH),
+        *(
+            ([ONE[0] | change], MMBENCH)
+            for change in (
+                *({"index": "four"}, {"index": -1}, {"index": 5_000_004}, {"answer": "E"}, {"image": ""}),
+                {"image": "7"},
+            )
+        ),
         ([*ONE, *ONE], MMBENCH),
-        ([{**ONE[0], "answer": "E"}], MMBENCH),
-        ([{**ONE[0], "image": ""}], MMBENCH),
-        ([{**ONE[0], "image": "7"}], MMBENCH),
         ([], MMBENCH),
         ([{"index": "1"}], ["index", "question\tA\tB\timage\n1"]),  # fewer cells than columns
     ],
 )
 def test_invalid_table_is_named(tmp_path, rows, columns):
-    mmbench(tmp_path / FILE, rows, columns)
-    with pytest.raises(BenchmarkError, match=FILE):
-        load("mmbench", tmp_path)
+    with refused(FILE):
+        load("mmbench", mmbench(tmp_path / FILE, rows, columns).parent)
 
 
 def test_image_that_is_not_base64_is_named(tmp_path):
     (question,) = (loaded := single(tmp_path, {**ONE[0], "image": "*" * 80})[1]).questions
-    with pytest.raises(BenchmarkError, match=FILE):
+    with refused(FILE):
         loaded.read_image(question.image)
-
-
-# What the leaderboard infers for CARS without a judge; "" is nothing, "Z" is none of the options.
-PARSED = {
-    "A": "A",
-    **dict.fromkeys(("B.", "(B)", "[B]", "**B**", "# B", "{B}", "B: A blue truck", "B: a blue one"), "B"),
-    "B. A blue truck": "B",  # two letters among its tokens, so the text decides
-    "The answer is B": "B",
-    "A blue truck.": "A",  # the article
-    "It is a blue truck": "B",
-    "It is A BLUE TRUCK, is it not": "B",  # its A is the third of eight tokens, so the text decides
-    "the picture shows a blue truck": "B",
-    "B because it is": "B",
-    "The correct answer is **B** since one clearly sees that it is blue": "B",
-    "THE ANSWER IS D as everyone can see in it": "D",
-    "B because I think that it really is B": "",  # the first of them counts
-    **dict.fromkeys(("blue truck", "a red car, a blue truck", "b", "(b)", "'B'", '"B"', "`B`", "A or B", "E", ""), ""),
-    "B\nbecause it is blue": "",
-    "Z": "Z",
-    "None, so Z": "Z",
-    "Sorry, I can't help with images of people yet.": "Z",
-    "I can't process this file.": "Z",
-    "I'm sorry, but without the image provided I cannot tell if B": "Z",
-    "Cannot determine the answer": "Z",
-    "\u7b54\u6848\u662fB": "",
-    "\u7b54\u6848\u662f B": "B",
-    "Antwort: C": "C",
-    # Twice the options' text is 74 characters: no text is looked for in longer answers.
-    "it is a blue truck".ljust(74, "."): "B",
-    "it is a blue truck".ljust(75, "."): "",
-}
-
-
-@pytest.fixture(scope="module")
-def cars(tmp_path_factory):
-    return single(tmp_path_factory.mktemp("cars"), ONE[0])
-
-
-@pytest.mark.parametrize("answer", PARSED, ids=repr)
-def test_option_is_inferred_as_by_the_leaderboard(cars, answer):
-    bench, loaded = cars
-    (parsed,) = bench.score(loaded, {"4": answer}).parsed_answers
-    letter = PARSED[answer]
-    assert (parsed.parsed, parsed.right, parsed.unparsed) == (letter, float(letter == "B"), letter == "")
-    if "nswer is " not in answer.lower():  # `published_steps` lacks the search for "answer is X"
-        assert published_steps(answer, CARS) == letter
-
-
-def published_steps(answer: str, options: Sequence[str]) -> str:
-    """Infer again, in other words."""
-    letters = "ABCD"[: len(options)]
-    refusals = ("Sorry, I can't help with images of people yet.", "I can't process this file.")
-    refusals += ("I'm sorry, but without the image provided", "Cannot determine the answer")
-    if any(refusal in answer for refusal in refusals):
-        return "Z"
-    tokens = "".join(" " if sign in ".()[],:;!*#{}" else sign for sign in answer).split()
-    named = [letter for letter in letters if letter in tokens]
-    if len(named) == 1 and tokens.index(named[0]) >= len(tokens) - 4:
-        return named[0]
-    if not named and "Z" in tokens:
-        return "Z"
-    lower = answer.lower()
-    if len(lower) > 2 * sum(map(len, options)):
-        return ""
-    held = [letter for letter, option in zip(letters, options, strict=True) if option.lower() in lower]
-    return held[0] if len(held) == 1 else ""
-
-
-PIECES = ["A", "B", "a", "Z", "It is ", "a blue truck", "a dog", " ", ".", "*", "(", ")", "\n", "so ", "and ", "`"]
-
-
-@given(st.lists(st.sampled_from(PIECES), max_size=8))
-def test_any_answer_is_inferred_by_the_published_steps(pieces):
-    answer = "".join(pieces)
-    assert choice_parsing.vlmevalkit(answer, OPTIONS) == published_steps(answer, CARS)
-
-
-LMMS_EVAL = {
-    **dict.fromkeys(("B", "(B)", "B.", ":B", "(B).", "B: so", "a blue truck", "It is a blue truck"), "B"),
-    **dict.fromkeys(("My answer is C", "C\nor so", "so C"), "C"),
-    "A dog is there": "D",  # a bare A among more than three words is an article
-    "A": "A",
-    "A it is": "A",
-    "A or B": "A",  # the start of an answer ranks above its end
-    "The correct answer is D, not A": "D",
-    "xyz": "",
-    "": "",
-}
-
-
-@pytest.mark.parametrize("answer", LMMS_EVAL, ids=repr)
-def test_option_is_inferred_as_by_lmms_eval(cars, answer):
-    bench, loaded = cars
-    (parsed,) = bench.score(loaded, {"4": answer}, "lmms-eval").parsed_answers
-    assert parsed.parsed == LMMS_EVAL[answer]
 
 
 @pytest.mark.parametrize("answer", ["none", "Not really", "I know", "no", "No", "C"])
@@ -229,9 +122,8 @@ def test_passes_are_made_where_the_file_has_none(tmp_path, sample):
     """The same rows result from files of VLMEvalKit, which have one row per question."""
     mmbench(tmp_path / FILE, [row for row in QUESTIONS if row["index"] < 1_000_000])
     bench, loaded = load("mmbench", tmp_path)
-    assert {q.id: (q.text, q.cluster) for q in loaded.questions} == {
-        q.id: (q.text, q.cluster) for q in sample[1].questions
-    }
+    made, given = ({q.id: (q.text, q.cluster) for q in some.questions} for some in (loaded, sample[1]))
+    assert made == given
     assert all(loaded.read_image(q.image) == encoded(int(q.id) % 1_000_000, "JPEG") for q in loaded.questions)
     assert headline(check(bench, loaded, answer_all(sample[1], RIGHT))) == 100
 
@@ -286,8 +178,7 @@ def workbooks(monkeypatch):
 def test_test_split_without_answers_is_read_for_upload(tmp_path, workbooks):
     rows = [{**row, "answer": "", "split": "test"} for row in QUESTIONS]
     columns = [column for column in MMBENCH if column != "answer"]
-    mmbench(tmp_path / "mmbench_test_en_20231003.tsv", rows, columns)
-    bench, loaded = load("mmbench", tmp_path)
+    bench, loaded = load("mmbench", mmbench(tmp_path / "mmbench_test_en_20231003.tsv", rows, columns).parent)
     with pytest.raises(NotScorable, match="mmbench_test_en"):
         bench.score(loaded, answer_all(loaded, "B"))
     bench.export(loaded, answer_all(loaded, "B"), tmp_path / "out")
