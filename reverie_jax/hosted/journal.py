@@ -165,11 +165,8 @@ class Journal(JournalReader):
         self._db.execute("PRAGMA journal_mode = WAL")
         self._db.execute("PRAGMA synchronous = FULL")  # a paid reply survives a power cut
         version = self._db.execute("PRAGMA user_version").fetchone()[0]
-        if version not in (0, 1, 2):
-            raise UserError(f"{self.path}: written by a newer version of reverie-jax; update reverie-jax")
-        columns = {row[1] for row in self._db.execute("PRAGMA table_info(attempts)")}
-        if columns and "batch" not in columns:  # version 1
-            self._db.execute("ALTER TABLE attempts ADD COLUMN batch TEXT")
+        if version not in (0, 2):
+            raise UserError(f"{self.path}: written by another version of reverie-jax; use that one, or another folder")
         self._db.executescript(_SCHEMA)
         if (check := self._db.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
             raise sqlite3.DatabaseError(check)

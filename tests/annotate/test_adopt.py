@@ -16,8 +16,6 @@ from reverie_jax.annotate.files import JUDGED, QUESTIONS, RATIONALES, RELEASED
 from reverie_jax.annotate.pipeline import AnnotationJob, Pipeline, export
 from reverie_jax.errors import UserError
 from reverie_jax.hosted.journal import Journal
-from reverie_jax.hosted.session import RequestConfig
-from reverie_jax.hosted.throttle import Limits
 from tests.annotate import helpers
 from tests.annotate.helpers import JOURNAL, Memory, answer, check_files, load, stage_of
 
@@ -72,25 +70,13 @@ class Original:
 
 
 @pytest.fixture
-def original(tmp_path):
-    def make(prefix: Path | None = None, count: int = 1) -> Original:
-        images = helpers.write_images(tmp_path / "images", 6)
-        return Original(tmp_path / "target", images, prefix or tmp_path / "images", count)
-
-    return make
+def original(tmp_path, images):
+    return lambda prefix=tmp_path / "images", count=1: Original(tmp_path / "target", images, prefix, count)
 
 
 @pytest.fixture
-def job(tmp_path) -> AnnotationJob:
-    return AnnotationJob(
-        folder=tmp_path / "target",
-        images_folder=tmp_path / "images",
-        images=tuple(helpers.write_images(tmp_path / "images", 6)),
-        writer="openai:tiny",
-        questions=1,
-        prompts=helpers.write_prompts(tmp_path / "prompts"),
-        config=RequestConfig(limits=Limits(concurrency=4, backoff=0.001, max_backoff=0.001)),
-    )
+def job(make) -> AnnotationJob:
+    return make(out="target")
 
 
 def resume(job: AnnotationJob, *steps: str) -> tuple[dict[str, int], list[str]]:

@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
@@ -19,9 +18,9 @@ from reverie_jax.data.mixture import MixtureEntry, read_mixture
 from reverie_jax.data.sources import ReadLog
 from reverie_jax.errors import UserError
 from reverie_jax.hosted.interface import RequestSettings
-from reverie_jax.hosted.session import RequestConfig
 from reverie_jax.hosted.throttle import Limits
 from tests.annotate import helpers
+from tests.annotate.conftest import QUICK
 from tests.annotate.helpers import FILES, JOURNAL, Memory, answer, check_files, expected, load, spec_of, stage_of
 from tests.data.fakes import png
 from tests.hosted.faults import Fault, share
@@ -29,39 +28,8 @@ from tests.hosted.server import Server
 from tests.hosted.wires import Call
 
 pytestmark = pytest.mark.usefixtures("keys", "sdks")
-QUICK = Limits(concurrency=8, backoff=0.001, max_backoff=0.005)
 STEPS = ("questions", "rationales", "judge")
 FAULTS = [fault for fault in Fault if fault is not Fault.TIMEOUT]  # the providers' tests have timeouts
-
-
-@pytest.fixture
-def prompts(tmp_path) -> Path:
-    return helpers.write_prompts(tmp_path / "prompts")
-
-
-@pytest.fixture
-def images(tmp_path) -> dict[str, bytes]:
-    return helpers.write_images(tmp_path / "images", 6)
-
-
-@pytest.fixture
-def make(tmp_path, prompts, images):
-    """Return a function that makes a job over the six images; a server stands for the writer and the judge."""
-
-    def job(server: Server | Memory | None = None, provider: str = "openai", out: str = "out", **changes):
-        settings, limits = changes.pop("settings", RequestSettings()), changes.pop("limits", QUICK)
-        options = {
-            "folder": tmp_path / out,
-            "images_folder": tmp_path / "images",
-            "images": tuple(images),
-            "writer": "openai:tiny" if server is None else spec_of(server, provider),
-            "questions": 1,
-            "prompts": prompts,
-            "config": RequestConfig(settings, limits),
-        }
-        return AnnotationJob(**(options | changes))
-
-    return job
 
 
 def run(job: AnnotationJob, *steps: str) -> dict[str, Outcome]:
@@ -77,20 +45,22 @@ def stages_of(server: Server | Memory) -> Counter[str]:
     return Counter(map(stage_of, server.calls))
 
 
-@pytest.mark.parametrize("provider", ["openai", "gemini"])
-def test_every_file_is_right_in_spite_of_all_faults(make, images, provider):
+@pytest.mark.parametrize(("provider", "batch"), [("openai", False), ("gemini", False), ("openai", True)])
+def test_every_file_is_right_in_spite_of_all_faults(make, images, provider, batch):
     """Every whole answer is requested once; a further run requests nothing; the export can be read."""
-    plan = share(0.35, 3, FAULTS)
-    with Server(answer, plan, retry_after=0.01, is_judge=lambda call: stage_of(call) == "judge") as server:
-        job = make(server, provider, questions=2, confusing=2)
+    plans = {"lines" if batch else "faults": share(0.35, 3, FAULTS)}
+    limits = dataclasses.replace(QUICK, batch=batch, poll_seconds=0.01)
+    with Server(answer, **plans, retry_after=0.01, is_judge=lambda call: stage_of(call) == "judge") as server:
+        job = make(server, provider, images=tuple(images)[::-1], questions=2, confusing=2, limits=limits)
         outcomes = run(job)
-        assert set(server.served.values()) == {1}
+        assert batch or set(server.served.values()) == {1}
         assert sum(server.faulted.values()) > 15
         usable = sum(outcome.usable for outcome in outcomes.values())
-        assert usable == len(server.served) == 6 + 6 * 2 + 6 * 2 * 2 + 6 * 2 * 2
+        assert usable == len({call.digest for call in server.calls}) == 6 + 6 * 2 + 6 * 2 * 2 + 6 * 2 * 2
         assert all(len(call.images) == (stage_of(call) != "judge") for call in server.calls)
         assert all(call.structured == (stage_of(call) == "questions") for call in server.calls)
-        check_files(job.folder, expected(images, job.writer, count=2, confusing=2))
+        backwards = dict(reversed(images.items()))
+        check_files(job.folder, expected(backwards, job.writer, count=2, confusing=2))
         calls = len(server.calls)
         again = run(job)
         assert len(server.calls) == calls
@@ -100,19 +70,6 @@ def test_every_file_is_right_in_spite_of_all_faults(make, images, provider):
     assert list(load(job.folder, JUDGED)[0]) == [*columns, "incorrect_rationale", "gemini_pro_judge", "judges"]
     records = list(read_mixture([MixtureEntry(file=job.folder / RELEASED, images=job.images_folder)], ReadLog()))
     assert sum(len(record.conversations) for record in records) == len(load(job.folder, RELEASED))
-
-
-def test_batches_write_the_same_files(make, monkeypatch):
-    jobs = []
-    for batch in (False, True):
-        with Server(answer) as server:
-            monkeypatch.setenv("OPENAI_BASE_URL", f"{server.url}/v1")
-            limits = dataclasses.replace(QUICK, batch=batch, poll_seconds=0.01)
-            jobs.append(make(writer="openai:tiny", out=f"out{batch}", limits=limits))
-            run(jobs[-1])
-            assert (server.direct, len(server.batches)) == ((0, 3) if batch else (24, 0))
-    for name in FILES:
-        assert (jobs[0].folder / name).read_bytes() == (jobs[1].folder / name).read_bytes(), name
 
 
 def test_built_in_prompts(make, tmp_path):
@@ -144,21 +101,6 @@ def test_built_in_prompts(make, tmp_path):
         assert sum(row["confusing_answer"] in text for text in others) == 1
         # The prompt about a wrong answer does not contain the right one.
         assert not any(row["confusing_answer"] in text and row["correct_answer"] in text for text in others)
-
-
-def test_order_is_that_of_the_list(make, images, clock):
-    """Whichever reply comes first."""
-    names = [*images][::2] + [*images][::-2]
-    jobs = []
-    with Memory(answer, latency=lambda call: int(call.digest[:2], 16) / 100) as server:
-        for concurrency in (1, 16):
-            limits = dataclasses.replace(QUICK, concurrency=concurrency)
-            jobs.append(make(server, out=f"out{concurrency}", images=tuple(names), questions=2, limits=limits))
-            run(jobs[-1])
-        assert server.peak > 4
-    for name in FILES:
-        assert (jobs[0].folder / name).read_bytes() == (jobs[1].folder / name).read_bytes(), name
-    assert list(dict.fromkeys(row["image"] for row in load(jobs[0].folder, JUDGED))) == names
 
 
 def test_each_step_alone(make, images):
@@ -328,6 +270,11 @@ def test_what_is_requested_again(make, tmp_path, prompts):
     assert count() == 3
     helpers.write_prompts(prompts, judge="judge in other words")
     assert count() == 0
+    with Memory(answer) as server:
+        for first in ({}, {"positive": "positive in other words"}, {"negative": "negative in other words"}):
+            helpers.write_prompts(prompts, **first)
+            run(make(images=three), "rationales")
+    assert stages_of(server) == {"positive": 6, "negative": 6}
     assert count(writer="openai:n") == 3
     assert count(writer="openai:n@http://elsewhere/v1") == 0
     for settings in (RequestSettings(temperature=0.0), RequestSettings(temperature=0.5)):
@@ -357,22 +304,6 @@ def test_duplicates_are_paid_for_once(make, images, tmp_path):
         assert stages_of(server) == {"questions": 2, "positive": 4, "negative": 4, "judge": 4}
     images_of_rows = [row["image"] for row in load(job.folder, JUDGED)]
     assert images_of_rows == [name for name in job.images for _ in range(2)]
-
-
-def test_a_changed_prompt_is_requested_again_and_only_its_stage(make, prompts, images):
-    with Memory(answer) as server:
-        job = make(server)
-        run(job)
-        first = {"negative": "negative in other words"}
-        helpers.write_prompts(prompts, **first)
-        run(job)
-        # The negatives are new, and with them the judge's requests.
-        assert stages_of(server) == {"questions": 6, "positive": 6, "negative": 12, "judge": 12}
-        check_files(job.folder, expected(images, job.writer, first=first))
-        helpers.write_prompts(prompts)
-        run(job)
-        assert len(server.calls) == 36
-    check_files(job.folder, expected(images, job.writer))
 
 
 # Failures.

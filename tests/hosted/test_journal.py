@@ -201,50 +201,12 @@ def test_a_journal_with_a_broken_page_is_refused(path, page):
 
 def test_folders_newer_versions_and_other_databases_are_refused(path, tmp_path):
     used(path)
-    with contextlib.closing(sqlite3.connect(path)) as db:
-        db.execute("PRAGMA user_version = 3")
-    assert "newer" in refused(path)
+    for version in (1, 3):
+        with contextlib.closing(sqlite3.connect(path)) as db:
+            db.execute(f"PRAGMA user_version = {version}")
+        assert "version" in refused(path)
     with contextlib.closing(sqlite3.connect(tmp_path / "other.sqlite")) as db:
         db.execute("CREATE TABLE attempts (id INTEGER, who TEXT)")
     refused(tmp_path / "other.sqlite")
     refused(path.parent)
     refused(path / "below.sqlite")
-
-
-VERSION_1 = """
-CREATE TABLE attempts (
-    id INTEGER PRIMARY KEY, item TEXT NOT NULL, content TEXT NOT NULL, stage TEXT NOT NULL, provider TEXT NOT NULL,
-    model TEXT NOT NULL, prompt TEXT NOT NULL, state TEXT NOT NULL, reason TEXT NOT NULL DEFAULT '', reply TEXT,
-    tokens_in INTEGER NOT NULL DEFAULT 0, tokens_out INTEGER NOT NULL DEFAULT 0, price REAL NOT NULL DEFAULT 0,
-    version TEXT NOT NULL DEFAULT '', started REAL NOT NULL, seconds REAL
-);
-CREATE INDEX by_item ON attempts (item, state);
-CREATE INDEX by_content ON attempts (content, state);
-CREATE TABLE pictures (path TEXT PRIMARY KEY, size INTEGER, changed INTEGER, digest TEXT);
-PRAGMA user_version = 1;
-"""
-
-
-@pytest.mark.parametrize("half_converted", [False, True])
-def test_a_journal_of_version_1_is_continued(path, half_converted):
-    """Also one whose conversion was killed after its first statement."""
-    path.parent.mkdir()
-    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
-        db.executescript(VERSION_1)
-        for content, state, reply in (("content", "usable", "said"), ("other", "sent", None)):
-            key = dataclasses.replace(ITEM, content=content).key
-            row = (key, content, "positive", "openai", "m", "prompt", state, reply, 1.7e9)
-            names = "item, content, stage, provider, model, prompt, state, reply, started"
-            db.execute(f"INSERT INTO attempts ({names}) VALUES ({', '.join('?' * 9)})", row)
-        if half_converted:
-            db.execute("ALTER TABLE attempts ADD COLUMN batch TEXT")
-    with Journal(path) as journal:
-        assert (text_of(journal, ITEM), journal.get_reply(OTHER), journal.lost) == ("said", None, 1)
-        journal.record_batch("label", "openai", "m", [OTHER])
-        assert [batch.name for batch in journal.open_batches()] == [None]
-        assert journal.pending_keys() == {OTHER.key} == journal.pending("label").keys()
-        journal.name_batch("label", "theirs")
-        assert [batch.name for batch in journal.open_batches()] == ["theirs"]
-        journal.end_batch("label", "expired")
-        assert (journal.open_batches(), journal.pending_keys()) == ([], set())
-    assert helpers.states(path) == {"usable": 1, "lost": 1, "failed": 1}
