@@ -14,8 +14,9 @@ import pytest
 from reverie_jax.eval.benchmarks import find_benchmark, names
 from reverie_jax.eval.engine import Engine
 from tests.eval.benchmarks import makers as make
+from tests.hosted.faults import Fault
 from tests.hosted.helpers import Memory, spec_of
-from tests.hosted.server import Call, Fault
+from tests.hosted.wires import Call
 
 MODEL = ("eval", "--model", "scenes-base")
 FEW = ("--max-new-tokens", 3, "--batch-size", 2)
@@ -75,10 +76,8 @@ def mixed(data, tmp_path):
 
 @pytest.fixture
 def right(data, tmp_path):
-    def answer(n, question):
-        return "Yes" if question.metadata["label"] else "No"
-
-    return write_answers(tmp_path / "right.jsonl", "pope", data / "pope", answer)
+    words = {True: "Yes", False: "No"}
+    return write_answers(tmp_path / "right.jsonl", "pope", data / "pope", lambda n, q: words[q.metadata["label"]])
 
 
 def rows(path):
@@ -89,18 +88,20 @@ def plain(text):
     return " ".join(text.split())
 
 
-@pytest.mark.parametrize("command", ["eval", "score", "judge", "report"])
+OPTIONS = {
+    "eval": ("--model", "--benchmark", "--data", "--dump-prompts", "--reflect", "--contrast", "--limit"),
+    "score": ("--predictions", "--data", "--rule", "--json", "--details", "--export", "--partial", "--compare-to"),
+    "judge": ("--judge", "--dry-run", "--prompts", "--max-cost"),
+    "report": ("--out",),
+}
+
+
+@pytest.mark.parametrize("command", OPTIONS)
 def test_help(reverie, command):
     code, out, err = reverie(command, "--help")
     assert (code, err) == (0, "")
     assert out.startswith(f"usage: reverie {command}")
-    options = {
-        "eval": ("--model", "--benchmark", "--data", "--dump-prompts", "--reflect", "--contrast", "--limit"),
-        "score": ("--predictions", "--data", "--rule", "--json", "--details", "--export", "--partial", "--compare-to"),
-        "judge": ("--judge", "--dry-run", "--prompts", "--max-cost"),
-        "report": ("--out",),
-    }[command]
-    assert all(option in out for option in options)
+    assert all(option in out for option in OPTIONS[command])
 
 
 def test_eval_answers_scores_and_resumes(reverie, data, tmp_path, monkeypatch):
@@ -120,10 +121,9 @@ def test_eval_answers_scores_and_resumes(reverie, data, tmp_path, monkeypatch):
     assert scores["protocol"]["run/model"] == "scenes-base"
     assert scores["protocol"]["run/checksums"].keys() >= {"decoder", "vision", "projector"}
     assert 0 <= scores["protocol"]["calibration/brier"] <= 1
-    code, shown, err = reverie("score", "pope", "--predictions", out / "predictions.jsonl", "--data", data, "--json")
-    assert code == 2  # of several benchmarks, `score` takes the folder of one
-    words_of_score = ("score", "pope", "--predictions", out / "predictions.jsonl", "--data", data / "pope")
-    assert json.loads(reverie(*words_of_score, "--json")[1]) == scores
+    score = ("score", "pope", "--predictions", out / "predictions.jsonl", "--json", "--data")
+    assert reverie(*score, data)[0] == 2  # of several benchmarks, `score` takes the folder of one
+    assert json.loads(reverie(*score, data / "pope")[1]) == scores
     with monkeypatch.context() as patch:
         patch.setattr(Engine, "_answers", lambda *args: pytest.fail("decoded again"))
         assert reverie(*words)[0] == 0
@@ -199,7 +199,7 @@ def test_wrong_options_of_eval(reverie, data, tmp_path, option):
     assert not (tmp_path / "out").exists()
 
 
-def test_wrong_benchmarks_and_files(reverie, data, mixed, tmp_path):
+def test_wrong_benchmarks_files_and_outputs(reverie, data, mixed, tmp_path):
     (empty := tmp_path / "empty").mkdir()
     evaluate = (*MODEL, "--data", data, "--out", tmp_path / "out", "--benchmark")
     assert_refused(reverie(*evaluate, "pope,mme,pope"), "--benchmark pope,mme,pope")
@@ -211,16 +211,11 @@ def test_wrong_benchmarks_and_files(reverie, data, mixed, tmp_path):
     assert_refused(reverie("score", "pope", *answers, "--data", empty), empty)
     assert_refused(reverie("score", "pope", *answers, *folder, "--rule", "x"), "--rule x", "vlmevalkit")
     assert_refused(reverie("judge", "x", *answers, *folder, "--out", empty, "--judge", "openai:x"), *names())
-
-
-@pytest.mark.parametrize("option", ["--details", "--export", "--dump-prompts"])
-def test_output_that_cannot_be_written(reverie, data, mixed, tmp_path, option):
     (tmp_path / "file").write_text("")
     place = tmp_path / "file" / "deep"
-    words = ("score", "pope", "--predictions", mixed, "--data", data / "pope", "--json")
-    if option == "--dump-prompts":
-        words = (*MODEL, "--benchmark", "pope", "--data", data, "--out", tmp_path / "out")
-    assert_refused(reverie(*words, option, place), place)
+    assert_refused(reverie(*evaluate, "pope", "--dump-prompts", place), place)
+    for option in ("--details", "--export"):
+        assert_refused(reverie("score", "pope", *answers, *folder, "--json", option, place), place)
 
 
 def test_score_prints_one_object_and_writes_details_and_exports(reverie, data, mixed, tmp_path, no_model):
@@ -235,41 +230,30 @@ def test_score_prints_one_object_and_writes_details_and_exports(reverie, data, m
     assert [row["text"] for row in written][4] == "A table."
     assert sum(row["unparsed"] for row in written) == content["unparsed"] == len(content["unparsed_ids"]) == 1
     assert {path.name for path in server.iterdir()} == {"pope_popular_answers.json", "pope_random_answers.json"}
-    assert [row["answer"] for row in rows(server / "pope_random_answers.json")][:2] == ["Yes", "No"]
-    code, shown, err = reverie(*words)
+    code, shown, err = reverie(*words, "--rule", "all")
     assert (code, err) == (0, "")
-    assert "pope, rule official (9 questions)" in shown
+    assert all(f"pope, rule {rule} (9 questions)" in shown for rule in ("official", "lmms-eval", "vlmevalkit"))
     assert re.search(r"1 answers could not be parsed.*0 are missing", plain(shown))
+    assert re.search(r"official and lmms-eval agree on [\d.]+% of 9 questions", shown)
+    content = json.loads(reverie(*words, "--rule", "all", "--json")[1])
+    rules = ["official", "lmms-eval", "vlmevalkit"]
+    assert [result["rule"] for result in content["rules"]] == rules
+    assert [row["rules"] for row in content["agreement"]] == [rules[:2], rules[::2], rules[1:]]
 
 
 def test_score_compares_two_files(reverie, data, mixed, right, tmp_path):
     words = ("score", "pope", "--data", data / "pope", "--predictions")
-    comparison = json.loads(reverie(*words, right, "--json", "--compare-to", mixed)[1])
-    f1 = [
+    found = json.loads(reverie(*words, right, "--json", "--compare-to", mixed)[1])["comparison"]
+    mine, yours = (
         json.loads(reverie(*words, file, "--json", "--details", tmp_path / "d")[1])["metrics"]["f1"]
         for file in (right, mixed)
-    ]
+    )
     wrong = sum(not row["right"] for row in rows(tmp_path / "d"))
-    found = comparison["comparison"]
     assert found["mcnemar"] == {"only_ours": wrong, "only_theirs": 0, "p": pytest.approx(2 * 0.5**wrong)}
-    difference = found["differences"]["f1"]
-    assert difference["value"] == pytest.approx(f1[0] - f1[1])
-    assert difference["ci95"][0] <= difference["value"] <= difference["ci95"][1]
+    assert found["differences"]["f1"]["value"] == pytest.approx(mine - yours)
     code, shown, err = reverie(*words, right, "--compare-to", mixed)
     assert (code, err) == (0, "")
     assert f"right only here: {wrong}; right only there: 0; McNemar's exact p" in plain(shown)
-
-
-def test_score_by_every_rule(reverie, data, mixed):
-    words = ("score", "pope", "--predictions", mixed, "--data", data / "pope", "--rule", "all")
-    content = json.loads(reverie(*words, "--json")[1])
-    rules = ["official", "lmms-eval", "vlmevalkit"]
-    assert [result["rule"] for result in content["rules"]] == rules
-    assert [row["rules"] for row in content["agreement"]] == [rules[:2], rules[::2], rules[1:]]
-    code, shown, err = reverie(*words)
-    assert (code, err) == (0, "")
-    assert all(f"pope, rule {rule} (9 questions)" in shown for rule in rules)
-    assert re.search(r"official and lmms-eval agree on [\d.]+% of 9 questions", shown)
 
 
 def test_missing_answers(reverie, data, right, tmp_path):
@@ -299,8 +283,8 @@ def judge(reverie, data, tmp_path):
     path = write_answers(tmp_path / "a.jsonl", "mmhal", data / "mmhal", lambda n, q: f"Answer {n}.")
     words = ("mmhal", "--predictions", path, "--data", data / "mmhal")
 
-    def run(*more, out="out"):
-        return reverie("judge", *words, "--out", tmp_path / out, *more)
+    def run(*more):
+        return reverie("judge", *words, "--out", tmp_path / "out", *more)
 
     run.replies = tmp_path / "out" / "replies.jsonl"
     run.score = lambda *more: reverie("score", *words, *more)
@@ -317,7 +301,8 @@ class TestJudge:
     def test_a_judge_is_asked_once_and_its_replies_are_scored(self, judge):
         assert_refused(judge.score(), "reverie judge mmhal", "--replies")
         assert_refused(judge.score("--rule", "all"), "--replies")
-        with Memory(rating) as server:
+        broken = [True]
+        with Memory(rating, lambda call: Fault.BLOCKED if broken and "number 1?" in call.text else None) as server:
             options = ("--judge", spec_of(server))
             code, shown, _ = judge(*options, "--dry-run")
             assert code == 0
@@ -325,27 +310,18 @@ class TestJudge:
             assert not server.calls
             assert not judge.replies.exists()
             code, shown, err = judge(*options)
-            assert (code, shown) == (0, f"openai:tiny: {judge.replies}\n")
-            assert "3" in err
-            assert judge(*options)[0] == 0
-            assert len(server.calls) == 3
-        content = json.loads(judge.score("--json", "--replies", judge.replies)[1])
-        assert content["metrics"]["score"] == 1
-        assert content["protocol"]["judge"] == "openai:tiny"
-        assert content["protocol"]["judge/temperature"] == "0.0"
-
-    def test_a_missing_reply_is_exit_code_1(self, judge):
-        broken = [True]
-        with Memory(rating, lambda call: Fault.BLOCKED if broken and "number 1?" in call.text else None) as server:
-            options = ("--judge", spec_of(server))
-            code, shown, err = judge(*options)
             assert (code, shown) == (1, f"openai:tiny: {judge.replies}\n")
             assert "1" in err
             assert [row["id"] for row in rows(judge.replies)] == ["0", "2"]
             assert_refused(judge.score("--replies", judge.replies), "1 of 3", "reverie judge")
             broken.clear()
-            assert judge(*options)[0] == 0
-        assert judge.score("--replies", judge.replies)[0] == 0
+            asked = len(server.calls)
+            assert [judge(*options)[0] for _ in range(2)] == [0, 0]
+            assert len(server.calls) == asked + 1
+        content = json.loads(judge.score("--json", "--replies", judge.replies)[1])
+        assert content["metrics"]["score"] == 1
+        assert content["protocol"]["judge"] == "openai:tiny"
+        assert content["protocol"]["judge/temperature"] == "0.0"
 
     @pytest.mark.parametrize(
         ("options", "facts"),
@@ -380,25 +356,23 @@ def test_two_processes_write_one_score(data, tmp_path):
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=1"
-    }
+    flags = "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=1"
     words = [sys.executable, "-m", "reverie_jax.cli", *MODEL, "--benchmark", "pope,mme", "--data", data, *FEW]
-    shown = []
-    for processes, out in ((1, tmp_path / "one"), (2, tmp_path / "two")):
+    shown = {}
+    for count in (1, 2):
         children = []
-        for number in range(processes):
-            command = [*words, "--out", out, "--mesh", f"data={processes}"]
-            command += ["--distributed", f"127.0.0.1:{port},{processes},{number}"] if processes > 1 else []
+        for number in range(count):
+            command = [*words, "--out", tmp_path / str(count), "--mesh", f"data={count}"]
+            command += ["--distributed", f"127.0.0.1:{port},{count},{number}"] if count > 1 else []
             pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-            children.append(subprocess.Popen([*map(str, command)], env=environment, **pipes))
+            children.append(subprocess.Popen([*map(str, command)], env=os.environ | {"XLA_FLAGS": flags}, **pipes))
         ended = [child.communicate(timeout=300) for child in children]
-        assert [child.returncode for child in children] == [0] * processes, ended
-        shown.append([out for out, _ in ended])
-    assert ", rule " not in shown[1][1]
-    assert shown[1][0].count(", rule official") == 2
+        assert [child.returncode for child in children] == [0] * count, ended
+        shown[count] = [out for out, _ in ended]
+    assert ", rule " not in shown[2][1]
+    assert shown[2][0].count(", rule official") == 2
     for name in ("pope", "mme"):
-        folders = [tmp_path / run / name for run in ("one", "two")]
+        folders = [tmp_path / str(count) / name for count in (1, 2)]
         texts = [[row["text"] for row in rows(folder / "predictions.jsonl")] for folder in folders]
         assert texts[0] == texts[1]
         scores = [json.loads((folder / "scores.json").read_text())["metrics"] for folder in folders]

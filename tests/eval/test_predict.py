@@ -17,7 +17,6 @@ import os
 import random
 import re
 import resource
-import signal
 import socket
 import subprocess
 import sys
@@ -44,6 +43,7 @@ from reverie_jax.eval.predict import PREDICTIONS, PredictOptions, dump_prompts, 
 from reverie_jax.eval.schedule import EngineShape
 from reverie_jax.models import ModelInputs, VisionLanguageModel
 from reverie_jax.models.sharding import make_mesh
+from tests.hosted import helpers
 from tests.train import tiny
 
 SHAPE = EngineShape(sequence_length=192, questions=4, batch_size=2)
@@ -294,10 +294,7 @@ def test_reflection_is_one_conversation_and_resumes_after_any_stop(tmp_path, sho
     assert len(stops) == 3 + len(decoded)
     assert same(tmp_path / "cut", tmp_path / "complete")
     assert batches == decoded, "a batch was decoded twice, or left out"
-
-
-def test_reflection_needs_single_questions(tmp_path):
-    with pytest.raises(UserError, match="small"):
+    with pytest.raises(UserError, match="small"):  # whose questions are conversations
         run(tmp_path / "out", options=REFLECT)
     assert not (tmp_path / "out").exists()
 
@@ -504,16 +501,13 @@ def test_a_full_disk_is_reported_and_the_run_resumes(complete, tmp_path, monkeyp
     assert same(out, complete)
 
 
-def test_a_folder_that_cannot_be_created_is_reported(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=str(tmp_path / "file" / "out")):
-        run(tmp_path / "file" / "out")
-
-
-def test_a_missing_or_broken_image_is_named(tmp_path):
+def test_an_impossible_folder_and_a_missing_or_broken_image_are_named(tmp_path):
     def missing(name):
         raise BenchmarkError(f"{name}: no such image")
 
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=str(tmp_path / "file" / "out")):
+        run(tmp_path / "file" / "out")
     with pytest.raises(BenchmarkError, match=r"^0\.png"):
         run(tmp_path / "missing", BenchmarkData(many(2).questions, missing))
     with pytest.raises(UserError, match=r"0\.png"):
@@ -544,68 +538,37 @@ def test_images_are_read_when_they_are_needed(tmp_path):
     assert names[before:] == [f"{n}.png" for n in range(40, 60)]
 
 
-def start(out, *words, processes=1, devices=1):
-    """Start this module in processes of their own."""
+def log_of(out, number=0):
+    return out.with_name(f"{out.name}.{number}.log")
+
+
+@contextlib.contextmanager
+def processes(out, *words, count=1):
+    """Run this module in processes of their own, which are killed at the end of the block."""
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=1"
-    started = []
-    for number in range(processes):
+    flags = "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=1"
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    children = []
+    for number in range(count):
         command = [sys.executable, "-m", "tests.eval.test_predict", str(out), *map(str, words)]
-        command += ["--distributed", f"127.0.0.1:{port},{processes},{number}"] if processes > 1 else []
-        with out.with_name(f"{out.name}.{number}.log").open("ab") as log:
-            environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-            started.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment))
-    return started
-
-
-def wait(children, out, seconds=500):
-    """Wait for all processes; on a failure show their output."""
+        command += ["--mesh", str(count), "--distributed", f"127.0.0.1:{port},{count},{number}"] if count > 1 else []
+        with log_of(out, number).open("ab") as log:
+            children.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment))
     try:
-        codes = [child.wait(timeout=seconds) for child in children]
+        yield children
     finally:
-        kill(children)
-    output = "\n".join(path.read_text()[-3000:] for path in sorted(out.parent.glob(f"{out.name}.*.log")))
-    assert codes == [0] * len(codes), output
+        for child in children:
+            child.kill()
+            child.wait()
 
 
-def kill(children):
-    for child in children:
-        with contextlib.suppress(ProcessLookupError):
-            child.send_signal(signal.SIGKILL)
-    for child in children:
-        child.wait()
-
-
-def size(path):
-    return path.stat().st_size if path.exists() else 0
-
-
-def killed(out, kills, seed, *words, processes=1):
-    """Kill processes at random moments, each after some more bytes of answers, then let the run end."""
-    draw, path = random.Random(seed), out / ".answers.jsonl"
-    for _ in range(kills):
-        before = size(path)
-        children = start(out, "--pause", 0.02, *words, processes=processes)
-        until = time.monotonic() + 200
-        wanted = before + draw.randint(1, 900)
-        while time.monotonic() < until and size(path) < wanted and all(child.poll() is None for child in children):
-            time.sleep(0.002)
-        time.sleep(draw.random() * 0.06)
-        alive = children[0].poll() is None
-        kill(children)
-        assert alive, out.with_name(f"{out.name}.0.log").read_text()[-3000:]
-    assert not (out / "predictions.jsonl").exists()
-    wait(start(out, *words, processes=processes), out)
-
-
-@pytest.mark.slow
-def test_kills_do_not_change_the_answers(tmp_path):
-    run(tmp_path / "whole", many(IMAGE_COUNT))
-    for seed in range(3):
-        killed(tmp_path / f"cut{seed}", 4, seed)
-        assert same(tmp_path / f"cut{seed}", tmp_path / "whole")
+def finish(out, *words, count=1):
+    """Run to the end; on a failure show the output."""
+    with processes(out, *words, count=count) as children:
+        codes = [child.wait(timeout=500) for child in children]
+    assert codes == [0] * count, "\n".join(log_of(out, number).read_text()[-3000:] for number in range(count))
 
 
 def alike(one, other):
@@ -617,19 +580,34 @@ def alike(one, other):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["mixed", "yes-no", "reflect"])
-def test_two_processes_answer_as_one(tmp_path, kind):
-    wait(start(tmp_path / "one", "--kind", kind), tmp_path / "one")
-    wait(start(tmp_path / "two", "--kind", kind, "--mesh", 2, processes=2), tmp_path / "two")
-    assert alike(tmp_path / "two", tmp_path / "one")
-    assert not list(tmp_path.glob("two/.*.part"))
+@pytest.mark.parametrize(("count", "seed", "kills"), [(1, 0, 4), (1, 1, 4), (1, 2, 4), (2, 3, 3)])
+def test_kills_do_not_change_the_answers(tmp_path, count, seed, kills):
+    """At random moments, each after some more bytes of answers; then the run goes on to its end."""
+    run(tmp_path / "whole", many(IMAGE_COUNT))
+    draw, out = random.Random(seed), tmp_path / "cut"
+    path = out / ".answers.jsonl"
+    for _ in range(kills):
+        wanted = (path.stat().st_size if path.exists() else 0) + draw.randint(1, 900)
+        with processes(out, "--pause", 0.02, count=count) as children:
+            helpers.until(lambda w=wanted, c=children: any(one.poll() is not None for one in c) or enough(path, w))
+            time.sleep(draw.random() * 0.06)
+            assert children[0].poll() is None, log_of(out).read_text()[-3000:]
+    assert not (out / "predictions.jsonl").exists()
+    finish(out, count=count)
+    assert alike(out, tmp_path / "whole")
+
+
+def enough(path, size):
+    return path.exists() and path.stat().st_size >= size
 
 
 @pytest.mark.slow
-def test_two_killed_processes_resume(tmp_path):
-    wait(start(tmp_path / "one"), tmp_path / "one")
-    killed(tmp_path / "two", 3, 3, "--mesh", 2, processes=2)
-    assert alike(tmp_path / "two", tmp_path / "one")
+@pytest.mark.parametrize("kind", ["mixed", "yes-no", "reflect"])
+def test_two_processes_answer_as_one(tmp_path, kind):
+    for count in (1, 2):
+        finish(tmp_path / str(count), "--kind", kind, count=count)
+    assert alike(tmp_path / "2", tmp_path / "1")
+    assert not list(tmp_path.glob("2/.*.part"))
 
 
 @pytest.mark.slow
@@ -638,14 +616,10 @@ def test_an_error_of_process_0_ends_all(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "run.json").write_text('{"benchmark": "another"}')
-    children = start(out, "--mesh", 2, processes=2)
-    try:
+    with processes(out, count=2) as children:
         assert all(child.wait(timeout=90) for child in children)
-    finally:
-        kill(children)
-    output = [(tmp_path / f"out.{number}.log").read_text() for number in range(2)]
-    assert str(out) in output[0]
-    assert "process 0 failed" in output[1]
+    assert str(out) in log_of(out, 0).read_text()
+    assert "process 0 failed" in log_of(out, 1).read_text()
 
 
 IMAGE_COUNT = 40
@@ -658,79 +632,38 @@ def test_memory_does_not_grow_with_the_questions(tmp_path):
     """100,000 questions about 10,000 images against 10,000 about 1,000, in processes of their own."""
     found = {}
     for count in (10_000, 100_000):
-        out = tmp_path / str(count)
-        wait(start(out, "--kind", "memory", "--count", count), out)
-        report = json.loads(out.with_name(f"{count}.0.log").read_text().splitlines()[-1])
-        assert report["answers"] == count
-        assert report["opened"] == count // 10
-        assert report["alive"] <= 4 * 16
-        assert report["ahead"] <= 5 * 16
-        found[count] = report
-    print(found)
+        finish(tmp_path / str(count), "--kind", "memory", "--count", count)
+        found[count] = json.loads(log_of(tmp_path / str(count)).read_text().splitlines()[-1])
+        assert len(rows(tmp_path / str(count) / "predictions.jsonl")) == count
     few, many = found.values()
-    assert many["peak"] - few["peak"] < BOUND
-    assert many["last"] - few["last"] < BOUND  # the peak may be the compiler's
-
-
-class _CountedBytes(bytes):
-    """An image file that is counted while it is in memory."""
-
-    alive = most = 0
-
-    def __new__(cls, data):
-        cls.alive += 1
-        cls.most = max(cls.most, cls.alive)
-        return super().__new__(cls, data)
-
-    def __del__(self):
-        type(self).alive -= 1
+    assert many["peak"] - few["peak"] < BOUND, found
+    assert many["last"] - few["last"] < BOUND, found  # the peak may be the compiler's
 
 
 def _memory(out, count):
-    """Ten questions a picture, over four tiny files; tells the peak of the resident memory in megabytes."""
-    encoded = [read_image(f"{n}.png") for n in range(4)]
-    opened, ahead = itertools.count(), []
-    seen, last = 0, 0.0
-
-    def read(name):
-        nonlocal seen
-        seen = next(opened) + 1
-        return _CountedBytes(encoded[int(name[:-4]) % 4])
+    """Ten questions a picture, over four tiny files; prints the peak and the last resident memory in megabytes."""
+    last = 0.0
 
     def on_progress(stage, done, total):
         nonlocal last
-        ahead.append(seen - done // 10)
         last = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
 
     questions = [Question(n, f"{n // 10}.png", f"Is it {n:06}?", f"{n // 10}.png") for n in range(count)]
-    engine = Engine(model(), processor(), EngineShape(sequence_length=512, questions=32, batch_size=16))
-    options = PredictOptions(Decoding(2))
-    path = predict(
-        engine,
-        Small(),
-        BenchmarkData(questions, read),
-        out,
-        options,
-        model="tiny",
-        checksums={},
-        on_progress=on_progress,
-    )
-    with path.open() as file:
-        answers = sum(1 for _ in file)
+    encoded = [bytes(read_image(f"{n}.png")) for n in range(4)]
+    data = BenchmarkData(questions, lambda name: bytes(bytearray(encoded[int(name[:-4]) % 4])))
+    big = Engine(model(), processor(), EngineShape(sequence_length=512, questions=32, batch_size=16))
+    run(out, data, options=PredictOptions(Decoding(2)), engine=big, on_progress=on_progress)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    report = {"answers": answers, "opened": seen, "alive": _CountedBytes.most, "ahead": max(ahead)}
-    report |= {"peak": round(peak), "last": round(last)}
-    print(json.dumps(report))
+    print(json.dumps({"peak": round(peak), "last": round(last)}))
 
 
 def _main():
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("--kind", default="many")
-    parser.add_argument("--mesh", type=int, default=1)
     parser.add_argument("--distributed", default="")
-    parser.add_argument("--pause", type=float, default=0.0)
-    parser.add_argument("--count", type=int, default=0)
+    for name, default in (("--mesh", 1), ("--pause", 0.0), ("--count", 0)):
+        parser.add_argument(name, type=type(default), default=default)
     args = parser.parse_args()
     from reverie_jax.train.distributed import join
 
@@ -738,10 +671,9 @@ def _main():
     if args.kind == "memory":
         return _memory(args.out, args.count)
     predict_module.RATIONALE_TOKENS = 9
-    shape = REFLECTING if args.kind == "reflect" else SHAPE
+    shape, options = (REFLECTING, REFLECT) if args.kind == "reflect" else (SHAPE, OPTIONS)
     engine = Engine(model(), processor(), shape, mesh=make_mesh(args.mesh))
     data = {"many": many(IMAGE_COUNT), "mixed": mixed(), "yes-no": many(7), "reflect": ONE_EACH}[args.kind]
-    options = REFLECT if args.kind == "reflect" else OPTIONS
     benchmark = YesNo() if args.kind == "yes-no" else Small()
     return run(args.out, data, benchmark, options, engine=engine, on_progress=lambda *report: time.sleep(args.pause))
 
