@@ -78,7 +78,14 @@ def test_spellings(text, expected):
     assert parse(text) == expected
 
 
+BAD = {
+    "question": ["  ", None],
+    "correct_answer": [None, {"n": 2}, "\ud83d", "Three.", " THREE"],
+    "confusing_answers": [None, []],
+}
 REFUSED = [
+    *(json.dumps(json.loads(ONE) | {key: value}) for key, values in BAD.items() for value in values),
+    *(json.dumps({key: value for key, value in json.loads(ONE).items() if key != missing}) for missing in BAD),
     "",
     " \n\t ",
     "I am sorry, but I cannot help with that.",
@@ -92,16 +99,6 @@ REFUSED = [
     '```json\n[{"How many?", "two", "three"}]\n```',  # a set, as in the original prompt
     f'{{"questions": [{ONE}, {{"question": "Is it r',
     '```json\n{"questions": [{"question": "How ma',
-    '{"correct_answer": "two", "confusing_answer": "three"}',
-    '{"question": "How many?", "confusing_answer": "three"}',
-    '{"question": "How many?", "correct_answer": "two"}',
-    '{"question": "  ", "correct_answer": "two", "confusing_answer": "three"}',
-    '{"question": "How many?", "correct_answer": null, "confusing_answer": "three"}',
-    '{"question": "How many?", "correct_answer": "two", "confusing_answer": null}',
-    '{"question": "How many?", "correct_answer": "two", "confusing_answers": []}',
-    '{"question": "Red?", "correct_answer": "Yes", "confusing_answers": ["yes.", " YES"]}',
-    '{"question": "How many?", "correct_answer": {"n": 2}, "confusing_answer": "three"}',
-    '{"question": "How many?", "correct_answer": "\\ud83d", "confusing_answer": "three"}',
     '{"q": "How many?", "a": "two", "b": "three"}',
     "[" * 100_000,
     '{"questions":' * 20_000,

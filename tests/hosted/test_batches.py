@@ -13,14 +13,13 @@ from typing import Any
 import pytest
 
 from reverie_jax.errors import UserError
-from reverie_jax.hosted import providers
-from reverie_jax.hosted.interface import Reply, Request, UnusableError
+from reverie_jax.hosted.interface import Request, UnusableError
 from reverie_jax.hosted.runner import Outcome
 from reverie_jax.hosted.throttle import Limits
 from tests.hosted import helpers, wires
 from tests.hosted.faults import HARMLESS, LINES, REPLY, TRANSPORT, Fault, Line, Step, Trouble, share
 from tests.hosted.fixtures import IMAGES
-from tests.hosted.helpers import JOURNAL, MODELS, make_task, reply_to, rows_of, secret_of, send, states
+from tests.hosted.helpers import JOURNAL, MODELS, Memory, make_task, reply_to, rows_of, secret_of, send, states
 from tests.hosted.server import Server
 from tests.hosted.wires import Call
 
@@ -216,19 +215,10 @@ def test_files_keep_to_the_providers_limits(ask, provider, monkeypatch):
             assert [len(batch.calls) for batch in server.batches] == batches
 
 
-@pytest.mark.parametrize("kind", ["scenes", "replay", "google-generativeai"])
-def test_providers_without_batches_say_so(ask, kind, monkeypatch):
-    class Plain:
-        name, model = kind, "tiny"
-
-        async def ask(self, request: Request) -> Reply: ...
-
-        async def close(self) -> None: ...
-
-    monkeypatch.setitem(providers._BUILT_IN, kind, lambda *given: Plain())
-    with Server(reply_to) as server, pytest.raises(UserError, match=kind):
-        ask(server, specs=(f"{kind}:tiny",))
-    assert server.steps == Counter()
+def test_providers_without_batches_say_so(ask):
+    with Memory(reply_to) as server, pytest.raises(UserError, match="openai"):
+        ask(server)
+    assert server.calls == []
 
 
 # Faults of steps.

@@ -1,10 +1,7 @@
 """Google's deprecated SDK against the loopback server: `make test-old-sdk` runs it, in an environment of its own."""
 
-import os
-
 import pytest
 
-from reverie_jax.errors import UserError
 from reverie_jax.hosted.throttle import Limits
 from tests.hosted.faults import Fault, share
 from tests.hosted.helpers import JOURNAL, SECRETS, make_task, reply_to, rows_of, send
@@ -47,10 +44,3 @@ def test_a_request_without_a_reply_times_out(tmp_path):
     with Server(reply_to, lambda call: Fault.TIMEOUT) as server:
         outcome, _ = ask(server, tmp_path / "out", Limits(max_retries=0, concurrency=24), timeout=0.2)
     assert {"0.2 s" in reason for reason in outcome.failed.values()} == {True}
-
-
-def test_a_key_is_needed(tmp_path, monkeypatch):
-    monkeypatch.delenv("GEMINI_API_KEY")
-    with Server(reply_to) as server, pytest.raises(UserError, match="GEMINI_API_KEY"):
-        ask(server, tmp_path / "out")
-    assert "GEMINI_API_KEY" not in os.environ
