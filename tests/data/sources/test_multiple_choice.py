@@ -190,7 +190,9 @@ BAD_QUESTIONS = {
 }
 
 
-@pytest.mark.parametrize(("good", "bad"), [(problem(), BAD_PROBLEMS), (annotated(), BAD_QUESTIONS)], ids=str)
+@pytest.mark.parametrize(
+    ("good", "bad"), [(problem(), BAD_PROBLEMS), (annotated(), BAD_QUESTIONS)], ids=["scienceqa", "aokvqa"]
+)
 def test_bad_rows_are_reported_and_the_others_are_read(tmp_path, good, bad):
     rows = [good, *bad.values(), good]
     if bad is BAD_PROBLEMS:
