@@ -91,7 +91,7 @@ class RunCheckpoints:
         self._checkpointer = ocp.training.Checkpointer(
             os.fspath(self._folder), preservation_policy=policy, cleanup_tmp_directories=True
         )
-        self._pending: tuple[int, Any] | None = None
+        self._pending: int | None = None
         self._last_save_succeeded = True
 
     @property
@@ -110,6 +110,7 @@ class RunCheckpoints:
             metrics: `VALIDATION` if records are held out.
         """
         self.wait()
+        self._remove_incomplete()
         step, self._last_save_succeeded = int(state.step), True
         try:
             response = self._checkpointer.save_checkpointables_async(
@@ -119,16 +120,18 @@ class RunCheckpoints:
                 metrics=metrics,
                 custom_metadata={**self.identity, "data": data},
             )
-            self._pending = None if response is None else (step, response)
+            self._pending = None if response is None else step
         except Exception as error:  # Orbax and tensorstore raise OSError, ValueError, XlaRuntimeError and others
             self._failed(step, error)
 
     def wait(self) -> bool:
         """Wait for the save in progress; return whether the last save succeeded."""
         if self._pending is not None:
-            (step, response), self._pending = self._pending, None
+            step, self._pending = self._pending, None
             try:
-                response.result()
+                # Not by the save's response: Orbax raises an error once in each thread, and there it has its own. The next
+                # save would raise it again, and be lost too.
+                self._checkpointer.wait()
             except Exception as error:
                 self._failed(step, error)
         return self._last_save_succeeded
@@ -136,7 +139,11 @@ class RunCheckpoints:
     def _failed(self, step: int, error: Exception) -> None:
         self._last_save_succeeded = False
         _log.error("the checkpoint of step %d was not written: %s", step, " ".join(str(error).split())[:500])
-        for part in self._folder.glob(f"{step}.*"):  # Orbax's names of incomplete checkpoints
+        self._remove_incomplete()
+
+    def _remove_incomplete(self) -> None:
+        """Remove the files of failed saves. Orbax's threads may write more of them after the error: done again later."""
+        for part in self._folder.glob("*.orbax-checkpoint-tmp"):
             shutil.rmtree(part, ignore_errors=True)
 
     def restore(self, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
@@ -166,6 +173,7 @@ class RunCheckpoints:
     def close(self) -> None:
         """Wait for the save in progress and close the checkpointer."""
         self.wait()
+        self._remove_incomplete()
         self._checkpointer.close()
 
 

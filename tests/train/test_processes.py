@@ -65,8 +65,7 @@ def wait(children, folder, *, seconds=300):
 
 def kill(children):
     for child in children:
-        with contextlib.suppress(ProcessLookupError):
-            child.send_signal(signal.SIGKILL)
+        child.kill()  # does nothing if it has ended
     for child in children:
         child.wait()
 
@@ -85,15 +84,18 @@ def wait_for_step(folder, step, children, seconds=200):
         time.sleep(0.01)
 
 
+def initial_state(recipe):
+    model = tiny.model()
+    make_trainable(model, recipe)
+    params = nnx.state(model, is_lora_or_projector)
+    return TrainState(params, make_optimizer(recipe).init(params), jnp.zeros((), jnp.int32))
+
+
 def last_state(folder):
     """Return the bytes of all arrays in the last checkpoint: trained parameters, moments and step."""
     recipe = Recipe.from_json(json.dumps(read_identity(folder)["recipe"]))
-    model = tiny.model()
-    checkpoints = RunCheckpoints(folder, recipe, base_checksums(model))
-    make_trainable(model, recipe)
-    params = nnx.state(model, is_lora_or_projector)
-    state = TrainState(params, make_optimizer(recipe).init(params), jnp.zeros((), jnp.int32))
-    state, _ = checkpoints.restore(state)
+    checkpoints = RunCheckpoints(folder, recipe, base_checksums(tiny.model()))
+    state, _ = checkpoints.restore(initial_state(recipe))
     checkpoints.close()
     assert int(state.step) == recipe.steps
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
@@ -207,6 +209,19 @@ def test_metrics_wait_for_disk_space(small_disk, caplog):
     assert [row["step"] for row in read_metrics(small_disk / "run")] == [1, 2]
 
 
+def test_a_failed_save_costs_no_other_and_leaves_nothing(small_disk, caplog):
+    state, recipe = initial_state(tiny.recipe()), tiny.recipe(keep_checkpoints=1)
+    checkpoints = RunCheckpoints(small_disk / "run", recipe, base_checksums(tiny.model()))
+    fill(small_disk / "ballast")
+    for step, succeeds in ((3, False), (6, True), (8, True)):
+        checkpoints.save(state._replace(step=jnp.int32(step)), {})
+        assert checkpoints.wait() == succeeds
+        assert "checkpoint of step 3 was not written" in caplog.text
+        (small_disk / "ballast").unlink(missing_ok=True)
+    checkpoints.close()
+    assert [path.name for path in (small_disk / "run" / "checkpoints").iterdir()] == ["8"]
+
+
 @pytest.mark.slow
 def test_training_continues_on_a_full_disk(finished, small_disk, monkeypatch, caplog):
     """The save after step 3 fails; the next ones succeed."""
@@ -214,7 +229,6 @@ def test_training_continues_on_a_full_disk(finished, small_disk, monkeypatch, ca
 
     def free():
         assert not opened[0].wait()
-        assert "checkpoint of step 3 was not written" in caplog.text
         ballast.unlink()
 
     checkpoints = loop.RunCheckpoints
@@ -223,5 +237,5 @@ def test_training_continues_on_a_full_disk(finished, small_disk, monkeypatch, ca
     tiny.after_step(monkeypatch, 5, free)
     run = tiny.run(folder, keep_checkpoints=1)
     assert run.losses == finished.losses
-    assert (folder / "checkpoints" / "8").exists()
-    assert not (folder / "checkpoints" / "3").exists()
+    assert caplog.text.count("was not written") == 1
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["8"]
