@@ -35,7 +35,8 @@ import tyro
 from flax import nnx
 from PIL import Image
 
-from benchmarks.train_step import SIZES, SPECIAL_IDS, peer_device, small_tokenizer, spread
+from benchmarks.train_sides import peer_device
+from benchmarks.workload import SIZES, SPECIAL_IDS, small_tokenizer, spread
 from reverie_jax.data.conversation import IMAGE, Conversation, Turn
 from reverie_jax.data.pipeline import ImageQuestions
 from reverie_jax.data.processor import Processor

@@ -5,45 +5,46 @@ import json
 
 import pytest
 
-from benchmarks import checkpoint_memory, evaluate, input_pipeline, mixture_scale, train_step, tree_step
+from benchmarks import checkpoint_memory, evaluate, input_pipeline, mixture_scale, train_step, tree_step, workload
 from reverie_jax.models.config import ARCHITECTURES
 
 
 @pytest.fixture(autouse=True)
 def quick_tokenizer(monkeypatch):
     """Training the tokenizer of the scenes takes a minute."""
-    monkeypatch.setattr("reverie_jax.scenes.tokenizer.train_tokenizer", lambda *args: train_step.small_tokenizer())
+    monkeypatch.setattr("reverie_jax.scenes.tokenizer.train_tokenizer", lambda *args: workload.small_tokenizer())
 
 
-def run_train_step(tmp_path, monkeypatch, ways=("peer", "tree")):
-    return train_step.run(train_step.Args(size="tiny", rounds=1, images=1, ways=ways))
+def run_train_step(folder, ways=("peer", "tree")):
+    return train_step.run(workload.Args(size="tiny", rounds=1, images=1, ways=ways))
 
 
-def run_evaluate(tmp_path, monkeypatch):
+def run_evaluate(folder):
     options = {"images": 2, "peer_images": 1, "questions": 2, "rounds": 1, "batches": (2,), "batch_size": 1}
     return evaluate.run(evaluate.Args(size="tiny", **options))
 
 
-def run_tree_step(tmp_path, monkeypatch):
+def run_tree_step(folder):
     return tree_step.run(tree_step.Args(images=1, rounds=1, batch_size=1, length=448))
 
 
-def run_input_pipeline(tmp_path, monkeypatch):
+def run_input_pipeline(folder):
     return input_pipeline.run(input_pipeline.Args(images=4, rounds=1, batch_size=1, side=64))
 
 
-def run_mixture_scale(tmp_path, monkeypatch):
-    args = mixture_scale.Args(tmp_path / "mixture", scale=1e-4)
+def run_mixture_scale(folder):
+    args = mixture_scale.Args(folder / "mixture", scale=1e-4)
     mixture_scale.make(args.folder, args.scale)
     return {name: mixture_scale.run_stage(dataclasses.replace(args, stage=name)) for name in mixture_scale.STAGES}
 
 
-def run_checkpoint_memory(tmp_path, monkeypatch):
-    monkeypatch.setitem(ARCHITECTURES, "tiny", train_step.SIZES["tiny"].config)
-    args = checkpoint_memory.Args(tmp_path, architecture="tiny")
-    checkpoint_memory.make(tmp_path / "source", "tiny")
-    result = {name: checkpoint_memory.stage(dataclasses.replace(args, stage=name)) for name in checkpoint_memory.STAGES}
-    assert checkpoint_memory.contents(tmp_path / "source") == checkpoint_memory.contents(tmp_path / "back")
+def run_checkpoint_memory(folder):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ARCHITECTURES, "tiny", workload.SIZES["tiny"].config)
+        checkpoint_memory.make(folder / "source", "tiny")
+    args = [checkpoint_memory.Args(folder, stage=name) for name in checkpoint_memory.STAGES]
+    result = {one.stage: checkpoint_memory.stage(one) for one in args}
+    assert checkpoint_memory.contents(folder / "source") == checkpoint_memory.contents(folder / "back")
     return result
 
 
@@ -59,16 +60,16 @@ RUNS = {
 
 
 @pytest.mark.parametrize(("run", "keys"), RUNS.items(), ids=[run.__name__ for run in RUNS])
-def test_benchmark_runs(run, keys, tmp_path, monkeypatch):
-    result = run(tmp_path, monkeypatch)
+def test_benchmark_runs(run, keys, tmp_path):
+    result = run(tmp_path)
     assert json.loads(json.dumps(result)) == result
     assert keys <= result.keys()
 
 
 @pytest.mark.slow
-def test_all_ways_of_a_train_step_do_the_same_work(tmp_path, monkeypatch):
-    result = run_train_step(tmp_path, monkeypatch, ways=train_step.WAYS)
-    for way in train_step.WAYS:
+def test_all_ways_of_a_train_step_do_the_same_work(tmp_path):
+    result = run_train_step(tmp_path, workload.WAYS)
+    for way in workload.WAYS:
         assert result["losses"][way] == pytest.approx(result["losses"]["peer"], rel=1e-3)
         assert result["losses"][way][0] == pytest.approx(result["losses"]["peer"][0], rel=1e-4)
         assert result["computed"][way]["tokens"] > 0
@@ -82,10 +83,10 @@ def test_all_ways_of_a_train_step_do_the_same_work(tmp_path, monkeypatch):
 def test_ways_that_do_other_work_are_refused():
     losses = {"peer": [2.0, 1.9], "flat": [2.0, 1.9], "tree": [2.001, 1.9]}
     with pytest.raises(RuntimeError, match="same work"):
-        train_step.check(losses, train_step.Args(size="tiny"))
-    train_step.check(losses | {"tree": [2.0001, 1.9]}, train_step.Args(size="tiny"))
+        train_step.check(losses, workload.Args(size="tiny"))
+    train_step.check(losses | {"tree": [2.0001, 1.9]}, workload.Args(size="tiny"))
     # With weights of its own, the peer's loss says nothing.
-    train_step.check(losses | {"peer": [3.0, 2.0]}, train_step.Args(size="7b"))
+    train_step.check(losses | {"peer": [3.0, 2.0]}, workload.Args(size="7b"))
 
 
 def test_every_image_has_numbered_questions():
