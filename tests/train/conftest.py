@@ -27,9 +27,7 @@ class StepSpy:
 
 def spied_run(folder, **options):
     spy = StepSpy()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "make_step", spy)
-        return tiny.run(folder, **options), spy
+    return tiny.run(folder, make_step=spy, **options), spy
 
 
 @pytest.fixture(scope="session")

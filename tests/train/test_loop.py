@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from reverie_jax.data.pipeline import TreeBuilder, dataset_stats
 from reverie_jax.errors import UserError
 from reverie_jax.models import VisionLanguageModel
 from reverie_jax.models.sharding import make_mesh
@@ -26,34 +27,23 @@ from reverie_jax.train.step import StepMetrics
 from tests.train import tiny
 
 
-def stop_by_ctrl_c():
-    raise KeyboardInterrupt
-
-
-def stop_by_sigterm():
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
 @pytest.fixture(scope="module")
-def cut(tmp_path_factory):
-    """Folder of a run that Ctrl-C ended after step 5."""
-    folder = tmp_path_factory.mktemp("cut") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        tiny.after_step(patch, 5, stop_by_ctrl_c)
-        with pytest.raises(KeyboardInterrupt):
-            tiny.run(folder)
-    assert len(read_metrics(folder)) == 5
+def killed(tmp_path_factory):
+    """Folder of a process that was killed after step 5 of 8; its newest checkpoint is that of step 3."""
+    folder = tmp_path_factory.mktemp("killed") / "run"
+    command = [sys.executable, "-m", "tests.train.tiny", str(folder), "--hang-after", "5"]
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    tiny.wait_for(lambda: len(read_metrics(folder)) == 5 and (folder / "checkpoints" / "3").exists(), child)
+    child.kill()
+    child.wait()
     return folder
 
 
-def test_only_adapters_and_projector_change(finished):
+def test_only_adapters_and_projector_change_and_the_loss_falls(finished):
     before, after = dict(tiny.flat(tiny.model())), dict(tiny.flat(finished.model))
     changed = {path for path in before if not np.array_equal(before[path], after[path])}
     assert changed == {path for path in before if path.startswith("projector.")}
     assert all(np.abs(after[path]).max() > 0 for path in after if path.endswith("lora_b"))
-
-
-def test_loss_falls(finished):
     assert np.mean(finished.losses[-2:]) < np.mean(finished.losses[:2]) - 0.2
 
 
@@ -72,8 +62,7 @@ def test_four_devices_give_the_losses_of_one(finished, mesh_run):
 
 def test_a_run_compiles_its_step_once(single_device_run, mesh_run):
     for _, spy in (single_device_run, mesh_run):
-        assert len(spy.steps) == 1
-        assert spy.steps[0]._cache_size() == 1
+        assert [step._cache_size() for step in spy.steps] == [1]
 
 
 def test_state_is_sharded_as_planned_before_every_step(mesh_run):
@@ -84,42 +73,30 @@ def test_state_is_sharded_as_planned_before_every_step(mesh_run):
             assert leaf.sharding.is_equivalent_to(sharding, rank)
 
 
-def test_run_stopped_by_ctrl_c_resumes_bit_for_bit(finished, cut, tmp_path):
-    folder = shutil.copytree(cut, tmp_path / "run")
-    resumed = tiny.run(folder)
-    assert resumed.result.steps == 5  # from the checkpoint of step 3
-    tiny.assert_equal(tiny.trained(resumed.model)[0], tiny.trained(finished.model)[0])
+def assert_continued(resumed, finished, steps):
+    """Check that a run took its last `steps` after a resume, and ended as one without an interruption."""
+    assert resumed.result.steps == steps
     assert resumed.losses == finished.losses
-
-
-def test_sigterm_saves_and_stops(finished, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        tiny.after_step(patch, 5, stop_by_sigterm)
-        with pytest.raises(Preempted, match="step 5 of 8 is saved"):
-            tiny.run(tmp_path)
-    resumed = tiny.run(tmp_path)
-    assert resumed.result.steps == 3
     tiny.assert_equal(tiny.trained(resumed.model)[0], tiny.trained(finished.model)[0])
 
 
-def test_killed_process_resumes_bit_for_bit(finished, tmp_path):
-    folder = tmp_path / "killed"
-    command = [sys.executable, "-m", "tests.train.tiny", str(folder), "--hang-after", "5"]
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    tiny.wait_for(lambda: len(read_metrics(folder)) == 5 and (folder / "checkpoints" / "3").exists(), child)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    resumed = tiny.run(folder)
-    assert 0 < resumed.result.steps < 8
-    tiny.assert_equal(tiny.trained(resumed.model)[0], tiny.trained(finished.model)[0])
-    assert resumed.losses == finished.losses
+def test_killed_process_resumes_bit_for_bit(finished, killed, tmp_path):
+    assert_continued(tiny.run(shutil.copytree(killed, tmp_path / "run")), finished, 5)
 
 
-def test_checkpoint_resumes_on_a_mesh(finished, cut, tmp_path):
-    resumed = tiny.run(shutil.copytree(cut, tmp_path / "run"), mesh=make_mesh(1, 2, 2))
+def test_checkpoint_resumes_on_a_mesh(finished, killed, tmp_path):
+    resumed = tiny.run(shutil.copytree(killed, tmp_path / "run"), mesh=make_mesh(1, 2, 2))
     assert resumed.result.steps == 5
     for a, b in zip(tiny.trained(resumed.model)[0], tiny.trained(finished.model)[0], strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_sigterm_saves_and_stops(finished, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        tiny.after_step(patch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(Preempted, match="step 5 of 8 is saved"):
+            tiny.run(tmp_path)
+    assert_continued(tiny.run(tmp_path), finished, 3)
 
 
 def test_incomplete_checkpoint_is_ignored(finished, tmp_path):
@@ -212,6 +189,16 @@ def test_held_out_records_are_validated_and_the_best_checkpoint_is_kept(finished
     checkpoints = RunCheckpoints(tmp_path, tiny.recipe(**changes), read_identity(tmp_path)["base"])
     assert (checkpoints.latest, checkpoints.best) == (8, 3)
     checkpoints.close()
+
+
+def test_epochs_determine_the_steps(tmp_path):
+    recipe = tiny.recipe()
+    builder = TreeBuilder(tiny.processor(), recipe.sequence, recipe.supervision)
+    sequences = dataset_stats(tiny.records(), builder).sequences
+    assert sequences > 3
+    assert tiny.run(tmp_path, steps=0, epochs=8 * recipe.batch_size / sequences).result.steps == 8
+    assert recipe.steps_for(1000) == 8
+    assert tiny.recipe(steps=0).steps_for(1) == 1
 
 
 def test_holding_out_everything_is_refused(tmp_path):

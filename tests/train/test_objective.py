@@ -12,35 +12,34 @@ import optax
 import pytest
 from flax import nnx
 
-from reverie_jax.data.packing import Batch, SequenceShape, make_element, pack, stack
+from reverie_jax.data.packing import Batch, SequenceShape, make_element, pack, pack_sequence, stack
 from reverie_jax.data.tokenization import Tokens
 from reverie_jax.data.tree import build_tree
 from reverie_jax.models import lora
 from reverie_jax.train.objective import edge_loss
-from reverie_jax.train.step import is_lora_or_projector
+from reverie_jax.train.step import is_lora_or_projector, make_trainable
 from tests.train import tiny
 
 PATCHES = tiny.CONFIG.vision.patches
 SHAPE = SequenceShape(length=160, images=3, edges=96)
 FLAT = SequenceShape(length=64, images=2, edges=40)
+ROWS = 6
 
 
 @functools.cache
 def split_model():
     model = tiny.model()
-    lora.attach(model, rank=4, alpha=8.0)
-    # B is zero at the start, which hides A's gradient.
-    for _, layer in lora.linears(model):
-        if layer.lora_b is not None:
-            noise = jax.random.normal(jax.random.key(layer.inputs), layer.lora_b.shape)
-            layer.lora_b.set_value(0.1 * noise)
+    make_trainable(model, tiny.recipe(dropout=0.0))
+    for _, layer, _, b in lora.adapters(model):  # B starts at zero, and A's gradient with it
+        b.set_value(0.1 * jax.random.normal(jax.random.key(layer.inputs), b.shape))
     return nnx.split(model, is_lora_or_projector, ...)
 
 
-@functools.cache
-def mean_loss_and_grads():
-    graph, params, frozen = split_model()
-    return jax.jit(lambda batch: tiny.loss_and_grads(graph, params, frozen, batch))
+jitted = jax.jit(tiny.loss_and_grads, static_argnums=0, static_argnames=("steps", "loss_reduction"))
+
+
+def mean_loss_and_grads(batch, steps=1, loss_reduction="tokens"):
+    return jitted(*split_model(), batch, steps=steps, loss_reduction=loss_reduction)
 
 
 @functools.cache
@@ -52,6 +51,12 @@ def sum_of_losses_and_grads():
         return edge_loss(nnx.merge(graph, params, frozen), batch).total
 
     return jax.jit(lambda batch: jax.value_and_grad(total)(params, batch))
+
+
+def assert_close(grads, expected):
+    for ours, theirs in zip(jax.tree.leaves(grads), jax.tree.leaves(expected), strict=True):
+        scale = float(jnp.linalg.norm(theirs.ravel()))
+        assert float(jnp.linalg.norm((ours - theirs).ravel())) <= 1e-5 * max(scale, 1e-3)
 
 
 def random_conversation(rng, openings, images):
@@ -100,7 +105,7 @@ def test_packed_trees_equal_conversations_one_by_one(case):
         elements.append(make_element(build_tree(conversations), pixels))
         flat += [make_element(build_tree([one]), pixels) for one in conversations]
     rows = pack_all(elements, SHAPE)
-    loss, grads = mean_loss_and_grads()(batch_of(rows, 4))
+    loss, grads = mean_loss_and_grads(batch_of(rows, ROWS))
     total, weight, sums = 0.0, 0.0, None
     for alone in flat:
         row = batch_of(pack_all([alone], FLAT))
@@ -110,9 +115,7 @@ def test_packed_trees_equal_conversations_one_by_one(case):
     hypothesis.assume(weight > 0)
     assert abs(float(loss) - total / weight) <= 1e-5 * abs(total / weight)
     expected = optax.tree.scale(1 / weight, sums)
-    for ours, theirs in zip(jax.tree.leaves(grads), jax.tree.leaves(expected), strict=True):
-        scale = float(jnp.linalg.norm(theirs.ravel()))
-        assert float(jnp.linalg.norm((ours - theirs).ravel())) <= 1e-5 * max(scale, 1e-3)
+    assert_close(grads, expected)
 
 
 def example_batch():
@@ -129,7 +132,7 @@ def example_loss(chunk):
     return jitted(example_batch())
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 500])
+@pytest.mark.parametrize("chunk", [7, 500])
 def test_loss_does_not_depend_on_the_chunk_size(chunk):
     assert float(example_loss(chunk).total) == pytest.approx(float(example_loss(96).total), rel=1e-6)
     assert float(example_loss(chunk).weight) == float(example_loss(96).weight)
@@ -148,19 +151,34 @@ def test_loss_is_the_weighted_cross_entropy_of_all_logits():
     assert float(example_loss(96).total) == pytest.approx(expected, rel=1e-5)
 
 
-def test_empty_sequences_change_nothing_and_no_supervision_gives_zero():
-    batch = example_batch()
-    alone, padded = (mean_loss_and_grads()(batch_of([Batch(*(np.asarray(x)[0] for x in batch))], n)) for n in (1, 4))
-    assert float(padded[0]) == pytest.approx(float(alone[0]), rel=1e-6)
-    for a, b in zip(jax.tree.leaves(alone[1]), jax.tree.leaves(padded[1]), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-6)
-    loss, grads = mean_loss_and_grads()(batch._replace(weight=jnp.zeros_like(batch.weight)))
+def test_no_supervision_gives_zero():
+    batch = six_sequences()
+    loss, grads = mean_loss_and_grads(batch._replace(weight=jnp.zeros_like(batch.weight)))
     assert float(loss) == 0.0
     assert all(float(jnp.abs(leaf).max()) == 0.0 for leaf in jax.tree.leaves(grads))
 
 
-def test_only_adapters_and_projector_are_trained():
-    _, params, _ = split_model()
-    paths = {".".join(map(str, path)) for path, _ in nnx.to_flat_state(params)}
-    assert all(path.startswith("projector.") or path.endswith(("lora_a", "lora_b")) for path in paths)
-    assert len(paths) == 4 + 2 * 7
+def six_sequences():
+    """A tree of two to seven conversations in each of six sequences."""
+    rng = np.random.default_rng(4)
+    trees = [build_tree([random_conversation(rng, [[5, 6]], 1) for _ in range(n + 2)]) for n in range(ROWS)]
+    pixels = rng.integers(0, 255, (ROWS, 1, 24, 24, 3), dtype=np.uint8)
+    return batch_of([pack_sequence([make_element(*one)], SHAPE, PATCHES) for one in zip(trees, pixels, strict=True)])
+
+
+@pytest.mark.parametrize("steps", [3, *(pytest.param(parts, marks=pytest.mark.slow) for parts in (2, 6))])
+def test_mean_over_tokens_does_not_depend_on_micro_batches(steps):
+    whole, parts = mean_loss_and_grads(six_sequences()), mean_loss_and_grads(six_sequences(), steps)
+    assert float(parts[0]) == pytest.approx(float(whole[0]), rel=1e-5)
+    assert_close(parts[1], whole[1])
+
+
+def test_mean_of_means_is_that_of_the_micro_batches_alone():
+    batch = six_sequences()
+    loss, grads = mean_loss_and_grads(batch, 3, "micro-batches")
+    # The other sequences have no weight, so that one program does.
+    part = [batch._replace(weight=batch.weight * (np.arange(6)[:, None] % 3 == n).astype(np.float32)) for n in range(3)]
+    alone = [mean_loss_and_grads(one) for one in part]
+    assert float(loss) == pytest.approx(np.mean([float(one) for one, _ in alone]), rel=1e-5)
+    assert_close(grads, jax.tree.map(lambda *grads: sum(grads) / 3, *(grads for _, grads in alone)))
+    assert abs(float(loss) - float(mean_loss_and_grads(batch)[0])) > 1e-6

@@ -1,32 +1,27 @@
 """Options of a recipe that must not change the result (remat, offload, cached features), or change it within a bound."""
 
-import dataclasses
 import math
+import statistics
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from reverie_jax.data.supervision import Supervision
 from reverie_jax.errors import DataError
+from reverie_jax.loading import load_model
 from reverie_jax.models import lora
 from reverie_jax.models.quantize import BLOCK, pack, unpack
 from reverie_jax.models.sharding import make_mesh
+from reverie_jax.scenes import dataset
+from reverie_jax.train import recipes
 from reverie_jax.train.checkpoint import load_run
-from reverie_jax.train.metrics import read_metrics
+from reverie_jax.train.loop import finetune
 from reverie_jax.train.vision_cache import cached_features
 from tests.train import tiny
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{"remat": "dots"}, {"remat": "none"}, {"offload": True}],
-    ids=["remat dots", "remat none", "offload"],
-)
-def test_losses_do_not_depend_on_memory_options(finished, tmp_path, changes):
-    assert tiny.run(tmp_path, **changes).losses == pytest.approx(finished.losses, rel=1e-5)
+def test_losses_do_not_depend_on_remat_and_offload(finished, tmp_path):
+    assert tiny.run(tmp_path, remat="dots", offload=True).losses == pytest.approx(finished.losses, rel=1e-5)
 
 
 @pytest.mark.slow
@@ -35,12 +30,12 @@ def test_offload_on_a_mesh_does_not_change_losses(finished, tmp_path):
     assert run.losses == pytest.approx(finished.losses, rel=1e-5)
 
 
-def test_cached_features_do_not_change_losses(finished, tmp_path):
+def test_cached_features_and_no_remat_do_not_change_losses(finished, tmp_path):
     cache = tmp_path / "features"
-    first = tiny.run(tmp_path / "writes", vision_cache=cache).losses
+    first = tiny.run(tmp_path / "writes", vision_cache=cache, remat="none").losses
     assert first == pytest.approx(finished.losses, rel=1e-5)
     times = {path: path.stat().st_mtime_ns for path in cache.iterdir()}
-    assert tiny.run(tmp_path / "reads", vision_cache=cache).losses == first
+    assert tiny.run(tmp_path / "reads", vision_cache=cache, remat="none").losses == first
     assert {path: path.stat().st_mtime_ns for path in cache.iterdir()} == times
     other = tiny.model()
     other.vision.cls.set_value(other.vision.cls[...] + 1)
@@ -48,39 +43,28 @@ def test_cached_features_do_not_change_losses(finished, tmp_path):
         cached_features(other, tiny.processor(), tiny.records(), cache)
 
 
-# Few sizes, since each is compiled: less than a block, not a multiple of one, several.
+def nf4_values():
+    """The paper's data type: quantiles of a normal distribution, 8 above zero and 7 below, the largest being 1."""
+    inverse = np.vectorize(statistics.NormalDist().inv_cdf)
+    above, below = (inverse(np.linspace(0.9677083, 0.5, count)[:-1]) for count in (9, 8))
+    return (np.sort([*above, 0, *-below]) / above[0]).astype(np.float32)
+
+
+# Less than a block, not a multiple of one, several.
 @pytest.mark.parametrize("bits", ["int8", "nf4"])
 @pytest.mark.parametrize("inputs", [2, 14, 192])
-@given(seed=st.integers(0, 2**31))
-@settings(max_examples=5)
-def test_quantization_error_is_bounded(inputs, bits, seed):
-    outputs = 5
-    kernel = np.random.default_rng(seed).normal(size=(2, inputs, outputs)).astype(np.float32)
+def test_quantization_rounds_to_the_nearest_value(inputs, bits):
+    kernel = np.random.default_rng(inputs).normal(size=(2, inputs, 5)).astype(np.float32)
+    table = np.arange(-127, 128, dtype=np.float32) / 127 if bits == "int8" else nf4_values()
+    blocks = kernel.reshape(2, -1, inputs if bits == "int8" else math.gcd(inputs, BLOCK), 5)
+    largest = np.abs(blocks).max(2, keepdims=True)
+    nearest = table[np.abs((blocks / largest)[..., None] - table).argmin(-1)] * largest
     codes, scale = pack(jnp.asarray(kernel), bits)
-    back = np.asarray(unpack(codes, scale, jnp.float32))
-    assert back.shape == kernel.shape
-    if bits == "int8":  # half a step of each column's scale
-        assert (np.abs(back - kernel) <= np.asarray(scale) / 2 * 1.001).all()
-        assert codes.nbytes == kernel.size
-    else:  # half the widest gap between two of the sixteen values, times each block's largest
-        block = math.gcd(inputs, BLOCK)
-        largest = np.abs(kernel.reshape(2, inputs // block, block, outputs)).max(2).repeat(block, axis=1)
-        assert (np.abs(back - kernel) <= 0.1520 * largest.reshape(kernel.shape)).all()
-        assert codes.nbytes == kernel.size // 2
-    again = unpack(*pack(jnp.asarray(back), bits), jnp.float32)  # representable values stay
-    np.testing.assert_allclose(np.asarray(again), back, atol=1e-6)
-
-
-def test_nf4_rounds_to_the_nearest_value():
-    from reverie_jax.models.quantize import _NF4
-
-    rng = np.random.default_rng(0)
-    kernel = rng.normal(size=(64, 5)).astype(np.float32)
-    largest = np.abs(kernel).max(0)
-    table = np.asarray(_NF4, np.float32)
-    nearest = table[np.abs(kernel[:, :, None] / largest[None, :, None] - table).argmin(-1)] * largest
-    back = unpack(*pack(jnp.asarray(kernel), "nf4"), jnp.float32)
-    np.testing.assert_allclose(np.asarray(back), nearest, atol=1e-6)
+    back = unpack(codes, scale, jnp.float32)
+    np.testing.assert_allclose(np.asarray(back), nearest.reshape(kernel.shape), atol=1e-6)
+    assert codes.nbytes == kernel.size / (1 if bits == "int8" else 2)
+    again = unpack(*pack(back, bits), jnp.float32)  # representable values stay
+    np.testing.assert_allclose(np.asarray(again), np.asarray(back), atol=1e-6)
 
 
 @pytest.mark.parametrize("bits", [pytest.param("int8", marks=pytest.mark.slow), "nf4"])
@@ -113,19 +97,18 @@ def test_nf4_weights_take_half_a_byte_and_cannot_be_merged():
         lora.merge(model)
 
 
-def test_losses_are_reported_by_dataset(tmp_path):
-    mixed = tiny.Records(
-        dataclasses.replace(
-            record,
-            conversations=tuple(
-                dataclasses.replace(conversation, dataset="ab"[index % 2])
-                for index, conversation in enumerate(record.conversations)
-            ),
-        )
-        for record in tiny.records()
-    )
-    supervision = Supervision(answers="as-published")
-    tiny.run(tmp_path, data=mixed, gradient_accumulation_steps=2, supervision=supervision)
-    for row in read_metrics(tmp_path):
-        parts = [row["loss/a"], row["loss/b"]]
-        assert min(parts) <= row["loss"] + 1e-6 <= max(parts) + 2e-6
+@pytest.mark.slow
+def test_quantized_runs_on_scenes_end_within_two_percent_of_bfloat16(tmp_path):
+    """At a third of the recipe's learning rates: there, two bfloat16 runs that differ by rounding end 2.2 % apart."""
+    dataset.make_training_set(tmp_path / "scenes", 160, size=128, questions=4, seed=5)
+    records, losses = list(dataset.read_records(tmp_path / "scenes")), {}
+    settings = ["steps=80", "batch_size=8", "save_steps=1000", "learning_rate=1e-3", "projector_learning_rate=1e-4"]
+    for bits in ("none", "int8", "nf4"):
+        recipe = recipes.override(recipes.find_recipe("scenes-rationales"), [f"quantization={bits}", *settings])
+        model, processor = load_model("scenes-base", dtype=jnp.bfloat16)
+        finetune(model, processor, records, recipe, tmp_path / bits)
+        losses[bits] = tiny.read_losses(tmp_path / bits)
+        assert any(layer.scales is not None for _, layer in lora.linears(model)) == (bits != "none")
+    ends = {bits: float(np.mean(values[-20:])) for bits, values in losses.items()}
+    assert ends["none"] < losses["none"][0] - 0.1
+    assert [ends["int8"], ends["nf4"]] == pytest.approx([ends["none"]] * 2, rel=0.02)

@@ -13,7 +13,7 @@ from flax import nnx
 
 from reverie_jax.data.conversation import Conversation, Turn
 from reverie_jax.data.packing import Batch, SequenceShape, make_element, pack_sequence, stack
-from reverie_jax.data.pipeline import PAIR_STRIDE, TreeBuilder, dataset_stats, ordered_batches, training_batches
+from reverie_jax.data.pipeline import PAIR_STRIDE, TreeBuilder, dataset_stats, ordered_batches
 from reverie_jax.data.preferences import DPOConfig, find_pairs, token_weights
 from reverie_jax.data.tree import build_tree, unsupervised
 from reverie_jax.errors import DataError, UserError
@@ -188,18 +188,6 @@ def test_pairs_are_never_split_over_sequences():
         batches_of(DPOConfig(), dataclasses.replace(SHAPE, questions=1))
     with pytest.raises(DataError, match="pair of answers"):
         dataset_stats(tiny.records(), builder(DPOConfig()))
-
-
-def test_order_of_pairs_does_not_depend_on_the_number_of_hosts():
-    make = functools.partial(training_batches, records(), builder(DPOConfig()), batch_size=2, seed=3)
-    single, hosts = iter(make()), [iter(make(local=slice(n, n + 1))) for n in range(2)]
-    for _ in range(4):
-        batch, parts = next(single), [next(host) for host in hosts]
-        for field in ("questions", "images"):
-            joined = np.concatenate([getattr(part, field) for part in parts])
-            assert np.array_equal(getattr(batch, field), joined)
-    for iterator in (single, *hosts):
-        iterator.close()
 
 
 def test_disabled_adapters_are_the_model_at_the_start():

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import io
 import re
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -19,12 +21,13 @@ from reverie_jax.data.packing import SequenceShape
 from reverie_jax.data.processor import Processor
 from reverie_jax.models import TextConfig, VisionConfig, VisionLanguageModel, VLMConfig
 from reverie_jax.models.sharding import make_mesh
+from reverie_jax.train import loop
 from reverie_jax.train.distributed import join
 from reverie_jax.train.loop import TrainResult, finetune
 from reverie_jax.train.metrics import MetricsLog, read_metrics
 from reverie_jax.train.objective import edge_loss
 from reverie_jax.train.recipes import Recipe, override
-from reverie_jax.train.step import accumulate_gradients, trainable_filter
+from reverie_jax.train.step import accumulate_gradients, make_step, trainable_filter
 
 CONFIG = VLMConfig(
     vision=VisionConfig(hidden=32, layers=3, heads=2, mlp=48, image_size=24, patch_size=8),
@@ -52,8 +55,14 @@ def processor():
     return Processor.from_config(CONFIG, Words())
 
 
+@functools.cache
+def _initial():
+    return nnx.split(VisionLanguageModel(CONFIG, rngs=nnx.Rngs(0)))
+
+
 def model():
-    return VisionLanguageModel(CONFIG, rngs=nnx.Rngs(0))
+    graph, state = _initial()
+    return nnx.merge(graph, jax.tree.map(jnp.copy, state))
 
 
 def flat(model):
@@ -120,11 +129,26 @@ def read_losses(folder):
     return [row["loss"] for row in rows]
 
 
-def run(folder, *, on=None, data=None, mesh=None, resume=True, profile=False, vision_cache=None, **changes):
-    """Train a model (a new one if none is given) by `recipe(**changes)`."""
+_STEPS = {}
+
+
+def shared_step(graph, optimizer, recipe, *, shardings, **options):
+    """`make_step`, traced and compiled once for all runs whose step is the same."""
+    same = dataclasses.replace(recipe, name="", epochs=1.0, save_steps=1, keep_checkpoints=1, holdout=0)
+    key = graph, same, *jax.tree.leaves(shardings), *options.items()
+    if key not in _STEPS:
+        _STEPS[key] = make_step(graph, optimizer, recipe, shardings=shardings, **options)
+    return _STEPS[key]
+
+
+def run(folder, *, on=None, data=None, make_step=shared_step, **changes):
+    """Train a model (a new one if none is given) by `recipe(**changes)`; `finetune` gets its own options."""
     net = on or model()
-    options = {"mesh": mesh, "resume": resume, "profile": profile, "vision_cache": vision_cache}
-    return Run(folder, net, finetune(net, processor(), data or records(), recipe(**changes), folder, **options))
+    options = {name: changes.pop(name) for name in ("mesh", "resume", "profile", "vision_cache") if name in changes}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "make_step", make_step)
+        result = finetune(net, processor(), data or records(), recipe(**changes), folder, **options)
+    return Run(folder, net, result)
 
 
 def wait_for(condition, *children, seconds=300):
