@@ -256,13 +256,13 @@ def test_any_set_of_questions_comes_back(value, shape, form, around, before, aft
 
 names = st.sampled_from(["question", "question1", "answer", "correct answer1", "confusing_answers", "type", "x", ""])
 values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    st.sampled_from([None, True, 7, 0.5, float("nan"), "yes", "[", ""]),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(names, inner, max_size=6),
-    max_leaves=20,
+    max_leaves=6,
 )
 
 
-@given(values, st.text(max_size=200))
+@given(values, st.text(max_size=60))
 def test_anything_is_parsed_or_refused(value, other):
     """No other exception can stop a worker."""
     for text in (json.dumps(value), repr(value), other):

@@ -1,0 +1,68 @@
+"""Thoughts and words of reasoning models, as their templates and parsers leave them."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from reverie_jax.hosted.thoughts import split_thoughts
+
+MARKS = [
+    ("<think>", "</think>"),
+    ("<THINK>", "</Think>"),
+    ("<thinking>", "</thinking>"),
+    ("< thought >", "< /thought >"),
+    ("<seed:think>", "</seed:think>"),
+    ("<analysis>", "</analysis>"),
+    ("[THINK]", "[/THINK]"),
+    ("◁think▷", "◁/think▷"),
+    ("<|begin_of_thought|>", "<|end_of_thought|>"),
+]
+REPLIES = [
+    ("It is red.", "", "It is red."),
+    ("  It is red.\n", "", "  It is red.\n"),  # without thoughts a text is left as it is
+    ("", "", ""),
+    ("<think>\n\n</think>\n\nYes", "", "Yes"),  # thinking switched off
+    ("<think>\n<think>\nno or yes</think>\nYes", "<think>\nno or yes", "Yes"),  # the template's mark, and the model's
+    ("no? </think> still no? </think> Yes", "no?  still no?", "Yes"),
+    ("Yes.\n<think>or no</think>\nBecause.", "or no", "Yes.\n\nBecause."),
+    ("Yes.\n<think>or", "or", "Yes."),
+    ("<think>or", "or", ""),
+    ("It is red.</think>", "It is red.", ""),
+    ("The sign says <think> in red.", "", "The sign says <think> in red."),
+    ("I think </b> yes <thinker>", "", "I think </b> yes <thinker>"),
+    (
+        "<|channel|>analysis<|message|>or no<|end|><|start|>assistant<|channel|>final<|message|>Yes<|return|>",
+        "or no<|end|><|start|>assistant",
+        "Yes",
+    ),
+    ("analysisor noassistantfinalYes", "or no", "Yes"),
+    ("analysis of the final answer: Yes", "", "analysis of the final answer: Yes"),
+]
+texts = st.text(st.characters(exclude_characters="<[◁"), max_size=30).filter(lambda text: text == text.strip())
+
+
+@pytest.mark.parametrize(("reply", "thoughts", "words"), REPLIES)
+def test_replies(reply, thoughts, words):
+    assert split_thoughts(reply) == (thoughts, words)
+
+
+@given(st.sampled_from(MARKS), texts, texts, texts)
+def test_marks(marks, one, other, words):
+    """One block, without its opening mark too; two blocks; one that was cut off. No thought is left among the words."""
+    first, last = marks
+    assert split_thoughts(f"{first}{one}{last}{words}") == (one, words)
+    assert split_thoughts(f"{one}\n{last}\n{words}") == (one, words)
+    assert split_thoughts(f"{first}{one}{last}{first}{other}{last}{words}") == (f"{one}{other}".strip(), words)
+    assert split_thoughts(f"{words}\n{first}{one}") == (one, words)
+    assert split_thoughts(f"{one}{last}{other}{last}{words}")[1] == words
+
+
+@given(st.lists(st.sampled_from([*(mark for pair in MARKS for mark in pair), "a", "\n", "analysis", "assistantfinal"])))
+def test_words_have_no_more_thoughts(pieces):
+    """And nothing is lost, whatever the order of marks."""
+    text = "".join(pieces)
+    thoughts, words = split_thoughts(text)
+    assert sum(part.count("a") for part in (thoughts, words)) <= text.count("a")
+    assert split_thoughts(words)[1] == words
