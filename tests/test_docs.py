@@ -1,5 +1,8 @@
 """The Python code of README and docs runs as it is printed, page by page."""
 
+import contextlib
+import functools
+import io
 import re
 import sys
 from pathlib import Path
@@ -35,22 +38,27 @@ def test_links_lead_somewhere(path):
 COMMAND = re.compile(r"^reverie ((?:[^\n]*\\\n)*[^\n]*)", re.MULTILINE)
 
 
+@functools.cache
+def help_of(*command: str) -> str:
+    """Return what `reverie COMMAND --help` prints."""
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
+        patch.setattr(sys, "argv", ["reverie", *command, "--help"])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+    assert stop.value.code in (0, None), f"reverie {' '.join(command)}"
+    return out.getvalue()
+
+
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_options_in_commands_exist(path, monkeypatch, capsys):
+def test_options_in_commands_exist(path):
     """Every `reverie ...` line of a page names a command and options that `--help` knows."""
-    helps: dict[tuple[str, ...], str] = {}
     for block in re.findall(r"^```\n(.*?)^```", path.read_text("utf-8"), re.MULTILINE | re.DOTALL):
         for line in COMMAND.findall(block):
             words = re.sub(r"\s#.*", "", line.replace("\\\n", " ")).split()
-            command = tuple(words[:2] if words[0] in ("data", "scenes") else words[:1])
+            command = words[: 2 if words[0] in ("data", "scenes") else 1]
             if not command or command[0].startswith("-") or command[0].isupper():
                 continue
-            if command not in helps:
-                monkeypatch.setattr(sys, "argv", ["reverie", *command, "--help"])
-                with pytest.raises(SystemExit) as stop:
-                    cli.main()
-                assert stop.value.code in (0, None), f"{path.name}: reverie {' '.join(command)}"
-                helps[command] = capsys.readouterr().out
+            known = help_of(*command)
             for option in (word.partition("=")[0] for word in words if word.startswith("--")):
                 positive = option.replace("--no-", "--")
-                assert positive in helps[command], f"{path.name}: reverie {' '.join(command)} has no {option}"
+                assert positive in known, f"{path.name}: reverie {' '.join(command)} has no {option}"
