@@ -3,8 +3,7 @@
 import dataclasses
 import io
 import json
-import subprocess
-import sys
+import types
 
 import jax.numpy as jnp
 import numpy as np
@@ -38,12 +37,6 @@ def test_public_names_exist():
         _ = reverie_jax.nothing_like_it
 
 
-def test_importing_the_package_does_not_import_jax():
-    code = "import sys, reverie_jax; print('jax' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
-
-
 def test_batch_of_conversations_gives_transformers_logits(loaded):
     """One record, two answers to one question: a tree whose branches have the logits of the flat texts."""
     model, processor = loaded
@@ -72,11 +65,8 @@ def test_answers_have_the_order_of_the_questions(loaded):
     records = [reverie_jax.ask(image(0), *(text for seed, text in questions if seed == 0))]
     records.append(reverie_jax.ask(image(1), questions[2][1]))
     together = reverie_jax.generate(*loaded, records, max_new_tokens=8)
-    alone = [
-        reverie_jax.generate(*loaded, [reverie_jax.ask(image(seed), text)], max_new_tokens=8)[0]
-        for seed, text in questions
-    ]
-    assert together == alone
+    alone = [[reverie_jax.ask(image(seed), text)] for seed, text in questions]
+    assert together == [reverie_jax.generate(*loaded, records, max_new_tokens=8)[0] for records in alone]
     assert all(together)
 
 
@@ -109,18 +99,6 @@ def test_another_template_is_logged(loaded, caplog):
     assert "vicuna_v1" in caplog.text
     assert other.encoder.template.name == "vicuna_v1"
     assert processor.encoder.template.name == "llava-hf"
-
-
-def test_any_of_several_stop_tokens_ends_an_answer(loaded, monkeypatch):
-    """Phi-3 ends its turns with another token than its end of sequence."""
-    processor, record = loaded[1], reverie_jax.ask(image(), "Describe the image.")
-    whole = reverie_jax.generate(*loaded, [record], max_new_tokens=8)[0]
-    third = processor.encoder.tokenizer(whole).input_ids[3]
-    monkeypatch.setattr(processor.encoder, "stop_ids", (processor.encoder.stop_ids[0], third))
-    cut = reverie_jax.generate(*loaded, [record], max_new_tokens=8)[0]
-    assert cut
-    assert whole.startswith(cut)
-    assert len(cut) < len(whole)
 
 
 def test_dtype_is_the_files_own_by_default():
@@ -156,59 +134,49 @@ def test_unusable_tokenizer_is_reported(fault, tmp_path):
 # The hub, replaced.
 
 
-class Hub:
-    """The calls of huggingface_hub that `resolve` makes."""
-
-    def __init__(self, folder, error):
-        self.folder, self.error, self.calls = folder, error, []
-
-    def model_info(self, repository, *, revision):
-        self.calls.append((repository, revision))
-        if self.error:
-            raise self.error
-        return type("Info", (), {"sha": "a" * 40})
-
-    def snapshot_download(self, repository, *, revision, allow_patterns=None, local_files_only=False):
-        if local_files_only:
-            raise FileNotFoundError("not in the cache")
-        self.calls.append((repository, revision))
-        return str(self.folder)
-
-
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
+    """The calls of huggingface_hub that `resolve` makes; it is offline if `error` is set."""
     import huggingface_hub
 
-    def use(error=None):
-        fake = Hub(tmp_path, error)
-        monkeypatch.setattr(huggingface_hub, "HfApi", lambda: fake)
-        monkeypatch.setattr(huggingface_hub, "snapshot_download", fake.snapshot_download)
-        return fake
+    fake = types.SimpleNamespace(calls=[], error=None)
 
-    return use
+    def model_info(repository, *, revision):
+        fake.calls.append((repository, revision))
+        if fake.error:
+            raise fake.error
+        return types.SimpleNamespace(sha="a" * 40)
+
+    def snapshot_download(repository, *, revision, allow_patterns=None, local_files_only=False):
+        if local_files_only:
+            raise FileNotFoundError("not in the cache")
+        fake.calls.append((repository, revision))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: types.SimpleNamespace(model_info=model_info))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return fake
 
 
 @pytest.mark.parametrize(("name", "revision"), [("some/model", None), ("some/model@v1", "v1")])
 def test_hub_id_is_downloaded_at_one_commit(hub, name, revision, caplog, tmp_path):
-    fake = hub()
     with caplog.at_level("INFO"):
         assert files.resolve(name) == tmp_path
-    assert fake.calls == [("some/model", revision), ("some/model", "a" * 40)]
+    assert hub.calls == [("some/model", revision), ("some/model", "a" * 40)]
     assert f"some/model@{'a' * 40}" in caplog.text
 
 
 def test_local_folder_has_priority_over_the_hub(hub, tmp_path, monkeypatch):
-    fake = hub()
     (tmp_path / "some" / "model").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert str(files.resolve("some/model")) == "some/model"
-    assert fake.calls == []
+    assert hub.calls == []
 
 
 @pytest.mark.parametrize("name", ["some/model@v1", "/no/such/folder", "nothing", "a/b/c"])
 def test_missing_checkpoint_is_reported_in_one_line(hub, name):
-    fake = hub(error=OSError("no route\nto host"))
+    hub.error = OSError("no route\nto host")
     with pytest.raises(CheckpointError, match=name) as error:
         reverie_jax.load_model(name)
     assert "\n" not in str(error.value)
-    assert ("no route" in str(error.value)) == ("@" in name) == bool(fake.calls)
+    assert ("no route" in str(error.value)) == ("@" in name) == bool(hub.calls)

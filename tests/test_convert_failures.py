@@ -152,13 +152,6 @@ def test_existing_output_is_not_changed(to, tmp_path):
     assert sorted(x.name for x in tmp_path.rglob("*")) == ["file", "full", "work.txt"]
 
 
-def test_source_as_output(tmp_path):
-    src = shutil.copytree(makers.bench().hf, tmp_path / "src")
-    before = sorted((x.name, x.read_bytes()) for x in src.iterdir())
-    assert_refused(lambda: convert(src, src), src)
-    assert sorted((x.name, x.read_bytes()) for x in src.iterdir()) == before
-
-
 def test_empty_missing_and_relative_output_folders(tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     monkeypatch.chdir(tmp_path)

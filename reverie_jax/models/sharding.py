@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -61,12 +61,7 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[j
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def partition_spec(
-    shape: Sequence[int],
-    axes: Sequence[str | None],
-    mesh: Mesh | AbstractMesh,
-    rules: Mapping[str, MeshAxes] = RULES,
-) -> PartitionSpec:
+def partition_spec(shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """Return the partition of one array by its logical axes.
 
     A dimension whose size its mesh axes do not divide is replicated, with one warning.
@@ -79,9 +74,9 @@ def partition_spec(
     spec: list[MeshAxes] = []
     used: set[str] = set()
     for size, axis in zip(shape, axes, strict=True):
-        if axis is not None and axis not in rules:
-            raise ValueError(f"unknown logical axis {axis!r}; choose from {', '.join(rules)}")
-        target = rules[axis] if axis is not None else None
+        if axis is not None and axis not in RULES:
+            raise ValueError(f"unknown logical axis {axis!r}; choose from {', '.join(RULES)}")
+        target = RULES[axis] if axis is not None else None
         names = (target,) if isinstance(target, str) else tuple(target or ())
         if used & set(names):
             raise ValueError(f"logical axes {tuple(axes)} put two dimensions on mesh axis {sorted(used & set(names))}")

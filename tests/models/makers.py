@@ -17,24 +17,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import (
-    CLIPConfig,
-    CLIPImageProcessor,
-    CLIPModel,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    Phi3Config,
-    Phi3ForCausalLM,
-    PreTrainedTokenizerFast,
-)
 
 from reverie_jax.errors import CheckpointError
 from reverie_jax.models import ModelInputs
@@ -69,7 +55,7 @@ class Parts:
 
     kind: str
     llm: torch.nn.Module
-    tower: CLIPVisionModel
+    tower: transformers.CLIPVisionModel
     projector: torch.nn.Module
 
     @torch.no_grad()
@@ -84,58 +70,46 @@ class Parts:
         return self.llm(inputs_embeds=embedded).logits.numpy()
 
 
-def text_config(kind: str, vocab: int = WORDS, hidden: int = 36) -> LlamaConfig | Phi3Config:
+def text_config(kind: str, vocab: int = WORDS, hidden: int = 36) -> transformers.LlamaConfig | transformers.Phi3Config:
     """For LLaMA no size follows from another; Phi-3's class derives head_dim."""
-    sizes = {
-        "vocab_size": vocab,
-        "hidden_size": hidden,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 6 if kind == "llava-1.0" else 2,
-        "intermediate_size": 52,
-        "rms_norm_eps": 1e-3,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0 if kind == "llava-1.0" else 500.0},
-        "max_position_embeddings": 777,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-    }
+    sizes = {"vocab_size": vocab, "hidden_size": hidden, "num_hidden_layers": 2, "intermediate_size": 52}
+    sizes |= {"num_attention_heads": 6, "num_key_value_heads": 6 if kind == "llava-1.0" else 2, "rms_norm_eps": 1e-3}
+    sizes |= {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0 if kind == "llava-1.0" else 500.0}}
+    sizes |= {"max_position_embeddings": 777, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     if kind == "phi3":
-        return Phi3Config(**sizes, original_max_position_embeddings=777, sliding_window=700)
-    return LlamaConfig(**sizes, head_dim=hidden // 6 if kind == "llava-1.0" else 10)
+        return transformers.Phi3Config(**sizes, original_max_position_embeddings=777, sliding_window=700)
+    return transformers.LlamaConfig(**sizes, head_dim=hidden // 6 if kind == "llava-1.0" else 10)
 
 
-def vision_config() -> CLIPVisionConfig:
-    return CLIPVisionConfig(
-        hidden_size=WIDTH,
-        num_hidden_layers=3,
-        num_attention_heads=3,
-        intermediate_size=44,
-        image_size=SIDE,
-        patch_size=PATCH,
-        projection_dim=14,
-    )
+def vision_config() -> transformers.CLIPVisionConfig:
+    sizes = {"hidden_size": WIDTH, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 44}
+    return transformers.CLIPVisionConfig(**sizes, image_size=SIDE, patch_size=PATCH, projection_dim=14)
+
+
+def projector(width: int, hidden: int, *, linear: bool) -> torch.nn.Module:
+    first = torch.nn.Linear(width, hidden)
+    return first if linear else torch.nn.Sequential(first, torch.nn.GELU(), torch.nn.Linear(hidden, hidden))
 
 
 @functools.cache
 def parts(kind: str = "llama", seed: int = 0, vocab: int = WORDS, hidden: int = 36) -> Parts:
     """Return random components, exact in half precision; shared, so not to be changed."""
     config = text_config(kind, vocab, hidden)
-    llm = Phi3ForCausalLM(config) if kind == "phi3" else LlamaForCausalLM(config)
-    projector = torch.nn.Linear(WIDTH, hidden)
-    if kind != "llava-1.0":
-        projector = torch.nn.Sequential(projector, torch.nn.GELU(), torch.nn.Linear(hidden, hidden))
-    modules = (llm, CLIPVisionModel(vision_config()), projector)
+    llm = transformers.Phi3ForCausalLM(config) if kind == "phi3" else transformers.LlamaForCausalLM(config)
+    modules = (
+        llm,
+        transformers.CLIPVisionModel(vision_config()),
+        projector(WIDTH, hidden, linear=kind == "llava-1.0"),
+    )
     return Parts(kind, *(randomize(module, seed + n, half=True) for n, module in enumerate(modules)))
 
 
-def hf(part: Parts, rows: int = ROWS, image: int = WORDS) -> LlavaForConditionalGeneration:
+def hf(part: Parts, rows: int = ROWS, image: int = WORDS) -> transformers.LlavaForConditionalGeneration:
     """Return the same weights in transformers' class; rows that the language model lacks are random."""
     text = copy.deepcopy(part.llm.config)
     text.vocab_size = rows
-    model = LlavaForConditionalGeneration(
-        LlavaConfig(vision_config=vision_config(), text_config=text, image_token_index=image, image_seq_length=PATCHES)
-    )
+    sizes = {"vision_config": vision_config(), "text_config": text, "image_seq_length": PATCHES}
+    model = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(**sizes, image_token_index=image))
     randomize(model, 99, half=True)
     projector = model.model.multi_modal_projector
     with torch.no_grad():
@@ -237,9 +211,9 @@ def _trained_tokenizer() -> str:
     return tokenizer.to_str()
 
 
-def tokenizer(*added: str) -> PreTrainedTokenizerFast:
+def tokenizer(*added: str) -> transformers.PreTrainedTokenizerFast:
     """Return `WORDS` pieces, then the added ones; llava-hf's are "<image>" and "<pad>"."""
-    result = PreTrainedTokenizerFast(
+    result = transformers.PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(_trained_tokenizer()), bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
     if added:
@@ -248,19 +222,17 @@ def tokenizer(*added: str) -> PreTrainedTokenizerFast:
     return result
 
 
-def image_processor() -> CLIPImageProcessor:
-    return CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
+def image_processor() -> transformers.CLIPImageProcessor:
+    return transformers.CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
 
 
 # Components and complete models.
 
 
-def hf_folder(
-    folder: Path, model: LlavaForConditionalGeneration, added: tuple[str, ...] = ("<image>", "<pad>"), **options: object
-) -> Path:
+def hf_folder(folder: Path, model: Any, added: tuple[str, ...] = ("<image>", "<pad>"), **options: object) -> Path:
     """Save a model and its processor as transformers does."""
     model.save_pretrained(folder, **options)
-    LlavaProcessor(
+    transformers.LlavaProcessor(
         image_processor(),
         tokenizer(*added),
         patch_size=PATCH,
@@ -274,18 +246,14 @@ def old_hf_folder(
     folder: Path, part: Parts, form: str, *, memory: bool = False, vision_model: bool = True, dtype: Any = torch.float16
 ) -> Path:
     """Write llava-hf as transformers 4.x did; `memory` for the names in its memory, `vision_model` for the tower's level."""
-    renamed = [("model.vision_tower.", "model.vision_tower.vision_model.")] if vision_model else []
+    names = {"model.vision_tower.": "model." * memory + "vision_tower." + "vision_model." * vision_model}
     if not memory:
-        renamed += [("model.language_model.", "language_model.model."), ("lm_head.", "language_model.lm_head.")]
-        renamed += [
-            ("model.vision_tower.", "vision_tower."),
-            ("model.multi_modal_projector.", "multi_modal_projector."),
-        ]
+        names |= {"model.language_model.": "language_model.model.", "lm_head.": "language_model.lm_head."}
+        names |= {"model.multi_modal_projector.": "multi_modal_projector."}
     tensors = {}
     for name, tensor in hf(part).state_dict().items():
-        for new, old in renamed:
-            name = name.replace(new, old, 1) if name.startswith(new) else name
-        tensors[name] = tensor
+        prefix = next((prefix for prefix in names if name.startswith(prefix)), "")
+        tensors[names.get(prefix, "") + name.removeprefix(prefix)] = tensor
     store(folder, tensors, form, dtype)
     text = original_config(part) | {"model_type": "phi3" if part.kind == "phi3" else "llama", "vocab_size": ROWS}
     config = {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "image_token_index": WORDS}
@@ -296,36 +264,31 @@ def old_hf_folder(
 
 def original_config(part: Parts, **changes: object) -> dict[str, object]:
     """Return the flat config.json of haotian-liu/LLaVA (of LLaVA-pp for Phi-3)."""
-    text, linear = part.llm.config, part.kind == "llava-1.0"
+    text, linear, phi = part.llm.config, part.kind == "llava-1.0", part.kind == "phi3"
     sizes = ["hidden_size", "intermediate_size", "max_position_embeddings", "num_attention_heads", "num_hidden_layers"]
     sizes += ["rms_norm_eps", "vocab_size", "bos_token_id", "eos_token_id", "pad_token_id"]
-    config: dict[str, object] = {
-        "architectures": ["LlavaPhiForCausalLM" if part.kind == "phi3" else "LlavaLlamaForCausalLM"],
-        "model_type": "llava_phi" if part.kind == "phi3" else "llava",
-        "freeze_mm_mlp_adapter": False,
+    config: dict[str, object] = {name: getattr(text, name) for name in sizes} | {
+        "architectures": ["LlavaPhiForCausalLM" if phi else "LlavaLlamaForCausalLM"],
+        "model_type": "llava_phi" if phi else "llava",
         "hidden_act": "silu",
         "image_aspect_ratio": "square" if linear else "pad",
         "mm_hidden_size": WIDTH,
         "mm_projector_type": "linear" if linear else "mlp2x_gelu",
         "mm_resampler_type": None,
-        "mm_use_im_patch_token": False,
-        "mm_use_im_start_end": False,
         "mm_vision_select_feature": "patch",
         "mm_vision_select_layer": -2,
         "mm_vision_tower": UNKNOWN_TOWER,
-        "tie_word_embeddings": False,
         "torch_dtype": "float16",
         "transformers_version": "4.31.0",
-        "tune_mm_mlp_adapter": False,
-        "use_cache": True,
-        "use_mm_proj": True,
-        **{name: getattr(text, name) for name in sizes},
+        **dict.fromkeys(("freeze_mm_mlp_adapter", "mm_use_im_patch_token", "mm_use_im_start_end"), False),
+        **dict.fromkeys(("tie_word_embeddings", "tune_mm_mlp_adapter"), False),
+        **dict.fromkeys(("use_cache", "use_mm_proj"), True),
     }
     if not linear:  # before Llama-2 there were no other keys
         config |= {"num_key_value_heads": text.num_key_value_heads, "rope_scaling": None, "rope_theta": 500.0}
     if part.kind == "llama":
         config |= {"head_dim": 10, "pretraining_tp": 1}
-    if part.kind == "phi3":
+    if phi:
         config |= {"original_max_position_embeddings": 777, "sliding_window": 700, "attention_bias": False}
     return config | changes
 
@@ -369,11 +332,9 @@ def llm_folder(folder: Path, part: Parts, form: str = "saved", dtype: torch.dtyp
         part.llm.save_pretrained(folder)
     else:
         store(folder, dict(part.llm.state_dict()) | unused_tensors(tower=False), form, dtype)
-        write_json(folder / "config.json", original_config(part, model_type="phi3" if part.kind == "phi3" else "llama"))
-        raw = json.loads((folder / "config.json").read_text())
-        write_json(
-            folder / "config.json", {key: x for key, x in raw.items() if "mm_" not in key and "image" not in key}
-        )
+        config = original_config(part, model_type="phi3" if part.kind == "phi3" else "llama")
+        config = {key: x for key, x in config.items() if "mm_" not in key and "image" not in key}
+        write_json(folder / "config.json", config)
     tokenizer().save_pretrained(folder)
     return folder
 
@@ -390,12 +351,10 @@ def clip_folder(folder: Path, part: Parts, form: str = "vision saved") -> Path:
         text = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
         text |= {"intermediate_size": 20, "max_position_embeddings": 9, "projection_dim": 14}
         text |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-        clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision_config().to_dict(), projection_dim=14))
-        tensors = {
-            n.replace("vision_model.vision_model.", "vision_model."): x for n, x in clip.state_dict().items()
-        } | tensors
-        config = {"architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": 14, "text_config": text}
-        config |= {"vision_config": vision_config().to_dict()}
+        both = {"projection_dim": 14, "text_config": text, "vision_config": vision_config().to_dict()}
+        clip = transformers.CLIPModel(transformers.CLIPConfig(**both)).state_dict()
+        tensors = {name.replace("vision_model.vision_model.", "vision_model."): x for name, x in clip.items()} | tensors
+        config = both | {"architectures": ["CLIPModel"], "model_type": "clip"}
     if "bin" in form:
         tensors["vision_model.embeddings.position_ids"] = torch.arange(PATCHES + 1)[None]
         if "full" in form:  # as OpenAI's file, whose other keys are in vision_config
@@ -409,9 +368,8 @@ def clip_folder(folder: Path, part: Parts, form: str = "vision saved") -> Path:
 def projector_folder(folder: Path, part: Parts, *, config: bool = True, prefix: str = "model.mm_projector.") -> Path:
     """Write what LLaVA's first stage does, with config.json or without."""
     folder.mkdir(parents=True)
-    save(
-        folder / "mm_projector.bin", {n: x.bfloat16() for n, x in prefixed(prefix, part.projector.state_dict()).items()}
-    )
+    tensors = prefixed(prefix, part.projector.state_dict())
+    save(folder / "mm_projector.bin", {name: x.bfloat16() for name, x in tensors.items()})
     if config:
         write_json(folder / "config.json", original_config(part))
     return folder
@@ -518,7 +476,7 @@ def with_adapter(base: Path, folder: Path, **options: Any) -> Any:
 
 def open_with_peft(base: Path, folder: Path) -> PeftModel:
     """Open an adapter folder with PEFT; a missing key is a warning, and so an error here."""
-    return PeftModel.from_pretrained(LlavaForConditionalGeneration.from_pretrained(base), folder).eval()
+    return PeftModel.from_pretrained(transformers.LlavaForConditionalGeneration.from_pretrained(base), folder).eval()
 
 
 def assert_refused(call: Any, *names: object, any_of: tuple[str, ...] = ()) -> str:

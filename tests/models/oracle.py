@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from reverie_jax.models import ModelInputs, TextConfig, VisionConfig, VisionLanguageModel, VLMConfig
 from reverie_jax.models.sharding import partition_spec
@@ -67,36 +67,16 @@ def randomize(module: torch.nn.Module, seed: int, *, half: bool = False) -> torc
 
 def llava(sizes: Sizes = GROUPED, seed: int = 0, **config: object) -> LlavaForConditionalGeneration:
     """Return transformers' own model, randomly initialized."""
-    vision, text = sizes.vision, sizes.text
-    model = LlavaForConditionalGeneration(
-        LlavaConfig(
-            vision_config=CLIPVisionConfig(
-                hidden_size=vision.hidden,
-                num_hidden_layers=vision.layers,
-                num_attention_heads=vision.heads,
-                intermediate_size=vision.mlp,
-                image_size=vision.image_size,
-                patch_size=vision.patch_size,
-                layer_norm_eps=vision.norm_eps,
-                hidden_act=vision.activation,
-            ),
-            text_config=LlamaConfig(
-                vocab_size=text.vocab,
-                hidden_size=text.hidden,
-                num_hidden_layers=text.layers,
-                num_attention_heads=text.heads,
-                num_key_value_heads=text.kv_heads,
-                head_dim=text.head_dim,
-                intermediate_size=text.mlp,
-                rms_norm_eps=text.norm_eps,
-                rope_parameters={"rope_type": "default", "rope_theta": text.rope_theta},
-                max_position_embeddings=text.max_positions,
-            ),
-            image_token_index=IMAGE,
-            vision_feature_layer=sizes.feature_layer,
-            **config,
-        )
-    ).eval()
+    v, t = sizes.vision, sizes.text
+    vision = {"hidden_size": v.hidden, "num_hidden_layers": v.layers, "num_attention_heads": v.heads}
+    vision |= {"intermediate_size": v.mlp, "image_size": v.image_size, "patch_size": v.patch_size}
+    vision |= {"layer_norm_eps": v.norm_eps, "hidden_act": v.activation}
+    text = {"model_type": "llama", "hidden_size": t.hidden, "num_hidden_layers": t.layers, "intermediate_size": t.mlp}
+    text |= {"num_attention_heads": t.heads, "num_key_value_heads": t.kv_heads, "head_dim": t.head_dim}
+    text |= {"vocab_size": t.vocab, "rms_norm_eps": t.norm_eps, "max_position_embeddings": t.max_positions}
+    text |= {"rope_parameters": {"rope_type": "default", "rope_theta": t.rope_theta}}
+    options = {"image_token_index": IMAGE, "vision_feature_layer": sizes.feature_layer} | config
+    model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, **options)).eval()
     return randomize(model, seed)
 
 
@@ -149,9 +129,8 @@ def _logits(graph, state, inputs, key):
 def logits(model: VisionLanguageModel, inputs: ModelInputs, key: jax.Array | None = None) -> np.ndarray:
     """Return the model's logits at every position. Models of equal sizes share one compilation."""
     config = model.config
-    model.config = VLMConfig(
-        config.vision, config.text, feature_layer=config.feature_layer
-    )  # nothing else is computed with
+    # Nothing else is computed with.
+    model.config = VLMConfig(config.vision, config.text, feature_layer=config.feature_layer)
     graph, state = nnx.split(model)
     model.config = config
     # Through the host: an array on a named device compiles the program anew.
@@ -166,6 +145,16 @@ def llava_logits(model: torch.nn.Module, inputs: ModelInputs) -> np.ndarray:
     with torch.no_grad():
         ids = torch.tensor(inputs.tokens, dtype=torch.long)
         return model(input_ids=ids, pixel_values=normalized(images)).logits.numpy()
+
+
+def differing(first: object, second: object) -> set[str]:
+    """Return the names of settings in which two configurations of transformers differ, tower and decoder included."""
+    a, b, found = first.to_dict(), second.to_dict(), set()
+    for part in (None, "text_config", "vision_config"):
+        x, y = (a, b) if part is None else (a.pop(part), b.pop(part))
+        found |= {key for key in x.keys() | y.keys() if x.get(key) != y.get(key) and key != part}
+    own = {key for key in found if key.startswith("reverie_")}
+    return found - own - {"text_config", "vision_config", "_name_or_path"}
 
 
 @functools.cache

@@ -78,22 +78,13 @@ def test_leaves_see_their_ancestors(parents, leaves):
     np.testing.assert_array_equal(seen[0], ancestors(parents)[leaves])
 
 
-def test_ends_of_the_row_are_causal():
-    seen = visible(jnp.full((1, LENGTH), LENGTH, jnp.int32))
-    np.testing.assert_array_equal(seen[0], np.tri(LENGTH, dtype=bool))
-
-
-@pytest.mark.parametrize(
-    ("heads", "kv_heads", "scale"), [(4, 4, 2.0), (6, 2, 2.0), (3, 1, 2.0), (4, 2, 50.0)]
-)  # at 50, scores are in the thousands
+@pytest.mark.parametrize(("heads", "kv_heads", "scale"), [(4, 4, 2.0), (6, 2, 2.0), (3, 1, 2.0), (4, 2, 50.0)])
 def test_attend_is_softmax_over_ancestors(heads, kv_heads, scale):
     q, k, v = draw_qkv(heads, kv_heads, scale=scale)
     ends = jnp.asarray(np.stack([TWO_TREES, FORK]))
+    tolerance = {"rtol": 0, "atol": 1e-5} if scale == 2 else {"rtol": 1e-5, "atol": 1e-2}  # scores are in the thousands
     for rule, seen in ((ends, np.asarray(visible(ends))), (None, np.ones((2, LENGTH, LENGTH), bool))):
-        expected = softmax_attention(q, k, v, seen)
-        np.testing.assert_allclose(
-            attend(q, k, v, rule), expected, rtol=1e-5 * (scale > 2), atol=1e-5 if scale == 2 else 1e-2
-        )
+        np.testing.assert_allclose(attend(q, k, v, rule), softmax_attention(q, k, v, seen), **tolerance)
 
 
 def test_unseen_keys_weigh_nothing():
@@ -126,30 +117,24 @@ def test_leaf_attention_is_attend_with_its_suffix_appended(heads, kv_heads, step
     seen = leaf_visible(jnp.asarray(leaves), jnp.asarray(ends))
     out = attend_leaves(leaf_q, (k, v), seen, (grown[0], grown[1]), jnp.int32(step))
 
+    extra = step + 1
+    blank = jnp.zeros((2, extra, heads, 5), jnp.float32)
     for leaf in range(leaves.shape[1]):
-        extra = step + 1
         long_k, long_v = (
-            jnp.concatenate([row, suffix[:, leaf, :extra]], axis=1) for row, suffix in ((k, grown[0]), (v, grown[1]))
+            jnp.concatenate([row, x[:, leaf, :extra]], axis=1) for row, x in zip((k, v), grown, strict=True)
         )
-        blank = jnp.zeros((2, extra, heads, 5), jnp.float32)
         long_q = jnp.concatenate([q, blank], axis=1).at[:, -1].set(leaf_q[:, leaf])
         # The suffix is below the leaf: the subtrees of the leaf's ancestors end after it.
-        above = np.asarray(seen)[:, leaf]
-        long_ends = np.concatenate(
-            [np.where(above, LENGTH + extra, ends), np.full((2, extra), LENGTH + extra)], axis=1
-        ).astype(np.int32)
+        above, end = np.asarray(seen)[:, leaf], LENGTH + extra
+        long_ends = np.concatenate([np.where(above, end, ends), np.full((2, extra), end)], axis=1).astype(np.int32)
         whole = attend(long_q, long_k, long_v, jnp.asarray(long_ends))
         np.testing.assert_allclose(out[:, leaf], whole[:, -1], rtol=0, atol=1e-5)
 
 
 def rotated_by_transformers(x, positions, theta):
     width, heads = x.shape[-1], x.shape[2]
-    config = LlamaConfig(
-        hidden_size=width * heads,
-        num_attention_heads=heads,
-        head_dim=width,
-        rope_parameters={"rope_type": "default", "rope_theta": theta},
-    )
+    rotary = {"rope_type": "default", "rope_theta": theta}
+    config = LlamaConfig(hidden_size=width * heads, num_attention_heads=heads, head_dim=width, rope_parameters=rotary)
     torch_x = torch.tensor(x).transpose(1, 2)
     cos, sin = LlamaRotaryEmbedding(config)(torch_x, torch.tensor(positions, dtype=torch.long))
     return apply_rotary_pos_emb(torch_x, torch_x, cos, sin)[0].transpose(1, 2).numpy()

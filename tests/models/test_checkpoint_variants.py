@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import transformers
 from flax import nnx
-from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from reverie_jax.models import VisionLanguageModel
 from reverie_jax.models.checkpoints import read_config, read_model
@@ -91,6 +91,7 @@ VARIANTS = {
         "original, tower inside, shards": original("bin shards", "full", tower=True, dtype=torch.bfloat16),
         # LLaVA-pp's merge cuts embedding and head to the tokenizer's length; a config.json may still count the padding.
         "original, fewer rows than config.json says": original("safetensors", "vision saved", vocab_size=128),
+        "original, more rows than config.json says": original("bin", "vision saved", vocab_size=80),
         "projector with another prefix": stage_one(
             "safetensors shards", "full bin", config=False, prefix="base_model.model.model.mm_projector."
         ),
@@ -110,12 +111,8 @@ def test_variant(kind, name, tmp_path):
     model = read_model(path, components=components, dtype=jnp.float32)
     config, sizes = model.config, part.llm.config
     assert read_config(path, components=components) == config
-    vocab = makers.ROWS if name.startswith("hf") else WORDS
-    assert (config.text.vocab, config.text.kv_heads, config.text.max_positions) == (
-        vocab,
-        sizes.num_key_value_heads,
-        777,
-    )
+    text, vocab = config.text, makers.ROWS if name.startswith("hf") else WORDS
+    assert (text.vocab, text.kv_heads, text.max_positions) == (vocab, sizes.num_key_value_heads, 777)
     assert config.projector == ("linear" if kind == "llava-1.0" else "mlp2x_gelu")
     assert np.abs(expected(kind)).max() > 1  # large enough for the tolerance to mean something
     assert_close(logits(model, INPUTS)[..., :WORDS], expected(kind))
@@ -143,12 +140,6 @@ def test_stored_dtype_is_kept(dtype, clip, tmp_path):
         assert array.dtype == ("float32" if "norm" in leaf else name), leaf
     fused = parts("phi3").llm.model.layers[1].self_attn.qkv_proj.weight.detach().numpy()
     np.testing.assert_array_equal(model.decoder.layers.qkv.kernel[...][1].astype(np.float32), fused.T)
-
-
-def test_rows_of_a_base_that_config_does_not_count_are_kept(clip, tmp_path):
-    """A tokenizer's length in config.json, padded matrices in the files."""
-    path = makers.original_folder(tmp_path / "x", parts("phi3"), vocab_size=80)
-    assert read_config(path, components=[clip]).text.vocab == WORDS
 
 
 def test_order_and_number_of_components(clip, tmp_path):
@@ -185,14 +176,48 @@ def size(module, kind=nnx.Param):
     return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(module, kind)))
 
 
+def save_shapes(folder, tensors, config):
+    """Write a checkpoint whose tensors take no memory, on disk or off."""
+    torch.save({name: torch.zeros(()).expand(x.shape) for name, x in tensors.items()}, folder / "pytorch_model.bin")
+    makers.write_json(folder / "config.json", config)
+
+
+def published(name):
+    """Return config.json and tensors of a published model, as released."""
+    hidden, layers, heads, mlp = PUBLISHED[name][0]
+    phi, old = "phi3" in name, "1.0" in name
+    sizes = {"hidden_size": hidden, "num_hidden_layers": layers, "intermediate_size": mlp}
+    sizes |= {"num_attention_heads": heads, "num_key_value_heads": heads, "vocab_size": 32064 if phi else 32000}
+    sizes |= {"max_position_embeddings": 2048 if old else 4096, "rms_norm_eps": 1e-6 if old else 1e-5}
+    vision = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+    vision |= {"image_size": 224 if old else 336, "patch_size": 14}
+    with torch.device("meta"):
+        config = (transformers.Phi3Config if phi else transformers.LlamaConfig)(**sizes)
+        llm = (transformers.Phi3ForCausalLM if phi else transformers.LlamaForCausalLM)(config)
+        clip = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**vision))
+        projector = makers.projector(1024, hidden, linear=old)
+    part = makers.Parts("phi3" if phi else "llava-1.0" if old else "llama", llm, clip, projector)
+    tower = "openai/clip-vit-large-patch14" + ("" if old else "-336")
+    raw = makers.original_config(part, mm_hidden_size=1024, mm_vision_tower=tower)
+    raw |= {} if old else {"rope_theta": 10000.0}
+    raw |= {"sliding_window": 2047, "original_max_position_embeddings": 4096} if phi else {}
+    raw.pop("head_dim", None)  # not in the released files
+    return makers.original_tensors(part), raw
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_parameters_of_published_models_and_their_adapters(name):
+def test_published_models_and_their_adapters(name, tmp_path):
+    """Their towers are in the files, and their sizes follow from the towers' names."""
+
     def abstract(rank=0):
         model = VisionLanguageModel(ARCHITECTURES[name], rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
         if rank:
             attach(model, rank=rank, alpha=2.0 * rank)
         return model
 
+    assert ARCHITECTURES.keys() == PUBLISHED.keys()
+    save_shapes(tmp_path, *published(name))
+    assert read_config(tmp_path) == ARCHITECTURES[name]
     _, counts, adapters = PUBLISHED[name]
     model = nnx.eval_shape(abstract)
     assert (size(model.decoder), size(model.projector), size(model.vision)) == counts
@@ -200,56 +225,15 @@ def test_parameters_of_published_models_and_their_adapters(name):
         assert size(nnx.eval_shape(lambda rank=rank: abstract(rank)), nnx.LoRAParam) == count
 
 
-def published(name):
-    """Return config.json and tensors of a published model, as released; the tensors take no memory, on disk or off."""
-    hidden, layers, heads, mlp = PUBLISHED[name][0]
-    phi, old = "phi3" in name, "1.0" in name
-    sizes = {"hidden_size": hidden, "num_hidden_layers": layers, "intermediate_size": mlp}
-    sizes |= {"num_attention_heads": heads, "num_key_value_heads": heads, "vocab_size": 32064 if phi else 32000}
-    sizes |= {"max_position_embeddings": 2048 if old else 4096, "rms_norm_eps": 1e-6 if old else 1e-5}
-    vision = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
-    with torch.device("meta"):
-        llm = Phi3ForCausalLM(Phi3Config(**sizes)) if phi else LlamaForCausalLM(LlamaConfig(**sizes))
-        clip = CLIPVisionModel(CLIPVisionConfig(**vision, image_size=224 if old else 336, patch_size=14))
-        projector = torch.nn.Linear(1024, hidden)
-        if not old:
-            projector = torch.nn.Sequential(projector, torch.nn.GELU(), torch.nn.Linear(hidden, hidden))
-    part = makers.Parts("phi3" if phi else "llava-1.0" if old else "llama", llm, clip, projector)
-    raw = makers.original_config(part, mm_hidden_size=1024)
-    raw["mm_vision_tower"] = "openai/clip-vit-large-patch14" + ("" if old else "-336")
-    raw |= {} if old else {"rope_theta": 10000.0}
-    raw |= {"sliding_window": 2047, "original_max_position_embeddings": 4096} if phi else {}
-    raw.pop("head_dim", None)  # not in the released files
-    return raw, {name: torch.zeros(()).expand(x.shape) for name, x in makers.original_tensors(part).items()}
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_published_checkpoint_has_its_architecture(name, tmp_path):
-    """Its tower is in the files, and its sizes follow from the tower's name."""
-    assert ARCHITECTURES.keys() == PUBLISHED.keys()
-    raw, tensors = published(name)
-    torch.save(tensors, tmp_path / "pytorch_model.bin")
-    makers.write_json(tmp_path / "config.json", raw)
-    assert read_config(tmp_path) == ARCHITECTURES[name]
-
-
 def test_llava_hf_config_without_its_class_defaults(tmp_path):
     """Like the config.json of llava-1.5-7b-hf."""
-    _, tensors = published("llava-1.5-7b")
-    renamed = {"model.vision_tower.": "", "model.mm_projector.0.": "multi_modal_projector.linear_1."}
-    renamed |= {"model.mm_projector.2.": "multi_modal_projector.linear_2."}
-    names = {}
-    for name in tensors:
-        prefix = next((prefix for prefix in renamed if name.startswith(prefix)), None)
-        names[name] = f"language_model.{name}" if prefix is None else name.replace(prefix, renamed[prefix], 1)
-    torch.save({names[name]: x for name, x in tensors.items()}, tmp_path / "pytorch_model.bin")
     text = {"model_type": "llama", "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "vocab_size": 32000}
     vision = {"model_type": "clip_vision_model", "hidden_size": 1024, "image_size": 336, "intermediate_size": 4096}
     vision |= {"num_attention_heads": 16, "num_hidden_layers": 24, "patch_size": 14, "projection_dim": 768}
-    makers.write_json(
-        tmp_path / "config.json",
-        {"model_type": "llava", "image_token_index": 31999, "text_config": text, "vision_config": vision},
-    )
+    raw = {"model_type": "llava", "image_token_index": 31999, "text_config": text, "vision_config": vision}
+    with torch.device("meta"):
+        model = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(**raw))
+    save_shapes(tmp_path, model.state_dict(), raw)
     config, architecture = read_config(tmp_path), ARCHITECTURES["llava-1.5-7b"]
     assert (config.text, config.vision) == (architecture.text, architecture.vision)
     assert (config.projector, config.feature_layer, config.image_token_id) == ("mlp2x_gelu", -2, 31999)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
 from reverie_jax.models.attention import attend, attend_chunked, attend_dense, visible
@@ -49,10 +50,8 @@ NAMED = {
 def draw(shape, dtype=jnp.float32, seed=0):
     batch, length, heads, kv_heads, width = shape
     random = np.random.default_rng(seed)
-    return [
-        jnp.asarray(random.standard_normal((batch, length, h, width)), dtype)
-        for h in (heads, kv_heads, kv_heads, heads)
-    ]
+    sizes = [(batch, length, h, width) for h in (heads, kv_heads, kv_heads, heads)]
+    return [jnp.asarray(random.standard_normal(size), dtype) for size in sizes]
 
 
 @functools.cache
@@ -73,15 +72,22 @@ def interpreted(*args, block=BLOCK):
 def assert_same(got, want, atol=2e-5):
     for name, a, b in zip(("out", "dq", "dk", "dv"), got, want, strict=True):
         assert a.dtype == b.dtype
-        np.testing.assert_allclose(
-            np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=0, atol=atol, err_msg=name
-        )
+        a, b = (np.asarray(x, np.float32) for x in (a, b))
+        np.testing.assert_allclose(a, b, rtol=0, atol=atol, err_msg=name)
 
 
-@pytest.mark.parametrize("name", NAMED)
+CASES = {name: (SHAPE, np.stack([ends, NAMED["causal"]]), BLOCK) for name, ends in NAMED.items()} | {
+    "one key head, wide": ((1, 37, 3, 1, 96), packed(5, 19, length=37)[None], BLOCK),
+    "no ends": ((2, 37, 2, 2, 128), None, BLOCK),
+    "their own block": ((1, 140, 2, 1, 12), packed(20, 100, length=140)[None], None),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_kernels_follow_the_rule(name):
-    ends = jnp.asarray(np.stack([NAMED[name], NAMED["causal"]]))
-    assert_same(interpreted(*draw(SHAPE), ends), both_ways(attend_dense)(*draw(SHAPE), ends))
+    shape, ends, block = CASES[name]
+    ends = None if ends is None else jnp.asarray(ends)
+    assert_same(interpreted(*draw(shape), ends, block=block), both_ways(attend_dense)(*draw(shape), ends))
 
 
 @given(forests(LENGTH), forests(LENGTH))
@@ -91,28 +97,14 @@ def test_kernels_follow_the_rule_on_trees(first, second):
     assert_same(interpreted(*draw(SHAPE), ends), both_ways(attend_dense)(*draw(SHAPE), ends))
 
 
-@pytest.mark.parametrize(("shape", "causal"), [((1, 37, 3, 1, 96), True), ((2, 37, 2, 2, 128), False)])
-def test_kernels_of_other_widths_and_groups_and_without_ends(shape, causal):
-    ends = jnp.asarray(packed(5, 19, length=shape[1])[None]) if causal else None
-    assert_same(interpreted(*draw(shape), ends), both_ways(attend_dense)(*draw(shape), ends))
-
-
-def test_kernels_with_their_own_block():
-    arrays, ends = draw((1, 140, 2, 1, 12)), jnp.asarray(packed(20, 100, length=140)[None])
-    assert block_size(140) == 256
-    assert_same(interpreted(*arrays, ends, block=None), both_ways(attend_dense)(*arrays, ends))
-
-
 def test_kernels_in_bfloat16():
     ends = jnp.asarray(np.stack([NAMED["fork"], NAMED["packed"]]))
     exact = both_ways(attend_dense)(*(x.astype(jnp.float32) for x in draw(SHAPE, jnp.bfloat16)), ends)
     out = interpreted(*draw(SHAPE, jnp.bfloat16), ends)
-    for mine, true in zip(out, exact, strict=True):
+    for mine, true in zip(out, map(np.asarray, exact), strict=True):
         assert mine.dtype == jnp.bfloat16
         # Weights, results, and the output that the backward pass starts from are rounded to 2**-9 of the largest.
-        assert (
-            np.abs(np.asarray(mine, np.float32) - np.asarray(true)).max() <= 4 * 2**-9 * np.abs(np.asarray(true)).max()
-        )
+        assert np.abs(np.asarray(mine, np.float32) - true).max() <= 4 * 2**-9 * np.abs(true).max()
 
 
 def test_scores_in_the_thousands_and_unseen_values_beyond_reason():
@@ -126,17 +118,9 @@ def test_scores_in_the_thousands_and_unseen_values_beyond_reason():
     np.testing.assert_allclose(np.asarray(got)[blind], np.asarray(want)[blind], rtol=0, atol=1e-3)
 
 
-@given(forests(LENGTH))
-def test_block_kinds_are_exact_on_trees(parents):
-    check_kinds(jnp.asarray(ends_of(parents))[None])
-
-
-@pytest.mark.parametrize("name", NAMED)
-def test_block_kinds_are_exact(name):
-    check_kinds(jnp.asarray(NAMED[name])[None])
-
-
-def check_kinds(ends, block=8):
+@given(forests(LENGTH).map(ends_of) | st.sampled_from(list(NAMED.values())))
+def test_block_kinds_are_exact(ends):
+    ends, block = jnp.asarray(ends)[None], 8
     kinds = np.asarray(block_kinds(ends, LENGTH, block))[0]
     count = -(-LENGTH // block)
     seen = np.eye(count * block, dtype=bool)  # padding sees itself
@@ -152,14 +136,13 @@ def check_kinds(ends, block=8):
 
 
 def test_packed_rows_skip_most_pairs():
-    length, block = 2048, 128
-    causal = block_kinds(jnp.full((1, length), length, jnp.int32), length, block)
-    assert int((causal != SKIPPED).sum()) == 16 * 17 // 2
-    assert int((causal == WHOLE).sum()) == 16 * 15 // 2
-    trees = block_kinds(jnp.asarray(packed(*[256] * 8, length=length))[None], length, block)
-    assert int((trees != SKIPPED).sum()) == 8 * 3
-    uneven = block_kinds(jnp.asarray(packed(300, 500, 200, 400, 350, length=length))[None], length, block)
-    assert int((uneven != SKIPPED).sum()) <= 0.45 * 16 * 17 // 2
+    def counts(ends):
+        kinds = block_kinds(jnp.asarray(ends)[None], 2048, 128)
+        return int((kinds != SKIPPED).sum()), int((kinds == WHOLE).sum())
+
+    assert counts(np.full(2048, 2048, np.int32)) == (16 * 17 // 2, 16 * 15 // 2)
+    assert counts(packed(*[256] * 8, length=2048))[0] == 8 * 3
+    assert counts(packed(300, 500, 200, 400, 350, length=2048))[0] <= 0.45 * 16 * 17 // 2
 
 
 def test_kinds_without_ends():
