@@ -69,7 +69,7 @@ def pope(folder: Path, **splits: Sequence[tuple[str, str, str]]) -> Path:
             for number, (image, text, label) in enumerate(rows, 1)
         ]
         write_lines(folder / f"coco_pope_{split}.json", records)
-        for image, _, _ in rows:
+        for image in {image for image, _, _ in rows}:
             write_image(folder / "val2014" / image)
     return folder
 

@@ -184,7 +184,7 @@ def vlmevalkit(words: list[str]) -> dict[str, float]:
     return {"Overall": sum(values.values()) / 3, **values}
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(st.lists(st.sampled_from(["Yes.", "no", "Yes and no"]), min_size=11, max_size=11))
 def test_rules_without_a_judge(sample, texts):
     bench, loaded = sample
