@@ -112,7 +112,7 @@ def write_card(out: Path, recipe: pretrain.PretrainRecipe, seconds: float, losse
         tower_loss=losses["tower"],
         language_loss=losses["language"],
         test=test,
-        scores="\n".join(f"| {label} | {report.interval(pick(scores))} |" for label, pick in report.ROWS),
+        scores="\n".join(f"| {label} | {' '.join(report.interval(pick(scores)))} |" for label, pick in report.ROWS),
         recipe=json.dumps(dataclasses.asdict(recipe)),
     )
     (out / "README.md").write_text(text, "utf-8")

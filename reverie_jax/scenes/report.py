@@ -46,11 +46,11 @@ LABELS = {
 }
 
 
-def interval(estimate: Mapping[str, Any]) -> str:
-    """Return a value with its interval, such as "0.812 [0.790, 0.830]"."""
+def interval(estimate: Mapping[str, Any]) -> tuple[str, str]:
+    """Return a value and its interval, such as "0.812" and "[0.790, 0.830]"."""
     value = estimate.get("f1", estimate.get("value"))
     low, high = estimate["ci95"]
-    return f"{value:.3f} [{low:.3f}, {high:.3f}]"
+    return f"{value:.3f}", f"[{low:.3f}, {high:.3f}]"
 
 
 def scores_table(title: str, arms: Mapping[str, dict[str, Any]]) -> Table:
@@ -172,7 +172,7 @@ def render(result: Mapping[str, Any], curves: Mapping[str, Any], cards: Sequence
                 (
                     name.replace("_", " "),
                     LABELS[metric],
-                    interval(estimate),
+                    " ".join(interval(estimate)),
                     verdict(estimate["ci95"][0], estimate["ci95"][1], clusters),
                 )
                 for name, metrics in result["differences"].items()
