@@ -16,17 +16,19 @@ from reverie_jax.errors import UserError
 
 
 def read_json(path: Path, error: type[UserError] = UserError) -> Any:
-    """Return the content of a JSON file.
+    """Return the content of a JSON file; a byte order mark at its beginning is skipped.
 
     Raises:
         error: The file is missing, cannot be read or is not valid JSON.
     """
     try:
-        return json.loads(path.read_text("utf-8"))
+        return json.loads(path.read_text("utf-8-sig"))
     except FileNotFoundError:
         raise error(f"{path}: no such file") from None
     except OSError as problem:
         raise error(f"{path}: cannot be read ({problem.strerror or problem})") from None
+    except UnicodeDecodeError:
+        raise error(f"{path}: not text in UTF-8; save it in this encoding") from None
     except RecursionError:
         raise error(f"{path}: not valid JSON (nested too deep)") from None
     except ValueError as problem:
@@ -39,9 +41,9 @@ def write_json(path: Path, content: Any, error: type[UserError] = UserError) -> 
 
 
 def atomic_write(path: Path, data: str | bytes, error: type[UserError] = UserError) -> None:
-    """Write a file atomically (see `atomic_path`); text is encoded as UTF-8."""
+    """Write a file atomically (see `atomic_path`); text is encoded as UTF-8, lone surrogates as escapes."""
     with atomic_path(path, error) as part:
-        part.write_bytes(data.encode() if isinstance(data, str) else data)
+        part.write_bytes(data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data)
 
 
 @contextlib.contextmanager
@@ -104,3 +106,14 @@ def atomic_folder(path: Path, error: type[UserError] = UserError) -> Iterator[Pa
             shutil.rmtree(part, ignore_errors=True)
             if part.exists():
                 time.sleep(0.5)
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """Yield the files anywhere below a folder, also behind links to folders, each folder once; in no particular order."""
+    seen: set[str] = set()
+    for place, below, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(place)) in seen:  # two links to one folder, or a circle
+            below.clear()
+            continue
+        seen.add(real)
+        yield from (Path(place, name) for name in names)

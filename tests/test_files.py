@@ -30,6 +30,10 @@ def test_writers_create_parents_and_leave_only_their_file(tmp_path):
     path = tmp_path / "new" / "a.json"
     files.write_json(path, {"b": [1, "é"]})
     assert files.read_json(path) == {"b": [1, "é"]}
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # as Windows saves it
+    assert files.read_json(path) == {"b": [1, "é"]}
+    files.atomic_write(path, '["\ud83d"]')  # half of a character: only JSON can hold it
+    assert files.read_json(path) == ["\ud83d"]
     files.atomic_write(path, "é")
     assert path.read_bytes() == "é".encode()
     files.atomic_write(path, b"\xff")
@@ -103,3 +107,14 @@ def test_links_and_pipes_stay_what_they_are(tmp_path):
         assert os.read(reader, 10) == b"text"
     finally:
         os.close(reader)
+
+
+def test_files_are_found_behind_links_and_each_folder_once(tmp_path):
+    folder, elsewhere = tmp_path / "folder", tmp_path / "elsewhere"
+    for file in (folder / "a", folder / "deep" / "b", elsewhere / "c"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    (folder / "one").symlink_to(elsewhere)
+    (folder / "two").symlink_to(elsewhere)
+    (folder / "deep" / "circle").symlink_to(folder)
+    assert sorted(file.name for file in files.files_below(folder)) == ["a", "b", "c"]

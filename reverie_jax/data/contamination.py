@@ -15,8 +15,10 @@ from jaxtyping import Int16, UInt8, UInt64
 from PIL import Image
 
 from reverie_jax.data.images import BrokenImage, decode
-from reverie_jax.data.row_files import Rows
+from reverie_jax.data.row_files import Rows, as_integer
+from reverie_jax.data.sources.common import first_given
 from reverie_jax.errors import DataError
+from reverie_jax.files import files_below
 
 MAX_COLOR_DIFFERENCE, PLAIN = 24, 12
 """Maximum mean color difference (of 255) of similar plain images; standard deviation of colors below which one is plain."""
@@ -99,7 +101,7 @@ def read_evaluation_images(paths: Sequence[Path], threads: int) -> EvaluationIma
     for path in paths:
         count = 0
         if path.is_dir():
-            files = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in SUFFIXES]
+            files = [file for file in sorted(files_below(path)) if file.suffix.lower() in SUFFIXES]
             with ThreadPoolExecutor(threads) as pool:
                 for file, value in zip(files, pool.map(_hash_file, files), strict=True):
                     if isinstance(value, str):
@@ -109,9 +111,10 @@ def read_evaluation_images(paths: Sequence[Path], threads: int) -> EvaluationIma
                         count += 1
         else:
             for row in Rows(path):
-                name = row.get("image", row.get("image_id")) if isinstance(row, dict) else row
-                if isinstance(name, int) and not isinstance(name, bool):
-                    name = f"{name:012d}"  # COCO's number
+                name = first_given(row, "image", "image_id") if isinstance(row, dict) else row
+                is_number = not isinstance(name, str) or (isinstance(row, dict) and not row.get("image"))
+                if is_number and (number := as_integer(name)) is not None:
+                    name = f"{number:012d}"  # COCO's number
                 if isinstance(name, str) and name:
                     result.hashes.setdefault(name, None)
                     count += 1

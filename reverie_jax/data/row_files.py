@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import codecs
+import functools
+import itertools
 import json
 import math
-from collections.abc import Iterator
+import mmap
+import os
+import re
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import ijson
 
@@ -14,9 +20,12 @@ from reverie_jax.errors import DataError
 from reverie_jax.files import atomic_path
 
 _BUFFER = 1 << 14
+_SPACE = b" \t\r\n"
 _MAX_ROW_BYTES = 1 << 28
 _MAX_LINE_BYTES = 1 << 24
 """Length of a first line beyond which a file that begins with an object is not JSON lines."""
+Form = Literal["parquet", "lines", "list", "object", ""]
+_HALF = re.compile(rb"\\u[dD](?:[89abAB]..(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB]..\\u[dD])[c-fC-F])")
 _MAX_DEPTH = 10_000
 """Brackets that may be open within one row; ijson's memory grows with the square of the depth."""
 
@@ -25,7 +34,8 @@ class Rows:
     """The rows of a file, read anew in each pass and never all at once.
 
     A file is a JSON list; a JSON object of rows by id (each row gets its id as `pid`); JSON lines, if its name ends in
-    `.jsonl` or its first line is an object by itself (as in POPE's `.json` files); or Parquet, if it ends in `.parquet`.
+    `.jsonl` or its first line is a row by itself (as in POPE's `.json` files); or Parquet, if it ends in `.parquet`. A byte
+    order mark at the beginning, as Windows writes it, is skipped.
 
     Args:
         path: The file.
@@ -35,16 +45,49 @@ class Rows:
     def __init__(self, path: Path, *, min_rows: int = 1):
         self.path, self.min_rows = path, min_rows
 
-    def __iter__(self) -> Iterator[Any]:
-        """Yield each row.
+    @functools.cached_property
+    def form(self) -> Form:
+        """The form of the file, by its name and its beginning.
 
         Raises:
-            DataError: The file cannot be read, has another form or has too few rows.
+            OSError: The file cannot be read.
+        """
+        if self.path.suffix == ".parquet":
+            return "parquet"
+        if self.path.suffix == ".jsonl":
+            return "lines"
+        with open_json(self.path) as file:
+            return _detect_form(file)
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield each row; those of an object with their id as `pid`.
+
+        Raises:
+            DataError: The file cannot be read, has another form, an id twice, or too few rows.
+        """
+        for _, row in self.located():
+            yield row
+
+    def located(self) -> Iterator[tuple[str, Any]]:
+        """Yield ("FILE: row ID", row): the row's key in an object, else its number, from 0.
+
+        Raises:
+            DataError: As for iteration.
+        """
+        for number, (id, row) in enumerate(self.items()):
+            is_object = id is not None and isinstance(row, dict)
+            yield self._where(number, id), {**row, "pid": id} if is_object else row
+
+    def items(self) -> Iterator[tuple[str | None, Any]]:
+        """Yield (id, row) as they are in the file; the id is None where the file is no object.
+
+        Raises:
+            DataError: As for iteration.
         """
         count = 0
         try:
-            for row in self._rows():
-                yield row
+            for item in self._items():
+                yield item
                 count += 1
         except DataError:  # which is a ValueError
             raise
@@ -54,6 +97,8 @@ class Rows:
             raise DataError(f"{self.path}: cannot be read ({error.strerror or error})") from None
         except RecursionError:
             raise DataError(f"{self.path}: row {count}: not valid JSON (nested too deep)") from None
+        except UnicodeDecodeError:
+            raise DataError(f"{self.path}: row {count}: not text in UTF-8; save the file in this encoding") from None
         except ijson.JSONError as error:
             raise DataError(f"{self.path}: row {count}: not valid JSON ({_first_line(error)})") from None
         except ValueError as error:
@@ -65,44 +110,68 @@ class Rows:
         return DataError(f"{self.path}: must be a list of rows{', at least one' if self.min_rows else ''}")
 
     def locate(self, number: int, row: Any) -> str:
-        """Return "FILE: row ID" for messages; rows without an id are named by their number, from 0."""
-        return f"{self.path}: row {row['pid'] if isinstance(row, dict) and 'pid' in row else number}"
+        """Return "FILE: row ID" for messages: the row's key in an object, else its number, from 0."""
+        is_object = isinstance(row, dict) and self.form == "object"
+        return self._where(number, row["pid"] if is_object else None)
 
-    @property
-    def is_object(self) -> bool:
-        """Whether the file is a JSON object of rows by id."""
-        if self.path.suffix in (".parquet", ".jsonl"):
-            return False
-        with self.path.open("rb") as file:
-            return _detect_form(file) == "object"
+    def _where(self, number: int, id: str | None) -> str:
+        return f"{self.path}: row {number if id is None else id}".encode("utf-8", "backslashreplace").decode()
 
-    def _rows(self) -> Iterator[Any]:
-        if self.path.suffix == ".parquet":
-            yield from self._parquet()
+    def write_some(self, path: Path, drop: Collection[str]) -> int:
+        """Write the rows to another file of the same form, as they are, without some; return how many remain.
+
+        Args:
+            path: The file to write.
+            drop: Rows to leave out, as `located` names them.
+
+        Raises:
+            DataError: The file cannot be written, or a name that ends in `.parquet` or `.jsonl` promises another form.
+        """
+        other = {".parquet": "parquet", ".jsonl": "lines"}.get(path.suffix)
+        if other not in (None, self.form) or (self.form == "parquet" and other is None):
+            raise DataError(f"{path}: must have the form of {self.path}; give it the suffix {self.path.suffix}")
+        kept = [self._where(number, id) not in drop for number, (id, _) in enumerate(self.items())]
+        rows = itertools.compress(self.items(), kept)
+        match self.form:
+            case "parquet":
+                _filter_parquet(self.path, path, kept)
+            case "lines":
+                with open_json(self.path) as file, atomic_path(path, DataError) as part:
+                    lines = (line.rstrip(b"\r\n") + b"\n" for line in file if line.strip(_SPACE))
+                    part.write_bytes(b"".join(itertools.compress(lines, kept)))
+            case "object":
+                write_rows(path, dict(rows))
+            case _:
+                write_rows(path, [row for _, row in rows])
+        return sum(kept)
+
+    def _items(self) -> Iterator[tuple[str | None, Any]]:
+        if self.form == "parquet":
+            yield from ((None, row) for row in self._parquet())
             return
-        with self.path.open("rb") as file:
-            form = "lines" if self.path.suffix == ".jsonl" else _detect_form(file)
-            file.seek(0)
-            match form:
+        with open_json(self.path) as file:
+            match self.form:
                 case "lines":
-                    yield from _json_lines(file)
+                    yield from ((None, row) for row in _json_lines(file))
                 case "list":
-                    yield from _stream(file, ijson.items, "item", _MAX_ROW_BYTES)
+                    yield from ((None, row) for row in _stream(self.path, file, "items", "item", _MAX_ROW_BYTES))
                 case "object":
                     yield from self._rows_by_id(file)
                 case _:
                     json.loads(file.read(_BUFFER).decode(), parse_constant=_refuse)  # raises what is wrong with it
                     raise self._not_a_list()
 
-    def _rows_by_id(self, file: IO[bytes]) -> Iterator[Any]:
-        empty = True
-        for key, row in _stream(file, ijson.kvitems, "", _MAX_ROW_BYTES):
-            if empty and not isinstance(row, dict):
-                raise self._not_a_list()
-            yield {"pid": key, **row} if isinstance(row, dict) else row
-            empty = False
-        if empty:
-            raise self._not_a_list()
+    def _rows_by_id(self, file: IO[bytes]) -> Iterator[tuple[str, Any]]:
+        seen: set[str] = set()
+        for key, row in _stream(self.path, file, "kvitems", "", _MAX_ROW_BYTES):
+            if not seen and not isinstance(row, dict):
+                raise DataError(
+                    f"{self.path}: is one object, whose {key!r} is no row; put rows, also a single one, in a list"
+                )
+            if key in seen:
+                raise DataError(f"{self.path}: row {key}: its id occurs twice; keep one of the rows")
+            seen.add(key)
+            yield key, row
 
     def _parquet(self) -> Iterator[Any]:
         import pyarrow
@@ -116,6 +185,18 @@ class Rows:
             raise
         except (pyarrow.ArrowException, OSError) as error:
             raise DataError(f"{self.path}: not valid Parquet ({_one_line(error)})") from None
+
+
+def open_json(path: Path) -> IO[bytes]:
+    """Open a file of JSON behind its byte order mark, if it has one.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
+    file = path.open("rb")
+    if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
+        file.seek(0)
+    return file
 
 
 class _BoundedReader:
@@ -135,12 +216,22 @@ class _BoundedReader:
         return data
 
 
-def _stream(file: IO[bytes], parse: Any, prefix: str, max_bytes: float) -> Iterator[Any]:
-    """Yield what `ijson.items` or `ijson.kvitems` finds below a prefix, each of at most `max_bytes`."""
+def _stream(path: Path, file: IO[bytes], what: str, prefix: str, max_bytes: float) -> Iterator[Any]:
+    """Yield the `items` or `kvitems` that ijson finds below a prefix, each of at most `max_bytes`."""
+    backend = ijson.get_backend("python") if _has_halves(path) else ijson
     reader = _BoundedReader(file, max_bytes)
-    for value in parse(reader, prefix, use_float=True, buf_size=_BUFFER):
+    for value in getattr(backend, what)(reader, prefix, use_float=True, buf_size=_BUFFER):
         yield value
         reader.size = reader.depth = 0
+
+
+def _has_halves(path: Path) -> bool:
+    """Return whether a file of JSON escapes lone surrogates, of which ijson's parser in C makes other characters."""
+    with path.open("rb") as file:
+        if not os.fstat(file.fileno()).st_size:
+            return False
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return _HALF.search(content) is not None
 
 
 def read_items(path: Path, key: str) -> Iterator[Any]:
@@ -150,8 +241,8 @@ def read_items(path: Path, key: str) -> Iterator[Any]:
         DataError: The file cannot be read or is not valid JSON.
     """
     try:
-        with path.open("rb") as file:
-            yield from _stream(file, ijson.items, f"{key}.item", math.inf)
+        with open_json(path) as file:
+            yield from _stream(path, file, "items", f"{key}.item", math.inf)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
     except (ijson.JSONError, ValueError) as error:
@@ -171,9 +262,9 @@ def _refuse(constant: str) -> Any:
     raise ValueError(f"{constant} is not JSON")
 
 
-def _detect_form(file: IO[bytes]) -> str:
-    """Return `list`, `object`, `lines` or nothing, from the beginning of the file."""
-    while (start := file.read(1)) and start in b" \t\r\n":
+def _detect_form(file: IO[bytes]) -> Form:
+    """Return the form of a file of JSON from its beginning; nothing if it is neither list nor object."""
+    while (start := file.read(1)) and start in _SPACE:
         pass
     if start != b"{":
         return "list" if start == b"[" else ""
@@ -181,16 +272,18 @@ def _detect_form(file: IO[bytes]) -> str:
         first = json.loads(start + file.readline(_MAX_LINE_BYTES))
     except (ValueError, RecursionError):
         return "object"
-    by_id = not first or all(isinstance(value, dict) for value in first.values())
-    more = not by_id and any(line.strip(b" \t\r\n") for line in file)
-    return "lines" if more else "object"
+    rows = sum(isinstance(value, dict) for value in first.values())
+    if rows == len(first):
+        return "object"
+    more = any(line.strip(_SPACE) for line in file)
+    return "lines" if more or 2 * rows <= len(first) else "object"
 
 
 def _json_lines(file: IO[bytes]) -> Iterator[Any]:
     for number, line in enumerate(file, 1):
-        if line.strip(b" \t\r\n"):
+        if line.strip(_SPACE):
             try:
-                yield json.loads(line.decode(), parse_constant=_refuse)
+                yield json.loads(line.decode("utf-8-sig"), parse_constant=_refuse)
             except json.JSONDecodeError as error:
                 raise ValueError(f"line {number}: {error.msg} at character {error.colno}") from None
             except ValueError as error:
@@ -206,6 +299,16 @@ def read_rows(path: Path, *, min_rows: int = 1) -> list[Any]:
     return list(Rows(path, min_rows=min_rows))
 
 
+def as_integer(value: Any) -> int | None:
+    """Return the number that a field holds, also as `7.0`, "7" or "7.0", as tables write ids; None if it is no integer."""
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, str):
+        digits = value.strip().removesuffix(".0")
+        return int(digits) if digits.isascii() and digits.removeprefix("-").isdigit() else None
+    return int(value) if isinstance(value, int | float) and value == value // 1 else None
+
+
 def write_rows(path: Path, rows: Any) -> None:
     """Write rows as JSON, atomically.
 
@@ -216,5 +319,23 @@ def write_rows(path: Path, rows: Any) -> None:
     Raises:
         DataError: The file cannot be written.
     """
-    with atomic_path(path, DataError) as part, part.open("w", encoding="utf-8") as file:
+    with atomic_path(path, DataError) as part, part.open("w", encoding="utf-8", errors="backslashreplace") as file:
+        # Half a character (a lone surrogate) stays the escape that it was in JSON.
         json.dump(rows, file, ensure_ascii=False, indent=4)
+
+
+def _filter_parquet(source: Path, path: Path, kept: Sequence[bool]) -> None:
+    """Write the rows of a Parquet file that are kept, with its schema and metadata."""
+    import pyarrow
+    import pyarrow.parquet
+
+    start = 0
+    with (
+        pyarrow.parquet.ParquetFile(source) as file,
+        atomic_path(path, DataError) as part,
+        pyarrow.parquet.ParquetWriter(part, file.schema_arrow) as writer,
+    ):
+        for batch in file.iter_batches():
+            stop = start + len(batch)
+            writer.write_batch(batch.filter(pyarrow.array(kept[start:stop], pyarrow.bool_())))
+            start = stop

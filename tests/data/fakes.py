@@ -171,8 +171,8 @@ class Given(Rows):
         super().__init__(Path(path), min_rows=0)
         self.given = rows
 
-    def _rows(self):
-        yield from self.given
+    def _items(self):
+        yield from ((None, row) for row in self.given)
 
 
 def llava_row(image: str | None, *texts: str, **fields: Any) -> dict[str, Any]:

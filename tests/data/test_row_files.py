@@ -8,14 +8,14 @@ import sys
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from reverie_jax.data import row_files
-from reverie_jax.data.row_files import Rows, read_items, read_rows, write_rows
+from reverie_jax.data.row_files import Rows, as_integer, read_items, read_rows, write_rows
 from reverie_jax.data.sources import ReadLog, llava
 from reverie_jax.errors import DataError
-from tests.data.fakes import Given, assert_one_line, llava_row, png, write_json_rows
+from tests.data.fakes import Given, assert_one_line, llava_row, png, write_json_rows, write_parquet
 
 numbers = st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False)
 letters = st.text(st.characters(exclude_categories=("Cs",)), max_size=8)
@@ -29,17 +29,35 @@ objects = st.dictionaries(letters, values, max_size=3)
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
 @settings(max_examples=50)
-@given(rows=st.lists(objects, min_size=1, max_size=4), ascii=st.booleans(), indent=st.sampled_from([None, 2]))
-def test_rows_are_the_same_in_each_pass(tmp_path_factory, name, rows, ascii, indent):
+@given(
+    rows=st.lists(objects, min_size=1, max_size=4),
+    ascii=st.booleans(),
+    indent=st.sampled_from([None, 2]),
+    mark=st.sampled_from(["", "\ufeff"]),
+)
+def test_rows_are_the_same_in_each_pass(tmp_path_factory, name, rows, ascii, indent, mark):
     path = tmp_path_factory.mktemp("rows") / name
     if name == "a.json":
         text = json.dumps(rows, ensure_ascii=ascii, indent=indent)
     else:
         text = "\n\n".join(json.dumps(row, ensure_ascii=ascii) for row in rows) + "\n"
-    path.write_bytes(text.encode("utf-8"))
+    path.write_bytes((mark + text).encode("utf-8"))
     result = Rows(path)
     assert list(result) == rows
     assert [row for pair in zip(result, result, strict=True) for row in pair] == [row for row in rows for _ in range(2)]
+
+
+halves = st.text(st.sampled_from(["\ud83d", "\udbff", "\ude00", "\U0001f600", "a", "\\", "u", "é"]), max_size=6)
+
+
+@settings(max_examples=60)
+@given(texts=st.lists(halves, min_size=1, max_size=3), form=st.sampled_from(["list", "object", "lines"]))
+def test_halves_of_characters_stay_as_they_are(tmp_path_factory, texts, form):
+    """As Python's json reads them; a parser in C makes other characters of them."""
+    path = tmp_path_factory.mktemp("halves") / ("a.jsonl" if form == "lines" else "a.json")
+    rows = [{"a": json.loads(json.dumps(text))} for text in texts]
+    write_json_rows(path, dict(zip("xyz", rows, strict=False)) if form == "object" else rows)
+    assert [row for _, row in Rows(path).items()] == rows
 
 
 @settings(max_examples=50)
@@ -47,8 +65,8 @@ def test_rows_are_the_same_in_each_pass(tmp_path_factory, name, rows, ascii, ind
 def test_rows_of_an_object_get_their_ids(tmp_path_factory, rows):
     path = tmp_path_factory.mktemp("rows") / "a.json"
     write_rows(path, rows)
-    assert list(Rows(path)) == [{"pid": key} | row for key, row in rows.items()]
-    assert Rows(path).is_object
+    assert list(Rows(path)) == [row | {"pid": key} for key, row in rows.items()]
+    assert list(Rows(path).items()) == list(rows.items())
 
 
 def test_parquet_rows_are_the_same_in_each_pass(tmp_path):
@@ -68,13 +86,18 @@ def test_parquet_rows_are_the_same_in_each_pass(tmp_path):
         (" " * 100 + '{"7": {"a": 1}}', [{"pid": "7", "a": 1}]),
         ('{"1": {"a": 1}, "2": 5, "3": {"a": 3}}', [{"pid": "1", "a": 1}, 5, {"pid": "3", "a": 3}]),
         ('{"a": 1}\n{"a": 2}\n', [{"a": 1}, {"a": 2}]),
+        ('{"a": 1}', [{"a": 1}]),
+        ('{"image": {"path": "a"}, "question": "Q"}\n', [{"image": {"path": "a"}, "question": "Q"}]),
+        ('\ufeff[{"a": 1}]', [{"a": 1}]),
+        ('\ufeff{"7": {"a": 1}}', [{"pid": "7", "a": 1}]),
+        ('\ufeff{"a": 1}\r\n\ufeff{"a": 2}', [{"a": 1}, {"a": 2}]),
         ('{"a": {"b": 1}, "c": 2}\r\n{"a": 2}\r\n', [{"a": {"b": 1}, "c": 2}, {"a": 2}]),
         (f'[{{"a": {"[" * 500}{"]" * 500}}}]', None),  # deeper than anyone writes
     ],
     ids=lambda value: repr(value)[:25],
 )
 def test_forms_of_json_files(tmp_path, content, expected):
-    (tmp_path / "a.json").write_text(content)
+    (tmp_path / "a.json").write_text(content, "utf-8")
     rows = list(Rows(tmp_path / "a.json"))
     assert rows == expected if expected else len(rows) == 1
 
@@ -91,8 +114,8 @@ BROKEN = {
     "a number": ("a.json", "3"),
     "an empty list": ("a.json", "[]"),
     "an empty object": ("a.json", "{}"),
-    "an object of texts": ("a.json", '{"a": "b"}'),
-    "a single row": ("a.json", GOOD),
+    "a single row over lines": ("a.json", json.dumps(llava_row("a.png"), indent=1)),
+    "an id twice": ("a.json", f'{{"1": {GOOD}, "1": {GOOD}}}'),
     "truncated line": ("a.jsonl", f'{GOOD}\n{{"id": 2, "conv'),
     "garbage in a line": ("a.jsonl", f"{GOOD}\n{GOOD} garbage\n"),
     "NaN in a line": ("a.jsonl", '{"a": -Infinity}\n'),
@@ -190,6 +213,53 @@ def test_lists_of_an_object_are_read_by_name(tmp_path):
         with pytest.raises(DataError) as error:
             list(read_items(path, "b"))
         assert_one_line(error, path)
+
+
+@pytest.mark.parametrize(
+    ("value", "number"),
+    [
+        *[
+            (7, 7),
+            (7.0, 7),
+            ("7", 7),
+            ("7.0", 7),
+            (" 7 ", 7),
+            (-7, -7),
+            ("-7", -7),
+            (10_000_001.0, 10_000_001),
+            ("007", 7),
+        ],
+        *((value, None) for value in (True, None, 7.5, "7.5", "", ".0", "seven", "٧", float("nan"), float("inf"), [7])),
+    ],
+)
+def test_numbers_are_read_as_tables_write_them(value, number):
+    assert as_integer(value) == number
+
+
+FORMS = {"list": "a.json", "object": "a.json", "lines": "a.jsonl", "parquet": "a.parquet"}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_some_rows_are_written_in_the_form_they_have(tmp_path_factory, form, data):
+    source = tmp_path_factory.mktemp("some") / FORMS[form]
+    rows = [{"pid": "same", "a": number, "b": "half \ud83d é"} for number in range(data.draw(st.integers(1, 5)))]
+    if form == "parquet":
+        write_parquet(source, [row | {"b": [1.5]} for row in rows], row_group_size=2)
+    else:
+        write_json_rows(source, {f"k{row['a']}": row for row in rows} if form == "object" else rows)
+    items = list(Rows(source).items())
+    drop = data.draw(st.sets(st.integers(0, len(rows) - 1)))
+    places = [where for where, _ in Rows(source).located()]
+    path = source.with_name(f"kept{source.suffix}")
+    assert Rows(source).write_some(path, {places[number] for number in drop}) == len(rows) - len(drop)
+    kept = Rows(path, min_rows=0)
+    assert kept.form == form or len(drop) == len(rows)
+    assert list(kept.items()) == [item for number, item in enumerate(items) if number not in drop]
+    if form == "lines":
+        lines = source.read_bytes().splitlines()
+        assert path.read_bytes().splitlines() == [line for number, line in enumerate(lines) if number not in drop]
 
 
 def test_minimum_of_rows(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ from reverie_jax.data.images import BrokenImage, decode
 from reverie_jax.data.llava_tokenization import move_image_first
 from reverie_jax.data.row_files import Rows
 from reverie_jax.errors import DataError
+from reverie_jax.files import files_below
 
 _GENERIC_NAMES = {"image", "img", "picture", "photo"}
 """File names without a folder that do not identify an image."""
+_IMAGE_FIELDS = {"image", "images", "image_id", "image_path"}
 
 
 class InvalidRow(ValueError):
@@ -66,14 +69,14 @@ class ReadLog:
         if self.problems:
             where, reason = self.problems[0]
             more = f" ({len(self.problems) - 1} more rows cannot be used)" if len(self.problems) > 1 else ""
-            raise DataError(f"{where}: {reason}{more}")
+            raise DataError(f"{where}: {reason}{more}; `reverie data check --fix` writes a file without such rows")
 
 
 class ImageFolder:
     """A folder of images, found by the names that annotation files use.
 
-    A name is a path relative to the folder. If there is no such file, the only file of that name anywhere below the folder
-    is used: releases of a dataset differ in the folders before a name.
+    A name is a path relative to the folder, and may lead through links that are in it. If there is no such file, the only
+    file of that name anywhere below the folder is used: releases of a dataset differ in the folders before a name.
 
     Raises:
         DataError: The folder does not exist.
@@ -82,7 +85,7 @@ class ImageFolder:
     def __init__(self, folder: Path):
         if not folder.is_dir():
             raise DataError(f"{folder}: image folder does not exist")
-        self.folder, self._root = folder, folder.resolve()
+        self.folder = folder
         self._found: dict[str, Path] = {}
         self._by_name: dict[str, list[Path]] | None = None
 
@@ -97,27 +100,31 @@ class ImageFolder:
         return self._found[name]
 
     def _find(self, name: str) -> Path:
+        roots = (self.folder.absolute(), self.folder.resolve())
+        names = [os.path.relpath(name, root) for root in roots] if os.path.isabs(name) else [os.path.normpath(name)]
+        relative = next((one for one in names if one.split(os.sep)[0] != os.pardir), None)
+        if relative is None:
+            raise DataError(f"{name}: leaves the image folder {self.folder}")
         try:
-            path = (self._root / name).resolve()
+            path = (self.folder / relative).resolve()
             exists = path.exists()
         except (ValueError, OSError, RuntimeError) as error:
             raise DataError(f"{self.folder}: {name[:80]!r} is not a file name ({error})") from None
-        if path.is_relative_to(self._root) and not exists:
-            same = [] if path.stem.lower() in _GENERIC_NAMES else self._files_named(path.name)
+        if not exists:
+            same = set() if path.stem.lower() in _GENERIC_NAMES else self._files_named(Path(relative).name)
             if len(same) != 1:
                 reason = "no such file" if not same else f"no such file, and {len(same)} files of that name elsewhere"
                 raise DataError(f"{self.folder / name}: {reason}")
-            path = same[0].resolve()
-        if not path.is_relative_to(self._root):
-            raise DataError(f"{name}: leaves the image folder {self.folder}")
+            (path,) = same
         return path
 
-    def _files_named(self, name: str) -> list[Path]:
+    def _files_named(self, name: str) -> set[Path]:
+        """Return the files of that name anywhere below the folder, also behind links to folders."""
         if self._by_name is None:
             self._by_name = {}
-            for file in self._root.rglob("*"):
+            for file in files_below(self.folder):
                 self._by_name.setdefault(file.name, []).append(file)
-        return self._by_name.get(name, [])
+        return {file.resolve() for file in self._by_name.get(name, [])}
 
 
 def validate_image(encoded: bytes, name: str) -> bytes:
@@ -131,6 +138,11 @@ def validate_image(encoded: bytes, name: str) -> bytes:
     except BrokenImage as error:
         raise DataError(f"{error}; replace the file or remove its rows") from None
     return encoded
+
+
+def first_given(row: dict[str, Any], *keys: str) -> Any:
+    """Return the first of some fields that is neither missing, null nor empty; None without one."""
+    return next((row[key] for key in keys if row.get(key) not in (None, "", [])), None)
 
 
 def parse_image(value: Any, path: Any) -> tuple[str, bytes]:
@@ -175,9 +187,14 @@ def parse_rows(
         known: Fields that are used, or are known to have no use; others are noted.
         parse: Called with a row and its place, for errors.
     """
-    for number, row in enumerate(rows):
-        where = rows.locate(number, row)
+    cleaned = 0
+    for where, row in rows.located():
         try:
+            whole = without_half_characters(row)
+            if whole is not row and any(whole[key] is not row[key] for key in _IMAGE_FIELDS & row.keys()):
+                raise InvalidRow("the name of its image has half of a character (a lone surrogate)")
+            cleaned += whole is not row
+            row = whole
             if not isinstance(row, dict):
                 raise InvalidRow("not an object")
             log.note_unknown_fields(row, {*known, "pid"})
@@ -188,6 +205,22 @@ def parse_rows(
             log.problems.append((where, "nested too deep"))
         else:
             yield from examples
+    if cleaned:
+        log.notes.append(f"{rows.path}: dropped halves of characters (lone surrogates) from {cleaned} rows")
+
+
+def without_half_characters(value: Any) -> Any:
+    """Return a row without lone surrogates, which no file can hold; the row itself if it has none."""
+    if isinstance(value, str):
+        whole = value if value.isascii() else value.encode("utf-8", "ignore").decode("utf-8")
+        return value if len(whole) == len(value) else whole
+    if isinstance(value, list):
+        items = [without_half_characters(item) for item in value]
+        return items if any(new is not old for new, old in zip(items, value, strict=True)) else value
+    if isinstance(value, dict):
+        fields = {key: without_half_characters(item) for key, item in value.items()}
+        return fields if any(fields[key] is not value[key] for key in value) else value
+    return value
 
 
 def image_conversation(turns: Sequence[Turn], **fields: Any) -> Conversation:

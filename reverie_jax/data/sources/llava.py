@@ -15,12 +15,14 @@ from reverie_jax.data.sources.common import (
     Example,
     InvalidRow,
     ReadLog,
+    first_given,
     image_conversation,
     image_question,
     parse_rows,
     with_one_marker,
 )
 
+EMPTY_ANSWER = "empty answer"
 ROLES: dict[str, Role] = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant"}
 KNOWN = {"id", "image", "images", "conversations", "messages", "model", "source", "question_type"}
 
@@ -28,21 +30,15 @@ KNOWN = {"id", "image", "images", "conversations", "messages", "model", "source"
 def parse_turns(row: Any) -> tuple[str, list[Turn]]:
     """Return (image name, turns) of a row. If it has an image, exactly one marker of the first question shows it.
 
-    As in LLaVA's trainer, an answer before the first question and a question without an answer are dropped.
+    As in LLaVA's trainer, an answer before the first question and a question without an answer are left out.
 
     Raises:
         InvalidRow: The row cannot be used.
     """
     if not isinstance(row, dict):
         raise InvalidRow("not an object")
-    image = row.get("image", row.get("images")) or ""
-    if isinstance(image, list):
-        if len(image) > 1:
-            raise InvalidRow(f"{len(image)} images in one row; only one is supported")
-        image = image[0]
-    if not isinstance(image, str):
-        raise InvalidRow("'image' must be a file name")
-    messages = row.get("conversations", row.get("messages"))
+    image = _parse_image(row)
+    messages = first_given(row, "conversations", "messages")
     if not isinstance(messages, list) or len(messages) < 2:
         raise InvalidRow("'conversations' must be a list of at least two turns")
     turns = [_parse_turn(message) for message in messages]
@@ -52,6 +48,9 @@ def parse_turns(row: Any) -> tuple[str, list[Turn]]:
         turns = turns[:-1]
     if not turns:
         raise InvalidRow("no question with an answer")
+    for number, turn in enumerate(turns):
+        if turn.role == "assistant" and not turn.text.strip():
+            raise InvalidRow(f"{EMPTY_ANSWER}: turn {number} has no text")
     if image:
         turns = [with_one_marker(turn) if turn.role == "user" else turn for turn in turns]
         if not any(IMAGE in turn.text for turn in turns):
@@ -61,13 +60,24 @@ def parse_turns(row: Any) -> tuple[str, list[Turn]]:
     return image, turns
 
 
+def _parse_image(row: dict[str, Any]) -> str:
+    given: list[Any] = []
+    for value in (row.get("image"), row.get("images")):
+        given += value if isinstance(value, list) else [] if value in (None, "") else [value]
+    if not all(isinstance(name, str) and name for name in given):
+        raise InvalidRow("'image' must be a file name")
+    if len(names := dict.fromkeys(given)) > 1:
+        raise InvalidRow(f"{len(names)} images in one row; only one is supported")
+    return next(iter(names), "")
+
+
 def _parse_turn(message: Any) -> Turn:
     try:
-        role = ROLES[message["from"] if "from" in message else message["role"]]
-        text = message["value"] if "value" in message else message["content"]
+        role = ROLES[message.get("from") or message["role"]]
+        text = message["content"] if message.get("value") is None else message["value"]
         if isinstance(text, str):
             return Turn(role, text)
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, AttributeError):
         pass
     excerpt = json.dumps(message, default=str)[:80]
     raise InvalidRow(f"a turn needs 'from' (human or gpt) and 'value' (text); found {excerpt}")
@@ -75,9 +85,26 @@ def _parse_turn(message: Any) -> Turn:
 
 def read_examples(rows: Rows, log: ReadLog) -> Iterator[Example]:
     """Yield the conversation of each row."""
+    shortened = 0
 
     def parse(row: dict[str, Any], where: str) -> list[Example]:
+        nonlocal shortened
         image, turns = parse_turns(row)
+        shortened += is_shortened(row, turns)
         return [Example(image, image_conversation(turns, dataset="llava"), where)]
 
-    return parse_rows(rows, log, KNOWN, parse)
+    yield from parse_rows(rows, log, KNOWN, parse)
+    note_shortened(rows, log, shortened)
+
+
+def is_shortened(row: dict[str, Any], turns: list[Turn]) -> bool:
+    """Return whether `parse_turns` left out a turn that is no part of an exchange."""
+    return len(turns) < len(first_given(row, "conversations", "messages"))
+
+
+def note_shortened(rows: Rows, log: ReadLog, count: int) -> None:
+    """Note the number of rows of which a turn was left out."""
+    if count:
+        log.notes.append(
+            f"{rows.path}: dropped answers without a question or questions without an answer of {count} rows"
+        )

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from reverie_jax.data.conversation import Turn
-from reverie_jax.data.row_files import Rows
+from reverie_jax.data.row_files import Rows, as_integer
 from reverie_jax.data.sources.common import (
     Example,
     InvalidRow,
     ReadLog,
+    first_given,
     image_conversation,
     image_question,
     parse_rows,
@@ -23,7 +24,9 @@ def read_examples(rows: Rows, log: ReadLog) -> Iterator[Example]:
     """Yield the conversation of each row. Images are named by Visual Genome id; a name without a suffix gets `.jpg`."""
 
     def parse(row: dict[str, Any], where: str) -> list[Example]:
-        question, answer, image = row.get("question", row.get("instruction")), row.get("answer"), row.get("image_id")
+        question, answer, image = first_given(row, "question", "instruction"), row.get("answer"), row.get("image_id")
+        if isinstance(image, float) or (isinstance(image, str) and image.endswith(".0")):  # as tables write numbers
+            image = as_integer(image)
         if isinstance(image, bool) or not isinstance(image, int | str) or not str(image).strip():
             raise InvalidRow("'image_id' must be a name or a number")
         if not (isinstance(question, str) and isinstance(answer, str) and question.strip() and answer.strip()):

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 from reverie_jax.data.conversation import IMAGE, Turn
 from reverie_jax.data.reflection import WHY
-from reverie_jax.data.row_files import Rows
+from reverie_jax.data.row_files import Rows, as_integer
 from reverie_jax.data.sources.common import (
     Example,
     InvalidRow,
@@ -146,9 +146,10 @@ def _options(row: dict[str, Any], answer: Any) -> tuple[tuple[str, ...], int]:
         raise InvalidRow(f"'choices' must be a list of 2 to {len(LETTERS)} options")
     if not all(isinstance(option, str) and option.strip() for option in options):
         raise InvalidRow("an option of 'choices' is empty or not a text")
-    if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(options):
+    index = as_integer(answer)
+    if index is None or not 0 <= index < len(options):
         raise InvalidRow(f"the answer {answer!r} must be the index of one of {len(options)} options")
-    return tuple(option.strip() for option in options), answer
+    return tuple(option.strip() for option in options), index
 
 
 def _text(row: dict[str, Any], key: str, default: str | None = None) -> str:
@@ -174,9 +175,10 @@ def _aokvqa(row: dict[str, Any], where: str) -> ChoiceQuestion:
     options, answer = _options(row, row.get("correct_choice_idx"))
     image, encoded = _image(row)
     if not image:
-        if isinstance(row.get("image_id"), bool) or not isinstance(row.get("image_id"), int):
+        number = as_integer(row.get("image_id"))
+        if number is None or number < 0:
             raise InvalidRow("'image_id' must be a COCO image number")
-        image = f"{row['image_id']:012d}.jpg"
+        image = f"{number:012d}.jpg"
     texts = row.get("rationales") or []
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise InvalidRow("'rationales' must be a list of texts")

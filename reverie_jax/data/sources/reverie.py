@@ -100,9 +100,12 @@ def read_examples(rows: Rows, log: ReadLog) -> Iterator[Example]:
 
 def _split(rows: Rows, log: ReadLog) -> Iterator[Example]:
     """Yield a conversation for each rationale of each row."""
+    shortened = 0
 
     def parse(row: dict[str, Any], where: str) -> list[Example]:
+        nonlocal shortened
         image, turns = llava.parse_turns(row)
+        shortened += llava.is_shortened(row, turns)
         if not image:
             raise InvalidRow("'image' must be a file name")
         pairs = list(zip(turns[2::2], turns[3::2], strict=True))
@@ -117,4 +120,5 @@ def _split(rows: Rows, log: ReadLog) -> Iterator[Example]:
             if prompt is not None
         ]
 
-    return parse_rows(rows, log, llava.KNOWN, parse)
+    yield from parse_rows(rows, log, llava.KNOWN, parse)
+    llava.note_shortened(rows, log, shortened)

@@ -35,7 +35,8 @@ def folder(tmp_path):
     (folder / "link.png").symlink_to(tmp_path / "outside" / "o.png")
     (folder / "door").symlink_to(tmp_path / "outside")
     (folder / "loop.png").symlink_to(folder / "loop.png")
-    (folder / "vg" / "secret.png").symlink_to(tmp_path / "outside.png")
+    (folder / "vg" / "named.png").symlink_to(tmp_path / "outside.png")
+    (folder / "circle").symlink_to(folder)
     return folder
 
 
@@ -62,7 +63,7 @@ def test_a_folder_is_needed_for_images(tmp_path):
 
 
 ESCAPES = ["../outside.png", "x/../../outside.png", "/etc/hostname", "./../outside.png", "images/../../outside.png"]
-ESCAPES += ["link.png", "door/o.png", "secret.png"]
+ESCAPES += ["door/../../outside.png"]
 FORMATS = {
     "llava": llava_row,
     "annotated": lambda name: {
@@ -73,6 +74,16 @@ FORMATS = {
 }
 
 
+@pytest.mark.parametrize(
+    "name", ["link.png", "door/o.png", "other/o.png", "named.png", "door/../link.png", "circle/link.png"]
+)
+def test_links_in_the_folder_are_followed(folder, name):
+    """Whoever links pictures into a folder means them: the pictures of COCO lie beside most people's projects."""
+    assert ImageFolder(folder).find(name).read_bytes() == png((7, 7, 7))
+    absolute = folder.absolute() / "a.png"
+    assert ImageFolder(folder).find(str(absolute)) == absolute.resolve()
+
+
 @pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
 def test_no_name_leaves_the_folder(tmp_path, folder, form):
     for name in ESCAPES:
@@ -81,7 +92,7 @@ def test_no_name_leaves_the_folder(tmp_path, folder, form):
         assert_one_line(error, name, "leaves")
 
 
-BAD_NAMES = ["none.png", "images", ".", "a.png/none.png", " a.png", "A.PNG", "nul\0.png", "\ud800.png", "loop.png"]
+BAD_NAMES = ["none.png", "images", ".", "a.png/none.png", " a.png", "A.PNG", "nul\0.png", "loop.png"]
 BAD_NAMES += ["a" * 300 + ".png", "a/" * 3000]
 
 

@@ -176,7 +176,7 @@ BAD_PROBLEMS = {
 BAD_QUESTIONS = {
     "no choice": annotated(correct_choice_idx=None),
     "choice beyond": annotated(correct_choice_idx=4),
-    "choice a text": annotated(correct_choice_idx="3"),
+    "choice a text": annotated(correct_choice_idx="three"),
     "an empty option": annotated(choices=["a", "b", "c", ""]),
     "no options": annotated(choices=[]),
     "no image": annotated(image_id=None),
@@ -238,6 +238,15 @@ def test_aokvqa_images_are_coco_numbers_or_embedded(tmp_path, images):
     records = read_records(write_parquet(tmp_path / "train.parquet", rows))
     assert [record.image for record in records] == [png((number, 0, 0)) for number in range(2)]
     assert [len(record.conversations) for record in records] == [6, 3]
+
+
+@pytest.mark.parametrize("number", ["2", 2.0, "2.0"], ids=repr)
+def test_numbers_may_be_written_as_tables_write_them(tmp_path, number):
+    rows = [annotated(correct_choice_idx=number, image_id=number)]
+    (example, *_), log = read(tmp_path, rows)
+    assert (log.problems, example.image, texts([example])[0][1]) == ([], "000000000002.jpg", "C")
+    (example,), _ = read(tmp_path, {"1": problem(answer=number)})
+    assert texts([example])[0][1] == "C"
 
 
 # Splits.

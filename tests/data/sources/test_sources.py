@@ -46,8 +46,8 @@ LLAVA = {
     "text only": (llava_row(None, "Two and two?", "Four.", model=""), None),
     "no marker": (llava_row("a.jpg", "What?", "A jug."), [f"{IMAGE}\nWhat?", "A jug."]),
     "two markers": (llava_row("a.jpg", f"{IMAGE} see {IMAGE}\nWhat?", "A cup."), [f"{IMAGE}\nsee \nWhat?", "A cup."]),
-    "no answer at the end": (llava_row("a.jpg", "What?", "A cup.", "Whose?"), [f"{IMAGE}\nWhat?", "A cup."]),
-    "no question in front": (
+    "last question left out": (llava_row("a.jpg", "What?", "A cup.", "Whose?"), [f"{IMAGE}\nWhat?", "A cup."]),
+    "first answer left out": (
         {"image": "a.jpg", "conversations": turns("Hello.", "What?", "A cup.", first=1)},
         [f"{IMAGE}\nWhat?", "A cup."],
     ),
@@ -55,15 +55,30 @@ LLAVA = {
         {"images": ["a.jpg"], "messages": messages(f"{IMAGE}What?", "A cup.")},
         [f"{IMAGE}What?", "A cup."],
     ),
+    "null beside a value": (
+        {"image": None, "images": ["a.jpg"], "conversations": None, "messages": messages(f"{IMAGE}What?", "A cup.")},
+        [f"{IMAGE}What?", "A cup."],
+    ),
+    "null in a turn": (
+        {"images": ["a.jpg"], "messages": [one | {"from": None, "value": None} for one in messages("What?", "A cup.")]},
+        [f"{IMAGE}\nWhat?", "A cup."],
+    ),
+    "the same image twice": (llava_row("a.jpg", "What?", "A cup.", images=["a.jpg"]), [f"{IMAGE}\nWhat?", "A cup."]),
+    "halves of characters": (
+        llava_row("a.jpg", f"{IMAGE}What\ud83d?", "A \ude00cup\U0001f600."),
+        [f"{IMAGE}What?", "A cup\U0001f600."],
+    ),
 }
 """A row, and the texts of its conversation; None if they are as in the row."""
 
 
-@pytest.mark.parametrize(("row", "expected"), LLAVA.values(), ids=LLAVA)
-def test_llava_rows(tmp_path, row, expected):
+@pytest.mark.parametrize("name", LLAVA)
+def test_llava_rows(tmp_path, name):
+    row, expected = LLAVA[name]
     (example,), log = read(tmp_path, [row])
-    assert log == ReadLog()
-    assert example.image == row.get("image", row.get("images", [""])[0])
+    assert log.problems == []
+    assert len(log.notes) == ("left out" in name or "halves" in name)
+    assert example.image == (row.get("image") or row.get("images", [""])[0])
     expected = expected or [turn["value"] for turn in row["conversations"]]
     for turn, text in zip(example.conversation.turns, expected, strict=True):
         assert turn.text.split() == text.split()
@@ -82,6 +97,10 @@ HUMAN, GPT = {"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}
 BAD_ROWS = {
     "not an object": "row",
     "several images": {"image": ["a.jpg", "b.jpg"], "conversations": [HUMAN, GPT]},
+    "images of two fields": llava_row("a.jpg", images=["b.jpg"]),
+    "image null in a list": llava_row("", images=[None]),
+    "half of a character in a name": llava_row("a\ud83d.jpg"),
+    "empty answer": llava_row("a.jpg", "What?", "A cup.", "Whose?", " \n"),
     "image not a text": llava_row("a.jpg") | {"image": 3},
     "marker without an image": llava_row(None, f"{IMAGE}\nWhat?", "A cup."),
     "marker in an answer": llava_row("a.jpg", "What?", f"A {IMAGE}."),
@@ -167,7 +186,9 @@ def test_six_turns_become_two_conversations(tmp_path):
     assert kinds(examples) == ["positive", "negative"]
 
 
-letters = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=12).filter(lambda t: IMAGE not in t)
+letters = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=12).filter(
+    lambda text: IMAGE not in text and text.strip()
+)
 
 
 @settings(max_examples=20)
@@ -189,16 +210,18 @@ def test_lrv_rows(tmp_path):
     rows = [
         {"image_id": "2373555", "question": " Is there a dog? ", "answer": "There is no dog.", "task": "negative"},
         {"image_id": 7, "question": "What?", "answer": "A cup at (1, 2).", "task": "attribute detection"},
+        {"image_id": 8.0, "question": None, "instruction": "Describe.", "answer": "A cup."},
+        {"image_id": "9.0", "question": "What?", "answer": "A cup."},
         {"image_id": "vg/9.png", "instruction": "Describe.", "answer": "A cup."},
         {"image_id": "9", "question": "", "answer": "A cup."},
         {"question": "What?", "answer": "A cup."},
         *({"image_id": id, "question": "What?", "answer": "A cup."} for id in (None, ["7"], {"id": 7}, True, " ")),
     ]
     examples, log = read(tmp_path, rows)
-    assert [example.image for example in examples] == ["2373555.jpg", "7.jpg", "vg/9.png"]
-    assert kinds(examples) == ["negative", "", ""]
+    assert [example.image for example in examples] == ["2373555.jpg", "7.jpg", "8.jpg", "9.jpg", "vg/9.png"]
+    assert kinds(examples) == ["negative", "", "", "", ""]
     assert texts(examples)[0] == [f"{IMAGE}\nIs there a dog?", "There is no dog."]
-    assert problem_rows(log) == ["3", "4", "5", "6", "7", "8", "9"]
+    assert problem_rows(log) == [str(number) for number in range(5, 12)]
 
 
 @pytest.mark.parametrize("rows", [[{"a": 1}], [[1]], ["x"]], ids=repr)
