@@ -4,18 +4,46 @@ from __future__ import annotations
 
 import base64
 import io
+import logging
 from typing import Any
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float64, UInt8
 from PIL import Image, UnidentifiedImageError
 
 from reverie_jax.errors import UserError
+
+_log = logging.getLogger(__name__)
 
 PAD_COLOR = (122, 116, 104)
 """CLIP's mean color in bytes, rounded down as in LLaVA."""
 MAX_PIXELS = 80_000_000
 """Larger images are not decoded: a file of a few kilobytes may claim gigabytes of pixels."""
+_LARGE = 1 << 22
+"""Pixels that are held at once while an image is resized, besides the image and the result."""
+
+
+def gray_depth(image: Image.Image) -> int:
+    """Return the bits of gray values: 8, or in deeper modes those of the smallest usual depth that holds the largest value.
+
+    Files of 16 bits often hold the 8 or 12 bits of a camera or scanner, and nothing in them says so. It is 1 for floats from
+    0 to 1.
+    """
+    if not is_deep(image):
+        return 8
+    largest = float(_gray(image).max(initial=0))
+    if image.mode == "F" and largest <= 1:
+        return 1
+    return next((bits for bits in (8, 10, 12, 14, 16, 24) if largest < 2**bits), 32)
+
+
+def is_deep(image: Image.Image) -> bool:
+    """Return whether an image's mode has gray values of more than 8 bits."""
+    return image.mode.startswith("I") or image.mode == "F"
+
+
+def _gray(image: Image.Image) -> Float64[np.ndarray, "H W"]:
+    return np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0, neginf=0).clip(0)
 
 
 class BrokenImage(UserError):
@@ -25,12 +53,13 @@ class BrokenImage(UserError):
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert an image of any of Pillow's modes to 8-bit RGB: palettes are applied, transparency is dropped.
 
-    16-bit gray, which Pillow's `convert` would clip to white, keeps its upper byte.
+    Transparent pixels keep their stored color, as in original LLaVA; transformers 5 lays them on white. Gray of more than 8
+    bits, which Pillow's `convert` would clip to white, keeps its upper 8 bits (`gray_depth`).
     """
-    if image.mode.startswith("I"):
-        gray = np.asarray(image)
-        if image.mode != "I" or gray.max(initial=0) > 255:
-            return Image.fromarray((gray >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if is_deep(image):
+        depth = gray_depth(image)
+        levels = _gray(image) * (255 if depth == 1 else 2.0 ** (8 - depth))
+        return Image.fromarray(levels.clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.mode == "La":  # premultiplied alpha; Pillow converts it to LA only
         image = image.convert("LA")
     if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
@@ -39,6 +68,32 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image.load()
         return image
     return image.convert("RGB")
+
+
+def describe_conversion(image: Image.Image) -> str:
+    """Return what `to_rgb` decides for an image that others may read in another way; nothing for most images."""
+    if is_deep(image):
+        return f"gray values of more than 8 bits are read as {gray_depth(image)} bits, which hold the largest one"
+    if image.has_transparency_data:
+        has_alpha = image.getbands()[-1] in ("A", "a")
+        alpha = np.asarray(image if has_alpha else image.convert("RGBA"))[..., -1]
+        if alpha.min(initial=255) < 255:
+            return (
+                "transparency is dropped, as in original LLaVA: such pixels show the color that is stored, often black;"
+                " transformers 5 lays them on white"
+            )
+    return ""
+
+
+_warned: set[str] = set()
+"""Kinds of images of which `decode` has said what it does."""
+
+
+def _warn_once(image: Image.Image, name: str) -> None:
+    kind = "deep" if is_deep(image) else "transparent" if image.has_transparency_data else ""
+    if kind and kind not in _warned and (note := describe_conversion(image)):
+        _warned.add(kind)
+        _log.warning("%s: %s (said once; `reverie data check` lists all such images)", name, note)
 
 
 def decode(encoded: bytes, name: str) -> Image.Image:
@@ -55,6 +110,7 @@ def decode(encoded: bytes, name: str) -> Image.Image:
         with Image.open(io.BytesIO(encoded)) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise BrokenImage(f"{name}: {image.width} x {image.height} pixels exceed the limit of {MAX_PIXELS:,}")
+            _warn_once(image, name)
             return to_rgb(image)
     except UnidentifiedImageError:
         raise BrokenImage(f"{name}: not a readable image (unknown format)") from None
@@ -69,13 +125,12 @@ def decode(encoded: bytes, name: str) -> Image.Image:
 def preprocess(image: Image.Image, size: int, *, pad: bool = True) -> UInt8[np.ndarray, "S S 3"]:
     """Return LLaVA's square image: padded with CLIP's mean color (or cropped), resized to `size` with bicubic filter.
 
+    Memory is bounded by the image and the result, also for thin images, whose square would be large.
+
     Normalization is left to the device (`models.vision.normalize`), so that a pixel is transferred as one byte.
     """
     if pad and image.width != image.height:
-        side = max(image.size)
-        canvas = Image.new("RGB", (side, side), PAD_COLOR)
-        canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-        image = canvas
+        return _pad_and_resize(image, size)
     short = min(image.size)
     width, height = size * image.width // short, size * image.height // short
     left, top = (width - size) // 2, (height - size) // 2
@@ -85,9 +140,38 @@ def preprocess(image: Image.Image, size: int, *, pad: bool = True) -> UInt8[np.n
         # the result is the same as that of resizing the whole, which goes across first and then down.
         across = image.resize((size, image.height), Image.Resampling.BICUBIC, box=(box[0], 0, box[1], image.height))
         return np.asarray(across.resize((size, size), Image.Resampling.BICUBIC), np.uint8)
+    if width * height > _LARGE:  # the whole would be a hundred times the square that is kept
+        down = tuple(edge * image.height / height for edge in (top, top + size))
+        box = (box[0], down[0], box[1], down[1])
+        return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box), np.uint8)
     if min(image.size) != size:
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     return np.asarray(image.crop((left, top, left + size, top + size)), np.uint8)
+
+
+def _pad_and_resize(image: Image.Image, size: int) -> UInt8[np.ndarray, "S S 3"]:
+    """Resize an image's padded square, a part of the square at a time.
+
+    Pillow resizes across first and then down, so rows of the square can be resized across in strips. Of a tall, thin image
+    only the columns around it are computed: the others have the color of the padding.
+    """
+    side = max(image.size)
+    left, top = (side - image.width) // 2, (side - image.height) // 2
+    across = Image.new("RGB", (size, side), PAD_COLOR)
+    first, last, start, stop = 0, size, 0, side  # columns of the result, and of the square
+    scale = side / size
+    if side > 4 * image.width:
+        reach = 3 * max(1, scale)  # pixels of the square; the filter's are 2, and 2 of the result where it shrinks
+        first, last = max(0, int((left - reach) / scale)), min(size, int((left + image.width + reach) / scale) + 1)
+        start, stop = max(0, int(first * scale - reach)), min(side, int(last * scale + reach) + 1)
+    rows = max(1, _LARGE // (stop - start))
+    for row in range(0, image.height, rows):
+        height = min(rows, image.height - row)
+        strip = Image.new("RGB", (stop - start, height), PAD_COLOR)
+        strip.paste(image.crop((0, row, image.width, row + height)), (left - start, 0))
+        box = (first * scale - start, 0, last * scale - start, height)
+        across.paste(strip.resize((last - first, height), Image.Resampling.BICUBIC, box=box), (first, top + row))
+    return np.asarray(across.resize((size, size), Image.Resampling.BICUBIC), np.uint8)
 
 
 def downscale(encoded: bytes, name: str, max_side: int) -> bytes:

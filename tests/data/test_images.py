@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import re
+import resource
 
 import numpy as np
 import pytest
@@ -14,7 +15,17 @@ from PIL import Image, ImageDraw
 from transformers import CLIPImageProcessorPil
 
 import reverie_jax
-from reverie_jax.data.images import PAD_COLOR, BrokenImage, decode, downscale, encode_png, preprocess, to_rgb
+from reverie_jax.data import images
+from reverie_jax.data.images import (
+    PAD_COLOR,
+    BrokenImage,
+    decode,
+    downscale,
+    encode_png,
+    gray_depth,
+    preprocess,
+    to_rgb,
+)
 from tests.data.fakes import saved
 
 SIZE = 24
@@ -99,6 +110,37 @@ def test_computing_only_the_crop_changes_no_byte(width, height, size):
     left, top = (whole.width - size) // 2, (whole.height - size) // 2
     cropped = np.asarray(whole.crop((left, top, left + size, top + size)))
     np.testing.assert_array_equal(preprocess(image, size, pad=False), cropped)
+
+
+@settings(max_examples=40)
+@given(
+    st.tuples(st.integers(1, 9), st.integers(1, 900)),
+    st.booleans(),
+    st.booleans(),
+    st.integers(4, 40),
+    st.integers(400, 9000),
+)
+@example((1, 900), False, False, 24, 400)
+def test_a_part_at_a_time_gives_the_same_pixels(shape, turned, pad, size, large):
+    image = noise(*(shape[::-1] if turned else shape))
+    whole = padded(image) if pad else image
+    width, height = (size * side // min(whole.size) for side in whole.size)
+    left, top = (width - size) // 2, (height - size) // 2
+    resized = whole.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(images, "_LARGE", large)
+        found = preprocess(image, size, pad=pad)
+    difference = np.abs(found.astype(int) - np.asarray(resized).astype(int))
+    assert difference.max() <= (0 if pad and max(shape) <= 4 * image.width else 1)
+
+
+@pytest.mark.parametrize("shape", [(1, 20_000), (20_000, 1), (1080, 30_000)], ids=str)
+def test_memory_is_bounded_by_the_image_and_the_result(shape):
+    image = Image.new("RGB", shape, (9, 99, 199))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for pad in (True, False):
+        assert (preprocess(image, 336, pad=pad)[168, 168] == (9, 99, 199)).all() or pad
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400_000
 
 
 @settings(max_examples=20)
@@ -192,6 +234,30 @@ def test_transparency_is_dropped_not_blended():
     palette = colorful().quantize(16)
     palette.info["transparency"] = palette.getpixel((0, 0))
     assert np.array_equal(np.asarray(to_rgb(palette)), np.asarray(colorful().quantize(16).convert("RGB")))
+
+
+DEPTHS = {"I;16": (8, 10, 12, 14, 16), "I": (8, 12, 16, 24), "F": (1, 8, 12, 16)}
+
+
+@pytest.mark.parametrize(("mode", "depth"), [(mode, depth) for mode, depths in DEPTHS.items() for depth in depths])
+def test_gray_of_any_depth_fills_eight_bits(mode, depth):
+    """Cameras and scanners write 8 or 12 bits into files of 16: taken as 16 bits, such pictures are black."""
+    values = np.linspace(0, 1 if depth == 1 else 2**depth - 1, 108).reshape(9, 12)
+    image = Image.fromarray(values.astype({"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]))
+    if mode == "I;16":  # as it comes from a file
+        image = Image.open(io.BytesIO(saved(image)))
+    assert gray_depth(image) == depth
+    expected = np.linspace(0, 255, 108).reshape(9, 12)
+    assert np.abs(np.asarray(to_rgb(image))[..., 0].astype(float) - expected).max() <= 1
+
+
+def test_what_others_read_in_another_way_is_said_once(monkeypatch, caplog):
+    monkeypatch.setattr(images, "_warned", set())
+    clear, deep = (saved(Image.new(mode, (2, 2), color)) for mode, color in (("RGBA", (9, 9, 9, 9)), ("I;16", 900)))
+    for _ in range(2):
+        for encoded, name in ((PNG, "rgb.png"), (saved(image_of("RGBA")), "a.png"), (clear, "b.png"), (deep, "c.png")):
+            decode(encoded, name)
+    assert [record.getMessage()[:6] for record in caplog.records] == ["a.png:", "c.png:"]
 
 
 WILD = {
