@@ -19,6 +19,8 @@ from reverie_jax.files import atomic_write
 if TYPE_CHECKING:
     from reverie_jax.data.conversation import Conversation, ImageRecord
     from reverie_jax.data.mixture import Mixture, MixtureEntry
+    from reverie_jax.data.pipeline import TreeBuilder
+    from reverie_jax.data.processor import Processor
     from reverie_jax.data.records import RecordSource
     from reverie_jax.data.supervision import Supervision
 
@@ -48,11 +50,13 @@ class Build:
     """Downscale larger images to this side, as JPEG; images are kept byte for byte if omitted."""
     jobs: Annotated[int | None, common.N] = None
     """Threads that read images and write records; one for each core if omitted."""
+    overwrite: Annotated[bool, common.FLAG] = False
+    """Replace the records in the output folder; they are kept until the new ones are complete."""
 
     def run(self) -> None:
         """Run the command."""
         from reverie_jax.data.mixture import read_mixture
-        from reverie_jax.data.records import RecordSource, work_folder, write_records
+        from reverie_jax.data.records import NAME, RecordSource, work_folder, write_records
         from reverie_jax.data.sources import ReadLog
         from reverie_jax.progress import ProgressBars
 
@@ -60,6 +64,10 @@ class Build:
         entries, log = mixture_entries(self.sources, self.mixture), ReadLog()
         if not entries:
             raise UserError("name at least one annotation file, as FILE=FOLDER")
+        if (self.out / NAME).exists() and not self.overwrite:
+            raise UserError(
+                f"{self.out}: already has records; choose another output folder, or replace them with --overwrite"
+            )
         with ProgressBars() as bars, work_folder(self.out) as work:
 
             def on_read(count: int) -> None:
@@ -95,11 +103,14 @@ class Check:
     images: Annotated[Path | None, common.FOLDER] = None
     """Folder of images; `images` beside the file if omitted."""
     model: Annotated[str | None, common.option("MODEL")] = None
-    """Checkpoint: that to be trained; counts tokens and reports conversations beyond its context length."""
+    """Checkpoint to be trained: counts tokens, reports conversations beyond its context or without supervision."""
     components: common.Components = ()
+    recipe: Annotated[str | None, common.option("RECIPE")] = None
+    """Recipe of the run, a name or a YAML file: reports conversations that do not fit its sequences; needs --model."""
+    set: common.RecipeFields = ()
     details: common.Details = None
     fix: Annotated[Path | None, common.FILE] = None
-    """Write the annotation file without its unusable rows to this file."""
+    """Write the annotation file without its unusable rows to this file, in the same form."""
 
     def run(self) -> None:
         """Run the command."""
@@ -108,15 +119,11 @@ class Check:
         from reverie_jax.data import check, stats
 
         images = common.find_images_folder(self.images, self.annotations)
-        processor = None
-        if self.model is not None:
-            from reverie_jax.loading import load_processor
-
-            processor = load_processor(self.model, components=self.components)
+        processor, builder = self._training()
         for path in (self.details, self.fix):
             if path is not None and not path.parent.is_dir():
                 raise UserError(f"{path}: its folder does not exist")
-        result = check.check(self.annotations, images, processor)
+        result = check.check(self.annotations, images, processor, builder)
         common.note(result.notes)
         if images is None:
             common.note(["no image folder was given; images were not opened"])
@@ -131,6 +138,27 @@ class Check:
             print(f"{check.write_usable_rows(result, self.annotations, self.fix)} rows: {self.fix}")
         if result.has_unusable_rows and self.fix is None:
             raise SystemExit(1)
+
+    def _training(self) -> tuple[Processor | None, TreeBuilder | None]:
+        """Return what prepares the data of the training run, as far as model and recipe are given."""
+        if self.model is None:
+            if self.recipe is not None or self.set:
+                raise UserError("--recipe and --set need --model: its tokenizer decides how long a conversation is")
+            return None, None
+        from reverie_jax.data.pipeline import TreeBuilder
+        from reverie_jax.loading import load_processor
+
+        processor = load_processor(self.model, components=self.components)
+        if self.recipe is None:
+            if self.set:
+                raise UserError("--set changes fields of a recipe; name it with --recipe")
+            return processor, None
+        from reverie_jax.train import recipes
+
+        recipe = recipes.override(recipes.read_recipe(self.recipe), common.joined(self.set))
+        processor = processor.override(recipe.template, image_aspect_ratio=recipe.image_aspect_ratio)
+        supervision = recipe.preference or recipe.supervision
+        return processor, TreeBuilder(processor, recipe.sequence, supervision, recipe.prefix_sharing)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import collections
 import dataclasses
 import io
+import itertools
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,16 @@ from rich.table import Table
 from rich.text import Text
 
 from reverie_jax.data import sources
-from reverie_jax.data.images import decode
+from reverie_jax.data.conversation import ImageRecord
+from reverie_jax.data.images import decode, describe_conversion, is_deep
+from reverie_jax.data.pipeline import TreeBuilder
+from reverie_jax.data.preferences import DPOConfig
 from reverie_jax.data.processor import Processor
-from reverie_jax.data.row_files import Rows, write_rows
+from reverie_jax.data.row_files import Rows
 from reverie_jax.data.sources import Example, ImageFolder, ReadLog
 from reverie_jax.data.sources.common import content_digest
+from reverie_jax.data.sources.llava import EMPTY_ANSWER
+from reverie_jax.data.tokenization import UNTAUGHT, is_untaught, untaught_turns
 from reverie_jax.errors import DataError, UserError
 from reverie_jax.files import atomic_write
 
@@ -75,13 +82,17 @@ class CheckReport:
         return any(problem.fatal for problem in self.problems)
 
 
-def check(path: Path, images: Path | None, processor: Processor | None = None) -> CheckReport:
+def check(
+    path: Path, images: Path | None, processor: Processor | None = None, builder: TreeBuilder | None = None
+) -> CheckReport:
     """Read every row of an annotation file, and decode every image once.
 
     Args:
         path: The file.
         images: Folder of its images; images are not checked if it is None.
-        processor: Of the checkpoint to be trained: tokens are counted, and conversations beyond its context are reported.
+        processor: Of the checkpoint to be trained: tokens are counted, and conversations are reported that are beyond its
+            context or that its tokenization does not supervise.
+        builder: Of the training run, with the same processor: rows that do not fit a sequence are reported.
 
     Raises:
         DataError: The file as a whole cannot be read.
@@ -90,12 +101,23 @@ def check(path: Path, images: Path | None, processor: Processor | None = None) -
     checker = _Checker(None if images is None else ImageFolder(images), processor)
     problems: list[Problem] = []
     usable = []
-    for example in sources.read(path, log):
-        example_problems = checker.check(example)
-        problems += example_problems
-        if not any(problem.fatal for problem in example_problems):
-            usable.append(example)
-    invalid = [Problem(where, "", "invalid row", reason) for where, reason in log.problems]
+    for _, row in itertools.groupby(sources.read(path, log), key=lambda example: example.where):
+        examples = list(row)
+        found = [checker.check(example) for example in examples]
+        if builder is not None and not any(problem.fatal for part in found for problem in part):
+            found.append(_check_fit(examples, builder))
+        problems += itertools.chain.from_iterable(found)
+        if not any(problem.fatal for part in found for problem in part):
+            usable += examples
+    if builder is not None:
+        problems += _check_images(usable, builder)
+        unusable = {problem.where for problem in problems if problem.fatal}
+        usable = [example for example in usable if example.where not in unusable]
+        problems += _check_supervised(path, usable, builder) if usable else []
+    invalid = [
+        Problem(where, "", EMPTY_ANSWER if reason.startswith(EMPTY_ANSWER) else "invalid row", reason)
+        for where, reason in log.problems
+    ]
     return CheckReport(sum(1 for _ in Rows(path)), usable, invalid + problems, checker.lengths, log.notes)
 
 
@@ -128,16 +150,19 @@ class _Checker:
         if content in self._seen:
             add("duplicate", "same image and texts as an earlier row", False)
         self._seen.add(content)
-        if any(not turn.text.strip() for turn in turns if turn.role == "assistant"):
-            return add("empty answer", "an answer has no text")
         if self.processor is not None:
             try:
-                length = len(self.processor.encoder(example.conversation))
+                tokens = self.processor.encoder(example.conversation)
             except UserError as error:
                 return add("not tokenizable", str(error))
+            length = len(tokens)
             self.lengths.append(length)
             if length > self.processor.context:
                 return add("too long", f"{length} tokens; the model's context is {self.processor.context}")
+            if is_untaught(example.conversation, tokens):
+                return add("untaught", UNTAUGHT)
+            if missing := untaught_turns(example.conversation, self.processor.encoder):
+                add("partly untaught", f"nothing is supervised of turns {', '.join(map(str, missing))}", False)
         return problems
 
     def _check_image(self, example: Example) -> Problem | None:
@@ -157,6 +182,43 @@ class _Checker:
         return _check_content(example, encoded, file.suffix.lower())
 
 
+def _record(examples: Sequence[Example]) -> ImageRecord:
+    return ImageRecord(examples[0].where, b"", tuple(example.conversation for example in examples))
+
+
+def _check_fit(examples: Sequence[Example], builder: TreeBuilder) -> list[Problem]:
+    """Return the problem of conversations that a training run refuses."""
+    try:
+        builder.build(_record(examples))
+    except UserError as error:
+        return [Problem(examples[0].where, examples[0].image, "too long", str(error))]
+    return []
+
+
+def _check_supervised(path: Path, examples: Sequence[Example], builder: TreeBuilder) -> list[Problem]:
+    """Return the problem of a file of which the recipe trains nothing, as preference tuning without pairs."""
+    rows = itertools.groupby(examples, key=lambda example: example.where)
+    if any(len(built.tree.parent) for _, row in rows for built in builder.build(_record(list(row)))):
+        return []
+    what = "pairs of answers" if isinstance(builder.supervision, DPOConfig) else "what `supervision` selects"
+    return [Problem(str(path), "", "nothing to train on", f"the recipe trains {what}; no usable row has any")]
+
+
+def _check_images(examples: Sequence[Example], builder: TreeBuilder) -> list[Problem]:
+    """Return the problems of rows that fit by themselves, but not with the others about their image."""
+    by_image: dict[str, list[Example]] = collections.defaultdict(list)
+    for example in examples:
+        if example.image:
+            by_image[content_digest(example.encoded) if example.encoded else example.image].append(example)
+    problems = []
+    for together in by_image.values():
+        while problem := _check_fit(together, builder):
+            longest = max(together, key=lambda example: sum(len(turn.text) for turn in example.conversation.turns))
+            problems.append(dataclasses.replace(problem[0], where=longest.where))
+            together = [example for example in together if example.where != longest.where]
+    return problems
+
+
 def _check_content(example: Example, encoded: bytes, suffix: str) -> Problem | None:
     """Decode an image; its content decides its format, not its name."""
     try:
@@ -166,8 +228,11 @@ def _check_content(example: Example, encoded: bytes, suffix: str) -> Problem | N
         return Problem(example.where, example.image, f"{kind} image", str(error))
     with Image.open(io.BytesIO(encoded)) as image:
         suffixes = _SUFFIXES.get(image.format or "")
-    if suffixes is not None and suffix and suffix not in suffixes:
-        return Problem(example.where, example.image, "mislabeled image", f"the content is {image.format}", False)
+        if suffixes is not None and suffix and suffix not in suffixes:
+            return Problem(example.where, example.image, "mislabeled image", f"the content is {image.format}", False)
+        if note := describe_conversion(image):
+            kind = "deep image" if is_deep(image) else "transparent image"
+            return Problem(example.where, example.image, kind, note, False)
     return None
 
 
@@ -178,21 +243,14 @@ def write_problems(report: CheckReport, path: Path) -> None:
 
 
 def write_usable_rows(report: CheckReport, source: Path, path: Path) -> int:
-    """Write an annotation file without its unusable rows, otherwise unchanged; return how many rows remain.
+    """Write an annotation file without its unusable rows, in its own form and otherwise unchanged; return how many remain.
 
     Raises:
-        UserError: `path` is the annotation file itself, or the file is Parquet.
+        UserError: `path` is the annotation file itself, or its suffix promises another form.
     """
     if path.exists() and path.samefile(source):
         raise UserError(f"{path}: is the annotation file itself; choose another name")
-    if source.suffix == ".parquet":
-        raise UserError(f"{source}: Parquet files cannot be rewritten, only JSON files")
-    unusable = {problem.where for problem in report.problems if problem.fatal}
-    rows = Rows(source)
-    kept = [row for number, row in enumerate(rows) if rows.locate(number, row) not in unusable]
-    by_id = {row["pid"]: {key: row[key] for key in row if key != "pid"} for row in kept} if rows.is_object else None
-    write_rows(path, kept if by_id is None else by_id)
-    return len(kept)
+    return Rows(source).write_some(path, {problem.where for problem in report.problems if problem.fatal})
 
 
 def problems_table(report: CheckReport) -> Table:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -19,8 +20,11 @@ from reverie_jax.data.packing import WINDOW, Batch, SequenceShape, TreeElement, 
 from reverie_jax.data.preferences import DPOConfig, build_pair_trees, find_pairs
 from reverie_jax.data.processor import Processor
 from reverie_jax.data.supervision import Supervision
+from reverie_jax.data.tokenization import UNTAUGHT, is_untaught
 from reverie_jax.data.tree import ConversationTree, build_trees, unsupervised
 from reverie_jax.errors import DataError, UserError
+
+_log = logging.getLogger(__name__)
 
 PAIR_STRIDE = 1 << 10
 """The id of a pair's answer is record * PAIR_STRIDE + 2 * pair, plus 1 for the rejected one. Records count from 1."""
@@ -33,11 +37,13 @@ class RecordTree(NamedTuple):
         tree: the tree.
         conversations: the conversations of the tree's branches.
         answers: of preference pairs, each branch's 2 * pair (+ 1 if rejected) within the record; else empty.
+        untaught: number of the conversations that the tokenization does not supervise at all.
     """
 
     tree: ConversationTree
     conversations: Sequence[Conversation]
     answers: Sequence[int] = ()
+    untaught: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,12 +78,19 @@ class TreeBuilder:
             tokens = self.processor.tokenize(record.id, conversations)
             branches = (self.shape.branches or None) if self.prefix_sharing else 1
             trees = build_trees(tokens, tokens=self.shape.length, edges=self.shape.edges, branches=branches)
-            return [RecordTree(tree, [conversations[member] for member in members]) for members, tree in trees]
+            untaught = list(map(is_untaught, conversations, tokens))
+            return [
+                RecordTree(
+                    tree, [conversations[one] for one in members], untaught=sum(untaught[one] for one in members)
+                )
+                for members, tree in trees
+            ]
         except UserError:
             raise  # it names the record already
         except ValueError as error:
             raise DataError(
-                f"record {record.id}: {error}; raise sequence.length or sequence.edges, or shorten the text"
+                f"record {record.id}: {error}; raise sequence.length or sequence.edges, or shorten the text; `reverie data"
+                " check` with --model and --recipe finds all such rows"
             ) from None
 
     def _build_pairs(self, record: ImageRecord, config: DPOConfig) -> list[RecordTree]:
@@ -94,7 +107,8 @@ class TreeBuilder:
             sides, config, tokens=shape.length, edges=shape.edges, leaves=shape.questions
         ):
             answers = [2 * member + side for member in members for side in (0, 1)]
-            trees.append(RecordTree(tree, [pairs[answer // 2][answer % 2] for answer in answers], answers))
+            untaught = sum(is_untaught(pairs[answer // 2][answer % 2], tokens[answer]) for answer in answers)
+            trees.append(RecordTree(tree, [pairs[answer // 2][answer % 2] for answer in answers], answers, untaught))
         return trees
 
     def elements(self, record: ImageRecord, number: int) -> list[TreeElement]:
@@ -149,13 +163,16 @@ def dataset_stats(records: Sequence[ImageRecord], builder: TreeBuilder) -> Datas
         DataError: a record does not fit, or nothing is supervised.
         UserError: a conversation is longer than the model's context.
     """
-    trees = tokens = flat_tokens = edges = longest = sequences = 0
+    trees = tokens = flat_tokens = edges = longest = sequences = untaught = conversations = 0
+    first = ""
     datasets: dict[str, None] = {}
     window: list[TreeElement] = []
     for index in range(len(records)):
         record = records[index]
         for built in builder.build(record):
             datasets |= dict.fromkeys(conversation.dataset for conversation in built.conversations)
+            untaught, conversations = untaught + built.untaught, conversations + len(built.conversations)
+            first = first or (record.id if built.untaught else "")
             window.append(builder.element(built, record, index + 1))
         if len(window) >= WINDOW or index + 1 == len(records):
             lengths = [len(element["tokens"]) for element in window]
@@ -166,7 +183,16 @@ def dataset_stats(records: Sequence[ImageRecord], builder: TreeBuilder) -> Datas
             window = []
     if not edges:
         missing = "pair of answers" if isinstance(builder.supervision, DPOConfig) else "supervised answer"
-        raise DataError(f"nothing to train on: the records hold no {missing}")
+        why = f"; {untaught} conversations: {UNTAUGHT}" if untaught else ""
+        raise DataError(f"nothing to train on: the records hold no {missing}{why}")
+    if untaught:
+        _log.warning(
+            "%d of %d conversations teach nothing (the first in record %s): %s",
+            untaught,
+            conversations,
+            first,
+            UNTAUGHT,
+        )
     return DatasetStats(len(records), trees, tokens, flat_tokens, edges, longest, sequences, tuple(datasets))
 
 

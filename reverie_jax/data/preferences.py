@@ -47,27 +47,29 @@ class DPOConfig:
 
 
 def find_pairs(name: str, conversations: Sequence[Conversation]) -> list[tuple[Conversation, Conversation]]:
-    """Return the (chosen, rejected) pairs of one record, in the order of the chosen ones.
+    """Return the (chosen, rejected) pairs of one record, in the order of the chosen ones; a repeated pair counts again.
 
     Args:
         name: name of the record, for errors.
         conversations: its conversations; those that belong to no pair are left out.
 
     Raises:
-        DataError: one side of a pair is missing or duplicate.
+        DataError: a pair has not as many chosen answers as rejected ones.
     """
-    sides: dict[str, dict[str, Conversation]] = {"chosen": {}, "rejected": {}}
+    sides: dict[str, dict[str, list[Conversation]]] = {"chosen": {}, "rejected": {}}
     for conversation in conversations:
-        kind, pair = conversation.kind, conversation.pair
-        if kind in sides:
-            if pair in sides[kind]:
-                raise DataError(f"record {name}: pair {pair!r} has two {kind} answers; keep one")
-            sides[kind][pair] = conversation
+        if conversation.kind in sides:
+            sides[conversation.kind].setdefault(conversation.pair, []).append(conversation)
     chosen, rejected = sides["chosen"], sides["rejected"]
-    for pair in sorted(chosen.keys() ^ rejected.keys()):
-        missing = "chosen" if pair in rejected else "rejected"
-        raise DataError(f"record {name}: pair {pair!r} has no {missing} answer; add it or remove the pair")
-    return [(conversation, rejected[pair]) for pair, conversation in chosen.items()]
+    for pair in sorted(chosen.keys() | rejected.keys()):
+        counts = len(chosen.get(pair, ())), len(rejected.get(pair, ()))
+        if counts[0] != counts[1]:
+            raise DataError(
+                f"record {name}: pair {pair!r} has {counts[0]} chosen and {counts[1]} rejected answers; add the missing"
+                " one or remove the pair"
+            )
+    partners = {pair: iter(answers) for pair, answers in rejected.items()}
+    return [(one, next(partners[one.pair])) for one in conversations if one.kind == "chosen"]
 
 
 def find_corrections(

@@ -76,6 +76,17 @@ class Tokens:
         return len(self.ids)
 
 
+UNTAUGHT = (
+    "nothing is supervised: as in original LLaVA, a text that holds words of the template (</s>, ASSISTANT:) masks its whole"
+    " conversation"
+)
+
+
+def is_untaught(conversation: Conversation, tokens: Tokens) -> bool:
+    """Return whether nothing of a conversation is supervised, although one of its answers has a weight."""
+    return not tokens.weights.any() and any(turn.weight > 0 for turn in conversation.turns[1::2])
+
+
 class Encoder:
     """Tokenizes conversations for one checkpoint: with its tokenizer, chat template and number of image patches.
 
@@ -88,6 +99,7 @@ class Encoder:
         image_token_id: id of the image placeholder.
         tokenization: "hf" tokenizes the whole text at once, as transformers does, and finds supervised spans by offsets;
             "llava" gives exactly the ids and labels of original LLaVA (`data.llava_tokenization`).
+        stop_ids: further ids that end an answer.
 
     Attributes:
         stop_ids: ids that end an answer.
@@ -103,6 +115,7 @@ class Encoder:
         patches: int,
         image_token_id: int,
         tokenization: Tokenization = "hf",
+        stop_ids: Sequence[int] = (),
     ):
         self.tokenizer = tokenizer
         self.template = find_template(template) if isinstance(template, str) else template
@@ -111,7 +124,8 @@ class Encoder:
         stops = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         if (end := self.template.end or "").startswith("<|"):
             stops.append(tokenizer.convert_tokens_to_ids(end))
-        self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys(stops))
+        self.further_stop_ids = tuple(stop_ids)
+        self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys([*stops, *stop_ids]))
 
     def render(self, conversation: Conversation) -> tuple[str, list[tuple[int, int, float]]]:
         """Return the conversation's text, and its supervised spans as (first character, one past the last, weight)."""
@@ -201,3 +215,13 @@ def _first_images(conversation: Conversation) -> list[int]:
     for turn in conversation.turns:
         first += [next(images) for _ in range(turn.text.count(IMAGE))][:1]
     return first
+
+
+def untaught_turns(conversation: Conversation, encoder: Encoder) -> list[int]:
+    """Return the answers of a conversation of which no token is supervised although they have a weight, by turn."""
+    answers = [index for index, turn in enumerate(conversation.turns) if index % 2 and turn.weight > 0]
+    if len(answers) < 2:
+        return answers if answers and not encoder(conversation).weights.any() else []
+    turns = [dataclasses.replace(turn, weight=float(index)) for index, turn in enumerate(conversation.turns)]
+    found = set(encoder(dataclasses.replace(conversation, turns=tuple(turns))).weights.tolist())
+    return [index for index in answers if index not in found]

@@ -51,10 +51,6 @@ def same_size_image(other: bytes) -> bytes:
     return next(image for number in range(500, 5000) if len(image := make_image(number)) == len(other))
 
 
-def build(*sources: str, out: Path, **options: Any) -> None:
-    Build(sources=sources, out=out, **options).run()
-
-
 @dataclasses.dataclass
 class World:
     """Two annotation files and their images; some images are in both, some rows have none."""
@@ -113,7 +109,7 @@ class World:
         return [MixtureEntry(file=file, images=self.folder / "images") for file in self.files]
 
     def build(self, **options: Any) -> None:
-        build(*self.sources, out=self.out, **options)
+        Build(**{"sources": self.sources, "out": self.out, "overwrite": True} | options).run()
 
     def expected(self) -> Content:
         """What the annotation files contain, without the package's readers."""
@@ -242,15 +238,19 @@ def test_splits_have_their_own_shards_or_share_them(tmp_path):
     assert content_of(RecordSource(folder)) == content_of(RecordSource(folder, "test")) == world.expected()
 
 
-@pytest.mark.parametrize("case", ["file in place", "jobs", "max side"])
+@pytest.mark.parametrize("case", ["file in place", "records in place", "jobs", "max side"])
 def test_the_command_refuses(tmp_path, case):
     world = World(tmp_path / "w").make(2)
     if case == "file in place":
         world.out.write_text("mine")
-    options = {"jobs": {"jobs": -1}, "max side": {"max_side": 0}}
+    if case == "records in place":
+        world.build()
+    options = {"jobs": {"jobs": -1}, "max side": {"max_side": 0}, "records in place": {"overwrite": False}}
+    before = files_of(world.folder)
     with pytest.raises(UserError) as error:
         world.build(**options.get(case, {}))
     assert_one_line(error)
+    assert files_of(world.folder) == before
 
 
 # Interruptions in one process.
@@ -479,7 +479,8 @@ def test_an_interrupted_run_ends_quietly_and_is_continued(tmp_path, monkeypatch,
 
     with monkeypatch.context() as patch:
         patch.setattr(progress.ProgressBars, "update", interrupt)
-        assert reverie("data", "build", *world.sources, "--out", world.out, "--jobs", 1)[::2] == (130, "")
+        code, _, err = reverie("data", "build", *world.sources, "--out", world.out, "--jobs", 1)
+        assert (code, err.count("\n") <= 1) == (130, True)
     assert not list(world.work.glob("*.part"))
     before = finished(world)
     assert 1 <= len(before) < 5
@@ -504,7 +505,7 @@ def test_a_full_disk_keeps_previous_records(tmp_path):
     world.build()
     previous = files_of(world.out)
     world.image(5).write_bytes(make_image(5, 400))
-    command = [sys.executable, "-W", "ignore", "-c", FULL_DISK, "data", "build", *world.sources]
+    command = [sys.executable, "-W", "ignore", "-c", FULL_DISK, "data", "build", *world.sources, "--overwrite"]
     run = subprocess.run([*command, "--out", world.out, "--jobs", "2"], capture_output=True, text=True, check=False)
     assert run.returncode == 2
     assert run.stderr.count("\n") == 1

@@ -24,6 +24,7 @@ DIFFERENT = {
     "data": "records, or a benchmark's files; `report` does without them",
     "model": "`demo` has a default, `data check` does without one",
     "benchmark": "`eval` takes several",
+    "recipe": "`data check` does without one",
     "judge": "`annotate` has the writer for a judge by default",
     "count": "of what the command shows or draws",
     "confusing": "people's questions come with more wrong options than a model is asked for",

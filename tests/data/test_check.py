@@ -1,28 +1,48 @@
 """Problems of an annotation file and its images are found, named, counted and removed."""
 
-import io
+import dataclasses
 import json
 import zlib
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from reverie_jax import loading
 from reverie_jax.data import check as checking
 from reverie_jax.data.conversation import IMAGE
-from reverie_jax.data.row_files import Rows
+from reverie_jax.data.mixture import MixtureEntry
+from reverie_jax.data.packing import SequenceShape
+from reverie_jax.data.pipeline import TreeBuilder, dataset_stats
+from reverie_jax.data.preferences import DPOConfig
+from reverie_jax.data.processor import Processor
 from reverie_jax.data.stats import compute_stats
-from reverie_jax.errors import UserError
-from tests.data.fakes import llava_row, png, png_of_size, write_json_rows
+from reverie_jax.data.supervision import Supervision
+from reverie_jax.data.tokenization import Encoder
+from reverie_jax.errors import DataError, UserError
+from tests.data.fakes import (
+    IMAGE_ID,
+    WordTokenizer,
+    llava_row,
+    png,
+    png_of_size,
+    read_records,
+    saved,
+    write_json_rows,
+    write_parquet,
+)
 
 WHY_WRONG = "Explain why this answer is wrong: {}"
 NAMES = ("a.png", "none.png", "cut.png", "words.jpg", "really.png", "huge.png", "bomb.png", "../outside.png")
+USABLE_NAMES = ("gray.png", "clear.png", "opaque.png")
 ROWS = [
     *(llava_row(name, f"{IMAGE}\nWhat?", "A cup.") for name in NAMES),
     llava_row("a.png", f"{IMAGE}\nWhat?", "A cup."),
     llava_row("a.png", f"{IMAGE}\nWho?", " "),
     "row",
     llava_row(None, "Two and two?", "Four."),
+    *(llava_row(name, f"{IMAGE}\nWhat?", "A cup.") for name in USABLE_NAMES),
 ]
 EXPECTED = {
     1: ("missing image", True),
@@ -35,6 +55,8 @@ EXPECTED = {
     8: ("duplicate", False),
     9: ("empty answer", True),
     10: ("invalid row", True),
+    12: ("deep image", False),
+    13: ("transparent image", False),
 }
 
 
@@ -45,8 +67,10 @@ def folder(tmp_path):
     (folder / "a.png").write_bytes(png())
     (folder / "cut.png").write_bytes(png(size=(60, 60))[:60])
     (folder / "words.jpg").write_text("not an image")
-    Image.new("RGB", (8, 8), (9, 9, 9)).save(buffer := io.BytesIO(), format="JPEG")
-    (folder / "really.png").write_bytes(buffer.getvalue())
+    (folder / "really.png").write_bytes(saved(Image.new("RGB", (8, 8), (9, 9, 9)), "JPEG"))
+    (folder / "gray.png").write_bytes(saved(Image.new("I;16", (8, 8), 4000)))
+    for name, alpha in (("clear.png", 0), ("opaque.png", 255)):
+        (folder / name).write_bytes(saved(Image.new("RGBA", (8, 8), (9, 9, 9, alpha))))
     (folder / "huge.png").write_bytes(png_of_size(50_000, 50_000))
     (folder / "bomb.png").write_bytes(png_of_size(12_000, 12_000, zlib.compress(bytes(12_000 * 400), 9)))
     (tmp_path / "outside.png").write_bytes(png())
@@ -64,38 +88,110 @@ def test_every_problem_is_reported_once(annotations, folder):
         f"{annotations}: row {number}": kind for number, kind in EXPECTED.items()
     }
     assert len(report.problems) == len(EXPECTED)
-    assert (report.rows, len(report.examples), report.has_unusable_rows) == (12, 4, True)
+    assert (report.rows, len(report.examples), report.has_unusable_rows) == (15, 7, True)
     assert all("\n" not in problem.reason for problem in report.problems)
 
 
 def test_without_an_image_folder_only_texts_are_checked(annotations):
     report = checking.check(annotations, None)
-    assert [problem.kind for problem in report.problems] == ["invalid row", "duplicate", "empty answer"]
+    assert [problem.kind for problem in report.problems] == ["empty answer", "invalid row", "duplicate"]
 
 
 @pytest.mark.parametrize("by_id", [False, True])
 def test_usable_rows_are_written_unchanged(annotations, folder, tmp_path, by_id):
-    rows = {f"id{number}": row for number, row in enumerate(ROWS)} if by_id else ROWS
-    write_json_rows(annotations, rows)
+    rows = [row | {"pid": "same"} if isinstance(row, dict) else row for row in ROWS]  # which identifies nothing
+    named = {f"id{number}": row for number, row in enumerate(rows)}
+    write_json_rows(annotations, named if by_id else rows)
     before, path = annotations.read_bytes(), tmp_path / "clean.json"
-    report = checking.check(annotations, folder)
-    if by_id:  # a row that is not an object has no id
-        rows.pop("id10")
-        write_json_rows(annotations, rows)
-        before, report = annotations.read_bytes(), checking.check(annotations, folder)
-    assert checking.write_usable_rows(report, annotations, path) == 4
-    kept = {f"id{n}": ROWS[n] for n in (0, 4, 8, 11)} if by_id else [ROWS[n] for n in (0, 4, 8, 11)]
-    assert json.loads(path.read_text()) == kept
+    assert checking.write_usable_rows(checking.check(annotations, folder), annotations, path) == 7
+    kept = (0, 4, 8, 11, 12, 13, 14)
+    assert json.loads(path.read_text()) == ({f"id{n}": rows[n] for n in kept} if by_id else [rows[n] for n in kept])
     assert annotations.read_bytes() == before
     assert not checking.check(path, folder).has_unusable_rows
-    assert len(list(Rows(path))) == 4
 
 
-@pytest.mark.parametrize("name", ["rows.json", "rows.parquet"])
-def test_files_that_cannot_be_rewritten(annotations, folder, name):
-    source, report = annotations.with_name(name), checking.check(annotations, folder)
-    with pytest.raises(UserError, match=name):
-        checking.write_usable_rows(report, source, annotations.with_name("rows.json" if name == "rows.json" else "new"))
+@pytest.mark.parametrize(
+    ("source", "path"), [("rows.json", "rows.json"), ("a.parquet", "b.json"), ("a.json", "b.jsonl")]
+)
+def test_files_that_cannot_be_written(tmp_path, source, path):
+    row = {"question": "Q?", "chosen": "A", "rejected": "B", "image": "a.png"}
+    (write_parquet if source == "a.parquet" else write_json_rows)(tmp_path / source, [row])
+    with pytest.raises(UserError, match=path):
+        checking.write_usable_rows(checking.check(tmp_path / source, None), tmp_path / source, tmp_path / path)
+
+
+# What a training run refuses.
+
+PROCESSOR = Processor(Encoder(WordTokenizer(), "llava-hf", 4, IMAGE_ID), 8, context=60)
+LONG = "cup " * 30
+ANSWERS = st.sampled_from(["Yes", "A cup.", " ", "", "cup " * 12, LONG, "cup " * 80, "half \ud83d"])
+ROW = st.builds(
+    lambda image, question, answer, more: llava_row(image, question, answer, *more),
+    *(st.sampled_from(["a.png", ""]), st.sampled_from(["Q?", f"Q? {LONG}"]), ANSWERS),
+    st.just(()) | st.tuples(st.sampled_from(["Explain why.", "Explain why this answer is wrong: No"]), ANSWERS),
+)
+PAIR = st.builds(
+    lambda *texts: dict(zip(("image", "question", "chosen", "rejected"), ("a.png", *texts), strict=True)),
+    *(st.just("Q?"), ANSWERS, ANSWERS),
+)
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(ROW, min_size=1, max_size=6) | st.lists(PAIR, min_size=1, max_size=4),
+    st.sampled_from(["separate", "positive-first"]),
+    st.booleans(),
+)
+def test_what_check_passes_train_takes(tmp_path_factory, rows, context, sharing):
+    folder = tmp_path_factory.mktemp("train")
+    (folder / "a.png").write_bytes(png())
+    pairs = "chosen" in rows[0]
+    shape = SequenceShape(length=50, edges=30, questions=2 * pairs)
+    builder = TreeBuilder(PROCESSOR, shape, DPOConfig() if pairs else Supervision(context=context), sharing)
+    path, fixed = write_json_rows(folder / "rows.jsonl", rows), folder / "fixed.jsonl"
+    report = checking.check(path, folder, PROCESSOR, builder)
+
+    def train(file):
+        dataset_stats(read_records(MixtureEntry(file=file, images=folder)), builder)
+
+    if report.has_unusable_rows:
+        with pytest.raises(UserError):
+            train(path)
+        kept = checking.write_usable_rows(report, path, fixed)
+        assert kept < len(rows)
+        if not kept:
+            return
+        path = fixed
+    train(path)
+    assert not checking.check(path, folder, PROCESSOR, builder).has_unusable_rows
+
+
+class MaskingEncoder(Encoder):
+    """Masks what holds an end token, as original LLaVA does."""
+
+    def __call__(self, conversation):
+        tokens = super().__call__(conversation)
+        masked = any("</s>" in turn.text for turn in conversation.turns)
+        return dataclasses.replace(tokens, weights=0 * tokens.weights) if masked else tokens
+
+
+def test_conversations_that_teach_nothing_are_reported_by_check_and_train(tmp_path, caplog):
+    rows = [llava_row(None, "Q?", "A."), llava_row(None, "Q?", "One</s>two"), llava_row(None, "Q? </s>", "A.")]
+    processor = dataclasses.replace(PROCESSOR, encoder=MaskingEncoder(WordTokenizer(), "llava-hf", 4, IMAGE_ID))
+    path = write_json_rows(tmp_path / "rows.json", rows)
+    report = checking.check(path, None, processor)
+    assert [(problem.where[-5:], problem.kind) for problem in report.problems] == [
+        ("row 1", "untaught"),
+        ("row 2", "untaught"),
+    ]
+    builder = TreeBuilder(processor, SequenceShape(length=50, edges=30), Supervision())
+    dataset_stats(read_records(path), builder)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "2 of 3 conversations" in caplog.text
+    assert "row 1" in caplog.text
+    write_json_rows(path, rows[1:])
+    with pytest.raises(DataError, match="2 conversations"):
+        dataset_stats(read_records(path), builder)
 
 
 def test_conversations_beyond_the_context_are_reported(tmp_path, folder):
@@ -134,8 +230,24 @@ def test_numbers_of_a_dataset_card(tmp_path):
 def test_the_command(annotations, tmp_path, reverie):
     details, clean = tmp_path / "problems.jsonl", tmp_path / "clean.json"
     code, out, _ = reverie("data", "check", annotations, "--details", details)  # `images` beside the file is found
-    assert (code, "12 rows, 4 usable" in out) == (1, True)
+    assert (code, "15 rows, 7 usable" in out) == (1, True)
     problems = [json.loads(line) for line in details.read_text().splitlines()]
     assert {problem["kind"] for problem in problems} == {kind for kind, _ in EXPECTED.values()}
     code, out, _ = reverie("data", "check", annotations, "--fix", clean)
-    assert (code, "4 rows" in out) == (0, True)
+    assert (code, "7 rows" in out) == (0, True)
+
+
+def test_the_command_takes_the_recipe_of_the_run(tmp_path, reverie):
+    path = write_json_rows(
+        tmp_path / "rows.json", [llava_row(None), llava_row(None, "Q?", "there is a red cup. " * 60)]
+    )
+    model = ["--model", "scenes-base"]
+    for options, expected in (
+        (model, 0),
+        ([*model, "--recipe", "scenes-rationales"], 1),
+        ([*model, "--recipe", "scenes-rationales", "--set", "sequence.length=2000", "sequence.edges=2000"], 0),
+        ([*model, "--recipe", "rlaifv-dpo-lora"], 1),  # no pairs of answers
+        (["--recipe", "scenes-rationales"], 2),
+        ([*model, "--set", "sequence.length=2000"], 2),
+    ):
+        assert reverie("data", "check", path, *options)[0] == expected

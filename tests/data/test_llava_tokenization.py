@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 
 from reverie_jax.data.templates import v0_template
-from reverie_jax.data.tokenization import Encoder, Tokens, load_tokenizer
+from reverie_jax.data.tokenization import Encoder, Tokens, is_untaught, load_tokenizer, untaught_turns
 from tests.data import llama_oracle
 from tests.data.fakes import conversation_of
 from tests.data.llama_oracle import IMAGE, TRAPS, SlowLlama, any_text, dialogues
@@ -116,6 +116,9 @@ def test_a_caption_is_supervised_with_its_newline(encoder, kind):
     tokens = encoder("plain", kind)(conversation_of(turns))
     assert bare(tokens) == [1, -200, 319, 6635, 29889, 13]
     assert tokens.weights.tolist() == [0] * (1 + PATCHES) + [1] * 4
+    further = conversation_of([*turns, "And?", "A dog."])  # original LLaVA drops what follows a caption
+    assert untaught_turns(further, encoder("plain", kind)) == [3]
+    assert untaught_turns(further, encoder("vicuna_v1", kind)) == []
 
 
 @pytest.mark.parametrize(("template", "kind"), PAIRS)
@@ -163,6 +166,8 @@ def test_a_count_that_does_not_add_up_masks_the_whole_sample(encoder, kind, name
             samples.append([question, answer, "And this?", "A cat."])
         for turns in samples:
             assert bool(check_sample(encoder, "vicuna_v1", kind, turns)) == (name in KEPT)
+            asked = conversation_of(turns)
+            assert is_untaught(asked, encoder("vicuna_v1", kind)(asked)) == (name in MASKED)
 
 
 @pytest.mark.parametrize("answer", ["A cat.<|end|>", "a<|end|>\n<|assistant|>\nb", "<|end|>", "", "an <unk> word"])

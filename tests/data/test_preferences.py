@@ -76,14 +76,16 @@ def test_pairs_come_in_the_order_of_the_chosen_sides():
     sides += [side("rejected", "2", "c"), side("rejected", "1", "d")]
     texts = [(one.turns[1].text, other.turns[1].text) for one, other in find_pairs("r", sides)]
     assert texts == [("a", "d"), ("b", "c")]
+    again = [side("chosen", "1", "a"), side("chosen", "1", "a"), side("rejected", "1", "d"), side("rejected", "1", "d")]
+    assert find_pairs("r", again) == [(again[0], again[2])] * 2  # a row twice in the data counts twice
 
 
 @pytest.mark.parametrize(
     ("sides", "why"),
     [
-        ([side("chosen", "1", "a")], "no rejected"),
-        ([side("rejected", "1", "a")], "no chosen"),
-        ([side("chosen", "1", "a"), side("chosen", "1", "b"), side("rejected", "1", "c")], "two chosen"),
+        ([side("chosen", "1", "a")], "1 chosen and 0 rejected"),
+        ([side("rejected", "1", "a")], "0 chosen and 1 rejected"),
+        ([side("chosen", "1", "a"), side("chosen", "1", "b"), side("rejected", "1", "c")], "2 chosen and 1 rejected"),
     ],
 )
 def test_missing_and_duplicate_sides_are_named(sides, why):
