@@ -25,18 +25,18 @@ _ROWS = 16
 class Score:
     """Score an answer file of reverie-jax, of LLaVA or in the benchmark's own form: no model, no network.
 
-    Answers are joined to questions by id. A missing, duplicate or unknown id, a broken line, or other questions than the
-    benchmark's are errors.
+    Answers are joined to questions by id. A missing, duplicate or unknown id, a broken line, or ids that could be those of
+    other questions are errors; prompts in other words are not.
     """
 
     benchmark: common.BenchmarkName
     predictions: common.Predictions
     data: Annotated[Path, common.option("PATH")]
-    """Folder of the benchmark's official files; the file itself where the benchmark is one."""
+    """Folder of the benchmark's official files, or a folder of such folders by name; the file itself where it is one."""
     rule: Annotated[str | None, common.option("RULE")] = None
     """Scoring rule; the benchmark's official one if omitted. `all` compares all rules that need no judge."""
     replies: Annotated[Path | None, common.FILE] = None
-    """A judge's replies, written by `reverie judge`."""
+    """A judge's replies, written by `reverie judge` or by the scripts of LLaVA-Bench, MMHal-Bench (LLaVA-RLHF) or MM-Vet."""
     partial: Annotated[bool, common.FLAG] = False
     """Accept missing answers; they count as the rule says."""
     compare_to: Annotated[Path | None, common.FILE] = None
@@ -53,10 +53,11 @@ class Score:
     def run(self) -> None:
         """Run the command."""
         from reverie_jax.eval import benchmarks
+        from reverie_jax.eval.benchmarks import inputs
         from reverie_jax.eval.benchmarks.interface import NotScorable
 
         benchmark = benchmarks.find_benchmark(self.benchmark)
-        data = benchmark.load(self.data)
+        data = inputs.load(benchmark, self.data)
         exported = [] if self.export is None else self._export(benchmark, data, self.export)
         try:
             results = [
@@ -68,6 +69,7 @@ class Score:
             print(f"{', '.join(map(str, exported))}: written; not scored: {error}")
             return
         content = self._content(benchmark, data, results)
+        common.note(dict.fromkeys(note for result in results for note in result.notes))
         self._write(results[0])
         if self.json:
             print(json.dumps(content))
@@ -100,6 +102,7 @@ class Score:
         if self.compare_to is not None:
             replies = self.compare_replies if first.rule in benchmark.judged_rules else self.replies
             second = self._score(benchmark, data, self.compare_to, first.rule, replies)
+            common.note(second.notes)
             content["comparison"] = compare(first, second)
         return content
 
@@ -151,7 +154,8 @@ def score_table(result: Result) -> Table:
     """Return a score as a table for a terminal."""
     from rich.table import Table
 
-    table = Table(title=f"{result.benchmark}, rule {result.rule} ({result.items:,} questions)")
+    scale = result.scale and f", {result.scale}"
+    table = Table(title=f"{result.benchmark}, rule {result.rule} ({result.items:,} questions){scale}")
     table.add_column("metric")
     table.add_column("value", justify="right")
     table.add_column("95 % interval", justify="right")

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from reverie_jax.errors import UserError
+from reverie_jax.eval.benchmarks.answer_files import for_rule
 from reverie_jax.eval.benchmarks.interface import Benchmark, BenchmarkData, JudgeRequest
 from reverie_jax.eval.judge_replies import REPLIES, JudgeReply, answers_digest, write_replies
 from reverie_jax.hosted.identity import RequestIdentity, content_digest, digest_bytes
@@ -26,6 +27,7 @@ from reverie_jax.hosted.journal import Journal, Spent
 from reverie_jax.hosted.providers import parse_model_spec
 from reverie_jax.hosted.runner import Outcome, RequestTask
 from reverie_jax.hosted.session import CostEstimate, ProgressCallback, RequestConfig, Session
+from reverie_jax.hosted.thoughts import split_thoughts
 
 STAGE: Stage = "evaluate"
 LOCAL = "local:"
@@ -94,9 +96,9 @@ def _label(judge: str) -> str:
 
 
 def _check_reply(reply: str) -> str:
-    """Accept any text: the benchmark's rule parses it, and reports what cannot be parsed."""
-    if not reply.strip():
-        raise UnusableError("an empty reply")
+    """Accept any words: the benchmark's rule parses them, and reports what cannot be parsed."""
+    if not split_thoughts(reply)[1].strip():
+        raise UnusableError("nothing but thoughts" if reply.strip() else "an empty reply")
     return reply
 
 
@@ -197,7 +199,8 @@ class JudgeRun:
             judged = ", ".join(sorted(benchmark.judged_rules)) or "none"
             raise UserError(f"{benchmark.name}: the rule {self.rule} needs no judge; rules that do: {judged}")
         templates = _RecordingTemplates(load_prompts(self.prompts))
-        requests = benchmark.judge_requests(self.data, self.answers, self.rule, templates)
+        answers = for_rule(benchmark, self.answers, self.rule)
+        requests = benchmark.judge_requests(self.data, answers, self.rule, templates)
         ids = [request.id for request in requests]
         if len(set(ids)) != len(ids):
             raise ValueError(f"{benchmark.name}: two requests have the same id: their replies could not be told apart")

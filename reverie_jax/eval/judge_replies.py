@@ -6,15 +6,14 @@ Keys: `id` (of `JudgeRequest`), `reply`, `judge` (provider:model), `version` (th
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from reverie_jax.eval.benchmarks import inputs
-from reverie_jax.eval.benchmarks.interface import BenchmarkError
-from reverie_jax.files import atomic_write
+from reverie_jax.eval.benchmarks.interface import BenchmarkData, BenchmarkError
 from reverie_jax.hosted.interface import digest
+from reverie_jax.hosted.thoughts import split_thoughts
 
 REPLIES = "replies.jsonl"
 
@@ -46,7 +45,7 @@ class JudgeReply(NamedTuple):
 
 def write_replies(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write JSON lines atomically."""
-    atomic_write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    inputs.write_lines(path, rows)
 
 
 _UNIFORM = {
@@ -58,29 +57,61 @@ _UNIFORM = {
 """Keys with the same value in all rows of a file, and their plural for messages."""
 
 
-def read_replies(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
+def _replies_of(row: Any, number: int, loaded: BenchmarkData | None) -> list[tuple[Any, Any]]:
+    """Return the replies in a row of a file, by id."""
+    if "reply" not in row and "choices" in row:  # a completion of OpenAI, as LLaVA-RLHF's script keeps them
+        questions = loaded.questions if loaded is not None else ()
+        id = questions[number].id if number < len(questions) else number
+        return [(str(id), row["choices"][0]["message"]["content"])]
+    if "reply" not in row and isinstance(row.get("content"), list):  # MM-Vet's grades, a reply for each run
+        return [(f"{row['pid']}#{run}", text) for run, text in enumerate(row["content"])]
+    if "reply" not in row and "content" in row:  # LLaVA's review, whose own id is a line number
+        return [(row["question_id"], row["content"])]
+    return [(row["id"], row["reply"])]
+
+
+def read_replies(path: Path, loaded: BenchmarkData | None = None) -> tuple[dict[str, str], dict[str, Any]]:
     """Return a judge's replies by id, and their origin for the record: judge, version, dates, prompt, answers.
 
-    Only `id` and `reply` are required: replies may come from elsewhere.
+    Only `id` and `reply` are required: replies may come from elsewhere. The files of three official scripts are read too:
+    LLaVA's reviews (`question_id`, `content`), LLaVA-RLHF's completions (a list in the order of the questions) and MM-Vet's
+    grades (by id, a list of `content`). A model's thoughts are no part of its reply.
+
+    Args:
+        path: of the file.
+        loaded: the questions, whose order a list of completions has.
 
     Raises:
-        BenchmarkError: The file cannot be read, an id is a duplicate, or the replies are of several judges, to several
-            prompts or about several models' answers.
+        BenchmarkError: The file cannot be read, an id is a duplicate, a reply is nothing but thoughts, or the replies are of
+            several judges, to several prompts or about several models' answers.
     """
     replies: dict[str, str] = {}
     values: dict[str, set[Any]] = {name: set() for name in (*_UNIFORM, "version", "date")}
+    completions = 0
 
     def parse(row: Any) -> None:
-        id, reply = row["id"], row["reply"]
-        if not isinstance(id, str | int) or not isinstance(reply, str):
-            raise TypeError("id or reply")
-        if str(id) in replies:
-            raise BenchmarkError(f"{path}: duplicate reply {id}")
-        replies[str(id)] = reply
+        nonlocal completions
+        for id, reply in _replies_of(row, completions, loaded):
+            if isinstance(id, bool) or not isinstance(id, str | int) or not isinstance(reply, str):
+                raise TypeError("id or reply")
+            if str(id) in replies:
+                raise BenchmarkError(f"{path}: duplicate reply {id}")
+            thoughts, words = split_thoughts(reply)
+            if thoughts and not words.strip():
+                raise BenchmarkError(
+                    f"{path}: the reply to {id} is nothing but thoughts; delete its row, and run `reverie judge` again "
+                    "with a higher --max-new-tokens"
+                )
+            replies[str(id)] = words if thoughts else reply
         for name, found in values.items():
-            found.add(row.get(name))
+            found.add(row.get(name) if isinstance(row.get(name), str | float | int) else None)
+        completions += "reply" not in row and "choices" in row
 
     inputs.parse_rows(path, "judge's reply", parse, min_rows=0)
+    if completions and loaded is not None and completions != len(loaded.questions):
+        raise BenchmarkError(
+            f"{path}: {completions} completions for {len(loaded.questions)} questions, whose order tells which is whose"
+        )
     for name, plural in _UNIFORM.items():
         if len(values[name]) > 1:
             found = ", ".join(sorted(map(str, values[name])))

@@ -13,7 +13,7 @@ import numpy as np
 from reverie_jax.errors import UserError
 from reverie_jax.eval import statistics
 from reverie_jax.eval.benchmarks import answer_files, inputs
-from reverie_jax.eval.benchmarks.interface import Benchmark, BenchmarkData, BenchmarkError, NotScorable
+from reverie_jax.eval.benchmarks.interface import Benchmark, BenchmarkData, BenchmarkError, NotScorable, Row
 from reverie_jax.eval.benchmarks.scoring import Scored
 from reverie_jax.eval.judge_replies import answers_digest, read_replies
 from reverie_jax.files import write_json
@@ -43,7 +43,9 @@ class Score:
         unparsed_ids: Question ids of the first `LISTED` of them.
         missing: Number of questions without an answer; they count as the rule defines.
         scored: The rule's result.
-        answers: Texts by question id.
+        answers: Texts by question id, as they are in the file.
+        scale: Of the metrics.
+        notes: For the user: what is odd about the answers.
     """
 
     benchmark: str
@@ -57,6 +59,8 @@ class Score:
     missing: int
     scored: Scored
     answers: Mapping[str, str]
+    scale: str = ""
+    notes: Sequence[str] = ()
 
     def json(self) -> dict[str, Any]:
         """Return the content of scores.json; numbers have six decimals."""
@@ -119,23 +123,27 @@ def score(
             f"{benchmark.name}: the rule {rule} needs a judge's replies; write them with "
             f"`reverie judge {benchmark.name}` and name the file with --replies"
         )
-    answers = answer_files.read_answers(predictions, benchmark, data, partial=partial)
+    file = answer_files.read_answer_file(predictions, benchmark, data, partial=partial)
+    answers = file.texts
     if not any(key in answers for key in data.unavailable):
         data = dataclasses.replace(data, questions=data.available)
-    reply_texts, judge = (None, {}) if replies is None else read_replies(replies)
+    reply_texts, judge = (None, {}) if replies is None else read_replies(replies, data)
     digest = answers_digest(answers)
     if judge.get("judge/answers", digest) != digest:
         raise BenchmarkError(
             f"{replies}: these replies are about other answers than {predictions}; run `reverie judge`"
         )
-    scored = benchmark.score(data, answers, rule, reply_texts)
+    words = answer_files.for_rule(benchmark, answers, rule)
+    scored = benchmark.score(data, words, rule, reply_texts)
     intervals: dict[str, tuple[float, float]] = {}
     if draws and len(scored.counts) > 1:
         estimates = statistics.bootstrap(scored.counts, scored.metrics, draws=draws)
         intervals = {name: (estimate.low, estimate.high) for name, estimate in estimates.items()}
     unparsed = [parsed.id for parsed in scored.parsed_answers if parsed.unparsed]
     protocol = {**data.protocol, **scored.protocol, **judge, **_run_record(predictions)}
-    protocol |= _yes_no(predictions, benchmark, data, scored)
+    protocol |= _yes_no(file.rows, benchmark, data, scored)
+    if thoughtful := answer_files.count_thoughts(answers):
+        protocol["answers with thoughts"] = f"{thoughtful}, {'as they are' if words is answers else 'taken out'}"
     return Score(
         benchmark=benchmark.name,
         rule=rule,
@@ -148,6 +156,8 @@ def score(
         missing=sum(str(question.id) not in answers for question in data.questions),
         scored=scored,
         answers=answers,
+        scale=benchmark.scale_of(rule),
+        notes=[*file.notes, *answer_files.thoughts_note(predictions, benchmark, answers, rule)],
     )
 
 
@@ -160,26 +170,19 @@ def _run_record(predictions: Path) -> dict[str, Any]:
     return {f"run/{key}": record[key] for key in _RUN_KEYS if key in record}
 
 
-def _yes_no(predictions: Path, benchmark: Benchmark, data: BenchmarkData, scored: Scored) -> dict[str, Any]:
+def _yes_no(rows: Mapping[str, Row], benchmark: Benchmark, data: BenchmarkData, scored: Scored) -> dict[str, Any]:
     """Return the shares of answers and of labels that are yes, and the calibration of P(yes), if recorded."""
     if not benchmark.yes_no:
         return {}
     words = {"yes": True, "no": False}
     truth = {str(q.id): words.get(q.metadata["label"], q.metadata["label"]) for q in data.questions}
+    counted = [parsed for parsed in scored.parsed_answers if parsed.right is not None]
     rates = {
-        "yes/said": _round(np.mean([parsed.parsed == "yes" for parsed in scored.parsed_answers])),
-        "yes/right": _round(np.mean([truth[str(parsed.id)] for parsed in scored.parsed_answers])),
+        "yes/said": _round(np.mean([parsed.parsed == "yes" for parsed in counted])),
+        "yes/right": _round(np.mean([truth[str(parsed.id)] for parsed in counted])),
     }
-    chances: dict[str, float] = {}
-
-    def parse(row: Any) -> None:
-        metadata = row.get("metadata") if isinstance(row, Mapping) else None
-        chance = metadata.get("yes") if isinstance(metadata, dict) else None
-        if isinstance(chance, float | int) and (key := benchmark.match_question(row, data)) in truth:
-            chances[str(key)] = float(chance)
-
-    if answer_files.read_text_mapping(predictions) is None:  # a mapping of texts has no metadata
-        inputs.parse_rows(predictions, "answer", parse)
+    recorded = {id: row["metadata"].get("yes") for id, row in rows.items() if isinstance(row.get("metadata"), Mapping)}
+    chances = {id: float(yes) for id, yes in recorded.items() if isinstance(yes, float | int) and id in truth}
     if not chances:
         return rates
     chance = np.asarray(list(chances.values()))

@@ -24,7 +24,7 @@ from reverie_jax.hosted.session import RequestConfig
 from reverie_jax.hosted.throttle import Limits
 from tests.data.fakes import png
 from tests.eval.benchmarks import makers as make
-from tests.eval.benchmarks.samples import refused
+from tests.eval.benchmarks.samples import SAMPLES, answer_all, headline, load, refused
 from tests.hosted import helpers
 from tests.hosted.fixtures import keys  # noqa: F401  (a fixture)
 from tests.hosted.helpers import Memory, spec_of
@@ -273,3 +273,63 @@ def test_reply_files_from_elsewhere_need_ids_and_replies_only(tmp_path):
     assert read_replies(plain) == ({"7": "Rating: 3"}, {"judge": "unknown"})
     make.write_lines(path, [REPLY | {"id": str(n), "date": f"2026-01-0{n}"} for n in (5, 3, 4)])
     assert read_replies(path)[1]["judge/date"] == "2026-01-03 to 2026-01-05"
+
+
+THOUGHT = "<think>Is it incorrect? Rating: 1, 0.2, 2 9.</think>\n"
+COMPLETION = {"id": "chatcmpl-1", "object": "chat.completion", "usage": {"total_tokens": 9}}
+OFFICIAL_FILES = {
+    # LLaVA's reviews: their own id is a line number.
+    "llava-bench": (
+        lambda ids, texts: [
+            {"id": n, "question_id": int(id), "answer1_id": "a", "answer2_id": "b", "category": "conv", "content": text}
+            for n, (id, text) in enumerate(zip(ids, texts, strict=True), 1)
+        ],
+        ["8 6\nSo.", f"{THOUGHT}8 4"],
+        100 * (6 + 4) / (8 + 8),
+    ),
+    # LLaVA-RLHF's completions, in the order of the questions.
+    "mmhal": (
+        lambda ids, texts: [
+            {**COMPLETION, "choices": [{"index": 0, "message": {"role": "assistant", "content": text}}]}
+            for text in texts
+        ],
+        ["Rating: 5", f"{THOUGHT}Rating: 3"],
+        4,
+    ),
+    # MM-Vet's grades.
+    "mm-vet": (
+        lambda ids, texts: {
+            id: {"model": ["gpt-4"], "content": [text], "score": [0.5]} for id, text in zip(ids, texts, strict=True)
+        },
+        ["0.5\n", f"{THOUGHT}0.7"],
+        60,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OFFICIAL_FILES)
+def test_files_of_official_judges_are_read(tmp_path, name):
+    bench, loaded = load(name, SAMPLES[name](tmp_path))
+    rows, texts, expected = OFFICIAL_FILES[name]
+    answers = answer_all(loaded, "So.")
+    texts = [texts[n % 2] for n in range(len(answers))]
+    content = rows(list(answers), texts)
+    path = (make.write_lines if name == "llava-bench" else make.write_json)(tmp_path / "judged.json", content)
+    replies, protocol = read_replies(path, loaded)
+    assert protocol == {"judge": "unknown"}
+    found = headline(bench.score(loaded, answers, replies=replies))
+    assert found == pytest.approx(expected)
+    if name == "mmhal":  # their order alone tells which is whose
+        with refused(path, "95 completions for 96 questions"):
+            read_replies(make.write_json(path, content[1:]), loaded)
+
+
+def test_thoughts_of_a_judge_are_no_verdict(job, tmp_path):
+    path = make.write_lines(tmp_path / "replies.jsonl", [REPLY | {"reply": "<think>It is correct"}])
+    with refused(path, "reply to 0", "thoughts"):
+        read_replies(path)
+    with Memory(lambda call: f"{THOUGHT}Rating: 3" if number(call) else "<think>Rating: 3") as server:
+        result = job(spec_of(server)).run()
+    assert set(result.outcome.failed) == {"0"}
+    replies, _ = read_replies(tmp_path / "out" / "replies.jsonl")
+    assert set(replies.values()) == {"Rating: 3"}

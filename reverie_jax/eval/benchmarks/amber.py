@@ -148,6 +148,7 @@ class Amber(Benchmark):
     """
 
     name = "amber"
+    scale = "percent"
     published_items = 15220
     rules = (OFFICIAL, LMMS_EVAL, VLMEVALKIT)
     max_new_tokens = 1024
@@ -191,7 +192,7 @@ class Amber(Benchmark):
             protocol[key] = protocol.get(key, 0) + 1
         tables = {}
         if "questions/generative" in protocol:
-            safe = locate("safe_words.txt").read_text("utf-8").split("\n")
+            safe = locate("safe_words.txt").read_text("utf-8-sig").split("\n")
             tables = {"relation": _relation(locate("relation.json")), "safe": frozenset(safe)}
         images = [place / name for place in folders for name in (".", "image", "images")]
         return BenchmarkData(questions, inputs.image_reader(*images), protocol, tables)
@@ -279,6 +280,10 @@ class Amber(Benchmark):
         return lambda text, metadata: amber_words.score_description(
             find(text), metadata["truth"], metadata["hallu"], relation, safe, similar
         ), {}
+
+    def part(self, question: Question) -> str:
+        """Return the task: descriptions or yes/no."""
+        return "descriptions" if question.metadata["category"] == "generative" else "yes/no questions"
 
     def match_question(self, row: Mapping[str, Any], loaded: BenchmarkData) -> str | None:
         """Match rows by `question_id`, or by `id` of the official answer file."""

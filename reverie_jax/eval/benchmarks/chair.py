@@ -71,7 +71,7 @@ def _read_requests(data: Path, needs: str) -> tuple[list[_Request], Path | None]
     if path.suffix != ".txt":
         return inputs.parse_rows(path, "image to describe", _parse_request), path
     try:
-        return [_parse_request(line) for line in path.read_text("utf-8").splitlines() if line.strip()], path
+        return [_parse_request(line) for line in path.read_text("utf-8-sig").splitlines() if line.strip()], path
     except (OSError, ValueError) as error:
         raise BenchmarkError(f"{path}: must have one image per line ({error})") from None
 
@@ -80,6 +80,7 @@ class Chair(Benchmark):
     """CHAIR, see the module's docstring. It lacks lmms-eval's rule, which needs WordNet and labels of its own data set."""
 
     name = "chair"
+    scale = "percent; Len in words"
     published_items = 500
     max_new_tokens = 512
     lower_is_better = frozenset({"CHAIRs", "CHAIRi"})

@@ -31,6 +31,23 @@ def format_options(options: Options) -> str:
     return "\n".join(f"{letter}. {text}" for letter, text in options.items())
 
 
+_LABELED = re.compile(r"(?:^|(?<=\s))(?:\(([A-E])\)|([A-E])[.:)])\s+(.*?)(?=\s+\([A-E]\)\s|\n|$)")
+"""An option in a prompt: "A. text" on a line, or "(A) text (B) text" on one."""
+
+
+def same_options(prompt: str, options: Options) -> bool:
+    """Check that no letter stands for another option in a prompt: the answer would be read as that one."""
+    shown: dict[str, list[str]] = {}
+    for bracketed, plain, text in _LABELED.findall(prompt):
+        shown.setdefault(bracketed or plain, []).append(" ".join(text.casefold().split()))
+    for letter, text in options.items():
+        ours = " ".join(text.casefold().split())
+        # A hint may have lists of its own.
+        if letter in shown and not any(theirs.startswith(ours) or ours.startswith(theirs) for theirs in shown[letter]):
+            return False
+    return True
+
+
 def vlmevalkit(answer: str, options: Options) -> str:
     """Infer as VLMEvalKit, by letter, else by text: "Z" for none of the options, "" for an answer without an option."""
     return _vlmevalkit_letter(answer, options) or _vlmevalkit_text(answer, options)

@@ -65,7 +65,9 @@ class Gavie(JudgedBenchmark):
     """GAVIE, see the module's docstring. Ids are positions in the file, from 0."""
 
     name = "gavie"
+    unique_ids = False  # they are positions
     lower_is_better = frozenset({"unread"})
+    scale = "from 0 to 10; unread from 0 to 1"
     published_items = 1000
     max_new_tokens = 512
     required_files = (

@@ -26,6 +26,7 @@ class Gqa(Benchmark):
     """GQA, see the module's docstring. Ids are GQA's, which are text."""
 
     name = "gqa"
+    scale = "percent"
     published_items = 12578
     expected_new_tokens = 16
     required_files = "testdev_balanced_questions.json of GQA's questions1.2, and with --images its images"

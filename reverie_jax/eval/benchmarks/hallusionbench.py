@@ -86,6 +86,8 @@ class HallusionBench(JudgedBenchmark):
     name = "hallusionbench"
     published_items = 1129
     rules = (OFFICIAL, VLMEVALKIT, YES_NO)
+    thoughtless_rules = frozenset({YES_NO})
+    scale = "percent; diff and fp from 0 to 1"
     required_files = (
         "HallusionBench.json of the HallusionBench repository, and with --images its folder hallusion_bench"
     )
@@ -117,7 +119,15 @@ class HallusionBench(JudgedBenchmark):
 
     def match_question(self, row: Mapping[str, Any], loaded: BenchmarkData) -> str | None:
         """Match rows of the benchmark's result file by several columns: its `question_id` alone is not unique."""
-        return _id(row) if all(part in row for part in _PARTS) else super().match_question(row, loaded)
+        if all(part in row for part in _PARTS):
+            return _id(row)
+        return super().match_question(
+            row if row.get("question_id") is not None else {"question_id": row.get("index")}, loaded
+        )
+
+    def part(self, question: Question) -> str:
+        """Return whether the question has a figure."""
+        return "questions without a figure" if question.image is None else "questions with a figure"
 
     def answer_text(self, row: Mapping[str, Any]) -> Any:
         """Return `model_prediction` of the benchmark's result file, or the answer of another form."""

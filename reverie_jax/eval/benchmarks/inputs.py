@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import sys
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,22 +14,34 @@ from typing import Any, TypeVar
 from reverie_jax import files
 from reverie_jax.data.row_files import Rows
 from reverie_jax.errors import DataError
-from reverie_jax.eval.benchmarks.interface import Benchmark, BenchmarkData, BenchmarkError
+from reverie_jax.eval.benchmarks.interface import Benchmark, BenchmarkData, BenchmarkError, require
 
 T = TypeVar("T")
 
 
+def load(benchmark: Benchmark, data: Path) -> BenchmarkData:
+    """Load a benchmark from the folder of its files, or from a folder of such folders by benchmark (or by LLaVA's names).
+
+    Raises:
+        BenchmarkError: A file is missing or invalid; see `Benchmark.load`.
+    """
+    require(data.exists(), f"{data}: no such file or folder; {benchmark.name} needs {benchmark.required_files}")
+    names = (benchmark.name, *benchmark.folder_names)
+    return benchmark.load(next((data / name for name in names if (data / name).is_dir()), data))
+
+
 def find_file(data: Path, *patterns: str, benchmark: Benchmark | type[Benchmark]) -> Path:
-    """Return the only file of the first pattern that matches in a folder; or `data` itself if it is a file.
+    """Return the only file of the first pattern that matches in a folder or below it; or `data` itself if it is a file.
 
     Raises:
         BenchmarkError: No file or several files match.
     """
     if data.is_file():
         return data
-    for pattern in patterns:
-        if path := find_only(data, pattern):
-            return path
+    for depth in ("", "*/", "*/*/"):
+        for pattern in patterns:
+            if path := find_only(data, depth + pattern):
+                return path
     names = " or ".join(patterns)
     raise BenchmarkError(f"{data}: {names} is missing; {benchmark.name} needs {benchmark.required_files}")
 
@@ -60,7 +73,7 @@ def parse_rows(path: Path, what: str, parse: Callable[[Any], T], *, min_rows: in
     """
     rows = Rows(path, min_rows=min_rows)
     try:
-        return [_parse(parse, row, what, rows.locate(number, row)) for number, row in enumerate(rows)]
+        return [_parse(parse, _well_formed(row), what, rows.locate(number, row)) for number, row in enumerate(rows)]
     except DataError as error:
         raise BenchmarkError(str(error)) from None
 
@@ -91,7 +104,18 @@ def read_json(path: Path) -> Any:
     Raises:
         BenchmarkError: The file is missing, cannot be read or is not valid JSON.
     """
-    return files.read_json(path, BenchmarkError)
+    return _well_formed(files.read_json(path, BenchmarkError))
+
+
+def _well_formed(value: Any) -> Any:
+    """Return a JSON value without halves of surrogate pairs, which no file or tokenizer takes."""
+    if isinstance(value, str):
+        return value if value.isascii() else value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, list):
+        return [_well_formed(item) for item in value]
+    if isinstance(value, dict):
+        return {_well_formed(key): _well_formed(item) for key, item in value.items()}
+    return value
 
 
 def read_tsv(path: Path, columns: Sequence[str]) -> Iterator[dict[str, str]]:
@@ -102,7 +126,7 @@ def read_tsv(path: Path, columns: Sequence[str]) -> Iterator[dict[str, str]]:
     """
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:  # some files begin with a byte order mark
             reader = csv.DictReader(file, delimiter="\t")
             if missing := set(columns) - set(reader.fieldnames or ()):
                 raise BenchmarkError(f"{path}: column {', '.join(sorted(missing))} is missing")
@@ -114,6 +138,32 @@ def read_tsv(path: Path, columns: Sequence[str]) -> Iterator[dict[str, str]]:
         raise BenchmarkError(f"{path}: cannot be read ({error.strerror})") from None
     except (csv.Error, UnicodeDecodeError) as error:
         raise BenchmarkError(f"{path}: not a TSV file ({error})") from None
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a workbook, CSV or TSV file by column; all cells are text.
+
+    Raises:
+        BenchmarkError: The file cannot be read, or the package that reads workbooks is missing.
+    """
+    import pandas
+
+    options: dict[str, Any] = {"dtype": str, "keep_default_na": False}
+    try:
+        if path.suffix in (".csv", ".tsv"):
+            table = pandas.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",", encoding="utf-8-sig", **options)
+        else:
+            table = pandas.read_excel(path, **options)
+    except ImportError as error:
+        raise BenchmarkError(
+            f"{path}: {error.name or 'openpyxl'}, which reads workbooks, is missing; run `pip install openpyxl`, or save "
+            "the table as CSV and name that file"
+        ) from None
+    except OSError as error:
+        raise BenchmarkError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except (ValueError, zipfile.BadZipFile, pandas.errors.ParserError) as error:
+        raise BenchmarkError(f"{path}: not a table ({' '.join(str(error).split())[:200]})") from None
+    return [{str(name): str(cell) for name, cell in row.items()} for row in table.fillna("").to_dict("records")]
 
 
 def check_unique(path: Path, ids: Sequence[Any]) -> None:
@@ -179,7 +229,7 @@ def with_images(loaded: BenchmarkData, images: Path | None) -> BenchmarkData:
 
 def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     """Write rows as JSON lines and return the path; the folder is created."""
-    files.atomic_write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    files.atomic_write(path, "".join(json.dumps(_well_formed(row), ensure_ascii=False) + "\n" for row in rows))
     return path
 
 

@@ -6,7 +6,7 @@ Benchmarks work on the content of files, without a model or a network. Replies o
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,6 +21,9 @@ OFFICIAL = "official"
 LMMS_EVAL = "lmms-eval"
 VLMEVALKIT = "vlmevalkit"
 """Names of rules: the benchmark's own, and those of two toolkits."""
+
+Row = Mapping[str, Any]
+"""A row of an answer file."""
 
 Texts = Mapping[str, str]
 """Answers by `str(question.id)`, replies of a judge by `JudgeRequest.id`, or prompt templates by name."""
@@ -119,6 +122,10 @@ class Benchmark:
             "yes" is recorded too.
         judged_rules: rules that need replies of a judge.
         lower_is_better: metrics (the part of their name after "/") of which less is better.
+        thoughtless_rules: rules whose own harness takes a reasoning model's thoughts out of its answers.
+        unique_ids: no other questions have the same ids, so that ids decide where prompts differ in words.
+        folder_names: names that others give the folder of the benchmark's files (LLaVA's in `playground/data/eval`).
+        scale: of the metrics, as it is shown beside them.
         list_metrics: prefixes of metrics ("capability/ocr") that list parts of one total: a report makes no groups of them.
         published_items: number of questions that published scores are of; None if it is not known.
         required_files: the files that `load` expects, and their source, in one line.
@@ -133,6 +140,10 @@ class Benchmark:
     yes_no: ClassVar[bool] = False
     judged_rules: ClassVar[frozenset[str]] = frozenset()
     lower_is_better: ClassVar[frozenset[str]] = frozenset()
+    thoughtless_rules: ClassVar[frozenset[str]] = frozenset({LMMS_EVAL})
+    unique_ids: ClassVar[bool] = True
+    folder_names: ClassVar[tuple[str, ...]] = ()
+    scale: ClassVar[str] = ""
     list_metrics: ClassVar[frozenset[str]] = frozenset()
     published_items: ClassVar[int | None] = None
     required_files: ClassVar[str]
@@ -169,27 +180,61 @@ class Benchmark:
         """
         raise NotImplementedError
 
-    def split_row(self, row: Mapping[str, Any]) -> Sequence[Any]:
+    def own_rows(self, path: Path) -> Iterable[Row] | None:
+        """Return the rows of a file or folder in a form that only this benchmark has; None for any other."""
+        return None
+
+    def settle_rows(
+        self, rows: Sequence[tuple[str, Any]], path: Path, loaded: BenchmarkData
+    ) -> tuple[Sequence[tuple[str, Any]], str]:
+        """Return the rows of a file with ids of this benchmark, where ids alone do not tell its questions apart.
+
+        Args:
+            rows: each with its place, for messages.
+            path: of the file.
+            loaded: the questions.
+
+        Returns:
+            The rows, and what the file is about by its form: the name of a part of the questions, "" for all of them.
+
+        Raises:
+            BenchmarkError: Nothing tells which questions are answered.
+        """
+        return rows, ""
+
+    def part(self, question: Question) -> str:
+        """Return the name of a part of the questions that answer files may be about alone, as a split; "" for none."""
+        return ""
+
+    def split_row(self, row: Row) -> Sequence[Any]:
         """Return the answer rows that one row of an answer file contains; mostly the row itself."""
         return [row]
 
-    def match_question(self, row: Mapping[str, Any], loaded: BenchmarkData) -> str | None:
+    def match_question(self, row: Row, loaded: BenchmarkData) -> str | None:
         """Return the id of the question that a row of an answer file (ours or LLaVA's) belongs to; None for no id."""
         return None if row.get("question_id") is None else str(row["question_id"])
 
-    def duplicates(self, key: str, row: Mapping[str, Any], loaded: BenchmarkData) -> Sequence[str]:
+    def duplicates(self, key: str, row: Row, loaded: BenchmarkData) -> Sequence[str]:
         """Return questions that the row cannot tell apart from this one: the n-th such row answers the n-th of them."""
         return ()
 
-    def answer_text(self, row: Mapping[str, Any]) -> Any:
+    def answer_text(self, row: Row) -> Any:
         """Return the answer in a row of an answer file."""
         # "answer" comes last: upload files have the label under that name.
         return row.get("text", row.get("prediction", row.get("answer")))
 
+    def question_text(self, question: Question) -> str:
+        """Return the question alone: without what prompts add to it, as a suffix, options, a context."""
+        asked = question.metadata.get("question")
+        return asked if isinstance(asked, str) else question.text.removesuffix(SHORT).removesuffix(LETTER)
+
     def same_prompt(self, prompt: str, question: Question) -> bool:
-        """Check that a prompt of an answer file is this question, apart from image marker, suffix and spaces."""
-        theirs, ours = (" ".join(text.replace("<image>", " ").split()) for text in (prompt, question.text))
-        return theirs in ours or ours in theirs
+        """Check that a prompt of an answer file holds this question, whatever is around it."""
+        return normalize_prompt(self.question_text(question)) in normalize_prompt(prompt)
+
+    def scale_of(self, rule: str) -> str:
+        """Return the scale of a rule's metrics."""
+        return self.scale
 
     def judge_requests(self, loaded: BenchmarkData, answers: Texts, rule: str, prompts: Texts) -> list[JudgeRequest]:
         """Return what a judge must be asked before `rule` can score.
@@ -214,6 +259,11 @@ class Benchmark:
     def export(self, loaded: BenchmarkData, answers: Texts, out: Path) -> list[Path]:
         """Write the files that the benchmark's server or own script takes, and return their paths."""
         return []
+
+
+def normalize_prompt(text: str) -> str:
+    """Return a prompt for comparison: without image marker, case, repeated spaces and marks at its ends."""
+    return " ".join(text.replace("<image>", " ").split()).casefold().strip(" .?!")
 
 
 def require(condition: bool, message: str) -> None:

@@ -71,6 +71,8 @@ class _RatedBenchmark(JudgedBenchmark):
     """
 
     max_new_tokens = 1024
+    unique_ids = False  # both benchmarks count from 0
+    scale = "percent"
     sources: ClassVar[tuple[str, str, str]]
     skips: ClassVar[bool]
 
@@ -175,6 +177,7 @@ class LlavaBench(_RatedBenchmark):
     """LLaVA-Bench in the wild: 60 questions about 24 images."""
 
     name = "llava-bench"
+    folder_names = ("llava-bench-in-the-wild",)
     published_items = 60
     judge_temperature = 0.2
     rules = (OFFICIAL, LMMS_EVAL)

@@ -24,6 +24,7 @@ from reverie_jax.eval.benchmarks.interface import (
     JudgeRequest,
     NotScorable,
     Question,
+    Row,
     Texts,
     require,
 )
@@ -84,6 +85,8 @@ class MmBench(Benchmark):
     """
 
     name = "mmbench"
+    unique_ids = False  # the Chinese files have the same
+    scale = "percent"
     published_items: ClassVar[int | None] = 4377  # rows of mmbench_dev_20230712, one per rotation
     expected_new_tokens = 8
     rules = (OFFICIAL, JUDGED, LMMS_EVAL)
@@ -93,6 +96,7 @@ class MmBench(Benchmark):
         "a TSV of MMBench in English, from OpenCompass: mmbench_dev_20230712.tsv, which LLaVA uses, or "
         "MMBench_DEV_EN.tsv as VLMEvalKit has it"
     )
+    languages: ClassVar[frozenset[str]] = frozenset({"en"})
     suffix: ClassVar[str] = LETTER
     patterns: ClassVar[tuple[str, ...]] = (
         *("mmbench_dev_20230712.tsv", "MMBench_DEV_EN.tsv", "*dev_en*.tsv", "*DEV_EN*.tsv", "*dev_2*.tsv"),
@@ -204,9 +208,31 @@ class MmBench(Benchmark):
     def match_question(self, row: Mapping[str, Any], loaded: BenchmarkData) -> str | None:
         """Match rows by index; LLaVA numbers the passes of `--all-rounds` in `round_id`."""
         id, number = row.get("question_id", row.get("index")), row.get("round_id") or 0
-        if isinstance(id, int) and isinstance(number, int):
-            return str(id + number * PASS)
+        if str(id).isdecimal() and str(number).isdecimal():
+            return str(int(id) + int(number) * PASS)
         return None if id is None else str(id)
+
+    def part(self, question: Question) -> str:
+        """Return the pass: some files hold answers to the first one alone."""
+        return "first passes" if question.metadata["first"] else "other passes"
+
+    def settle_rows(
+        self, rows: Sequence[tuple[str, Any]], path: Path, loaded: BenchmarkData
+    ) -> tuple[Sequence[tuple[str, Any]], str]:
+        """Take the question and options of a table for the prompt; see `Benchmark.settle_rows`.
+
+        Raises:
+            BenchmarkError: The file is named after the other language, which has the same ids, and has no prompts.
+        """
+        settled = [(where, _with_prompt(row) if isinstance(row, Mapping) else row) for where, row in rows]
+        prompts = any(isinstance(row, Mapping) and row.get("prompt") for _, row in settled)
+        named = set(re.findall(r"(?<![a-z])(?:cn|zh|en)(?![a-z])", path.stem.lower()))
+        require(
+            bool(prompts) or not named or bool(named & self.languages),
+            f"{path}: its name says {' and '.join(sorted(named))}, and {self.name} has the same ids in another language; "
+            "add the prompts, or rename the file",
+        )
+        return settled, ""
 
     def judge_requests(self, loaded: BenchmarkData, answers: Texts, rule: str, prompts: Texts) -> list[JudgeRequest]:
         """Return requests about answers without an option, unless another pass has missed the question anyway."""
@@ -226,6 +252,12 @@ class MmBench(Benchmark):
             prompt = judged.fill(prompts, name, question=metadata["question"], options=options, answer=answers[id])
             requests.append(JudgeRequest(id, prompt.rstrip()))
         return requests
+
+    def same_prompt(self, prompt: str, question: Question) -> bool:
+        """Compare the question, and the order of the options: letters depend on it."""
+        return super().same_prompt(prompt, question) and choice_parsing.same_options(
+            prompt, question.metadata["options"]
+        )
 
     def export(self, loaded: BenchmarkData, answers: Texts, out: Path) -> list[Path]:
         """Write LLaVA's upload to MMBench's server: an xlsx of the file's columns without images, and `prediction`."""
@@ -252,16 +284,26 @@ class MmBenchCn(MmBench):
     """MMBench-CN: questions in Chinese, and LLaVA's Chinese suffix."""
 
     name = "mmbench-cn"
+    folder_names = ("mmbench_cn", "mmbench")
     published_items = None  # the number of questions of published scores is not known
     required_files = (
         "a TSV of MMBench in Chinese, from OpenCompass: mmbench_dev_cn_20231003.tsv, which LLaVA uses, or "
         "MMBench_DEV_CN.tsv as VLMEvalKit has it"
     )
+    languages = frozenset({"cn", "zh"})
     suffix = LETTER_CN
     patterns = (
         *("mmbench_dev_cn_20231003.tsv", "MMBench_DEV_CN.tsv", "*dev_cn*.tsv", "*DEV_CN*.tsv"),
         *("*test_cn*.tsv", "*TEST_CN*.tsv"),
     )
+
+
+def _with_prompt(row: Row) -> Row:
+    """Return a row of a table with its question and options as the prompt."""
+    if "prompt" in row or not isinstance(row.get("question"), str):
+        return row
+    options = {letter: str(row[letter]) for letter in choice_parsing.LETTERS if not _is_empty(row.get(letter))}
+    return {**row, "prompt": f"{row['question']}\n{choice_parsing.format_options(options)}"}
 
 
 def _refers(cell: str) -> bool:

@@ -6,7 +6,7 @@ a tab, and Yes or No; it lies beside its image, or in `questions_answers_YN` bes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -20,6 +20,7 @@ from reverie_jax.eval.benchmarks.interface import (
     BenchmarkData,
     BenchmarkError,
     Question,
+    Row,
     Texts,
     require,
 )
@@ -32,7 +33,7 @@ PERCEPTION = (
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 TASKS = PERCEPTION + COGNITION
 
-_FOLDER = "MME_Benchmark_release_version"
+_FOLDER, _INNER = "MME_Benchmark_release_version", "MME_Benchmark"
 _ASK = "Please answer yes or no."
 _CELLS = ("right", "questions", "both right", "images")
 
@@ -74,12 +75,17 @@ class Mme(Benchmark):
     published_items = 2374
     expected_new_tokens = 8
     yes_no = True
+    unique_ids = False
+    folder_names = ("MME",)
+    scale = "points: 200 for each task, 2,000 for perception, 800 for cognition"
     rules = (OFFICIAL, LMMS_EVAL, VLMEVALKIT)
     required_files = f"{_FOLDER}, the folder that MME's authors send out, with a folder for each task"
 
     def load(self, data: Path) -> BenchmarkData:
         """Read the folders of tasks that are there; see `Benchmark.load`."""
-        root = next((f for f in (data, data / _FOLDER) if any((f / task).is_dir() for task in TASKS)), None)
+        # The archive now has one folder more.
+        places = (data, *(data / name for name in (_FOLDER, _INNER, f"{_FOLDER}/{_INNER}")))
+        root = next((place for place in places if any((place / task).is_dir() for task in TASKS)), None)
         if root is None:
             raise BenchmarkError(
                 f"{data}: folders of tasks ({TASKS[0]}, {TASKS[1]}, …) are missing; mme needs {self.required_files}"
@@ -122,17 +128,40 @@ class Mme(Benchmark):
         pair = loaded.tables["images"].get(f"{image.split('/')[0]}/{PurePosixPath(image).stem}")
         if pair is None:
             return id
-        prompt = _bare(str(row.get("prompt", "")))
-        for place, question in enumerate(pair, 1):
-            if number == str(place) or (not number and prompt == _bare(question.text)):
-                return str(question.id)
         if number:
-            return id
-        raise ValueError(f"{image} has two questions, and the prompt of the row is neither: {row.get('prompt')!r}")
+            return str(pair[int(number) - 1].id) if number in ("1", "2") else id
+        # A question may be the beginning of the other one: the longer one that the prompt holds is meant.
+        meant = [question for question in pair if self.same_prompt(str(row.get("prompt", "")), question)]
+        if not meant:
+            raise ValueError(f"{image} has two questions, and the prompt of the row is neither: {row.get('prompt')!r}")
+        return str(max(meant, key=lambda question: len(self.question_text(question))).id)
 
-    def same_prompt(self, prompt: str, question: Question) -> bool:
-        """Compare without the sentence that asks for yes or no, which LLaVA removes."""
-        return _bare(prompt) == _bare(question.text)
+    def question_text(self, question: Question) -> str:
+        """Return the question without the sentence that asks for yes or no, which LLaVA removes."""
+        return str(question.metadata["plain"]).replace(_ASK, "").strip()
+
+    def part(self, question: Question) -> str:
+        """Return the task."""
+        return str(question.metadata["task"])
+
+    def own_rows(self, path: Path) -> Iterable[Row] | None:
+        """Return the rows of MME's result folder, or of one of its files: image, question, label and answer, by tabs."""
+        files = [path / f"{task}.txt" for task in TASKS] if path.is_dir() else [path] * (path.suffix == ".txt")
+        rows: list[Row] = []
+        for file in filter(Path.is_file, files):
+            try:
+                lines = file.read_text("utf-8-sig").split("\n")
+            except (OSError, UnicodeDecodeError) as error:
+                raise BenchmarkError(f"{file}: cannot be read ({error})") from None
+            for number, line in enumerate(lines, 1):
+                cells = line.rstrip("\r").split("\t", 3)
+                require(
+                    len(cells) in (1, 4), f"{file}: line {number} must be an image, a question, a label and an answer"
+                )
+                if len(cells) == 4:
+                    image, asked, _, answer = cells
+                    rows.append({"question_id": f"{file.stem}/{image}", "prompt": asked, "text": answer})
+        return rows or None
 
     def score(
         self, loaded: BenchmarkData, answers: Texts, rule: str = OFFICIAL, replies: Texts | None = None
@@ -195,13 +224,6 @@ def _image_paths(folder: Path) -> dict[str, str]:
             if path.suffix.lower() in (".jpg", ".jpeg", ".png"):
                 found.setdefault(path.stem, path.relative_to(folder).as_posix())
     return found
-
-
-def _bare(prompt: str) -> str:
-    """Return the question without marker and suffixes, for comparison."""
-    for part in ("<image>", SHORT, _ASK):
-        prompt = prompt.replace(part, " ")
-    return " ".join(prompt.split())
 
 
 def _metrics(table: CountTable, tasks: Sequence[str], rule: str) -> dict[str, Statistic]:

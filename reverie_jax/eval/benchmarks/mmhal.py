@@ -35,9 +35,11 @@ class MmHal(JudgedBenchmark):
     """MMHal-Bench, see the module's docstring. Ids are positions in the file, from 0."""
 
     name = "mmhal"
+    unique_ids = False  # they are positions
     published_items = 96
     max_new_tokens = 1024
     lower_is_better = frozenset({"hallucination_rate"})
+    scale = "score from 0 to 6, rates from 0 to 1, informativeness in percent"
     required_files = (
         "response_template.json of Shengcao1006/MMHal-Bench (or RLHF-V's mmhal-bench_answer_template.json), and with "
         "--images its images"

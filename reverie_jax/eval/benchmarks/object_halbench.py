@@ -120,10 +120,12 @@ class ObjectHalBench(JudgedBenchmark):
     """
 
     name = "object-halbench"
+    scale = "percent; lengths in words"
     published_items = 300
     beams = 3
     judge_temperature = 0.2
     rules = (OFFICIAL, PLAIN)
+    thoughtless_rules = frozenset({PLAIN})
     max_new_tokens = 1024
     lower_is_better = frozenset({"CHAIRs", "CHAIRi", "CHAIRs_refine"})
     required_files = (

@@ -6,7 +6,8 @@ Files: `*pope*{random,popular,adversarial}.json`, JSON lines or a list of `quest
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from reverie_jax.eval.benchmarks.interface import (
     BenchmarkData,
     BenchmarkError,
     Question,
+    Row,
     Texts,
     require,
 )
@@ -149,6 +151,29 @@ _PARSERS = {
 }
 
 
+def _split_files(folder: Path, pattern: str) -> dict[str, Path]:
+    """Return the only file of each split, in a folder or in `coco` below it as LLaVA has them; `folder` itself if it is one.
+
+    Raises:
+        BenchmarkError: Several files are of one split, or the name of a file tells no split.
+    """
+    if folder.is_file():
+        named = [split for split in SPLITS if split in folder.name.lower()]
+        require(len(named) == 1, f"{folder}: its name must have one of {', '.join(SPLITS)}")
+        return {named[0]: folder}
+    found: dict[str, Path] = {}
+    for split in SPLITS:
+        for place in (folder, folder / "coco"):
+            if split not in found and (path := inputs.find_only(place, f"{pattern}{split}*.json*")):
+                found[split] = path
+    return found
+
+
+def _without_typo(question: Question) -> Question:
+    plain = str(question.metadata["plain"]).replace("imange", "image")
+    return dataclasses.replace(question, metadata={**question.metadata, "question": plain.removesuffix(SHORT)})
+
+
 class Pope(Benchmark):
     """POPE, see the module's docstring.
 
@@ -159,6 +184,7 @@ class Pope(Benchmark):
     published_items = 8910
     expected_new_tokens = 8
     yes_no = True
+    unique_ids = False
     rules = (OFFICIAL, LMMS_EVAL, VLMEVALKIT)
     required_files = (
         "coco_pope_random.json, coco_pope_popular.json and coco_pope_adversarial.json of the POPE repository "
@@ -166,13 +192,10 @@ class Pope(Benchmark):
     )
 
     def load(self, data: Path) -> BenchmarkData:
-        """Read the splits that are there; see `Benchmark.load`."""
+        """Read the splits that are there, or the one in a file; see `Benchmark.load`."""
         questions: list[Question] = []
         protocol: dict[str, Any] = {}
-        for split in SPLITS:
-            path = inputs.find_only(data, f"*pope*{split}*.json")
-            if path is None:
-                continue
+        for split, path in _split_files(data, "*pope*").items():
             rows = read_questions(path)
             protocol[f"questions/{split}"] = len(rows)
             # A typo of the official files of August 2023, which later versions do not have: it tells the versions apart.
@@ -186,18 +209,116 @@ class Pope(Benchmark):
         inputs.check_unique(data, [question.id for question in questions])
         old = protocol.get("questions/random") == 2910 and protocol["imange"] > 0
         protocol["labels"] = "August 2023, as LLaVA's" if old else "as in the files"
-        return BenchmarkData(questions, inputs.image_reader(data, data / "val2014", data / "images"), protocol)
+        folder = data if data.is_dir() else data.parent
+        folders = [place / name for place in (folder, folder.parent) for name in ("", "val2014", "images")]
+        return BenchmarkData(questions, inputs.image_reader(*folders), protocol)
+
+    def scale_of(self, rule: str) -> str:
+        """Return the scale of a rule's metrics."""
+        return "percent" if rule == VLMEVALKIT else "from 0 to 1"
+
+    def part(self, question: Question) -> str:
+        """Return the split."""
+        return str(question.metadata["split"])
+
+    def same_prompt(self, prompt: str, question: Question) -> bool:
+        """Compare the questions; the typo of one version is not another question."""
+        return super().same_prompt(prompt.replace("imange", "image"), _without_typo(question))
+
+    def own_rows(self, path: Path) -> Iterable[Row] | None:
+        """Return the rows of a folder with an answer file for each split, as POPE's script takes them."""
+        if not path.is_dir():
+            return None
+        files = _split_files(path, "*")
+        rows: list[Row] = []
+        for split, file in files.items():
+            rows += [{**row, "split": split} for row in inputs.parse_rows(file, "answer", dict)]
+        return rows if files else None
+
+    def settle_rows(
+        self, rows: Sequence[tuple[str, Any]], path: Path, loaded: BenchmarkData
+    ) -> tuple[Sequence[tuple[str, Any]], str]:
+        """Find the split of rows that POPE numbers from 1 in every split, or does not number at all; see `Benchmark`.
+
+        What tells: a column `split` or `category`, the prompts and images, the name of the file; ids as in LLaVA's file.
+        """
+        plain = [row for _, row in rows if isinstance(row, Mapping)]
+        numbered = [row for row in plain if row.get("question_id") is not None]
+        own_form = not numbered and all("question" in row and "answer" in row for row in plain)
+        official = len(numbered) == len(plain) and all(
+            re.fullmatch(r"[1-9]\d{0,6}", str(row["question_id"])) for row in numbered
+        )
+        if len(plain) < len(rows) or not (own_form or official):
+            return rows, ""
+        splits: dict[str, list[Question]] = {}
+        for question in loaded.questions:
+            splits.setdefault(self.part(question), []).append(question)
+        told = dict.fromkeys(str(row.get("split", row.get("category"))) for row in plain)
+        groups = [(split, [row for row in plain if split in (row.get("split"), row.get("category"))]) for split in told]
+        if not told.keys() <= splits.keys():
+            groups = [(self._split_of(plain, path, splits), plain)]
+        settled: list[tuple[str, Any]] = []
+        for split, group in groups:
+            for place, row in enumerate(group):
+                number = place + 1 if own_form else int(row["question_id"])
+                where = f"{path}: {split}, row {place}"
+                if own_form:  # joined by position, so the text must be the question's
+                    asked = splits[split][place] if place < len(splits[split]) else None
+                    if asked is None or not self.same_prompt(str(row["question"]), asked):
+                        raise BenchmarkError(f"{where}: is not question {number} of {split}: {row['question']!r}")
+                    settled.append((where, {**row, "question_id": asked.id}))
+                else:
+                    settled.append((where, {**row, "question_id": _OFFSETS[split] + number}))
+        return settled, groups[0][0] if own_form and len(groups) == 1 and len(splits) > 1 else ""
+
+    def _split_of(self, rows: Sequence[Row], path: Path, splits: Mapping[str, Sequence[Question]]) -> str:
+        """Return the split that rows are about, all of them.
+
+        Raises:
+            BenchmarkError: It is none, or could be several.
+        """
+        by_id = {split: {q.id - _OFFSETS[split]: q for q in asked} for split, asked in splits.items()}  # type: ignore[operator]
+
+        def fits(row: Row, place: int, split: str) -> bool:
+            question = by_id[split].get(int(row["question_id"])) if "question_id" in row else None
+            if "question_id" not in row:
+                question = splits[split][place] if place < len(splits[split]) else None
+            prompt, image = row.get("prompt", row.get("question")), row.get("image")
+            if question is None:
+                return False
+            told = isinstance(prompt, str) and prompt.strip() != ""
+            return (not told or self.same_prompt(str(prompt), question)) and image in (None, question.image)
+
+        possible = [split for split in splits if all(fits(row, place, split) for place, row in enumerate(rows))]
+        named = [split for split in possible if split in path.name.lower()]
+        if len(named or possible) == 1:
+            return (named or possible)[0]
+        names = " and ".join(possible or splits)
+        raise BenchmarkError(
+            f"{path}: its ids and questions are those of {names} alike; name the file after its split, add a column "
+            "split, or use LLaVA's ids (random from 10000001, popular from 20000001)"
+            if possible
+            else f"{path}: its questions are not those of {names}, in this order; the answers belong to another version of "
+            "the questions, or to another benchmark"
+        )
 
     def score(
         self, loaded: BenchmarkData, answers: Texts, rule: str = OFFICIAL, replies: Texts | None = None
     ) -> Scored:
-        """Score yes and no; a missing answer is wrong (an empty answer is a yes by the official rule)."""
-        splits = [split for split in SPLITS if any(q.metadata["split"] == split for q in loaded.questions)]
+        """Score yes and no; a missing answer is wrong, unless all of its split are (officially an empty one is a yes)."""
+        # A split without any answer was not run: it is left out, not scored as wrong.
+        asked = {self.part(question) for question, _ in loaded.answered(answers)} or set(
+            map(self.part, loaded.questions)
+        )
+        splits = [split for split in SPLITS if split in asked]
         table = CountTable([f"{split}/{cell}" for split in splits for cell in _CELLS], loaded.clusters)
         parsed_answers = []
         for question in loaded.questions:
             text, label = answers.get(str(question.id)), question.metadata["label"]
-            split = question.metadata["split"]
+            split = self.part(question)
+            if split not in splits:
+                parsed_answers.append(ParsedAnswer(question.id, "", None, False, split))
+                continue
             if text is None:
                 table.add(question.cluster, {f"{split}/{'fn' if label else 'fp'}": 1})
                 parsed_answers.append(ParsedAnswer(question.id, "", 0.0, True, split))

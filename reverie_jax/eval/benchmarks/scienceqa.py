@@ -6,7 +6,7 @@ Files: `problems.json` (problems by id), `pid_splits.json` (ids by split), image
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from reverie_jax.eval.benchmarks.interface import (
     BenchmarkData,
     BenchmarkError,
     Question,
+    Row,
     Texts,
     require,
 )
@@ -62,6 +63,7 @@ class ScienceQa(Benchmark):
     """
 
     name = "scienceqa"
+    scale = "percent"
     published_items = 4241
     expected_new_tokens = 8
     rules = (OFFICIAL, LMMS_EVAL, VLMEVALKIT)
@@ -129,6 +131,27 @@ class ScienceQa(Benchmark):
                 table.add(question.cluster, {f"{group}/right": right, f"{group}/all": 1.0})
         return table.result(parsed_answers, _metrics(table, loaded, rule), {"parser": rule})
 
+    def part(self, question: Question) -> str:
+        """Return whether the question has an image."""
+        return "questions without an image" if question.image is None else "questions with an image"
+
+    def own_rows(self, path: Path) -> Iterable[Row] | None:
+        """Return the answers in LLaVA's result file; its "FAILED" is a missing answer."""
+        try:
+            content = inputs.read_json(path) if path.suffix == ".json" else None
+        except BenchmarkError:
+            return None
+        outputs = content.get("outputs") if isinstance(content, dict) and "results" in content else None
+        if not isinstance(outputs, dict):
+            return None
+        return [{"question_id": id, "text": text} for id, text in outputs.items() if text != FAILED]
+
+    def same_prompt(self, prompt: str, question: Question) -> bool:
+        """Compare the question, and the order of the options: letters depend on it."""
+        return super().same_prompt(prompt, question) and choice_parsing.same_options(
+            prompt, question.metadata["choices"]
+        )
+
     def export(self, loaded: BenchmarkData, answers: Texts, out: Path) -> list[Path]:
         """Write LLaVA's result file, which the leaderboard's and the official scripts read."""
         results, outputs, correct = {}, {}, 0
@@ -158,6 +181,7 @@ def _parse_problem(row: Mapping[str, Any], split: str) -> Question:
     body = f"{context}{row['question']}\n{choice_parsing.format_options(lettered)}".strip()
     image = f"{row.get('split') or split}/{row['pid']}/{row['image']}" if row.get("image") else None
     metadata = {
+        "question": str(row["question"]),
         "choices": lettered,
         "answer": answer,
         "subject": str(row.get("subject") or ""),

@@ -5,7 +5,7 @@ Files: `SEED-Bench.json`, images in `SEED-Bench-image`, and LLaVA's middle frame
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from reverie_jax.eval.benchmarks.interface import (
     BenchmarkError,
     Question,
     Texts,
+    require,
 )
 from reverie_jax.eval.benchmarks.scoring import CountTable, ParsedAnswer, Scored
 
@@ -55,6 +56,8 @@ class Seed(Benchmark):
     """
 
     name = "seed"
+    folder_names = ("seed_bench",)
+    scale = "percent"
     published_items = 19242
     expected_new_tokens = 8
     rules = (OFFICIAL, LMMS_EVAL, VLMEVALKIT)
@@ -73,7 +76,7 @@ class Seed(Benchmark):
         names = {number: name for name, number in types.items()}
         rows = content.get("questions")
         questions = inputs.parse_list(path, "SEED-Bench question", lambda row: _parse(row, names), rows, "questions")
-        inputs.check_unique(path, [question.id for question in questions])
+        repeated = _repeated_ids(path, questions)
         folders = list(dict.fromkeys((data if data.is_dir() else path.parent, path.parent)))
         unavailable = frozenset(
             str(q.id)
@@ -81,8 +84,10 @@ class Seed(Benchmark):
             if q.metadata["kind"] != "image" and not any((folder / str(q.image)).is_file() for folder in folders)
         )
         kinds = [question.metadata["kind"] for question in questions]
-        protocol = {f"questions/{kind}": kinds.count(kind) for kind in _KINDS}
+        protocol: dict[str, Any] = {f"questions/{kind}": kinds.count(kind) for kind in _KINDS}
         protocol["clips without a frame"] = len(unavailable)
+        if repeated:
+            protocol["ids of several questions"] = ", ".join(repeated)
         return BenchmarkData(questions, inputs.image_reader(*folders), protocol, {"types": list(types)}, unavailable)
 
     def score(
@@ -110,10 +115,34 @@ class Seed(Benchmark):
         metrics = {f"{group}accuracy": table.ratio(f"{group}right", f"{group}all", 100) for group in groups}
         return table.result(parsed_answers, metrics, {"parser": rule})
 
+    def part(self, question: Question) -> str:
+        """Return whether the question is about an image or a video."""
+        return str(question.metadata["kind"])
+
+    def same_prompt(self, prompt: str, question: Question) -> bool:
+        """Compare the question, and the order of the options: letters depend on it."""
+        return super().same_prompt(prompt, question) and choice_parsing.same_options(
+            prompt, question.metadata["options"]
+        )
+
     def export(self, loaded: BenchmarkData, answers: Texts, out: Path) -> list[Path]:
         """Write the leaderboard's file: `question_id` as in the question file, and `prediction`."""
         rows = [{"question_id": q.metadata["question_id"], "prediction": text} for q, text in loaded.answered(answers)]
         return [inputs.write_lines(out / f"{self.name}_upload.jsonl", rows)]
+
+
+def _repeated_ids(path: Path, questions: Sequence[Question]) -> list[str]:
+    """Return ids that several questions have, as 49914 in the official file: LLaVA's last answer to it counts for both.
+
+    Raises:
+        BenchmarkError: A question is there twice.
+    """
+    seen: dict[str, list[Question]] = {}
+    for question in questions:
+        same = seen.setdefault(str(question.id), [])
+        require(question not in same, f"{path}: duplicate question {question.id}")
+        same.append(question)
+    return [id for id, same in seen.items() if len(same) > 1]
 
 
 def _parse(row: Mapping[str, Any], names: Mapping[Any, str]) -> Question:
@@ -129,6 +158,7 @@ def _parse(row: Mapping[str, Any], names: Mapping[Any, str]) -> Question:
     image = f"{IMAGES}/{row['data_id']}" if kind == "image" else f"{FRAMES}/{number}_{written}.png"
     metadata = {
         "question_id": written,
+        "question": str(row["question"]),
         "options": options,
         "answer": row["answer"],
         "kind": kind,

@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from reverie_jax.eval.benchmarks import inputs
-from reverie_jax.eval.benchmarks.interface import OFFICIAL, SHORT, Benchmark, BenchmarkData, Question, Texts
+from reverie_jax.eval.benchmarks.interface import (
+    OFFICIAL,
+    SHORT,
+    Benchmark,
+    BenchmarkData,
+    Question,
+    Texts,
+    normalize_prompt,
+)
 from reverie_jax.eval.benchmarks.scoring import CountTable, ParsedAnswer, Scored
 from reverie_jax.eval.benchmarks.vqa_normalization import normalize
 
@@ -59,6 +67,7 @@ class TextVqa(Benchmark):
     """TextVQA, see the module's docstring. Ids are the benchmark's; LLaVA's files name image and prompt instead."""
 
     name = "textvqa"
+    scale = "percent"
     published_items = 5000
     expected_new_tokens = 16
     required_files = (
@@ -105,7 +114,12 @@ class TextVqa(Benchmark):
         id = super().match_question(row, loaded)
         if id is None or id in loaded.tables["ids"] or not isinstance(row.get("prompt"), str):
             return id
-        return loaded.tables["by_prompt"].get((id, question_in(row["prompt"])), [id])[0]
+        asked = loaded.tables["by_prompt"]
+        try:
+            return str(asked.get((id, question_in(row["prompt"])), [id])[0])
+        except ValueError:  # no layout of LLaVA's: the questions about the image that the prompt holds
+            held = {words: ids for (image, words), ids in asked.items() if image == id and _holds(row["prompt"], words)}
+            return str(held[max(held, key=len)][0]) if held else id
 
     def duplicates(self, key: str, row: Mapping[str, Any], loaded: BenchmarkData) -> Sequence[str]:
         """Return questions about one image in the same words, where a row names only the image, as LLaVA's do."""
@@ -115,7 +129,7 @@ class TextVqa(Benchmark):
 
     def same_prompt(self, prompt: str, question: Question) -> bool:
         """Compare only the question: OCR tokens may differ."""
-        return super().same_prompt(prompt, question) or question_in(prompt) == question_in(question.text)
+        return _holds(prompt, question.metadata["question"])
 
     def score(
         self, loaded: BenchmarkData, answers: Texts, rule: str = OFFICIAL, replies: Texts | None = None
@@ -130,6 +144,10 @@ class TextVqa(Benchmark):
             parsed_answers.append(ParsedAnswer(question.id, parsed, right, not parsed))
         protocol = {"parser": "EvalAI's answer processor", "accuracy": "soft, each person left out in turn"}
         return table.result(parsed_answers, {"accuracy": table.ratio("score", "questions", 100)}, protocol)
+
+
+def _holds(prompt: str, question: str) -> bool:
+    return normalize_prompt(question) in normalize_prompt(prompt)
 
 
 def _parse_data(path: Path, what: str, parse: Callable[[Any], T]) -> list[T]:

@@ -73,7 +73,7 @@ def rescore(
         UserError: The benchmark's files cannot be used.
     """
     benchmark = find_benchmark(name)
-    questions = inputs.with_images(benchmark.load(data / name if (data / name).is_dir() else data), images)
+    questions = inputs.with_images(inputs.load(benchmark, data), images)
     scores, rows, notes = {}, {}, []
     paths = {run: folder / answer_files.PREDICTIONS for run, folder in folders.items()}
     for run, path in paths.items():
@@ -107,16 +107,7 @@ def _equal(value: float, stored: Any) -> bool:
 
 
 def _rows(path: Path, benchmark: Benchmark, data: BenchmarkData) -> dict[str, Row]:
-    rows: dict[str, Row] = {}
-
-    def parse(row: Row) -> None:
-        for part in benchmark.split_row(row):
-            key = benchmark.match_question(part, data)
-            if key is not None:
-                rows[key] = part
-
-    inputs.parse_rows(path, "answer", parse)
-    return rows
+    return answer_files.read_answer_file(path, benchmark, data, partial=True).rows
 
 
 def differences(rescored: RescoredRun, first: str) -> tuple[dict[str, dict[str, Any]], list[str]]:
