@@ -27,7 +27,7 @@ class Eval:
     benchmark: Annotated[str, common.option("NAMES")]
     """Benchmarks, separated by commas; `reverie benchmarks` lists them."""
     data: Annotated[Path, common.FOLDER]
-    """Folder of the benchmark's official files; of several benchmarks, a folder of folders by name."""
+    """Folder of the benchmark's official files; of several benchmarks, a folder of folders by name (LLaVA's names too)."""
     out: Annotated[Path, common.FOLDER]
     """Output folder: predictions.jsonl and scores.json; for several benchmarks, folders of them by name."""
     components: common.Components = ()
@@ -67,7 +67,7 @@ class Eval:
     reflect: Annotated[bool, common.FLAG] = False
     """Answer, explain, then answer again; the second answer is scored, both are kept."""
     limit: Annotated[int | None, common.N] = None
-    """Answer only the first questions, this many; nothing is scored."""
+    """Answer only the first questions, this many; their score is printed as a partial one, and not written."""
     dump_prompts: Annotated[Path | None, common.FILE] = None
     """Write all prompts to this file instead of running the model."""
 
@@ -77,8 +77,8 @@ class Eval:
 
         self._check()
         jobs = [
-            (benchmark, inputs.with_images(benchmark.load(folder), self.images), out)
-            for benchmark, folder, out in benchmark_folders(self.benchmark, self.data, self.out)
+            (benchmark, inputs.with_images(inputs.load(benchmark, self.data), self.images), out)
+            for benchmark, out in output_folders(self.benchmark, self.out)
         ]
         for benchmark, _, _ in jobs:
             if self.rule is not None and self.rule not in benchmark.rules:
@@ -176,7 +176,10 @@ class Eval:
 
             def on_progress(stage: str, done: int, total: int) -> None:
                 speed = bars.speed(stage)
-                bars.update(stage, done, total, f"{speed:.1f} answers/s, {speed * images:.1f} images/s")
+                rates = (
+                    f"{speed:.3g} answers/s, {speed * images:.3g} images/s" if speed else "compiling" * (done < total)
+                )
+                bars.update(stage, done, total, rates)
 
             predictions = predict.predict(
                 *(engine, benchmark, data, out, options),
@@ -184,9 +187,7 @@ class Eval:
                 checksums=weights,
                 on_progress=on_progress,
             )
-        if first and self.limit is not None:
-            print(f"{predictions}: {len(questions)} of {len(data.questions)} answers, not scored")
-        return predictions if first and self.limit is None else None
+        return predictions if first else None
 
     def _score(self, benchmark: Benchmark, data: BenchmarkData, predictions: Path, out: Path) -> None:
         from rich.console import Console
@@ -196,18 +197,28 @@ class Eval:
         from reverie_jax.eval.benchmarks.answer_files import SCORES
         from reverie_jax.eval.benchmarks.interface import NotScorable
 
+        everything = data.available
+        questions = everything[: self.limit]
+        partial = len(questions) < len(everything)
+        if partial:
+            data = dataclasses.replace(data, questions=questions)
         try:
             result = score.score(benchmark, data, predictions, self.rule)
         except NotScorable as error:
             print(f"{predictions}: not scored: {error}")
             return
-        with common.writing(out / SCORES):
-            score.write_score(result, out / SCORES)
+        common.note(result.notes)
+        if partial:
+            total = len(everything)
+            print(f"{predictions}: partial: the first {len(questions):,} of {total:,} questions (--limit); not written")
+        else:
+            with common.writing(out / SCORES):
+                score.write_score(result, out / SCORES)
         Console().print(score_table(result))
 
 
-def benchmark_folders(names: str, data: Path, out: Path) -> list[tuple[Benchmark, Path, Path]]:
-    """Return the benchmarks, each with the folder of its files and the output folder of its answers.
+def output_folders(names: str, out: Path) -> list[tuple[Benchmark, Path]]:
+    """Return the benchmarks, each with the output folder of its answers.
 
     Raises:
         UserError: a name is unknown or listed more than once.
@@ -217,6 +228,5 @@ def benchmark_folders(names: str, data: Path, out: Path) -> list[tuple[Benchmark
     benchmarks = [find_benchmark(name.strip()) for name in names.split(",")]
     if len({item.name for item in benchmarks}) != len(benchmarks):
         raise UserError(f"--benchmark {names}: a benchmark is listed more than once")
-    folders = [data / item.name if (data / item.name).is_dir() else data for item in benchmarks]
     outputs = [out] if len(benchmarks) == 1 else [out / item.name for item in benchmarks]
-    return list(zip(benchmarks, folders, outputs, strict=True))
+    return list(zip(benchmarks, outputs, strict=True))

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy.stats import binomtest
 
 Statistic = Callable[[Float[np.ndarray, "... K"]], Float[np.ndarray, "..."]]
 """A metric as a function of summed counts: [..., K] to [...]."""
@@ -96,6 +95,8 @@ class Mcnemar(NamedTuple):
 
 def mcnemar(only_ours: int, only_theirs: int) -> Mcnemar:
     """Return McNemar's exact test: if both models are equally good, each such question is either's with probability 1/2."""
+    from scipy.stats import binomtest  # it takes two seconds to import
+
     together = only_ours + only_theirs
     p = float(binomtest(only_ours, together, 0.5).pvalue) if together else 1.0
     return Mcnemar(only_ours, only_theirs, p)

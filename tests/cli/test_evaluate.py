@@ -122,8 +122,8 @@ def test_eval_answers_scores_and_resumes(reverie, data, tmp_path, monkeypatch):
     assert scores["protocol"]["run/checksums"].keys() >= {"decoder", "vision", "projector"}
     assert 0 <= scores["protocol"]["calibration/brier"] <= 1
     score = ("score", "pope", "--predictions", out / "predictions.jsonl", "--json", "--data")
-    assert reverie(*score, data)[0] == 2  # of several benchmarks, `score` takes the folder of one
-    assert json.loads(reverie(*score, data / "pope")[1]) == scores
+    for folder in (data, data / "pope"):
+        assert json.loads(reverie(*score, folder)[1]) == scores
     with monkeypatch.context() as patch:
         patch.setattr(Engine, "_answers", lambda *args: pytest.fail("decoded again"))
         assert reverie(*words)[0] == 0
@@ -146,9 +146,14 @@ def test_several_benchmarks_and_a_limit(reverie, data, tmp_path):
     assert [row["question_id"] for row in rows(out / "mmhal" / "predictions.jsonl")] == [0, 1, 2]
     assert not (out / "mmhal" / "scores.json").exists()
     assert json.loads((out / "mme" / "scores.json").read_text())["benchmark"] == "mme"
-    words = (*MODEL, "--benchmark", "mme", "--data", data, "--out", tmp_path / "limit", *FEW, "--limit", 4)
-    assert reverie(*words)[:2] == (0, f"{tmp_path / 'limit' / 'predictions.jsonl'}: 4 of 4 answers, not scored\n")
+    words = (*MODEL, "--benchmark", "mme", "--data", data, "--out", tmp_path / "limit", *FEW, "--limit", 3)
+    code, shown, _ = reverie(*words)
+    assert code == 0
+    assert "mme, rule official (3 questions)" in shown
+    assert "partial: the first 3 of 4 questions" in plain(shown)
     assert not (tmp_path / "limit" / "scores.json").exists()
+    answers = ("--predictions", tmp_path / "limit" / "predictions.jsonl")
+    assert_refused(reverie("score", "mme", *answers, "--data", data), "1 of 4", "the first 3", "--limit")
 
 
 def test_prompts_are_written_without_a_model(reverie, data, tmp_path, no_model):
@@ -234,6 +239,8 @@ def test_score_prints_one_object_and_writes_details_and_exports(reverie, data, m
     assert (code, err) == (0, "")
     assert all(f"pope, rule {rule} (9 questions)" in shown for rule in ("official", "lmms-eval", "vlmevalkit"))
     assert re.search(r"1 answers could not be parsed.*0 are missing", plain(shown))
+    assert "9 questions), from 0 to 1" in plain(shown)
+    assert "9 questions), percent" in plain(shown)
     assert re.search(r"official and lmms-eval agree on [\d.]+% of 9 questions", shown)
     content = json.loads(reverie(*words, "--rule", "all", "--json")[1])
     rules = ["official", "lmms-eval", "vlmevalkit"]
@@ -261,8 +268,9 @@ def test_missing_answers(reverie, data, right, tmp_path):
     few.write_text("".join(right.read_text().splitlines(keepends=True)[:-1]))
     words = ("score", "pope", "--predictions", few, "--data", data / "pope", "--json")
     assert_refused(reverie(*words), few, "1 of 9", "--partial")
-    code, shown, _ = reverie(*words, "--partial")
+    code, shown, err = reverie(*words, "--partial")
     assert (code, json.loads(shown)["missing"]) == (0, 1)
+    assert "1 of 9 questions have no answer" in err
     assert_refused(reverie(*words, "--partial", "--export", tmp_path / "server"), "20000003")
 
 
