@@ -86,6 +86,7 @@ def _run() -> None:
         command.run()
     except UserError as error:
         print(f"reverie: error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise SystemExit(getattr(error, "exit_code", 2)) from None
     except KeyboardInterrupt:
+        print("reverie: stopped by Ctrl-C", file=sys.stderr)
         raise SystemExit(130) from None

@@ -79,10 +79,11 @@ Recipe = Annotated[
     ),
 ]
 RecipeFields = Annotated[
-    tuple[str, ...],
-    option(
-        "FIELD=VALUE ...",
-        "Recipe fields to change, as `steps=200 learning_rate=1e-4 sequence.length=512`; they win over the recipe.",
+    UseAppendAction[tuple[tuple[str, ...], ...]],
+    arg(
+        metavar="FIELD=VALUE ...",
+        help="Recipe fields to change, as `steps=200 learning_rate=1e-4 sequence.length=512`; they win over the recipe.",
+        help_behavior_hint="",
     ),
 ]
 BenchmarkName = Annotated[
@@ -107,6 +108,11 @@ Json = Annotated[bool, arg(help="Print one JSON object.", help_behavior_hint="")
 DryRun = Annotated[
     bool, arg(help="Print the number of requests and tokens and the cost; send nothing.", help_behavior_hint="")
 ]
+
+
+def joined(groups: Iterable[Sequence[str]]) -> list[str]:
+    """Return the values of an option that may be repeated, each time with several values."""
+    return [value for group in groups for value in group]
 
 
 def flag(name: str) -> str:

@@ -26,6 +26,9 @@ class Demo:
 
     def run(self) -> None:
         """Run the command."""
+        common.check_at_least(
+            1, seeds=self.seeds, train_images=self.train_images, test_images=self.test_images, steps=self.steps
+        )
         from reverie_jax.scenes import demo
 
         size = demo.DemoSize(train_images=self.train_images, test_images=self.test_images, steps=self.steps)

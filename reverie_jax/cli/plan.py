@@ -50,9 +50,11 @@ class Plan:
             print(json.dumps(dataclasses.asdict(plan)))
         else:
             console = Console()
-            for part in (headline(plan), memory_table(plan), time_table(plan), *formulas(), plan.note):
-                if part:
-                    console.print(part, highlight=False, soft_wrap=isinstance(part, str))
+            with console.capture() as shown:  # printed below: rich would end with a code of its own on a closed pipe
+                for part in (headline(plan), memory_table(plan), time_table(plan), *formulas(), plan.note):
+                    if part:
+                        console.print(part, highlight=False, soft_wrap=isinstance(part, str))
+            print(shown.get(), end="")
         if not plan.fits:
             raise SystemExit(1)
 
@@ -69,7 +71,7 @@ class Plan:
         from reverie_jax.train.plan.search import search_plan
         from reverie_jax.train.plan.topology import Topology
 
-        recipe = recipes.override(recipes.read_recipe(self.recipe), self.set)
+        recipe = recipes.override(recipes.read_recipe(self.recipe), common.joined(self.set))
         topology = Topology.parse(self.topology)
         name = self.architecture or plan.architecture_of(recipe.name)
         config = plan.find_architecture(name)

@@ -27,11 +27,11 @@ class Render:
 
     def run(self) -> None:
         """Run the command."""
-        from reverie_jax.scenes import dataset
-
         common.check_at_least(1, count=self.count)
         common.check_at_least(32, size=self.size)
         common.check_choice(("train", "test"), split=self.split)
+        from reverie_jax.scenes import dataset
+
         if self.split == "test":
             dataset.make_test_set(self.out, self.count, size=self.size, seed=self.seed)
             print(f"{self.count} held-out scenes with POPE questions: {self.out}")
@@ -54,6 +54,7 @@ class Pretrain:
 
     def run(self) -> None:
         """Run the command."""
+        common.check_at_least(1, tower_steps=self.tower_steps, steps=self.steps)
         from reverie_jax.scenes import make_base
 
         make_base.make(self.out, seed=self.seed, tower_steps=self.tower_steps, steps=self.steps)
