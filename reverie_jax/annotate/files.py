@@ -18,6 +18,11 @@ RELEASED = "reverie.json"
 Row = dict[str, Any]
 
 
+def encodable(text: str) -> str:
+    """Return a text without unpaired surrogates, which JSON may hold and no file or request can."""
+    return text.encode("utf-8", "ignore").decode("utf-8")
+
+
 def read_step_rows(path: Path, keys: Iterable[str]) -> list[Row]:
     """Read a step's file: a list of objects with at least these keys, all strings.
 
@@ -26,10 +31,11 @@ def read_step_rows(path: Path, keys: Iterable[str]) -> list[Row]:
     """
     if not path.exists():
         raise UserError(f"{path}: missing; run the step that writes it first (questions, then rationales, then judge)")
-    rows: list[Row] = read_rows(path, min_rows=0)
+    rows: list[Row] = []
     keys = list(keys)
-    for number, row in enumerate(rows):
+    for number, row in enumerate(read_rows(path, min_rows=0)):
         missing = [key for key in keys if not isinstance(row, dict) or not isinstance(row.get(key), str)]
         if missing:
             raise UserError(f"{path}: row {number}: missing {', '.join(missing)}")
+        rows.append({key: encodable(value) if isinstance(value, str) else value for key, value in row.items()})
     return rows

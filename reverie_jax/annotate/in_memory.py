@@ -5,6 +5,7 @@ from __future__ import annotations
 from reverie_jax.annotate import parsing
 from reverie_jax.data.reflection import Reflection
 from reverie_jax.hosted.interface import AnnotationError, Annotator, Request, RequestImage, Stage
+from reverie_jax.hosted.thoughts import split_thoughts
 
 
 def annotate(image: RequestImage, annotator: Annotator, count: int) -> tuple[list[Reflection], list[str]]:
@@ -16,7 +17,7 @@ def annotate(image: RequestImage, annotator: Annotator, count: int) -> tuple[lis
     """
 
     def ask(stage: Stage, **fields: str) -> str:
-        return annotator.reply(Request(stage, image, fields)).strip()
+        return split_thoughts(annotator.reply(Request(stage, image, fields)))[1].strip()
 
     try:
         questions = parsing.parse_questions(ask("questions", count=str(count), confusing="1"))

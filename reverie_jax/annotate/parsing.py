@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import pydantic
 
+from reverie_jax.annotate.files import encodable
 from reverie_jax.annotate.schemas import Instruction
 from reverie_jax.data.reflection import AnnotatedQuestion, QuestionType, classify_question
 from reverie_jax.hosted.interface import UnusableError
@@ -115,7 +116,7 @@ def _to_text(value: Any) -> str:
 
 def clean(text: str) -> str:
     """Return a text without unpaired surrogates and image markers, which cannot be stored or trained on."""
-    return text.encode("utf-8", "ignore").decode("utf-8").replace("<image>", "image").strip()
+    return encodable(text).replace("<image>", "image").strip()
 
 
 def _question_groups(value: Any) -> list[dict[str, Any]]:
@@ -191,13 +192,18 @@ def parse_questions(text: str, *, max_confusing: int | None = None) -> list[Anno
     return list(kept.values())
 
 
+_BOX = re.compile(r"\s*(?:<answer>|<\|begin_of_box\|>)(.*)(?:</answer>|<\|end_of_box\|>)\s*", re.DOTALL | re.IGNORECASE)
+"""Marks that some reasoning models put around their answer."""
+
+
 def parse_rationale(text: str) -> str:
-    """Return a rationale without surrounding white space.
+    """Return a rationale without surrounding white space and marks.
 
     Raises:
         UnusableError: It is empty.
     """
-    if not (rationale := clean(text)):
+    box = _BOX.fullmatch(text)
+    if not (rationale := clean(box[1] if box else text)):
         raise UnusableError("an empty reply")
     return rationale
 

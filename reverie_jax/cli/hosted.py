@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 INCOMPLETE = 1
 """Exit code if some items have no usable reply: the rest is written, and a further run requests them again."""
-_NAMES = 8
-"""Names listed for each reason."""
+_NAMES, _REASONS = 8, 12
+"""Names listed for each reason, and reasons listed for each step."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +29,8 @@ class ProviderOptions:
 
     structured: Annotated[bool, common.FLAG] = True
     """Do not request JSON by schema, for servers without support for it."""
-    temperature: Annotated[float | None, common.NUMBER] = None
-    """Sampling temperature; the default of the provider (of `reverie judge`: of the benchmark) if omitted."""
+    temperature: Annotated[str, common.option("NUMBER|none")] = ""
+    """Sampling temperature; `none` sends none. If omitted, that of the benchmark (judge), or none (annotate)."""
     timeout: Annotated[float, common.option("SECONDS")] = 120.0
     """Seconds to wait for one reply."""
     concurrency: Annotated[int, common.N] = 16
@@ -79,11 +79,23 @@ class ProviderOptions:
             poll_seconds=self.poll,
         )
 
-    def settings(self) -> RequestSettings:
-        """Return the settings of each request."""
+    def settings(self, default_temperature: float | None = None) -> RequestSettings:
+        """Return the settings of each request.
+
+        Raises:
+            UserError: The temperature is not a number of at least 0.
+        """
         from reverie_jax.hosted.interface import RequestSettings
 
-        return RequestSettings(self.timeout, self.structured, self.temperature)
+        temperature, text = default_temperature, self.temperature.strip().lower()
+        if text:
+            try:
+                temperature = None if text == "none" else float(text)
+            except ValueError:
+                temperature = -1.0
+            if temperature is not None and not 0 <= temperature < float("inf"):
+                raise UserError(f"--temperature {self.temperature}: must be a number of at least 0, or none")
+        return RequestSettings(self.timeout, self.structured, temperature)
 
     def config(self) -> RequestConfig:
         """Return the settings and the limits."""
@@ -94,7 +106,10 @@ class ProviderOptions:
 
 def summary(outcome: Outcome) -> str:
     """Return an outcome in a line."""
-    return f"{outcome.usable:,} new, {outcome.cached:,} already answered, {len(outcome.failed):,} failed"
+    counts = f"{outcome.usable:,} new, {outcome.cached:,} already answered, {len(outcome.failed):,} failed"
+    if outcome.uncounted:
+        counts += f"; the service did not count the tokens of {outcome.uncounted:,} replies, they count as 0"
+    return counts
 
 
 def totals(session: Session) -> str:
@@ -128,13 +143,17 @@ def exit_code(outcomes: dict[str, Outcome]) -> int:
     console = Console(stderr=True)
     table = Table("step", "items", "reason", title="no usable reply; run the command again to retry")
     for step, outcome in failed.items():
-        for reason, count in outcome.reasons():
+        reasons = outcome.reasons()
+        for reason, count in reasons[:_REASONS]:
             table.add_row(step, str(count), Text(reason))
+        if len(reasons) > _REASONS:
+            rest = sum(count for _, count in reasons[_REASONS:])
+            table.add_row(step, str(rest), Text(f"{len(reasons) - _REASONS} other reasons, in the journal"))
         if outcome.stopped:
             table.add_row(step, "", Text(f"stopped early: {outcome.stopped}"))
     console.print(table)
     for step, outcome in failed.items():
-        for reason, _ in outcome.reasons():
+        for reason, _ in outcome.reasons()[:_REASONS]:
             names = [name for name, why in outcome.failed.items() if why == reason]
             more = f" and {len(names) - _NAMES} more" if len(names) > _NAMES else ""
             console.print(f"{step}: {reason}: {', '.join(names[:_NAMES])}{more}", highlight=False, markup=False)
@@ -145,20 +164,21 @@ def estimates_table(rows: list[CostEstimate]) -> Table:
     """Return what each step would take as a table for a terminal."""
     from rich.table import Table
 
-    table = Table(
-        "step", "answered", "to request", "tokens in", "tokens out", "cost", title="estimate; nothing was sent"
-    )
+    priced = any(row.price for row in rows)
+    title = "estimate; nothing was sent" + ("" if priced else "; add --price IN OUT for the cost")
+    table = Table("step", "answered", "to request", "tokens in", "tokens out", "cost", title=title)
     for row in rows:
         numbers = (
             f"{row.cached:,}",
             f"{row.to_request:,}",
             f"{row.tokens_in:,.0f}",
             f"{row.tokens_out:,.0f}",
-            f"{row.price:.2f}",
+            f"{row.price:.4f}" if priced else "",
         )
         table.add_row(row.stage, *numbers)
     table.add_section()
     requests, price = sum(row.to_request for row in rows), sum(row.price for row in rows)
     tokens_in, tokens_out = sum(row.tokens_in for row in rows), sum(row.tokens_out for row in rows)
-    table.add_row("total", "", f"{requests:,}", f"{tokens_in:,.0f}", f"{tokens_out:,.0f}", f"{price:.2f}")
+    cost = f"{price:.4f}" if priced else ""
+    table.add_row("total", "", f"{requests:,}", f"{tokens_in:,.0f}", f"{tokens_out:,.0f}", cost)
     return table

@@ -29,7 +29,7 @@ class Judge:
     benchmark: common.BenchmarkName
     predictions: common.Predictions
     data: Annotated[Path, common.option("PATH")]
-    """Folder of the benchmark's official files; the file itself where the benchmark is one."""
+    """Folder of the benchmark's official files, or a folder of such folders by name; the file itself where it is one."""
     out: Annotated[Path, common.FOLDER]
     """Output folder: replies.jsonl and the journal."""
     judge: common.Judges
@@ -52,26 +52,26 @@ class Judge:
         from rich.console import Console
 
         from reverie_jax.eval import benchmarks, judge
-        from reverie_jax.eval.benchmarks import answer_files
+        from reverie_jax.eval.benchmarks import answer_files, inputs
         from reverie_jax.hosted.session import RequestConfig
         from reverie_jax.progress import ProgressBars
 
         benchmark = benchmarks.find_benchmark(self.benchmark)
-        data = benchmark.load(self.data)
+        data = inputs.load(benchmark, self.data)
         if self.repeats != 1:
             benchmark = benchmark.with_repeats(self.repeats)
         rule = self.rule or next(
             (rule for rule in benchmark.rules if rule in benchmark.judged_rules), benchmark.rules[0]
         )
-        answers = answer_files.read_answers(self.predictions, benchmark, data, partial=True)
+        file = answer_files.read_answer_file(self.predictions, benchmark, data, partial=True)
+        common.note([*file.notes, *answer_files.thoughts_note(self.predictions, benchmark, file.texts, rule)])
         max_new_tokens = 1024 if self.max_new_tokens is None else self.max_new_tokens
-        settings = dataclasses.replace(self.hosted.settings(), max_new_tokens=max_new_tokens, structured=False)
-        if settings.temperature is None:
-            settings = dataclasses.replace(settings, temperature=benchmark.judge_temperature)
+        settings = self.hosted.settings(benchmark.judge_temperature)
+        settings = dataclasses.replace(settings, max_new_tokens=max_new_tokens, structured=False)
         run = judge.JudgeRun(
             benchmark=benchmark,
             data=data,
-            answers=answers,
+            answers=file.texts,
             rule=rule,
             judges=self.judge,
             out=self.out,

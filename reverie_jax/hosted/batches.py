@@ -22,12 +22,21 @@ from reverie_jax.hosted.interface import (
     AnnotationError,
     BatchProvider,
     BatchStatus,
+    QueueFullError,
     Reply,
     RetryableError,
     UnusableError,
 )
 from reverie_jax.hosted.journal import Journal, OpenBatch
-from reverie_jax.hosted.runner import Outcome, ProgressFunction, Providers, RequestTask, handle_signals, record
+from reverie_jax.hosted.runner import (
+    Outcome,
+    ProgressFunction,
+    Providers,
+    RequestTask,
+    handle_signals,
+    is_given_up,
+    record,
+)
 from reverie_jax.hosted.throttle import Limits, Throttle
 
 
@@ -37,10 +46,12 @@ class _Batch:
 
     Attributes:
         name: The provider's.
+        key: (name, model) of its provider.
         pending: (attempt, stage) by identity key of its requests without a result.
     """
 
     label: str
+    key: tuple[str, str]
     provider: BatchProvider
     name: str
     pending: dict[str, tuple[int, str]]
@@ -64,7 +75,9 @@ class _BatchRun:
         self.waiting = collections.deque(self.tasks.values())
         self.errors: dict[str, collections.Counter[type]] = collections.defaultdict(collections.Counter)
         self.batches: list[_Batch] = []
-        self.failed_submits = 0
+        self.failed_submits = self.alone = 0
+        self.sizes: dict[tuple[str, str], int] = {}  # most requests of a batch, after one was too large
+        self.full: set[tuple[str, str]] = set()  # providers that take no batch until one ends
         self.providers: dict[tuple[str, str], BatchProvider] = {}
         for key, provider in providers.items():
             if not isinstance(provider, BatchProvider):
@@ -95,7 +108,7 @@ class _BatchRun:
                 name = batch.name or await self._find(provider, batch)
                 if name is None:
                     continue
-                self.batches.append(_Batch(batch.label, provider, name, pending))
+                self.batches.append(_Batch(batch.label, (batch.provider, batch.model), provider, name, pending))
             for _, stage in pending.values():
                 self.throttle.reserve(stage, force=True)
         pending_keys = {key for batch in self.batches for key in batch.pending}
@@ -114,7 +127,7 @@ class _BatchRun:
         """Submit the waiting tasks in as few batches as the providers' limits and the budget allow."""
         file = self.journal.path.with_name(f".{self.journal.path.name}.requests.jsonl")
         for key, provider in self.providers.items():
-            while not self.stop.is_set():
+            while not self.stop.is_set() and key not in self.full:
                 try:
                     with file.open("w", encoding="utf-8") as lines:
                         chosen = self._write(lines, provider, key)
@@ -131,7 +144,8 @@ class _BatchRun:
         chosen: list[RequestTask] = []
         later: list[RequestTask] = []
         size = 0
-        while self.waiting and len(chosen) < provider.max_requests:
+        most = self.sizes.get(key, provider.max_requests)
+        while self.waiting and len(chosen) < most:
             task = self.waiting.popleft()
             if (task.identity.provider, task.identity.model) != key:
                 later.append(task)
@@ -158,14 +172,19 @@ class _BatchRun:
         try:
             # Not retried: if only the response was lost, a second attempt would create a second batch.
             name = await provider.submit(file, label)
+        except QueueFullError as error:
+            self.journal.end_batch(label, str(error))
+            for task in chosen:
+                self.throttle.release(task.identity.stage, None)
+            self._make_smaller(key, chosen, error)
+            await self.throttle.sleep(self._wait(error))
+            return
         except RetryableError as error:
             # If this fails, too, the batch stays open under its label: the next run looks for it.
             created = await self.retry(provider.find_batch, label)
             if created is None:
                 self._end(label, chosen, error)
-                self.failed_submits += 1
-                wait = min(self.limits.max_backoff, self.limits.backoff * 2**self.failed_submits)
-                await self.throttle.sleep(max(wait, error.retry_after or 0.0))
+                await self.throttle.sleep(self._wait(error))
                 return
             name = created
         except AnnotationError as error:
@@ -175,7 +194,30 @@ class _BatchRun:
             return
         self.failed_submits = 0
         self.journal.name_batch(label, name)
-        self.batches.append(_Batch(label, provider, name, self.journal.pending(label)))
+        self.batches.append(_Batch(label, key, provider, name, self.journal.pending(label)))
+
+    def _wait(self, error: RetryableError) -> float:
+        """Return the seconds before the next submission."""
+        self.failed_submits += 1
+        wait = min(self.limits.max_backoff, self.limits.backoff * 2**self.failed_submits)
+        return max(wait, error.retry_after or 0.0)
+
+    def _make_smaller(self, key: tuple[str, str], tasks: list[RequestTask], error: RetryableError) -> None:
+        """Put the requests of a batch back that was too much for the queue, to be submitted in smaller ones.
+
+        While others of the provider are under way, nothing more is submitted.
+
+        Raises:
+            RetryableError: One request alone is too much, again and again.
+        """
+        if any(batch.key == key for batch in self.batches):
+            self.full.add(key)
+        elif len(tasks) == 1:
+            self.alone += 1
+            if self.alone > self.limits.max_retries:
+                raise error
+        self.sizes[key] = max(1, len(tasks) // 2)
+        self.waiting.extendleft(reversed(tasks))
 
     def _end(self, label: str, chosen: list[RequestTask], error: AnnotationError) -> None:
         """Record that a batch was not submitted."""
@@ -212,9 +254,17 @@ class _BatchRun:
             if not {key for key, _ in results} & batch.pending.keys():
                 reason = status.reason or "the batch has no result for it"
                 self.journal.end_batch(batch.label, reason)
-                for key in batch.pending.keys() & self.tasks.keys():
-                    self._retry_or_give_up(self.tasks[key], RetryableError(reason))
-            self.batches.remove(batch)
+                self.batches.remove(batch)
+                self.full.discard(batch.key)
+                undone = [self.tasks[key] for key in batch.pending if key in self.tasks]
+                if status.full and undone:
+                    self._make_smaller(batch.key, undone, RetryableError(reason))
+                else:
+                    self.alone = 0
+                    for task in undone:
+                        self._retry_or_give_up(task, RetryableError(reason))
+            else:
+                self.batches.remove(batch)
             self.on_progress(self.outcome, self.throttle)
             if denied is not None:
                 raise denied
@@ -227,14 +277,11 @@ class _BatchRun:
             self.outcome.requested += 1
 
     def _retry_or_give_up(self, task: RequestTask, error: AnnotationError) -> None:
-        errors, limits = self.errors[task.identity.key], self.limits
-        errors[type(error)] += 1
-        retry = errors[UnusableError] < limits.max_unusable and errors[RetryableError] <= limits.max_retries
-        if retry and not errors[AccessError]:
+        if not is_given_up(error, self.errors[task.identity.key], self.limits):
             self.waiting.append(task)
-        else:
-            self.outcome.add_failure(task, error)
-            self.outcome.requested += 1
+            return
+        self.outcome.add_failure(task, error)
+        self.outcome.requested += 1
 
     async def run(self) -> Outcome:
         """Submit and collect until nothing is waiting or pending."""
@@ -260,6 +307,7 @@ class _BatchRun:
         finally:
             for provider in self.providers.values():
                 await provider.close()
+        self.outcome.uncounted = self.throttle.uncounted
         if self.stop.is_set():
             count = sum(len(batch.pending) for batch in self.batches)
             self.outcome.stopped = f"interrupted; {count} requests are pending, run the command again to collect them"
@@ -280,7 +328,7 @@ def run(
     Ctrl-C (or SIGTERM) leaves the open batches at the provider; the next run collects them.
 
     Raises:
-        UserError: A provider has no batch API, or access is denied (key, model, URL).
+        UserError: A provider has no batch API, or no request can succeed (key, credit, quota of the day, model, URL).
     """
 
     async def main() -> Outcome:

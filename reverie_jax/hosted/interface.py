@@ -54,12 +54,17 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """A raw reply, its tokens as the provider counts them, and the model version that the provider names."""
+    """A raw reply, its tokens as the provider counts them, and the model version that the provider names.
+
+    Attributes:
+        counted: Whether the provider counted the tokens; they are 0 if it did not.
+    """
 
     text: str
     tokens_in: int = 0
     tokens_out: int = 0
     version: str = ""
+    counted: bool = True
 
 
 @runtime_checkable
@@ -95,7 +100,8 @@ class Provider(Protocol):
         Raises:
             RetryableError: No reply came; a later attempt may succeed.
             UnusableError: The request cannot be sent, or its reply cannot be used.
-            AccessError: Every request will fail (key, model, URL).
+            RefusedError: It would fail again.
+            AccessError: Every request will fail (key, credit, quota of the day, model, URL, parameter).
         """
         ...
 
@@ -112,18 +118,20 @@ class BatchStatus:
         ended: Whether all results are available.
         reason: Why it ended without all results; empty if it did not.
         result_files: The provider's names of the files of results.
+        full: Whether it was not started because too much is enqueued at the provider.
     """
 
     ended: bool
     reason: str = ""
     result_files: tuple[str, ...] = ()
+    full: bool = False
 
 
 @runtime_checkable
 class BatchProvider(Provider, Protocol):
     """A provider that also takes many requests as one file: results within a day, at half the price.
 
-    All methods raise `RetryableError` and `AccessError` as `ask` does; `submit` also `UnusableError`.
+    All methods raise `RetryableError` and `AccessError` as `ask` does; `submit` also `UnusableError` and `QueueFullError`.
 
     Attributes:
         max_requests: Most requests of a batch.
@@ -155,7 +163,15 @@ class BatchProvider(Provider, Protocol):
 
 
 class AnnotationError(Exception):
-    """A request without a usable reply; the message says why."""
+    """A request without a usable reply; the message says why.
+
+    Attributes:
+        reply: What the service sent, or None.
+    """
+
+    def __init__(self, reason: str, reply: Reply | None = None):
+        super().__init__(reason)
+        self.reply = reply
 
 
 class RetryableError(AnnotationError):
@@ -166,31 +182,33 @@ class RetryableError(AnnotationError):
         reached: Whether a server answered.
     """
 
-    def __init__(self, reason: str, retry_after: float | None = None, *, reached: bool = True):
-        super().__init__(reason)
+    def __init__(
+        self, reason: str, retry_after: float | None = None, *, reached: bool = True, reply: Reply | None = None
+    ):
+        super().__init__(reason, reply)
         self.retry_after, self.reached = retry_after, reached
 
 
+class QueueFullError(RetryableError):
+    """Too much is enqueued at the provider, or a file is too large: a smaller batch may be accepted, or a later one."""
+
+
 class UnusableError(AnnotationError):
-    """The request cannot be sent (its image is broken) or its reply cannot be used (blocked, empty, cut off, malformed).
+    """The request cannot be sent (its image is broken) or its reply cannot be used (blocked, empty, malformed)."""
 
-    Attributes:
-        reply: The reply, empty if there is none.
-    """
 
-    def __init__(self, reason: str, reply: Reply | None = None):
-        super().__init__(reason)
-        self.reply = reply or Reply("")
+class RefusedError(UnusableError):
+    """The same request would fail again (moderated, too large, cut off at a limit): it is sent once."""
 
 
 class AccessError(AnnotationError):
-    """Access denied: invalid key, unknown model or wrong URL."""
+    """No request of the run can succeed: wrong key, no credit, a used-up quota of the day, unknown model, wrong URL."""
 
 
 def digest(*parts: object) -> str:
     """Return 32 hexadecimal digits of the SHA-256 of the parts as JSON."""
     text = json.dumps(parts, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,6 +18,7 @@ from typing import NamedTuple
 from reverie_jax.errors import UserError
 from reverie_jax.hosted.identity import RequestIdentity, digest_bytes
 from reverie_jax.hosted.interface import Reply
+from reverie_jax.hosted.thoughts import split_thoughts
 
 ORIGINAL = "original"
 """Provider of replies adopted from the output of REVERIE's own scripts."""
@@ -58,7 +59,7 @@ PRAGMA user_version = 2;
 
 
 class RecordedReply(NamedTuple):
-    """A usable reply of a journal; `started` is the request's time (Unix seconds)."""
+    """The words of a usable reply, without thoughts; `started` is the request's time (Unix seconds)."""
 
     text: str
     version: str
@@ -116,9 +117,11 @@ class JournalReader:
         return self._first_reply(where, identity.key, identity.content)
 
     def _first_reply(self, where: str, *values: str) -> RecordedReply | None:
-        query = f"SELECT reply, version, started FROM attempts WHERE state = 'usable' AND {where} ORDER BY id LIMIT 1"
-        row = self._db.execute(query, values).fetchone()
-        return None if row is None else RecordedReply(*row)
+        query = f"SELECT reply, version, started FROM attempts WHERE state = 'usable' AND {where} ORDER BY id"
+        for text, version, started in self._db.execute(query, values):
+            if words := split_thoughts(text)[1]:
+                return RecordedReply(words, version, started)
+        return None
 
 
 class Journal(JournalReader):
@@ -135,7 +138,8 @@ class Journal(JournalReader):
     """
 
     def __init__(self, path: Path):
-        self.path = path
+        self.path, self._new, self._new_folder = path, False, not path.parent.exists()
+        new = not path.exists()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._lock = open(path.with_name(path.name + ".lock"), "w")  # noqa: SIM115  (locked until `close`)
@@ -160,6 +164,7 @@ class Journal(JournalReader):
         except UserError:
             self.close()
             raise
+        self._new = new
 
     def _open(self) -> None:
         self._db.execute("PRAGMA journal_mode = WAL")
@@ -176,8 +181,15 @@ class Journal(JournalReader):
         ).rowcount
 
     def close(self) -> None:
-        """Close the file and release its lock."""
+        """Close the file and release its lock; a new journal that nothing was recorded in is removed."""
+        unused, self._new = self._new and self.is_empty(), False
         super().close()
+        if unused:
+            for path in (self.path, Path(self._lock.name)):
+                path.unlink(missing_ok=True)
+            if self._new_folder:
+                with contextlib.suppress(OSError):  # somebody else's files are in it
+                    self.path.parent.rmdir()
         self._lock.close()
 
     def __enter__(self) -> Journal:

@@ -18,12 +18,14 @@ from reverie_jax.hosted.interface import (
     AccessError,
     AnnotationError,
     Provider,
+    RefusedError,
     Reply,
     Request,
     RetryableError,
     UnusableError,
 )
 from reverie_jax.hosted.journal import Journal
+from reverie_jax.hosted.thoughts import split_thoughts
 from reverie_jax.hosted.throttle import Limits, Throttle
 
 Providers = dict[tuple[str, str], Provider]
@@ -57,6 +59,7 @@ class Outcome:
         usable: Tasks with a new usable reply.
         failed: Reasons by name, of the tasks without a usable reply.
         stopped: Why the run stopped early; empty if it did not.
+        uncounted: Replies whose tokens the service did not count.
     """
 
     requested: int = 0
@@ -64,6 +67,7 @@ class Outcome:
     usable: int = 0
     failed: dict[str, str] = dataclasses.field(default_factory=dict)
     stopped: str = ""
+    uncounted: int = 0
 
     def reasons(self) -> list[tuple[str, int]]:
         """Return (reason, count), the most frequent first."""
@@ -81,20 +85,33 @@ ProgressFunction = Callable[[Outcome, Throttle], None]
 def record(
     journal: Journal, throttle: Throttle, task: RequestTask, attempt: int, result: Reply | AnnotationError
 ) -> AnnotationError | None:
-    """Parse a result, record it with its price, and return why it cannot be used, or None."""
+    """Parse a result's words, record it whole with its price, and return why it cannot be used, or None."""
     error = result if isinstance(result, AnnotationError) else None
-    reply = result if isinstance(result, Reply) else result.reply if isinstance(result, UnusableError) else None
+    reply = result.reply if isinstance(result, AnnotationError) else result
     if reply is not None:
         reply = dataclasses.replace(reply, text=reply.text.encode("utf-8", "replace").decode("utf-8"))
     if reply is not None and error is None:
+        thoughts, words = split_thoughts(reply.text)
         try:
-            task.parse_reply(reply.text)
+            if thoughts and not words:
+                raise UnusableError("thoughts without an answer")
+            task.parse_reply(words)
         except UnusableError as problem:
             error = problem
     state = "usable" if error is None else "unusable" if isinstance(error, UnusableError) else "failed"
     price = throttle.release(task.identity.stage, reply)
+    if state != "failed" and reply is not None and not reply.counted:
+        throttle.uncounted += 1
     journal.record_result(attempt, state, reply, price=price, reason="" if error is None else str(error))
     return error
+
+
+def is_given_up(error: BaseException | None, errors: collections.Counter[type], limits: Limits) -> bool:
+    """Count a failure of a request, and return whether it is not worth another try."""
+    for kind in (UnusableError, RetryableError):
+        errors[kind] += isinstance(error, kind)
+    hopeless = isinstance(error, RefusedError | AccessError)
+    return hopeless or errors[UnusableError] >= limits.max_unusable or errors[RetryableError] > limits.max_retries
 
 
 @contextlib.contextmanager
@@ -159,8 +176,7 @@ class _Run:
         limits, errors = self.limits, collections.Counter[type]()
 
         def give_up(state: tenacity.RetryCallState) -> bool:
-            errors[type(state.outcome.exception() if state.outcome else None)] += 1
-            return errors[UnusableError] >= limits.max_unusable or errors[RetryableError] > limits.max_retries
+            return is_given_up(state.outcome.exception() if state.outcome else None, errors, limits)
 
         retrying = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception_type((RetryableError, UnusableError)),
@@ -213,6 +229,7 @@ class _Run:
         if self.access_error:
             raise UserError(self.access_error)
         self.outcome.stopped = "interrupted" if self.interrupted else self.throttle.stop_reason
+        self.outcome.uncounted = self.throttle.uncounted
         return self.outcome
 
 
@@ -235,7 +252,7 @@ def run(
         on_progress: Called after each task.
 
     Raises:
-        UserError: Access denied (key, model, URL).
+        UserError: No request can succeed (key, credit, quota of the day, model, URL, parameter).
     """
 
     async def main() -> Outcome:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from reverie_jax.errors import UserError
 from reverie_jax.hosted import batches, runner
 from reverie_jax.hosted.identity import RequestIdentity
-from reverie_jax.hosted.interface import RequestSettings, Stage
+from reverie_jax.hosted.interface import RequestSettings, Stage, UnusableError
 from reverie_jax.hosted.journal import Journal
 from reverie_jax.hosted.providers import open_provider, parse_model_spec
 from reverie_jax.hosted.runner import Outcome, RequestTask
@@ -91,9 +91,14 @@ class Session:
         return RequestIdentity(stage, content, name, model, prompt)
 
     def get_reply(self, task: RequestTask | None) -> str | None:
-        """Return the recorded raw reply, or None."""
-        recorded = None if task is None else self.journal.get_reply(task.identity)
-        return None if recorded is None else recorded.text
+        """Return the words of the recorded reply, or None; one that can no longer be parsed does not count."""
+        if task is None or (recorded := self.journal.get_reply(task.identity)) is None:
+            return None
+        try:
+            task.parse_reply(recorded.text)
+        except UnusableError:
+            return None
+        return recorded.text
 
     def run(self, step: str, tasks: Iterable[RequestTask], model_specs: Iterable[str]) -> Outcome:
         """Send the requests that have no reply yet.
@@ -104,7 +109,7 @@ class Session:
             model_specs: The models of the tasks.
 
         Raises:
-            UserError: Access denied (key, model, URL).
+            UserError: No request can succeed (key, credit, quota of the day, model, URL, parameter).
         """
         unique = {task.identity.key: task for task in tasks}
         missing = [task for task in unique.values() if self.get_reply(task) is None]

@@ -104,6 +104,7 @@ class Throttle:
         price, tokens: Spent so far, earlier runs included.
         stop_reason: Why the budget stopped the run; empty if it did not.
         reached: Whether any request of this run was answered.
+        uncounted: Replies of this run whose tokens the service did not count.
     """
 
     def __init__(self, limits: Limits, journal: Journal, stop: asyncio.Event):
@@ -117,9 +118,10 @@ class Throttle:
         self._reserved = collections.Counter[str]()
         self._open_stages = set[str]()
         self.stop_reason = ""
-        self.reached, self._unanswered = False, 0
+        self.reached, self._unanswered, self.uncounted = False, 0, 0
         self._released = asyncio.Event()
         self._sums = {stage: [1.0, *mean] for stage, mean in journal.mean_tokens().items()}
+        self._measured = set(self._sums)
 
     def estimate(self, stage: str) -> tuple[float, float]:
         """Return the expected (input, output) tokens of a request.
@@ -147,12 +149,19 @@ class Throttle:
             size = self.estimate(name) if known else (0, 0)
             price, tokens = price + count * limits.price(*size), tokens + count * sum(size)
         if limits.max_cost is not None and (self.price + price > limits.max_cost or self.price >= limits.max_cost):
-            return f"the budget of {limits.max_cost:g} is used up ({self.price:.4f} spent)"
+            verb = "exceeded" if self.price > limits.max_cost else "used up"
+            return f"the budget of {limits.max_cost:g} is {verb} ({self.price:.4f} spent)"
         if limits.max_tokens is not None and (
             self.tokens + tokens > limits.max_tokens or self.tokens >= limits.max_tokens
         ):
-            return f"the budget of {limits.max_tokens:,} tokens is used up ({self.tokens:,} spent)"
+            verb = "exceeded" if self.tokens > limits.max_tokens else "used up"
+            return f"the budget of {limits.max_tokens:,} tokens is {verb} ({self.tokens:,} spent)"
         return ""
+
+    def _is_unmeasured(self, stage: str) -> bool:
+        """Return whether the first request of a stage is in flight: a budget waits for what it takes."""
+        limited = self.limits.max_cost is not None or self.limits.max_tokens is not None
+        return limited and stage not in self._measured and self._reserved[stage] > 0
 
     async def sleep(self, seconds: float) -> None:
         """Wait, or return early if the run is stopped."""
@@ -171,7 +180,10 @@ class Throttle:
             if (wait := self._paused_until - self._time()) <= 0 or self.stop.is_set():
                 break
             await self.sleep(wait)  # then reserve again, so that the waiting requests do not leave all at once
-        while (reason := self._over_budget(stage)) and not self.stop.is_set():
+        while not self.stop.is_set():
+            reason = self._over_budget(stage)
+            if not reason and not self._is_unmeasured(stage):
+                break
             if not self._reserved.total():
                 self.stop_reason = reason
                 return False
@@ -202,6 +214,8 @@ class Throttle:
         """Replace a reservation by what the reply really took; return its price."""
         self._reserved[stage] -= 1
         self._released.set()
+        if reply is not None:
+            self._measured.add(stage)
         if reply is None or not (reply.tokens_in or reply.tokens_out):
             return 0.0
         if self._tokens:

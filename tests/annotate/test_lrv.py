@@ -9,13 +9,12 @@ from reverie_jax.annotate import lrv
 from reverie_jax.errors import UserError
 from reverie_jax.hosted.session import RequestConfig
 from reverie_jax.hosted.throttle import Limits
-from tests.hosted.faults import HARMLESS, REPLY, Fault, share
+from tests.hosted.faults import share
 from tests.hosted.helpers import spec_of
 from tests.hosted.server import Server
 
 pytestmark = pytest.mark.usefixtures("keys", "sdks")
 KINDS = {"something that is not there": "nonexistent", "a wrong attribute": "existent", "false knowledge": "knowledge"}
-FAULTS = (Fault.RATE_LIMIT_AFTER, Fault.SERVER_ERROR, Fault.RESET, *REPLY, *HARMLESS)
 
 
 def answer(call) -> str:
@@ -54,7 +53,7 @@ def generate(tmp_path, genome, server, **options):
 @pytest.mark.parametrize("batch", [False, True])
 def test_records_are_lrvs(tmp_path, genome, batch):
     """Faults are survived, and nothing is requested twice."""
-    plans = {"lines" if batch else "faults": share(0.5, 3, FAULTS)}
+    plans = {"lines" if batch else "faults": share(0.5, 3)}
     with Server(answer, **plans, retry_after=0.01) as server:
         outcome, rows = generate(tmp_path, genome, server, counts=(3, 2, 1, 1), batch=batch)
         assert (outcome.usable, outcome.failed) == (8, {})

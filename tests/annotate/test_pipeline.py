@@ -29,7 +29,6 @@ from tests.hosted.wires import Call
 
 pytestmark = pytest.mark.usefixtures("keys", "sdks")
 STEPS = ("questions", "rationales", "judge")
-FAULTS = [fault for fault in Fault if fault is not Fault.TIMEOUT]  # the providers' tests have timeouts
 
 
 def run(job: AnnotationJob, *steps: str) -> dict[str, Outcome]:
@@ -48,7 +47,7 @@ def stages_of(server: Server | Memory) -> Counter[str]:
 @pytest.mark.parametrize(("provider", "batch"), [("openai", False), ("gemini", False), ("openai", True)])
 def test_every_file_is_right_in_spite_of_all_faults(make, images, provider, batch):
     """Every whole answer is requested once; a further run requests nothing; the export can be read."""
-    plans = {"lines" if batch else "faults": share(0.35, 3, FAULTS)}
+    plans = {"lines" if batch else "faults": share(0.35, 3)}
     limits = dataclasses.replace(QUICK, batch=batch, poll_seconds=0.01)
     with Server(answer, **plans, retry_after=0.01, is_judge=lambda call: stage_of(call) == "judge") as server:
         job = make(server, provider, images=tuple(images)[::-1], questions=2, confusing=2, limits=limits)
@@ -128,7 +127,7 @@ def test_each_step_alone(make, images):
     assert [row["question"] for row in load(job.folder, RATIONALES)] == [row["question"] for row in rows]
 
 
-@pytest.mark.parametrize("text", ["", "[", "{}", '[{"image": "a"}]', "[3]", '[{"image": 1}]'])
+@pytest.mark.parametrize("text", ["", "[", "3", '[{"image": "a"}]', "[3]", '[{"image": 1}]'])
 def test_a_broken_file_of_the_step_before_is_named(make, text):
     job = make()
     job.folder.mkdir()
@@ -136,6 +135,26 @@ def test_a_broken_file_of_the_step_before_is_named(make, text):
     (job.folder / QUESTIONS).write_text(text)
     with Memory(answer), pytest.raises(UserError, match=QUESTIONS):
         run(job, "rationales")
+
+
+def test_thoughts_are_in_no_file(make, images):
+    """Of a model behind a server that leaves them; the journal has the replies whole."""
+    with Memory(lambda call: f"No? Yes? <image>\n</think>\n\n{answer(call)}") as server:
+        job = make(server)
+        assert not any(outcome.failed for outcome in run(job).values())
+        check_files(job.folder, expected(images, job.writer))
+    assert all("</think>" in reply for (reply,) in helpers.rows_of(job.folder / JOURNAL, "reply"))
+
+
+def test_half_characters_in_an_edited_file_are_left_out(make):
+    with Memory(answer) as server:
+        job = make(server)
+        run(job, "questions")
+        rows = load(job.folder, QUESTIONS)
+        rows[0]["question"] += "\ud83d"
+        (job.folder / QUESTIONS).write_text(json.dumps(rows))
+        assert not run(job, "rationales")["rationales"].failed
+    assert load(job.folder, RATIONALES)[0]["question"] == rows[0]["question"][:-1]
 
 
 # Judges.

@@ -140,7 +140,7 @@ def test_dry_run_sends_nothing(annotate, tmp_path, monkeypatch):
     assert rows["total"][1:] == pytest.approx(total, abs=0.05)
     half = estimates("--batch", price=(1000, 2000), questions=2, confusing=3)
     assert half["total"] == pytest.approx([*rows["total"][:-1], rows["total"][-1] / 2], abs=0.05)
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {JOURNAL, f"{JOURNAL}.lock"}
+    assert not (tmp_path / "out").exists()  # nothing was recorded
     with Memory(answer) as server:
         annotate("questions", "openai:tiny")
         annotate("rationales", "openai:tiny")
@@ -148,6 +148,45 @@ def test_dry_run_sends_nothing(annotate, tmp_path, monkeypatch):
         assert len(server.calls) == 15
     assert [rows[stage][:2] for stage in STAGES] == [[5, 0], [5, 0], [5, 0], [0, 5]]
     assert rows["total"][1] == 5
+    assert rows["total"][-1] == 0
+    assert "--price" in annotate("run", "openai:tiny", "--dry-run")[1]
+
+
+HOPELESS = [
+    ("every", (402, {"error": {"message": "Insufficient Balance"}}), 2, "Insufficient Balance"),
+    ("every", (200, {"error": {"message": "Insufficient credits", "code": 402}}), 2, "Insufficient credits"),
+    ("one", (403, {"error": {"message": "Your input was flagged by moderation"}}), 1, "flagged by moderation"),
+]
+
+
+@pytest.mark.parametrize(("which", "fault", "code", "words"), HOPELESS)
+def test_hopeless_requests_are_sent_once(annotate, tmp_path, images, which, fault, code, words):
+    """No credit ends the run; one picture that the service does not like stops no other."""
+    flagged = images["0001.png"]
+    plan = lambda call: fault if which == "every" or call.images == [flagged] else None  # noqa: E731
+    with Server(answer, plan) as server:
+        got, _, err = annotate("questions", spec_of(server), concurrency=2)
+        assert (got, words in err) == (code, True)
+        assert len(server.calls) <= (2 if which == "every" else 5)
+    if which == "one":
+        assert [row["image"] for row in load(tmp_path / "out", QUESTIONS)] == [n for n in images if n != "0001.png"]
+
+
+def test_replies_without_counts_are_told(annotate):
+    def plan(call: Call) -> tuple[int, dict]:
+        return 200, {"choices": [{"message": {"content": answer(call)}}], "usage": {}}
+
+    with Server(answer, plan) as server:
+        code, _, err = annotate("questions", spec_of(server))
+    assert code == 0
+    assert "5 new" in err
+    assert "5 replies" in err
+
+
+def test_a_run_that_sent_nothing_leaves_no_journal(annotate, tmp_path, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY")
+    check_refused(annotate("run", "openai:tiny"), "OPENAI_API_KEY")
+    assert not (tmp_path / "out").exists()
 
 
 # Keys.
@@ -182,7 +221,7 @@ def test_keys_are_written_nowhere(annotate, provider, case, tmp_path, caplog):
     with Server(answer, plan, retry_after=0.01) as server:
         code, out, err = annotate("run" if case == "good" else "questions", spec_of(server, provider))
         assert {call.key for call in server.calls} == {secret}
-    assert code == (2 if case == "in part" else 0)
+    assert code == {"in part": 2, "refused": 1}.get(case, 0)
     # Not a record's times and numbers: any four digits may be in them by chance.
     log = out + err + caplog.text + repr([(record.msg, record.args, record.exc_text) for record in caplog.records])
     found = b"\0".join([everything(tmp_path / "out"), *journals]) + log.encode()
@@ -217,6 +256,8 @@ WRONG_OPTIONS = [
     ("run", "openai:tiny", {"concurrency": 0}, ("--concurrency",)),
     ("run", "openai:tiny", {"max_cost": 3}, ("--price",)),
     ("run", "openai:tiny", {"timeout": 0}, ("--timeout",)),
+    ("run", "openai:tiny", {"temperature": "warm"}, ("--temperature",)),
+    ("run", "openai:tiny", {"temperature": -1}, ("--temperature",)),
     ("run", "openai:tiny", {"poll": 0}, ("--poll",)),
     ("run", "openai:tiny", {"requests_per_minute": 0}, ("--requests-per-minute",)),
     ("run", "openai:tiny", {"tokens_per_minute": -1}, ("--tokens-per-minute",)),

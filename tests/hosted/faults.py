@@ -63,11 +63,14 @@ class Line(Enum):
     EXPIRED = "not processed within a day"
 
 
-LINES = (Line.MISSING, Line.DOUBLED, Line.BROKEN, Line.STRANGER, Line.BAD)
+LINES = (Line.MISSING, Line.DOUBLED, Line.BROKEN, Line.STRANGER)
+HOPELESS = (Fault.BLOCKED, Fault.TRUNCATED, Line.BAD)
+"""What would go wrong again: a prompt that Gemini blocks, a reply that is cut off, an invalid request."""
+RECOVERABLE = tuple(fault for fault in Fault if fault not in (Fault.TIMEOUT, *HOPELESS))
 UNANSWERED = {Line.MISSING, Line.BROKEN, Line.BAD, Line.DENIED, Line.EXPIRED}
 
 
-def share(fraction: float, seed: int, faults: Sequence[Any] = tuple(Fault), at_most: int = 2) -> Callable[[Any], Any]:
+def share(fraction: float, seed: int, faults: Sequence[Any] = RECOVERABLE, at_most: int = 2) -> Callable[[Any], Any]:
     """Return a plan by which a share of requests goes wrong, but no content more than `at_most` times.
 
     It is a function of seed, content and attempt alone: neither the order of requests nor a restart changes it.

@@ -128,7 +128,10 @@ class Handler(BaseHTTPRequestHandler):
         try:
             if isinstance(fault, tuple):
                 status, content = fault
-                self.send_json(status, wire.error(status, content, None) if isinstance(content, str) else content)
+                if isinstance(content, bytes):
+                    self.send(status, content, "text/html")
+                else:
+                    self.send_json(status, wire.error(status, content, None) if isinstance(content, str) else content)
             elif fault in (*TRANSPORT, Fault.WEB_PAGE):
                 self.misbehave(fault)
             else:

@@ -39,7 +39,7 @@ class Server:
 
     Attributes:
         answer: Text of a good reply.
-        faults: What goes wrong with a call: a `Fault`, or (status, message or whole body).
+        faults: What goes wrong with a call: a `Fault`, or (status, message, or whole body as JSON or bytes).
         latency: Seconds from a request to its reply.
         retry_after: Seconds of `Fault.RATE_LIMIT_AFTER`.
         is_judge: Which calls can meet `Fault.UNSURE`.

@@ -17,7 +17,7 @@ from reverie_jax.hosted.interface import Request, UnusableError
 from reverie_jax.hosted.runner import Outcome
 from reverie_jax.hosted.throttle import Limits
 from tests.hosted import helpers, wires
-from tests.hosted.faults import HARMLESS, LINES, REPLY, TRANSPORT, Fault, Line, Step, Trouble, share
+from tests.hosted.faults import HARMLESS, HOPELESS, LINES, REPLY, TRANSPORT, Fault, Line, Step, Trouble, share
 from tests.hosted.fixtures import IMAGES
 from tests.hosted.helpers import JOURNAL, MODELS, Memory, make_task, reply_to, rows_of, secret_of, send, states
 from tests.hosted.server import Server
@@ -98,7 +98,7 @@ def test_batches_send_what_direct_requests_send(ask, provider, tmp_path):
 
 
 EVERY_LINE = (*Line, *(fault for fault in (*TRANSPORT, *REPLY) if fault is not Fault.WEB_PAGE), *HARMLESS)
-SURVIVED = [fault for fault in EVERY_LINE if fault not in (Line.DENIED, Line.EXPIRED)]
+SURVIVED = [fault for fault in EVERY_LINE if fault not in (Line.DENIED, Line.EXPIRED, *HOPELESS)]
 
 
 @pytest.mark.parametrize("ascii", [True, False])
@@ -124,15 +124,17 @@ def test_whatever_lines_say_everything_is_done_in_the_end(ask, ascii):
 
 
 TRIES: dict[Any, int] = {
-    **dict.fromkeys((Line.BAD, Fault.BLOCKED, Fault.REFUSED, Fault.EMPTY, Fault.TRUNCATED, Fault.UNSURE), 3),
+    **dict.fromkeys((Line.BAD, Fault.TRUNCATED), 1),
+    **dict.fromkeys((Fault.REFUSED, Fault.EMPTY, Fault.UNSURE), 3),
     **dict.fromkeys((Line.MISSING, Fault.RATE_LIMIT, Fault.SERVER_ERROR, Fault.UNAVAILABLE), 9),
-    **dict.fromkeys((None, Line.DOUBLED, Line.STRANGER, Line.ODD, *HARMLESS), 1),
+    **dict.fromkeys((None, Line.DOUBLED, Line.STRANGER, Line.ODD, *HARMLESS), 0),
 }
+"""How often a request is sent that never gets a usable reply; 0 if it gets one."""
 
 
 @PROVIDERS
 def test_what_never_gets_a_usable_reply_is_reported(ask, provider, tmp_path):
-    """Three unusable replies or nine failures; no reason has the key. Replies next to a wrong key are kept."""
+    """Hopeless ones once; three unusable replies, or nine failures. Replies next to a wrong key are kept."""
     kinds = dict(enumerate(TRIES))
     number = lambda call: int(re.findall(r"\d+", call.text)[0])  # noqa: E731
     secret = secret_of(provider)
@@ -144,9 +146,9 @@ def test_what_never_gets_a_usable_reply_is_reported(ask, provider, tmp_path):
     plan = lambda call: kinds.get(number(call))  # noqa: E731
     with Server(reply_to, lines=plan, is_judge=lambda call: True, edit=edit) as server:
         outcome = ask(server, provider, list(kinds))
-        failed = [number for number, kind in kinds.items() if TRIES[kind] > 1]
+        failed = [number for number, kind in kinds.items() if TRIES[kind]]
         check_once(server, unanswered=len(failed))
-        assert Counter(map(number, server.calls)) == {number: TRIES[kind] for number, kind in kinds.items()}
+        assert Counter(map(number, server.calls)) == {number: TRIES[kind] or 1 for number, kind in kinds.items()}
         assert (outcome.usable, outcome.requested) == (len(kinds) - len(failed), len(kinds))
         assert sorted(outcome.failed) == sorted(f"{number}.png" for number in failed)
         assert secret not in repr(rows_of(tmp_path / "out" / JOURNAL))
@@ -174,7 +176,7 @@ def test_a_request_that_cannot_be_built_stops_no_other(tmp_path, batch):
     assert outcome.failed == {"1.png": "the image is broken"}
 
 
-ENDS = [("failed", 0.0), ("expired", 0.0), ("expired", 0.5), ("cancelled", 0.0), ("cancelled", 0.5)]
+ENDS = [("failed", 0.0), ("expired", 0.0), ("expired", 0.5), ("cancelled", 0.0), ("partially_succeeded", 0.5)]
 
 
 @PROVIDERS
@@ -190,7 +192,29 @@ def test_what_batches_leave_undone_is_submitted_again(ask, provider, tmp_path):
     (reason,) = outcome.failed.values()
     assert "failed" in reason
     assert secret_of(provider) not in reason
-    assert sum("cancelled" in row[0] for row in rows_of(tmp_path / "out" / JOURNAL, "reason")) == 5
+    assert sum("cancelled" in row[0] for row in rows_of(tmp_path / "out" / JOURNAL, "reason")) == 3
+
+
+FULL = "Enqueued token limit reached for tiny. Limit: 90,000 enqueued tokens."
+
+
+@PROVIDERS
+def test_too_much_enqueued_makes_smaller_batches(ask, provider):
+    """OpenAI says so of a batch that it took, Gemini takes none. One request that is too much alone ends the run."""
+    ends = iter([("full", 0.0)] * 2 if provider == "openai" else [])
+    with Server(reply_to, ends=lambda number: next(ends, ("completed", 1.0))) as server:
+        if provider == "gemini":
+            server.trouble = lambda step, count: (429, FULL) if step is Step.CREATE and count <= 2 else None
+        outcome = ask(server, provider)
+        assert (outcome.usable, outcome.failed, outcome.stopped) == (COUNT, {}, "")
+        check_once(server)
+        sizes = {"openai": [6, 3, 3, 1, 1, 1], "gemini": [1] * 6}[provider]
+        assert [len(batch.calls) for batch in server.batches] == sizes
+        server.ends = lambda number: ("full", 0.0)
+        server.trouble = lambda step, count: (429, FULL) if (provider, step) == ("gemini", Step.CREATE) else None
+        outcome = ask(server, provider, [7, 8])
+        assert "nqueued" in outcome.stopped
+        assert outcome.failed == {}
 
 
 @PROVIDERS
@@ -273,9 +297,9 @@ def test_a_fault_that_stays_stops_the_run_and_the_batch_is_kept(ask, provider, s
 
 @pytest.mark.parametrize(("provider", "step"), [("openai", Step.CREATE), ("gemini", Step.UPLOAD)])
 def test_what_cannot_be_submitted_is_reported(ask, provider, step):
-    """After nine attempts, or three of an invalid request."""
+    """After nine attempts, or one of an invalid request."""
     with Server(reply_to) as server:
-        for fault, times, word in ((Fault.UNAVAILABLE, 9, "503"), ((400, "This is [bold]wrong"), 3, "[bold]wrong")):
+        for fault, times, word in ((Fault.UNAVAILABLE, 9, "503"), ((400, "This is [bold]wrong"), 1, "[bold]wrong")):
             server.steps.clear()
             server.trouble = lambda at, count, fault=fault: fault if at is step else None
             (reason,) = set(ask(server, provider).failed.values())
@@ -453,7 +477,7 @@ def test_a_second_signal_does_not_wait_for_a_service_that_hangs(submit, moment):
 @PROVIDERS
 def test_killed_at_every_moment(submit, tmp_path, provider):
     """The next run continues with whatever was created; no copy of the requests stays behind."""
-    lines = share(0.3, 2, (*LINES, Fault.BLOCKED, Fault.SERVER_ERROR))
+    lines = share(0.3, 2, (*LINES, Fault.REFUSED, Fault.SERVER_ERROR))
     with Server(answer, lines=lines, page=2) as server:
         server.add_strangers(provider, 3)
         for moment in MOMENTS:

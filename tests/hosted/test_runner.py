@@ -165,6 +165,14 @@ def test_a_budget_stops_and_a_larger_one_continues(ask, clock, concurrency, kind
         assert set(Counter(call.digest for call in server.calls).values()) == {1}
 
 
+def test_the_first_request_cannot_exceed_a_budget_sixteen_times(ask, clock):
+    """Nobody knows what one takes before it is answered."""
+    with Memory(reply_to, latency=lambda call: 1.0, tokens=(9000, 1000)) as server:
+        outcome = ask(30, Limits(concurrency=16, max_tokens=5000))
+        assert len(server.calls) == 1
+        assert "exceeded" in outcome.stopped
+
+
 @pytest.mark.parametrize("concurrency", [1, 4, 16])
 def test_a_budget_is_used_up_before_it_stops(ask, clock, concurrency):
     """The default for the first request, far too high here, does not stop a run with money left."""

@@ -114,8 +114,12 @@ class OpenAI:
         return {"custom_id": key, "response": {"status_code": 200, "body": reply}, "error": None}
 
     def show(self, batch: Batch, ended: bool) -> dict[str, Any]:
-        state = batch.state if ended else "in_progress" if batch.looks else "validating"
+        state = batch.state.replace("full", "failed") if ended else "in_progress" if batch.looks else "validating"
         message = f"Line 1 is invalid for key {batch.calls[0].key if batch.calls else ''}."
+        if batch.state == "full":
+            message = (
+                "Enqueued token limit reached. Please try again once some in_progress batches have been completed."
+            )
         return {
             "id": batch.name,
             "object": "batch",
@@ -178,7 +182,8 @@ class Gemini:
     def show(self, batch: Batch, ended: bool) -> dict[str, Any]:
         states = {"completed": "SUCCEEDED"}
         state = states.get(batch.state, batch.state.upper()) if ended else "RUNNING" if batch.looks else "PENDING"
-        metadata: dict[str, Any] = {"state": f"BATCH_STATE_{state}", "name": batch.name}
+        prefix = "JOB" if state == "PARTIALLY_SUCCEEDED" else "BATCH"  # as the service does
+        metadata: dict[str, Any] = {"state": f"{prefix}_STATE_{state}", "name": batch.name}
         if batch.label is not None:
             metadata["displayName"] = batch.label
         shown: dict[str, Any] = {"name": batch.name, "metadata": metadata}

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +14,14 @@ from google.genai import errors, types
 
 from reverie_jax.hosted.images import encode_image
 from reverie_jax.hosted.interface import AnnotationError, BatchStatus, Reply, Request, RequestSettings, RetryableError
-from reverie_jax.hosted.providers.common import (
-    TRANSFER_TIMEOUT,
-    UNEXPECTED,
-    parse_result_lines,
-    parse_retry_after,
-    redact,
-)
-from reverie_jax.hosted.providers.google_replies import error_from_status, parse_response
+from reverie_jax.hosted.providers.common import TRANSFER_TIMEOUT, UNEXPECTED, parse_result_lines, redact
+from reverie_jax.hosted.providers.failures import is_queue_full, read_reply, sort_submission
+from reverie_jax.hosted.providers.google_replies import error_from_body, parse_response
 
 _TRANSPORTS = {"httpx", "httpx2", "httpcore", "aiohttp", "anyio", "ssl"}
 """Packages whose errors are connection errors; which of them the SDK uses depends on what is installed."""
-_HTTP = {3: 400, 4: 504, 5: 404, 7: 403, 8: 429, 13: 500, 14: 503, 16: 401}
-"""HTTP status by google.rpc.Code, which batch results use."""
+_ENDED = {"SUCCEEDED", "PARTIALLY_SUCCEEDED", "FAILED", "CANCELLED", "EXPIRED"}
+"""States of a batch that has ended; the SDK's own list lacks one of them."""
 
 
 class Gemini:
@@ -46,7 +40,8 @@ class Gemini:
         await self._client.aclose()
 
     def _content(self, request: Request) -> tuple[types.Content, types.GenerateContentConfig]:
-        parts: list[Any] = [types.Part.from_text(text=request.prompt)]
+        prompt = request.prompt.encode("utf-8", "replace").decode()  # lone surrogates cannot be sent
+        parts: list[Any] = [types.Part.from_text(text=prompt)]
         if request.send_image:
             kind, encoded = encode_image(request.image)
             parts.insert(0, types.Part.from_bytes(data=encoded, mime_type=kind))
@@ -61,21 +56,28 @@ class Gemini:
     async def ask(self, request: Request) -> Reply:
         """Send one request; see `Provider.ask`."""
         content, config = self._content(request)
-        async with self._translate_errors(self._settings.timeout):
+        sent = " ".join(_plain(config))
+        config.should_return_http_response = True  # the raw text: the SDK's own reading loses what it does not know
+        async with self._translate_errors(self._settings.timeout, sent):
             response = await self._client.models.generate_content(model=self.model, contents=content, config=config)
-        return parse_response(response)
+        http = response.sdk_http_response
+        return read_reply((http.body if http else None) or "", self._parse, self._key)
+
+    def _parse(self, body: Any) -> Reply:
+        return parse_response(body, f"gemini:{self.model}", self._key, self._settings.max_new_tokens)
 
     @contextlib.asynccontextmanager
-    async def _translate_errors(self, timeout: float) -> AsyncIterator[None]:
-        """Raise the SDK's errors as ours."""
+    async def _translate_errors(self, timeout: float, sent: str = "") -> AsyncIterator[None]:
+        """Raise the SDK's errors as ours; `sent` names the optional parameters of the request."""
         try:
             async with asyncio.timeout(timeout):  # the SDK's timeout is for each read
                 yield
         except errors.APIError as error:
-            raise error_from_status(
-                error.code, error.message or "", retry_after(error), f"gemini:{self.model}", self._key
-            ) from None
-        except (TimeoutError, OSError, ValueError, KeyError) as error:  # the response is not JSON, or incomplete
+            headers = getattr(error.response, "headers", None) or {}
+            header = headers.get("retry-after") or headers.get("Retry-After")
+            source = f"gemini:{self.model}"
+            raise error_from_body(error.code, error.details, source, self._key, header, sent=sent) from None
+        except (TimeoutError, OSError, ValueError, KeyError, AttributeError) as error:  # not JSON, or incomplete
             raise _connection_error(error, timeout, self._key) from None
         except Exception as error:
             if type(error).__module__.split(".")[0] not in _TRANSPORTS:
@@ -95,14 +97,17 @@ class Gemini:
     async def submit(self, file: Path, label: str) -> str:
         """Upload a file and create its batch; return its name."""
         slow = types.HttpOptions(timeout=int(TRANSFER_TIMEOUT * 1000))
-        async with self._translate_errors(TRANSFER_TIMEOUT):
-            uploaded = await self._client.files.upload(
-                file=file,
-                config=types.UploadFileConfig(mime_type="application/jsonl", display_name=label, http_options=slow),
-            )
-            batch = await self._client.batches.create(
-                model=self.model, src=uploaded.name or "", config=types.CreateBatchJobConfig(display_name=label)
-            )
+        try:
+            async with self._translate_errors(TRANSFER_TIMEOUT):
+                uploaded = await self._client.files.upload(
+                    file=file,
+                    config=types.UploadFileConfig(mime_type="application/jsonl", display_name=label, http_options=slow),
+                )
+                batch = await self._client.batches.create(
+                    model=self.model, src=uploaded.name or "", config=types.CreateBatchJobConfig(display_name=label)
+                )
+        except AnnotationError as error:
+            raise sort_submission(error) from None
         if not batch.name:
             raise RetryableError(f"{UNEXPECTED} (a batch without a name)")
         return batch.name
@@ -124,12 +129,14 @@ class Gemini:
         """Return the state of a batch."""
         async with self._translate_errors(self._settings.timeout):
             batch = await self._client.batches.get(name=name)
-        state = batch.state.name if batch.state else ""
-        word = state.removeprefix("JOB_STATE_").lower().replace("_", " ")
-        error = redact(f": {batch.error.message}", self._key) if batch.error and batch.error.message else ""
+        state = (batch.state.name if batch.state else "").removeprefix("JOB_STATE_").removeprefix("BATCH_STATE_")
         file = batch.dest.file_name if batch.dest else None
-        reason = "" if state == "JOB_STATE_SUCCEEDED" else f"the batch is {word}{error}"
-        return BatchStatus(bool(batch.done), reason, (file,) if file else ())
+        if state not in _ENDED and not file and not batch.end_time:
+            return BatchStatus(False)
+        words = redact((batch.error.message if batch.error else None) or "", self._key)
+        word = state.lower().replace("_", " ")
+        reason = "" if state == "SUCCEEDED" else f"the batch is {word}" + (f": {words}" if words else "")
+        return BatchStatus(True, reason, (file,) if file else (), is_queue_full(words))
 
     async def fetch_results(self, status: BatchStatus) -> list[tuple[str, Reply | AnnotationError]]:
         """Return (key, reply or error) of each request that has a result."""
@@ -137,25 +144,13 @@ class Gemini:
         for file in status.result_files:
             async with self._translate_errors(TRANSFER_TIMEOUT):
                 content = await self._client.files.download(file=file)
-            results += parse_result_lines(content, self._parse_result)
+            results += parse_result_lines(content, "key", self._parse_result, self._key)
         return results
 
-    def _parse_result(self, line: bytes) -> tuple[str, Reply | AnnotationError] | None:
-        try:
-            row = json.loads(line)
-            key = row["key"]
-            if not isinstance(key, str):
-                return None
-            if "response" in row:
-                response = types.GenerateContentResponse._from_response(response=row["response"], kwargs={})
-                return key, parse_response(response)
-            error = row.get("error") or row.get("status") or {}
-            code = _HTTP.get(int(error["code"]), int(error["code"])) if "code" in error else None
-            return key, error_from_status(code, str(error.get("message")), None, f"gemini:{self.model}", self._key)
-        except AnnotationError as problem:
-            return key, problem
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return None
+    def _parse_result(self, row: Mapping[str, Any]) -> Reply:
+        if row.get("response") is not None:
+            return self._parse(row["response"])
+        raise error_from_body(None, row.get("error") or row.get("status"), f"gemini:{self.model}", self._key)
 
 
 def _plain(model: Any) -> Any:
@@ -165,15 +160,6 @@ def _plain(model: Any) -> Any:
 def _connection_error(error: Exception, timeout: float, key: str) -> RetryableError:
     if "timeout" in type(error).__name__.lower():
         return RetryableError(f"no reply within {timeout:g} s")
-    if isinstance(error, ValueError):
+    if isinstance(error, ValueError | KeyError | AttributeError):
         return RetryableError(UNEXPECTED)
     return RetryableError(redact(f"connection failed ({type(error).__name__})", key), reached=False)
-
-
-def retry_after(error: errors.APIError) -> float | None:
-    """Return the seconds to wait, of the Retry-After header or of google.rpc.RetryInfo in the body."""
-    headers = getattr(error.response, "headers", None) or {}
-    if (wait := parse_retry_after(headers.get("retry-after") or headers.get("Retry-After"))) is not None:
-        return wait
-    delay = re.search(r"'retryDelay': '([\d.]+)s'", str(error.details))
-    return float(delay[1]) if delay else None

@@ -11,8 +11,9 @@ from google.protobuf.json_format import ParseError
 
 from reverie_jax.hosted.images import encode_image
 from reverie_jax.hosted.interface import Reply, Request, RequestSettings, RetryableError
-from reverie_jax.hosted.providers.common import UNEXPECTED, parse_retry_after, redact
-from reverie_jax.hosted.providers.google_replies import error_from_status, parse_response
+from reverie_jax.hosted.providers.common import UNEXPECTED, redact
+from reverie_jax.hosted.providers.failures import decode_body, read_reply
+from reverie_jax.hosted.providers.google_replies import error_from_body, parse_response
 
 
 class GoogleGenerativeAI:
@@ -34,7 +35,7 @@ class GoogleGenerativeAI:
         return await asyncio.to_thread(self._ask, request)
 
     def _ask(self, request: Request) -> Reply:
-        parts: list[Any] = [request.prompt]
+        parts: list[Any] = [request.prompt.encode("utf-8", "replace").decode()]  # lone surrogates cannot be sent
         if request.send_image:
             kind, encoded = encode_image(request.image)
             parts.insert(0, {"mime_type": kind, "data": encoded})
@@ -45,14 +46,16 @@ class GoogleGenerativeAI:
             config["max_output_tokens"] = self._settings.max_new_tokens
         if request.schema and self._settings.structured:
             config["response_mime_type"] = "application/json"
+        source = f"{self.name}:{self.model}"
         try:
             response = self._model.generate_content(
                 parts, generation_config=config, request_options={"timeout": self._settings.timeout, "retry": None}
             )
         except exceptions.GoogleAPICallError as error:
             headers = getattr(error.response, "headers", None) or {}
-            after, model_spec = parse_retry_after(headers.get("retry-after")), f"{self.name}:{self.model}"
-            raise error_from_status(error.code, error.message or "", after, model_spec, self._key) from None
+            body = decode_body(getattr(error.response, "text", None) or error.message or "")
+            header, sent = headers.get("retry-after"), " ".join(config)
+            raise error_from_body(error.code, body, source, self._key, header, sent=sent) from None
         except exceptions.RetryError:
             raise RetryableError(f"no reply within {self._settings.timeout:g} s") from None
         except (ParseError, ValueError):
@@ -61,4 +64,8 @@ class GoogleGenerativeAI:
             if "imeout" in type(error).__name__:
                 raise RetryableError(f"no reply within {self._settings.timeout:g} s") from None
             raise RetryableError(redact(f"connection failed ({type(error).__name__})", self._key)) from None
-        return parse_response(response)
+        message = response._result
+        raw = type(message).to_json(message, use_integers_for_enums=False, including_default_value_fields=False)
+        return read_reply(
+            raw, lambda body: parse_response(body, source, self._key, self._settings.max_new_tokens), self._key
+        )

@@ -1,54 +1,82 @@
-"""Google's responses and errors; both SDKs use the same names."""
+"""Google's responses, as JSON objects; both SDKs give the same."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from typing import Any
 
-from reverie_jax.hosted.interface import AccessError, AnnotationError, Reply, RetryableError, UnusableError
-from reverie_jax.hosted.providers.common import redact
+from reverie_jax.hosted.interface import AnnotationError, RefusedError, Reply, RetryableError, UnusableError
+from reverie_jax.hosted.providers.common import UNEXPECTED, cut_off, parse_retry_after
+from reverie_jax.hosted.providers.failures import read_counts, sort_failure
+
+_HTTP = {3: 400, 4: 504, 5: 404, 7: 403, 8: 429, 13: 500, 14: 503, 16: 401}
+"""HTTP status by google.rpc.Code, which batch results use."""
 
 
-def error_from_status(
-    code: int | None, message: str, retry_after: float | None, model_spec: str, key: str
+def error_from_body(
+    status: int | None, body: Any, model_spec: str, key: str, header: str | None = None, *, sent: str = ""
 ) -> AnnotationError:
-    """Return the error for an HTTP status."""
-    text = redact(f"{code}: {message}", key)
-    if code in (408, 409, 429, None) or code >= 500:
-        return RetryableError(f"the API returned status {code}", retry_after)
-    if code in (401, 403, 404) or "API key" in message or "API_KEY" in message:  # a wrong key is a 400 here
-        return AccessError(f"{model_spec}: {text}")
-    return UnusableError(text)
+    """Return the error for an HTTP status (or a google.rpc.Code) and a body; see `sort_failure`.
+
+    Args:
+        status: None if it is in the body alone.
+        body: The decoded body.
+        model_spec: "provider:model".
+        key: The API key.
+        header: The Retry-After header; without one, google.rpc.RetryInfo in the body counts.
+        sent: Names of optional parameters that were sent.
+    """
+    if status is None and isinstance(body, Mapping):
+        error = body.get("error", body)
+        code = error.get("code") if isinstance(error, Mapping) else None
+        status = _HTTP.get(code, code if 400 <= code < 600 else None) if isinstance(code, int) else None
+    delay = re.search(r"'retryDelay': '([\d.]+)s'", str(body))
+    wait = parse_retry_after(header)
+    after = wait if wait is not None else float(delay[1]) if delay else None
+    return sort_failure(status, body, model_spec, key, after, sent=sent)
 
 
-def parse_response(response: Any) -> Reply:
-    """Return the reply of a response of either SDK.
+def parse_response(body: Any, model_spec: str, key: str, limit: int | None) -> Reply:
+    """Return the reply of a response's JSON.
+
+    Args:
+        body: The decoded body.
+        model_spec: "provider:model".
+        key: The API key.
+        limit: Most tokens of a reply.
 
     Raises:
-        UnusableError: It was blocked, is empty, or was cut off.
+        AnnotationError: It was blocked, is empty, was cut off, or holds an error.
     """
-    usage = getattr(response, "usage_metadata", None)
-    candidate = response.candidates[0] if response.candidates else None
-    parts = (candidate.content.parts or []) if candidate is not None and candidate.content else []
-    reply = Reply(
-        "".join(part.text or "" for part in parts if not getattr(part, "thought", False)),
-        (usage.prompt_token_count if usage else 0) or 0,
-        ((usage.candidates_token_count if usage else 0) or 0) + (getattr(usage, "thoughts_token_count", 0) or 0),
-        getattr(response, "model_version", "") or "",
-    )
-    feedback = getattr(response, "prompt_feedback", None)
-    if candidate is None:
-        reason = getattr(feedback, "block_reason", None)
-        raise UnusableError(f"blocked ({_word(reason)})" if reason else "an empty reply", reply)
-    finish = _word(candidate.finish_reason)
+    if not isinstance(body, Mapping):
+        raise RetryableError(f"{UNEXPECTED} (no JSON object)")
+    usage = body.get("usageMetadata")
+    counts = read_counts(usage, ("promptTokenCount",), ("candidatesTokenCount",), ("thoughtsTokenCount",))
+    candidates = body.get("candidates")
+    candidate = candidates[0] if isinstance(candidates, list) and candidates else None
+    if candidate is None and body.get("error"):
+        raise error_from_body(None, body, model_spec, key)
+    content = candidate.get("content") if isinstance(candidate, Mapping) else None
+    parts = content.get("parts") if isinstance(content, Mapping) else None
+    words = [
+        part["text"]
+        for part in (parts if isinstance(parts, list) else [])
+        if isinstance(part, Mapping) and isinstance(part.get("text"), str) and not part.get("thought")
+    ]
+    version = body.get("modelVersion")
+    tokens_in, tokens_out, counted = counts
+    reply = Reply("".join(words), tokens_in, tokens_out, version if isinstance(version, str) else "", counted)
+    if not isinstance(candidate, Mapping):
+        feedback = body.get("promptFeedback")
+        reason = feedback.get("blockReason") if isinstance(feedback, Mapping) else None
+        # A blocked prompt is blocked again; an answer may be blocked by chance.
+        raise RefusedError(f"blocked ({reason})", reply) if reason else UnusableError("an empty reply", reply)
+    finish = str(candidate.get("finishReason") or "STOP")
     if finish == "MAX_TOKENS":
-        raise UnusableError("cut off at the maximum length", reply)
-    if finish not in ("STOP", "FINISH_REASON_UNSPECIFIED", ""):
+        raise RefusedError(cut_off(limit), reply)
+    if finish not in ("STOP", "FINISH_REASON_UNSPECIFIED"):
         raise UnusableError(f"blocked ({finish})", reply)
     if not reply.text.strip():
         raise UnusableError("an empty reply", reply)
     return reply
-
-
-def _word(value: Any) -> str:
-    """Return the name of an enumeration's member, in either SDK."""
-    return str(getattr(value, "name", value) or "")

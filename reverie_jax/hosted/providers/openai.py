@@ -1,4 +1,4 @@
-"""Any server with OpenAI's chat completions API: GPT, vLLM, SGLang and others."""
+"""Any server with OpenAI's chat completions API: GPT, vLLM, SGLang, Mistral, OpenRouter, Ollama and others."""
 
 from __future__ import annotations
 
@@ -6,18 +6,17 @@ import asyncio
 import base64
 import contextlib
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import openai
-from openai.types.chat import ChatCompletion
 
 from reverie_jax.hosted.images import encode_image
 from reverie_jax.hosted.interface import (
-    AccessError,
     AnnotationError,
     BatchStatus,
+    RefusedError,
     Reply,
     Request,
     RequestSettings,
@@ -27,10 +26,27 @@ from reverie_jax.hosted.interface import (
 from reverie_jax.hosted.providers.common import (
     TRANSFER_TIMEOUT,
     UNEXPECTED,
+    cut_off,
     parse_result_lines,
     parse_retry_after,
     redact,
 )
+from reverie_jax.hosted.providers.failures import (
+    decode_body,
+    find_words,
+    is_queue_full,
+    read_counts,
+    read_reply,
+    refuses_length,
+    sort_failure,
+    sort_submission,
+)
+
+_LENGTHS = ("max_completion_tokens", "max_tokens", "")
+"""Names of the limit of a reply's length, tried in this order; not every server knows the first, and some know none."""
+_ENDED = {"completed", "failed", "expired", "cancelled", "canceled", "succeeded", "success", "timeout_exceeded"}
+_ENDED_AT = ("completed_at", "failed_at", "expired_at", "cancelled_at")
+"""States and times of a batch that has ended, with a file of results or without; any other state is waited for."""
 
 
 class OpenAI:
@@ -40,6 +56,7 @@ class OpenAI:
 
     def __init__(self, model: str, url: str | None, settings: RequestSettings, key: str):
         self.model, self._settings, self._key = model, settings, key
+        self._length = 0  # index of the name in use
         self._client = openai.AsyncOpenAI(
             api_key=key or "none",  # local servers need no key, but the client does
             base_url=url,
@@ -52,7 +69,8 @@ class OpenAI:
         await self._client.close()
 
     def _body(self, request: Request) -> dict[str, Any]:
-        content: list[dict[str, Any]] = [{"type": "text", "text": request.prompt}]
+        prompt = request.prompt.encode("utf-8", "replace").decode()  # lone surrogates cannot be sent
+        content: list[dict[str, Any]] = [{"type": "text", "text": prompt}]
         if request.send_image:
             kind, encoded = encode_image(request.image)
             data = base64.b64encode(encoded).decode()
@@ -60,21 +78,29 @@ class OpenAI:
         body: dict[str, Any] = {"model": self.model, "messages": [{"role": "user", "content": content}]}
         if self._settings.temperature is not None:
             body["temperature"] = self._settings.temperature
-        if self._settings.max_new_tokens is not None:
-            body["max_completion_tokens"] = self._settings.max_new_tokens
+        if self._settings.max_new_tokens is not None and (name := _LENGTHS[self._length]):
+            body[name] = self._settings.max_new_tokens
         if request.schema and self._settings.structured:
             schema = {"name": request.stage, "strict": True, "schema": request.schema}
             body["response_format"] = {"type": "json_schema", "json_schema": schema}
         return body
 
     async def ask(self, request: Request) -> Reply:
-        """Send one request; see `Provider.ask`."""
-        async with self._translate_errors(self._settings.timeout):
-            completion = await self._client.chat.completions.create(**self._body(request))
-        return self._parse(completion)
+        """Send one request; see `Provider.ask`. One whose name of the length is refused is sent again with the next."""
+        while True:
+            tried = self._length
+            async with self._translate_errors(self._settings.timeout, request):
+                try:
+                    response = await self._client.chat.completions.with_raw_response.create(**self._body(request))
+                    return read_reply(response.text, self._parse, self._key)
+                except openai.APIStatusError as error:
+                    name = _LENGTHS[tried]
+                    if not name or not refuses_length(error.status_code, decode_body(error.response.text), name):
+                        raise
+            self._length = max(self._length, tried + 1)
 
     @contextlib.asynccontextmanager
-    async def _translate_errors(self, timeout: float) -> AsyncIterator[None]:
+    async def _translate_errors(self, timeout: float, request: Request | None = None) -> AsyncIterator[None]:
         """Raise the SDK's errors as ours."""
         try:
             async with asyncio.timeout(timeout):  # the SDK's timeout is for each read
@@ -87,13 +113,53 @@ class OpenAI:
             ) from None
         except openai.APIStatusError as error:
             after = parse_retry_after(error.response.headers.get("retry-after"))
-            raise self._error_from_status(error.status_code, error.message, error.code, after) from None
+            raise self._fail(error.status_code, decode_body(error.response.text), after, request) from None
         except (
             openai.OpenAIError,
             ValueError,
+            KeyError,
+            TypeError,
             AttributeError,
         ) as error:  # another kind of response, such as a web page
             raise RetryableError(redact(f"{UNEXPECTED} ({error})", self._key)) from None
+
+    def _fail(
+        self, status: int | None, body: Any, retry_after: float | None = None, request: Request | None = None
+    ) -> AnnotationError:
+        """Return the error for a status and a body."""
+        sent = " ".join(key for key in self._body(request) if key != "messages") if request else ""
+        return sort_failure(status, body, f"openai:{self.model}", self._key, retry_after, sent=sent)
+
+    def _parse(self, body: Any) -> Reply:
+        """Return the reply of a completion of any shape that servers are known to send."""
+        if not isinstance(body, Mapping):
+            raise RetryableError(f"{UNEXPECTED} (no JSON object)")
+        usage = read_counts(
+            body.get("usage"), ("prompt_tokens", "input_tokens"), ("completion_tokens", "output_tokens")
+        )
+        tokens_in, tokens_out, counted = usage
+        choices = [choice for choice in _list(body.get("choices")) if isinstance(choice, Mapping)]
+        if not choices:
+            if error := body.get("error") or body.get("errors"):
+                raise self._fail(_status(error), body)
+            raise RetryableError(f"{UNEXPECTED} (no choices)")
+        choice = choices[0]
+        message = choice.get("message")
+        message = message if isinstance(message, Mapping) else {"content": message or choice.get("text")}
+        text, version = _text(message.get("content")), body.get("model")
+        reply = Reply(text, tokens_in, tokens_out, version if isinstance(version, str) else "", counted)
+        finish, refusal = str(choice.get("finish_reason") or "").lower(), message.get("refusal")
+        if error := choice.get("error") or (body.get("error") if not text.strip() else None):
+            failure = self._fail(_status(error), {"error": error})
+            failure.reply = reply
+            raise failure
+        if finish == "content_filter" or refusal:
+            raise UnusableError(redact(f"blocked ({refusal or finish})", self._key), reply)
+        if finish in ("length", "max_tokens"):
+            raise RefusedError(cut_off(self._settings.max_new_tokens), reply)
+        if not text.strip():
+            raise UnusableError("an empty reply", reply)
+        return reply
 
     # Batches.
 
@@ -106,15 +172,18 @@ class OpenAI:
 
     async def submit(self, file: Path, label: str) -> str:
         """Upload a file and create its batch; return its name."""
-        async with self._translate_errors(TRANSFER_TIMEOUT):
-            uploaded = await self._client.files.create(file=file, purpose="batch", timeout=TRANSFER_TIMEOUT)
-            batch = await self._client.batches.create(
-                input_file_id=uploaded.id,
-                endpoint="/v1/chat/completions",
-                completion_window="24h",
-                metadata={"label": label},
-            )
-            return batch.id
+        try:
+            async with self._translate_errors(TRANSFER_TIMEOUT):
+                uploaded = await self._client.files.create(file=file, purpose="batch", timeout=TRANSFER_TIMEOUT)
+                batch = await self._client.batches.create(
+                    input_file_id=uploaded.id,
+                    endpoint="/v1/chat/completions",
+                    completion_window="24h",
+                    metadata={"label": label},
+                )
+                return batch.id
+        except AnnotationError as error:
+            raise sort_submission(error) from None
 
     async def find_batch(self, label: str) -> str | None:
         """Return the name of the batch with our label, or None."""
@@ -127,13 +196,17 @@ class OpenAI:
     async def get_status(self, name: str) -> BatchStatus:
         """Return the state of a batch."""
         async with self._translate_errors(self._settings.timeout):
-            batch = await self._client.batches.retrieve(name)
-            errors = (batch.errors.data or []) if batch.errors else []
-            reason = "" if batch.status == "completed" else f"the batch is {batch.status}"
-            if errors and errors[0].message:
-                reason = redact(f"{reason}: {errors[0].message}", self._key)
-            files = tuple(file for file in (batch.output_file_id, batch.error_file_id) if file)
-            return BatchStatus(batch.status in ("completed", "failed", "expired", "cancelled"), reason, files)
+            response = await self._client.batches.with_raw_response.retrieve(name)
+            batch = json.loads(response.text)
+            state = str(batch["status"]).lower()
+            files = tuple(file for name in ("output_file_id", "error_file_id") if (file := batch.get(name)))
+            errors = batch.get("errors")
+        if state not in _ENDED and not files and not any(batch.get(name) for name in _ENDED_AT):
+            return BatchStatus(False)
+        errors = errors.get("data") if isinstance(errors, Mapping) else errors
+        words = redact(find_words(errors), self._key)
+        reason = "" if state == "completed" else f"the batch is {state}" + (f": {words}" if words else "")
+        return BatchStatus(True, reason, files, is_queue_full(f"{words} {errors}"))
 
     async def fetch_results(self, status: BatchStatus) -> list[tuple[str, Reply | AnnotationError]]:
         """Return (key, reply or error) of each request that has a result."""
@@ -141,54 +214,36 @@ class OpenAI:
         for file in status.result_files:
             async with self._translate_errors(TRANSFER_TIMEOUT):
                 content = await self._client.files.content(file, timeout=TRANSFER_TIMEOUT)
-            results += parse_result_lines(content.content, self._parse_result)
+            results += parse_result_lines(content.content, "custom_id", self._parse_result, self._key)
         return results
 
-    def _parse_result(self, line: bytes) -> tuple[str, Reply | AnnotationError] | None:
-        try:
-            row = json.loads(line)
-            key, response, error = row["custom_id"], row.get("response") or {}, row.get("error") or {}
-            if not isinstance(key, str):
-                return None
-            code, body = response.get("status_code"), response.get("body") or {}
-            if code == 200:
-                return key, self._parse(ChatCompletion.construct(**body))
-            if not response:  # the batch expired before this request was processed
-                return key, RetryableError(redact(f"{error.get('code')}: {error.get('message')}", self._key))
-            error = body.get("error") or error
-            return key, self._error_from_status(code or 500, str(error.get("message")), error.get("code"), None)
-        except AnnotationError as problem:
-            return key, problem
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return None
+    def _parse_result(self, row: Mapping[str, Any]) -> Reply:
+        response, error = row.get("response"), row.get("error")
+        response = response if isinstance(response, Mapping) else {}
+        code, body = response.get("status_code"), response.get("body")
+        if error or not response:  # it expired before this request was processed, say
+            raise self._fail(None, {"error": error})
+        if code in (200, None):
+            return self._parse(body)
+        raise self._fail(code if isinstance(code, int) else 500, body)
 
-    def _error_from_status(
-        self, code: int, message: str, kind: str | None, retry_after: float | None
-    ) -> AnnotationError:
-        text = redact(f"{code}: {message}", self._key)
-        if code in (408, 409, 429) or code >= 500:
-            if code == 429 and kind == "insufficient_quota":
-                return AccessError(text)
-            return RetryableError(f"the API returned status {code}", retry_after)
-        if code in (401, 403, 404):
-            return AccessError(f"openai:{self.model}: {text}")
-        return UnusableError(text)  # 400, 413, 422: concerns this request only
 
-    def _parse(self, completion: Any) -> Reply:
-        choices = getattr(completion, "choices", None)
-        if not choices:
-            raise RetryableError(f"{UNEXPECTED} (no choices)")
-        choice, usage = choices[0], completion.usage
-        reply = Reply(
-            choice.message.content or "",
-            usage.prompt_tokens if usage else 0,
-            usage.completion_tokens if usage else 0,
-            completion.model or "",
-        )
-        if choice.finish_reason == "content_filter" or choice.message.refusal:
-            raise UnusableError(f"blocked ({choice.message.refusal or choice.finish_reason})", reply)
-        if choice.finish_reason == "length":
-            raise UnusableError("cut off at the maximum length", reply)
-        if not reply.text.strip():
-            raise UnusableError("an empty reply", reply)
-        return reply
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _status(error: Any) -> int | None:
+    """Return the HTTP status that an error holds as its code, or None."""
+    code = error.get("code") or error.get("status") if isinstance(error, Mapping) else None
+    text = str(code)
+    return int(text) if text.isdecimal() and 400 <= int(text) < 600 else None
+
+
+def _text(content: Any) -> str:
+    """Return the words of a message's content: a text, or a list of parts, of which some are thoughts."""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, Mapping):
+        kind, text = content.get("type", "text"), content.get("text")
+        return text if kind in ("text", "output_text") and isinstance(text, str) else ""
+    return "".join(map(_text, _list(content)))

@@ -1,0 +1,231 @@
+"""Sort the failures of services: this request alone, this minute, or every request of the run; in the service's words."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from reverie_jax.hosted.interface import (
+    AccessError,
+    AnnotationError,
+    QueueFullError,
+    RefusedError,
+    Reply,
+    RetryableError,
+)
+from reverie_jax.hosted.providers.common import hide, redact
+
+_WORD_KEYS = ("error", "errors", "message", "detail", "details", "msg", "reason", "error_description", "title")
+"""Where services put their words, the first that holds some wins; `error` may be a text, an object or a list."""
+_MORE_KEYS = ("metadata", "details", "reasons", "violations", "quotaId", "raw", "error", "message")
+"""Where they say more."""
+_KIND_KEYS = ("code", "type", "status", "param")
+"""Their names of a failure, for sorting alone."""
+
+
+def _texts(*patterns: str) -> re.Pattern[str]:
+    return re.compile("|".join(patterns), re.IGNORECASE)
+
+
+_NO_CREDIT = _texts(
+    r"insufficient[\s_-]*(quota|credit|balance|fund)",
+    r"(not enough|out of|no|more|your|purchase|negative) (prepaid )?(credit|balance|funds)",
+    r"credit balance|payment|billing[\s_-]*(hard[\s_-]*limit|not[\s_-]*active|is (not|disabled))|in arrears",
+    r"(spend|usage|budget)(ing)?[\s_-]*(limit|cap)|account.{0,40}(suspended|deactivated|disabled|blocked)",
+)
+_USED_UP = _texts(r"per[\s_-]*(day|month)", r"\b(daily|monthly)\b", r"\b(RPD|TPD)\b", r"\blimit: 0\b")
+_NO_ACCESS = _texts(
+    r"api[\s_-]*key",
+    r"location is not supported|unsupported_country|country.{0,40}not supported|not available in your",
+    r"\b(invalid|unknown|unsupported|no such) model\b|\bmodel_not_found\b|not a valid model",
+    r"\bmodel\b[^.]{0,80}\b(not (been )?(found|exist|available|supported|allowed)|does(n't| not) exist|no longer|"
+    r"deprecated|decommissioned|retired|shut down)",
+    r"does(n't| not) support (image|vision|multimodal)s?( input)?\b(?! format)|not a multimodal model",
+)
+_MODERATED = _texts(
+    r"moderat|flagged|content[\s_-]*(policy|filter|management|exists risk)|safety|prohibited|inappropriate|sensitive",
+    r"data_?inspection|responsible ai|guardrail|usage polic",
+)
+_TOO_LONG = _texts(
+    r"context[\s_-]*(length|window)|(prompt|input|messages?).{0,30}too (long|large)|too many (input |prompt )?tokens|"
+    r"reduce the length|maximum number of tokens"
+)
+_THIS_MINUTE = _texts(r"rate[\s_-]*limit", r"too many requests", r"overloaded")
+_QUEUE_FULL = _texts(r"enqueued|too many.{0,20}batch|concurrent batch|batch.{0,20}(queue|limit)|token_limit_exceeded")
+_LENGTH = _texts(r"max_(completion_|output_|new_)?tokens|maxOutputTokens")
+_HINTS = (
+    (_texts(r"temperature"), "leave it out with --temperature none"),
+    (
+        _texts(
+            r"response_?(format|schema|mime_?type|json_?schema)|json_schema|json mode|structured|additionalProperties"
+        ),
+        "add --no-structured",
+    ),
+    (_LENGTH, "set --max-new-tokens"),
+)
+"""Parameters that a service may refuse, and what to do about it."""
+_NAME_REFUSED = _texts(
+    r"not (permitted|supported|allowed)|unsupported|unknown|un(recognized|expected)|extra|no such|invalid p"
+)
+
+
+def _walk(body: Any, keys: tuple[str, ...], depth: int = 0) -> Iterator[str]:
+    """Yield the texts at some keys of a body, however deep."""
+    if isinstance(body, str):
+        if body.lstrip().startswith(("{", "[")) and depth < 8:  # OpenRouter quotes the error of the service behind it
+            try:
+                yield from _walk(json.loads(body), keys, depth + 1)
+                return
+            except (ValueError, RecursionError):
+                pass
+        yield body
+    elif isinstance(body, list) and depth < 8:
+        for item in body[:5]:
+            yield from _walk(item, keys, depth + 1)
+    elif isinstance(body, Mapping) and depth < 8:
+        for key in keys:
+            if key in body:
+                yield from _walk(body[key], keys, depth + 1)
+    elif isinstance(body, int) and not isinstance(body, bool):
+        yield str(body)
+
+
+def _messages(body: Any, depth: int = 0) -> Iterator[str]:
+    """Yield the service's sentences; an error of a field has the field before it."""
+    if isinstance(body, list) and depth < 8:
+        for item in body[:5]:
+            yield from _messages(item, depth + 1)
+    elif isinstance(body, Mapping) and depth < 8:
+        place = body.get("loc")
+        where = ".".join(map(str, place)) + ": " if isinstance(place, list) else ""
+        for key in _WORD_KEYS:
+            found = [text for text in _messages(body[key], depth + 1) if text] if key in body else []
+            if found:
+                yield from (f"{where}{text}" for text in found)
+                break
+        yield from _walk({key: body[key] for key in ("metadata", "details") if key in body}, _MORE_KEYS)
+    elif isinstance(body, str):
+        yield _strip_page(body)
+
+
+def _strip_page(text: str) -> str:
+    """Return the words of a web page; another text is left as it is."""
+    if not text.lstrip()[:200].lower().startswith(("<!doctype", "<html", "<head", "<body", "<?xml")):
+        return text
+    text = re.sub(r"<(script|style)\b.*?</\1>", " ", text, flags=re.DOTALL | re.IGNORECASE)
+    return re.sub(r"<[^>]*>", " ", text)
+
+
+def find_words(body: Any) -> str:
+    """Return what a service says, of a decoded body of any shape: in one line, empty if it says nothing."""
+    return "; ".join(dict.fromkeys(" ".join(text.split()) for text in _messages(body) if text.strip()))
+
+
+def decode_body(text: str) -> Any:
+    """Return a body as JSON, or as it is."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def refuses_length(status: int, body: Any, name: str) -> bool:
+    """Return whether a service refuses the name of the parameter that limits a reply's length, whatever its value."""
+    words = find_words(body)
+    return status in (400, 422) and re.search(rf"\b{name}\b", words) is not None and bool(_NAME_REFUSED.search(words))
+
+
+def sort_failure(
+    status: int | None, body: Any, source: str, secret: str, retry_after: float | None = None, *, sent: str = ""
+) -> AnnotationError:
+    """Return the error for a failed request.
+
+    Args:
+        status: HTTP status; None if the service gave none with its error.
+        body: The decoded body, of any shape.
+        source: "provider:model", for messages.
+        secret: The API key, which the service may quote.
+        retry_after: Seconds to wait, if the service says so.
+        sent: Names of optional parameters that were sent; a refusal of one is a reason for every request.
+    """
+    words = redact(find_words(body), secret)
+    text = f"{status or 'error'}: {words}" if words else f"status {status}" if status else "an error without a word"
+    every = AccessError(f"{source}: {text}")
+    kinds = " ".join([words, *_walk(body, (*_WORD_KEYS, *_MORE_KEYS, *_KIND_KEYS))])
+    if status == 402 or _NO_CREDIT.search(kinds) or (status in (None, 403, 429) and _USED_UP.search(kinds)):
+        return every
+    if status == 413:
+        return RefusedError(text)
+    if (status is None or 400 <= status < 500) and status not in (401, 404, 408, 429) and _MODERATED.search(kinds):
+        return RefusedError(text)
+    if status is None:
+        return every if _NO_ACCESS.search(kinds) else RetryableError(text, retry_after)
+    if status == 403:
+        return RetryableError(text, retry_after) if _THIS_MINUTE.search(words) else every
+    if status in (408, 409, 425, 429, 498, 499) or (status >= 500 and status != 501):
+        return RetryableError(text, retry_after)
+    if status not in (401, 403, 404, 405, 407, 410, 501, *range(300, 400)):
+        if _TOO_LONG.search(words):
+            return RefusedError(text)
+        for pattern, hint in _HINTS:
+            if pattern.search(sent) and pattern.search(kinds):
+                return AccessError(f"{source}: {text}; {hint}")
+        if _NO_ACCESS.search(kinds):
+            return every
+        return RetryableError(text, retry_after) if _THIS_MINUTE.search(words) else RefusedError(text)
+    return every
+
+
+def sort_submission(failure: AnnotationError) -> AnnotationError:
+    """Return the error for a batch that could not be submitted: a queue that is full takes a smaller one."""
+    reason = str(failure)
+    if isinstance(failure, AccessError) or not (_QUEUE_FULL.search(reason) or reason.startswith(("413", "429"))):
+        return failure
+    return QueueFullError(reason, getattr(failure, "retry_after", None))
+
+
+def is_queue_full(words: str) -> bool:
+    """Return whether a batch failed because too much is enqueued."""
+    return _QUEUE_FULL.search(words) is not None
+
+
+def read_reply(raw: str, parse: Callable[[Any], Reply], secret: str) -> Reply:
+    """Parse a body; what cannot be read keeps its raw text, because it may be paid for."""
+    body = decode_body(raw)
+    try:
+        return parse(body)
+    except AnnotationError as error:
+        if error.reply is None:
+            error.reply = Reply(hide(raw, secret), counted=False)
+        raise
+    except Exception as error:
+        raw = hide(raw, secret)
+        raise RefusedError(f"the reply cannot be read ({type(error).__name__})", Reply(raw, counted=False)) from None
+
+
+def read_counts(
+    usage: Any, inputs: tuple[str, ...], outputs: tuple[str, ...], thoughts: tuple[str, ...] = ()
+) -> tuple[int, int, bool]:
+    """Return (input tokens, output tokens, whether both were counted) of a usage object of any shape.
+
+    Args:
+        usage: As the service sent it.
+        inputs: Names of the input count; the first that is there counts.
+        outputs: Names of the output count, likewise.
+        thoughts: Names of the count of thoughts, where the output count leaves them out.
+    """
+
+    def find(names: tuple[str, ...]) -> int | None:
+        counts = (_count(usage.get(name)) for name in names) if isinstance(usage, Mapping) else ()
+        return next((count for count in counts if count is not None), None)
+
+    given, made, thought = find(inputs), find(outputs), find(thoughts)
+    return given or 0, (made or 0) + (thought or 0), given is not None and made is not None
+
+
+def _count(value: Any) -> int | None:
+    if isinstance(value, str) and value.strip().isdecimal():
+        return int(value)
+    return int(value) if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e12 else None

@@ -1,0 +1,323 @@
+"""What services send when something is wrong, or odd: sorted right, in their words, and no paid reply is lost."""
+
+from __future__ import annotations
+
+import json
+import random
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from reverie_jax.errors import UserError
+from reverie_jax.hosted.interface import (
+    AccessError,
+    AnnotationError,
+    RefusedError,
+    Reply,
+    RequestSettings,
+    RetryableError,
+    UnusableError,
+)
+from reverie_jax.hosted.providers import open_provider
+from reverie_jax.hosted.providers.common import parse_result_lines
+from reverie_jax.hosted.providers.failures import find_words, read_reply, sort_failure
+from reverie_jax.hosted.throttle import Limits
+from tests.hosted import helpers
+from tests.hosted.helpers import Memory, make_task, reply_to, secret_of, send
+from tests.hosted.server import Server
+from tests.hosted.test_providers import ANSWER, ask
+
+pytestmark = pytest.mark.usefixtures("keys", "sdks")
+ITEM, RUN, MINUTE = RefusedError, AccessError, RetryableError
+
+
+def openai_error(message: Any, **more: Any) -> dict[str, Any]:
+    return {"error": {"message": message, **more}}
+
+
+def google_error(code: int, message: str, quota: str = "") -> dict[str, Any]:
+    details = [{"@type": "QuotaFailure", "violations": [{"quotaId": quota}]}, {"retryDelay": "0.4s"}]
+    return {"error": {"code": code, "message": message, "details": details if quota else []}}
+
+
+PLAN = "You exceeded your current quota, please check your plan and billing details."
+STRICT = {"detail": [{"type": "extra_forbidden", "loc": ["body", "seed"], "msg": "Extra inputs are not permitted"}]}
+PAGE = b"<!DOCTYPE html><html><head><style>a {}</style><title>502</title></head><body><b>Bad gateway</b></body></html>"
+FAILURES: list[tuple[str, int, Any, type[AnnotationError], str]] = [
+    # Every request of the run: the key, the credit, the quota of the day, the model, the address.
+    (
+        "openai",
+        401,
+        openai_error("Incorrect API key: {start}***{end}, not {key}.", code="invalid_api_key"),
+        RUN,
+        "tiny: 401",
+    ),
+    ("openai", 402, openai_error("Insufficient Balance", code="invalid_request_error"), RUN, "Insufficient Balance"),
+    ("openai", 200, openai_error("Insufficient credits", code=402), RUN, "402: Insufficient credits"),
+    ("openai", 200, {"error": "Invalid API key"}, RUN, "Invalid API key"),
+    ("openai", 429, openai_error(PLAN, type="insufficient_quota", code="insufficient_quota"), RUN, "current quota"),
+    ("openai", 429, openai_error("Rate limit exceeded: free-models-per-day", code=429), RUN, "per-day"),
+    ("openai", 403, openai_error("Country, region, or territory not supported"), RUN, "territory"),
+    ("openai", 404, openai_error("The model `tiny` does not exist", code="model_not_found"), RUN, "does not exist"),
+    ("openai", 404, {"detail": "Not Found"}, RUN, "Not Found"),
+    ("openai", 400, openai_error("tiny is not a valid model ID", code=400), RUN, "not a valid model"),
+    ("openai", 400, {"message": "model tiny does not support image input"}, RUN, "image input"),
+    ("openai", 405, b"", RUN, "405"),
+    ("gemini", 400, google_error(400, "API key not valid. Please pass a valid API key."), RUN, "not valid"),
+    ("gemini", 400, google_error(400, "User location is not supported for the API use."), RUN, "location"),
+    ("gemini", 404, google_error(404, "models/tiny is not found for API version v1beta"), RUN, "not found"),
+    ("gemini", 429, google_error(429, f"{PLAN} limit: 0", "GenerateRequestsPerDayPerProject"), RUN, "PerDay"),
+    ("gemini", 200, google_error(403, "Generative Language API has not been used"), RUN, "has not been used"),
+    # This request alone.
+    ("openai", 400, openai_error("Request of {key} could not be processed."), ITEM, "could not be processed"),
+    ("openai", 400, openai_error("Rejected by our safety system", code="content_policy_violation"), ITEM, "safety"),
+    ("openai", 403, openai_error("Your input was flagged", metadata={"reasons": ["violence"]}), ITEM, "violence"),
+    ("openai", 413, b"<html><h1>413 Request Entity Too Large</h1></html>", ITEM, "Too Large"),
+    ("openai", 422, STRICT, ITEM, "body.seed: Extra inputs"),
+    ("openai", 400, {"object": "error", "message": "This model's maximum context length is 4096"}, ITEM, "4096"),
+    ("openai", 200, openai_error("Content flagged by moderation", code=403), ITEM, "flagged"),
+    ("gemini", 400, google_error(400, "Unable to process input image."), ITEM, "input image"),
+    ("gemini", 400, google_error(400, "The input token count exceeds the maximum number of tokens"), ITEM, "token"),
+    # This minute.
+    ("openai", 429, openai_error("Rate limit reached on requests per min (RPM)"), MINUTE, "RPM"),
+    ("openai", 429, {"detail": "Too many requests"}, MINUTE, "429: Too many"),
+    ("openai", 200, openai_error("Provider returned error", code=429), MINUTE, "Provider returned"),
+    ("openai", 200, openai_error("Internal", metadata={"raw": '{"error": {"message": "busy {key}"}}'}), MINUTE, "busy"),
+    ("openai", 502, PAGE, MINUTE, "Bad gateway"),
+    ("openai", 503, {"error": "no healthy upstream"}, MINUTE, "no healthy upstream"),
+    ("openai", 529, openai_error("Overloaded"), MINUTE, "529"),
+    ("openai", 200, {"choices": []}, MINUTE, "no choices"),
+    ("openai", 200, [], MINUTE, "response"),
+    ("openai", 200, PAGE, MINUTE, "response"),
+    ("gemini", 429, google_error(429, f"{PLAN} limit: 15", "GenerateRequestsPerMinute"), MINUTE, "PerMinute"),
+    ("gemini", 503, google_error(503, "The model is overloaded. Please try again later."), MINUTE, "overloaded"),
+    ("gemini", 500, PAGE, MINUTE, "Bad gateway"),
+    ("gemini", 200, PAGE, MINUTE, "response"),
+]
+
+
+@pytest.mark.parametrize(("provider", "status", "body", "kind", "words"), FAILURES)
+def test_failures(provider, status, body, kind, words):
+    """Each is sorted right and said in the service's words, in one line, without the key."""
+    secret = secret_of(provider)
+    sent = (
+        body
+        if isinstance(body, bytes)
+        else json.loads(
+            json.dumps(body).replace("{key}", secret).replace("{start}", secret[:8]).replace("{end}", secret[-4:])
+        )
+    )
+    with Server(lambda call: ANSWER, lambda call: (status, sent)) as server:
+        with pytest.raises(kind, match=words) as caught:
+            ask(server, provider)
+        assert len(server.calls) == 1
+    assert type(caught.value) is kind
+    assert not any(part in str(caught.value) for part in (secret, secret[:8], secret[-4:], "\n", "<"))
+    if status == 200:
+        assert caught.value.reply is not None
+        assert secret not in caught.value.reply.text
+
+
+PARAMETERS = [
+    (
+        {"temperature": 0.2},
+        "Unsupported value: 'temperature' does not support 0.2 with this model.",
+        "--temperature none",
+    ),
+    (
+        {},
+        "Invalid parameter: 'response_format' of type 'json_schema' is not supported with this model.",
+        "--no-structured",
+    ),
+    ({"max_new_tokens": 9}, "max_completion_tokens is too large: 9", "--max-new-tokens"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message", "option"), PARAMETERS)
+def test_a_refused_parameter_names_its_option(settings, message, option):
+    """It would be refused with every request; where it was not sent, the words mean this request."""
+    with Server(lambda call: ANSWER, lambda call: (400, openai_error(message))) as server:
+        with pytest.raises(AccessError, match=option):
+            ask(server, "openai", **settings)
+        with pytest.raises(RefusedError):
+            ask(server, "openai", structured=False)
+        assert len(server.calls) == 2
+
+
+@pytest.mark.parametrize("known", ["max_completion_tokens", "max_tokens", "neither"])
+def test_the_limit_of_a_reply_is_sent_under_the_name_that_a_server_knows(known):
+    def plan(call: Any) -> Any:
+        strange = [name for name in ("max_completion_tokens", "max_tokens") if name in call.body and name != known]
+        detail = [{"loc": ["body", *strange], "msg": "Extra inputs are not permitted"}]
+        return (422, {"object": "error", "message": {"detail": detail}}) if strange else None
+
+    with Server(lambda call: ANSWER, plan) as server:
+        assert ask(server, "openai", max_new_tokens=9).text == ANSWER
+        assert [server.calls[-1].body.get(name) for name in ("max_completion_tokens", "max_tokens")] == [
+            9 if known == "max_completion_tokens" else None,
+            9 if known == "max_tokens" else None,
+        ]
+
+
+# Odd replies.
+
+
+def completion(message: Any, usage: Any = None, **choice: Any) -> dict[str, Any]:
+    return {"choices": [{"message": message, "finish_reason": "stop"} | choice], "usage": usage, "model": "m-1"}
+
+
+def candidate(parts: Any, usage: Any = None, **more: Any) -> dict[str, Any]:
+    return {"candidates": [{"content": {"parts": parts}, "finishReason": "STOP"} | more], "usageMetadata": usage}
+
+
+COUNTED = {"prompt_tokens": 3, "completion_tokens": 2}
+THOUGHT = {"type": "thinking", "thinking": [{"type": "text", "text": "Let me look."}]}
+ODD: list[tuple[str, Any, tuple[int, int, bool]]] = [
+    ("openai", completion({"content": "yes"}), (0, 0, False)),
+    ("openai", completion({"content": "yes"}, {}), (0, 0, False)),
+    ("openai", completion({"content": "yes"}, []), (0, 0, False)),
+    ("openai", completion({"content": "yes"}, {"prompt_tokens": 3, "completion_tokens": None}), (3, 0, False)),
+    ("openai", completion({"content": "yes"}, {"input_tokens": "3", "output_tokens": 2.0}), (3, 2, True)),
+    ("openai", completion({"content": "yes"}, {"prompt_tokens": -1, "completion_tokens": True}), (0, 0, False)),
+    ("openai", completion({"content": [THOUGHT, {"type": "text", "text": "yes"}]}, COUNTED), (3, 2, True)),
+    ("openai", completion({"content": ["y", {"type": "output_text", "text": "es"}, None]}, COUNTED), (3, 2, True)),
+    ("openai", completion({"content": "yes", "reasoning_content": "Hm."}, COUNTED), (3, 2, True)),
+    ("openai", completion(None, COUNTED, text="yes"), (3, 2, True)),
+    ("openai", completion({"content": "yes"}, COUNTED, finish_reason=None), (3, 2, True)),
+    ("openai", {**completion({"content": "yes"}, COUNTED), "error": None, "model": None, "id": 7}, (3, 2, True)),
+    ("gemini", candidate([{"text": "yes"}]), (0, 0, False)),
+    ("gemini", candidate([{"text": "yes"}], {"promptTokenCount": 3}), (3, 0, False)),
+    (
+        "gemini",
+        candidate(
+            [{"text": "Hm.", "thought": True}, {"text": "y"}, {"inlineData": {}}, None, {"text": "es"}],
+            {"promptTokenCount": 3, "candidatesTokenCount": 2, "thoughtsTokenCount": 5},
+        ),
+        (3, 7, True),
+    ),
+    ("gemini", candidate([{"text": "yes"}], COUNTED, finishReason=None, safetyRatings="none"), (0, 0, False)),
+]
+
+
+@pytest.mark.parametrize(("provider", "body", "counts"), ODD)
+def test_odd_replies_are_read(provider, body, counts, tmp_path):
+    """Directly, and as a batch's line; counts that are missing are 0, and said to be missing."""
+    with Server(lambda call: ANSWER, lambda call: (200, body)) as server:
+        reply = ask(server, provider)
+    assert (reply.text, reply.tokens_in, reply.tokens_out, reply.counted) == ("yes", *counts)
+    row = {"custom_id": "k", "response": {"status_code": 200, "body": body}}
+    if provider == "gemini":
+        row = {"key": "k", "response": body}
+    opened = open_provider(f"{provider}:m", RequestSettings(), helpers.SECRETS)
+    assert parse_result_lines(json.dumps(row).encode(), next(iter(row)), opened._parse_result, "secret") == [
+        ("k", reply)
+    ]
+
+
+UNUSABLE: list[tuple[str, Any, type[AnnotationError], str]] = [
+    ("openai", completion({"content": ""}, COUNTED, finish_reason="length"), RefusedError, "--max-new-tokens"),
+    ("openai", completion({"content": None}, COUNTED, finish_reason="content_filter"), UnusableError, "blocked"),
+    ("openai", completion({"content": None, "refusal": "No."}, COUNTED), UnusableError, "No."),
+    ("openai", completion({"content": None}, COUNTED), UnusableError, "empty"),
+    ("openai", completion(None, COUNTED), UnusableError, "empty"),
+    ("openai", completion({"content": {"a": 1}}, COUNTED), UnusableError, "empty"),
+    ("openai", completion({"content": "ye"}, COUNTED, error={"code": 502, "message": "Gone."}), RetryableError, "Gone"),
+    ("gemini", candidate([], finishReason="MAX_TOKENS"), RefusedError, "--max-new-tokens"),
+    ("gemini", candidate(None, finishReason="SAFETY"), UnusableError, "SAFETY"),
+    ("gemini", candidate([{"text": "y"}], finishReason="NEW_REASON"), UnusableError, "NEW_REASON"),
+    ("gemini", {"promptFeedback": {"blockReason": "OTHER"}}, RefusedError, "OTHER"),
+    ("gemini", {"candidates": [None]}, UnusableError, "empty"),
+    ("gemini", {}, UnusableError, "empty"),
+]
+
+
+@pytest.mark.parametrize(("provider", "body", "kind", "words"), UNUSABLE)
+def test_unusable_replies_are_kept(provider, body, kind, words):
+    """And their tokens; a length that thoughts used up names the option."""
+    with Server(lambda call: ANSWER, lambda call: (200, body)) as server, pytest.raises(kind, match=words) as caught:
+        ask(server, provider, max_new_tokens=7)
+    assert type(caught.value) is kind
+    assert caught.value.reply is not None
+    if provider == "openai":
+        assert caught.value.reply.tokens_in == 3
+
+
+# Any reply.
+
+KEYS = [
+    "error",
+    "errors",
+    "message",
+    "detail",
+    "code",
+    "status",
+    "type",
+    "choices",
+    "content",
+    "text",
+    "parts",
+    "usage",
+]
+KEYS += ["response", "body", "status_code", "custom_id", "key", "candidates", "finishReason", "usageMetadata"]
+TEXTS = ["", "yes", "\ud83d", "length", "402", "quota per day", "flagged", "<html>", "MAX_TOKENS", "SECRET-KEY-123"]
+leaves = st.none() | st.booleans() | st.sampled_from([0, 200, 429, -1, 0.5, float("inf"), *TEXTS])
+bodies = st.recursive(
+    leaves,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=5),
+    max_leaves=12,
+)
+
+
+@given(st.sampled_from(["openai", "gemini"]), st.sampled_from([None, 200, 301, 400, 403, 429, 500]), bodies)
+def test_any_body_is_a_reply_or_a_sorted_failure(provider, status, body):
+    """No other exception; what a 200 holds is kept; no message holds the key."""
+    opened = open_provider(f"{provider}:m", RequestSettings(), helpers.SECRETS | {"OPENAI_API_KEY": "SECRET-KEY-123"})
+    raw = json.dumps(body)
+    try:
+        kept: Reply | None = read_reply(raw, opened._parse, "SECRET-KEY-123")
+    except AnnotationError as error:
+        kept = error.reply
+    assert isinstance(kept, Reply)
+    failure = sort_failure(status, body, "source", "SECRET-KEY-123", sent="temperature response_format")
+    assert "SECRET-KEY-123" not in str(failure)
+    assert "\n" not in find_words(body)
+    rows = [{"custom_id": "k", "response": body}, {"key": "k", "response": body}, {"key": "k", "custom_id": "k"}]
+    name = "custom_id" if provider == "openai" else "key"
+    content = "\n".join(map(json.dumps, [*rows, body])).encode()
+    results = parse_result_lines(content, name, opened._parse_result, "SECRET-KEY-123")
+    assert [key for key, _ in results][:2] == ["k", "k"]
+    assert all(isinstance(result, Reply) or result.reply is not None for _, result in results)
+
+
+@given(st.integers(0, 10**6))
+def test_hopeless_requests_are_sent_once(seed):
+    """Whatever comes before or between: a usable or a hopeless reply is the last one, an access error ends the run."""
+    rng = random.Random(seed)
+    ends = {"usable": None, "item": RefusedError("flagged"), "run": AccessError("no credit")}
+    again = {"minute": RetryableError("503"), "unusable": UnusableError("empty", Reply(""))}
+    plan = {n: [rng.choice([*ends, *again, *again]) for _ in range(12)] for n in range(4)}
+
+    def fault(call: Any) -> Any:
+        return (ends | again)[plan[int(call.text.split()[1].rstrip("?"))][call.attempt - 1]]
+
+    limits = Limits(concurrency=2, max_unusable=3, max_retries=3, backoff=0.0, max_backoff=0.0)
+    with tempfile.TemporaryDirectory() as folder, Memory(reply_to, fault) as server:
+        tasks = [make_task(number, "openai:tiny") for number in range(4)]
+        try:
+            outcome, _ = send(Path(folder), tasks, ["openai:tiny"], limits)
+        except UserError:  # no credit
+            outcome = None
+        sent = Counter(int(call.text.split()[1].rstrip("?")) for call in server.calls)
+    for number, count in sent.items():
+        done = plan[number][:count]
+        assert not set(done[:-1]) & set(ends)
+        assert done.count("unusable") <= 3
+        assert done.count("minute") <= 4
+    if outcome is not None:
+        assert outcome.usable == sum(plan[number][count - 1] == "usable" for number, count in sent.items())
+        assert len(outcome.failed) == 4 - outcome.usable
