@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from reverie_jax.data import sources
-from reverie_jax.data.conversation import ImageRecord
+from reverie_jax.data.conversation import IMAGE, ImageRecord, Turn
 from reverie_jax.data.images import decode, describe_conversion, is_deep
 from reverie_jax.data.pipeline import TreeBuilder
 from reverie_jax.data.preferences import DPOConfig
@@ -161,9 +161,16 @@ class _Checker:
                 return add("too long", f"{length} tokens; the model's context is {self.processor.context}")
             if is_untaught(example.conversation, tokens):
                 return add("untaught", UNTAUGHT)
+            if special := self._special_token(turns):
+                add("special token", f"a text holds {special}, which the tokenizer takes for the mark itself", False)
             if missing := untaught_turns(example.conversation, self.processor.encoder):
                 add("partly untaught", f"nothing is supervised of turns {', '.join(map(str, missing))}", False)
         return problems
+
+    def _special_token(self, turns: Sequence[Turn]) -> str | None:
+        """Return a special token of the tokenizer, as </s>, that a text holds."""
+        tokens = getattr(self.processor and self.processor.encoder.tokenizer, "all_special_tokens", ())
+        return next((token for token in tokens if token != IMAGE and any(token in turn.text for turn in turns)), None)
 
     def _check_image(self, example: Example) -> Problem | None:
         if example.encoded:
@@ -191,7 +198,8 @@ def _check_fit(examples: Sequence[Example], builder: TreeBuilder) -> list[Proble
     try:
         builder.build(_record(examples))
     except UserError as error:
-        return [Problem(examples[0].where, examples[0].image, "too long", str(error))]
+        reason = str(error).removeprefix(f"record {examples[0].where}: ").partition("; raise ")[0]
+        return [Problem(examples[0].where, examples[0].image, "too long", reason)]
     return []
 
 

@@ -34,7 +34,7 @@ class Rows:
     """The rows of a file, read anew in each pass and never all at once.
 
     A file is a JSON list; a JSON object of rows by id (each row gets its id as `pid`); JSON lines, if its name ends in
-    `.jsonl` or its first line is a row by itself (as in POPE's `.json` files); or Parquet, if it ends in `.parquet`. A byte
+    `.jsonl` (but for a list) or its first line is a row by itself (as in POPE's `.json` files); or Parquet, if it ends in `.parquet`. A byte
     order mark at the beginning, as Windows writes it, is skipped.
 
     Args:
@@ -52,12 +52,12 @@ class Rows:
         Raises:
             OSError: The file cannot be read.
         """
-        if self.path.suffix == ".parquet":
+        suffix = self.path.suffix.lower()
+        if suffix == ".parquet":
             return "parquet"
-        if self.path.suffix == ".jsonl":
-            return "lines"
         with open_json(self.path) as file:
-            return _detect_form(file)
+            form = _detect_form(file)
+        return "lines" if suffix == ".jsonl" and form != "list" else form
 
     def __iter__(self) -> Iterator[Any]:
         """Yield each row; those of an object with their id as `pid`.
@@ -266,8 +266,14 @@ def _detect_form(file: IO[bytes]) -> Form:
     """Return the form of a file of JSON from its beginning; nothing if it is neither list nor object."""
     while (start := file.read(1)) and start in _SPACE:
         pass
+    if start == b"[":
+        return (
+            "lines"
+            if _is_json(start + file.readline(_MAX_LINE_BYTES)) and file.read(len(_SPACE)).strip(_SPACE)
+            else "list"
+        )
     if start != b"{":
-        return "list" if start == b"[" else ""
+        return ""
     try:
         first = json.loads(start + file.readline(_MAX_LINE_BYTES))
     except (ValueError, RecursionError):
@@ -277,6 +283,14 @@ def _detect_form(file: IO[bytes]) -> Form:
         return "object"
     more = any(line.strip(_SPACE) for line in file)
     return "lines" if more or 2 * rows <= len(first) else "object"
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _json_lines(file: IO[bytes]) -> Iterator[Any]:

@@ -237,6 +237,14 @@ def test_the_command(annotations, tmp_path, reverie):
     assert (code, "7 rows" in out) == (0, True)
 
 
+def test_special_tokens_in_texts_are_said(tmp_path):
+    rows = [llava_row(None), llava_row(None, "Q?", "One</s>two"), llava_row(None, "<s>Q?", "A.")]
+    report = checking.check(write_json_rows(tmp_path / "rows.json", rows), None, loading.load_processor("scenes-base"))
+    assert [(problem.where[-5:], problem.kind, problem.fatal) for problem in report.problems] == [
+        ("row 1", "special token", False), ("row 2", "special token", False)
+    ]  # fmt: skip
+
+
 def test_the_command_takes_the_recipe_of_the_run(tmp_path, reverie):
     path = write_json_rows(
         tmp_path / "rows.json", [llava_row(None), llava_row(None, "Q?", "there is a red cup. " * 60)]

@@ -92,6 +92,7 @@ def test_parquet_rows_are_the_same_in_each_pass(tmp_path):
         ('\ufeff{"7": {"a": 1}}', [{"pid": "7", "a": 1}]),
         ('\ufeff{"a": 1}\r\n\ufeff{"a": 2}', [{"a": 1}, {"a": 2}]),
         ('{"a": {"b": 1}, "c": 2}\r\n{"a": 2}\r\n', [{"a": {"b": 1}, "c": 2}, {"a": 2}]),
+        ('["a.png"]\n["b.png"]\n', [["a.png"], ["b.png"]]),
         (f'[{{"a": {"[" * 500}{"]" * 500}}}]', None),  # deeper than anyone writes
     ],
     ids=lambda value: repr(value)[:25],
@@ -119,7 +120,6 @@ BROKEN = {
     "truncated line": ("a.jsonl", f'{GOOD}\n{{"id": 2, "conv'),
     "garbage in a line": ("a.jsonl", f"{GOOD}\n{GOOD} garbage\n"),
     "NaN in a line": ("a.jsonl", '{"a": -Infinity}\n'),
-    "a list of lines": ("a.jsonl", f"[{GOOD},\n{GOOD}]"),
     "no lines": ("a.jsonl", "\n \n"),
     "deep lines": ("a.jsonl", "[" * 100_000 + "]" * 100_000),
     "not UTF-8": ("a.json", b'[{"a": "\xff"}]'),
@@ -260,6 +260,12 @@ def test_some_rows_are_written_in_the_form_they_have(tmp_path_factory, form, dat
     if form == "lines":
         lines = source.read_bytes().splitlines()
         assert path.read_bytes().splitlines() == [line for number, line in enumerate(lines) if number not in drop]
+
+
+@pytest.mark.parametrize("content", [f"[{GOOD},\n{GOOD}]", f"[{GOOD}, {GOOD}]\n"])
+def test_a_list_is_a_list_whatever_its_name(tmp_path, content):
+    (tmp_path / "a.JSONL").write_text(content)
+    assert read_rows(tmp_path / "a.JSONL") == [llava_row("a.png")] * 2
 
 
 def test_minimum_of_rows(tmp_path):
