@@ -34,8 +34,8 @@ class Rows:
     """The rows of a file, read anew in each pass and never all at once.
 
     A file is a JSON list; a JSON object of rows by id (each row gets its id as `pid`); JSON lines, if its name ends in
-    `.jsonl` (but for a list) or its first line is a row by itself (as in POPE's `.json` files); or Parquet, if it ends in `.parquet`. A byte
-    order mark at the beginning, as Windows writes it, is skipped.
+    `.jsonl` (but for a list) or its first line is a row by itself, as in POPE's `.json` files; or Parquet, if its name ends
+    in `.parquet`. A byte order mark at the beginning, as Windows writes it, is skipped.
 
     Args:
         path: The file.
@@ -267,11 +267,8 @@ def _detect_form(file: IO[bytes]) -> Form:
     while (start := file.read(1)) and start in _SPACE:
         pass
     if start == b"[":
-        return (
-            "lines"
-            if _is_json(start + file.readline(_MAX_LINE_BYTES)) and file.read(len(_SPACE)).strip(_SPACE)
-            else "list"
-        )
+        several = _is_json(start + file.readline(_MAX_LINE_BYTES)) and _has_more(file)
+        return "lines" if several else "list"
     if start != b"{":
         return ""
     try:
@@ -281,8 +278,11 @@ def _detect_form(file: IO[bytes]) -> Form:
     rows = sum(isinstance(value, dict) for value in first.values())
     if rows == len(first):
         return "object"
-    more = any(line.strip(_SPACE) for line in file)
-    return "lines" if more or 2 * rows <= len(first) else "object"
+    return "lines" if _has_more(file) or 2 * rows <= len(first) else "object"
+
+
+def _has_more(file: IO[bytes]) -> bool:
+    return any(line.strip(_SPACE) for line in file)
 
 
 def _is_json(line: bytes) -> bool:
