@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from reverie_jax.cli import common
+from reverie_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,18 +43,24 @@ class Train:
 
     def run(self) -> None:
         """Run the command."""
+        self._check()
         from reverie_jax.data.records import RecordSource
         from reverie_jax.loading import lacks_projector, load_model, load_with_projector
         from reverie_jax.train import recipes
+        from reverie_jax.train.checkpoint import find_progress
         from reverie_jax.train.distributed import join
         from reverie_jax.train.loop import finetune
         from reverie_jax.train.metrics import serve
 
         join(self.distributed)
-        recipe = recipes.override(recipes.read_recipe(self.recipe), self.set)
+        recipe = recipes.override(recipes.read_recipe(self.recipe), common.joined(self.set))
         records = RecordSource(self.data)
         mesh = common.parse_mesh(self.mesh)
         placement: Any = {"mesh": mesh, "dtype": common.parse_dtype(self.dtype)}
+        progress = find_progress(self.out, recipe, records, resume=self.resume)
+        if progress is not None and progress.is_complete:
+            print(f"already complete, {progress.steps} of {progress.steps} steps: {self.out}")
+            return
         if recipe.trainable == "projector" and self.adapter is None and lacks_projector(self.model, self.components):
             kind = recipe.projector_type
             model, processor = load_with_projector(
@@ -78,6 +85,20 @@ class Train:
             f"{result.steps} steps in {result.seconds:.0f} s on {stats.records} images "
             f"({stats.tokens:,} tokens in trees, {stats.flat_tokens:,} without prefix sharing): {self.out}"
         )
+
+    def _check(self) -> None:
+        """Check what needs no import of JAX: those take seconds.
+
+        Raises:
+            UserError: an option is invalid, or a file is missing.
+        """
+        if self.recipe.endswith((".yaml", ".yml")) and not Path(self.recipe).is_file():
+            raise UserError(f"{self.recipe}: no such file; `reverie recipes NAME > my.yaml` writes a recipe")
+        if not self.data.is_dir():
+            raise UserError(f"{self.data}: no such folder; `reverie data build` writes records")
+        common.check_choice(("auto", *common.DTYPES), dtype=self.dtype)
+        if self.out.exists() and not self.out.is_dir():
+            raise UserError(f"{self.out}: is a file; --out takes a folder")
 
 
 def field_help() -> str:

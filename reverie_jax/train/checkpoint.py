@@ -2,36 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import logging
 import os
 import shutil
+from collections.abc import Sequence
+from io import TextIOWrapper
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
-from reverie_jax.errors import UserError
+from reverie_jax.data.conversation import ImageRecord
 from reverie_jax.files import write_json
 from reverie_jax.models import VisionLanguageModel
-from reverie_jax.models.checkpoints import base_checksums
-from reverie_jax.models.checkpoints.checksums import Checksums
+from reverie_jax.train.identity import (
+    IDENTITY,
+    ResumeError,
+    already_there,
+    check_identity,
+    frozen_checksums,
+    read_identity,
+    recipe_fields,
+    records_digest,
+)
 from reverie_jax.train.recipes import Recipe
 from reverie_jax.train.step import TrainState, make_trainable, trainable_filter
 
-IDENTITY = "run.json"
-
 _log = logging.getLogger(__name__)
 
-
+LOCK = "run.lock"
+"""File of a run folder that the training process holds locked."""
 VALIDATION = "validation_loss"
 """Name of the metric by which the best checkpoint is chosen (lowest)."""
-
-
-class ResumeError(UserError):
-    """A run folder that cannot be resumed."""
 
 
 def _plain(state: TrainState) -> dict[str, Any]:
@@ -55,41 +62,87 @@ def _restore(state: TrainState, plain: dict[str, Any]) -> TrainState:
     return TrainState(state.params, optimizer, plain["optimizer"]["step"])
 
 
+def _checkpoints_of(folder: Path) -> Path:
+    return (folder / "checkpoints").resolve()
+
+
+def newest_step(folder: Path) -> int | None:
+    """Return the step of a run folder's newest complete checkpoint; None if there is none."""
+    path = _checkpoints_of(folder)
+    if not path.is_dir():
+        return None
+    with contextlib.closing(ocp.training.Checkpointer(os.fspath(path))) as checkpointer:
+        return None if checkpointer.latest is None else checkpointer.latest.step
+
+
+def _lock(folder: Path) -> TextIOWrapper | None:
+    """Lock a run folder until the file is closed; None where the file system has no locks.
+
+    Raises:
+        ResumeError: another run trains in it, or it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK).open("w")
+    except OSError as error:
+        raise ResumeError(f"{folder}: cannot be written ({error.strerror})") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ResumeError(f"{folder}: another run is training in it; wait for it, or choose another folder") from None
+    except OSError:
+        file.close()
+        return None
+    return file
+
+
+def _claim(folder: Path, identity: dict[str, Any]) -> TextIOWrapper | None:
+    """Make a folder a run's own, and return its lock; nothing else in it is touched.
+
+    Raises:
+        ResumeError: it holds a checkpoint of another run, or one is training in it.
+    """
+    locked = _lock(folder) if jax.process_index() == 0 else None
+    try:
+        if newest_step(folder) is not None:
+            check_identity(folder, read_identity(folder), identity)
+        elif jax.process_index() == 0:
+            write_json(folder / IDENTITY, identity)
+    except BaseException:
+        if locked is not None:
+            locked.close()
+        raise
+    return locked
+
+
 class RunCheckpoints:
     """Checkpoints of one run: trained parameters, optimizer, step and data position; never the frozen weights.
 
-    `run.json` in the folder identifies the run: only the same recipe on the same base model can continue it.
+    `run.json` in the folder identifies the run (see `run_identity`): nothing else may continue it. A folder without a
+    checkpoint belongs to nobody: what an ended run left there is replaced.
 
     Args:
         folder: run folder; created if missing.
-        base: checksums of the base model's parts.
+        recipe: of the run.
+        identity: of the run that is to train; None only reads the checkpoints, whoever writes them at the same time.
 
     Raises:
-        ResumeError: the folder holds a run with another recipe or base model.
+        ResumeError: the folder holds a checkpoint of another run, or one is training in it.
     """
 
-    def __init__(self, folder: Path, recipe: Recipe, base: Checksums):
-        folder.mkdir(parents=True, exist_ok=True)
-        # The projector is trained: a run has its own.
-        frozen = {part: checksum for part, checksum in base.items() if part != "projector"}
-        self.identity = {"base": frozen, "recipe": json.loads(recipe.to_json())}
-        if (folder / IDENTITY).exists():
-            existing = read_identity(folder)
-            for key, name in (("base", "base model"), ("recipe", "recipe")):
-                if existing[key] != self.identity[key]:
-                    raise ResumeError(
-                        f"{folder}: holds a run with another {name}; use a new folder, or the original arguments"
-                    )
-        elif jax.process_index() == 0:
-            write_json(folder / IDENTITY, self.identity)
-        self._folder = (folder / "checkpoints").resolve()
+    def __init__(self, folder: Path, recipe: Recipe, identity: dict[str, Any] | None = None):
+        # Before the checkpoints are opened to write, which removes saves in progress.
+        self._locked = None if identity is None else _claim(folder, identity)
+        self.folder, self.identity = folder, identity
+        self._checkpoints = _checkpoints_of(folder)
         policies = ocp.training.preservation_policies
         policy = policies.LatestN(recipe.keep_checkpoints)
         if recipe.holdout:
             best = policies.BestN(get_metric_fn=lambda metrics: metrics[VALIDATION], reverse=True, n=1)
             policy = policies.AnyPreservationPolicy([policy, best])
         self._checkpointer = ocp.training.Checkpointer(
-            os.fspath(self._folder), preservation_policy=policy, cleanup_tmp_directories=True
+            os.fspath(self._checkpoints), preservation_policy=policy, cleanup_tmp_directories=identity is not None
         )
         self._pending: int | None = None
         self._last_save_succeeded = True
@@ -118,7 +171,7 @@ class RunCheckpoints:
                 _plain(state),
                 force=True,
                 metrics=metrics,
-                custom_metadata={**self.identity, "data": data},
+                custom_metadata={**(self.identity or {}), "data": data},
             )
             self._pending = None if response is None else step
         except Exception as error:  # Orbax and tensorstore raise OSError, ValueError, XlaRuntimeError and others
@@ -143,8 +196,9 @@ class RunCheckpoints:
 
     def _remove_incomplete(self) -> None:
         """Remove the files of failed saves. Orbax's threads may write more of them after the error: done again later."""
-        for part in self._folder.glob("*.orbax-checkpoint-tmp"):
-            shutil.rmtree(part, ignore_errors=True)
+        if self.identity is not None:
+            for part in self._checkpoints.glob("*.orbax-checkpoint-tmp"):
+                shutil.rmtree(part, ignore_errors=True)
 
     def restore(self, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """Return the newest checkpoint, sharded as `state` is, and the position of the batches."""
@@ -175,27 +229,47 @@ class RunCheckpoints:
         self.wait()
         self._remove_incomplete()
         self._checkpointer.close()
+        if self._locked is not None:
+            self._locked.close()
 
 
-def read_identity(folder: Path) -> dict[str, Any]:
-    """Read a run folder's `run.json`.
+class Progress(NamedTuple):
+    """How far a run is: the step of its newest checkpoint, and its number of steps."""
 
-    Returns:
-        {"base": checksums of the base model's parts, "recipe": fields of the recipe}.
+    step: int
+    steps: int
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all steps are taken."""
+        return self.step >= self.steps
+
+
+def find_progress(
+    folder: Path, recipe: Recipe, records: Sequence[ImageRecord], *, resume: bool = True
+) -> Progress | None:
+    """Return the progress of a run that is to be continued, None if the folder has no checkpoint; no model is needed.
+
+    Args:
+        folder: run folder.
+        recipe: of the run.
+        records: all records, held-out ones included.
+        resume: see `finetune`.
 
     Raises:
-        ResumeError: the file is missing or invalid.
+        ResumeError: the run has another recipe or other records (the fields that differ are named), or `resume` is False.
     """
-    path = folder / IDENTITY
-    try:
-        content = json.loads(path.read_text("utf-8"))
-        # Fields that the file lacks get their defaults.
-        recipe = json.loads(Recipe.from_json(json.dumps(content["recipe"])).to_json())
-        return {"base": {str(part): str(checksum) for part, checksum in content["base"].items()}, "recipe": recipe}
-    except OSError as error:
-        raise ResumeError(f"{path}: cannot be read ({error.strerror}); `reverie train` writes it") from None
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ResumeError(f"{path}: does not identify a run ({error!r})") from None
+    latest = newest_step(folder)
+    if latest is None:
+        return None
+    if not resume:
+        raise already_there(folder)
+    stored, wanted = read_identity(folder), recipe_fields(recipe)
+    if not recipe.steps:  # the data determine them
+        wanted["steps"] = stored["recipe"]["steps"]
+    check_identity(folder, stored, {"recipe": wanted})
+    check_identity(folder, stored, {"records": records_digest(records)})
+    return Progress(latest, stored["recipe"]["steps"])
 
 
 def load_run(model: VisionLanguageModel, folder: Path) -> Recipe:
@@ -209,8 +283,10 @@ def load_run(model: VisionLanguageModel, folder: Path) -> Recipe:
     Raises:
         ResumeError: the folder holds no checkpoint, or the run has another base model.
     """
-    recipe = Recipe.from_json(json.dumps(read_identity(folder)["recipe"]))
-    checkpoints = RunCheckpoints(folder, recipe, base_checksums(model))
+    stored = read_identity(folder)
+    recipe = Recipe.from_json(json.dumps(stored["recipe"]))
+    check_identity(folder, stored, {"base": frozen_checksums(model)})
+    checkpoints = RunCheckpoints(folder, recipe)
     if checkpoints.latest is None:
         raise ResumeError(f"{folder}: has no complete checkpoint")
     dtypes = {path: leaf.dtype for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}

@@ -22,9 +22,9 @@ from reverie_jax.data.pipeline import DatasetStats, TreeBuilder, dataset_stats, 
 from reverie_jax.data.processor import Processor
 from reverie_jax.errors import UserError
 from reverie_jax.models import VisionLanguageModel, lora
-from reverie_jax.models.checkpoints import base_checksums
 from reverie_jax.models.sharding import global_batch, local_rows, make_mesh, shard_state, shardings
-from reverie_jax.train.checkpoint import ResumeError, RunCheckpoints
+from reverie_jax.train.checkpoint import RunCheckpoints
+from reverie_jax.train.identity import already_there, run_identity
 from reverie_jax.train.metrics import MetricsLog
 from reverie_jax.train.monitor import StepMonitor, TrainingFailed
 from reverie_jax.train.preemption import Preempted, Preemption
@@ -32,7 +32,7 @@ from reverie_jax.train.recipes import Recipe
 from reverie_jax.train.reference_model import ReferenceSpec
 from reverie_jax.train.step import StepMetrics, TrainState, make_optimizer, make_step, make_trainable, trainable_filter
 from reverie_jax.train.validation import Validation, hold_out
-from reverie_jax.train.vision_cache import cached_features
+from reverie_jax.train.vision_cache import frozen_features
 
 _log = logging.getLogger(__name__)
 
@@ -69,7 +69,8 @@ def finetune(
     """Train `model` in place by a recipe; write checkpoints and metrics to `folder`.
 
     In a multi-process run (`jax.distributed`) every process calls it with the same arguments, feeds its own devices, and
-    process 0 writes the metrics. SIGTERM stops it after the current step with a checkpoint; call it again to continue.
+    process 0 writes the metrics. SIGTERM and Ctrl-C stop it after the current step with a checkpoint; call it again to
+    continue.
 
     Args:
         model: base model, with or without adapters; float32 or bfloat16.
@@ -85,22 +86,22 @@ def finetune(
 
     Raises:
         DataError: a record does not fit the recipe's sequence.
-        ResumeError: the folder holds another run.
+        ResumeError: the folder holds another run; what differs is named.
         TrainingFailed: the loss is NaN, infinite or jumped, or the last checkpoint was not written.
-        Preempted: SIGTERM stopped the run.
+        Preempted: SIGTERM or Ctrl-C stopped the run.
+        UserError: the model has other adapters than the recipe, or the mesh does not suit it.
     """
     started = time.perf_counter()
     mesh = mesh or make_mesh()
     processor = processor.override(recipe.template, image_aspect_ratio=recipe.image_aspect_ratio)
-    records, held_out = hold_out(records, recipe.holdout)
-    supervision = recipe.preference or recipe.supervision
-    builder = TreeBuilder(processor, recipe.sequence, supervision, recipe.prefix_sharing)
+    everything, (records, held_out) = records, hold_out(records, recipe.holdout)
+    builder = TreeBuilder(processor, recipe.sequence, recipe.preference or recipe.supervision, recipe.prefix_sharing)
     stats = dataset_stats(records, builder)
     builder = dataclasses.replace(builder, datasets=stats.datasets)
     recipe = dataclasses.replace(recipe, steps=recipe.steps_for(stats.sequences))
     local = _local_sequences(recipe, mesh)
-    features = None if vision_cache is None else cached_features(model, processor, records, vision_cache)
-    checksums = base_checksums(model)
+    features = frozen_features(model, processor, records, vision_cache, recipe)
+    identity = run_identity(model, recipe, everything, builder)
     fresh_adapters = make_trainable(model, recipe)
     if recipe.quantization is not None:
         lora.quantize(model, recipe.quantization)
@@ -112,8 +113,10 @@ def finetune(
         )
     )
     # If a step raises or is interrupted, closing still waits for the save in progress.
-    with contextlib.closing(batches), contextlib.closing(RunCheckpoints(folder, recipe, checksums)) as checkpoints:
-        spec = ReferenceSpec(model, state.params, frozen, fresh_adapters, records, builder, recipe, folder, mesh)
+    with contextlib.closing(batches), contextlib.closing(RunCheckpoints(folder, recipe, identity)) as checkpoints:
+        spec = ReferenceSpec(
+            model, state.params, frozen, fresh_adapters, records, builder, recipe, folder, mesh, identity
+        )
         reference = spec.make()
         if checkpoints.latest is not None:
             state = _resume(checkpoints, state, batches, folder, resume)
@@ -168,7 +171,7 @@ def _resume(checkpoints: RunCheckpoints, state: TrainState, batches: Any, folder
         ResumeError: resuming is not allowed.
     """
     if not allowed:
-        raise ResumeError(f"{folder}: already holds a run; resume it, or choose another folder")
+        raise already_there(folder)
     state, position = checkpoints.restore(state)
     batches.set_state(position)
     _log.info("resumed from step %d", int(state.step))
@@ -199,6 +202,7 @@ class _Run:
         """
         first, last = int(self.state.step), self.recipe.steps
         with jax.set_mesh(self.mesh), self.log, Preemption(self.recipe.save_minutes) as preemption:
+            self.log.start(first)
             for number in range(first + 1, last + 1):
                 if trace and number == first + _PROFILED.start:
                     jax.profiler.start_trace(str(trace))
@@ -211,7 +215,9 @@ class _Run:
                     self._save(number)
                 if stop and number < last:
                     outcome = "is saved" if self.checkpoints.wait() else "could not be saved"
-                    raise Preempted(f"stopped by SIGTERM: step {number} of {last} {outcome}; run again to continue")
+                    where = f"step {number} of {last} {outcome} in {self.checkpoints.folder}"
+                    text = f"{where}; a run with the same arguments continues from there"
+                    raise Preempted(text, preemption.signal_number)
         if not self.checkpoints.wait():
             raise TrainingFailed(
                 f"step {last}: the last checkpoint could not be written; free disk space and run again"

@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import jax
 from rich.console import Console
 from tensorboardX import SummaryWriter
+from tensorboardX.record_writer import register_writer_factory
 
 from reverie_jax.errors import UserError
 from reverie_jax.files import atomic_write
@@ -27,6 +28,55 @@ _log = logging.getLogger(__name__)
 
 _MIN_FREE_BYTES = 256 * 1024
 """Free disk space below which nothing is written to TensorBoard."""
+_SCHEME = "reverie"
+"""Of the paths that tensorboardX is given, so that it writes by `EventFile`."""
+
+
+class EventFile:
+    """A TensorBoard event file whose writes never fail: after an error, as of a full disk, it gets nothing more.
+
+    tensorboardX writes in a thread. An error would end it, its queue would fill, and the training wait for it for ever.
+    """
+
+    def __init__(self, path: str):
+        self._path, self._file = path, open(path, "wb")  # noqa: SIM115
+        self._failed = False
+
+    def _try(self, action: Callable[[], object]) -> None:
+        if self._failed:
+            return
+        try:
+            action()
+        except OSError as error:
+            self._failed = True
+            _log.error("%s: cannot be written (%s); TensorBoard shows nothing more", self._path, error.strerror)
+
+    def write(self, data: bytes) -> None:
+        """Write to the buffer."""
+        self._try(lambda: self._file.write(data))
+
+    def flush(self) -> None:
+        """Write the buffer to the file."""
+        self._try(self._file.flush)
+
+    def close(self) -> None:
+        """Write the buffer and close the file."""
+        self.flush()
+        with contextlib.suppress(OSError):  # of what the buffer still holds
+            self._file.close()
+
+
+class _EventFiles:
+    """What tensorboardX opens paths of our scheme with."""
+
+    def open(self, path: str) -> EventFile:
+        return EventFile(path.removeprefix(f"{_SCHEME}:"))
+
+    def directory_check(self, path: str) -> None:
+        os.makedirs(path.removeprefix(f"{_SCHEME}:"), exist_ok=True)
+
+
+register_writer_factory(_SCHEME, _EventFiles())
 
 
 class MetricsLog:
@@ -35,8 +85,8 @@ class MetricsLog:
     Args:
         folder: run folder.
         total: steps of the run.
-        resumed: step that a resumed run continues from; later lines of the interrupted run are removed, so that the file
-            has one line per step.
+        resumed: step that a resumed run continues from; later lines of the interrupted run are removed, so that a file
+            has one line per step. With 0 the files of a run that left no checkpoint are replaced.
         label: of the progress bar.
     """
 
@@ -48,19 +98,30 @@ class MetricsLog:
             return
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
-        path = folder / "metrics.jsonl"
-        lines = [line for line in _complete_lines(path) if json.loads(line)["step"] <= resumed]
-        atomic_write(path, "".join(line + "\n" for line in lines))
-        self._file, self._unwritten = path.open("ab", buffering=0), b""
-        self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed + 1 if resumed else None)
+        for path in (folder / "metrics.jsonl", folder / "validation.jsonl"):
+            if path.exists():
+                lines = [line for line in _complete_lines(path) if json.loads(line)["step"] <= resumed]
+                atomic_write(path, "".join(line + "\n" for line in lines))
+        self._file, self._unwritten = (folder / "metrics.jsonl").open("ab", buffering=0), b""
+        # Events of later steps, or of an ended run that left no checkpoint, are not shown.
+        self._tensorboard = SummaryWriter(f"{_SCHEME}:{folder / 'tensorboard'}", purge_step=resumed + 1)
         self._bars, self._label, self._total = ProgressBars(console=console), label, total
         self._bars.update(label, resumed, total)
-        self._started = time.perf_counter()
+        self._started, self._first = time.perf_counter(), 0
+
+    def start(self, step: int) -> None:
+        """Say that the step after `step` is being compiled, which takes from seconds to many minutes."""
+        self._first = step + 1
+        if self._is_writer and step < self._total:
+            self._bars.update(self._label, step, self._total, "compiling the step")
+            _log.info("compiling the training step")
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Log one step's metrics; the progress bar shows `loss` and `tokens_per_second`."""
         if not self._is_writer:
             return
+        if step == self._first:
+            _log.info("the first step took %.1f s, compiling included", time.perf_counter() - self._started)
         row: dict[str, Any] = {"step": step, "time": round(time.perf_counter() - self._started, 4), **values}
         # On a full disk, lines are kept until there is space. TensorBoard's writer would fail for good, so it gets nothing.
         self._unwritten += json.dumps(row).encode() + b"\n"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,6 +57,7 @@ class ReferenceSpec:
         frozen: frozen weights, on the mesh.
         fresh_adapters: the model without adapters is the model at the start.
         folder: run folder, for stored log-probabilities.
+        identity: of the run (`run_identity`); stored log-probabilities belong to it alone.
     """
 
     model: VisionLanguageModel
@@ -66,6 +69,7 @@ class ReferenceSpec:
     recipe: Recipe
     folder: Path
     mesh: Mesh
+    identity: dict[str, Any]
 
     def make(self) -> ReferenceModel:
         """Return the reference that the recipe asks for; an empty one without preference tuning.
@@ -87,13 +91,15 @@ class ReferenceSpec:
     def _stored(self) -> ReferenceModel:
         """Read the log-probabilities from the run folder, or compute and write them."""
         path = self.folder / STORED
-        if multihost_utils.broadcast_one_to_all(np.asarray(path.exists())):
-            numbers, logps = _read(path)
+        key = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+        found = _read(path, key) if jax.process_index() == 0 else None
+        if multihost_utils.broadcast_one_to_all(np.asarray(found is not None)):
+            numbers, logps = _from_process_0(found)
         else:
             numbers, logps = self._compute()
             if jax.process_index() == 0:
                 with atomic_path(path) as part, part.open("wb") as file:
-                    np.savez(file, numbers=numbers, logps=logps)
+                    np.savez(file, numbers=numbers, logps=logps, key=np.asarray(key))
         replicated = NamedSharding(self.mesh, PartitionSpec())
 
         def to_devices(x: np.ndarray) -> jax.Array:
@@ -140,15 +146,23 @@ def without_adapters(model: VisionLanguageModel, recipe: Recipe) -> nnx.GraphDef
     return graph
 
 
-def _read(path: Path) -> tuple[Int32[np.ndarray, "N"], Float32[np.ndarray, "N"]]:
-    """Read process 0's file, on every process."""
+def _read(path: Path, key: str) -> tuple[Int32[np.ndarray, "N"], Float32[np.ndarray, "N"]] | None:
+    """Return the numbers and log-probabilities in a file; None if there is none, or that of another run."""
+    if not path.exists():
+        return None
     try:
-        file = np.load(path) if jax.process_index() == 0 else None
-        length = int(multihost_utils.broadcast_one_to_all(np.asarray(len(file["numbers"]) if file else 0)))
-        numbers = file["numbers"] if file else np.zeros(length, np.int32)
-        logps = file["logps"] if file else np.zeros(length, np.float32)
+        with np.load(path) as file:
+            return (file["numbers"], file["logps"]) if str(file["key"]) == key else None
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{path}: cannot be read ({error}); delete it to compute it again") from None
+
+
+def _from_process_0(
+    found: tuple[Int32[np.ndarray, "N"], Float32[np.ndarray, "N"]] | None,
+) -> tuple[Int32[np.ndarray, "N"], Float32[np.ndarray, "N"]]:
+    """Return what process 0 has read, on every process."""
+    length = int(multihost_utils.broadcast_one_to_all(np.asarray(len(found[0]) if found else 0)))
+    numbers, logps = found or (np.zeros(length, np.int32), np.zeros(length, np.float32))
     return np.asarray(multihost_utils.broadcast_one_to_all(numbers)), np.asarray(
         multihost_utils.broadcast_one_to_all(logps)
     )

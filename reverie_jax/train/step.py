@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -77,7 +78,7 @@ def make_trainable(model: VisionLanguageModel, recipe: Recipe) -> bool:
         Whether the model without adapters is the model at the start: its adapters are fresh.
 
     Raises:
-        UserError: existing adapters differ from the recipe in rank or scale, or the recipe trains no adapters.
+        UserError: existing adapters differ from the recipe in layers, rank or scale, or the recipe trains no adapters.
     """
     cast_trainable_to_float32(model, recipe)
     adapters = list(lora.adapters(model))
@@ -96,6 +97,7 @@ def make_trainable(model: VisionLanguageModel, recipe: Recipe) -> bool:
             )
         layer.lora_dropout = recipe.dropout
     if adapters:
+        _check_targets(model, recipe, [path for path, *_ in adapters])
         return False
     lora.attach(
         model,
@@ -106,6 +108,17 @@ def make_trainable(model: VisionLanguageModel, recipe: Recipe) -> bool:
         seed=recipe.seed,
     )
     return True
+
+
+def _check_targets(model: VisionLanguageModel, recipe: Recipe, adapted: list[str]) -> None:
+    """Check that a recipe would adapt the layers that have an adapter: a run is loaded by its recipe."""
+    targets = [path for path, _ in lora.linears(model) if re.fullmatch(recipe.target_modules, path)]
+    if set(targets) != set(adapted):
+        pattern = "|".join(path.replace(".", "\\.") for path in adapted)
+        raise UserError(
+            f"the adapter is on {', '.join(adapted)}, but recipe {recipe.name} adapts {', '.join(targets) or 'nothing'};"
+            f" to continue the adapter add 'target_modules={pattern}' to --set, or merge it first"
+        )
 
 
 def cast_trainable_to_float32(model: VisionLanguageModel, recipe: Recipe) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,11 @@ from jaxtyping import Array, Float, UInt8
 from reverie_jax.data.conversation import ImageRecord
 from reverie_jax.data.feature_cache import FeatureCache, is_complete, write_features
 from reverie_jax.data.processor import Processor
-from reverie_jax.models import VisionLanguageModel
-from reverie_jax.models.checkpoints import base_checksums
+from reverie_jax.errors import UserError
+from reverie_jax.models import VisionLanguageModel, lora
+from reverie_jax.models.checkpoints.checksums import weights_checksum
 from reverie_jax.models.vision import normalize
+from reverie_jax.train.recipes import Recipe
 
 _log = logging.getLogger(__name__)
 
@@ -28,19 +32,43 @@ _IMAGES_PER_BATCH = 16
 
 
 def cache_key(model: VisionLanguageModel, processor: Processor, records: Sequence[ImageRecord]) -> str:
-    """Return a digest of everything features depend on: tower weights, feature layer, preprocessing and images."""
-    config = model.config
-    digest = hashlib.sha256()
-    tower = (
-        base_checksums(model)["vision"],
-        config.feature_layer,
-        config.vision.image_size,
-        processor.image_aspect_ratio,
-    )
-    digest.update(repr((tower, str(model.compute_dtype), len(records))).encode())
+    """Return a digest of all that features depend on: the tower, its adapters and settings, image processing, images."""
+    adapters = [(path, layer.lora_scale, layer.lora_enabled) for path, layer, *_ in lora.adapters(model.vision)]
+    # All of the processor's settings but those of its texts, whichever there are.
+    images = {field.name: getattr(processor, field.name) for field in dataclasses.fields(processor)}
+    images.pop("encoder")
+    tower = weights_checksum(model.vision), adapters, model.config.vision, model.config.feature_layer
+    digest = hashlib.sha256(repr((tower, images, str(model.compute_dtype), len(records))).encode())
     for record in (records[number] for number in range(len(records))):
-        digest.update(record.id.encode() + b"\0" + hashlib.sha256(record.image).digest())
+        digest.update(hashlib.sha256(record.image).digest())
     return digest.hexdigest()
+
+
+def frozen_features(
+    model: VisionLanguageModel,
+    processor: Processor,
+    records: Sequence[ImageRecord],
+    folder: Path | None,
+    recipe: Recipe,
+) -> FeatureCache | None:
+    """Return `cached_features` for a run, None without a folder.
+
+    Raises:
+        UserError: the recipe trains adapters on the tower, whose features then change with every step.
+    """
+    if folder is None:
+        return None
+    trained = [
+        path
+        for path, layer in lora.linears(model)
+        if path.startswith("vision.") and (layer.lora_a is not None or re.fullmatch(recipe.target_modules, path))
+    ]
+    if recipe.trainable == "lora" and trained:
+        raise UserError(
+            f"--cache-vision needs a frozen vision tower, but recipe {recipe.name} trains adapters on {trained[0]};"
+            " leave --cache-vision out, or merge the adapters first"
+        )
+    return cached_features(model, processor, records, folder)
 
 
 def cached_features(

@@ -85,14 +85,48 @@ TRAIN = "train scenes-responses --model scenes-base --data {data}/records0 --out
 ASK = "ask {data}/test/images/000000.png ? --model scenes-base"
 EVAL = "eval --model scenes-base --benchmark scenes --data {data}/test --out {out}"
 PLAN = "plan llava-1.5-7b-lora --topology h200:8"
+TRAINED = "train scenes-responses --model {gone} --data {data}/records0 --out {runs}/responses/seed0 --set"
+PIPED = ("--version", "--help", "train --help", "recipes", "recipes lrv-sft", "benchmarks", "env", "env --json", PLAN)
+
+
+@pytest.mark.parametrize("command", PIPED)
+@pytest.mark.parametrize("unbuffered", [False, True])
+def test_head_ends_any_command_quietly(monkeypatch, capfd, command, unbuffered):
+    """A pipe that nobody reads, met by the first write or by the last one."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    with (
+        open(write_end, "wb", buffering=0 if unbuffered else -1) as pipe,
+        io.TextIOWrapper(pipe, write_through=unbuffered) as stdout,
+        monkeypatch.context() as patch,
+    ):
+        patch.setattr(sys, "stdout", stdout)
+        patch.setattr(sys, "argv", ["reverie", *command.split()])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+    assert stop.value.code == 141
+    assert capfd.readouterr().err == ""
+
+
+def test_ctrl_c_ends_a_command_with_a_line(reverie, monkeypatch):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("reverie_jax.cli.env.environment", interrupted)
+    assert reverie("env") == (130, "", "reverie: stopped by Ctrl-C\n")
+
+
 # A command with a mistake, and what its one line names.
 MISTAKES = {
     "train llava-9b --model scenes-base --data {data} --out {out}": "llava-9b scenes-responses",
     "recipes llava-9b": "llava-9b",
     "train {gone}.yaml --model scenes-base --data {data} --out {out}": "{gone}.yaml",
     "train scenes-responses --model scenes-base --data {gone} --out {out}": "{gone} build",
-    f"{TRAIN} --set pace=3": "pace learning_rate",
+    f"{TRAIN} --set pace=3 --set seed=1": "pace learning_rate",
     f"{TRAIN} --dtype int8": "--dtype int8 bfloat16",
+    f"{TRAINED} steps=2 save_steps=1 batch_size=4": "steps 2 1 {runs}/responses/seed0",
+    f"{TRAINED} steps=1 --no-resume": "already {runs}/responses/seed0",
+    TRAIN.replace("{out}", "{data}/test/scenes.jsonl"): "{data}/test/scenes.jsonl",
     **{f"{TRAIN} --mesh {mesh}": mesh for mesh in ("data=9", "fsdp=x")},
     "data build {gone} --out {out}": "{gone}",
     f"{EVAL} --rule dice": "dice official",
@@ -105,6 +139,8 @@ MISTAKES = {
     f"{ASK} --max-new-tokens 0": "--max-new-tokens",
     "demo --out {out} --model {gone}": "{gone}",
     "demo --out {out} --seeds 0": "--seeds",
+    "demo --out {out} --train-images 0": "--train-images",
+    "scenes pretrain {out} --steps 0": "--steps",
     "demo --out {data}": "records0",
     "scenes render {out} --split dice": "--split dice",
     "scenes render {out} --size 8": "--size",
@@ -120,7 +156,7 @@ MISTAKES = {
 
 @pytest.mark.parametrize("command", MISTAKES)
 def test_a_mistake_is_one_line_that_names_it(reverie, demo, tmp_path, command):
-    places = {"data": demo[0] / "data", "gone": tmp_path / "gone", "out": tmp_path / "out"}
+    places = {"data": demo[0] / "data", "runs": demo[0] / "runs", "gone": tmp_path / "gone", "out": tmp_path / "out"}
     result = reverie(*(word.format(**places) for word in command.split()))
     assert_refused(result, *(fact.format(**places) for fact in MISTAKES[command].split()))
     assert not (tmp_path / "out").exists()
@@ -202,6 +238,13 @@ def test_table_and_exit_code_of_a_plan(reverie):
     assert code == 1
     for words in ("DOES NOT FIT", "optimizer state", "not compiled", "roofline", FLOPS_FORMULA[-30:]):
         assert words in " ".join(out.split())
+
+
+def test_a_complete_run_says_so_without_its_model(reverie, demo, tmp_path):
+    places = {"data": demo[0] / "data", "runs": demo[0] / "runs", "gone": tmp_path / "gone"}
+    code, out, err = reverie(*f"{TRAINED} steps=1 save_steps=1 batch_size=4".format(**places).split())
+    assert (code, err) == (0, "")
+    assert "already complete" in out
 
 
 def test_the_demo_keeps_files_that_are_not_its_own(reverie, tmp_path):

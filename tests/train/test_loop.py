@@ -1,5 +1,7 @@
 """The training loop: what it changes, what it leaves, and that interruptions change nothing."""
 
+import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -13,12 +15,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from reverie_jax.data.packing import SequenceShape
 from reverie_jax.data.pipeline import TreeBuilder, dataset_stats
+from reverie_jax.data.processor import Processor
 from reverie_jax.errors import UserError
 from reverie_jax.models import VisionLanguageModel
 from reverie_jax.models.sharding import make_mesh
 from reverie_jax.train import checkpoint, monitor, preemption
-from reverie_jax.train.checkpoint import VALIDATION, ResumeError, RunCheckpoints, load_run, read_identity
+from reverie_jax.train.checkpoint import VALIDATION, RunCheckpoints, find_progress, load_run
+from reverie_jax.train.identity import ResumeError, read_identity
 from reverie_jax.train.metrics import MetricsLog, read_metrics
 from reverie_jax.train.monitor import StepMonitor, TrainingFailed
 from reverie_jax.train.plan.plan import abstract_step
@@ -91,12 +96,31 @@ def test_checkpoint_resumes_on_a_mesh(finished, killed, tmp_path):
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 
-def test_sigterm_saves_and_stops(finished, tmp_path):
-    with pytest.MonkeyPatch.context() as patch:
-        tiny.after_step(patch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        with pytest.raises(Preempted, match="step 5 of 8 is saved"):
-            tiny.run(tmp_path)
+@pytest.fixture
+def ctrl_c():
+    """Python's own handler of Ctrl-C, which workers of the test run may lack."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
+def test_sigterm_and_ctrl_c_save_and_stop(finished, tmp_path, ctrl_c):
+    for number, step, code in ((signal.SIGTERM, 2, 2), (signal.SIGINT, 5, 130)):
+        with pytest.MonkeyPatch.context() as patch:
+            tiny.after_step(patch, step, functools.partial(os.kill, os.getpid(), number))
+            with pytest.raises(Preempted, match=f"step {step} of 8 is saved in {tmp_path}") as stopped:
+                tiny.run(tmp_path)
+        assert stopped.value.exit_code == code
     assert_continued(tiny.run(tmp_path), finished, 3)
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path, ctrl_c):
+    with pytest.MonkeyPatch.context() as patch:
+        tiny.after_step(patch, 2, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
+        with pytest.raises(KeyboardInterrupt):
+            tiny.run(tmp_path)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert len(read_metrics(tmp_path)) == 2
 
 
 def test_incomplete_checkpoint_is_ignored(finished, tmp_path):
@@ -105,9 +129,9 @@ def test_incomplete_checkpoint_is_ignored(finished, tmp_path):
     for marker in newest.rglob("commit_success.txt"):
         marker.unlink()
     newest.rename(folder / "checkpoints" / "8.orbax-checkpoint-tmp")
-    checkpoints = RunCheckpoints(folder, tiny.recipe(), read_identity(folder)["base"])
-    assert checkpoints.latest == 6
-    checkpoints.close()
+    assert find_progress(folder, tiny.recipe(), tiny.records()) == (6, 8)
+    load_run(tiny.model(), folder)
+    assert (folder / "checkpoints" / "8.orbax-checkpoint-tmp").exists()  # a run that goes on may be writing it
 
 
 def test_checkpoints_hold_no_frozen_weights(finished):
@@ -126,18 +150,80 @@ def test_loaded_run_equals_the_trained_model(finished):
         tiny.assert_equal(part, expected)
 
 
-@pytest.mark.parametrize(
-    ("options", "reason"),
-    [
-        ({"on": lambda: VisionLanguageModel(tiny.CONFIG, rngs=nnx.Rngs(7))}, "base"),
-        ({"steps": 3}, "recipe"),
-        ({"resume": False}, "already"),
-    ],
-)
-def test_a_folder_belongs_to_one_run(finished, options, reason):
+def changed(part):
+    """The model with one tensor of a part changed; `base_checksums` samples neither head nor embedding."""
+    model = tiny.model()
+    kernel = {"vision": model.vision.cls, "head": model.decoder.head.kernel, "projector": model.projector.linear1.bias}
+    kernel[part].set_value(kernel[part][...] + 1)
+    return model
+
+
+def other_records(**changes):
+    first, *rest = tiny.records()
+    return tiny.Records([dataclasses.replace(first, **changes), *rest])
+
+
+class ShiftedWords(tiny.Words):
+    """Another tokenizer of the same words."""
+
+    def __call__(self, text, **options):
+        found = super().__call__(text, **options)
+        return {**found, "input_ids": [id + (id > 3) for id in found["input_ids"]]}
+
+
+# What differs from the finished run, and how the error names it.
+OTHER_RUNS = {
+    "base": ({"on": lambda: changed("vision")}, "base model"),
+    "head": ({"on": lambda: changed("head")}, "head"),
+    "projector": ({"on": lambda: changed("projector")}, "projector"),
+    "dtype": ({"on": lambda: VisionLanguageModel(tiny.CONFIG, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)}, "dtype"),
+    "steps": ({"steps": 3}, "recipe field steps is 3, the run has 8"),
+    "sequence": ({"sequence": SequenceShape(170, 2, 80)}, "sequence.length is 170, the run has 160"),
+    "image": ({"data": other_records(image=tiny.record(99).image)}, "records"),
+    "text": ({"data": other_records(conversations=tiny.record(0).conversations[:1])}, "records"),
+    "id": ({"data": other_records(id="another")}, "records"),
+    "order": ({"data": tiny.Records(reversed(tiny.records()))}, "records"),
+    "tokenizer": ({"processor": Processor.from_config(tiny.CONFIG, ShiftedWords())}, "tokenizer"),
+    "not again": ({"resume": False}, "already"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_RUNS)
+def test_a_folder_belongs_to_one_run(finished, name):
+    options, words = OTHER_RUNS[name]
     on = options.get("on", tiny.model)()
-    with pytest.raises(ResumeError, match=rf"{finished.folder}.*{reason}"):
+    with pytest.raises(ResumeError, match=f"{finished.folder}.*{words}"):
         tiny.run(finished.folder, **{**options, "on": on})
+
+
+def test_two_runs_cannot_train_in_one_folder(tmp_path):
+    first = RunCheckpoints(tmp_path, tiny.recipe(), {})
+    with pytest.raises(ResumeError, match=f"{tmp_path}.*another run"):
+        RunCheckpoints(tmp_path, tiny.recipe(), {})
+    RunCheckpoints(tmp_path, tiny.recipe()).close()  # to read is allowed
+    first.close()
+    RunCheckpoints(tmp_path, tiny.recipe(), {}).close()
+
+
+def test_progress_is_known_without_a_model(finished, tmp_path):
+    assert find_progress(tmp_path, tiny.recipe(), tiny.records()) is None
+    # The number of steps, if the data determine it, is the run's own.
+    assert find_progress(finished.folder, tiny.recipe(steps=0), tiny.records()).is_complete
+    for changes, data in (({"rank": 8}, tiny.records()), ({}, other_records(id="another"))):
+        with pytest.raises(ResumeError, match="rank is 8, the run has 4" if changes else "records"):
+            find_progress(finished.folder, tiny.recipe(**changes), data)
+
+
+def test_a_folder_without_a_checkpoint_belongs_to_nobody(finished, tmp_path):
+    """What a run of other data left there, which ended before its first save, is not used."""
+    for name in ("run.json", "metrics.jsonl"):
+        shutil.copy(finished.folder / name, tmp_path)
+    (tmp_path / "validation.jsonl").write_text(json.dumps({"step": 2, VALIDATION: 1.0}) + "\n")
+    run = tiny.run(tmp_path, data=tiny.Records(reversed(tiny.records())))
+    assert [row["step"] for row in read_metrics(tmp_path)] == list(range(1, 9))
+    assert (tmp_path / "validation.jsonl").read_text() == ""
+    assert read_identity(tmp_path)["records"] != read_identity(finished.folder)["records"]
+    assert run.losses != finished.losses
 
 
 def test_a_folder_without_a_run_cannot_be_loaded(tmp_path):
@@ -159,6 +245,8 @@ def test_state_with_a_bad_loss_is_not_saved(tmp_path, monkeypatch):
 
 
 def test_failure_of_the_last_save_is_an_error(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO", "reverie_jax")
+
     def fail(*args, **options):
         raise OSError(28, "No space left on device")
 
@@ -167,6 +255,8 @@ def test_failure_of_the_last_save_is_an_error(tmp_path, monkeypatch, caplog):
         tiny.run(tmp_path)
     assert len(read_metrics(tmp_path)) == 8
     assert "checkpoint of step 3 was not written" in caplog.text
+    assert "compiling the training step" in caplog.text
+    assert "the first step took" in caplog.text
 
 
 def test_held_out_records_are_validated_and_the_best_checkpoint_is_kept(finished, tmp_path, monkeypatch):
@@ -186,7 +276,7 @@ def test_held_out_records_are_validated_and_the_best_checkpoint_is_kept(finished
     rows = [json.loads(line) for line in (tmp_path / "validation.jsonl").read_text().splitlines()]
     assert [(row["step"], row[VALIDATION]) for row in rows] == [(3, 1.0), (6, 3.0), (8, 2.0)]
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["3", "8"]
-    checkpoints = RunCheckpoints(tmp_path, tiny.recipe(**changes), read_identity(tmp_path)["base"])
+    checkpoints = RunCheckpoints(tmp_path, tiny.recipe(**changes))
     assert (checkpoints.latest, checkpoints.best) == (8, 3)
     checkpoints.close()
 

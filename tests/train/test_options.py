@@ -1,5 +1,6 @@
 """Options of a recipe that must not change the result (remat, offload, cached features), or change it within a bound."""
 
+import dataclasses
 import math
 import statistics
 
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from reverie_jax.errors import DataError
+from reverie_jax.errors import DataError, UserError
 from reverie_jax.loading import load_model
 from reverie_jax.models import lora
 from reverie_jax.models.quantize import BLOCK, pack, unpack
@@ -16,7 +17,7 @@ from reverie_jax.scenes import dataset
 from reverie_jax.train import recipes
 from reverie_jax.train.checkpoint import load_run
 from reverie_jax.train.loop import finetune
-from reverie_jax.train.vision_cache import cached_features
+from reverie_jax.train.vision_cache import cache_key, cached_features
 from tests.train import tiny
 
 
@@ -41,6 +42,46 @@ def test_cached_features_and_no_remat_do_not_change_losses(finished, tmp_path):
     other.vision.cls.set_value(other.vision.cls[...] + 1)
     with pytest.raises(DataError, match=str(cache)):
         cached_features(other, tiny.processor(), tiny.records(), cache)
+
+
+def adapted(targets, **changes):
+    model = tiny.model()
+    lora.attach(model, rank=4, alpha=8.0, targets=targets)
+    for _, layer, _, b in lora.adapters(model):
+        if "b" in changes:
+            b.set_value(b[...] + changes["b"])
+        layer.lora_scale = changes.get("scale", layer.lora_scale)
+    return model
+
+
+def test_the_key_of_cached_features_is_all_that_they_depend_on():
+    def digest(model=None, processor=None, data=None):
+        return cache_key(model or tiny.model(), processor or tiny.processor(), data or tiny.records())
+
+    tower = r"vision\.layers\.(query|value)"
+    other = [
+        digest(adapted(tower)),
+        digest(adapted(tower, b=0.1)),
+        digest(adapted(tower, b=0.1, scale=3.0)),
+        digest(processor=tiny.processor().override(image_aspect_ratio="square")),
+        digest(data=tiny.Records(tiny.records()[:-1])),
+        digest(data=tiny.Records(reversed(tiny.records()))),
+    ]
+    assert len({digest(), *other}) == 7
+    # Neither the decoder's adapters nor the texts change an image's features.
+    renamed = tiny.Records(
+        dataclasses.replace(record, id=f"{record.id}x", conversations=()) for record in tiny.records()
+    )
+    assert digest() == digest(adapted(r"decoder\.layers\.query", b=0.1)) == digest(data=renamed)
+
+
+@pytest.mark.parametrize("on", ["recipe", "model"])
+def test_features_of_a_tower_that_is_trained_are_not_cached(tmp_path, on):
+    tower = r"vision\.layers\.query"
+    model, targets = (adapted(tower), tower) if on == "model" else (tiny.model(), rf"{tower}|decoder\.layers\.query")
+    with pytest.raises(UserError, match=r"--cache-vision.*vision\.layers\.query"):
+        tiny.run(tmp_path / "run", on=model, vision_cache=tmp_path / "cache", target_modules=targets)
+    assert not (tmp_path / "cache").exists()
 
 
 def nf4_values():

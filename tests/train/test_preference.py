@@ -33,6 +33,8 @@ CASES = {
     "with sft": DPOConfig(beta=0.3, gamma=2.0, weight=0.7, sft=0.2),
 }
 
+STORED_SUMS = DPOConfig(beta=0.5, gamma=3.0, reference="stored")
+
 
 def record(number):
     """An image with a pair about each of two questions and, for odd numbers, a second pair about the first."""
@@ -55,7 +57,8 @@ def builder(preference, shape=SHAPE):
 
 
 def run(folder, preference, **changes):
-    return tiny.run(folder, data=records(), preference=preference, sequence=SHAPE, dropout=0.0, **changes)
+    options = {"data": records(), "preference": preference, "sequence": SHAPE, "dropout": 0.0, **changes}
+    return tiny.run(folder, **options)
 
 
 @functools.cache
@@ -215,7 +218,7 @@ def test_disabled_adapters_are_the_model_at_the_start():
 @pytest.fixture(scope="module")
 def stored_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("preference") / "stored"
-    return run(folder, DPOConfig(beta=0.5, gamma=3.0, reference="stored"))
+    return run(folder, STORED_SUMS)
 
 
 def test_stored_reference_trains_as_disabled_adapters(stored_run, tmp_path):
@@ -233,7 +236,7 @@ def check_resume(finished, folder, **changes):
     """Remove the last checkpoint of a copy, and train on: the reference is still that of the start."""
     shutil.copytree(finished.folder, folder)
     shutil.rmtree(folder / "checkpoints" / "8")
-    resumed = run(folder, DPOConfig(beta=0.5, gamma=3.0, reference="stored"), **changes)
+    resumed = run(folder, STORED_SUMS, **changes)
     assert resumed.result.steps == 2
     assert (folder / STORED).read_bytes() == (finished.folder / STORED).read_bytes()
     assert resumed.losses == finished.losses
@@ -246,16 +249,20 @@ def test_resumed_run_keeps_its_reference(stored_run, tmp_path):
 @pytest.mark.slow
 def test_resumed_full_training_keeps_its_reference(tmp_path):
     changes = {"trainable": "full", "learning_rate": 1e-3, "gradient_accumulation_steps": 2}
-    whole = run(tmp_path / "whole", DPOConfig(beta=0.5, gamma=3.0, reference="stored"), **changes)
+    whole = run(tmp_path / "whole", STORED_SUMS, **changes)
     assert whole.losses[0] == pytest.approx(np.log(2), rel=1e-5)
     check_resume(whole, tmp_path / "run", **changes)
 
 
-def test_unusable_references_are_refused(tmp_path):
+def test_unusable_references_are_refused_or_computed_again(stored_run, tmp_path):
     model = tiny.model()
     lora.attach(model, rank=4, alpha=8.0)
     with pytest.raises(UserError, match=r"preference\.reference=stored"):
         run(tmp_path / "adapters", DPOConfig(), on=model)
+    # Of another run in a folder without a checkpoint: computed again.
+    shutil.copytree(stored_run.folder, tmp_path / "stale", ignore=shutil.ignore_patterns("checkpoints"))
+    fresh = run(tmp_path / "stale", STORED_SUMS, data=tiny.Records(reversed(records())))
+    assert fresh.losses[0] == pytest.approx(np.log(2), rel=1e-5)
     broken = tmp_path / "broken" / STORED
     broken.parent.mkdir()
     broken.write_bytes(b"nothing")

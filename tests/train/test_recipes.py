@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import jax.numpy as jnp
 import numpy as np
@@ -82,6 +83,16 @@ def test_model_with_adapters():
     for changes in ({"trainable": "full"}, {"rank": 8}, {"alpha": 4.0}):
         with pytest.raises(UserError, match="tiny" if "trainable" in changes else "adapter on decoder"):
             make_trainable(model, tiny.recipe(**changes))
+
+
+def test_an_adapter_on_other_layers_is_refused_with_their_names():
+    """A run is loaded by its recipe, so it must adapt what the adapter does."""
+    model = tiny.model()
+    lora.attach(model, rank=4, alpha=8.0, targets=r"decoder\.layers\.(query|value)")
+    with pytest.raises(UserError, match=r"decoder\.layers\.query, decoder\.layers\.value") as refused:
+        make_trainable(model, tiny.recipe())
+    (setting,) = re.findall(r"add '(\S+)' to --set", str(refused.value))
+    assert not make_trainable(model, recipes.override(tiny.recipe(), [setting]))
 
 
 # (rank, alpha, learning rate, projector's learning rate, batch size, aspect ratio) of LLaVA's scripts.

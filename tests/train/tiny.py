@@ -143,11 +143,11 @@ def shared_step(graph, optimizer, recipe, *, shardings, **options):
 
 def run(folder, *, on=None, data=None, make_step=shared_step, **changes):
     """Train a model (a new one if none is given) by `recipe(**changes)`; `finetune` gets its own options."""
-    net = on or model()
+    net, texts = on or model(), changes.pop("processor", None) or processor()
     options = {name: changes.pop(name) for name in ("mesh", "resume", "profile", "vision_cache") if name in changes}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "make_step", make_step)
-        result = finetune(net, processor(), data or records(), recipe(**changes), folder, **options)
+        result = finetune(net, texts, data or records(), recipe(**changes), folder, **options)
     return Run(folder, net, result)
 
 

@@ -35,7 +35,7 @@ def _checksum(x: jax.Array) -> jax.Array:
     return bits
 
 
-def weights_checksum(model: VisionLanguageModel) -> str:
+def weights_checksum(model: nnx.Module) -> str:
     """Return a checksum of every parameter, adapters included, as 16 hex digits."""
     digest = hashlib.sha256()
     for path, leaf in sorted(nnx.to_flat_state(nnx.state(model, nnx.Param)), key=lambda pair: pair[0]):
