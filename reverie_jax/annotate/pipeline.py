@@ -23,7 +23,7 @@ from reverie_jax.data.sources import reverie
 from reverie_jax.data.sources.annotated import KEYS, QUESTION_KEYS, RATIONALE_KEYS, VERDICT
 from reverie_jax.errors import UserError
 from reverie_jax.hosted.identity import content_digest
-from reverie_jax.hosted.images import read_image, resolve_image
+from reverie_jax.hosted.images import mean_tokens, read_image, resolve_image
 from reverie_jax.hosted.interface import Request, Stage, UnusableError
 from reverie_jax.hosted.providers import parse_model_spec, redact_password
 from reverie_jax.hosted.runner import Outcome, RequestTask
@@ -274,7 +274,15 @@ class Pipeline(JobRunner):
             "judge": (len(rows) - len(explained) + new * job.confusing) * len(self.judges),
         }
         stages = {"questions": ["questions"], "rationales": _RATIONALE_STAGES, "judge": ["judge"], "export": []}
-        return [self.session.estimate(stage, tasks[stage], extra[stage]) for step in steps for stage in stages[step]]
+        writer, judge = (parse_model_spec(spec)[0] for spec in (job.writer, self.judges[0]))
+        shown = mean_tokens(writer, job.images_folder, job.images)
+        image_tokens = dict.fromkeys(("questions", *_RATIONALE_STAGES), shown)
+        image_tokens["judge"] = mean_tokens(judge, job.images_folder, job.images) if job.judge_sees_image else 0.0
+        return [
+            self.session.estimate(stage, tasks[stage], extra[stage], image_tokens[stage])
+            for step in steps
+            for stage in stages[step]
+        ]
 
 
 def export(folder: Path) -> int:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import os
+from collections.abc import Sequence
 from pathlib import Path, PurePath
 
 from PIL import Image, UnidentifiedImageError
@@ -36,6 +38,25 @@ def encode_image(image: RequestImage) -> tuple[str, bytes]:
         raise UnusableError("not a readable image (unknown format)") from None
     except (BrokenImage, OSError, ValueError, Image.DecompressionBombError) as error:
         raise UnusableError(f"not a readable image ({' '.join(str(error).split())})") from None
+
+
+def estimate_tokens(provider: str, width: int, height: int) -> int:
+    """Return about how many input tokens an image takes: as Gemini tiles it, or as OpenAI does at high detail."""
+    if provider.startswith(("gemini", "google")):
+        return 258 * (1 if max(width, height) <= 384 else math.ceil(width / 768) * math.ceil(height / 768))
+    scale = min(1.0, 2048 / max(width, height, 1))
+    scale *= min(1.0, 768 / max(min(width, height) * scale, 1.0))
+    return 85 + 170 * math.ceil(width * scale / 512) * math.ceil(height * scale / 512)
+
+
+def mean_tokens(provider: str, folder: Path, names: Sequence[str], most: int = 100) -> float:
+    """Return the mean of `estimate_tokens` over evenly spaced images; 0 if none can be read."""
+    counts = []
+    for name in names[:: max(1, len(names) // most)]:
+        unreadable = contextlib.suppress(OSError, ValueError, UserError, Image.DecompressionBombError)
+        with unreadable, Image.open(resolve_image(folder, name)) as opened:  # reads the header alone
+            counts.append(estimate_tokens(provider, *opened.size))
+    return sum(counts) / len(counts) if counts else 0.0
 
 
 def read_image(folder: Path, name: str) -> RequestImage:

@@ -14,7 +14,7 @@ from reverie_jax.hosted.interface import RequestSettings, Stage, UnusableError
 from reverie_jax.hosted.journal import Journal
 from reverie_jax.hosted.providers import open_provider, parse_model_spec
 from reverie_jax.hosted.runner import Outcome, RequestTask
-from reverie_jax.hosted.throttle import DEFAULT_TOKENS, Limits, Throttle
+from reverie_jax.hosted.throttle import DEFAULT_IMAGE_TOKENS, DEFAULT_TOKENS, Limits, Throttle
 
 JOURNAL = "journal.sqlite"
 
@@ -135,18 +135,24 @@ class Session:
         )
         return dataclasses.replace(outcome, cached=cached)
 
-    def estimate(self, stage: str, tasks: Iterable[RequestTask | None], extra: int = 0) -> CostEstimate:
+    def estimate(
+        self, stage: str, tasks: Iterable[RequestTask | None], extra: int = 0, image_tokens: float = 0.0
+    ) -> CostEstimate:
         """Estimate a stage from the mean tokens in the journal, or from `DEFAULT_TOKENS`.
 
         Args:
             stage: Stage of all tasks.
             tasks: Requests; None is skipped.
             extra: Number of tasks that are not known yet.
+            image_tokens: Input tokens of a request's image, in place of those that `DEFAULT_TOKENS` has for one.
         """
         unique = {task.identity.key: task for task in tasks if task is not None}
         cached = sum(self.get_reply(task) is not None for task in unique.values())
         to_request = len(unique) - cached + extra
-        mean_in, mean_out = self.journal.mean_tokens().get(stage, DEFAULT_TOKENS[stage])
+        default_in, default_out = DEFAULT_TOKENS[stage]
+        if image_tokens:
+            default_in += image_tokens - DEFAULT_IMAGE_TOKENS.get(stage, 0.0)
+        mean_in, mean_out = self.journal.mean_tokens().get(stage, (default_in, default_out))
         tokens_in, tokens_out = to_request * mean_in, to_request * mean_out
         price = self.config.limits.price(tokens_in, tokens_out)
         return CostEstimate(stage, cached, to_request, tokens_in, tokens_out, price)

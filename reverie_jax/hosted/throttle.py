@@ -28,6 +28,8 @@ DEFAULT_TOKENS = {
     "evaluate": (1000.0, 200.0),
 }
 """(input, output) tokens of a request, before the journal has a reply of its stage."""
+DEFAULT_IMAGE_TOKENS = dict.fromkeys(("questions", "positive", "negative"), 258.0)
+"""Tokens of a small image that these inputs include."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -152,6 +152,23 @@ def test_dry_run_sends_nothing(annotate, tmp_path, monkeypatch):
     assert "--price" in annotate("run", "openai:tiny", "--dry-run")[1]
 
 
+SIZES = [
+    ("gemini", (300, 300), 258),
+    ("gemini", (1500, 700), 2 * 258),
+    ("openai", (300, 300), 85 + 170),
+    ("openai", (4096, 2048), 85 + 6 * 170),
+]
+
+
+@pytest.mark.parametrize(("provider", "size", "tokens"), SIZES)
+def test_an_estimate_depends_on_the_sizes_of_images(annotate, tmp_path, images, provider, size, tokens):
+    for number, name in enumerate(images):
+        (tmp_path / "images" / name).write_bytes(png((number, 2, 3), size))
+    code, out, _ = annotate("questions", f"{provider}:m", "--dry-run")
+    assert code == 0
+    assert int(table(out)[1][3].replace(",", "")) == 5 * (600 - 258 + tokens)
+
+
 HOPELESS = [
     ("every", (402, {"error": {"message": "Insufficient Balance"}}), 2, "Insufficient Balance"),
     ("every", (200, {"error": {"message": "Insufficient credits", "code": 402}}), 2, "Insufficient credits"),

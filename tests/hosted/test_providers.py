@@ -20,6 +20,7 @@ from reverie_jax.errors import UserError
 from reverie_jax.hosted import images, providers
 from reverie_jax.hosted.images import encode_image
 from reverie_jax.hosted.interface import (
+    AccessError,
     RefusedError,
     Reply,
     Request,
@@ -142,6 +143,8 @@ def test_an_address_without_a_server():
     with pytest.raises(RetryableError) as caught:
         call("openai:m@http://127.0.0.1:9/v1", RequestSettings(), lambda it: it.ask(REQUEST))
     assert not caught.value.reached
+    with Server(lambda call: ANSWER) as server, pytest.raises(AccessError, match="/v1"):
+        call(f"openai:m@{server.url}", RequestSettings(), lambda it: it.ask(REQUEST))
 
 
 # Opening.

@@ -32,7 +32,8 @@ def _texts(*patterns: str) -> re.Pattern[str]:
 _NO_CREDIT = _texts(
     r"insufficient[\s_-]*(quota|credit|balance|fund)",
     r"(not enough|out of|no|more|your|purchase|negative) (prepaid )?(credit|balance|funds)",
-    r"credit balance|payment|billing[\s_-]*(hard[\s_-]*limit|not[\s_-]*active|is (not|disabled))|in arrears",
+    r"credit balance|payment|billing[\s_-]*(hard[\s_-]*limit|not[\s_-]*active|is (not|disabled))",
+    r"arrear|good standing|余额|欠费",
     r"(spend|usage|budget)(ing)?[\s_-]*(limit|cap)|account.{0,40}(suspended|deactivated|disabled|blocked)",
 )
 _USED_UP = _texts(r"per[\s_-]*(day|month)", r"\b(daily|monthly)\b", r"\b(RPD|TPD)\b", r"\blimit: 0\b")
@@ -42,15 +43,19 @@ _NO_ACCESS = _texts(
     r"\b(invalid|unknown|unsupported|no such) model\b|\bmodel_not_found\b|not a valid model",
     r"\bmodel\b[^.]{0,80}\b(not (been )?(found|exist|available|supported|allowed)|does(n't| not) exist|no longer|"
     r"deprecated|decommissioned|retired|shut down)",
+    r"no models? (is |are )?loaded|\bmodel\b.{0,20}not loaded",
+)
+_NO_VISION = _texts(
     r"does(n't| not) support (image|vision|multimodal)s?( input)?\b(?! format)|not a multimodal model",
+    r"image input is not supported|at most 0 image",
 )
 _MODERATED = _texts(
     r"moderat|flagged|content[\s_-]*(policy|filter|management|exists risk)|safety|prohibited|inappropriate|sensitive",
-    r"data_?inspection|responsible ai|guardrail|usage polic",
+    r"data_?inspection|responsible ai|guardrail|usage polic|敏感|不安全",
 )
 _TOO_LONG = _texts(
     r"context[\s_-]*(length|window)|(prompt|input|messages?).{0,30}too (long|large)|too many (input |prompt )?tokens|"
-    r"reduce the length|maximum number of tokens"
+    r"reduce the length|maximum number of tokens|request too large"
 )
 _THIS_MINUTE = _texts(r"rate[\s_-]*limit", r"too many requests", r"overloaded")
 _QUEUE_FULL = _texts(r"enqueued|too many.{0,20}batch|concurrent batch|batch.{0,20}(queue|limit)|token_limit_exceeded")
@@ -156,7 +161,9 @@ def sort_failure(
     kinds = " ".join([words, *_walk(body, (*_WORD_KEYS, *_MORE_KEYS, *_KIND_KEYS))])
     if status == 402 or _NO_CREDIT.search(kinds) or (status in (None, 403, 429) and _USED_UP.search(kinds)):
         return every
-    if status == 413:
+    if _NO_VISION.search(kinds):
+        return every
+    if status == 413 or (status == 429 and _TOO_LONG.search(words)):
         return RefusedError(text)
     if (status is None or 400 <= status < 500) and status not in (401, 404, 408, 429) and _MODERATED.search(kinds):
         return RefusedError(text)
@@ -171,7 +178,7 @@ def sort_failure(
             return RefusedError(text)
         for pattern, hint in _HINTS:
             if pattern.search(sent) and pattern.search(kinds):
-                return AccessError(f"{source}: {text}; {hint}")
+                return AccessError(f"{source}: {text.rstrip('.')}; {hint}")
         if _NO_ACCESS.search(kinds):
             return every
         return RetryableError(text, retry_after) if _THIS_MINUTE.search(words) else RefusedError(text)

@@ -14,6 +14,7 @@ import openai
 
 from reverie_jax.hosted.images import encode_image
 from reverie_jax.hosted.interface import (
+    AccessError,
     AnnotationError,
     BatchStatus,
     RefusedError,
@@ -57,6 +58,7 @@ class OpenAI:
     def __init__(self, model: str, url: str | None, settings: RequestSettings, key: str):
         self.model, self._settings, self._key = model, settings, key
         self._length = 0  # index of the name in use
+        self._hint = "" if url is None or url.rstrip("/").endswith("/v1") else "; does the address lack /v1?"
         self._client = openai.AsyncOpenAI(
             api_key=key or "none",  # local servers need no key, but the client does
             base_url=url,
@@ -128,7 +130,8 @@ class OpenAI:
     ) -> AnnotationError:
         """Return the error for a status and a body."""
         sent = " ".join(key for key in self._body(request) if key != "messages") if request else ""
-        return sort_failure(status, body, f"openai:{self.model}", self._key, retry_after, sent=sent)
+        error = sort_failure(status, body, f"openai:{self.model}", self._key, retry_after, sent=sent)
+        return AccessError(f"{error}{self._hint}") if status in (404, 405) and self._hint else error
 
     def _parse(self, body: Any) -> Reply:
         """Return the reply of a completion of any shape that servers are known to send."""
