@@ -86,10 +86,13 @@ class Eval:
         if self.dump_prompts is not None:
             self._dump_prompts([data for _, data, _ in jobs], self.dump_prompts)
             return
+        decodings = [
+            self._decoding(benchmark) for benchmark, _, _ in jobs
+        ]  # what is wrong is said before the model is loaded
         engine, weights = self._engine()
         failed = list[str]()
-        for benchmark, data, out in jobs:
-            predictions = self._predict(engine, benchmark, data, out, weights)
+        for (benchmark, data, out), decoding in zip(jobs, decodings, strict=True):
+            predictions = self._predict(engine, benchmark, data, out, decoding, weights)
             if predictions is not None:
                 try:
                     self._score(benchmark, data, predictions, out)
@@ -99,7 +102,12 @@ class Eval:
             raise UserError("; ".join(failed))
 
     def _check(self) -> None:
+        from reverie_jax.data.templates import TEMPLATES, find_template
+
         common.check_choice(("", "image", "instruction"), contrast=self.contrast)
+        common.check_choice(("auto", *common.DTYPES), dtype=self.dtype)
+        if self.template not in (None, *TEMPLATES):
+            find_template(str(self.template))
         common.check_at_least(
             1,
             batch_size=self.batch_size,
@@ -160,7 +168,13 @@ class Eval:
             raise UserError(str(error)) from None
 
     def _predict(
-        self, engine: Engine, benchmark: Benchmark, data: BenchmarkData, out: Path, weights: dict[str, str]
+        self,
+        engine: Engine,
+        benchmark: Benchmark,
+        data: BenchmarkData,
+        out: Path,
+        decoding: Decoding,
+        weights: dict[str, str],
     ) -> Path | None:
         """Write the answers; return their file if this process is to score it."""
         import jax
@@ -168,7 +182,7 @@ class Eval:
         from reverie_jax.eval import predict
         from reverie_jax.progress import ProgressBars
 
-        options = predict.PredictOptions(self._decoding(benchmark), self.reflect, self.limit)
+        options = predict.PredictOptions(decoding, self.reflect, self.limit)
         questions = options.questions(data)
         images = len({question.image for question in questions if question.image}) / max(1, len(questions))
         first = jax.process_index() == 0

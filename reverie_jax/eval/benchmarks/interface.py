@@ -59,6 +59,20 @@ class Question:
     history: tuple[tuple[str, str], ...] = ()
     max_new_tokens: int | None = None
 
+    def __post_init__(self) -> None:
+        """Check what comes from official files.
+
+        Raises:
+            TypeError: An id, an image, a text or a cluster is something else.
+        """
+        texts = (self.text, self.cluster, self.image or "")
+        if (
+            isinstance(self.id, bool)
+            or not isinstance(self.id, int | str)
+            or not all(isinstance(t, str) for t in texts)
+        ):
+            raise TypeError(f"question {self.id!r}: id, image or text is no text")
+
 
 @dataclasses.dataclass(frozen=True)
 class BenchmarkData:

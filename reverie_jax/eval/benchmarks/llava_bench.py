@@ -96,7 +96,7 @@ class _RatedBenchmark(JudgedBenchmark):
         """Read questions, contexts and reference answers; see `Benchmark.load`."""
         folder = data.parent if data.is_file() else data
         asked, described, answered = (inputs.find_file(folder, name, benchmark=self) for name in self.sources)
-        contexts = dict(inputs.parse_rows(described, "context", lambda row: (row["image"], self.context(row))))
+        contexts = dict(inputs.parse_rows(described, "context", lambda row: (_text(row, "image"), self.context(row))))
         rows = inputs.parse_rows(answered, "reference answer", lambda row: (str(row["question_id"]), _text(row)))
         inputs.check_unique(answered, [id for id, _ in rows])
         references = dict(rows)
@@ -230,10 +230,10 @@ class LlavaBenchCoco(_RatedBenchmark):
         return inputs.either(read, lambda name: read(f"COCO_val2014_{name}"))
 
 
-def _text(row: Mapping[str, Any]) -> str:
-    if not isinstance(row["text"], str):
-        raise TypeError(f"text is {row['text']!r}")
-    return row["text"]
+def _text(row: Mapping[str, Any], name: str = "text") -> str:
+    if not isinstance(row[name], str):
+        raise TypeError(f"{name} is {row[name]!r}")
+    return row[name]
 
 
 def _mean(over: ArrayLike, under: ArrayLike) -> Float[np.ndarray, "..."]:

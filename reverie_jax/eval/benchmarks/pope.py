@@ -55,6 +55,8 @@ def read_questions(path: Path) -> list[PopeQuestion]:
 
     def parse(row: Mapping[str, Any]) -> PopeQuestion:
         label = {"yes": True, "no": False}[row["label"].lower()]
+        if not all(isinstance(row[name], str) for name in ("image", "text")):
+            raise TypeError("image or text")
         return PopeQuestion(int(row["question_id"]), row["image"], row["text"], label)
 
     questions = inputs.parse_rows(path, "POPE question", parse)

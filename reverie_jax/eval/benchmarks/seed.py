@@ -71,8 +71,10 @@ class Seed(Benchmark):
         path = inputs.find_file(data, "SEED-Bench.json", "*/SEED-Bench.json", "SEED*Bench*.json", benchmark=self)
         content = inputs.read_json(path)
         types = content.get("question_type") if isinstance(content, dict) else None
-        if not isinstance(types, dict):
-            raise BenchmarkError(f"{path}: question_type is missing; {self.name} needs {self.required_files}")
+        if not isinstance(types, dict) or not all(isinstance(number, int | str) for number in types.values()):
+            raise BenchmarkError(
+                f"{path}: question_type, an object of numbers by name, is missing; {self.name} needs {self.required_files}"
+            )
         names = {number: name for name, number in types.items()}
         rows = content.get("questions")
         questions = inputs.parse_list(path, "SEED-Bench question", lambda row: _parse(row, names), rows, "questions")

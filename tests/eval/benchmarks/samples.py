@@ -127,10 +127,10 @@ def _amber(folder: Path) -> Path:
 
 
 def _mmhal(folder: Path) -> Path:
-    rows = make.mmhal_rows()
-    for row in rows:
+    path = make.write_json(folder / "response_template.json", make.mmhal_rows())
+    for row in make.mmhal_rows():
         (folder / f"{row['image_id']}.jpg").write_bytes(make.IMAGE)
-    return make.write_json(folder / "response_template.json", rows).parent
+    return path.parent
 
 
 SAMPLES: dict[str, Callable[[Path], Path]] = {

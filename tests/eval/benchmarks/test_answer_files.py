@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from reverie_jax.errors import UserError
 from reverie_jax.eval import score as scores
 from reverie_jax.eval.benchmarks import answer_files, choice_parsing, inputs
 from tests.eval.benchmarks import makers as make
@@ -373,3 +374,68 @@ def test_a_label_beside_an_empty_prediction_is_no_answer(cases, tmp_path, suffix
         answer_files.read_answers(path, case.bench, case.loaded)
     found = answer_files.read_answers(path, case.bench, case.loaded, partial=True)
     assert found == {id: "B" for n, id in enumerate(ids(case.loaded)) if n != 1}
+
+
+# Any file with any value anywhere: one line, never a traceback.
+
+JUNK = [None, True, 0, -1, 1.5, 1e12, "", "x", "\ud83d", [], ["a"], {}, {"a": 1}, 10**30, "7.0", [1, [2]]]
+
+
+def damaged(value: Any, random: Any) -> Any:
+    """Return a JSON value with junk in one place, or with a part twice or gone."""
+    if random.random() < 0.15 or not isinstance(value, dict | list) or not value:
+        return random.choice(JUNK)
+    value = value.copy()
+    place = random.choice(list(value)) if isinstance(value, dict) else random.randrange(len(value))
+    what = random.random()
+    if what < 0.2:
+        del value[place]
+    elif what < 0.3 and isinstance(value, list):
+        value.append(value[place])
+    else:
+        value[place] = damaged(value[place], random)
+    return value
+
+
+def damaged_row(rows: list[Any], random: Any) -> list[str]:
+    """Return rows as JSON, one of them damaged."""
+    chosen = random.randrange(len(rows)) if rows else -1
+    return [json.dumps(damaged(row, random) if n == chosen else row) for n, row in enumerate(rows)]
+
+
+@settings(max_examples=80)
+@given(
+    st.sampled_from(list(SAMPLES)), st.sampled_from(["data", "answers", "replies"]), st.randoms(use_true_random=False)
+)
+def test_a_damaged_file_is_read_or_refused_in_one_line(cases, tmp_path_factory, name, what, random):
+    case, folder = cases(name), tmp_path_factory.mktemp("damaged")
+    loaded, rule = case.loaded, random.choice(case.bench.rules)
+    replies = [{"id": id, "reply": reply} for id, reply in case.replies(case.answers, rule).items()]
+    parts = {"answers": case.rows, "replies": replies}
+    try:
+        if what == "data":
+            data = SAMPLES[name](folder)
+            path = random.choice(
+                [p for p in sorted(data.rglob("*")) if p.suffix in (".json", ".jsonl", ".tsv", ".txt")]
+            )
+            if path.suffix == ".json" and name != "pope":
+                path.write_text(json.dumps(damaged(json.loads(path.read_text("utf-8")), random)))
+            elif path.suffix in (".json", ".jsonl"):
+                lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+                make.write_lines(path, damaged_row(lines, random))
+            else:
+                content = bytearray(path.read_bytes())
+                content[random.randrange(len(content))] = random.randrange(256)
+                path.write_bytes(content)
+            loaded = inputs.load(case.bench, data)
+            if rule not in case.bench.judged_rules:
+                case.bench.score(loaded, case.answers, rule)
+        parts |= {what: damaged_row(parts[what], random)} if what in parts else {}
+        answers, given = (make.write_lines(folder / f"{part}.jsonl", rows) for part, rows in parts.items())
+        judged = given if rule in case.bench.judged_rules else None
+        scores.score(case.bench, loaded, answers, rule, replies=judged, partial=True, draws=0)
+    except UserError as error:
+        refusal = str(error)
+    else:
+        refusal = ""
+    assert "\n" not in refusal
