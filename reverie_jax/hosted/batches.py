@@ -299,7 +299,9 @@ class _BatchRun:
                 if not self.stop.is_set():
                     await self.collect()
         except AccessError as error:
-            raise UserError(str(error)) from None
+            if not self.outcome.usable:
+                raise UserError(str(error)) from None
+            self.outcome.stopped = str(error)
         except (RetryableError, UnusableError) as error:
             self.outcome.stopped = f"{error}; open batches are kept, run the command again to collect them"
         except asyncio.CancelledError:

@@ -226,9 +226,9 @@ class _Run:
         for result in results:
             if isinstance(result, Exception):
                 raise result
-        if self.access_error:
+        if self.access_error and not self.outcome.usable:
             raise UserError(self.access_error)
-        self.outcome.stopped = "interrupted" if self.interrupted else self.throttle.stop_reason
+        self.outcome.stopped = self.access_error or ("interrupted" if self.interrupted else self.throttle.stop_reason)
         self.outcome.uncounted = self.throttle.uncounted
         return self.outcome
 
@@ -252,7 +252,8 @@ def run(
         on_progress: Called after each task.
 
     Raises:
-        UserError: No request can succeed (key, credit, quota of the day, model, URL, parameter).
+        UserError: No request can succeed (key, credit, quota of the day, model, URL, parameter). If some have, the outcome
+            says why the others cannot.
     """
 
     async def main() -> Outcome:

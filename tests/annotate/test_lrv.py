@@ -32,7 +32,7 @@ def genome(tmp_path):
 
     def region(image: int, number: int) -> dict:
         box = {"x": number, "y": 2, "width": 3, "height": 4}
-        return {"region_id": number, "image_id": image, "phrase": f"thing {number}\nof {image}", **box}
+        return {"region_id": number, "image_id": image, "phrase": f"thing\ud83d {number}\nof {image}", **box}
 
     rows = [{"id": image, "regions": [region(image, n) for n in range(count)]} for image, count in ((7, 2), (8, 60))]
     path = tmp_path / "region_descriptions.json"

@@ -216,6 +216,15 @@ def test_access_errors_end_a_run_although_others_wait(ask, clock, tmp_path):
     assert states(tmp_path / "out" / JOURNAL) == {"failed": 5, "usable": 40}
 
 
+def test_replies_before_a_used_up_quota_are_kept(ask):
+    """The run stops in the service's words, and its caller writes what there is."""
+    used_up = AccessError("openai:tiny: 429: requests per day")
+    with Memory(reply_to, lambda call: used_up if len(server.calls) > 5 else None) as server:
+        outcome = ask(40, dataclasses.replace(QUICK, concurrency=1))
+        assert (outcome.usable, outcome.failed, outcome.stopped) == (5, {}, str(used_up))
+        assert len(server.calls) == 6
+
+
 def test_a_server_that_is_never_reached_ends_the_run(ask):
     """And not every task after all its retries; one that was reached once is retried."""
     down = RetryableError("connection failed", reached=False)
