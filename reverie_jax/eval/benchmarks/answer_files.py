@@ -159,7 +159,8 @@ class _Join:
         first = self.contradictions[0]
         if not self.benchmark.unique_ids:
             raise BenchmarkError(
-                f"{self.path}: {first}; the answers belong to another version of the questions, or to another benchmark"
+                f"{self.path}: {first}; the answers belong to another version of the questions, or to another benchmark; "
+                "if the questions are the same in other words, leave the prompts out of the file"
             )
         self.found.notes.append(
             f"{self.path}: {len(self.contradictions)} of {len(self.found.texts)} answers have a prompt that is not their "

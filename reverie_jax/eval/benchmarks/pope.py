@@ -282,8 +282,9 @@ class Pope(Benchmark):
         by_id = {split: {q.id - _OFFSETS[split]: q for q in asked} for split, asked in splits.items()}  # type: ignore[operator]
 
         def fits(row: Row, place: int, split: str) -> bool:
-            question = by_id[split].get(int(row["question_id"])) if "question_id" in row else None
-            if "question_id" not in row:
+            if row.get("question_id") is not None:
+                question = by_id[split].get(int(row["question_id"]))
+            else:
                 question = splits[split][place] if place < len(splits[split]) else None
             prompt, image = row.get("prompt", row.get("question")), row.get("image")
             if question is None:

@@ -154,7 +154,7 @@ def _protocols(runs: Sequence[Run], name: str) -> tuple[list[tuple[str, list[str
         table = {}
         if name in run.results:
             scores = run.results[name].scores
-            table = {"rule": scores["rule"], "questions": f"{scores['items']:,}"}
+            table = {"rule": scores["rule"], "scale": scores.get("scale", ""), "questions": f"{scores['items']:,}"}
             for key, value in scores["protocol"].items():
                 parts = value if isinstance(value, Mapping) and key != "run/checksums" else {"": value}
                 table |= {f"{key}/{part}".rstrip("/"): _plain(inner) for part, inner in parts.items()}
