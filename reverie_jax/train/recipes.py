@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+import math
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +23,24 @@ from reverie_jax.models.lora import DEFAULT_TARGETS
 
 Trainable = Literal["lora", "projector", "full"]
 LossReduction = Literal["tokens", "micro-batches"]
+
+
+# Fields, what their values must satisfy (NaN does not), and the words for it. None passes.
+_BOUNDS: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
+    (
+        ("batch_size", "gradient_accumulation_steps", "rank", "save_steps", "keep_checkpoints"),
+        lambda x: x >= 1,
+        "at least 1",
+    ),
+    (
+        ("steps", "holdout", "save_minutes", "weight_decay", "learning_rate", "projector_learning_rate"),
+        lambda x: 0 <= x < math.inf,
+        "at least 0",
+    ),
+    (("alpha", "epochs", "max_grad_norm", "loss_spike_threshold"), lambda x: 0 < x < math.inf, "more than 0"),
+    (("dropout",), lambda x: 0 <= x < 1, "at least 0 and less than 1"),
+    (("warmup_ratio",), lambda x: 0 <= x <= 1, "between 0 and 1"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +121,19 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.gradient_accumulation_steps < 1 or self.batch_size % self.gradient_accumulation_steps:
+        for names, allowed, words in _BOUNDS:
+            for name in names:
+                if (value := getattr(self, name)) is not None and not allowed(value):
+                    raise ValueError(f"{name}={value} must be {words}")
+        if self.sequence.length < 1 or self.sequence.edges < 1:
+            raise ValueError(
+                f"sequence.length={self.sequence.length} and sequence.edges={self.sequence.edges} must be at least 1"
+            )
+        try:
+            re.compile(self.target_modules)
+        except re.error as error:
+            raise ValueError(f"target_modules={self.target_modules} is not a regular expression ({error})") from None
+        if self.batch_size % self.gradient_accumulation_steps:
             raise ValueError(
                 f"batch_size={self.batch_size} is not a multiple of"
                 f" gradient_accumulation_steps={self.gradient_accumulation_steps}"

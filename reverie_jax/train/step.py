@@ -78,7 +78,8 @@ def make_trainable(model: VisionLanguageModel, recipe: Recipe) -> bool:
         Whether the model without adapters is the model at the start: its adapters are fresh.
 
     Raises:
-        UserError: existing adapters differ from the recipe in layers, rank or scale, or the recipe trains no adapters.
+        UserError: existing adapters differ from the recipe in layers, rank or scale, or the recipe trains none; or no layer
+            is called as `target_modules` says.
     """
     cast_trainable_to_float32(model, recipe)
     adapters = list(lora.adapters(model))
@@ -99,14 +100,11 @@ def make_trainable(model: VisionLanguageModel, recipe: Recipe) -> bool:
     if adapters:
         _check_targets(model, recipe, [path for path, *_ in adapters])
         return False
-    lora.attach(
-        model,
-        rank=rank,
-        alpha=recipe.alpha,
-        dropout=recipe.dropout,
-        targets=recipe.target_modules,
-        seed=recipe.seed,
-    )
+    targets, alpha, dropout, seed = recipe.target_modules, recipe.alpha, recipe.dropout, recipe.seed
+    try:
+        lora.attach(model, rank=rank, alpha=alpha, dropout=dropout, targets=targets, seed=seed)
+    except ValueError as error:
+        raise UserError(f"recipe {recipe.name}: target_modules={targets}: {error}") from None
     return True
 
 

@@ -85,6 +85,11 @@ def test_model_with_adapters():
             make_trainable(model, tiny.recipe(**changes))
 
 
+def test_targets_that_no_layer_has_are_refused():
+    with pytest.raises(UserError, match="target_modules=nothing"):
+        make_trainable(tiny.model(), tiny.recipe(target_modules="nothing"))
+
+
 def test_an_adapter_on_other_layers_is_refused_with_their_names():
     """A run is loaded by its recipe, so it must adapt what the adapter does."""
     model = tiny.model()
@@ -163,6 +168,21 @@ def test_override_changes_typed_fields():
     [
         ["steps"],
         ["steps=many"],
+        *(
+            [f"{name}=-1"]
+            for name in ("steps", "holdout", "save_minutes", "weight_decay", "learning_rate", "warmup_ratio")
+        ),
+        *(
+            [f"{name}=0"]
+            for name in ("batch_size", "rank", "save_steps", "keep_checkpoints", "alpha", "epochs", "max_grad_norm")
+        ),
+        *([f"{name}=nan"] for name in ("learning_rate", "projector_learning_rate", "dropout", "loss_spike_threshold")),
+        ["dropout=1"],
+        ["warmup_ratio=1.5"],
+        ["sequence.length=0"],
+        ["sequence.edges=0"],
+        ["target_modules=("],
+        ["gradient_accumulation_steps=0"],
         ["sequence=3"],
         ["sequence.length=long"],
         ["supervision=everything"],
