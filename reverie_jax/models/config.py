@@ -81,6 +81,7 @@ class VLMConfig:
         tokenization: Tokenization that the weights were tuned with: Hugging Face's in one pass, or original LLaVA's.
         image_aspect_ratio: How images become squares: padded, or cropped ("square").
         vision_tower: Name of the tower's own repository, where it is known.
+        stop_ids: Tokens that end an answer, beside the tokenizer's end of sequence and the template's.
     """
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
@@ -94,6 +95,7 @@ class VLMConfig:
     tokenization: Tokenization = "hf"
     image_aspect_ratio: ImageAspectRatio = "pad"
     vision_tower: str = ""
+    stop_ids: tuple[int, ...] = ()
 
     @property
     def feature_depth(self) -> int:

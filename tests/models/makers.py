@@ -201,7 +201,7 @@ def _trained_tokenizer() -> str:
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     trainer = trainers.BpeTrainer(
         vocab_size=WORDS,
-        special_tokens=["<unk>", "<s>", "</s>"],
+        special_tokens=["<unk>", "<s>", "</s>", "<|end|>"],
         initial_alphabet=list("ABCDEFGHIJKLMNOPQRSTUVWXYZ.:?'\n"),
         show_progress=False,
     )
@@ -220,6 +220,14 @@ def tokenizer(*added: str) -> transformers.PreTrainedTokenizerFast:
         result.add_tokens(list(added), special_tokens=True)
         result.pad_token = "<pad>" if "<pad>" in added else None
     return result
+
+
+def byte_level_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """Return a tokenizer of bytes, as Llama-3's and Qwen's."""
+    pieces = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE(vocab={piece: id for id, piece in enumerate(pieces)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
 def image_processor() -> transformers.CLIPImageProcessor:

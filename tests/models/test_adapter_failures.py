@@ -20,6 +20,7 @@ from tests.models.makers import (
     ADAPTER_CONFIG,
     ADAPTER_FILE,
     DECODER,
+    NON_LORA,
     Parts,
     assert_refused,
     open_with_peft,
@@ -92,6 +93,19 @@ def test_lora_of_a_plain_language_model_on_a_complete_llava(llama, tmp_path):
         lambda: read_model(llama.lora, components=[whole, llama.clip]),
     ):
         assert_refused(call, llama.lora, "somebody/a-plain-lm", whole)
+
+
+def test_lora_whose_projector_was_left_behind(llama, tmp_path, caplog):
+    """As in original LLaVA's checkpoint-N: no base model has the projector that was tuned with it."""
+    folder = shutil.copytree(llama.lora, tmp_path / "checkpoint-500")
+    (folder / NON_LORA).unlink()
+    (folder / "config.json").unlink()
+    for base in (llama.hf, makers.original_folder(tmp_path / "whole", llama.part)):
+        refused = lambda: with_adapter(base, folder, components=() if base == llama.hf else [llama.clip])  # noqa: B023, E731
+        assert_refused(refused, folder, NON_LORA)
+    makers.edit_json(folder / ADAPTER_CONFIG, base_model_name_or_path="liuhaotian/llava-v1.5-7b")
+    with_adapter(llama.hf, folder)
+    assert NON_LORA in caplog.text
 
 
 # Broken adapters: (key of adapter_config.json, value), or (change of the tensors, names of which the message has one).

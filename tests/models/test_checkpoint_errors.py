@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import reverie_jax
-from reverie_jax.errors import CheckpointError
+from reverie_jax.errors import CheckpointError, UserError
 from reverie_jax.models.checkpoints import read_model, write_model
 from reverie_jax.models.lora import attach
 from tests.models import makers
@@ -43,6 +43,10 @@ def sound(tmp_path_factory):
     makers.llm_folder(room / "llm2", makers.parts(seed=50))
     makers.llm_folder(room / "wide", makers.parts(hidden=48))
     makers.clip_folder(room / "clip", part)
+    shutil.copytree(room / "llm", room / "unprojected")
+    makers.write_json(room / "unprojected/config.json", makers.original_config(part))
+    (room / "xtuner" / "visual_encoder").mkdir(parents=True)
+    makers.write_json(room / "run/run.json", {})
     makers.peft_folder(room / "adapter", makers.hf(part), modules_to_save=["multi_modal_projector"])
     return room
 
@@ -176,6 +180,8 @@ FAULTS = [
     ("flat", replaced(lambda x: x.reshape(1, -1)), KINDS, TENSOR),
     ("longer", replaced(lambda x: torch.cat([x, x])), KINDS, TENSOR),
     ("integers", replaced(lambda x: x.to(torch.int8)), KINDS, TENSOR),
+    ("NaN", replaced(lambda x: x.index_fill(0, torch.tensor([0]), float("nan"))), KINDS, TENSOR),
+    ("infinite", replaced(lambda x: x.index_fill(0, torch.tensor([0]), -float("inf"))), KINDS, TENSOR),
     ("float8", replaced(lambda x: x.to(torch.float8_e4m3fn)), KINDS, TENSOR),
     (
         "unknown",
@@ -293,15 +299,22 @@ def test_config_missing_or_broken(path, components, broken, content, room):
     refused(room, path, components, room / broken)
 
 
-ABSENT = object()
+ABSENT = Ellipsis
 SETTINGS = [
-    ("text_config", {"tie_word_embeddings": True}, "tied"),
+    ("text_config", {"tie_word_embeddings": True}, "tie_word_embeddings"),
     ("text_config", {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": None}, "linear"),
     ("text_config", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "yarn"),
     ("text_config", {"rope_parameters": "linear"}, "rope"),
     ("text_config", {"model_type": "mistral"}, "mistral"),
-    ("text_config", {"attention_bias": True}, "bias"),
-    ("text_config", {"mlp_bias": True}, "bias"),
+    *(("text_config", {key: True}, key) for key in ("attention_bias", "mlp_bias", "qkv_bias", "qk_layernorm", "alibi")),
+    *(("text_config", {key: 12.0}, key) for key in ("embedding_multiplier", "logits_scaling", "attention_multiplier")),
+    *(("text_config", {key: 30.0}, key) for key in ("residual_multiplier", "final_logit_softcapping", "clip_qkv")),
+    ("text_config", {"num_local_experts": 8}, "num_local_experts"),
+    ("text_config", {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "bitsandbytes"),
+    (None, {"quantization_config": {"quant_method": "awq", "bits": 4}}, "awq"),
+    (None, {"compression_config": {"quant_method": "compressed-tensors"}}, "compressed-tensors"),
+    *((None, {"model_type": kind}, kind) for kind in ("vipllava", "llava_next", "llava_onevision", "paligemma")),
+    ("vision_config", {"model_type": "siglip_vision_model"}, "siglip_vision_model"),
     ("text_config", {"hidden_act": "gelu"}, "hidden_act"),
     ("text_config", {"num_key_value_heads": 4, "num_attention_heads": 6, "head_dim": 5}, "num_key_value_heads"),
     ("text_config", {"hidden_size": "36"}, ""),
@@ -341,6 +354,103 @@ def test_unsupported_or_invalid_setting(section, values, name, room):
     refused(room, "whole", [], edit_config(room / "whole/config.json", section, values), name)
 
 
+ORIGINAL_SETTINGS = [
+    *({"model_type": f"llava_{name}"} for name in ("mistral", "mixtral", "qwen2", "gemma", "mpt", "granite", "cohere")),
+    *({"architectures": [f"Llava{name}ForCausalLM"]} for name in ("Mistral", "Qwen", "Mpt", "StableLM", "Foo")),
+    *({"model_type": kind} for kind in ("mgm", "moe_llava_llama")),
+    {"model_type": "llava_phi", "hidden_act": "gelu_new"},  # Phi-2
+    {"model_type": "tiny_llava_phi", "rms_norm_eps": ABSENT, "layer_norm_eps": 1e-5},
+    {"quantization_config": {"quant_method": "gptq"}},
+    {"mm_patch_merge_type": "spatial_unpad"},
+    {"mm_use_im_start_end": True},
+    {"mm_resampler_type": "perceiver"},
+    {"unfreeze_mm_vision_tower": True},
+    {"mm_tunable_parts": "mm_vision_tower,mm_mlp_adapter"},
+    {"mm_vision_tower": "openai/clip-vit-large-patch14-336"},  # of other sizes than the one given
+]
+
+
+@pytest.mark.parametrize("values", ORIGINAL_SETTINGS, ids=str)
+def test_unsupported_setting_of_an_original(values, room):
+    file = edit_config(room / "towerless/config.json", None, values)
+    name = str(next(iter(values.values()))).strip("{}[]'").split("'")[-1]
+    refused(room, "towerless", ["clip"], file, any_of=(name, "Phi-2", "vision tower"))
+
+
+PROCESSOR = [
+    {"image_mean": [0.5, 0.5, 0.5]},
+    {"image_std": [0.5, 0.5, 0.5]},
+    {"image_mean": "clip"},
+    {"size": {"height": 24, "width": 24}, "do_center_crop": False},
+    {"size": {"height": 24, "width": 24}},
+    {"size": {"shortest_edge": 30}},
+    {"crop_size": {"height": 20, "width": 24}},
+    {"do_center_crop": False},
+    {"resample": 2},
+    {"rescale_factor": 1 / 127.5},
+    *({key: False} for key in ("do_normalize", "do_rescale", "do_resize")),
+]
+
+
+@pytest.mark.parametrize("values", PROCESSOR, ids=str)
+def test_images_that_are_prepared_otherwise(values, room):
+    """By a llava-hf model's processor, and by that of the tower, which original LLaVA uses."""
+    file = edit_config(room / "whole/processor_config.json", "image_processor", values)
+    refused(room, "whole", [], file, any_of=tuple(values))
+    file = edit_config(room / "clip/preprocessor_config.json", None, values)
+    refused(room, "projector", ["llm", "clip"], file, any_of=tuple(values))
+
+
+def test_values_beyond_the_dtype_are_not_made_infinite(room):
+    def grow(tensors):
+        tensors[HF_QUERY][1, 2] = 7e4
+
+    edit(room / "whole/model.safetensors", grow)
+    assert_refused(lambda: read_model(room / "whole", dtype="float16"), QUERY, "float16")
+    model = read_model(room / "whole", dtype="bfloat16")
+    model.compute_dtype = np.float16  # what `convert --dtype` of an adapter's merge would meet
+    assert_refused(lambda: write_model(model, room / "out"), QUERY, "float16")
+
+
+TUNED = "Lin-Chen/ShareGPT4V-7B_Pretrained_vit-large336-l12"
+
+
+@pytest.mark.parametrize(
+    ("folder", "outcome"),
+    [
+        ("clip-vit-large-patch14-336", "refused"),
+        ("models--openai--clip-vit-large-patch14/snapshots/0123", "refused"),
+        ("ShareGPT4V-7B_Pretrained_vit-large336-l12", ""),
+        ("models--Lin-Chen--ShareGPT4V-7B_Pretrained_vit-large336-l12/snapshots/0123", ""),
+        ("tower", "warned"),
+    ],
+)
+def test_tuned_tower_is_not_replaced_by_clip(folder, outcome, room, caplog):
+    file = edit_config(room / "towerless/config.json", None, {"mm_vision_tower": TUNED})
+    (room / folder).parent.mkdir(parents=True, exist_ok=True)
+    (room / "clip").rename(room / folder)
+    if outcome == "refused":
+        refused(room, "towerless", [folder], file, TUNED)
+    else:
+        read_model(room / "towerless", components=[room / folder])
+        assert (TUNED in caplog.text) == bool(outcome)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "float64", "bool", "nonsense"])
+def test_dtypes_that_no_model_has(dtype, sound):
+    with pytest.raises(UserError, match=dtype):
+        read_model(sound / "whole", dtype=dtype)
+
+
+def test_weights_beside_the_index_of_earlier_shards(room, sound):
+    """They are read, as transformers does."""
+    shutil.copy(room / "whole/model.safetensors", room / "hf")
+    edit(room / "hf/model.safetensors", lambda tensors: tensors[HF_QUERY].mul_(2))
+    ours, before = read_model(room / "hf"), read_model(sound / "hf")
+    kernels = [np.asarray(model.decoder.layers.query.kernel[...][1]) for model in (ours, before)]
+    np.testing.assert_array_equal(kernels[0], 2 * kernels[1])
+
+
 def test_config_with_fewer_layers(room):
     edit_config(room / "whole/config.json", "text_config", {"num_hidden_layers": 1})
     refused(room, "whole", [], "language_model.model.layers.1.")
@@ -370,6 +480,10 @@ COMPONENTS = [
     ("projector", ["llm", "clip", "nowhere"], "room/nowhere"),
     ("nowhere", [], "room/nowhere"),
     ("whole/model.safetensors", [], "whole/model.safetensors"),
+    ("whole/config.json", [], "not a checkpoint"),
+    ("xtuner", [], "XTuner"),
+    ("run", ["llm", "clip"], "adapter"),
+    ("unprojected", ["clip"], "projector is missing"),
     ("projector", ["wide", "clip"], "projector"),
 ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -38,11 +39,15 @@ from reverie_jax.models.checkpoints.names import (
 from reverie_jax.models.layers import Linear
 from reverie_jax.models.vlm import VisionLanguageModel
 
+_log = logging.getLogger(__name__)
+
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 METADATA_FILE = "reverie.json"
 """Beside the files that this project writes: their sources, and the checksums of the (base) model."""
 
 _FACTOR = re.compile(r"^(base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(\.default)?\.weight$")
+_PLAIN = re.compile(r"^(base_model\.model\.)?model\.layers\.")
+"""Names of a plain language model, and of original LLaVA's class; transformers' LLaVA has other ones."""
 _SAVED_PROJECTOR = re.compile(r"^base_model\.model\.(?P<name>.*multi_modal_projector\..+)$")
 
 # Settings of an adapter_config.json that change what it computes, with the values under which it is plain LoRA.
@@ -115,6 +120,8 @@ def attach_adapter(
     factors, projector_names = _group_tensors(path, tensors, model)
     if adapter.format == "llava-lora":
         projector_names = {}  # its projector is in a file of its own
+    elif any(map(_PLAIN.match, tensors.stored)):
+        _check_lacks_no_projector(path, trained_on)
     has_projector = adapter.format == "llava-lora" or bool(projector_names)
     _check_recorded_base(model, path, has_projector=has_projector)
     layers = dict(lora.linears(model))
@@ -160,6 +167,17 @@ def _check_base_format(path: Path, trained_on: str, base: Sequence[ComponentLike
                 f" (and CLIP) as components instead. If it was trained on this LLaVA, set base_model_name_or_path in"
                 f" {ADAPTER_CONFIG}"
             )
+
+
+def _check_lacks_no_projector(path: Path, trained_on: str) -> None:
+    """Refuse what original LLaVA leaves in checkpoint-N: the projector that was tuned with the adapter is not in it."""
+    if "llava" not in trained_on.rstrip("/").split("/")[-1].lower():
+        raise CheckpointError(
+            f"{path}: a LoRA adapter of original LLaVA on {trained_on or 'a plain language model'!r}, but without"
+            f" {NON_LORA}, which holds the projector that was tuned with it; use the folder that the end of the training"
+            " wrote"
+        )
+    _log.warning("%s: no %s: if the projector was tuned with the adapter, it is missing", path, NON_LORA)
 
 
 def _group_tensors(

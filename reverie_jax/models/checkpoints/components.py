@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -11,16 +12,16 @@ import numpy as np
 
 from reverie_jax.errors import CheckpointError
 from reverie_jax.models.checkpoints.configs import (
-    LANGUAGE_MODELS,
     TOWER_KEY,
+    check_image_processor,
     known_tower,
     llava_hf_config,
     original_config,
-    original_language_model,
+    read_stop_ids,
     text_config,
-    tower_name,
     vision_config,
 )
+from reverie_jax.models.checkpoints.families import detect_format, original_language_model, tower_name
 from reverie_jax.models.checkpoints.files import Tensors, read_json, resolve, weights_of
 from reverie_jax.models.checkpoints.names import CLIP_UNUSED, IGNORED, canonical_name, canonical_projector_name
 from reverie_jax.models.config import ProjectorKind, VisionConfig, VLMConfig
@@ -40,6 +41,10 @@ DESCRIPTIONS: dict[ComponentFormat, str] = {
 COMPLETE_MODELS = ("llava-hf", "llava", "orbax")
 
 PROJECTOR_FILE, NON_LORA, ADAPTER_CONFIG = "mm_projector.bin", "non_lora_trainables.bin", "adapter_config.json"
+RUN_FILE = "run.json"
+"""Identifies a run folder of `reverie train`."""
+
+_log = logging.getLogger(__name__)
 
 _PROJECTOR, _TOWER = "multi_modal_projector.", "vision_tower."
 
@@ -84,33 +89,35 @@ def detect_component(source: ComponentLike) -> Component:
     """
     if isinstance(source, Component):
         return source
-    path = resolve(source)
+    path = resolve(source, check=detect_format)
     if not path.is_dir():
+        if path.suffix not in (".bin", ".safetensors", ".pt", ".pth"):
+            raise CheckpointError(f"{path}: not a checkpoint; give a model's folder, or an {PROJECTOR_FILE}")
         return Component(path, "projector", {})
+    if (path / RUN_FILE).exists():
+        raise CheckpointError(
+            f"{path}: a run folder of `reverie train`; give its base model as the path and this as the adapter"
+        )
     if (path / ADAPTER_CONFIG).exists():
         if (path / NON_LORA).exists():
             return Component(path, "llava-lora", read_json(path / "config.json"))
         return Component(path, "peft", {})
     if not (path / "config.json").exists() and (path / PROJECTOR_FILE).exists():
         return Component(path, "projector", {})
+    if xtuner := [
+        name
+        for name in ("llm_adapter", "projector", "visual_encoder", "visual_encoder_adapter")
+        if (path / name).is_dir()
+    ]:
+        raise CheckpointError(
+            f"{path}: an XTuner folder ({', '.join(xtuner)}), whose layout is not supported; use its export in llava-hf or"
+            " original LLaVA format"
+        )
     config = read_json(path / "config.json")
-    model_type = config.get("model_type")
-    if model_type == "reverie":
-        return Component(path, "orbax", config)
-    if model_type in ("clip", "clip_vision_model"):
-        return Component(path, "clip", config)
-    if isinstance(config.get("text_config"), dict) and isinstance(config.get("vision_config"), dict):
-        return Component(path, "llava-hf", config)
-    if tower_name(config) or str(model_type).startswith("llava"):
-        if weights_of(path) is None and (path / PROJECTOR_FILE).exists():
-            return Component(path, "projector", config)
-        return Component(path, "llava", config)
-    if model_type in LANGUAGE_MODELS:
-        return Component(path, "llm", config)
-    raise CheckpointError(
-        f"{path / 'config.json'}: unknown model {model_type!r}; supported are llava-hf (text_config and vision_config), "
-        f"original LLaVA (mm_vision_tower), {', '.join(LANGUAGE_MODELS)} and CLIP"
-    )
+    format = detect_format(path / "config.json", config)
+    if format == "llava" and weights_of(path) is None and (path / PROJECTOR_FILE).exists():
+        return Component(path, "projector", config)
+    return Component(path, format, config)
 
 
 @dataclasses.dataclass
@@ -135,7 +142,9 @@ def resolve_checkpoint(source: ComponentLike, components: Sequence[ComponentLike
     main = detect_component(source)
     others = [detect_component(other) for other in components]
     if main.format == "peft":
-        raise CheckpointError(f"{main}, not a model; give its base model as the path and this folder as the adapter")
+        raise CheckpointError(
+            f"{main}, not a model; give the model that it was trained on as the path and this folder as the adapter"
+        )
     if wrong := next((other for other in others if other.format in ("peft", "llava-lora", "orbax")), None):
         raise CheckpointError(f"{wrong}, which cannot be a component of another model")
     if main.format == "llava-hf":
@@ -295,13 +304,47 @@ def _resolve_original(
         sizes = _tower_sizes(tower)
         if not included:
             tensors |= _canonical_tensors(tower)
+        _check_tower(path, config, tower, sizes, included=included)
     assert sizes is not None
-    language_model = base.config["model_type"] if base.format == "llm" else original_language_model(base.config)
+    language_model = (
+        base.config["model_type"] if base.format == "llm" else original_language_model(base.config_path, base.config)
+    )
     text = text_config(base.config_path, base.config, language_model)
+    if not any(name.startswith(_PROJECTOR) for name in tensors):
+        raise CheckpointError(f"{settings.path}: the projector is missing; {settings} should contain it (mm_projector)")
     kind = _projector_kind(tensors)
     if (wanted := config.get("mm_projector_type")) not in (None, kind):
         raise CheckpointError(f"{path}: mm_projector_type is {wanted!r}, but the projector's tensors are {kind!r}")
-    return ResolvedCheckpoint(settings.path, original_config(path, config, text, sizes, kind), tensors)
+    if config.get("matryoshka_vis_token_scale"):
+        _log.warning("%s: matryoshka_vis_token_scale: read as its form of all visual tokens", path)
+    stops = read_stop_ids(settings.path) or read_stop_ids(base.path)
+    architecture = dataclasses.replace(original_config(path, config, text, sizes, kind), stop_ids=stops)
+    return ResolvedCheckpoint(settings.path, architecture, tensors)
+
+
+def _check_tower(path: Path, config: dict[str, Any], tower: Component, sizes: VisionConfig, *, included: bool) -> None:
+    """Check that a tower is the one that config.json names, as far as names and sizes tell; a tuned one is another.
+
+    Raises:
+        CheckpointError: It is another one.
+    """
+    recorded = tower_name(config)
+    if included or not recorded:
+        return
+    if config.get("unfreeze_mm_vision_tower") or "vision_tower" in str(config.get("mm_tunable_parts") or ""):
+        raise CheckpointError(f"{path}: its vision tower was tuned with it, but is not among its weights")
+    cached = [part.removeprefix("models--").split("--")[-1] for part in tower.path.resolve().parts if "--" in part]
+    names = {name.lower() for name in (tower.path.resolve().name, *cached)}
+    if tower.config.get("architectures") == ["CLIPModel"]:  # as released
+        names.add(str(tower.config.get("_name_or_path") or "").rstrip("/").split("/")[-1].lower())
+    wanted = recorded.rstrip("/").split("/")[-1].lower()
+    if wanted in names:
+        return
+    if any(known_tower(name) for name in names) or known_tower(recorded) not in (None, sizes):
+        raise CheckpointError(
+            f"{path}: its vision tower is {recorded}, which {tower.path} is not; add that one as a component"
+        )
+    _log.warning("%s: its vision tower is %s: make sure that %s is a copy of it", path, recorded, tower.path)
 
 
 def _tower_sizes(tower: Component) -> VisionConfig:
@@ -312,7 +355,9 @@ def _tower_sizes(tower: Component) -> VisionConfig:
         config = config.get("vision_config", config)
     if not isinstance(config, dict):
         raise CheckpointError(f"{tower.config_path}: vision_config is not an object")
-    return vision_config(tower.config_path, config)
+    sizes = vision_config(tower.config_path, config)
+    check_image_processor(tower.path, sizes.image_size)
+    return sizes
 
 
 def _projector_kind(names: Iterable[str]) -> ProjectorKind:

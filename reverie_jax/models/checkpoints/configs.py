@@ -6,7 +6,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
+
 from reverie_jax.errors import CheckpointError
+from reverie_jax.models.checkpoints.families import LANGUAGE_MODELS, Json, check_decoder, tower_name
 from reverie_jax.models.checkpoints.files import read_json
 from reverie_jax.models.config import (
     CLIP_TOWERS,
@@ -19,10 +22,6 @@ from reverie_jax.models.config import (
     VLMConfig,
 )
 from reverie_jax.models.vision import CLIP_MEAN, CLIP_STD
-
-Json = dict[str, Any]
-
-LANGUAGE_MODELS = ("llama", "phi3")
 
 TOWER_KEY = "reverie_vision_config"
 """Key for the vision tower's sizes in an original LLaVA's config.json that this project wrote: the format has none."""
@@ -71,8 +70,7 @@ def text_config(path: Path, raw: Json, kind: str) -> TextConfig:
         CheckpointError: A setting is not supported or invalid.
     """
     raw = {**_DEFAULTS[kind], **{key: value for key, value in raw.items() if value is not None}}
-    if raw.get("tie_word_embeddings") or raw.get("attention_bias") or raw.get("mlp_bias"):
-        raise CheckpointError(f"{path}: tied embeddings and biases in the language model are not supported")
+    check_decoder(path, raw)
     _choice(path, raw, "hidden_act", "silu", ("silu",))
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if not isinstance(rope, dict):
@@ -159,16 +157,66 @@ def _check_feature_layer(path: Path, config: VLMConfig) -> VLMConfig:
     return config
 
 
-def _is_padded(folder: Path) -> bool:
-    """Return whether transformers' processor pads images to squares; one of two files may say so."""
+def check_image_processor(folder: Path, side: int) -> bool:
+    """Check that a folder's image processor, if it has one, computes what `data.images.preprocess` and `normalize` do.
+
+    Args:
+        folder: Of a llava-hf model, or of a CLIP tower.
+        side: Of the tower's input, in pixels.
+
+    Returns:
+        Whether it pads images to squares.
+
+    Raises:
+        CheckpointError: It computes something else; the message names the setting.
+    """
     for name in ("processor_config.json", "preprocessor_config.json"):
-        if (folder / name).exists():
-            raw = read_json(folder / name)
-            image = raw.get("image_processor")
-            raw = image if isinstance(image, dict) else raw
-            if "do_pad" in raw:
-                return raw["do_pad"] is True
+        path = folder / name
+        content = read_json(path) if path.exists() else {}
+        raw = content["image_processor"] if isinstance(content.get("image_processor"), dict) else content
+        if not {"do_pad", "image_mean", "size", "do_resize", "do_center_crop"} & raw.keys():
+            continue
+        padded = raw.get("do_pad") is True
+        square = {"height": side, "width": side}
+        cropped = ({"shortest_edge": side}, side, *([square] if padded else []))
+        supported: dict[str, tuple[Any, ...]] = {
+            "size": cropped,
+            "crop_size": (square, side),
+            "resample": (3,),
+            **dict.fromkeys(("do_resize", "do_rescale", "do_normalize"), (True,)),
+            "do_center_crop": (True, False) if padded else (True,),  # a square is not cropped
+        }
+        default = {"size": {"shortest_edge": 224}, "crop_size": {"height": 224, "width": 224}}  # of CLIP's class
+        for key, values in supported.items():
+            _choice(path, raw, key, default.get(key, values[0]), values)
+        for key, wanted in (("image_mean", CLIP_MEAN), ("image_std", CLIP_STD), ("rescale_factor", 1 / 255)):
+            value = raw.get(key)
+            if value is not None and not _close(value, wanted):
+                raise CheckpointError(f"{path}: {key} {value!r} is not supported; must be CLIP's {wanted}")
+        return padded
     return False
+
+
+def _close(value: Any, wanted: Any) -> bool:
+    try:
+        return np.shape(value) == np.shape(wanted) and bool(np.allclose(value, wanted, rtol=0, atol=1e-5))
+    except (TypeError, ValueError):
+        return False
+
+
+def read_stop_ids(folder: Path) -> tuple[int, ...]:
+    """Return the ids that end an answer by a folder's generation_config.json; none without it.
+
+    Raises:
+        CheckpointError: They are not ids of tokens.
+    """
+    path = folder / "generation_config.json"
+    ids = read_json(path).get("eos_token_id") if path.exists() else None
+    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+    for id in ids:
+        if type(id) is not int or id < 0:
+            raise CheckpointError(f"{path}: eos_token_id must be a token id or a list of them, not {id!r}")
+    return tuple(ids)
 
 
 def llava_hf_config(folder: Path, raw: Json) -> VLMConfig:
@@ -190,12 +238,13 @@ def llava_hf_config(folder: Path, raw: Json) -> VLMConfig:
         raise CheckpointError(f"{path}: vision_feature_select_strategy must be 'default' (class token dropped)")
     _choice(path, raw, "projector_hidden_act", "gelu", ("gelu",))
     _choice(path, raw, "multimodal_projector_bias", True, (True,))
-    aspect = "pad" if _is_padded(folder) else "square"
     key = "image_token_index" if "image_token_index" in raw else "image_token_id"
+    tower = vision_config(path, vision)
+    aspect = "pad" if check_image_processor(folder, tower.image_size) else "square"
     return _check_feature_layer(
         path,
         VLMConfig(
-            vision=vision_config(path, vision),
+            vision=tower,
             text=text_config(path, text, kind),
             feature_layer=_int(path, "vision_feature_layer", raw.get("vision_feature_layer", -2)),
             image_token_id=_int(path, key, raw.get(key, 32000)),
@@ -203,14 +252,9 @@ def llava_hf_config(folder: Path, raw: Json) -> VLMConfig:
             tokenization=_choice(path, raw, "reverie_tokens", "hf", get_args(Tokenization)),
             image_aspect_ratio=_choice(path, raw, "reverie_image_aspect", aspect, get_args(ImageAspectRatio)),
             vision_tower=str(raw.get("reverie_vision_tower", "")),
+            stop_ids=read_stop_ids(folder),
         ),
     )
-
-
-def original_language_model(raw: Json) -> str:
-    """Return which of `LANGUAGE_MODELS` an original LLaVA's config.json describes."""
-    names = f"{raw.get('model_type', '')} {raw.get('architectures', '')}".lower()
-    return "phi3" if "phi" in names else "llama"
 
 
 def original_config(
@@ -243,11 +287,6 @@ def original_config(
             vision_tower=tower_name(raw),
         ),
     )
-
-
-def tower_name(raw: Json) -> str:
-    """Return the name of the vision tower's repository in an original LLaVA's config.json; empty without one."""
-    return str(raw.get("mm_vision_tower") or raw.get("vision_tower") or "")
 
 
 def known_tower(name: str) -> VisionConfig | None:

@@ -38,8 +38,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return raw
 
 
-def resolve(name: str | Path) -> Path:
+def resolve(name: str | Path, check: Callable[[Path, dict[str, Any]], object] | None = None) -> Path:
     """Return a local path unchanged; download a hub id (`owner/name` or `owner/name@revision`) at one fixed commit.
+
+    Only files that a checkpoint of one format needs are downloaded: no subfolders, and no weights in a second format.
+
+    Args:
+        name: A path or hub id.
+        check: Raises an error if the path and content of config.json are of no supported model; called before weights
+            are downloaded.
 
     Raises:
         CheckpointError: The path is missing and is not a hub id, or the download fails.
@@ -52,16 +59,38 @@ def resolve(name: str | Path) -> Path:
 
     repository, _, revision = str(name).partition("@")
     try:
-        commit = huggingface_hub.HfApi().model_info(repository, revision=revision or None).sha
-        if revision != commit:
-            _log.info("%s is at commit %s today; write %s@%s to pin it", name, commit, repository, commit)
-        patterns = ["*.json", "*.safetensors", "*.bin", "tokenizer.model", "*.jinja"]
-        return Path(huggingface_hub.snapshot_download(repository, revision=commit, allow_patterns=patterns))
+        info = huggingface_hub.HfApi().model_info(repository, revision=revision or None)
+        if revision != info.sha:
+            _log.info("%s is at commit %s today; write %s@%s to pin it", name, info.sha, repository, info.sha)
+        settings, weights = _needed([file.rfilename for file in info.siblings or []])
+        folder = Path(huggingface_hub.snapshot_download(repository, revision=info.sha, allow_patterns=settings))
+        config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+        if check is not None and config:
+            check(folder / "config.json", config)
+        if config.get("model_type") == "reverie":  # Orbax's format is a folder of many files
+            weights = ["*"]
+        return Path(huggingface_hub.snapshot_download(repository, revision=info.sha, allow_patterns=settings + weights))
+    except CheckpointError:
+        raise
     except Exception as error:  # the hub client raises dozens of kinds
         with contextlib.suppress(Exception):  # offline: a pinned commit may be in the cache
             return Path(huggingface_hub.snapshot_download(repository, revision=revision or None, local_files_only=True))
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{name}: no such folder, and the download from the hub failed ({reason})") from None
+
+
+def _needed(names: list[str]) -> tuple[list[str], list[str]]:
+    """Return the settings and the weights among a repository's files, each tensor in one format."""
+    names = [name for name in names if "/" not in name]
+    settings = [name for name in names if name.endswith((".json", ".jinja")) or name == "tokenizer.model"]
+    weights = [name for name in names if name in ("mm_projector.bin", "non_lora_trainables.bin")]
+    for formats in (
+        (r"model(-\d+-of-\d+)?\.safetensors", r"pytorch_model(-\d+-of-\d+)?\.bin"),
+        (r"adapter_model\.safetensors", r"adapter_model\.bin"),
+    ):
+        found = ([name for name in names if re.fullmatch(format, name)] for format in formats)
+        weights += next(filter(None, found), [])
+    return settings, weights
 
 
 class Stored(NamedTuple):
@@ -156,6 +185,13 @@ class _Pickle:
         return np.asarray(tensor.numpy())
 
 
+def is_finite(array: AnyArray) -> bool:
+    """Return whether no value is NaN or infinite."""
+    if array.dtype == jnp.bfloat16:  # by its exponent: many times as fast as ml_dtypes
+        return not bool(((array.view(np.uint16) & 0x7F80) == 0x7F80).any())
+    return bool(np.isfinite(array).all())
+
+
 def _open(path: Path) -> _Safetensors | _Pickle:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
@@ -185,15 +221,24 @@ class Tensors:
             for name in sorted(weight_map.keys() | self.stored.keys()):
                 actual = self.stored[name].file.name if name in self.stored else "no file"
                 if (listed := weight_map.get(name, "no file")) != actual:
-                    raise CheckpointError(f"{path}: tensor {name} is listed in {listed}, but stored in {actual}")
+                    raise CheckpointError(
+                        f"{path}: tensor {name} is listed in {listed}, but stored in {actual}; the index is of other files"
+                    )
 
     def read_all(self, use: Callable[[str, AnyArray], None], wanted: set[str]) -> None:
-        """Call `use(name, array)` for every wanted tensor, file by file: one file is open and one tensor held at a time."""
+        """Call `use(name, array)` for every wanted tensor, file by file: one file is open and one tensor held at a time.
+
+        Raises:
+            CheckpointError: A tensor has values that are not finite.
+        """
         for file in self.files:
             source = _open(file)
             for name, stored in self.stored.items():
                 if stored.file == file and name in wanted:
-                    use(name, source.read(name))
+                    array = source.read(name)
+                    if not is_finite(array):
+                        raise CheckpointError(f"{file}: tensor {name} has values that are NaN or infinite")
+                    use(name, array)
 
 
 def weights_of(folder: Path, names: tuple[str, ...] = WEIGHTS) -> Tensors | None:
@@ -203,7 +248,11 @@ def weights_of(folder: Path, names: tuple[str, ...] = WEIGHTS) -> Tensors | None
         CheckpointError: An index or a file cannot be used.
     """
     for name in names:
-        index = folder / f"{name}.index.json"
+        single, index = folder / name, folder / f"{name}.index.json"
+        if single.exists():
+            if index.exists():
+                _log.warning("%s: read as transformers does; %s beside it is ignored", single, index.name)
+            return Tensors([single])
         if index.exists():
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
@@ -214,8 +263,6 @@ def weights_of(folder: Path, names: tuple[str, ...] = WEIGHTS) -> Tensors | None
                 if not (folder / file).is_file():
                     raise CheckpointError(f"{folder / file}: no such file, but {index.name} lists it")
             return Tensors([folder / file for file in sorted(set(weight_map.values()))], (index, weight_map))
-        if (folder / name).exists():
-            return Tensors([folder / name])
     return None
 
 

@@ -132,5 +132,11 @@ def read_model(
     wanted = nnx.to_pure_dict(jax.tree.map(abstract, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)))
     with _context(_concurrent_bytes(wanted)), _one_line(folder, "read"):
         loaded = ocp.load(os.fspath((folder / _PARAMS).resolve()), wanted)
+    for path, leaf in jax.tree_util.tree_flatten_with_path(loaded)[0]:
+        if not bool(jnp.isfinite(leaf).all()):
+            name = ".".join(str(key.key) for key in path)
+            raise CheckpointError(
+                f"{folder / _PARAMS}: {name} has values that are NaN, infinite or beyond {dtype.name}"
+            )
     nnx.replace_by_pure_dict(state, loaded)
     return nnx.merge(graph, state)

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from reverie_jax.errors import CheckpointError
+from reverie_jax.errors import CheckpointError, UserError
 from reverie_jax.models.checkpoints import orbax
 from reverie_jax.models.checkpoints.adapters import attach_adapter
 from reverie_jax.models.checkpoints.components import (
@@ -39,10 +39,31 @@ from reverie_jax.models.config import VLMConfig
 from reverie_jax.models.sharding import partition_spec
 from reverie_jax.models.vlm import VisionLanguageModel
 
+DTYPES = ("float32", "bfloat16", "float16")
+"""Of matrices and computation."""
+
 
 def abstract_model(config: VLMConfig, dtype: DTypeLike) -> VisionLanguageModel:
     """Return a model of shapes, without memory for its parameters."""
     return nnx.eval_shape(lambda: VisionLanguageModel(config, rngs=nnx.Rngs(0), dtype=dtype))
+
+
+def check_dtype(dtype: DTypeLike) -> np.dtype[Any]:
+    """Return a dtype that a model can have.
+
+    Raises:
+        UserError: It is another one: integers and float8 are no dtypes to compute in.
+    """
+    try:
+        known = jnp.dtype(dtype)
+    except TypeError:
+        known = None
+    if known is None or known.name not in DTYPES:
+        name = dtype if known is None else known.name
+        raise UserError(
+            f"dtype {name}: must be {', '.join(DTYPES)}; a recipe's `quantization` keeps frozen matrices in int8 or nf4"
+        )
+    return known
 
 
 def read_config(path: ComponentLike, *, components: Sequence[ComponentLike] = ()) -> VLMConfig:
@@ -71,6 +92,7 @@ def read_model(
     Raises:
         CheckpointError: Anything is missing, unused, of a wrong shape or unreadable.
     """
+    dtype = None if dtype is None else check_dtype(dtype)
     main = detect_component(path)
     others = [detect_component(other) for other in as_list(components)]
     if main.format == "orbax":
@@ -160,6 +182,18 @@ def _convert(tensor: Array, *, layout: Layout, dtype: Any, sharding: Any) -> Arr
     return _constrain(to_model_layout(layout, tensor).astype(dtype), sharding)
 
 
+def _check_range(checkpoint: ResolvedCheckpoint, name: str, array: AnyArray, dtype: Any) -> None:
+    """Refuse values that float16 would make infinite."""
+    if dtype == jnp.float16 and array.dtype != np.float16:
+        largest = float(np.abs(array.astype(np.float32)).max(initial=0))
+        if largest >= 65_520:  # rounds to infinity
+            tensors, stored_name = checkpoint.tensors[name]
+            raise CheckpointError(
+                f"{tensors.stored[stored_name].file}: tensor {stored_name} has values up to {largest:.3g}, beyond float16's"
+                " 65,504; choose bfloat16 or float32"
+            )
+
+
 def _load_parameters(
     checkpoint: ResolvedCheckpoint, config: VLMConfig, model: VisionLanguageModel, mesh: Mesh | None
 ) -> VisionLanguageModel:
@@ -172,6 +206,7 @@ def _load_parameters(
     def load(name: str, array: AnyArray) -> None:
         spec, layer = targets[name]
         variable = variables[spec.path]
+        _check_range(checkpoint, name, array, variable.dtype)
         sharding, stored = _shardings(variable, spec, mesh)
         tensor = jax.device_put(array if array.dtype.itemsize < 8 else array.astype(np.float32), stored)
         if spec.layers is None:

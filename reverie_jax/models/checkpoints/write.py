@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 from reverie_jax.errors import CheckpointError
 from reverie_jax.files import write_json
 from reverie_jax.models.checkpoints.configs import llava_hf_json, original_json, preprocessor_json
+from reverie_jax.models.checkpoints.files import is_finite
 from reverie_jax.models.checkpoints.names import AnyArray, ParameterSpec, original_name, parameter_specs, to_file_layout
 from reverie_jax.models.lora import assign
 from reverie_jax.models.vlm import VisionLanguageModel
@@ -104,7 +105,10 @@ def _write_weights(
         shard: dict[str, AnyArray] = {}
         for spec, layer in members:
             value = values[spec.path].get_value()
-            array = np.asarray(value if spec.layers is None else value[layer]).astype(dtype, copy=False)
+            with np.errstate(over="ignore"):  # said below
+                array = np.asarray(value if spec.layers is None else value[layer]).astype(dtype, copy=False)
+            if not is_finite(array):
+                raise CheckpointError(f"{spec.names[layer]}: has values that are NaN, infinite or beyond {dtype.name}")
             shard[names[spec.path][layer]] = to_file_layout(spec.layout, array, model.config.vision.patch_size)
         save_file(shard, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(shard, file)
