@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
@@ -20,9 +19,17 @@ from reverie_jax.data.templates import to_jinja
 from reverie_jax.data.tokenization import Encoder
 from reverie_jax.errors import UserError
 from reverie_jax.files import write_json
-from reverie_jax.loading import Components, detect_components, load_adapter, read_tokenizer
+from reverie_jax.loading import (
+    Components,
+    check_reference_tokenizer,
+    detect_components,
+    find_template,
+    load_adapter,
+    read_base,
+    read_tokenizer,
+)
 from reverie_jax.models import VisionLanguageModel, lora
-from reverie_jax.models.checkpoints import adapters, base_checksums, orbax, read_model, write
+from reverie_jax.models.checkpoints import adapters, base_checksums, orbax, write
 from reverie_jax.models.checkpoints.components import ADAPTER_CONFIG, DESCRIPTIONS, Component, ComponentFormat, as_list
 from reverie_jax.models.checkpoints.files import new_folder, read_json
 
@@ -86,8 +93,9 @@ def convert(
     dst = Path(dst)
     with new_folder(dst) as folder:
         main, *others = detect_components(src, components)
-        model = read_model(main, components=others, dtype=None if dtype is None else jnp.dtype(dtype))
+        model = read_base(main, others, adapter=adapter, dtype=dtype)
         tokenizer = read_tokenizer(model.config, main, others)
+        model.config = find_template(model.config, tokenizer, main)
         source = _describe_source(model, str(src), main, [str(part) for part in as_list(components)], adapter)
         if adapter is not None:
             name, projector = load_adapter(model, adapter, [main, *others])
@@ -114,13 +122,13 @@ def _describe_source(
     return ConversionSource(names, main.format, base_model, main.format == "llava-lora", base_checksums(model))
 
 
-def special_ids(tokenizer: Any) -> dict[str, Any]:
-    """Return a tokenizer's special ids under their keys in config.json."""
+def special_ids(tokenizer: Any, vocab: int) -> dict[str, Any]:
+    """Return a tokenizer's special ids under their keys in config.json; padding is 0 where it is none of `vocab` tokens."""
     pad = tokenizer.pad_token_id
     return {
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": 0 if pad is None else pad,
+        "pad_token_id": 0 if pad is None or pad >= vocab else pad,
     }
 
 
@@ -128,7 +136,7 @@ def _write_adapter(model: VisionLanguageModel, folder: Path, to: str, source: Co
     if to == "peft":
         adapters.write_peft(model, folder, base_model=source.base_model, projector=source.projector)
     else:
-        ids = special_ids(tokenizer)
+        ids = special_ids(tokenizer, model.config.text.vocab)
         adapters.write_llava_lora(model, folder, base_model=source.base_model, special_ids=ids)
     checksums = dict(source.checksums)
     if to == "llava-lora" or source.projector:
@@ -142,16 +150,27 @@ def _write_model(
     vocab = None
     if to == "llava-hf":
         _add_image_token(model, tokenizer)
-        write.write_model(model, folder, shard_bytes=shard_bytes, special_ids=special_ids(tokenizer))
-        processor = Processor.from_config(model.config, tokenizer, read_example_template(source))
-        _write_processor(folder, processor.encoder, model.config.vision.patch_size)
-        tokenizer.chat_template = None  # it is in a file of its own
     elif to == "llava":
         vocab = _remove_image_token(model, tokenizer)
-        write.write_original(model, folder, shard_bytes=shard_bytes, special_ids=special_ids(tokenizer))
+        if model.config.tokenization == "llava":
+            check_reference_tokenizer(tokenizer, source)
+    ids = special_ids(tokenizer, model.config.text.vocab)
+    encoder = Processor.from_config(model.config, tokenizer, read_example_template(source)).encoder
+    if to == "llava-hf":
+        write.write_model(model, folder, shard_bytes=shard_bytes, special_ids=ids)
+        _write_processor(folder, encoder, model.config.vision.patch_size)
+        tokenizer.chat_template = None  # it is in a file of its own
+    elif to == "llava":
+        write.write_original(model, folder, shard_bytes=shard_bytes, special_ids=ids)
     else:
         orbax.write_model(model, folder)
+    stops = list(encoder.stop_ids)
+    ends = {"eos_token_id": stops[0] if len(stops) == 1 else stops} if stops else {}
+    write_json(folder / "generation_config.json", {**ids, **ends})
     tokenizer.save_pretrained(folder)
+    if hasattr(tokenizer, "legacy"):  # transformers 5 does not write it
+        settings = read_json(folder / "tokenizer_config.json")
+        write_json(folder / "tokenizer_config.json", {**settings, "legacy": tokenizer.legacy})
     if vocab is not None:
         _truncate_tokenizer(folder, vocab)
     if (source / TEMPLATE_EXAMPLE).exists():
@@ -219,9 +238,6 @@ def _write_processor(folder: Path, encoder: Encoder, patch_size: int) -> None:
             "image_token": IMAGE,
         },
     )
-    stops = list(encoder.stop_ids)
-    ends = {"eos_token_id": stops[0] if len(stops) == 1 else stops} if stops else {}
-    write_json(folder / "generation_config.json", {**special_ids(encoder.tokenizer), **ends})
     (folder / "chat_template.jinja").write_text(to_jinja(encoder.template), "utf-8")
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +18,18 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from safetensors.numpy import save_file
 
-from reverie_jax.data.processor import Processor, read_example_template
+from reverie_jax.data.conversation import IMAGE
+from reverie_jax.data.processor import TEMPLATE_EXAMPLE, Processor, read_example_template
+from reverie_jax.data.templates import TEMPLATES, Template
 from reverie_jax.data.tokenization import load_tokenizer
-from reverie_jax.errors import CheckpointError
+from reverie_jax.errors import CheckpointError, UserError
 from reverie_jax.models import VisionLanguageModel, VLMConfig
 from reverie_jax.models.checkpoints import attach_adapter, read_config, read_model
 from reverie_jax.models.checkpoints.components import Component, ComponentLike, as_list, detect_component, recorded_base
-from reverie_jax.models.checkpoints.files import resolve
+from reverie_jax.models.checkpoints.files import read_json
 from reverie_jax.models.config import ProjectorKind
-from reverie_jax.train.checkpoint import IDENTITY, load_run, read_identity
+from reverie_jax.train.checkpoint import load_run
+from reverie_jax.train.identity import IDENTITY, read_identity
 from reverie_jax.train.recipes import Recipe
 
 SCENES_BASE = "scenes-base"
@@ -39,22 +44,27 @@ def find_checkpoint(name: str | Path) -> Path:
     """Return the path of a checkpoint: the packaged base model, a local path, or a hub id, which is downloaded.
 
     Raises:
-        CheckpointError: There is no such checkpoint.
+        CheckpointError: There is no such checkpoint, or it is of no supported format.
     """
-    packaged = Path(__file__).parent / "scenes" / "base"
-    return packaged if str(name) == SCENES_BASE else resolve(name)
+    return _packaged(name) or detect_component(name).path
+
+
+def _packaged(name: str | Path) -> Path | None:
+    return Path(__file__).parent / "scenes" / "base" if str(name) == SCENES_BASE else None
 
 
 def detect_components(path: ComponentLike, components: Components = None) -> list[Component]:
-    """Return what a checkpoint and its further components are, found by `find_checkpoint`.
+    """Return what a checkpoint and its further components are; each is found as `find_checkpoint` does.
 
     Raises:
         CheckpointError: One is missing, or of no known format.
     """
-    return [
-        source if isinstance(source, Component) else detect_component(find_checkpoint(source))
-        for source in (path, *as_list(components))
-    ]
+    found = []
+    for source in (path, *as_list(components)):
+        if not isinstance(source, str | Path | Component) or not str(source):
+            raise CheckpointError(f"{source!r}: not a checkpoint; give a path, a hub id or {SCENES_BASE}")
+        found.append(detect_component(source if isinstance(source, Component) else _packaged(source) or source))
+    return found
 
 
 def load_model(
@@ -80,15 +90,51 @@ def load_model(
         CheckpointError: Weights, configuration or tokenizer cannot be used, or the adapter has another base model.
     """
     main, *others = detect_components(path, components)
-    model = read_model(main, components=others, dtype=None if dtype is None else jnp.dtype(dtype), mesh=mesh)
+    model = read_base(main, others, adapter=adapter, dtype=dtype, mesh=mesh)
     if dtype is None and model.compute_dtype == jnp.float16 and jax.default_backend() == "tpu":
         _log.warning("%s: stored as float16, which TPUs do not support: loaded as bfloat16", main.path)
         del model
-        model = read_model(main, components=others, dtype=jnp.bfloat16, mesh=mesh)
+        model = read_base(main, others, adapter=adapter, dtype=jnp.bfloat16, mesh=mesh)
     if adapter is not None:
         load_adapter(model, adapter, [main, *others])
-    processor = _make_processor(model.config, main, others)
+    tokenizer = read_tokenizer(model.config, main, others)
+    model.config = find_template(model.config, tokenizer, main)
+    processor = Processor.from_config(model.config, tokenizer, read_example_template(main.path))
     return model, processor if adapter is None else apply_run_recipe(processor, Path(adapter))
+
+
+def read_base(
+    main: Component,
+    others: Sequence[Component],
+    *,
+    adapter: str | Path | None = None,
+    dtype: DTypeLike | None = None,
+    mesh: Mesh | None = None,
+) -> VisionLanguageModel:
+    """Read the model that an adapter is for, without its adapter.
+
+    A run of `reverie train` has a projector of its own: plain language model and CLIP tower need none.
+
+    Args:
+        main: The checkpoint.
+        others: Its components.
+        adapter: As for `load_model`.
+        dtype: As for `load_model`.
+        mesh: As for `load_model`.
+
+    Raises:
+        CheckpointError: Weights or configuration cannot be used.
+    """
+    if adapter is None or not is_run(adapter) or not lacks_projector(main, others):
+        return read_model(main, components=others, dtype=dtype, mesh=mesh)
+    kind = Recipe.from_json(json.dumps(read_identity(Path(adapter))["recipe"])).projector_type
+    with _new_projector([main, *others], kind) as projector:
+        return read_model(main, components=[*others, projector], dtype=dtype, mesh=mesh)
+
+
+def is_run(adapter: str | Path) -> bool:
+    """Return whether an adapter is a run folder of `reverie train`."""
+    return (Path(adapter) / IDENTITY).exists()
 
 
 def load_with_projector(
@@ -119,7 +165,14 @@ def load_with_projector(
         raise CheckpointError(
             f"{', '.join(str(part.path) for part in parts)}: a new projector needs a plain language model and a CLIP tower"
         )
-    llm, clip = by_format["llm"], by_format["clip"]
+    with _new_projector(parts, kind, seed) as projector:
+        return load_model(by_format["llm"], components=[by_format["clip"], projector], mesh=mesh, dtype=dtype)
+
+
+@contextlib.contextmanager
+def _new_projector(parts: Sequence[Component], kind: ProjectorKind, seed: int = 0) -> Iterator[Component]:
+    """Yield a new projector between a plain language model and a CLIP tower, as a component."""
+    llm, clip = (next(part for part in parts if part.format == format) for format in ("llm", "clip"))
     inputs, width = clip.config.get("vision_config", clip.config)["hidden_size"], llm.config["hidden_size"]
     layers = {"": (inputs, width)} if kind == "linear" else {"0.": (inputs, width), "2.": (width, width)}
     rng, tensors = np.random.default_rng(seed), {}
@@ -130,7 +183,7 @@ def load_with_projector(
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "mm_projector.safetensors"
         save_file(tensors, file)
-        return load_model(llm, components=[clip, file], mesh=mesh, dtype=dtype)
+        yield detect_component(file)
 
 
 def lacks_projector(path: ComponentLike, components: Components = None) -> bool:
@@ -145,11 +198,13 @@ def load_processor(path: ComponentLike, *, components: Components = None) -> Pro
         CheckpointError: Configuration or tokenizer cannot be used.
     """
     main, *others = detect_components(path, components)
-    return _make_processor(read_config(main, components=others), main, others)
-
-
-def _make_processor(config: VLMConfig, main: Component, others: Sequence[Component]) -> Processor:
-    return Processor.from_config(config, read_tokenizer(config, main, others), read_example_template(main.path))
+    if lacks_projector(main, others):
+        with _new_projector([main, *others], "mlp2x_gelu") as projector:
+            config = read_config(main, components=[*others, projector])
+    else:
+        config = read_config(main, components=others)
+    tokenizer = read_tokenizer(config, main, others)
+    return Processor.from_config(find_template(config, tokenizer, main), tokenizer, read_example_template(main.path))
 
 
 def apply_run_recipe(processor: Processor, adapter: Path) -> Processor:
@@ -157,7 +212,7 @@ def apply_run_recipe(processor: Processor, adapter: Path) -> Processor:
 
     The processor is unchanged for other adapters, and for a run that trained a projector: its template serves only that.
     """
-    if not (adapter / IDENTITY).exists():
+    if not is_run(adapter):
         return processor
     recipe = Recipe.from_json(json.dumps(read_identity(adapter)["recipe"]))
     if recipe.trainable == "projector":
@@ -180,8 +235,14 @@ def load_adapter(model: VisionLanguageModel, adapter: str | Path, base: Sequence
         CheckpointError: It is not an adapter, or does not fit the model.
         ResumeError: The same, for run folders.
     """
-    if (Path(adapter) / IDENTITY).exists():
-        load_run(model, Path(adapter))
+    if is_run(adapter):
+        try:
+            load_run(model, Path(adapter))
+        except UserError:
+            raise
+        except Exception as error:  # Orbax's, of many types
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise CheckpointError(f"{adapter}: its parameters do not fit {base[0]} ({reason})") from error
         return "", True
     attached = attach_adapter(model, adapter, base=base)
     return attached.base_model, attached.projector
@@ -206,8 +267,101 @@ def read_tokenizer(config: VLMConfig, main: Component, others: Sequence[Componen
         tokenizer = load_tokenizer(folder)
     except Exception as error:  # for a broken file the library raises OSError, ValueError or a bare Exception
         raise CheckpointError(f"{folder}: the tokenizer cannot be read ({' '.join(str(error).split())})") from None
+    if config.tokenization == "llava":
+        check_reference_tokenizer(tokenizer, folder)
     if len(tokenizer) > config.text.vocab:
         raise CheckpointError(
             f"{folder}: the tokenizer has {len(tokenizer)} tokens, but the model's vocabulary only {config.text.vocab}"
         )
     return tokenizer
+
+
+def check_reference_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Check that original LLaVA's tokenization can be computed with a tokenizer, and set its `legacy` as the folder says.
+
+    Raises:
+        CheckpointError: It is a byte-level one, whose words do not begin with sentencepiece's mark.
+    """
+    if "\u2581" not in tokenizer.get_vocab():
+        raise CheckpointError(
+            f"{folder}: the tokenizer is not a sentencepiece one (as Llama-3's and Qwen's are not); in original LLaVA's"
+            " format only LLaMA-1, LLaMA-2, Vicuna and Phi-3 are supported"
+        )
+    path = folder / "tokenizer_config.json"
+    legacy = read_json(path).get("legacy") if path.exists() else None
+    # Without the key, the slow tokenizer that original LLaVA uses is in legacy mode.
+    tokenizer.legacy = (folder / "tokenizer.model").exists() if legacy is None else bool(legacy)
+
+
+def find_template(config: VLMConfig, tokenizer: Any, main: Component) -> VLMConfig:
+    """Return a configuration with the name of the checkpoint's chat template, recognized by what it renders.
+
+    Raises:
+        CheckpointError: It is none of `data.templates`, or does not go with the tokenizer.
+    """
+    if main.format == "orbax" or "reverie_template" in main.config or (main.path / TEMPLATE_EXAMPLE).exists():
+        return config
+    remedy = f'set "reverie_template" in config.json to the one it was tuned with, of {", ".join(TEMPLATES)}'
+    path, name, eos = main.path, config.template, tokenizer.eos_token
+    if main.format == "llava-hf" and (found := _read_chat_template(main.path)) is not None:
+        path, chat_template = found
+        prompt = _open_prompt(tokenizer, chat_template, path)
+        chat = {name: template for name, template in TEMPLATES.items() if template and template.style != "plain"}
+        name = next((name for name, template in chat.items() if prompt == _prompt(template)), "")
+        if not name:
+            raise CheckpointError(f"{path}: the chat template's prompt {prompt!r} is not supported; {remedy}")
+    elif config.template != "phi3_instruct" and eos != "</s>":
+        raise CheckpointError(
+            f"{path}: no chat template, and answers end with {eos!r}, not with Vicuna's '</s>'; {remedy}"
+        )
+    template = TEMPLATES[name]
+    if template and (template.end or "").startswith("<|") and template.end not in tokenizer.get_vocab():
+        raise CheckpointError(
+            f"{path}: template {name} ends answers with {template.end!r}, which is no token; {remedy}"
+        )
+    return dataclasses.replace(config, template=name)
+
+
+_QUESTION = "What is it?"
+
+
+def _prompt(template: Template) -> str:
+    return f"{template.system}{template.user}{IMAGE}\n{_QUESTION}{template.assistant}"
+
+
+def _read_chat_template(folder: Path) -> tuple[Path, str] | None:
+    """Return the chat template that transformers' processor uses, and its file."""
+    if (path := folder / "chat_template.jinja").exists():
+        return path, path.read_text("utf-8")
+    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
+        path = folder / name
+        found = read_json(path).get("chat_template") if path.exists() else None
+        if isinstance(found, list):  # several, by name
+            found = next((entry.get("template") for entry in found if entry.get("name") == "default"), None)
+        if isinstance(found, str):
+            return path, found
+    return None
+
+
+def _open_prompt(tokenizer: Any, chat_template: str, path: Path) -> str:
+    """Return what a chat template makes of a question about an image, without the beginning of the sequence.
+
+    Raises:
+        CheckpointError: It fails.
+    """
+    parts: list[Any] = [[{"type": "image"}, {"type": "text", "text": _QUESTION}], f"{IMAGE}\n{_QUESTION}"]
+    error: Exception | None = None
+    for content in parts:  # templates of language models take text only
+        try:
+            text: str = tokenizer.apply_chat_template(
+                [{"role": "user", "content": content}],
+                chat_template=chat_template,
+                add_generation_prompt=True,
+                tokenize=False,
+            )
+        except Exception as problem:  # a template can raise anything
+            error = problem
+            continue
+        if IMAGE in text and "{" not in text:
+            return text.removeprefix(tokenizer.bos_token or "")
+    raise CheckpointError(f"{path}: the chat template cannot be applied ({error or 'it shows no image'})")

@@ -1,6 +1,8 @@
 """Adapters on disk, read and written, compared with PEFT on transformers' LLaVA and on the plain language models."""
 
 import copy
+import dataclasses
+import io
 import json
 import shutil
 
@@ -9,15 +11,21 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
 
 import reverie_jax
 from reverie_jax.convert import convert
+from reverie_jax.data.conversation import Conversation, ImageRecord, Turn
+from reverie_jax.data.packing import SequenceShape
+from reverie_jax.loading import load_processor, load_with_projector
 from reverie_jax.models import lora
 from reverie_jax.models.checkpoints import attach_adapter, read_model
 from reverie_jax.models.checkpoints.adapters import write_peft
 from reverie_jax.models.sharding import make_mesh
+from reverie_jax.train.loop import finetune
+from reverie_jax.train.recipes import Recipe
 from tests.models import makers
 from tests.models.makers import (
     ADAPTER_CONFIG,
@@ -249,3 +257,29 @@ def test_complete_models_are_written_merged(to, bench, tmp_path):
     if to == "llava-hf":
         theirs = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out")
         assert_close(llava_logits(theirs, INPUTS), bench.full_logits)
+
+
+# Runs of `reverie train`.
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp2x_gelu"])
+def test_projector_of_the_first_stage_is_used_by_naming_its_run(kind, llama, tmp_path):
+    parts_of_it = {"components": [llama.clip], "dtype": "float32"}
+    model, processor = load_with_projector(llama.llm, kind=kind, **parts_of_it)
+    image = io.BytesIO()
+    Image.new("RGB", (30, 20), (200, 90, 40)).save(image, format="PNG")
+    conversation = Conversation((Turn("user", "<image>\nba?"), Turn("assistant", "deki.")), (0,))
+    sizes = SequenceShape(length=64, images=1, edges=32)
+    recipe = Recipe("first", 2, 1, sizes, trainable="projector", template="plain", projector_type=kind)
+    recipe = dataclasses.replace(recipe, projector_learning_rate=0.1, save_steps=2)
+    before = logits(model, INPUTS)
+    finetune(model, processor, [ImageRecord("a", image.getvalue(), (conversation,))], recipe, tmp_path / "run")
+    expected = logits(model, INPUTS)
+    assert np.abs(expected - before).max() > 0.1
+    opened, _ = reverie_jax.load_model(llama.llm, adapter=tmp_path / "run", **parts_of_it)
+    assert_close(logits(opened, INPUTS), expected)
+    for to in ("llava", "orbax"):
+        convert(llama.llm, tmp_path / to, to=to, adapter=tmp_path / "run", components=[llama.clip])
+        assert_close(logits(read_model(tmp_path / to), INPUTS), expected)
+    assert load_processor(llama.llm, components=[llama.clip]).encoder.template.name == "vicuna_v1"
+    assert_refused(lambda: reverie_jax.load_model(tmp_path / "run"), tmp_path / "run", "adapter")
