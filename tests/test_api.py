@@ -1,8 +1,12 @@
 """The public names, compared with transformers: load a model, make a batch, generate answers."""
 
 import dataclasses
+import inspect
 import io
 import json
+import re
+import shutil
+import sys
 import types
 
 import jax.numpy as jnp
@@ -13,7 +17,10 @@ from PIL import Image
 from transformers import LlavaForConditionalGeneration
 
 import reverie_jax
+from reverie_jax import cli
+from reverie_jax.convert import convert
 from reverie_jax.data.conversation import IMAGE, Conversation, Turn
+from reverie_jax.data.templates import find_template, to_jinja
 from reverie_jax.errors import CheckpointError, UserError
 from reverie_jax.loading import apply_run_recipe, find_checkpoint, load_processor
 from reverie_jax.models.checkpoints import files
@@ -76,13 +83,65 @@ def test_question_without_an_image(loaded):
     assert len(reverie_jax.generate(*loaded, [record], max_new_tokens=4)) == 1
 
 
-def test_ask_takes_paths_bytes_and_images(tmp_path):
+PIXELS = np.zeros((20, 30, 3), np.uint8)
+ASKED = [("x", "<image>\nx"), ("What does <image> show?", "What does <image> show?"), ("<image>\nx", "<image>\nx")]
+NOT_ASKED = [
+    ((PIXELS, "<image> or <image>?"), "2 <image>"),
+    ((None, "What does <image> show?"), "1 <image>"),
+    ((PIXELS.astype(np.float32), "x"), "float32"),
+    ((PIXELS[0], "x"), "(30, 3)"),
+    ((3, "x"), "int"),
+    (([PIXELS, PIXELS], "x"), "list"),
+    ((PIXELS,), "questions"),
+    ((PIXELS, " "), "questions"),
+    ((PIXELS, ["x", "y"]), "questions"),
+]
+
+
+def test_ask_takes_paths_bytes_images_and_pixels(tmp_path):
     image().save(tmp_path / "a.png")
     encoded = reverie_jax.ask(tmp_path / "a.png", "x").image
     assert encoded == reverie_jax.ask((tmp_path / "a.png").read_bytes(), "x").image
-    assert Image.open(io.BytesIO(reverie_jax.ask(image(), "x").image)).tobytes() == image().tobytes()
+    for picture in (image(), np.asarray(image())):
+        assert Image.open(io.BytesIO(reverie_jax.ask(picture, "x").image)).tobytes() == image().tobytes()
     with pytest.raises(UserError, match=r"none\.png"):
         reverie_jax.ask(tmp_path / "none.png", "x")
+    texts = [talk.turns[0].text for talk in reverie_jax.ask(PIXELS, *(question for question, _ in ASKED)).conversations]
+    assert texts == [text for _, text in ASKED]
+
+
+@pytest.mark.parametrize(("arguments", "name"), NOT_ASKED, ids=lambda x: str(x)[:20])
+def test_ask_says_what_it_wants(arguments, name):
+    with pytest.raises(UserError, match=re.escape(name)):
+        inspect.unwrap(reverie_jax.ask)(*arguments)  # without the tests' own check of types
+
+
+def test_generate_takes_one_record_too(loaded):
+    record = reverie_jax.ask(image(), "Is there a cup?")
+    assert reverie_jax.generate(*loaded, record, max_new_tokens=4) == reverie_jax.generate(*loaded, [record], 4)
+    with pytest.raises(UserError, match="str"):
+        inspect.unwrap(reverie_jax.generate)(*loaded, ["Is there a cup?"])
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        ((), "question"),
+        (("b.png", "What?"), "b.png"),
+        (("What?", "--max-new-tokens", "0"), "--max-new-tokens"),
+        (("<image> or <image>?",), "2 <image>"),
+        (("What?", "--dtype", "float8_e4m3fn"), "--dtype"),
+    ],
+)
+def test_ask_command_reports_in_one_line(words, name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for file in ("a.png", "b.png"):
+        image().save(file)
+    monkeypatch.setattr(sys, "argv", ["reverie", "ask", "a.png", *words, "--model", "scenes-base"])
+    with pytest.raises(SystemExit, match="2"):
+        cli.main()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert name in line
 
 
 def test_answered_or_too_long_conversations_are_refused(loaded):
@@ -131,7 +190,94 @@ def test_unusable_tokenizer_is_reported(fault, tmp_path):
     makers.assert_refused(lambda: load_processor(folder, components=clip), folder)
 
 
+# What a checkpoint says of its prompts.
+
+PARTS = (
+    "{% for m in messages %}{{ m['role'].upper() + ': ' }}{% for part in m['content'] %}{% if part['type'] == 'image' %}"
+    "{{ '<image>\n' }}{% else %}{{ part['text'] + ' ' }}{% endif %}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+TEXT = "{% for m in messages %}{{ bos_token + '<|user|>' + m['content'] + '<|end|>' }}{% endfor %}{{ '<|assistant|>' }}"
+JINJA = {name: to_jinja(find_template(name)) for name in ("vicuna_v1", "llava_v1", "phi3_instruct")}
+# (file, its content, the template that is recognized; None if it is refused)
+PROMPTS = [
+    ("chat_template.jinja", PARTS, "llava-hf"),
+    ("chat_template.jinja", JINJA["vicuna_v1"], "vicuna_v1"),
+    ("chat_template.json", {"chat_template": JINJA["llava_v1"]}, "llava_v1"),
+    ("processor_config.json", {"chat_template": JINJA["phi3_instruct"]}, "phi3_instruct"),
+    ("tokenizer_config.json", {"chat_template": TEXT}, None),
+    ("tokenizer_config.json", {"chat_template": [{"name": "default", "template": TEXT}]}, None),
+    ("chat_template.jinja", PARTS.replace("ASSISTANT:", "BOT:"), None),
+    ("chat_template.jinja", "{{ raise_exception('no') }}", None),
+    ("chat_template.jinja", "{% for %}", None),
+    ("chat_template.jinja", "nothing", None),
+]
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A llava-hf folder that may be changed."""
+    return shutil.copytree(makers.bench().hf, tmp_path / "model")
+
+
+@pytest.mark.parametrize(("file", "content", "name"), PROMPTS)
+def test_chat_template_is_recognized_by_what_it_renders(file, content, name, copy):
+    if isinstance(content, str):
+        (copy / file).write_text(content)
+    else:
+        old = json.loads((copy / file).read_text()) if (copy / file).exists() else {}
+        makers.write_json(copy / file, old | content)
+    if name is None:
+        makers.assert_refused(lambda: load_processor(copy), copy / file)
+        makers.edit_json(copy / "config.json", reverie_template="vicuna_v1")  # the way out that the message names
+    assert load_processor(copy).encoder.template.name == (name or "vicuna_v1")
+
+
+def test_tokenizers_whose_prompts_are_unknown(copy, tmp_path):
+    """Their answers end otherwise than Vicuna's, or they are not sentencepiece's (Llama-3, Qwen)."""
+    makers.edit_json(copy / "tokenizer_config.json", eos_token="<|end|>")
+    makers.assert_refused(lambda: load_processor(copy), copy, "<|end|>", "reverie_template")
+    original, clip = makers.original_folder(tmp_path / "original", makers.parts()), makers.bench().clip
+    makers.byte_level_tokenizer().save_pretrained(original)
+    makers.assert_refused(lambda: load_processor(original, components=clip), original, "Llama-3")
+    makers.assert_refused(lambda: reverie_jax.load_model(original, components=clip), original, "Llama-3")
+
+
+@pytest.mark.parametrize("to", ["llava-hf", "llava", "orbax"])
+def test_tokens_that_end_an_answer_are_read_and_written(to, copy, tmp_path):
+    makers.edit_json(copy / "generation_config.json", eos_token_id=[2, 17])
+    convert(copy, tmp_path / "out", to=to)
+    for path in (copy, tmp_path / "out"):
+        processor = load_processor(path)
+        assert processor.encoder.stop_ids == processor.override("plain").encoder.stop_ids == (2, 17)
+    makers.edit_json(copy / "generation_config.json", eos_token_id="</s>")
+    makers.assert_refused(lambda: load_processor(copy), copy / "generation_config.json", "eos_token_id")
+
+
+LEGACY = [({"legacy": True}, False, True), ({"legacy": False}, True, False), ({}, True, True), ({}, False, False)]
+
+
+@pytest.mark.parametrize(("settings", "slow", "legacy"), LEGACY)
+def test_legacy_mode_is_that_of_the_slow_tokenizer(settings, slow, legacy, tmp_path):
+    folder, clip = makers.original_folder(tmp_path / "model", makers.parts()), makers.bench().clip
+    makers.edit_json(folder / "tokenizer_config.json", **settings)
+    if slow:
+        (folder / "tokenizer.model").write_bytes(b"")
+    convert(folder, tmp_path / "out", to="llava", components=clip)
+    processors = load_processor(folder, components=clip), load_processor(tmp_path / "out")
+    assert [processor.encoder.tokenizer.legacy for processor in processors] == [legacy, legacy]
+
+
 # The hub, replaced.
+
+REPOSITORY = ["config.json", "tokenizer.json", "tokenizer.model", "README.md", "flax_model.msgpack", "optimizer.bin"]
+REPOSITORY += [
+    "checkpoint-35000/config.json",
+    "checkpoint-35000/model.safetensors",
+    "original/consolidated.safetensors",
+]
+BIN = [f"pytorch_model-{n:05}-of-00002.bin" for n in (1, 2)]
+SAFE = [f"model-{n:05}-of-00002.safetensors" for n in (1, 2)]
 
 
 @pytest.fixture
@@ -139,18 +285,19 @@ def hub(monkeypatch, tmp_path):
     """The calls of huggingface_hub that `resolve` makes; it is offline if `error` is set."""
     import huggingface_hub
 
-    fake = types.SimpleNamespace(calls=[], error=None)
+    fake = types.SimpleNamespace(calls=[], error=None, files=[*REPOSITORY, *BIN, *SAFE], downloaded=[])
 
     def model_info(repository, *, revision):
         fake.calls.append((repository, revision))
         if fake.error:
             raise fake.error
-        return types.SimpleNamespace(sha="a" * 40)
+        return types.SimpleNamespace(sha="a" * 40, siblings=[types.SimpleNamespace(rfilename=x) for x in fake.files])
 
     def snapshot_download(repository, *, revision, allow_patterns=None, local_files_only=False):
         if local_files_only:
             raise FileNotFoundError("not in the cache")
         fake.calls.append((repository, revision))
+        fake.downloaded = allow_patterns
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: types.SimpleNamespace(model_info=model_info))
@@ -162,8 +309,30 @@ def hub(monkeypatch, tmp_path):
 def test_hub_id_is_downloaded_at_one_commit(hub, name, revision, caplog, tmp_path):
     with caplog.at_level("INFO"):
         assert files.resolve(name) == tmp_path
-    assert hub.calls == [("some/model", revision), ("some/model", "a" * 40)]
+    assert hub.calls == [("some/model", revision), *[("some/model", "a" * 40)] * 2]
     assert f"some/model@{'a' * 40}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("weights", "wanted"),
+    [
+        (BIN, BIN),
+        ([*BIN, *SAFE], SAFE),
+        (["pytorch_model.bin", "model.safetensors"], ["model.safetensors"]),
+        (["adapter_model.bin", "non_lora_trainables.bin"], ["non_lora_trainables.bin", "adapter_model.bin"]),
+        (["mm_projector.bin"], ["mm_projector.bin"]),
+    ],
+)
+def test_hub_downloads_one_format_without_subfolders(weights, wanted, hub):
+    hub.files = [*REPOSITORY, *weights]
+    files.resolve("some/model")
+    assert hub.downloaded == [*REPOSITORY[:3], *wanted]
+
+
+def test_unsupported_family_is_named_before_its_weights_are_downloaded(hub, tmp_path):
+    makers.write_json(tmp_path / "config.json", {"model_type": "llava_qwen", "mm_vision_tower": "x"})
+    makers.assert_refused(lambda: reverie_jax.load_model("some/model"), "llava_qwen")
+    assert hub.downloaded == REPOSITORY[:3]
 
 
 def test_local_folder_has_priority_over_the_hub(hub, tmp_path, monkeypatch):

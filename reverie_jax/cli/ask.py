@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -30,21 +31,21 @@ class Ask:
     def run(self) -> None:
         """Run the command."""
         common.check_at_least(1, max_new_tokens=self.max_new_tokens)
-        from reverie_jax.data.conversation import IMAGE, Conversation, Turn
+        if not self.question:
+            raise UserError(f"no question about {self.image}; give one or more, each in quotes")
+        if files := [text for text in self.question if os.path.isfile(text)]:
+            raise UserError(f"{files[0]}: a file, not a question; `reverie ask` takes one image and then questions")
         from reverie_jax.data.images import decode
         from reverie_jax.data.pipeline import ImageQuestions
+        from reverie_jax.data.processor import ask
         from reverie_jax.eval.engine import Engine
         from reverie_jax.eval.schedule import EngineShape
 
-        try:
-            encoded = self.image.read_bytes()
-        except OSError as error:
-            raise UserError(f"{self.image}: cannot be read ({error.strerror})") from None
-        decode(encoded, str(self.image))
+        record = ask(self.image, *self.question)
+        decode(record.image, str(self.image))
         model, processor = common.load_merged(self.model, self.components, self.adapter, self.dtype)
-        open_turns = [Conversation((Turn("user", f"{IMAGE}\n{text}"),)) for text in self.question]
         engine = Engine(model, processor, EngineShape(batch_size=1))
-        request = ImageQuestions(str(self.image), encoded, list(enumerate(open_turns)))
+        request = ImageQuestions(record.id, record.image, list(enumerate(record.conversations)))
         answers = engine.answer([request], max_new_tokens=self.max_new_tokens or 96)
         for number, text in enumerate(self.question):
             print(f"{text}\n  {answers[number]}")

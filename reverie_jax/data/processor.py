@@ -49,9 +49,9 @@ class Processor:
     @classmethod
     def from_config(cls, config: VLMConfig, tokenizer: Any, template: str | Template | None = None) -> Processor:
         """Return the processor of a model configuration and its tokenizer."""
-        encoder = Encoder(
-            tokenizer, template or config.template, config.vision.patches, config.image_token_id, config.tokenization
-        )
+        template = template or config.template
+        inputs = config.vision.patches, config.image_token_id, config.tokenization, config.stop_ids
+        encoder = Encoder(tokenizer, template, *inputs)
         return cls(encoder, config.vision.image_size, config.image_aspect_ratio, config.text.context)
 
     def override(
@@ -70,7 +70,8 @@ class Processor:
         old = self.encoder
         tokenization = tokenization or old.tokenization
         template = old.template if template is None else template
-        encoder = Encoder(old.tokenizer, template, old.patches, old.image_token_id, tokenization)
+        inputs = old.patches, old.image_token_id, tokenization, old.further_stop_ids
+        encoder = Encoder(old.tokenizer, template, *inputs)
         if (encoder.template.name, tokenization) != (old.template.name, old.tokenization):
             _log.warning(
                 "template %s, tokenization %s instead of the checkpoint's %s, %s",
@@ -143,17 +144,24 @@ class Processor:
         return stack(sequences, len(sequences))
 
 
-def ask(image: str | Path | bytes | Image.Image | None, *questions: str) -> ImageRecord:
+def ask(image: str | Path | bytes | Image.Image | np.ndarray | None, *questions: str) -> ImageRecord:
     """Return a record of an image and open questions about it, each a conversation of its own.
 
     Args:
-        image: a path, the content of an image file, an image, or None for questions without an image.
-        *questions: the questions.
+        image: a path, the content of an image file, an image, its pixels as bytes (H W 3), or None for questions without
+            an image.
+        *questions: the questions. `<image>` marks where the image is shown; before the question by default.
 
     Raises:
-        UserError: the file cannot be read.
+        UserError: the file cannot be read, or an argument is something else.
     """
+    if not questions or not all(isinstance(text, str) and text.strip() for text in questions):
+        raise UserError(f"ask: the questions must be one or more texts, not {questions!r}")
     name = str(image) if isinstance(image, str | Path) else "image"
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise UserError(f"ask: pixels must be uint8 of shape (H, W, 3), not {image.dtype} of {image.shape}")
+        image = Image.fromarray(image)
     if isinstance(image, Image.Image):
         buffer = io.BytesIO()
         to_rgb(image).save(buffer, format="PNG")
@@ -163,11 +171,25 @@ def ask(image: str | Path | bytes | Image.Image | None, *questions: str) -> Imag
             encoded = Path(image).read_bytes()
         except OSError as error:
             raise UserError(f"{image}: cannot be read ({error.strerror})") from None
-    else:
+        if not encoded:
+            raise UserError(f"{image}: an empty file")
+    elif image is None or isinstance(image, bytes):
         encoded = image or b""
-    marker = f"{IMAGE}\n" if encoded else ""
-    images = (0,) if encoded else ()
-    return ImageRecord(name, encoded, tuple(Conversation((Turn("user", marker + text),), images) for text in questions))
+    else:
+        raise UserError(f"ask: the image must be a path, bytes, an image, pixels or None, not {type(image).__name__}")
+    return ImageRecord(name, encoded, tuple(_open_conversation(text, bool(encoded)) for text in questions))
+
+
+def _open_conversation(text: str, has_image: bool) -> Conversation:
+    """Return a conversation of one question; the image is where its marker is, or before it.
+
+    Raises:
+        UserError: there are more markers than images.
+    """
+    if (markers := text.count(IMAGE)) > has_image:
+        raise UserError(f"{text!r}: {markers} {IMAGE} for {int(has_image)} image(s); a question shows its image once")
+    marker = f"{IMAGE}\n" if has_image and not markers else ""
+    return Conversation((Turn("user", marker + text),), (0,) if has_image else ())
 
 
 def read_example_template(folder: Path) -> Template | None:

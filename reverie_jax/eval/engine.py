@@ -269,7 +269,7 @@ def _gather(x: Any) -> np.ndarray:
 def generate(
     model: VisionLanguageModel,
     processor: Processor,
-    records: Sequence[ImageRecord],
+    records: ImageRecord | Sequence[ImageRecord],
     max_new_tokens: int = 64,
     *,
     mesh: Mesh | None = None,
@@ -279,7 +279,7 @@ def generate(
     Args:
         model: The model.
         processor: The model's own.
-        records: Images with open conversations; `data.processor.ask` makes them.
+        records: Images with open conversations, or one; `data.processor.ask` makes them.
         max_new_tokens: Maximum length of an answer.
         mesh: See `Engine`.
 
@@ -291,7 +291,9 @@ def generate(
         BrokenImage: An image cannot be read.
     """
     images, number = [], 0
-    for index, record in enumerate(records):
+    for index, record in enumerate([records] if isinstance(records, ImageRecord) else records):
+        if not isinstance(record, ImageRecord):
+            raise UserError(f"generate: records must be what `ask` returns, not {type(record).__name__}")
         if closed := [n for n, conversation in enumerate(record.conversations) if not conversation.is_open]:
             raise UserError(f"record {record.id}: conversation {closed[0]} ends with an answer; end it with a question")
         processor.tokenize(record.id, record.conversations, max_new_tokens)
