@@ -96,12 +96,13 @@ def _warn_once(image: Image.Image, name: str) -> None:
         _log.warning("%s: %s (said once; `reverie data check` lists all such images)", name, note)
 
 
-def decode(encoded: bytes, name: str) -> Image.Image:
+def decode(encoded: bytes, name: str, *, warn: bool = True) -> Image.Image:
     """Decode an image file to RGB. As in original LLaVA, its EXIF orientation is not applied.
 
     Args:
         encoded: The file.
         name: Its name, for errors.
+        warn: Say once in the log what is done with transparency, and with gray of more than 8 bits.
 
     Raises:
         BrokenImage: It cannot be decoded.
@@ -110,7 +111,8 @@ def decode(encoded: bytes, name: str) -> Image.Image:
         with Image.open(io.BytesIO(encoded)) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise BrokenImage(f"{name}: {image.width} x {image.height} pixels exceed the limit of {MAX_PIXELS:,}")
-            _warn_once(image, name)
+            if warn:
+                _warn_once(image, name)
             return to_rgb(image)
     except UnidentifiedImageError:
         raise BrokenImage(f"{name}: not a readable image (unknown format)") from None
