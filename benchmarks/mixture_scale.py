@@ -140,7 +140,7 @@ def run_stage(args: Args) -> dict[str, Any]:
     from reverie_jax.cli.data import Build
 
     with contextlib.redirect_stdout(sys.stderr):
-        Build(sources=(str(args.folder / "reverie.json"),), out=args.folder / "records").run()
+        Build(sources=(str(args.folder / "reverie.json"),), out=args.folder / "records", overwrite=True).run()
     return peak()
 
 
