@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import tempfile
@@ -34,6 +35,8 @@ from tests.hosted.test_providers import ANSWER, ask
 
 pytestmark = pytest.mark.usefixtures("keys", "sdks")
 ITEM, RUN, MINUTE = RefusedError, AccessError, RetryableError
+TRIES = {ITEM: 1, UnusableError: 2, MINUTE: 3}
+"""How often a request is sent, with two unusable replies or two retries."""
 
 
 def openai_error(message: Any, **more: Any) -> dict[str, Any]:
@@ -262,6 +265,31 @@ def test_unusable_replies_are_kept(provider, body, kind, words):
     assert caught.value.reply is not None
     if provider == "openai":
         assert caught.value.reply.tokens_in == 3
+
+
+# All of them in one run.
+
+
+@pytest.mark.parametrize("provider", ["openai", "gemini"])
+def test_a_run_survives_every_reply(provider, tmp_path):
+    """Hopeless requests are sent once, and whatever came with status 200 is in the journal."""
+    cases = [(200, body, 1) for name, body, _ in ODD if name == provider]
+    cases += [(200, body, TRIES[kind]) for name, body, kind, _ in UNUSABLE if name == provider]
+    cases += [
+        (code, body, TRIES[kind]) for name, code, body, kind, _ in FAILURES if name == provider and kind is not RUN
+    ]
+    number = lambda call: int(call.text.split()[1].rstrip("?"))  # noqa: E731
+    limits = Limits(max_retries=2, max_unusable=2, backoff=0.001, max_backoff=0.001)
+    with Server(lambda call: ANSWER, lambda call: cases[number(call)][:2]) as server:
+        spec = helpers.spec_of(server, provider)
+        tasks = [dataclasses.replace(make_task(n, spec), parse_reply=str) for n in range(len(cases))]
+        outcome, replies = send(tmp_path, tasks, [spec], limits)
+        assert Counter(map(number, server.calls)) == {n: tries for n, (_, _, tries) in enumerate(cases)}
+    assert (outcome.stopped, outcome.requested) == ("", len(cases))
+    assert outcome.uncounted > 0
+    assert list(replies.values()).count("yes") == outcome.usable == sum(name == provider for name, *_ in ODD)
+    kept = [body for code, body, tries in cases for _ in range(tries) if code == 200]
+    assert len(helpers.rows_of(tmp_path / helpers.JOURNAL, "id", "reply NOT NULL")) == len(kept)
 
 
 # Any reply.
