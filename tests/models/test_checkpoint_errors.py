@@ -305,6 +305,8 @@ SETTINGS = [
     ("text_config", {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": None}, "linear"),
     ("text_config", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "yarn"),
     ("text_config", {"rope_parameters": "linear"}, "rope"),
+    ("text_config", {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}}, "rope"),
+    (None, {"tie_word_embeddings": True}, "tie_word_embeddings"),
     ("text_config", {"model_type": "mistral"}, "mistral"),
     *(("text_config", {key: True}, key) for key in ("attention_bias", "mlp_bias", "qkv_bias", "qk_layernorm", "alibi")),
     *(("text_config", {key: 12.0}, key) for key in ("embedding_multiplier", "logits_scaling", "attention_multiplier")),

@@ -73,8 +73,8 @@ def text_config(path: Path, raw: Json, kind: str) -> TextConfig:
     check_decoder(path, raw)
     _choice(path, raw, "hidden_act", "silu", ("silu",))
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise CheckpointError(f"{path}: rope_parameters or rope_scaling must be an object, not {rope!r}")
+    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+        raise CheckpointError(f"{path}: rope_parameters or rope_scaling must be an object of values, not {rope!r}")
     if (scaling := rope.get("rope_type", rope.get("type", "default"))) != "default":
         raise CheckpointError(f"{path}: rope scaling {scaling!r} is not supported")
     for settings in (rope, raw):
@@ -238,6 +238,7 @@ def llava_hf_config(folder: Path, raw: Json) -> VLMConfig:
         raise CheckpointError(f"{path}: vision_feature_select_strategy must be 'default' (class token dropped)")
     _choice(path, raw, "projector_hidden_act", "gelu", ("gelu",))
     _choice(path, raw, "multimodal_projector_bias", True, (True,))
+    _choice(path, raw, "tie_word_embeddings", False, (False,))
     key = "image_token_index" if "image_token_index" in raw else "image_token_id"
     tower = vision_config(path, vision)
     aspect = "pad" if check_image_processor(folder, tower.image_size) else "square"
