@@ -85,8 +85,10 @@ def _run() -> None:
     try:
         command.run()
     except UserError as error:
-        print(f"reverie: error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(getattr(error, "exit_code", 2)) from None
+        code = getattr(error, "exit_code", 2)
+        kind = "" if code == 130 else "error: "  # Ctrl-C is the user's own wish
+        print(f"reverie: {kind}{' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(code) from None
     except KeyboardInterrupt:
         print("reverie: stopped by Ctrl-C", file=sys.stderr)
         raise SystemExit(130) from None

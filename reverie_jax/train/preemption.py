@@ -81,7 +81,7 @@ class Preemption:
             raise KeyboardInterrupt
         self._received = number
         # Not by `print` or logging: the signal may have interrupted one of them.
-        text = f"reverie: {_SIGNALS[signal.Signals(number)]}: saving after this step; Ctrl-C stops at once\n"
+        text = f"reverie: {_SIGNALS[signal.Signals(number)]}: saving after this step; press Ctrl-C to stop at once\n"
         os.write(2, text.encode())
 
     def __exit__(
