@@ -6,6 +6,7 @@ import asyncio
 import collections
 import contextlib
 import dataclasses
+import logging
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -27,6 +28,8 @@ from reverie_jax.hosted.interface import (
 from reverie_jax.hosted.journal import Journal
 from reverie_jax.hosted.thoughts import split_thoughts
 from reverie_jax.hosted.throttle import Limits, Throttle
+
+_log = logging.getLogger(__name__)
 
 Providers = dict[tuple[str, str], Provider]
 """Providers by (name, model)."""
@@ -82,6 +85,18 @@ class Outcome:
 ProgressFunction = Callable[[Outcome, Throttle], None]
 
 
+def find_problem(task: RequestTask, words: str) -> UnusableError | None:
+    """Return why a reply's words cannot be used, or None."""
+    try:
+        task.parse_reply(words)
+    except UnusableError as problem:
+        return problem
+    except Exception as problem:  # a fault of ours must not lose a reply that is paid for
+        _log.debug("a parser failed", exc_info=True)
+        return UnusableError(f"the reply cannot be read ({type(problem).__name__})")
+    return None
+
+
 def record(
     journal: Journal, throttle: Throttle, task: RequestTask, attempt: int, result: Reply | AnnotationError
 ) -> AnnotationError | None:
@@ -92,12 +107,7 @@ def record(
         reply = dataclasses.replace(reply, text=reply.text.encode("utf-8", "replace").decode("utf-8"))
     if reply is not None and error is None:
         thoughts, words = split_thoughts(reply.text)
-        try:
-            if thoughts and not words:
-                raise UnusableError("thoughts without an answer")
-            task.parse_reply(words)
-        except UnusableError as problem:
-            error = problem
+        error = UnusableError("thoughts without an answer") if thoughts and not words else find_problem(task, words)
     state = "usable" if error is None else "unusable" if isinstance(error, UnusableError) else "failed"
     price = throttle.release(task.identity.stage, reply)
     if state != "failed" and reply is not None and not reply.counted:
@@ -161,6 +171,11 @@ class _Run:
             result = await self.providers[identity.provider, identity.model].ask(request)
         except AnnotationError as problem:
             result = problem
+        except Exception as problem:
+            _log.debug("a provider failed", exc_info=True)
+            result = RefusedError(
+                f"the provider {identity.provider} failed ({type(problem).__name__}); report this bug"
+            )
         if error := record(self.journal, throttle, task, attempt, result):
             throttle.reached |= not isinstance(error, RetryableError) or error.reached
             if isinstance(error, RetryableError) and not error.reached and throttle.count_unanswered():

@@ -10,10 +10,10 @@ from typing import NamedTuple
 from reverie_jax.errors import UserError
 from reverie_jax.hosted import batches, runner
 from reverie_jax.hosted.identity import RequestIdentity
-from reverie_jax.hosted.interface import RequestSettings, Stage, UnusableError
+from reverie_jax.hosted.interface import RequestSettings, Stage
 from reverie_jax.hosted.journal import Journal
 from reverie_jax.hosted.providers import open_provider, parse_model_spec
-from reverie_jax.hosted.runner import Outcome, RequestTask
+from reverie_jax.hosted.runner import Outcome, RequestTask, find_problem
 from reverie_jax.hosted.throttle import DEFAULT_IMAGE_TOKENS, DEFAULT_TOKENS, Limits, Throttle
 
 JOURNAL = "journal.sqlite"
@@ -94,11 +94,7 @@ class Session:
         """Return the words of the recorded reply, or None; one that can no longer be parsed does not count."""
         if task is None or (recorded := self.journal.get_reply(task.identity)) is None:
             return None
-        try:
-            task.parse_reply(recorded.text)
-        except UnusableError:
-            return None
-        return recorded.text
+        return None if find_problem(task, recorded.text) else recorded.text
 
     def run(self, step: str, tasks: Iterable[RequestTask], model_specs: Iterable[str]) -> Outcome:
         """Send the requests that have no reply yet.

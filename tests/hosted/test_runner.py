@@ -125,6 +125,20 @@ def test_replies_that_the_task_cannot_parse_are_unusable(ask, tmp_path):
     assert rows_of(tmp_path / "out" / JOURNAL, "reply", "state = 'unusable'") == [("Sorry. ?",)] * 6
 
 
+def test_a_bug_loses_no_reply(tmp_path):
+    """Of a parser, or of somebody's provider; with a budget too, nobody waits for ever."""
+    tasks = [dataclasses.replace(make_task(n, "openai:tiny"), parse_reply=lambda text: 1 / 0) for n in range(3)]
+    with Memory(reply_to) as server:
+        outcome, _ = send(tmp_path, tasks, ["openai:tiny"], dataclasses.replace(QUICK, max_tokens=10**9))
+        assert outcome.reasons() == [("the reply cannot be read (ZeroDivisionError)", 3)]
+        assert len(rows_of(tmp_path / JOURNAL, "id", "reply NOT NULL")) == len(server.calls) == 9
+        server.faults = lambda call: KeyError("x")
+        outcome, _ = send(tmp_path, tasks, ["openai:tiny"], dataclasses.replace(QUICK, max_tokens=10**9))
+        assert len(server.calls) == 12
+    ((reason, count),) = outcome.reasons()
+    assert ("KeyError" in reason, count) == (True, 3)
+
+
 @pytest.mark.parametrize("concurrency", [1, 7])
 def test_concurrency(ask, clock, concurrency):
     """One provider for a run, as many requests in flight as allowed; a cached reply is not requested again."""
