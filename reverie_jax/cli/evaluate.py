@@ -223,8 +223,8 @@ class Eval:
             return
         common.note(result.notes)
         if partial:
-            total = len(everything)
-            print(f"{predictions}: partial: the first {len(questions):,} of {total:,} questions (--limit); not written")
+            part = f"the first {len(questions):,} of {len(everything):,} questions (--limit)"
+            print(f"{predictions}: partial: {part}; no scores.json is written")
         else:
             with common.writing(out / SCORES):
                 score.write_score(result, out / SCORES)

@@ -192,7 +192,7 @@ class Amber(Benchmark):
             protocol[key] = protocol.get(key, 0) + 1
         tables = {}
         if "questions/generative" in protocol:
-            safe = locate("safe_words.txt").read_text("utf-8-sig").split("\n")
+            safe = locate("safe_words.txt").read_text("utf-8-sig").splitlines()
             tables = {"relation": _relation(locate("relation.json")), "safe": frozenset(safe)}
         images = [place / name for place in folders for name in (".", "image", "images")]
         return BenchmarkData(questions, inputs.image_reader(*images), protocol, tables)

@@ -292,8 +292,8 @@ def test_any_answer_file_is_read_right_or_refused(cases, tmp_path_factory, name,
         rows = [{**row, "question_id": str(row["question_id"])} for row in rows]  # a column of Parquet has one type
     random.shuffle(rows)
     WRITERS[file](path, rows)
-    if marked and path.suffix in (".csv", ".tsv"):
-        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    if marked and path.suffix != ".parquet":  # as on Windows: a byte order mark, and two characters at a line's end
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\r\n", b"\n").replace(b"\n", b"\r\n"))
     contradicts = prompt == "another question"
     if contradicts and name in SHARED:
         with refused(path):
