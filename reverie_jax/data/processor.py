@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import json
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from reverie_jax.data.templates import Template, v0_template
 from reverie_jax.data.tokenization import Encoder, Tokens
 from reverie_jax.data.tree import build_tree
 from reverie_jax.errors import UserError
+from reverie_jax.files import read_json
 from reverie_jax.models import VLMConfig
 from reverie_jax.models.config import ImageAspectRatio, Tokenization
 
@@ -201,8 +201,8 @@ def read_example_template(folder: Path) -> Template | None:
     path = folder / TEMPLATE_EXAMPLE
     if not path.exists():
         return None
+    raw = read_json(path)
     try:
-        raw = json.loads(path.read_text("utf-8"))
         return v0_template(raw["question"], raw["answer"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise UserError(f'{path}: must hold {{"question": …, "answer": …}} ({error!r})') from None

@@ -5,7 +5,7 @@ import json
 import zlib
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -130,6 +130,10 @@ ROW = st.builds(
     *(st.sampled_from(["a.png", ""]), st.sampled_from(["Q?", f"Q? {LONG}"]), ANSWERS),
     st.just(()) | st.tuples(st.sampled_from(["Explain why.", "Explain why this answer is wrong: No"]), ANSWERS),
 )
+TOGETHER = [  # rationales of one answer that fit alone, but not in one conversation
+    llava_row("a.png", "Q?", "Yes", why, "cup " * 18)
+    for why in ("Explain why.", "Explain why this answer is wrong: No")
+]
 PAIR = st.builds(
     lambda *texts: dict(zip(("image", "question", "chosen", "rejected"), ("a.png", *texts), strict=True)),
     *(st.just("Q?"), ANSWERS, ANSWERS),
@@ -142,6 +146,7 @@ PAIR = st.builds(
     st.sampled_from(["separate", "positive-first"]),
     st.booleans(),
 )
+@example(TOGETHER, "positive-first", True)
 def test_what_check_passes_train_takes(tmp_path_factory, rows, context, sharing):
     folder = tmp_path_factory.mktemp("train")
     (folder / "a.png").write_bytes(png())

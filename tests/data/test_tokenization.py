@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 
 import reverie_jax.scenes
 from reverie_jax.data.conversation import Conversation, Turn
+from reverie_jax.data.processor import read_example_template
 from reverie_jax.data.templates import v0_template
 from reverie_jax.data.tokenization import Encoder
 from reverie_jax.errors import UserError
@@ -173,6 +174,21 @@ def test_ids_are_those_of_one_pass_and_answers_carry_their_weights(tokenizer, en
     assert answered.ids[:size].tolist() == question.ids.tolist()
     assert answered.weights[:size].tolist() == question.weights.tolist()
     assert (answered.weights[size:] == weights[len(turns) // 2 - 1]).all()
+
+
+@pytest.mark.parametrize(
+    "content", [None, b'\xef\xbb\xbf{"question": "Is tea hot?", "answer": "It is."}', b"{", b"[]", b'{"question": 1}']
+)
+def test_the_example_of_v0_is_read_from_the_checkpoint(tmp_path, content):
+    path = tmp_path / "template_example.json"
+    if content is not None:
+        path.write_bytes(content)
+    if content is None or b"tea" in content:
+        expected = None if content is None else v0_template("Is tea hot?", "It is.")
+        assert read_example_template(tmp_path) == expected
+    else:
+        with pytest.raises(UserError, match="template_example"):
+            read_example_template(tmp_path)
 
 
 # A tokenizer of words.
