@@ -18,7 +18,7 @@ from rich.text import Text
 
 from reverie_jax.data import sources
 from reverie_jax.data.conversation import IMAGE, ImageRecord, Turn
-from reverie_jax.data.images import decode, describe_conversion, is_deep
+from reverie_jax.data.images import decode, describe_conversion
 from reverie_jax.data.pipeline import TreeBuilder
 from reverie_jax.data.preferences import DPOConfig
 from reverie_jax.data.processor import Processor
@@ -238,9 +238,8 @@ def _check_content(example: Example, encoded: bytes, suffix: str) -> Problem | N
         suffixes = _SUFFIXES.get(image.format or "")
         if suffixes is not None and suffix and suffix not in suffixes:
             return Problem(example.where, example.image, "mislabeled image", f"the content is {image.format}", False)
-        if note := describe_conversion(image):
-            kind = "deep image" if is_deep(image) else "transparent image"
-            return Problem(example.where, example.image, kind, note, False)
+        if (found := describe_conversion(image)) is not None:
+            return Problem(example.where, example.image, *found, False)
     return None
 
 

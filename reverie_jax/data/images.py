@@ -70,19 +70,22 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def describe_conversion(image: Image.Image) -> str:
-    """Return what `to_rgb` decides for an image that others may read in another way; nothing for most images."""
+def describe_conversion(image: Image.Image) -> tuple[str, str] | None:
+    """Return (kind, what `to_rgb` does) of an opened image that others may read in another way; None for most images."""
     if is_deep(image):
-        return f"gray values of more than 8 bits are read as {gray_depth(image)} bits, which hold the largest one"
+        bits = gray_depth(image)
+        return "deep image", f"gray values of more than 8 bits are read as {bits} bits, which hold the largest one"
+    if any(";16" in str(tile[-1]) for tile in getattr(image, "tile", ())):
+        return "deep image", "colors of 16 bits keep their upper 8, which are dark if only the lower 12 were used"
     if image.has_transparency_data:
         has_alpha = image.getbands()[-1] in ("A", "a")
         alpha = np.asarray(image if has_alpha else image.convert("RGBA"))[..., -1]
         if alpha.min(initial=255) < 255:
-            return (
+            return "transparent image", (
                 "transparency is dropped, as in original LLaVA: such pixels show the color that is stored, often black;"
                 " transformers 5 lays them on white"
             )
-    return ""
+    return None
 
 
 _warned: set[str] = set()
@@ -90,10 +93,9 @@ _warned: set[str] = set()
 
 
 def _warn_once(image: Image.Image, name: str) -> None:
-    kind = "deep" if is_deep(image) else "transparent" if image.has_transparency_data else ""
-    if kind and kind not in _warned and (note := describe_conversion(image)):
-        _warned.add(kind)
-        _log.warning("%s: %s (said once; `reverie data check` lists all such images)", name, note)
+    if len(_warned) < 2 and (found := describe_conversion(image)) is not None and found[0] not in _warned:
+        _warned.add(found[0])
+        _log.warning("%s: %s (said once; `reverie data check` lists all such images)", name, found[1])
 
 
 def decode(encoded: bytes, name: str, *, warn: bool = True) -> Image.Image:

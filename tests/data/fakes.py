@@ -77,13 +77,13 @@ def png(colour: tuple[int, int, int] = (10, 200, 30), size: tuple[int, int] = (6
     return saved(Image.new("RGB", size, colour))
 
 
-def png_of_size(width: int, height: int, packed: bytes = b"") -> bytes:
-    """A PNG that claims a size; its data are nothing, or what is given, compressed."""
+def png_of_size(width: int, height: int, packed: bytes = b"", bits: int = 8) -> bytes:
+    """A PNG of colors that claims a size; its data are nothing, or what is given, compressed."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    head = struct.pack(">IIBBBBB", width, height, bits, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", packed) + chunk(b"IEND", b"")
 
 

@@ -35,7 +35,7 @@ from tests.data.fakes import (
 
 WHY_WRONG = "Explain why this answer is wrong: {}"
 NAMES = ("a.png", "none.png", "cut.png", "words.jpg", "really.png", "huge.png", "bomb.png", "../outside.png")
-USABLE_NAMES = ("gray.png", "clear.png", "opaque.png")
+USABLE_NAMES = ("gray.png", "clear.png", "opaque.png", "colors.png")
 ROWS = [
     *(llava_row(name, f"{IMAGE}\nWhat?", "A cup.") for name in NAMES),
     llava_row("a.png", f"{IMAGE}\nWhat?", "A cup."),
@@ -57,6 +57,7 @@ EXPECTED = {
     10: ("invalid row", True),
     12: ("deep image", False),
     13: ("transparent image", False),
+    15: ("deep image", False),
 }
 
 
@@ -69,6 +70,7 @@ def folder(tmp_path):
     (folder / "words.jpg").write_text("not an image")
     (folder / "really.png").write_bytes(saved(Image.new("RGB", (8, 8), (9, 9, 9)), "JPEG"))
     (folder / "gray.png").write_bytes(saved(Image.new("I;16", (8, 8), 4000)))
+    (folder / "colors.png").write_bytes(png_of_size(2, 2, zlib.compress(bytes(2 * (1 + 2 * 6))), bits=16))
     for name, alpha in (("clear.png", 0), ("opaque.png", 255)):
         (folder / name).write_bytes(saved(Image.new("RGBA", (8, 8), (9, 9, 9, alpha))))
     (folder / "huge.png").write_bytes(png_of_size(50_000, 50_000))
@@ -88,7 +90,7 @@ def test_every_problem_is_reported_once(annotations, folder):
         f"{annotations}: row {number}": kind for number, kind in EXPECTED.items()
     }
     assert len(report.problems) == len(EXPECTED)
-    assert (report.rows, len(report.examples), report.has_unusable_rows) == (15, 7, True)
+    assert (report.rows, len(report.examples), report.has_unusable_rows) == (16, 8, True)
     assert all("\n" not in problem.reason for problem in report.problems)
 
 
@@ -103,8 +105,8 @@ def test_usable_rows_are_written_unchanged(annotations, folder, tmp_path, by_id)
     named = {f"id{number}": row for number, row in enumerate(rows)}
     write_json_rows(annotations, named if by_id else rows)
     before, path = annotations.read_bytes(), tmp_path / "clean.json"
-    assert checking.write_usable_rows(checking.check(annotations, folder), annotations, path) == 7
-    kept = (0, 4, 8, 11, 12, 13, 14)
+    assert checking.write_usable_rows(checking.check(annotations, folder), annotations, path) == 8
+    kept = (0, 4, 8, 11, 12, 13, 14, 15)
     assert json.loads(path.read_text()) == ({f"id{n}": rows[n] for n in kept} if by_id else [rows[n] for n in kept])
     assert annotations.read_bytes() == before
     assert not checking.check(path, folder).has_unusable_rows
@@ -235,11 +237,11 @@ def test_numbers_of_a_dataset_card(tmp_path):
 def test_the_command(annotations, tmp_path, reverie):
     details, clean = tmp_path / "problems.jsonl", tmp_path / "clean.json"
     code, out, _ = reverie("data", "check", annotations, "--details", details)  # `images` beside the file is found
-    assert (code, "15 rows, 7 usable" in out) == (1, True)
+    assert (code, "16 rows, 8 usable" in out) == (1, True)
     problems = [json.loads(line) for line in details.read_text().splitlines()]
     assert {problem["kind"] for problem in problems} == {kind for kind, _ in EXPECTED.values()}
     code, out, _ = reverie("data", "check", annotations, "--fix", clean)
-    assert (code, "7 rows" in out) == (0, True)
+    assert (code, "8 rows" in out) == (0, True)
 
 
 def test_special_tokens_in_texts_are_said(tmp_path):
