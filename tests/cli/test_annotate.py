@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from reverie_jax.annotate.files import DROPPED, JUDGED, QUESTIONS, RATIONALES, RELEASED
+from reverie_jax.cli import hosted as cli_hosted
 from reverie_jax.data.mixture import MixtureEntry, read_mixture
 from reverie_jax.data.sources import ReadLog
+from reverie_jax.hosted.interface import RefusedError
 from tests.annotate import helpers
 from tests.annotate.helpers import JOURNAL, SECRETS, Memory, answer, check_files, load, spec_of, stage_of
 from tests.data.fakes import png
@@ -187,6 +189,22 @@ def test_hopeless_requests_are_sent_once(annotate, tmp_path, images, which, faul
         assert len(server.calls) <= (2 if which == "every" else 5)
     if which == "one":
         assert [row["image"] for row in load(tmp_path / "out", QUESTIONS)] == [n for n in images if n != "0001.png"]
+
+
+@pytest.mark.parametrize(("given", "sent"), [(None, None), (0.5, 0.5), ("none", None), ("None", None)])
+def test_temperature(annotate, given, sent):
+    with Server(answer) as server:
+        assert annotate("questions", spec_of(server), temperature=given)[0] == 0
+    assert {call.body.get("temperature") for call in server.calls} == {sent}
+
+
+def test_many_reasons_are_cut_short(annotate, monkeypatch):
+    monkeypatch.setattr(cli_hosted, "_REASONS", 2)
+    with Memory(answer, lambda call: RefusedError(f"request {call.digest}")) as server:
+        code, _, err = annotate("questions", spec_of(server))
+    assert code == 1
+    assert [cells[1:] for cells in table(err)][-1] == ["3", "3 other reasons, in the journal"]
+    assert sum(name in err for name in (call.digest for call in server.calls)) == 2
 
 
 def test_replies_without_counts_are_told(annotate):

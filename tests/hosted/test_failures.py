@@ -108,6 +108,7 @@ FAILURES: list[tuple[str, int, Any, type[AnnotationError], str]] = [
     ("openai", 429, {"detail": "Too many requests"}, MINUTE, "429: Too many"),
     ("openai", 200, openai_error("Provider returned error", code=429), MINUTE, "Provider returned"),
     ("openai", 200, openai_error("Internal", metadata={"raw": '{"error": {"message": "busy {key}"}}'}), MINUTE, "busy"),
+    ("openai", 200, openai_error("Internal", metadata={"raw": "[busy", "reasons": [{"a": 1}]}), MINUTE, "busy"),
     ("openai", 502, PAGE, MINUTE, "Bad gateway"),
     ("openai", 503, {"error": "no healthy upstream"}, MINUTE, "no healthy upstream"),
     ("openai", 529, openai_error("Overloaded"), MINUTE, "529"),
@@ -265,6 +266,13 @@ def test_unusable_replies_are_kept(provider, body, kind, words):
     assert caught.value.reply is not None
     if provider == "openai":
         assert caught.value.reply.tokens_in == 3
+
+
+def test_what_a_parser_cannot_read_is_kept():
+    """Without the key."""
+    with pytest.raises(RefusedError, match="ZeroDivisionError") as caught:
+        read_reply('{"key": "SECRET-KEY-123"}', lambda body: 1 / 0, "SECRET-KEY-123")
+    assert caught.value.reply == Reply('{"key": "***"}', counted=False)
 
 
 # All of them in one run.

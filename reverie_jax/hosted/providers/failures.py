@@ -33,7 +33,7 @@ _NO_CREDIT = _texts(
     r"insufficient[\s_-]*(quota|credit|balance|fund)",
     r"(not enough|out of|no|more|your|purchase|negative) (prepaid )?(credit|balance|funds)",
     r"credit balance|payment|billing[\s_-]*(hard[\s_-]*limit|not[\s_-]*active|is (not|disabled))",
-    r"arrear|good standing|余额|欠费",
+    r"enable billing|arrear|good standing|余额|欠费",
     r"(spend|usage|budget)(ing)?[\s_-]*(limit|cap)|account.{0,40}(suspended|deactivated|disabled|blocked)",
 )
 _USED_UP = _texts(r"per[\s_-]*(day|month)", r"\b(daily|monthly)\b", r"\b(RPD|TPD)\b", r"\blimit: 0\b")
