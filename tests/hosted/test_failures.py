@@ -29,6 +29,7 @@ from reverie_jax.hosted.providers.common import parse_result_lines
 from reverie_jax.hosted.providers.failures import find_words, read_reply, sort_failure
 from reverie_jax.hosted.throttle import Limits
 from tests.hosted import helpers
+from tests.hosted.faults import Fault
 from tests.hosted.helpers import Memory, make_task, reply_to, secret_of, send
 from tests.hosted.server import Server
 from tests.hosted.test_providers import ANSWER, ask
@@ -71,6 +72,8 @@ FAILURES: list[tuple[str, int, Any, type[AnnotationError], str]] = [
     ("openai", 400, openai_error("tiny is not a valid model ID", code=400), RUN, "not a valid model"),
     ("openai", 400, {"message": "model tiny does not support image input"}, RUN, "image input"),
     ("openai", 405, b"", RUN, "405"),
+    ("openai", 200, {"error": "Unexpected endpoint or method. (POST /chat/completions)"}, RUN, "Unexpected endpoint"),
+    ("openai", 200, b'data: {"choices": [{"delta": {"content": "y"}}]}\n\ndata: [DONE]\n', RUN, "streams"),
     ("openai", 400, {"error": "No models loaded. Please load a model"}, RUN, "No models loaded"),
     (
         "openai",
@@ -142,6 +145,14 @@ def test_failures(provider, status, body, kind, words):
     if status == 200:
         assert caught.value.reply is not None
         assert secret not in caught.value.reply.text
+
+
+def test_a_service_that_asks_to_wait_for_hours_ends_the_run():
+    with Server(lambda call: ANSWER, lambda call: Fault.RATE_LIMIT_AFTER, retry_after=86_400.0) as server:
+        with pytest.raises(AccessError, match="24 hours"):
+            ask(server, "openai")
+        with pytest.raises(AccessError, match="24 hours"):
+            ask(server, "gemini")
 
 
 PARAMETERS = [

@@ -43,6 +43,7 @@ _NO_ACCESS = _texts(
     r"\b(invalid|unknown|unsupported|no such) model\b|\bmodel_not_found\b|not a valid model",
     r"\bmodel\b[^.]{0,80}\b(not (been )?(found|exist|available|supported|allowed)|does(n't| not) exist|no longer|"
     r"deprecated|decommissioned|retired|shut down)",
+    r"unexpected endpoint|unknown (request )?(url|endpoint|route)",
     r"no models? (is |are )?loaded|\bmodel\b.{0,20}not loaded",
 )
 _NO_VISION = _texts(
@@ -58,6 +59,8 @@ _TOO_LONG = _texts(
     r"reduce the length|maximum number of tokens|request too large"
 )
 _THIS_MINUTE = _texts(r"rate[\s_-]*limit", r"too many requests", r"overloaded")
+_LONGEST_WAIT = 2 * 3600.0
+"""Seconds; a service that asks to wait longer has a quota of the day that is used up."""
 _QUEUE_FULL = _texts(r"enqueued|too many.{0,20}batch|concurrent batch|batch.{0,20}(queue|limit)|token_limit_exceeded")
 _LENGTH = _texts(r"max_(completion_|output_|new_)?tokens|maxOutputTokens")
 _HINTS = (
@@ -163,6 +166,8 @@ def sort_failure(
         return every
     if _NO_VISION.search(kinds):
         return every
+    if status == 429 and retry_after is not None and retry_after > _LONGEST_WAIT:
+        return AccessError(f"{source}: {text.rstrip('.')}; it asks to wait {retry_after / 3600:.0f} hours")
     if status == 413 or (status == 429 and _TOO_LONG.search(words)):
         return RefusedError(text)
     if (status is None or 400 <= status < 500) and status not in (401, 404, 408, 429) and _MODERATED.search(kinds):

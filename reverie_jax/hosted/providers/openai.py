@@ -131,10 +131,13 @@ class OpenAI:
         """Return the error for a status and a body."""
         sent = " ".join(key for key in self._body(request) if key != "messages") if request else ""
         error = sort_failure(status, body, f"openai:{self.model}", self._key, retry_after, sent=sent)
-        return AccessError(f"{error}{self._hint}") if status in (404, 405) and self._hint else error
+        lacks = self._hint and isinstance(error, AccessError) and (status in (404, 405) or "endpoint" in str(error))
+        return AccessError(f"{error}{self._hint}") if lacks else error
 
     def _parse(self, body: Any) -> Reply:
         """Return the reply of a completion of any shape that servers are known to send."""
+        if isinstance(body, str) and body.lstrip().startswith("data:"):
+            raise AccessError(f"openai:{self.model}: the server streams replies, unasked; switch that off")
         if not isinstance(body, Mapping):
             raise RetryableError(f"{UNEXPECTED} (no JSON object)")
         usage = read_counts(
