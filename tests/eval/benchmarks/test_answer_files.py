@@ -439,3 +439,40 @@ def test_a_damaged_file_is_read_or_refused_in_one_line(cases, tmp_path_factory, 
     else:
         refusal = ""
     assert "\n" not in refusal
+
+
+# Rows that are nearly another question's.
+
+
+def test_the_longer_of_two_questions_that_a_prompt_holds_is_meant(tmp_path):
+    pair = [("Is it a cat? Please answer yes or no.", "Yes"), ("Is it a cat? Or a dog?", "No")]
+    bench, loaded = load("mme", make.mme(tmp_path / "mme", {"count": {"1.jpg": pair}}))
+    rows = [make.answer_row("count/1.jpg", f"Look. {text.split(' Please')[0]}", text) for text, _ in pair]
+    path = make.write_lines(tmp_path / "a.jsonl", rows)
+    assert list(answer_files.read_answers(path, bench, loaded).values()) == [text for text, _ in pair]
+    asked = ["what is it", "what is it made of"]
+    data = make.textvqa(
+        tmp_path, [make.textvqa_row(n, "a", text, ["x"] * 10) for n, text in enumerate(asked)], {"a": "X"}
+    )
+    bench, loaded = load("textvqa", data)
+    rows = [make.answer_row("a", f"Look: {text}?", text) for text in asked]
+    found = answer_files.read_answers(make.write_lines(tmp_path / "a.jsonl", rows), bench, loaded)
+    assert found == {"0": asked[0], "1": asked[1]}
+
+
+def test_images_tell_a_split_and_ids_are_not_rounded(tmp_path):
+    question = ("Is there a cup in the image?", "yes")
+    bench, loaded = load("pope", make.pope(tmp_path, random=[("a.jpg", *question)], popular=[("b.jpg", *question)]))
+    rows = [{"question_id": 1, "image": "b.jpg", "text": "Yes"}]
+    path = make.write_lines(tmp_path / "a.jsonl", rows)
+    assert answer_files.read_answers(path, bench, loaded, partial=True) == {"20000001": "Yes"}
+    with refused(path, "10000001.5"):
+        rows = [{"question_id": 10_000_001.5, "text": "Yes"}]
+        answer_files.read_answers(make.write_lines(path, rows), bench, loaded, partial=True)
+
+
+def test_failed_outputs_of_llavas_script_are_missing_answers(cases, tmp_path):
+    case = cases("scienceqa")
+    fewer = dict(list(case.answers.items())[1:])
+    (path,) = case.bench.export(case.loaded, fewer, tmp_path)
+    assert answer_files.read_answers(path, case.bench, case.loaded, partial=True) == fewer
