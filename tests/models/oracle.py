@@ -205,8 +205,7 @@ def assert_sharded(mesh: Mesh, model: VisionLanguageModel) -> None:
     for path, leaf in nnx.to_flat_state(nnx.state(model)):
         sharding = leaf.get_value().sharding
         assert isinstance(sharding, NamedSharding), path
-        assert sharding.mesh == mesh, path
         spec = partition_spec(leaf.shape, leaf.axes, mesh)
-        assert sharding.is_equivalent_to(NamedSharding(mesh, spec), len(leaf.shape)), path
+        assert sharding == NamedSharding(mesh, spec), path  # by name too: others compare it, and would compile anew
         sharded += not sharding.is_fully_replicated
     assert sharded > 10
