@@ -154,11 +154,6 @@ def read_table(path: Path) -> list[dict[str, str]]:
             table = pandas.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",", encoding="utf-8-sig", **options)
         else:
             table = pandas.read_excel(path, **options)
-    except ImportError as error:
-        raise BenchmarkError(
-            f"{path}: {error.name or 'openpyxl'}, which reads workbooks, is missing; run `pip install openpyxl`, or save "
-            "the table as CSV and name that file"
-        ) from None
     except OSError as error:
         raise BenchmarkError(f"{path}: cannot be read ({error.strerror or error})") from None
     except (ValueError, zipfile.BadZipFile, pandas.errors.ParserError) as error:
