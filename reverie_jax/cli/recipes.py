@@ -40,3 +40,5 @@ class Benchmarks:
             benchmark = benchmarks.find_benchmark(name)
             judged = [f"{rule} (judge)" if rule in benchmark.judged_rules else rule for rule in benchmark.rules]
             print(f"{name:17} rules: {', '.join(judged)}\n{'':17} data: {benchmark.required_files}")
+            if scales := dict.fromkeys(filter(None, map(benchmark.scale_of, benchmark.rules))):
+                print(f"{'':17} scale: {' or '.join(scales)}")

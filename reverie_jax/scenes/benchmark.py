@@ -105,6 +105,7 @@ class Scenes(Benchmark):
     max_new_tokens = max(pope.NEW_TOKENS, scoring.DESCRIPTION_TOKENS, scoring.RATIONALE_TOKENS)
     required_files = "a folder that `reverie scenes render --split test` wrote"
     lower_is_better = frozenset({"chair_i", "chair_s", "rationale_empty"})
+    scale = "from 0 to 1"
 
     def load(self, data: Path) -> BenchmarkData:
         """See `Benchmark.load`."""
