@@ -256,7 +256,7 @@ def read_tokenizer(config: VLMConfig, main: Component, others: Sequence[Componen
     """
     # CLIP has a tokenizer too, its text tower's.
     candidates = [part for part in (main, *others) if part.format != "clip"]
-    if not others and main.format == "llava-lora":
+    if main.format == "llava-lora" and all(part.format == "clip" for part in others):
         candidates.append(recorded_base(main))
     folders = [part.path if part.path.is_dir() else part.path.parent for part in candidates]
     names = ("tokenizer.json", "tokenizer.model")
@@ -299,6 +299,10 @@ def find_template(config: VLMConfig, tokenizer: Any, main: Component) -> VLMConf
     Raises:
         CheckpointError: It is none of `data.templates`, or does not go with the tokenizer.
     """
+    if "reverie_template" in main.config and config.template not in TEMPLATES:
+        raise CheckpointError(
+            f"{main.config_path}: unknown reverie_template {config.template!r}; must be one of {', '.join(TEMPLATES)}"
+        )
     if main.format == "orbax" or "reverie_template" in main.config or (main.path / TEMPLATE_EXAMPLE).exists():
         return config
     remedy = f'set "reverie_template" in config.json to the one it was tuned with, of {", ".join(TEMPLATES)}'

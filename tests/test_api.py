@@ -233,6 +233,11 @@ def test_chat_template_is_recognized_by_what_it_renders(file, content, name, cop
     assert load_processor(copy).encoder.template.name == (name or "vicuna_v1")
 
 
+def test_unknown_template_of_ours(copy):
+    makers.edit_json(copy / "config.json", reverie_template="nobody's")
+    makers.assert_refused(lambda: load_processor(copy), copy / "config.json", "nobody's")
+
+
 def test_tokenizers_whose_prompts_are_unknown(copy, tmp_path):
     """Their answers end otherwise than Vicuna's, or they are not sentencepiece's (Llama-3, Qwen)."""
     makers.edit_json(copy / "tokenizer_config.json", eos_token="<|end|>")

@@ -95,6 +95,20 @@ def test_lora_of_a_plain_language_model_on_a_complete_llava(llama, tmp_path):
         assert_refused(call, llama.lora, "somebody/a-plain-lm", whole)
 
 
+def test_lora_of_another_family(llama, tmp_path):
+    folder = shutil.copytree(llama.lora, tmp_path / "lora")
+    makers.edit_json(folder / "config.json", model_type="llava_mistral", architectures=["LlavaMistralForCausalLM"])
+    assert_refused(lambda: read_model(folder, components=[llama.llm, llama.clip]), folder, "mistral")
+
+
+def test_recorded_base_gives_the_tokenizer_too(llama, tmp_path):
+    """Where only the tower is added."""
+    folder = shutil.copytree(llama.lora, tmp_path / "lora")
+    makers.edit_json(folder / ADAPTER_CONFIG, base_model_name_or_path=str(llama.llm))
+    model, _ = reverie_jax.load_model(folder, components=llama.clip)
+    assert_close(logits(model, INPUTS), llama.lora_logits)
+
+
 def test_lora_whose_projector_was_left_behind(llama, tmp_path, caplog):
     """As in original LLaVA's checkpoint-N: no base model has the projector that was tuned with it."""
     folder = shutil.copytree(llama.lora, tmp_path / "checkpoint-500")
@@ -103,9 +117,11 @@ def test_lora_whose_projector_was_left_behind(llama, tmp_path, caplog):
     for base in (llama.hf, makers.original_folder(tmp_path / "whole", llama.part)):
         refused = lambda: with_adapter(base, folder, components=() if base == llama.hf else [llama.clip])  # noqa: B023, E731
         assert_refused(refused, folder, NON_LORA)
-    makers.edit_json(folder / ADAPTER_CONFIG, base_model_name_or_path="liuhaotian/llava-v1.5-7b")
-    with_adapter(llama.hf, folder)
-    assert NON_LORA in caplog.text
+    for name in ("liuhaotian/llava-v1.5-7b", "/cache/models--liuhaotian--llava-v1.5-7b/snapshots/4481"):
+        makers.edit_json(folder / ADAPTER_CONFIG, base_model_name_or_path=name)
+        caplog.clear()
+        with_adapter(llama.hf, folder)
+        assert NON_LORA in caplog.text
 
 
 # Broken adapters: (key of adapter_config.json, value), or (change of the tensors, names of which the message has one).

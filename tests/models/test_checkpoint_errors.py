@@ -17,6 +17,7 @@ import torch
 import reverie_jax
 from reverie_jax.errors import CheckpointError, UserError
 from reverie_jax.models.checkpoints import read_model, write_model
+from reverie_jax.models.checkpoints.configs import known_tower
 from reverie_jax.models.lora import attach
 from tests.models import makers
 from tests.models.makers import ADAPTER_FILE, NON_LORA, TOWER, assert_refused, edit_json, load, write_json
@@ -366,6 +367,8 @@ ORIGINAL_SETTINGS = [
     {"mm_patch_merge_type": "spatial_unpad"},
     {"mm_use_im_start_end": True},
     {"mm_resampler_type": "perceiver"},
+    {"s2": True},
+    *({"mm_vision_tower": f"somebody/{name}"} for name in ("siglip-so400m", "dinov2-large", "eva02-l", "mobileclip_l")),
     {"unfreeze_mm_vision_tower": True},
     {"mm_tunable_parts": "mm_vision_tower,mm_mlp_adapter"},
     {"mm_vision_tower": "openai/clip-vit-large-patch14-336"},  # of other sizes than the one given
@@ -403,6 +406,12 @@ def test_images_that_are_prepared_otherwise(values, room):
     refused(room, "projector", ["llm", "clip"], file, any_of=tuple(values))
 
 
+@pytest.mark.parametrize("size", [24, {"shortest_edge": 24, "longest_edge": None, "height": None}])
+def test_image_sizes_as_versions_of_transformers_write_them(size, room):
+    edit_config(room / "whole/processor_config.json", "image_processor", {"size": size, "do_pad": None})
+    read_model(room / "whole")
+
+
 def test_values_beyond_the_dtype_are_not_made_infinite(room):
     def grow(tensors):
         tensors[HF_QUERY][1, 2] = 7e4
@@ -425,6 +434,7 @@ TUNED = "Lin-Chen/ShareGPT4V-7B_Pretrained_vit-large336-l12"
         ("ShareGPT4V-7B_Pretrained_vit-large336-l12", ""),
         ("models--Lin-Chen--ShareGPT4V-7B_Pretrained_vit-large336-l12/snapshots/0123", ""),
         ("tower", "warned"),
+        ("models--somebody--tower/snapshots/0123", "warned"),
     ],
 )
 def test_tuned_tower_is_not_replaced_by_clip(folder, outcome, room, caplog):
@@ -436,6 +446,31 @@ def test_tuned_tower_is_not_replaced_by_clip(folder, outcome, room, caplog):
     else:
         read_model(room / "towerless", components=[room / folder])
         assert (TUNED in caplog.text) == bool(outcome)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "folder"),
+    [
+        ("/data/clip_l_336", "clip_l_336"),
+        ("/root/.cache/hub/models--openai--clip-vit-large-patch14/snapshots/45", "clip-vit-large-patch14"),
+        ("/x/models--a--b/snapshots/45/", "models--a--b/snapshots/67"),
+    ],
+)
+def test_tower_is_recognized_by_its_repository_or_by_a_link(recorded, folder, room, caplog):
+    """A path of the hub's cache names a repository; a link says that a folder of another name is the tower."""
+    edit_config(room / "towerless/config.json", None, {"mm_vision_tower": recorded})
+    (room / "clip").rename(room / "clip-vit-large-patch14-336")
+    (room / folder).parent.mkdir(parents=True, exist_ok=True)
+    (room / folder).symlink_to(room / "clip-vit-large-patch14-336")
+    read_model(room / "towerless", components=[room / folder])
+    assert "tower" not in caplog.text
+    assert (known_tower(recorded) is None) == ("openai" not in recorded)
+
+
+def test_folder_of_checkpoints_names_the_last(room):
+    for step in (5, 10):
+        shutil.copytree(room / "whole", room / f"runs/checkpoint-{step}")
+    refused(room, "runs", [], "runs/checkpoint-10")
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "float64", "bool", "nonsense"])

@@ -24,6 +24,7 @@ from reverie_jax.models.checkpoints.components import (
     detect_component,
 )
 from reverie_jax.models.checkpoints.configs import original_json
+from reverie_jax.models.checkpoints.families import repository_name
 from reverie_jax.models.checkpoints.files import Tensors, read_json, weights_of
 from reverie_jax.models.checkpoints.names import (
     AnyArray,
@@ -159,9 +160,13 @@ def _scale(path: Path, settings: dict[str, Any]) -> float:
 
 def _check_base_format(path: Path, trained_on: str, base: Sequence[ComponentLike]) -> None:
     """Refuse an adapter of a plain language model on a full LLaVA: it would load silently but degrade accuracy."""
-    name = trained_on.rstrip("/").split("/")[-1]
+    name = repository_name(trained_on)
     for component in map(detect_component, base):
-        if component.format in COMPLETE_MODELS and "llava" not in name.lower() and component.path.name != name:
+        if (
+            component.format in COMPLETE_MODELS
+            and "llava" not in name.lower()
+            and repository_name(component.path) != name
+        ):
             raise CheckpointError(
                 f"{path}: trained on {trained_on!r}, a plain language model, but {component}; add the language model"
                 f" (and CLIP) as components instead. If it was trained on this LLaVA, set base_model_name_or_path in"
@@ -171,7 +176,7 @@ def _check_base_format(path: Path, trained_on: str, base: Sequence[ComponentLike
 
 def _check_lacks_no_projector(path: Path, trained_on: str) -> None:
     """Refuse what original LLaVA leaves in checkpoint-N: the projector that was tuned with the adapter is not in it."""
-    if "llava" not in trained_on.rstrip("/").split("/")[-1].lower():
+    if "llava" not in repository_name(trained_on).lower():
         raise CheckpointError(
             f"{path}: a LoRA adapter of original LLaVA on {trained_on or 'a plain language model'!r}, but without"
             f" {NON_LORA}, which holds the projector that was tuned with it; use the folder that the end of the training"

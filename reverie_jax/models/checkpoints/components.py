@@ -21,7 +21,12 @@ from reverie_jax.models.checkpoints.configs import (
     text_config,
     vision_config,
 )
-from reverie_jax.models.checkpoints.families import detect_format, original_language_model, tower_name
+from reverie_jax.models.checkpoints.families import (
+    detect_format,
+    original_language_model,
+    repository_name,
+    tower_name,
+)
 from reverie_jax.models.checkpoints.files import Tensors, read_json, resolve, weights_of
 from reverie_jax.models.checkpoints.names import CLIP_UNUSED, IGNORED, canonical_name, canonical_projector_name
 from reverie_jax.models.config import ProjectorKind, VisionConfig, VLMConfig
@@ -100,7 +105,10 @@ def detect_component(source: ComponentLike) -> Component:
         )
     if (path / ADAPTER_CONFIG).exists():
         if (path / NON_LORA).exists():
-            return Component(path, "llava-lora", read_json(path / "config.json"))
+            config = read_json(path / "config.json")
+            if config.get("model_type"):
+                original_language_model(path / "config.json", config)
+            return Component(path, "llava-lora", config)
         return Component(path, "peft", {})
     if not (path / "config.json").exists() and (path / PROJECTOR_FILE).exists():
         return Component(path, "projector", {})
@@ -113,11 +121,19 @@ def detect_component(source: ComponentLike) -> Component:
             f"{path}: an XTuner folder ({', '.join(xtuner)}), whose layout is not supported; use its export in llava-hf or"
             " original LLaVA format"
         )
+    if not (path / "config.json").exists() and (inner := _models_within(path)):
+        raise CheckpointError(f"{path}: no config.json; give the folder of one model, as {path / inner[-1]}")
     config = read_json(path / "config.json")
     format = detect_format(path / "config.json", config)
     if format == "llava" and weights_of(path) is None and (path / PROJECTOR_FILE).exists():
         return Component(path, "projector", config)
     return Component(path, format, config)
+
+
+def _models_within(path: Path) -> list[str]:
+    """Return the subfolders that are models or adapters, as trainers' `checkpoint-N`; the last step's is last."""
+    names = [file.parent.name for name in ("config.json", ADAPTER_CONFIG) for file in path.glob(f"*/{name}")]
+    return sorted(set(names), key=lambda name: (len(name), name))
 
 
 @dataclasses.dataclass
@@ -333,16 +349,16 @@ def _check_tower(path: Path, config: dict[str, Any], tower: Component, sizes: Vi
         return
     if config.get("unfreeze_mm_vision_tower") or "vision_tower" in str(config.get("mm_tunable_parts") or ""):
         raise CheckpointError(f"{path}: its vision tower was tuned with it, but is not among its weights")
-    cached = [part.removeprefix("models--").split("--")[-1] for part in tower.path.resolve().parts if "--" in part]
-    names = {name.lower() for name in (tower.path.resolve().name, *cached)}
+    names = {repository_name(name).lower() for name in (tower.path, tower.path.absolute(), tower.path.resolve())}
     if tower.config.get("architectures") == ["CLIPModel"]:  # as released
-        names.add(str(tower.config.get("_name_or_path") or "").rstrip("/").split("/")[-1].lower())
-    wanted = recorded.rstrip("/").split("/")[-1].lower()
-    if wanted in names:
+        names.add(repository_name(str(tower.config.get("_name_or_path") or "")).lower())
+    wanted = repository_name(recorded)
+    if wanted.lower() in names:
         return
     if any(known_tower(name) for name in names) or known_tower(recorded) not in (None, sizes):
         raise CheckpointError(
-            f"{path}: its vision tower is {recorded}, which {tower.path} is not; add that one as a component"
+            f"{path}: its vision tower is {recorded}, which {tower.path} is not; add that one as a component (if this is a"
+            f" copy of it, add a link to it named {wanted})"
         )
     _log.warning("%s: its vision tower is %s: make sure that %s is a copy of it", path, recorded, tower.path)
 

@@ -9,7 +9,7 @@ from typing import Any, get_args
 import numpy as np
 
 from reverie_jax.errors import CheckpointError
-from reverie_jax.models.checkpoints.families import LANGUAGE_MODELS, Json, check_decoder, tower_name
+from reverie_jax.models.checkpoints.families import LANGUAGE_MODELS, Json, check_decoder, repository_name, tower_name
 from reverie_jax.models.checkpoints.files import read_json
 from reverie_jax.models.config import (
     CLIP_TOWERS,
@@ -71,7 +71,7 @@ def text_config(path: Path, raw: Json, kind: str) -> TextConfig:
     """
     raw = {**_DEFAULTS[kind], **{key: value for key, value in raw.items() if value is not None}}
     check_decoder(path, raw)
-    _choice(path, raw, "hidden_act", "silu", ("silu",))
+    _choice(path, raw, "hidden_act", "silu", ("silu", "swish"))
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
         raise CheckpointError(f"{path}: rope_parameters or rope_scaling must be an object of values, not {rope!r}")
@@ -188,6 +188,8 @@ def check_image_processor(folder: Path, side: int) -> bool:
         }
         default = {"size": {"shortest_edge": 224}, "crop_size": {"height": 224, "width": 224}}  # of CLIP's class
         for key, values in supported.items():
+            if isinstance(sides := raw.get(key), dict):  # transformers may write the sides that are not set, too
+                raw = {**raw, key: {name: value for name, value in sides.items() if value is not None}}
             _choice(path, raw, key, default.get(key, values[0]), values)
         for key, wanted in (("image_mean", CLIP_MEAN), ("image_std", CLIP_STD), ("rescale_factor", 1 / 255)):
             value = raw.get(key)
@@ -267,7 +269,8 @@ def original_config(
         CheckpointError: A setting is not supported.
     """
     _choice(path, raw, "mm_vision_select_feature", "patch", ("patch",))
-    _choice(path, raw, "mm_use_im_start_end", False, (False,))
+    for key in ("mm_use_im_start_end", "s2"):
+        _choice(path, raw, key, False, (False,))
     _choice(path, raw, "mm_patch_merge_type", "flat", ("flat",))
     aspect = _choice(path, raw, "image_aspect_ratio", "square", get_args(ImageAspectRatio))
     if raw.get("mm_resampler_type"):
@@ -291,8 +294,8 @@ def original_config(
 
 
 def known_tower(name: str) -> VisionConfig | None:
-    """Return the sizes of one of OpenAI's towers by the last part of its name, which mirrors and local copies keep."""
-    return {full.split("/")[-1]: config for full, config in CLIP_TOWERS.items()}.get(name.rstrip("/").split("/")[-1])
+    """Return the sizes of one of OpenAI's towers by its repository's name, which mirrors and local copies keep."""
+    return {repository_name(full): config for full, config in CLIP_TOWERS.items()}.get(repository_name(name))
 
 
 def _text_json(text: TextConfig) -> Json:

@@ -13,6 +13,9 @@ from reverie_jax.errors import CheckpointError
 
 Json = dict[str, Any]
 
+_OTHER_TOWERS = re.compile("siglip|dino|eva[-_0-9]|intern_?vit|convnext|mobileclip|languagebind|imagebind")
+"""Parts of the names of vision towers that are not CLIP's."""
+
 LANGUAGE_MODELS = ("llama", "phi3")
 
 _OTHERS = re.compile(
@@ -68,6 +71,8 @@ def detect_format(path: Path, config: Json) -> ConfigFormat:
         return "llava-hf"
     if tower_name(config) or str(kind).startswith("llava"):
         original_language_model(path, config)
+        if _OTHER_TOWERS.search(repository_name(tower_name(config)).lower()):
+            raise CheckpointError(f"{path}: vision tower {tower_name(config)} is not supported; only CLIP's are")
         return "llava"
     if kind in LANGUAGE_MODELS:
         return "llm"
@@ -80,6 +85,13 @@ def detect_format(path: Path, config: Json) -> ConfigFormat:
 def tower_name(config: Json) -> str:
     """Return the name of the vision tower's repository in an original LLaVA's config.json; empty without one."""
     return str(config.get("mm_vision_tower") or config.get("vision_tower") or "")
+
+
+def repository_name(path: str | Path) -> str:
+    """Return the last part of a hub id or path, or the repository's name where the path is in the hub's cache."""
+    parts = str(path).rstrip("/").split("/")
+    cached = [part.split("--")[-1] for part in parts if part.startswith("models--")]
+    return (cached or parts)[-1]
 
 
 def _check_type(path: Path, name: str, config: Json, supported: tuple[str, ...]) -> None:
