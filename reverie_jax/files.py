@@ -56,6 +56,8 @@ def atomic_path(path: Path, error: type[UserError] = UserError) -> Iterator[Path
         error: The file cannot be written. Nothing is left behind.
     """
     path = path.resolve() if path.is_symlink() else path  # the link stays
+    if path.is_dir():
+        raise error(f"{path}: is a folder; name a file")
     if path.exists() and not path.is_file():  # a device or a pipe, as /dev/stdout
         yield path
         return

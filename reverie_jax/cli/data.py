@@ -57,7 +57,7 @@ class Build:
         """Run the command."""
         from reverie_jax.data.mixture import read_mixture
         from reverie_jax.data.records import NAME, RecordSource, work_folder, write_records
-        from reverie_jax.data.sources import ReadLog
+        from reverie_jax.data.sources import NO_CONVERSATION, ReadLog
         from reverie_jax.progress import ProgressBars
 
         common.check_at_least(1, max_side=self.max_side, jobs=self.jobs)
@@ -78,6 +78,8 @@ class Build:
                 entries, log, store, seed=self.seed, max_side=self.max_side, on_progress=on_read
             ) as records:
                 common.note(log.notes)
+                if not len(records):
+                    raise UserError(f"{', '.join(str(entry.file) for entry in entries)}: {NO_CONVERSATION}")
                 written = 0
 
                 def on_written(count: int) -> None:
@@ -120,9 +122,7 @@ class Check:
 
         images = common.find_images_folder(self.images, self.annotations)
         processor, builder = self._training()
-        for path in (self.details, self.fix):
-            if path is not None and not path.parent.is_dir():
-                raise UserError(f"{path}: its folder does not exist")
+        _check_outputs([self.annotations], self.details, self.fix)
         result = check.check(self.annotations, images, processor, builder)
         common.note(result.notes)
         if images is None:
@@ -207,6 +207,7 @@ class Contamination:
         from reverie_jax.data import contamination
 
         common.check_at_least(0, distance=self.distance)
+        _check_outputs([*_files(self.sources), *self.eval_images], self.details)
         common.check_writable(self.details)
         threads = common.cpu_count()
         evaluation = contamination.read_evaluation_images(self.eval_images, threads)
@@ -225,11 +226,12 @@ class Contamination:
     def _print(self, matches: list[Any], records: int, images: int) -> None:
         from rich.console import Console
         from rich.table import Table
+        from rich.text import Text
 
         table = Table("matched by", "training image", "evaluation image", "bits apart")
         for match in matches[:_ROWS]:
             distance = "" if match.distance is None else str(match.distance)
-            table.add_row(match.matched_by, match.training, match.evaluation, distance)
+            table.add_row(match.matched_by, Text(match.training), Text(match.evaluation), distance)
         if matches:
             Console().print(table)
         more = f" ({len(matches) - _ROWS} more; --details writes all)" if len(matches) > _ROWS else ""
@@ -258,6 +260,7 @@ class Visualize:
         from reverie_jax.loading import load_processor
 
         common.check_at_least(1, count=self.count)
+        _check_outputs(_files(self.sources), self.out)
         supervision = parse_supervision(self.supervision)
         processor = load_processor(self.model, components=self.components)
         with open_sources(self.sources) as sources:
@@ -337,6 +340,28 @@ def mixture_entries(sources: Sequence[str], file: Path | None = None) -> list[Mi
             name = source
         entries.append(MixtureEntry(file=Path(name), images=Path(folder) if equals else None))
     return entries + (read_mixture_file(file) if file is not None else [])
+
+
+def _files(sources: Sequence[str]) -> list[Path]:
+    """Return the annotation files, or records folders, of FILE=FOLDER arguments."""
+    return [entry.file for entry in mixture_entries(sources)]
+
+
+def _check_outputs(inputs: Sequence[Path], *outputs: Path | None) -> None:
+    """Check, before the work, that output files replace neither an input nor each other.
+
+    Raises:
+        UserError: they would, or an output's folder does not exist.
+    """
+    taken = {path.resolve() for path in inputs}
+    for path in outputs:
+        if path is None:
+            continue
+        if not path.parent.is_dir():
+            raise UserError(f"{path}: its folder does not exist")
+        if path.resolve() in taken:
+            raise UserError(f"{path}: is another file of this command; choose another name")
+        taken.add(path.resolve())
 
 
 @contextlib.contextmanager

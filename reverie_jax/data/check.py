@@ -8,7 +8,7 @@ import io
 import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from reverie_jax.data.tokenization import UNTAUGHT, is_untaught, untaught_turns
 from reverie_jax.errors import DataError, UserError
 from reverie_jax.files import atomic_write
 
+_NOTHING = "nothing to train on"
 _SUFFIXES = {
     "JPEG": {".jpg", ".jpeg", ".jpe", ".jfif"},
     "PNG": {".png"},
@@ -110,7 +111,7 @@ def check(
         if not any(problem.fatal for part in found for problem in part):
             usable += examples
     if builder is not None:
-        problems += _check_images(usable, builder)
+        problems += _check_images(usable, builder, checker.identify)
         unusable = {problem.where for problem in problems if problem.fatal}
         usable = [example for example in usable if example.where not in unusable]
         problems += _check_supervised(path, usable, builder) if usable else []
@@ -118,6 +119,8 @@ def check(
         Problem(where, "", EMPTY_ANSWER if reason.startswith(EMPTY_ANSWER) else "invalid row", reason)
         for where, reason in log.problems
     ]
+    if not usable and not problems and not invalid:
+        problems.append(Problem(str(path), "", _NOTHING, sources.NO_CONVERSATION))
     return CheckReport(sum(1 for _ in Rows(path)), usable, invalid + problems, checker.lengths, log.notes)
 
 
@@ -138,7 +141,7 @@ class _Checker:
             problems.append(Problem(example.where, example.image, kind, reason, fatal))
             return problems
 
-        key = content_digest(example.encoded) if example.encoded else example.image
+        key = self.identify(example)
         if key and key not in self._image_problems:
             self._image_problems[key] = self._check_image(example)
         if (problem := self._image_problems.get(key)) is not None:
@@ -166,6 +169,15 @@ class _Checker:
             if missing := untaught_turns(example.conversation, self.processor.encoder):
                 add("partly untaught", f"nothing is supervised of turns {', '.join(map(str, missing))}", False)
         return problems
+
+    def identify(self, example: Example) -> str:
+        """Return what identifies an image, whatever rows call it; its name if its file is not found."""
+        if example.encoded:
+            return content_digest(example.encoded)
+        try:
+            return str(self.folder.find(example.image)) if self.folder and example.image else example.image
+        except DataError:
+            return example.image
 
     def _special_token(self, turns: Sequence[Turn]) -> str | None:
         """Return a special token of the tokenizer, as </s>, that a text holds."""
@@ -209,15 +221,17 @@ def _check_supervised(path: Path, examples: Sequence[Example], builder: TreeBuil
     if any(len(built.tree.parent) for _, row in rows for built in builder.build(_record(list(row)))):
         return []
     what = "pairs of answers" if isinstance(builder.supervision, DPOConfig) else "what `supervision` selects"
-    return [Problem(str(path), "", "nothing to train on", f"the recipe trains {what}; no usable row has any")]
+    return [Problem(str(path), "", _NOTHING, f"the recipe trains {what}; no usable row has any")]
 
 
-def _check_images(examples: Sequence[Example], builder: TreeBuilder) -> list[Problem]:
+def _check_images(
+    examples: Sequence[Example], builder: TreeBuilder, identify: Callable[[Example], str]
+) -> list[Problem]:
     """Return the problems of rows that fit by themselves, but not with the others about their image."""
     by_image: dict[str, list[Example]] = collections.defaultdict(list)
     for example in examples:
         if example.image:
-            by_image[content_digest(example.encoded) if example.encoded else example.image].append(example)
+            by_image[identify(example)].append(example)
     problems = []
     for together in by_image.values():
         while problem := _check_fit(together, builder):

@@ -161,8 +161,11 @@ class Mixture:
         elif example.image and folder is None:
             raise DataError(f"{example.where}: has the image {example.image}; give the image folder, as FILE=FOLDER")
         elif example.image and folder is not None:
-            file = folder.find(example.image)
-            stat = file.stat()
+            try:
+                file = folder.find(example.image)
+                stat = file.stat()
+            except (DataError, OSError) as error:
+                raise DataError(f"{example.where}: {error}") from None
             image = self._image_id(str(file), example.image, b"", f"{stat.st_size} {stat.st_mtime_ns}")
         conversation = example.conversation
         content = conversation.pair or json.dumps(conversation.to_json())

@@ -127,8 +127,10 @@ class Rows:
         Raises:
             DataError: The file cannot be written, or a name that ends in `.parquet` or `.jsonl` promises another form.
         """
-        other = {".parquet": "parquet", ".jsonl": "lines"}.get(path.suffix)
-        if other not in (None, self.form) or (self.form == "parquet" and other is None):
+        suffix = path.suffix.lower()
+        other = {".parquet": "parquet", ".jsonl": "lines"}.get(suffix)
+        promises_another = other not in (None, self.form) or (self.form == "parquet" and other is None)
+        if promises_another and suffix != self.path.suffix.lower():  # a list may be named .jsonl
             raise DataError(f"{path}: must have the form of {self.path}; give it the suffix {self.path.suffix}")
         kept = [self._where(number, id) not in drop for number, (id, _) in enumerate(self.items())]
         rows = itertools.compress(self.items(), kept)
@@ -158,6 +160,9 @@ class Rows:
                 case "object":
                     yield from self._rows_by_id(file)
                 case _:
+                    if not file.read(1).strip(_SPACE) and not _has_more(file):
+                        raise DataError(f"{self.path}: is empty")
+                    file.seek(0)
                     json.loads(file.read(_BUFFER).decode(), parse_constant=_refuse)  # raises what is wrong with it
                     raise self._not_a_list()
 

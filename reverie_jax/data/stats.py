@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from reverie_jax.data.conversation import IMAGE, Conversation
 from reverie_jax.data.reflection import classify_question
@@ -72,5 +73,5 @@ def stats_table(stats: dict[str, Any], lengths: Sequence[int] = ()) -> Table:
     for name, value in stats.items():
         if isinstance(value, dict):
             value = ", ".join(f"{key} {number:,}" for key, number in value.items())
-        table.add_row(name, f"{value:,}" if isinstance(value, int | float) else value)
+        table.add_row(name, Text(f"{value:,}" if isinstance(value, int | float) else value))
     return table

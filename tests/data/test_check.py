@@ -113,10 +113,12 @@ def test_usable_rows_are_written_unchanged(annotations, folder, tmp_path, by_id)
 
 
 @pytest.mark.parametrize(
-    ("source", "path"), [("rows.json", "rows.json"), ("a.parquet", "b.json"), ("a.json", "b.jsonl")]
+    ("source", "path"),
+    [("rows.json", "rows.json"), ("a.parquet", "b.json"), ("a.json", "b.jsonl"), ("a.json", "taken")],
 )
 def test_files_that_cannot_be_written(tmp_path, source, path):
     row = {"question": "Q?", "chosen": "A", "rejected": "B", "image": "a.png"}
+    (tmp_path / "taken").mkdir()
     (write_parquet if source == "a.parquet" else write_json_rows)(tmp_path / source, [row])
     with pytest.raises(UserError, match=path):
         checking.write_usable_rows(checking.check(tmp_path / source, None), tmp_path / source, tmp_path / path)
@@ -242,6 +244,36 @@ def test_the_command(annotations, tmp_path, reverie):
     assert {problem["kind"] for problem in problems} == {kind for kind, _ in EXPECTED.values()}
     code, out, _ = reverie("data", "check", annotations, "--fix", clean)
     assert (code, "8 rows" in out) == (0, True)
+
+
+INPUTS = {
+    "details": ["check", "rows.json", "--details", "rows.json"],
+    "fix": ["check", "rows.json", "--fix", "images/../rows.json"],
+    "one output twice": ["check", "rows.json", "--details", "new", "--fix", "new"],
+    "a page": ["visualize", "rows.json=images", "--model", "scenes-base", "--out", "rows.json"],
+    "matches": ["contamination", "rows.json", "--eval-images", "images", "--details", "rows.json"],
+    "questions": ["contamination", "rows.json", "--eval-images", "new", "--details", "new"],
+    "no folder": ["check", "rows.json", "--fix", "none/clean.json"],
+}
+
+
+@pytest.mark.parametrize("arguments", INPUTS.values(), ids=INPUTS)
+def test_no_output_replaces_an_input(annotations, tmp_path, reverie, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    before = annotations.read_bytes()
+    code, _, err = reverie("data", *arguments)
+    assert (code, arguments[-1] in err, err.count("\n")) == (2, True, 1)
+    assert annotations.read_bytes() == before
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_file_without_a_conversation_is_refused_by_check_and_build(tmp_path, reverie):
+    row = {"question": "Q?", "choices": ["a", "b"], "answer": 0, "split": "val", "hint": "", "solution": ""}
+    path = write_json_rows(tmp_path / "problems.json", {"1": row})
+    code, out, _ = reverie("data", "check", path)
+    assert (code, "nothing to train on" in out) == (1, True)
+    code, _, err = reverie("data", "build", path, "--out", tmp_path / "records")
+    assert (code, str(path) in err.splitlines()[-1], (tmp_path / "records").exists()) == (2, True, False)
 
 
 def test_special_tokens_in_texts_are_said(tmp_path):

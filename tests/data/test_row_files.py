@@ -112,6 +112,7 @@ BROKEN = {
     "a control character": ("a.json", '[{"a": "\x01"}]'),
     "an unknown escape": ("a.json", '[{"a": "\\x"}]'),
     "empty": ("a.json", ""),
+    "empty lines": ("a.json", " \r\n\n"),
     "a number": ("a.json", "3"),
     "an empty list": ("a.json", "[]"),
     "an empty object": ("a.json", "{}"),
@@ -266,6 +267,8 @@ def test_some_rows_are_written_in_the_form_they_have(tmp_path_factory, form, dat
 def test_a_list_is_a_list_whatever_its_name(tmp_path, content):
     (tmp_path / "a.JSONL").write_text(content)
     assert read_rows(tmp_path / "a.JSONL") == [llava_row("a.png")] * 2
+    assert Rows(tmp_path / "a.JSONL").write_some(tmp_path / "kept.jsonl", {f"{tmp_path / 'a.JSONL'}: row 0"}) == 1
+    assert read_rows(tmp_path / "kept.jsonl") == [llava_row("a.png")]
 
 
 def test_minimum_of_rows(tmp_path):

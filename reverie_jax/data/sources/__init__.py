@@ -12,10 +12,11 @@ from reverie_jax.data.sources import annotated, llava, lrv, multiple_choice, pre
 from reverie_jax.data.sources.common import Example, ImageFolder, ReadLog, validate_image
 from reverie_jax.errors import DataError
 
-__all__ = ["Example", "ImageFolder", "ReadLog", "Rows", "detect_format", "read", "validate_image"]
+__all__ = ["NO_CONVERSATION", "Example", "ImageFolder", "ReadLog", "Rows", "detect_format", "read", "validate_image"]
 
 Format = Literal["reverie", "llava", "lrv", "annotated", "preference_pairs", "scienceqa", "aokvqa"]
 
+NO_CONVERSATION = "no row gives a conversation; notes say which rows were skipped"
 _SAMPLE = 10_000
 """Number of rows that decide a file's format."""
 

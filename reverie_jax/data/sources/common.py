@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import unicodedata
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from reverie_jax.files import files_below
 
 _GENERIC_NAMES = {"image", "img", "picture", "photo"}
 """File names without a folder that do not identify an image."""
+_LONG_NAME = 200
+"""Characters of an image name that messages show."""
 _IMAGE_FIELDS = {"image", "images", "image_id", "image_path"}
 
 
@@ -107,24 +110,32 @@ class ImageFolder:
             raise DataError(f"{name}: leaves the image folder {self.folder}")
         try:
             path = (self.folder / relative).resolve()
-            exists = path.exists()
+            exists = path.is_file()
         except (ValueError, OSError, RuntimeError) as error:
-            raise DataError(f"{self.folder}: {name[:80]!r} is not a file name ({error})") from None
+            reason = getattr(error, "strerror", None) or error
+            raise DataError(f"{self.folder}: {name[:80]!r} is not a file name ({reason})") from None
+        if not exists and "\\" in name:  # as Windows writes folders
+            return self._find(name.replace("\\", "/"))
         if not exists:
             same = set() if path.stem.lower() in _GENERIC_NAMES else self._files_named(Path(relative).name)
             if len(same) != 1:
                 reason = "no such file" if not same else f"no such file, and {len(same)} files of that name elsewhere"
-                raise DataError(f"{self.folder / name}: {reason}")
+                shown = name if len(name) <= _LONG_NAME else f"{name[:_LONG_NAME]}…"  # an image in base64, say
+                raise DataError(f"{self.folder / shown}: {reason}")
             (path,) = same
         return path
 
     def _files_named(self, name: str) -> set[Path]:
-        """Return the files of that name anywhere below the folder, also behind links to folders."""
+        """Return the files of that name anywhere below the folder, also behind links to folders.
+
+        Names are compared in Unicode's composed form: macOS and its archives write accents apart.
+        """
         if self._by_name is None:
             self._by_name = {}
             for file in files_below(self.folder):
-                self._by_name.setdefault(file.name, []).append(file)
-        return {file.resolve() for file in self._by_name.get(name, [])}
+                self._by_name.setdefault(unicodedata.normalize("NFC", file.name), []).append(file)
+        named = self._by_name.get(unicodedata.normalize("NFC", name), [])
+        return {file.resolve() for file in named if file.is_file()}
 
 
 def validate_image(encoded: bytes, name: str) -> bytes:

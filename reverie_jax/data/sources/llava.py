@@ -18,6 +18,7 @@ from reverie_jax.data.sources.common import (
     first_given,
     image_conversation,
     image_question,
+    parse_image,
     parse_rows,
     with_one_marker,
 )
@@ -27,8 +28,10 @@ ROLES: dict[str, Role] = {"human": "user", "gpt": "assistant", "user": "user", "
 KNOWN = {"id", "image", "images", "conversations", "messages", "model", "source", "question_type"}
 
 
-def parse_turns(row: Any) -> tuple[str, list[Turn]]:
-    """Return (image name, turns) of a row. If it has an image, exactly one marker of the first question shows it.
+def parse_turns(row: Any) -> tuple[str, bytes, list[Turn]]:
+    """Return (image name, the image if the row contains it, turns) of a row.
+
+    If it has an image, exactly one marker of the first question shows it.
 
     As in LLaVA's trainer, an answer before the first question and a question without an answer are left out.
 
@@ -37,7 +40,7 @@ def parse_turns(row: Any) -> tuple[str, list[Turn]]:
     """
     if not isinstance(row, dict):
         raise InvalidRow("not an object")
-    image = _parse_image(row)
+    image, encoded = _parse_image(row)
     messages = first_given(row, "conversations", "messages")
     if not isinstance(messages, list) or len(messages) < 2:
         raise InvalidRow("'conversations' must be a list of at least two turns")
@@ -57,18 +60,19 @@ def parse_turns(row: Any) -> tuple[str, list[Turn]]:
             turns[0] = image_question(turns[0].text)
     elif any(IMAGE in turn.text for turn in turns):
         raise InvalidRow(f"{IMAGE} in a row without an image")
-    return image, turns
+    return image, encoded, turns
 
 
-def _parse_image(row: dict[str, Any]) -> str:
+def _parse_image(row: dict[str, Any]) -> tuple[str, bytes]:
     given: list[Any] = []
     for value in (row.get("image"), row.get("images")):
         given += value if isinstance(value, list) else [] if value in (None, "") else [value]
-    if not all(isinstance(name, str) and name for name in given):
-        raise InvalidRow("'image' must be a file name")
-    if len(names := dict.fromkeys(given)) > 1:
-        raise InvalidRow(f"{len(names)} images in one row; only one is supported")
-    return next(iter(names), "")
+    images = dict.fromkeys(parse_image(value, None) for value in given)
+    if not all(name for name, _ in images):
+        raise InvalidRow("'image' must be a file name or an image")
+    if len(images) > 1:
+        raise InvalidRow(f"{len(images)} images in one row; only one is supported")
+    return next(iter(images), ("", b""))
 
 
 def _parse_turn(message: Any) -> Turn:
@@ -89,9 +93,9 @@ def read_examples(rows: Rows, log: ReadLog) -> Iterator[Example]:
 
     def parse(row: dict[str, Any], where: str) -> list[Example]:
         nonlocal shortened
-        image, turns = parse_turns(row)
+        image, encoded, turns = parse_turns(row)
         shortened += is_shortened(row, turns)
-        return [Example(image, image_conversation(turns, dataset="llava"), where)]
+        return [Example(image, image_conversation(turns, dataset="llava"), where, encoded)]
 
     yield from parse_rows(rows, log, KNOWN, parse)
     note_shortened(rows, log, shortened)

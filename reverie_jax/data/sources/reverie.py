@@ -16,7 +16,7 @@ from typing import Any, Literal
 from reverie_jax.data.conversation import Conversation
 from reverie_jax.data.row_files import Rows
 from reverie_jax.data.sources import llava
-from reverie_jax.data.sources.common import Example, InvalidRow, ReadLog, image_conversation, parse_rows
+from reverie_jax.data.sources.common import Example, InvalidRow, ReadLog, content_digest, image_conversation, parse_rows
 from reverie_jax.errors import DataError
 from reverie_jax.files import atomic_write
 
@@ -64,7 +64,7 @@ def parse_rationale_prompt(prompt: str) -> tuple[RationaleKind, str] | None:
 def is_reflective(row: Any) -> bool:
     """Return whether the second question of a row asks for a rationale."""
     try:
-        _, turns = llava.parse_turns(row)
+        *_, turns = llava.parse_turns(row)
     except (InvalidRow, RecursionError):
         return False
     return len(turns) > 2 and parse_rationale_prompt(turns[2].text) is not None
@@ -77,7 +77,7 @@ def read_examples(rows: Rows, log: ReadLog) -> Iterator[Example]:
     taken from the question's positive row.
     """
     right_answers = {
-        (example.image, example.conversation.turns[0].text): example.conversation.turns[1]
+        (_identify(example), example.conversation.turns[0].text): example.conversation.turns[1]
         for example in _split(rows, ReadLog())
         if example.conversation.kind == "positive"
     }
@@ -86,7 +86,7 @@ def read_examples(rows: Rows, log: ReadLog) -> Iterator[Example]:
         turns = example.conversation.turns
         asked = parse_rationale_prompt(turns[2].text) if len(turns) > 2 else None
         if asked is not None and asked[0] == "negative" and turns[1].text.strip(" .") == asked[1].strip(" ."):
-            right = right_answers.get((example.image, turns[0].text))
+            right = right_answers.get((_identify(example), turns[0].text))
             if right is None or right.text == turns[1].text:
                 reason = "opens with the wrong answer that it explains, and no row has the right answer"
                 log.problems.append((example.where, reason))
@@ -98,13 +98,18 @@ def read_examples(rows: Rows, log: ReadLog) -> Iterator[Example]:
         log.notes.append(f"{swapped} negative rows opened with the wrong answer; it was replaced by the right one")
 
 
+def _identify(example: Example) -> str:
+    """Return what identifies an image: its content if the file has it, as names of such images may all be alike."""
+    return content_digest(example.encoded) if example.encoded else example.image
+
+
 def _split(rows: Rows, log: ReadLog) -> Iterator[Example]:
     """Yield a conversation for each rationale of each row."""
     shortened = 0
 
     def parse(row: dict[str, Any], where: str) -> list[Example]:
         nonlocal shortened
-        image, turns = llava.parse_turns(row)
+        image, encoded, turns = llava.parse_turns(row)
         shortened += llava.is_shortened(row, turns)
         if not image:
             raise InvalidRow("'image' must be a file name")
@@ -113,9 +118,9 @@ def _split(rows: Rows, log: ReadLog) -> Iterator[Example]:
         if None in prompts:
             raise InvalidRow(f"unknown prompt for a rationale: {pairs[prompts.index(None)][0].text[:60]!r}")
         if not pairs:
-            return [Example(image, image_conversation(turns, dataset="reverie"), where)]
+            return [Example(image, image_conversation(turns, dataset="reverie"), where, encoded)]
         return [
-            Example(image, image_conversation([*turns[:2], *pair], dataset="reverie", kind=prompt[0]), where)
+            Example(image, image_conversation([*turns[:2], *pair], dataset="reverie", kind=prompt[0]), where, encoded)
             for pair, prompt in zip(pairs, prompts, strict=True)
             if prompt is not None
         ]

@@ -1,5 +1,6 @@
 """Images by the names of annotation files: found below their folder, never outside it, and refused if they are broken."""
 
+import unicodedata
 import zlib
 
 import pytest
@@ -34,13 +35,16 @@ def folder(tmp_path):
     (tmp_path / "outside" / "o.png").write_bytes(png((7, 7, 7)))
     (folder / "link.png").symlink_to(tmp_path / "outside" / "o.png")
     (folder / "door").symlink_to(tmp_path / "outside")
+    (folder / "gone.png").symlink_to(tmp_path / "nowhere")
     (folder / "loop.png").symlink_to(folder / "loop.png")
     (folder / "vg" / "named.png").symlink_to(tmp_path / "outside.png")
     (folder / "circle").symlink_to(folder)
     return folder
 
 
-@pytest.mark.parametrize("name", ["vg/VG_100K/1.jpg", "1.jpg", "VG_100K/1.jpg", "other/1.jpg"])
+@pytest.mark.parametrize(
+    "name", ["vg/VG_100K/1.jpg", "1.jpg", "VG_100K/1.jpg", "other/1.jpg", r"C:\vg\1.jpg", r"VG_100K\1.jpg"]
+)
 def test_folders_before_a_name_may_differ(folder, name):
     assert ImageFolder(folder).find(name) == (folder / "vg/VG_100K/1.jpg").resolve()
 
@@ -63,7 +67,7 @@ def test_a_folder_is_needed_for_images(tmp_path):
 
 
 ESCAPES = ["../outside.png", "x/../../outside.png", "/etc/hostname", "./../outside.png", "images/../../outside.png"]
-ESCAPES += ["door/../../outside.png"]
+ESCAPES += ["door/../../outside.png", r"..\outside.png"]
 FORMATS = {
     "llava": llava_row,
     "annotated": lambda name: {
@@ -89,18 +93,28 @@ def test_no_name_leaves_the_folder(tmp_path, folder, form):
     for name in ESCAPES:
         with pytest.raises(DataError) as error:
             read_records(write_json_rows(tmp_path / "a.json", [form(name)]))
-        assert_one_line(error, name, "leaves")
+        assert_one_line(error, name.replace("\\", "/"), "leaves")
 
 
 BAD_NAMES = ["none.png", "images", ".", "a.png/none.png", " a.png", "A.PNG", "nul\0.png", "loop.png"]
-BAD_NAMES += ["a" * 300 + ".png", "a/" * 3000]
+BAD_NAMES += ["gone.png", "other/gone.png", "iVBO" * 60, "a" * 300 + ".png", "a/" * 3000]
 
 
 @pytest.mark.parametrize("name", BAD_NAMES, ids=lambda name: repr(name)[:20])
 def test_names_without_a_file_are_one_line(tmp_path, folder, name):
     with pytest.raises(DataError) as error:
         read_records(write_json_rows(tmp_path / "a.jsonl", [llava_row(name)]))
-    assert_one_line(error, folder)
+    assert_one_line(error, tmp_path / "a.jsonl", "row 0", folder)
+    assert len(str(error.value)) < 600
+    report = checking.check(tmp_path / "a.jsonl", folder)
+    assert [problem.kind for problem in report.problems] == ["missing image"]
+
+
+@pytest.mark.parametrize(("on_disk", "in_the_row"), [("NFD", "NFC"), ("NFC", "NFD")])
+def test_accents_may_be_written_apart_as_macos_does(folder, on_disk, in_the_row):
+    file = folder / unicodedata.normalize(on_disk, "été 1.png")
+    file.write_bytes(png())
+    assert ImageFolder(folder).find(unicodedata.normalize(in_the_row, "été 1.png")) == file.resolve()
 
 
 def damaged(kind, damage, mode="RGB"):

@@ -19,6 +19,7 @@ from tests.data.fakes import (
     talk,
     texts,
     write_json_rows,
+    write_parquet,
 )
 
 WHY = "Explain why. Including any necessary facts or knowledge"
@@ -128,6 +129,31 @@ def test_invalid_rows_are_all_reported(tmp_path):
     with pytest.raises(DataError, match=rf"row 1: .*\({len(BAD_ROWS) - 1} more") as error:
         log.raise_problems()
     assert_one_line(error)
+
+
+STORED = {
+    "text": turns("What?", "A cup."),
+    "rationale": turns("What?", "A cup.", "Explain why.", "It is."),
+    "wrong answer": turns("What?", "A jug.", WHY_WRONG.format("A jug."), "It is no jug."),
+}
+
+
+@pytest.mark.parametrize("conversations", STORED.values(), ids=STORED)
+@pytest.mark.parametrize("wrap", [lambda image: image, lambda image: [image], lambda image: image["bytes"]])
+def test_images_may_be_in_parquet_as_the_datasets_library_writes_them(tmp_path, conversations, wrap):
+    colors, right = ((1, 2, 3), (4, 5, 6)), turns("What?", "A cup.", "Explain why.", "It is.")
+    contents = [png(color) for color in colors]
+    rows = [
+        {"image": wrap({"bytes": content, "path": "image.png"}), "conversations": turns}
+        for content, turns in zip(contents, (right, conversations), strict=True)
+    ]
+    examples, log = read_examples(write_parquet(tmp_path / "a.parquet", rows))
+    stored = [example.encoded for example in examples]
+    if conversations == STORED["wrong answer"]:  # the right answer is about another image of the same name
+        assert (stored, len(log.problems)) == (contents[:1], 1)
+    else:
+        assert (stored, log.problems) == (contents, [])
+        assert [record.image for record in read_records(tmp_path / "a.parquet")] == contents
 
 
 # REVERIE.
