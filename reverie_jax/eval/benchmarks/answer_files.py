@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from reverie_jax.eval.benchmarks.inputs import parse_rows, read_json, read_table
-from reverie_jax.eval.benchmarks.interface import Benchmark, BenchmarkData, BenchmarkError, Question, Row, Texts
+from reverie_jax.eval.benchmarks.interface import (
+    Benchmark,
+    BenchmarkData,
+    BenchmarkError,
+    Question,
+    Row,
+    Texts,
+    holds_question,
+    normalize_prompt,
+)
 from reverie_jax.hosted.thoughts import split_thoughts
 
 PREDICTIONS, RUN, SCORES = "predictions.jsonl", "run.json", "scores.json"
@@ -55,8 +64,9 @@ def read_answer_file(path: Path, benchmark: Benchmark, loaded: BenchmarkData, *,
     """
     joined = _Join(path, benchmark, loaded)
     rows, part = benchmark.settle_rows([_with_plain_ids(row) for row in _read_rows(path, benchmark)], path, loaded)
-    for where, row in rows:
+    for where, row in _without_labels(rows):
         joined.add(where, row)
+    joined.check_answers()
     joined.check_prompts()
     joined.check_missing(part, partial=partial)
     return joined.found
@@ -126,7 +136,8 @@ class _Join:
             raise BenchmarkError(f"{where}: no question_id (columns: {', '.join(map(str, row))})")
         if text is None:
             columns = ", ".join(map(str, row))
-            raise BenchmarkError(f"{where}: question {key} has no text, answer or prediction (columns: {columns})")
+            label = ": answer is the label here" if row.get("answer") is not None else ""
+            raise BenchmarkError(f"{where}: question {key} has no text or prediction{label} (columns: {columns})")
         if not isinstance(text, str):
             raise TypeError(f"question {key}: text is {text!r}")
         if key not in self.questions:
@@ -147,6 +158,23 @@ class _Join:
                 f"question {key} has prompt {str(prompt)[:200]!r} instead of {asked[0].text[:200]!r}"
             )
         self.found.texts[key], self.found.rows[key] = text, row
+
+    def check_answers(self) -> None:
+        """Check that the texts are answers: a question file has ids and texts, too.
+
+        Raises:
+            BenchmarkError: All texts are the questions themselves.
+        """
+        texts = self.found.texts
+        if texts and all(self._is_question(text, self.questions[key]) for key, text in texts.items()):
+            raise BenchmarkError(
+                f"{self.path}: every text is the question itself: these are questions of {self.benchmark.name}, not "
+                "answers; name the file of answers"
+            )
+
+    def _is_question(self, text: str, asked: Sequence[Question]) -> bool:
+        words = normalize_prompt(text)
+        return any(words == normalize_prompt(t) for q in asked for t in (q.text, self.benchmark.question_text(q)) if t)
 
     def check_prompts(self) -> None:
         """Note prompts that are not the questions of their ids.
@@ -209,6 +237,16 @@ class _Join:
         return "the answers are incomplete, or belong to another version of the questions"
 
 
+def _without_labels(rows: Sequence[Located]) -> Sequence[Located]:
+    """Return the rows without `answer` if some have an answer by another name: then it is the label in all of them."""
+    if not any(isinstance(row, Mapping) and not {"text", "prediction"}.isdisjoint(row) for _, row in rows):
+        return rows
+    return [
+        (where, {name: value for name, value in row.items() if name != "answer"} if isinstance(row, Mapping) else row)
+        for where, row in rows
+    ]
+
+
 def _with_plain_ids(located: Located) -> Located:
     """Return the row with ids such as 7.0 and "7.0" as 7 and "7"."""
     where, row = located
@@ -233,7 +271,7 @@ def _read_rows(path: Path, benchmark: Benchmark) -> Iterator[Located]:
         yield from ((f"{path}: row {number}", row) for number, row in enumerate(own))
     elif path.is_dir():
         raise BenchmarkError(f"{path}: a folder without {PREDICTIONS}; name the answer file in it")
-    elif path.suffix in (".xlsx", ".xls", ".csv", ".tsv"):
+    elif path.suffix.lower() in (".xlsx", ".xls", ".csv", ".tsv"):
         yield from _table_rows(path)
     elif (texts := _read_text_mapping(path)) is not None:
         for id, text in texts.items():
@@ -246,7 +284,8 @@ def _read_rows(path: Path, benchmark: Benchmark) -> Iterator[Located]:
 def _table_rows(path: Path) -> Iterator[Located]:
     """Yield the rows of a table that have an answer; an upload has the label as `answer` beside the prediction."""
     rows = read_table(path)
-    column = next((name for name in ("text", "prediction", "answer") if rows and name in rows[0]), "")
+    names = ("text", "prediction") if rows and holds_question(rows[0]) else ("text", "prediction", "answer")
+    column = next((name for name in names if rows and name in rows[0]), "")
     for number, row in enumerate(rows):
         cells = {
             name: cell for name, cell in row.items() if cell != "" and name not in ("text", "prediction", "answer")
@@ -259,7 +298,7 @@ def _read_text_mapping(path: Path) -> dict[str, str] | None:
     """Return the content of a file that is one object of texts by id (MM-Vet's form); None for another file."""
     try:
         with path.open(encoding="utf-8-sig") as file:
-            if file.read(1) != "{" or path.suffix == ".jsonl":
+            if file.read(1) != "{" or path.suffix.lower() == ".jsonl":
                 return None
         content = read_json(path)
     except (OSError, UnicodeDecodeError, BenchmarkError):

@@ -150,8 +150,9 @@ def read_table(path: Path) -> list[dict[str, str]]:
 
     options: dict[str, Any] = {"dtype": str, "keep_default_na": False}
     try:
-        if path.suffix in (".csv", ".tsv"):
-            table = pandas.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",", encoding="utf-8-sig", **options)
+        suffix = path.suffix.lower()
+        if suffix in (".csv", ".tsv"):
+            table = pandas.read_csv(path, sep="\t" if suffix == ".tsv" else ",", encoding="utf-8-sig", **options)
         else:
             table = pandas.read_excel(path, **options)
     except OSError as error:

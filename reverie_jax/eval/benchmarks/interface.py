@@ -25,6 +25,9 @@ VLMEVALKIT = "vlmevalkit"
 Row = Mapping[str, Any]
 """A row of an answer file."""
 
+_QUESTION_COLUMNS = frozenset(("A", "choice_a", "choices", "options", "fullAnswer", "isBalanced", "l2-category"))
+"""Columns of question files, of MMBench, SEED-Bench, ScienceQA and GQA."""
+
 Texts = Mapping[str, str]
 """Answers by `str(question.id)`, replies of a judge by `JudgeRequest.id`, or prompt templates by name."""
 
@@ -234,8 +237,8 @@ class Benchmark:
 
     def answer_text(self, row: Row) -> Any:
         """Return the answer in a row of an answer file."""
-        # "answer" comes last: upload files have the label under that name.
-        return row.get("text", row.get("prediction", row.get("answer")))
+        # "answer" comes last: upload files have the label under that name, and question files nothing else.
+        return row.get("text", row.get("prediction", None if holds_question(row) else row.get("answer")))
 
     def question_text(self, question: Question) -> str:
         """Return the question alone: without what prompts add to it, as a suffix, options, a context."""
@@ -273,6 +276,11 @@ class Benchmark:
     def export(self, loaded: BenchmarkData, answers: Texts, out: Path) -> list[Path]:
         """Write the files that the benchmark's server or own script takes, and return their paths."""
         return []
+
+
+def holds_question(row: Row) -> bool:
+    """Return whether a row brings options or other parts of a question file, whose `answer` is the label."""
+    return not _QUESTION_COLUMNS.isdisjoint(row)
 
 
 def normalize_prompt(text: str) -> str:

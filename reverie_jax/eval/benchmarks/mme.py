@@ -131,9 +131,10 @@ class Mme(Benchmark):
         if number:
             return str(pair[int(number) - 1].id) if number in ("1", "2") else id
         # A question may be the beginning of the other one: the longer one that the prompt holds is meant.
-        meant = [question for question in pair if self.same_prompt(str(row.get("prompt", "")), question)]
+        prompt = row.get("prompt", row.get("question"))
+        meant = [question for question in pair if self.same_prompt(str(prompt or ""), question)]
         if not meant:
-            raise ValueError(f"{image} has two questions, and the prompt of the row is neither: {row.get('prompt')!r}")
+            raise ValueError(f"{image} has two questions, and the prompt of the row is neither: {prompt!r}")
         return str(max(meant, key=lambda question: len(self.question_text(question))).id)
 
     def question_text(self, question: Question) -> str:
@@ -146,7 +147,7 @@ class Mme(Benchmark):
 
     def own_rows(self, path: Path) -> Iterable[Row] | None:
         """Return the rows of MME's result folder, or of one of its files: image, question, label and answer, by tabs."""
-        files = [path / f"{task}.txt" for task in TASKS] if path.is_dir() else [path] * (path.suffix == ".txt")
+        files = [path / f"{task}.txt" for task in TASKS] if path.is_dir() else [path] * (path.suffix.lower() == ".txt")
         rows: list[Row] = []
         for file in filter(Path.is_file, files):
             try:

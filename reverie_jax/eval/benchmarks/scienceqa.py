@@ -138,7 +138,7 @@ class ScienceQa(Benchmark):
     def own_rows(self, path: Path) -> Iterable[Row] | None:
         """Return the answers in LLaVA's result file; its "FAILED" is a missing answer."""
         try:
-            content = inputs.read_json(path) if path.suffix == ".json" else None
+            content = inputs.read_json(path) if path.suffix.lower() == ".json" else None
         except BenchmarkError:
             return None
         outputs = content.get("outputs") if isinstance(content, dict) and "results" in content else None

@@ -123,6 +123,44 @@ def test_what_export_writes_is_read(cases, tmp_path, name):
     assert found == {id: changed(text) for id, text in case.answers.items()}
 
 
+FILES_OF_QUESTIONS = ("pope/coco_pope_random.json", "pope/", "mmbench/mmbench_dev_20230712.tsv")
+# Files of questions, which have ids and texts or labels too, and what their rows are made of.
+QUESTIONS = {
+    "LLaVA's question file": ("text", lambda q, row: {"question_id": q.id, "text": q.text}),
+    "the benchmark's own questions": ("text", lambda q, row: {"question_id": q.id, "text": row["question"]}),
+    "options and labels": ("answer", lambda q, row: {"question_id": q.id, **row, "answer": "B"}),
+    "one row without a prediction": (
+        "prediction",
+        lambda q, row: {"question_id": q.id, "answer": "B", **({} if row["first"] else {"prediction": "B"})},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ["mmbench", "scienceqa", "seed"])
+@pytest.mark.parametrize("kind", QUESTIONS)
+def test_questions_and_labels_are_no_answers(cases, tmp_path, name, kind):
+    case, (fact, change) = cases(name), QUESTIONS[kind]
+    options = {"mmbench": "A", "scienceqa": "choices", "seed": "choice_a"}[name]
+    rows = [
+        change(q, {"question": case.bench.question_text(q), options: "x", "first": n == 0})
+        for n, q in enumerate(case.loaded.questions)
+    ]
+    case.rejects(tmp_path / "a.jsonl", rows, fact)
+    for suffix in (".csv", ".TSV"):
+        if kind != "one row without a prediction":
+            write_csv(path := tmp_path / f"a{suffix}", rows)
+            with refused(path, "text"):
+                answer_files.read_answers(path, case.bench, case.loaded)
+
+
+@pytest.mark.parametrize("file", FILES_OF_QUESTIONS)
+def test_official_question_files_are_no_answers(cases, file):
+    name, path = file.split("/", 1)
+    case = cases(name)
+    with refused(Path(path).name):
+        answer_files.read_answers(case.data / path, case.bench, case.loaded, partial=True)
+
+
 def test_a_damaged_workbook_is_named(cases, tmp_path):
     path = tmp_path / "a.xlsx"
     path.write_bytes(b"PK")
@@ -246,7 +284,7 @@ PROMPTS = {
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], delimiter="\t" if path.suffix == ".tsv" else ",")
+        writer = csv.DictWriter(file, rows[0], delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
         writer.writeheader()
         writer.writerows(rows)
 
@@ -256,6 +294,7 @@ WRITERS = {
     "a.json": lambda path, rows: make.write_json(path, rows),
     "b.json": lambda path, rows: make.write_lines(path, rows),
     "a.csv": write_csv,
+    "A.CSV": write_csv,
     "a.tsv": write_csv,
     "a.parquet": lambda path, rows: pandas.DataFrame(rows).to_parquet(path),
 }
@@ -439,17 +478,19 @@ def test_a_damaged_file_is_read_or_refused_in_one_line(cases, tmp_path_factory, 
 def test_the_longer_of_two_questions_that_a_prompt_holds_is_meant(tmp_path):
     pair = [("Is it a cat? Please answer yes or no.", "Yes"), ("Is it a cat? Or a dog?", "No")]
     bench, loaded = load("mme", make.mme(tmp_path / "mme", {"count": {"1.jpg": pair}}))
-    rows = [make.answer_row("count/1.jpg", f"Look. {text.split(' Please')[0]}", text) for text, _ in pair]
+    rows = [make.answer_row("count/1.jpg", f"Look. {text.split(' Please')[0]}", f"To {text}") for text, _ in pair]
     path = make.write_lines(tmp_path / "a.jsonl", rows)
-    assert list(answer_files.read_answers(path, bench, loaded).values()) == [text for text, _ in pair]
+    assert list(answer_files.read_answers(path, bench, loaded).values()) == [f"To {text}" for text, _ in pair]
+    rows = [{"question" if name == "prompt" else name: value for name, value in row.items()} for row in rows]
+    assert answer_files.read_answers(make.write_lines(tmp_path / "b.jsonl", rows), bench, loaded)
     asked = ["what is it", "what is it made of"]
     data = make.textvqa(
         tmp_path, [make.textvqa_row(n, "a", text, ["x"] * 10) for n, text in enumerate(asked)], {"a": "X"}
     )
     bench, loaded = load("textvqa", data)
-    rows = [make.answer_row("a", f"Look: {text}?", text) for text in asked]
+    rows = [make.answer_row("a", f"Look: {text}?", f"To {text}") for text in asked]
     found = answer_files.read_answers(make.write_lines(tmp_path / "a.jsonl", rows), bench, loaded)
-    assert found == {"0": asked[0], "1": asked[1]}
+    assert found == {"0": f"To {asked[0]}", "1": f"To {asked[1]}"}
 
 
 def test_images_tell_a_split_and_ids_are_not_rounded(tmp_path):
