@@ -31,7 +31,7 @@ KNOWN = {"id", "image", "images", "conversations", "messages", "model", "source"
 def parse_turns(row: Any) -> tuple[str, bytes, list[Turn]]:
     """Return (image name, the image if the row contains it, turns) of a row.
 
-    If it has an image, exactly one marker of the first question shows it.
+    If it has an image, exactly one marker shows it: that of the first question with a marker, else one before the first.
 
     As in LLaVA's trainer, an answer before the first question and a question without an answer are left out.
 
@@ -55,9 +55,12 @@ def parse_turns(row: Any) -> tuple[str, bytes, list[Turn]]:
         if turn.role == "assistant" and not turn.text.strip():
             raise InvalidRow(f"{EMPTY_ANSWER}: turn {number} has no text")
     if image:
-        turns = [with_one_marker(turn) if turn.role == "user" else turn for turn in turns]
-        if not any(IMAGE in turn.text for turn in turns):
-            turns[0] = image_question(turns[0].text)
+        shows = next((n for n, turn in enumerate(turns) if turn.role == "user" and IMAGE in turn.text), 0)
+        turns = [
+            Turn(turn.role, turn.text.replace(IMAGE, "").strip()) if turn.role == "user" and n != shows else turn
+            for n, turn in enumerate(turns)
+        ]
+        turns[shows] = with_one_marker(image_question(turns[shows].text))
     elif any(IMAGE in turn.text for turn in turns):
         raise InvalidRow(f"{IMAGE} in a row without an image")
     return image, encoded, turns

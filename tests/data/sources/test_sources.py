@@ -47,6 +47,10 @@ LLAVA = {
     "text only": (llava_row(None, "Two and two?", "Four.", model=""), None),
     "no marker": (llava_row("a.jpg", "What?", "A jug."), [f"{IMAGE}\nWhat?", "A jug."]),
     "two markers": (llava_row("a.jpg", f"{IMAGE} see {IMAGE}\nWhat?", "A cup."), [f"{IMAGE}\nsee \nWhat?", "A cup."]),
+    "markers of two turns": (
+        llava_row("a.jpg", "Hi.", "Hello.", f"{IMAGE}\nWhat?", "A cup.", f"{IMAGE} sure?", "Yes."),
+        ["Hi.", "Hello.", f"{IMAGE}\nWhat?", "A cup.", "sure?", "Yes."],
+    ),
     "last question left out": (llava_row("a.jpg", "What?", "A cup.", "Whose?"), [f"{IMAGE}\nWhat?", "A cup."]),
     "first answer left out": (
         {"image": "a.jpg", "conversations": turns("Hello.", "What?", "A cup.", first=1)},
