@@ -95,10 +95,13 @@ def test_lora_of_a_plain_language_model_on_a_complete_llava(llama, tmp_path):
         assert_refused(call, llama.lora, "somebody/a-plain-lm", whole)
 
 
-def test_lora_of_another_family(llama, tmp_path):
+@pytest.mark.parametrize(
+    ("settings", "name"), [({"model_type": "llava_mistral"}, "mistral"), ({"mm_vision_tower": "a/siglip"}, "siglip")]
+)
+def test_lora_of_another_family(settings, name, llama, tmp_path):
     folder = shutil.copytree(llama.lora, tmp_path / "lora")
-    makers.edit_json(folder / "config.json", model_type="llava_mistral", architectures=["LlavaMistralForCausalLM"])
-    assert_refused(lambda: read_model(folder, components=[llama.llm, llama.clip]), folder, "mistral")
+    makers.edit_json(folder / "config.json", **settings)
+    assert_refused(lambda: read_model(folder, components=[llama.llm, llama.clip]), folder, name)
 
 
 def test_recorded_base_gives_the_tokenizer_too(llama, tmp_path):

@@ -320,7 +320,7 @@ SETTINGS = [
     ("vision_config", {"model_type": "siglip_vision_model"}, "siglip_vision_model"),
     ("text_config", {"hidden_act": "gelu"}, "hidden_act"),
     ("text_config", {"num_key_value_heads": 4, "num_attention_heads": 6, "head_dim": 5}, "num_key_value_heads"),
-    ("text_config", {"hidden_size": "36"}, ""),
+    *(("text_config", {key: "36"}, key) for key in ("hidden_size", "rms_norm_eps", "num_attention_heads")),
     ("text_config", {"num_hidden_layers": -1}, ""),
     ("text_config", {"num_attention_heads": 0, "head_dim": None}, ""),
     ("vision_config", {"hidden_act": "relu"}, "relu"),

@@ -22,6 +22,7 @@ from reverie_jax.models.checkpoints.configs import (
     vision_config,
 )
 from reverie_jax.models.checkpoints.families import (
+    check_original,
     detect_format,
     original_language_model,
     repository_name,
@@ -107,7 +108,7 @@ def detect_component(source: ComponentLike) -> Component:
         if (path / NON_LORA).exists():
             config = read_json(path / "config.json")
             if config.get("model_type"):
-                original_language_model(path / "config.json", config)
+                check_original(path / "config.json", config)
             return Component(path, "llava-lora", config)
         return Component(path, "peft", {})
     if not (path / "config.json").exists() and (path / PROJECTOR_FILE).exists():

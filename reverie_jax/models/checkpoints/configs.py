@@ -71,6 +71,9 @@ def text_config(path: Path, raw: Json, kind: str) -> TextConfig:
     """
     raw = {**_DEFAULTS[kind], **{key: value for key, value in raw.items() if value is not None}}
     check_decoder(path, raw)
+    for key in _DEFAULTS[kind]:
+        if not isinstance(raw[key], int | float):
+            raise CheckpointError(f"{path}: {key} must be a number, not {raw[key]!r}")
     _choice(path, raw, "hidden_act", "silu", ("silu", "swish"))
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):

@@ -70,9 +70,7 @@ def detect_format(path: Path, config: Json) -> ConfigFormat:
         _check_type(path, "vision_config.model_type", vision, ("clip_vision_model",))
         return "llava-hf"
     if tower_name(config) or str(kind).startswith("llava"):
-        original_language_model(path, config)
-        if _OTHER_TOWERS.search(repository_name(tower_name(config)).lower()):
-            raise CheckpointError(f"{path}: vision tower {tower_name(config)} is not supported; only CLIP's are")
+        check_original(path, config)
         return "llava"
     if kind in LANGUAGE_MODELS:
         return "llm"
@@ -98,6 +96,17 @@ def _check_type(path: Path, name: str, config: Json, supported: tuple[str, ...])
     value = config.get("model_type")
     if value is not None and value not in supported:
         raise CheckpointError(f"{path}: {name} {value!r} is not supported; must be {' or '.join(supported)}")
+
+
+def check_original(path: Path, config: Json) -> None:
+    """Check that the config.json of an original LLaVA names a language model and a vision tower that are supported.
+
+    Raises:
+        CheckpointError: It names others.
+    """
+    original_language_model(path, config)
+    if _OTHER_TOWERS.search(repository_name(tower_name(config)).lower()):
+        raise CheckpointError(f"{path}: vision tower {tower_name(config)} is not supported; only CLIP's are")
 
 
 def original_language_model(path: Path, config: Json) -> str:
