@@ -192,8 +192,17 @@ def parse_questions(text: str, *, max_confusing: int | None = None) -> list[Anno
     return list(kept.values())
 
 
-_BOX = re.compile(r"\s*(?:<answer>|<\|begin_of_box\|>)(.*)(?:</answer>|<\|end_of_box\|>)\s*", re.DOTALL | re.IGNORECASE)
-"""Marks that some reasoning models put around their answer."""
+_BOX = re.compile(
+    r"\s*(?:<(?:answer|response)>|<\|begin_of_box\|>|```[a-z]*\s)"
+    r"((?:(?!```).)*)(?:</(?:answer|response)>|<\|end_of_box\|>|```)\s*",
+    re.DOTALL | re.IGNORECASE,
+)
+"""Marks that some models put around their answer, and a fence around all of it."""
+
+
+def _unbox(text: str) -> str:
+    box = _BOX.fullmatch(text)
+    return box[1] if box else text
 
 
 def parse_rationale(text: str) -> str:
@@ -202,8 +211,7 @@ def parse_rationale(text: str) -> str:
     Raises:
         UnusableError: It is empty.
     """
-    box = _BOX.fullmatch(text)
-    if not (rationale := clean(box[1] if box else text)):
+    if not (rationale := clean(_unbox(text))):
         raise UnusableError("an empty reply")
     return rationale
 
@@ -223,6 +231,7 @@ def parse_verdict(text: str) -> Literal["yes", "no"]:
     Raises:
         UnusableError: The reply says neither, or both.
     """
+    text = _unbox(text)
     match = _VERDICT.match(text)
     if match is None:
         raise UnusableError("neither yes nor no")

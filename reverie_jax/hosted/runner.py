@@ -180,7 +180,7 @@ class _Run:
             throttle.reached |= not isinstance(error, RetryableError) or error.reached
             if isinstance(error, RetryableError) and not error.reached and throttle.count_unanswered():
                 address = f"{identity.provider}:{identity.model}"
-                raise AccessError(f"{address}: {error}; the server was never reached, check the URL")
+                raise AccessError(f"{address}: {error}; no whole answer ever came, check the URL")
             if isinstance(error, RetryableError) and error.retry_after:
                 throttle.pause(error.retry_after)
             raise error

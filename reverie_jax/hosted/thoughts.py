@@ -6,17 +6,25 @@ import re
 
 _TAG = r"(?:think(?:ing)?|thoughts?|reasoning|analysis|seed:think)"
 _MARK = re.compile(
-    rf"(?P<open><\s*{_TAG}\s*>|\[think\]|◁think▷|<\|begin_of_thought\|>)"
-    rf"|(?P<close><\s*/\s*{_TAG}\s*>|\[/think\]|◁/think▷|<\|end_of_thought\|>)",
+    rf"(?P<open>(?:<|&lt;)\s*{_TAG}\s*(?:>|&gt;)|\[think\]|◁think▷|<\|begin_of_thought\|>|<\|start_thinking\|>"
+    r"|<\|inner_prefix\|>|<\|channel>thought)"
+    rf"|(?P<close>(?:<|&lt;)\s*/\s*{_TAG}\s*(?:>|&gt;)|\[/think\]|◁/think▷|<\|end_of_thought\|>|<\|end_thinking\|>"
+    r"|<\|inner_suffix\|>|<channel\|>)",
     re.IGNORECASE,
 )
-"""Marks of DeepSeek, Qwen, GLM, Gemma, Seed (tags), Magistral (brackets), Kimi (triangles) and Sky (begin, end)."""
+"""Marks of DeepSeek, Qwen, GLM, Seed (tags), Magistral (brackets), Kimi (triangles), Sky, Command, Apertus and Gemma 4."""
+_FINAL = r"<\|channel\|>final\b[^<]*(?:<\|constrain\|>[^<]*)?<\|message\|>"
 _CHANNELS = re.compile(
-    r"\s*(?:<\|start\|>assistant)?(?:<\|channel\|>)?analysis(?:<\|message\|>)?(?P<thoughts>.*)"
-    r"(?:<\|channel\|>final<\|message\|>|assistantfinal)(?P<words>.*?)(?:<\|return\|>|<\|end\|>)?\s*",
-    re.DOTALL,
+    rf"\s*(?:<\|start\|>assistant)?"
+    rf"(?:(?:<\|channel\|>)?analysis(?:<\|message\|>)?(?P<thoughts>.*)(?:{_FINAL}|assistantfinal)|{_FINAL})"
+    rf"(?P<words>.*?)(?:<\|return\|>|<\|end\|>)?\s*"
+    r"|\s*(?:<\|start\|>assistant)?<\|channel\|>(?:analysis|commentary)\b(?P<cut_off>.*)"
+    r"|\s*here(?: is|'s) my thought process:(?P<process>.*?)here(?: is|'s) my response:(?P<response>.*)",
+    re.DOTALL | re.IGNORECASE,
 )
-"""Channels of gpt-oss, with their special tokens or without."""
+"""Channels of gpt-oss, with their special tokens or without, and cut off; Granite's two headings."""
+_RESPONSE = re.compile(r"\s*<\|START_RESPONSE\|>(.*?)(?:<\|END_RESPONSE\|>)?\s*", re.DOTALL)
+"""Command's marks around its words."""
 
 
 def split_thoughts(text: str) -> tuple[str, str]:
@@ -27,9 +35,11 @@ def split_thoughts(text: str) -> tuple[str, str]:
     reply was cut off).
     """
     if channels := _CHANNELS.fullmatch(text):
-        more, words = split_thoughts(channels["words"].strip())
-        return f"{channels['thoughts']}{more}".strip(), words
-    marks = list(_MARK.finditer(text))
+        more, words = split_thoughts((channels["words"] or channels["response"] or "").strip())
+        return f"{channels['thoughts'] or channels['cut_off'] or channels['process'] or ''}{more}".strip(), words
+    if response := _RESPONSE.fullmatch(text):
+        return split_thoughts(response[1].strip())
+    marks = [mark for mark in _MARK.finditer(text) if not _is_quoted(text, mark)]
     last_close = max((mark.start() for mark in marks if mark["close"]), default=-1)
     thoughts, words = "", ""
     inside, position = False, 0
@@ -45,4 +55,14 @@ def split_thoughts(text: str) -> tuple[str, str]:
     if not inside and not position:
         return "", text
     rest = text[position:]
-    return (f"{thoughts}{rest}".strip(), words.strip()) if inside else (thoughts.strip(), f"{words}{rest}".strip())
+    if inside:
+        return f"{thoughts}{rest}".strip(), words.strip()
+    words = f"{words}{rest}".strip()
+    response = _RESPONSE.fullmatch(words)
+    return thoughts.strip(), response[1].strip() if response else words
+
+
+def _is_quoted(text: str, mark: re.Match[str]) -> bool:
+    """Return whether a mark is itself in quotation marks: a text about the mark."""
+    before, after = text[: mark.start()][-1:], text[mark.end() :][:2].lstrip("\\")[:1]
+    return f"{before}{after}" in ('""', "''", "``", "“”", "‘’", "«»", "「」")

@@ -157,6 +157,9 @@ def test_type_of_a_question_without_one(question, answer, kind):
 def test_rationales_are_stripped_and_otherwise_left_alone():
     """But for what can be neither stored nor trained on."""
     assert parsing.parse_rationale("  The dog\nis brown. 因为 \n") == "The dog\nis brown. 因为"
+    for boxed in ("<response>It is red.</response>", "```text\nIt is red.\n```"):
+        assert parsing.parse_rationale(boxed) == "It is red."
+    assert parsing.parse_rationale("```\na\n``` and ```\nb\n```").count("```") == 4
     assert parsing.parse_rationale('{"a": 1}') == '{"a": 1}'
     assert parsing.parse_rationale("In the <image> it is\ud83d red.") == "In the image it is red."
     for text in ("", " ", "\n\t\n", "\u00a0"):
@@ -166,6 +169,7 @@ def test_rationales_are_stripped_and_otherwise_left_alone():
 
 VERDICTS = {
     "no": r"""No|no|NO| No| no.|\n\nNo\n|No!|**No**|**No.**|*No*|_No_|__No__|"No"|'no'|(No)|- No|Answer: No|**Answer:** No
+<answer>No</answer>|<response>\nNo\n</response>|```text\nNo\n```
 Answer:\n\nNo.|Verdict: no|Judgement - No|No, they agree.|No. Both speak of the same dog.|no contradiction
 No contradictions were found.|No, the two explanations do not contradict each other.""",
     "yes": r"""Yes| yes|YES!|**Yes**|_Yes_|Answer: Yes|Yes, they contradict each other.|Yes - one says red, the other blue.

@@ -90,6 +90,15 @@ FAILURES: list[tuple[str, int, Any, type[AnnotationError], str]] = [
         RUN,
         "good",
     ),
+    ("openai", 400, openai_error("模型不存在，请检查模型代码。", code="1211"), RUN, "模型不存在"),
+    ("openai", 400, openai_error("Organization has been restricted."), RUN, "restricted"),
+    ("openai", 401, {"message": "无效的令牌 {most}**"}, RUN, r"令牌 \*+$"),
+    ("openai", 401, openai_error("Incorrect API key: {most}****{end}"), RUN, r"key: \*+$"),
+    ("openai", 429, {"message": "今日额度已用完，请明天再试"}, RUN, "今日额度"),
+    ("openai", 200, {"code": 1113, "msg": "余额不足", "success": False}, RUN, "余额不足"),
+    ("openai", 200, {"choices": None, "base_resp": {"status_msg": "insufficient balance"}}, RUN, "insufficient"),
+    ("openai", 200, {"object": "error", "message": "The model `tiny` does not exist", "code": 404}, RUN, "404: The"),
+    ("openai", 200, {"detail": "Invalid token"}, RUN, "Invalid token"),
     ("gemini", 400, google_error(400, "API key not valid. Please pass a valid API key."), RUN, "not valid"),
     ("gemini", 400, google_error(400, "User location is not supported for the API use."), RUN, "location"),
     ("gemini", 404, google_error(404, "models/tiny is not found for API version v1beta"), RUN, "not found"),
@@ -108,6 +117,15 @@ FAILURES: list[tuple[str, int, Any, type[AnnotationError], str]] = [
     ("gemini", 400, google_error(400, "The input token count exceeds the maximum number of tokens"), ITEM, "token"),
     # This minute.
     ("openai", 429, openai_error("Rate limit reached on requests per min (RPM)"), MINUTE, "RPM"),
+    (
+        "openai",
+        429,
+        openai_error(
+            "Requests per min (RPM): Limit 3. Raise it by adding a payment method; add a payment or credit balance"
+        ),
+        MINUTE,
+        "RPM",
+    ),
     ("openai", 429, {"detail": "Too many requests"}, MINUTE, "429: Too many"),
     ("openai", 200, openai_error("Provider returned error", code=429), MINUTE, "Provider returned"),
     ("openai", 200, openai_error("Internal", metadata={"raw": '{"error": {"message": "busy {key}"}}'}), MINUTE, "busy"),
@@ -133,7 +151,11 @@ def test_failures(provider, status, body, kind, words):
         body
         if isinstance(body, bytes)
         else json.loads(
-            json.dumps(body).replace("{key}", secret).replace("{start}", secret[:8]).replace("{end}", secret[-4:])
+            json.dumps(body)
+            .replace("{key}", secret)
+            .replace("{most}", secret[:-3])
+            .replace("{start}", secret[:8])
+            .replace("{end}", secret[-4:])
         )
     )
     with Server(lambda call: ANSWER, lambda call: (status, sent)) as server:
@@ -220,6 +242,15 @@ ODD: list[tuple[str, Any, tuple[int, int, bool]]] = [
     ("openai", completion({"content": ["y", {"type": "output_text", "text": "es"}, None]}, COUNTED), (3, 2, True)),
     ("openai", completion({"content": "yes", "reasoning_content": "Hm."}, COUNTED), (3, 2, True)),
     ("openai", completion(None, COUNTED, text="yes"), (3, 2, True)),
+    ("openai", completion({"content": [{"type": "text", "text": {"value": "yes"}}]}, COUNTED), (3, 2, True)),
+    (
+        "openai",
+        completion({"content": [{"text": "Hm.", "thought": True}, {"text": "yes"}]}, COUNTED),
+        (3, 2, True),
+    ),
+    ("openai", {"choices": [{"message": {"content": None}}, {"message": {"content": "yes"}}]}, (0, 0, False)),
+    ("openai", {"message": {"role": "assistant", "content": "yes"}, "done": True}, (0, 0, False)),
+    ("gemini", {"candidates": [{"content": {}}, {"content": {"parts": [{"text": "yes"}]}}]}, (0, 0, False)),
     ("openai", completion({"content": "yes"}, COUNTED, finish_reason=None), (3, 2, True)),
     ("openai", {**completion({"content": "yes"}, COUNTED), "error": None, "model": None, "id": 7}, (3, 2, True)),
     ("gemini", candidate([{"text": "yes"}]), (0, 0, False)),
@@ -258,6 +289,14 @@ UNUSABLE: list[tuple[str, Any, type[AnnotationError], str]] = [
     ("openai", completion({"content": None}, COUNTED), UnusableError, "empty"),
     ("openai", completion(None, COUNTED), UnusableError, "empty"),
     ("openai", completion({"content": {"a": 1}}, COUNTED), UnusableError, "empty"),
+    ("openai", completion({"content": None}, COUNTED, finish_reason="tool_calls"), UnusableError, "tool_calls"),
+    ("openai", completion({"content": None, "reasoning_content": "Hm."}, COUNTED), UnusableError, "^thoughts without"),
+    ("openai", completion({"content": [THOUGHT]}, COUNTED), UnusableError, "^thoughts without"),
+    ("openai", completion({"content": "ye"}, COUNTED, finish_reason="abort"), RetryableError, "broke off"),
+    ("openai", completion({"content": "ye"}, COUNTED, finish_reason="model_length"), RefusedError, "cut off"),
+    ("openai", completion({"content": "ye"}, COUNTED, finish_reason="sensitive"), UnusableError, "blocked"),
+    ("gemini", candidate([{"text": "Hm.", "thought": True}]), UnusableError, "^thoughts without"),
+    ("gemini", candidate([], finishReason="SAFETY", finishMessage="Violence."), UnusableError, "SAFETY: Violence"),
     ("openai", completion({"content": "ye"}, COUNTED, error={"code": 502, "message": "Gone."}), RetryableError, "Gone"),
     ("gemini", candidate([], finishReason="MAX_TOKENS"), RefusedError, "--max-new-tokens"),
     ("gemini", candidate(None, finishReason="SAFETY"), UnusableError, "SAFETY"),
@@ -275,8 +314,16 @@ def test_unusable_replies_are_kept(provider, body, kind, words):
         ask(server, provider, max_new_tokens=7)
     assert type(caught.value) is kind
     assert caught.value.reply is not None
+    assert caught.value.reply.text.strip()
     if provider == "openai":
         assert caught.value.reply.tokens_in == 3
+
+
+def test_a_byte_order_mark_before_a_reply_and_a_wait_for_ever():
+    with Server(lambda call: ANSWER, lambda call: (200, b"\xef\xbb\xbf" + json.dumps(ODD[0][1]).encode())) as server:
+        assert ask(server, "openai").text == "yes"
+    with pytest.raises(AccessError, match=r"busy; .*for ever"):
+        raise sort_failure(503, {"error": "busy"}, "source", "", float("inf"))
 
 
 def test_what_a_parser_cannot_read_is_kept():

@@ -18,6 +18,10 @@ MARKS = [
     ("[THINK]", "[/THINK]"),
     ("◁think▷", "◁/think▷"),
     ("<|begin_of_thought|>", "<|end_of_thought|>"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("<|inner_prefix|>", "<|inner_suffix|>"),
+    ("<|channel>thought", "<channel|>"),
+    ("&lt;think&gt;", "&lt;/think&gt;"),
 ]
 REPLIES = [
     ("It is red.", "", "It is red."),
@@ -38,6 +42,20 @@ REPLIES = [
         "Yes",
     ),
     ("analysisor noassistantfinalYes", "or no", "Yes"),
+    (
+        "<|channel|>analysis<|message|>no?<|channel|>final <|constrain|>JSON<|message|>{}<|return|>",
+        "no?",
+        "{}",
+    ),
+    ("<|channel|>final<|message|>Yes<|return|>", "", "Yes"),
+    ("<|channel|>analysis<|message|>or no", "<|message|>or no", ""),  # cut off
+    ("assistantfinal", "", "assistantfinal"),
+    ("<|START_THINKING|>or no<|END_THINKING|><|START_RESPONSE|>Yes<|END_RESPONSE|>", "or no", "Yes"),
+    ("<|START_RESPONSE|>Yes<|END_RESPONSE|>", "", "Yes"),
+    ("Here is my thought process:\nor no\nHere is my response:\nYes", "or no", "Yes"),
+    ('The sign says "<think>" and `</think>`.', "", 'The sign says "<think>" and `</think>`.'),
+    (r'{"answer": "It says \"</think>\"."}', "", r'{"answer": "It says \"</think>\"."}'),
+    ("<think>I close with `</think>`.</think>Yes", "I close with `</think>`.", "Yes"),
     ("analysis of the final answer: Yes", "", "analysis of the final answer: Yes"),
 ]
 texts = st.text(st.characters(exclude_characters="<[◁"), max_size=30).filter(lambda text: text == text.strip())

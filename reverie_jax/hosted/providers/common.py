@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import email.utils
 import json
+import re
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -31,11 +33,20 @@ def find_api_key(environment: Mapping[str, str], *names: str, required: bool = T
 
 
 def hide(text: str, secret: str) -> str:
-    """Return a text without the API key; services quote keys, whole or in part."""
+    """Return a text without the API key; services quote keys, whole or in part: the beginning, or the last characters."""
     if len(secret) >= 4:
         text = text.replace(secret, "***")
-    if len(secret) >= 8 and "key" in text.lower():
-        text = text.replace(secret[:8], "***").replace(secret[-4:], "***")
+    for start in range(len(secret) - 7):
+        end = start + 8
+        while secret[start:end] in text:  # as much of it as the service quotes
+            end += 1
+            if end > len(secret) or secret[start:end] not in text:
+                text = text.replace(secret[start : end - 1], "***")
+                end = start + 8
+    if len(secret) >= 8:
+        if "key" in text.lower():
+            text = text.replace(secret[-4:], "***")
+        text = re.sub(rf"([*•.…xX]{{2,}}){re.escape(secret[-4:])}", r"\1***", text)
     return text
 
 
@@ -56,6 +67,15 @@ def parse_retry_after(header: str | None) -> float | None:
         return max(0.0, email.utils.parsedate_to_datetime(header).timestamp() - time.time())
     except (ValueError, TypeError, OverflowError):
         return None
+
+
+def keep_raw(error: AnnotationError, raw: str, secret: str) -> AnnotationError:
+    """Return a failure with the raw text of its reply, unless it has words: it may be paid for."""
+    if error.reply is None:
+        error.reply = Reply(hide(raw, secret), counted=False)
+    elif not error.reply.text.strip():
+        error.reply = dataclasses.replace(error.reply, text=hide(raw, secret))
+    return error
 
 
 def cut_off(limit: int | None) -> str:
@@ -87,9 +107,7 @@ def parse_result_lines(
         except Exception as problem:
             unread = RefusedError(f"the reply cannot be read ({type(problem).__name__})")
             error = problem if isinstance(problem, AnnotationError) else unread
-            if error.reply is None:  # it may be paid for: what cannot be read is kept
-                error.reply = Reply(hide(line.decode("utf-8", "replace"), secret), counted=False)
-            results.append((key, error))
+            results.append((key, keep_raw(error, line.decode("utf-8", "replace"), secret)))
     if lines and not results:
         raise RetryableError(f"{UNEXPECTED} (no batch results)")
     return results

@@ -15,9 +15,12 @@ from reverie_jax.hosted.interface import (
     Reply,
     RetryableError,
 )
-from reverie_jax.hosted.providers.common import hide, redact
+from reverie_jax.hosted.providers.common import hide, keep_raw, redact
 
-_WORD_KEYS = ("error", "errors", "message", "detail", "details", "msg", "reason", "error_description", "title")
+_WORD_KEYS = (
+    *("error", "errors", "message", "detail", "details", "msg", "reason", "error_description", "title"),
+    *("base_resp", "status_msg", "error_msg", "err_msg"),
+)
 """Where services put their words, the first that holds some wins; `error` may be a text, an object or a list."""
 _MORE_KEYS = ("metadata", "details", "reasons", "violations", "quotaId", "raw", "error", "message")
 """Where they say more."""
@@ -32,11 +35,15 @@ def _texts(*patterns: str) -> re.Pattern[str]:
 _NO_CREDIT = _texts(
     r"insufficient[\s_-]*(quota|credit|balance|fund)",
     r"(not enough|out of|no|more|your|purchase|negative) (prepaid )?(credit|balance|funds)",
-    r"credit balance|payment|billing[\s_-]*(hard[\s_-]*limit|not[\s_-]*active|is (not|disabled))",
-    r"enable billing|arrear|good standing|余额|欠费",
-    r"(spend|usage|budget)(ing)?[\s_-]*(limit|cap)|account.{0,40}(suspended|deactivated|disabled|blocked)",
+    r"credit balance|payment[\s_-]*(is[\s_-]*)?required|(unpaid|overdue|failed|missing|no|add a) payment"
+    r"|billing[\s_-]*(hard[\s_-]*limit|not[\s_-]*active|is (not|disabled))",
+    r"enable billing|arrear|good standing|余额|欠费|额度(不足|已用)",
+    r"(spend|usage|budget)(ing)?[\s_-]*(limit|cap)",
+    r"(account|organi[sz]ation|project).{0,40}(suspended|deactivated|disabled|blocked|restricted)",
 )
-_USED_UP = _texts(r"per[\s_-]*(day|month)", r"\b(daily|monthly)\b", r"\b(RPD|TPD)\b", r"\blimit: 0\b")
+_USED_UP = _texts(
+    r"per[\s_-]*(day|month)", r"\b(daily|monthly)\b", r"\b(RPD|TPD)\b", r"\blimit: 0\b", r"(今日|当日|每日|本月|每月)"
+)
 _NO_ACCESS = _texts(
     r"api[\s_-]*key",
     r"location is not supported|unsupported_country|country.{0,40}not supported|not available in your",
@@ -44,6 +51,8 @@ _NO_ACCESS = _texts(
     r"\bmodel\b[^.]{0,80}\b(not (been )?(found|exist|available|supported|allowed)|does(n't| not) exist|no longer|"
     r"deprecated|decommissioned|retired|shut down)",
     r"unexpected endpoint|unknown (request )?(url|endpoint|route)",
+    r"unauthori[sz]ed|(invalid|expired|missing|incorrect) (access |auth\w* )?token\b(?! in)",
+    r"令牌|密钥|模型.{0,20}不存在|不存在.{0,4}模型",
     r"no models? (is |are )?loaded|\bmodel\b.{0,20}not loaded",
 )
 _NO_VISION = _texts(
@@ -59,6 +68,8 @@ _TOO_LONG = _texts(
     r"reduce the length|maximum number of tokens|request too large"
 )
 _THIS_MINUTE = _texts(r"rate[\s_-]*limit", r"too many requests", r"overloaded")
+_PER_MINUTE = _texts(r"per[\s_-]*(min|sec)", r"\b(RPM|TPM|RPS)\b", r"try again in [\d.]+ ?m?s\b")
+"""Limits that pass, although their messages advertise credit."""
 _LONGEST_WAIT = 2 * 3600.0
 """Seconds; a service that asks to wait longer has a quota of the day that is used up."""
 _QUEUE_FULL = _texts(r"enqueued|too many.{0,20}batch|concurrent batch|batch.{0,20}(queue|limit)|token_limit_exceeded")
@@ -134,7 +145,7 @@ def find_words(body: Any) -> str:
 def decode_body(text: str) -> Any:
     """Return a body as JSON, or as it is."""
     try:
-        return json.loads(text)
+        return json.loads(text.removeprefix("\ufeff"))
     except (ValueError, RecursionError):
         return text
 
@@ -162,12 +173,15 @@ def sort_failure(
     text = f"{status or 'error'}: {words}" if words else f"status {status}" if status else "an error without a word"
     every = AccessError(f"{source}: {text}")
     kinds = " ".join([words, *_walk(body, (*_WORD_KEYS, *_MORE_KEYS, *_KIND_KEYS))])
-    if status == 402 or _NO_CREDIT.search(kinds) or (status in (None, 403, 429) and _USED_UP.search(kinds)):
+    used_up = status in (None, 403, 429) and _USED_UP.search(kinds)
+    passes = status == 429 and _PER_MINUTE.search(words) and "insufficient_quota" not in kinds
+    if status == 402 or used_up or (_NO_CREDIT.search(kinds) and not passes):
         return every
     if _NO_VISION.search(kinds):
         return every
-    if status == 429 and retry_after is not None and retry_after > _LONGEST_WAIT:
-        return AccessError(f"{source}: {text.rstrip('.')}; it asks to wait {retry_after / 3600:.0f} hours")
+    if status in (403, 429, *range(500, 600)) and retry_after is not None and retry_after > _LONGEST_WAIT:
+        hours = f"{retry_after / 3600:,.0f} hours" if retry_after < 1e9 else "for ever"
+        return AccessError(f"{source}: {text.rstrip('.')}; it asks to wait {hours}")
     if status == 413 or (status == 429 and _TOO_LONG.search(words)):
         return RefusedError(text)
     if (status is None or 400 <= status < 500) and status not in (401, 404, 408, 429) and _MODERATED.search(kinds):
@@ -209,8 +223,7 @@ def read_reply(raw: str, parse: Callable[[Any], Reply], secret: str) -> Reply:
     try:
         return parse(body)
     except AnnotationError as error:
-        if error.reply is None:
-            error.reply = Reply(hide(raw, secret), counted=False)
+        keep_raw(error, raw, secret)
         raise
     except Exception as error:
         raw = hide(raw, secret)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from reverie_jax.hosted.interface import AnnotationError, RefusedError, Reply, RetryableError, UnusableError
-from reverie_jax.hosted.providers.common import UNEXPECTED, cut_off, parse_retry_after
+from reverie_jax.hosted.providers.common import UNEXPECTED, cut_off, parse_retry_after, redact
 from reverie_jax.hosted.providers.failures import read_counts, sort_failure
 
 _HTTP = {3: 400, 4: 504, 5: 404, 7: 403, 8: 429, 13: 500, 14: 503, 16: 401}
@@ -54,29 +54,43 @@ def parse_response(body: Any, model_spec: str, key: str, limit: int | None) -> R
     usage = body.get("usageMetadata")
     counts = read_counts(usage, ("promptTokenCount",), ("candidatesTokenCount",), ("thoughtsTokenCount",))
     candidates = body.get("candidates")
-    candidate = candidates[0] if isinstance(candidates, list) and candidates else None
+    candidates = candidates if isinstance(candidates, list) and candidates else [None]
+    candidate = next((candidate for candidate in candidates if _words(candidate)), candidates[0])
     if candidate is None and body.get("error"):
         raise error_from_body(None, body, model_spec, key)
-    content = candidate.get("content") if isinstance(candidate, Mapping) else None
-    parts = content.get("parts") if isinstance(content, Mapping) else None
-    words = [
-        part["text"]
-        for part in (parts if isinstance(parts, list) else [])
-        if isinstance(part, Mapping) and isinstance(part.get("text"), str) and not part.get("thought")
-    ]
     version = body.get("modelVersion")
     tokens_in, tokens_out, counted = counts
-    reply = Reply("".join(words), tokens_in, tokens_out, version if isinstance(version, str) else "", counted)
+    reply = Reply(_words(candidate), tokens_in, tokens_out, version if isinstance(version, str) else "", counted)
     if not isinstance(candidate, Mapping):
         feedback = body.get("promptFeedback")
-        reason = feedback.get("blockReason") if isinstance(feedback, Mapping) else None
+        reason = _reason(feedback, "blockReason", "blockReasonMessage", key)
         # A blocked prompt is blocked again; an answer may be blocked by chance.
         raise RefusedError(f"blocked ({reason})", reply) if reason else UnusableError("an empty reply", reply)
     finish = str(candidate.get("finishReason") or "STOP")
     if finish == "MAX_TOKENS":
         raise RefusedError(cut_off(limit), reply)
     if finish not in ("STOP", "FINISH_REASON_UNSPECIFIED"):
-        raise UnusableError(f"blocked ({finish})", reply)
+        raise UnusableError(f"blocked ({_reason(candidate, 'finishReason', 'finishMessage', key)})", reply)
     if not reply.text.strip():
-        raise UnusableError("an empty reply", reply)
+        reason = "thoughts without an answer" if _words(candidate, thoughts=True) else "an empty reply"
+        raise UnusableError(reason, reply)
     return reply
+
+
+def _words(candidate: Any, *, thoughts: bool = False) -> str:
+    """Return the words, or the thoughts, of a candidate of any shape."""
+    content = candidate.get("content") if isinstance(candidate, Mapping) else None
+    parts = content.get("parts") if isinstance(content, Mapping) else None
+    return "".join(
+        part["text"]
+        for part in (parts if isinstance(parts, list) else [])
+        if isinstance(part, Mapping) and isinstance(part.get("text"), str) and bool(part.get("thought")) is thoughts
+    )
+
+
+def _reason(value: Any, name: str, message: str, key: str) -> str:
+    """Return the name of a reason and the service's words about it; empty if it gives none."""
+    if not isinstance(value, Mapping) or not value.get(name):
+        return ""
+    said = value.get(message)
+    return f"{value[name]}: {redact(said, key)}" if isinstance(said, str) and said else str(value[name])

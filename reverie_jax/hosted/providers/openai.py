@@ -45,6 +45,12 @@ from reverie_jax.hosted.providers.failures import (
 
 _LENGTHS = ("max_completion_tokens", "max_tokens", "")
 """Names of the limit of a reply's length, tried in this order; not every server knows the first, and some know none."""
+_CUT_OFF = ("length", "max_tokens", "model_length", "max_output_tokens")
+_BLOCKED = ("content_filter", "sensitive", "safety", "recitation", "prohibited_content", "blocklist", "spii")
+_BROKEN_OFF = ("error", "abort", "aborted", "cancelled", "insufficient_system_resource", "network_error", "timeout")
+"""Reasons for the end of a reply that is not whole."""
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking", "reasoning_details")
+"""Where servers put thoughts."""
 _ENDED = {"completed", "failed", "expired", "cancelled", "canceled", "succeeded", "success", "timeout_exceeded"}
 _ENDED_AT = ("completed_at", "failed_at", "expired_at", "cancelled_at")
 """States and times of a batch that has ended, with a file of results or without; any other state is waited for."""
@@ -145,11 +151,13 @@ class OpenAI:
         )
         tokens_in, tokens_out, counted = usage
         choices = [choice for choice in _list(body.get("choices")) if isinstance(choice, Mapping)]
+        if not choices and isinstance(body.get("message"), Mapping) and "content" in body["message"]:
+            choices = [body]  # Ollama's own form
         if not choices:
-            if error := body.get("error") or body.get("errors"):
-                raise self._fail(_status(error), body)
+            if (error := body.get("error") or body.get("errors")) or find_words(body):
+                raise self._fail(_status(error or body), body)
             raise RetryableError(f"{UNEXPECTED} (no choices)")
-        choice = choices[0]
+        choice = next((choice for choice in choices if _has_words(choice)), choices[0])
         message = choice.get("message")
         message = message if isinstance(message, Mapping) else {"content": message or choice.get("text")}
         text, version = _text(message.get("content")), body.get("model")
@@ -159,12 +167,16 @@ class OpenAI:
             failure = self._fail(_status(error), {"error": error})
             failure.reply = reply
             raise failure
-        if finish == "content_filter" or refusal:
+        if finish in _BROKEN_OFF:
+            raise RetryableError(f"the service broke off its reply ({finish})", reply=reply)
+        if finish in _BLOCKED or refusal:
             raise UnusableError(redact(f"blocked ({refusal or finish})", self._key), reply)
-        if finish in ("length", "max_tokens"):
+        if finish in _CUT_OFF:
             raise RefusedError(cut_off(self._settings.max_new_tokens), reply)
         if not text.strip():
-            raise UnusableError("an empty reply", reply)
+            if any(message.get(name) for name in _THOUGHTS) or _list(message.get("content")):
+                raise UnusableError("thoughts without an answer", reply)
+            raise UnusableError("an empty reply" + (f" ({finish})" if finish not in ("", "stop") else ""), reply)
         return reply
 
     # Batches.
@@ -245,11 +257,21 @@ def _status(error: Any) -> int | None:
     return int(text) if text.isdecimal() and 400 <= int(text) < 600 else None
 
 
+def _has_words(choice: Mapping[str, Any]) -> bool:
+    message = choice.get("message")
+    return bool(
+        _text(message.get("content") if isinstance(message, Mapping) else message or choice.get("text")).strip()
+    )
+
+
 def _text(content: Any) -> str:
     """Return the words of a message's content: a text, or a list of parts, of which some are thoughts."""
     if isinstance(content, str):
         return content
     if isinstance(content, Mapping):
         kind, text = content.get("type", "text"), content.get("text")
+        text = text.get("value") if isinstance(text, Mapping) else text
+        if content.get("thought") is True:
+            return ""
         return text if kind in ("text", "output_text") and isinstance(text, str) else ""
     return "".join(map(_text, _list(content)))
