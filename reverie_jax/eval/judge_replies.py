@@ -62,12 +62,28 @@ def _replies_of(row: Any, number: int, loaded: BenchmarkData | None) -> list[tup
     if "reply" not in row and "choices" in row:  # a completion of OpenAI, as LLaVA-RLHF's script keeps them
         questions = loaded.questions if loaded is not None else ()
         id = questions[number].id if number < len(questions) else number
-        return [(str(id), row["choices"][0]["message"]["content"])]
+        return [(str(id), _words(row["choices"]))]
     if "reply" not in row and isinstance(row.get("content"), list):  # MM-Vet's grades, a reply for each run
         return [(f"{row['pid']}#{run}", text) for run, text in enumerate(row["content"])]
     if "reply" not in row and "content" in row:  # LLaVA's review, whose own id is a line number
         return [(row["question_id"], row["content"])]
+    if "id" not in row or "reply" not in row:
+        raise ValueError(f"no id and reply; columns: {', '.join(map(str, row))}")
     return [(row["id"], row["reply"])]
+
+
+def _words(choices: Any) -> Any:
+    """Return the text of a completion, whose content may be a list of parts.
+
+    Raises:
+        ValueError: There is none.
+    """
+    content = choices[0]["message"]["content"] if choices else None
+    if isinstance(content, list):
+        content = "".join(part["text"] for part in content if part.get("type", "text") == "text")
+    if content is None:
+        raise ValueError("a completion without content")
+    return content
 
 
 def read_replies(path: Path, loaded: BenchmarkData | None = None) -> tuple[dict[str, str], dict[str, Any]]:
@@ -92,8 +108,9 @@ def read_replies(path: Path, loaded: BenchmarkData | None = None) -> tuple[dict[
     def parse(row: Any) -> None:
         nonlocal completions
         for id, reply in _replies_of(row, completions, loaded):
+            id = int(id) if isinstance(id, float) and id.is_integer() else id  # as pandas writes them
             if isinstance(id, bool) or not isinstance(id, str | int) or not isinstance(reply, str):
-                raise TypeError("id or reply")
+                raise TypeError(f"the reply to {id!r} is {reply!r}")
             if str(id) in replies:
                 raise BenchmarkError(f"{path}: duplicate reply {id}")
             thoughts, words = split_thoughts(reply)

@@ -250,6 +250,10 @@ REPLY = {"id": "0", "reply": "Rating: 3", "judge": "openai:tiny", "version": "v"
         ([REPLY, {"id": "1"}], ["row 1", "reply"]),
         ([REPLY, {"id": "1", "reply": 3}], ["row 1"]),
         ([REPLY, ["1"]], ["row 1"]),
+        ([REPLY, {"pid": "1", "score": [0.5]}], ["row 1", "pid, score"]),
+        ([REPLY, {"question_id": 1, "content": None}], ["row 1", "reply to 1 is None"]),
+        ([REPLY, {"choices": []}], ["row 1", "content"]),
+        ([REPLY, {"choices": [{"message": {"content": None}}]}], ["row 1", "content"]),
         ([REPLY, REPLY | {"id": "1", "judge": "gemini:tiny"}], ["judges", "gemini:tiny, openai:tiny"]),
         ([REPLY, REPLY | {"id": "1", "prompt": "q"}], ["prompts"]),
         ([REPLY, REPLY | {"id": "1", "answers": "a"}], ["answers"]),
@@ -271,6 +275,10 @@ def test_reply_files_from_elsewhere_need_ids_and_replies_only(tmp_path):
     assert read_replies(make.write_lines(path, []))[0] == {}
     plain = make.write_lines(path, [{"id": 7, "reply": "Rating: 3"}])
     assert read_replies(plain) == ({"7": "Rating: 3"}, {"judge": "unknown"})
+    assert read_replies(make.write_lines(path, [{"id": 7.0, "reply": "Rating: 3"}]))[0] == {"7": "Rating: 3"}
+    parts = [{"type": "thinking", "thinking": []}, {"type": "text", "text": "Rating: "}, {"type": "text", "text": "3"}]
+    completion = {"choices": [{"message": {"content": parts}}]}
+    assert read_replies(make.write_lines(path, [completion]))[0] == {"0": "Rating: 3"}
     make.write_lines(path, [REPLY | {"id": str(n), "date": f"2026-01-0{n}"} for n in (5, 3, 4)])
     assert read_replies(path)[1]["judge/date"] == "2026-01-03 to 2026-01-05"
 

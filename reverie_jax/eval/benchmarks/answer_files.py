@@ -248,7 +248,7 @@ def _without_labels(rows: Sequence[Located]) -> Sequence[Located]:
 
 
 def _with_plain_ids(located: Located) -> Located:
-    """Return the row with ids such as 7.0 and "7.0" as 7 and "7"."""
+    """Return the row with ids such as 7.0, "7.0" and " 7" as 7 and "7"."""
     where, row = located
     if not isinstance(row, Mapping):
         return located
@@ -257,8 +257,8 @@ def _with_plain_ids(located: Located) -> Located:
         id = row.get(name)
         if isinstance(id, float) and id.is_integer():
             plain[name] = int(id)
-        elif isinstance(id, str) and re.fullmatch(r"\d+\.0+", id):
-            plain[name] = id.partition(".")[0]
+        elif isinstance(id, str):
+            plain[name] = id.strip().partition(".")[0] if re.fullmatch(r"\s*\d+\.0+\s*", id) else id.strip()
     return where, plain
 
 

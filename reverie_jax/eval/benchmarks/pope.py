@@ -171,6 +171,12 @@ def _split_files(folder: Path, pattern: str) -> dict[str, Path]:
     return found
 
 
+def _told_split(row: Row) -> str:
+    """Return the split that a column `split` or `category` names; "" for none."""
+    words = [str(row.get(column)).strip().lower() for column in ("split", "category")]
+    return next((word for word in words if word in SPLITS), "")
+
+
 def _without_typo(question: Question) -> Question:
     plain = str(question.metadata["plain"]).replace("imange", "image")
     return dataclasses.replace(question, metadata={**question.metadata, "question": plain.removesuffix(SHORT)})
@@ -255,8 +261,8 @@ class Pope(Benchmark):
         splits: dict[str, list[Question]] = {}
         for question in loaded.questions:
             splits.setdefault(self.part(question), []).append(question)
-        told = dict.fromkeys(str(row.get("split", row.get("category"))) for row in plain)
-        groups = [(split, [row for row in plain if split in (row.get("split"), row.get("category"))]) for split in told]
+        told = dict.fromkeys(map(_told_split, plain))
+        groups = [(split, [row for row in plain if _told_split(row) == split]) for split in told]
         if not told.keys() <= splits.keys():
             groups = [(self._split_of(plain, path, splits), plain)]
         settled: list[tuple[str, Any]] = []

@@ -60,6 +60,11 @@ ONE_SPLIT = {
         lambda rows, split: [{**row, "category": split} for row in without(rows, "prompt")],
         True,
     ),
+    "by a column in capitals": (
+        "a.jsonl",
+        lambda rows, split: [{**row, "split": "test", "category": split.title()} for row in without(rows, "prompt")],
+        True,
+    ),
     "ids alone": ("a.jsonl", lambda rows, split: without(rows, "prompt"), False),
     "the shared question alone": ("a.jsonl", lambda rows, split: rows[:1], False),
     "a name that prompts contradict": (
@@ -225,6 +230,18 @@ def test_an_id_of_two_questions_has_the_last_answer_for_both(tmp_path):
         scores.score(bench, loaded, make.write_lines(tmp_path / "a.jsonl", [*rows, rows[0]]))
 
 
+def test_ids_of_gqa_that_lost_their_zeros(tmp_path):
+    ids = ("05", "17", "006", "6")
+    questions = {id: make.gqa_question(f"n{id}", f"What is {id}?", "red") for id in ids}
+    bench, loaded = load("gqa", make.gqa(tmp_path, questions))
+    rows = [{"questionId": id, "prediction": str(id)} for id in (5, 17, "006", 6)]
+    found = answer_files.read_answers(make.write_json(tmp_path / "a.json", rows), bench, loaded)
+    assert found == {"05": "5", "17": "17", "006": "006", "6": "6"}
+    rows[3] = {"questionId": "06", "prediction": "x"}  # of 006 or of 6
+    with refused("question 06"):
+        answer_files.read_answers(make.write_json(tmp_path / "a.json", rows), bench, loaded)
+
+
 # Likely causes of missing answers.
 
 
@@ -272,6 +289,7 @@ def test_thoughts_are_taken_out_or_counted(cases, tmp_path, name, form):
 # Any file that a user may have: what is joined is right, what is not is refused by name.
 
 IDS = {"as they are": lambda id: id, "text": str, "floats": lambda id: float(id) if isinstance(id, int) else f"{id}"}
+IDS["text with spaces"] = lambda id: f" {id}\n"
 IDS["text of floats"] = lambda id: f"{id}.0" if isinstance(id, int) else id
 PROMPTS = {
     "none": lambda q, other: None,
