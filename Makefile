@@ -29,8 +29,9 @@ suite: $(VENV)/.test
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
+# Long runs are worth compiling well; the suite is not (tests/conftest.py).
 test-slow: $(VENV)/.test
-	$(BIN)/python -m pytest -m slow
+	XLA_FLAGS=--xla_force_host_platform_device_count=4 $(BIN)/python -m pytest -m slow
 
 # google-generativeai pins an older protobuf than TFDS needs: an environment of its own.
 test-old-sdk:
