@@ -123,7 +123,7 @@ def _describe_source(
 
 
 def special_ids(tokenizer: Any, vocab: int) -> dict[str, Any]:
-    """Return a tokenizer's special ids under their keys in config.json; padding is 0 where it is none of `vocab` tokens."""
+    """Return a tokenizer's special ids under their keys in config.json; padding beyond `vocab` becomes 0."""
     pad = tokenizer.pad_token_id
     return {
         "bos_token_id": tokenizer.bos_token_id,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import operator
 import os
 import shutil
 import tempfile
@@ -119,3 +120,23 @@ def files_below(folder: Path) -> Iterator[Path]:
             continue
         seen.add(real)
         yield from (Path(place, name) for name in names)
+
+
+def well_formed(value: Any) -> Any:
+    """Return a JSON value without lone surrogates (halves of characters), which JSON can hold and no file or request can.
+
+    The value itself is returned if it has none.
+    """
+    if isinstance(value, str):
+        whole = value if value.isascii() else value.encode("utf-16", "surrogatepass").decode("utf-16", "ignore")
+        return value if len(whole) == len(value) else whole
+    if isinstance(value, list):
+        items = list(map(well_formed, value))
+        return value if all(map(operator.is_, items, value)) else items
+    if isinstance(value, dict):
+        fields = {well_formed(key): well_formed(item) for key, item in value.items()}
+        same = len(fields) == len(value) and all(
+            map(operator.is_, (*fields, *fields.values()), (*value, *value.values()))
+        )
+        return value if same else fields
+    return value

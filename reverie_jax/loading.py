@@ -297,7 +297,7 @@ def find_template(config: VLMConfig, tokenizer: Any, main: Component) -> VLMConf
     """Return a configuration with the name of the checkpoint's chat template, recognized by what it renders.
 
     Raises:
-        CheckpointError: It is none of `data.templates`, or does not go with the tokenizer.
+        CheckpointError: It is not in `data.templates`, or does not fit the tokenizer.
     """
     if "reverie_template" in main.config and config.template not in TEMPLATES:
         raise CheckpointError(

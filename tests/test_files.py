@@ -1,8 +1,12 @@
 """Writing files and folders as a whole, and reading JSON, with one line for whatever is wrong."""
 
+import json
 import os
+import re
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from reverie_jax import files
 from reverie_jax.errors import CheckpointError, DataError, UserError
@@ -118,3 +122,21 @@ def test_files_are_found_behind_links_and_each_folder_once(tmp_path):
     (folder / "two").symlink_to(elsewhere)
     (folder / "deep" / "circle").symlink_to(folder)
     assert sorted(file.name for file in files.files_below(folder)) == ["a", "b", "c"]
+
+
+TEXTS = st.text(st.characters(codec="utf-8") | st.sampled_from("\ud83d\ude00"), max_size=6)
+VALUES = st.recursive(
+    st.none() | st.integers() | TEXTS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3),
+)
+
+
+@given(VALUES)
+def test_lone_surrogates_are_dropped(value):
+    written = json.dumps(value, ensure_ascii=False)
+    result = files.well_formed(value)
+    json.dumps(result, ensure_ascii=False).encode()
+    assert (result is value) == (re.search("[\ud800-\udfff]", written) is None)
+    if isinstance(value, str):
+        pairs = value.replace("\ud83d\ude00", "\U0001f600")
+        assert result == re.sub("[\ud800-\udfff]", "", pairs)

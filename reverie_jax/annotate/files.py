@@ -8,6 +8,7 @@ from typing import Any
 
 from reverie_jax.data.row_files import read_rows
 from reverie_jax.errors import UserError
+from reverie_jax.files import well_formed
 
 QUESTIONS = "reasoning_instruct_data.json"
 RATIONALES = "rationale_instruct_data.json"
@@ -16,11 +17,6 @@ DROPPED = "dropped.json"
 RELEASED = "reverie.json"
 
 Row = dict[str, Any]
-
-
-def encodable(text: str) -> str:
-    """Return a text without unpaired surrogates, which JSON may hold and no file or request can."""
-    return text.encode("utf-8", "ignore").decode("utf-8")
 
 
 def read_step_rows(path: Path, keys: Iterable[str]) -> list[Row]:
@@ -37,5 +33,5 @@ def read_step_rows(path: Path, keys: Iterable[str]) -> list[Row]:
         missing = [key for key in keys if not isinstance(row, dict) or not isinstance(row.get(key), str)]
         if missing:
             raise UserError(f"{path}: row {number}: missing {', '.join(missing)}")
-        rows.append({key: encodable(value) if isinstance(value, str) else value for key, value in row.items()})
+        rows.append(well_formed(row))
     return rows

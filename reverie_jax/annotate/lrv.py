@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from reverie_jax.annotate import parsing
-from reverie_jax.annotate.files import encodable
 from reverie_jax.annotate.job import Job, JobRunner
 from reverie_jax.annotate.schemas import INSTRUCTIONS_SCHEMA
 from reverie_jax.data.row_files import read_rows, write_rows
 from reverie_jax.errors import UserError
+from reverie_jax.files import well_formed
 from reverie_jax.hosted.identity import content_digest
 from reverie_jax.hosted.interface import Request, RequestImage, Stage, digest
 from reverie_jax.hosted.runner import Outcome, RequestTask
@@ -66,7 +66,7 @@ def read_captions(path: Path) -> list[CaptionedImage]:
         try:
             captions = row["regions"] if "regions" in row else row["captions"]
             image_id = row["image_id"] if "image_id" in row else row["id"]
-            image_id = encodable(image_id) if isinstance(image_id, str) else image_id
+            image_id = well_formed(image_id)
             lines = [_format_caption(caption) for caption in captions[:MAX_CAPTIONS]]
         except (KeyError, TypeError, ValueError) as error:
             expected = "Visual Genome's regions, or captions with x, y, width, height"
@@ -79,7 +79,7 @@ def read_captions(path: Path) -> list[CaptionedImage]:
 
 
 def _format_caption(caption: Mapping[str, Any]) -> str:
-    text = " ".join(encodable(str(caption["phrase"] if "phrase" in caption else caption["caption"])).split())
+    text = " ".join(well_formed(str(caption["phrase"] if "phrase" in caption else caption["caption"])).split())
     x, y, width, height = (int(caption[name]) for name in ("x", "y", "width", "height"))
     return f"{text} ({x}, {y}, {width}, {height})"
 

@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 import pydantic
 
-from reverie_jax.annotate.files import encodable
 from reverie_jax.annotate.schemas import Instruction
 from reverie_jax.data.reflection import AnnotatedQuestion, QuestionType, classify_question
+from reverie_jax.files import well_formed
 from reverie_jax.hosted.interface import UnusableError
 
 _FENCE = re.compile(r"```[a-zA-Z]*\s*(.*?)```", re.DOTALL)
@@ -116,7 +116,8 @@ def _to_text(value: Any) -> str:
 
 def clean(text: str) -> str:
     """Return a text without unpaired surrogates and image markers, which cannot be stored or trained on."""
-    return encodable(text).replace("<image>", "image").strip()
+    text = well_formed(text)
+    return text.replace("<image>", "image").strip()
 
 
 def _question_groups(value: Any) -> list[dict[str, Any]]:

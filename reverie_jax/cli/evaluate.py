@@ -86,9 +86,8 @@ class Eval:
         if self.dump_prompts is not None:
             self._dump_prompts([data for _, data, _ in jobs], self.dump_prompts)
             return
-        decodings = [
-            self._decoding(benchmark) for benchmark, _, _ in jobs
-        ]  # what is wrong is said before the model is loaded
+        # Before the model is loaded: invalid options are reported at once.
+        decodings = [self._decoding(benchmark) for benchmark, _, _ in jobs]
         engine, weights = self._engine()
         failed = list[str]()
         for (benchmark, data, out), decoding in zip(jobs, decodings, strict=True):

@@ -79,7 +79,7 @@ class Rows:
             yield self._where(number, id), {**row, "pid": id} if is_object else row
 
     def items(self) -> Iterator[tuple[str | None, Any]]:
-        """Yield (id, row) as they are in the file; the id is None where the file is no object.
+        """Yield (id, row) as they are in the file; the id is None unless the file is one object.
 
         Raises:
             DataError: As for iteration.
@@ -171,7 +171,7 @@ class Rows:
         for key, row in _stream(self.path, file, "kvitems", "", _MAX_ROW_BYTES):
             if not seen and not isinstance(row, dict):
                 raise DataError(
-                    f"{self.path}: is one object, whose {key!r} is no row; put rows, also a single one, in a list"
+                    f"{self.path}: one object, but its {key!r} is not a row; put the rows in a list, even a single one"
                 )
             if key in seen:
                 raise DataError(f"{self.path}: row {key}: its id occurs twice; keep one of the rows")
@@ -319,7 +319,7 @@ def read_rows(path: Path, *, min_rows: int = 1) -> list[Any]:
 
 
 def as_integer(value: Any) -> int | None:
-    """Return the number that a field holds, also as `7.0`, "7" or "7.0", as tables write ids; None if it is no integer."""
+    """Return the number in a field, also if it is written as `7.0`, "7" or "7.0", as tables do; None without an integer."""
     if isinstance(value, bool):
         return None
     if isinstance(value, str):

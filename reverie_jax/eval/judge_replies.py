@@ -91,14 +91,14 @@ def read_replies(path: Path, loaded: BenchmarkData | None = None) -> tuple[dict[
 
     Only `id` and `reply` are required: replies may come from elsewhere. The files of three official scripts are read too:
     LLaVA's reviews (`question_id`, `content`), LLaVA-RLHF's completions (a list in the order of the questions) and MM-Vet's
-    grades (by id, a list of `content`). A model's thoughts are no part of its reply.
+    grades (by id, a list of `content`). A model's thoughts are removed.
 
     Args:
         path: of the file.
         loaded: the questions, whose order a list of completions has.
 
     Raises:
-        BenchmarkError: The file cannot be read, an id is a duplicate, a reply is nothing but thoughts, or the replies are of
+        BenchmarkError: The file cannot be read, an id is a duplicate, a reply has only thoughts, or the replies are of
             several judges, to several prompts or about several models' answers.
     """
     replies: dict[str, str] = {}
@@ -116,7 +116,7 @@ def read_replies(path: Path, loaded: BenchmarkData | None = None) -> tuple[dict[
             thoughts, words = split_thoughts(reply)
             if thoughts and not words.strip():
                 raise BenchmarkError(
-                    f"{path}: the reply to {id} is nothing but thoughts; delete its row, and run `reverie judge` again "
+                    f"{path}: the reply to {id} has only thoughts; delete its row, and run `reverie judge` again "
                     "with a higher --max-new-tokens"
                 )
             replies[str(id)] = words if thoughts else reply

@@ -452,7 +452,7 @@ def test_tuned_tower_is_not_replaced_by_clip(folder, outcome, room, caplog):
     ("recorded", "folder"),
     [
         ("/data/clip_l_336", "clip_l_336"),
-        ("/root/.cache/hub/models--openai--clip-vit-large-patch14/snapshots/45", "clip-vit-large-patch14"),
+        ("/home/user/.cache/hub/models--openai--clip-vit-large-patch14/snapshots/45", "clip-vit-large-patch14"),
         ("/x/models--a--b/snapshots/45/", "models--a--b/snapshots/67"),
     ],
 )

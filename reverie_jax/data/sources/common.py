@@ -15,7 +15,7 @@ from reverie_jax.data.images import BrokenImage, decode
 from reverie_jax.data.llava_tokenization import move_image_first
 from reverie_jax.data.row_files import Rows
 from reverie_jax.errors import DataError
-from reverie_jax.files import files_below
+from reverie_jax.files import files_below, well_formed
 
 _GENERIC_NAMES = {"image", "img", "picture", "photo"}
 """File names without a folder that do not identify an image."""
@@ -201,7 +201,7 @@ def parse_rows(
     cleaned = 0
     for where, row in rows.located():
         try:
-            whole = without_half_characters(row)
+            whole = well_formed(row)
             if whole is not row and any(whole[key] is not row[key] for key in _IMAGE_FIELDS & row.keys()):
                 raise InvalidRow("the name of its image has half of a character (a lone surrogate)")
             cleaned += whole is not row
@@ -218,20 +218,6 @@ def parse_rows(
             yield from examples
     if cleaned:
         log.notes.append(f"{rows.path}: dropped halves of characters (lone surrogates) from {cleaned} rows")
-
-
-def without_half_characters(value: Any) -> Any:
-    """Return a row without lone surrogates, which no file can hold; the row itself if it has none."""
-    if isinstance(value, str):
-        whole = value if value.isascii() else value.encode("utf-8", "ignore").decode("utf-8")
-        return value if len(whole) == len(value) else whole
-    if isinstance(value, list):
-        items = [without_half_characters(item) for item in value]
-        return items if any(new is not old for new, old in zip(items, value, strict=True)) else value
-    if isinstance(value, dict):
-        fields = {key: without_half_characters(item) for key, item in value.items()}
-        return fields if any(fields[key] is not value[key] for key in value) else value
-    return value
 
 
 def image_conversation(turns: Sequence[Turn], **fields: Any) -> Conversation:

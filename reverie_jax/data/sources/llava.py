@@ -105,7 +105,7 @@ def read_examples(rows: Rows, log: ReadLog) -> Iterator[Example]:
 
 
 def is_shortened(row: dict[str, Any], turns: list[Turn]) -> bool:
-    """Return whether `parse_turns` left out a turn that is no part of an exchange."""
+    """Return whether `parse_turns` left out a turn: an answer without a question, or the reverse."""
     return len(turns) < len(first_given(row, "conversations", "messages"))
 
 

@@ -137,7 +137,7 @@ class _Join:
         if text is None:
             columns = ", ".join(map(str, row))
             label = ": answer is the label here" if row.get("answer") is not None else ""
-            raise BenchmarkError(f"{where}: question {key} has no text or prediction{label} (columns: {columns})")
+            raise BenchmarkError(f"{where}: question {key} lacks a text or prediction{label} (columns: {columns})")
         if not isinstance(text, str):
             raise TypeError(f"question {key}: text is {text!r}")
         if key not in self.questions:
@@ -200,7 +200,7 @@ class _Join:
 
         Args:
             part: what the file is about by its form, the name of a part of the questions; "" for all of them.
-            partial: only note that there are none.
+            partial: note missing answers instead of raising.
 
         Raises:
             BenchmarkError: Answers are missing, unless `partial`.

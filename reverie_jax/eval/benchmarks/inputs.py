@@ -73,7 +73,9 @@ def parse_rows(path: Path, what: str, parse: Callable[[Any], T], *, min_rows: in
     """
     rows = Rows(path, min_rows=min_rows)
     try:
-        return [_parse(parse, _well_formed(row), what, rows.locate(number, row)) for number, row in enumerate(rows)]
+        return [
+            _parse(parse, files.well_formed(row), what, rows.locate(number, row)) for number, row in enumerate(rows)
+        ]
     except DataError as error:
         raise BenchmarkError(str(error)) from None
 
@@ -104,18 +106,7 @@ def read_json(path: Path) -> Any:
     Raises:
         BenchmarkError: The file is missing, cannot be read or is not valid JSON.
     """
-    return _well_formed(files.read_json(path, BenchmarkError))
-
-
-def _well_formed(value: Any) -> Any:
-    """Return a JSON value without halves of surrogate pairs, which no file or tokenizer takes."""
-    if isinstance(value, str):
-        return value if value.isascii() else value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    if isinstance(value, list):
-        return [_well_formed(item) for item in value]
-    if isinstance(value, dict):
-        return {_well_formed(key): _well_formed(item) for key, item in value.items()}
-    return value
+    return files.well_formed(files.read_json(path, BenchmarkError))
 
 
 def read_tsv(path: Path, columns: Sequence[str]) -> Iterator[dict[str, str]]:
@@ -144,7 +135,7 @@ def read_table(path: Path) -> list[dict[str, str]]:
     """Return the rows of a workbook, CSV or TSV file by column; all cells are text.
 
     Raises:
-        BenchmarkError: The file cannot be read, or the package that reads workbooks is missing.
+        BenchmarkError: The file cannot be read, or is not a table.
     """
     import pandas
 
@@ -225,7 +216,7 @@ def with_images(loaded: BenchmarkData, images: Path | None) -> BenchmarkData:
 
 def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     """Write rows as JSON lines and return the path; the folder is created."""
-    files.atomic_write(path, "".join(json.dumps(_well_formed(row), ensure_ascii=False) + "\n" for row in rows))
+    files.atomic_write(path, "".join(json.dumps(files.well_formed(row), ensure_ascii=False) + "\n" for row in rows))
     return path
 
 

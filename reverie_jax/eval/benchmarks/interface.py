@@ -74,7 +74,9 @@ class Question:
             or not isinstance(self.id, int | str)
             or not all(isinstance(t, str) for t in texts)
         ):
-            raise TypeError(f"question {self.id!r}: id, image or text is no text")
+            raise TypeError(
+                f"question {self.id!r}: id, image, text and cluster must be texts (an id may be an integer)"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

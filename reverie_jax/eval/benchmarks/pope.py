@@ -283,9 +283,9 @@ class Pope(Benchmark):
         """Return the split that rows are about, all of them.
 
         Raises:
-            BenchmarkError: It is none, or could be several.
+            BenchmarkError: The rows fit no split, or several.
         """
-        by_id = {split: {q.id - _OFFSETS[split]: q for q in asked} for split, asked in splits.items()}  # type: ignore[operator]
+        by_id = {split: {int(q.id) - _OFFSETS[split]: q for q in asked} for split, asked in splits.items()}
 
         def fits(row: Row, place: int, split: str) -> bool:
             if row.get("question_id") is not None:

@@ -12,6 +12,7 @@ from typing import Any
 from google import genai
 from google.genai import errors, types
 
+from reverie_jax.files import well_formed
 from reverie_jax.hosted.images import encode_image
 from reverie_jax.hosted.interface import AnnotationError, BatchStatus, Reply, Request, RequestSettings, RetryableError
 from reverie_jax.hosted.providers.common import TRANSFER_TIMEOUT, UNEXPECTED, parse_result_lines, redact
@@ -40,7 +41,7 @@ class Gemini:
         await self._client.aclose()
 
     def _content(self, request: Request) -> tuple[types.Content, types.GenerateContentConfig]:
-        prompt = request.prompt.encode("utf-8", "replace").decode()  # lone surrogates cannot be sent
+        prompt = well_formed(request.prompt)
         parts: list[Any] = [types.Part.from_text(text=prompt)]
         if request.send_image:
             kind, encoded = encode_image(request.image)

@@ -9,6 +9,7 @@ import google.generativeai as genai
 from google.api_core import exceptions
 from google.protobuf.json_format import ParseError
 
+from reverie_jax.files import well_formed
 from reverie_jax.hosted.images import encode_image
 from reverie_jax.hosted.interface import Reply, Request, RequestSettings, RetryableError
 from reverie_jax.hosted.providers.common import UNEXPECTED, redact
@@ -35,7 +36,7 @@ class GoogleGenerativeAI:
         return await asyncio.to_thread(self._ask, request)
 
     def _ask(self, request: Request) -> Reply:
-        parts: list[Any] = [request.prompt.encode("utf-8", "replace").decode()]  # lone surrogates cannot be sent
+        parts: list[Any] = [well_formed(request.prompt)]
         if request.send_image:
             kind, encoded = encode_image(request.image)
             parts.insert(0, {"mime_type": kind, "data": encoded})

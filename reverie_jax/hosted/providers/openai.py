@@ -12,6 +12,7 @@ from typing import Any
 
 import openai
 
+from reverie_jax.files import well_formed
 from reverie_jax.hosted.images import encode_image
 from reverie_jax.hosted.interface import (
     AccessError,
@@ -77,7 +78,7 @@ class OpenAI:
         await self._client.close()
 
     def _body(self, request: Request) -> dict[str, Any]:
-        prompt = request.prompt.encode("utf-8", "replace").decode()  # lone surrogates cannot be sent
+        prompt = well_formed(request.prompt)
         content: list[dict[str, Any]] = [{"type": "text", "text": prompt}]
         if request.send_image:
             kind, encoded = encode_image(request.image)

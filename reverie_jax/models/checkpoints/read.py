@@ -52,7 +52,7 @@ def check_dtype(dtype: DTypeLike) -> np.dtype[Any]:
     """Return a dtype that a model can have.
 
     Raises:
-        UserError: It is another one: integers and float8 are no dtypes to compute in.
+        UserError: It is another one; a model cannot compute in integers or float8.
     """
     try:
         known = jnp.dtype(dtype)
