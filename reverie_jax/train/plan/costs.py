@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 
 from reverie_jax.models import VisionLanguageModel, lora
-from reverie_jax.models.attention import DENSE_UP_TO, QUERY_CHUNK
+from reverie_jax.models.attention.dense import QUERY_CHUNK
 from reverie_jax.models.config import VLMConfig
 from reverie_jax.train.recipes import Recipe
 
@@ -156,7 +156,7 @@ def activations(
     heads = text.heads * text.head_dim + 2 * text.kv_heads * text.head_dim
     intermediates = 6 * text.hidden + (heads + text.heads * text.head_dim + 3 * text.mlp) // tensor
     chunk = batch * min(shape.edges, EDGE_CHUNK)
-    queries = shape.length if shape.length <= DENSE_UP_TO else QUERY_CHUNK
+    queries = QUERY_CHUNK
     gathered_layer = sizes.layers // text.layers * width // tensor
     is_gathered = mesh["fsdp"] > 1
     patches, floats = batch * shape.images * (vision.patches + 1), 4

@@ -1,7 +1,7 @@
 """Plan of a training step: whether it fits the chips, and a lower bound of its time.
 
-The step of `train.step` is lowered with abstract arrays. For a TPU it is compiled by the TPU compiler, which needs no TPU;
-for a GPU its memory is estimated.
+The step of `train.step` is lowered with abstract arrays and compiled by the chip's compiler, which needs no chip. Where a
+GPU's compiler is not installed its memory is estimated.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from reverie_jax.models import VisionLanguageModel, VLMConfig, lora
 from reverie_jax.models.config import ARCHITECTURES
 from reverie_jax.models.sharding import MESH_AXES, batch_sharding, parse_mesh_axes, shardings
 from reverie_jax.train.plan import costs, hlo
-from reverie_jax.train.plan.topology import Topology, plan_mesh, tpu_devices
+from reverie_jax.train.plan.topology import Topology, can_compile, compile_devices, plan_mesh
 from reverie_jax.train.recipes import Recipe
 from reverie_jax.train.reference_model import ReferenceModel, without_adapters
 from reverie_jax.train.step import TrainState, make_optimizer, make_step, make_trainable, trainable_filter
@@ -266,9 +266,9 @@ def make_plan(
     Raises:
         UserError: a micro-batch cannot be spread evenly over the mesh, or the TPU compiler is missing.
     """
-    compiled = compiled and (topology.is_tpu or devices is not None)
+    compiled = compiled and (devices is not None or can_compile(topology))
     if compiled and devices is None:
-        devices = tpu_devices(topology)
+        devices = compile_devices(topology)
     step = abstract_step(config, recipe, plan_mesh(topology, dict(mesh), devices if compiled else None), dtype=dtype)
     by_kind, sizes, width = step.bytes_by_kind(), costs.Sizes.of(step.model), jnp.dtype(dtype).itemsize
     activations = costs.activations(config, sizes, recipe, mesh, width=width, trained=by_kind["trainable"])

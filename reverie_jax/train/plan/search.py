@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from reverie_jax.errors import UserError
 from reverie_jax.models import VLMConfig
 from reverie_jax.train.plan.plan import StepPlan, make_plan
-from reverie_jax.train.plan.topology import Topology, tpu_devices
+from reverie_jax.train.plan.topology import Topology, can_compile, compile_devices
 from reverie_jax.train.recipes import Recipe
 
 MEMORY_SHARE = 0.95
@@ -81,8 +81,8 @@ def search_plan(
     Raises:
         UserError: no candidate fits.
     """
-    if devices is None and topology.is_tpu:
-        devices = tpu_devices(topology)
+    if devices is None and can_compile(topology):
+        devices = compile_devices(topology)
     estimates = [
         (
             make_plan(config, candidate, topology, mesh, architecture=architecture, dtype=dtype, compiled=False),

@@ -1,4 +1,4 @@
-"""Machines to plan for: figures of chips, and TPU devices to compile for without a TPU."""
+"""Machines to plan for: figures of chips, and devices to compile for without them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from reverie_jax.errors import UserError
 from reverie_jax.models.sharding import MESH_AXES, make_mesh
+from reverie_jax.train.plan.gpus import gpu_devices, is_compiler_installed
 
 GIB = 2**30
 
@@ -27,7 +28,7 @@ class Chip:
         hbm: bytes of memory. TPU: what the compiler allows a program, named in its error for a larger one.
         flops: peak dense bfloat16 FLOP/s.
         bandwidth: of the memory, in bytes/s.
-        link: bytes/s into the chip over one link of the interconnect (TPU), or over all links (GPU, NVLink).
+        link: bytes/s into the chip over one link of the interconnect (TPU), or over all links (GPU: NVLink or PCIe).
         dimensions: of the torus of links; 0 for a switch that connects all chips.
     """
 
@@ -39,7 +40,7 @@ class Chip:
 
 
 # TPU: cloud.google.com/tpu/docs (system architecture) and jax-ml.github.io/scaling-book (one link, one direction).
-# GPU: NVIDIA's data sheets of the SXM parts; memory in units of 10**9 bytes, NVLink in one direction.
+# GPU: NVIDIA's data sheets; memory in units of 10**9 bytes, dense bfloat16 with float32 sums, links in one direction.
 CHIPS: dict[str, Chip] = {
     "v5e": Chip(int(15.75 * GIB), 197e12, 0.819e12, 4.5e10, 2),
     "v5p": Chip(int(95.74 * GIB), 459e12, 2.765e12, 9e10, 3),
@@ -48,11 +49,18 @@ CHIPS: dict[str, Chip] = {
     "a100": Chip(80 * 10**9, 312e12, 2.04e12, 3e11),
     "h100": Chip(80 * 10**9, 989e12, 3.35e12, 4.5e11),
     "h200": Chip(141 * 10**9, 989e12, 4.8e12, 4.5e11),
+    "b200": Chip(180 * 10**9, 2250e12, 8e12, 9e11),
+    "l4": Chip(24 * 10**9, 121e12, 0.3e12, 3.2e10),
+    "l40s": Chip(48 * 10**9, 362e12, 0.864e12, 3.2e10),
+    "rtx4090": Chip(24 * 10**9, 165.2e12, 1.008e12, 3.2e10),
+    "rtx5090": Chip(32 * 10**9, 209.5e12, 1.792e12, 6.4e10),
 }
 
 
 _TPU_KINDS = {"v4": "v4", "v5 lite": "v5e", "v5litepod": "v5e", "v5": "v5p", "v6 lite": "v6e"}
 """Keys of `CHIPS` by `jax.Device.device_kind` without "TPU "."""
+_CARDS = ("l40s", "l4", "rtx4090", "rtx5090")
+"""In this order: "l4" is in "l40s"."""
 
 
 def chip_of(device_kind: str) -> Chip | None:
@@ -63,7 +71,8 @@ def chip_of(device_kind: str) -> Chip | None:
         return CHIPS.get(_TPU_KINDS.get(name, name))
     if "a100" in kind and "40gb" in kind:
         return CHIPS["a100-40"]
-    return next((CHIPS[name] for name in ("h200", "h100", "a100") if name in kind), None)
+    plain = kind.replace(" ", "")
+    return next((CHIPS[name] for name in ("h200", "h100", "a100", "b200", *_CARDS) if name in plain), None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,12 +144,19 @@ def silence_libtpu() -> None:
         os.environ.setdefault(name, value)
 
 
-def tpu_devices(topology: Topology) -> list[Any]:
-    """Return abstract devices of a TPU topology, for compiling only.
+def can_compile(topology: Topology) -> bool:
+    """Return whether a plan for these chips is compiled: always for TPUs, for GPUs if their compiler is installed."""
+    return topology.is_tpu or is_compiler_installed()
+
+
+def compile_devices(topology: Topology) -> list[Any]:
+    """Return abstract devices of a topology, for compiling only.
 
     Raises:
-        UserError: libtpu is not installed, or does not know the topology.
+        UserError: the compiler is not installed, or does not know the topology.
     """
+    if not topology.is_tpu:
+        return gpu_devices(topology.kind, topology.chips, topology.chip.hbm, topology.chip.bandwidth)
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
             "planning for a TPU needs the TPU compiler: pip install -e '.[tpu]' in the checkout (no TPU is needed); "
@@ -163,7 +179,7 @@ def plan_mesh(topology: Topology, sizes: dict[str, int], devices: list[Any] | No
     Args:
         topology: chips.
         sizes: chips by axis (data, fsdp, tensor); their product is the number of chips.
-        devices: of `tpu_devices`; None for an abstract mesh.
+        devices: of `compile_devices`; None for an abstract mesh.
     """
     if devices is None:
         shape = tuple(sizes[name] for name in MESH_AXES)

@@ -1,8 +1,4 @@
-"""The one attention rule: query i sees key j iff j <= i < ends[j].
-
-`ends[j]` is one past the last index of j's subtree in the sequence. Causal attention is `ends = L`; packed trees, padding
-(`ends[j] = j + 1`), shared prefixes, preference pairs and batched questions are all this rule.
-"""
+"""Attention whose scores exist at once, or for one chunk of queries: the reference, and attention of decoded tokens."""
 
 from __future__ import annotations
 
@@ -10,24 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from reverie_jax.models.flash import flash
+from reverie_jax.models.attention.rule import leaf_visible, visible
 
-FLASH_FROM = 256  # shorter sequences do not gain from a kernel
-DENSE_UP_TO = 1024  # longer sequences are computed in chunks of queries
 QUERY_CHUNK = 256
-
-
-def visible(ends: Int[Array, "B L"]) -> Bool[Array, "B L L"]:
-    """Return the rule as a matrix: [b, i, j] says whether query i of sequence b sees key j."""
-    index = jnp.arange(ends.shape[-1], dtype=ends.dtype)
-    return leaf_visible(jnp.broadcast_to(index[None, :], ends.shape), ends)
-
-
-def leaf_visible(leaves: Int[Array, "B Q"], ends: Int[Array, "B L"]) -> Bool[Array, "B Q L"]:
-    """Return the rule for chosen queries: [b, q, j] says whether the token at leaves[b, q] sees key j."""
-    key = jnp.arange(ends.shape[-1], dtype=ends.dtype)[None, None, :]
-    query = leaves[:, :, None]
-    return (key <= query) & (query < ends[:, None, :])
 
 
 def _heads_first(x: Float[Array, "B L H d"], kv_heads: int) -> Float[Array, "B K GL d"]:
@@ -99,28 +80,6 @@ def attend_chunked(
     return out.swapaxes(0, 1).reshape(batch, count * chunk, *q.shape[2:])[:, :length]
 
 
-def attend(
-    q: Float[Array, "B L H d"],
-    k: Float[Array, "B L K d"],
-    v: Float[Array, "B L K d"],
-    ends: Int[Array, "B L"] | None,
-) -> Float[Array, "B L H d"]:
-    """Compute attention by the rule; `ends=None` lets every query see every key (the vision tower).
-
-    Softmax in float32. Query head h reads key head h // (H / K). Long sequences use `flash` where the program is compiled
-    for a TPU (chosen at lowering, so also when compiling ahead of time on another machine), and chunks of queries
-    elsewhere, so that L x L scores never exist.
-    """
-    length = q.shape[1]
-    if length < FLASH_FROM:
-        return attend_dense(q, k, v, ends)
-    other = attend_dense if length <= DENSE_UP_TO else attend_chunked
-    # Both branches save the residuals of both for the backward pass (zeros for the other's): none may be L x L.
-    # Where the layer is recomputed anyway, XLA merges this recomputation with that one.
-    other = jax.checkpoint(other, prevent_cse=False)
-    return jax.lax.platform_dependent(q, k, v, ends, tpu=flash, default=other)
-
-
 def attend_leaves(
     q: Float[Array, "B Q H d"],
     prefix: tuple[Float[Array, "B L K d"], Float[Array, "B L K d"]],
@@ -152,13 +111,3 @@ def attend_leaves(
     out = _heads_last(jnp.einsum("bkij,bkjd->bkid", over_prefix, _heads_first(prefix[1], kv_heads)), leaves)
     over_suffix = over_suffix.reshape(over_suffix.shape[0], kv_heads, group, leaves, -1)
     return out + jnp.einsum("bkgqt,bqtkd->bqkgd", over_suffix, suffix[1]).reshape(q.shape)
-
-
-def rope(x: Float[Array, "B L H d"], positions: Int[Array, "B L"], theta: float) -> Float[Array, "B L H d"]:
-    """Apply rotary positions in the rotate-half layout, angles in float32 (RoFormer; `LlamaRotaryEmbedding`)."""
-    half = x.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions.astype(jnp.float32)[:, :, None, None] * frequency[None, None, None, :]
-    sin, cos = jnp.sin(angle), jnp.cos(angle)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

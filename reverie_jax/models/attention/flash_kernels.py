@@ -1,7 +1,7 @@
-"""Bodies of the flash-attention kernels (Pallas, Mosaic) and their block tables; `models.flash` calls them.
+"""Bodies of the flash-attention kernels (Pallas, Mosaic) and their block tables; `attention.flash` calls them.
 
-Queries and keys are divided into blocks of one size. `block_kinds` says whether a pair of blocks is skipped, computed with
-the mask, or computed without it (every query sees every key). A skipped pair also moves no data: the block in its place is
+Queries and keys are divided into blocks of one size. `rule.block_kinds` says whether a pair of blocks is skipped, computed
+with the mask, or computed without it (every query sees every key). A skipped pair also moves no data: the block in its place is
 the one that the next computed pair needs (`resident_blocks`). Mosaic prefetches both tables as scalars.
 
 Names: B sequences, H query heads, K key heads, L length, P length padded to blocks, D width padded to lanes, N = P / block.
@@ -19,9 +19,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Int
 
+from reverie_jax.models.attention.rule import MASKED, SKIPPED, WHOLE
+
 LANES = 128  # the width of a TPU register; also what a block's size is a multiple of
 LONGEST_BLOCK = 640  # 640 x 640 float32 scores and the backward pass's copies of them fit in a v5e's scoped memory
-SKIPPED, MASKED, WHOLE = 0, 1, 2
 LOW = -0.7 * float(jnp.finfo(jnp.float32).max)  # minus infinity would make NaN of a difference of two
 
 
@@ -33,28 +34,6 @@ def block_size(length: int) -> int:
     return min(range(LONGEST_BLOCK, LANES, -LANES), key=lambda block: pl.cdiv(length, block) * block)
 
 
-def block_kinds(ends: Int[Array, "B L"] | None, length: int, block: int) -> Int[Array, "R N N"]:
-    """Return SKIPPED, MASKED or WHOLE for each pair of blocks, [sequence, query block, key block].
-
-    Args:
-        ends: The rule; None lets every query see every key, and R is 1 (otherwise R = B).
-        length: L, which is needed without ends.
-        block: Tokens of a block.
-    """
-    count = pl.cdiv(length, block)
-    first = jnp.arange(count, dtype=jnp.int32) * block
-    last = first + (block - 1)
-    if ends is None:
-        whole = jnp.broadcast_to((last < length)[None, None, :], (1, count, count))
-        return jnp.where(whole, WHOLE, MASKED).astype(jnp.int32)
-    cut = pad_ends(ends, count * block).reshape(ends.shape[0], 1, count, block)
-    query_first, query_last = first[None, :, None], last[None, :, None]
-    key_first, key_last = first[None, None, :], last[None, None, :]
-    seen = (key_first <= query_last) & (cut.max(-1) > query_first)
-    whole = (key_last <= query_first) & (cut.min(-1) > query_last)
-    return jnp.where(whole, WHOLE, jnp.where(seen, MASKED, SKIPPED)).astype(jnp.int32)
-
-
 def resident_blocks(kinds: Int[Array, "R N M"]) -> Int[Array, "R N M"]:
     """Return the block in memory at each of M steps: the next one to be computed, or the last one without a next."""
     steps = kinds.shape[-1]
@@ -62,13 +41,6 @@ def resident_blocks(kinds: Int[Array, "R N M"]) -> Int[Array, "R N M"]:
     ahead = jax.lax.cummin(jnp.where(kinds > SKIPPED, step, steps), axis=2, reverse=True)
     last = jnp.where(kinds > SKIPPED, step, 0).max(-1, keepdims=True)
     return jnp.minimum(ahead, last)
-
-
-def pad_ends(ends: Int[Array, "B L"], padded: int) -> Int[Array, "B P"]:
-    """Return `ends` extended by padding tokens, which see only themselves."""
-    alone = jnp.arange(1, padded + 1, dtype=ends.dtype)
-    alone = jnp.broadcast_to(alone[None, :], (ends.shape[0], padded))
-    return alone.at[:, : ends.shape[1]].set(ends)
 
 
 def _dot(a: Any, b: Any, contract: tuple[int, int]) -> Any:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from reverie_jax.models import flash_kernels as kernels
-from reverie_jax.models.flash_kernels import LANES, KernelConfig
-from reverie_jax.models.sharding import MESH_AXES, RULES
+from reverie_jax.models.attention import flash_kernels as kernels
+from reverie_jax.models.attention import rule
+from reverie_jax.models.attention.flash_kernels import LANES, KernelConfig
+from reverie_jax.models.attention.mesh import shard_over_mesh
 
 HeadsLast = Float[Array, "B L _ d"]
 Stats = Float[Array, "B H P"]
@@ -28,14 +27,14 @@ def _flash(q: Any, k: Any, v: Any, ends: Any, block: int, interpret: bool) -> An
 
 def _flash_forward(q: Any, k: Any, v: Any, ends: Any, block: int, interpret: bool) -> Any:
     run = functools.partial(_forward, block=block, interpret=interpret)
-    out, lse = _shard_over_mesh(run, (q, k, v), ends, (4, 3))
+    out, lse = shard_over_mesh(run, (q, k, v), ends, (4, 3))
     return out, (q, k, v, ends, out, lse)
 
 
 def _flash_backward(block: int, interpret: bool, residuals: Any, dout: Any) -> Any:
     q, k, v, ends, out, lse = residuals
     run = functools.partial(_backward, block=block, interpret=interpret)
-    return *_shard_over_mesh(run, (q, k, v, out, lse, dout), ends, (4, 4, 4)), None
+    return *shard_over_mesh(run, (q, k, v, out, lse, dout), ends, (4, 4, 4)), None
 
 
 _flash.defvjp(_flash_forward, _flash_backward)
@@ -65,39 +64,6 @@ def flash(
     return _flash(q, k, v, ends, kernels.block_size(q.shape[1]) if block is None else block, interpret)
 
 
-def _shard_over_mesh(
-    run: Callable[..., Any], operands: tuple[Array, ...], ends: Array | None, ranks: tuple[int, ...]
-) -> Any:
-    """Run `run(*operands, ends)` on every device's shards: XLA cannot partition a kernel by itself.
-
-    An operand is known by its rank: heads [B, L, heads, d], statistics [B, H, P] or ends [B, L]; `ranks` are the results'.
-    """
-    operands = operands if ends is None else (*operands, ends)
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or set(mesh.axis_names) != set(MESH_AXES) or AxisType.Manual in mesh.axis_types:
-        return run(*operands)
-    q, k = operands[:2]
-    batch = _axes_that_divide(mesh, "batch", q.shape[0])
-    heads = _axes_that_divide(mesh, "heads", q.shape[2], k.shape[2])
-    specs = {4: PartitionSpec(batch, None, heads), 3: PartitionSpec(batch, heads), 2: PartitionSpec(batch)}
-    return jax.shard_map(
-        run,
-        in_specs=tuple(specs[x.ndim] for x in operands),
-        out_specs=tuple(specs[rank] for rank in ranks),
-        check_vma=False,  # replicated values are equal on all devices; nothing is differentiated through this
-    )(*operands)
-
-
-def _axes_that_divide(mesh: AbstractMesh, logical: str, *sizes: int) -> tuple[str, ...]:
-    """Return the mesh axes of a logical axis without those that do not divide one of the sizes."""
-    rule, shards, axes = RULES[logical], 1, []
-    for name in (rule,) if isinstance(rule, str) else rule or ():
-        if all(size % (shards * mesh.shape[name]) == 0 for size in sizes):
-            shards *= mesh.shape[name]
-            axes.append(name)
-    return tuple(axes)
-
-
 def _heads_first(x: Float[Array, "B L H d"], padded: int) -> Float[Array, "B H P D"]:
     """Move the heads before the tokens; pad tokens to whole blocks and the width to whole lanes (as TPU memory does)."""
     length, width = x.shape[1], x.shape[3]
@@ -112,7 +78,7 @@ def _heads_last(x: Float[Array, "B H P D"], length: int, width: int) -> Float[Ar
 def _padded_ends(config: KernelConfig, ends: Array | None, sequences: int) -> Int[Array, "B 1 P"]:
     if ends is None:  # not read
         return jnp.zeros((sequences, 1, config.blocks * config.block), jnp.int32)
-    return kernels.pad_ends(ends, config.blocks * config.block)[:, None]
+    return rule.pad_ends(ends, config.blocks * config.block)[:, None]
 
 
 def _kernel_config(q: Array, k: Array, ends: Array | None, block: int, interpret: bool) -> KernelConfig:
@@ -124,7 +90,7 @@ def _forward(
 ) -> tuple[HeadsLast, Stats]:
     """Return the output, and the log-sum-exp of each query's scores."""
     config = _kernel_config(q, k, ends, block, interpret)
-    kinds = kernels.block_kinds(ends, config.length, block)
+    kinds = rule.block_kinds(ends, config.length, block)
     wide = [_heads_first(x, config.blocks * block) for x in (q, k, v)]
     query, key, ends_spec, stats = _query_major(config, wide[0].shape[3])
     out, lse = config.call(
@@ -158,7 +124,7 @@ def _backward(
 ) -> tuple[HeadsLast, HeadsLast, HeadsLast]:
     """Return the gradients of q, k and v."""
     config = _kernel_config(q, k, ends, block, interpret)
-    kinds = kernels.block_kinds(ends, config.length, block)
+    kinds = rule.block_kinds(ends, config.length, block)
     wide_q, wide_k, wide_v, wide_out, wide_dout = (_heads_first(x, config.blocks * block) for x in (q, k, v, out, dout))
     delta = (wide_out.astype(jnp.float32) * wide_dout.astype(jnp.float32)).sum(-1)
     arrays = (
