@@ -17,7 +17,7 @@ from reverie_jax.models.attention.flash import flash
 from reverie_jax.models.attention.rotary import rope
 from reverie_jax.models.attention.rule import leaf_visible, visible
 
-__all__ = ["attend", "attend_leaves", "leaf_visible", "rope", "visible"]
+__all__ = ["attend", "attend_blocks", "attend_chunked", "attend_dense", "attend_leaves", "flash", "leaf_visible", "rope", "visible"]
 
 DENSE_UP_TO = 255
 """Tokens of a sequence: shorter ones do not gain from blocks."""

@@ -122,8 +122,8 @@ def _forward(
 ) -> tuple[Float[Array, "B L H d"], Float[Array, "B H L"]]:
     """Return the outputs and the logarithms of the softmax's sums."""
     blocks = _Blocks(q.shape[1], block, q.shape[0], ends)
-    kv_heads, group = k.shape[2], q.shape[2] // k.shape[2]
-    queries, keys, values = (blocks.heads(x, kv_heads) for x in (q * q.shape[-1] ** -0.5, k, v))
+    kv_heads, group, scale = k.shape[2], q.shape[2] // k.shape[2], q.shape[-1] ** -0.5
+    queries, keys, values = (blocks.heads(x, kv_heads) for x in (q, k, v))
     low = jnp.finfo(jnp.float32).min
     rows = (kv_heads, group * block)
 
@@ -134,7 +134,7 @@ def _forward(
         def add(step: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             peak, total, out = carry
             key = blocks.order[sequence, query, step]
-            scores = _dot("kid,kjd->kij", part, blocks.take(keys, sequence, key))
+            scores = _dot("kid,kjd->kij", part, blocks.take(keys, sequence, key)) * scale
             mask = blocks.mask(sequence, query, key, group)
             if mask is not None:
                 # A query that sees nothing in this block gives it a weight that fades away when it sees itself.
@@ -166,7 +166,7 @@ def _backward(
     """Return the gradients of q, k and v; the weights are computed again from `lse`."""
     blocks = _Blocks(q.shape[1], block, q.shape[0], ends)
     kv_heads, group, scale = k.shape[2], q.shape[2] // k.shape[2], q.shape[-1] ** -0.5
-    queries, keys, values, douts = (blocks.heads(x, kv_heads) for x in (q * scale, k, v, dout))
+    queries, keys, values, douts = (blocks.heads(x, kv_heads) for x in (q, k, v, dout))
     # The share of the softmax's own derivative, one number a query.
     shares = (out.astype(jnp.float32) * dout.astype(jnp.float32)).sum(axis=-1)
     sums, shares = (blocks.heads(x[..., None], kv_heads) for x in (lse.swapaxes(1, 2), shares))
@@ -179,11 +179,11 @@ def _backward(
             dq, dk, dv = carry
             key = blocks.order[sequence, query, step]
             near, value = blocks.take(keys, sequence, key), blocks.take(values, sequence, key)
-            weights = jnp.exp(_dot("kid,kjd->kij", part, near) - lsum)
+            weights = jnp.exp(_dot("kid,kjd->kij", part, near) * scale - lsum)
             mask = blocks.mask(sequence, query, key, group)
             if mask is not None:
                 weights = jnp.where(mask, weights, 0.0)
-            dscores = (weights * (_dot("kid,kjd->kij", dpart, value) - share)).astype(q.dtype)
+            dscores = (weights * (_dot("kid,kjd->kij", dpart, value) - share) * scale).astype(q.dtype)
             at = (sequence, 0, 0, key * block, 0)
 
             def accumulate(total: Array, new: Array) -> Array:
@@ -196,7 +196,7 @@ def _backward(
 
         dq = jnp.zeros(part.shape, jnp.float32)
         dq, *grads = lax.fori_loop(0, blocks.seen[sequence, query], add, (dq, *grads))
-        return tuple(grads), dq * scale
+        return tuple(grads), dq
 
     zeros = jnp.zeros(keys.shape, jnp.float32)
     numbers = jnp.arange(blocks.batch * blocks.count, dtype=jnp.int32)
