@@ -22,13 +22,14 @@ _GIB = 2**30
 class Plan:
     """Predict memory and speed of a recipe's training step on a machine, without that machine.
 
-    For a TPU the step is compiled ahead of time by the TPU compiler (extra `tpu`); for a GPU it is estimated. Exits with 1
-    if the step does not fit.
+    The step is compiled ahead of time by the TPU compiler (extra `tpu`) or the GPU compiler (extra `cuda12` or `cuda13`;
+    without it GPUs are estimated). Exits with 1 if the step does not fit.
     """
 
     recipe: common.Recipe
     topology: Annotated[str, common.option("CHIPS")]
-    """Machine: v5e, v5p or v6e with a shape, as v5e:2x4; a100, a100-40, h100 or h200 with a count, as h200:8."""
+    """Machine: v5e, v5p or v6e with a shape, as v5e:2x4; or a GPU with a count, as h200:8: a100-40, a100, h100, h200, b200,
+    l4, l40s, rtx4090, rtx5090."""
     mesh: Annotated[str | None, common.option("AXES")] = None
     """Devices of each mesh axis; all on fsdp if omitted."""
     set: common.RecipeFields = ()
