@@ -20,8 +20,15 @@ from reverie_jax.models.vision import normalize
 
 Contrast = Literal["", "image", "instruction"]
 
+_ROOMS = (8, 32, 128)
+"""Tokens of an answer that programs have room for; longer ones have powers of two."""
 _EXCLUDED = -1e9
 """Score of a beam that does not exist or has ended: transformers' number, for sums with it are compared."""
+
+
+def room(new_tokens: int) -> int:
+    """Return the tokens that a program has room for: a few sizes, so that 64 and 65 new tokens are one program."""
+    return next((size for size in _ROOMS if size >= new_tokens), 1 << (new_tokens - 1).bit_length())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,23 +157,26 @@ def generate(
     decoding: Decoding,
     stops: tuple[int, ...],
     contrast_batch: Batch | None = None,
+    longest: Int[Any, ""] | None = None,
 ) -> tuple[Int[Array, "B Q T"], Float[Array, "B Q N"]]:
     """Decode an answer for every leaf.
 
     Args:
         model: The model.
         batch: Packed sequences.
-        decoding: How to decode.
+        decoding: How to decode; there is room for its `max_new_tokens`, T.
         stops: Tokens that end an answer; the first of them stands for whichever did, and fills the rest.
         contrast_batch: With `contrast="instruction"`, the same leaves after the disturbing instruction.
+        longest: Maximum length of an answer, at most T: data, so that one program serves all; T if omitted.
 
     Returns:
         Tokens, and log-probabilities of the N tracked tokens in the first place (without any contrast).
     """
+    longest = jnp.asarray(decoding.max_new_tokens if longest is None else longest, jnp.int32)
     scores, state = prefill(model, batch, decoding.max_new_tokens)
     tracked = jax.nn.log_softmax(scores, axis=-1)[..., jnp.asarray(decoding.track, jnp.int32)]
     if decoding.beams > 1:
-        return _beam_search(model, batch, scores, state, decoding, stops), tracked
+        return _beam_search(model, batch, scores, state, decoding, longest, stops), tracked
     states = [state]
     if decoding.contrast:
         images = _noisy_features(model, batch, decoding) if decoding.contrast == "image" else None
@@ -174,7 +184,7 @@ def generate(
         contrast, state = prefill(model, second, decoding.max_new_tokens, images)
         states.append(state)
         scores = contrast_scores(scores, contrast, decoding.alpha, decoding.beta)
-    return _decode_by_token(model, batch, scores, states, decoding, stops), tracked
+    return _decode_by_token(model, batch, scores, states, decoding, longest, stops), tracked
 
 
 def _decode_by_token(
@@ -183,6 +193,7 @@ def _decode_by_token(
     scores: Float[Array, "B Q V"],
     states: list[DecodeState],
     decoding: Decoding,
+    longest: Int[Array, ""],
     stops: tuple[int, ...],
 ) -> Int[Array, "B Q T"]:
     """Decode greedily or by sampling, until all leaves have ended."""
@@ -198,7 +209,7 @@ def _decode_by_token(
 
     def unfinished(carry: tuple[Any, ...]) -> Array:
         step, token, _, _ = carry
-        return (step < decoding.max_new_tokens - 1) & (token != end).any()
+        return (step < longest - 1) & (token != end).any()
 
     def decode_step(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         step, token, out, states = carry
@@ -259,10 +270,11 @@ def _beam_search(
     first: Float[Array, "B Q V"],
     state: DecodeState,
     decoding: Decoding,
+    longest: Int[Array, ""],
     stops: tuple[int, ...],
 ) -> Int[Array, "B Q T"]:
     """Decode by transformers' beam search (`early_stopping=False`), all leaves at once and each by itself."""
-    beams, longest = decoding.beams, decoding.max_new_tokens
+    beams = decoding.beams
     rows, leaves = batch.leaves.shape
     # Beams of a leaf are neighbors, and share its ancestors.
     wide = jax.tree.map(lambda x: jnp.repeat(x, beams, axis=2), state.suffix)
@@ -270,7 +282,7 @@ def _beam_search(
     state = state._replace(suffix=wide, leaves=leaf, depth=depth)
     keep = max(2, 1 + len(stops)) * beams
     among_best = (jnp.arange(keep) < beams)[None, None]
-    blank = jnp.full((rows, leaves, beams, longest), stops[0], jnp.int32)
+    blank = jnp.full((rows, leaves, beams, decoding.max_new_tokens), stops[0], jnp.int32)
     never = jnp.full((rows, leaves, beams), _EXCLUDED, jnp.float32)
     start = _Beams(
         step=jnp.zeros((), jnp.int32),

@@ -52,12 +52,13 @@ def _decode(
     state: Any,
     batch: Batch,
     contrast_batch: Batch | None,
+    longest: Int[Any, ""],
     *,
     decoding: Decoding,
     stops: tuple[int, ...],
 ) -> tuple[Array, Array]:
     # At module level: engines of models of one architecture share the compiled program.
-    return decode.generate(nnx.merge(graph, state), batch, decoding, stops, contrast_batch)
+    return decode.generate(nnx.merge(graph, state), batch, decoding, stops, contrast_batch, longest)
 
 
 class Engine:
@@ -152,7 +153,7 @@ class Engine:
     def _leaves_that_fit(self, new_tokens: int, decoding: Decoding) -> int:
         """Return how many leaves can be decoded together on the devices of one sequence (see `SUFFIX_BYTES`)."""
         streams = decoding.beams + bool(decoding.contrast)
-        return max(1, SUFFIX_BYTES // (self._token_bytes * new_tokens * streams))
+        return max(1, SUFFIX_BYTES // (self._token_bytes * decode.room(new_tokens) * streams))
 
     def stream(
         self, schedule: Schedule, decoding: Decoding, *, expected_new_tokens: int | None = None, skip: int = 0
@@ -248,9 +249,14 @@ class Engine:
     def _run(
         self, batch: Batch, contrast_batch: Batch | None, decoding: Decoding
     ) -> tuple[Int[np.ndarray, "B Q T"], Float[np.ndarray, "B Q N"]]:
-        stops = self.encoder.stop_ids
-        ids, tracked = _decode(self.graph, self.state, batch, contrast_batch, decoding=decoding, stops=stops)
-        return _gather(ids), _gather(tracked)
+        longest = decoding.max_new_tokens
+        roomy = dataclasses.replace(decoding, max_new_tokens=decode.room(longest))
+        ids, tracked = _decode(
+            *(self.graph, self.state, batch, contrast_batch, np.int32(longest)),
+            decoding=roomy,
+            stops=self.encoder.stop_ids,
+        )
+        return _gather(ids)[..., :longest], _gather(tracked)
 
     def first_token(self, conversation: Conversation, answer: str) -> int:
         """Return the token that an answer to an open conversation begins with."""

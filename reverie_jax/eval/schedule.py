@@ -17,6 +17,10 @@ ICD_INSTRUCTION = "You see things that are confused with one another, and are un
 """Disturbing instruction before a question, for `contrast="instruction"`."""
 _LENGTH_STEP = 64
 """Sequence lengths are rounded up to a multiple of this."""
+_TEXT_STEP = 256
+"""As `_LENGTH_STEP` for the text behind an image, where one batch holds all: padding then costs less than compiling."""
+_FEW_QUESTIONS = 8
+"""Questions that a sequence has room for at least, where one batch holds all; beyond, powers of two."""
 _SHORT_SHARE = 0.9
 """Share of the trees that the shorter of two sequence lengths holds."""
 
@@ -111,6 +115,8 @@ def plan(
     trees = [tree for image in images if image.questions for tree in _image_trees(image, processor, limit)]
     if not trees:
         return []
+    if len(trees) <= limit.batch_size:
+        return [_only_batch(trees, processor, limit, multiple, contrast)]
     lengths = sorted(length for length, _ in trees)
     short, long = _rounded(lengths[math.ceil(_SHORT_SHARE * len(lengths)) - 1]), _rounded(lengths[-1])
     bounds = [short, long] if short <= 0.75 * long else [long]
@@ -125,6 +131,33 @@ def plan(
         second = _with_instruction(members, processor, leaves) if contrast else None
         groups.append(Group(shape, batch_size, members, second))
     return groups
+
+
+def _only_batch(
+    trees: Sequence[tuple[int, ImageQuestions]], processor: Processor, limit: EngineShape, multiple: int, contrast: bool
+) -> Group:
+    """Return all questions as one batch of roomy sizes, so that one more question or image compiles nothing anew."""
+    members = [image for _, image in trees]
+    patches = processor.encoder.patches if any(image.encoded for image in members) else 0
+
+    def roomy(length: int) -> int:
+        return _rounded(patches + -(-max(1, length - patches) // _TEXT_STEP) * _TEXT_STEP)
+
+    leaves = max(_FEW_QUESTIONS, _power_of_two(max(len(image.questions) for image in members)))
+    leaves = min(leaves, limit.questions)
+    batch_size = -(-min(limit.batch_size, _power_of_two(len(members))) // multiple) * multiple
+    shape = SequenceShape(
+        length=min(roomy(max(length for length, _ in trees)), limit.sequence_length), images=1, questions=leaves
+    )
+    second = None
+    if contrast:
+        other, changed = _with_instruction(members, processor, leaves)
+        second = dataclasses.replace(other, length=roomy(other.length)), changed
+    return Group(shape, batch_size, members, second)
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << (number - 1).bit_length()
 
 
 def _image_trees(image: ImageQuestions, processor: Processor, limit: EngineShape) -> list[tuple[int, ImageQuestions]]:

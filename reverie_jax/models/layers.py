@@ -165,14 +165,17 @@ def scan_layers(
             ("dots"), or none.
     """
     graph, state = nnx.split(stack)
+    layers: Any = state
     if depth is not None:
-        state = jax.tree.map(lambda leaf: leaf[:depth], state)
+        layers = jnp.arange(depth)  # a slice of the stack would be a copy of the weights
 
     def step(carry: Any, inputs: Any) -> tuple[Any, Any]:
-        layer_state, *rest = inputs
-        return body(nnx.merge(graph, layer_state), carry, *rest)
+        layer, *rest = inputs
+        if depth is not None:
+            layer = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False), state)
+        return body(nnx.merge(graph, layer), carry, *rest)
 
     if remat != "none":
         policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
         step = jax.checkpoint(step, policy=policy)
-    return jax.lax.scan(step, carry, (state, *per_layer))
+    return jax.lax.scan(step, carry, (layers, *per_layer))

@@ -61,7 +61,7 @@ def test_skipped_batches_do_not_change_others():
             assert {n: answer.text for n, answer in part.items()} == {n: oracle.greedy_answer(0, n) for n in part}
 
 
-@pytest.mark.parametrize(("room", "questions"), [(24_000, 4), (2_000, 1)])
+@pytest.mark.parametrize(("room", "questions"), [(45_000, 4), (2_000, 1)])
 def test_little_room_for_answers_does_not_change_them(engine, room, questions, monkeypatch):
     """Fewer questions or sequences together; and long answers are decoded again, part of a batch at a time."""
     monkeypatch.setattr(engine_module, "SUFFIX_BYTES", room)

@@ -7,17 +7,37 @@ way that suits the device: in blocks on CPUs, by cuDNN on GPUs, by own kernels o
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import jax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from reverie_jax.models.attention.blocks import attend_blocks
-from reverie_jax.models.attention.cudnn import attend_cudnn, is_supported
+from reverie_jax.models.attention import cudnn, tokamax
 from reverie_jax.models.attention.dense import attend_chunked, attend_dense, attend_leaves
 from reverie_jax.models.attention.flash import flash
 from reverie_jax.models.attention.rotary import rope
 from reverie_jax.models.attention.rule import leaf_visible, visible
 
-__all__ = ["attend", "attend_blocks", "attend_chunked", "attend_dense", "attend_leaves", "flash", "leaf_visible", "rope", "visible"]
+__all__ = [
+    "attend",
+    "attend_blocks",
+    "attend_chunked",
+    "attend_dense",
+    "attend_leaves",
+    "flash",
+    "leaf_visible",
+    "rope",
+    "visible",
+]
+
+_log = logging.getLogger(__name__)
+
+Attention = Callable[..., Any]
+"""(q, k, v, ends) -> output, as `attend`."""
 
 DENSE_UP_TO = 255
 """Tokens of a sequence: shorter ones do not gain from blocks."""
@@ -36,9 +56,40 @@ def attend(
     """
     if q.shape[1] <= DENSE_UP_TO:
         return attend_dense(q, k, v, ends)
-    # All ways are traced, and each saves the residuals of all for the backward pass (zeros for the others'): none may be
-    # L x L. Where the layer is recomputed anyway, XLA merges this recomputation with that one.
-    ways = {"tpu": flash, "cpu": attend_blocks, "default": jax.checkpoint(attend_chunked, prevent_cse=False)}
-    if is_supported(q.dtype, q.shape[-1]):
-        ways["cuda"] = attend_cudnn
+    ways = _ways(q.dtype, q.shape[-1])
+    _log_once(jax.default_backend(), ways)
     return jax.lax.platform_dependent(q, k, v, ends, **ways)
+
+
+def _ways(dtype: DTypeLike, width: int) -> dict[str, Attention]:
+    """Return how attention is computed, by platform.
+
+    All ways are traced, and each saves the residuals of all for the backward pass (zeros for the others'): none may be
+    L x L. Where the layer is recomputed anyway, XLA merges this recomputation with that one.
+    """
+    ways: dict[str, Attention] = {"tpu": flash, "cpu": attend_blocks, "default": _ATTEND_CHUNKED}
+    if tokamax.is_supported(dtype, width):
+        ways["cuda"] = tokamax.attend_tokamax
+    elif cudnn.is_supported(dtype, width):
+        ways["cuda"] = cudnn.attend_cudnn
+    return ways
+
+
+_ATTEND_CHUNKED = jax.checkpoint(attend_chunked, prevent_cse=False)
+_NAMES: dict[Attention, str] = {
+    flash: "own TPU kernels",
+    tokamax.attend_tokamax: "tokamax's GPU kernels",
+    cudnn.attend_cudnn: "cuDNN",
+    attend_blocks: "blocks on the CPU",
+    _ATTEND_CHUNKED: "chunks of queries, without a kernel (heads or dtype that none takes, or its package is missing)",
+}
+
+
+def _log_once(backend: str, ways: Mapping[str, Attention]) -> None:
+    way = _NAMES[ways.get({"gpu": "cuda"}.get(backend, backend), _ATTEND_CHUNKED)]
+    if backend != "cpu" and way not in _logged:
+        _logged.add(way)
+        _log.info("attention on this %s: %s", backend.upper(), way)
+
+
+_logged: set[str] = set()

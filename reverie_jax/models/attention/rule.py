@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
@@ -45,6 +46,14 @@ def block_kinds(ends: Int[Array, "B L"] | None, length: int, block: int) -> Int[
     seen = (key_first <= query_last) & (cut.max(-1) > query_first)
     whole = (key_last <= query_first) & (cut.min(-1) > query_last)
     return jnp.where(whole, WHOLE, jnp.where(seen, MASKED, SKIPPED)).astype(jnp.int32)
+
+
+def tree_starts(ends: Int[Array, "B L"]) -> Int[Array, "B L"]:
+    """Return the first token of each token's tree; no key before it is seen. Padding is its own tree."""
+    index = jnp.broadcast_to(jnp.arange(ends.shape[-1], dtype=ends.dtype), ends.shape)
+    furthest = jax.lax.cummax(ends, axis=ends.ndim - 1)
+    before = jnp.concatenate([jnp.zeros_like(ends[..., :1]), furthest[..., :-1]], axis=-1)
+    return jax.lax.cummax(jnp.where(index >= before, index, 0), axis=ends.ndim - 1)
 
 
 def pad_ends(ends: Int[Array, "B L"], padded: int) -> Int[Array, "B P"]:

@@ -107,9 +107,7 @@ def gpu_devices(kind: str, count: int, memory: int, bandwidth: float) -> list[An
 
     config = GPUS[kind].target_config(memory, bandwidth)
     try:
-        description = topologies.get_topology_desc(
-            "", platform="cuda", topology=f"1x1x{count}", target_config=config
-        )
+        description = topologies.get_topology_desc("", platform="cuda", topology=f"1x1x{count}", target_config=config)
     except (RuntimeError, NotImplementedError, ValueError) as error:
         lines = str(error).strip().splitlines()
         raise UserError(f"--topology {kind}:{count}: {lines[0] if lines else type(error).__name__}") from None
