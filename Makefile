@@ -7,7 +7,7 @@ LINE := $(shell $(PYTHON) -c 'import sys; print(f"py{sys.version_info[0]}{sys.ve
 PINS := $(wildcard constraints/$(LINE).txt)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(addprefix --constraint ,$(PINS))
 
-.PHONY: demo test lint types suite docs test-slow test-old-sdk test-gpu bench clean
+.PHONY: demo test lint types suite docs test-slow test-compile test-newest test-old-sdk test-gpu bench clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/reverie demo
@@ -32,6 +32,18 @@ docs: $(VENV)/.docs
 # Long runs are worth compiling well; the suite is not (tests/conftest.py).
 test-slow: $(VENV)/.test
 	XLA_FLAGS=--xla_force_host_platform_device_count=4 $(BIN)/python -m pytest -m slow
+
+# XLA's compilers for GPUs and TPUs need no such chip, but several GB: an environment of their own.
+CUDA := $(if $(filter py311,$(LINE)),cuda12,cuda13)
+test-compile:
+	test -x $(VENV)-compile/bin/python || $(PYTHON) -m venv $(VENV)-compile
+	$(VENV)-compile/bin/python -m pip install --quiet --editable '.[test,$(CUDA),tpu]'
+	XLA_FLAGS= $(VENV)-compile/bin/python -m pytest -m compile tests/compile
+
+# The suite with what the registry has today, on another Python line; nothing is pinned.
+NEWEST_PYTHON ?= python3.12
+test-newest:
+	$(MAKE) suite PYTHON=$(NEWEST_PYTHON) VENV=$(VENV)-newest PINS=
 
 # google-generativeai pins an older protobuf than TFDS needs: an environment of its own.
 test-old-sdk:

@@ -22,6 +22,7 @@ from reverie_jax.cli.env import Env
 from reverie_jax.cli.evaluate import Eval
 from reverie_jax.cli.judge import Judge
 from reverie_jax.cli.plan import Plan
+from reverie_jax.cli.programs import use_cache
 from reverie_jax.cli.recipes import Benchmarks, Recipes
 from reverie_jax.cli.report import Report
 from reverie_jax.cli.scenes import Scenes
@@ -70,6 +71,7 @@ def _run() -> None:
         return
     # transformers otherwise reports at every start that torch is missing; it is not needed.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    use_cache()
     logging.basicConfig(level=logging.WARNING, format="reverie: %(message)s")
     logging.getLogger("reverie_jax").setLevel(logging.INFO)
     try:

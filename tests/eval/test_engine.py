@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from reverie_jax.data.conversation import Conversation, ImageRecord, Turn
@@ -95,3 +97,21 @@ def test_bad_questions_are_refused():
     processor.encoder.stop_ids = ()
     with pytest.raises(ValueError, match="end-of-sequence"):
         Engine(oracle.ours(2), processor)
+
+
+def test_one_program_serves_all_sizes_of_a_bucket():
+    """1 to 8 questions of any length, 33 to 128 new tokens, 3 or 4 images."""
+    engine = Engine(oracle.ours(0), oracle.PROCESSOR, EngineShape(batch_size=4))
+
+    def programs_after(images, questions, new_tokens):
+        numbers = itertools.count()
+        records = [
+            ImageQuestions(f"p{n}", png(n), [(next(numbers), ask("is it red? " * (1 + q))) for q in range(questions)])
+            for n in range(images)
+        ]
+        assert len(engine.answer(records, max_new_tokens=new_tokens)) == images * questions
+        return engine_module._decode._cache_size()
+
+    first = programs_after(3, 1, 33)
+    assert {programs_after(*size) for size in [(4, 2, 64), (3, 5, 65), (4, 8, 128)]} == {first}
+    assert programs_after(4, 9, 64) == first + 1

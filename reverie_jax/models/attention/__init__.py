@@ -15,8 +15,8 @@ import jax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from reverie_jax.models.attention.blocks import attend_blocks
 from reverie_jax.models.attention import cudnn, tokamax
+from reverie_jax.models.attention.blocks import attend_blocks
 from reverie_jax.models.attention.dense import attend_chunked, attend_dense, attend_leaves
 from reverie_jax.models.attention.flash import flash
 from reverie_jax.models.attention.rotary import rope

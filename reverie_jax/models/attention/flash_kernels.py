@@ -1,8 +1,8 @@
 """Bodies of the flash-attention kernels (Pallas, Mosaic) and their block tables; `attention.flash` calls them.
 
 Queries and keys are divided into blocks of one size. `rule.block_kinds` says whether a pair of blocks is skipped, computed
-with the mask, or computed without it (every query sees every key). A skipped pair also moves no data: the block in its place is
-the one that the next computed pair needs (`resident_blocks`). Mosaic prefetches both tables as scalars.
+with the mask, or computed without it (every query sees every key). A skipped pair also moves no data: the block in its
+place is the one that the next computed pair needs (`resident_blocks`). Mosaic prefetches both tables as scalars.
 
 Names: B sequences, H query heads, K key heads, L length, P length padded to blocks, D width padded to lanes, N = P / block.
 """

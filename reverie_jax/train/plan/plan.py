@@ -23,6 +23,7 @@ from jax.typing import DTypeLike
 from reverie_jax.data.packing import Batch
 from reverie_jax.errors import UserError
 from reverie_jax.models import VisionLanguageModel, VLMConfig, lora
+from reverie_jax.models.attention.tokamax import compiling_for
 from reverie_jax.models.config import ARCHITECTURES
 from reverie_jax.models.sharding import MESH_AXES, batch_sharding, parse_mesh_axes, shardings
 from reverie_jax.train.plan import costs, hlo
@@ -66,7 +67,7 @@ class AbstractStep:
     def lower(self) -> Any:
         """Lower the step for the mesh's devices; the result can be compiled."""
         assert isinstance(self.mesh, Mesh)
-        with jax.set_mesh(self.mesh):
+        with jax.set_mesh(self.mesh), compiling_for(self.mesh.devices.flat[0]):
             step: Any = make_step(
                 *(self.graph, self.optimizer, self.recipe),
                 reference=self.reference.graph,

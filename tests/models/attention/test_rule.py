@@ -10,6 +10,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from reverie_jax.models.attention import attend, attend_leaves, leaf_visible, rope, visible
+from reverie_jax.models.attention.rule import tree_starts
 
 LENGTH = 12
 
@@ -76,6 +77,12 @@ def test_rule_is_the_ancestor_matrix(first, second):
 def test_leaves_see_their_ancestors(parents, leaves):
     seen = leaf_visible(jnp.asarray([leaves], jnp.int32), jnp.asarray(ends_of(parents))[None])
     np.testing.assert_array_equal(seen[0], ancestors(parents)[leaves])
+
+
+@given(forests())
+def test_the_start_of_a_tree_is_its_root(parents):
+    seen = ancestors(parents)
+    np.testing.assert_array_equal(tree_starts(jnp.asarray(ends_of(parents))[None])[0], seen.argmax(axis=1))
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "scale"), [(4, 4, 2.0), (6, 2, 2.0), (3, 1, 2.0), (4, 2, 50.0)])

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
-from reverie_jax.models.attention import attend, attend_blocks, attend_chunked, attend_dense, flash, visible
+from reverie_jax.models.attention import attend, attend_blocks, attend_chunked, attend_dense, flash, tokamax, visible
 from reverie_jax.models.attention.flash_kernels import block_size, resident_blocks
 from reverie_jax.models.attention.rule import MASKED, SKIPPED, WHOLE, block_kinds
 from reverie_jax.models.sharding import make_mesh
@@ -65,13 +65,28 @@ def both_ways(function, **options):
     return jax.jit(run)
 
 
-WAYS = {"TPU": functools.partial(flash, interpret=True), "CPU": attend_blocks, "other": attend_chunked}
+def tokamax_on_cpu(q, k, v, ends):
+    """tokamax's attention by XLA, with the mask that its GPU kernels get."""
+    api = pytest.importorskip("tokamax._src.ops.attention.api", reason="needs tokamax (extra cuda13)")
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        return tokamax.attend_tokamax(q, k, v, ends, kernel=api.IMPLEMENTATIONS["xla"])
+
+
+WAYS = {
+    "tokamax": tokamax_on_cpu,
+    "TPU": functools.partial(flash, interpret=True),
+    "CPU": attend_blocks,
+    "other": attend_chunked,
+}
 
 
 def computed(way, *args, block=BLOCK):
     """Return what a way computes in blocks of this size; None is its own."""
-    options = {} if block is None else {"chunk" if way == "other" else "block": block}
-    return both_ways(WAYS[way], **options)(*args)
+    return both_ways(WAYS[way], **options_of(way, block))(*args)
+
+
+def options_of(way, block=BLOCK):
+    return {} if block is None or way == "tokamax" else {"chunk" if way == "other" else "block": block}
 
 
 def assert_same(got, want, atol=2e-5):
@@ -96,7 +111,7 @@ def test_the_rule_is_followed(name, way):
     assert_same(computed(way, *draw(shape), ends, block=block), both_ways(attend_dense)(*draw(shape), ends))
 
 
-@pytest.mark.parametrize("way", ["TPU", "CPU"])
+@pytest.mark.parametrize("way", ["TPU", "CPU", "tokamax"])
 @given(forests(LENGTH), forests(LENGTH))
 @settings(max_examples=15)
 def test_the_rule_is_followed_on_trees(way, first, second):
@@ -104,7 +119,7 @@ def test_the_rule_is_followed_on_trees(way, first, second):
     assert_same(computed(way, *draw(SHAPE), ends), both_ways(attend_dense)(*draw(SHAPE), ends))
 
 
-@pytest.mark.parametrize("way", ["TPU", "CPU"])
+@pytest.mark.parametrize("way", ["TPU", "CPU", "tokamax"])
 def test_bfloat16(way):
     ends = jnp.asarray(np.stack([NAMED["fork"], NAMED["packed"]]))
     exact = both_ways(attend_dense)(*(x.astype(jnp.float32) for x in draw(SHAPE, jnp.bfloat16)), ends)
@@ -115,7 +130,7 @@ def test_bfloat16(way):
         assert np.abs(np.asarray(mine, np.float32) - true).max() <= 4 * 2**-9 * np.abs(true).max()
 
 
-@pytest.mark.parametrize("way", ["TPU", "CPU"])
+@pytest.mark.parametrize("way", ["TPU", "CPU", "tokamax"])
 def test_scores_in_the_thousands_and_unseen_values_beyond_reason(way):
     q, k, v, dout = draw(SHAPE)
     ends = jnp.asarray(np.stack([NAMED["packed"], NAMED["fork"]]))
@@ -178,7 +193,7 @@ def test_block_pads_little(length, block):
     assert block_size(length) == block
 
 
-@pytest.mark.parametrize("way", ["TPU", "CPU"])
+@pytest.mark.parametrize("way", ["TPU", "CPU", "tokamax"])
 @pytest.mark.parametrize("axes", [{"fsdp": 2, "tensor": 2}, {"data": 2, "fsdp": 2}])
 def test_ways_over_a_mesh(axes, way):
     mesh = make_mesh(**axes)
@@ -187,7 +202,7 @@ def test_ways_over_a_mesh(axes, way):
     want = both_ways(attend_dense)(*args)
     with jax.set_mesh(mesh):
         args = jax.device_put(args, NamedSharding(mesh, PartitionSpec("fsdp")))
-        assert_same(both_ways.__wrapped__(WAYS[way], block=BLOCK)(*args), want)
+        assert_same(both_ways.__wrapped__(WAYS[way], **options_of(way))(*args), want)
 
 
 def shapes_in(jaxpr):
