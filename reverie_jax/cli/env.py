@@ -57,7 +57,7 @@ def environment() -> dict[str, Any]:
         "processes": jax.process_count(),
         "devices": devices,
         "memory": memory_of_host(),
-        "compiled programs": jax.config.jax_compilation_cache_dir or "not kept",
+        "compiled programs": jax.config.jax_compilation_cache_dir or "not kept",  # type: ignore[attr-defined]
     }
 
 

@@ -99,7 +99,7 @@ class _Blocks:
 
     def take(self, x: Array, sequence: Array, number: Array) -> Array:
         """Return block `number` of a sequence, [K, G * size, ...] of [B, K, G, P, ...]."""
-        start = (sequence, 0, 0, number * self.size, *(0,) * (x.ndim - 4))
+        start: tuple[Any, ...] = (sequence, 0, 0, number * self.size, *(0,) * (x.ndim - 4))
         part = lax.dynamic_slice(x, start, (1, *x.shape[1:3], self.size, *x.shape[4:]))
         return part.reshape(x.shape[1], -1, *x.shape[4:])
 
@@ -195,8 +195,8 @@ def _backward(
             return dq + _dot("kij,kjd->kid", dscores, near), dk, dv
 
         dq = jnp.zeros(part.shape, jnp.float32)
-        dq, *grads = lax.fori_loop(0, blocks.seen[sequence, query], add, (dq, *grads))
-        return tuple(grads), dq
+        dq, dk, dv = lax.fori_loop(0, blocks.seen[sequence, query], add, (dq, *grads))
+        return (dk, dv), dq
 
     zeros = jnp.zeros(keys.shape, jnp.float32)
     numbers = jnp.arange(blocks.batch * blocks.count, dtype=jnp.int32)

@@ -39,7 +39,7 @@ def _is_installed() -> bool:
 
 def _gpu() -> Any:
     """Return the GPU that programs are made for, None without one: tokamax chooses its kernels when it is traced."""
-    device = jax.config.jax_default_device or jax.devices()[0]
+    device = jax.config.jax_default_device or jax.devices()[0]  # type: ignore[attr-defined]
     return device if getattr(device, "platform", None) in ("gpu", "cuda") else None
 
 
