@@ -100,6 +100,8 @@ def headline(plan: StepPlan) -> str:
     how = f"compiled in {plan.compile_seconds:.0f} s" if plan.compiled else "estimated, not compiled"
     parts = plan.gradient_accumulation_steps
     batch = f"batch size {plan.batch_size} in {parts} micro-batch{'es' if parts > 1 else ''}"
+    if plan.largest_batch_size is not None:
+        batch += f" (the largest in one that fits: {plan.largest_batch_size})"
     return f"{plan.recipe} ({plan.architecture}, {plan.dtype}) on {plan.topology}: {axes}; {batch}; {how}"
 
 

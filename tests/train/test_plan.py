@@ -330,12 +330,24 @@ def searched(monkeypatch, slowdown=1.0, growth=1.0):
 
 def test_search_compiles_until_nothing_else_can_be_faster(monkeypatch):
     best, tried = searched(monkeypatch)
-    assert tried == [best]
+    assert [dataclasses.replace(plan, largest_batch_size=4) for plan in tried] == [best]
     assert best.mesh["tensor"] == 4
     best, tried = searched(monkeypatch, slowdown=3.0)
     assert tried[0].mesh["tensor"] == 4
     assert best.mesh["tensor"] < 4
     assert len(tried) <= search.MAX_COMPILED
+
+
+def test_search_names_the_largest_batch_that_fits(monkeypatch):
+    best, _ = searched(monkeypatch)
+    peaks = {size: estimated(size, 4).peak_bytes_per_chip for size in (1, 2, 4)}
+    assert peaks[1] < peaks[2] < peaks[4]
+    assert (best.batch_size, best.largest_batch_size) == (1, 4)
+    hbm = int((peaks[2] + peaks[4]) / 2 / search.MEMORY_SHARE)
+    monkeypatch.setitem(CHIPS, "v5e", dataclasses.replace(CHIPS["v5e"], hbm=hbm))
+    estimated.cache_clear()  # `fits` and the figures of a chip are part of an estimate
+    assert searched(monkeypatch)[0].largest_batch_size == 2
+    estimated.cache_clear()
 
 
 def test_search_without_a_plan_that_fits(monkeypatch):

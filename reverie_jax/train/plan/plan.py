@@ -217,6 +217,7 @@ class StepPlan:
         compiled: by the chip's compiler; otherwise estimated.
         compile_seconds: of lowering and compiling.
         note: why the step does not fit, from the compiler; or what the figures leave out.
+        largest_batch_size: largest power of two that fits in one micro-batch on this mesh; None unless searched.
     """
 
     recipe: str
@@ -239,6 +240,7 @@ class StepPlan:
     compiled: bool
     compile_seconds: float
     note: str = ""
+    largest_batch_size: int | None = None
 
 
 def make_plan(
