@@ -95,9 +95,28 @@ class Linear(nnx.Module):
             if key is not None and self.lora_dropout:
                 keep = jax.random.bernoulli(key, 1 - self.lora_dropout, x.shape)
                 low = jnp.where(keep, x / (1 - self.lora_dropout), jnp.zeros_like(x))
-            low = (low @ self.lora_a[...].astype(x.dtype)) @ self.lora_b[...].astype(x.dtype)
+            low = _times_wide(low @ self.lora_a[...].astype(x.dtype), self.lora_b[...].astype(x.dtype))
             y = y + jnp.asarray(self.lora_scale, x.dtype) * low
         return y
+
+
+@jax.custom_vjp
+def _times_wide(low: Float[Array, "... rank"], factor: Float[Array, "rank outputs"]) -> Float[Array, "... outputs"]:
+    """Return low @ factor, whose gradient for `factor` transposes the narrow operand; by JAX's rule it is the wide one."""
+    return low @ factor
+
+
+def _times_wide_forward(low: Array, factor: Array) -> tuple[Array, tuple[Array, Array]]:
+    return low @ factor, (low, factor)
+
+
+def _times_wide_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
+    low, factor = saved
+    rows = tuple(range(grad.ndim - 1))
+    return grad @ factor.T, jnp.tensordot(low, grad, axes=(rows, rows))
+
+
+_times_wide.defvjp(_times_wide_forward, _times_wide_backward)
 
 
 class LayerNorm(nnx.Module):

@@ -441,7 +441,7 @@ def test_names_of_recipes_and_devices():
 def test_missing_tpu_compiler_names_the_extra(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"tpu"):
-        topology.tpu_devices(Topology.parse("v5e:2x4"))
+        topology.compile_devices(Topology.parse("v5e:2x4"))
 
 
 @pytest.mark.slow
