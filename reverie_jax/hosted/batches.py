@@ -228,13 +228,17 @@ class _BatchRun:
 
     async def _fetch(self, batch: _Batch) -> tuple[BatchStatus, list[tuple[str, Reply | AnnotationError]]]:
         """Return a batch's status, and its results if it ended."""
+        results: list[tuple[str, Reply | AnnotationError]] = []
         try:
             status = await self.retry(batch.provider.get_status, batch.name)
-            return status, await self.retry(batch.provider.fetch_results, status) if status.ended else []
         except AccessError as error:
-            if " 404" not in str(error):
-                raise
-            return BatchStatus(True, "the provider deleted the batch or its results"), []
+            return _deleted(error, BatchStatus(True)), results
+        for part in _split(status):  # each file apart: where one was deleted, what the others hold is paid for
+            try:
+                results += await self.retry(batch.provider.fetch_results, part)
+            except AccessError as error:
+                status = _deleted(error, status)
+        return status, results
 
     async def collect(self) -> None:
         """Record the results of the batches that ended."""
@@ -261,6 +265,8 @@ class _BatchRun:
                     self._make_smaller(batch.key, undone, RetryableError(reason))
                 else:
                     self.alone = 0
+                    if status.denied and denied is None:
+                        denied = AccessError(f"{':'.join(batch.key)}: {reason}")
                     for task in undone:
                         self._retry_or_give_up(task, RetryableError(reason))
             else:
@@ -316,6 +322,23 @@ class _BatchRun:
         elif self.waiting and not self.outcome.stopped:
             self.outcome.stopped = self.throttle.stop_reason or "the budget is reserved for pending batches"
         return self.outcome
+
+
+def _split(status: BatchStatus) -> list[BatchStatus]:
+    """Return a status for each file of results, and for those that it holds itself; none if the batch did not end."""
+    files = [dataclasses.replace(status, result_files=(file,), lines=b"") for file in status.result_files]
+    return [*files, dataclasses.replace(status, result_files=())] if status.ended else []
+
+
+def _deleted(error: AccessError, status: BatchStatus) -> BatchStatus:
+    """Return a status with the reason that the provider knows a batch or its results no more.
+
+    Raises:
+        AccessError: The error is another one.
+    """
+    if " 404" not in str(error):
+        raise error
+    return dataclasses.replace(status, reason="the provider deleted the batch or its results")
 
 
 def run(

@@ -119,12 +119,16 @@ class BatchStatus:
         reason: Why it ended without all results; empty if it did not.
         result_files: The provider's names of the files of results.
         full: Whether it was not started because too much is enqueued at the provider.
+        lines: Results that the status itself holds, as the lines of a file.
+        denied: Whether another batch would end likewise (key, credit, model).
     """
 
     ended: bool
     reason: str = ""
     result_files: tuple[str, ...] = ()
     full: bool = False
+    lines: bytes = b""
+    denied: bool = False
 
 
 @runtime_checkable

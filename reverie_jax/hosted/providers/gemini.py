@@ -16,13 +16,11 @@ from reverie_jax.files import well_formed
 from reverie_jax.hosted.images import encode_image
 from reverie_jax.hosted.interface import AnnotationError, BatchStatus, Reply, Request, RequestSettings, RetryableError
 from reverie_jax.hosted.providers.common import TRANSFER_TIMEOUT, UNEXPECTED, parse_result_lines, redact
-from reverie_jax.hosted.providers.failures import is_queue_full, read_reply, sort_submission
-from reverie_jax.hosted.providers.google_replies import error_from_body, parse_response
+from reverie_jax.hosted.providers.failures import read_reply, sort_submission
+from reverie_jax.hosted.providers.google_replies import error_from_body, parse_response, read_operation
 
 _TRANSPORTS = {"httpx", "httpx2", "httpcore", "aiohttp", "anyio", "ssl"}
 """Packages whose errors are connection errors; which of them the SDK uses depends on what is installed."""
-_ENDED = {"SUCCEEDED", "PARTIALLY_SUCCEEDED", "FAILED", "CANCELLED", "EXPIRED"}
-"""States of a batch that has ended; the SDK's own list lacks one of them."""
 
 
 class Gemini:
@@ -128,16 +126,14 @@ class Gemini:
 
     async def get_status(self, name: str) -> BatchStatus:
         """Return the state of a batch."""
+        # As the SDK's `batches.get`, but the raw operation: the SDK reads neither its error, nor whether it is done, nor a
+        # file that only its response names.
         async with self._translate_errors(self._settings.timeout):
-            batch = await self._client.batches.get(name=name)
-        state = (batch.state.name if batch.state else "").removeprefix("JOB_STATE_").removeprefix("BATCH_STATE_")
-        file = batch.dest.file_name if batch.dest else None
-        if state not in _ENDED and not file and not batch.end_time:
-            return BatchStatus(False)
-        words = redact((batch.error.message if batch.error else None) or "", self._key)
-        word = state.lower().replace("_", " ")
-        reason = "" if state == "SUCCEEDED" else f"the batch is {word}" + (f": {words}" if words else "")
-        return BatchStatus(True, reason, (file,) if file else (), is_queue_full(words))
+            response = await self._client._api_client.async_request("get", name, {})
+            operation = json.loads(response.body or "")
+            if not isinstance(operation, dict):
+                raise ValueError("no JSON object")
+        return read_operation(operation, f"gemini:{self.model}", self._key)
 
     async def fetch_results(self, status: BatchStatus) -> list[tuple[str, Reply | AnnotationError]]:
         """Return (key, reply or error) of each request that has a result."""
@@ -146,6 +142,8 @@ class Gemini:
             async with self._translate_errors(TRANSFER_TIMEOUT):
                 content = await self._client.files.download(file=file)
             results += parse_result_lines(content, "key", self._parse_result, self._key)
+        if status.lines:
+            results += parse_result_lines(status.lines, "key", self._parse_result, self._key)
         return results
 
     def _parse_result(self, row: Mapping[str, Any]) -> Reply:

@@ -225,7 +225,8 @@ class OpenAI:
         errors = errors.get("data") if isinstance(errors, Mapping) else errors
         words = redact(find_words(errors), self._key)
         reason = "" if state == "completed" else f"the batch is {state}" + (f": {words}" if words else "")
-        return BatchStatus(True, reason, files, is_queue_full(f"{words} {errors}"))
+        denied = bool(errors) and isinstance(self._fail(None, {"errors": errors}), AccessError)
+        return BatchStatus(True, reason, files, is_queue_full(f"{words} {errors}"), denied=denied)
 
     async def fetch_results(self, status: BatchStatus) -> list[tuple[str, Reply | AnnotationError]]:
         """Return (key, reply or error) of each request that has a result."""
