@@ -44,16 +44,18 @@ class Train:
     def run(self) -> None:
         """Run the command."""
         self._check()
+        from reverie_jax.train import recipes
+
+        recipe = recipes.override(recipes.read_recipe(self.recipe), common.joined(self.set))
+        # From here on JAX is imported, which takes seconds.
         from reverie_jax.data.records import RecordSource
         from reverie_jax.loading import lacks_projector, load_model, load_with_projector
-        from reverie_jax.train import recipes
         from reverie_jax.train.checkpoint import find_progress
         from reverie_jax.train.distributed import join
         from reverie_jax.train.loop import finetune
         from reverie_jax.train.metrics import serve
 
         join(self.distributed)
-        recipe = recipes.override(recipes.read_recipe(self.recipe), common.joined(self.set))
         records = RecordSource(self.data)
         mesh = common.parse_mesh(self.mesh)
         placement: Any = {"mesh": mesh, "dtype": common.parse_dtype(self.dtype)}

@@ -13,13 +13,11 @@ from typing import Any, Literal
 import pydantic
 import yaml
 
-from reverie_jax.data.packing import SequenceShape
 from reverie_jax.data.preferences import DPOConfig
+from reverie_jax.data.sequence_shape import SequenceShape
 from reverie_jax.data.supervision import Supervision
 from reverie_jax.errors import UserError
-from reverie_jax.models.config import ImageAspectRatio, ProjectorKind
-from reverie_jax.models.layers import Remat
-from reverie_jax.models.lora import DEFAULT_TARGETS
+from reverie_jax.models.config import DEFAULT_TARGETS, ImageAspectRatio, ProjectorKind, Remat
 
 Trainable = Literal["lora", "projector", "full"]
 LossReduction = Literal["tokens", "micro-batches"]
