@@ -20,9 +20,9 @@ import reverie_jax
 from reverie_jax import cli
 from reverie_jax.convert import convert
 from reverie_jax.data.conversation import IMAGE, Conversation, Turn
-from reverie_jax.data.templates import find_template, to_jinja
+from reverie_jax.data.templates import TEMPLATES, find_template, to_jinja
 from reverie_jax.errors import CheckpointError, UserError
-from reverie_jax.loading import apply_run_recipe, find_checkpoint, load_processor
+from reverie_jax.loading import find_checkpoint, load_processor
 from reverie_jax.models.checkpoints import files
 from reverie_jax.train import recipes
 from tests.models import makers, oracle
@@ -173,8 +173,9 @@ def test_processor_of_a_run_follows_its_recipe(settings, aspect, tmp_path):
     """But not that of a run that trained a projector, whose template serves only that."""
     recipe = dataclasses.replace(recipes.find_recipe("scenes-responses"), image_aspect_ratio="square", **settings)
     (tmp_path / "run.json").write_text(json.dumps({"base": {}, "recipe": json.loads(recipe.to_json())}))
-    processor = apply_run_recipe(load_processor("scenes-base"), tmp_path)
+    processor = load_processor("scenes-base", adapter=tmp_path)
     assert (processor.image_aspect_ratio, processor.encoder.template.name) == (aspect, "llava-hf")
+    assert load_processor("scenes-base", adapter=tmp_path, template="llava_v1").encoder.template.name == "llava_v1"
 
 
 @pytest.mark.parametrize("fault", ["missing", "broken", "too large"])
@@ -229,8 +230,62 @@ def test_chat_template_is_recognized_by_what_it_renders(file, content, name, cop
         makers.write_json(copy / file, old | content)
     if name is None:
         makers.assert_refused(lambda: load_processor(copy), copy / file)
-        makers.edit_json(copy / "config.json", reverie_template="vicuna_v1")  # the way out that the message names
+        processor = load_processor(copy, template="vicuna_v1")  # the ways out that the message names
+        makers.edit_json(copy / "config.json", reverie_template="vicuna_v1")
+        assert processor.encoder.template == load_processor(copy).encoder.template
     assert load_processor(copy).encoder.template.name == (name or "vicuna_v1")
+
+
+# Original LLaVA takes its template llava_llama_2 if this is in a model's name; nothing else in the files tells.
+LLAMA_2 = [
+    ("config.json", "_name_or_path", "/data/llava-llama-2-13b-chat-lightning-preview"),
+    ("config.json", "_name_or_path", "meta-llama/Llama-2-7b-chat-hf"),
+    ("tokenizer_config.json", "chat_template", "{{ '[INST] ' + messages[0]['content'] + ' [/INST]' }}"),
+]
+
+
+@pytest.mark.parametrize(("file", "key", "value"), LLAMA_2)
+def test_llama_2_chat_is_not_taken_for_vicuna(file, key, value, tmp_path):
+    """Whether it is the model or only its language model that says so."""
+    bench = makers.bench()
+    whole, llm = makers.original_folder(tmp_path / "whole", bench.part), shutil.copytree(bench.llm, tmp_path / "llm")
+    lora, projector = (
+        shutil.copytree(bench.lora, tmp_path / "lora"),
+        makers.projector_folder(tmp_path / "mm", bench.part),
+    )
+    for main, parts in ((whole, [bench.clip]), (lora, [llm, bench.clip]), (projector, [llm, bench.clip])):
+        assert load_processor(main, components=parts).encoder.template.name == "vicuna_v1"
+    for folder in (whole, llm):
+        makers.edit_json(folder / file, **{key: value})
+    for main, parts in ((whole, [bench.clip]), (lora, [llm, bench.clip]), (projector, [llm, bench.clip])):
+        makers.assert_refused(lambda: load_processor(main, components=parts), main, "Llama-2", "--template")  # noqa: B023
+        assert load_processor(main, components=parts, template="vicuna_v1").encoder.template.name == "vicuna_v1"
+
+
+def test_llama_2_chat_by_the_folder_or_the_recorded_base(tmp_path):
+    bench = makers.bench()
+    whole = makers.original_folder(tmp_path / "llava-llama-2-7b-chat", bench.part)
+    lora = shutil.copytree(bench.lora, tmp_path / "lora")
+    makers.edit_json(lora / makers.ADAPTER_CONFIG, base_model_name_or_path="meta-llama/Llama-2-7b-chat-hf")
+    for main, parts in ((whole, [bench.clip]), (lora, [bench.llm, bench.clip])):
+        makers.assert_refused(lambda: load_processor(main, components=parts), main, "Llama-2")  # noqa: B023
+
+
+def test_template_of_every_name(copy, caplog):
+    """`v0` needs its example dialogue; another one than the checkpoint's own is a warning."""
+    for name, template in TEMPLATES.items():
+        caplog.clear()
+        if template is None:
+            with pytest.raises(UserError, match="example"):
+                load_processor(copy, template=name)
+            makers.write_json(copy / "template_example.json", {"question": "Is it?", "answer": "Yes."})
+        elif name == "phi3_instruct":
+            assert load_processor(copy, template=name).encoder.stop_ids == (2, 3)
+        assert load_processor(copy, template=name).encoder.template.name == name
+        assert (name in caplog.text) == (name not in ("llava-hf", "v0"))
+        (copy / "template_example.json").unlink(missing_ok=True)
+    with pytest.raises(UserError, match="nobody"):
+        load_processor(copy, template="nobody's")
 
 
 def test_unknown_template_of_ours(copy):

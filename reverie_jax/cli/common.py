@@ -57,6 +57,10 @@ Components = Annotated[
 Adapter = Annotated[
     str | None, option("ADAPTER", "PEFT adapter, LLaVA LoRA folder, or run folder of `reverie train`; none if omitted.")
 ]
+Template = Annotated[
+    str | None,
+    option("NAME", "Chat template that the model was tuned with; recognized from its files if omitted."),
+]
 Dtype = Annotated[
     str,
     option(
@@ -153,6 +157,18 @@ def check_choice(choices: Sequence[str], **options: str) -> None:
             raise UserError(f"{flag(name)} {value}: must be {' or '.join(filter(None, choices))}")
 
 
+def check_template(name: str | None) -> None:
+    """Check the name of a chat template; None passes.
+
+    Raises:
+        UserError: there is no template of that name.
+    """
+    from reverie_jax.data.templates import TEMPLATES
+
+    if name is not None:
+        check_choice(tuple(TEMPLATES), template=name)
+
+
 def require(value: Any, option: str, what: str) -> Any:
     """Return an option's value.
 
@@ -195,7 +211,7 @@ def parse_dtype(name: str, choices: tuple[str, ...] = DTYPES, *, auto: bool = Tr
 
 
 def load_merged(
-    model: str, components: Sequence[str], adapter: str | None, dtype: str = "auto"
+    model: str, components: Sequence[str], adapter: str | None, dtype: str = "auto", template: str | None = None
 ) -> tuple[VisionLanguageModel, Processor]:
     """Load a checkpoint with its adapters merged, and its processor.
 
@@ -205,7 +221,8 @@ def load_merged(
     from reverie_jax.loading import load_model
     from reverie_jax.models import lora
 
-    merged, processor = load_model(model, components=components, adapter=adapter, dtype=parse_dtype(dtype))
+    sources: Any = {"components": components, "adapter": adapter, "template": template}
+    merged, processor = load_model(model, **sources, dtype=parse_dtype(dtype))
     lora.merge(merged)
     return merged, processor
 

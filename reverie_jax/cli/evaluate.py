@@ -32,13 +32,12 @@ class Eval:
     """Output folder: predictions.jsonl and scores.json; for several benchmarks, folders of them by name."""
     components: common.Components = ()
     adapter: common.Adapter = None
+    template: common.Template = None
     dtype: common.Dtype = "auto"
     images: Annotated[Path | None, common.FOLDER] = None
     """Folder of images; the one in the data if omitted."""
     rule: Annotated[str | None, common.option("RULE")] = None
     """Scoring rule; the benchmark's official one if omitted. `reverie benchmarks` lists them."""
-    template: Annotated[str | None, common.option("NAME")] = None
-    """Conversation template; the checkpoint's if omitted."""
     mesh: common.MeshSpec = common.ONE_DEVICE
     distributed: common.Distributed = ""
     batch_size: Annotated[int, common.N] = 16
@@ -101,12 +100,9 @@ class Eval:
             raise UserError("; ".join(failed))
 
     def _check(self) -> None:
-        from reverie_jax.data.templates import TEMPLATES, find_template
-
         common.check_choice(("", "image", "instruction"), contrast=self.contrast)
         common.check_choice(("auto", *common.DTYPES), dtype=self.dtype)
-        if self.template not in (None, *TEMPLATES):
-            find_template(str(self.template))
+        common.check_template(self.template)
         common.check_at_least(
             1,
             batch_size=self.batch_size,
@@ -118,13 +114,13 @@ class Eval:
 
     def _dump_prompts(self, inputs: list[BenchmarkData], path: Path) -> None:
         from reverie_jax.eval.predict import dump_prompts
-        from reverie_jax.loading import apply_run_recipe, load_processor
+        from reverie_jax.loading import load_processor
 
-        processor = load_processor(self.model, components=self.components)
-        processor = processor if self.adapter is None else apply_run_recipe(processor, Path(self.adapter))
+        sources: Any = {"components": self.components, "adapter": self.adapter, "template": self.template}
+        processor = load_processor(self.model, **sources)
         questions = [question for data in inputs for question in data.available[: self.limit]]
         with common.writing(path):
-            dump_prompts(processor.override(self.template).encoder, questions, path)
+            dump_prompts(processor.encoder, questions, path)
         print(f"{len(questions)} prompts: {path}")
 
     def _engine(self) -> tuple[Engine, dict[str, str]]:
@@ -138,12 +134,13 @@ class Eval:
 
         join(self.distributed)
         placement: Any = {"mesh": common.parse_mesh(self.mesh), "dtype": common.parse_dtype(self.dtype)}
-        model, processor = load_model(self.model, components=self.components, adapter=self.adapter, **placement)
+        sources: Any = {"components": self.components, "adapter": self.adapter, "template": self.template}
+        model, processor = load_model(self.model, **sources, **placement)
         lora.merge(model)
         # The whole merged model: an adapter that was trained further is another model.
         weights = {**base_checksums(model), "all": weights_checksum(model)}
         shape = EngineShape(sequence_length=self.max_length, questions=self.max_questions, batch_size=self.batch_size)
-        return Engine(model, processor.override(self.template), shape), weights
+        return Engine(model, processor, shape), weights
 
     def _decoding(self, benchmark: Benchmark) -> Decoding:
         from reverie_jax.eval.decode import Decoding

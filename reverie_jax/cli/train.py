@@ -58,16 +58,14 @@ class Train:
         join(self.distributed)
         records = RecordSource(self.data)
         mesh = common.parse_mesh(self.mesh)
-        placement: Any = {"mesh": mesh, "dtype": common.parse_dtype(self.dtype)}
+        placement: Any = {"template": recipe.template, "mesh": mesh, "dtype": common.parse_dtype(self.dtype)}
         progress = find_progress(self.out, recipe, records, resume=self.resume)
         if progress is not None and progress.is_complete:
             print(f"already complete, {progress.steps} of {progress.steps} steps: {self.out}")
             return
         if recipe.trainable == "projector" and self.adapter is None and lacks_projector(self.model, self.components):
-            kind = recipe.projector_type
-            model, processor = load_with_projector(
-                self.model, components=self.components, kind=kind, seed=recipe.seed, **placement
-            )
+            new: Any = {"kind": recipe.projector_type, "seed": recipe.seed}
+            model, processor = load_with_projector(self.model, components=self.components, **new, **placement)
         else:
             model, processor = load_model(self.model, components=self.components, adapter=self.adapter, **placement)
         with serve(self.out) if self.tensorboard else contextlib.nullcontext():
