@@ -29,6 +29,7 @@ from reverie_jax.hosted.interface import (
 )
 from reverie_jax.hosted.journal import Journal, OpenBatch
 from reverie_jax.hosted.runner import (
+    FirstFailures,
     Outcome,
     ProgressFunction,
     Providers,
@@ -73,6 +74,8 @@ class _BatchRun:
         self.throttle, self.outcome = Throttle(limits, journal, self.stop), Outcome()
         self.tasks = {task.identity.key: task for task in tasks}
         self.waiting = collections.deque(self.tasks.values())
+        self.first_failures = FirstFailures(journal, limits)
+        self.denied: AccessError | None = None  # raised when all results of a batch are recorded
         self.errors: dict[str, collections.Counter[type]] = collections.defaultdict(collections.Counter)
         self.batches: list[_Batch] = []
         self.failed_submits = self.alone = 0
@@ -246,12 +249,11 @@ class _BatchRun:
             status, results = await self._fetch(batch)
             if not status.ended:
                 continue
-            denied: AccessError | None = None
             for key, result in results:
                 if key in batch.pending and key in self.tasks:  # a duplicate line counts once
                     attempt, _ = batch.pending.pop(key)
                     self._record(self.tasks[key], attempt, result)
-                    denied = result if isinstance(result, AccessError) else denied
+                    self.denied = result if isinstance(result, AccessError) else self.denied
             for _, stage in batch.pending.values():
                 self.throttle.release(stage, None)
             # Results of tasks that are not part of this run stay at the provider for a later run.
@@ -265,29 +267,36 @@ class _BatchRun:
                     self._make_smaller(batch.key, undone, RetryableError(reason))
                 else:
                     self.alone = 0
-                    if status.denied and denied is None:
-                        denied = AccessError(f"{':'.join(batch.key)}: {reason}")
+                    if status.denied:
+                        self.denied = self.denied or AccessError(f"{':'.join(batch.key)}: {reason}")
                     for task in undone:
                         self._retry_or_give_up(task, RetryableError(reason))
             else:
                 self.batches.remove(batch)
             self.on_progress(self.outcome, self.throttle)
-            if denied is not None:
-                raise denied
+            if self.denied is not None:
+                raise self.denied
 
     def _record(self, task: RequestTask, attempt: int, result: Reply | AnnotationError) -> None:
         if error := record(self.journal, self.throttle, task, attempt, result):
             self._retry_or_give_up(task, error)
         else:
             self.outcome.usable += 1
-            self.outcome.requested += 1
+            self._end_task(task, None)
 
     def _retry_or_give_up(self, task: RequestTask, error: AnnotationError) -> None:
         if not is_given_up(error, self.errors[task.identity.key], self.limits):
             self.waiting.append(task)
             return
         self.outcome.add_failure(task, error)
+        self._end_task(task, error)
+
+    def _end_task(self, task: RequestTask, error: AnnotationError | None) -> None:
         self.outcome.requested += 1
+        try:
+            self.first_failures.add(task.identity, error)
+        except AccessError as denied:
+            self.denied = self.denied or denied
 
     async def run(self) -> Outcome:
         """Submit and collect until nothing is waiting or pending."""

@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path, PurePath
+from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
@@ -20,8 +21,12 @@ _ACCEPTED = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 
 
-def encode_image(image: RequestImage) -> tuple[str, bytes]:
+def encode_image(image: RequestImage, max_size: int | None = None) -> tuple[str, bytes]:
     """Return (media type, bytes); the type is read from the content. Other formats, and CMYK, become PNG.
+
+    Args:
+        image: The image.
+        max_size: Longest side, in pixels; a larger image is scaled down.
 
     Raises:
         UnusableError: The bytes are not an image.
@@ -29,19 +34,30 @@ def encode_image(image: RequestImage) -> tuple[str, bytes]:
     try:
         with Image.open(io.BytesIO(image.encoded)) as opened:
             kind = "" if opened.mode == "CMYK" else opened.format or ""
-        if kind in _ACCEPTED:
+            size, exif = opened.size, opened.info.get("exif", b"")
+        large = max_size is not None and max(size) > max_size
+        if kind in _ACCEPTED and not large:
             return _ACCEPTED[kind], image.encoded
-        buffer = io.BytesIO()
-        decode(image.encoded, image.key).save(buffer, format="PNG")
-        return "image/png", buffer.getvalue()
+        decoded, buffer = decode(image.encoded, image.key), io.BytesIO()
+        options: dict[str, Any] = {"format": "PNG"}
+        if max_size is not None and large:
+            decoded.thumbnail((max_size, max_size), Image.Resampling.LANCZOS)
+            options["exif"] = exif  # its orientation
+            if kind == "JPEG":
+                options |= {"format": "JPEG", "quality": 90}
+        decoded.save(buffer, **options)
+        return _ACCEPTED[options["format"]], buffer.getvalue()
     except UnidentifiedImageError:
         raise UnusableError("not a readable image (unknown format)") from None
     except (BrokenImage, OSError, ValueError, Image.DecompressionBombError) as error:
         raise UnusableError(f"not a readable image ({' '.join(str(error).split())})") from None
 
 
-def estimate_tokens(provider: str, width: int, height: int) -> int:
+def estimate_tokens(provider: str, width: int, height: int, max_size: int | None = None) -> int:
     """Return about how many input tokens an image takes: as Gemini tiles it, or as OpenAI does at high detail."""
+    if max_size is not None and max(width, height) > max_size:
+        scale = max_size / max(width, height)
+        width, height = (max(1, round(side * scale)) for side in (width, height))
     if provider.startswith(("gemini", "google")):
         return 258 * (1 if max(width, height) <= 384 else math.ceil(width / 768) * math.ceil(height / 768))
     scale = min(1.0, 2048 / max(width, height, 1))
@@ -49,13 +65,15 @@ def estimate_tokens(provider: str, width: int, height: int) -> int:
     return 85 + 170 * math.ceil(width * scale / 512) * math.ceil(height * scale / 512)
 
 
-def mean_tokens(provider: str, folder: Path, names: Sequence[str], most: int = 100) -> float:
+def mean_tokens(
+    provider: str, folder: Path, names: Sequence[str], max_size: int | None = None, most: int = 100
+) -> float:
     """Return the mean of `estimate_tokens` over evenly spaced images; 0 if none can be read."""
     counts = []
     for name in names[:: max(1, len(names) // most)]:
         unreadable = contextlib.suppress(OSError, ValueError, UserError, Image.DecompressionBombError)
         with unreadable, Image.open(resolve_image(folder, name)) as opened:  # reads the header alone
-            counts.append(estimate_tokens(provider, *opened.size))
+            counts.append(estimate_tokens(provider, *opened.size, max_size))
     return sum(counts) / len(counts) if counts else 0.0
 
 

@@ -234,6 +234,15 @@ class Journal(JournalReader):
             self.record_result(self.record_request(identity), "usable", Reply(reply, version=ORIGINAL))
         return missing
 
+    def has_usable(self, identity: RequestIdentity) -> bool:
+        """Return whether any request of the same stage, model and prompt has a usable reply."""
+        query = (
+            "SELECT 1 FROM attempts WHERE state = 'usable' AND stage = ? AND provider = ? AND model = ? AND prompt = ?"
+            " LIMIT 1"
+        )
+        values = (identity.stage, identity.provider, identity.model, identity.prompt)
+        return self._db.execute(query, values).fetchone() is not None
+
     def is_original(self, identity: RequestIdentity) -> bool:
         """Return whether a request's reply was adopted from the original scripts' output."""
         query = "SELECT 1 FROM attempts WHERE content = ? AND provider = ?"

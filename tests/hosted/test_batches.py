@@ -156,6 +156,20 @@ def test_what_never_gets_a_usable_reply_is_reported(ask, provider, tmp_path):
         assert states(tmp_path / "out" / JOURNAL)["usable"] == usable + 2
 
 
+def test_lines_that_are_all_refused_alike_end_the_run(ask, tmp_path):
+    """When all of them are recorded; and lines that broke off are kept, in part."""
+    with Server(reply_to, lines=lambda call: Line.BAD) as server:
+        with pytest.raises(UserError, match=r"openai:tiny: 400: BAD"):
+            ask(server, numbers=range(12))
+        assert (len(server.batches), states(tmp_path / "out" / JOURNAL)) == (1, {"unusable": 12})
+        server.lines = lambda call: Line.BROKEN
+        assert "broke off" in repr(ask(server, numbers=[20, 21]).failed)
+        assert len(server.batches) == 1 + 3
+    kept = rows_of(tmp_path / "out" / JOURNAL, "reply", "reason LIKE '%broke off%'")
+    assert len(kept) == 6
+    assert all(reply.startswith('{"custom_id"') for (reply,) in kept)
+
+
 @pytest.mark.parametrize("batch", [True, False])
 def test_a_request_that_cannot_be_built_stops_no_other(tmp_path, batch):
     """Its image is broken, say."""

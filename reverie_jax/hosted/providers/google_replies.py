@@ -79,7 +79,7 @@ def parse_response(body: Any, model_spec: str, key: str, limit: int | None) -> R
         raise RefusedError(f"blocked ({reason})", reply) if reason else UnusableError("an empty reply", reply)
     finish = str(candidate.get("finishReason") or "STOP")
     if finish == "MAX_TOKENS":
-        raise RefusedError(cut_off(limit), reply)
+        raise cut_off(limit, reply)
     if finish not in ("STOP", "FINISH_REASON_UNSPECIFIED"):
         raise UnusableError(f"blocked ({_reason(candidate, 'finishReason', 'finishMessage', key)})", reply)
     if not reply.text.strip():
