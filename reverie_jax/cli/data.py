@@ -85,19 +85,21 @@ class Build:
                 def on_written(count: int) -> None:
                     nonlocal written
                     written += count
-                    bars.update("images written", written, len(records))
+                    bars.update("records written", written, len(records))
 
                 jobs = self.jobs or common.cpu_count()
                 folder = write_records(self.out, {"train": records}, work=work, jobs=jobs, on_progress=on_written)
-                conversations = records.conversation_count
-        print(f"{len(RecordSource(folder))} images, {conversations} conversations: {folder}")
+                texts = len(RecordSource(folder)) - records.image_count
+                without = f"{texts} texts without an image, " if texts else ""
+                counts = f"{records.image_count} images, {without}{records.conversation_count} conversations"
+        print(f"{counts}: {folder}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Check:
     """Validate an annotation file before training: read every row, open every image, list what is wrong.
 
-    Exits with 1 if rows are unusable and --fix is not given.
+    Exits with 1 if rows are unusable and --fix is not given, and with 2 if --fix would leave no row.
     """
 
     annotations: Annotated[Positional[Path], common.FILE]

@@ -26,6 +26,8 @@ _MAX_LINE_BYTES = 1 << 24
 """Length of a first line beyond which a file that begins with an object is not JSON lines."""
 Form = Literal["parquet", "lines", "list", "object", ""]
 _HALF = re.compile(rb"\\u[dD](?:[89abAB]..(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB]..\\u[dD])[c-fC-F])")
+_NOT_A_NUMBER = re.compile(r"-?(?:NaN|Inf(?:inity)?)\b", re.I)
+_LAST_KEY = re.compile(r'"((?:[^"\\]|\\.)*)"\s*:[^"]*$')
 _MAX_DEPTH = 10_000
 """Brackets that may be open within one row; ijson's memory grows with the square of the depth."""
 
@@ -100,7 +102,7 @@ class Rows:
         except UnicodeDecodeError:
             raise DataError(f"{self.path}: row {count}: not text in UTF-8; save the file in this encoding") from None
         except ijson.JSONError as error:
-            raise DataError(f"{self.path}: row {count}: not valid JSON ({_first_line(error)})") from None
+            raise DataError(f"{self.path}: row {count}: not valid JSON ({_explain(error)})") from None
         except ValueError as error:
             raise DataError(f"{self.path}: row {count}: not valid JSON ({_one_line(error)})") from None
         if count < self.min_rows:
@@ -163,7 +165,7 @@ class Rows:
                     if not file.read(1).strip(_SPACE) and not _has_more(file):
                         raise DataError(f"{self.path}: is empty")
                     file.seek(0)
-                    json.loads(file.read(_BUFFER).decode(), parse_constant=_refuse)  # raises what is wrong with it
+                    _parse_json(file.read(_BUFFER).decode())  # raises what is wrong with it
                     raise self._not_a_list()
 
     def _rows_by_id(self, file: IO[bytes]) -> Iterator[tuple[str, Any]]:
@@ -251,20 +253,63 @@ def read_items(path: Path, key: str) -> Iterator[Any]:
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
     except (ijson.JSONError, ValueError) as error:
-        raise DataError(f"{path}: not valid JSON ({_first_line(error)})") from None
+        raise DataError(f"{path}: not valid JSON ({_explain(error)})") from None
 
 
-def _first_line(error: Exception) -> str:
-    """Return ijson's reason; an excerpt of the file follows it in lines of its own."""
-    return str(error).removeprefix("b'").replace("\\n", "\n").split("\n", 1)[0].rstrip(".")
+def _explain(error: Exception) -> str:
+    """Return ijson's reason, in plain words for NaN and Infinity.
+
+    An excerpt of the file follows the reason, and a line with an arrow to the second character of what is wrong.
+    """
+    reason, *more = str(error).removeprefix("b'").replace("\\n", "\n").split("\n")
+    if len(more) > 1:
+        place = more[1].find("^") - 1
+        if place >= 0 and (word := _NOT_A_NUMBER.match(more[0], place)):
+            key = _LAST_KEY.search(more[0], 0, place)
+            return _describe_constant(word[0], key[1] if key else None)
+    return reason.rstrip(".")
+
+
+def _describe_constant(word: str, key: str | None) -> str:
+    where = f"field {key[:80]!r} is " if key else ""
+    return f"{where}{word}, which is not a number in JSON; write null or leave the field out"
 
 
 def _one_line(error: object) -> str:
     return " ".join(str(error).split())[:200]
 
 
+def _parse_json(text: str) -> Any:
+    """Parse JSON.
+
+    Raises:
+        ValueError: It is not valid, or a field is NaN or infinite, which Python's parser accepts.
+    """
+    try:
+        return json.loads(text, parse_constant=_refuse)
+    except _NotANumber as error:
+        json.loads(
+            text, parse_constant=_NotANumber, object_pairs_hook=_refuse_field
+        )  # raises with the name of the field
+        raise ValueError(_describe_constant(str(error), None)) from None
+
+
+class _NotANumber(Exception):
+    """A constant that JSON does not have."""
+
+
 def _refuse(constant: str) -> Any:
-    raise ValueError(f"{constant} is not JSON")
+    raise _NotANumber(constant)
+
+
+def _refuse_field(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    for key, value in pairs:
+        found = next(
+            (one for one in (value if isinstance(value, list) else [value]) if isinstance(one, _NotANumber)), None
+        )
+        if found is not None:
+            raise ValueError(_describe_constant(str(found), key))
+    return dict(pairs)
 
 
 def _detect_form(file: IO[bytes]) -> Form:
@@ -302,7 +347,7 @@ def _json_lines(file: IO[bytes]) -> Iterator[Any]:
     for number, line in enumerate(file, 1):
         if line.strip(_SPACE):
             try:
-                yield json.loads(line.decode("utf-8-sig"), parse_constant=_refuse)
+                yield _parse_json(line.decode("utf-8-sig"))
             except json.JSONDecodeError as error:
                 raise ValueError(f"line {number}: {error.msg} at character {error.colno}") from None
             except ValueError as error:

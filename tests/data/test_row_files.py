@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from reverie_jax.data import row_files
 from reverie_jax.data.row_files import Rows, as_integer, read_items, read_rows, write_rows
-from reverie_jax.data.sources import ReadLog, llava
+from reverie_jax.data.sources import ReadLog, reverie
 from reverie_jax.errors import DataError
 from tests.data.fakes import Given, assert_one_line, llava_row, png, write_json_rows, write_parquet
 
@@ -167,6 +167,19 @@ def test_a_broken_row_is_named_by_its_number(tmp_path, name, start, end):
         read_rows(tmp_path / name)
 
 
+@pytest.mark.parametrize("constant", ["NaN", "-Infinity", "Infinity"])
+@pytest.mark.parametrize("value", ["%s", "[1, %s]", '{"b": %s, "c": 1}'])
+@pytest.mark.parametrize("form", ["[%s, %s]", '{"x": %s, "y": %s}', "%s\n%s"])
+def test_what_is_no_number_is_named_with_its_row_and_field(tmp_path, form, value, constant):
+    """Python and pandas write it, and it is not JSON."""
+    field = "b" if "b" in value else "field name"
+    bad = '{"q": "NaN", "field name": %s}' % (value % constant)
+    (tmp_path / "a.json").write_text(form % ('{"field name": "fine: NaN"}', bad))
+    with pytest.raises(DataError, match=f"row 1: .*{field!r} is {constant}, which is not a number") as error:
+        read_rows(tmp_path / "a.json")
+    assert_one_line(error, tmp_path / "a.json")
+
+
 @pytest.mark.parametrize("form", ['[{"a": %s}]', '{"1": {"a": %s}}'])
 def test_deep_nesting_does_not_fill_the_memory(tmp_path, form):
     path = tmp_path / "a.json"
@@ -200,7 +213,7 @@ def test_a_deeply_nested_turn_is_an_invalid_row():
     nested, log = [], ReadLog()
     for _ in range(200_000):
         nested = [nested]
-    examples = list(llava.read_examples(Given([llava_row("a.png"), {"conversations": [nested, 3]}]), log))
+    examples = list(reverie.read_examples(Given([llava_row("a.png"), {"conversations": [nested, 3]}]), log))
     assert (len(examples), [where for where, _ in log.problems]) == (1, ["f: row 1"])
 
 

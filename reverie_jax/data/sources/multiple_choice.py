@@ -17,6 +17,7 @@ from reverie_jax.data.sources.common import (
     Example,
     InvalidRow,
     ReadLog,
+    answer_text,
     content_digest,
     image_conversation,
     image_question,
@@ -144,12 +145,13 @@ def _options(row: dict[str, Any], answer: Any) -> tuple[tuple[str, ...], int]:
     options = row.get("choices")
     if not isinstance(options, list) or not 2 <= len(options) <= len(LETTERS):
         raise InvalidRow(f"'choices' must be a list of 2 to {len(LETTERS)} options")
-    if not all(isinstance(option, str) and option.strip() for option in options):
-        raise InvalidRow("an option of 'choices' is empty or not a text")
+    texts = [(answer_text(option) or "").strip() for option in options]
+    if not all(texts):
+        raise InvalidRow("an option of 'choices' is empty, or neither a text nor a number")
     index = as_integer(answer)
     if index is None or not 0 <= index < len(options):
         raise InvalidRow(f"the answer {answer!r} must be the index of one of {len(options)} options")
-    return tuple(option.strip() for option in options), index
+    return tuple(texts), index
 
 
 def _text(row: dict[str, Any], key: str, default: str | None = None) -> str:
