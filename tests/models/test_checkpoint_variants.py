@@ -55,7 +55,7 @@ def hf(form, **options):
 def original(form, clip, *, tower=False, **options):
     def make(at, part):
         # The model's own tower counts: the folder beside it has other weights, and is needed for its config.
-        folder = makers.clip_folder(at / "y", parts(part.kind, seed=99) if tower else part, clip)
+        folder = makers.clip_folder(at / "clip", parts(part.kind, seed=99) if tower else part, clip)
         return makers.original_folder(at / "x", part, form, tower=tower, **options), [folder]
 
     return make
@@ -63,7 +63,7 @@ def original(form, clip, *, tower=False, **options):
 
 def local_tower(clip, **options):
     def make(at, part):
-        tower = str(makers.clip_folder(at / "y", part, clip))
+        tower = str(makers.clip_folder(at / "clip", part, clip))
         return makers.original_folder(at / "x", part, tower=False, mm_vision_tower=tower, **options), []
 
     return make
@@ -72,7 +72,7 @@ def local_tower(clip, **options):
 def stage_one(llm, clip, *, file=False, **options):
     def make(at, part):
         path = makers.projector_folder(at / "x", part, **options)
-        components = [makers.llm_folder(at / "z", part, llm), makers.clip_folder(at / "y", part, clip)]
+        components = [makers.llm_folder(at / "z", part, llm), makers.clip_folder(at / "clip", part, clip)]
         return path / "mm_projector.bin" if file else path, components[::-1] if file else components
 
     return make
@@ -136,7 +136,7 @@ def test_variant(kind, name, tmp_path):
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
-    return makers.clip_folder(tmp_path_factory.mktemp("clip"), parts("phi3"))
+    return makers.clip_folder(tmp_path_factory.mktemp("x") / "clip", parts("phi3"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)

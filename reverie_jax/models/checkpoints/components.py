@@ -22,6 +22,7 @@ from reverie_jax.models.checkpoints.configs import (
     vision_config,
 )
 from reverie_jax.models.checkpoints.families import (
+    UNNAMED_TOWER,
     check_original,
     detect_format,
     original_language_model,
@@ -184,6 +185,7 @@ def resolve_checkpoint(source: ComponentLike, components: Sequence[ComponentLike
     _reject_unused([other for other in others if other not in (base, tower)], main)
     base = base or recorded_base(main)
     if base.format == "llava-hf":
+        _reject_unused([] if tower is None else [tower], base)
         tensors = _without_projector(_canonical_tensors(base)) | _canonical_tensors(main)
         config = llava_hf_config(base.path, base.config)
         return ResolvedCheckpoint(main.path, dataclasses.replace(config, projector=_projector_kind(tensors)), tensors)
@@ -340,28 +342,27 @@ def _resolve_original(
 
 
 def _check_tower(path: Path, config: dict[str, Any], tower: Component, sizes: VisionConfig, *, included: bool) -> None:
-    """Check that a tower is the one that config.json names, as far as names and sizes tell; a tuned one is another.
+    """Check that a tower is the one that config.json names: by its name, since weights say nothing of their origin.
 
     Raises:
-        CheckpointError: It is another one.
+        CheckpointError: It is another one, or nothing says that it is not.
     """
-    recorded = tower_name(config)
-    if included or not recorded:
+    if (recorded := tower_name(config)) in ("", UNNAMED_TOWER):
         return
-    if config.get("unfreeze_mm_vision_tower") or "vision_tower" in str(config.get("mm_tunable_parts") or ""):
+    tuned = config.get("unfreeze_mm_vision_tower") or "vision_tower" in str(config.get("mm_tunable_parts") or "")
+    if tuned and not included:
         raise CheckpointError(f"{path}: its vision tower was tuned with it, but is not among its weights")
     names = {repository_name(name).lower() for name in (tower.path, tower.path.absolute(), tower.path.resolve())}
     if tower.config.get("architectures") == ["CLIPModel"]:  # as released
         names.add(repository_name(str(tower.config.get("_name_or_path") or "")).lower())
     wanted = repository_name(recorded)
-    if wanted.lower() in names:
+    # Where its weights are in the checkpoint, the component only describes it.
+    if wanted.lower() in names or (included and known_tower(recorded) in (None, sizes)):
         return
-    if any(known_tower(name) for name in names) or known_tower(recorded) not in (None, sizes):
-        raise CheckpointError(
-            f"{path}: its vision tower is {recorded}, which {tower.path} is not; add that one as a component (if this is a"
-            f" copy of it, add a link to it named {wanted})"
-        )
-    _log.warning("%s: its vision tower is %s: make sure that %s is a copy of it", path, recorded, tower.path)
+    raise CheckpointError(
+        f"{path}: its vision tower is {recorded}, and nothing says that {tower.path} is it; add that one as a component (if"
+        f" this is a copy of it, set mm_vision_tower in {path} to its path, or add a link to it named {wanted})"
+    )
 
 
 def _tower_sizes(tower: Component) -> VisionConfig:

@@ -9,7 +9,14 @@ from typing import Any, get_args
 import numpy as np
 
 from reverie_jax.errors import CheckpointError
-from reverie_jax.models.checkpoints.families import LANGUAGE_MODELS, Json, check_decoder, repository_name, tower_name
+from reverie_jax.models.checkpoints.families import (
+    LANGUAGE_MODELS,
+    UNNAMED_TOWER,
+    Json,
+    check_decoder,
+    repository_name,
+    tower_name,
+)
 from reverie_jax.models.checkpoints.files import read_json
 from reverie_jax.models.config import (
     CLIP_TOWERS,
@@ -384,7 +391,7 @@ def original_json(config: VLMConfig, dtype: str, special_ids: Json) -> Json:
     The arguments are those of `llava_hf_json`.
     """
     phi = config.text.fused
-    tower = config.vision_tower or "vision_tower"
+    tower = config.vision_tower or UNNAMED_TOWER
     return {
         "architectures": ["LlavaPhiForCausalLM" if phi else "LlavaLlamaForCausalLM"],
         "model_type": "llava_phi" if phi else "llava_llama",

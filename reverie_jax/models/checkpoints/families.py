@@ -16,6 +16,9 @@ Json = dict[str, Any]
 _OTHER_TOWERS = re.compile("siglip|dino|eva[-_0-9]|intern_?vit|convnext|mobileclip|languagebind|imagebind")
 """Parts of the names of vision towers that are not CLIP's."""
 
+UNNAMED_TOWER = "vision_tower"
+"""What this project writes for a tower whose name it does not know: checksums then say which one it is."""
+
 LANGUAGE_MODELS = ("llama", "phi3")
 
 _OTHERS = re.compile(
