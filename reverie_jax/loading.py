@@ -24,7 +24,14 @@ from reverie_jax.data.tokenization import load_tokenizer
 from reverie_jax.errors import CheckpointError, UserError
 from reverie_jax.models import VisionLanguageModel, VLMConfig
 from reverie_jax.models.checkpoints import attach_adapter, read_config, read_model
-from reverie_jax.models.checkpoints.components import Component, ComponentLike, as_list, detect_component, recorded_base
+from reverie_jax.models.checkpoints.components import (
+    Component,
+    ComponentLike,
+    as_list,
+    detect_component,
+    recorded_base,
+    with_settings,
+)
 from reverie_jax.models.checkpoints.files import read_json
 from reverie_jax.models.config import ProjectorKind
 from reverie_jax.train.checkpoint import load_run
@@ -109,7 +116,7 @@ def set_processor(
     adapter: str | Path | None,
     template: str | None,
 ) -> Processor:
-    """Return a model's processor, and set the template and image aspect ratio of its configuration to the processor's.
+    """Return a model's processor, and set its configuration's template, tokenization and image aspect ratio as there.
 
     The arguments are those of `read_base` and `load_model`.
 
@@ -117,8 +124,12 @@ def set_processor(
         CheckpointError: Tokenizer or template cannot be used.
     """
     processor = _make_processor(model.config, main, others, adapter, template)
-    prompt, aspect = processor.encoder.template.name, processor.image_aspect_ratio
-    model.config = dataclasses.replace(model.config, template=prompt, image_aspect_ratio=aspect)
+    model.config = dataclasses.replace(
+        model.config,
+        template=processor.encoder.template.name,
+        tokenization=processor.encoder.tokenization,
+        image_aspect_ratio=processor.image_aspect_ratio,
+    )
     return processor
 
 
@@ -129,18 +140,26 @@ def _make_processor(
     adapter: str | Path | None,
     template: str | None,
 ) -> Processor:
-    """Return a checkpoint's processor, with the template and image aspect ratio of the run that the adapter is, if any.
+    """Return a checkpoint's processor, which prepares inputs as its adapter was tuned with.
 
-    Not with those of a run that trained a projector: its template serves only that.
+    A run of `reverie train` says so in its recipe, unless it trained a projector: its template serves only that. A LLaVA
+    LoRA folder says so in its config.json.
     """
-    recipe = None if adapter is None or not is_run(adapter) else run_recipe(adapter)
-    if recipe is None or recipe.trainable == "projector":
-        chosen, aspect = template, None
-    else:
-        chosen, aspect = template or recipe.template, recipe.image_aspect_ratio
+    aspect, prompted, others_of_it = None, main, list(others)
+    if adapter is not None and is_run(adapter):
+        recipe = run_recipe(adapter)
+        if recipe.trainable != "projector":
+            template, aspect = template or recipe.template, recipe.image_aspect_ratio
+    elif adapter is not None and (tuned := detect_component(adapter)).format == "llava-lora" and tuned.config:
+        layer, config = config.feature_layer, with_settings(config, tuned)
+        if config.feature_layer != layer:
+            raise CheckpointError(
+                f"{tuned.config_path}: mm_vision_select_layer {config.feature_layer} differs from {main.path}'s, {layer}"
+            )
+        prompted, others_of_it = tuned, [main, *others]
     tokenizer = read_tokenizer(config, main, others)
-    processor = Processor.from_config(config, tokenizer, choose_template(config, tokenizer, main, others, chosen))
-    return processor.override(image_aspect_ratio=aspect)
+    chosen = choose_template(config, tokenizer, prompted, others_of_it, template)
+    return Processor.from_config(config, tokenizer, chosen).override(image_aspect_ratio=aspect)
 
 
 def run_recipe(run: str | Path) -> Recipe:

@@ -187,9 +187,28 @@ def resolve_checkpoint(source: ComponentLike, components: Sequence[ComponentLike
     if base.format == "llava-hf":
         _reject_unused([] if tower is None else [tower], base)
         tensors = _without_projector(_canonical_tensors(base)) | _canonical_tensors(main)
-        config = llava_hf_config(base.path, base.config)
-        return ResolvedCheckpoint(main.path, dataclasses.replace(config, projector=_projector_kind(tensors)), tensors)
+        config = dataclasses.replace(llava_hf_config(base.path, base.config), projector=_projector_kind(tensors))
+        return ResolvedCheckpoint(main.path, with_settings(config, main), tensors)
     return _resolve_original(main, base, tower, main)
+
+
+def with_settings(config: VLMConfig, tuned: Component) -> VLMConfig:
+    """Return a llava-hf model's configuration with what the original LLaVA that was tuned on it says of its inputs.
+
+    Args:
+        config: Of the model.
+        tuned: A LoRA folder or projector; its config.json, if it has one, says how it was tuned. A projector says nothing
+            of prompts: its first stage has none.
+
+    Raises:
+        CheckpointError: A setting is not supported.
+    """
+    if not tuned.config:
+        return config
+    own = original_config(tuned.config_path, tuned.config, config.text, config.vision, config.projector)
+    names = ["feature_layer", "image_aspect_ratio"]
+    names += ["template", "tokenization"] if tuned.format == "llava-lora" else []
+    return dataclasses.replace(config, **{name: getattr(own, name) for name in names})
 
 
 def recorded_base(lora: Component) -> Component:
