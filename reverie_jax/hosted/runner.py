@@ -156,9 +156,9 @@ class FirstFailures:
         if len(words) > 1 or (words.total() >= self._limits.max_alike and self._journal.has_usable(identity)):
             self._fine.add(kind)
         elif words.total() >= self._limits.max_alike:
+            source, reason = f"{identity.provider}:{identity.model}", str(error).rstrip(".")
             raise AccessError(
-                f"{identity.provider}:{identity.model}: {error}; so ended all of the first {words.total()} requests, and no"
-                " other one is sent"
+                f"{source}: {reason}; all of the first {words.total()} requests ended so, no more are sent"
             )
 
 

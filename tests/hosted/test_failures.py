@@ -442,6 +442,7 @@ def test_hopeless_requests_are_sent_once(seed):
     rng = random.Random(seed)
     ends = {"usable": None, "item": RefusedError("flagged"), "run": AccessError("no credit")}
     again = {"minute": RetryableError("503"), "unusable": UnusableError("empty", Reply(""))}
+    again["half"] = RetryableError("broke off", charged=True)
     plan = {n: [rng.choice([*ends, *again, *again]) for _ in range(12)] for n in range(4)}
 
     def fault(call: Any) -> Any:
@@ -458,7 +459,7 @@ def test_hopeless_requests_are_sent_once(seed):
     for number, count in sent.items():
         done = plan[number][:count]
         assert not set(done[:-1]) & set(ends)
-        assert done.count("unusable") <= 3
+        assert done.count("unusable") + done.count("half") <= 3
         assert done.count("minute") <= 4
     if outcome is not None and not outcome.stopped:
         assert outcome.usable == sum(plan[number][count - 1] == "usable" for number, count in sent.items())
