@@ -10,6 +10,7 @@ import math
 import mmap
 import os
 import re
+import tempfile
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -37,7 +38,7 @@ class Rows:
 
     A file is a JSON list; a JSON object of rows by id (each row gets its id as `pid`); JSON lines, if its name ends in
     `.jsonl` (but for a list) or its first line is a row by itself, as in POPE's `.json` files; or Parquet, if its name ends
-    in `.parquet`. A byte order mark at the beginning, as Windows writes it, is skipped.
+    in `.parquet`. A byte order mark at the beginning, as Windows writes it, is skipped; UTF-16 needs one.
 
     Args:
         path: The file.
@@ -158,7 +159,7 @@ class Rows:
                 case "lines":
                     yield from ((None, row) for row in _json_lines(file))
                 case "list":
-                    yield from ((None, row) for row in _stream(self.path, file, "items", "item", _MAX_ROW_BYTES))
+                    yield from ((None, row) for row in _stream(file, "items", "item", _MAX_ROW_BYTES))
                 case "object":
                     yield from self._rows_by_id(file)
                 case _:
@@ -170,7 +171,7 @@ class Rows:
 
     def _rows_by_id(self, file: IO[bytes]) -> Iterator[tuple[str, Any]]:
         seen: set[str] = set()
-        for key, row in _stream(self.path, file, "kvitems", "", _MAX_ROW_BYTES):
+        for key, row in _stream(file, "kvitems", "", _MAX_ROW_BYTES):
             if not seen and not isinstance(row, dict):
                 raise DataError(
                     f"{self.path}: one object, but its {key!r} is not a row; put the rows in a list, even a single one"
@@ -195,15 +196,30 @@ class Rows:
 
 
 def open_json(path: Path) -> IO[bytes]:
-    """Open a file of JSON behind its byte order mark, if it has one.
+    """Open a file of JSON behind its byte order mark, if it has one; UTF-16 with a mark is read as UTF-8.
 
     Raises:
         OSError: The file cannot be read.
+        UnicodeDecodeError: It has the mark of UTF-16 and is not in it.
     """
     file = path.open("rb")
-    if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
-        file.seek(0)
-    return file
+    start = file.read(len(codecs.BOM_UTF8))
+    if start == codecs.BOM_UTF8:
+        return file
+    file.seek(0)
+    if not start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return file
+    decoder, copy = codecs.getincrementaldecoder("utf-16")(), tempfile.TemporaryFile()  # noqa: SIM115, it is returned
+    try:
+        with file:
+            while chunk := file.read(1 << 20):
+                copy.write(decoder.decode(chunk).encode())
+        copy.write(decoder.decode(b"", final=True).encode())
+        copy.seek(0)
+    except BaseException:
+        copy.close()
+        raise
+    return copy
 
 
 class _BoundedReader:
@@ -223,22 +239,21 @@ class _BoundedReader:
         return data
 
 
-def _stream(path: Path, file: IO[bytes], what: str, prefix: str, max_bytes: float) -> Iterator[Any]:
+def _stream(file: IO[bytes], what: str, prefix: str, max_bytes: float) -> Iterator[Any]:
     """Yield the `items` or `kvitems` that ijson finds below a prefix, each of at most `max_bytes`."""
-    backend = ijson.get_backend("python") if _has_halves(path) else ijson
+    backend = ijson.get_backend("python") if _has_halves(file) else ijson
     reader = _BoundedReader(file, max_bytes)
     for value in getattr(backend, what)(reader, prefix, use_float=True, buf_size=_BUFFER):
         yield value
         reader.size = reader.depth = 0
 
 
-def _has_halves(path: Path) -> bool:
+def _has_halves(file: IO[bytes]) -> bool:
     """Return whether a file of JSON escapes lone surrogates, of which ijson's parser in C makes other characters."""
-    with path.open("rb") as file:
-        if not os.fstat(file.fileno()).st_size:
-            return False
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            return _HALF.search(content) is not None
+    if not os.fstat(file.fileno()).st_size:
+        return False
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return _HALF.search(content) is not None
 
 
 def read_items(path: Path, key: str) -> Iterator[Any]:
@@ -249,7 +264,7 @@ def read_items(path: Path, key: str) -> Iterator[Any]:
     """
     try:
         with open_json(path) as file:
-            yield from _stream(path, file, "items", f"{key}.item", math.inf)
+            yield from _stream(file, "items", f"{key}.item", math.inf)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
     except (ijson.JSONError, ValueError) as error:

@@ -33,15 +33,15 @@ objects = st.dictionaries(letters, values, max_size=3)
     rows=st.lists(objects, min_size=1, max_size=4),
     ascii=st.booleans(),
     indent=st.sampled_from([None, 2]),
-    mark=st.sampled_from(["", "\ufeff"]),
+    encoding=st.sampled_from(["utf-8", "utf-8-sig", "utf-16"]),
 )
-def test_rows_are_the_same_in_each_pass(tmp_path_factory, name, rows, ascii, indent, mark):
+def test_rows_are_the_same_in_each_pass(tmp_path_factory, name, rows, ascii, indent, encoding):
     path = tmp_path_factory.mktemp("rows") / name
     if name == "a.json":
         text = json.dumps(rows, ensure_ascii=ascii, indent=indent)
     else:
         text = "\n\n".join(json.dumps(row, ensure_ascii=ascii) for row in rows) + "\n"
-    path.write_bytes((mark + text).encode("utf-8"))
+    path.write_bytes(text.encode(encoding))
     result = Rows(path)
     assert list(result) == rows
     assert [row for pair in zip(result, result, strict=True) for row in pair] == [row for row in rows for _ in range(2)]
@@ -51,12 +51,17 @@ halves = st.text(st.sampled_from(["\ud83d", "\udbff", "\ude00", "\U0001f600", "a
 
 
 @settings(max_examples=60)
-@given(texts=st.lists(halves, min_size=1, max_size=3), form=st.sampled_from(["list", "object", "lines"]))
-def test_halves_of_characters_stay_as_they_are(tmp_path_factory, texts, form):
+@given(
+    texts=st.lists(halves, min_size=1, max_size=3),
+    form=st.sampled_from(["list", "object", "lines"]),
+    encoding=st.sampled_from(["utf-8", "utf-16"]),
+)
+def test_halves_of_characters_stay_as_they_are(tmp_path_factory, texts, form, encoding):
     """As Python's json reads them; a parser in C makes other characters of them."""
     path = tmp_path_factory.mktemp("halves") / ("a.jsonl" if form == "lines" else "a.json")
     rows = [{"a": json.loads(json.dumps(text))} for text in texts]
     write_json_rows(path, dict(zip("xyz", rows, strict=False)) if form == "object" else rows)
+    path.write_bytes(path.read_text("utf-8").encode(encoding))
     assert [row for _, row in Rows(path).items()] == rows
 
 
@@ -125,8 +130,9 @@ BROKEN = {
     "deep lines": ("a.jsonl", "[" * 100_000 + "]" * 100_000),
     "not UTF-8": ("a.json", b'[{"a": "\xff"}]'),
     "lines not UTF-8": ("a.jsonl", b'{"a": "\xff"}\n'),
-    "UTF-16": ("a.json", f"[{GOOD}]".encode("utf-16")),
-    "lines in UTF-16": ("a.jsonl", GOOD.encode("utf-16")),
+    "UTF-16 without a mark": ("a.json", f"[{GOOD}]".encode("utf-16-le")),
+    "half of UTF-16": ("a.json", f"[{GOOD}]".encode("utf-16")[:-1]),
+    "half of UTF-16 in lines": ("a.jsonl", GOOD.encode("utf-16")[:-1]),
     "an image": ("a.json", png()),
     "a folder": ("a.json", "folder"),
     "not Parquet": ("a.parquet", png()),
