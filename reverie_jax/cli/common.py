@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from tyro.conf import Positional, UseAppendAction, arg
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from reverie_jax.data.processor import Processor
     from reverie_jax.models import VisionLanguageModel
+
+_T = TypeVar("_T")
 
 DTYPES = ("float32", "bfloat16")
 ONE_DEVICE = "data=1,fsdp=1,tensor=1"
@@ -40,6 +42,9 @@ def _default_hint(default: str) -> str:
 
 FILE, FOLDER, N, NUMBER = map(option, ("FILE", "FOLDER", "N", "NUMBER"))
 FLAG = arg(help_behavior_hint="")
+
+Several = UseAppendAction[tuple[tuple[_T, ...], ...]]
+"""Type of an option with several values, which may be repeated (`--x a b --x c`); `joined` returns them. None are needed."""
 
 # Options of several commands: one name, one type, one help text.
 Model = Annotated[
@@ -83,7 +88,7 @@ Recipe = Annotated[
     ),
 ]
 RecipeFields = Annotated[
-    UseAppendAction[tuple[tuple[str, ...], ...]],
+    Several[str],
     arg(
         metavar="FIELD=VALUE ...",
         help="Recipe fields to change, as `steps=200 learning_rate=1e-4 sequence.length=512`; they win over the recipe.",
@@ -114,7 +119,7 @@ DryRun = Annotated[
 ]
 
 
-def joined(groups: Iterable[Sequence[str]]) -> list[str]:
+def joined(groups: Iterable[Sequence[_T]]) -> list[_T]:
     """Return the values of an option that may be repeated, each time with several values."""
     return [value for group in groups for value in group]
 

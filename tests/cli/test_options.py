@@ -9,10 +9,12 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple, get_args, get_type_hints
 
 import pytest
+import tyro
 
 from reverie_jax import cli
 from reverie_jax.train.recipes import Recipe
@@ -87,6 +89,13 @@ def fields(cls: type) -> Iterator[tuple[str, Any, Any]]:
             yield field.name, hints[field.name], field.default
 
 
+def arguments(cls: type) -> list[Any]:
+    """Return the arguments of a command's parser."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return tyro.extras.get_parser(cls)._actions
+
+
 COMMANDS = dict(commands())
 
 
@@ -142,6 +151,23 @@ def test_help_of_train_lists_the_fields_of_a_recipe(help_texts):
     assert rows["quantization"] == ("none", "int8 | nf4 | none")
     assert rows["supervision.answers"] == ("once", "once | as-published")
     assert rows["prefix_sharing"] == ("true", "bool")
+
+
+def test_no_value_of_a_repeated_option_is_dropped():
+    """argparse takes the last of repeated options, without a word."""
+    repeated = 0
+    for command, cls in COMMANDS.items():
+        known = arguments(cls)
+        needed = [word for one in known if one.required for word in (*one.option_strings[:1], "1")]
+        for option in known:
+            if not option.option_strings or not (option.nargs in ("*", "+") or "Append" in type(option).__name__):
+                continue
+            flag, name = option.option_strings[0], option.dest.rpartition(".")[2].replace("-", "_")
+            words = [*needed, flag, "7", flag, "8"]
+            values = getattr(tyro.cli(cls, args=words), name)
+            assert re.findall(r"\b[78]\b", str(values)) == ["7", "8"], (command, flag)
+            repeated += 1
+    assert repeated > 10
 
 
 def test_an_option_means_the_same_in_every_command(options):

@@ -313,7 +313,7 @@ def _table_rows(path: Path) -> Iterator[Located]:
 
 
 def _read_text_mapping(path: Path) -> list[tuple[object, Row]] | None:
-    """Return (id, row) of a file that is one object: texts by id (MM-Vet's form) or a log of lmms-eval's; None for others."""
+    """Return (id, row) of a file that is one object: texts by id (MM-Vet) or a log of lmms-eval's; None for others."""
     try:
         if path.suffix.lower() == ".jsonl" or not _begins_with_brace(path):
             return None
