@@ -15,10 +15,26 @@ from PIL import Image, UnidentifiedImageError
 from reverie_jax.data.images import BrokenImage, decode
 from reverie_jax.data.row_files import read_rows
 from reverie_jax.errors import UserError
+from reverie_jax.files import files_below
 from reverie_jax.hosted.interface import RequestImage, UnusableError
 
 _ACCEPTED = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+SUFFIXES = {
+    ".jpg",
+    ".jpeg",
+    ".jpe",
+    ".jfif",
+    ".png",
+    ".webp",
+    ".gif",
+    ".bmp",
+    ".tif",
+    ".tiff",
+    ".avif",
+    ".heic",
+    ".heif",
+}
+"""Of files that are images; one that cannot be decoded here is reported, not passed over."""
 
 
 def encode_image(image: RequestImage, max_size: int | None = None) -> tuple[str, bytes]:
@@ -96,21 +112,23 @@ def read_image(folder: Path, name: str) -> RequestImage:
 def resolve_image(folder: Path, name: str) -> Path:
     """Return the path of an image; names in the original scripts' output may begin with the folder.
 
+    A name may lead through links that are in the folder, as those in training data may.
+
     Raises:
         UserError: The name is not a file name, or is outside the folder.
     """
-    root = folder.resolve()
+    roots = [os.path.abspath(folder), os.path.realpath(folder)]
     try:
-        for path in ((root / name).resolve(), Path(name).resolve()):
-            if path.is_relative_to(root) and path.exists():
-                return path
-        path = (root / name).resolve()
-        os.fsencode(path)
+        paths = [Path(os.path.abspath(place)) for place in (folder / name, name)]
+        inside = [path for path in paths if any(path.is_relative_to(root) for root in roots)]
+        if b"\0" in os.fsencode(name):
+            raise ValueError("a null byte")
+        found = next((path for path in inside if path.exists()), None)
     except (ValueError, OSError) as error:
         raise UserError(f"{name!r} is not a file name ({type(error).__name__})") from None
-    if not path.is_relative_to(root):
+    if not inside:
         raise UserError(f"{name}: is outside the image folder {folder}")
-    return path
+    return found or inside[0]
 
 
 def localize_name(folder: Path, name: str) -> str:
@@ -141,7 +159,7 @@ def list_images(folder: Path, list_file: Path | None = None) -> list[str]:
         if not all(isinstance(name, str) and name for name in names):
             raise UserError(f"{list_file}: must be a JSON list of image names")
     else:
-        paths = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+        paths = (path for path in files_below(folder) if path.suffix.lower() in SUFFIXES and path.is_file())
         names = sorted(path.relative_to(folder).as_posix() for path in paths)
     if not names:
         raise UserError(f"{list_file or folder}: no images")

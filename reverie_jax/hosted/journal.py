@@ -147,8 +147,10 @@ class Journal(JournalReader):
             raise UserError(f"{path}: cannot be written ({error.strerror})") from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
             self._lock.close()
+            if not isinstance(error, BlockingIOError):  # some network file systems have no locks
+                raise UserError(f"{path}: cannot be locked ({error.strerror}); name a folder on another disk") from None
             raise UserError(f"{path}: another run is using this folder; wait for it or stop it") from None
         try:
             self._db = sqlite3.connect(path, isolation_level=None)

@@ -62,7 +62,7 @@ def test_invalid_options_are_named(annotate, tmp_path, monkeypatch, step, writer
     assert (tmp_path / "broken" / JOURNAL).read_text() == "years of work"
 
 
-LISTS = ["", "{}", "[3]", '[""]', "[", "[]", '["a.png", null]', '["../secret.png"]', '["link.png"]']
+LISTS = ["", "{}", "[3]", '[""]', "[", "[]", '["a.png", null]', '["../secret.png"]']
 LISTS += ['["sub/../../secret.png"]', '["a\\u0000b.png"]', '["\\ud800.png"]', f'["{"n" * 400}.png"]']
 
 
@@ -70,7 +70,6 @@ LISTS += ['["sub/../../secret.png"]', '["a\\u0000b.png"]', '["\\ud800.png"]', f'
 def test_invalid_lists_of_images_are_named(annotate, tmp_path, text):
     """Also names outside the folder, and names that no file can have; nothing is sent about them."""
     (tmp_path / "secret.png").write_bytes(png())
-    (tmp_path / "images" / "link.png").symlink_to(tmp_path / "secret.png")
     (tmp_path / "list.json").write_text(text)
     with Memory(answer) as server:
         code, out, err = annotate("questions", spec_of(server), list=tmp_path / "list.json")
@@ -81,10 +80,15 @@ def test_invalid_lists_of_images_are_named(annotate, tmp_path, text):
 
 
 def test_images_are_listed(annotate, tmp_path, images):
-    """By `--list`, by OUT/image_list.json, or all in the folder and below, sorted."""
+    """By `--list`, by OUT/image_list.json, or all in the folder and below, sorted; also behind links that are in it."""
     (tmp_path / "images" / "b").mkdir()
     (tmp_path / "images" / "b" / "ä.JPG").write_bytes(png((9, 9, 9)))
     (tmp_path / "images" / "notes.txt").write_text("not an image")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "c.jfif").write_bytes(png((8, 8, 8)))
+    (tmp_path / "images" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "circle").symlink_to(tmp_path / "images")
+    (tmp_path / "images" / "link.png").symlink_to(tmp_path / "elsewhere" / "c.jfif")
     (tmp_path / "list.json").write_text(json.dumps(["0003.png", "0001.png", "0003.png"]))
 
     def names(**options) -> list[str]:
@@ -92,7 +96,7 @@ def test_images_are_listed(annotate, tmp_path, images):
             assert annotate("questions", spec_of(server), **options)[0] == 0
         return [row["image"] for row in load(tmp_path / "out", QUESTIONS)]
 
-    assert names() == [*images, "b/ä.JPG"]
+    assert names() == [*images, "b/ä.JPG", "link.png", "linked/c.jfif"]
     assert names(list=tmp_path / "list.json") == ["0003.png", "0001.png"]
     (tmp_path / "out" / "image_list.json").write_text(json.dumps(["0004.png"]))
     assert names() == ["0004.png"]

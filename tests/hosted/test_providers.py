@@ -150,6 +150,8 @@ def test_an_address_without_a_server():
     assert not caught.value.reached
     with Server(lambda call: ANSWER) as server, pytest.raises(AccessError, match="/v1"):
         call(f"openai:m@{server.url}", RequestSettings(), lambda it: it.ask(REQUEST))
+    with Server(lambda call: ANSWER) as server, pytest.raises(AccessError, match="end before"):
+        call(f"openai:m@{server.url}/v1/chat/completions", RequestSettings(), lambda it: it.ask(REQUEST))
 
 
 # Opening.
@@ -160,6 +162,19 @@ def test_model_specs():
     assert parse_model_spec("gemini:m") == ("gemini", "m", None)
     assert parse_model_spec("scenes:folder")[0] == "scenes"
     assert redact_password("openai:m@http://me:pw@host/v1") == "openai:m@http://host/v1"
+    for spec in ("openai:@cf/org/m-1.5-7b", "openai:m@20240229", "gemini:m@001"):
+        assert parse_model_spec(spec)[1:] == (spec.partition(":")[2], None)
+    for address in (
+        "localhost:8000/v1",
+        "LOCALHOST/v1",
+        "HTTP://host/v1",
+        "me:pw@10.0.0.1:8000",
+        "api.example.com/v1",
+        "a:80",
+    ):
+        with pytest.raises(UserError, match="http://") as caught:
+            parse_model_spec(f"openai:org/m@{address}")
+        assert "pw" not in str(caught.value)
     for wrong in ("tiny", "mistral:tiny", "openai:", "openai", ""):
         with pytest.raises(UserError, match=f"'{wrong}'"):
             parse_model_spec(wrong)
@@ -171,6 +186,8 @@ def test_model_specs():
         ("openai:m", {}, "OPENAI_API_KEY"),
         ("openai:m", {"OPENAI_API_KEY": "  "}, "OPENAI_API_KEY"),
         ("gemini:m", {}, "GOOGLE_API_KEY"),
+        ("gemini:m", {"GEMINI_API_KEY": "AIza\nAIza"}, "GEMINI_API_KEY"),
+        ("openai:m", {"OPENAI_API_KEY": "sk-a”"}, "OPENAI_API_KEY"),
         ("openai:m@http://127.0.0.1/v1", {}, ""),
         ("openai:m", {"OPENAI_BASE_URL": "http://127.0.0.1/v1"}, ""),
         ("gemini:m", {"GOOGLE_API_KEY": "AIza"}, ""),

@@ -24,10 +24,14 @@ def find_api_key(environment: Mapping[str, str], *names: str, required: bool = T
     """Return the first of the variables that is set; empty if none is.
 
     Raises:
-        UserError: None is set, and a key is required.
+        UserError: None is set, and a key is required; or it cannot be sent.
     """
     for name in names:
         if value := environment.get(name, "").strip():
+            if not (value.isascii() and value.isprintable()):
+                raise UserError(
+                    f"{name}: holds a character that no key has (a line break, a typographic quote); set it again"
+                )
             return value
     if required:
         raise UserError(f"no API key: set {' or '.join(names)} in the environment")

@@ -68,6 +68,8 @@ class OpenAI:
         self.model, self._settings, self._key = model, settings, key
         self._length = 0  # index of the name in use
         self._hint = "" if url is None or url.rstrip("/").endswith("/v1") else "; does the address lack /v1?"
+        if url is not None and url.rstrip("/").endswith("/completions"):
+            self._hint = "; the address must end before /chat/completions"
         self._client = openai.AsyncOpenAI(
             api_key=key or "none",  # local servers need no key, but the client does
             base_url=url,
