@@ -260,6 +260,9 @@ class _Run:
                 self.access_error = self.access_error or str(error)
                 self.stop.set()
                 return
+            except Exception:  # the journal cannot be written, say: what is sent now would be paid for in vain
+                self.stop.set()
+                raise
             self.outcome.requested += 1
             self.on_progress(self.outcome, self.throttle)
 

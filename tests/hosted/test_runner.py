@@ -11,6 +11,7 @@ import pytest
 
 from reverie_jax.errors import UserError
 from reverie_jax.hosted.interface import AccessError, RefusedError, Reply, RetryableError
+from reverie_jax.hosted.journal import Journal
 from reverie_jax.hosted.runner import Outcome
 from reverie_jax.hosted.throttle import Limits
 from tests.hosted import helpers
@@ -181,6 +182,29 @@ def test_a_bug_loses_no_reply(tmp_path):
         assert len(server.calls) == 12
     ((reason, count),) = outcome.reasons()
     assert ("KeyError" in reason, count) == (True, 3)
+
+
+@pytest.mark.parametrize("method", ["record_request", "record_result"])
+def test_a_full_disk_stops_the_run(ask, clock, monkeypatch, method, tmp_path):
+    """In one line; nothing is sent that cannot be recorded, and what was recorded stays."""
+    usual, count = Journal._execute, []
+
+    def execute(self, sql, values=()):
+        count.append(
+            sql.startswith({"record_request": "INSERT INTO attempts", "record_result": "UPDATE attempts"}[method])
+        )
+        if sum(count) > 8 and count[-1]:
+            sql = "INSERT INTO full_disk VALUES (1)"
+        return usual(self, sql, values)
+
+    monkeypatch.setattr(Journal, "_execute", execute)
+    with Memory(reply_to, latency=lambda call: 1.0) as server, pytest.raises(UserError, match=JOURNAL):
+        ask(40)
+    assert len(server.calls) <= 8 + 4
+    assert states(tmp_path / "out" / JOURNAL)["usable"] == 8
+    monkeypatch.undo()
+    with Memory(reply_to):
+        assert ask(40).usable == 32
 
 
 @pytest.mark.parametrize("concurrency", [1, 7])
