@@ -191,6 +191,17 @@ def test_unusable_tokenizer_is_reported(fault, tmp_path):
     makers.assert_refused(lambda: load_processor(folder, components=clip), folder)
 
 
+@pytest.mark.parametrize("section", [None, "text_config", "vision_config"])
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_dtype_of_a_config_says_nothing_of_tokens(section, key, copy):
+    """transformers' own reader fails for a name that torch does not have, as auto."""
+    expected = load_processor(copy).encoder.tokenizer("ba deki <image> ", return_offsets_mapping=True)
+    raw = json.loads((copy / "config.json").read_text())
+    (raw if section is None else raw[section])[key] = "auto"
+    makers.write_json(copy / "config.json", raw)
+    assert load_processor(copy).encoder.tokenizer("ba deki <image> ", return_offsets_mapping=True) == expected
+
+
 # What a checkpoint says of its prompts.
 
 PARTS = (

@@ -197,6 +197,17 @@ def test_decoder_settings_are_computed_or_refused(changes, tmp_path):
     assert_close(logits(ours, INPUTS), llava_logits(theirs, INPUTS))
 
 
+@pytest.mark.parametrize("layer", [[-2], [1], [3]])
+def test_list_of_one_feature_layer(layer, tmp_path):
+    """As transformers computes it; several would be concatenated."""
+    theirs = makers.hf(parts())
+    theirs.config.vision_feature_layer = theirs.model.config.vision_feature_layer = layer
+    makers.hf_folder(tmp_path, theirs)
+    ours = read_model(tmp_path)
+    assert ours.config.feature_layer == layer[0]
+    assert_close(logits(ours, INPUTS), llava_logits(theirs, INPUTS))
+
+
 # What a processor may say of images: some of it is supported, as transformers computes it.
 SETTINGS = {
     "size": [{"shortest_edge": 24}, {"height": 24, "width": 24}, {"shortest_edge": 30}],

@@ -252,6 +252,9 @@ def llava_hf_config(folder: Path, raw: Json) -> VLMConfig:
     _choice(path, raw, "multimodal_projector_bias", True, (True,))
     _choice(path, raw, "tie_word_embeddings", False, (False,))
     key = "image_token_index" if "image_token_index" in raw else "image_token_id"
+    layer = raw.get("vision_feature_layer", -2)
+    if isinstance(layer, list) and len(layer) == 1:  # transformers concatenates the features of all
+        (layer,) = layer
     tower = vision_config(path, vision)
     aspect = "pad" if check_image_processor(folder, tower.image_size) else "square"
     return _check_feature_layer(
@@ -259,7 +262,7 @@ def llava_hf_config(folder: Path, raw: Json) -> VLMConfig:
         VLMConfig(
             vision=tower,
             text=text_config(path, text, kind),
-            feature_layer=_int(path, "vision_feature_layer", raw.get("vision_feature_layer", -2)),
+            feature_layer=_int(path, "vision_feature_layer", layer),
             image_token_id=_int(path, key, raw.get(key, 32000)),
             template=str(raw.get("reverie_template", "phi3_instruct" if kind == "phi3" else "llava-hf")),
             tokenization=_choice(path, raw, "reverie_tokens", "hf", get_args(Tokenization)),
