@@ -299,7 +299,7 @@ def test_the_supervision_is_an_option(scenes, visualize):
 
 
 BAD_SETTINGS = ["kinds=none", "kinds", "answer_weight=much", "kind=responses", "Kinds=responses", "=responses"]
-BAD_OPTIONS = {setting: {"supervision": (setting,)} for setting in BAD_SETTINGS}
+BAD_OPTIONS = {setting: {"supervision": ((setting,),)} for setting in BAD_SETTINGS}
 BAD_OPTIONS |= {"count": {"count": -1}, "no source": {}, "broken image": {"count": 9}}
 
 
