@@ -176,7 +176,7 @@ class Eval:
         import jax
 
         from reverie_jax.eval import predict
-        from reverie_jax.progress import ProgressBars
+        from reverie_jax.progress import ProgressBars, format_rate
 
         options = predict.PredictOptions(decoding, self.reflect, self.limit)
         questions = options.questions(data)
@@ -186,9 +186,8 @@ class Eval:
 
             def on_progress(stage: str, done: int, total: int) -> None:
                 speed = bars.speed(stage)
-                rates = (
-                    f"{speed:.3g} answers/s, {speed * images:.3g} images/s" if speed else "compiling" * (done < total)
-                )
+                rates = f"{format_rate(speed)} answers/s, {format_rate(speed * images)} images/s"
+                rates = rates if speed else "compiling" * (done < total)
                 bars.update(stage, done, total, rates)
 
             predictions = predict.predict(
