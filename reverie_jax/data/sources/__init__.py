@@ -14,7 +14,7 @@ from reverie_jax.errors import DataError
 
 __all__ = ["NO_CONVERSATION", "Example", "ImageFolder", "ReadLog", "Rows", "detect_format", "read", "validate_image"]
 
-Format = Literal["turns", "lrv", "annotated", "preference_pairs", "scienceqa", "aokvqa"]
+Format = Literal["turns", "lrv", "annotated", "preference_pairs", "choices"]
 
 NO_CONVERSATION = "no row gives a conversation; notes say which rows were skipped"
 _SAMPLE = 10_000
@@ -37,15 +37,15 @@ def detect_format(rows: Rows) -> Format:
 
 
 def _row_format(row: dict[str, Any]) -> Format | None:
-    if llava.has_turns(row):
-        return "turns"
     if preference_pairs.is_preference_pair(row):
         return "preference_pairs"
+    if llava.has_turns(row):
+        return "turns"
     if {"correct_rationale", "incorrect_rationale"} <= row.keys():
         return "annotated"
     if {"image_id", "answer"} <= row.keys() and {"question", "instruction"} & row.keys() and "choices" not in row:
         return "lrv"
-    return multiple_choice.detect_dataset(row)
+    return "choices" if multiple_choice.detect_dataset(row) else None
 
 
 def read(path: Path, log: ReadLog, *, filtered: bool = True, splits: Sequence[str] = ("train",)) -> Iterator[Example]:
@@ -68,7 +68,7 @@ def read(path: Path, log: ReadLog, *, filtered: bool = True, splits: Sequence[st
             return annotated.read_examples(rows, log, filtered=filtered)
         case "preference_pairs":
             return preference_pairs.read_examples(rows, log)
-        case "scienceqa" | "aokvqa" as dataset:
-            return multiple_choice.read_examples(rows, log, dataset=dataset, splits=splits)
+        case "choices":
+            return multiple_choice.read_examples(rows, log, splits=splits)
         case "lrv":
             return lrv.read_examples(rows, log)

@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from reverie_jax.data.conversation import IMAGE, Role, Turn
+from reverie_jax.data.row_files import Rows
 from reverie_jax.data.sources.common import (
     InvalidRow,
+    ReadLog,
     answer_text,
     first_given,
     image_question,
@@ -46,6 +48,12 @@ class ParsedRow(NamedTuple):
     system: bool = False
 
 
+def note_systems(rows: Rows, log: ReadLog, count: int) -> None:
+    """Note the number of rows whose first question begins with the text of a system turn."""
+    if count:
+        log.notes.append(f"{rows.path}: put the text of the system turn before the first question of {count} rows")
+
+
 def has_turns(row: dict[str, Any]) -> bool:
     """Return whether a row has turns, or TRL's `prompt` and `completion`."""
     return not {"conversations", "messages"}.isdisjoint(row) or {"prompt", "completion"} <= row.keys()
@@ -68,8 +76,10 @@ def parse_row(row: Any) -> ParsedRow:
 
 
 def as_messages(value: Any, role: Role) -> list[Any]:
-    """Return TRL's `prompt` or an answer as messages: it is a list of them, or the text of one."""
-    return value if isinstance(value, list) else [{"role": role, "content": value}]
+    """Return TRL's `prompt` or an answer as messages: it is a list of them, one of them, or the text of one."""
+    if isinstance(value, list):
+        return value
+    return [value if isinstance(value, dict) else {"role": role, "content": value}]
 
 
 def parse_messages(messages: Sequence[Any], row: dict[str, Any]) -> ParsedRow:
@@ -99,7 +109,7 @@ def parse_messages(messages: Sequence[Any], row: dict[str, Any]) -> ParsedRow:
         turn, images = _parse_turn(message)
         turns.append(turn)
         inside += images
-    image, encoded = _parse_image(row, inside)
+    image, encoded = find_image(row, inside)
     count = len(turns)
     if turns[0].role == "assistant":
         turns = turns[1:]
@@ -124,7 +134,16 @@ def parse_messages(messages: Sequence[Any], row: dict[str, Any]) -> ParsedRow:
     return ParsedRow(image, encoded, turns, len(turns) < count, bool(instruction.strip()))
 
 
-def _parse_image(row: dict[str, Any], inside: Sequence[Any]) -> tuple[str, bytes]:
+def find_image(row: dict[str, Any], inside: Sequence[Any] = ()) -> tuple[str, bytes]:
+    """Return (name, the image if the row contains it) of a row's only image; both are empty if there is none.
+
+    Args:
+        row: The row.
+        inside: Images that its messages name.
+
+    Raises:
+        InvalidRow: It is no image, or there are several.
+    """
     given: list[Any] = list(inside)
     for value in (row.get("image"), row.get("images")):
         given += value if isinstance(value, list) else [] if value in (None, "") else [value]

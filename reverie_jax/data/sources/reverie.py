@@ -133,10 +133,10 @@ def _split(rows: Rows, log: ReadLog) -> Iterator[Example]:
     yield from parse_rows(rows, log, llava.KNOWN, parse)
     notes = {
         "shortened": "dropped answers without a question or questions without an answer of {} rows",
-        "system": "put the text of the system turn before the first question of {} rows",
         "blind": "{} rows ask for rationales and have no image; they are read as text alone",
     }
     log.notes += [f"{rows.path}: {note.format(counts[name])}" for name, note in notes.items() if counts[name]]
+    llava.note_systems(rows, log, counts["system"])
     if len(firsts) > 1:
         second = list(firsts.values())[1].removeprefix(f"{rows.path}: ")
         log.notes.append(

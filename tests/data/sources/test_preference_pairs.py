@@ -131,6 +131,20 @@ def plain(number):
     return {"prompt": row.pop("question")} | {name: row[name] for name in ("image", "chosen", "rejected")}
 
 
+def listed(number):
+    """Texts in TRL's columns, the image in a list."""
+    row = plain(number)
+    return row | {"images": [row["image"]], "image": None}
+
+
+def factory(number):
+    """As LLaMA-Factory writes pairs."""
+    row = rlaif(number)
+    sides = {side: {"from": "gpt", "value": row[side]} for side in ("chosen", "rejected")}
+    turns = [{"from": "human", "value": f"{IMAGE}\n{row['question']}"}]
+    return {"conversations": turns, "images": [row["image"]]} | sides
+
+
 def inside(number):
     """The prompt in both sides."""
     row = trl(number)
@@ -138,12 +152,19 @@ def inside(number):
 
 
 def test_pairs_as_trl_has_them(tmp_path):
-    for make in (trl, plain, inside):
+    for make in (trl, plain, listed, factory, inside):
         examples, log = read_examples(write_parquet(tmp_path / "a.parquet", [make(number) for number in range(3)]))
         assert log == ReadLog()
         assert texts(examples) == expected(0, 1, 2)
         assert kinds(examples) == ["chosen", "rejected"] * 3
         assert [one.encoded for one in examples[::2]] == [png((number, 0, 0)) for number in range(3)]
+
+
+def test_system_turns_of_pairs_are_noted(tmp_path):
+    rows = [trl(n, prompt=[said("system", ("text", "Be brief.")), *trl(n)["prompt"]]) for n in range(2)]
+    examples, log = read_examples(write_parquet(tmp_path / "a.parquet", rows))
+    assert [text for text, _ in texts(examples)[::2]] == [f"Be brief.\n\n{IMAGE}\nQ{number}?" for number in range(2)]
+    assert [" 2 rows" in note for note in log.notes] == [True]
 
 
 def test_answers_may_be_numbers(tmp_path):

@@ -353,6 +353,31 @@ def test_unknown_formats_are_refused(tmp_path, rows):
         read(tmp_path, rows)
 
 
+FORMS = {
+    "turns": llava_row("a.png"),
+    "lrv": {"image_id": 7, "question": "What?", "answer": "A cup."},
+    "annotated": {
+        **dict.fromkeys(("question", "correct_rationale", "incorrect_rationale"), "Words."),
+        **{"image": "a.png", "correct_answer": "A.", "confusing_answer": "B.", "gemini_pro_judge": "no"},
+    },
+    "pairs": {"image": "a.png", "question": "Q?", "chosen": "A.", "rejected": "B."},
+    "scienceqa": {"image": "a.png", "question": "Q?", "choices": ["x", "y"], "answer": 1, "hint": "", "solution": ""},
+    "aokvqa": {"image_id": 7, "question": "Q?", "choices": ["x", "y"], "correct_choice_idx": 1, "rationales": ["So."]},
+}
+
+
+@pytest.mark.parametrize("others", FORMS)
+@pytest.mark.parametrize("form", FORMS)
+def test_a_row_of_another_form_is_named(tmp_path, form, others):
+    rows = [FORMS[others], FORMS[others], FORMS[form]]
+    examples, log = read(tmp_path, rows)
+    if form == others or {form, others} == {"scienceqa", "aokvqa"}:
+        assert log.problems == []
+        assert examples[-1].conversation.dataset == read(tmp_path, [FORMS[form]])[0][-1].conversation.dataset
+    else:
+        assert problem_rows(log) == ["2"]
+
+
 # Rows of the annotation pipeline.
 
 
