@@ -145,8 +145,7 @@ class FirstFailures:
             AccessError: All of the first ones ended so.
         """
         kind = (identity.stage, identity.provider, identity.model, identity.prompt)
-        alike = isinstance(error, RefusedError) and error.systematic
-        alike |= isinstance(error, RetryableError) and error.charged
+        alike = isinstance(error, RetryableError) or (isinstance(error, RefusedError) and error.systematic)
         if not alike and (error is None or (isinstance(error, UnusableError) and error.reply is not None)):
             self._fine.add(kind)  # the service accepts such requests
         if not alike or kind in self._fine:

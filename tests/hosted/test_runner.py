@@ -137,7 +137,8 @@ ALIKE = [  # (what each request ends with, how many are sent of forty, whether t
     (lambda call: RefusedError(f"{call.text} was flagged"), 40, False),
     (lambda call: RefusedError(f"400: {call.text.encode().hex().translate(LETTERS)}", systematic=True), 40, False),
     (lambda call: RetryableError("no reply within 9 s; set a longer --timeout", charged=True), 24, True),
-    (lambda call: Fault.SERVER_ERROR, 40 * 3, False),
+    (lambda call: Fault.SERVER_ERROR, 8 * 3, True),
+    (lambda call: RetryableError(f"busy with {call.text.encode().hex().translate(LETTERS)}"), 40 * 3, False),
     (lambda call: Fault.EMPTY, 40 * 3, False),
 ]
 LETTERS = str.maketrans("0123456789", "ghijklmnop")
@@ -149,7 +150,7 @@ def test_a_run_whose_first_requests_all_fail_alike_is_stopped(ask, clock, fault,
     limits = dataclasses.replace(QUICK, concurrency=1, max_retries=2)
     with Memory(reply_to, fault) as server:
         if stopped:
-            with pytest.raises(UserError, match=r"openai:tiny: (400|no reply).* first 8 requests"):
+            with pytest.raises(UserError, match=r"openai:tiny: (400|no reply|500).* first 8 requests"):
                 ask(40, limits)
         else:
             assert len(ask(40, limits).failed) == 40
