@@ -321,6 +321,14 @@ def test_tokens_that_end_an_answer_are_read_and_written(to, copy, tmp_path):
     for path in (copy, tmp_path / "out"):
         processor = load_processor(path)
         assert processor.encoder.stop_ids == processor.override("plain").encoder.stop_ids == (2, 17)
+    raw = json.loads((copy / "config.json").read_text())
+    raw["text_config"]["eos_token_id"] = [17, -1]  # what transformers takes where the other file is missing
+    makers.write_json(copy / "config.json", raw)
+    assert load_processor(copy).encoder.stop_ids == (2, 17)
+    (copy / "generation_config.json").unlink()
+    assert load_processor(copy).encoder.stop_ids == (2, 17)
+    makers.write_json(copy / "generation_config.json", {"eos_token_id": None})
+    assert load_processor(copy).encoder.stop_ids == (2,)
     makers.edit_json(copy / "generation_config.json", eos_token_id="</s>")
     makers.assert_refused(lambda: load_processor(copy), copy / "generation_config.json", "eos_token_id")
 

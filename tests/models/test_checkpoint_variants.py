@@ -19,7 +19,7 @@ from reverie_jax.data.images import preprocess
 from reverie_jax.errors import CheckpointError
 from reverie_jax.models import VisionLanguageModel
 from reverie_jax.models.checkpoints import read_config, read_model
-from reverie_jax.models.checkpoints.configs import check_image_processor
+from reverie_jax.models.checkpoints.processing import check_image_processor
 from reverie_jax.models.config import ARCHITECTURES
 from reverie_jax.models.lora import attach
 from reverie_jax.models.sharding import make_mesh

@@ -13,11 +13,9 @@ import numpy as np
 from reverie_jax.errors import CheckpointError
 from reverie_jax.models.checkpoints.configs import (
     TOWER_KEY,
-    check_image_processor,
     known_tower,
     llava_hf_config,
     original_config,
-    read_stop_ids,
     text_config,
     vision_config,
 )
@@ -31,6 +29,7 @@ from reverie_jax.models.checkpoints.families import (
 )
 from reverie_jax.models.checkpoints.files import Tensors, read_json, resolve, weights_of
 from reverie_jax.models.checkpoints.names import CLIP_UNUSED, IGNORED, canonical_name, canonical_projector_name
+from reverie_jax.models.checkpoints.processing import check_image_processor, read_stop_ids
 from reverie_jax.models.config import ProjectorKind, VisionConfig, VLMConfig
 
 ComponentFormat = Literal["llava-hf", "llava", "llava-lora", "projector", "llm", "clip", "peft", "orbax"]
@@ -355,7 +354,7 @@ def _resolve_original(
         raise CheckpointError(f"{path}: mm_projector_type is {wanted!r}, but the projector's tensors are {kind!r}")
     if config.get("matryoshka_vis_token_scale"):
         _log.warning("%s: matryoshka_vis_token_scale: read as its form of all visual tokens", path)
-    stops = read_stop_ids(settings.path) or read_stop_ids(base.path)
+    stops = read_stop_ids(settings.path, {}) or read_stop_ids(base.path, base.config)
     architecture = dataclasses.replace(original_config(path, config, text, sizes, kind), stop_ids=stops)
     return ResolvedCheckpoint(settings.path, architecture, tensors)
 
