@@ -24,8 +24,8 @@ class Eval:
     """
 
     model: common.Model
-    benchmark: Annotated[str, common.option("NAMES")]
-    """Benchmarks, separated by commas; `reverie benchmarks` lists them."""
+    benchmark: Annotated[common.Several[str], common.option("NAMES ...")] = ()
+    """Required. Benchmarks, separated by commas or spaces; `reverie benchmarks` lists them."""
     data: Annotated[Path, common.FOLDER]
     """Folder of the benchmark's official files; of several benchmarks, a folder of folders by name (LLaVA's names too)."""
     out: Annotated[Path, common.FOLDER]
@@ -75,9 +75,12 @@ class Eval:
         from reverie_jax.eval.benchmarks import inputs
 
         self._check()
+        names = common.require(
+            common.joined(self.benchmark), "--benchmark", "name at least one; see `reverie benchmarks`"
+        )
         jobs = [
             (benchmark, inputs.with_images(inputs.load(benchmark, self.data), self.images), out)
-            for benchmark, out in output_folders(self.benchmark, self.out)
+            for benchmark, out in output_folders(",".join(names), self.out)
         ]
         for benchmark, _, _ in jobs:
             if self.rule is not None and self.rule not in benchmark.rules:
