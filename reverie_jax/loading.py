@@ -333,6 +333,7 @@ def read_tokenizer(config: VLMConfig, main: Component, others: Sequence[Componen
         raise CheckpointError(f"{', '.join(map(str, folders))}: no tokenizer.json or tokenizer.model")
     try:
         tokenizer = load_tokenizer(folder)
+        tokenizer("a")  # some settings fail only here
     except Exception as error:  # for a broken file the library raises OSError, ValueError or a bare Exception
         raise CheckpointError(f"{folder}: the tokenizer cannot be read ({' '.join(str(error).split())})") from None
     if config.tokenization == "llava":

@@ -151,17 +151,31 @@ def _names(main: Component, others: Sequence[Component]) -> Iterator[str]:
 
 
 def _read_chat_template(folder: Path) -> tuple[Path, str] | None:
-    """Return the chat template that transformers' processor uses, and its file."""
+    """Return the chat template that transformers' processor uses, and its file; or else the tokenizer's.
+
+    Raises:
+        CheckpointError: Files of the processor differ; which one counts depends on the version of transformers.
+    """
+    found = dict(_processor_templates(folder))
+    if len(set(found.values())) > 1:
+        names = " and ".join(path.name for path in found)
+        raise CheckpointError(f"{folder}: {names} hold different chat templates; remove one, or {_REMEDY}")
+    return next(iter(found.items()), None) or _template_in(folder / "tokenizer_config.json")
+
+
+def _processor_templates(folder: Path) -> Iterator[tuple[Path, str]]:
     if (path := folder / "chat_template.jinja").exists():
-        return path, path.read_text("utf-8", "replace")
-    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
-        path = folder / name
-        found = read_json(path).get("chat_template") if path.exists() else None
-        if isinstance(found, list):  # several, by name
-            found = next((x.get("template") for x in found if isinstance(x, dict) and x.get("name") == "default"), None)
-        if isinstance(found, str):
-            return path, found
-    return None
+        yield path, path.read_text("utf-8", "replace")
+    for name in ("chat_template.json", "processor_config.json"):
+        if (found := _template_in(folder / name)) is not None:
+            yield found
+
+
+def _template_in(path: Path) -> tuple[Path, str] | None:
+    found = read_json(path).get("chat_template") if path.exists() else None
+    if isinstance(found, list):  # several, by name
+        found = next((x.get("template") for x in found if isinstance(x, dict) and x.get("name") == "default"), None)
+    return (path, found) if isinstance(found, str) else None
 
 
 def _open_prompt(tokenizer: Any, chat_template: str, path: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import tempfile
 import warnings
 from pathlib import Path
@@ -11,10 +12,13 @@ from typing import Any
 
 import pytest
 import transformers
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from reverie_jax.errors import CheckpointError
+from reverie_jax.data.conversation import Conversation, Turn
+from reverie_jax.data.templates import TEMPLATES, to_jinja
+from reverie_jax.errors import CheckpointError, UserError
+from reverie_jax.loading import load_processor
 from reverie_jax.models.checkpoints.configs import llava_hf_config, original_config, text_config
 from reverie_jax.models.checkpoints.families import detect_format, original_language_model
 from reverie_jax.models.config import TextConfig, VisionConfig
@@ -172,6 +176,9 @@ def llava_hf():
 
 
 @given(changes(("text_config", SIZES | OTHER), ("vision_config", TOWER), ("", TOP)))
+@example([("text_config", "rope_scaling", {"type": "linear", "factor": 2.0})])
+@example([("text_config", "rope_scaling", {"rope_type": "default", "rope_theta": 50.0})])
+@example([("", "image_token_id", 6)])
 @settings(max_examples=300)
 def test_sizes_of_a_llava_hf_config(llava_hf, drawn):
     raw = changed(llava_hf, drawn)
@@ -238,3 +245,106 @@ def check_original(kind: str, drawn: list[Change]) -> None:
     assert ours.feature_layer == (-2 if layer is None else layer)
     assert (ours.image_aspect_ratio == "pad") == (raw.get("image_aspect_ratio") == "pad")
     assert raw.get("mm_vision_select_feature") in (None, "patch")
+
+
+# Words: transformers' own processor renders and tokenizes the prompt, and its generation settings say what ends an answer.
+
+TURN = (
+    "{{ m['role'].upper() + ': ' }}{% for part in m['content'] %}{% if part['type'] == 'image' %}{{ '<image>\n' }}{% else %}"
+    "{{ part['text'] + ' ' }}{% endif %}{% endfor %}"
+)
+LOOP = "{% for m in messages %}" + TURN + "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+LISTS = [{"name": "default", "template": LOOP}], [{"name": "tool_use", "template": LOOP}], ["x"]
+PROMPTS = (
+    *(
+        LOOP,
+        "{{ bos_token }}" + LOOP,
+        "SYSTEM " + LOOP,
+        LOOP.replace("ASSISTANT:", "ASSISTANT: "),
+        "{% for %}",
+        "no",
+        "",
+    ),
+    *(to_jinja(template) for template in TEMPLATES.values() if template is not None),
+)
+WORDS = {
+    "tokenizer_config.json": {
+        "chat_template": (*PROMPTS, *LISTS),
+        "eos_token": ("</s>", "<|end|>", "<unk>", {"content": "</s>", "special": True, "__type": "AddedToken"}),
+        "bos_token": ("<s>", "</s>"),
+        "unk_token": ("<unk>",),
+        "add_bos_token": (False,),
+        "add_eos_token": (True, False),
+        "add_prefix_space": (False, True),
+        "legacy": (True, False),
+        "clean_up_tokenization_spaces": (True,),
+        "model_max_length": (8,),
+        "padding_side": ("left",),
+        "tokenizer_class": (
+            "LlamaTokenizer",
+            "LlamaTokenizerFast",
+            "PreTrainedTokenizerFast",
+            "GPT2Tokenizer",
+            "Nobody",
+        ),
+    },
+    "generation_config.json": {"eos_token_id": (2, 17, [2, 3], [], ["2"], "</s>")},
+    "processor_config.json": {"chat_template": PROMPTS, "image_token": ("<image>",)},
+    "chat_template.json": {"chat_template": PROMPTS},
+    "chat_template.jinja": {"": PROMPTS},
+    "config.json": {"image_token_index": (90, 5)},
+}
+FILES = [(file, key, value) for file, table in WORDS.items() for key, values in table.items() for value in values]
+FILES += [(file, key, value) for file, key in ((x, y) for x in list(WORDS)[:2] for y in WORDS[x]) for value in ODD[:6]]
+QUESTION = "ba deki? No"
+
+
+def their_words(folder: Path) -> tuple[list[int], set[int]] | None:
+    """The ids of an open question, its image token once, and those that end an answer; None where transformers fails."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+            processor = transformers.AutoProcessor.from_pretrained(folder)
+            text = f"USER: <image>\n{QUESTION} ASSISTANT:"
+            if (template := processor.chat_template or tokenizer.chat_template) is not None:
+                messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}]
+                options = {"add_generation_prompt": True, "tokenize": False, "chat_template": template}
+                text = tokenizer.apply_chat_template(messages, **options)
+            text = text.removeprefix(tokenizer.bos_token or "")
+            ends = transformers.GenerationConfig.from_pretrained(folder).eos_token_id
+        except Exception:  # of many types
+            return None
+        return tokenizer(text)["input_ids"], set(ends if isinstance(ends, list) else [ends]) - {None}
+
+
+@given(st.lists(st.sampled_from(FILES), max_size=2))
+@example([("tokenizer_config.json", "model_max_length", "7")])
+@example([("processor_config.json", "chat_template", PROMPTS[-1]), ("chat_template.json", "chat_template", LOOP)])
+@settings(max_examples=60)
+def test_words_of_a_llava_hf_folder(drawn):
+    with tempfile.TemporaryDirectory() as room:
+        check_words(shutil.copytree(makers.bench().hf, Path(room) / "model"), drawn)
+
+
+def check_words(folder: Path, drawn: list[Change]) -> None:
+    for file, key, value in drawn:
+        if key:
+            raw = json.loads((folder / file).read_text()) if (folder / file).exists() else {}
+            makers.write_json(folder / file, changed(raw, [("", key, value)] if value != ABSENT or key in raw else []))
+        else:
+            (folder / file).write_text(value)
+    try:
+        encoder = load_processor(folder).encoder
+        tokens = encoder(Conversation((Turn("user", f"<image>\n{QUESTION}"),)))
+    except UserError as error:
+        message = str(error)
+        assert "\n" not in message
+        assert str(folder) in message or "<image>" in message
+        return
+    theirs = their_words(folder)
+    if theirs is None:
+        return
+    ids, ends = theirs
+    assert [id for id, slot in zip(tokens.ids, tokens.image_slots, strict=True) if slot <= 0] == ids
+    assert ends <= set(encoder.stop_ids)
