@@ -349,7 +349,8 @@ def check_reference_tokenizer(tokenizer: Any, folder: Path) -> None:
     """Check that original LLaVA's tokenization can be computed with a tokenizer, and set its `legacy` as the folder says.
 
     Raises:
-        CheckpointError: It is a byte-level one, whose words do not begin with sentencepiece's mark.
+        CheckpointError: It is a byte-level one, whose words do not begin with sentencepiece's mark, or puts other tokens
+            around a text than BOS before it.
     """
     if "\u2581" not in tokenizer.get_vocab():
         raise CheckpointError(
@@ -357,6 +358,12 @@ def check_reference_tokenizer(tokenizer: Any, folder: Path) -> None:
             " format only LLaMA-1, LLaMA-2, Vicuna and Phi-3 are supported"
         )
     path = folder / "tokenizer_config.json"
-    legacy = read_json(path).get("legacy") if path.exists() else None
+    settings = read_json(path) if path.exists() else {}
+    for key, value in (("add_bos_token", True), ("add_eos_token", False)):
+        if settings.get(key) not in (None, value):
+            raise CheckpointError(
+                f"{path}: {key} {settings[key]!r} is not supported in original LLaVA's format; only {value} is"
+            )
+    legacy = settings.get("legacy")
     # Without the key, the slow tokenizer that original LLaVA uses is in legacy mode.
     tokenizer.legacy = (folder / "tokenizer.model").exists() if legacy is None else bool(legacy)

@@ -314,6 +314,15 @@ def test_tokenizers_whose_prompts_are_unknown(copy, tmp_path):
     makers.assert_refused(lambda: reverie_jax.load_model(original, components=clip), original, "Llama-3")
 
 
+@pytest.mark.parametrize(("key", "value"), [("add_bos_token", False), ("add_eos_token", True)])
+def test_tokens_around_a_text_are_original_llavas(key, value, tmp_path):
+    original, clip = makers.original_folder(tmp_path / "original", makers.parts()), makers.bench().clip
+    makers.edit_json(original / "tokenizer_config.json", **{key: not value})
+    load_processor(original, components=clip)
+    makers.edit_json(original / "tokenizer_config.json", **{key: value})
+    makers.assert_refused(lambda: load_processor(original, components=clip), original / "tokenizer_config.json", key)
+
+
 @pytest.mark.parametrize("to", ["llava-hf", "llava", "orbax"])
 def test_tokens_that_end_an_answer_are_read_and_written(to, copy, tmp_path):
     makers.edit_json(copy / "generation_config.json", eos_token_id=[2, 17])
