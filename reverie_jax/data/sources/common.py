@@ -158,7 +158,7 @@ def first_given(row: dict[str, Any], *keys: str) -> Any:
 
 
 def answer_text(value: Any) -> str | None:
-    """Return an answer as text, a number as it is written in JSON; None for anything else.
+    """Return an answer as text, also if it is a number (7.0 is 7, as tables write it); None for anything else.
 
     A truth value is not taken for a word: nothing says whether it stands for "yes", "true" or "True".
     """
@@ -166,7 +166,7 @@ def answer_text(value: Any) -> str | None:
         return None
     if isinstance(value, float) and not math.isfinite(value):
         return None
-    return str(value)
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
 def parse_image(value: Any, path: Any) -> tuple[str, bytes]:

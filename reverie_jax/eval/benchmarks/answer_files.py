@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from reverie_jax import files
+from reverie_jax.data.sources.common import answer_text
 from reverie_jax.eval.benchmarks import lmms_eval_files
 from reverie_jax.eval.benchmarks.inputs import parse_rows, read_json, read_table
 from reverie_jax.eval.benchmarks.interface import (
@@ -145,8 +146,9 @@ class _Join:
             columns = ", ".join(map(str, row))
             label = ": answer is the label here" if row.get("answer") is not None else ""
             raise BenchmarkError(f"{where}: question {key} lacks a text or prediction{label} (columns: {columns})")
-        if not isinstance(text, str):
-            raise TypeError(f"question {key}: text is {text!r}")
+        given, text = text, answer_text(text)
+        if text is None:
+            raise BenchmarkError(f"{where}: the answer to question {key} is {given!r:.80}, neither a text nor a number")
         if key not in self.questions and key.isdecimal():  # zeros before a number that another writer adds or drops
             same = self.by_number.get(int(key), [])
             key = same[0] if len(same) == 1 else key

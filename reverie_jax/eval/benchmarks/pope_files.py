@@ -184,6 +184,8 @@ class Settler(NamedTuple):
             prompt, image = row.get("prompt", row.get("question")), _image_of(row)
             told = isinstance(prompt, str) and prompt.strip() != ""
             shown = not image or image == PurePath(str(question.image)).stem
+            if split not in (_told_splits(row) or self.splits):
+                return False
             return shown and (not told or self.same_prompt(str(prompt), question))
 
         return {split for split in self.splits if all(fits(row, place, split) for place, row in enumerate(rows))}

@@ -118,8 +118,8 @@ LLAVA = {
         [f"{IMAGE}\nWhat?", "A cup."],
     ),
     "numbers as answers": (
-        {"image": "a.jpg", "conversations": turns("How many?", 7, "How far?", 2.5)},
-        [f"{IMAGE}\nHow many?", "7", "How far?", "2.5"],
+        {"image": "a.jpg", "conversations": turns("How many?", 7, "How far?", 2.5, "And now?", 8.0)},
+        [f"{IMAGE}\nHow many?", "7", "How far?", "2.5", "And now?", "8"],
     ),
     "halves of characters": (
         llava_row("a.jpg", f"{IMAGE}What\ud83d?", "A \ude00cup\U0001f600."),

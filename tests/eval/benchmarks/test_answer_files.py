@@ -242,6 +242,17 @@ def test_ids_of_gqa_that_lost_their_zeros(tmp_path):
         answer_files.read_answers(make.write_json(tmp_path / "a.json", rows), bench, loaded)
 
 
+@pytest.mark.parametrize(("value", "text"), [(5, "5"), (5.0, "5"), (2.5, "2.5"), (True, None), ([5], None), ({}, None)])
+def test_numbers_are_answers_and_truth_values_are_not(cases, tmp_path, value, text):
+    """Nothing says which word a truth value stands for."""
+    case = cases("gqa")
+    rows = [{"question_id": q.id, "text": value} for q in case.loaded.questions]
+    if text is None:
+        case.rejects(tmp_path / "a.jsonl", rows, "row 0", "question 00", value)
+    else:
+        assert set(case.read(tmp_path / "a.jsonl", rows).values()) == {text}
+
+
 # Likely causes of missing answers.
 
 

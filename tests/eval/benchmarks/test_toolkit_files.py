@@ -63,6 +63,7 @@ def test_splits_in_one_file_that_nothing_tells_apart_are_refused(pope, tmp_path)
         "ids alone": [row for part in parts for row in without(part, "prompt")],
         "sorted by id": [row for rows in zip(*parts, strict=True) for row in rows],
         "a split twice": [*parts[0], *parts[0]],
+        "a category against the prompts": [{**parts[0][0], "category": "popular"}, *parts[0][1:]],
         "own form, one row less": [row for part in parts for row in own_form(part)][:-1],
         "own form, shuffled": [row for part in parts for row in own_form(part)][::-1],
         "own form of the same questions": own_form(parts[0]) * 3,
