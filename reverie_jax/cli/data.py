@@ -150,15 +150,15 @@ class Check:
         from reverie_jax.data.pipeline import TreeBuilder
         from reverie_jax.loading import load_processor
 
-        processor = load_processor(self.model, components=self.components)
         if self.recipe is None:
             if self.set:
                 raise UserError("--set changes fields of a recipe; name it with --recipe")
-            return processor, None
+            return load_processor(self.model, components=self.components), None
         from reverie_jax.train import recipes
 
         recipe = recipes.override(recipes.read_recipe(self.recipe), common.joined(self.set))
-        processor = processor.override(recipe.template, image_aspect_ratio=recipe.image_aspect_ratio)
+        processor = load_processor(self.model, components=self.components, template=recipe.template)
+        processor = processor.override(image_aspect_ratio=recipe.image_aspect_ratio)
         supervision = recipe.preference or recipe.supervision
         return processor, TreeBuilder(processor, recipe.sequence, supervision, recipe.prefix_sharing)
 
