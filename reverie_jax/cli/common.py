@@ -99,7 +99,12 @@ BenchmarkName = Annotated[
     Positional[str], option("BENCHMARK", "Name of the benchmark; `reverie benchmarks` lists them.")
 ]
 Predictions = Annotated[
-    Path, option("FILE", "Answer file: JSON lines with question_id and text, or the benchmark's own form.")
+    Path,
+    option(
+        "FILE",
+        "Answer file: JSON lines with question_id and text, the benchmark's own form, samples of lmms-eval, or a table of "
+        "VLMEvalKit.",
+    ),
 ]
 Sources = Annotated[
     Positional[tuple[str, ...]],
