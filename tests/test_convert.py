@@ -64,7 +64,7 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
-    return makers.clip_folder(tmp_path_factory.mktemp("clip"), makers.parts())
+    return makers.clip_folder(tmp_path_factory.mktemp("x") / "clip", makers.parts())
 
 
 def tensors(folder):
