@@ -24,7 +24,7 @@ _EXPORTS = {
     "Processor": "data.processor",
     "Recipe": "train.recipes",
     "RecordSource": "data.records",
-    "SequenceShape": "data.packing",
+    "SequenceShape": "data.sequence_shape",
     "Supervision": "data.supervision",
     "Turn": "data.conversation",
     "UserError": "errors",
@@ -50,12 +50,12 @@ if TYPE_CHECKING:
     from reverie_jax.data.conversation import ImageRecord as ImageRecord
     from reverie_jax.data.conversation import Turn as Turn
     from reverie_jax.data.packing import Batch as Batch
-    from reverie_jax.data.packing import SequenceShape as SequenceShape
     from reverie_jax.data.preferences import DPOConfig as DPOConfig
     from reverie_jax.data.processor import Processor as Processor
     from reverie_jax.data.processor import ask as ask
     from reverie_jax.data.records import RecordSource as RecordSource
     from reverie_jax.data.records import write_records as write_records
+    from reverie_jax.data.sequence_shape import SequenceShape as SequenceShape
     from reverie_jax.data.supervision import Supervision as Supervision
     from reverie_jax.data.tree import ConversationTree as ConversationTree
     from reverie_jax.data.tree import build_tree as build_tree

@@ -13,8 +13,9 @@ import numpy as np
 from jax.typing import DTypeLike
 
 import reverie_jax
+from reverie_jax.data.chat_template import TEMPLATE_EXAMPLE
 from reverie_jax.data.conversation import IMAGE
-from reverie_jax.data.processor import TEMPLATE_EXAMPLE, Processor, read_example_template
+from reverie_jax.data.processor import Processor
 from reverie_jax.data.templates import to_jinja
 from reverie_jax.data.tokenization import Encoder
 from reverie_jax.errors import UserError
@@ -23,10 +24,9 @@ from reverie_jax.loading import (
     Components,
     check_reference_tokenizer,
     detect_components,
-    find_template,
     load_adapter,
     read_base,
-    read_tokenizer,
+    set_processor,
 )
 from reverie_jax.models import VisionLanguageModel, lora
 from reverie_jax.models.checkpoints import adapters, base_checksums, orbax, write
@@ -63,6 +63,7 @@ def convert(
     to: str = "llava-hf",
     components: Components = None,
     adapter: str | Path | None = None,
+    template: str | None = None,
     dtype: DTypeLike | None = None,
     shard_bytes: int = write.SHARD_BYTES,
 ) -> Path:
@@ -78,6 +79,7 @@ def convert(
         to: One of `Format`.
         components: As for `loading.load_model`.
         adapter: As for `loading.load_model`.
+        template: Name of the chat template; the checkpoint's own by default.
         dtype: Of a complete model's tensors; as stored by default.
         shard_bytes: Size of the largest file of weights.
 
@@ -94,17 +96,16 @@ def convert(
     with new_folder(dst) as folder:
         main, *others = detect_components(src, components)
         model = read_base(main, others, adapter=adapter, dtype=dtype)
-        tokenizer = read_tokenizer(model.config, main, others)
-        model.config = find_template(model.config, tokenizer, main)
+        processor = set_processor(model, main, others, adapter, template)
         source = _describe_source(model, str(src), main, [str(part) for part in as_list(components)], adapter)
         if adapter is not None:
             name, projector = load_adapter(model, adapter, [main, *others])
             source = dataclasses.replace(source, base_model=name or str(src), projector=projector)
         if to in ("peft", "llava-lora"):
-            _write_adapter(model, folder, to, source, tokenizer)
+            _write_adapter(model, folder, to, source, processor.encoder.tokenizer)
         else:
             lora.merge(model)
-            _write_model(model, folder, to, tokenizer, shard_bytes, main.path)
+            _write_model(model, folder, to, processor, shard_bytes, main.path)
         _write_readme(folder, model, to, source)
     if to == "llava-lora" and not all(word in dst.resolve().name.lower() for word in ("llava", "lora")):
         _log.warning("%s: original LLaVA's loader needs a folder whose name contains both llava and lora", dst)
@@ -145,9 +146,9 @@ def _write_adapter(model: VisionLanguageModel, folder: Path, to: str, source: Co
 
 
 def _write_model(
-    model: VisionLanguageModel, folder: Path, to: str, tokenizer: Any, shard_bytes: int, source: Path
+    model: VisionLanguageModel, folder: Path, to: str, processor: Processor, shard_bytes: int, source: Path
 ) -> None:
-    vocab = None
+    tokenizer, vocab = processor.encoder.tokenizer, None
     if to == "llava-hf":
         _add_image_token(model, tokenizer)
     elif to == "llava":
@@ -155,7 +156,7 @@ def _write_model(
         if model.config.tokenization == "llava":
             check_reference_tokenizer(tokenizer, source)
     ids = special_ids(tokenizer, model.config.text.vocab)
-    encoder = Processor.from_config(model.config, tokenizer, read_example_template(source)).encoder
+    encoder = Processor.from_config(model.config, tokenizer, processor.encoder.template).encoder
     if to == "llava-hf":
         write.write_model(model, folder, shard_bytes=shard_bytes, special_ids=ids)
         _write_processor(folder, encoder, model.config.vision.patch_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import json
 import operator
@@ -17,13 +18,13 @@ from reverie_jax.errors import UserError
 
 
 def read_json(path: Path, error: type[UserError] = UserError) -> Any:
-    """Return the content of a JSON file; a byte order mark at its beginning is skipped.
+    """Return the content of a JSON file; see `decode_text` for its encoding.
 
     Raises:
         error: The file is missing, cannot be read or is not valid JSON.
     """
     try:
-        return json.loads(path.read_text("utf-8-sig"))
+        return json.loads(decode_text(path.read_bytes()))
     except FileNotFoundError:
         raise error(f"{path}: no such file") from None
     except OSError as problem:
@@ -34,6 +35,20 @@ def read_json(path: Path, error: type[UserError] = UserError) -> Any:
         raise error(f"{path}: not valid JSON (nested too deep)") from None
     except ValueError as problem:
         raise error(f"{path}: not valid JSON ({' '.join(str(problem).split())[:200]})") from None
+
+
+def decode_text(content: bytes, errors: str = "strict") -> str:
+    """Return the text of a file: UTF-8, or UTF-16 with a byte order mark as Windows writes it. Marks are dropped.
+
+    Args:
+        content: The file.
+        errors: As for `bytes.decode`.
+
+    Raises:
+        UnicodeDecodeError: It is in another encoding.
+    """
+    wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return content.decode("utf-16" if wide else "utf-8-sig", errors)
 
 
 def write_json(path: Path, content: Any, error: type[UserError] = UserError) -> None:

@@ -18,14 +18,20 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from safetensors.numpy import save_file
 
-from reverie_jax.data.conversation import IMAGE
-from reverie_jax.data.processor import TEMPLATE_EXAMPLE, Processor, read_example_template
-from reverie_jax.data.templates import TEMPLATES, Template
+from reverie_jax.data.chat_template import choose_template
+from reverie_jax.data.processor import Processor
 from reverie_jax.data.tokenization import load_tokenizer
 from reverie_jax.errors import CheckpointError, UserError
 from reverie_jax.models import VisionLanguageModel, VLMConfig
 from reverie_jax.models.checkpoints import attach_adapter, read_config, read_model
-from reverie_jax.models.checkpoints.components import Component, ComponentLike, as_list, detect_component, recorded_base
+from reverie_jax.models.checkpoints.components import (
+    Component,
+    ComponentLike,
+    as_list,
+    detect_component,
+    recorded_base,
+    with_settings,
+)
 from reverie_jax.models.checkpoints.files import read_json
 from reverie_jax.models.config import ProjectorKind
 from reverie_jax.train.checkpoint import load_run
@@ -72,6 +78,7 @@ def load_model(
     *,
     components: Components = None,
     adapter: str | Path | None = None,
+    template: str | None = None,
     mesh: Mesh | None = None,
     dtype: DTypeLike | None = None,
 ) -> tuple[VisionLanguageModel, Processor]:
@@ -83,6 +90,8 @@ def load_model(
         components: What `path` lacks: plain language model, CLIP.
         adapter: A PEFT adapter, a LLaVA LoRA folder or a run folder of `reverie train`. It is not merged:
             `models.lora.merge` merges it, `models.lora.set_adapters_enabled` disables it.
+        template: Name of the chat template, of `data.templates.TEMPLATES`; that of the adapter's run by default, or else the
+            checkpoint's own.
         mesh: Where the parameters are placed; one device by default.
         dtype: Of matrices and computation. As stored by default, but bfloat16 for float16 files on a TPU.
 
@@ -97,10 +106,69 @@ def load_model(
         model = read_base(main, others, adapter=adapter, dtype=jnp.bfloat16, mesh=mesh)
     if adapter is not None:
         load_adapter(model, adapter, [main, *others])
-    tokenizer = read_tokenizer(model.config, main, others)
-    model.config = find_template(model.config, tokenizer, main)
-    processor = Processor.from_config(model.config, tokenizer, read_example_template(main.path))
-    return model, processor if adapter is None else apply_run_recipe(processor, Path(adapter))
+    return model, set_processor(model, main, others, adapter, template)
+
+
+def set_processor(
+    model: VisionLanguageModel,
+    main: Component,
+    others: Sequence[Component],
+    adapter: str | Path | None,
+    template: str | None,
+) -> Processor:
+    """Return a model's processor, and set its configuration's template, tokenization and image aspect ratio as there.
+
+    The arguments are those of `read_base` and `load_model`.
+
+    Raises:
+        CheckpointError: Tokenizer or template cannot be used.
+    """
+    processor = _make_processor(model.config, main, others, adapter, template)
+    model.config = dataclasses.replace(
+        model.config,
+        template=processor.encoder.template.name,
+        tokenization=processor.encoder.tokenization,
+        image_aspect_ratio=processor.image_aspect_ratio,
+    )
+    return processor
+
+
+def _make_processor(
+    config: VLMConfig,
+    main: Component,
+    others: Sequence[Component],
+    adapter: str | Path | None,
+    template: str | None,
+) -> Processor:
+    """Return a checkpoint's processor, which prepares inputs as its adapter was tuned with.
+
+    A run of `reverie train` says so in its recipe, unless it trained a projector: its template serves only that. A LLaVA
+    LoRA folder says so in its config.json.
+    """
+    aspect, prompted, others_of_it = None, main, list(others)
+    if adapter is not None and is_run(adapter):
+        recipe = run_recipe(adapter)
+        if recipe.trainable != "projector":
+            template, aspect = template or recipe.template, recipe.image_aspect_ratio
+    elif adapter is not None and (tuned := detect_component(adapter)).format == "llava-lora" and tuned.config:
+        layer, config = config.feature_layer, with_settings(config, tuned)
+        if config.feature_layer != layer:
+            raise CheckpointError(
+                f"{tuned.config_path}: mm_vision_select_layer {config.feature_layer} differs from {main.path}'s, {layer}"
+            )
+        prompted, others_of_it = tuned, [main, *others]
+    tokenizer = read_tokenizer(config, main, others)
+    chosen = choose_template(config, tokenizer, prompted, others_of_it, template)
+    return Processor.from_config(config, tokenizer, chosen).override(image_aspect_ratio=aspect)
+
+
+def run_recipe(run: str | Path) -> Recipe:
+    """Return the recipe of a run folder of `reverie train`.
+
+    Raises:
+        ResumeError: The folder does not identify a run.
+    """
+    return Recipe.from_json(json.dumps(read_identity(Path(run))["recipe"]))
 
 
 def read_base(
@@ -127,8 +195,7 @@ def read_base(
     """
     if adapter is None or not is_run(adapter) or not lacks_projector(main, others):
         return read_model(main, components=others, dtype=dtype, mesh=mesh)
-    kind = Recipe.from_json(json.dumps(read_identity(Path(adapter))["recipe"])).projector_type
-    with _new_projector([main, *others], kind) as projector:
+    with _new_projector([main, *others], run_recipe(adapter).projector_type) as projector:
         return read_model(main, components=[*others, projector], dtype=dtype, mesh=mesh)
 
 
@@ -143,6 +210,7 @@ def load_with_projector(
     components: Components = None,
     kind: ProjectorKind,
     seed: int = 0,
+    template: str | None = None,
     mesh: Mesh | None = None,
     dtype: DTypeLike | None = None,
 ) -> tuple[VisionLanguageModel, Processor]:
@@ -153,6 +221,7 @@ def load_with_projector(
         components: The other.
         kind: Of the projector. Weights and biases are uniform in +-1/sqrt(inputs), as in torch's linear layers.
         seed: Of the projector's weights.
+        template: As for `load_model`.
         mesh: As for `load_model`.
         dtype: As for `load_model`.
 
@@ -166,7 +235,8 @@ def load_with_projector(
             f"{', '.join(str(part.path) for part in parts)}: a new projector needs a plain language model and a CLIP tower"
         )
     with _new_projector(parts, kind, seed) as projector:
-        return load_model(by_format["llm"], components=[by_format["clip"], projector], mesh=mesh, dtype=dtype)
+        components = [by_format["clip"], projector]
+        return load_model(by_format["llm"], components=components, template=template, mesh=mesh, dtype=dtype)
 
 
 @contextlib.contextmanager
@@ -191,8 +261,20 @@ def lacks_projector(path: ComponentLike, components: Components = None) -> bool:
     return sorted(part.format for part in detect_components(path, components)) == ["clip", "llm"]
 
 
-def load_processor(path: ComponentLike, *, components: Components = None) -> Processor:
+def load_processor(
+    path: ComponentLike,
+    *,
+    components: Components = None,
+    adapter: str | Path | None = None,
+    template: str | None = None,
+) -> Processor:
     """Load only the processor: no weights are read, only the headers of their files.
+
+    Args:
+        path: As for `load_model`.
+        components: As for `load_model`.
+        adapter: As for `load_model`; of a run folder, the recipe counts.
+        template: As for `load_model`.
 
     Raises:
         CheckpointError: Configuration or tokenizer cannot be used.
@@ -203,21 +285,7 @@ def load_processor(path: ComponentLike, *, components: Components = None) -> Pro
             config = read_config(main, components=[*others, projector])
     else:
         config = read_config(main, components=others)
-    tokenizer = read_tokenizer(config, main, others)
-    return Processor.from_config(find_template(config, tokenizer, main), tokenizer, read_example_template(main.path))
-
-
-def apply_run_recipe(processor: Processor, adapter: Path) -> Processor:
-    """Return the processor with the template and image aspect ratio of a training run's recipe.
-
-    The processor is unchanged for other adapters, and for a run that trained a projector: its template serves only that.
-    """
-    if not is_run(adapter):
-        return processor
-    recipe = Recipe.from_json(json.dumps(read_identity(adapter)["recipe"]))
-    if recipe.trainable == "projector":
-        return processor
-    return processor.override(recipe.template, image_aspect_ratio=recipe.image_aspect_ratio)
+    return _make_processor(config, main, others, adapter, template)
 
 
 def load_adapter(model: VisionLanguageModel, adapter: str | Path, base: Sequence[ComponentLike]) -> tuple[str, bool]:
@@ -265,6 +333,7 @@ def read_tokenizer(config: VLMConfig, main: Component, others: Sequence[Componen
         raise CheckpointError(f"{', '.join(map(str, folders))}: no tokenizer.json or tokenizer.model")
     try:
         tokenizer = load_tokenizer(folder)
+        tokenizer("a")  # some settings fail only here
     except Exception as error:  # for a broken file the library raises OSError, ValueError or a bare Exception
         raise CheckpointError(f"{folder}: the tokenizer cannot be read ({' '.join(str(error).split())})") from None
     if config.tokenization == "llava":
@@ -280,7 +349,8 @@ def check_reference_tokenizer(tokenizer: Any, folder: Path) -> None:
     """Check that original LLaVA's tokenization can be computed with a tokenizer, and set its `legacy` as the folder says.
 
     Raises:
-        CheckpointError: It is a byte-level one, whose words do not begin with sentencepiece's mark.
+        CheckpointError: It is a byte-level one, whose words do not begin with sentencepiece's mark, or puts other tokens
+            around a text than BOS before it.
     """
     if "\u2581" not in tokenizer.get_vocab():
         raise CheckpointError(
@@ -288,84 +358,12 @@ def check_reference_tokenizer(tokenizer: Any, folder: Path) -> None:
             " format only LLaMA-1, LLaMA-2, Vicuna and Phi-3 are supported"
         )
     path = folder / "tokenizer_config.json"
-    legacy = read_json(path).get("legacy") if path.exists() else None
+    settings = read_json(path) if path.exists() else {}
+    for key, value in (("add_bos_token", True), ("add_eos_token", False)):
+        if settings.get(key) not in (None, value):
+            raise CheckpointError(
+                f"{path}: {key} {settings[key]!r} is not supported in original LLaVA's format; only {value} is"
+            )
+    legacy = settings.get("legacy")
     # Without the key, the slow tokenizer that original LLaVA uses is in legacy mode.
     tokenizer.legacy = (folder / "tokenizer.model").exists() if legacy is None else bool(legacy)
-
-
-def find_template(config: VLMConfig, tokenizer: Any, main: Component) -> VLMConfig:
-    """Return a configuration with the name of the checkpoint's chat template, recognized by what it renders.
-
-    Raises:
-        CheckpointError: It is not in `data.templates`, or does not fit the tokenizer.
-    """
-    if "reverie_template" in main.config and config.template not in TEMPLATES:
-        raise CheckpointError(
-            f"{main.config_path}: unknown reverie_template {config.template!r}; must be one of {', '.join(TEMPLATES)}"
-        )
-    if main.format == "orbax" or "reverie_template" in main.config or (main.path / TEMPLATE_EXAMPLE).exists():
-        return config
-    remedy = f'set "reverie_template" in config.json to the one it was tuned with, of {", ".join(TEMPLATES)}'
-    path, name, eos = main.path, config.template, tokenizer.eos_token
-    if main.format == "llava-hf" and (found := _read_chat_template(main.path)) is not None:
-        path, chat_template = found
-        prompt = _open_prompt(tokenizer, chat_template, path)
-        chat = {name: template for name, template in TEMPLATES.items() if template and template.style != "plain"}
-        name = next((name for name, template in chat.items() if prompt == _prompt(template)), "")
-        if not name:
-            raise CheckpointError(f"{path}: the chat template's prompt {prompt!r} is not supported; {remedy}")
-    elif config.template != "phi3_instruct" and eos != "</s>":
-        raise CheckpointError(
-            f"{path}: no chat template, and answers end with {eos!r}, not with Vicuna's '</s>'; {remedy}"
-        )
-    template = TEMPLATES[name]
-    if template and (template.end or "").startswith("<|") and template.end not in tokenizer.get_vocab():
-        raise CheckpointError(
-            f"{path}: template {name} ends answers with {template.end!r}, which is no token; {remedy}"
-        )
-    return dataclasses.replace(config, template=name)
-
-
-_QUESTION = "What is it?"
-
-
-def _prompt(template: Template) -> str:
-    return f"{template.system}{template.user}{IMAGE}\n{_QUESTION}{template.assistant}"
-
-
-def _read_chat_template(folder: Path) -> tuple[Path, str] | None:
-    """Return the chat template that transformers' processor uses, and its file."""
-    if (path := folder / "chat_template.jinja").exists():
-        return path, path.read_text("utf-8")
-    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
-        path = folder / name
-        found = read_json(path).get("chat_template") if path.exists() else None
-        if isinstance(found, list):  # several, by name
-            found = next((entry.get("template") for entry in found if entry.get("name") == "default"), None)
-        if isinstance(found, str):
-            return path, found
-    return None
-
-
-def _open_prompt(tokenizer: Any, chat_template: str, path: Path) -> str:
-    """Return what a chat template makes of a question about an image, without the beginning of the sequence.
-
-    Raises:
-        CheckpointError: It fails.
-    """
-    parts: list[Any] = [[{"type": "image"}, {"type": "text", "text": _QUESTION}], f"{IMAGE}\n{_QUESTION}"]
-    error: Exception | None = None
-    for content in parts:  # templates of language models take text only
-        try:
-            text: str = tokenizer.apply_chat_template(
-                [{"role": "user", "content": content}],
-                chat_template=chat_template,
-                add_generation_prompt=True,
-                tokenize=False,
-            )
-        except Exception as problem:  # a template can raise anything
-            error = problem
-            continue
-        if IMAGE in text and "{" not in text:
-            return text.removeprefix(tokenizer.bos_token or "")
-    raise CheckpointError(f"{path}: the chat template cannot be applied ({error or 'it shows no image'})")

@@ -21,6 +21,11 @@ _LOG_SECONDS = 60.0
 """Time between two lines where the console is not a terminal."""
 
 
+def format_rate(rate: float) -> str:
+    """Return a rate with three digits, also a slow one, or all of its digits before the point: 0.0123, 12.3, 12,345."""
+    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
+
+
 class ProgressBars:
     """A context that shows progress: a bar for each stage on a terminal, otherwise a line every minute.
 

@@ -20,9 +20,9 @@ import reverie_jax
 from reverie_jax import cli
 from reverie_jax.convert import convert
 from reverie_jax.data.conversation import IMAGE, Conversation, Turn
-from reverie_jax.data.templates import find_template, to_jinja
+from reverie_jax.data.templates import TEMPLATES, find_template, to_jinja
 from reverie_jax.errors import CheckpointError, UserError
-from reverie_jax.loading import apply_run_recipe, find_checkpoint, load_processor
+from reverie_jax.loading import find_checkpoint, load_processor
 from reverie_jax.models.checkpoints import files
 from reverie_jax.train import recipes
 from tests.models import makers, oracle
@@ -173,8 +173,9 @@ def test_processor_of_a_run_follows_its_recipe(settings, aspect, tmp_path):
     """But not that of a run that trained a projector, whose template serves only that."""
     recipe = dataclasses.replace(recipes.find_recipe("scenes-responses"), image_aspect_ratio="square", **settings)
     (tmp_path / "run.json").write_text(json.dumps({"base": {}, "recipe": json.loads(recipe.to_json())}))
-    processor = apply_run_recipe(load_processor("scenes-base"), tmp_path)
+    processor = load_processor("scenes-base", adapter=tmp_path)
     assert (processor.image_aspect_ratio, processor.encoder.template.name) == (aspect, "llava-hf")
+    assert load_processor("scenes-base", adapter=tmp_path, template="llava_v1").encoder.template.name == "llava_v1"
 
 
 @pytest.mark.parametrize("fault", ["missing", "broken", "too large"])
@@ -188,6 +189,17 @@ def test_unusable_tokenizer_is_reported(fault, tmp_path):
     else:
         makers.tokenizer("<image>", "<pad>").save_pretrained(folder)
     makers.assert_refused(lambda: load_processor(folder, components=clip), folder)
+
+
+@pytest.mark.parametrize("section", [None, "text_config", "vision_config"])
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_dtype_of_a_config_says_nothing_of_tokens(section, key, copy):
+    """transformers' own reader fails for a name that torch does not have, as auto."""
+    expected = load_processor(copy).encoder.tokenizer("ba deki <image> ", return_offsets_mapping=True)
+    raw = json.loads((copy / "config.json").read_text())
+    (raw if section is None else raw[section])[key] = "auto"
+    makers.write_json(copy / "config.json", raw)
+    assert load_processor(copy).encoder.tokenizer("ba deki <image> ", return_offsets_mapping=True) == expected
 
 
 # What a checkpoint says of its prompts.
@@ -229,8 +241,62 @@ def test_chat_template_is_recognized_by_what_it_renders(file, content, name, cop
         makers.write_json(copy / file, old | content)
     if name is None:
         makers.assert_refused(lambda: load_processor(copy), copy / file)
-        makers.edit_json(copy / "config.json", reverie_template="vicuna_v1")  # the way out that the message names
+        processor = load_processor(copy, template="vicuna_v1")  # the ways out that the message names
+        makers.edit_json(copy / "config.json", reverie_template="vicuna_v1")
+        assert processor.encoder.template == load_processor(copy).encoder.template
     assert load_processor(copy).encoder.template.name == (name or "vicuna_v1")
+
+
+# Original LLaVA takes its template llava_llama_2 if this is in a model's name; nothing else in the files tells.
+LLAMA_2 = [
+    ("config.json", "_name_or_path", "/data/llava-llama-2-13b-chat-lightning-preview"),
+    ("config.json", "_name_or_path", "meta-llama/Llama-2-7b-chat-hf"),
+    ("tokenizer_config.json", "chat_template", "{{ '[INST] ' + messages[0]['content'] + ' [/INST]' }}"),
+]
+
+
+@pytest.mark.parametrize(("file", "key", "value"), LLAMA_2)
+def test_llama_2_chat_is_not_taken_for_vicuna(file, key, value, tmp_path):
+    """Whether it is the model or only its language model that says so."""
+    bench = makers.bench()
+    whole, llm = makers.original_folder(tmp_path / "whole", bench.part), shutil.copytree(bench.llm, tmp_path / "llm")
+    lora, projector = (
+        shutil.copytree(bench.lora, tmp_path / "lora"),
+        makers.projector_folder(tmp_path / "mm", bench.part),
+    )
+    for main, parts in ((whole, [bench.clip]), (lora, [llm, bench.clip]), (projector, [llm, bench.clip])):
+        assert load_processor(main, components=parts).encoder.template.name == "vicuna_v1"
+    for folder in (whole, llm):
+        makers.edit_json(folder / file, **{key: value})
+    for main, parts in ((whole, [bench.clip]), (lora, [llm, bench.clip]), (projector, [llm, bench.clip])):
+        makers.assert_refused(lambda: load_processor(main, components=parts), main, "Llama-2", "--template")  # noqa: B023
+        assert load_processor(main, components=parts, template="vicuna_v1").encoder.template.name == "vicuna_v1"
+
+
+def test_llama_2_chat_by_the_folder_or_the_recorded_base(tmp_path):
+    bench = makers.bench()
+    whole = makers.original_folder(tmp_path / "llava-llama-2-7b-chat", bench.part)
+    lora = shutil.copytree(bench.lora, tmp_path / "lora")
+    makers.edit_json(lora / makers.ADAPTER_CONFIG, base_model_name_or_path="meta-llama/Llama-2-7b-chat-hf")
+    for main, parts in ((whole, [bench.clip]), (lora, [bench.llm, bench.clip])):
+        makers.assert_refused(lambda: load_processor(main, components=parts), main, "Llama-2")  # noqa: B023
+
+
+def test_template_of_every_name(copy, caplog):
+    """`v0` needs its example dialogue; another one than the checkpoint's own is a warning."""
+    for name, template in TEMPLATES.items():
+        caplog.clear()
+        if template is None:
+            with pytest.raises(UserError, match="example"):
+                load_processor(copy, template=name)
+            makers.write_json(copy / "template_example.json", {"question": "Is it?", "answer": "Yes."})
+        elif name == "phi3_instruct":
+            assert load_processor(copy, template=name).encoder.stop_ids == (2, 3)
+        assert load_processor(copy, template=name).encoder.template.name == name
+        assert (name in caplog.text) == (name not in ("llava-hf", "v0"))
+        (copy / "template_example.json").unlink(missing_ok=True)
+    with pytest.raises(UserError, match="nobody"):
+        load_processor(copy, template="nobody's")
 
 
 def test_unknown_template_of_ours(copy):
@@ -248,6 +314,15 @@ def test_tokenizers_whose_prompts_are_unknown(copy, tmp_path):
     makers.assert_refused(lambda: reverie_jax.load_model(original, components=clip), original, "Llama-3")
 
 
+@pytest.mark.parametrize(("key", "value"), [("add_bos_token", False), ("add_eos_token", True)])
+def test_tokens_around_a_text_are_original_llavas(key, value, tmp_path):
+    original, clip = makers.original_folder(tmp_path / "original", makers.parts()), makers.bench().clip
+    makers.edit_json(original / "tokenizer_config.json", **{key: not value})
+    load_processor(original, components=clip)
+    makers.edit_json(original / "tokenizer_config.json", **{key: value})
+    makers.assert_refused(lambda: load_processor(original, components=clip), original / "tokenizer_config.json", key)
+
+
 @pytest.mark.parametrize("to", ["llava-hf", "llava", "orbax"])
 def test_tokens_that_end_an_answer_are_read_and_written(to, copy, tmp_path):
     makers.edit_json(copy / "generation_config.json", eos_token_id=[2, 17])
@@ -255,6 +330,14 @@ def test_tokens_that_end_an_answer_are_read_and_written(to, copy, tmp_path):
     for path in (copy, tmp_path / "out"):
         processor = load_processor(path)
         assert processor.encoder.stop_ids == processor.override("plain").encoder.stop_ids == (2, 17)
+    raw = json.loads((copy / "config.json").read_text())
+    raw["text_config"]["eos_token_id"] = [17, -1]  # what transformers takes where the other file is missing
+    makers.write_json(copy / "config.json", raw)
+    assert load_processor(copy).encoder.stop_ids == (2, 17)
+    (copy / "generation_config.json").unlink()
+    assert load_processor(copy).encoder.stop_ids == (2, 17)
+    makers.write_json(copy / "generation_config.json", {"eos_token_id": None})
+    assert load_processor(copy).encoder.stop_ids == (2,)
     makers.edit_json(copy / "generation_config.json", eos_token_id="</s>")
     makers.assert_refused(lambda: load_processor(copy), copy / "generation_config.json", "eos_token_id")
 

@@ -4,6 +4,7 @@ Compared with what transformers' class and processor make of the output, with th
 LLaVA computed in torch.
 """
 
+import dataclasses
 import json
 import sys
 
@@ -17,7 +18,9 @@ from transformers import AutoProcessor, AutoTokenizer, LlavaForConditionalGenera
 from reverie_jax import cli
 from reverie_jax.convert import convert
 from reverie_jax.errors import CheckpointError
+from reverie_jax.loading import load_processor
 from reverie_jax.models.checkpoints import read_config, read_model
+from reverie_jax.train.recipes import find_recipe
 from tests.models import makers
 from tests.models.makers import KINDS, ROWS, SIDE, TOWER, WORDS
 from tests.models.oracle import assert_close, differing, llava_logits, logits
@@ -61,7 +64,7 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
-    return makers.clip_folder(tmp_path_factory.mktemp("clip"), makers.parts())
+    return makers.clip_folder(tmp_path_factory.mktemp("x") / "clip", makers.parts())
 
 
 def tensors(folder):
@@ -282,6 +285,17 @@ def test_input_settings_are_kept(to, aspect, clip, tmp_path):
         assert getattr(after, name) == getattr(before, name), name
 
 
+@pytest.mark.parametrize("to", ["llava-hf", "orbax"])
+def test_prompt_of_the_adapters_run_is_written(to, source, tmp_path, monkeypatch):
+    """The merged model was tuned with it, whatever the base model's is."""
+    monkeypatch.setattr("reverie_jax.convert.load_adapter", lambda *_: ("", False))
+    recipe = dataclasses.replace(find_recipe("scenes-responses"), template="llava_v1", image_aspect_ratio="square")
+    makers.write_json(tmp_path / "run/run.json", {"base": {}, "recipe": json.loads(recipe.to_json())})
+    convert(source(), tmp_path / "out", to=to, adapter=tmp_path / "run")
+    processor = load_processor(tmp_path / "out")
+    assert (processor.encoder.template.name, processor.image_aspect_ratio) == ("llava_v1", "square")
+
+
 def test_linear_projector(clip, tmp_path):
     """transformers does not support it; original LLaVA and Orbax do."""
     part = makers.parts("llava-1.0")
@@ -304,6 +318,7 @@ COMMANDS = [
     (["--to", "gguf"], ("gguf", "llava-lora")),
     (["--to", "llava-hf", "--shard-size", "few"], ("--shard-size",)),
     (["--to", "llava-hf", "--dtype", "int8"], ("--dtype", "float16")),
+    (["--to", "llava-hf", "--template", "nobody's"], ("--template", "nobody's", "vicuna_v1")),
     (["--to", "llava-hf", "--dtype", "float16", "--shard-size", "20KB"], ()),
 ]
 

@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from reverie_jax import progress
-from reverie_jax.progress import ProgressBars
+from reverie_jax.progress import ProgressBars, format_rate
 
 
 @pytest.mark.parametrize("seconds", [0.1, 45.0, 120.0])
@@ -18,6 +18,23 @@ def test_a_speed_is_known_from_the_first_progress_however_slow(seconds):
             bars.update("answers", done, 200)
             assert bars.speed("answers") == pytest.approx(10 / seconds if done > 100 else 0)
             now[0] += seconds
+
+
+@pytest.mark.parametrize(
+    ("rate", "text"),
+    [
+        (0, "0"),
+        (1 / 700, "0.00143"),
+        (0.04, "0.04"),
+        (0.999, "0.999"),
+        (12.34, "12.3"),
+        (99.96, "100"),
+        (999.6, "1,000"),
+        (12345.6, "12,346"),
+    ],
+)
+def test_a_slow_rate_is_not_zero(rate, text):
+    assert format_rate(rate) == text
 
 
 def test_a_line_is_printed_each_minute_where_there_is_no_terminal(monkeypatch):

@@ -275,9 +275,10 @@ class Pipeline(JobRunner):
         }
         stages = {"questions": ["questions"], "rationales": _RATIONALE_STAGES, "judge": ["judge"], "export": []}
         writer, judge = (parse_model_spec(spec)[0] for spec in (job.writer, self.judges[0]))
-        shown = mean_tokens(writer, job.images_folder, job.images)
+        size = job.config.settings.max_image_size
+        shown = mean_tokens(writer, job.images_folder, job.images, size)
         image_tokens: dict[str, float] = dict.fromkeys(("questions", *_RATIONALE_STAGES), shown)
-        image_tokens["judge"] = mean_tokens(judge, job.images_folder, job.images) if job.judge_sees_image else 0.0
+        image_tokens["judge"] = mean_tokens(judge, job.images_folder, job.images, size) if job.judge_sees_image else 0.0
         return [
             self.session.estimate(stage, tasks[stage], extra[stage], image_tokens[stage])
             for step in steps

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from reverie_jax.annotate.lrv import LrvJob
     from reverie_jax.annotate.pipeline import AnnotationJob, Step
     from reverie_jax.hosted.runner import Outcome
+    from reverie_jax.hosted.session import RequestConfig
 
 _WRITER = "name the model that writes, as gemini:MODEL or openai:MODEL"
 
@@ -54,6 +55,8 @@ class Annotate:
     """Confusing answers for each question."""
     prompts: Annotated[Path | None, common.FOLDER] = None
     """Folder with your own prompts: questions.txt, positive.txt, negative.txt, judge.txt; missing ones are the built-in."""
+    max_image_size: Annotated[int | None, common.option("PIXELS")] = None
+    """Longest side of an image: larger ones are scaled down before they are sent; none is if omitted."""
     hosted: OmitArgPrefixes[hosted.ProviderOptions] = dataclasses.field(default_factory=hosted.ProviderOptions)
     captions: Annotated[Path | None, common.FILE] = None
     """Captions, for lrv: Visual Genome's region_descriptions.json, or [{image_id, captions: [{caption, x, ...}]}]."""
@@ -104,7 +107,7 @@ class Annotate:
         from reverie_jax.hosted.images import list_images
 
         common.check_choice(get_args(Votes), votes=self.votes)
-        common.check_at_least(1, questions=self.questions, confusing=self.confusing)
+        common.check_at_least(1, questions=self.questions, confusing=self.confusing, max_image_size=self.max_image_size)
         folder, names = common.require(self.images, "--images", "name the folder of images"), self.list
         if names is None and (self.out / "image_list.json").exists():
             names = self.out / "image_list.json"  # as REVERIE's scripts name it
@@ -119,8 +122,13 @@ class Annotate:
             votes=self.votes,  # type: ignore[arg-type]
             judge_sees_image=self.judge_sees_image,
             prompts=self.prompts,
-            config=self.hosted.config(),
+            config=self._config(),
         )
+
+    def _config(self) -> RequestConfig:
+        config = self.hosted.config()
+        settings = dataclasses.replace(config.settings, max_image_size=self.max_image_size)
+        return dataclasses.replace(config, settings=settings)
 
     def _reflective(self, steps: tuple[Step, ...]) -> int:
         from rich.console import Console

@@ -24,6 +24,7 @@ class Ask:
     model: common.Model
     components: common.Components = ()
     adapter: common.Adapter = None
+    template: common.Template = None
     dtype: common.Dtype = "auto"
     max_new_tokens: common.MaxNewTokens = None
     """Maximum length of an answer, in tokens; 96 if omitted."""
@@ -31,6 +32,7 @@ class Ask:
     def run(self) -> None:
         """Run the command."""
         common.check_at_least(1, max_new_tokens=self.max_new_tokens)
+        common.check_template(self.template)
         if not self.question:
             raise UserError(f"no question about {self.image}; give one or more, each in quotes")
         if files := [text for text in self.question if os.path.isfile(text)]:
@@ -43,7 +45,7 @@ class Ask:
 
         record = ask(self.image, *self.question)
         decode(record.image, str(self.image))
-        model, processor = common.load_merged(self.model, self.components, self.adapter, self.dtype)
+        model, processor = common.load_merged(self.model, self.components, self.adapter, self.dtype, self.template)
         engine = Engine(model, processor, EngineShape(batch_size=1))
         request = ImageQuestions(record.id, record.image, list(enumerate(record.conversations)))
         answers = engine.answer([request], max_new_tokens=self.max_new_tokens or 96)

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from tyro.conf import Positional, UseAppendAction, arg
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from reverie_jax.data.processor import Processor
     from reverie_jax.models import VisionLanguageModel
+
+_T = TypeVar("_T")
 
 DTYPES = ("float32", "bfloat16")
 ONE_DEVICE = "data=1,fsdp=1,tensor=1"
@@ -41,6 +43,9 @@ def _default_hint(default: str) -> str:
 FILE, FOLDER, N, NUMBER = map(option, ("FILE", "FOLDER", "N", "NUMBER"))
 FLAG = arg(help_behavior_hint="")
 
+Several = UseAppendAction[tuple[tuple[_T, ...], ...]]
+"""Type of an option with several values, which may be repeated (`--x a b --x c`); `joined` returns them. None are needed."""
+
 # Options of several commands: one name, one type, one help text.
 Model = Annotated[
     str,
@@ -56,6 +61,10 @@ Components = Annotated[
 ]
 Adapter = Annotated[
     str | None, option("ADAPTER", "PEFT adapter, LLaVA LoRA folder, or run folder of `reverie train`; none if omitted.")
+]
+Template = Annotated[
+    str | None,
+    option("NAME", "Chat template that the model was tuned with; recognized from its files if omitted."),
 ]
 Dtype = Annotated[
     str,
@@ -79,7 +88,7 @@ Recipe = Annotated[
     ),
 ]
 RecipeFields = Annotated[
-    UseAppendAction[tuple[tuple[str, ...], ...]],
+    Several[str],
     arg(
         metavar="FIELD=VALUE ...",
         help="Recipe fields to change, as `steps=200 learning_rate=1e-4 sequence.length=512`; they win over the recipe.",
@@ -90,7 +99,12 @@ BenchmarkName = Annotated[
     Positional[str], option("BENCHMARK", "Name of the benchmark; `reverie benchmarks` lists them.")
 ]
 Predictions = Annotated[
-    Path, option("FILE", "Answer file: JSON lines with question_id and text, or the benchmark's own form.")
+    Path,
+    option(
+        "FILE",
+        "Answer file: JSON lines with question_id and text, the benchmark's own form, samples of lmms-eval, or a table of "
+        "VLMEvalKit.",
+    ),
 ]
 Sources = Annotated[
     Positional[tuple[str, ...]],
@@ -110,7 +124,7 @@ DryRun = Annotated[
 ]
 
 
-def joined(groups: Iterable[Sequence[str]]) -> list[str]:
+def joined(groups: Iterable[Sequence[_T]]) -> list[_T]:
     """Return the values of an option that may be repeated, each time with several values."""
     return [value for group in groups for value in group]
 
@@ -151,6 +165,18 @@ def check_choice(choices: Sequence[str], **options: str) -> None:
     for name, value in options.items():
         if value not in choices:
             raise UserError(f"{flag(name)} {value}: must be {' or '.join(filter(None, choices))}")
+
+
+def check_template(name: str | None) -> None:
+    """Check the name of a chat template; None passes.
+
+    Raises:
+        UserError: there is no template of that name.
+    """
+    from reverie_jax.data.templates import TEMPLATES
+
+    if name is not None:
+        check_choice(tuple(TEMPLATES), template=name)
 
 
 def require(value: Any, option: str, what: str) -> Any:
@@ -195,7 +221,7 @@ def parse_dtype(name: str, choices: tuple[str, ...] = DTYPES, *, auto: bool = Tr
 
 
 def load_merged(
-    model: str, components: Sequence[str], adapter: str | None, dtype: str = "auto"
+    model: str, components: Sequence[str], adapter: str | None, dtype: str = "auto", template: str | None = None
 ) -> tuple[VisionLanguageModel, Processor]:
     """Load a checkpoint with its adapters merged, and its processor.
 
@@ -205,7 +231,8 @@ def load_merged(
     from reverie_jax.loading import load_model
     from reverie_jax.models import lora
 
-    merged, processor = load_model(model, components=components, adapter=adapter, dtype=parse_dtype(dtype))
+    sources: Any = {"components": components, "adapter": adapter, "template": template}
+    merged, processor = load_model(model, **sources, dtype=parse_dtype(dtype))
     lora.merge(merged)
     return merged, processor
 

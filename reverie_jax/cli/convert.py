@@ -30,6 +30,7 @@ class Convert:
     """Output format: llava-hf, llava, orbax, peft or llava-lora."""
     components: common.Components = ()
     adapter: common.Adapter = None
+    template: common.Template = None
     dtype: Annotated[str | None, common.option("DTYPE")] = None
     """Dtype of a whole model: float32, bfloat16 or float16; as stored if omitted."""
     shard_size: Annotated[str, common.option("SIZE")] = "5GB"
@@ -37,6 +38,7 @@ class Convert:
 
     def run(self) -> None:
         """Run the command."""
+        common.check_template(self.template)
         from reverie_jax.convert import convert
 
         known = (*common.DTYPES, "float16")
@@ -47,6 +49,7 @@ class Convert:
             to=self.to,
             components=self.components,
             adapter=self.adapter,
+            template=self.template,
             dtype=dtype,
             shard_bytes=parse_size(self.shard_size),
         )

@@ -85,19 +85,21 @@ class Build:
                 def on_written(count: int) -> None:
                     nonlocal written
                     written += count
-                    bars.update("images written", written, len(records))
+                    bars.update("records written", written, len(records))
 
                 jobs = self.jobs or common.cpu_count()
                 folder = write_records(self.out, {"train": records}, work=work, jobs=jobs, on_progress=on_written)
-                conversations = records.conversation_count
-        print(f"{len(RecordSource(folder))} images, {conversations} conversations: {folder}")
+                texts = len(RecordSource(folder)) - records.image_count
+                without = f"{texts} texts without an image, " if texts else ""
+                counts = f"{records.image_count} images, {without}{records.conversation_count} conversations"
+        print(f"{counts}: {folder}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Check:
     """Validate an annotation file before training: read every row, open every image, list what is wrong.
 
-    Exits with 1 if rows are unusable and --fix is not given.
+    Exits with 1 if rows are unusable and --fix is not given, and with 2 if --fix would leave no row.
     """
 
     annotations: Annotated[Positional[Path], common.FILE]
@@ -148,15 +150,15 @@ class Check:
         from reverie_jax.data.pipeline import TreeBuilder
         from reverie_jax.loading import load_processor
 
-        processor = load_processor(self.model, components=self.components)
         if self.recipe is None:
             if self.set:
                 raise UserError("--set changes fields of a recipe; name it with --recipe")
-            return processor, None
+            return load_processor(self.model, components=self.components), None
         from reverie_jax.train import recipes
 
         recipe = recipes.override(recipes.read_recipe(self.recipe), common.joined(self.set))
-        processor = processor.override(recipe.template, image_aspect_ratio=recipe.image_aspect_ratio)
+        processor = load_processor(self.model, components=self.components, template=recipe.template)
+        processor = processor.override(image_aspect_ratio=recipe.image_aspect_ratio)
         supervision = recipe.preference or recipe.supervision
         return processor, TreeBuilder(processor, recipe.sequence, supervision, recipe.prefix_sharing)
 
@@ -196,8 +198,8 @@ class Contamination:
     """Find evaluation images in training data, by name and by perceptual hash. Exits with 1 if there are any."""
 
     sources: common.Sources
-    eval_images: Annotated[tuple[Path, ...], common.option("PATH ...")]
-    """Evaluation images: folders, or question files whose rows name images (`image`; compared by name alone)."""
+    eval_images: Annotated[common.Several[Path], common.option("PATH ...")] = ()
+    """Required. Evaluation images: folders, or question files whose rows name images (`image`; compared by name alone)."""
     distance: Annotated[int, common.option("BITS")] = 4
     """Maximum number of differing bits between 64-bit perceptual hashes of similar images."""
     details: common.Details = None
@@ -207,10 +209,11 @@ class Contamination:
         from reverie_jax.data import contamination
 
         common.check_at_least(0, distance=self.distance)
-        _check_outputs([*_files(self.sources), *self.eval_images], self.details)
+        paths = common.require(common.joined(self.eval_images), "--eval-images", "name folders or question files")
+        _check_outputs([*_files(self.sources), *paths], self.details)
         common.check_writable(self.details)
         threads = common.cpu_count()
-        evaluation = contamination.read_evaluation_images(self.eval_images, threads)
+        evaluation = contamination.read_evaluation_images(paths, threads)
         common.note(f"{reason}; not compared" for reason in evaluation.unreadable)
         with open_sources(self.sources) as sources:
             images = ((record.id, record.image) for record in records_of(sources) if record.image)
@@ -251,7 +254,7 @@ class Visualize:
     count: Annotated[int, common.N] = 12
     """Records on the page, drawn at random."""
     seed: common.Seed = 0
-    supervision: Annotated[tuple[str, ...], common.option("SETTING ...")] = ()
+    supervision: Annotated[common.Several[str], common.option("SETTING ...")] = ()
     """Supervision to show, in a recipe's fields: `kinds=negative context=positive-first`."""
 
     def run(self) -> None:
@@ -261,7 +264,7 @@ class Visualize:
 
         common.check_at_least(1, count=self.count)
         _check_outputs(_files(self.sources), self.out)
-        supervision = parse_supervision(self.supervision)
+        supervision = parse_supervision(common.joined(self.supervision))
         processor = load_processor(self.model, components=self.components)
         with open_sources(self.sources) as sources:
             entries = [(source, index) for source in sources for index in range(len(source))]
@@ -282,8 +285,8 @@ class Questions:
     """Output folder: reasoning_instruct_data.json, for `reverie annotate rationales`."""
     confusing: Annotated[int, common.N] = 3
     """Confusing answers for each question: at most this many of its wrong options."""
-    splits: Annotated[tuple[str, ...], common.option("NAME ...")] = ("train",)
-    """Splits to take rows from."""
+    splits: Annotated[common.Several[str], common.option("NAME ...")] = ()
+    """Splits to take rows from; train if omitted."""
 
     def run(self) -> None:
         """Run the command."""
@@ -293,15 +296,14 @@ class Questions:
 
         common.check_at_least(1, confusing=self.confusing)
         log = ReadLog()
-        rows = Rows(self.annotations)
-        questions = multiple_choice.annotation_rows(rows, log, splits=self.splits, max_wrong=self.confusing)
+        rows, splits = Rows(self.annotations), common.joined(self.splits) or ["train"]
+        questions = multiple_choice.annotation_rows(rows, log, splits=splits, max_wrong=self.confusing)
         common.note(log.notes)
         common.note(f"{where}: {why}; skipped" for where, why in log.problems[:5])
         if len(log.problems) > 5:
             common.note([f"{len(log.problems) - 5} more rows were skipped"])
         if not questions:
-            splits = ", ".join(self.splits)
-            raise UserError(f"{self.annotations}: no question with options and an image in {splits}")
+            raise UserError(f"{self.annotations}: no question with options and an image in {', '.join(splits)}")
         path = self.out / QUESTIONS
         if path.exists():
             raise UserError(f"{path}: already exists; choose another output folder")

@@ -24,21 +24,20 @@ class Eval:
     """
 
     model: common.Model
-    benchmark: Annotated[str, common.option("NAMES")]
-    """Benchmarks, separated by commas; `reverie benchmarks` lists them."""
+    benchmark: Annotated[common.Several[str], common.option("NAMES ...")] = ()
+    """Required. Benchmarks, separated by commas or spaces; `reverie benchmarks` lists them."""
     data: Annotated[Path, common.FOLDER]
     """Folder of the benchmark's official files; of several benchmarks, a folder of folders by name (LLaVA's names too)."""
     out: Annotated[Path, common.FOLDER]
     """Output folder: predictions.jsonl and scores.json; for several benchmarks, folders of them by name."""
     components: common.Components = ()
     adapter: common.Adapter = None
+    template: common.Template = None
     dtype: common.Dtype = "auto"
     images: Annotated[Path | None, common.FOLDER] = None
     """Folder of images; the one in the data if omitted."""
     rule: Annotated[str | None, common.option("RULE")] = None
     """Scoring rule; the benchmark's official one if omitted. `reverie benchmarks` lists them."""
-    template: Annotated[str | None, common.option("NAME")] = None
-    """Conversation template; the checkpoint's if omitted."""
     mesh: common.MeshSpec = common.ONE_DEVICE
     distributed: common.Distributed = ""
     batch_size: Annotated[int, common.N] = 16
@@ -76,9 +75,12 @@ class Eval:
         from reverie_jax.eval.benchmarks import inputs
 
         self._check()
+        names = common.require(
+            common.joined(self.benchmark), "--benchmark", "name at least one; see `reverie benchmarks`"
+        )
         jobs = [
             (benchmark, inputs.with_images(inputs.load(benchmark, self.data), self.images), out)
-            for benchmark, out in output_folders(self.benchmark, self.out)
+            for benchmark, out in output_folders(",".join(names), self.out)
         ]
         for benchmark, _, _ in jobs:
             if self.rule is not None and self.rule not in benchmark.rules:
@@ -101,12 +103,9 @@ class Eval:
             raise UserError("; ".join(failed))
 
     def _check(self) -> None:
-        from reverie_jax.data.templates import TEMPLATES, find_template
-
         common.check_choice(("", "image", "instruction"), contrast=self.contrast)
         common.check_choice(("auto", *common.DTYPES), dtype=self.dtype)
-        if self.template not in (None, *TEMPLATES):
-            find_template(str(self.template))
+        common.check_template(self.template)
         common.check_at_least(
             1,
             batch_size=self.batch_size,
@@ -118,13 +117,13 @@ class Eval:
 
     def _dump_prompts(self, inputs: list[BenchmarkData], path: Path) -> None:
         from reverie_jax.eval.predict import dump_prompts
-        from reverie_jax.loading import apply_run_recipe, load_processor
+        from reverie_jax.loading import load_processor
 
-        processor = load_processor(self.model, components=self.components)
-        processor = processor if self.adapter is None else apply_run_recipe(processor, Path(self.adapter))
+        sources: Any = {"components": self.components, "adapter": self.adapter, "template": self.template}
+        processor = load_processor(self.model, **sources)
         questions = [question for data in inputs for question in data.available[: self.limit]]
         with common.writing(path):
-            dump_prompts(processor.override(self.template).encoder, questions, path)
+            dump_prompts(processor.encoder, questions, path)
         print(f"{len(questions)} prompts: {path}")
 
     def _engine(self) -> tuple[Engine, dict[str, str]]:
@@ -138,12 +137,13 @@ class Eval:
 
         join(self.distributed)
         placement: Any = {"mesh": common.parse_mesh(self.mesh), "dtype": common.parse_dtype(self.dtype)}
-        model, processor = load_model(self.model, components=self.components, adapter=self.adapter, **placement)
+        sources: Any = {"components": self.components, "adapter": self.adapter, "template": self.template}
+        model, processor = load_model(self.model, **sources, **placement)
         lora.merge(model)
         # The whole merged model: an adapter that was trained further is another model.
         weights = {**base_checksums(model), "all": weights_checksum(model)}
         shape = EngineShape(sequence_length=self.max_length, questions=self.max_questions, batch_size=self.batch_size)
-        return Engine(model, processor.override(self.template), shape), weights
+        return Engine(model, processor, shape), weights
 
     def _decoding(self, benchmark: Benchmark) -> Decoding:
         from reverie_jax.eval.decode import Decoding
@@ -179,7 +179,7 @@ class Eval:
         import jax
 
         from reverie_jax.eval import predict
-        from reverie_jax.progress import ProgressBars
+        from reverie_jax.progress import ProgressBars, format_rate
 
         options = predict.PredictOptions(decoding, self.reflect, self.limit)
         questions = options.questions(data)
@@ -189,9 +189,8 @@ class Eval:
 
             def on_progress(stage: str, done: int, total: int) -> None:
                 speed = bars.speed(stage)
-                rates = (
-                    f"{speed:.3g} answers/s, {speed * images:.3g} images/s" if speed else "compiling" * (done < total)
-                )
+                rates = f"{format_rate(speed)} answers/s, {format_rate(speed * images)} images/s"
+                rates = rates if speed else "compiling" * (done < total)
                 bars.update(stage, done, total, rates)
 
             predictions = predict.predict(

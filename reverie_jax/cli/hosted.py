@@ -121,11 +121,15 @@ def totals(session: Session) -> str:
 
 def progress_callback(bars: ProgressBars) -> ProgressCallback:
     """Return a callback that shows a session's progress: items a minute, cost, failures."""
+    from reverie_jax.progress import format_rate
 
     def on_progress(step: str, total: int, outcome: Outcome, throttle: Throttle) -> None:
         cost = f", cost {throttle.price:.3f}" if throttle.price else ""
         bars.update(
-            step, outcome.requested, total, f"{60 * bars.speed(step):.0f}/min{cost}, {len(outcome.failed)} failed"
+            step,
+            outcome.requested,
+            total,
+            f"{format_rate(60 * bars.speed(step))}/min{cost}, {len(outcome.failed)} failed",
         )
 
     return on_progress

@@ -44,28 +44,28 @@ class Train:
     def run(self) -> None:
         """Run the command."""
         self._check()
+        from reverie_jax.train import recipes
+
+        recipe = recipes.override(recipes.read_recipe(self.recipe), common.joined(self.set))
+        # From here on JAX is imported, which takes seconds.
         from reverie_jax.data.records import RecordSource
         from reverie_jax.loading import lacks_projector, load_model, load_with_projector
-        from reverie_jax.train import recipes
         from reverie_jax.train.checkpoint import find_progress
         from reverie_jax.train.distributed import join
         from reverie_jax.train.loop import finetune
         from reverie_jax.train.metrics import serve
 
         join(self.distributed)
-        recipe = recipes.override(recipes.read_recipe(self.recipe), common.joined(self.set))
         records = RecordSource(self.data)
         mesh = common.parse_mesh(self.mesh)
-        placement: Any = {"mesh": mesh, "dtype": common.parse_dtype(self.dtype)}
+        placement: Any = {"template": recipe.template, "mesh": mesh, "dtype": common.parse_dtype(self.dtype)}
         progress = find_progress(self.out, recipe, records, resume=self.resume)
         if progress is not None and progress.is_complete:
             print(f"already complete, {progress.steps} of {progress.steps} steps: {self.out}")
             return
         if recipe.trainable == "projector" and self.adapter is None and lacks_projector(self.model, self.components):
-            kind = recipe.projector_type
-            model, processor = load_with_projector(
-                self.model, components=self.components, kind=kind, seed=recipe.seed, **placement
-            )
+            new: Any = {"kind": recipe.projector_type, "seed": recipe.seed}
+            model, processor = load_with_projector(self.model, components=self.components, **new, **placement)
         else:
             model, processor = load_model(self.model, components=self.components, adapter=self.adapter, **placement)
         with serve(self.out) if self.tensorboard else contextlib.nullcontext():

@@ -267,10 +267,12 @@ def write_usable_rows(report: CheckReport, source: Path, path: Path) -> int:
     """Write an annotation file without its unusable rows, in its own form and otherwise unchanged; return how many remain.
 
     Raises:
-        UserError: `path` is the annotation file itself, or its suffix promises another form.
+        UserError: `path` is the annotation file itself, or its suffix promises another form; or no row remains.
     """
     if path.exists() and path.samefile(source):
         raise UserError(f"{path}: is the annotation file itself; choose another name")
+    if not report.examples:
+        raise UserError(f"{source}: none of its {report.rows:,} rows can be used; {path} is not written")
     return Rows(source).write_some(path, {problem.where for problem in report.problems if problem.fatal})
 
 

@@ -74,6 +74,8 @@ def describe_conversion(image: Image.Image) -> tuple[str, str] | None:
     """Return (kind, what `to_rgb` does) of an opened image that others may read in another way; None for most images."""
     if is_deep(image):
         bits = gray_depth(image)
+        if bits == 1:
+            return "deep image", "gray values from 0 to 1, as floats, are scaled to 8 bits"
         return "deep image", f"gray values of more than 8 bits are read as {bits} bits, which hold the largest one"
     if any(";16" in str(tile[-1]) for tile in getattr(image, "tile", ())):
         return "deep image", "colors of 16 bits keep their upper 8, which are dark if only the lower 12 were used"

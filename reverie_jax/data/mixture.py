@@ -145,6 +145,7 @@ class Mixture:
             self._db.execute("DELETE FROM images WHERE id NOT IN (SELECT image FROM examples WHERE image NOT NULL)")
             self._db.executescript(_ORDER)
             self._records = self._count("records")
+            self.image_count = self._count("images")
             self.conversation_count = self._count("examples")
         except sqlite3.Error as error:
             self.close()

@@ -16,18 +16,14 @@ from PIL import Image
 from reverie_jax.data.conversation import IMAGE, Conversation, ImageRecord, Turn
 from reverie_jax.data.images import decode, preprocess, to_rgb
 from reverie_jax.data.packing import Batch, SequenceShape, make_element, pack_sequence, stack
-from reverie_jax.data.templates import Template, v0_template
+from reverie_jax.data.templates import Template
 from reverie_jax.data.tokenization import Encoder, Tokens
 from reverie_jax.data.tree import build_tree
 from reverie_jax.errors import UserError
-from reverie_jax.files import read_json
 from reverie_jax.models import VLMConfig
 from reverie_jax.models.config import ImageAspectRatio, Tokenization
 
 _log = logging.getLogger(__name__)
-
-TEMPLATE_EXAMPLE = "template_example.json"
-"""File of a checkpoint folder that holds the example dialogue of the template `v0`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,19 +186,3 @@ def _open_conversation(text: str, has_image: bool) -> Conversation:
         raise UserError(f"{text!r}: {markers} {IMAGE} for {int(has_image)} image(s); a question shows its image once")
     marker = f"{IMAGE}\n" if has_image and not markers else ""
     return Conversation((Turn("user", marker + text),), (0,) if has_image else ())
-
-
-def read_example_template(folder: Path) -> Template | None:
-    """Return the template `v0` with the example dialogue in a checkpoint folder, or None without one.
-
-    Raises:
-        UserError: the file is invalid.
-    """
-    path = folder / TEMPLATE_EXAMPLE
-    if not path.exists():
-        return None
-    raw = read_json(path)
-    try:
-        return v0_template(raw["question"], raw["answer"])
-    except (KeyError, TypeError) as error:
-        raise UserError(f'{path}: must hold {{"question": …, "answer": …}} ({error!r})') from None

@@ -10,6 +10,7 @@ import math
 import mmap
 import os
 import re
+import tempfile
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -26,6 +27,8 @@ _MAX_LINE_BYTES = 1 << 24
 """Length of a first line beyond which a file that begins with an object is not JSON lines."""
 Form = Literal["parquet", "lines", "list", "object", ""]
 _HALF = re.compile(rb"\\u[dD](?:[89abAB]..(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB]..\\u[dD])[c-fC-F])")
+_NOT_A_NUMBER = re.compile(r"-?(?:NaN|Inf(?:inity)?)\b", re.I)
+_LAST_KEY = re.compile(r'"((?:[^"\\]|\\.)*)"\s*:[^"]*$')
 _MAX_DEPTH = 10_000
 """Brackets that may be open within one row; ijson's memory grows with the square of the depth."""
 
@@ -35,7 +38,7 @@ class Rows:
 
     A file is a JSON list; a JSON object of rows by id (each row gets its id as `pid`); JSON lines, if its name ends in
     `.jsonl` (but for a list) or its first line is a row by itself, as in POPE's `.json` files; or Parquet, if its name ends
-    in `.parquet`. A byte order mark at the beginning, as Windows writes it, is skipped.
+    in `.parquet`. A byte order mark at the beginning, as Windows writes it, is skipped; UTF-16 needs one.
 
     Args:
         path: The file.
@@ -100,7 +103,7 @@ class Rows:
         except UnicodeDecodeError:
             raise DataError(f"{self.path}: row {count}: not text in UTF-8; save the file in this encoding") from None
         except ijson.JSONError as error:
-            raise DataError(f"{self.path}: row {count}: not valid JSON ({_first_line(error)})") from None
+            raise DataError(f"{self.path}: row {count}: not valid JSON ({_explain(error)})") from None
         except ValueError as error:
             raise DataError(f"{self.path}: row {count}: not valid JSON ({_one_line(error)})") from None
         if count < self.min_rows:
@@ -156,19 +159,19 @@ class Rows:
                 case "lines":
                     yield from ((None, row) for row in _json_lines(file))
                 case "list":
-                    yield from ((None, row) for row in _stream(self.path, file, "items", "item", _MAX_ROW_BYTES))
+                    yield from ((None, row) for row in _stream(file, "items", "item", _MAX_ROW_BYTES))
                 case "object":
                     yield from self._rows_by_id(file)
                 case _:
                     if not file.read(1).strip(_SPACE) and not _has_more(file):
                         raise DataError(f"{self.path}: is empty")
                     file.seek(0)
-                    json.loads(file.read(_BUFFER).decode(), parse_constant=_refuse)  # raises what is wrong with it
+                    _parse_json(file.read(_BUFFER).decode())  # raises what is wrong with it
                     raise self._not_a_list()
 
     def _rows_by_id(self, file: IO[bytes]) -> Iterator[tuple[str, Any]]:
         seen: set[str] = set()
-        for key, row in _stream(self.path, file, "kvitems", "", _MAX_ROW_BYTES):
+        for key, row in _stream(file, "kvitems", "", _MAX_ROW_BYTES):
             if not seen and not isinstance(row, dict):
                 raise DataError(
                     f"{self.path}: one object, but its {key!r} is not a row; put the rows in a list, even a single one"
@@ -193,15 +196,30 @@ class Rows:
 
 
 def open_json(path: Path) -> IO[bytes]:
-    """Open a file of JSON behind its byte order mark, if it has one.
+    """Open a file of JSON behind its byte order mark, if it has one; UTF-16 with a mark is read as UTF-8.
 
     Raises:
         OSError: The file cannot be read.
+        UnicodeDecodeError: It has the mark of UTF-16 and is not in it.
     """
     file = path.open("rb")
-    if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
-        file.seek(0)
-    return file
+    start = file.read(len(codecs.BOM_UTF8))
+    if start == codecs.BOM_UTF8:
+        return file
+    file.seek(0)
+    if not start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return file
+    decoder, copy = codecs.getincrementaldecoder("utf-16")(), tempfile.TemporaryFile()  # noqa: SIM115, it is returned
+    try:
+        with file:
+            while chunk := file.read(1 << 20):
+                copy.write(decoder.decode(chunk).encode())
+        copy.write(decoder.decode(b"", final=True).encode())
+        copy.seek(0)
+    except BaseException:
+        copy.close()
+        raise
+    return copy
 
 
 class _BoundedReader:
@@ -221,22 +239,21 @@ class _BoundedReader:
         return data
 
 
-def _stream(path: Path, file: IO[bytes], what: str, prefix: str, max_bytes: float) -> Iterator[Any]:
+def _stream(file: IO[bytes], what: str, prefix: str, max_bytes: float) -> Iterator[Any]:
     """Yield the `items` or `kvitems` that ijson finds below a prefix, each of at most `max_bytes`."""
-    backend = ijson.get_backend("python") if _has_halves(path) else ijson
+    backend = ijson.get_backend("python") if _has_halves(file) else ijson
     reader = _BoundedReader(file, max_bytes)
     for value in getattr(backend, what)(reader, prefix, use_float=True, buf_size=_BUFFER):
         yield value
         reader.size = reader.depth = 0
 
 
-def _has_halves(path: Path) -> bool:
+def _has_halves(file: IO[bytes]) -> bool:
     """Return whether a file of JSON escapes lone surrogates, of which ijson's parser in C makes other characters."""
-    with path.open("rb") as file:
-        if not os.fstat(file.fileno()).st_size:
-            return False
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            return _HALF.search(content) is not None
+    if not os.fstat(file.fileno()).st_size:
+        return False
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return _HALF.search(content) is not None
 
 
 def read_items(path: Path, key: str) -> Iterator[Any]:
@@ -247,24 +264,67 @@ def read_items(path: Path, key: str) -> Iterator[Any]:
     """
     try:
         with open_json(path) as file:
-            yield from _stream(path, file, "items", f"{key}.item", math.inf)
+            yield from _stream(file, "items", f"{key}.item", math.inf)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
     except (ijson.JSONError, ValueError) as error:
-        raise DataError(f"{path}: not valid JSON ({_first_line(error)})") from None
+        raise DataError(f"{path}: not valid JSON ({_explain(error)})") from None
 
 
-def _first_line(error: Exception) -> str:
-    """Return ijson's reason; an excerpt of the file follows it in lines of its own."""
-    return str(error).removeprefix("b'").replace("\\n", "\n").split("\n", 1)[0].rstrip(".")
+def _explain(error: Exception) -> str:
+    """Return ijson's reason, in plain words for NaN and Infinity.
+
+    An excerpt of the file follows the reason, and a line with an arrow to the second character of what is wrong.
+    """
+    reason, *more = str(error).removeprefix("b'").replace("\\n", "\n").split("\n")
+    if len(more) > 1:
+        place = more[1].find("^") - 1
+        if place >= 0 and (word := _NOT_A_NUMBER.match(more[0], place)):
+            key = _LAST_KEY.search(more[0], 0, place)
+            return _describe_constant(word[0], key[1] if key else None)
+    return reason.rstrip(".")
+
+
+def _describe_constant(word: str, key: str | None) -> str:
+    where = f"field {key[:80]!r} is " if key else ""
+    return f"{where}{word}, which is not a number in JSON; write null or leave the field out"
 
 
 def _one_line(error: object) -> str:
     return " ".join(str(error).split())[:200]
 
 
+def _parse_json(text: str) -> Any:
+    """Parse JSON.
+
+    Raises:
+        ValueError: It is not valid, or a field is NaN or infinite, which Python's parser accepts.
+    """
+    try:
+        return json.loads(text, parse_constant=_refuse)
+    except _NotANumber as error:
+        json.loads(
+            text, parse_constant=_NotANumber, object_pairs_hook=_refuse_field
+        )  # raises with the name of the field
+        raise ValueError(_describe_constant(str(error), None)) from None
+
+
+class _NotANumber(Exception):
+    """A constant that JSON does not have."""
+
+
 def _refuse(constant: str) -> Any:
-    raise ValueError(f"{constant} is not JSON")
+    raise _NotANumber(constant)
+
+
+def _refuse_field(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    for key, value in pairs:
+        found = next(
+            (one for one in (value if isinstance(value, list) else [value]) if isinstance(one, _NotANumber)), None
+        )
+        if found is not None:
+            raise ValueError(_describe_constant(str(found), key))
+    return dict(pairs)
 
 
 def _detect_form(file: IO[bytes]) -> Form:
@@ -302,7 +362,7 @@ def _json_lines(file: IO[bytes]) -> Iterator[Any]:
     for number, line in enumerate(file, 1):
         if line.strip(_SPACE):
             try:
-                yield json.loads(line.decode("utf-8-sig"), parse_constant=_refuse)
+                yield _parse_json(line.decode("utf-8-sig"))
             except json.JSONDecodeError as error:
                 raise ValueError(f"line {number}: {error.msg} at character {error.colno}") from None
             except ValueError as error:

@@ -14,6 +14,7 @@ from reverie_jax.data.conversation import IMAGE, Conversation
 from reverie_jax.data.llava_tokenization import IMAGE_TOKEN_INDEX, LlavaTokenizer, move_image_first, tokenize_sample
 from reverie_jax.data.templates import Template, find_template
 from reverie_jax.errors import UserError
+from reverie_jax.files import read_json
 from reverie_jax.models.config import Tokenization
 
 
@@ -30,11 +31,21 @@ def load_tokenizer(folder: Path) -> Any:
     logging.set_verbosity_error()  # it warns about every config.json that is not its own
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except AttributeError:  # of a config.json whose dtype torch does not have, as "auto": it says nothing of tokens
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, config=_bare_config(folder))
     finally:
         logging.set_verbosity(level)
     if (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists():
         _order_merges(tokenizer, folder / "tokenizer.model")
     return tokenizer
+
+
+def _bare_config(folder: Path) -> Any:
+    """Return of a folder's config.json only what decides the tokenizer's class: the model's type."""
+    from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+
+    kind = read_json(folder / "config.json").get("model_type")
+    return AutoConfig.for_model(kind) if kind in CONFIG_MAPPING else PreTrainedConfig()
 
 
 def _order_merges(tokenizer: Any, path: Path) -> None:

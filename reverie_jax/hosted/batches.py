@@ -29,6 +29,7 @@ from reverie_jax.hosted.interface import (
 )
 from reverie_jax.hosted.journal import Journal, OpenBatch
 from reverie_jax.hosted.runner import (
+    FirstFailures,
     Outcome,
     ProgressFunction,
     Providers,
@@ -73,6 +74,8 @@ class _BatchRun:
         self.throttle, self.outcome = Throttle(limits, journal, self.stop), Outcome()
         self.tasks = {task.identity.key: task for task in tasks}
         self.waiting = collections.deque(self.tasks.values())
+        self.first_failures = FirstFailures(journal, limits)
+        self.denied: AccessError | None = None  # raised when all results of a batch are recorded
         self.errors: dict[str, collections.Counter[type]] = collections.defaultdict(collections.Counter)
         self.batches: list[_Batch] = []
         self.failed_submits = self.alone = 0
@@ -228,13 +231,17 @@ class _BatchRun:
 
     async def _fetch(self, batch: _Batch) -> tuple[BatchStatus, list[tuple[str, Reply | AnnotationError]]]:
         """Return a batch's status, and its results if it ended."""
+        results: list[tuple[str, Reply | AnnotationError]] = []
         try:
             status = await self.retry(batch.provider.get_status, batch.name)
-            return status, await self.retry(batch.provider.fetch_results, status) if status.ended else []
         except AccessError as error:
-            if " 404" not in str(error):
-                raise
-            return BatchStatus(True, "the provider deleted the batch or its results"), []
+            return _deleted(error, BatchStatus(True)), results
+        for part in _split(status):  # each file apart: where one was deleted, what the others hold is paid for
+            try:
+                results += await self.retry(batch.provider.fetch_results, part)
+            except AccessError as error:
+                status = _deleted(error, status)
+        return status, results
 
     async def collect(self) -> None:
         """Record the results of the batches that ended."""
@@ -242,12 +249,11 @@ class _BatchRun:
             status, results = await self._fetch(batch)
             if not status.ended:
                 continue
-            denied: AccessError | None = None
             for key, result in results:
                 if key in batch.pending and key in self.tasks:  # a duplicate line counts once
                     attempt, _ = batch.pending.pop(key)
                     self._record(self.tasks[key], attempt, result)
-                    denied = result if isinstance(result, AccessError) else denied
+                    self.denied = result if isinstance(result, AccessError) else self.denied
             for _, stage in batch.pending.values():
                 self.throttle.release(stage, None)
             # Results of tasks that are not part of this run stay at the provider for a later run.
@@ -261,27 +267,36 @@ class _BatchRun:
                     self._make_smaller(batch.key, undone, RetryableError(reason))
                 else:
                     self.alone = 0
+                    if status.denied:
+                        self.denied = self.denied or AccessError(f"{':'.join(batch.key)}: {reason}")
                     for task in undone:
                         self._retry_or_give_up(task, RetryableError(reason))
             else:
                 self.batches.remove(batch)
             self.on_progress(self.outcome, self.throttle)
-            if denied is not None:
-                raise denied
+            if self.denied is not None:
+                raise self.denied
 
     def _record(self, task: RequestTask, attempt: int, result: Reply | AnnotationError) -> None:
         if error := record(self.journal, self.throttle, task, attempt, result):
             self._retry_or_give_up(task, error)
         else:
             self.outcome.usable += 1
-            self.outcome.requested += 1
+            self._end_task(task, None)
 
     def _retry_or_give_up(self, task: RequestTask, error: AnnotationError) -> None:
         if not is_given_up(error, self.errors[task.identity.key], self.limits):
             self.waiting.append(task)
             return
         self.outcome.add_failure(task, error)
+        self._end_task(task, error)
+
+    def _end_task(self, task: RequestTask, error: AnnotationError | None) -> None:
         self.outcome.requested += 1
+        try:
+            self.first_failures.add(task.identity, error)
+        except AccessError as denied:
+            self.denied = self.denied or denied
 
     async def run(self) -> Outcome:
         """Submit and collect until nothing is waiting or pending."""
@@ -316,6 +331,23 @@ class _BatchRun:
         elif self.waiting and not self.outcome.stopped:
             self.outcome.stopped = self.throttle.stop_reason or "the budget is reserved for pending batches"
         return self.outcome
+
+
+def _split(status: BatchStatus) -> list[BatchStatus]:
+    """Return a status for each file of results, and for those that it holds itself; none if the batch did not end."""
+    files = [dataclasses.replace(status, result_files=(file,), lines=b"") for file in status.result_files]
+    return [*files, dataclasses.replace(status, result_files=())] if status.ended else []
+
+
+def _deleted(error: AccessError, status: BatchStatus) -> BatchStatus:
+    """Return a status with the reason that the provider knows a batch or its results no more.
+
+    Raises:
+        AccessError: The error is another one.
+    """
+    if " 404" not in str(error):
+        raise error
+    return dataclasses.replace(status, reason="the provider deleted the batch or its results")
 
 
 def run(

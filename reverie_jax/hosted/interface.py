@@ -119,12 +119,16 @@ class BatchStatus:
         reason: Why it ended without all results; empty if it did not.
         result_files: The provider's names of the files of results.
         full: Whether it was not started because too much is enqueued at the provider.
+        lines: Results that the status itself holds, as the lines of a file.
+        denied: Whether another batch would end likewise (key, credit, model).
     """
 
     ended: bool
     reason: str = ""
     result_files: tuple[str, ...] = ()
     full: bool = False
+    lines: bytes = b""
+    denied: bool = False
 
 
 @runtime_checkable
@@ -180,13 +184,21 @@ class RetryableError(AnnotationError):
     Attributes:
         retry_after: Seconds to wait, if the service says so.
         reached: Whether a server answered.
+        charged: Whether the request may have been paid for (nothing came in time, or half a reply): tried as seldom as one
+            with an unusable reply.
     """
 
     def __init__(
-        self, reason: str, retry_after: float | None = None, *, reached: bool = True, reply: Reply | None = None
+        self,
+        reason: str,
+        retry_after: float | None = None,
+        *,
+        reached: bool = True,
+        charged: bool = False,
+        reply: Reply | None = None,
     ):
         super().__init__(reason, reply)
-        self.retry_after, self.reached = retry_after, reached
+        self.retry_after, self.reached, self.charged = retry_after, reached, charged
 
 
 class QueueFullError(RetryableError):
@@ -198,7 +210,16 @@ class UnusableError(AnnotationError):
 
 
 class RefusedError(UnusableError):
-    """The same request would fail again (moderated, too large, cut off at a limit): it is sent once."""
+    """The same request would fail again (moderated, too large, cut off at a limit): it is sent once.
+
+    Attributes:
+        systematic: Whether other requests may well fail alike, for all that is known (an unknown 400): if the first ones all
+            do, the run ends.
+    """
+
+    def __init__(self, reason: str, reply: Reply | None = None, *, systematic: bool = False):
+        super().__init__(reason, reply)
+        self.systematic = systematic
 
 
 class AccessError(AnnotationError):
@@ -220,14 +241,17 @@ class RequestSettings:
         structured: Request JSON by schema, if the provider supports it.
         temperature: Sampling temperature; the provider's default if None.
         max_new_tokens: Most tokens of a reply; the provider's default if None.
+        max_image_size: Longest side of an image, in pixels: larger ones are scaled down; none is if None.
     """
 
     timeout: float = 120.0
     structured: bool = True
     temperature: float | None = None
     max_new_tokens: int | None = None
+    max_image_size: int | None = None
 
     @property
     def version(self) -> str:
         """The settings that change replies, as part of a request's identity; existing journals hold this spelling."""
-        return f"structured={self.structured} temperature={self.temperature} longest={self.max_new_tokens}"
+        size = "" if self.max_image_size is None else f" image={self.max_image_size}"
+        return f"structured={self.structured} temperature={self.temperature} longest={self.max_new_tokens}{size}"

@@ -11,9 +11,9 @@ import fcntl
 import os
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from reverie_jax.errors import UserError
 from reverie_jax.hosted.identity import RequestIdentity, digest_bytes
@@ -147,8 +147,10 @@ class Journal(JournalReader):
             raise UserError(f"{path}: cannot be written ({error.strerror})") from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
             self._lock.close()
+            if not isinstance(error, BlockingIOError):  # some network file systems have no locks
+                raise UserError(f"{path}: cannot be locked ({error.strerror}); name a folder on another disk") from None
             raise UserError(f"{path}: another run is using this folder; wait for it or stop it") from None
         try:
             self._db = sqlite3.connect(path, isolation_level=None)
@@ -198,10 +200,23 @@ class Journal(JournalReader):
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _execute(self, sql: str, values: Sequence[Any] = ()) -> sqlite3.Cursor:
+        """Read or write.
+
+        Raises:
+            UserError: The disk is full, or the file is gone or broken.
+        """
+        try:
+            return self._db.execute(sql, values)
+        except sqlite3.Error as error:
+            raise UserError(
+                f"{self.path}: cannot be written ({error}); the run is stopped, nothing recorded is lost"
+            ) from None
+
     def record_request(self, identity: RequestIdentity, batch: str | None = None) -> int:
         """Record that a request is about to be sent, alone or in a batch, and return the attempt's number."""
         names = (identity.stage, identity.provider, identity.model, identity.prompt)
-        cursor = self._db.execute(
+        cursor = self._execute(
             "INSERT INTO attempts (item, content, stage, provider, model, prompt, state, started, batch)"
             " VALUES (?, ?, ?, ?, ?, ?, 'sent', ?, ?)",
             (identity.key, identity.content, *names, time.time(), batch),
@@ -216,7 +231,7 @@ class Journal(JournalReader):
         text = None if reply is None else reply.text
         reply = reply or Reply("")
         values = (state, reason.encode("utf-8", "replace").decode(), text, reply.tokens_in, reply.tokens_out)
-        self._db.execute(
+        self._execute(
             "UPDATE attempts SET state = ?, reason = ?, reply = ?, tokens_in = ?, tokens_out = ?, version = ?, price = ?,"
             " seconds = ? - started WHERE id = ?",
             (*values, reply.version, price, time.time(), attempt),
@@ -234,18 +249,27 @@ class Journal(JournalReader):
             self.record_result(self.record_request(identity), "usable", Reply(reply, version=ORIGINAL))
         return missing
 
+    def has_usable(self, identity: RequestIdentity) -> bool:
+        """Return whether any request of the same stage, model and prompt has a usable reply."""
+        query = (
+            "SELECT 1 FROM attempts WHERE state = 'usable' AND stage = ? AND provider = ? AND model = ? AND prompt = ?"
+            " LIMIT 1"
+        )
+        values = (identity.stage, identity.provider, identity.model, identity.prompt)
+        return self._execute(query, values).fetchone() is not None
+
     def is_original(self, identity: RequestIdentity) -> bool:
         """Return whether a request's reply was adopted from the original scripts' output."""
         query = "SELECT 1 FROM attempts WHERE content = ? AND provider = ?"
-        return self._db.execute(query, (identity.content, ORIGINAL)).fetchone() is not None
+        return self._execute(query, (identity.content, ORIGINAL)).fetchone() is not None
 
     def is_empty(self) -> bool:
         """Return whether the journal has no attempts."""
-        return self._db.execute("SELECT 1 FROM attempts LIMIT 1").fetchone() is None
+        return self._execute("SELECT 1 FROM attempts LIMIT 1").fetchone() is None
 
     def spent(self) -> Spent:
         """Return the sums over all attempts, adopted replies excluded."""
-        row = self._db.execute(
+        row = self._execute(
             "SELECT COUNT(*), TOTAL(tokens_in), TOTAL(tokens_out), TOTAL(price) FROM attempts"
             " WHERE version != 'original'"
         ).fetchone()
@@ -253,7 +277,7 @@ class Journal(JournalReader):
 
     def mean_tokens(self) -> dict[str, tuple[float, float]]:
         """Return the mean (input, output) tokens of a request by stage; stages without a counted reply are left out."""
-        rows = self._db.execute(
+        rows = self._execute(
             "SELECT stage, AVG(tokens_in), AVG(tokens_out) FROM attempts WHERE tokens_in > 0 GROUP BY stage"
         )
         return {stage: (tokens_in, tokens_out) for stage, tokens_in, tokens_out in rows}
@@ -261,11 +285,11 @@ class Journal(JournalReader):
     def image_digest(self, path: Path) -> str:
         """Return the digest of a file's bytes (see `digest_bytes`); the file is read only if it changed."""
         stat, name = path.stat(), os.fspath(path.resolve())
-        row = self._db.execute("SELECT size, changed, digest FROM pictures WHERE path = ?", (name,)).fetchone()
+        row = self._execute("SELECT size, changed, digest FROM pictures WHERE path = ?", (name,)).fetchone()
         if row is not None and row[:2] == (stat.st_size, stat.st_mtime_ns):
             return str(row[2])
         value = digest_bytes(path.read_bytes())
-        self._db.execute(
+        self._execute(
             "INSERT OR REPLACE INTO pictures VALUES (?, ?, ?, ?)", (name, stat.st_size, stat.st_mtime_ns, value)
         )
         return value
@@ -273,7 +297,7 @@ class Journal(JournalReader):
     def record_batch(self, label: str, provider: str, model: str, identities: Iterable[RequestIdentity]) -> None:
         """Record that a batch is about to be submitted, with its requests."""
         with self.transaction():
-            self._db.execute(
+            self._execute(
                 "INSERT INTO batches (label, provider, model, state, started) VALUES (?, ?, ?, 'open', ?)",
                 (label, provider, model, time.time()),
             )
@@ -282,13 +306,13 @@ class Journal(JournalReader):
 
     def name_batch(self, label: str, name: str) -> None:
         """Record the provider's name of a submitted batch."""
-        self._db.execute("UPDATE batches SET name = ? WHERE label = ?", (name, label))
+        self._execute("UPDATE batches SET name = ? WHERE label = ?", (name, label))
 
     def end_batch(self, label: str, reason: str) -> None:
         """Record that a batch ended; its requests without a result failed for `reason`."""
         with self.transaction():
-            self._db.execute("UPDATE batches SET state = 'ended' WHERE label = ?", (label,))
-            self._db.execute(
+            self._execute("UPDATE batches SET state = 'ended' WHERE label = ?", (label,))
+            self._execute(
                 "UPDATE attempts SET state = 'failed', reason = ?, seconds = ? - started"
                 " WHERE batch = ? AND state = 'sent'",
                 (reason, time.time(), label),
@@ -297,25 +321,26 @@ class Journal(JournalReader):
     def open_batches(self) -> list[OpenBatch]:
         """Return the batches that did not end, the oldest first."""
         query = "SELECT label, provider, model, name FROM batches WHERE state = 'open' ORDER BY started"
-        return [OpenBatch(*row) for row in self._db.execute(query)]
+        return [OpenBatch(*row) for row in self._execute(query)]
 
     def pending(self, label: str) -> dict[str, tuple[int, str]]:
         """Return (attempt, stage) by identity key of a batch's requests without a result."""
-        rows = self._db.execute("SELECT item, id, stage FROM attempts WHERE batch = ? AND state = 'sent'", (label,))
+        rows = self._execute("SELECT item, id, stage FROM attempts WHERE batch = ? AND state = 'sent'", (label,))
         return {key: (attempt, stage) for key, attempt, stage in rows}
 
     def pending_keys(self) -> set[str]:
         """Return the identity keys of all requests in open batches."""
-        rows = self._db.execute("SELECT item FROM attempts WHERE batch NOT NULL AND state = 'sent'")
+        rows = self._execute("SELECT item FROM attempts WHERE batch NOT NULL AND state = 'sent'")
         return {key for (key,) in rows}
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
         """Group many small writes into one transaction."""
-        self._db.execute("BEGIN")
+        self._execute("BEGIN")
         try:
             yield
         except BaseException:
-            self._db.execute("ROLLBACK")
+            with contextlib.suppress(sqlite3.Error):  # on a full disk it is undone already
+                self._db.execute("ROLLBACK")
             raise
-        self._db.execute("COMMIT")
+        self._execute("COMMIT")

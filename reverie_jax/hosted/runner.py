@@ -7,6 +7,7 @@ import collections
 import contextlib
 import dataclasses
 import logging
+import re
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -108,6 +109,8 @@ def record(
     if reply is not None and error is None:
         thoughts, words = split_thoughts(reply.text)
         error = UnusableError("thoughts without an answer") if thoughts and not words else find_problem(task, words)
+        if error is not None:
+            error.reply = reply
     state = "usable" if error is None else "unusable" if isinstance(error, UnusableError) else "failed"
     price = throttle.release(task.identity.stage, reply)
     if state != "failed" and reply is not None and not reply.counted:
@@ -118,10 +121,44 @@ def record(
 
 def is_given_up(error: BaseException | None, errors: collections.Counter[type], limits: Limits) -> bool:
     """Count a failure of a request, and return whether it is not worth another try."""
-    for kind in (UnusableError, RetryableError):
-        errors[kind] += isinstance(error, kind)
+    charged = isinstance(error, UnusableError) or (isinstance(error, RetryableError) and error.charged)
+    errors[UnusableError if charged else RetryableError] += 1
     hopeless = isinstance(error, RefusedError | AccessError)
     return hopeless or errors[UnusableError] >= limits.max_unusable or errors[RetryableError] > limits.max_retries
+
+
+class FirstFailures:
+    """Notice that the first requests of a kind all fail alike: every other one would be paid for, or refused, in vain.
+
+    Requests are of one kind if they have the same stage, model and settings.
+    """
+
+    def __init__(self, journal: Journal, limits: Limits):
+        self._journal, self._limits = journal, limits
+        self._alike: dict[tuple[str, ...], collections.Counter[str]] = {}
+        self._fine = set[tuple[str, ...]]()
+
+    def add(self, identity: RequestIdentity, error: AnnotationError | None) -> None:
+        """Add the end of a request; `error` says why it was given up, None that its reply is usable.
+
+        Raises:
+            AccessError: All of the first ones ended so.
+        """
+        kind = (identity.stage, identity.provider, identity.model, identity.prompt)
+        alike = isinstance(error, RetryableError) or (isinstance(error, RefusedError) and error.systematic)
+        if not alike and (error is None or (isinstance(error, UnusableError) and error.reply is not None)):
+            self._fine.add(kind)  # the service accepts such requests
+        if not alike or kind in self._fine:
+            return
+        words = self._alike.setdefault(kind, collections.Counter())
+        words[re.sub(r"\S*\d\S*", "#", str(error))] += 1  # a request's number differs each time
+        if len(words) > 1 or (words.total() >= self._limits.max_alike and self._journal.has_usable(identity)):
+            self._fine.add(kind)
+        elif words.total() >= self._limits.max_alike:
+            source, reason = f"{identity.provider}:{identity.model}", str(error).rstrip(".")
+            raise AccessError(
+                f"{source}: {reason}; all of the first {words.total()} requests ended so, no more are sent"
+            )
 
 
 @contextlib.contextmanager
@@ -150,6 +187,7 @@ class _Run:
         self.providers, self.journal, self.limits, self.on_progress = providers, journal, limits, on_progress
         self.stop, self.outcome = asyncio.Event(), Outcome()
         self.throttle = Throttle(limits, journal, self.stop)
+        self.first_failures = FirstFailures(journal, limits)
         self.interrupted, self.access_error = False, ""
         self.workers: list[asyncio.Task[None]] = []
 
@@ -173,9 +211,8 @@ class _Run:
             result = problem
         except Exception as problem:
             _log.debug("a provider failed", exc_info=True)
-            result = RefusedError(
-                f"the provider {identity.provider} failed ({type(problem).__name__}); report this bug"
-            )
+            reason = f"the provider {identity.provider} failed ({type(problem).__name__}); report this bug"
+            result = RefusedError(reason, systematic=True)
         if error := record(self.journal, throttle, task, attempt, result):
             throttle.reached |= not isinstance(error, RetryableError) or error.reached
             if isinstance(error, RetryableError) and not error.reached and throttle.count_unanswered():
@@ -207,17 +244,24 @@ class _Run:
         for task in tasks:
             if self.stop.is_set():
                 return
+            failure: RetryableError | UnusableError | None = None
             try:
-                await self.complete(task)
-                self.outcome.usable += 1
+                try:
+                    await self.complete(task)
+                    self.outcome.usable += 1
+                except (RetryableError, UnusableError) as error:
+                    failure = error
+                    self.outcome.add_failure(task, error)
+                self.first_failures.add(task.identity, failure)
             except _Stopped:
                 return
             except AccessError as error:
                 self.access_error = self.access_error or str(error)
                 self.stop.set()
                 return
-            except (RetryableError, UnusableError) as error:
-                self.outcome.add_failure(task, error)
+            except Exception:  # the journal cannot be written, say: what is sent now would be paid for in vain
+                self.stop.set()
+                raise
             self.outcome.requested += 1
             self.on_progress(self.outcome, self.throttle)
 

@@ -39,8 +39,10 @@ class Limits:
     Attributes:
         concurrency: Requests in flight at once.
         requests_per_minute, tokens_per_minute: Rate limits; None for no limit.
-        max_unusable: Unusable replies after which a request is given up.
-        max_retries: Retries after failures of the service before a request is given up.
+        max_unusable: Tries after which a request is given up that may all have been paid for: unusable replies, time-outs,
+            halves of replies.
+        max_retries: Retries after other failures of the service before a request is given up.
+        max_alike: Requests that must all fail alike, before any succeeds, to end the run.
         backoff, max_backoff: First and longest wait before a retry, in seconds; waits double, with jitter.
         price_in, price_out: Price of a million tokens.
         max_cost: Largest total price of all attempts in the journal, earlier runs included.
@@ -54,6 +56,7 @@ class Limits:
     tokens_per_minute: float | None = None
     max_unusable: int = 3
     max_retries: int = 8
+    max_alike: int = 8
     backoff: float = 1.0
     max_backoff: float = 60.0
     price_in: float = 0.0

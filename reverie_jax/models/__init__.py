@@ -14,7 +14,29 @@ Letters in array shapes, here and everywhere:
 | `N`    | stacked layers                       | `r`    | LoRA rank                              |
 """
 
-from reverie_jax.models.config import TextConfig, VisionConfig, VLMConfig
-from reverie_jax.models.vlm import ModelInputs, VisionLanguageModel
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+_EXPORTS = {
+    "ModelInputs": "inputs",
+    "TextConfig": "config",
+    "VLMConfig": "config",
+    "VisionConfig": "config",
+    "VisionLanguageModel": "vlm",
+}
 
 __all__ = ["ModelInputs", "TextConfig", "VLMConfig", "VisionConfig", "VisionLanguageModel"]
+
+if TYPE_CHECKING:
+    from reverie_jax.models.config import TextConfig, VisionConfig, VLMConfig
+    from reverie_jax.models.inputs import ModelInputs
+    from reverie_jax.models.vlm import VisionLanguageModel
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: recipes and configurations need no JAX."""
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)

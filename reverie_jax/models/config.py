@@ -9,6 +9,11 @@ Activation = Literal["silu", "gelu", "quick_gelu"]
 ProjectorKind = Literal["linear", "mlp2x_gelu"]
 Tokenization = Literal["hf", "llava"]
 ImageAspectRatio = Literal["pad", "square"]
+Remat = Literal["full", "dots", "none"]
+
+DEFAULT_TARGETS = r"decoder\.layers\.(query|key|value|qkv|out|gate|up|gate_up|down)"
+"""Regular expression of the layers that get adapters by default: every linear layer of the decoder's blocks, as in LLaVA;
+not the tower, the projector or the LM head."""
 
 
 @dataclasses.dataclass(frozen=True)

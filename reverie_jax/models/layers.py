@@ -7,7 +7,7 @@ compiled body. Each parameter has logical axes (`axes`), from which `models.shar
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +15,10 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from reverie_jax.models.config import Remat as Remat
 from reverie_jax.models.quantize import QuantizedFormat, pack, unpack
 
 Axes = tuple[str | None, ...]
-Remat = Literal["full", "dots", "none"]
 
 
 def parameter(

@@ -14,13 +14,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
+from reverie_jax.models.config import DEFAULT_TARGETS
 from reverie_jax.models.layers import Linear
 from reverie_jax.models.quantize import QuantizedFormat
 from reverie_jax.models.sharding import partition_spec
 from reverie_jax.models.vlm import VisionLanguageModel
-
-DEFAULT_TARGETS = r"decoder\.layers\.(query|key|value|qkv|out|gate|up|gate_up|down)"
-"""Every linear layer of the decoder's blocks, as in LLaVA: not the tower, the projector or the LM head."""
 
 
 def linears(model: nnx.Module) -> Iterator[tuple[str, Linear]]:

@@ -2,38 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from reverie_jax.models.config import VLMConfig
+from reverie_jax.models.config import Remat, VLMConfig
 from reverie_jax.models.decoder import KV, Decoder
-from reverie_jax.models.layers import Remat
+from reverie_jax.models.inputs import ModelInputs
 from reverie_jax.models.projector import Projector
 from reverie_jax.models.sharding import constrain_rows
 from reverie_jax.models.vision import VisionTower, normalize
-
-
-class ModelInputs(NamedTuple):
-    """B packed sequences of trees, as the model takes them (`data.packing.Batch.inputs`).
-
-    Attributes:
-        tokens: Ids; the placeholder's at the position of an image feature.
-        positions: Depth of each token in its tree, its RoPE position.
-        ends: One past the last index of each token's subtree (see `models.attention`).
-        image_slots: -1 for text, else which of the sequence's M * P image features is here.
-        images: Bytes, or the tower's features of the images (floats); zeros where the sequence has fewer than M.
-    """
-
-    tokens: Int[Any, "B L"]
-    positions: Int[Any, "B L"]
-    ends: Int[Any, "B L"]
-    image_slots: Int[Any, "B L"]
-    images: UInt8[Any, "B M S S 3"] | Float[Any, "B M P W"]
 
 
 class VisionLanguageModel(nnx.Module):

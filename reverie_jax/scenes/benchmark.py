@@ -12,7 +12,7 @@ from jaxtyping import Float
 
 from reverie_jax.data.reflection import WHY, WHY_WRONG, AnnotatedQuestion
 from reverie_jax.eval import statistics
-from reverie_jax.eval.benchmarks import answer_files, inputs, pope
+from reverie_jax.eval.benchmarks import answer_files, inputs, pope, pope_files
 from reverie_jax.eval.benchmarks.interface import OFFICIAL, Benchmark, BenchmarkData, BenchmarkError, Question
 from reverie_jax.eval.benchmarks.scoring import ParsedAnswer, Scored
 from reverie_jax.eval.decode import Decoding
@@ -95,7 +95,7 @@ class SceneCounts:
     @property
     def all_pope(self) -> Float[np.ndarray, "N 12"]:
         """Counts of all POPE splits side by side."""
-        return np.concatenate([self.pope[split] for split in pope.SPLITS], axis=1)
+        return np.concatenate([self.pope[split] for split in pope_files.SPLITS], axis=1)
 
 
 class Scenes(Benchmark):

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
-from reverie_jax.eval.benchmarks import pope
+from reverie_jax.eval.benchmarks import pope, pope_files
 from reverie_jax.eval.benchmarks.interface import Question
 from reverie_jax.eval.report.tables import axis
 from reverie_jax.eval.report.template import COLORS, environment, number, verdict
@@ -72,7 +72,7 @@ def scores_table(title: str, arms: Mapping[str, dict[str, Any]]) -> Table:
 def pope_plot(arms: Mapping[str, Any]) -> dict[str, Any]:
     """Return F1 by split and arm with intervals, for the template's `plot`."""
     rows = []
-    for split in (*pope.SPLITS, "mean"):
+    for split in (*pope_files.SPLITS, "mean"):
         scores = {arm: scores["pope"][split] for arm, scores in arms.items()}
         cells = [
             {"run": arm, "value": score["f1"], "low": score["ci95"][0], "high": score["ci95"][1]}
@@ -165,7 +165,7 @@ def render(result: Mapping[str, Any], curves: Mapping[str, Any], cards: Sequence
             rows=[(label, [interval(pick(arm)) for arm in arms.values()]) for label, pick in ROWS],
             detail=[
                 (f"{split}, {metric}", [f"{arm['pope'][split][metric]:.3f}" for arm in arms.values()])
-                for split in pope.SPLITS
+                for split in pope_files.SPLITS
                 for metric in ("accuracy", "precision", "recall", "yes_ratio")
             ],
             differences=[

@@ -22,7 +22,7 @@ from tensorboardX.record_writer import register_writer_factory
 
 from reverie_jax.errors import UserError
 from reverie_jax.files import atomic_write
-from reverie_jax.progress import ProgressBars
+from reverie_jax.progress import ProgressBars, format_rate
 
 _log = logging.getLogger(__name__)
 
@@ -140,7 +140,7 @@ class MetricsLog:
         elif free.f_bavail * free.f_frsize > _MIN_FREE_BYTES:
             for name, value in values.items():
                 self._tensorboard.add_scalar(name, value, step)
-        speed = f"{values.get('tokens_per_second', 0):,.0f}"
+        speed = format_rate(values.get("tokens_per_second", 0))
         self._bars.update(self._label, step, self._total, f"loss {values['loss']:.3f}, {speed} tokens/s")
 
     def write_validation(self, step: int, values: dict[str, float] | None) -> None:

@@ -6,20 +6,18 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import pydantic
 import yaml
 
-from reverie_jax.data.packing import SequenceShape
 from reverie_jax.data.preferences import DPOConfig
+from reverie_jax.data.sequence_shape import SequenceShape
 from reverie_jax.data.supervision import Supervision
 from reverie_jax.errors import UserError
-from reverie_jax.models.config import ImageAspectRatio, ProjectorKind
-from reverie_jax.models.layers import Remat
-from reverie_jax.models.lora import DEFAULT_TARGETS
+from reverie_jax.models.config import DEFAULT_TARGETS, ImageAspectRatio, ProjectorKind, Remat
 
 Trainable = Literal["lora", "projector", "full"]
 LossReduction = Literal["tokens", "micro-batches"]
@@ -351,18 +349,37 @@ def override(recipe: Recipe, settings: Sequence[str]) -> Recipe:
     values = dataclasses.asdict(recipe)
     for setting in settings:
         path, equals, value = setting.partition("=")
-        *outer, name = path.split(".")
-        fields: Any = values
-        for part in outer:
-            fields = fields.get(part) if isinstance(fields, dict) else None
-        if not equals or not isinstance(fields, dict) or name not in fields or isinstance(fields[name], dict):
-            known = ", ".join(field.name for field in dataclasses.fields(Recipe))
+        fields, around, name = _find_field(values, path)
+        if not equals or name not in fields or isinstance(fields[name], dict):
+            if "." in name and fields.get(name.partition(".")[0], "") is None:
+                raise UserError(
+                    f"--set {setting}: {name.partition('.')[0]} is none in this recipe; start from one that has it"
+                )
+            known = ", ".join(_field_names(fields, around))
             raise UserError(f"--set {setting}: write field=value with a recipe field; choose from {known}")
         fields[name] = None if value == "none" and path != "remat" else value  # a choice of `remat` is named none
     try:
         return _ADAPTER.validate_python(values)
     except pydantic.ValidationError as error:
         raise UserError(f"--set: {_first_problem(error)}") from None
+
+
+def _find_field(values: dict[str, Any], path: str) -> tuple[dict[str, Any], str, str]:
+    """Return (fields, their prefix, what is left of the path) of the innermost group of fields that a path leads to."""
+    around = ""
+    while isinstance(inner := values.get(path.partition(".")[0]), dict):
+        part, _, path = path.partition(".")
+        values, around = inner, f"{around}{part}."
+    return values, around, path
+
+
+def _field_names(values: dict[str, Any], around: str) -> Iterator[str]:
+    """Yield the names of fields and of those of their groups, as `--set` takes them."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _field_names(value, f"{around}{name}.")
+        else:
+            yield f"{around}{name}"
 
 
 def _first_problem(error: pydantic.ValidationError) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import html
+import io
 import json
 import re
 import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from reverie_jax.annotate.files import DROPPED, JUDGED, QUESTIONS, RATIONALES, RELEASED
 from reverie_jax.cli import hosted as cli_hosted
@@ -19,7 +21,6 @@ from tests.annotate import helpers
 from tests.annotate.helpers import JOURNAL, SECRETS, Memory, answer, check_files, load, spec_of, stage_of
 from tests.data.fakes import png
 from tests.hosted.faults import Fault
-from tests.hosted.fixtures import sdks  # noqa: F401  (a fixture)
 from tests.hosted.helpers import secret_of
 from tests.hosted.server import Server
 from tests.hosted.wires import Call, usage
@@ -27,27 +28,6 @@ from tests.hosted.wires import Call, usage
 pytestmark = pytest.mark.usefixtures("keys", "sdks")
 PROVIDERS = pytest.mark.parametrize("provider", ["openai", "gemini"])
 STAGES = ("questions", "positive", "negative", "judge")
-
-
-@pytest.fixture
-def images(tmp_path) -> dict[str, bytes]:
-    return helpers.write_images(tmp_path / "images", 5)
-
-
-@pytest.fixture
-def annotate(reverie, tmp_path, images):
-    """Return a function that runs `reverie annotate STEP` over five images; options are keywords."""
-    prompts = helpers.write_prompts(tmp_path / "prompts")
-
-    def run(step: str, writer: str | None = None, *more, **changes) -> tuple[int, str, str]:
-        options = {"out": tmp_path / "out", "images": tmp_path / "images", "prompts": prompts, "questions": 1}
-        words: list = ["annotate", step]
-        for name, value in (options | {"writer": writer} | changes).items():
-            if value is not None:
-                words += [f"--{name.replace('_', '-')}", *(value if isinstance(value, tuple) else (value,))]
-        return reverie(*words, *more)
-
-    return run
 
 
 def check_refused(result: tuple[int, str, str], *words: object) -> None:
@@ -191,6 +171,20 @@ def test_hopeless_requests_are_sent_once(annotate, tmp_path, images, which, faul
         assert [row["image"] for row in load(tmp_path / "out", QUESTIONS)] == [n for n in images if n != "0001.png"]
 
 
+def test_pictures_that_are_too_large_are_scaled_down(annotate, images, tmp_path):
+    """A reason names the option; with it, pictures are new ones, and are sent again."""
+    (tmp_path / "images" / "0001.png").write_bytes(large := png((1, 2, 3), (90, 30)))
+    plan = lambda call: (413, b"<title>413</title>") if call.images == [large] else None  # noqa: E731
+    with Server(answer, plan) as server:
+        code, _, err = annotate("questions", spec_of(server))
+        assert (code, "413: Request Entity Too Large" in err, "--max-image-size" in err) == (1, True, True)
+        assert annotate("questions", spec_of(server), max_image_size=30)[0] == 0
+        assert len(server.calls) == 10
+        sizes = [Image.open(io.BytesIO(call.images[0])).size for call in server.calls[5:]]
+    assert (30, 10) in sizes
+    assert max(map(max, sizes)) == 30
+
+
 @pytest.mark.parametrize(("given", "sent"), [(None, None), (0.5, 0.5), ("none", None), ("None", None)])
 def test_temperature(annotate, given, sent):
     with Server(answer) as server:
@@ -276,92 +270,6 @@ def test_keys_are_not_options(reverie):
     assert not re.search(r"--\S*key", out)
     assert "GEMINI_API_KEY" in out
     assert "OPENAI_API_KEY" in out
-
-
-# Invalid options and files.
-
-WRONG_OPTIONS = [
-    ("rationals", "openai:tiny", {}, ("rationals", "judge")),
-    ("run", None, {}, ("--writer",)),
-    ("run", "mistral:tiny", {}, ("mistral", "gemini")),
-    ("run", "openai:tiny", {"judge": "tiny"}, ("tiny",)),
-    ("run", "openai:tiny", {"votes": "most"}, ("--votes", "majority")),
-    ("run", "openai:tiny", {"questions": 0}, ("--questions",)),
-    ("run", "openai:tiny", {"confusing": 0}, ("--confusing",)),
-    ("run", "openai:tiny", {"concurrency": 0}, ("--concurrency",)),
-    ("run", "openai:tiny", {"max_cost": 3}, ("--price",)),
-    ("run", "openai:tiny", {"timeout": 0}, ("--timeout",)),
-    ("run", "openai:tiny", {"temperature": "warm"}, ("--temperature",)),
-    ("run", "openai:tiny", {"temperature": -1}, ("--temperature",)),
-    ("run", "openai:tiny", {"poll": 0}, ("--poll",)),
-    ("run", "openai:tiny", {"requests_per_minute": 0}, ("--requests-per-minute",)),
-    ("run", "openai:tiny", {"tokens_per_minute": -1}, ("--tokens-per-minute",)),
-    ("run", "openai:tiny", {"images": "gone"}, ("gone",)),
-    ("run", "openai:tiny", {"images": "empty"}, ("empty",)),
-    ("run", "openai:tiny", {"images": "file"}, ("file",)),
-    ("run", "openai:tiny", {"images": None}, ("--images",)),
-    ("run", "openai:tiny", {"prompts": "gone"}, ("gone",)),
-    ("run", "openai:tiny", {"list": "gone.json"}, ("gone.json",)),
-    ("run", "openai:tiny", {"out": "file"}, ("file",)),
-    ("run", "openai:tiny", {"out": "file/below"}, ("file",)),
-    ("run", "openai:tiny", {"out": "broken"}, (JOURNAL,)),
-    ("run", "scenes:gone", {}, ("gone",)),
-    ("run", "replay:gone.sqlite", {}, ("gone.sqlite",)),
-    ("run", "replay:file", {}, ("file",)),
-    ("rationales", "openai:tiny", {}, (QUESTIONS,)),
-    ("judge", "openai:tiny", {}, (RATIONALES,)),
-    ("export", None, {}, (JUDGED,)),
-    ("audit", None, {}, (JUDGED,)),
-    ("audit", None, {"count": -1}, ("--count",)),
-]
-
-
-@pytest.mark.parametrize(("step", "writer", "options", "words"), WRONG_OPTIONS)
-def test_invalid_options_are_named(annotate, tmp_path, monkeypatch, step, writer, options, words):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "file").write_text("mine")
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / JOURNAL).write_text("years of work")
-    check_refused(annotate(step, writer, **options), *words)
-    assert (tmp_path / "file").read_text() == "mine"
-    assert (tmp_path / "broken" / JOURNAL).read_text() == "years of work"
-
-
-LISTS = ["", "{}", "[3]", '[""]', "[", "[]", '["a.png", null]', '["../secret.png"]', '["link.png"]']
-LISTS += ['["sub/../../secret.png"]', '["a\\u0000b.png"]', '["\\ud800.png"]', f'["{"n" * 400}.png"]']
-
-
-@pytest.mark.parametrize("text", LISTS, ids=lambda text: text[:30])
-def test_invalid_lists_of_images_are_named(annotate, tmp_path, text):
-    """Also names outside the folder, and names that no file can have; nothing is sent about them."""
-    (tmp_path / "secret.png").write_bytes(png())
-    (tmp_path / "images" / "link.png").symlink_to(tmp_path / "secret.png")
-    (tmp_path / "list.json").write_text(text)
-    with Memory(answer) as server:
-        code, out, err = annotate("questions", spec_of(server), list=tmp_path / "list.json")
-        assert server.calls == []
-    assert code in (1, 2)
-    if code == 2:
-        check_refused((code, out, err), "list.json" if ".png" not in text or "null" in text else ".png")
-
-
-def test_images_are_listed(annotate, tmp_path, images):
-    """By `--list`, by OUT/image_list.json, or all in the folder and below, sorted."""
-    (tmp_path / "images" / "b").mkdir()
-    (tmp_path / "images" / "b" / "ä.JPG").write_bytes(png((9, 9, 9)))
-    (tmp_path / "images" / "notes.txt").write_text("not an image")
-    (tmp_path / "list.json").write_text(json.dumps(["0003.png", "0001.png", "0003.png"]))
-
-    def names(**options) -> list[str]:
-        with Memory(answer) as server:
-            assert annotate("questions", spec_of(server), **options)[0] == 0
-        return [row["image"] for row in load(tmp_path / "out", QUESTIONS)]
-
-    assert names() == [*images, "b/ä.JPG"]
-    assert names(list=tmp_path / "list.json") == ["0003.png", "0001.png"]
-    (tmp_path / "out" / "image_list.json").write_text(json.dumps(["0004.png"]))
-    assert names() == ["0004.png"]
 
 
 # Recorded runs, and the embedded world.

@@ -173,7 +173,9 @@ def test_every_conversation_and_every_byte_arrives_once_whatever_the_jobs(tmp_pa
         assert len(RecordSource(world.out)) == count + 2
         assert len(shards(world.out)) == -(-(count + 2) // SHARD)
         out, err = capsys.readouterr()
-        assert out.startswith(f"{count + 2} images, {len(world.rows())} conversations: {world.out}")
+        assert out.startswith(
+            f"{count} images, 2 texts without an image, {len(world.rows())} conversations: {world.out}"
+        )
         assert err == ""
         contents.append(files_of(world.out))
         shutil.rmtree(world.out)
@@ -474,7 +476,7 @@ def test_an_interrupted_run_ends_quietly_and_is_continued(tmp_path, monkeypatch,
     world = World(tmp_path / "w").make(13)
 
     def interrupt(self: Any, name: str, *more: Any) -> None:
-        if name == "images written":
+        if name == "records written":
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

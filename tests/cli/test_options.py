@@ -9,10 +9,12 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple, get_args, get_type_hints
 
 import pytest
+import tyro
 
 from reverie_jax import cli
 from reverie_jax.train.recipes import Recipe
@@ -38,12 +40,21 @@ import contextlib, io, json, sys
 from reverie_jax import cli
 texts, heavy = {}, json.loads(sys.argv[1])
 for command in json.loads(sys.argv[2]):
-    sys.argv = ["reverie", *command.split(), "--help"]
+    sys.argv = ["reverie", *command.split()]
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
         cli.main()
     texts[command] = [out.getvalue(), sorted(set(heavy) & sys.modules.keys())]
 print(json.dumps(texts))
 """
+
+
+# They need recipes, but no JAX. They come last, as what they import stays.
+OF_RECIPES = (
+    "recipes",
+    "recipes scenes-responses",
+    "recipes no-such-recipe",
+    "train no-such-recipe --model x --data . --out x",
+)
 
 
 class Option(NamedTuple):
@@ -78,24 +89,39 @@ def fields(cls: type) -> Iterator[tuple[str, Any, Any]]:
             yield field.name, hints[field.name], field.default
 
 
+def arguments(cls: type) -> list[Any]:
+    """Return the arguments of a command's parser."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return tyro.extras.get_parser(cls)._actions
+
+
 COMMANDS = dict(commands())
 
 
 @pytest.fixture(scope="module")
-def help_texts() -> dict[str, tuple[str, list[str]]]:
-    """`--help` of every command on a wide terminal, and the heavy modules that are imported by then; `train` comes last."""
+def outputs() -> dict[str, tuple[str, list[str]]]:
+    """What commands print on a wide terminal, and the heavy modules that are imported by then."""
     names = ["", "data", "scenes", *sorted(COMMANDS, key=lambda name: name == "train")]
-    words = [sys.executable, "-c", SCRIPT, json.dumps(HEAVY), json.dumps(names)]
+    commands = [*(f"{name} --help".strip() for name in names), *OF_RECIPES]
+    words = [sys.executable, "-c", SCRIPT, json.dumps(HEAVY), json.dumps(commands)]
     result = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "COLUMNS": "1000"})
-    assert (result.returncode, result.stderr) == (0, "")
+    assert result.returncode == 0
+    assert [("no-such-recipe" in line, "error" in line) for line in result.stderr.splitlines()] == [(True, True)] * 2
     return json.loads(result.stdout)
+
+
+@pytest.fixture(scope="module")
+def help_texts(outputs) -> dict[str, str]:
+    """`--help` of every command."""
+    return {name.removesuffix("--help").strip(): text for name, (text, _) in outputs.items() if name.endswith("--help")}
 
 
 @pytest.fixture(scope="module")
 def options(help_texts) -> list[Option]:
     options = []
     for command, cls in COMMANDS.items():
-        rows = {name: rest for name, *rest in re.findall(OPTION, help_texts[command][0], re.MULTILINE)}
+        rows = {name: rest for name, *rest in re.findall(OPTION, help_texts[command], re.MULTILINE)}
         for name, kind, default in fields(cls):
             metavar, text = rows.pop(name.replace("_", "-"), ("", ""))
             options.append(Option(command, name, kind, default, metavar, re.split(r"[.:;](?: |$)", text)[0]))
@@ -104,19 +130,20 @@ def options(help_texts) -> list[Option]:
 
 
 def test_help_is_readable(help_texts, options):
-    for command, (text, _) in help_texts.items():
+    for command, text in help_texts.items():
         assert text.startswith(f"usage: reverie {command}".rstrip()), command
         assert not re.search(r"\b(None|STR|INT|FLOAT)\b", text.partition("recipe fields")[0]), command
-    assert all(name.split()[0] in help_texts[""][0] for name in COMMANDS)
+    assert all(name.split()[0] in help_texts[""] for name in COMMANDS)
     assert all(option.sentence[:1].isupper() for option in options if option.metavar)
 
 
-def test_help_imports_nothing_heavy(help_texts):
-    assert {command: heavy for command, (_, heavy) in help_texts.items() if heavy and command != "train"} == {}
+def test_help_imports_nothing_heavy_and_recipes_no_jax(outputs):
+    heavy = {command: found for command, (_, found) in outputs.items() if found}
+    assert heavy == {command: ["pydantic"] for command in ("train --help", *OF_RECIPES)}
 
 
 def test_help_of_train_lists_the_fields_of_a_recipe(help_texts):
-    lines = [line.split() for line in help_texts["train"][0].partition("recipe fields")[2].splitlines()[1:]]
+    lines = [line.split() for line in help_texts["train"].partition("recipe fields")[2].splitlines()[1:]]
     rows = {name: (default, " ".join(kind)) for name, default, *kind in lines}
     assert {name.partition(".")[0] for name in rows} == {field.name for field in dataclasses.fields(Recipe)}
     assert rows["steps"] == ("required", "int")
@@ -124,6 +151,23 @@ def test_help_of_train_lists_the_fields_of_a_recipe(help_texts):
     assert rows["quantization"] == ("none", "int8 | nf4 | none")
     assert rows["supervision.answers"] == ("once", "once | as-published")
     assert rows["prefix_sharing"] == ("true", "bool")
+
+
+def test_no_value_of_a_repeated_option_is_dropped():
+    """argparse takes the last of repeated options, without a word."""
+    repeated = 0
+    for command, cls in COMMANDS.items():
+        known = arguments(cls)
+        needed = [word for one in known if one.required for word in (*one.option_strings[:1], "1")]
+        for option in known:
+            if not option.option_strings or not (option.nargs in ("*", "+") or "Append" in type(option).__name__):
+                continue
+            flag, name = option.option_strings[0], option.dest.rpartition(".")[2].replace("-", "_")
+            words = [*needed, flag, "7", flag, "8"]
+            values = getattr(tyro.cli(cls, args=words), name)
+            assert re.findall(r"\b[78]\b", str(values)) == ["7", "8"], (command, flag)
+            repeated += 1
+    assert repeated > 10
 
 
 def test_an_option_means_the_same_in_every_command(options):

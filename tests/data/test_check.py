@@ -166,10 +166,12 @@ def test_what_check_passes_train_takes(tmp_path_factory, rows, context, sharing)
     if report.has_unusable_rows:
         with pytest.raises(UserError):
             train(path)
-        kept = checking.write_usable_rows(report, path, fixed)
-        assert kept < len(rows)
-        if not kept:
+        if not report.examples:
+            with pytest.raises(UserError, match="none of its"):
+                checking.write_usable_rows(report, path, fixed)
+            assert not fixed.exists()
             return
+        assert checking.write_usable_rows(report, path, fixed) < len(rows)
         path = fixed
     train(path)
     assert not checking.check(path, folder, PROCESSOR, builder).has_unusable_rows
@@ -244,6 +246,9 @@ def test_the_command(annotations, tmp_path, reverie):
     assert {problem["kind"] for problem in problems} == {kind for kind, _ in EXPECTED.values()}
     code, out, _ = reverie("data", "check", annotations, "--fix", clean)
     assert (code, "8 rows" in out) == (0, True)
+    hopeless, none = write_json_rows(tmp_path / "bad.json", ROWS[9:11]), tmp_path / "none.json"
+    code, _, err = reverie("data", "check", hopeless, "--fix", none)
+    assert (code, str(hopeless) in err, none.exists()) == (2, True, False)
 
 
 INPUTS = {

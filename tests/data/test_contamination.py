@@ -292,7 +292,7 @@ def run(capsys, tmp_path) -> Callable[..., tuple[int, str, str, list[dict[str, A
         code, details = 0, tmp_path / "details.jsonl"
         try:
             Contamination(
-                sources=tuple(map(str, sources)), eval_images=eval_images, **{"details": details} | options
+                sources=tuple(map(str, sources)), eval_images=(eval_images,), **{"details": details} | options
             ).run()
         except SystemExit as exit:
             code = exit.code

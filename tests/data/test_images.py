@@ -20,6 +20,7 @@ from reverie_jax.data.images import (
     PAD_COLOR,
     BrokenImage,
     decode,
+    describe_conversion,
     downscale,
     encode_png,
     gray_depth,
@@ -247,6 +248,8 @@ def test_gray_of_any_depth_fills_eight_bits(mode, depth):
     if mode == "I;16":  # as it comes from a file
         image = Image.open(io.BytesIO(saved(image)))
     assert gray_depth(image) == depth
+    if mode != "I;16" or depth > 8:
+        assert f" {8 if depth == 1 else depth} bits" in describe_conversion(image)[1]
     expected = np.linspace(0, 255, 108).reshape(9, 12)
     assert np.abs(np.asarray(to_rgb(image))[..., 0].astype(float) - expected).max() <= 1
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from reverie_jax.data import row_files
 from reverie_jax.data.row_files import Rows, as_integer, read_items, read_rows, write_rows
-from reverie_jax.data.sources import ReadLog, llava
+from reverie_jax.data.sources import ReadLog, reverie
 from reverie_jax.errors import DataError
 from tests.data.fakes import Given, assert_one_line, llava_row, png, write_json_rows, write_parquet
 
@@ -33,15 +33,15 @@ objects = st.dictionaries(letters, values, max_size=3)
     rows=st.lists(objects, min_size=1, max_size=4),
     ascii=st.booleans(),
     indent=st.sampled_from([None, 2]),
-    mark=st.sampled_from(["", "\ufeff"]),
+    encoding=st.sampled_from(["utf-8", "utf-8-sig", "utf-16"]),
 )
-def test_rows_are_the_same_in_each_pass(tmp_path_factory, name, rows, ascii, indent, mark):
+def test_rows_are_the_same_in_each_pass(tmp_path_factory, name, rows, ascii, indent, encoding):
     path = tmp_path_factory.mktemp("rows") / name
     if name == "a.json":
         text = json.dumps(rows, ensure_ascii=ascii, indent=indent)
     else:
         text = "\n\n".join(json.dumps(row, ensure_ascii=ascii) for row in rows) + "\n"
-    path.write_bytes((mark + text).encode("utf-8"))
+    path.write_bytes(text.encode(encoding))
     result = Rows(path)
     assert list(result) == rows
     assert [row for pair in zip(result, result, strict=True) for row in pair] == [row for row in rows for _ in range(2)]
@@ -51,12 +51,17 @@ halves = st.text(st.sampled_from(["\ud83d", "\udbff", "\ude00", "\U0001f600", "a
 
 
 @settings(max_examples=60)
-@given(texts=st.lists(halves, min_size=1, max_size=3), form=st.sampled_from(["list", "object", "lines"]))
-def test_halves_of_characters_stay_as_they_are(tmp_path_factory, texts, form):
+@given(
+    texts=st.lists(halves, min_size=1, max_size=3),
+    form=st.sampled_from(["list", "object", "lines"]),
+    encoding=st.sampled_from(["utf-8", "utf-16"]),
+)
+def test_halves_of_characters_stay_as_they_are(tmp_path_factory, texts, form, encoding):
     """As Python's json reads them; a parser in C makes other characters of them."""
     path = tmp_path_factory.mktemp("halves") / ("a.jsonl" if form == "lines" else "a.json")
     rows = [{"a": json.loads(json.dumps(text))} for text in texts]
     write_json_rows(path, dict(zip("xyz", rows, strict=False)) if form == "object" else rows)
+    path.write_bytes(path.read_text("utf-8").encode(encoding))
     assert [row for _, row in Rows(path).items()] == rows
 
 
@@ -125,8 +130,9 @@ BROKEN = {
     "deep lines": ("a.jsonl", "[" * 100_000 + "]" * 100_000),
     "not UTF-8": ("a.json", b'[{"a": "\xff"}]'),
     "lines not UTF-8": ("a.jsonl", b'{"a": "\xff"}\n'),
-    "UTF-16": ("a.json", f"[{GOOD}]".encode("utf-16")),
-    "lines in UTF-16": ("a.jsonl", GOOD.encode("utf-16")),
+    "UTF-16 without a mark": ("a.json", f"[{GOOD}]".encode("utf-16-le")),
+    "half of UTF-16": ("a.json", f"[{GOOD}]".encode("utf-16")[:-1]),
+    "half of UTF-16 in lines": ("a.jsonl", GOOD.encode("utf-16")[:-1]),
     "an image": ("a.json", png()),
     "a folder": ("a.json", "folder"),
     "not Parquet": ("a.parquet", png()),
@@ -167,6 +173,19 @@ def test_a_broken_row_is_named_by_its_number(tmp_path, name, start, end):
         read_rows(tmp_path / name)
 
 
+@pytest.mark.parametrize("constant", ["NaN", "-Infinity", "Infinity"])
+@pytest.mark.parametrize("value", ["%s", "[1, %s]", '{"b": %s, "c": 1}'])
+@pytest.mark.parametrize("form", ["[%s, %s]", '{"x": %s, "y": %s}', "%s\n%s"])
+def test_what_is_no_number_is_named_with_its_row_and_field(tmp_path, form, value, constant):
+    """Python and pandas write it, and it is not JSON."""
+    field = "b" if "b" in value else "field name"
+    bad = '{"q": "NaN", "field name": %s}' % (value % constant)
+    (tmp_path / "a.json").write_text(form % ('{"field name": "fine: NaN"}', bad))
+    with pytest.raises(DataError, match=f"row 1: .*{field!r} is {constant}, which is not a number") as error:
+        read_rows(tmp_path / "a.json")
+    assert_one_line(error, tmp_path / "a.json")
+
+
 @pytest.mark.parametrize("form", ['[{"a": %s}]', '{"1": {"a": %s}}'])
 def test_deep_nesting_does_not_fill_the_memory(tmp_path, form):
     path = tmp_path / "a.json"
@@ -200,7 +219,7 @@ def test_a_deeply_nested_turn_is_an_invalid_row():
     nested, log = [], ReadLog()
     for _ in range(200_000):
         nested = [nested]
-    examples = list(llava.read_examples(Given([llava_row("a.png"), {"conversations": [nested, 3]}]), log))
+    examples = list(reverie.read_examples(Given([llava_row("a.png"), {"conversations": [nested, 3]}]), log))
     assert (len(examples), [where for where, _ in log.problems]) == (1, ["f: row 1"])
 
 

@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, example, given, settings
 from transformers import AutoTokenizer
 
 import reverie_jax.scenes
+from reverie_jax.data.chat_template import read_example_template
 from reverie_jax.data.conversation import Conversation, Turn
-from reverie_jax.data.processor import read_example_template
 from reverie_jax.data.templates import v0_template
 from reverie_jax.data.tokenization import Encoder
 from reverie_jax.errors import UserError

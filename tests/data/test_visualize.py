@@ -292,14 +292,14 @@ def test_the_seed_draws_the_records(scenes, visualize):
 
 
 def test_the_supervision_is_an_option(scenes, visualize):
-    page = visualize(scenes / ANNOTATIONS, count=2, supervision=("kinds=responses",))
+    page = visualize(scenes / ANNOTATIONS, count=2, supervision=(("kinds=responses",),))
     assert "responses" in page.legend
     assert not any("Explain why" in text for text in page.texts)
     assert all(page.marked)
 
 
 BAD_SETTINGS = ["kinds=none", "kinds", "answer_weight=much", "kind=responses", "Kinds=responses", "=responses"]
-BAD_OPTIONS = {setting: {"supervision": (setting,)} for setting in BAD_SETTINGS}
+BAD_OPTIONS = {setting: {"supervision": ((setting,),)} for setting in BAD_SETTINGS}
 BAD_OPTIONS |= {"count": {"count": -1}, "no source": {}, "broken image": {"count": 9}}
 
 

@@ -18,6 +18,7 @@ class Fault(Enum):
     UNAVAILABLE = "503"
     TIMEOUT = "never answered"
     RESET = "connection reset"
+    CLOSED = "half a reply, then the connection closes"
     BLOCKED = "filtered; Gemini sends no candidate"
     REFUSED = "OpenAI sends a refusal, Gemini finish reason SAFETY"
     EMPTY = "no text"
@@ -30,8 +31,8 @@ class Fault(Enum):
 
 
 FAULTS = tuple(Fault)
-TRANSPORT, REPLY, HARMLESS = FAULTS[:6], FAULTS[6:12], FAULTS[12:]
-"""No reply: retry. A reply that may be unusable. The whole answer in an odd form."""
+TRANSPORT, REPLY, HARMLESS = FAULTS[:7], FAULTS[7:13], FAULTS[13:]
+"""No whole reply: retry. A reply that may be unusable. The whole answer in an odd form."""
 STATUS = {Fault.RATE_LIMIT_AFTER: 429, Fault.RATE_LIMIT: 429, Fault.SERVER_ERROR: 500, Fault.UNAVAILABLE: 503}
 NOT_SURE = "Not sure, the analyses differ."
 

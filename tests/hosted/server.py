@@ -20,7 +20,8 @@ from tests.hosted.faults import HARMLESS, STATUS, UNANSWERED, Fault, Line, Step,
 from tests.hosted.handler import Handler, Listener
 from tests.hosted.wires import GEMINI, OPENAI, Batch, Call, content_digest
 
-_LINE_STATUS = {Line.BAD: 400, Line.DENIED: 401, Fault.RESET: 500, Fault.TIMEOUT: 500, Fault.WEB_PAGE: 500} | STATUS
+_LINE_STATUS: dict[Any, int] = dict.fromkeys((Fault.RESET, Fault.TIMEOUT, Fault.CLOSED, Fault.WEB_PAGE), 500) | STATUS
+_LINE_STATUS |= {Line.BAD: 400, Line.DENIED: 401}
 
 
 def _gone(connection: socket.socket) -> bool:

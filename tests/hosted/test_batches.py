@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import signal
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -17,11 +16,9 @@ from reverie_jax.hosted.interface import Request, UnusableError
 from reverie_jax.hosted.runner import Outcome
 from reverie_jax.hosted.throttle import Limits
 from tests.hosted import helpers, wires
-from tests.hosted.faults import HARMLESS, HOPELESS, LINES, REPLY, TRANSPORT, Fault, Line, Step, Trouble, share
-from tests.hosted.fixtures import IMAGES
+from tests.hosted.faults import HARMLESS, HOPELESS, REPLY, TRANSPORT, Fault, Line, Step, Trouble, share
 from tests.hosted.helpers import JOURNAL, MODELS, Memory, make_task, reply_to, rows_of, secret_of, send, states
 from tests.hosted.server import Server
-from tests.hosted.wires import Call
 
 pytestmark = pytest.mark.usefixtures("keys", "sdks")
 PROVIDERS = pytest.mark.parametrize("provider", ["openai", "gemini"])
@@ -159,6 +156,20 @@ def test_what_never_gets_a_usable_reply_is_reported(ask, provider, tmp_path):
         assert states(tmp_path / "out" / JOURNAL)["usable"] == usable + 2
 
 
+def test_lines_that_are_all_refused_alike_end_the_run(ask, tmp_path):
+    """When all of them are recorded; and lines that broke off are kept, in part."""
+    with Server(reply_to, lines=lambda call: Line.BAD) as server:
+        with pytest.raises(UserError, match=r"openai:tiny: 400: BAD"):
+            ask(server, numbers=range(12))
+        assert (len(server.batches), states(tmp_path / "out" / JOURNAL)) == (1, {"unusable": 12})
+        server.lines = lambda call: Line.BROKEN
+        assert "broke off" in repr(ask(server, numbers=[20, 21]).failed)
+        assert len(server.batches) == 1 + 3
+    kept = rows_of(tmp_path / "out" / JOURNAL, "reply", "reason LIKE '%broke off%'")
+    assert len(kept) == 6
+    assert all(reply.startswith('{"custom_id"') for (reply,) in kept)
+
+
 @pytest.mark.parametrize("batch", [True, False])
 def test_a_request_that_cannot_be_built_stops_no_other(tmp_path, batch):
     """Its image is broken, say."""
@@ -176,22 +187,35 @@ def test_a_request_that_cannot_be_built_stops_no_other(tmp_path, batch):
 
 
 ENDS = [("failed", 0.0), ("expired", 0.0), ("expired", 0.5), ("cancelled", 0.0), ("partially_succeeded", 0.5)]
+ENDS += [("failed late", 0.5)]
 
 
 @PROVIDERS
 def test_what_batches_leave_undone_is_submitted_again(ask, provider, tmp_path):
+    """And that alone: what a batch that failed in part has answered is paid for."""
     ends = iter(ENDS)
     with Server(reply_to, ends=lambda number: next(ends, ("completed", 1.0))) as server:
         assert ask(server, provider).usable == COUNT
         check_once(server)
-        assert [len(batch.calls) for batch in server.batches] == [6, 6, 6, 3, 3, 2]
+        assert [len(batch.calls) for batch in server.batches] == [6, 6, 6, 3, 3, 2, 1]
         server.ends = lambda number: ("failed", 0.0)
         outcome = ask(server, provider, [99])
-        assert len(server.batches) == 6 + 9
+        assert len(server.batches) == 7 + 9
     (reason,) = outcome.failed.values()
-    assert "failed" in reason
+    assert "failed: Line 1 is invalid" in reason
     assert secret_of(provider) not in reason
     assert sum("cancelled" in row[0] for row in rows_of(tmp_path / "out" / JOURNAL, "reason")) == 3
+
+
+@PROVIDERS
+def test_a_batch_that_is_denied_is_not_submitted_again(ask, provider):
+    """What it answered is kept, and the run ends in the service's words."""
+    with Server(reply_to, ends=lambda number: ("denied", 0.5)) as server:
+        assert "credit balance" in ask(server, provider).stopped
+        assert len(server.batches) == 1
+        server.ends = lambda number: ("completed", 1.0)
+        assert ask(server, provider).usable == COUNT // 2
+        check_once(server)
 
 
 FULL = "Enqueued token limit reached for tiny. Limit: 90,000 enqueued tokens."
@@ -412,81 +436,3 @@ def test_unusable_replies_count_and_a_budget_of_zero_submits_nothing(ask):
         for limits in (change(MONEY, max_cost=0.0), change(MONEY, max_tokens=0)):
             assert "budget" in ask(server, numbers=[99], limits=limits).stopped
         assert server.steps == Counter()
-
-
-# Ctrl-C and SIGKILL, in processes of their own.
-
-MOMENTS = [  # in which a run is stopped: it hangs in a step, whose work is done or not
-    (Step.UPLOAD, Trouble.HANG),
-    (Step.CREATE, Trouble.HANG),
-    (Step.CREATE, Trouble.HANG_DONE),
-    (Step.LIST, Trouble.HANG),
-    (Step.STATUS, Trouble.HANG),
-    (Step.DOWNLOAD, Trouble.HANG),
-]
-
-
-def answer(call: Call) -> str:
-    return f'{{"question": "{call.digest[:16]}?", "correct_answer": "a", "confusing_answer": "b"}}'
-
-
-@pytest.fixture
-def submit(begin) -> Callable[..., helpers.Child]:
-    """Return a function that starts a run by batches, and waits until it hangs in a step, if one is given."""
-
-    def start(server: Server, provider: str, moment: tuple[Step, Trouble] | None = None) -> helpers.Child:
-        server.hanging.clear()
-        server.trouble = moment and (lambda step, count: moment[1] if step is moment[0] else None)
-        child = begin(server, provider, "--batch", "--poll", 0.05)
-        assert moment is None or server.hanging.wait(120)
-        return child
-
-    return start
-
-
-@pytest.mark.parametrize(("provider", "number"), [("openai", signal.SIGINT), ("gemini", signal.SIGTERM)])
-def test_a_signal_leaves_the_batch_and_the_next_run_collects_it(submit, tmp_path, provider, number):
-    with Server(answer, polls=10**6) as server:
-        child = submit(server, provider)
-        helpers.until(lambda: server.steps[Step.STATUS] >= 2)
-        child.signal(number)
-        assert child.wait() == 1
-        assert f"{IMAGES} requests" in " ".join(child.log.split())
-        assert "Traceback" not in child.log
-        assert states(tmp_path / "out" / JOURNAL) == {"sent": IMAGES}
-        server.polls = 1
-        assert submit(server, provider).wait() == 0
-        check_once(server)
-        assert set(server.submitted.values()) == {1}
-
-
-@pytest.mark.parametrize("moment", [MOMENTS[0], MOMENTS[2], MOMENTS[4]])
-def test_a_second_signal_does_not_wait_for_a_service_that_hangs(submit, moment):
-    """And the next run finds what was submitted."""
-    with Server(answer) as server:
-        child = submit(server, "openai", moment)
-        child.signal(signal.SIGINT)
-        assert child.wait(0.3) is None
-        child.signal(signal.SIGINT)
-        assert child.wait(60) in (1, 130)
-        assert submit(server, "openai").wait() == 0
-        assert set(server.submitted.values()) == {1}
-
-
-@PROVIDERS
-def test_killed_at_every_moment(submit, tmp_path, provider):
-    """The next run continues with whatever was created; no copy of the requests stays behind."""
-    lines = share(0.3, 2, (*LINES, Fault.REFUSED, Fault.SERVER_ERROR))
-    with Server(answer, lines=lines, page=2) as server:
-        server.add_strangers(provider, 3)
-        for moment in MOMENTS:
-            child = submit(server, provider, moment)
-            child.signal(signal.SIGKILL)
-            assert child.wait() == -signal.SIGKILL
-            helpers.until(lambda: server.in_flight == 0)
-        child = submit(server, provider)
-        assert child.wait() == 0, child.log
-        check_once(server)
-    assert states(tmp_path / "out" / JOURNAL)["usable"] == IMAGES
-    assert not rows_of(tmp_path / "out" / JOURNAL, "id", "state IN ('sent', 'lost')")
-    assert not list(tmp_path.rglob("*.jsonl"))

@@ -89,8 +89,9 @@ FAULTS: dict[Fault, tuple[Any, str]] = {
     Fault.RATE_LIMIT: (RetryableError, "429"),
     Fault.SERVER_ERROR: (RetryableError, "500"),
     Fault.UNAVAILABLE: (RetryableError, "503"),
-    Fault.TIMEOUT: (RetryableError, "0.2 s"),
-    Fault.RESET: (RetryableError, "connection"),
+    Fault.TIMEOUT: (RetryableError, "0.2 s; set a longer --timeout"),
+    Fault.RESET: (RetryableError, "connection failed"),
+    Fault.CLOSED: (RetryableError, "closed within the reply"),
     Fault.WEB_PAGE: (RetryableError, "response"),
     Fault.BLOCKED: ((UnusableError, RefusedError), "blocked"),
     Fault.REFUSED: (UnusableError, "blocked"),
@@ -114,6 +115,9 @@ def test_faults(provider, fault):
     if isinstance(error, RetryableError):
         assert error.retry_after == (7.0 if fault is Fault.RATE_LIMIT_AFTER else None)
         assert error.reached == (fault is not Fault.RESET)
+        assert error.charged == (fault in (Fault.TIMEOUT, Fault.CLOSED))
+        if fault is Fault.CLOSED and provider == "openai":  # Google's SDK keeps nothing of it
+            assert error.reply.text.startswith('{"id"')
     if isinstance(error, UnusableError):  # it is paid for, and recorded
         words = dress(ANSWER, fault)
         assert error.reply.text == words if words else error.reply.text.startswith("{")  # without words, all of it
@@ -146,6 +150,8 @@ def test_an_address_without_a_server():
     assert not caught.value.reached
     with Server(lambda call: ANSWER) as server, pytest.raises(AccessError, match="/v1"):
         call(f"openai:m@{server.url}", RequestSettings(), lambda it: it.ask(REQUEST))
+    with Server(lambda call: ANSWER) as server, pytest.raises(AccessError, match="end before"):
+        call(f"openai:m@{server.url}/v1/chat/completions", RequestSettings(), lambda it: it.ask(REQUEST))
 
 
 # Opening.
@@ -156,6 +162,19 @@ def test_model_specs():
     assert parse_model_spec("gemini:m") == ("gemini", "m", None)
     assert parse_model_spec("scenes:folder")[0] == "scenes"
     assert redact_password("openai:m@http://me:pw@host/v1") == "openai:m@http://host/v1"
+    for spec in ("openai:@cf/org/m-1.5-7b", "openai:m@20240229", "gemini:m@001"):
+        assert parse_model_spec(spec)[1:] == (spec.partition(":")[2], None)
+    for address in (
+        "localhost:8000/v1",
+        "LOCALHOST/v1",
+        "HTTP://host/v1",
+        "me:pw@10.0.0.1:8000",
+        "api.example.com/v1",
+        "a:80",
+    ):
+        with pytest.raises(UserError, match="http://") as caught:
+            parse_model_spec(f"openai:org/m@{address}")
+        assert "pw" not in str(caught.value)
     for wrong in ("tiny", "mistral:tiny", "openai:", "openai", ""):
         with pytest.raises(UserError, match=f"'{wrong}'"):
             parse_model_spec(wrong)
@@ -167,6 +186,8 @@ def test_model_specs():
         ("openai:m", {}, "OPENAI_API_KEY"),
         ("openai:m", {"OPENAI_API_KEY": "  "}, "OPENAI_API_KEY"),
         ("gemini:m", {}, "GOOGLE_API_KEY"),
+        ("gemini:m", {"GEMINI_API_KEY": "AIza\nAIza"}, "GEMINI_API_KEY"),
+        ("openai:m", {"OPENAI_API_KEY": "sk-a”"}, "OPENAI_API_KEY"),
         ("openai:m@http://127.0.0.1/v1", {}, ""),
         ("openai:m", {"OPENAI_BASE_URL": "http://127.0.0.1/v1"}, ""),
         ("gemini:m", {"GOOGLE_API_KEY": "AIza"}, ""),
@@ -230,6 +251,23 @@ def test_images_are_sent_in_a_format_that_every_service_accepts(name):
         deep = image.mode.startswith("I")
         mean = np.asarray(image if deep else image.convert("RGB"), float).mean() / (257 if deep else 1)
     assert 20 < mean < 235
+
+
+SCALED = [("jpeg", "JPEG"), ("webp", "PNG"), ("RGBA", "PNG"), ("CMYK JPEG", "PNG"), ("16 bit TIFF", "PNG")]
+
+
+@pytest.mark.parametrize(("name", "kind"), SCALED)
+def test_large_images_are_scaled_down(name, kind):
+    """To the longest side, with what EXIF says about their orientation; a smaller one is sent as it is."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = encoded(COLOR, "JPEG", exif=exif) if kind == "JPEG" else IMAGES[name][0]
+    media_type, sent = encode_image(RequestImage("a", content), 16)
+    with Image.open(io.BytesIO(sent)) as image:
+        assert (image.format, media_type, image.size) == (kind, f"image/{kind.lower()}", (16, 12))
+        assert image.getexif().get(0x0112) == (6 if kind == "JPEG" else None)
+    assert encode_image(RequestImage("a", content), 64) == encode_image(RequestImage("a", content))
+    assert images.estimate_tokens("gemini", 1500, 700, 750) == 258
 
 
 @PROVIDERS

@@ -10,7 +10,8 @@ from collections import Counter
 import pytest
 
 from reverie_jax.errors import UserError
-from reverie_jax.hosted.interface import AccessError, RetryableError
+from reverie_jax.hosted.interface import AccessError, RefusedError, Reply, RetryableError
+from reverie_jax.hosted.journal import Journal
 from reverie_jax.hosted.runner import Outcome
 from reverie_jax.hosted.throttle import Limits
 from tests.hosted import helpers
@@ -116,6 +117,51 @@ def test_unusable_replies_and_failures_are_counted_apart(ask, tmp_path):
         assert len(server.calls) == 4
 
 
+def test_what_may_be_paid_for_is_sent_three_times(ask, clock, tmp_path):
+    """A model that is slower than --timeout goes on, and half a reply is paid for as a whole one: not nine times."""
+    slow = RetryableError("no reply within 120 s; set a longer --timeout", charged=True)
+    half = RetryableError("broke off", charged=True, reply=Reply("It is r"))
+    plan = [half, Fault.UNAVAILABLE, slow, Fault.UNAVAILABLE]
+    for number, (faults, tries) in enumerate([([slow] * 9, 3), ([half] * 9, 3), ([*plan, *plan], 5)]):
+        with Memory(reply_to, lambda call, faults=faults: faults[call.attempt - 1]) as server:
+            (reason,) = ask(1, Limits(), out=f"out{number}").failed.values()
+            assert len(server.calls) == tries
+            assert len({call.arrived for call in server.calls}) == tries  # after a wait
+    assert reason == "broke off"
+    assert rows_of(tmp_path / "out1" / JOURNAL, "state, reply") == [("failed", "It is r")] * 3
+
+
+UNKNOWN = "400: Request r-{number} has an unknown field."
+ALIKE = [  # (what each request ends with, how many are sent of forty, whether the run is stopped)
+    (lambda call: RefusedError(UNKNOWN.format(number=len(call.digest)), systematic=True), 8, True),
+    (lambda call: RefusedError(f"{call.text} was flagged"), 40, False),
+    (lambda call: RefusedError(f"400: {call.text.encode().hex().translate(LETTERS)}", systematic=True), 40, False),
+    (lambda call: RetryableError("no reply within 9 s; set a longer --timeout", charged=True), 24, True),
+    (lambda call: Fault.SERVER_ERROR, 8 * 3, True),
+    (lambda call: RetryableError(f"busy with {call.text.encode().hex().translate(LETTERS)}"), 40 * 3, False),
+    (lambda call: Fault.EMPTY, 40 * 3, False),
+]
+LETTERS = str.maketrans("0123456789", "ghijklmnop")
+
+
+@pytest.mark.parametrize(("fault", "count", "stopped"), ALIKE)
+def test_a_run_whose_first_requests_all_fail_alike_is_stopped(ask, clock, fault, count, stopped):
+    """In the service's words, if they may mean every request; not once a request of this kind has succeeded."""
+    limits = dataclasses.replace(QUICK, concurrency=1, max_retries=2)
+    with Memory(reply_to, fault) as server:
+        if stopped:
+            with pytest.raises(UserError, match=r"openai:tiny: (400|no reply|500).* first 8 requests"):
+                ask(40, limits)
+        else:
+            assert len(ask(40, limits).failed) == 40
+        assert len(server.calls) == count
+        assert len(ask(7, limits, out="few").failed) == 7
+        server.faults = lambda call: None if call.text == "Question 3?" else fault(call)
+        assert (outcome := ask(40, limits, out="one")).usable == 1
+        assert (len(outcome.failed), outcome.stopped) == (39, "")
+        assert len(ask(40, limits, out="one").failed) == 39  # again, without the one that succeeded
+
+
 def test_replies_that_the_task_cannot_parse_are_unusable(ask, tmp_path):
     """They are recorded, and a later run tries again. Unpaired surrogates do not stop the journal."""
     with Memory(lambda call: "Sorry. \ud83c") as server:
@@ -137,6 +183,29 @@ def test_a_bug_loses_no_reply(tmp_path):
         assert len(server.calls) == 12
     ((reason, count),) = outcome.reasons()
     assert ("KeyError" in reason, count) == (True, 3)
+
+
+@pytest.mark.parametrize("method", ["record_request", "record_result"])
+def test_a_full_disk_stops_the_run(ask, clock, monkeypatch, method, tmp_path):
+    """In one line; nothing is sent that cannot be recorded, and what was recorded stays."""
+    usual, count = Journal._execute, []
+
+    def execute(self, sql, values=()):
+        count.append(
+            sql.startswith({"record_request": "INSERT INTO attempts", "record_result": "UPDATE attempts"}[method])
+        )
+        if sum(count) > 8 and count[-1]:
+            sql = "INSERT INTO full_disk VALUES (1)"
+        return usual(self, sql, values)
+
+    monkeypatch.setattr(Journal, "_execute", execute)
+    with Memory(reply_to, latency=lambda call: 1.0) as server, pytest.raises(UserError, match=JOURNAL):
+        ask(40)
+    assert len(server.calls) <= 8 + 4
+    assert states(tmp_path / "out" / JOURNAL)["usable"] == 8
+    monkeypatch.undo()
+    with Memory(reply_to):
+        assert ask(40).usable == 32
 
 
 @pytest.mark.parametrize("concurrency", [1, 7])

@@ -67,6 +67,11 @@ def content_digest(provider: str, model: str, text: str, images: Sequence[bytes]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
+FAILED = dict.fromkeys(("full", "failed late", "denied"), "failed")
+"""Ends of batches that services call failed: the queue is full, only some requests are done, there is no credit left."""
+DENIED = "Your credit balance is too low."
+
+
 class OpenAI:
     """OpenAI's wire format."""
 
@@ -114,12 +119,14 @@ class OpenAI:
         return {"custom_id": key, "response": {"status_code": 200, "body": reply}, "error": None}
 
     def show(self, batch: Batch, ended: bool) -> dict[str, Any]:
-        state = batch.state.replace("full", "failed") if ended else "in_progress" if batch.looks else "validating"
+        state = FAILED.get(batch.state, batch.state) if ended else "in_progress" if batch.looks else "validating"
         message = f"Line 1 is invalid for key {batch.calls[0].key if batch.calls else ''}."
         if batch.state == "full":
             message = (
                 "Enqueued token limit reached. Please try again once some in_progress batches have been completed."
             )
+        if batch.state == "denied":
+            message = DENIED
         return {
             "id": batch.name,
             "object": "batch",
@@ -180,7 +187,7 @@ class Gemini:
         return {"response": reply, "key": key}
 
     def show(self, batch: Batch, ended: bool) -> dict[str, Any]:
-        states = {"completed": "SUCCEEDED"}
+        states = {"completed": "SUCCEEDED"} | dict.fromkeys(FAILED, "FAILED")
         state = states.get(batch.state, batch.state.upper()) if ended else "RUNNING" if batch.looks else "PENDING"
         prefix = "JOB" if state == "PARTIALLY_SUCCEEDED" else "BATCH"  # as the service does
         metadata: dict[str, Any] = {"state": f"{prefix}_STATE_{state}", "name": batch.name}
@@ -189,10 +196,13 @@ class Gemini:
         shown: dict[str, Any] = {"name": batch.name, "metadata": metadata}
         if ended:
             shown["done"] = True
+            if state == "FAILED":
+                shown["error"] = {"code": 3, "message": DENIED if batch.state == "denied" else "Line 1 is invalid."}
             if batch.replies:
-                metadata["output"] = shown["response"] = {"responsesFile": batch.replies}
-            if batch.state == "failed":
-                shown["error"] = {"code": 3, "message": "Line 1 is invalid."}
+                place = (
+                    metadata if state == "FAILED" else shown
+                )  # a response excludes an error; the SDK reads no response
+                place["output" if state == "FAILED" else "response"] = {"responsesFile": batch.replies}
         return shown
 
 

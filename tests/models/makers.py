@@ -41,7 +41,7 @@ MODULES = {
 MODULES["llava-1.0"] = MODULES["llama"]
 DECODER = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"  # what PEFT adapts in transformers' class
 TOWER = "model.vision_tower.vision_tower.vision_model."
-UNKNOWN_TOWER = "somebody/a-tiny-clip"
+UNKNOWN_TOWER = "somebody/clip"  # a folder of that name is it
 ADAPTER_FILE, ADAPTER_CONFIG, NON_LORA = "adapter_model.safetensors", "adapter_config.json", "non_lora_trainables.bin"
 SIZES = dataclasses.replace(GROUPED, text=dataclasses.replace(GROUPED.text, vocab=WORDS))
 

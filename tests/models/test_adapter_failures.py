@@ -141,6 +141,12 @@ SETTINGS = [
     ("bias", "lora_only"),
     ("peft_type", "ADALORA"),
     ("modules_to_save", ["multi_modal_projector", "lm_head"]),
+    *(("modules_to_save", value) for value in (["1"], ["linear"], "multi_modal_projector", ["mm_projector"])),
+    ("rank_pattern", {"q_proj": 2}),  # not the rank of what is stored
+    ("rank_pattern", {"(q_proj": 3}),
+    ("rank_pattern", {"v_proj": "3"}),
+    ("alpha_pattern", [7]),
+    ("alpha_pattern", {r"layers\.0\..*": 7}),
 ]
 A, B = (f"base_model.model.model.language_model.layers.1.self_attn.q_proj.lora_{side}.weight" for side in "AB")
 BIAS = "base_model.model.model.multi_modal_projector.linear_2.bias"
@@ -152,6 +158,10 @@ TENSORS = {
     "transposed": (lambda t: t.update({A: t[A].T.contiguous()}), ("q_proj.lora_A",)),
     "integers": (lambda t: t.update({A: t[A].int()}), ("q_proj.lora_A",)),
     "two names": (lambda t: t.update({A.replace("_A", "_A.default"): t[A].clone()}), ("lora_A", "query", "q_proj")),
+    "projector left out": (
+        lambda t: [t.pop(name) for name in list(t) if "projector" in name],
+        ("linear_1", "projector"),
+    ),
     "half a projector": (lambda t: t.pop(BIAS), ("linear_2.bias", "projector")),
     "wide projector": (lambda t: t.update({BIAS: torch.zeros(37)}), ("linear_2.bias",)),
     "DoRA": (lambda t: t.update({A.replace("A.weight", "magnitude_vector"): torch.ones(60)}), ("magnitude_vector",)),
@@ -185,13 +195,27 @@ def test_missing_files(broken, llama):
     assert_refused(lambda: with_adapter(llama.hf, broken), broken)
 
 
-# Options of PEFT, and whether they must be supported. The others may be refused, but never ignored.
+# Options of PEFT, and whether they must be supported; None if they must be read, but need not be written again. The others
+# may be refused, but never ignored.
 OPTIONS = {
     "rslora": ({"use_rslora": True}, True),
     "some modules": ({"target_modules": r".*language_model.*\.(q_proj|down_proj)"}, True),
     "one layer": ({"target_modules": r".*language_model\.layers\.0\..*_proj"}, False),
-    "rank_pattern": ({"rank_pattern": {r".*q_proj": 2}}, False),
-    "alpha_pattern": ({"alpha_pattern": {r".*q_proj": 9}}, False),
+    "rank_pattern": ({"rank_pattern": {r".*q_proj": 2}}, None),
+    "alpha_pattern": ({"alpha_pattern": {r"q_proj": 9, r"[kvo]_proj": 7}}, None),
+    "patterns whose order counts": ({"alpha_pattern": {r"q_proj": 9, r".*_proj": 7}}, False),  # PEFT does not keep it
+    "both patterns": ({"rank_pattern": {"down_proj": 4, "x": 9}, "alpha_pattern": {"mlp.down_proj": 2}}, None),
+    "patterns with rslora": (
+        {"use_rslora": True, "rank_pattern": {"up_proj": 2}, "alpha_pattern": {"o_proj": 1}},
+        None,
+    ),
+    "patterns that match nothing": ({"rank_pattern": {"fc1": 2}, "alpha_pattern": {"c_attn": 9}}, True),
+    "patterns that match all": ({"rank_pattern": {".*": 2}, "alpha_pattern": {"[a-z_]+": 9}}, True),
+    "a pattern of one layer": ({"alpha_pattern": {r"layers\.0\..*q_proj": 9}}, False),
+    "saved linear_1": ({"modules_to_save": ["linear_1"]}, True),
+    "saved linear_2 by its path": ({"modules_to_save": ["multi_modal_projector.linear_2"]}, True),
+    "saved linear_1 and linear_2": ({"modules_to_save": ["linear_2", "linear_1"]}, True),
+    "saved projector by its path": ({"modules_to_save": ["model.multi_modal_projector"]}, True),
     "layers_to_transform": ({"target_modules": ["q_proj"], "layers_to_transform": [0]}, False),
     "bias all": ({"bias": "all"}, False),
     "lora_bias": ({"lora_bias": True, "target_modules": ".*vision_tower.*q_proj"}, False),
@@ -222,7 +246,7 @@ def test_option_works_as_in_peft_or_is_refused(option, llama, tmp_path):
     try:
         model = with_adapter(llama.hf, folder)
     except CheckpointError:
-        assert not supported
+        assert supported is False
         assert_refused(lambda: with_adapter(llama.hf, folder), folder)
         return
     assert_close(logits(model, INPUTS), expected)

@@ -259,6 +259,27 @@ def test_complete_models_are_written_merged(to, bench, tmp_path):
         assert_close(llava_logits(theirs, INPUTS), bench.full_logits)
 
 
+def test_llava_lora_on_llava_hf_is_asked_as_it_was_tuned(llama, tmp_path):
+    """By its config.json, whether it is the model or the adapter; the base model's prompt is another."""
+    folder = shutil.copytree(llama.lora, tmp_path / "lora")
+    makers.edit_json(folder / ADAPTER_CONFIG, base_model_name_or_path="somebody/llava-v1.5")
+    for main, options in ((folder, {"components": llama.hf}), (llama.hf, {"adapter": folder})):
+        model, processor = reverie_jax.load_model(main, dtype="float32", **options)
+        assert_close(logits(model, INPUTS)[..., :WORDS], llama.lora_logits)
+        for config in (model.config, processor.encoder, load_processor(main, **options).encoder):
+            template = config.template if config is model.config else config.template.name
+            assert (template, config.tokenization) == ("vicuna_v1", "llava")
+        assert processor.image_aspect_ratio == model.config.image_aspect_ratio == "pad"
+    base = load_processor(llama.hf)
+    assert (base.encoder.template.name, base.encoder.tokenization, base.image_aspect_ratio) == (
+        "llava-hf",
+        "hf",
+        "square",
+    )
+    makers.edit_json(folder / "config.json", mm_vision_select_layer=-1)
+    assert_refused(lambda: reverie_jax.load_model(llama.hf, adapter=folder), folder, "mm_vision_select_layer")
+
+
 # Runs of `reverie train`.
 
 

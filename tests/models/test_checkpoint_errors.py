@@ -427,25 +427,37 @@ TUNED = "Lin-Chen/ShareGPT4V-7B_Pretrained_vit-large336-l12"
 
 
 @pytest.mark.parametrize(
-    ("folder", "outcome"),
+    ("folder", "settings", "accepted"),
     [
-        ("clip-vit-large-patch14-336", "refused"),
-        ("models--openai--clip-vit-large-patch14/snapshots/0123", "refused"),
-        ("ShareGPT4V-7B_Pretrained_vit-large336-l12", ""),
-        ("models--Lin-Chen--ShareGPT4V-7B_Pretrained_vit-large336-l12/snapshots/0123", ""),
-        ("tower", "warned"),
-        ("models--somebody--tower/snapshots/0123", "warned"),
+        ("clip-vit-large-patch14-336", {}, False),
+        ("models--openai--clip-vit-large-patch14/snapshots/0123", {}, False),
+        ("ShareGPT4V-7B_Pretrained_vit-large336-l12", {}, True),
+        ("models--Lin-Chen--ShareGPT4V-7B_Pretrained_vit-large336-l12/snapshots/0123", {}, True),
+        ("tower", {}, False),
+        ("models--somebody--tower/snapshots/0123", {}, False),
+        ("tower", {"architectures": ["CLIPModel"], "_name_or_path": TUNED}, True),
+        # A tower that was tuned from it, and saved without the text tower.
+        ("tower", {"architectures": ["CLIPVisionModel"], "_name_or_path": TUNED}, False),
     ],
 )
-def test_tuned_tower_is_not_replaced_by_clip(folder, outcome, room, caplog):
-    file = edit_config(room / "towerless/config.json", None, {"mm_vision_tower": TUNED})
+@pytest.mark.parametrize("kind", ["towerless", "lora"])
+def test_tuned_tower_is_not_replaced_by_another(kind, folder, settings, accepted, room):
+    """What nothing says to be the tower is refused, until config.json names it."""
+    file = edit_config(room / kind / "config.json", None, {"mm_vision_tower": TUNED})
+    makers.edit_json(room / "clip/config.json", **settings)
     (room / folder).parent.mkdir(parents=True, exist_ok=True)
     (room / "clip").rename(room / folder)
-    if outcome == "refused":
-        refused(room, "towerless", [folder], file, TUNED)
-    else:
-        read_model(room / "towerless", components=[room / folder])
-        assert (TUNED in caplog.text) == bool(outcome)
+    components = [folder, *(["llm"] if kind == "lora" else [])]
+    if not accepted:
+        refused(room, kind, components, file, TUNED, "mm_vision_tower")
+        makers.edit_json(file, mm_vision_tower=str(room / folder))  # the way out that the message names
+    read_model(room / kind, components=[room / name for name in components])
+
+
+def test_component_that_describes_an_included_tower_has_its_sizes(room):
+    """Heads, for one, cannot be told from the weights."""
+    file = edit_config(room / "original/config.json", None, {"mm_vision_tower": "openai/clip-vit-large-patch14-336"})
+    refused(room, "original", ["clip"], file, "openai")
 
 
 @pytest.mark.parametrize(
@@ -522,6 +534,7 @@ COMPONENTS = [
     ("run", ["llm", "clip"], "adapter"),
     ("unprojected", ["clip"], "projector is missing"),
     ("projector", ["wide", "clip"], "projector"),
+    ("lora", ["whole", "clip"], "room/clip"),  # llava-hf has its tower
 ]
 
 

@@ -1,5 +1,6 @@
 """Every format that is read, compared with torch: what original LLaVA and transformers compute from the same weights."""
 
+import dataclasses
 import functools
 import tempfile
 from pathlib import Path
@@ -19,7 +20,7 @@ from reverie_jax.data.images import preprocess
 from reverie_jax.errors import CheckpointError
 from reverie_jax.models import VisionLanguageModel
 from reverie_jax.models.checkpoints import read_config, read_model
-from reverie_jax.models.checkpoints.configs import check_image_processor
+from reverie_jax.models.checkpoints.processing import check_image_processor
 from reverie_jax.models.config import ARCHITECTURES
 from reverie_jax.models.lora import attach
 from reverie_jax.models.sharding import make_mesh
@@ -55,7 +56,7 @@ def hf(form, **options):
 def original(form, clip, *, tower=False, **options):
     def make(at, part):
         # The model's own tower counts: the folder beside it has other weights, and is needed for its config.
-        folder = makers.clip_folder(at / "y", parts(part.kind, seed=99) if tower else part, clip)
+        folder = makers.clip_folder(at / "clip", parts(part.kind, seed=99) if tower else part, clip)
         return makers.original_folder(at / "x", part, form, tower=tower, **options), [folder]
 
     return make
@@ -63,7 +64,7 @@ def original(form, clip, *, tower=False, **options):
 
 def local_tower(clip, **options):
     def make(at, part):
-        tower = str(makers.clip_folder(at / "y", part, clip))
+        tower = str(makers.clip_folder(at / "clip", part, clip))
         return makers.original_folder(at / "x", part, tower=False, mm_vision_tower=tower, **options), []
 
     return make
@@ -72,7 +73,7 @@ def local_tower(clip, **options):
 def stage_one(llm, clip, *, file=False, **options):
     def make(at, part):
         path = makers.projector_folder(at / "x", part, **options)
-        components = [makers.llm_folder(at / "z", part, llm), makers.clip_folder(at / "y", part, clip)]
+        components = [makers.llm_folder(at / "z", part, llm), makers.clip_folder(at / "clip", part, clip)]
         return path / "mm_projector.bin" if file else path, components[::-1] if file else components
 
     return make
@@ -136,7 +137,7 @@ def test_variant(kind, name, tmp_path):
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
-    return makers.clip_folder(tmp_path_factory.mktemp("clip"), parts("phi3"))
+    return makers.clip_folder(tmp_path_factory.mktemp("x") / "clip", parts("phi3"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
@@ -194,6 +195,17 @@ def test_decoder_settings_are_computed_or_refused(changes, tmp_path):
     except CheckpointError as error:
         assert any(key.partition("_")[0] in str(error) for key in changes)  # noqa: PT017
         return
+    assert_close(logits(ours, INPUTS), llava_logits(theirs, INPUTS))
+
+
+@pytest.mark.parametrize("layer", [[-2], [1], [3]])
+def test_list_of_one_feature_layer(layer, tmp_path):
+    """As transformers computes it; several would be concatenated."""
+    theirs = makers.hf(parts())
+    theirs.config.vision_feature_layer = theirs.model.config.vision_feature_layer = layer
+    makers.hf_folder(tmp_path, theirs)
+    ours = read_model(tmp_path)
+    assert ours.config.feature_layer == layer[0]
     assert_close(logits(ours, INPUTS), llava_logits(theirs, INPUTS))
 
 
@@ -284,8 +296,9 @@ def test_published_models_and_their_adapters(name, tmp_path):
         return model
 
     assert ARCHITECTURES.keys() == PUBLISHED.keys()
-    save_shapes(tmp_path, *published(name))
-    assert read_config(tmp_path) == ARCHITECTURES[name]
+    tensors, raw = published(name)
+    save_shapes(tmp_path, tensors, raw)
+    assert read_config(tmp_path) == dataclasses.replace(ARCHITECTURES[name], stop_ids=(raw["eos_token_id"],))
     _, counts, adapters = PUBLISHED[name]
     model = nnx.eval_shape(abstract)
     assert (size(model.decoder), size(model.projector), size(model.vision)) == counts

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from reverie_jax.eval.benchmarks.interface import BenchmarkError
-from reverie_jax.scenes import benchmark, dataset, scoring
+from reverie_jax.scenes import benchmark, dataset, report, scoring
 from tests.scenes.makers import make_object, make_scene
 
 TABLE = make_scene(
@@ -166,3 +168,15 @@ def test_the_benchmark_has_the_numbers_of_the_demo(folders):
     pairs = zip(inputs.questions, scored.parsed_answers, strict=True)
     named = {q.id: scenes.hallucinated(inputs, q, "A cup.", p) for q, p in pairs}
     assert {id: list(names) for id, names in named.items() if names} == {"description/1": ["cup"]}
+
+
+def test_the_table_of_scores_has_every_arm_and_its_interval(folders):
+    data, out, _ = folders
+    scores = benchmark.estimates(benchmark.count_predictions(data, out))
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(report.scores_table("Scores", {"before": scores, "after": scores}))
+    lines = console.export_text().splitlines()
+    assert {"before", "after"} <= {word for line in lines for word in line.split()}
+    (row,) = (line for line in lines if "POPE mean F1" in line)
+    low, high = scores["pope"]["mean"]["ci95"]
+    assert row.count(f"0.500 {low:.2f}-{high:.2f}") == 2

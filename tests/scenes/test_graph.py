@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from pathlib import Path
 
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from reverie_jax.scenes.draw import render
 from reverie_jax.scenes.graph import (
@@ -22,6 +24,7 @@ from reverie_jax.scenes.graph import (
     relation_between,
     take_scenes,
 )
+from reverie_jax.scenes.objects import DRAWINGS, draw_roles
 from reverie_jax.scenes.pretrain import label_patches
 from tests.scenes.makers import BROKEN, SKEWED, TEST, TRAIN, make_object, make_scene, sample_scene
 
@@ -127,3 +130,13 @@ def test_patches_are_labeled_with_the_object_over_their_center(number):
             for names, label in zip((CATEGORIES, COLORS, SIZES, TEXTURES), labels[index], strict=True)
         ]
         assert tuple(names) == looks[0]
+
+
+def test_objects_are_drawn_as_for_the_shipped_model():
+    """drawings.png has the roles of every category's pixels, 48 on a side, one below the other."""
+    want = np.asarray(Image.open(Path(__file__).parent / "drawings.png")).reshape(-1, 48, 48)
+    got = np.stack([np.asarray(draw_roles(category, 48)) for category in DRAWINGS])
+    differing = (got != want).sum((1, 2))
+    assert (differing <= 4).all(), dict(
+        zip(DRAWINGS, differing.tolist(), strict=True)
+    )  # versions of Pillow differ at edges

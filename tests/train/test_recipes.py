@@ -195,6 +195,25 @@ def test_bad_overrides_are_refused(settings):
         recipes.override(recipes.find_recipe("scenes-rationales"), settings)
 
 
+@pytest.mark.parametrize(
+    ("setting", "facts"),
+    [
+        ("sequence.lengt=5", ["from sequence.length, "]),
+        ("sequence=5", ["from sequence.length, "]),
+        ("sequence.length.x=5", ["from sequence.length, "]),
+        ("supervision.kind=x", ["from supervision.kinds, "]),
+        ("nothing.length=5", ["learning_rate", "sequence.length", "supervision.kinds"]),
+        ("lenght=5", ["learning_rate", "sequence.length"]),
+        ("preference.beta=5", ["preference is none"]),
+        ("sequence.length=x", ["sequence.length: "]),
+    ],
+)
+def test_errors_name_nested_fields_as_they_are_set(setting, facts):
+    with pytest.raises(UserError) as error:
+        recipes.override(recipes.find_recipe("scenes-rationales"), [setting])
+    assert all(fact in str(error.value) for fact in (*facts, setting.partition("=")[0]))
+
+
 @pytest.mark.parametrize("kind", ["linear", "mlp2x_gelu"])
 def test_pretraining_starts_with_a_new_projector(tmp_path, kind):
     from reverie_jax.errors import CheckpointError

@@ -14,29 +14,22 @@ from reverie_jax.errors import DataError
 
 __all__ = ["NO_CONVERSATION", "Example", "ImageFolder", "ReadLog", "Rows", "detect_format", "read", "validate_image"]
 
-Format = Literal["reverie", "llava", "lrv", "annotated", "preference_pairs", "scienceqa", "aokvqa"]
+Format = Literal["turns", "lrv", "annotated", "preference_pairs", "choices"]
 
 NO_CONVERSATION = "no row gives a conversation; notes say which rows were skipped"
 _SAMPLE = 10_000
-"""Number of rows that decide a file's format."""
+"""Number of rows among which one has a known format."""
 
 
 def detect_format(rows: Rows) -> Format:
-    """Return the format of a file, from its first rows.
+    """Return the format of a file, from its first row of a known one.
 
     Raises:
         DataError: The format is unknown.
     """
-    turns = reflective = 0
     for row in itertools.islice(rows, _SAMPLE):
-        if not isinstance(row, dict):
-            continue
-        if {"conversations", "messages"} & row.keys():
-            turns, reflective = turns + 1, reflective + reverie.is_reflective(row)
-        elif not turns and (form := _row_format(row)):
+        if isinstance(row, dict) and (form := _row_format(row)):
             return form
-    if turns:
-        return "reverie" if 2 * reflective > turns else "llava"
     raise DataError(
         f"{rows.path}: unknown format; the readers expect 'conversations' (LLaVA, REVERIE), 'image_id' and 'question' (LRV),"
         " 'chosen' and 'rejected' (RLHF-V), 'choices' (ScienceQA, A-OKVQA) or 'correct_rationale' (reverie annotate)"
@@ -46,11 +39,13 @@ def detect_format(rows: Rows) -> Format:
 def _row_format(row: dict[str, Any]) -> Format | None:
     if preference_pairs.is_preference_pair(row):
         return "preference_pairs"
+    if llava.has_turns(row):
+        return "turns"
     if {"correct_rationale", "incorrect_rationale"} <= row.keys():
         return "annotated"
     if {"image_id", "answer"} <= row.keys() and {"question", "instruction"} & row.keys() and "choices" not in row:
         return "lrv"
-    return multiple_choice.detect_dataset(row)
+    return "choices" if multiple_choice.detect_dataset(row) else None
 
 
 def read(path: Path, log: ReadLog, *, filtered: bool = True, splits: Sequence[str] = ("train",)) -> Iterator[Example]:
@@ -67,15 +62,13 @@ def read(path: Path, log: ReadLog, *, filtered: bool = True, splits: Sequence[st
     """
     rows = Rows(path)
     match detect_format(rows):
-        case "reverie":
+        case "turns":
             return reverie.read_examples(rows, log)
         case "annotated":
             return annotated.read_examples(rows, log, filtered=filtered)
         case "preference_pairs":
             return preference_pairs.read_examples(rows, log)
-        case "scienceqa" | "aokvqa" as dataset:
-            return multiple_choice.read_examples(rows, log, dataset=dataset, splits=splits)
+        case "choices":
+            return multiple_choice.read_examples(rows, log, splits=splits)
         case "lrv":
             return lrv.read_examples(rows, log)
-        case "llava":
-            return llava.read_examples(rows, log)

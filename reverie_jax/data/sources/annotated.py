@@ -7,13 +7,15 @@ from typing import Any
 
 from reverie_jax.data.reflection import AnnotatedQuestion, Reflection, reflection_conversations
 from reverie_jax.data.row_files import Rows
-from reverie_jax.data.sources.common import Example, InvalidRow, ReadLog, parse_rows
+from reverie_jax.data.sources.common import Example, InvalidRow, ReadLog, answer_text, parse_rows
 
 VERDICT = "gemini_pro_judge"
 """The verdict's key in REVERIE's files, whichever model judged: `yes` (the rationales contradict) drops a row."""
 QUESTION_KEYS = ("image", "question", "correct_answer", "confusing_answer")
 RATIONALE_KEYS = ("correct_rationale", "incorrect_rationale")
 KEYS = (*QUESTION_KEYS, *RATIONALE_KEYS)
+_ANSWERS = ("correct_answer", "confusing_answer")
+"""Keys of texts that may be numbers."""
 
 
 def read_examples(rows: Rows, log: ReadLog, *, filtered: bool = True) -> Iterator[Example]:
@@ -29,13 +31,14 @@ def read_examples(rows: Rows, log: ReadLog, *, filtered: bool = True) -> Iterato
 
     def parse(row: dict[str, Any], where: str) -> list[Example]:
         nonlocal dropped
-        missing = [key for key in KEYS if not isinstance(row.get(key), str) or not row[key].strip()]
+        texts = {key: answer_text(row.get(key)) if key in _ANSWERS else row.get(key) for key in KEYS}
+        missing = [key for key, text in texts.items() if not isinstance(text, str) or not text.strip()]
         if missing:
             raise InvalidRow(f"missing or empty: {', '.join(missing)}")
         if filtered and str(row.get(VERDICT, "")).strip().lower() != "no":
             dropped += 1
             return []
-        image, question, right, wrong, why_right, why_wrong = (row[key].strip() for key in KEYS)
+        image, question, right, wrong, why_right, why_wrong = (str(texts[key]).strip() for key in KEYS)
         annotated = AnnotatedQuestion.model_construct(question=question, correct_answer=right)
         try:
             positive, negative = reflection_conversations(Reflection(annotated, why_right, ((wrong, why_wrong),)))

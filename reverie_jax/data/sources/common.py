@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import os
 import unicodedata
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -154,6 +155,18 @@ def validate_image(encoded: bytes, name: str) -> bytes:
 def first_given(row: dict[str, Any], *keys: str) -> Any:
     """Return the first of some fields that is neither missing, null nor empty; None without one."""
     return next((row[key] for key in keys if row.get(key) not in (None, "", [])), None)
+
+
+def answer_text(value: Any) -> str | None:
+    """Return an answer as text, also if it is a number (7.0 is 7, as tables write it); None for anything else.
+
+    A truth value is not taken for a word: nothing says whether it stands for "yes", "true" or "True".
+    """
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return None
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
 def parse_image(value: Any, path: Any) -> tuple[str, bytes]:

@@ -11,6 +11,7 @@ from reverie_jax.data.sources.common import (
     Example,
     InvalidRow,
     ReadLog,
+    answer_text,
     first_given,
     image_conversation,
     image_question,
@@ -24,13 +25,14 @@ def read_examples(rows: Rows, log: ReadLog) -> Iterator[Example]:
     """Yield the conversation of each row. Images are named by Visual Genome id; a name without a suffix gets `.jpg`."""
 
     def parse(row: dict[str, Any], where: str) -> list[Example]:
-        question, answer, image = first_given(row, "question", "instruction"), row.get("answer"), row.get("image_id")
+        question, image = first_given(row, "question", "instruction"), row.get("image_id")
+        answer = answer_text(row.get("answer"))
         if isinstance(image, float) or (isinstance(image, str) and image.endswith(".0")):  # as tables write numbers
             image = as_integer(image)
         if isinstance(image, bool) or not isinstance(image, int | str) or not str(image).strip():
             raise InvalidRow("'image_id' must be a name or a number")
-        if not (isinstance(question, str) and isinstance(answer, str) and question.strip() and answer.strip()):
-            raise InvalidRow("'question' and 'answer' must be texts")
+        if not (isinstance(question, str) and answer is not None and question.strip() and answer.strip()):
+            raise InvalidRow("'question' and 'answer' must be texts; an answer may be a number")
         name = str(image).strip()
         turns = [image_question(question.strip()), Turn("assistant", answer.strip())]
         kind = "negative" if row.get("task") == "negative" else ""

@@ -17,6 +17,7 @@ from reverie_jax.data.sources.common import (
     Example,
     InvalidRow,
     ReadLog,
+    answer_text,
     content_digest,
     image_conversation,
     image_question,
@@ -43,6 +44,7 @@ class ChoiceQuestion(NamedTuple):
         options: texts of the options.
         answer: index of the right option.
         rationales: why the answer is right; none, one or several.
+        dataset: `scienceqa` or `aokvqa`.
         where: file and row, for errors.
     """
 
@@ -53,6 +55,7 @@ class ChoiceQuestion(NamedTuple):
     answer: int
     rationales: tuple[str, ...]
     where: str
+    dataset: str
 
     def prompt(self) -> str:
         """Return the question with lettered options and LLaVA's instruction to answer with a letter."""
@@ -85,13 +88,12 @@ def _parse_questions(
         log.notes.append(f"{rows.path}: skipped {count} rows of the split {split!r}")
 
 
-def read_examples(rows: Rows, log: ReadLog, *, dataset: str, splits: Sequence[str]) -> Iterator[Example]:
+def read_examples(rows: Rows, log: ReadLog, *, splits: Sequence[str]) -> Iterator[Example]:
     """Yield a conversation for each rationale; a question without one is asked and answered.
 
     Args:
         rows: The file.
         log: Gets problems and notes.
-        dataset: Name of the dataset.
         splits: Splits to read, of rows that name theirs.
     """
 
@@ -104,7 +106,7 @@ def read_examples(rows: Rows, log: ReadLog, *, dataset: str, splits: Sequence[st
         for rationale in question.rationales or ("",):
             explained = [Turn("user", WHY), Turn("assistant", rationale)] if rationale else []
             kind = "positive" if rationale else ""
-            conversation = image_conversation([*turns, *explained], dataset=dataset, kind=kind)
+            conversation = image_conversation([*turns, *explained], dataset=question.dataset, kind=kind)
             yield Example(question.image, conversation, question.where, question.encoded)
 
     return _parse_questions(rows, log, splits, parse)
@@ -144,12 +146,13 @@ def _options(row: dict[str, Any], answer: Any) -> tuple[tuple[str, ...], int]:
     options = row.get("choices")
     if not isinstance(options, list) or not 2 <= len(options) <= len(LETTERS):
         raise InvalidRow(f"'choices' must be a list of 2 to {len(LETTERS)} options")
-    if not all(isinstance(option, str) and option.strip() for option in options):
-        raise InvalidRow("an option of 'choices' is empty or not a text")
+    texts = [(answer_text(option) or "").strip() for option in options]
+    if not all(texts):
+        raise InvalidRow("an option of 'choices' is empty, or neither a text nor a number")
     index = as_integer(answer)
     if index is None or not 0 <= index < len(options):
         raise InvalidRow(f"the answer {answer!r} must be the index of one of {len(options)} options")
-    return tuple(option.strip() for option in options), index
+    return tuple(texts), index
 
 
 def _text(row: dict[str, Any], key: str, default: str | None = None) -> str:
@@ -167,7 +170,7 @@ def _scienceqa(row: dict[str, Any], where: str) -> ChoiceQuestion:
         image = f"{row.get('split', 'train')}/{row['pid']}/{image}"
     hint, question, solution = _text(row, "hint", ""), _text(row, "question"), _text(row, "solution", "")
     prompt = f"Context: {hint}\n{question}" if hint else question
-    return ChoiceQuestion(image, encoded, prompt, options, answer, (solution,) if solution else (), where)
+    return ChoiceQuestion(image, encoded, prompt, options, answer, (solution,) if solution else (), where, "scienceqa")
 
 
 def _aokvqa(row: dict[str, Any], where: str) -> ChoiceQuestion:
@@ -183,7 +186,7 @@ def _aokvqa(row: dict[str, Any], where: str) -> ChoiceQuestion:
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise InvalidRow("'rationales' must be a list of texts")
     rationales = tuple(dict.fromkeys(text.strip() for text in texts if text.strip()))
-    return ChoiceQuestion(image, encoded, _text(row, "question"), options, answer, rationales, where)
+    return ChoiceQuestion(image, encoded, _text(row, "question"), options, answer, rationales, where, "aokvqa")
 
 
 def _image(row: dict[str, Any]) -> tuple[str, bytes]:

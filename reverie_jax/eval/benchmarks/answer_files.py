@@ -9,6 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from reverie_jax import files
+from reverie_jax.data.sources.common import answer_text
+from reverie_jax.eval.benchmarks import lmms_eval_files
 from reverie_jax.eval.benchmarks.inputs import parse_rows, read_json, read_table
 from reverie_jax.eval.benchmarks.interface import (
     Benchmark,
@@ -63,7 +66,8 @@ def read_answer_file(path: Path, benchmark: Benchmark, loaded: BenchmarkData, *,
             which questions are answered, and prompts contradict.
     """
     joined = _Join(path, benchmark, loaded)
-    rows, part = benchmark.settle_rows([_with_plain_ids(row) for row in _read_rows(path, benchmark)], path, loaded)
+    plain = [_with_plain_ids(_as_row(row)) for row in _read_rows(path, benchmark)]
+    rows, part = benchmark.settle_rows(lmms_eval_files.join_by_position(plain, path, benchmark, loaded), path, loaded)
     for where, row in _without_labels(rows):
         joined.add(where, row)
     joined.check_answers()
@@ -109,6 +113,10 @@ class _Join:
         self.questions: dict[str, list[Question]] = {}
         for question in loaded.questions:
             self.questions.setdefault(str(question.id), []).append(question)
+        self.by_number: dict[int, list[str]] = {}
+        for id in self.questions:
+            if id.isdecimal():
+                self.by_number.setdefault(int(id), []).append(id)
         self.found = AnswerFile()
         self.times: Counter[str] = Counter()
         self.contradictions: list[str] = []
@@ -138,8 +146,12 @@ class _Join:
             columns = ", ".join(map(str, row))
             label = ": answer is the label here" if row.get("answer") is not None else ""
             raise BenchmarkError(f"{where}: question {key} lacks a text or prediction{label} (columns: {columns})")
-        if not isinstance(text, str):
-            raise TypeError(f"question {key}: text is {text!r}")
+        given, text = text, answer_text(text)
+        if text is None:
+            raise BenchmarkError(f"{where}: the answer to question {key} is {given!r:.80}, neither a text nor a number")
+        if key not in self.questions and key.isdecimal():  # zeros before a number that another writer adds or drops
+            same = self.by_number.get(int(key), [])
+            key = same[0] if len(same) == 1 else key
         if key not in self.questions:
             raise BenchmarkError(
                 f"{self.path}: unknown question {key}; {benchmark.name} has {len(self.loaded.questions)} questions, the "
@@ -247,6 +259,15 @@ def _without_labels(rows: Sequence[Located]) -> Sequence[Located]:
     ]
 
 
+def _as_row(located: Located) -> Located:
+    """Return a sample of lmms-eval's as a row of ours; others as they are."""
+    where, row = located
+    try:
+        return (where, lmms_eval_files.read_sample(row)) if lmms_eval_files.is_sample(row) else located
+    except ValueError as error:
+        raise BenchmarkError(f"{where}: {error}") from None
+
+
 def _with_plain_ids(located: Located) -> Located:
     """Return the row with ids such as 7.0, "7.0" and " 7" as 7 and "7"."""
     where, row = located
@@ -274,8 +295,7 @@ def _read_rows(path: Path, benchmark: Benchmark) -> Iterator[Located]:
     elif path.suffix.lower() in (".xlsx", ".xls", ".csv", ".tsv"):
         yield from _table_rows(path)
     elif (texts := _read_text_mapping(path)) is not None:
-        for id, text in texts.items():
-            yield f"{path}: row {id}", {"question_id": id, "text": text}
+        yield from ((f"{path}: row {id}", row) for id, row in texts)
     else:
         rows: list[Any] = parse_rows(path, "answer", lambda row: row)
         yield from ((f"{path}: row {number}", row) for number, row in enumerate(rows))
@@ -294,14 +314,23 @@ def _table_rows(path: Path) -> Iterator[Located]:
             yield f"{path}: row {number}", {**cells, **({"text": row[column]} if column else {})}
 
 
-def _read_text_mapping(path: Path) -> dict[str, str] | None:
-    """Return the content of a file that is one object of texts by id (MM-Vet's form); None for another file."""
+def _read_text_mapping(path: Path) -> list[tuple[object, Row]] | None:
+    """Return (id, row) of a file that is one object: texts by id (MM-Vet) or a log of lmms-eval's; None for others."""
     try:
-        with path.open(encoding="utf-8-sig") as file:
-            if file.read(1) != "{" or path.suffix.lower() == ".jsonl":
-                return None
+        if path.suffix.lower() == ".jsonl" or not _begins_with_brace(path):
+            return None
         content = read_json(path)
-    except (OSError, UnicodeDecodeError, BenchmarkError):
+    except (OSError, BenchmarkError):
         return None
+    if (samples := lmms_eval_files.rows_in(content)) is not None:
+        return list(enumerate(samples))
     plain = isinstance(content, dict) and all(isinstance(text, str) for text in content.values())
-    return content if plain and not set(_IDS) & set(content) else None
+    if not plain or set(_IDS) & set(content):
+        return None
+    return [(id, {"question_id": id, "text": text}) for id, text in content.items()]
+
+
+def _begins_with_brace(path: Path) -> bool:
+    """Return whether the text of a file begins with an object, behind a byte order mark."""
+    with path.open("rb") as file:
+        return files.decode_text(file.read(64), errors="ignore")[:1] == "{"

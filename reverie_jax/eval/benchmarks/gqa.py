@@ -6,7 +6,6 @@ File: `testdev_balanced_questions.json`, an object of questions by id: `question
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -54,18 +53,12 @@ class Gqa(Benchmark):
         if len(rows) > len(questions):
             protocol["not balanced, left out"] = len(rows) - len(questions)
         folders = (path.parent, path.parent / "images", data, data / "images")
-        # As a number, an id such as "05515938" has lost its zeros.
-        numbers = Counter(str(q.id).lstrip("0") for q in questions)
-        by_number = {str(q.id).lstrip("0"): str(q.id) for q in questions if numbers[str(q.id).lstrip("0")] == 1}
-        tables = {"ids": {str(q.id) for q in questions}, "by_number": by_number}
-        return BenchmarkData(questions, inputs.image_reader(*folders), protocol, tables)
+        return BenchmarkData(questions, inputs.image_reader(*folders), protocol)
 
     def match_question(self, row: Mapping[str, Any], loaded: BenchmarkData) -> str | None:
         """Match rows by LLaVA's `question_id`, or by `questionId` of GQA's predictions."""
         id = row.get("question_id", row.get("questionId"))
-        if id is None or str(id) in loaded.tables["ids"]:
-            return None if id is None else str(id)
-        return str(loaded.tables["by_number"].get(str(id).lstrip("0"), id))
+        return None if id is None else str(id)
 
     def score(
         self, loaded: BenchmarkData, answers: Texts, rule: str = OFFICIAL, replies: Texts | None = None

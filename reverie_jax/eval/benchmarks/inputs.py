@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import json
+import re
 import sys
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -143,7 +145,8 @@ def read_table(path: Path) -> list[dict[str, str]]:
     try:
         suffix = path.suffix.lower()
         if suffix in (".csv", ".tsv"):
-            table = pandas.read_csv(path, sep="\t" if suffix == ".tsv" else ",", encoding="utf-8-sig", **options)
+            text = files.decode_text(path.read_bytes())
+            table = pandas.read_csv(io.StringIO(text), sep="\t" if suffix == ".tsv" else _delimiter(text), **options)
         else:
             table = pandas.read_excel(path, **options)
     except OSError as error:
@@ -151,6 +154,12 @@ def read_table(path: Path) -> list[dict[str, str]]:
     except (ValueError, zipfile.BadZipFile, pandas.errors.ParserError) as error:
         raise BenchmarkError(f"{path}: not a table ({' '.join(str(error).split())[:200]})") from None
     return [{str(name): str(cell) for name, cell in row.items()} for row in table.fillna("").to_dict("records")]
+
+
+def _delimiter(text: str) -> str:
+    """Return what separates the names in the first line of a CSV file: a comma, or what Excel writes in many languages."""
+    names = re.sub(r'"[^"]*"', "", text.lstrip("\r\n").split("\n", 1)[0])
+    return max(",;\t", key=names.count)
 
 
 def check_unique(path: Path, ids: Sequence[Any]) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from reverie_jax import files
 from reverie_jax.eval.benchmarks import inputs
 from reverie_jax.eval.benchmarks.interface import (
     LMMS_EVAL,
@@ -22,6 +23,7 @@ from reverie_jax.eval.benchmarks.interface import (
     Question,
     Row,
     Texts,
+    normalize_prompt,
     require,
 )
 from reverie_jax.eval.benchmarks.scoring import CountTable, ParsedAnswer, Scored, Statistic, total
@@ -123,7 +125,7 @@ class Mme(Benchmark):
         """Match rows by id, or LLaVA's rows, which name only the image, by image and prompt."""
         id = super().match_question(row, loaded)
         if id is None:
-            return None
+            return self._match_table_row(row, loaded)
         image, _, number = id.partition("#")
         pair = loaded.tables["images"].get(f"{image.split('/')[0]}/{PurePosixPath(image).stem}")
         if pair is None:
@@ -137,6 +139,32 @@ class Mme(Benchmark):
             raise ValueError(f"{image} has two questions, and the prompt of the row is neither: {prompt!r}")
         return str(max(meant, key=lambda question: len(self.question_text(question))).id)
 
+    def _match_table_row(self, row: Mapping[str, Any], loaded: BenchmarkData) -> str | None:
+        """Match rows of VLMEvalKit's tables, which are numbered anew, by task, image and question; None for other rows.
+
+        Raises:
+            ValueError: No question matches, or several.
+        """
+        task, asked, image = row.get("category"), row.get("question"), row.get("image_path", row.get("image"))
+        if task not in TASKS or not isinstance(asked, str):
+            return None
+        stem = PurePosixPath(image).stem if isinstance(image, str) else ""
+        pairs = loaded.tables["images"]
+        pairs = (
+            [pairs[f"{task}/{stem}"]]
+            if f"{task}/{stem}" in pairs
+            else [pair for name, pair in pairs.items() if name.split("/")[0] == task]
+        )
+        words = _words(asked)
+        same = [question for pair in pairs for question in pair if _words(question.metadata["plain"]) == words]
+        if len(same) != 1:
+            raise ValueError(
+                f"{asked!r} is {len(same)} questions of {task}; name the image in a column image_path"
+                if same
+                else f"{asked!r} is no question of {task}"
+            )
+        return str(same[0].id)
+
     def question_text(self, question: Question) -> str:
         """Return the question without the sentence that asks for yes or no, which LLaVA removes."""
         return str(question.metadata["plain"]).replace(_ASK, "").strip()
@@ -147,11 +175,11 @@ class Mme(Benchmark):
 
     def own_rows(self, path: Path) -> Iterable[Row] | None:
         """Return the rows of MME's result folder, or of one of its files: image, question, label and answer, by tabs."""
-        files = [path / f"{task}.txt" for task in TASKS] if path.is_dir() else [path] * (path.suffix.lower() == ".txt")
+        found = [path / f"{task}.txt" for task in TASKS] if path.is_dir() else [path] * (path.suffix.lower() == ".txt")
         rows: list[Row] = []
-        for file in filter(Path.is_file, files):
+        for file in filter(Path.is_file, found):
             try:
-                lines = file.read_text("utf-8-sig").split("\n")
+                lines = files.decode_text(file.read_bytes()).split("\n")
             except (OSError, UnicodeDecodeError) as error:
                 raise BenchmarkError(f"{file}: cannot be read ({error})") from None
             for number, line in enumerate(lines, 1):
@@ -198,6 +226,10 @@ class Mme(Benchmark):
         for task, lines in rows.items():
             (out / f"{task}.txt").write_text("".join(lines), "utf-8")
         return [out / f"{task}.txt" for task in rows]
+
+
+def _words(question: str) -> str:
+    return normalize_prompt(question.replace(_ASK, ""))
 
 
 def _read_pair(path: Path) -> list[tuple[str, str]]:

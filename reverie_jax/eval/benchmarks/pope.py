@@ -6,7 +6,6 @@ Files: `*pope*{random,popular,adversarial}.json`, JSON lines or a list of `quest
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,10 +28,10 @@ from reverie_jax.eval.benchmarks.interface import (
     Texts,
     require,
 )
+from reverie_jax.eval.benchmarks.pope_files import OFFSETS, SPLITS, Settler
 from reverie_jax.eval.benchmarks.scoring import CountTable, ParsedAnswer, Scored, Statistic, mean
 from reverie_jax.eval.benchmarks.yes_no import has_no_verdict, vlmevalkit_yes_no
 
-SPLITS = ("random", "popular", "adversarial")
 NEW_TOKENS = 8
 
 
@@ -134,8 +133,6 @@ def mean_f1(sums: Float[np.ndarray, "... 12"]) -> Float[np.ndarray, "..."]:
     return f1(sums.reshape(*sums.shape[:-1], -1, 4)).mean(-1, keepdims=True)[..., 0]
 
 
-_OFFSETS = {"adversarial": 0, "random": 10_000_000, "popular": 20_000_000}
-"""Offsets of the ids in LLaVA's file of all three splits."""
 _CELLS = ("tp", "fp", "tn", "fn", "unread_yes", "unread_no")
 """Counts of a split: the confusion matrix, and answers that a rule parses as neither, by label."""
 
@@ -169,12 +166,6 @@ def _split_files(folder: Path, pattern: str) -> dict[str, Path]:
             if split not in found and (path := inputs.find_only(place, f"{pattern}{split}*.json*")):
                 found[split] = path
     return found
-
-
-def _told_split(row: Row) -> str:
-    """Return the split that a column `split` or `category` names; "" for none."""
-    words = [str(row.get(column)).strip().lower() for column in ("split", "category")]
-    return next((word for word in words if word in SPLITS), "")
 
 
 def _without_typo(question: Question) -> Question:
@@ -211,7 +202,7 @@ class Pope(Benchmark):
             for row in rows:
                 text = row.text if row.text.endswith(SHORT) else f"{row.text}\n{SHORT}"
                 metadata = {"label": row.label, "split": split, "plain": row.text}
-                questions.append(Question(_OFFSETS[split] + row.question_id, row.image, text, row.image, metadata))
+                questions.append(Question(OFFSETS[split] + row.question_id, row.image, text, row.image, metadata))
         if not questions:
             raise BenchmarkError(f"{data}: *pope*{SPLITS[0]}*.json is missing; pope needs {self.required_files}")
         inputs.check_unique(data, [question.id for question in questions])
@@ -246,70 +237,11 @@ class Pope(Benchmark):
     def settle_rows(
         self, rows: Sequence[tuple[str, Any]], path: Path, loaded: BenchmarkData
     ) -> tuple[Sequence[tuple[str, Any]], str]:
-        """Find the split of rows that POPE numbers from 1 in every split, or does not number at all; see `Benchmark`.
-
-        What tells: a column `split` or `category`, the prompts and images, the name of the file; ids as in LLaVA's file.
-        """
-        plain = [row for _, row in rows if isinstance(row, Mapping)]
-        numbered = [row for row in plain if row.get("question_id") is not None]
-        own_form = not numbered and all("question" in row and "answer" in row for row in plain)
-        official = len(numbered) == len(plain) and all(
-            re.fullmatch(r"[1-9]\d{0,6}", str(row["question_id"])) for row in numbered
-        )
-        if len(plain) < len(rows) or not (own_form or official):
-            return rows, ""
+        """Find the split of rows that POPE numbers from 1 in every split, or does not number at all; see `Benchmark`."""
         splits: dict[str, list[Question]] = {}
         for question in loaded.questions:
             splits.setdefault(self.part(question), []).append(question)
-        told = dict.fromkeys(map(_told_split, plain))
-        groups = [(split, [row for row in plain if _told_split(row) == split]) for split in told]
-        if not told.keys() <= splits.keys():
-            groups = [(self._split_of(plain, path, splits), plain)]
-        settled: list[tuple[str, Any]] = []
-        for split, group in groups:
-            for place, row in enumerate(group):
-                number = place + 1 if own_form else int(row["question_id"])
-                where = f"{path}: {split}, row {place}"
-                if own_form:  # joined by position, so the text must be the question's
-                    asked = splits[split][place] if place < len(splits[split]) else None
-                    if asked is None or not self.same_prompt(str(row["question"]), asked):
-                        raise BenchmarkError(f"{where}: is not question {number} of {split}: {row['question']!r}")
-                    settled.append((where, {**row, "question_id": asked.id}))
-                else:
-                    settled.append((where, {**row, "question_id": _OFFSETS[split] + number}))
-        return settled, groups[0][0] if own_form and len(groups) == 1 and len(splits) > 1 else ""
-
-    def _split_of(self, rows: Sequence[Row], path: Path, splits: Mapping[str, Sequence[Question]]) -> str:
-        """Return the split that rows are about, all of them.
-
-        Raises:
-            BenchmarkError: The rows fit no split, or several.
-        """
-        by_id = {split: {int(q.id) - _OFFSETS[split]: q for q in asked} for split, asked in splits.items()}
-
-        def fits(row: Row, place: int, split: str) -> bool:
-            if row.get("question_id") is not None:
-                question = by_id[split].get(int(row["question_id"]))
-            else:
-                question = splits[split][place] if place < len(splits[split]) else None
-            prompt, image = row.get("prompt", row.get("question")), row.get("image")
-            if question is None:
-                return False
-            told = isinstance(prompt, str) and prompt.strip() != ""
-            return (not told or self.same_prompt(str(prompt), question)) and image in (None, question.image)
-
-        possible = [split for split in splits if all(fits(row, place, split) for place, row in enumerate(rows))]
-        named = [split for split in possible if split in path.name.lower()]
-        if len(named or possible) == 1:
-            return (named or possible)[0]
-        names = " and ".join(possible or splits)
-        raise BenchmarkError(
-            f"{path}: its ids and questions are those of {names} alike; name the file after its split, add a column "
-            "split, or use LLaVA's ids (random from 10000001, popular from 20000001)"
-            if possible
-            else f"{path}: its questions are not those of {names}, in this order; the answers belong to another version of "
-            "the questions, or to another benchmark"
-        )
+        return Settler(path, splits, self.same_prompt).settle(rows)
 
     def score(
         self, loaded: BenchmarkData, answers: Texts, rule: str = OFFICIAL, replies: Texts | None = None

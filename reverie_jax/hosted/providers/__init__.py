@@ -16,6 +16,10 @@ GROUP = "reverie_jax.providers"
 """Entry-point group of further providers; each is a function (model, url, settings, environment) -> Provider."""
 
 
+_ADDRESS = re.compile(r"@(?:https?:|localhost\b|[\w.-]+:\d+(?:/|$)|[\w-]+(?:\.[\w-]+)+(?:/|$))", re.IGNORECASE)
+"""An address that lacks its scheme, or has it in capitals; a model's own name may hold an @."""
+
+
 @functools.cache
 def names() -> tuple[str, ...]:
     """Return the names of all providers: built in, then registered under `GROUP` by installed packages."""
@@ -30,6 +34,10 @@ def parse_model_spec(model_spec: str) -> tuple[str, str, str | None]:
     """
     name, _, model = model_spec.partition(":")
     model, at, url = model.partition("@http")
+    if not at and _ADDRESS.search(model):  # it would be sent to another service than the one that is meant
+        raise UserError(
+            f"{redact_password(model_spec)}: an address begins with http:// or https://, as MODEL@http://host/v1"
+        )
     if name not in (known := names()) or not model:
         raise UserError(
             f"{redact_password(model_spec)!r}: must be PROVIDER:MODEL; choose a provider from {', '.join(known)}"
@@ -39,7 +47,7 @@ def parse_model_spec(model_spec: str) -> tuple[str, str, str | None]:
 
 def redact_password(model_spec: str) -> str:
     """Return a model's name without the password that its URL may hold."""
-    return re.sub(r"(@https?://)[^/@]*@", r"\1", model_spec)
+    return re.sub(r"(@(?:https?://)?)[^/@]*@", r"\1", model_spec, flags=re.IGNORECASE)
 
 
 def open_provider(model_spec: str, settings: RequestSettings, environment: Mapping[str, str]) -> Provider:

@@ -16,16 +16,22 @@ from reverie_jax.hosted.interface import AnnotationError, RefusedError, Reply, R
 TRANSFER_TIMEOUT = 600.0
 """Seconds to wait for the upload or download of a batch file."""
 UNEXPECTED = "unexpected response from the API"
+_TRANSPORTS = {"httpx", "httpx2", "httpcore", "httpcore2", "aiohttp", "anyio", "ssl", "urllib3"}
+"""Packages whose errors are connection errors; which of them an SDK uses depends on what is installed."""
 
 
 def find_api_key(environment: Mapping[str, str], *names: str, required: bool = True) -> str:
     """Return the first of the variables that is set; empty if none is.
 
     Raises:
-        UserError: None is set, and a key is required.
+        UserError: None is set, and a key is required; or it cannot be sent.
     """
     for name in names:
         if value := environment.get(name, "").strip():
+            if not (value.isascii() and value.isprintable()):
+                raise UserError(
+                    f"{name}: holds a character that no key has (a line break, a typographic quote); set it again"
+                )
             return value
     if required:
         raise UserError(f"no API key: set {' or '.join(names)} in the environment")
@@ -69,6 +75,34 @@ def parse_retry_after(header: str | None) -> float | None:
         return None
 
 
+def is_transport_error(error: BaseException) -> bool:
+    """Return whether an exception is a failure of the connection, of whichever package."""
+    return isinstance(error, OSError) or type(error).__module__.split(".")[0] in _TRANSPORTS
+
+
+def timed_out(timeout: float, received: bytes | bytearray, secret: str, *, asked: bool) -> RetryableError:
+    """Return the error for a service that did not answer in time.
+
+    Args:
+        timeout: Seconds that it had.
+        received: What came of its reply.
+        secret: The API key.
+        asked: Whether a model was asked: it may go on, and be paid for.
+    """
+    hint = "; set a longer --timeout" if asked else ""
+    return RetryableError(f"no reply within {timeout:g} s{hint}", charged=asked, reply=_half(received, secret))
+
+
+def broken_off(error: BaseException, received: bytes | bytearray, secret: str) -> RetryableError:
+    """Return the error for a connection that closed within a reply."""
+    reason = redact(f"the connection closed within the reply ({error or type(error).__name__})", secret)
+    return RetryableError(reason, charged=True, reply=_half(received, secret))
+
+
+def _half(received: bytes | bytearray, secret: str) -> Reply | None:
+    return Reply(hide(received.decode("utf-8", "replace"), secret), counted=False) if received else None
+
+
 def keep_raw(error: AnnotationError, raw: str, secret: str) -> AnnotationError:
     """Return a failure with the raw text of its reply, unless it has words: it may be paid for."""
     if error.reply is None:
@@ -78,17 +112,18 @@ def keep_raw(error: AnnotationError, raw: str, secret: str) -> AnnotationError:
     return error
 
 
-def cut_off(limit: int | None) -> str:
-    """Return the reason of a reply that ended at its maximum length."""
+def cut_off(limit: int | None, reply: Reply) -> RefusedError:
+    """Return the error for a reply that ended at its maximum length."""
     if limit is None:
-        return "cut off at the service's maximum length"
-    return f"cut off at {limit:,} tokens, thoughts included; raise --max-new-tokens"
+        return RefusedError("cut off at the service's maximum length", reply)
+    reason = f"cut off at {limit:,} tokens, thoughts included; raise --max-new-tokens"
+    return RefusedError(reason, reply, systematic=True)
 
 
 def parse_result_lines(
     content: bytes, key_name: str, parse: Callable[[Mapping[str, Any]], Reply], secret: str
 ) -> list[tuple[str, Reply | AnnotationError]]:
-    """Return (key, reply or error) of a file of batch results; lines without a key are skipped.
+    """Return (key, reply or error) of a file of batch results; lines without a key are skipped, one that breaks off is kept.
 
     Raises:
         RetryableError: No line has a key: the file does not hold results.
@@ -97,8 +132,12 @@ def parse_result_lines(
     results: list[tuple[str, Reply | AnnotationError]] = []
     for line in lines:
         try:
-            row = json.loads(line)
+            row = json.loads(line, strict=False)
         except (ValueError, RecursionError):
+            if found := re.search(rb'"%b"\s*:\s*"([^"\\]+)"' % key_name.encode(), line):
+                error = RetryableError("the line of its result broke off", charged=True)
+                raw = line.decode("utf-8", "replace")
+                results.append((found[1].decode("utf-8", "replace"), keep_raw(error, raw, secret)))
             continue
         if not isinstance(row, Mapping) or not isinstance(key := row.get(key_name), str):
             continue
@@ -106,8 +145,8 @@ def parse_result_lines(
             results.append((key, parse(row)))
         except Exception as problem:
             unread = RefusedError(f"the reply cannot be read ({type(problem).__name__})")
-            error = problem if isinstance(problem, AnnotationError) else unread
-            results.append((key, keep_raw(error, line.decode("utf-8", "replace"), secret)))
+            failure = problem if isinstance(problem, AnnotationError) else unread
+            results.append((key, keep_raw(failure, line.decode("utf-8", "replace"), secret)))
     if lines and not results:
         raise RetryableError(f"{UNEXPECTED} (no batch results)")
     return results

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import http.client
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -67,6 +69,9 @@ _TOO_LONG = _texts(
     r"context[\s_-]*(length|window)|(prompt|input|messages?).{0,30}too (long|large)|too many (input |prompt )?tokens|"
     r"reduce the length|maximum number of tokens|request too large"
 )
+_TOO_LARGE = "the picture is too large for this server; send smaller ones (annotate: --max-image-size)"
+_PICTURE = _texts(r"\b(image|picture|photo|png|jpe?g|webp|gif)s?\b")
+"""What is wrong with one picture says nothing about the others."""
 _THIS_MINUTE = _texts(r"rate[\s_-]*limit", r"too many requests", r"overloaded")
 _PER_MINUTE = _texts(r"per[\s_-]*(min|sec)", r"\b(RPM|TPM|RPS)\b", r"try again in [\d.]+ ?m?s\b")
 """Limits that pass, although their messages advertise credit."""
@@ -130,11 +135,13 @@ def _messages(body: Any, depth: int = 0) -> Iterator[str]:
 
 
 def _strip_page(text: str) -> str:
-    """Return the words of a web page; another text is left as it is."""
-    if not text.lstrip()[:200].lower().startswith(("<!doctype", "<html", "<head", "<body", "<?xml")):
+    """Return the words of a web page: its title, its heading, or all of them; another text is left as it is."""
+    if not re.match(r"\ufeff?\s*<[!?a-z][^>]*>", text, re.IGNORECASE) or not re.search(r"</|<[!?]|/>", text):
         return text
-    text = re.sub(r"<(script|style)\b.*?</\1>", " ", text, flags=re.DOTALL | re.IGNORECASE)
-    return re.sub(r"<[^>]*>", " ", text)
+    text = re.sub(r"<!--.*?-->|<(script|style)\b.*?</\1>", " ", text, flags=re.DOTALL | re.IGNORECASE)
+    parts = [match[2] for match in re.finditer(r"<(title|h[1-3])\b[^>]*>(.*?)</\1>", text, re.DOTALL | re.IGNORECASE)]
+    words = [" ".join(html.unescape(re.sub(r"<[^>]*>", " ", part)).split()) for part in [*parts, text]]
+    return next((part for part in words if re.search(r"[^\W\d]{2}", part)), words[-1])
 
 
 def find_words(body: Any) -> str:
@@ -143,9 +150,9 @@ def find_words(body: Any) -> str:
 
 
 def decode_body(text: str) -> Any:
-    """Return a body as JSON, or as it is."""
+    """Return a body as JSON, or as it is; line breaks within texts are no reason to lose a reply."""
     try:
-        return json.loads(text.removeprefix("\ufeff"))
+        return json.loads(text.removeprefix("\ufeff"), strict=False)
     except (ValueError, RecursionError):
         return text
 
@@ -154,6 +161,15 @@ def refuses_length(status: int, body: Any, name: str) -> bool:
     """Return whether a service refuses the name of the parameter that limits a reply's length, whatever its value."""
     words = find_words(body)
     return status in (400, 422) and re.search(rf"\b{name}\b", words) is not None and bool(_NAME_REFUSED.search(words))
+
+
+def _with_status(status: int | None, words: str) -> str:
+    """Return the words after their status, which is said once; the status's own words if there are no others."""
+    if status is None:
+        return f"error: {words}" if words else "an error without a word"
+    number = rf"(?:(?:http )?(?:error |status )?(?:code )?{status}\b[\s:.|\u2013\u2014-]*)+"
+    words = re.sub(f"^{number}", "", words, flags=re.IGNORECASE)
+    return f"{status}: {words or http.client.responses.get(status, 'no words')}"
 
 
 def sort_failure(
@@ -170,7 +186,7 @@ def sort_failure(
         sent: Names of optional parameters that were sent; a refusal of one is a reason for every request.
     """
     words = redact(find_words(body), secret)
-    text = f"{status or 'error'}: {words}" if words else f"status {status}" if status else "an error without a word"
+    text = _with_status(status, words)
     every = AccessError(f"{source}: {text}")
     kinds = " ".join([words, *_walk(body, (*_WORD_KEYS, *_MORE_KEYS, *_KIND_KEYS))])
     used_up = status in (None, 403, 429) and _USED_UP.search(kinds)
@@ -182,7 +198,9 @@ def sort_failure(
     if status in (403, 429, *range(500, 600)) and retry_after is not None and retry_after > _LONGEST_WAIT:
         hours = f"{retry_after / 3600:,.0f} hours" if retry_after < 1e9 else "for ever"
         return AccessError(f"{source}: {text.rstrip('.')}; it asks to wait {hours}")
-    if status == 413 or (status == 429 and _TOO_LONG.search(words)):
+    if status == 413:
+        return RefusedError(f"{text.rstrip('.')}: {_TOO_LARGE}")
+    if status == 429 and _TOO_LONG.search(words):
         return RefusedError(text)
     if (status is None or 400 <= status < 500) and status not in (401, 404, 408, 429) and _MODERATED.search(kinds):
         return RefusedError(text)
@@ -191,7 +209,8 @@ def sort_failure(
     if status == 403:
         return RetryableError(text, retry_after) if _THIS_MINUTE.search(words) else every
     if status in (408, 409, 425, 429, 498, 499) or (status >= 500 and status != 501):
-        return RetryableError(text, retry_after)
+        # A proxy gave up waiting; the model behind it goes on, and is paid for.
+        return RetryableError(text, retry_after, charged=status in (504, 524))
     if status not in (401, 403, 404, 405, 407, 410, 501, *range(300, 400)):
         if _TOO_LONG.search(words):
             return RefusedError(text)
@@ -200,7 +219,9 @@ def sort_failure(
                 return AccessError(f"{source}: {text.rstrip('.')}; {hint}")
         if _NO_ACCESS.search(kinds):
             return every
-        return RetryableError(text, retry_after) if _THIS_MINUTE.search(words) else RefusedError(text)
+        if _THIS_MINUTE.search(words):
+            return RetryableError(text, retry_after)
+        return RefusedError(text, systematic=not _PICTURE.search(kinds))
     return every
 
 
@@ -221,13 +242,16 @@ def read_reply(raw: str, parse: Callable[[Any], Reply], secret: str) -> Reply:
     """Parse a body; what cannot be read keeps its raw text, because it may be paid for."""
     body = decode_body(raw)
     try:
+        if isinstance(body, str) and raw.lstrip("\ufeff \t\r\n")[:1] in ("{", "["):
+            raise RetryableError(f"the reply broke off after {len(raw):,} characters", charged=True)
         return parse(body)
     except AnnotationError as error:
         keep_raw(error, raw, secret)
         raise
     except Exception as error:
         raw = hide(raw, secret)
-        raise RefusedError(f"the reply cannot be read ({type(error).__name__})", Reply(raw, counted=False)) from None
+        reason = f"the reply cannot be read ({type(error).__name__})"
+        raise RefusedError(reason, Reply(raw, counted=False), systematic=True) from None
 
 
 def read_counts(

@@ -15,14 +15,17 @@ from google.genai import errors, types
 from reverie_jax.files import well_formed
 from reverie_jax.hosted.images import encode_image
 from reverie_jax.hosted.interface import AnnotationError, BatchStatus, Reply, Request, RequestSettings, RetryableError
-from reverie_jax.hosted.providers.common import TRANSFER_TIMEOUT, UNEXPECTED, parse_result_lines, redact
-from reverie_jax.hosted.providers.failures import is_queue_full, read_reply, sort_submission
-from reverie_jax.hosted.providers.google_replies import error_from_body, parse_response
-
-_TRANSPORTS = {"httpx", "httpx2", "httpcore", "aiohttp", "anyio", "ssl"}
-"""Packages whose errors are connection errors; which of them the SDK uses depends on what is installed."""
-_ENDED = {"SUCCEEDED", "PARTIALLY_SUCCEEDED", "FAILED", "CANCELLED", "EXPIRED"}
-"""States of a batch that has ended; the SDK's own list lacks one of them."""
+from reverie_jax.hosted.providers.common import (
+    TRANSFER_TIMEOUT,
+    UNEXPECTED,
+    broken_off,
+    is_transport_error,
+    parse_result_lines,
+    redact,
+    timed_out,
+)
+from reverie_jax.hosted.providers.failures import read_reply, sort_submission
+from reverie_jax.hosted.providers.google_replies import error_from_body, parse_response, read_operation
 
 
 class Gemini:
@@ -44,7 +47,7 @@ class Gemini:
         prompt = well_formed(request.prompt)
         parts: list[Any] = [types.Part.from_text(text=prompt)]
         if request.send_image:
-            kind, encoded = encode_image(request.image)
+            kind, encoded = encode_image(request.image, self._settings.max_image_size)
             parts.insert(0, types.Part.from_bytes(data=encoded, mime_type=kind))
         config = types.GenerateContentConfig(
             temperature=self._settings.temperature, max_output_tokens=self._settings.max_new_tokens
@@ -59,7 +62,7 @@ class Gemini:
         content, config = self._content(request)
         sent = " ".join(_plain(config))
         config.should_return_http_response = True  # the raw text: the SDK's own reading loses what it does not know
-        async with self._translate_errors(self._settings.timeout, sent):
+        async with self._translate_errors(self._settings.timeout, sent, asked=True):
             response = await self._client.models.generate_content(model=self.model, contents=content, config=config)
         http = response.sdk_http_response
         return read_reply((http.body if http else None) or "", self._parse, self._key)
@@ -68,8 +71,14 @@ class Gemini:
         return parse_response(body, f"gemini:{self.model}", self._key, self._settings.max_new_tokens)
 
     @contextlib.asynccontextmanager
-    async def _translate_errors(self, timeout: float, sent: str = "") -> AsyncIterator[None]:
-        """Raise the SDK's errors as ours; `sent` names the optional parameters of the request."""
+    async def _translate_errors(self, timeout: float, sent: str = "", *, asked: bool = False) -> AsyncIterator[None]:
+        """Raise the SDK's errors as ours.
+
+        Args:
+            timeout: Seconds that the service has.
+            sent: Names of the optional parameters of the request.
+            asked: Whether a model is asked.
+        """
         try:
             async with asyncio.timeout(timeout):  # the SDK's timeout is for each read
                 yield
@@ -78,12 +87,12 @@ class Gemini:
             header = headers.get("retry-after") or headers.get("Retry-After")
             source = f"gemini:{self.model}"
             raise error_from_body(error.code, error.details, source, self._key, header, sent=sent) from None
-        except (TimeoutError, OSError, ValueError, KeyError, AttributeError) as error:  # not JSON, or incomplete
-            raise _connection_error(error, timeout, self._key) from None
+        except (ValueError, KeyError, AttributeError) as error:  # not JSON, or incomplete
+            raise RetryableError(redact(f"{UNEXPECTED} ({error})", self._key)) from None
         except Exception as error:
-            if type(error).__module__.split(".")[0] not in _TRANSPORTS:
+            if not is_transport_error(error):
                 raise
-            raise _connection_error(error, timeout, self._key) from None
+            raise _connection_error(error, timeout, self._key, asked=asked) from None
 
     # Batches.
 
@@ -128,16 +137,14 @@ class Gemini:
 
     async def get_status(self, name: str) -> BatchStatus:
         """Return the state of a batch."""
+        # As the SDK's `batches.get`, but the raw operation: the SDK reads neither its error, nor whether it is done, nor a
+        # file that only its response names.
         async with self._translate_errors(self._settings.timeout):
-            batch = await self._client.batches.get(name=name)
-        state = (batch.state.name if batch.state else "").removeprefix("JOB_STATE_").removeprefix("BATCH_STATE_")
-        file = batch.dest.file_name if batch.dest else None
-        if state not in _ENDED and not file and not batch.end_time:
-            return BatchStatus(False)
-        words = redact((batch.error.message if batch.error else None) or "", self._key)
-        word = state.lower().replace("_", " ")
-        reason = "" if state == "SUCCEEDED" else f"the batch is {word}" + (f": {words}" if words else "")
-        return BatchStatus(True, reason, (file,) if file else (), is_queue_full(words))
+            response = await self._client._api_client.async_request("get", name, {})
+            operation = json.loads(response.body or "")
+            if not isinstance(operation, dict):
+                raise ValueError("no JSON object")
+        return read_operation(operation, f"gemini:{self.model}", self._key)
 
     async def fetch_results(self, status: BatchStatus) -> list[tuple[str, Reply | AnnotationError]]:
         """Return (key, reply or error) of each request that has a result."""
@@ -146,6 +153,8 @@ class Gemini:
             async with self._translate_errors(TRANSFER_TIMEOUT):
                 content = await self._client.files.download(file=file)
             results += parse_result_lines(content, "key", self._parse_result, self._key)
+        if status.lines:
+            results += parse_result_lines(status.lines, "key", self._parse_result, self._key)
         return results
 
     def _parse_result(self, row: Mapping[str, Any]) -> Reply:
@@ -158,9 +167,10 @@ def _plain(model: Any) -> Any:
     return model.model_dump(mode="json", by_alias=True, exclude_none=True)
 
 
-def _connection_error(error: Exception, timeout: float, key: str) -> RetryableError:
-    if "timeout" in type(error).__name__.lower():
-        return RetryableError(f"no reply within {timeout:g} s")
-    if isinstance(error, ValueError | KeyError | AttributeError):
-        return RetryableError(UNEXPECTED)
-    return RetryableError(redact(f"connection failed ({type(error).__name__})", key), reached=False)
+def _connection_error(error: Exception, timeout: float, key: str, *, asked: bool) -> RetryableError:
+    name = type(error).__name__
+    if "timeout" in name.lower() and "connect" not in name.lower():
+        return timed_out(timeout, b"", key, asked=asked)
+    if "body" in str(error) or "payload" in name.lower():  # httpx: "without sending complete message body"
+        return broken_off(error, b"", key)
+    return RetryableError(redact(f"connection failed ({name})", key), reached=False)

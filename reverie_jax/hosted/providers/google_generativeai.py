@@ -12,7 +12,7 @@ from google.protobuf.json_format import ParseError
 from reverie_jax.files import well_formed
 from reverie_jax.hosted.images import encode_image
 from reverie_jax.hosted.interface import Reply, Request, RequestSettings, RetryableError
-from reverie_jax.hosted.providers.common import UNEXPECTED, redact
+from reverie_jax.hosted.providers.common import UNEXPECTED, broken_off, redact, timed_out
 from reverie_jax.hosted.providers.failures import decode_body, read_reply
 from reverie_jax.hosted.providers.google_replies import error_from_body, parse_response
 
@@ -38,7 +38,7 @@ class GoogleGenerativeAI:
     def _ask(self, request: Request) -> Reply:
         parts: list[Any] = [well_formed(request.prompt)]
         if request.send_image:
-            kind, encoded = encode_image(request.image)
+            kind, encoded = encode_image(request.image, self._settings.max_image_size)
             parts.insert(0, {"mime_type": kind, "data": encoded})
         config: dict[str, Any] = {}
         if self._settings.temperature is not None:
@@ -58,13 +58,16 @@ class GoogleGenerativeAI:
             header, sent = headers.get("retry-after"), " ".join(config)
             raise error_from_body(error.code, body, source, self._key, header, sent=sent) from None
         except exceptions.RetryError:
-            raise RetryableError(f"no reply within {self._settings.timeout:g} s") from None
-        except (ParseError, ValueError):
-            raise RetryableError(UNEXPECTED) from None
-        except OSError as error:  # the base class of requests' errors
-            if "imeout" in type(error).__name__:
-                raise RetryableError(f"no reply within {self._settings.timeout:g} s") from None
-            raise RetryableError(redact(f"connection failed ({type(error).__name__})", self._key)) from None
+            raise timed_out(self._settings.timeout, b"", self._key, asked=True) from None
+        except OSError as error:  # the base class of requests' errors, of which one is a ValueError, too
+            name = type(error).__name__
+            if "imeout" in name and "Connect" not in name:
+                raise timed_out(self._settings.timeout, b"", self._key, asked=True) from None
+            if name in ("ChunkedEncodingError", "ContentDecodingError", "JSONDecodeError"):
+                raise broken_off(error, b"", self._key) from None
+            raise RetryableError(redact(f"connection failed ({name})", self._key), reached=False) from None
+        except (ParseError, ValueError) as error:
+            raise RetryableError(redact(f"{UNEXPECTED} ({error})", self._key), charged=True) from None
         message = response._result
         raw = type(message).to_json(message, use_integers_for_enums=False, including_default_value_fields=False)
         return read_reply(

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from reverie_jax.hosted.interface import AnnotationError, RefusedError, Reply, RetryableError, UnusableError
+from reverie_jax.hosted.interface import (
+    AccessError,
+    AnnotationError,
+    BatchStatus,
+    RefusedError,
+    Reply,
+    RetryableError,
+    UnusableError,
+)
 from reverie_jax.hosted.providers.common import UNEXPECTED, cut_off, parse_retry_after, redact
-from reverie_jax.hosted.providers.failures import read_counts, sort_failure
+from reverie_jax.hosted.providers.failures import find_words, is_queue_full, read_counts, sort_failure
 
 _HTTP = {3: 400, 4: 504, 5: 404, 7: 403, 8: 429, 13: 500, 14: 503, 16: 401}
 """HTTP status by google.rpc.Code, which batch results use."""
+_ENDED = {"SUCCEEDED", "PARTIALLY_SUCCEEDED", "FAILED", "CANCELLED", "EXPIRED"}
+"""States of a batch that has ended; any other one is waited for, unless the operation is done."""
 
 
 def error_from_body(
@@ -68,13 +79,55 @@ def parse_response(body: Any, model_spec: str, key: str, limit: int | None) -> R
         raise RefusedError(f"blocked ({reason})", reply) if reason else UnusableError("an empty reply", reply)
     finish = str(candidate.get("finishReason") or "STOP")
     if finish == "MAX_TOKENS":
-        raise RefusedError(cut_off(limit), reply)
+        raise cut_off(limit, reply)
     if finish not in ("STOP", "FINISH_REASON_UNSPECIFIED"):
         raise UnusableError(f"blocked ({_reason(candidate, 'finishReason', 'finishMessage', key)})", reply)
     if not reply.text.strip():
         reason = "thoughts without an answer" if _words(candidate, thoughts=True) else "an empty reply"
         raise UnusableError(reason, reply)
     return reply
+
+
+def read_operation(operation: Mapping[str, Any], model_spec: str, key: str) -> BatchStatus:
+    """Return the state of a batch, from the operation that stands for it.
+
+    One that ended without success may have replies all the same, which are paid for: in a file, or in the operation itself;
+    at its `metadata`, or at its `response` alone.
+
+    Args:
+        operation: The decoded body.
+        model_spec: "provider:model".
+        key: The API key.
+    """
+    batch, response = _mapping(operation.get("metadata")), _mapping(operation.get("response"))
+    state = str(batch.get("state") or operation.get("state") or "").upper()
+    state = state.removeprefix("JOB_STATE_").removeprefix("BATCH_STATE_")
+    outputs = [_mapping(batch.get("output")), response, _mapping(response.get("output"))]
+    files = [output["responsesFile"] for output in outputs if isinstance(output.get("responsesFile"), str)]
+    lines = [json.dumps(row) for output in outputs for row in _inlined(output.get("inlinedResponses"))]
+    if not (operation.get("done") is True or state in _ENDED or files or lines or batch.get("endTime")):
+        return BatchStatus(False)
+    errors = [error for error in (operation.get("error"), batch.get("error"), response.get("error")) if error]
+    words = redact(find_words(errors), key)
+    word = state.lower().replace("_", " ") or "done"
+    reason = "" if state == "SUCCEEDED" and not errors else f"the batch is {word}" + (f": {words}" if words else "")
+    denied = any(isinstance(error_from_body(None, error, model_spec, key), AccessError) for error in errors)
+    return BatchStatus(
+        True, reason, tuple(dict.fromkeys(files)), is_queue_full(words), "\n".join(lines).encode(), denied
+    )
+
+
+def _inlined(responses: Any) -> Iterator[dict[str, Any]]:
+    """Yield the results in an operation that have a key, each with its key as in a file."""
+    rows = responses.get("inlinedResponses") if isinstance(responses, Mapping) else responses
+    for row in rows if isinstance(rows, list) else []:
+        key = _mapping(row).get("key") or _mapping(_mapping(row).get("metadata")).get("key")
+        if isinstance(key, str):
+            yield {**row, "key": key}
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
 
 
 def _words(candidate: Any, *, thoughts: bool = False) -> str:

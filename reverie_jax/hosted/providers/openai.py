@@ -18,7 +18,6 @@ from reverie_jax.hosted.interface import (
     AccessError,
     AnnotationError,
     BatchStatus,
-    RefusedError,
     Reply,
     Request,
     RequestSettings,
@@ -28,10 +27,13 @@ from reverie_jax.hosted.interface import (
 from reverie_jax.hosted.providers.common import (
     TRANSFER_TIMEOUT,
     UNEXPECTED,
+    broken_off,
     cut_off,
+    is_transport_error,
     parse_result_lines,
     parse_retry_after,
     redact,
+    timed_out,
 )
 from reverie_jax.hosted.providers.failures import (
     decode_body,
@@ -66,11 +68,14 @@ class OpenAI:
         self.model, self._settings, self._key = model, settings, key
         self._length = 0  # index of the name in use
         self._hint = "" if url is None or url.rstrip("/").endswith("/v1") else "; does the address lack /v1?"
+        if url is not None and url.rstrip("/").endswith("/completions"):
+            self._hint = "; the address must end before /chat/completions"
         self._client = openai.AsyncOpenAI(
             api_key=key or "none",  # local servers need no key, but the client does
             base_url=url,
             max_retries=0,
-            timeout=settings.timeout,
+            # Shorter for connections, so that an address out of reach is not taken for a slow model.
+            timeout=openai.Timeout(settings.timeout, connect=min(settings.timeout, 20.0)),
         )
 
     async def close(self) -> None:
@@ -81,7 +86,7 @@ class OpenAI:
         prompt = well_formed(request.prompt)
         content: list[dict[str, Any]] = [{"type": "text", "text": prompt}]
         if request.send_image:
-            kind, encoded = encode_image(request.image)
+            kind, encoded = encode_image(request.image, self._settings.max_image_size)
             data = base64.b64encode(encoded).decode()
             content.append({"type": "image_url", "image_url": {"url": f"data:{kind};base64,{data}"}})
         body: dict[str, Any] = {"model": self.model, "messages": [{"role": "user", "content": content}]}
@@ -97,11 +102,14 @@ class OpenAI:
     async def ask(self, request: Request) -> Reply:
         """Send one request; see `Provider.ask`. One whose name of the length is refused is sent again with the next."""
         while True:
-            tried = self._length
-            async with self._translate_errors(self._settings.timeout, request):
+            tried, received = self._length, bytearray()
+            async with self._translate_errors(self._settings.timeout, request, received):
                 try:
-                    response = await self._client.chat.completions.with_raw_response.create(**self._body(request))
-                    return read_reply(response.text, self._parse, self._key)
+                    body = self._body(request)
+                    async with self._client.chat.completions.with_streaming_response.create(**body) as response:
+                        async for chunk in response.iter_bytes():  # if the connection breaks, what came is kept
+                            received += chunk
+                    return read_reply(received.decode("utf-8", "replace"), self._parse, self._key)
                 except openai.APIStatusError as error:
                     name = _LENGTHS[tried]
                     if not name or not refuses_length(error.status_code, decode_body(error.response.text), name):
@@ -109,17 +117,22 @@ class OpenAI:
             self._length = max(self._length, tried + 1)
 
     @contextlib.asynccontextmanager
-    async def _translate_errors(self, timeout: float, request: Request | None = None) -> AsyncIterator[None]:
-        """Raise the SDK's errors as ours."""
+    async def _translate_errors(
+        self, timeout: float, request: Request | None = None, received: bytes | bytearray = b""
+    ) -> AsyncIterator[None]:
+        """Raise the SDK's errors as ours; `received` grows by what comes of a reply to the request."""
         try:
             async with asyncio.timeout(timeout):  # the SDK's timeout is for each read
                 yield
-        except (TimeoutError, openai.APITimeoutError):
-            raise RetryableError(f"no reply within {timeout:g} s") from None
         except openai.APIConnectionError as error:
+            cause = error.__cause__ or error
+            if isinstance(error, openai.APITimeoutError) and "Connect" not in type(cause).__name__:
+                raise timed_out(timeout, received, self._key, asked=request is not None) from None
             raise RetryableError(
-                redact(f"connection failed ({error.__cause__ or error})", self._key), reached=False
+                redact(f"connection failed ({cause or type(cause).__name__})", self._key), reached=False
             ) from None
+        except TimeoutError:
+            raise timed_out(timeout, received, self._key, asked=request is not None) from None
         except openai.APIStatusError as error:
             after = parse_retry_after(error.response.headers.get("retry-after"))
             raise self._fail(error.status_code, decode_body(error.response.text), after, request) from None
@@ -131,6 +144,12 @@ class OpenAI:
             AttributeError,
         ) as error:  # another kind of response, such as a web page
             raise RetryableError(redact(f"{UNEXPECTED} ({error})", self._key)) from None
+        except Exception as error:
+            if not is_transport_error(error):
+                raise
+            if "Timeout" in type(error).__name__:
+                raise timed_out(timeout, received, self._key, asked=request is not None) from None
+            raise broken_off(error, received, self._key) from None
 
     def _fail(
         self, status: int | None, body: Any, retry_after: float | None = None, request: Request | None = None
@@ -169,11 +188,11 @@ class OpenAI:
             failure.reply = reply
             raise failure
         if finish in _BROKEN_OFF:
-            raise RetryableError(f"the service broke off its reply ({finish})", reply=reply)
+            raise RetryableError(f"the service broke off its reply ({finish})", charged=True, reply=reply)
         if finish in _BLOCKED or refusal:
             raise UnusableError(redact(f"blocked ({refusal or finish})", self._key), reply)
         if finish in _CUT_OFF:
-            raise RefusedError(cut_off(self._settings.max_new_tokens), reply)
+            raise cut_off(self._settings.max_new_tokens, reply)
         if not text.strip():
             if any(message.get(name) for name in _THOUGHTS) or _list(message.get("content")):
                 raise UnusableError("thoughts without an answer", reply)
@@ -225,7 +244,8 @@ class OpenAI:
         errors = errors.get("data") if isinstance(errors, Mapping) else errors
         words = redact(find_words(errors), self._key)
         reason = "" if state == "completed" else f"the batch is {state}" + (f": {words}" if words else "")
-        return BatchStatus(True, reason, files, is_queue_full(f"{words} {errors}"))
+        denied = bool(errors) and isinstance(self._fail(None, {"errors": errors}), AccessError)
+        return BatchStatus(True, reason, files, is_queue_full(f"{words} {errors}"), denied=denied)
 
     async def fetch_results(self, status: BatchStatus) -> list[tuple[str, Reply | AnnotationError]]:
         """Return (key, reply or error) of each request that has a result."""

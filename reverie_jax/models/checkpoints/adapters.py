@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 from reverie_jax.errors import CheckpointError
 from reverie_jax.files import write_json
 from reverie_jax.models import lora
+from reverie_jax.models.checkpoints.adapter_settings import AdapterSettings, read_settings
 from reverie_jax.models.checkpoints.checksums import Checksums, base_checksums
 from reverie_jax.models.checkpoints.components import (
     ADAPTER_CONFIG,
@@ -51,32 +52,6 @@ _PLAIN = re.compile(r"^(base_model\.model\.)?model\.layers\.")
 """Names of a plain language model, and of original LLaVA's class; transformers' LLaVA has other ones."""
 _SAVED_PROJECTOR = re.compile(r"^base_model\.model\.(?P<name>.*multi_modal_projector\..+)$")
 
-# Settings of an adapter_config.json that change what it computes, with the values under which it is plain LoRA.
-_PLAIN_LORA: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",),
-    "bias": (None, "none"),
-    "use_dora": (None, False),
-    "use_qalora": (None, False),
-    "lora_bias": (None, False),
-    "fan_in_fan_out": (None, False),
-    "rank_pattern": (None, {}),
-    "alpha_pattern": (None, {}),
-    "layer_replication": (None,),
-    "trainable_token_indices": (None,),
-    "target_parameters": (None, []),
-    # The other initializations also change the base model's weights.
-    "init_lora_weights": (None, True, False, "gaussian", "orthogonal", "eva"),
-    "modules_to_save": (None, [], ["multi_modal_projector"]),
-}
-
-# Settings that describe an adapter's origin or training; any value is accepted.
-_INFORMATIVE = {
-    *("auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules", "inference_mode"),
-    *("layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "megatron_config"),
-    *("megatron_core", "peft_version", "qalora_group_size", "r", "revision", "target_modules", "task_type"),
-    *("ensure_weight_tying", "use_rslora", "_custom_modules", "runtime_config"),
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class AttachedAdapter:
@@ -110,9 +85,8 @@ def attach_adapter(
     path = adapter.path
     if attached := next((name for name, *_ in lora.adapters(model)), None):
         raise CheckpointError(f"{path}: the model already has an adapter (on {attached}, …); merge it first")
-    settings = read_json(path / ADAPTER_CONFIG)
-    scale = _scale(path / ADAPTER_CONFIG, settings)
-    trained_on = str(settings.get("base_model_name_or_path") or "")
+    settings = read_settings(path)
+    trained_on = settings.base_model
     if adapter.format == "llava-lora":
         _check_base_format(path, trained_on, base)
     tensors = weights_of(path, ADAPTER_WEIGHTS)
@@ -123,10 +97,17 @@ def attach_adapter(
         projector_names = {}  # its projector is in a file of its own
     elif any(map(_PLAIN.match, tensors.stored)):
         _check_lacks_no_projector(path, trained_on)
-    has_projector = adapter.format == "llava-lora" or bool(projector_names)
+    whole = _projector_variables(model).keys()
+    saved = settings.saved_tensors(whole) if settings.saved or not projector_names else whole
+    if adapter.format == "peft" and (different := saved ^ projector_names.keys()):
+        raise CheckpointError(
+            f"{path}: the projector's tensors are not those of modules_to_save ({', '.join(sorted(different))})"
+        )
+    has_projector = adapter.format == "llava-lora" or saved == whole
     _check_recorded_base(model, path, has_projector=has_projector)
     layers = dict(lora.linears(model))
-    _check_shapes(path, tensors, factors, layers, settings["r"])
+    _check_shapes(path, tensors, factors, layers, settings)
+    scales = {name: _scale(settings, sides["A"]) for name, sides in factors.items()}
     arrays: dict[str, AnyArray] = {}
     wanted = {name for sides in factors.values() for names in sides.values() for name in names}
     tensors.read_all(arrays.__setitem__, wanted | set(projector_names.values()))
@@ -137,25 +118,11 @@ def attach_adapter(
     projector = {name: arrays[stored] for name, stored in projector_names.items()}
     if adapter.format == "llava-lora":
         projector = _read_projector(path / NON_LORA)
+        _check_projector(path, projector.keys(), whole)
     _set_projector(model, path, projector)
     for name, (a, b) in ready.items():
-        lora.set_factors(layers[name], a, b, scale=scale, dropout=0.0)
+        lora.set_factors(layers[name], a, b, scale=scales[name], dropout=0.0)
     return AttachedAdapter(trained_on, bool(projector))
-
-
-def _scale(path: Path, settings: dict[str, Any]) -> float:
-    for key, values in _PLAIN_LORA.items():
-        if settings.get(key) not in values:
-            raise CheckpointError(f"{path}: {key} {settings.get(key)!r} is not supported")
-    for key in sorted(settings.keys() - _PLAIN_LORA.keys() - _INFORMATIVE):
-        if settings[key]:
-            raise CheckpointError(f"{path}: unknown setting {key} {settings[key]!r}; its effect is not supported")
-    rank, alpha = settings.get("r"), settings.get("lora_alpha")
-    if type(rank) is not int or rank < 1 or not isinstance(alpha, int | float):
-        raise CheckpointError(
-            f"{path}: r must be a positive integer and lora_alpha a number, not {rank!r} and {alpha!r}"
-        )
-    return float(alpha) / (rank**0.5 if settings.get("use_rslora") else rank)
 
 
 def _check_base_format(path: Path, trained_on: str, base: Sequence[ComponentLike]) -> None:
@@ -224,17 +191,46 @@ def _group_tensors(
 
 
 def _check_shapes(
-    path: Path, tensors: Tensors, factors: dict[str, dict[str, list[str]]], layers: dict[str, Linear], rank: int
+    path: Path,
+    tensors: Tensors,
+    factors: dict[str, dict[str, list[str]]],
+    layers: dict[str, Linear],
+    settings: AdapterSettings,
 ) -> None:
     for side in "AB":
         for layer_name, sides in factors.items():
             layer = layers[layer_name]
-            wanted = (rank, layer.inputs) if side == "A" else (layer.outputs, rank)
             for name in sides[side]:
+                rank = settings.rank_of(_module(name))
+                source = "r" if rank == settings.rank else "rank_pattern"
+                wanted = (rank, layer.inputs) if side == "A" else (layer.outputs, rank)
                 if (shape := tensors.stored[name].shape) != wanted:
                     raise CheckpointError(
-                        f"{path}: tensor {name} is {shape}; this base model and r {rank} need {wanted}"
+                        f"{path}: tensor {name} is {shape}; this base model and {source} {rank} need {wanted}"
                     )
+
+
+def _module(stored_name: str) -> str:
+    """Return the dotted name of the module that a factor adapts, as PEFT knew it."""
+    match = _FACTOR.match(stored_name)
+    assert match is not None
+    return match["module"]
+
+
+def _scale(settings: AdapterSettings, stored_names: Sequence[str]) -> float:
+    """Return the scale of a stack of layers.
+
+    Raises:
+        CheckpointError: Its layers differ in rank or scale.
+    """
+    modules = [_module(name) for name in stored_names]
+    found = {(settings.rank_of(module), settings.scale_of(module)) for module in modules}
+    if len(found) > 1:
+        raise CheckpointError(
+            f"{settings.path}: rank_pattern or alpha_pattern gives {modules[0].split('.')[-1]} another rank or scale in some"
+            " layers than in others, which is not supported"
+        )
+    return found.pop()[1]
 
 
 def _read_projector(path: Path) -> dict[str, AnyArray]:
@@ -261,14 +257,16 @@ def _projector_variables(model: VisionLanguageModel) -> dict[str, tuple[Paramete
     return variables
 
 
-def _set_projector(model: VisionLanguageModel, path: Path, arrays: dict[str, AnyArray]) -> None:
-    if not arrays:
-        return
-    variables = _projector_variables(model)
-    if different := arrays.keys() ^ variables.keys():
+def _check_projector(path: Path, stored: Collection[str], wanted: Collection[str]) -> None:
+    if different := set(stored) ^ set(wanted):
         raise CheckpointError(
             f"{path}: its projector's tensors and the model's differ ({', '.join(sorted(different))})"
         )
+
+
+def _set_projector(model: VisionLanguageModel, path: Path, arrays: dict[str, AnyArray]) -> None:
+    """Set those tensors of the projector that an adapter stores."""
+    variables = _projector_variables(model)
     for name, array in arrays.items():
         spec, variable = variables[name]
         value = to_model_layout(spec.layout, array)

@@ -13,15 +13,14 @@ import numpy as np
 from reverie_jax.errors import CheckpointError
 from reverie_jax.models.checkpoints.configs import (
     TOWER_KEY,
-    check_image_processor,
     known_tower,
     llava_hf_config,
     original_config,
-    read_stop_ids,
     text_config,
     vision_config,
 )
 from reverie_jax.models.checkpoints.families import (
+    UNNAMED_TOWER,
     check_original,
     detect_format,
     original_language_model,
@@ -30,6 +29,7 @@ from reverie_jax.models.checkpoints.families import (
 )
 from reverie_jax.models.checkpoints.files import Tensors, read_json, resolve, weights_of
 from reverie_jax.models.checkpoints.names import CLIP_UNUSED, IGNORED, canonical_name, canonical_projector_name
+from reverie_jax.models.checkpoints.processing import check_image_processor, read_stop_ids
 from reverie_jax.models.config import ProjectorKind, VisionConfig, VLMConfig
 
 ComponentFormat = Literal["llava-hf", "llava", "llava-lora", "projector", "llm", "clip", "peft", "orbax"]
@@ -184,10 +184,30 @@ def resolve_checkpoint(source: ComponentLike, components: Sequence[ComponentLike
     _reject_unused([other for other in others if other not in (base, tower)], main)
     base = base or recorded_base(main)
     if base.format == "llava-hf":
+        _reject_unused([] if tower is None else [tower], base)
         tensors = _without_projector(_canonical_tensors(base)) | _canonical_tensors(main)
-        config = llava_hf_config(base.path, base.config)
-        return ResolvedCheckpoint(main.path, dataclasses.replace(config, projector=_projector_kind(tensors)), tensors)
+        config = dataclasses.replace(llava_hf_config(base.path, base.config), projector=_projector_kind(tensors))
+        return ResolvedCheckpoint(main.path, with_settings(config, main), tensors)
     return _resolve_original(main, base, tower, main)
+
+
+def with_settings(config: VLMConfig, tuned: Component) -> VLMConfig:
+    """Return a llava-hf model's configuration with what the original LLaVA that was tuned on it says of its inputs.
+
+    Args:
+        config: Of the model.
+        tuned: A LoRA folder or projector; its config.json, if it has one, says how it was tuned. A projector says nothing
+            of prompts: its first stage has none.
+
+    Raises:
+        CheckpointError: A setting is not supported.
+    """
+    if not tuned.config:
+        return config
+    own = original_config(tuned.config_path, tuned.config, config.text, config.vision, config.projector)
+    names = ["feature_layer", "image_aspect_ratio"]
+    names += ["template", "tokenization"] if tuned.format == "llava-lora" else []
+    return dataclasses.replace(config, **{name: getattr(own, name) for name in names})
 
 
 def recorded_base(lora: Component) -> Component:
@@ -334,34 +354,33 @@ def _resolve_original(
         raise CheckpointError(f"{path}: mm_projector_type is {wanted!r}, but the projector's tensors are {kind!r}")
     if config.get("matryoshka_vis_token_scale"):
         _log.warning("%s: matryoshka_vis_token_scale: read as its form of all visual tokens", path)
-    stops = read_stop_ids(settings.path) or read_stop_ids(base.path)
+    stops = read_stop_ids(settings.path, {}) or read_stop_ids(base.path, base.config)
     architecture = dataclasses.replace(original_config(path, config, text, sizes, kind), stop_ids=stops)
     return ResolvedCheckpoint(settings.path, architecture, tensors)
 
 
 def _check_tower(path: Path, config: dict[str, Any], tower: Component, sizes: VisionConfig, *, included: bool) -> None:
-    """Check that a tower is the one that config.json names, as far as names and sizes tell; a tuned one is another.
+    """Check that a tower is the one that config.json names: by its name, since weights say nothing of their origin.
 
     Raises:
-        CheckpointError: It is another one.
+        CheckpointError: It is another one, or nothing says that it is not.
     """
-    recorded = tower_name(config)
-    if included or not recorded:
+    if (recorded := tower_name(config)) in ("", UNNAMED_TOWER):
         return
-    if config.get("unfreeze_mm_vision_tower") or "vision_tower" in str(config.get("mm_tunable_parts") or ""):
+    tuned = config.get("unfreeze_mm_vision_tower") or "vision_tower" in str(config.get("mm_tunable_parts") or "")
+    if tuned and not included:
         raise CheckpointError(f"{path}: its vision tower was tuned with it, but is not among its weights")
     names = {repository_name(name).lower() for name in (tower.path, tower.path.absolute(), tower.path.resolve())}
     if tower.config.get("architectures") == ["CLIPModel"]:  # as released
         names.add(repository_name(str(tower.config.get("_name_or_path") or "")).lower())
     wanted = repository_name(recorded)
-    if wanted.lower() in names:
+    # Where its weights are in the checkpoint, the component only describes it.
+    if wanted.lower() in names or (included and known_tower(recorded) in (None, sizes)):
         return
-    if any(known_tower(name) for name in names) or known_tower(recorded) not in (None, sizes):
-        raise CheckpointError(
-            f"{path}: its vision tower is {recorded}, which {tower.path} is not; add that one as a component (if this is a"
-            f" copy of it, add a link to it named {wanted})"
-        )
-    _log.warning("%s: its vision tower is %s: make sure that %s is a copy of it", path, recorded, tower.path)
+    raise CheckpointError(
+        f"{path}: its vision tower is {recorded}, and nothing says that {tower.path} is it; add that one as a component (if"
+        f" this is a copy of it, set mm_vision_tower in {path} to its path, or add a link to it named {wanted})"
+    )
 
 
 def _tower_sizes(tower: Component) -> VisionConfig:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
+import math
 from pathlib import Path
 from typing import Any, get_args
 
-import numpy as np
-
 from reverie_jax.errors import CheckpointError
-from reverie_jax.models.checkpoints.families import LANGUAGE_MODELS, Json, check_decoder, repository_name, tower_name
-from reverie_jax.models.checkpoints.files import read_json
+from reverie_jax.models.checkpoints.families import (
+    LANGUAGE_MODELS,
+    UNNAMED_TOWER,
+    Json,
+    check_decoder,
+    repository_name,
+    tower_name,
+)
+from reverie_jax.models.checkpoints.processing import check_image_processor, choice, read_stop_ids
 from reverie_jax.models.config import (
     CLIP_TOWERS,
     Activation,
@@ -49,15 +54,6 @@ _DEFAULTS: dict[str, Json] = {
 }
 
 
-def _choice(path: Path, config: Json, key: str, default: Any, supported: tuple[Any, ...]) -> Any:
-    """Return a setting that must be one of the supported values."""
-    value = config.get(key)
-    value = default if value is None else value
-    if value not in supported:
-        raise CheckpointError(f"{path}: {key} {value!r} is not supported; must be {' or '.join(map(str, supported))}")
-    return value
-
-
 def text_config(path: Path, raw: Json, kind: str) -> TextConfig:
     """Return the decoder that the keys of a LLaMA or Phi-3 describe.
 
@@ -69,37 +65,33 @@ def text_config(path: Path, raw: Json, kind: str) -> TextConfig:
     Raises:
         CheckpointError: A setting is not supported or invalid.
     """
-    raw = {**_DEFAULTS[kind], **{key: value for key, value in raw.items() if value is not None}}
+    raw = {**_DEFAULTS[kind], **_given(raw)}
     check_decoder(path, raw)
-    for key in _DEFAULTS[kind]:
-        if not isinstance(raw[key], int | float):
-            raise CheckpointError(f"{path}: {key} must be a number, not {raw[key]!r}")
-    _choice(path, raw, "hidden_act", "silu", ("silu", "swish"))
+    choice(path, raw, "hidden_act", "silu", ("silu", "swish"))
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if raw.get("rope_scaling") not in (None, {}, rope):
+        raise CheckpointError(f"{path}: rope_parameters and rope_scaling differ; they are two names of one setting")
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
         raise CheckpointError(f"{path}: rope_parameters or rope_scaling must be an object of values, not {rope!r}")
     if (scaling := rope.get("rope_type", rope.get("type", "default"))) != "default":
         raise CheckpointError(f"{path}: rope scaling {scaling!r} is not supported")
     for settings in (rope, raw):
-        _choice(path, settings, "partial_rotary_factor", 1.0, (1.0,))
-    try:
-        config = TextConfig(
-            vocab=raw["vocab_size"],
-            hidden=raw["hidden_size"],
-            layers=raw["num_hidden_layers"],
-            heads=raw["num_attention_heads"],
-            kv_heads=raw["num_key_value_heads"] if "num_key_value_heads" in raw else raw["num_attention_heads"],
-            head_dim=raw.get("head_dim", raw["hidden_size"] // raw["num_attention_heads"]),
-            mlp=raw["intermediate_size"],
-            norm_eps=float(raw["rms_norm_eps"]),
-            rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta", 10000.0)),
-            max_positions=raw["max_position_embeddings"],
-            fused=kind == "phi3",
-            sliding_window=raw.get("sliding_window") if kind == "phi3" else None,
-        )
-    except (ArithmeticError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: {str(error).splitlines()[0]}") from None
-    _check_positive(path, config)
+        choice(path, settings, "partial_rotary_factor", 1.0, (1.0,))
+    heads, hidden = _size(path, raw, "num_attention_heads"), _size(path, raw, "hidden_size")
+    config = TextConfig(
+        vocab=_size(path, raw, "vocab_size"),
+        hidden=hidden,
+        layers=_size(path, raw, "num_hidden_layers"),
+        heads=heads,
+        kv_heads=_size(path, {"num_key_value_heads": heads, **raw}, "num_key_value_heads"),
+        head_dim=_size(path, {"head_dim": hidden // heads, **raw}, "head_dim"),
+        mlp=_size(path, raw, "intermediate_size"),
+        norm_eps=_number(path, raw, "rms_norm_eps"),
+        rope_theta=_number(path, {"rope_theta": 10000.0, **raw, **_given(rope)}, "rope_theta"),
+        max_positions=_size(path, raw, "max_position_embeddings"),
+        fused=kind == "phi3",
+        sliding_window=_size(path, raw, "sliding_window") if kind == "phi3" and "sliding_window" in raw else None,
+    )
     _check_divisible(path, config.heads, config.kv_heads, "num_attention_heads", "num_key_value_heads")
     _check_divisible(path, config.head_dim, 2, "head_dim", "2")
     return config
@@ -111,35 +103,38 @@ def vision_config(path: Path, raw: Json) -> VisionConfig:
     Raises:
         CheckpointError: A setting is not supported or invalid.
     """
-    _choice(path, raw, "hidden_act", "quick_gelu", get_args(Activation))
-    try:
-        config = VisionConfig(
-            hidden=raw["hidden_size"],
-            layers=raw["num_hidden_layers"],
-            heads=raw["num_attention_heads"],
-            mlp=raw["intermediate_size"],
-            image_size=raw["image_size"],
-            patch_size=raw["patch_size"],
-            norm_eps=float(raw.get("layer_norm_eps", 1e-5)),
-            activation=raw.get("hidden_act", "quick_gelu"),
-        )
-    except KeyError as error:
-        raise CheckpointError(f"{path}: {error.args[0]} of the vision tower is missing") from None
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: {str(error).splitlines()[0]}") from None
-    _check_positive(path, config)
+    config = VisionConfig(
+        hidden=_size(path, raw, "hidden_size"),
+        layers=_size(path, raw, "num_hidden_layers"),
+        heads=_size(path, raw, "num_attention_heads"),
+        mlp=_size(path, raw, "intermediate_size"),
+        image_size=_size(path, raw, "image_size"),
+        patch_size=_size(path, raw, "patch_size"),
+        norm_eps=_number(path, {"layer_norm_eps": 1e-5, **raw}, "layer_norm_eps"),
+        activation=choice(path, raw, "hidden_act", "quick_gelu", get_args(Activation)),
+    )
     _check_divisible(path, config.image_size, config.patch_size, "image_size", "patch_size")
     _check_divisible(path, config.hidden, config.heads, "the tower's hidden_size", "its num_attention_heads")
     return config
 
 
-def _check_positive(path: Path, config: Any) -> None:
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if value is None and field.type == "int | None":
-            continue
-        if field.type in ("int", "int | None") and (type(value) is not int or value < 1):
-            raise CheckpointError(f"{path}: {field.name} must be a positive integer, not {value!r}")
+def _given(raw: Json) -> Json:
+    """Return the settings that are not null."""
+    return {key: value for key, value in raw.items() if value is not None}
+
+
+def _size(path: Path, raw: Json, key: str) -> int:
+    if key not in raw:
+        raise CheckpointError(f"{path}: {key} of the vision tower is missing")
+    if type(raw[key]) is not int or raw[key] < 1:
+        raise CheckpointError(f"{path}: {key} must be a positive integer, not {raw[key]!r}")
+    return int(raw[key])
+
+
+def _number(path: Path, raw: Json, key: str) -> float:
+    if type(raw[key]) not in (int, float) or not 0 < raw[key] < math.inf:
+        raise CheckpointError(f"{path}: {key} must be a positive number, not {raw[key]!r}")
+    return float(raw[key])
 
 
 def _check_divisible(path: Path, size: int, divisor: int, size_name: str, divisor_name: str) -> None:
@@ -160,70 +155,6 @@ def _check_feature_layer(path: Path, config: VLMConfig) -> VLMConfig:
     return config
 
 
-def check_image_processor(folder: Path, side: int) -> bool:
-    """Check that a folder's image processor, if it has one, computes what `data.images.preprocess` and `normalize` do.
-
-    Args:
-        folder: Of a llava-hf model, or of a CLIP tower.
-        side: Of the tower's input, in pixels.
-
-    Returns:
-        Whether it pads images to squares.
-
-    Raises:
-        CheckpointError: It computes something else; the message names the setting.
-    """
-    for name in ("processor_config.json", "preprocessor_config.json"):
-        path = folder / name
-        content = read_json(path) if path.exists() else {}
-        raw = content["image_processor"] if isinstance(content.get("image_processor"), dict) else content
-        if not {"do_pad", "image_mean", "size", "do_resize", "do_center_crop"} & raw.keys():
-            continue
-        padded = raw.get("do_pad") is True
-        square = {"height": side, "width": side}
-        cropped = ({"shortest_edge": side}, side, *([square] if padded else []))
-        supported: dict[str, tuple[Any, ...]] = {
-            "size": cropped,
-            "crop_size": (square, side),
-            "resample": (3,),
-            **dict.fromkeys(("do_resize", "do_rescale", "do_normalize"), (True,)),
-            "do_center_crop": (True, False) if padded else (True,),  # a square is not cropped
-        }
-        default = {"size": {"shortest_edge": 224}, "crop_size": {"height": 224, "width": 224}}  # of CLIP's class
-        for key, values in supported.items():
-            if isinstance(sides := raw.get(key), dict):  # transformers may write the sides that are not set, too
-                raw = {**raw, key: {name: value for name, value in sides.items() if value is not None}}
-            _choice(path, raw, key, default.get(key, values[0]), values)
-        for key, wanted in (("image_mean", CLIP_MEAN), ("image_std", CLIP_STD), ("rescale_factor", 1 / 255)):
-            value = raw.get(key)
-            if value is not None and not _close(value, wanted):
-                raise CheckpointError(f"{path}: {key} {value!r} is not supported; must be CLIP's {wanted}")
-        return padded
-    return False
-
-
-def _close(value: Any, wanted: Any) -> bool:
-    try:
-        return np.shape(value) == np.shape(wanted) and bool(np.allclose(value, wanted, rtol=0, atol=1e-5))
-    except (TypeError, ValueError):
-        return False
-
-
-def read_stop_ids(folder: Path) -> tuple[int, ...]:
-    """Return the ids that end an answer by a folder's generation_config.json; none without it.
-
-    Raises:
-        CheckpointError: They are not ids of tokens.
-    """
-    path = folder / "generation_config.json"
-    ids = read_json(path).get("eos_token_id") if path.exists() else None
-    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
-    for id in ids:
-        if type(id) is not int or id < 0:
-            raise CheckpointError(f"{path}: eos_token_id must be a token id or a list of them, not {id!r}")
-    return tuple(ids)
-
-
 def llava_hf_config(folder: Path, raw: Json) -> VLMConfig:
     """Return the architecture of a llava-hf folder (`LlavaConfig`).
 
@@ -238,13 +169,19 @@ def llava_hf_config(folder: Path, raw: Json) -> VLMConfig:
     text, vision = raw.get("text_config"), raw.get("vision_config")
     if not isinstance(text, dict) or not isinstance(vision, dict):
         raise CheckpointError(f"{path}: no text_config and vision_config")
-    kind = _choice(path, text, "model_type", "llama", LANGUAGE_MODELS)
+    kind = choice(path, text, "model_type", "llama", LANGUAGE_MODELS)
     if raw.get("vision_feature_select_strategy", "default") != "default":
         raise CheckpointError(f"{path}: vision_feature_select_strategy must be 'default' (class token dropped)")
-    _choice(path, raw, "projector_hidden_act", "gelu", ("gelu",))
-    _choice(path, raw, "multimodal_projector_bias", True, (True,))
-    _choice(path, raw, "tie_word_embeddings", False, (False,))
-    key = "image_token_index" if "image_token_index" in raw else "image_token_id"
+    choice(path, raw, "projector_hidden_act", "gelu", ("gelu",))
+    choice(path, raw, "multimodal_projector_bias", True, (True,))
+    choice(path, raw, "tie_word_embeddings", False, (False,))
+    keys = [key for key in ("image_token_index", "image_token_id") if raw.get(key) is not None]  # of two versions
+    if len(image_ids := {str(raw[key]) for key in keys}) > 1:
+        raise CheckpointError(f"{path}: image_token_index and image_token_id differ: {' and '.join(sorted(image_ids))}")
+    key = (*keys, "image_token_id")[0]
+    layer = raw.get("vision_feature_layer", -2)
+    if isinstance(layer, list) and len(layer) == 1:  # transformers concatenates the features of all
+        (layer,) = layer
     tower = vision_config(path, vision)
     aspect = "pad" if check_image_processor(folder, tower.image_size) else "square"
     return _check_feature_layer(
@@ -252,13 +189,13 @@ def llava_hf_config(folder: Path, raw: Json) -> VLMConfig:
         VLMConfig(
             vision=tower,
             text=text_config(path, text, kind),
-            feature_layer=_int(path, "vision_feature_layer", raw.get("vision_feature_layer", -2)),
+            feature_layer=_int(path, "vision_feature_layer", layer),
             image_token_id=_int(path, key, raw.get(key, 32000)),
             template=str(raw.get("reverie_template", "phi3_instruct" if kind == "phi3" else "llava-hf")),
-            tokenization=_choice(path, raw, "reverie_tokens", "hf", get_args(Tokenization)),
-            image_aspect_ratio=_choice(path, raw, "reverie_image_aspect", aspect, get_args(ImageAspectRatio)),
+            tokenization=choice(path, raw, "reverie_tokens", "hf", get_args(Tokenization)),
+            image_aspect_ratio=choice(path, raw, "reverie_image_aspect", aspect, get_args(ImageAspectRatio)),
             vision_tower=str(raw.get("reverie_vision_tower", "")),
-            stop_ids=read_stop_ids(folder),
+            stop_ids=read_stop_ids(folder, text),
         ),
     )
 
@@ -271,11 +208,11 @@ def original_config(
     Raises:
         CheckpointError: A setting is not supported.
     """
-    _choice(path, raw, "mm_vision_select_feature", "patch", ("patch",))
+    choice(path, raw, "mm_vision_select_feature", "patch", ("patch",))
     for key in ("mm_use_im_start_end", "s2"):
-        _choice(path, raw, key, False, (False,))
-    _choice(path, raw, "mm_patch_merge_type", "flat", ("flat",))
-    aspect = _choice(path, raw, "image_aspect_ratio", "square", get_args(ImageAspectRatio))
+        choice(path, raw, key, False, (False,))
+    choice(path, raw, "mm_patch_merge_type", "flat", ("flat",))
+    aspect = choice(path, raw, "image_aspect_ratio", "square", get_args(ImageAspectRatio))
     if raw.get("mm_resampler_type"):
         raise CheckpointError(f"{path}: mm_resampler_type {raw['mm_resampler_type']!r} is not supported")
     layer = raw.get("mm_vision_select_layer")
@@ -289,7 +226,7 @@ def original_config(
             # The format has no such token; an image feature replaces whatever token is there.
             image_token_id=_int(path, "image_token_index", raw.get("image_token_index", 0)),
             template=str(raw.get("reverie_template", "phi3_instruct" if text.fused else "vicuna_v1")),
-            tokenization=_choice(path, raw, "reverie_tokens", "llava", get_args(Tokenization)),
+            tokenization=choice(path, raw, "reverie_tokens", "llava", get_args(Tokenization)),
             image_aspect_ratio=aspect,
             vision_tower=tower_name(raw),
         ),
@@ -384,7 +321,7 @@ def original_json(config: VLMConfig, dtype: str, special_ids: Json) -> Json:
     The arguments are those of `llava_hf_json`.
     """
     phi = config.text.fused
-    tower = config.vision_tower or "vision_tower"
+    tower = config.vision_tower or UNNAMED_TOWER
     return {
         "architectures": ["LlavaPhiForCausalLM" if phi else "LlavaLlamaForCausalLM"],
         "model_type": "llava_phi" if phi else "llava_llama",

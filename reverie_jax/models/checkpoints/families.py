@@ -16,6 +16,9 @@ Json = dict[str, Any]
 _OTHER_TOWERS = re.compile("siglip|dino|eva[-_0-9]|intern_?vit|convnext|mobileclip|languagebind|imagebind")
 """Parts of the names of vision towers that are not CLIP's."""
 
+UNNAMED_TOWER = "vision_tower"
+"""What this project writes for a tower whose name it does not know: checksums then say which one it is."""
+
 LANGUAGE_MODELS = ("llama", "phi3")
 
 _OTHERS = re.compile(
@@ -122,7 +125,8 @@ def original_language_model(path: Path, config: Json) -> str:
         raise CheckpointError(f"{said}: {other[0].strip('_')} is not supported; only LLaMA and Phi-3 are")
     if "phi" in names:
         if "rms_norm_eps" not in config or str(config.get("hidden_act", "silu")).startswith("gelu"):
-            raise CheckpointError(f"{said}: Phi-2 is not supported (hidden_act {config.get('hidden_act')!r}); Phi-3 is")
+            signs = ", ".join(f"{key} {config.get(key)!r}" for key in ("hidden_act", "rms_norm_eps"))
+            raise CheckpointError(f"{said}: Phi-2 is not supported ({signs}); Phi-3 is")
         return "phi3"
     if (classes and not re.search(r"llama|llavaforcausallm", names)) or not re.search(r"llama|^llava\b|share4v", names):
         raise CheckpointError(f"{said}: an unknown language model; only LLaMA and Phi-3 are supported")

@@ -160,7 +160,7 @@ BAD_PROBLEMS = {
     "eleven options": problem(choices=list("abcdefghijk")),
     "options not a list": problem(choices="coal"),
     "an empty option": problem(choices=["coal", " "]),
-    "an option not a text": problem(choices=["coal", 3]),
+    "an option not a text": problem(choices=["coal", True]),
     "options null": problem(choices=None),
     "options missing": without(problem(), "choices"),
     "empty question": problem(question=" "),

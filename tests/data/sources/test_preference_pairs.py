@@ -112,6 +112,66 @@ def test_json_rows_name_their_images(tmp_path, images, name, row):
     assert [[turn.text for turn in one.turns] for one in first.conversations] == expected(0, 2)
 
 
+def said(role, *parts):
+    """A message whose content is a list of parts, as Parquet has them."""
+    return {"role": role, "content": [{"type": kind, "text": text, "index": None} for kind, text in parts]}
+
+
+def trl(number, stored=None, **changes):
+    """A row of TRL's conversations, with its image."""
+    row = rlaif(number, stored)
+    prompt = [said("user", ("image", None), ("text", row["question"]))]
+    sides = {side: [said("assistant", ("text", row[side]))] for side in ("chosen", "rejected")}
+    return {"images": [row["image"]], "prompt": prompt} | sides | changes
+
+
+def plain(number):
+    """Texts in TRL's columns."""
+    row = rlaif(number)
+    return {"prompt": row.pop("question")} | {name: row[name] for name in ("image", "chosen", "rejected")}
+
+
+def listed(number):
+    """Texts in TRL's columns, the image in a list."""
+    row = plain(number)
+    return row | {"images": [row["image"]], "image": None}
+
+
+def factory(number):
+    """As LLaMA-Factory writes pairs."""
+    row = rlaif(number)
+    sides = {side: {"from": "gpt", "value": row[side]} for side in ("chosen", "rejected")}
+    turns = [{"from": "human", "value": f"{IMAGE}\n{row['question']}"}]
+    return {"conversations": turns, "images": [row["image"]]} | sides
+
+
+def inside(number):
+    """The prompt in both sides."""
+    row = trl(number)
+    return row | {"prompt": None} | {side: row["prompt"] + row[side] for side in ("chosen", "rejected")}
+
+
+def test_pairs_as_trl_has_them(tmp_path):
+    for make in (trl, plain, listed, factory, inside):
+        examples, log = read_examples(write_parquet(tmp_path / "a.parquet", [make(number) for number in range(3)]))
+        assert log == ReadLog()
+        assert texts(examples) == expected(0, 1, 2)
+        assert kinds(examples) == ["chosen", "rejected"] * 3
+        assert [one.encoded for one in examples[::2]] == [png((number, 0, 0)) for number in range(3)]
+
+
+def test_system_turns_of_pairs_are_noted(tmp_path):
+    rows = [trl(n, prompt=[said("system", ("text", "Be brief.")), *trl(n)["prompt"]]) for n in range(2)]
+    examples, log = read_examples(write_parquet(tmp_path / "a.parquet", rows))
+    assert [text for text, _ in texts(examples)[::2]] == [f"Be brief.\n\n{IMAGE}\nQ{number}?" for number in range(2)]
+    assert [" 2 rows" in note for note in log.notes] == [True]
+
+
+def test_answers_may_be_numbers(tmp_path):
+    path = write_json_rows(tmp_path / "a.json", [with_file(rlaif(0, values=pair_texts(0, chosen=3, rejected=4.5)))])
+    assert [text for _, text in texts(read_examples(path)[0])] == ["3", "4.5"]
+
+
 words = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=20).filter(
     lambda text: text.strip() and IMAGE not in text
 )
@@ -215,12 +275,20 @@ BROKEN = {
     "columns: blank rejected": rlaif(1, values=pair_texts(1, rejected="  ")),
     "columns: no question": rlaif(1, values=pair_texts(1, question=None)),
     "columns: no image": rlaif(1, **NO_IMAGE),
+    "trl: no image": trl(1, images=[]),
+    "trl: two questions": trl(
+        1, prompt=[said("user", ("text", "A?")), said("assistant", ("text", "B")), *trl(1)["prompt"]]
+    ),
+    "trl: no answer": trl(1, chosen=[]),
+    "trl: no prompt": trl(1, prompt=None),
+    "trl: other questions": inside(1) | {"chosen": inside(2)["chosen"]},
+    "trl: equal": trl(1, chosen=trl(1)["rejected"]),
 }
 
 
-@pytest.mark.parametrize("row", [rlhf, rlaif])
-def test_broken_rows_are_named_and_the_others_are_read(tmp_path, row):
-    broken = {name: one for name, one in BROKEN.items() if name.startswith("columns") == (row is rlaif)}
+@pytest.mark.parametrize(("row", "kind"), [(rlhf, ""), (rlaif, "columns"), (trl, "trl")])
+def test_broken_rows_are_named_and_the_others_are_read(tmp_path, row, kind):
+    broken = {name: one for name, one in BROKEN.items() if name.rpartition(":")[0] == kind}
     path = write_parquet(tmp_path / "a.parquet", [row(0), *broken.values(), row(2)])
     examples, log = read_examples(path)
     assert texts(examples) == expected(0, 2)

@@ -34,6 +34,11 @@ def messages(*texts):
     return turns(*texts, keys=("role", "content"), roles=("user", "assistant"))
 
 
+def part(**fields):
+    (kind,) = fields
+    return {"type": kind, "text": None, "image": None} | fields
+
+
 def read(tmp_path, rows):
     return read_examples(write_json_rows(tmp_path / "rows.json", rows))
 
@@ -69,6 +74,53 @@ LLAVA = {
         [f"{IMAGE}\nWhat?", "A cup."],
     ),
     "the same image twice": (llava_row("a.jpg", "What?", "A cup.", images=["a.jpg"]), [f"{IMAGE}\nWhat?", "A cup."]),
+    "contents in parts": (
+        {
+            "images": ["a.jpg"],
+            "messages": [
+                {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]},
+                {"role": "assistant", "content": [{"type": "text", "text": "A cup."}]},
+            ],
+        },
+        [f"{IMAGE}\nWhat?", "A cup."],
+    ),
+    "contents in parts that name the image, as Parquet has them": (
+        {
+            "images": None,
+            "messages": [
+                {"role": "user", "content": [part(text="What?"), part(image="a.jpg"), part(text="Say it.")]},
+                {"role": "assistant", "content": [part(text="A cup.")]},
+            ],
+        },
+        [f"What?\n{IMAGE}\nSay it.", "A cup."],
+    ),
+    "prompt and completion": (
+        {"images": ["a.jpg"], "prompt": messages("What?"), "completion": [{"role": "assistant", "content": "A cup."}]},
+        [f"{IMAGE}\nWhat?", "A cup."],
+    ),
+    "prompt and completion as texts": ({"prompt": "What?", "completion": "A cup."}, ["What?", "A cup."]),
+    "a system turn, noted": (
+        {"images": ["a.jpg"], "messages": [{"role": "system", "content": "Be brief. "}, *messages("What?", "A cup.")]},
+        [f"{IMAGE}\nBe brief.\n\nWhat?", "A cup."],
+    ),
+    "a system turn in parts, noted": (
+        {
+            "image": "a.jpg",
+            "messages": [
+                {"role": "system", "content": [part(text="Be brief.")]},
+                *messages(f"{IMAGE}\nWhat?", "A cup."),
+            ],
+        },
+        [f"Be brief.\n\n{IMAGE}\nWhat?", "A cup."],
+    ),
+    "an empty system turn": (
+        {"image": "a.jpg", "conversations": [{"from": "system", "value": ""}, *turns("What?", "A cup.")]},
+        [f"{IMAGE}\nWhat?", "A cup."],
+    ),
+    "numbers as answers": (
+        {"image": "a.jpg", "conversations": turns("How many?", 7, "How far?", 2.5, "And now?", 8.0)},
+        [f"{IMAGE}\nHow many?", "7", "How far?", "2.5", "And now?", "8"],
+    ),
     "halves of characters": (
         llava_row("a.jpg", f"{IMAGE}What\ud83d?", "A \ude00cup\U0001f600."),
         [f"{IMAGE}What?", "A cup\U0001f600."],
@@ -82,8 +134,8 @@ def test_llava_rows(tmp_path, name):
     row, expected = LLAVA[name]
     (example,), log = read(tmp_path, [row])
     assert log.problems == []
-    assert len(log.notes) == ("left out" in name or "halves" in name)
-    assert example.image == (row.get("image") or row.get("images", [""])[0])
+    assert len(log.notes) == any(word in name for word in ("left out", "halves", "noted"))
+    assert example.image == ("a.jpg" if f"{IMAGE}" in str(expected) else row.get("image") or "")
     expected = expected or [turn["value"] for turn in row["conversations"]]
     for turn, text in zip(example.conversation.turns, expected, strict=True):
         assert turn.text.split() == text.split()
@@ -121,6 +173,16 @@ BAD_ROWS = {
     "two users": llava_row("a.jpg") | {"conversations": turns("What?", "A cup.", roles=("human", "human"))},
     "question not a text": llava_row("a.jpg") | {"conversations": [HUMAN | {"value": 5}, GPT]},
     "answer not a text": llava_row("a.jpg") | {"conversations": [HUMAN, GPT | {"value": None}]},
+    "answer a truth value": llava_row("a.jpg") | {"conversations": [HUMAN, GPT | {"value": True}]},
+    "system turn later": llava_row("a.jpg") | {"conversations": [HUMAN, {"from": "system", "value": "x"}, GPT]},
+    "system turn alone": llava_row("a.jpg") | {"conversations": [{"from": "system", "value": "x"}, GPT]},
+    "part of another kind": {"messages": [{"role": "user", "content": [{"type": "video"}]}, GPT]},
+    "part that is nothing": {"messages": [{"role": "user", "content": [7]}, GPT]},
+    "part without its text": {"messages": [{"role": "user", "content": [{"type": "text"}]}, GPT]},
+    "image of a part not given": {"messages": [{"role": "user", "content": [{"type": "image"}]}, GPT]},
+    "image at an address": {
+        "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "https://a/b.png"}}]}, GPT]
+    },
 }
 
 
@@ -187,16 +249,44 @@ def test_prompts_give_the_kind(tmp_path, prompt, kind, quoted):
     assert [(e.conversation.kind, e.conversation.dataset) for e in examples] == [(kind, "reverie")]
 
 
-def test_reflective_rows_must_ask_for_a_rationale_and_have_an_image(tmp_path):
-    rows = [reflective(), reflective(), reflective(prompt="And what else?"), reflective("", "What?")]
+def test_rows_that_ask_for_a_rationale_have_an_image(tmp_path):
+    rows = [reflective(), reflective() | {"image": None}, reflective() | {"image": ""}, reflective(None, "What?")]
     examples, log = read(tmp_path, rows)
-    assert (len(examples), problem_rows(log)) == (2, ["2", "3"])
+    assert (kinds(examples), problem_rows(log)) == (["positive", ""], ["1", "2"])
+    assert any("1 rows ask for rationales and have no image" in note for note in log.notes)
 
 
 def test_llava_rows_of_four_turns_are_not_reflective(tmp_path):
     rows = [reflective(prompt="And what else?")] * 3 + [reflective(prompt="Explain why it is red.")]
     examples, log = read(tmp_path, rows)
     assert (kinds(examples), log.problems) == ([""] * 4, [])
+
+
+OTHERS = [
+    *(llava_row("a.jpg"), llava_row(None), reflective(None, "What?"), reflective(prompt="And what else?")),
+    *(reflective(prompt="Explain why it is red."), reflective(prompt="Explain why this is wrong")),
+]
+"""Rows of LLaVA's, some of them nearly REVERIE's."""
+
+
+@settings(max_examples=30)
+@given(st.lists(st.sampled_from(range(3 + len(OTHERS))), min_size=1, max_size=12))
+def test_each_row_of_a_file_is_read_as_what_it_is(tmp_path_factory, chosen):
+    wrong = reflective("b.jpg", answer="A jug.", prompt=WHY_WRONG.format("A jug."), why="No spout.")
+    rows = [wrong, reflective("b.jpg"), reflective(), *OTHERS]
+    chosen = [1, *chosen]  # which has the right answer of the wrong one
+    examples, log = read(tmp_path_factory.mktemp("mixed"), [rows[number] for number in chosen])
+    assert log.problems == []
+    assert kinds(examples) == [("negative", "positive", "positive", "")[min(number, 3)] for number in chosen]
+    assert [e.conversation.dataset for e in examples] == ["reverie" if number < 3 else "llava" for number in chosen]
+    assert all(e.conversation.turns[1].text == "A cup." for e in examples if e.conversation.kind)
+    theirs = sum(number < 3 for number in chosen)
+    said = [note for note in log.notes if f" {theirs} rows ask for rationales, as REVERIE's" in note]
+    if theirs < len(chosen):
+        first = next(place for place, number in enumerate(chosen) if number >= 3)
+        assert f"{len(chosen) - theirs} do not, as LLaVA's (row {first} is" in said[0]
+    else:
+        assert not said
 
 
 def test_negative_rows_that_open_with_the_wrong_answer_get_the_right_one(tmp_path):
@@ -243,21 +333,49 @@ def test_lrv_rows(tmp_path):
         {"image_id": 8.0, "question": None, "instruction": "Describe.", "answer": "A cup."},
         {"image_id": "9.0", "question": "What?", "answer": "A cup."},
         {"image_id": "vg/9.png", "instruction": "Describe.", "answer": "A cup."},
+        {"image_id": "10", "question": "How many?", "answer": 3},
+        {"image_id": "9", "question": "Is it?", "answer": True},
         {"image_id": "9", "question": "", "answer": "A cup."},
         {"question": "What?", "answer": "A cup."},
         *({"image_id": id, "question": "What?", "answer": "A cup."} for id in (None, ["7"], {"id": 7}, True, " ")),
     ]
     examples, log = read(tmp_path, rows)
-    assert [example.image for example in examples] == ["2373555.jpg", "7.jpg", "8.jpg", "9.jpg", "vg/9.png"]
-    assert kinds(examples) == ["negative", "", "", "", ""]
+    assert [example.image for example in examples] == ["2373555.jpg", "7.jpg", "8.jpg", "9.jpg", "vg/9.png", "10.jpg"]
+    assert kinds(examples) == ["negative", "", "", "", "", ""]
+    assert texts(examples)[-1][1] == "3"
     assert texts(examples)[0] == [f"{IMAGE}\nIs there a dog?", "There is no dog."]
-    assert problem_rows(log) == [str(number) for number in range(5, 12)]
+    assert problem_rows(log) == [str(number) for number in range(6, 14)]
 
 
 @pytest.mark.parametrize("rows", [[{"a": 1}], [[1]], ["x"]], ids=repr)
 def test_unknown_formats_are_refused(tmp_path, rows):
     with pytest.raises(DataError, match=r"rows\.json"):
         read(tmp_path, rows)
+
+
+FORMS = {
+    "turns": llava_row("a.png"),
+    "lrv": {"image_id": 7, "question": "What?", "answer": "A cup."},
+    "annotated": {
+        **dict.fromkeys(("question", "correct_rationale", "incorrect_rationale"), "Words."),
+        **{"image": "a.png", "correct_answer": "A.", "confusing_answer": "B.", "gemini_pro_judge": "no"},
+    },
+    "pairs": {"image": "a.png", "question": "Q?", "chosen": "A.", "rejected": "B."},
+    "scienceqa": {"image": "a.png", "question": "Q?", "choices": ["x", "y"], "answer": 1, "hint": "", "solution": ""},
+    "aokvqa": {"image_id": 7, "question": "Q?", "choices": ["x", "y"], "correct_choice_idx": 1, "rationales": ["So."]},
+}
+
+
+@pytest.mark.parametrize("others", FORMS)
+@pytest.mark.parametrize("form", FORMS)
+def test_a_row_of_another_form_is_named(tmp_path, form, others):
+    rows = [FORMS[others], FORMS[others], FORMS[form]]
+    examples, log = read(tmp_path, rows)
+    if form == others or {form, others} == {"scienceqa", "aokvqa"}:
+        assert log.problems == []
+        assert examples[-1].conversation.dataset == read(tmp_path, [FORMS[form]])[0][-1].conversation.dataset
+    else:
+        assert problem_rows(log) == ["2"]
 
 
 # Rows of the annotation pipeline.
@@ -283,6 +401,13 @@ def test_an_annotated_row_is_a_positive_and_a_negative_conversation(tmp_path):
     assert positive[:2] == negative[:2] == [f"{IMAGE}\nIs it day?", "Yes"]
     assert "No 0" in negative[2]
     assert (positive[3], negative[3]) == ("The sun shines.", "No lamp is lit 0.")
+
+
+def test_an_annotated_answer_may_be_a_number(tmp_path):
+    examples, log = read(tmp_path, [annotated(correct_answer=2, confusing_answer=3.5)])
+    assert log.problems == []
+    assert [row[1] for row in texts(examples)] == ["2", "2"]
+    assert "3.5" in texts(examples)[1][2]
 
 
 def test_a_question_has_one_positive_conversation(tmp_path):
@@ -312,7 +437,7 @@ TEXT_KEYS = ["image", "question", "correct_answer", "confusing_answer", "correct
 @pytest.mark.parametrize("key", TEXT_KEYS)
 def test_annotated_rows_without_a_text_are_reported(tmp_path, key):
     marked = [annotated(9, **{key: f"see {IMAGE}"})] if key not in ("image", "confusing_answer") else []
-    rows = [annotated(), *(annotated(1, **{key: value}) for value in (None, 3, ["a"], " ")), *marked, annotated(2)]
+    rows = [annotated(), *(annotated(1, **{key: value}) for value in (None, True, ["a"], " ")), *marked, annotated(2)]
     examples, log = read(tmp_path, rows)
     assert kinds(examples) == ["positive", "negative", "negative"]
     assert problem_rows(log) == [str(number) for number in range(1, len(rows) - 1)]

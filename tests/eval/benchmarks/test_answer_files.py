@@ -242,6 +242,17 @@ def test_ids_of_gqa_that_lost_their_zeros(tmp_path):
         answer_files.read_answers(make.write_json(tmp_path / "a.json", rows), bench, loaded)
 
 
+@pytest.mark.parametrize(("value", "text"), [(5, "5"), (5.0, "5"), (2.5, "2.5"), (True, None), ([5], None), ({}, None)])
+def test_numbers_are_answers_and_truth_values_are_not(cases, tmp_path, value, text):
+    """Nothing says which word a truth value stands for."""
+    case = cases("gqa")
+    rows = [{"question_id": q.id, "text": value} for q in case.loaded.questions]
+    if text is None:
+        case.rejects(tmp_path / "a.jsonl", rows, "row 0", "question 00", value)
+    else:
+        assert set(case.read(tmp_path / "a.jsonl", rows).values()) == {text}
+
+
 # Likely causes of missing answers.
 
 
@@ -291,6 +302,7 @@ def test_thoughts_are_taken_out_or_counted(cases, tmp_path, name, form):
 IDS = {"as they are": lambda id: id, "text": str, "floats": lambda id: float(id) if isinstance(id, int) else f"{id}"}
 IDS["text with spaces"] = lambda id: f" {id}\n"
 IDS["text of floats"] = lambda id: f"{id}.0" if isinstance(id, int) else id
+IDS["text with zeros"] = lambda id: f"00{id}" if str(id).isdecimal() else id
 PROMPTS = {
     "none": lambda q, other: None,
     "ours": lambda q, other: q.text,
@@ -300,9 +312,9 @@ PROMPTS = {
 }
 
 
-def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+def write_csv(path: Path, rows: list[dict[str, Any]], delimiter: str = ",") -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+        writer = csv.DictWriter(file, rows[0], delimiter="\t" if path.suffix.lower() == ".tsv" else delimiter)
         writer.writeheader()
         writer.writerows(rows)
 
@@ -314,6 +326,7 @@ WRITERS = {
     "a.csv": write_csv,
     "A.CSV": write_csv,
     "a.tsv": write_csv,
+    "b.csv": lambda path, rows: write_csv(path, rows, ";"),
     "a.parquet": lambda path, rows: pandas.DataFrame(rows).to_parquet(path),
 }
 UNIQUE = ("scienceqa", "seed", "gqa", "hallusionbench", "amber", "chair", "mm-vet")
@@ -326,10 +339,10 @@ SHARED = ("pope", "mmbench", "mmhal", "gavie", "llava-bench")
     st.sampled_from(list(IDS)),
     st.sampled_from(list(PROMPTS)),
     st.sampled_from(list(WRITERS)),
-    st.booleans(),
+    st.sampled_from(["utf-8", "utf-8-sig", "utf-16"]),
     st.randoms(use_true_random=False),
 )
-def test_any_answer_file_is_read_right_or_refused(cases, tmp_path_factory, name, id, prompt, file, marked, random):
+def test_any_answer_file_is_read_right_or_refused(cases, tmp_path_factory, name, id, prompt, file, encoding, random):
     case = cases(name)
     path = tmp_path_factory.mktemp("any") / file
     rows = []
@@ -337,12 +350,13 @@ def test_any_answer_file_is_read_right_or_refused(cases, tmp_path_factory, name,
         row = {"question_id": IDS[id](question.id), "text": case.answers[str(question.id)]}
         told = PROMPTS[prompt](question, None)
         rows.append(row if told is None else {**row, "prompt": told})
-    if id == "floats" and len({type(row["question_id"]) for row in rows}) > 1:
+    if id in ("floats", "text with zeros") and len({type(row["question_id"]) for row in rows}) > 1:
         rows = [{**row, "question_id": str(row["question_id"])} for row in rows]  # a column of Parquet has one type
     random.shuffle(rows)
     WRITERS[file](path, rows)
-    if marked and path.suffix != ".parquet":  # as on Windows: a byte order mark, and two characters at a line's end
-        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\r\n", b"\n").replace(b"\n", b"\r\n"))
+    if encoding != "utf-8" and path.suffix != ".parquet":  # as on Windows: also two characters at a line's end
+        text = path.read_bytes().replace(b"\r\n", b"\n").replace(b"\n", b"\r\n").decode()
+        path.write_bytes(text.encode(encoding))
     contradicts = prompt == "another question"
     if contradicts and name in SHARED:
         with refused(path):
