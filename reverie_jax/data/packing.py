@@ -5,7 +5,6 @@ The tree words (node, leaf, edge, branch, ends, origin) are explained in `reveri
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
