@@ -2,7 +2,7 @@
 
 `ends[j]` is one past the last index of j's subtree in the sequence. Causal attention is `ends = L`; packed trees, padding
 (`ends[j] = j + 1`), shared prefixes, preference pairs and batched questions are all this rule. `attend` computes it in the
-way that suits the device: in blocks on CPUs, by cuDNN on GPUs, by own kernels on TPUs.
+way that suits the device: in blocks on CPUs, by tokamax or cuDNN on GPUs, by own kernels on TPUs.
 """
 
 from __future__ import annotations

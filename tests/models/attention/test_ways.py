@@ -11,7 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
-from reverie_jax.models.attention import attend, attend_blocks, attend_chunked, attend_dense, flash, tokamax, visible
+from reverie_jax.models import attention
+from reverie_jax.models.attention import (
+    attend,
+    attend_blocks,
+    attend_chunked,
+    attend_dense,
+    cudnn,
+    flash,
+    tokamax,
+    visible,
+)
 from reverie_jax.models.attention.flash_kernels import block_size, resident_blocks
 from reverie_jax.models.attention.rule import MASKED, SKIPPED, WHOLE, block_kinds
 from reverie_jax.models.sharding import make_mesh
@@ -281,3 +291,14 @@ def test_attend_in_scanned_layers_equals_dense():
     np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
     for a, b in zip(got[1], want[1], strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=2e-5)  # gradients are as large as 60
+
+
+def test_the_way_on_an_accelerator_is_logged_once(caplog, monkeypatch):
+    monkeypatch.setattr(attention, "_logged", set())
+    caplog.set_level("INFO", logger=attention.__name__)
+    gpu = {"cuda": cudnn.attend_cudnn, "cpu": attend_blocks}
+    for backend, ways in [("gpu", gpu), ("gpu", gpu), ("cpu", gpu), ("gpu", {"cpu": attend_blocks})]:
+        attention._log_once(backend, ways)
+    first, second = caplog.messages
+    assert "cuDNN" in first
+    assert "without a kernel" in second
