@@ -7,7 +7,7 @@ LINE := $(shell $(PYTHON) -c 'import sys; print(f"py{sys.version_info[0]}{sys.ve
 PINS := $(wildcard constraints/$(LINE).txt)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(addprefix --constraint ,$(PINS))
 
-.PHONY: demo test lint types suite docs test-slow test-compile test-newest test-old-sdk test-gpu bench clean
+.PHONY: demo test lint types suite docs test-slow test-compile test-newest test-old-sdk test-gpu bench gpu clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/reverie demo
@@ -53,6 +53,13 @@ test-old-sdk:
 
 test-gpu: $(VENV)/.test
 	JAX_PLATFORMS=cuda $(BIN)/python -m pytest -m gpu
+
+# One command for a machine with a GPU and no registry: `benchmarks/gpu_wheels.sh` gathers what it lacks beforehand.
+gpu:
+	test -x $(VENV)-gpu/bin/python || $(PYTHON) -m venv --system-site-packages $(VENV)-gpu
+	$(VENV)-gpu/bin/python -m pip install --quiet --no-index --find-links wheels --no-deps \
+	  $$(ls wheels | sed 's/-[0-9].*//')
+	$(VENV)-gpu/bin/python -m benchmarks.gpu --out gpu.json --budget 480
 
 bench: $(VENV)/.test
 	$(BIN)/python -m benchmarks.tree_step

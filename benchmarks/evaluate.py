@@ -5,12 +5,14 @@
 Prints one JSON object. Both sides decode greedily as many tokens as POPE's "Yes" and its end take. On the sizes with equal
 weights both must produce the same tokens before anything is timed.
 
-    peer  LlavaForConditionalGeneration.generate: a question per sequence with its own image, padded on the left as in its
-          documentation, at the fastest of the tried batch sizes. Its images are decoded and normalized and its questions
-          tokenized before the clock starts.
-    ours  `eval.engine.Engine`: images are read, decoded and scaled and questions tokenized while the clock runs.
+    peer    LlavaForConditionalGeneration.generate: a question per sequence with its own image, padded on the left as in its
+            documentation, at the fastest of the tried batch sizes. Its images are decoded and normalized and its questions
+            tokenized before the clock starts.
+    prefix  the same with a prefix cache: the KV of what an image's questions share is computed once and copied for each
+            of them, a batch holds whole images.
+    ours    `eval.engine.Engine`: images are read, decoded and scaled and questions tokenized while the clock runs.
 
-The peer answers about `--peer-images` of the images and ours about all of them; rates are questions per second. Rounds
+The peers answer about `--peer-images` of the images and ours about all of them; rates are questions per second. Rounds
 alternate. On a GPU of a known kind the result includes utilization: model FLOPs of the prefill over the chip's peak, and the
 bytes that decoding must read (weights once per step, KV cache once per step and sequence) over its bandwidth.
 """
@@ -24,7 +26,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -149,6 +151,8 @@ class Peer:
         if args.cores is not None:
             torch.set_num_threads(args.cores)
         self.torch, self.device, self.args = torch, device, args
+        self.cache: str | None = None
+        """`cache_implementation` of generate; a static one is not compiled, which takes longer than a benchmark."""
         self.model = peer_model(args, config, folder, device)
         self.sequences: list[tuple[int, list[int], int]] = []
         floats = []
@@ -177,6 +181,8 @@ class Peer:
                     input_ids=ids.to(self.device),
                     attention_mask=mask.to(self.device),
                     pixel_values=pixels,
+                    cache_implementation=self.cache,
+                    disable_compile=True,
                     max_new_tokens=self.args.max_new_tokens,
                     min_new_tokens=self.args.max_new_tokens,
                     do_sample=False,
@@ -185,6 +191,60 @@ class Peer:
                 )
             for (number, _, _), tokens in zip(part, out[:, longest:].tolist(), strict=True):
                 answers[number] = tokens
+        return answers
+
+    def answer_from_prefix(self, batch: int, rows: int | None = None) -> dict[int, list[int]]:
+        """Answer with the KV of what an image's questions share computed once, and copied for each of them.
+
+        A batch is as many whole images as make up `batch` questions, but at least one.
+        """
+        from transformers import DynamicCache
+
+        torch, answers, new = self.torch, {}, self.args.max_new_tokens
+        by_image: dict[int, list[tuple[int, list[int]]]] = {}
+        for number, ids, index in sorted(self.sequences)[:rows]:
+            by_image.setdefault(index, []).append((number, ids))
+        every = [ids for _, ids, _ in self.sequences]
+        shared = len(os.path.commonprefix(every))  # the same for all images: only their pixels differ
+        shared = min(shared, min(map(len, every)) - 1)
+        images, count = list(by_image), max(1, batch // self.args.questions)
+        for start in range(0, len(images), count):
+            part = images[start : start + count]
+            several = [one for index in part for one in by_image[index]]
+            repeats = torch.tensor([len(by_image[index]) for index in part], device=self.device)
+            longest = max(len(ids) for _, ids in several)
+            # Padding comes between prefix and question: the mask hides it, and positions count what it shows.
+            tokens = torch.zeros((len(several), longest), dtype=torch.long)
+            mask = torch.zeros_like(tokens)
+            for row, (_, ids) in enumerate(several):
+                rest = ids[shared:]
+                tokens[row, :shared], mask[row, :shared] = torch.tensor(ids[:shared]), 1
+                tokens[row, longest - len(rest) :], mask[row, longest - len(rest) :] = torch.tensor(rest), 1
+            prefix = torch.tensor(every[0][:shared], device=self.device).expand(len(part), -1)
+            with torch.no_grad():
+                cache = DynamicCache(config=self.model.config.get_text_config())
+                self.model(
+                    input_ids=prefix,
+                    pixel_values=self.pixels[part],
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=1,
+                )
+                for layer in cache.layers:
+                    layer.keys = layer.keys.repeat_interleave(repeats, dim=0)
+                    layer.values = layer.values.repeat_interleave(repeats, dim=0)
+                out = self.model.generate(
+                    input_ids=tokens.to(self.device),
+                    attention_mask=mask.to(self.device),
+                    past_key_values=cache,
+                    max_new_tokens=new,
+                    min_new_tokens=new,
+                    do_sample=False,
+                    eos_token_id=None,
+                    pad_token_id=0,
+                )
+            for (number, _), row in zip(several, out[:, longest:].tolist(), strict=True):
+                answers[number] = row
         return answers
 
 
@@ -247,6 +307,23 @@ def utilization(
     }
 
 
+def try_batches(
+    args: Args, answer: Callable[..., dict[int, list[int]]], questions: int, rounds: int = 3
+) -> dict[int, float]:
+    """Return questions per second by batch size."""
+    tried = {}
+    for batch in args.batches:
+        answer(batch, batch)  # warms up
+        taken = []
+        rows = max(batch, min(args.questions, questions))
+        for _ in range(rounds):
+            started = time.perf_counter()
+            count = len(answer(batch, rows))
+            taken.append(time.perf_counter() - started)
+        tried[batch] = count / min(taken)
+    return tried
+
+
 def run(args: Args) -> dict[str, Any]:
     from reverie_jax.models.checkpoints.write import write_model
 
@@ -273,31 +350,25 @@ def run(args: Args) -> dict[str, Any]:
             "new_tokens": args.max_new_tokens,
             "shapes": ours.shapes(),
         }
-        best = 1
+        best: dict[str, int] = {}
+        peers = {} if peer is None else {"peer": peer.answer, "prefix": peer.answer_from_prefix}
         if peer is not None:
-            tried = {}
-            for batch in args.batches:
-                peer.answer(batch, batch)  # warms up
-                rows, taken = max(batch, min(args.questions, len(peer.sequences))), []
-                for _ in range(3):
-                    started = time.perf_counter()
-                    peer.answer(batch, rows)
-                    taken.append(time.perf_counter() - started)
-                tried[batch] = rows / min(taken)
-            best = max(tried, key=lambda batch: tried[batch])
-            result["peer_batch"] = best
-            result["peer_questions_per_second_by_batch"] = {str(b): round(rate, 3) for b, rate in tried.items()}
-            if SIZES[args.size].equal_weights:
-                theirs = peer.answer(best)
-                differ = [number for number, tokens in theirs.items() if answers[number] != tokens]
-                if differ:
-                    raise RuntimeError(f"{len(differ)} of {len(theirs)} answers differ, the first is {differ[0]}")
-        rates: dict[str, list[float]] = {"ours": [], "peer": []}
+            for side, answer in peers.items():
+                tried = try_batches(args, answer, len(peer.sequences))
+                best[side] = max(tried, key=lambda batch: tried[batch])
+                result[f"{side}_batch"] = best[side]
+                result[f"{side}_questions_per_second_by_batch"] = {str(b): round(rate, 3) for b, rate in tried.items()}
+                if SIZES[args.size].equal_weights:
+                    theirs = answer(best[side])
+                    differ = [number for number, tokens in theirs.items() if answers[number] != tokens]
+                    if differ:
+                        raise RuntimeError(f"{side}: {len(differ)} of {len(theirs)} answers differ, first {differ[0]}")
+        rates: dict[str, list[float]] = {"ours": [], **{side: [] for side in peers}}
         for _ in range(args.rounds):
-            if peer is not None:
+            for side, answer in peers.items():
                 started = time.perf_counter()
-                count = len(peer.answer(best))
-                rates["peer"].append(count / (time.perf_counter() - started))
+                count = len(answer(best[side]))
+                rates[side].append(count / (time.perf_counter() - started))
             started = time.perf_counter()
             count = len(ours.answer())
             seconds = time.perf_counter() - started
@@ -309,9 +380,9 @@ def run(args: Args) -> dict[str, Any]:
             "cores": len(os.sched_getaffinity(0)),
             "load": [round(x, 2) for x in os.getloadavg()],
         }
-        if rates["peer"]:
-            ratios = [mine / yours for mine, yours in zip(rates["ours"], rates["peer"], strict=True)]
-            result["ours_over_peer"] = spread(ratios)
+        for side in peers:
+            ratios = [mine / yours for mine, yours in zip(rates["ours"], rates[side], strict=True)]
+            result[f"ours_over_{side}"] = spread(ratios)
         return result
 
 

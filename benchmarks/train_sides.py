@@ -14,7 +14,7 @@ from flax import nnx
 
 from benchmarks.workload import REVERIE, SPECIAL_IDS, Args, Size, Work
 from reverie_jax.data.packing import Batch, SequenceShape
-from reverie_jax.models import VisionLanguageModel
+from reverie_jax.models import VisionLanguageModel, lora
 from reverie_jax.train.recipes import Recipe
 
 STEPS = 1000
@@ -28,14 +28,18 @@ class Way:
     Attributes:
         step: takes a step, waits for it, and returns its loss.
         computed: tokens, images and positions of the LM head that a step computes, padding included.
+        useful: arguments of `costs.model_flops`: what of it is needed.
         device: name of the device it runs on.
         peak: returns the peak memory of the device, None if unknown.
+        planned: returns the bytes that the compiled step takes in all, after the first step; None if unknown.
     """
 
     step: Callable[[], float]
     computed: dict[str, int]
     device: str
     peak: Callable[[], int | None]
+    useful: dict[str, int]
+    planned: Callable[[], int | None] = lambda: None
 
 
 def our_batch(work: Work, size: Size, *, prefix_sharing: bool, fit: bool) -> Batch:
@@ -92,13 +96,20 @@ def our_model(args: Args, work: Work, folder: Path) -> VisionLanguageModel:
     if base.exists():
         model = read_model(base, dtype=jnp.dtype(args.precision))
     else:
-        model = VisionLanguageModel(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(args.precision))
+
+        def make() -> VisionLanguageModel:
+            return VisionLanguageModel(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(args.precision))
+
+        # Jitted, so that a 7B model's random numbers never exist in float32.
+        model = nnx.merge(nnx.graphdef(nnx.eval_shape(make)), jax.jit(lambda: nnx.state(make()))())
     if size.equal_weights and not base.exists():
         write_model(model, base)
     make_trainable(model, recipe_for(size, size.micro_batch, prefix_sharing=True))
     if size.equal_weights and not (folder / "adapter").exists():
         (folder / "adapter").mkdir()
         write_peft(model, folder / "adapter", base_model=str(base), projector=False)
+    if args.quantization is not None:
+        lora.quantize(model, args.quantization)
     return model
 
 
@@ -128,16 +139,35 @@ def our_ways(args: Args, work: Work, folder: Path) -> dict[str, Way]:
             jax.tree.map(jnp.copy, params), jax.jit(optimizer.init)(params), jax.jit(lambda: jnp.zeros((), jnp.int32))()
         )
 
+        program: Any = None
+
         def step() -> float:
-            nonlocal state
-            state, metrics = take(state, frozen, on_device)
+            nonlocal state, program
+            if program is None:
+                program = take.lower(state, frozen, on_device).compile()  # type: ignore[attr-defined]
+            state, metrics = program(state, frozen, on_device)
             jax.block_until_ready(state)
             return float(metrics.loss)
 
         computed = {"tokens": batch.tokens.size, "images": batch.flat_tokens.size, "head": batch.parent.size}
-        return Way(step, computed, device.device_kind, peak)
+        return Way(step, computed, device.device_kind, peak, useful_work(batch), lambda: program_bytes(program))
 
     return {name: make_way(name == "tree") for name in names}
+
+
+def useful_work(batch: Batch) -> dict[str, int]:
+    """Count what of a batch is no padding, as the training log does."""
+    trees = int((batch.flat_tokens > 0).sum())
+    tokens = int((batch.positions > 0).sum()) + trees
+    pairs = int((batch.ends - np.arange(batch.ends.shape[1])[None]).sum()) - (batch.tokens.size - tokens)
+    return {"tokens": tokens, "pairs": pairs, "edges": int((batch.weight > 0).sum()), "images": trees}
+
+
+def program_bytes(program: Any) -> int:
+    """Return what a compiled program takes: arguments, temporaries, and outputs that reuse no argument."""
+    memory = program.memory_analysis()
+    outputs = max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes)
+    return memory.argument_size_in_bytes + memory.temp_size_in_bytes + outputs
 
 
 def peer_device() -> str | None:
@@ -246,5 +276,11 @@ def peer_way(args: Args, work: Work, folder: Path) -> dict[str, Way]:
             {"tokens": positions, "images": len(pairs), "head": positions},
             torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads",
             torch.cuda.max_memory_allocated if device == "cuda" else lambda: None,
+            {
+                "tokens": work.tokens,
+                "pairs": sum(len(one) * (len(one) + 1) // 2 for one, _ in pairs),
+                "edges": work.supervised,
+                "images": len(pairs),
+            },
         )
     }

@@ -110,6 +110,8 @@ class Args:
     """The peer recomputes each layer in its backward pass, as in LLaVA's scripts; ours always does."""
     attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
     """Attention of the peer."""
+    quantization: Literal["int8", "nf4"] | None = None
+    """Format of our frozen matrices; the peer's are of the dtype."""
     adapters: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the peer's adapters if the dtype is bfloat16: float32 under autocast, as ours, or bfloat16, as in LLaVA's
     scripts."""

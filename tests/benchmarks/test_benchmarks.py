@@ -51,7 +51,7 @@ def run_checkpoint_memory(folder):
 # What each result must hold, beside being JSON.
 RUNS = {
     run_train_step: {"seconds", "tokens_per_second", "tree_over_peer"},
-    run_evaluate: {"questions_per_second", "ours_over_peer"},
+    run_evaluate: {"questions_per_second", "ours_over_peer", "ours_over_prefix"},
     run_tree_step: {"seconds", "flat_over_tree"},
     run_input_pipeline: {"images_per_second", "ours_over_torch"},
     run_mixture_scale: {"build", "pack"},
