@@ -138,8 +138,7 @@ def flat(tiny: bool, report: Report) -> None:
 
 
 def nf4(tiny: bool, report: Report) -> None:
-    # Codes have a scale for each 64 inputs; the tiny model has 48.
-    side(arguments(tiny, ways=("tree",), quantization="int8" if tiny else "nf4"), report)
+    side(arguments(tiny, ways=("tree",), quantization="nf4"), report)
 
 
 def peer(tiny: bool, report: Report) -> None:

@@ -5,7 +5,7 @@ names="grain array-record tensorflow-datasets tensorflow-metadata etils importli
 dm-tree simple-parsing docstring-parser toml termcolor absl-py wrapt six attrs psutil protobuf cloudpickle more-itertools
 googleapis-common-protos tyro typeguard pydantic pydantic-core annotated-types typing-inspection typing-extensions
 tensorboardX tenacity imagehash PyWavelets nltk joblib textblob ijson openpyxl et-xmlfile jaxtyping wadler-lindig tokamax
-beartype immutabledict rich markdown-it-py mdurl pygments"
+beartype pillow portpicker prometheus-client rich markdown-it-py mdurl pygments"
 most=62914560 # 60 MiB
 # Some are published as sources only: their wheels are pure Python, and built here.
 mkdir -p wheels
