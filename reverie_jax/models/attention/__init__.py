@@ -57,6 +57,8 @@ def attend(
     if q.shape[1] <= DENSE_UP_TO:
         return attend_dense(q, k, v, ends)
     ways = _ways(q.dtype, q.shape[-1])
+    if ends is None:  # no block can be skipped: larger products use more cores
+        ways["cpu"] = _ATTEND_CHUNKED
     _log_once(jax.default_backend(), ways)
     return jax.lax.platform_dependent(q, k, v, ends, **ways)
 
