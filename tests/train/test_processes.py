@@ -76,7 +76,7 @@ def run(folder, **options):
     assert codes == [0] * len(codes), logs
 
 
-def wait_for_step(folder, step, children, seconds=200):
+def wait_for_step(folder, step, children, seconds=900):
     """Wait until so many steps are logged, or the run has ended."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and all(child.poll() is None for child in children):
