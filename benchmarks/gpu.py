@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import gpu_evaluate, gpu_kernels, gpu_train
+from reverie_jax.files import write_json
 
 Report = Callable[[dict[str, Any]], None]
 """Keeps facts that a part has found; later ones replace earlier ones of the same name."""
@@ -57,7 +58,7 @@ def device(tiny: bool, report: Report) -> None:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = "not installed"
-    ways = {str(w): attention._ways(jnp.bfloat16, w) for w in gpu_kernels.WIDTHS}
+    ways = {str(w): attention.ways_of(jnp.bfloat16, w) for w in gpu_kernels.WIDTHS}
     report(
         {
             "device": jax.devices()[0].device_kind,
@@ -104,13 +105,6 @@ class Args:
     """Run this part alone, in this process, and write what it finds to `out`."""
 
 
-def write(path: Path, content: Any) -> None:
-    """Replace a JSON file, whole."""
-    new = path.with_name(path.name + ".new")
-    new.write_text(json.dumps(content, indent=2))
-    new.replace(path)
-
-
 def run_here(name: str, tiny: bool, keep: Report) -> str:
     """Run a part in this process; return "done", or what went wrong."""
     try:
@@ -154,7 +148,7 @@ def run(args: Args, clock: Callable[[], float] = time.monotonic) -> dict[str, An
             facts, state = run_apart(name, args.out.resolve(), min(left, 2 * expected))
         seconds = round(clock() - before, 1)
         result["parts"][name] = {"state": state, "expected": expected, "seconds": seconds, **facts}
-        write(args.out, result | {"seconds": round(clock() - started, 1)})
+        write_json(args.out, result | {"seconds": round(clock() - started, 1)})
         print(f"{name}: {state}, {seconds} s", file=sys.stderr)
     return result | {"seconds": round(clock() - started, 1)}
 
@@ -187,7 +181,7 @@ def main(args: Args) -> None:
 
         def keep(found: dict[str, Any]) -> None:
             facts.update(found)
-            write(args.out, facts)
+            write_json(args.out, facts)
 
         keep({"state": run_here(args.part, args.tiny, keep)})
         return

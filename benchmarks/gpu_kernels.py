@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 WIDTHS = (64, 80, 96, 128)
-# Rows, length, heads, key heads, width, and whether there is a rule: a tower has none.
+# Rows, length, heads, key heads, width, and whether `ends` is given (not in a tower).
 CASES = [
     (2, 2048, 8, 8, 64, True),
     (2, 1999, 8, 2, 80, True),

@@ -156,7 +156,7 @@ def our_ways(args: Args, work: Work, folder: Path) -> dict[str, Way]:
 
 
 def useful_work(batch: Batch) -> dict[str, int]:
-    """Count what of a batch is no padding, as the training log does."""
+    """Count a batch without its padding, as the training log does."""
     trees = int((batch.flat_tokens > 0).sum())
     tokens = int((batch.positions > 0).sum()) + trees
     pairs = int((batch.ends - np.arange(batch.ends.shape[1])[None]).sum()) - (batch.tokens.size - tokens)

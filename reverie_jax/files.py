@@ -140,7 +140,7 @@ def files_below(folder: Path) -> Iterator[Path]:
 def well_formed(value: Any) -> Any:
     """Return a JSON value without lone surrogates (halves of characters), which JSON can hold and no file or request can.
 
-    The value itself is returned if it has none.
+    The value itself is returned where nothing is dropped.
     """
     if isinstance(value, str):
         whole = value if value.isascii() else value.encode("utf-16", "surrogatepass").decode("utf-16", "ignore")

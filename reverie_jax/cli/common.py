@@ -171,7 +171,7 @@ def check_template(name: str | None) -> None:
     """Check the name of a chat template; None passes.
 
     Raises:
-        UserError: there is no template of that name.
+        UserError: the name is unknown.
     """
     from reverie_jax.data.templates import TEMPLATES
 

@@ -303,7 +303,9 @@ class Questions:
         if len(log.problems) > 5:
             common.note([f"{len(log.problems) - 5} more rows were skipped"])
         if not questions:
-            raise UserError(f"{self.annotations}: no question with options and an image in {', '.join(splits)}")
+            raise UserError(
+                f"{self.annotations}: questions with options and an image are missing in {', '.join(splits)}"
+            )
         path = self.out / QUESTIONS
         if path.exists():
             raise UserError(f"{path}: already exists; choose another output folder")

@@ -122,7 +122,7 @@ def _check_end(template: Template, tokenizer: Any, path: Path) -> None:
     """Refuse a template whose end of answers is a token that the tokenizer lacks."""
     if (template.end or "").startswith("<|") and template.end not in tokenizer.get_vocab():
         raise CheckpointError(
-            f"{path}: template {template.name} ends answers with {template.end!r}, which is no token; {_REMEDY}"
+            f"{path}: template {template.name} ends answers with {template.end!r}, which the tokenizer lacks; {_REMEDY}"
         )
 
 

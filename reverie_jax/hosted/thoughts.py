@@ -81,7 +81,7 @@ def split_thoughts(text: str) -> tuple[str, str]:
 
 
 def _unbox(text: str, *, tags: bool) -> str:
-    """Return the words in a box; the text itself if there is none."""
+    """Return the words in a box; without a box, the text itself."""
     for box in _BOXES if tags else _BOXES[:-1]:
         if match := box.fullmatch(text):
             return str(match[match.re.groups]).strip()

@@ -353,7 +353,7 @@ def override(recipe: Recipe, settings: Sequence[str]) -> Recipe:
         if not equals or name not in fields or isinstance(fields[name], dict):
             if "." in name and fields.get(name.partition(".")[0], "") is None:
                 raise UserError(
-                    f"--set {setting}: {name.partition('.')[0]} is none in this recipe; start from one that has it"
+                    f"--set {setting}: {name.partition('.')[0]} is not set in this recipe; start from a recipe that sets it"
                 )
             known = ", ".join(_field_names(fields, around))
             raise UserError(f"--set {setting}: write field=value with a recipe field; choose from {known}")

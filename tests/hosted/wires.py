@@ -68,7 +68,7 @@ def content_digest(provider: str, model: str, text: str, images: Sequence[bytes]
 
 
 FAILED = dict.fromkeys(("full", "failed late", "denied"), "failed")
-"""Ends of batches that services call failed: the queue is full, only some requests are done, there is no credit left."""
+"""Ends of batches that services call failed: the queue is full, only some requests are done, credit is used up."""
 DENIED = "Your credit balance is too low."
 
 

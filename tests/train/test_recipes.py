@@ -204,7 +204,7 @@ def test_bad_overrides_are_refused(settings):
         ("supervision.kind=x", ["from supervision.kinds, "]),
         ("nothing.length=5", ["learning_rate", "sequence.length", "supervision.kinds"]),
         ("lenght=5", ["learning_rate", "sequence.length"]),
-        ("preference.beta=5", ["preference is none"]),
+        ("preference.beta=5", ["preference is not set"]),
         ("sequence.length=x", ["sequence.length: "]),
     ],
 )

@@ -34,7 +34,7 @@ class ParsedRow(NamedTuple):
     """The conversation of a row.
 
     Attributes:
-        image: name of its image; empty if there is none.
+        image: name of its image; empty without one.
         encoded: the image, if the row contains it.
         turns: its turns, without what LLaVA's trainer leaves out.
         shortened: whether turns were left out.
@@ -135,14 +135,14 @@ def parse_messages(messages: Sequence[Any], row: dict[str, Any]) -> ParsedRow:
 
 
 def find_image(row: dict[str, Any], inside: Sequence[Any] = ()) -> tuple[str, bytes]:
-    """Return (name, the image if the row contains it) of a row's only image; both are empty if there is none.
+    """Return (name, the image if the row contains it) of a row's only image; both are empty without one.
 
     Args:
         row: The row.
         inside: Images that its messages name.
 
     Raises:
-        InvalidRow: It is no image, or there are several.
+        InvalidRow: It is not an image, or the row has several.
     """
     given: list[Any] = list(inside)
     for value in (row.get("image"), row.get("images")):

@@ -133,7 +133,7 @@ def _split(rows: Rows, log: ReadLog) -> Iterator[Example]:
     yield from parse_rows(rows, log, llava.KNOWN, parse)
     notes = {
         "shortened": "dropped answers without a question or questions without an answer of {} rows",
-        "blind": "{} rows ask for rationales and have no image; they are read as text alone",
+        "blind": "{} rows ask for rationales without an image; they are read as text alone",
     }
     log.notes += [f"{rows.path}: {note.format(counts[name])}" for name, note in notes.items() if counts[name]]
     llava.note_systems(rows, log, counts["system"])

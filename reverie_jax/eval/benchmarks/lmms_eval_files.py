@@ -66,7 +66,7 @@ def _answer(row: Row) -> str:
 def join_by_position(
     rows: Sequence[tuple[str, Any]], path: Path, benchmark: Benchmark, loaded: BenchmarkData
 ) -> Sequence[tuple[str, Any]]:
-    """Return samples that name no question with the ids of the questions at their positions, if all prompts agree.
+    """Return samples without ids, with the ids of the questions at their positions, if all prompts agree.
 
     Its datasets are in the order of the official files, all questions or those with an image.
 
@@ -85,6 +85,6 @@ def join_by_position(
         ):
             return [(where, {**row, "question_id": questions[row[_POSITION]].id}) for where, row in rows]
     raise BenchmarkError(
-        f"{path}: samples of lmms-eval that name no question, and whose prompts are not those of {benchmark.name} in its "
+        f"{path}: lmms-eval samples without question ids, whose prompts differ from those of {benchmark.name} in its "
         "order; add each question's id to its row, as question_id"
     )

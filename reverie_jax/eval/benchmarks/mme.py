@@ -161,7 +161,7 @@ class Mme(Benchmark):
             raise ValueError(
                 f"{asked!r} is {len(same)} questions of {task}; name the image in a column image_path"
                 if same
-                else f"{asked!r} is no question of {task}"
+                else f"{asked!r} is not a question of {task}"
             )
         return str(same[0].id)
 

@@ -137,7 +137,7 @@ class Settler(NamedTuple):
                     count = (
                         f"{len(same)} questions of {split}; add its image's name in a column image_path, or question_id"
                     )
-                    unknown = f"no question of {split}" if split in self.splits else f"of {split}, which is not there"
+                    unknown = f"not in {split}" if split in self.splits else f"of {split}, whose questions are missing"
                     raise BenchmarkError(
                         f"{where}: {row['question']!r} is {count if same else f'{unknown}; {_OTHERS}'}"
                     )

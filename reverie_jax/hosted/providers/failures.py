@@ -150,7 +150,7 @@ def find_words(body: Any) -> str:
 
 
 def decode_body(text: str) -> Any:
-    """Return a body as JSON, or as it is; line breaks within texts are no reason to lose a reply."""
+    """Return a body as JSON, or unchanged where it is not JSON; raw line breaks within texts are accepted."""
     try:
         return json.loads(text.removeprefix("\ufeff"), strict=False)
     except (ValueError, RecursionError):
@@ -164,7 +164,7 @@ def refuses_length(status: int, body: Any, name: str) -> bool:
 
 
 def _with_status(status: int | None, words: str) -> str:
-    """Return the words after their status, which is said once; the status's own words if there are no others."""
+    """Return the status once and then the service's words; without any, the status's standard phrase."""
     if status is None:
         return f"error: {words}" if words else "an error without a word"
     number = rf"(?:(?:http )?(?:error |status )?(?:code )?{status}\b[\s:.|\u2013\u2014-]*)+"

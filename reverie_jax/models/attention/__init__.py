@@ -56,20 +56,20 @@ def attend(
     """
     if q.shape[1] <= DENSE_UP_TO:
         return attend_dense(q, k, v, ends)
-    ways = _ways(q.dtype, q.shape[-1])
-    if ends is None:  # no block can be skipped: larger products use more cores
-        ways["cpu"] = _ATTEND_CHUNKED
+    ways = ways_of(q.dtype, q.shape[-1], causal=ends is not None)
     _log_once(jax.default_backend(), ways)
     return jax.lax.platform_dependent(q, k, v, ends, **ways)
 
 
-def _ways(dtype: DTypeLike, width: int) -> dict[str, Attention]:
-    """Return how attention is computed, by platform.
+def ways_of(dtype: DTypeLike, width: int, *, causal: bool = True) -> dict[str, Attention]:
+    """Return how attention of heads of this dtype and width is computed, by platform; `causal` is whether `ends` is given.
 
     All ways are traced, and each saves the residuals of all for the backward pass (zeros for the others'): none may be
     L x L. Where the layer is recomputed anyway, XLA merges this recomputation with that one.
     """
     ways: dict[str, Attention] = {"tpu": flash, "cpu": attend_blocks, "default": _ATTEND_CHUNKED}
+    if not causal:  # no block can be skipped: larger products use more cores
+        ways["cpu"] = _ATTEND_CHUNKED
     if tokamax.is_supported(dtype, width):
         ways["cuda"] = tokamax.attend_tokamax
     elif cudnn.is_supported(dtype, width):

@@ -18,13 +18,14 @@ WIDEST = 128
 
 
 @functools.cache
-def _is_installed() -> bool:
+def is_installed() -> bool:
+    """Return whether JAX for NVIDIA GPUs (extra `cuda12` or `cuda13`) is installed, with its compiler; it needs no GPU."""
     return any(importlib.util.find_spec(f"jax_{cuda}_plugin") for cuda in ("cuda12", "cuda13"))
 
 
 def is_supported(dtype: DTypeLike, width: int) -> bool:
     """Return whether cuDNN is installed and computes heads of this dtype and width."""
-    return jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16) and width % 8 == 0 and width <= WIDEST and _is_installed()
+    return jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16) and width % 8 == 0 and width <= WIDEST and is_installed()
 
 
 def attend_cudnn(

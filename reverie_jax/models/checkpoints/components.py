@@ -197,7 +197,7 @@ def with_settings(config: VLMConfig, tuned: Component) -> VLMConfig:
     Args:
         config: Of the model.
         tuned: A LoRA folder or projector; its config.json, if it has one, says how it was tuned. A projector says nothing
-            of prompts: its first stage has none.
+            of prompts: the first stage is trained without.
 
     Raises:
         CheckpointError: A setting is not supported.

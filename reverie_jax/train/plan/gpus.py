@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import os
 from typing import Any
 
@@ -79,11 +78,6 @@ GPUS: dict[str, Gpu] = {
     "rtx4090": Gpu("NVIDIA GeForce RTX 4090", (8, 9), 128, 128, 1536, 100 * _KIB, 72 * _MIB, 2.52),
     "rtx5090": Gpu("NVIDIA GeForce RTX 5090", (12, 0), 170, 128, 1536, 100 * _KIB, 96 * _MIB, 2.41),
 }
-
-
-def is_compiler_installed() -> bool:
-    """Return whether the extra `cuda12` or `cuda13` is installed: XLA's GPU compiler, which needs no GPU."""
-    return any(importlib.util.find_spec(f"jax_{cuda}_plugin") for cuda in ("cuda12", "cuda13"))
 
 
 def gpu_devices(kind: str, count: int, memory: int, bandwidth: float) -> list[Any]:

@@ -263,7 +263,7 @@ def make_plan(
         mesh: chips by axis.
         architecture: name of `config`, for the report.
         dtype: of frozen weights and computation.
-        devices: to compile for; those of the TPU topology if omitted.
+        devices: to compile for; those of the topology if omitted.
         compiled: compile where possible; if False, estimate.
 
     Raises:

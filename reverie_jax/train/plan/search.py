@@ -76,9 +76,9 @@ def search_plan(
         topology: chips.
         architecture: name of `config`, for the report.
         dtype: of frozen weights and computation.
-        devices: to compile for; those of the TPU topology if omitted. GPU topologies are estimated.
+        devices: to compile for; those of the topology if omitted. Without a compiler for it, plans are estimated.
         max_batch_size: largest batch size of the search.
-        on_plan: called with every compiled plan, or every estimated plan for a GPU.
+        on_plan: called with every plan that is compiled, or estimated where none can be.
 
     Raises:
         UserError: no candidate fits.

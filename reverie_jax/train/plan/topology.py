@@ -14,8 +14,9 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from reverie_jax.errors import UserError
+from reverie_jax.models.attention import cudnn
 from reverie_jax.models.sharding import MESH_AXES, make_mesh
-from reverie_jax.train.plan.gpus import gpu_devices, is_compiler_installed
+from reverie_jax.train.plan.gpus import gpu_devices
 
 GIB = 2**30
 
@@ -146,7 +147,7 @@ def silence_libtpu() -> None:
 
 def can_compile(topology: Topology) -> bool:
     """Return whether a plan for these chips is compiled: always for TPUs, for GPUs if their compiler is installed."""
-    return topology.is_tpu or is_compiler_installed()
+    return topology.is_tpu or cudnn.is_installed()
 
 
 def compile_devices(topology: Topology) -> list[Any]:

@@ -253,7 +253,7 @@ def test_rows_that_ask_for_a_rationale_have_an_image(tmp_path):
     rows = [reflective(), reflective() | {"image": None}, reflective() | {"image": ""}, reflective(None, "What?")]
     examples, log = read(tmp_path, rows)
     assert (kinds(examples), problem_rows(log)) == (["positive", ""], ["1", "2"])
-    assert any("1 rows ask for rationales and have no image" in note for note in log.notes)
+    assert any("1 rows ask for rationales without an image" in note for note in log.notes)
 
 
 def test_llava_rows_of_four_turns_are_not_reflective(tmp_path):
