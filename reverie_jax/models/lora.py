@@ -68,7 +68,7 @@ def attach(
     for path, layer in matches:
         # The key depends on the path, not on the order of the walk.
         key = jax.random.fold_in(jax.random.key(seed), int.from_bytes(path.encode()) % (2**31 - 1))
-        stack = () if layer.layers is None else (layer.layers,)
+        stack = tuple(size for size in (layer.layers, layer.experts) if size is not None)
         bound = layer.inputs**-0.5
         a = jax.random.uniform(key, (*stack, layer.inputs, rank), jnp.float32, -bound, bound)
         b = jnp.zeros((*stack, rank, layer.outputs), jnp.float32)
@@ -86,7 +86,8 @@ def set_factors(layer: Linear, a: ArrayLike, b: ArrayLike, *, scale: float, drop
         scale: Factor of A B.
         dropout: See `attach`.
     """
-    stack: tuple[str, ...] = () if layer.layers is None else ("layers",)
+    stack = tuple(axis for axis, size in (("layers", layer.layers), ("expert", layer.experts)) if size is not None)
+    long = "lora_long" if layer.experts is None else "embed"  # experts are sharded over the tensor axis themselves
     mesh = getattr(getattr(layer.kernel.get_value(), "sharding", None), "mesh", None)
 
     def factor(value: ArrayLike, axes: tuple[str | None, ...]) -> nnx.LoRAParam[Array]:
@@ -94,8 +95,8 @@ def set_factors(layer: Linear, a: ArrayLike, b: ArrayLike, *, scale: float, drop
             value = jax.device_put(value, NamedSharding(mesh, partition_spec(np.shape(value), axes, mesh)))
         return nnx.LoRAParam(jnp.asarray(value, jnp.float32), axes=axes)
 
-    layer.lora_a = factor(a, (*stack, "lora_long", None))
-    layer.lora_b = factor(b, (*stack, None, "lora_long"))
+    layer.lora_a = factor(a, (*stack, long, None))
+    layer.lora_b = factor(b, (*stack, None, long))
     layer.lora_scale, layer.lora_dropout = scale, dropout
 
 
@@ -127,7 +128,7 @@ def _merge_kernel(kernel: Array, a: Array, b: Array, scale: Array) -> Array:
         kernel, a, b = layer
         return (kernel.astype(jnp.float32) + scale * (a @ b)).astype(kernel.dtype)
 
-    return jax.lax.map(merge_layer, (kernel, a, b)) if kernel.ndim == 3 else merge_layer((kernel, a, b))
+    return jax.lax.map(merge_layer, (kernel, a, b)) if kernel.ndim > 2 else merge_layer((kernel, a, b))
 
 
 def merge(model: VisionLanguageModel) -> None:

@@ -34,6 +34,7 @@ from reverie_jax.models.checkpoints.names import (
     canonical_projector_name,
     memory_name,
     original_name,
+    family_name,
     parameter_specs,
     to_file_layout,
     to_model_layout,
@@ -114,7 +115,8 @@ def attach_adapter(
     ready: dict[str, tuple[AnyArray, AnyArray]] = {}
     for name, sides in factors.items():
         a, b = (np.stack([arrays[stored].astype(np.float32).T for stored in sides[side]]) for side in "AB")
-        ready[name] = (a, b) if layers[name].layers is not None else (a[0], b[0])
+        stack = layers[name].kernel.shape[:-2]
+        ready[name] = a.reshape(*stack, *a.shape[1:]), b.reshape(*stack, *b.shape[1:])
     projector = {name: arrays[stored] for name, stored in projector_names.items()}
     if adapter.format == "llava-lora":
         projector = _read_projector(path / NON_LORA)
@@ -160,7 +162,7 @@ def _group_tensors(
     Raises:
         CheckpointError: A tensor is unknown, duplicate or missing.
     """
-    by_name = {name: (spec, layer) for spec in parameter_specs(model.config) for layer, name in enumerate(spec.names)}
+    by_name = {name: (spec, place) for spec in parameter_specs(model.config) for place, name in enumerate(spec.names)}
     factors: dict[str, dict[str, list[str]]] = {}
     projector: dict[str, str] = {}
     for stored_name, stored in tensors.stored.items():
@@ -323,10 +325,9 @@ def _lora_tensors(model: VisionLanguageModel, rename: Callable[[str], str]) -> t
         if not path.startswith("decoder."):
             raise CheckpointError(f"the adapter on {path} cannot be written; the formats support only the decoder's")
         a, b = (np.asarray(factor[...]) for factor in factors)
-        if layer.layers is None:
-            a, b = a[None], b[None]
+        a, b = a.reshape(-1, *a.shape[-2:]), b.reshape(-1, *b.shape[-2:])
         for name, one_a, one_b in zip(specs[f"{path}.kernel"].names, a, b, strict=True):
-            module = rename(name).removesuffix(".weight")
+            module = rename(family_name(name, model.config.text)).removesuffix(".weight")
             tensors[f"base_model.model.{module}.lora_A.weight"] = np.ascontiguousarray(one_a.T)
             tensors[f"base_model.model.{module}.lora_B.weight"] = np.ascontiguousarray(one_b.T)
             modules.add(module.split(".")[-1])
@@ -420,9 +421,9 @@ def write_llava_lora(model: VisionLanguageModel, folder: Path, *, base_model: st
             f"writing {NON_LORA} needs PyTorch: pip install -e '.[convert]' in the checkout"
         ) from None
     kind = model.config.projector
-    tensors, modules = _lora_tensors(model, lambda name: original_name(name, kind))
+    tensors, modules = _lora_tensors(model, lambda name: original_name(name, model.config))
     projector = {
-        f"base_model.model.{original_name(name, kind)}": torch.from_numpy(np.array(array, np.float32))
+        f"base_model.model.{original_name(name, model.config)}": torch.from_numpy(np.array(array, np.float32))
         for name, array in _projector_tensors(model).items()
     }
     save_file(tensors, folder / ADAPTER_WEIGHTS[0], metadata={"format": "pt"})
