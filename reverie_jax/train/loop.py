@@ -152,7 +152,7 @@ def _place(
     model: VisionLanguageModel, optimizer: optax.GradientTransformation, recipe: Recipe, mesh: Mesh
 ) -> tuple[nnx.GraphDef[VisionLanguageModel], TrainState, nnx.State[Any, Any]]:
     """Return the model's graph, the initial state and the frozen weights, both on the mesh."""
-    graph, params, frozen = nnx.split(model, trainable_filter(recipe.trainable), ...)  # type: ignore[misc]
+    graph, params, frozen = nnx.split(model, trainable_filter(recipe), ...)  # type: ignore[misc]
     params, frozen = shard_state(params, mesh), shard_state(frozen, mesh)
     # Moments are sharded as their parameters. Without out_shardings, jit replicates zeros: they depend on no input.
     moment_shardings = shardings(jax.eval_shape(optimizer.init, params), mesh)

@@ -17,16 +17,16 @@ from reverie_jax.data.preferences import DPOConfig
 from reverie_jax.data.sequence_shape import SequenceShape
 from reverie_jax.data.supervision import Supervision
 from reverie_jax.errors import UserError
-from reverie_jax.models.config import DEFAULT_TARGETS, ImageAspectRatio, ProjectorKind, Remat
+from reverie_jax.models.config import DEFAULT_TARGETS, ExpertLayers, ImageAspectRatio, ProjectorKind, Remat, Routing
 
-Trainable = Literal["lora", "projector", "full"]
+Trainable = Literal["lora", "projector", "mlp", "full"]
 LossReduction = Literal["tokens", "micro-batches"]
 
 
 # Fields, what their values must satisfy (NaN does not), and the words for it. None passes.
 _BOUNDS: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
     (
-        ("batch_size", "gradient_accumulation_steps", "rank", "save_steps", "keep_checkpoints"),
+        ("batch_size", "gradient_accumulation_steps", "rank", "experts", "save_steps", "keep_checkpoints"),
         lambda x: x >= 1,
         "at least 1",
     ),
@@ -56,7 +56,13 @@ class Recipe:
         offload: keep the optimizer state in host memory between steps.
         loss_reduction: mean over all supervised tokens of a step (`tokens`), or mean of the micro-batches' means, as the
             trainer of transformers computes it (`micro-batches`).
-        trainable: adapters and projector (`lora`), the projector only, or decoder and projector (`full`).
+        trainable: adapters and projector (`lora`), the projector only, the decoder's MLPs and projector (`mlp`: experts and
+            routers too, as the third stage of MoE-LLaVA), or decoder and projector (`full`).
+        upcycle: layers whose MLP is first replaced by experts that are copies of it; None keeps a dense model dense. A model
+            that has experts keeps them.
+        experts: number of experts of each of those layers.
+        routing: how tokens are routed to experts in training; as the checkpoint says if None.
+        freeze_router: keep the routers as they are, as the released MoE-LLaVA models probably did.
         supervision: which answers and rationales are supervised, and in which form.
         preference: train on pairs of answers by DPO instead of `supervision`; `sequence.questions` then counts answers,
             two per pair, and the loss is the mean over pairs.
@@ -95,6 +101,10 @@ class Recipe:
     offload: bool = False
     loss_reduction: LossReduction = "tokens"
     trainable: Trainable = "lora"
+    upcycle: ExpertLayers | None = None
+    experts: int = 4
+    routing: Routing | None = None
+    freeze_router: bool = False
     supervision: Supervision = Supervision()  # noqa: RUF009
     preference: DPOConfig | None = None
     prefix_sharing: bool = True
@@ -136,8 +146,12 @@ class Recipe:
                 f"batch_size={self.batch_size} is not a multiple of"
                 f" gradient_accumulation_steps={self.gradient_accumulation_steps}"
             )
-        if self.quantization is not None and self.trainable == "full":
-            raise ValueError(f"quantization={self.quantization} needs frozen weights; trainable=full has none")
+        if self.quantization is not None and self.trainable in ("full", "mlp"):
+            raise ValueError(f"quantization={self.quantization} needs frozen weights; trainable={self.trainable} trains them")
+        if self.routing is not None and self.routing.group and self.micro_batch_size % self.routing.group:
+            raise ValueError(
+                f"micro-batches of {self.micro_batch_size} sequences are not a multiple of routing.group={self.routing.group}"
+            )
 
     @property
     def micro_batch_size(self) -> int:
@@ -151,6 +165,8 @@ class Recipe:
     def summary(self) -> str:
         """Return what the recipe trains, in a line."""
         what = f"LoRA r {self.rank}" if self.trainable == "lora" else self.trainable
+        if self.upcycle is not None:
+            what += f", {self.experts} experts in {self.upcycle} layers"
         on = f"supervises {self.supervision.kinds}"
         if self.preference is not None:
             on = f"DPO, beta {self.preference.beta:g}, gamma {self.preference.gamma:g}"
@@ -287,6 +303,31 @@ _LRV = dataclasses.replace(
     weight_decay=1e-4,
 )
 
+# MoE-LLaVA's scripts: 8 devices; experts get the tokens of the 8 sequences of one device. Its router loss had no gradient and
+# its routers probably stayed as they were drawn (a defect of the libraries it was trained with); here both are trained.
+_MOE_MODELS = ("stablelm", "qwen", "phi2")
+_MOE_STAGE_2 = dataclasses.replace(
+    _FULL, name="moe-llava-stablelm-stage2", template="moe_llava", gradient_accumulation_steps=2
+)
+_MOE_STAGE_3 = dataclasses.replace(
+    _MOE_STAGE_2,
+    name="moe-llava-stablelm-stage3",
+    trainable="mlp",
+    upcycle="sparse",
+    routing=Routing(second_expert="gumbel", group=8),
+)
+# The same with prefix sharing, as `_REVERIE` is to `_LLAVA`; a sequence is a group.
+_MOE_REVERIE = dataclasses.replace(
+    _REVERIE,
+    name="moe-reverie-1.6bx4",
+    trainable="mlp",
+    upcycle="sparse",
+    routing=Routing(second_expert="gumbel"),
+    template="moe_llava",
+    learning_rate=2e-5,
+    projector_learning_rate=2e-5,
+)
+
 
 def _named(recipe: Recipe, *names: str, **changes: Any) -> list[Recipe]:
     return [dataclasses.replace(recipe, name=name, **changes) for name in names]
@@ -310,6 +351,16 @@ RECIPES: dict[str, Recipe] = {
         *_named(_PRETRAIN, "llava-1.0-pretrain", batch_size=128, projector_learning_rate=2e-3, projector_type="linear"),
         *_named(_REVERIE, "reverie-1.5-7b-lora", "reverie-1.5-13b-lora", "reverie-phi3-lora"),
         *_named(_REVERIE, "reverie-1.0-7b-lora", image_aspect_ratio="square"),
+        *_named(_PRETRAIN, *(f"moe-llava-{model}-stage1" for model in _MOE_MODELS), image_aspect_ratio="pad"),
+        *_named(_MOE_STAGE_2, *(f"moe-llava-{model}-stage2" for model in _MOE_MODELS)),
+        *_named(_MOE_STAGE_3, *(f"moe-llava-{model}-stage3" for model in _MOE_MODELS)),
+        *_named(
+            _MOE_STAGE_3,
+            "moe-llava-stablelm-stage3-frozen-router",
+            freeze_router=True,
+            routing=Routing(second_expert="gumbel", group=8, aux_coefficient=0.0),
+        ),
+        _MOE_REVERIE,
         _DDPO,
         *_named(
             _DDPO,

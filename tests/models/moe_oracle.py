@@ -345,7 +345,7 @@ def tensors(model: Model) -> dict[str, torch.Tensor]:
     """Return copies of the parameters by their names in a checkpoint of the model's kind."""
     found, own = {}, {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     for name, tensor in own.items():
-        if model.sizes.kind == "qwen" and ".self_attn.q_proj." in name:
+        if model.sizes.kind == "qwen" and ".self_attn.q_proj." in name and "image_tower" not in name:
             tensor = torch.cat([own[name.replace("q_proj", part)] for part in ("q_proj", "k_proj", "v_proj")])
             name = name.replace(".self_attn.q_proj.", ".attn.c_attn.")
         elif model.sizes.kind == "qwen" and (".k_proj." in name or ".v_proj." in name) and "image_tower" not in name:

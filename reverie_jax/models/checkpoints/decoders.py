@@ -244,7 +244,6 @@ def text_json(text: TextConfig) -> Json:
         "stablelm": {"use_qkv_bias": text.qkv_bias, "use_parallel_residual": text.parallel, "qk_layernorm": False},
         "qwen": {
             "kv_channels": text.head_dim,
-            "layer_norm_epsilon": text.norm_eps,
             "rotary_emb_base": text.rope_theta,
             "rotary_pct": text.rotary_fraction,
             "seq_length": text.max_positions,
@@ -259,7 +258,9 @@ def text_json(text: TextConfig) -> Json:
         "num_key_value_heads": text.kv_heads,
         "head_dim": text.head_dim,
         "intermediate_size": text.mlp * (2 if kind == "qwen" else 1),
-        "layer_norm_eps" if text.norm == "layernorm" else "rms_norm_eps": text.norm_eps,
+        {"phi": "layer_norm_eps", "stablelm": "layer_norm_eps", "qwen": "layer_norm_epsilon"}.get(
+            kind, "rms_norm_eps"
+        ): text.norm_eps,
         "rope_theta": text.rope_theta,
         "max_position_embeddings": text.max_positions,
         "hidden_act": hf_activation(text.activation),
