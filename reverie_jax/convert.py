@@ -263,7 +263,8 @@ def _write_readme(folder: Path, model: VisionLanguageModel, to: str, source: Con
         "vision tower": f"{tower}{config.vision.layers} layers of {config.vision.hidden}, images of "
         f"{config.vision.image_size} pixels",
         "projector": config.projector,
-        "images": {"pad": "padded", "square": "cropped", "stretch": "stretched"}[config.image_aspect_ratio] + " to squares",
+        "images": {"pad": "padded", "square": "cropped", "stretch": "stretched"}[config.image_aspect_ratio]
+        + " to squares",
         "prompt": f"template `{config.template}`, tokenization `{config.tokenization}`",
         "base model" if factors else "checksums": checksums,
     }

@@ -128,7 +128,7 @@ class ExpertsConfig:
 
     layers: tuple[int, ...]
     count: int = 4
-    routing: Routing = Routing()  # noqa: RUF009
+    routing: Routing = Routing()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -397,4 +397,4 @@ ARCHITECTURES: dict[str, VLMConfig] = {
     "moe-llava-qwen-1.8b": _moe_llava(_QWEN_1_8B),
     "moe-llava-phi2-2.7b": _moe_llava(_PHI_2),
 }
-"""The published models that REVERIE was tuned from (haotian-liu/LLaVA, mbzuai-oryx/LLaVA-pp, PKU-YuanGroup/MoE-LLaVA)."""
+"""The models that REVERIE was tuned from (haotian-liu/LLaVA, mbzuai-oryx/LLaVA-pp, PKU-YuanGroup/MoE-LLaVA)."""

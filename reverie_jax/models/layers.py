@@ -163,9 +163,7 @@ class RMSNorm(nnx.Module):
         return (wide * scale).astype(x.dtype)
 
 
-def make_norm(
-    kind: Norm, width: int, eps: float, *, rngs: nnx.Rngs, layers: int | None = None
-) -> LayerNorm | RMSNorm:
+def make_norm(kind: Norm, width: int, eps: float, *, rngs: nnx.Rngs, layers: int | None = None) -> LayerNorm | RMSNorm:
     """Return a normalization of the kind that a decoder's configuration names."""
     return (LayerNorm if kind == "layernorm" else RMSNorm)(width, eps, rngs=rngs, layers=layers)
 

@@ -1,4 +1,4 @@
-"""Mixture of experts: top-2 routing as DeepSpeed 0.9.5 computes it for MoE-LLaVA (`top2gating` in deepspeed/moe/sharded_moe.py)."""
+"""Mixture of experts: top-2 routing as MoE-LLaVA has it (`top2gating` in sharded_moe.py of DeepSpeed 0.9.5)."""
 
 from __future__ import annotations
 

@@ -51,13 +51,13 @@ def upcycle(
     if text.experts is not None:
         raise ValueError("the model has experts already")
     if any(layer.lora_a is not None or layer.scales is not None for _, layer in lora.linears(model)):
-        raise ValueError("the model has adapters or quantized matrices: merge the adapters first, and quantize afterwards")
+        raise ValueError(
+            "the model has adapters or quantized matrices: merge the adapters first, and quantize afterwards"
+        )
     assert old.layers is not None
     experts = ExpertsConfig(layers_of(chosen, text.layers), count, routing or Routing())
     text = dataclasses.replace(text, experts=experts)
-    graph, state = nnx.split(
-        nnx.eval_shape(lambda: Decoder(text, rngs=nnx.Rngs(0), dtype=model.compute_dtype))
-    )
+    graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(text, rngs=nnx.Rngs(0), dtype=model.compute_dtype)))
     values = dict(nnx.to_flat_state(nnx.state(old)))
     indices = {"layers": text.dense_layers, "expert_layers": text.expert_layers}
 

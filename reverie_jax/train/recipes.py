@@ -147,7 +147,9 @@ class Recipe:
                 f" gradient_accumulation_steps={self.gradient_accumulation_steps}"
             )
         if self.quantization is not None and self.trainable in ("full", "mlp"):
-            raise ValueError(f"quantization={self.quantization} needs frozen weights; trainable={self.trainable} trains them")
+            raise ValueError(
+                f"quantization={self.quantization} needs frozen weights; trainable={self.trainable} trains them"
+            )
         if self.routing is not None and self.routing.group and self.micro_batch_size % self.routing.group:
             raise ValueError(
                 f"micro-batches of {self.micro_batch_size} sequences are not a multiple of routing.group={self.routing.group}"
@@ -303,8 +305,8 @@ _LRV = dataclasses.replace(
     weight_decay=1e-4,
 )
 
-# MoE-LLaVA's scripts: 8 devices; experts get the tokens of the 8 sequences of one device. Its router loss had no gradient and
-# its routers probably stayed as they were drawn (a defect of the libraries it was trained with); here both are trained.
+# MoE-LLaVA's scripts: 8 devices; experts get the tokens of the 8 sequences of one device. Its router loss had no gradient,
+# and its routers probably stayed as they were drawn (defects of the libraries that it was trained with); here they learn.
 _MOE_MODELS = ("stablelm", "qwen", "phi2")
 _MOE_STAGE_2 = dataclasses.replace(
     _FULL, name="moe-llava-stablelm-stage2", template="moe_llava", gradient_accumulation_steps=2

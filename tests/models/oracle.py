@@ -32,7 +32,11 @@ class Sizes:
     @property
     def ours(self) -> VLMConfig:
         return VLMConfig(
-            self.vision, self.text, feature_layers=(self.feature_layer,), image_token_id=IMAGE, image_aspect_ratio="square"
+            self.vision,
+            self.text,
+            feature_layers=(self.feature_layer,),
+            image_token_id=IMAGE,
+            image_aspect_ratio="square",
         )
 
 
@@ -131,8 +135,13 @@ def logits(model: VisionLanguageModel, inputs: ModelInputs, key: jax.Array | Non
     config = model.config
     # Nothing else is computed with.
     model.config = dataclasses.replace(
-        VLMConfig(config.vision, config.text, feature_layers=config.feature_layers, feature_select=config.feature_select),
-        **{name: getattr(config, name) for name in ("projector", "projector_activation", "projector_bias", "projector_norm_eps")},
+        VLMConfig(
+            config.vision, config.text, feature_layers=config.feature_layers, feature_select=config.feature_select
+        ),
+        **{
+            name: getattr(config, name)
+            for name in ("projector", "projector_activation", "projector_bias", "projector_norm_eps")
+        },
     )
     graph, state = nnx.split(model)
     model.config = config

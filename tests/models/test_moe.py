@@ -1,4 +1,4 @@
-"""Experts: routing, layers, whole checkpoints and training equal oracles that were written apart (`moe_loops`, `moe_oracle`)."""
+"""Experts: routing, checkpoints and training equal oracles that were written apart (`moe_loops`, `moe_oracle`)."""
 
 from __future__ import annotations
 
@@ -238,7 +238,9 @@ def test_what_the_third_stage_trains(root):
     for frozen in (False, True):
         chosen = trainable_filter(dataclasses.replace(recipe, freeze_router=frozen))
         paths = {".".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model, chosen))}
-        mlps = {f"decoder.{stack}.{name}.kernel" for stack in ("layers", "expert_layers") for name in ("gate", "up", "down")}
+        mlps = {
+            f"decoder.{stack}.{name}.kernel" for stack in ("layers", "expert_layers") for name in ("gate", "up", "down")
+        }
         router = set() if frozen else {"decoder.expert_layers.router.kernel"}
         projector = {f"projector.linear{number}.{leaf}" for number in (1, 2) for leaf in ("kernel", "bias")}
         assert paths == mlps | router | projector
@@ -302,7 +304,11 @@ def test_a_tree_equals_its_conversations_where_no_token_is_dropped(root):
         flat = np.concatenate([prefix, answer])[None].astype(np.int32)
         length = flat.shape[1]
         inputs = ModelInputs(
-            flat, np.arange(length, dtype=np.int32)[None], np.full((1, length), length, np.int32), none[0][:, :length], none[1]
+            flat,
+            np.arange(length, dtype=np.int32)[None],
+            np.full((1, length), length, np.int32),
+            none[0][:, :length],
+            none[1],
         )
         wanted = np.asarray(model(inputs))[0]
         np.testing.assert_allclose(tree[:7], wanted[:7], atol=1e-5)

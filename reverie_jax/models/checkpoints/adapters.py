@@ -420,7 +420,6 @@ def write_llava_lora(model: VisionLanguageModel, folder: Path, *, base_model: st
         raise CheckpointError(
             f"writing {NON_LORA} needs PyTorch: pip install -e '.[convert]' in the checkout"
         ) from None
-    kind = model.config.projector
     tensors, modules = _lora_tensors(model, lambda name: original_name(name, model.config))
     projector = {
         f"base_model.model.{original_name(name, model.config)}": torch.from_numpy(np.array(array, np.float32))
