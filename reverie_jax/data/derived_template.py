@@ -103,8 +103,8 @@ def _cut(tokenizer: Any, render: Callable[[Conversation], str]) -> Template:
     prefix = answered.removeprefix(assistant) if answered.startswith(assistant) else None
     if prefix is None and answered.split() != assistant.split():
         raise ValueError(f"it asks for an answer with {assistant!r}, but writes {answered!r} before one")
-    padded = render(_conversation(_PADDED[:2], image=True))
-    kept = {"user": f"{_PADDED[0][1:]}", "assistant": _PADDED[1], "image": f"{IMAGE}\n{_PADDED[0][:-1]}"}
+    (question, answer), (wide_question, wide_answer) = _MARKS[:2], _PADDED[:2]
+    padded = {"user": (wide_question, answer), "assistant": (question, wide_answer), "image": (wide_question, answer)}
     return Template(
         name=CHECKPOINT,
         style="spans",
@@ -115,7 +115,11 @@ def _cut(tokenizer: Any, render: Callable[[Conversation], str]) -> Template:
         end=user[:cut],
         answered=answered if prefix is None else None,
         text_only=text_only,
-        stripped=tuple(name for name, text in kept.items() if text not in padded),
+        stripped=tuple(
+            name
+            for name, texts in padded.items()
+            if render(_conversation(texts, name == "image")) == render(_conversation(_MARKS[:2], name == "image"))
+        ),
     )
 
 
