@@ -85,7 +85,7 @@ KINDS = ("words", "bytes", "bytes with BOS", "modern", "legacy")
 def small(kind: str) -> Any:
     if kind == "words":
         return makers.tokenizer(*SPECIAL)
-    return byte_level_tokenizer(*SPECIAL, "<|end|>", bos=kind != "bytes")
+    return byte_level_tokenizer(*SPECIAL, "<|end|>", bos=None if kind == "bytes" else "<s>")
 
 
 @pytest.fixture(scope="module")
