@@ -1,5 +1,6 @@
 """The public names, compared with transformers: load a model, make a batch, generate answers."""
 
+import base64
 import dataclasses
 import inspect
 import io
@@ -23,7 +24,7 @@ from reverie_jax.data.chat_template import choose_template
 from reverie_jax.data.conversation import IMAGE, Conversation, Turn
 from reverie_jax.data.templates import CHECKPOINT, TEMPLATES, find_template, to_jinja
 from reverie_jax.errors import CheckpointError, UserError
-from reverie_jax.loading import find_checkpoint, load_processor
+from reverie_jax.loading import find_checkpoint, load_processor, read_tokenizer
 from reverie_jax.models.checkpoints import files
 from reverie_jax.models.checkpoints.components import Component
 from reverie_jax.models.config import ARCHITECTURES
@@ -365,6 +366,27 @@ def test_byte_level_tokenizers_in_the_original_format(tmp_path):
     shown, asked = LLAMA3(before).input_ids, LLAMA3(after).input_ids[1:]  # BOS once, beside that in the text
     assert tokens.ids[tokens.image_slots < 0].tolist() == shown + asked
     assert tokens.image_slots.argmax() - tokens.image_slots.max() == len(shown)
+
+
+def test_tokenizers_without_tokenizer_json(tmp_path):
+    """A slow one's vocabulary and merges (Phi-2), and a tiktoken file (StableLM-2)."""
+    config = dataclasses.replace(ARCHITECTURES["llava-1.5-7b"].text, vocab=100352)
+    config = dataclasses.replace(ARCHITECTURES["llava-1.5-7b"], text=config)
+    QWEN.save_pretrained(tmp_path / "saved")
+    model = json.loads((tmp_path / "saved" / "tokenizer.json").read_text())["model"]
+    (tmp_path / "slow").mkdir()
+    makers.write_json(tmp_path / "slow" / "vocab.json", model["vocab"])
+    (tmp_path / "slow" / "merges.txt").write_text("".join(f"{' '.join(pair)}\n" for pair in model["merges"]))
+    settings = {"tokenizer_class": "CodeGenTokenizer", **dict.fromkeys(("bos_token", "eos_token", "unk_token"), "!")}
+    makers.write_json(tmp_path / "slow" / "tokenizer_config.json", settings)
+    tokenizer = read_tokenizer(config, Component(tmp_path / "slow", "llava", {}))
+    assert tokenizer("What is this?").input_ids == QWEN("What is this?").input_ids
+    (tmp_path / "tiktoken").mkdir()
+    lines = (f"{base64.b64encode(bytes([byte])).decode()} {byte}\n" for byte in range(256))
+    (tmp_path / "tiktoken" / "arcade100k.tiktoken").write_text("".join(lines))
+    tokenizer = read_tokenizer(config, Component(tmp_path / "tiktoken", "llava", {}))
+    assert tokenizer("cat<|endoftext|>").input_ids == [*b"cat", 100257]
+    makers.assert_refused(lambda: read_tokenizer(config, Component(tmp_path, "llava", {})), tmp_path, "tiktoken")
 
 
 # A template of the checkpoint's own stays with it.

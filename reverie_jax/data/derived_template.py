@@ -138,7 +138,7 @@ def _difference(tokenizer: Any, template: Template, render: Callable[[Conversati
         conversation = _conversation(marks[:size], image)
         ours, spans = encoder.render(conversation)
         theirs = render(conversation)
-        text = theirs if template.system.startswith(bos) else theirs.removeprefix(bos)
+        text = theirs if ours.startswith(bos) else theirs.removeprefix(bos)
         # What follows the end of the last answer is neither taught nor asked.
         if text != ours if conversation.is_open else not text.startswith(ours[: spans[-1][1]].rstrip()):
             return f"it renders {text!r}, and not {ours!r}, as its other turns suggest"

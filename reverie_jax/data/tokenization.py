@@ -148,8 +148,9 @@ class Encoder:
             stops.append(tokenizer.convert_tokens_to_ids(token))
             self._taught = self._end.index(token) + len(token)
         # As transformers' processor: a text that begins with BOS gets no other.
-        bos = getattr(tokenizer, "bos_token", None)
-        self._options = {"add_special_tokens": False} if bos and self.template.system.startswith(bos) else {}
+        bos: Any = getattr(tokenizer, "bos_token", None)
+        begins = bool(bos) and f"{self.template.system}{self.template.user}".startswith(bos)
+        self._options = {"add_special_tokens": False} if begins else {}
         self.further_stop_ids = tuple(stop_ids)
         self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys([*stops, *stop_ids]))
 
