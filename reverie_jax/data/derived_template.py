@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import itertools
 import re
 from collections.abc import Callable, Sequence
@@ -52,26 +54,26 @@ def _is_same(known: Template, derived: Template) -> bool:
 
 
 def _renderer(tokenizer: Any, jinja: str) -> Callable[[Conversation], str]:
-    """Return the function that renders a conversation: with lists of parts, or with texts if it takes only those."""
+    """Return the function that renders a conversation; its texts are lists of parts as far as the template takes them."""
 
-    def render(conversation: Conversation, parts: bool = True) -> str:
+    def render(conversation: Conversation, parts: Sequence[str] = ()) -> str:
         messages = []
         for turn in conversation.turns:
             text = turn.text.removeprefix(f"{IMAGE}\n")
             image = [{"type": "image"}] if text != turn.text else []
-            content = [*image, {"type": "text", "text": text}] if parts else turn.text
+            content = [*image, {"type": "text", "text": text}] if turn.role in parts else turn.text
             messages.append({"role": turn.role, "content": content})
         rendered: str = tokenizer.apply_chat_template(
             messages, chat_template=jinja, add_generation_prompt=conversation.is_open, tokenize=False
         )
-        if IMAGE in conversation.turns[0].text and IMAGE not in rendered:
+        if (IMAGE in conversation.turns[0].text and IMAGE not in rendered) or "'type':" in rendered:
             raise ValueError("it shows no image")
         return rendered
 
-    try:
-        render(_conversation(_MARKS[:1], image=True))
-    except Exception:  # a template can raise anything
-        return lambda conversation: render(conversation, parts=False)
+    for parts in (("user", "assistant"), ("user",)):
+        with contextlib.suppress(Exception):  # a template can raise anything
+            render(_conversation(_MARKS[:2], image=True), parts)
+            return functools.partial(render, parts=parts)
     return render
 
 
@@ -95,7 +97,7 @@ def _cut(tokenizer: Any, render: Callable[[Conversation], str]) -> Template:
     # How much of the text between two exchanges is the end of the first: at least what ends the last one, or its end token.
     if user.startswith(after):
         least = len(after)
-    elif token := end_token(tokenizer, after):
+    elif (token := end_token(tokenizer, after)) and token in user:
         least = user.find(token) + len(token)
     else:
         raise ValueError(f"it ends the last answer with {after!r}, and others with {between!r}")

@@ -230,6 +230,18 @@ def test_a_known_template_is_found(name):
     assert dataclasses.replace(found, name=known.name, style=known.style) == known
 
 
+def test_an_answer_may_be_a_text_where_a_question_is_parts():
+    mixed = loop(
+        "{{ '<|' + m['role'] + '|>\\n' }}{% if m['role'] == 'user' %}"
+        + PARTS
+        + "{% else %}{{ m['content'] }}{% endif %}"
+        "{{ eos_token + '\\n' }}",
+        "<|assistant|>\\n",
+    )
+    found, pure = (derive_template(small("bytes"), jinja) for jinja in (mixed, FAMILIES["Zephyr"][0]))
+    assert dataclasses.replace(found, jinja=None) == dataclasses.replace(pure, jinja=None)
+
+
 LLAVA_15 = loop("{{ m['role'].upper() + ': ' }}" + PARTS + "{{ ' ' }}", "ASSISTANT:")
 
 
@@ -247,6 +259,10 @@ REFUSED = {
     ),
     "only the last answer ends": (
         loop("{{ m['role'] }}" + PARTS + "{{ eos_token if loop.last }}", "assistant"),
+        "</s>",
+    ),
+    "the end of the last alone": (
+        loop("{{ m['role'] + '\\n\\n\\n' }}" + PARTS + "{{ eos_token if loop.last }}"),
         "</s>",
     ),
     "asked otherwise": (LLAVA_15.replace("'ASSISTANT:'", "'BOT:'"), "BOT"),
