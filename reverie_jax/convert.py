@@ -17,7 +17,6 @@ from reverie_jax.data.chat_template import TEMPLATE_EXAMPLE
 from reverie_jax.data.conversation import IMAGE
 from reverie_jax.data.processor import Processor
 from reverie_jax.data.templates import to_jinja
-from reverie_jax.data.tokenization import Encoder
 from reverie_jax.errors import UserError
 from reverie_jax.files import write_json
 from reverie_jax.loading import (
@@ -159,8 +158,7 @@ def _write_model(
     encoder = Processor.from_config(model.config, tokenizer, processor.encoder.template).encoder
     if to == "llava-hf":
         write.write_model(model, folder, shard_bytes=shard_bytes, special_ids=ids)
-        _write_processor(folder, encoder, model.config.vision.patch_size)
-        tokenizer.chat_template = None  # it is in a file of its own
+        _write_processor(folder, model.config.vision.patch_size)
     elif to == "llava":
         write.write_original(model, folder, shard_bytes=shard_bytes, special_ids=ids)
     else:
@@ -168,7 +166,9 @@ def _write_model(
     stops = list(encoder.stop_ids)
     ends = {"eos_token_id": stops[0] if len(stops) == 1 else stops} if stops else {}
     write_json(folder / "generation_config.json", {**ids, **ends})
+    tokenizer.chat_template = None  # the checkpoint's may be another
     tokenizer.save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text(to_jinja(encoder.template), "utf-8")
     if hasattr(tokenizer, "legacy"):  # transformers 5 does not write it
         settings = read_json(folder / "tokenizer_config.json")
         write_json(folder / "tokenizer_config.json", {**settings, "legacy": tokenizer.legacy})
@@ -228,7 +228,7 @@ def _truncate_tokenizer(folder: Path, vocab: int) -> None:
     write_json(folder / "tokenizer_config.json", settings)
 
 
-def _write_processor(folder: Path, encoder: Encoder, patch_size: int) -> None:
+def _write_processor(folder: Path, patch_size: int) -> None:
     write_json(
         folder / "processor_config.json",
         {
@@ -239,7 +239,6 @@ def _write_processor(folder: Path, encoder: Encoder, patch_size: int) -> None:
             "image_token": IMAGE,
         },
     )
-    (folder / "chat_template.jinja").write_text(to_jinja(encoder.template), "utf-8")
 
 
 _USAGE = {
