@@ -43,7 +43,8 @@ def parameter(
 class Linear(nnx.Module):
     """y = x W + b, W of shape (in, out), optionally with a LoRA adapter (see `models.lora`).
 
-    W may be quantized: then `kernel` holds codes, and `scales` their factors (see `models.quantize`).
+    W may be quantized: then `kernel` holds codes, and `scales` their factors (see `models.quantize`). A DoRA adapter also
+    has, by output, the norm of W + scale A B and the magnitude that this norm is brought to.
     """
 
     def __init__(
@@ -63,6 +64,8 @@ class Linear(nnx.Module):
         self.bias = parameter(rngs, (outputs,), axes[1:], layers=layers, dtype=dtype) if bias else nnx.data(None)
         self.lora_a: nnx.LoRAParam[Array] | None = nnx.data(None)
         self.lora_b: nnx.LoRAParam[Array] | None = nnx.data(None)
+        self.lora_magnitude: nnx.LoRAParam[Array] | None = nnx.data(None)
+        self.lora_norm: nnx.LoRAParam[Array] | None = nnx.data(None)
         self.lora_scale = 0.0
         self.lora_dropout = 0.0
         self.lora_enabled = True
@@ -88,8 +91,6 @@ class Linear(nnx.Module):
             key: Randomness of LoRA dropout; None disables dropout.
         """
         y = x @ self.weight(x.dtype)
-        if self.bias is not None:
-            y = y + self.bias[...].astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
         if self.lora_a is not None and self.lora_b is not None and self.lora_enabled:
             low = x
             if key is not None and self.lora_dropout:
@@ -97,6 +98,12 @@ class Linear(nnx.Module):
                 low = jnp.where(keep, x / (1 - self.lora_dropout), jnp.zeros_like(x))
             low = _times_wide(low @ self.lora_a[...].astype(x.dtype), self.lora_b[...].astype(x.dtype))
             y = y + jnp.asarray(self.lora_scale, x.dtype) * low
+            if self.lora_magnitude is not None and self.lora_norm is not None:
+                # In float32: the factor is close to 1, where half precision is coarse.
+                gain = self.lora_magnitude[...] / self.lora_norm[...]
+                y = (y.astype(jnp.float32) * gain.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
+        if self.bias is not None:
+            y = y + self.bias[...].astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
         return y
 
 
