@@ -48,7 +48,7 @@ from reverie_jax.eval.decode import Decoding
 from reverie_jax.eval.engine import Engine, EngineShape
 from reverie_jax.eval.schedule import Schedule
 from reverie_jax.models import VisionConfig, VisionLanguageModel, VLMConfig
-from reverie_jax.models.vision import CLIP_MEAN, CLIP_STD
+from reverie_jax.models.config import CLIP_MEAN, CLIP_STD
 
 OBJECTS = [
     "cup",
@@ -292,7 +292,7 @@ def utilization(
         tokens += shared + sum(length - shared for length in lengths)
         pairs += shared**2 // 2 + sum((length - shared) * (length + shared) // 2 for length in lengths)
     layers = 2 * sizes.layers * tokens + 4 * pairs * text.heads * text.head_dim * text.layers
-    tower = (2 * sizes.tower + 4 * (vision.patches + 1) * vision.hidden * config.feature_depth) * (vision.patches + 1)
+    tower = (2 * sizes.tower + 4 * vision.tokens * vision.hidden * max(config.feature_depths)) * vision.tokens
     flops = layers + len(ours.images) * (tower + 2 * sum(sizes.projector) * vision.patches)
     read = 0
     for group in ours.shapes():

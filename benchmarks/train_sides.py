@@ -223,7 +223,7 @@ def peer_way(args: Args, work: Work, folder: Path) -> dict[str, Way]:
     import torch
     from transformers import get_cosine_schedule_with_warmup
 
-    from reverie_jax.models.vision import CLIP_MEAN, CLIP_STD
+    from reverie_jax.models.config import CLIP_MEAN, CLIP_STD
 
     size, dtype = args.chosen, getattr(torch, args.precision)
     if args.cores is not None:

@@ -258,12 +258,12 @@ def _write_readme(folder: Path, model: VisionLanguageModel, to: str, source: Con
     table = {
         "made by": f"`reverie convert --to {to}`, reverie-jax {reverie_jax.__version__}, {datetime.date.today()}",
         "from": f"{DESCRIPTIONS[source.format]}: " + ", ".join(f"`{name}`" for name in source.names),
-        "decoder": f"{'Phi-3' if config.text.fused else 'LLaMA'}, {config.text.layers} layers of {config.text.hidden}, "
+        "decoder": f"{config.text.family}, {config.text.layers} layers of {config.text.hidden}, "
         f"vocabulary {config.text.vocab}",
         "vision tower": f"{tower}{config.vision.layers} layers of {config.vision.hidden}, images of "
         f"{config.vision.image_size} pixels",
         "projector": config.projector,
-        "images": "padded to squares" if config.image_aspect_ratio == "pad" else "cropped to squares",
+        "images": {"pad": "padded", "square": "cropped", "stretch": "stretched"}[config.image_aspect_ratio] + " to squares",
         "prompt": f"template `{config.template}`, tokenization `{config.tokenization}`",
         "base model" if factors else "checksums": checksums,
     }

@@ -151,10 +151,10 @@ def _make_processor(
         if recipe.trainable != "projector":
             template, aspect = template or recipe.template, recipe.image_aspect_ratio
     elif adapter is not None and (tuned := detect_component(adapter)).format == "llava-lora" and tuned.config:
-        layer, config = config.feature_layer, with_settings(config, tuned)
-        if config.feature_layer != layer:
+        layers, config = config.feature_layers, with_settings(config, tuned)
+        if config.feature_layers != layers:
             raise CheckpointError(
-                f"{tuned.config_path}: mm_vision_select_layer {config.feature_layer} differs from {main.path}'s, {layer}"
+                f"{tuned.config_path}: mm_vision_select_layer {config.feature_layers} differs from {main.path}'s, {layers}"
             )
         prompted, others_of_it = tuned, [main, *others]
     tokenizer = read_tokenizer(config, main, others)

@@ -281,7 +281,7 @@ def test_input_settings_are_kept(to, aspect, clip, tmp_path):
     before = read_config(src, components=[clip])
     after = read_config(tmp_path / "out")  # the tower is in it
     assert before.image_aspect_ratio == aspect
-    for name in ("template", "tokenization", "image_aspect_ratio", "feature_layer", "projector", "vision"):
+    for name in ("template", "tokenization", "image_aspect_ratio", "feature_layers", "projector", "vision"):
         assert getattr(after, name) == getattr(before, name), name
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,20 @@ from jaxtyping import Float64, UInt8
 from PIL import Image, UnidentifiedImageError
 
 from reverie_jax.errors import UserError
+from reverie_jax.models.config import ImageAspectRatio
 
 _log = logging.getLogger(__name__)
 
 PAD_COLOR = (122, 116, 104)
 """CLIP's mean color in bytes, rounded down as in LLaVA."""
+
+
+def pad_color(mean: Sequence[float]) -> tuple[int, int, int]:
+    """Return a tower's mean color in bytes, rounded down as in LLaVA."""
+    red, green, blue = (int(255 * value) for value in mean)
+    return red, green, blue
+
+
 MAX_PIXELS = 80_000_000
 """Larger images are not decoded: a file of a few kilobytes may claim gigabytes of pixels."""
 _LARGE = 1 << 22
@@ -128,15 +138,19 @@ def decode(encoded: bytes, name: str, *, warn: bool = True) -> Image.Image:
         raise BrokenImage(f"{name}: not a readable image ({error or type(error).__name__})") from error
 
 
-def preprocess(image: Image.Image, size: int, *, pad: bool = True) -> UInt8[np.ndarray, "S S 3"]:
-    """Return LLaVA's square image: padded with CLIP's mean color (or cropped), resized to `size` with bicubic filter.
+def preprocess(
+    image: Image.Image, size: int, aspect: ImageAspectRatio = "pad", color: tuple[int, int, int] = PAD_COLOR
+) -> UInt8[np.ndarray, "S S 3"]:
+    """Return LLaVA's square image, resized to `size` with bicubic filter: padded with `color`, cropped or stretched.
 
     Memory is bounded by the image and the result, also for thin images, whose square would be large.
 
     Normalization is left to the device (`models.vision.normalize`), so that a pixel is transferred as one byte.
     """
-    if pad and image.width != image.height:
-        return _pad_and_resize(image, size)
+    if aspect == "stretch":
+        return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC), np.uint8)
+    if aspect == "pad" and image.width != image.height:
+        return _pad_and_resize(image, size, color)
     short = min(image.size)
     width, height = size * image.width // short, size * image.height // short
     left, top = (width - size) // 2, (height - size) // 2
@@ -155,7 +169,7 @@ def preprocess(image: Image.Image, size: int, *, pad: bool = True) -> UInt8[np.n
     return np.asarray(image.crop((left, top, left + size, top + size)), np.uint8)
 
 
-def _pad_and_resize(image: Image.Image, size: int) -> UInt8[np.ndarray, "S S 3"]:
+def _pad_and_resize(image: Image.Image, size: int, color: tuple[int, int, int]) -> UInt8[np.ndarray, "S S 3"]:
     """Resize an image's padded square, a part of the square at a time.
 
     Pillow resizes across first and then down, so rows of the square can be resized across in strips. Of a tall, thin image
@@ -163,7 +177,7 @@ def _pad_and_resize(image: Image.Image, size: int) -> UInt8[np.ndarray, "S S 3"]
     """
     side = max(image.size)
     left, top = (side - image.width) // 2, (side - image.height) // 2
-    across = Image.new("RGB", (size, side), PAD_COLOR)
+    across = Image.new("RGB", (size, side), color)
     first, last, start, stop = 0, size, 0, side  # columns of the result, and of the square
     scale = side / size
     if side > 4 * image.width:
@@ -173,7 +187,7 @@ def _pad_and_resize(image: Image.Image, size: int) -> UInt8[np.ndarray, "S S 3"]
     rows = max(1, _LARGE // (stop - start))
     for row in range(0, image.height, rows):
         height = min(rows, image.height - row)
-        strip = Image.new("RGB", (stop - start, height), PAD_COLOR)
+        strip = Image.new("RGB", (stop - start, height), color)
         strip.paste(image.crop((0, row, image.width, row + height)), (left - start, 0))
         box = (first * scale - start, 0, last * scale - start, height)
         across.paste(strip.resize((last - first, height), Image.Resampling.BICUBIC, box=box), (first, top + row))

@@ -14,7 +14,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from reverie_jax.data.conversation import IMAGE, Conversation, ImageRecord, Turn
-from reverie_jax.data.images import decode, preprocess, to_rgb
+from reverie_jax.data.images import PAD_COLOR, decode, pad_color, preprocess, to_rgb
 from reverie_jax.data.packing import Batch, SequenceShape, make_element, pack_sequence, stack
 from reverie_jax.data.templates import Template
 from reverie_jax.data.tokenization import Encoder, Tokens
@@ -33,22 +33,25 @@ class Processor:
     Attributes:
         encoder: tokenizes conversations.
         image_size: side of the vision tower's input, in pixels.
-        image_aspect_ratio: "pad" pads an image to a square, "square" crops it.
+        image_aspect_ratio: "pad" pads an image to a square, "square" crops and "stretch" stretches it.
         context: tokens of the longest conversation that the model supports.
+        pad_color: color of the padding, in bytes.
     """
 
     encoder: Encoder
     image_size: int
     image_aspect_ratio: ImageAspectRatio = "pad"
     context: int = 4096
+    pad_color: tuple[int, int, int] = PAD_COLOR
 
     @classmethod
     def from_config(cls, config: VLMConfig, tokenizer: Any, template: str | Template | None = None) -> Processor:
         """Return the processor of a model configuration and its tokenizer."""
         template = template or config.template
-        inputs = config.vision.patches, config.image_token_id, config.tokenization, config.stop_ids
+        inputs = config.image_tokens, config.image_token_id, config.tokenization, config.stop_ids
         encoder = Encoder(tokenizer, template, *inputs)
-        return cls(encoder, config.vision.image_size, config.image_aspect_ratio, config.text.context)
+        vision, aspect = config.vision, config.image_aspect_ratio
+        return cls(encoder, vision.image_size, aspect, config.text.context, pad_color(vision.mean))
 
     def override(
         self,
@@ -61,7 +64,7 @@ class Processor:
         Args:
             template: a chat template or its name; None keeps the checkpoint's, as for the other arguments.
             tokenization: "hf" or "llava".
-            image_aspect_ratio: "pad" or "square".
+            image_aspect_ratio: as for the attribute.
         """
         old = self.encoder
         tokenization = tokenization or old.tokenization
@@ -108,7 +111,7 @@ class Processor:
         """
         if not encoded:
             return np.zeros((0, self.image_size, self.image_size, 3), np.uint8)
-        return preprocess(decode(encoded, name), self.image_size, pad=self.image_aspect_ratio == "pad")[None]
+        return preprocess(decode(encoded, name), self.image_size, self.image_aspect_ratio, self.pad_color)[None]
 
     def __call__(self, records: Sequence[ImageRecord]) -> Batch:
         """Return a batch of one sequence per record: a tree of its conversations and its image, for small inputs.

@@ -123,7 +123,7 @@ def extend(
     return scores, state._replace(suffix=suffix)
 
 
-def add_noise(images: Any, noise_step: int, seed: int) -> Float[Array, "B M S S 3"]:
+def add_noise(images: Any, noise_step: int, seed: int, config: VisionConfig) -> Float[Array, "B M S S 3"]:
     """Return normalized images after diffusion noise as in VCD; step 0 adds none.
 
     VCD's script counts from 0: step n is n + 1 diffusion steps. The noise is the same for all images, so that an
@@ -132,14 +132,14 @@ def add_noise(images: Any, noise_step: int, seed: int) -> Float[Array, "B M S S 
     betas = jax.nn.sigmoid(jnp.linspace(-6, 6, 1000)) * (0.5e-2 - 1e-5) + 1e-5
     signal = jnp.cumprod(1 - betas)[noise_step] if noise_step else jnp.ones(())
     noise = jax.random.normal(jax.random.key(seed), images.shape[2:])
-    return jnp.sqrt(signal) * normalize(images, jnp.float32) + jnp.sqrt(1 - signal) * noise[None, None]
+    return jnp.sqrt(signal) * normalize(images, config, jnp.float32) + jnp.sqrt(1 - signal) * noise[None, None]
 
 
 def _noisy_features(model: VisionLanguageModel, batch: Batch, decoding: Decoding) -> Float[Array, "B M P W"]:
     """Return the vision tower's features of the batch's images under noise."""
-    noisy = add_noise(batch.images, decoding.noise_step, decoding.seed)
+    noisy = add_noise(batch.images, decoding.noise_step, decoding.seed, model.config.vision)
     flat = noisy.reshape(-1, *noisy.shape[2:]).astype(model.compute_dtype)
-    features = model.vision(flat, model.config.feature_depth)
+    features = model.vision(flat, model.config.feature_depths, select=model.config.feature_select)
     return features.reshape(*noisy.shape[:2], *features.shape[1:])
 
 

@@ -15,6 +15,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from reverie_jax.models.config import Activation, Norm
 from reverie_jax.models.config import Remat as Remat
 from reverie_jax.models.quantize import QuantizedFormat, pack, unpack
 
@@ -27,11 +28,14 @@ def parameter(
     axes: Axes,
     *,
     layers: int | None = None,
+    experts: int | None = None,
     scale: float = 0.0,
     mean: float = 0.0,
     dtype: DTypeLike = jnp.float32,
 ) -> nnx.Param[Array]:
-    """Return a parameter drawn from normal(mean, scale), stacked `layers` times, with its logical axes."""
+    """Return a parameter drawn from normal(mean, scale), stacked `layers` times `experts`, with its logical axes."""
+    if experts is not None:
+        shape, axes = (experts, *shape), ("expert", *axes)
     if layers is not None:
         shape, axes = (layers, *shape), ("layers", *axes)
     value = jnp.full(shape, mean, dtype)
@@ -43,6 +47,7 @@ def parameter(
 class Linear(nnx.Module):
     """y = x W + b, W of shape (in, out), optionally with a LoRA adapter (see `models.lora`).
 
+    With `experts=E` the layer is E matrices: it takes [E, T, in] and returns [E, T, out]; [1, T, in] gives all the same x.
     W may be quantized: then `kernel` holds codes, and `scales` their factors (see `models.quantize`). A DoRA adapter also
     has, by output, the norm of W + scale A B and the magnitude that this norm is brought to.
     """
@@ -55,13 +60,15 @@ class Linear(nnx.Module):
         *,
         rngs: nnx.Rngs,
         layers: int | None = None,
+        experts: int | None = None,
         bias: bool = False,
         dtype: DTypeLike = jnp.float32,
     ):
-        self.inputs, self.outputs, self.axes, self.layers = inputs, outputs, axes, layers
-        self.kernel = parameter(rngs, (inputs, outputs), axes, layers=layers, scale=inputs**-0.5, dtype=dtype)
+        self.inputs, self.outputs, self.axes, self.layers, self.experts = inputs, outputs, axes, layers, experts
+        stack: Any = {"layers": layers, "experts": experts, "dtype": dtype}
+        self.kernel = parameter(rngs, (inputs, outputs), axes, scale=inputs**-0.5, **stack)
         self.scales: nnx.Param[Array] | None = nnx.data(None)
-        self.bias = parameter(rngs, (outputs,), axes[1:], layers=layers, dtype=dtype) if bias else nnx.data(None)
+        self.bias = parameter(rngs, (outputs,), axes[1:], **stack) if bias else nnx.data(None)
         self.lora_a: nnx.LoRAParam[Array] | None = nnx.data(None)
         self.lora_b: nnx.LoRAParam[Array] | None = nnx.data(None)
         self.lora_magnitude: nnx.LoRAParam[Array] | None = nnx.data(None)
@@ -101,14 +108,18 @@ class Linear(nnx.Module):
             if self.lora_magnitude is not None and self.lora_norm is not None:
                 # In float32: the factor is close to 1, where half precision is coarse.
                 gain = self.lora_magnitude[...] / self.lora_norm[...]
-                y = (y.astype(jnp.float32) * gain.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
+                y = (y.astype(jnp.float32) * self._by_row(gain, y.ndim)).astype(x.dtype)
         if self.bias is not None:
-            y = y + self.bias[...].astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+            y = y + self._by_row(self.bias[...].astype(x.dtype), y.ndim)
         return y
+
+    def _by_row(self, vectors: Array, ndim: int) -> Array:
+        """Return vectors, [out] or of experts [E, out], with axes for the rows of an output of `ndim` axes."""
+        return vectors.reshape(*vectors.shape[:-1], *(1,) * (ndim - vectors.ndim), self.outputs)
 
 
 @jax.custom_vjp
-def _times_wide(low: Float[Array, "... rank"], factor: Float[Array, "rank outputs"]) -> Float[Array, "... outputs"]:
+def _times_wide(low: Float[Array, "... rank"], factor: Float[Array, "... rank outputs"]) -> Float[Array, "... outputs"]:
     """Return low @ factor, whose gradient for `factor` transposes the narrow operand; by JAX's rule it is the wide one."""
     return low @ factor
 
@@ -119,8 +130,11 @@ def _times_wide_forward(low: Array, factor: Array) -> tuple[Array, tuple[Array, 
 
 def _times_wide_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
     low, factor = saved
+    low_grad = grad @ factor.swapaxes(-1, -2)
+    if factor.ndim > 2:  # of experts
+        return low_grad, jnp.einsum("etr,eto->ero", low, grad)
     rows = tuple(range(grad.ndim - 1))
-    return grad @ factor.T, jnp.tensordot(low, grad, axes=(rows, rows))
+    return low_grad, jnp.tensordot(low, grad, axes=(rows, rows))
 
 
 _times_wide.defvjp(_times_wide_forward, _times_wide_backward)
@@ -159,15 +173,24 @@ class RMSNorm(nnx.Module):
         return (wide * scale).astype(x.dtype)
 
 
-def activate(name: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Apply the activation called `name`; GELU is exact (by the error function)."""
+def make_norm(kind: Norm, width: int, eps: float, *, rngs: nnx.Rngs, layers: int | None = None) -> LayerNorm | RMSNorm:
+    """Return a normalization of the kind that a decoder's configuration names."""
+    return (LayerNorm if kind == "layernorm" else RMSNorm)(width, eps, rngs=rngs, layers=layers)
+
+
+def activate(name: Activation, x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Apply the activation called `name`; `gelu` is exact (by the error function), `gelu_tanh` its approximation."""
     match name:
         case "silu":
             return jax.nn.silu(x)
         case "gelu":
             return jax.nn.gelu(x, approximate=False)
+        case "gelu_tanh":
+            return jax.nn.gelu(x, approximate=True)
         case "quick_gelu":
             return x * jax.nn.sigmoid(1.702 * x)
+        case "relu":
+            return jax.nn.relu(x)
     raise ValueError(f"unknown activation {name!r}")
 
 
@@ -176,7 +199,7 @@ def scan_layers(
     body: Callable[..., tuple[Any, Any]],
     carry: Any,
     *per_layer: Any,
-    depth: int | None = None,
+    layers: range | None = None,
     remat: Remat = "full",
 ) -> tuple[Any, Any]:
     """Run `body(layer, carry, *per_layer) -> (carry, output)` over a stacked module as one scan.
@@ -186,22 +209,27 @@ def scan_layers(
         body: Computes one layer.
         carry: The first layer's input.
         *per_layer: Pytrees with a leading layer axis, of which each layer gets its part.
-        depth: Run only the first `depth` layers.
+        layers: Run only these; all by default.
         remat: Which of a layer's activations the backward pass recomputes: all ("full"), all but products with weights
             ("dots"), or none.
     """
     graph, state = nnx.split(stack)
-    layers: Any = state
-    if depth is not None:
-        layers = jnp.arange(depth)  # a slice of the stack would be a copy of the weights
+    inputs: Any = state
+    if layers is not None:
+        inputs = jnp.arange(layers.start, layers.stop)  # a slice of the stack would be a copy of the weights
 
     def step(carry: Any, inputs: Any) -> tuple[Any, Any]:
         layer, *rest = inputs
-        if depth is not None:
+        if layers is not None:
             layer = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False), state)
         return body(nnx.merge(graph, layer), carry, *rest)
 
-    if remat != "none":
-        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
-        step = jax.checkpoint(step, policy=policy)
-    return jax.lax.scan(step, carry, (layers, *per_layer))
+    return jax.lax.scan(recomputed(step, remat), carry, (inputs, *per_layer))
+
+
+def recomputed(step: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
+    """Return a function whose backward pass recomputes what `remat` says (see `scan_layers`)."""
+    if remat == "none":
+        return step
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+    return jax.checkpoint(step, policy=policy)

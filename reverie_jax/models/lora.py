@@ -72,7 +72,7 @@ def attach(
     for path, layer in matches:
         # The key depends on the path, not on the order of the walk.
         key = jax.random.fold_in(jax.random.key(seed), int.from_bytes(path.encode()) % (2**31 - 1))
-        stack = () if layer.layers is None else (layer.layers,)
+        stack = tuple(size for size in (layer.layers, layer.experts) if size is not None)
         bound = layer.inputs**-0.5
         a = jax.random.uniform(key, (*stack, layer.inputs, rank), jnp.float32, -bound, bound)
         b = jnp.zeros((*stack, rank, layer.outputs), jnp.float32)
@@ -90,8 +90,9 @@ def set_factors(layer: Linear, a: ArrayLike, b: ArrayLike, *, scale: float, drop
         scale: Factor of A B.
         dropout: See `attach`.
     """
-    layer.lora_a = _factor(layer, a, ("lora_long", None))
-    layer.lora_b = _factor(layer, b, (None, "lora_long"))
+    long = "lora_long" if layer.experts is None else "embed"  # experts are sharded over the tensor axis themselves
+    layer.lora_a = _factor(layer, a, (long, None))
+    layer.lora_b = _factor(layer, b, (None, long))
     layer.lora_scale, layer.lora_dropout = scale, dropout
 
 
@@ -100,7 +101,7 @@ def set_magnitudes(layer: Linear, magnitudes: Mapping[int, ArrayLike]) -> None:
 
     Args:
         layer: The layer, whose factors are set.
-        magnitudes: Norms, (out,), by the number of the layer in its stack. Layers that are not named are not scaled.
+        magnitudes: Norms, (out,), by the number of the matrix in its stack. Matrices that are not named are not scaled.
 
     Raises:
         ValueError: The layer has no adapter, or is quantized: the norms would be others.
@@ -118,7 +119,8 @@ def set_magnitudes(layer: Linear, magnitudes: Mapping[int, ArrayLike]) -> None:
 
 def _factor(layer: Linear, value: ArrayLike, axes: tuple[str | None, ...]) -> nnx.LoRAParam[Array]:
     """Return an array of an adapter in float32 on its layer's mesh, by its logical axes but the stack's."""
-    axes = axes if layer.layers is None else ("layers", *axes)
+    stack = tuple(axis for axis, size in (("layers", layer.layers), ("expert", layer.experts)) if size is not None)
+    axes = (*stack, *axes)
     mesh = getattr(getattr(layer.kernel.get_value(), "sharding", None), "mesh", None)
     if isinstance(mesh, Mesh):
         value = jax.device_put(value, NamedSharding(mesh, partition_spec(np.shape(value), axes, mesh)))
@@ -158,20 +160,24 @@ def _adapted(kernel: Array, a: Array, b: Array, scale: Array) -> Array:
 
 def _by_layer(function: Callable[..., Array], *arrays: Array) -> Array:
     """Apply a function of a matrix and others, layer by layer: only one layer's matrix is in float32 at a time."""
-    return jax.lax.map(lambda layer: function(*layer), arrays) if arrays[0].ndim == 3 else function(*arrays)
+    return jax.lax.map(lambda layer: function(*layer), arrays) if arrays[0].ndim > 2 else function(*arrays)
 
 
 @jax.jit
 def _column_norms(kernel: Array, a: Array, b: Array, scale: Array) -> Array:
     """Return the norms of the columns of W + scale A B; never 0, so that they can be divided by."""
-    norms = _by_layer(lambda w, a, b: jnp.linalg.norm(_adapted(w, a, b, scale), axis=0), kernel, a, b)
+    norms = _by_layer(lambda w, a, b: jnp.linalg.norm(_adapted(w, a, b, scale), axis=-2), kernel, a, b)
     return jnp.maximum(norms, jnp.finfo(jnp.float32).tiny)
 
 
 @jax.jit
 def _merge_kernel(kernel: Array, a: Array, b: Array, scale: Array, gain: Array) -> Array:
     """Return (W + scale A B) gain, cast once."""
-    return _by_layer(lambda w, a, b, gain: (_adapted(w, a, b, scale) * gain[None]).astype(w.dtype), kernel, a, b, gain)
+
+    def merge_layer(kernel: Array, a: Array, b: Array, gain: Array) -> Array:
+        return (_adapted(kernel, a, b, scale) * gain[..., None, :]).astype(kernel.dtype)
+
+    return _by_layer(merge_layer, kernel, a, b, gain)
 
 
 def merge(model: VisionLanguageModel) -> None:

@@ -6,20 +6,25 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from reverie_jax.models.config import ProjectorKind
-from reverie_jax.models.layers import Linear, activate
+from reverie_jax.models.config import VLMConfig
+from reverie_jax.models.layers import LayerNorm, Linear, activate
 
 
 class Projector(nnx.Module):
-    """`linear` (LLaVA-1.0) or `mlp2x_gelu` (LLaVA-1.5: two layers, exact GELU between)."""
+    """One linear layer (LLaVA-1.0), or two with an activation between (LLaVA-1.5); VIP-LLaVA normalizes before them."""
 
-    def __init__(self, kind: ProjectorKind, inputs: int, outputs: int, *, rngs: nnx.Rngs, dtype: DTypeLike):
-        self.linear1 = Linear(inputs, outputs, (None, "embed"), rngs=rngs, bias=True, dtype=dtype)
+    def __init__(self, config: VLMConfig, *, rngs: nnx.Rngs, dtype: DTypeLike):
+        inputs, outputs, bias = config.feature_width, config.text.hidden, config.projector_bias
+        self.activation = config.projector_activation
+        self.norm = nnx.data(None)
+        if config.projector_norm_eps is not None:
+            self.norm = LayerNorm(inputs, config.projector_norm_eps, rngs=rngs)
+        self.linear1 = Linear(inputs, outputs, (None, "embed"), rngs=rngs, bias=bias, dtype=dtype)
         self.linear2 = nnx.data(None)
-        if kind == "mlp2x_gelu":
-            self.linear2 = Linear(outputs, outputs, ("embed", None), rngs=rngs, bias=True, dtype=dtype)
+        if config.projector == "mlp2x_gelu":
+            self.linear2 = Linear(outputs, outputs, ("embed", None), rngs=rngs, bias=bias, dtype=dtype)
 
     def __call__(self, x: Float[Array, "... W"]) -> Float[Array, "... D"]:
         """Project vision features."""
-        x = self.linear1(x)
-        return x if self.linear2 is None else self.linear2(activate("gelu", x))
+        x = self.linear1(x if self.norm is None else self.norm(x))
+        return x if self.linear2 is None else self.linear2(activate(self.activation, x))

@@ -22,6 +22,8 @@ RULES: dict[str, MeshAxes] = {
     "heads": "tensor",
     "mlp": "tensor",
     "vocab": "tensor",
+    # As rows of a matrix are: the devices of a tensor group have the same tokens, and each its own experts.
+    "expert": "tensor",
     # Both LoRA factors are sharded along their long side over every axis that shards parameters: with the base
     # matrix's sharding, one factor of each pair and its optimizer state would be replicated.
     "lora_long": ("fsdp", "tensor"),

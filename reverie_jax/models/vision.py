@@ -1,7 +1,8 @@
-"""The vision tower: CLIP's ViT, up to the hidden state that is the projector's input."""
+"""The vision tower: a ViT as CLIP's or SigLIP's, up to the hidden states that are the projector's input."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,17 +12,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt8
 
 from reverie_jax.models.attention import attend
-from reverie_jax.models.config import VisionConfig
+from reverie_jax.models.config import FeatureSelect, VisionConfig
 from reverie_jax.models.layers import LayerNorm, Linear, Remat, activate, parameter, scan_layers
 from reverie_jax.models.sharding import constrain_rows
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
-
-def normalize(pixels: UInt8[Array, "... 3"], dtype: DTypeLike) -> Float[Array, "... 3"]:
-    """Return pixels (0 to 255) normalized by CLIP's mean and standard deviation."""
-    mean, std = (np.asarray(v, np.float64).reshape((1,) * (pixels.ndim - 1) + (3,)) for v in (CLIP_MEAN, CLIP_STD))
+def normalize(pixels: UInt8[Array, "... 3"], config: VisionConfig, dtype: DTypeLike) -> Float[Array, "... 3"]:
+    """Return pixels (0 to 255) normalized by the tower's mean and standard deviation."""
+    mean, std = (np.asarray(v, np.float64).reshape((1,) * (pixels.ndim - 1) + (3,)) for v in (config.mean, config.std))
     # (pixel / 255 - mean) / std as one multiplication and one addition
     scale, shift = (jnp.asarray(v, jnp.float32) for v in (1 / (255 * std), -mean / std))
     return (pixels.astype(jnp.float32) * scale + shift).astype(dtype)
@@ -52,34 +49,55 @@ class VisionLayer(nnx.Module):
 
 
 class VisionTower(nnx.Module):
-    """CLIP's vision transformer. `post_norm` and the layers above the feature layer exist for export and never run."""
+    """A vision transformer. `post_norm` and the layers above the feature layers exist for export and never run."""
 
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs, dtype: DTypeLike):
         self.config = config
-        patch = 3 * config.patch_size**2
-        self.patch = Linear(patch, config.hidden, (None, "embed"), rngs=rngs, dtype=dtype)
-        self.cls = parameter(rngs, (config.hidden,), (None,), scale=config.hidden**-0.5, dtype=dtype)
-        self.position = parameter(rngs, (config.patches + 1, config.hidden), (None, "embed"), scale=0.02, dtype=dtype)
-        self.pre_norm = LayerNorm(config.hidden, config.norm_eps, rngs=rngs)
+        patch, width = 3 * config.patch_size**2, config.hidden
+        self.patch = Linear(patch, width, (None, "embed"), rngs=rngs, bias=config.patch_bias, dtype=dtype)
+        self.cls = nnx.data(None)
+        if config.class_token:
+            self.cls = parameter(rngs, (width,), (None,), scale=width**-0.5, dtype=dtype)
+        self.position = parameter(rngs, (config.tokens, width), (None, "embed"), scale=0.02, dtype=dtype)
+        self.pre_norm = LayerNorm(width, config.norm_eps, rngs=rngs) if config.pre_norm else nnx.data(None)
         self.layers = VisionLayer(config, rngs=rngs, layers=config.layers, dtype=dtype)
-        self.post_norm = LayerNorm(config.hidden, config.norm_eps, rngs=rngs)
+        self.post_norm = LayerNorm(width, config.norm_eps, rngs=rngs)
 
-    def __call__(self, pixels: Float[Array, "B S S 3"], depth: int, *, remat: Remat = "none") -> Float[Array, "B P W"]:
-        """Return hidden state `depth` of the patches, without the class token and without `post_norm`.
+    def __call__(
+        self,
+        pixels: Float[Array, "B S S 3"],
+        depths: Sequence[int],
+        *,
+        select: FeatureSelect = "patch",
+        remat: Remat = "none",
+    ) -> Float[Array, "B T W"]:
+        """Return hidden states of the tokens, side by side, without `post_norm`.
 
         Args:
             pixels: Normalized images, channels last.
-            depth: Number of encoder layers to run.
+            depths: Number of encoder layers before each of the hidden states (`VLMConfig.feature_depths`).
+            select: See `VLMConfig.feature_select`.
             remat: See `layers.scan_layers`.
         """
         config = self.config
         batch, grid, side = pixels.shape[0], config.image_size // config.patch_size, config.patch_size
+        pixels = pixels[:, : grid * side, : grid * side]
         patches = pixels.reshape(batch, grid, side, grid, side, 3).transpose(0, 1, 3, 2, 4, 5)
         x = self.patch(patches.reshape(batch, grid * grid, -1))
-        cls = jnp.broadcast_to(self.cls[...].astype(x.dtype), (batch, 1, config.hidden))
-        x = jnp.concatenate([cls, x], axis=1) + self.position[...].astype(x.dtype)[None]
+        if self.cls is not None:
+            cls = jnp.broadcast_to(self.cls[...].astype(x.dtype), (batch, 1, config.hidden))
+            x = jnp.concatenate([cls, x], axis=1)
+        x = x + self.position[...].astype(x.dtype)[None]
         # Constrained inside the loop too: positions and kernels are sharded along the width over fsdp. Without this the
         # activations would follow them: every chip would run all images and sum partial products in every layer.
-        x = constrain_rows(self.pre_norm(x))
-        x, _ = scan_layers(self.layers, lambda layer, x: (constrain_rows(layer(x)), None), x, depth=depth, remat=remat)
-        return x[:, 1:]
+        x = constrain_rows(x if self.pre_norm is None else self.pre_norm(x))
+        states, done = {}, 0
+        for depth in sorted(set(depths)):
+            x, _ = scan_layers(self.layers, _encode, x, layers=range(done, depth), remat=remat)
+            states[depth], done = x, depth
+        x = states[depths[0]] if len(depths) == 1 else jnp.concatenate([states[depth] for depth in depths], axis=-1)
+        return x[:, 1:] if select == "patch" else x
+
+
+def _encode(layer: VisionLayer, x: Float[Array, "B T W"]) -> tuple[Float[Array, "B T W"], None]:
+    return constrain_rows(layer(x)), None

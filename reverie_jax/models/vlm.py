@@ -8,16 +8,17 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from reverie_jax.models.config import Remat, VLMConfig
+from reverie_jax.models.config import Remat, Routing, VLMConfig
 from reverie_jax.models.decoder import KV, Decoder
 from reverie_jax.models.inputs import ModelInputs
+from reverie_jax.models.moe import RouterStats
 from reverie_jax.models.projector import Projector
 from reverie_jax.models.sharding import constrain_rows
 from reverie_jax.models.vision import VisionTower, normalize
 
 
 class VisionLanguageModel(nnx.Module):
-    """LLaVA's architecture: CLIP tower, projector, decoder (Liu et al., arXiv 2310.03744).
+    """LLaVA's architecture: vision tower, projector, decoder (Liu et al., arXiv 2310.03744).
 
     Args:
         config: Sizes.
@@ -28,7 +29,7 @@ class VisionLanguageModel(nnx.Module):
     def __init__(self, config: VLMConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
         self.config, self.compute_dtype = config, dtype
         self.vision = VisionTower(config.vision, rngs=rngs, dtype=dtype)
-        self.projector = Projector(config.projector, config.vision.hidden, config.text.hidden, rngs=rngs, dtype=dtype)
+        self.projector = Projector(config, rngs=rngs, dtype=dtype)
         self.decoder = Decoder(config.text, rngs=rngs, dtype=dtype)
 
     def embed(self, inputs: ModelInputs, *, train_tower: bool = False) -> Float[Array, "B L D"]:
@@ -43,8 +44,9 @@ class VisionLanguageModel(nnx.Module):
         if jnp.issubdtype(inputs.images.dtype, jnp.floating):
             features = constrain_rows(flat.astype(self.compute_dtype))
         else:
-            pixels = normalize(flat, self.compute_dtype)
-            features = self.vision(pixels, self.config.feature_depth, remat="full" if train_tower else "none")
+            pixels, config = normalize(flat, self.config.vision, self.compute_dtype), self.config
+            remat: Remat = "full" if train_tower else "none"
+            features = self.vision(pixels, config.feature_depths, select=config.feature_select, remat=remat)
         if not train_tower:
             features = jax.lax.stop_gradient(features)
         features = self.projector(features).reshape(batch, images * features.shape[1], -1)
@@ -69,8 +71,29 @@ class VisionLanguageModel(nnx.Module):
             train_tower: As for `embed`.
             remat: See `layers.scan_layers`.
         """
+        return self.routed_hidden(inputs, None, key=key, train_tower=train_tower, remat=remat)[0]
+
+    def routed_hidden(
+        self,
+        inputs: ModelInputs,
+        routing: Routing | None,
+        *,
+        key: PRNGKeyArray | None = None,
+        train_tower: bool = False,
+        remat: Remat = "full",
+    ) -> tuple[Float[Array, "B L D"], RouterStats | None]:
+        """Return the final hidden states, and what the routers did (None without experts).
+
+        Args:
+            inputs: Packed sequences.
+            routing: How tokens are routed in training; None is evaluation, which drops none.
+            key: Randomness of LoRA dropout and of routing; None disables both.
+            train_tower: As for `embed`.
+            remat: See `layers.scan_layers`.
+        """
         x = self.embed(inputs, train_tower=train_tower)
-        return self.decoder(x, inputs.positions, inputs.ends, key=key, remat=remat)[0]
+        out = self.decoder(x, inputs.positions, inputs.ends, key=key, routing=routing, remat=remat)
+        return out.hidden, out.router
 
     def __call__(self, inputs: ModelInputs) -> Float[Array, "B L V"]:
         """Return the logits at every position; for small inputs, since B x L x V values are large."""
@@ -78,9 +101,9 @@ class VisionLanguageModel(nnx.Module):
 
     def prefill(self, inputs: ModelInputs) -> tuple[Float[Array, "B L D"], KV]:
         """Return the hidden states, and the KV: one copy, from which all leaves decode."""
-        hidden, kv = self.decoder(self.embed(inputs), inputs.positions, inputs.ends, keep_kv=True, remat="none")
-        assert kv is not None
-        return hidden, kv
+        out = self.decoder(self.embed(inputs), inputs.positions, inputs.ends, keep_kv=True, remat="none")
+        assert out.kv is not None
+        return out.hidden, out.kv
 
     def extend(
         self,

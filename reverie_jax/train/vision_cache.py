@@ -37,7 +37,7 @@ def cache_key(model: VisionLanguageModel, processor: Processor, records: Sequenc
     # All of the processor's settings but those of its texts, whichever there are.
     images = {field.name: getattr(processor, field.name) for field in dataclasses.fields(processor)}
     images.pop("encoder")
-    tower = weights_checksum(model.vision), adapters, model.config.vision, model.config.feature_layer
+    tower = weights_checksum(model.vision), adapters, model.config.vision, model.config.feature_layers, model.config.feature_select
     digest = hashlib.sha256(repr((tower, images, str(model.compute_dtype), len(records))).encode())
     for record in (records[number] for number in range(len(records))):
         digest.update(hashlib.sha256(record.image).digest())
@@ -83,8 +83,8 @@ def cached_features(
     key = cache_key(model, processor, records)
     if jax.process_index() == 0 and not is_complete(folder):
         _log.info("computing vision features of %d records: %s", len(records), folder)
-        config = model.config.vision
-        write_features(folder, key, (config.patches, config.hidden), _compute_features(model, processor, records))
+        config = model.config
+        write_features(folder, key, (config.image_tokens, config.feature_width), _compute_features(model, processor, records))
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("vision features")
     return FeatureCache(folder, key)
@@ -94,11 +94,12 @@ def _compute_features(
     model: VisionLanguageModel, processor: Processor, records: Sequence[ImageRecord]
 ) -> Iterator[Float[np.ndarray, "P W"]]:
     graph, state = nnx.split(model.vision)
-    depth, dtype = model.config.feature_depth, model.compute_dtype
+    config, dtype = model.config, model.compute_dtype
 
     @jax.jit
     def run_tower(state: nnx.State[Any, Any], pixels: UInt8[Array, "B S S 3"]) -> Float[Array, "B P W"]:
-        return nnx.merge(graph, state)(normalize(pixels, dtype), depth)
+        pixels = normalize(pixels, config.vision, dtype)
+        return nnx.merge(graph, state)(pixels, config.feature_depths, select=config.feature_select)
 
     numbers = iter(range(len(records)))
     while part := list(itertools.islice(numbers, _IMAGES_PER_BATCH)):
@@ -108,4 +109,4 @@ def _compute_features(
         padded[: len(pixels)] = pixels
         features = iter(np.asarray(run_tower(state, padded)))
         for image in images:
-            yield next(features) if len(image) else np.zeros((0, model.config.vision.hidden), dtype)
+            yield next(features) if len(image) else np.zeros((0, config.feature_width), dtype)

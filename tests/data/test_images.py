@@ -63,7 +63,7 @@ def padded(image: Image.Image) -> Image.Image:
 
 def check_geometry(size: int, shape: tuple[int, int], pad: bool, seed: int) -> None:
     image = noise(*shape, seed)
-    ours = preprocess(image, size, pad=pad)
+    ours = preprocess(image, size, "pad" if pad else "square")
     theirs = clip(padded(image) if pad else image, size)
     assert ours.shape == theirs.shape
     assert ours.dtype == np.uint8
@@ -110,7 +110,7 @@ def test_computing_only_the_crop_changes_no_byte(width, height, size):
     whole = image.resize((size * width // short, size * height // short), Image.Resampling.BICUBIC)
     left, top = (whole.width - size) // 2, (whole.height - size) // 2
     cropped = np.asarray(whole.crop((left, top, left + size, top + size)))
-    np.testing.assert_array_equal(preprocess(image, size, pad=False), cropped)
+    np.testing.assert_array_equal(preprocess(image, size, "square"), cropped)
 
 
 @settings(max_examples=40)
@@ -130,7 +130,7 @@ def test_a_part_at_a_time_gives_the_same_pixels(shape, turned, pad, size, large)
     resized = whole.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(images, "_LARGE", large)
-        found = preprocess(image, size, pad=pad)
+        found = preprocess(image, size, "pad" if pad else "square")
     difference = np.abs(found.astype(int) - np.asarray(resized).astype(int))
     assert difference.max() <= (0 if pad and max(shape) <= 4 * image.width else 1)
 
@@ -140,7 +140,7 @@ def test_memory_is_bounded_by_the_image_and_the_result(shape):
     image = Image.new("RGB", shape, (9, 99, 199))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for pad in (True, False):
-        assert (preprocess(image, 336, pad=pad)[168, 168] == (9, 99, 199)).all() or pad
+        assert (preprocess(image, 336, "pad" if pad else "square")[168, 168] == (9, 99, 199)).all() or pad
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400_000
 
 

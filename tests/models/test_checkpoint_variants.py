@@ -205,7 +205,7 @@ def test_list_of_one_feature_layer(layer, tmp_path):
     theirs.config.vision_feature_layer = theirs.model.config.vision_feature_layer = layer
     makers.hf_folder(tmp_path, theirs)
     ours = read_model(tmp_path)
-    assert ours.config.feature_layer == layer[0]
+    assert ours.config.feature_layers == (layer[0],)
     assert_close(logits(ours, INPUTS), llava_logits(theirs, INPUTS))
 
 
@@ -236,7 +236,7 @@ def test_image_settings_are_followed_or_refused(changes):
             assert any(key in str(error) for key, _ in changes)  # noqa: PT017
             return
     theirs = transformers.CLIPImageProcessor(**settings)(picture, return_tensors="np")["pixel_values"][0]
-    ours = normalize(jnp.asarray(preprocess(picture, 24, pad=False)), jnp.float32)
+    ours = normalize(jnp.asarray(preprocess(picture, 24, "square")), makers.VISION, jnp.float32)
     np.testing.assert_allclose(ours, np.moveaxis(theirs, 0, -1), atol=1e-5)
 
 
@@ -317,4 +317,4 @@ def test_llava_hf_config_without_its_class_defaults(tmp_path):
     save_shapes(tmp_path, model.state_dict(), raw)
     config, architecture = read_config(tmp_path), ARCHITECTURES["llava-1.5-7b"]
     assert (config.text, config.vision) == (architecture.text, architecture.vision)
-    assert (config.projector, config.feature_layer, config.image_token_id) == ("mlp2x_gelu", -2, 31999)
+    assert (config.projector, config.feature_layers, config.image_token_id) == ("mlp2x_gelu", (-2,), 31999)

@@ -66,8 +66,8 @@ def test_vision_features_of_the_selected_layer(theirs, model):
         tower = theirs.model.vision_tower(oracle.normalized(pixels), output_hidden_states=True)
     graph, state = nnx.split(model.vision)
     for layer in (-4, -3, -1, 0, 1, 3):
-        depth = dataclasses.replace(model.config, feature_layer=layer).feature_depth
-        features = nnx.merge(graph, state)(normalize(jnp.asarray(pixels), jnp.float32), depth)
+        depth = dataclasses.replace(model.config, feature_layers=(layer,)).feature_depths
+        features = nnx.merge(graph, state)(normalize(jnp.asarray(pixels), model.config.vision, jnp.float32), depth)
         assert_close(features, tower.hidden_states[layer][:, 1:].numpy())
 
 

@@ -19,7 +19,7 @@ from reverie_jax.models.attention import cudnn, tokamax
 from reverie_jax.models.attention.blocks import attend_blocks
 from reverie_jax.models.attention.dense import attend_chunked, attend_dense, attend_leaves
 from reverie_jax.models.attention.flash import flash
-from reverie_jax.models.attention.rotary import rope
+from reverie_jax.models.attention.rotary import rope, rope_frequencies
 from reverie_jax.models.attention.rule import leaf_visible, visible
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "flash",
     "leaf_visible",
     "rope",
+    "rope_frequencies",
     "visible",
 ]
 

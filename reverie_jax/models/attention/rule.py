@@ -56,6 +56,12 @@ def tree_starts(ends: Int[Array, "B L"]) -> Int[Array, "B L"]:
     return jax.lax.cummax(jnp.where(index >= before, index, 0), axis=ends.ndim - 1)
 
 
+def is_padding(ends: Int[Array, "B L"]) -> Bool[Array, "B L"]:
+    """Return which tokens are padding: trees of one token."""
+    index = jnp.arange(ends.shape[-1], dtype=ends.dtype)[None]
+    return (ends == index + 1) & (tree_starts(ends) == index)
+
+
 def pad_ends(ends: Int[Array, "B L"], padded: int) -> Int[Array, "B P"]:
     """Return `ends` extended by padding tokens, which see only themselves."""
     alone = jnp.arange(1, padded + 1, dtype=ends.dtype)

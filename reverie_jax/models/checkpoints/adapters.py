@@ -29,6 +29,7 @@ from reverie_jax.models.checkpoints.names import (
     ParameterSpec,
     canonical_name,
     canonical_projector_name,
+    original_name,
     parameter_specs,
     to_model_layout,
 )
@@ -46,7 +47,8 @@ _FACTOR = re.compile(
 )
 MAGNITUDE = "magnitude_vector"
 """DoRA's, beside A and B in the names of an adapter's tensors."""
-_LAYER = re.compile(r"^(?P<start>.*?)layers\.\d+\.")
+_IN_LAYERS = re.compile(r"\b(layers|h)\.\d+\..+")
+"""A module's name from its layer's list on: what precedes that depends on the format and on transformers' version."""
 _PLAIN = re.compile(r"^(base_model\.model\.)?model\.layers\.")
 """Names of a plain language model, and of original LLaVA's class; transformers' LLaVA has other ones."""
 _SAVED_PROJECTOR = re.compile(r"^base_model\.model\.(?P<name>.*multi_modal_projector\..+)$")
@@ -140,7 +142,8 @@ def _set_adapter(layer: Linear, stack: Stack, arrays: dict[str, AnyArray], setti
         b[number, :own] = arrays[stack[number]["B"]].T
         if settings.scale_of(module) != scale:
             b[number] *= settings.scale_of(module) / scale
-    lora.set_factors(layer, *((a[0], b[0]) if layer.layers is None else (a, b)), scale=scale, dropout=0.0)
+    shape = layer.kernel.shape[:-2]
+    lora.set_factors(layer, *(x.reshape(*shape, *x.shape[1:]) for x in (a, b)), scale=scale, dropout=0.0)
     if settings.dora:
         lora.set_magnitudes(layer, {number: arrays[stack[number][MAGNITUDE]] for number in modules})
 
@@ -178,20 +181,20 @@ def _group_tensors(path: Path, tensors: Tensors, model: VisionLanguageModel) -> 
     Raises:
         CheckpointError: A tensor is unknown or duplicate.
     """
-    by_name = {name: (spec, layer) for spec in parameter_specs(model.config) for layer, name in enumerate(spec.names)}
+    by_name = {name: (spec, place) for spec in parameter_specs(model.config) for place, name in enumerate(spec.names)}
     factors: dict[str, Stack] = {}
     projector: dict[str, str] = {}
     for stored_name, stored in tensors.stored.items():
         if stored.dtype is None:
             raise CheckpointError(f"{stored.file}: tensor {stored_name} is not floating-point")
         if match := _FACTOR.match(stored_name):
-            spec, layer = by_name.get(canonical_name(match["module"] + ".weight"), (None, 0))
+            spec, place = by_name.get(canonical_name(match["module"] + ".weight"), (None, 0))
             if spec is None or spec.layout != "linear":
                 raise CheckpointError(f"{path}: tensor {stored_name} does not adapt a linear layer of this model")
             name, side = spec.path.removesuffix(".kernel"), match["side"]
-            sides = factors.setdefault(name, [{} for _ in spec.names])[layer]
+            sides = factors.setdefault(name, [{} for _ in spec.names])[place]
             if side in sides:
-                raise CheckpointError(f"{path}: duplicate lora_{side} of {name} (layer {layer})")
+                raise CheckpointError(f"{path}: duplicate lora_{side} of {name} ({stored_name})")
             sides[side] = stored_name
         elif (match := _SAVED_PROJECTOR.match(stored_name)) and canonical_name(match["name"]) in by_name:
             if (name := canonical_name(match["name"])) in projector:
@@ -207,34 +210,37 @@ def _group_tensors(path: Path, tensors: Tensors, model: VisionLanguageModel) -> 
 def _check_modules(
     path: Path, factors: dict[str, Stack], model: VisionLanguageModel, settings: AdapterSettings
 ) -> None:
-    """Check that the adapted modules are those of the settings, and that none lacks a tensor.
+    """Check that the adapted modules of decoder and tower are those of the settings, and that none lacks a tensor.
 
-    Names are those of the model that was tuned: in the decoder, and in the tower, they begin as the stored ones.
+    A module's name is that of the model which was tuned: it begins as the stored ones.
     """
     wanted = {"A", "B", MAGNITUDE} if settings.dora else {"A", "B"}
+    modules: list[tuple[str, str, dict[str, str]]] = []
     starts: dict[str, str] = {}
-    for name, stack in factors.items():
-        for layer, sides in enumerate(stack):
+    for spec in parameter_specs(model.config):
+        if spec.layout != "linear":
+            continue
+        stack = factors.get(spec.path.removesuffix(".kernel"), [{}] * len(spec.names))
+        for sides, tensor in zip(stack, spec.names, strict=True):
             if sides and (different := sides.keys() ^ wanted):
                 side = min(different)
-                fault = "is missing" if side in wanted else "is not used"
-                reason = f" (use_dora is {settings.dora})" if side == MAGNITUDE else ""
-                raise CheckpointError(f"{path}: lora_{side} of {name} in layer {layer} {fault}{reason}")
-            if sides and (found := _LAYER.match(_module(sides["A"]))):
-                starts[name.split(".")[0]] = found["start"]
-    for spec in parameter_specs(model.config):
-        name = spec.path.removesuffix(".kernel")
-        start = starts.get(name.split(".")[0])
-        if spec.layout != "linear" or spec.layers is None or start is None:
+                fault = f"has {'no' if side in wanted else 'a'} lora_{side}, but use_dora is {settings.dora}"
+                raise CheckpointError(f"{path}: {tensor.removesuffix('.weight')} ({spec.path}) {fault}")
+            if match := _IN_LAYERS.search(original_name(tensor, model.config).removesuffix(".weight")):
+                part = spec.path.split(".")[0]
+                modules.append((part, match[0], sides))
+                if sides and (stored := _module(sides["A"])).endswith(match[0]):
+                    starts[part] = stored.removesuffix(match[0])
+    for part, name, sides in modules:
+        if part not in starts:
             continue
-        for sides, tensor in zip(factors.get(name, [{}] * spec.layers), spec.names, strict=True):
-            module = start + tensor[tensor.index("layers.") :].removesuffix(".weight")
-            if bool(sides) != settings.adapts(module):
-                fault = "has tensors, but is not among" if sides else "has no lora_A and lora_B, but is among"
-                raise CheckpointError(
-                    f"{path}: {module} {fault} the modules of {ADAPTER_CONFIG} (target_modules, exclude_modules,"
-                    " layers_to_transform)"
-                )
+        module = _module(sides["A"]) if sides else starts[part] + name
+        if bool(sides) != settings.adapts(module):
+            fault = "has tensors, but is not among" if sides else "has no lora_A and lora_B, but is among"
+            raise CheckpointError(
+                f"{path}: {module} {fault} the modules of {ADAPTER_CONFIG} (target_modules, exclude_modules,"
+                " layers_to_transform)"
+            )
 
 
 def _check_shapes(

@@ -15,7 +15,10 @@ Checksums = dict[str, str]
 
 # A few tensors of every layer. Neither embedding nor head: the same weights come with 32,000 rows and with 32,064.
 _SAMPLED = {
-    "decoder": ("layers.norm1.scale", "layers.out.kernel", "layers.down.kernel", "norm.scale"),
+    "decoder": (
+        *("layers.norm1.scale", "layers.out.kernel", "layers.down.kernel", "norm.scale"),
+        *(f"expert_layers.{name}" for name in ("norm1.scale", "out.kernel", "down.kernel", "router.kernel")),
+    ),
     "vision": ("cls", "position", "layers.out.kernel", "layers.norm2.scale"),
     "projector": ("linear1.kernel", "linear1.bias", "linear2.kernel", "linear2.bias"),
 }

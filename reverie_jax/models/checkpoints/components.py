@@ -16,9 +16,9 @@ from reverie_jax.models.checkpoints.configs import (
     known_tower,
     llava_hf_config,
     original_config,
-    text_config,
     vision_config,
 )
+from reverie_jax.models.checkpoints.decoders import text_config
 from reverie_jax.models.checkpoints.families import (
     UNNAMED_TOWER,
     check_original,
@@ -28,9 +28,17 @@ from reverie_jax.models.checkpoints.families import (
     tower_name,
 )
 from reverie_jax.models.checkpoints.files import Tensors, read_json, resolve, weights_of
-from reverie_jax.models.checkpoints.names import CLIP_UNUSED, IGNORED, canonical_name, canonical_projector_name
-from reverie_jax.models.checkpoints.processing import check_image_processor, read_stop_ids
-from reverie_jax.models.config import ProjectorKind, VisionConfig, VLMConfig
+from reverie_jax.models.checkpoints.names import (
+    CLIP_UNUSED,
+    EMBEDDING,
+    HEAD,
+    IGNORED,
+    POOLING_HEAD,
+    canonical_name,
+    canonical_projector_name,
+)
+from reverie_jax.models.checkpoints.processing import read_image_processor, read_stop_ids
+from reverie_jax.models.config import ProjectorKind, TextConfig, VisionConfig, VLMConfig
 
 ComponentFormat = Literal["llava-hf", "llava", "llava-lora", "projector", "llm", "clip", "peft", "orbax"]
 
@@ -40,7 +48,7 @@ DESCRIPTIONS: dict[ComponentFormat, str] = {
     "llava-lora": "an original LLaVA LoRA folder",
     "projector": "a projector",
     "llm": "a plain language model",
-    "clip": "a CLIP vision tower",
+    "clip": "a vision tower",
     "peft": "a PEFT adapter",
     "orbax": "a reverie-jax model in Orbax format",
 }
@@ -166,7 +174,8 @@ def resolve_checkpoint(source: ComponentLike, components: Sequence[ComponentLike
         raise CheckpointError(f"{wrong}, which cannot be a component of another model")
     if main.format == "llava-hf":
         _reject_unused(others, main)
-        return ResolvedCheckpoint(main.path, llava_hf_config(main.path, main.config), _canonical_tensors(main))
+        config, tensors = llava_hf_config(main.path, main.config), _canonical_tensors(main)
+        return ResolvedCheckpoint(main.path, config, _without_tied_head(main.path, config.text, tensors))
     tower = _single(others, ("clip",))
     if main.format == "llava":
         _reject_unused([other for other in others if other is not tower], main)
@@ -205,7 +214,7 @@ def with_settings(config: VLMConfig, tuned: Component) -> VLMConfig:
     if not tuned.config:
         return config
     own = original_config(tuned.config_path, tuned.config, config.text, config.vision, config.projector)
-    names = ["feature_layer", "image_aspect_ratio"]
+    names = ["feature_layers", "image_aspect_ratio"]
     names += ["template", "tokenization"] if tuned.format == "llava-lora" else []
     return dataclasses.replace(config, **{name: getattr(own, name) for name in names})
 
@@ -229,6 +238,26 @@ def recorded_base(lora: Component) -> Component:
     return base
 
 
+def _without_tied_head(
+    path: Path, text: TextConfig, tensors: dict[str, tuple[Tensors, str]]
+) -> dict[str, tuple[Tensors, str]]:
+    """Return a checkpoint's tensors without a copy of the embedding that is stored as the LM head where the two are tied.
+
+    Raises:
+        CheckpointError: It is not a copy.
+    """
+    head, embedding = f"{HEAD}.weight", EMBEDDING
+    if not text.tied_head or head not in tensors or embedding not in tensors:
+        return tensors
+    values = {}
+    for name in (head, embedding):
+        source, stored = tensors[name]
+        source.read_all(lambda _, array, name=name: values.__setitem__(name, array), {stored})
+    if not np.array_equal(values[head], values[embedding]):
+        raise CheckpointError(f"{path}: tie_word_embeddings is true, but lm_head and the embedding differ")
+    return {name: where for name, where in tensors.items() if name != head}
+
+
 def vocab_size(checkpoint: ResolvedCheckpoint) -> int:
     """Return the vocabulary size by the tensors: LLaVA-pp resizes it without changing every config.
 
@@ -236,20 +265,20 @@ def vocab_size(checkpoint: ResolvedCheckpoint) -> int:
         CheckpointError: Embedding and head differ.
     """
     sizes = []
-    for name in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
+    for name in (EMBEDDING,) if checkpoint.config.text.tied_head else (EMBEDDING, f"{HEAD}.weight"):
         if name not in checkpoint.tensors:
             return checkpoint.config.text.vocab  # the reader reports what is missing
         tensors, stored = checkpoint.tensors[name]
         shape = tensors.stored[stored].shape
         sizes.append(shape[0] if shape else 0)
-    if sizes[0] != sizes[1]:
-        raise CheckpointError(f"{checkpoint.path}: the embedding has {sizes[0]} rows and lm_head has {sizes[1]}")
+    if sizes[0] != sizes[-1]:
+        raise CheckpointError(f"{checkpoint.path}: the embedding has {sizes[0]} rows and lm_head has {sizes[-1]}")
     return sizes[0]
 
 
 def stored_dtype(checkpoint: ResolvedCheckpoint) -> np.dtype[Any]:
     """Return the dtype of the decoder's matrices in the files."""
-    tensors, stored = checkpoint.tensors["language_model.model.embed_tokens.weight"]
+    tensors, stored = checkpoint.tensors[EMBEDDING]
     return tensors.stored[stored].dtype or np.dtype(np.float32)
 
 
@@ -275,7 +304,8 @@ def _canonical_tensors(component: Component) -> dict[str, tuple[Tensors, str]]:
     own_projector = component.format in ("projector", "llava-lora")
     tensors: dict[str, tuple[Tensors, str]] = {}
     for stored in weights.stored:
-        if IGNORED.search(stored) or (component.format == "clip" and CLIP_UNUSED.match(stored)):
+        unused = component.format == "clip" and CLIP_UNUSED.match(stored)
+        if unused or IGNORED.search(stored) or POOLING_HEAD.search(stored):
             continue
         name = canonical_projector_name(stored) if own_projector else canonical_name(stored)
         if name in tensors:
@@ -350,13 +380,13 @@ def _resolve_original(
     if not any(name.startswith(_PROJECTOR) for name in tensors):
         raise CheckpointError(f"{settings.path}: the projector is missing; {settings} should contain it (mm_projector)")
     kind = _projector_kind(tensors)
-    if (wanted := config.get("mm_projector_type")) not in (None, kind):
+    if (wanted := config.get("mm_projector_type", config.get("image_projector_type"))) not in (None, kind):
         raise CheckpointError(f"{path}: mm_projector_type is {wanted!r}, but the projector's tensors are {kind!r}")
     if config.get("matryoshka_vis_token_scale"):
         _log.warning("%s: matryoshka_vis_token_scale: read as its form of all visual tokens", path)
     stops = read_stop_ids(settings.path, {}) or read_stop_ids(base.path, base.config)
     architecture = dataclasses.replace(original_config(path, config, text, sizes, kind), stop_ids=stops)
-    return ResolvedCheckpoint(settings.path, architecture, tensors)
+    return ResolvedCheckpoint(settings.path, architecture, _without_tied_head(settings.path, text, tensors))
 
 
 def _check_tower(path: Path, config: dict[str, Any], tower: Component, sizes: VisionConfig, *, included: bool) -> None:
@@ -371,7 +401,7 @@ def _check_tower(path: Path, config: dict[str, Any], tower: Component, sizes: Vi
     if tuned and not included:
         raise CheckpointError(f"{path}: its vision tower was tuned with it, but is not among its weights")
     names = {repository_name(name).lower() for name in (tower.path, tower.path.absolute(), tower.path.resolve())}
-    if tower.config.get("architectures") == ["CLIPModel"]:  # as released
+    if tower.config.get("architectures") in (["CLIPModel"], ["SiglipModel"]):  # as released
         names.add(repository_name(str(tower.config.get("_name_or_path") or "")).lower())
     wanted = repository_name(recorded)
     # Where its weights are in the checkpoint, the component only describes it.
@@ -385,15 +415,15 @@ def _check_tower(path: Path, config: dict[str, Any], tower: Component, sizes: Vi
 
 def _tower_sizes(tower: Component) -> VisionConfig:
     if tower.format != "clip":
-        raise CheckpointError(f"{tower}, not a CLIP vision tower")
+        raise CheckpointError(f"{tower}, not a vision tower")
     config = tower.config
-    if config["model_type"] == "clip":
+    if config["model_type"] in ("clip", "siglip"):
+        kind = f"{config['model_type']}_vision_model"
         config = config.get("vision_config", config)
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{tower.config_path}: vision_config is not an object")
-    sizes = vision_config(tower.config_path, config)
-    check_image_processor(tower.path, sizes.image_size)
-    return sizes
+        if not isinstance(config, dict):
+            raise CheckpointError(f"{tower.config_path}: vision_config is not an object")
+        config = {**config, "model_type": kind}
+    return read_image_processor(tower.path, vision_config(tower.config_path, config))[0]
 
 
 def _projector_kind(names: Iterable[str]) -> ProjectorKind:

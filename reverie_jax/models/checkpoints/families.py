@@ -13,21 +13,28 @@ from reverie_jax.errors import CheckpointError
 
 Json = dict[str, Any]
 
-_OTHER_TOWERS = re.compile("siglip|dino|eva[-_0-9]|intern_?vit|convnext|mobileclip|languagebind|imagebind")
-"""Parts of the names of vision towers that are not CLIP's."""
+_OTHER_TOWERS = re.compile("dino|eva[-_0-9]|intern_?vit|convnext|mobileclip|languagebind|imagebind")
+"""Parts of the names of vision towers that are neither CLIP's nor SigLIP's."""
 
 UNNAMED_TOWER = "vision_tower"
 """What this project writes for a tower whose name it does not know: checksums then say which one it is."""
 
-LANGUAGE_MODELS = ("llama", "phi3")
+LANGUAGE_MODELS = ("llama", "mistral", "phi3", "phi", "qwen", "qwen2", "qwen3", "stablelm", "stablelm_epoch")
+"""`model_type` of the language models that are supported."""
+
+TOWER_MODELS = ("clip", "clip_vision_model", "siglip", "siglip_vision_model")
+"""Likewise of vision towers."""
+
+_NAMES = "LLaMA, Mistral, Phi-2, Phi-3, Qwen and StableLM"
 
 _OTHERS = re.compile(
-    "mistral|mixtral|ministral|qwen|gemma|(?<!o)mpt|granite|cohere|stablelm|falcon|internlm|baichuan|deepseek|olmo|openelm"
-    "|bloom|gpt|chatglm|minicpm|smollm|exaone|mamba|jamba|yi_|mgm|mini_gemini|mipha|bunny|moe|mobile|tinyllava|video"
+    "mixtral|ministral|qwen\\d?_?(vl|moe|next)|gemma|(?<!o)mpt|granite|cohere|falcon|internlm|baichuan|deepseek|olmo|openelm"
+    "|bloom|gpt|chatglm|minicpm|smollm|exaone|mamba|jamba|yi_|mgm|mini_gemini|mipha|bunny|mobile|tiny_?llava|video"
+    "|onevision|llava_?next|moe(?!_?llava)"
 )
 """Parts of `model_type` and `architectures` of language models and of LLaVA's relatives that are not supported."""
 
-# Settings that change what a decoder computes, with the values under which it is a plain LLaMA or Phi-3.
+# Settings that change what a decoder computes, with the values under which they do not.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(
         ("embedding_multiplier", "residual_multiplier", "logits_scaling", "logit_scale", "scale_emb"), (1,)
@@ -37,7 +44,14 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("qk_layernorm", "use_qk_norm", "qk_norm", "use_parallel_residual", "parallel_attn", "alibi"), ()),
     **dict.fromkeys(("bias", "qkv_bias", "use_bias", "attention_bias", "mlp_bias", "attention_out_bias"), ()),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), (1,)),
-    "tie_word_embeddings": (),
+}
+
+# Those of them that the families support.
+_SUPPORTED: dict[str, tuple[str, ...]] = {
+    "llama": ("attention_bias", "mlp_bias"),
+    "qwen3": ("attention_bias",),
+    "stablelm": ("use_parallel_residual",),
+    "stablelm_epoch": ("use_parallel_residual",),
 }
 
 
@@ -65,27 +79,28 @@ def detect_format(path: Path, config: Json) -> ConfigFormat:
     kind, text, vision = config.get("model_type"), config.get("text_config"), config.get("vision_config")
     if kind == "reverie":
         return "orbax"
-    if kind in ("clip", "clip_vision_model"):
+    if kind in TOWER_MODELS:
         return "clip"
     if isinstance(text, dict) and isinstance(vision, dict):
-        _check_type(path, "model_type", config, ("llava",))
+        _check_type(path, "model_type", config, ("llava", "vipllava"))
         _check_type(path, "text_config.model_type", text, LANGUAGE_MODELS)
-        _check_type(path, "vision_config.model_type", vision, ("clip_vision_model",))
+        _check_type(path, "vision_config.model_type", vision, TOWER_MODELS)
         return "llava-hf"
-    if tower_name(config) or str(kind).startswith("llava"):
+    if tower_name(config) or str(kind).startswith(("llava", "moe_llava")):
         check_original(path, config)
         return "llava"
     if kind in LANGUAGE_MODELS:
         return "llm"
     raise CheckpointError(
         f"{path}: unknown model {kind!r}; supported are llava-hf (text_config and vision_config), original LLaVA"
-        f" (mm_vision_tower), {', '.join(LANGUAGE_MODELS)} and CLIP"
+        f" (mm_vision_tower), {', '.join(LANGUAGE_MODELS)}, CLIP and SigLIP"
     )
 
 
 def tower_name(config: Json) -> str:
     """Return the name of the vision tower's repository in an original LLaVA's config.json; empty without one."""
-    return str(config.get("mm_vision_tower") or config.get("vision_tower") or "")
+    keys = ("mm_vision_tower", "mm_image_tower", "vision_tower")  # the second is MoE-LLaVA's
+    return next((str(config[key]) for key in keys if config.get(key)), "")
 
 
 def repository_name(path: str | Path) -> str:
@@ -109,7 +124,7 @@ def check_original(path: Path, config: Json) -> None:
     """
     original_language_model(path, config)
     if _OTHER_TOWERS.search(repository_name(tower_name(config)).lower()):
-        raise CheckpointError(f"{path}: vision tower {tower_name(config)} is not supported; only CLIP's are")
+        raise CheckpointError(f"{path}: vision tower {tower_name(config)} is not supported; only CLIP's and SigLIP's are")
 
 
 def original_language_model(path: Path, config: Json) -> str:
@@ -122,24 +137,34 @@ def original_language_model(path: Path, config: Json) -> str:
     names = " ".join([kind, *map(str, classes if isinstance(classes, list) else [classes])]).lower()
     said = f"{path}: model_type {kind!r}, architectures {classes}"
     if other := _OTHERS.search(names):
-        raise CheckpointError(f"{said}: {other[0].strip('_')} is not supported; only LLaMA and Phi-3 are")
+        raise CheckpointError(f"{said}: {other[0].strip('_')} is not supported; only {_NAMES} are")
+    if "stablelm" in names:
+        return "stablelm_epoch" if {"rope_pct", "norm_eps"} & config.keys() else "stablelm"
+    if "qwen" in names:
+        if "qwen3" in names:
+            return "qwen3"
+        return "qwen" if "rms_norm_eps" not in config and "layer_norm_epsilon" in config else "qwen2"
+    if "mistral" in names:
+        return "mistral"
     if "phi" in names:
-        if "rms_norm_eps" not in config or str(config.get("hidden_act", "silu")).startswith("gelu"):
-            signs = ", ".join(f"{key} {config.get(key)!r}" for key in ("hidden_act", "rms_norm_eps"))
-            raise CheckpointError(f"{said}: Phi-2 is not supported ({signs}); Phi-3 is")
-        return "phi3"
+        return "phi3" if "rms_norm_eps" in config else "phi"
     if (classes and not re.search(r"llama|llavaforcausallm", names)) or not re.search(r"llama|^llava\b|share4v", names):
-        raise CheckpointError(f"{said}: an unknown language model; only LLaMA and Phi-3 are supported")
+        raise CheckpointError(f"{said}: an unknown language model; only {_NAMES} are supported")
     return "llama"
 
 
-def check_decoder(path: Path, config: Json) -> None:
-    """Check that no setting of a decoder's config.json makes it compute something else than a plain LLaMA or Phi-3.
+def check_decoder(path: Path, config: Json, kind: str) -> None:
+    """Check that no setting of a decoder's config.json makes it compute something that is not supported.
+
+    Args:
+        path: The file, for messages.
+        config: Its content.
+        kind: One of `LANGUAGE_MODELS`.
 
     Raises:
         CheckpointError: One does; the message names it.
     """
     for key, neutral in _NEUTRAL.items():
         value = config.get(key)
-        if value and value not in neutral:
+        if value and value not in neutral and key not in _SUPPORTED.get(kind, ()):
             raise CheckpointError(f"{path}: {key} {value!r} in the language model is not supported")

@@ -138,7 +138,7 @@ def _check_shapes(checkpoint: ResolvedCheckpoint, config: VLMConfig, model: Visi
     """Check all shapes before the first tensor is read."""
     variables = parameters(model)
     for spec in parameter_specs(config):
-        shape = variables[spec.path].shape[0 if spec.layers is None else 1 :]
+        shape = variables[spec.path].shape[len(spec.stack) :]
         wanted = to_file_layout(spec.layout, np.broadcast_to(np.False_, shape), config.vision.patch_size).shape
         for name in spec.names:
             tensors, stored_name = checkpoint.tensors[name]
@@ -155,7 +155,7 @@ def _shardings(variable: nnx.Variable[Any], spec: ParameterSpec, mesh: Mesh | No
     if mesh is None:
         return None, None
     partition = partition_spec(variable.shape, variable.axes, mesh)
-    layer = tuple(partition)[0 if spec.layers is None else 1 :]
+    layer = tuple(partition)[len(spec.stack) :]
     stored = {"same": layer, "linear": layer[::-1], "conv": ()}[spec.layout]
     return NamedSharding(mesh, partition), NamedSharding(mesh, PartitionSpec(*stored))
 
@@ -171,10 +171,12 @@ def _zeros(*, shape: tuple[int, ...], dtype: Any, sharding: Any) -> Array:
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "sharding"), donate_argnums=0)
-def _set_layer(stack: Array, tensor: Array, layer: Array, *, layout: Layout, sharding: Any) -> Array:
-    """Write one layer into its stack, in place."""
+def _set_layer(stack: Array, tensor: Array, place: tuple[Array, ...], *, layout: Layout, sharding: Any) -> Array:
+    """Write one layer, or one expert of a layer, into its stack, in place."""
     value = to_model_layout(layout, tensor).astype(stack.dtype)
-    return _constrain(jax.lax.dynamic_update_index_in_dim(stack, value, layer, 0), sharding)
+    start = (*place, *(jnp.zeros((), jnp.int32),) * value.ndim)
+    value = value.reshape(*(1,) * len(place), *value.shape)
+    return _constrain(jax.lax.dynamic_update_slice(stack, value, start), sharding)
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "dtype", "sharding"))
@@ -198,23 +200,24 @@ def _load_parameters(
     checkpoint: ResolvedCheckpoint, config: VLMConfig, model: VisionLanguageModel, mesh: Mesh | None
 ) -> VisionLanguageModel:
     variables = parameters(model)
-    targets: dict[str, tuple[ParameterSpec, int]] = {
-        name: (spec, layer) for spec in parameter_specs(config) for layer, name in enumerate(spec.names)
+    targets: dict[str, tuple[ParameterSpec, tuple[int, ...]]] = {
+        name: (spec, place) for spec in parameter_specs(config) for name, place in spec.places
     }
     values: dict[str, Array] = {}
 
     def load(name: str, array: AnyArray) -> None:
-        spec, layer = targets[name]
+        spec, place = targets[name]
         variable = variables[spec.path]
         _check_range(checkpoint, name, array, variable.dtype)
         sharding, stored = _shardings(variable, spec, mesh)
         tensor = jax.device_put(array if array.dtype.itemsize < 8 else array.astype(np.float32), stored)
-        if spec.layers is None:
+        if not spec.stack:
             value = _convert(tensor, layout=spec.layout, dtype=variable.dtype, sharding=sharding)
         else:
             if spec.path not in values:
                 values[spec.path] = _zeros(shape=tuple(variable.shape), dtype=variable.dtype, sharding=sharding)
-            value = _set_layer(values[spec.path], tensor, jnp.int32(layer), layout=spec.layout, sharding=sharding)
+            index = tuple(map(jnp.int32, place))
+            value = _set_layer(values[spec.path], tensor, index, layout=spec.layout, sharding=sharding)
         if sharding is not None:
             value = jax.device_put(value, sharding)  # equivalent; this gives it the name by which others compare it
         values[spec.path] = value.block_until_ready()  # otherwise the host runs ahead and holds many tensors at once

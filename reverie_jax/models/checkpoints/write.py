@@ -6,17 +6,26 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
+from jaxtyping import Array
 from safetensors.numpy import save_file
 
 from reverie_jax.errors import CheckpointError
 from reverie_jax.files import write_json
 from reverie_jax.models.checkpoints.configs import llava_hf_json, original_json, preprocessor_json
 from reverie_jax.models.checkpoints.files import is_finite
-from reverie_jax.models.checkpoints.names import AnyArray, ParameterSpec, original_name, parameter_specs, to_file_layout
+from reverie_jax.models.checkpoints.names import (
+    AnyArray,
+    ParameterSpec,
+    family_name,
+    original_name,
+    parameter_specs,
+    to_file_layout,
+)
 from reverie_jax.models.lora import assign
 from reverie_jax.models.vlm import VisionLanguageModel
 
@@ -45,12 +54,18 @@ def write_model(
         CheckpointError: The format does not support the model (linear projector, unmerged adapters).
     """
     config = model.config
-    if config.projector != "mlp2x_gelu":
-        raise CheckpointError("llava-hf does not support linear projectors; write llava or orbax")
+    for lacking, what in (
+        (config.projector != "mlp2x_gelu", "linear projectors"),
+        (config.text.experts is not None, "experts"),
+        (config.text.family == "qwen", "Qwen-1"),
+    ):
+        if lacking:
+            raise CheckpointError(f"llava-hf does not support {what}; write llava or orbax")
     check_merged(model)
     dtype = np.dtype(model.compute_dtype if dtype is None else dtype)
     folder.mkdir(parents=True, exist_ok=True)
-    _write_weights(model, folder, dtype, shard_bytes, {spec.path: spec.names for spec in parameter_specs(config)})
+    names = {spec.path: [family_name(name, config.text) for name in spec.names] for spec in parameter_specs(config)}
+    _write_weights(model, folder, dtype, shard_bytes, names)
     write_json(folder / "config.json", llava_hf_json(config, dtype.name, special_ids or _LLAMA_SPECIAL_IDS))
     write_json(folder / "preprocessor_config.json", preprocessor_json(config))
 
@@ -67,8 +82,10 @@ def write_original(
     check_merged(model)
     dtype = np.dtype(model.compute_dtype if dtype is None else dtype)
     folder.mkdir(parents=True, exist_ok=True)
-    kind = model.config.projector
-    names = {spec.path: [original_name(name, kind) for name in spec.names] for spec in parameter_specs(model.config)}
+    config = model.config
+    if len(config.feature_layers) > 1 or config.projector_norm_eps is not None or config.projector_activation != "gelu":
+        raise CheckpointError("original LLaVA's format does not support this projector; write llava-hf or orbax")
+    names = {spec.path: [original_name(name, config) for name in spec.names] for spec in parameter_specs(config)}
     _write_weights(model, folder, dtype, shard_bytes, names)
     write_json(folder / "config.json", original_json(model.config, dtype.name, special_ids or _LLAMA_SPECIAL_IDS))
 
@@ -92,24 +109,25 @@ def _write_weights(
     room = shard_bytes
     for spec in parameter_specs(model.config):
         size = values[spec.path].size * dtype.itemsize // len(spec.names)
-        for layer in range(len(spec.names)):
+        for number in range(len(spec.names)):
             if size > room and shards[-1]:
                 shards.append([])
                 room = shard_bytes
-            shards[-1].append((spec, layer))
+            shards[-1].append((spec, number))
             room -= size
     files = [_shard_name(number, len(shards)) for number in range(len(shards))]
     weight_map: dict[str, str] = {}
     total = 0
     for file, members in zip(files, shards, strict=True):
         shard: dict[str, AnyArray] = {}
-        for spec, layer in members:
+        for spec, number in members:
+            name, place = spec.places[number]
             value = values[spec.path].get_value()
             with np.errstate(over="ignore"):  # said below
-                array = np.asarray(value if spec.layers is None else value[layer]).astype(dtype, copy=False)
+                array = np.asarray(value[place] if place else value).astype(dtype, copy=False)
             if not is_finite(array):
-                raise CheckpointError(f"{spec.names[layer]}: has values that are NaN, infinite or beyond {dtype.name}")
-            shard[names[spec.path][layer]] = to_file_layout(spec.layout, array, model.config.vision.patch_size)
+                raise CheckpointError(f"{name}: has values that are NaN, infinite or beyond {dtype.name}")
+            shard[names[spec.path][number]] = to_file_layout(spec.layout, array, model.config.vision.patch_size)
         save_file(shard, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(shard, file)
         total += sum(array.nbytes for array in shard.values())
@@ -125,16 +143,20 @@ def _shard_name(number: int, count: int) -> str:
 def resize_vocabulary(model: VisionLanguageModel, rows: int) -> None:
     """Cut embedding and head to `rows`, or add rows that are the mean of the others, in place."""
     decoder = model.decoder
-    embedding, head = decoder.embedding.get_value(), decoder.head.kernel.get_value()
-    more = rows - embedding.shape[0]
-    if more > 0:
-        mean_row = embedding.astype(jnp.float32).mean(0, keepdims=True).astype(embedding.dtype)
-        mean_column = head.astype(jnp.float32).mean(1, keepdims=True).astype(head.dtype)
-        embedding = jnp.concatenate([embedding, jnp.repeat(mean_row, more, 0)])
-        head = jnp.concatenate([head, jnp.repeat(mean_column, more, 1)], axis=1)
-    assign(decoder.embedding, embedding[:rows])
-    assign(decoder.head.kernel, head[:, :rows])
+    assign(decoder.embedding, _resized(decoder.embedding.get_value(), rows, axis=0))
+    if (head := decoder.head) is not None:
+        assign(head.kernel, _resized(head.kernel.get_value(), rows, axis=1))
+        if head.bias is not None:
+            assign(head.bias, _resized(head.bias.get_value(), rows, axis=0))
+        head.outputs = rows
     text = dataclasses.replace(model.config.text, vocab=rows)
     model.config = dataclasses.replace(model.config, text=text)
     decoder.config = text
-    decoder.head.outputs = rows
+
+
+def _resized(x: Array, size: int, axis: int) -> Array:
+    more = size - x.shape[axis]
+    if more <= 0:
+        return jax.lax.slice_in_dim(x, 0, size, axis=axis)
+    mean = x.astype(jnp.float32).mean(axis, keepdims=True).astype(x.dtype)
+    return jnp.concatenate([x, jnp.repeat(mean, more, axis)], axis=axis)

@@ -17,7 +17,14 @@ from reverie_jax.models import lora
 from reverie_jax.models.checkpoints.adapters import ADAPTER_WEIGHTS, MAGNITUDE, projector_variables
 from reverie_jax.models.checkpoints.components import ADAPTER_CONFIG, NON_LORA
 from reverie_jax.models.checkpoints.configs import original_json
-from reverie_jax.models.checkpoints.names import AnyArray, memory_name, original_name, parameter_specs, to_file_layout
+from reverie_jax.models.checkpoints.names import (
+    AnyArray,
+    family_name,
+    memory_name,
+    original_name,
+    parameter_specs,
+    to_file_layout,
+)
 from reverie_jax.models.vlm import VisionLanguageModel
 
 Strength = tuple[int, float]
@@ -26,8 +33,8 @@ Strength = tuple[int, float]
 
 def _lora_tensors(
     model: VisionLanguageModel, rename: Callable[[str], str]
-) -> tuple[dict[str, AnyArray], dict[str, Strength], bool]:
-    """Return adapters as PEFT stores them, the adapted modules' ranks and alphas, and whether no layer lacks its adapter.
+) -> tuple[dict[str, AnyArray], dict[str, Strength]]:
+    """Return adapters as PEFT stores them, and ranks and alphas of the adapted modules.
 
     A layer lacks an adapter if both its factors are zero: `attach_adapter` fills stacks up so. Likewise for ranks.
 
@@ -41,20 +48,16 @@ def _lora_tensors(
     specs = {spec.path: spec for spec in parameter_specs(model.config)}
     tensors: dict[str, AnyArray] = {}
     modules: dict[str, Strength] = {}
-    complete = True
     for path, layer, *factors in lora.adapters(model):
         if not path.startswith("decoder."):
             raise CheckpointError(f"the adapter on {path} cannot be written; the formats support only the decoder's")
         variables = (*factors, layer.lora_magnitude, layer.lora_norm)
         arrays = [np.asarray(variable[...]) for variable in variables if variable is not None]
-        for name, a, b, *dora in zip(
-            specs[f"{path}.kernel"].names,
-            *(arrays if layer.layers is not None else (array[None] for array in arrays)),
-            strict=True,
-        ):
+        stack = len(layer.kernel.shape) - 2
+        rows = (array.reshape(-1, *array.shape[stack:]) for array in arrays)
+        for name, a, b, *dora in zip(specs[f"{path}.kernel"].names, *rows, strict=True):
             rank = int(np.flatnonzero(a.any(0) | b.any(1)).max(initial=-1)) + 1
             if not rank and not (dora and np.any(dora[0] != dora[1])):
-                complete = False
                 continue
             rank, module = max(rank, 1), rename(name).removesuffix(".weight")
             tensors[f"base_model.model.{module}.lora_A.weight"] = np.ascontiguousarray(a[:, :rank].T)
@@ -64,7 +67,7 @@ def _lora_tensors(
             modules[module] = rank, layer.lora_scale * rank
     if not tensors:
         raise CheckpointError("the model has no adapter to write")
-    return tensors, modules, complete
+    return tensors, modules
 
 
 def _projector_tensors(model: VisionLanguageModel) -> dict[str, AnyArray]:
@@ -91,7 +94,7 @@ def write_peft(model: VisionLanguageModel, folder: Path, *, base_model: str, pro
         raise CheckpointError(
             "transformers' LLaVA does not support linear projectors, so no PEFT adapter; write llava-lora"
         )
-    tensors, modules, _ = _lora_tensors(model, memory_name)
+    tensors, modules = _lora_tensors(model, lambda name: memory_name(family_name(name, model.config.text)))
     if projector:
         for name, array in _projector_tensors(model).items():
             tensors[f"base_model.model.{memory_name(name)}"] = array
@@ -120,9 +123,12 @@ def write_llava_lora(model: VisionLanguageModel, folder: Path, *, base_model: st
         raise CheckpointError(
             f"writing {NON_LORA} needs PyTorch: pip install -e '.[convert]' in the checkout"
         ) from None
-    kind = model.config.projector
-    tensors, modules, complete = _lora_tensors(model, lambda name: original_name(name, kind))
-    targets = sorted({module.split(".")[-1] for module in modules} if complete else modules)
+    tensors, modules = _lora_tensors(model, lambda name: original_name(name, model.config))
+    names = {module.split(".")[-1] for module in modules}
+    of_decoder = (spec for spec in parameter_specs(model.config) if spec.layout == "linear" and "decoder" in spec.path)
+    named = {original_name(name, model.config).removesuffix(".weight") for spec in of_decoder for name in spec.names}
+    complete = {module for module in named if module.split(".")[-1] in names} == modules.keys()
+    targets = sorted(names if complete else modules)
     settings = _settings(model, modules, base_model, targets, None)
     if ignored := settings.keys() & {"use_dora", "rank_pattern", "alpha_pattern"}:
         raise CheckpointError(
@@ -130,7 +136,7 @@ def write_llava_lora(model: VisionLanguageModel, folder: Path, *, base_model: st
             " a merged model"
         )
     projector = {
-        f"base_model.model.{original_name(name, kind)}": torch.from_numpy(np.array(array, np.float32))
+        f"base_model.model.{original_name(name, model.config)}": torch.from_numpy(np.array(array, np.float32))
         for name, array in _projector_tensors(model).items()
     }
     save_file(tensors, folder / ADAPTER_WEIGHTS[0], metadata={"format": "pt"})

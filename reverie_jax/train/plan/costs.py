@@ -25,7 +25,8 @@ class Sizes:
     """Number of elements of a step's weight matrices, by part.
 
     Attributes:
-        layers: of the decoder's layers.
+        layers: of the decoder's layers, without experts.
+        experts: of all experts; a token passes two of `count` in its layer.
         adapters: LoRA factors.
         head: LM head.
         projector: of each projector layer.
@@ -34,6 +35,7 @@ class Sizes:
     """
 
     layers: int
+    experts: int
     adapters: int
     head: int
     projector: tuple[int, ...]
@@ -43,20 +45,26 @@ class Sizes:
     @classmethod
     def of(cls, model: VisionLanguageModel) -> Sizes:
         """Count a model's elements, abstract or not; tower layers above the feature layer never run and are left out."""
-        kernels = {path: layer.inputs * layer.outputs * (layer.layers or 1) for path, layer in lora.linears(model)}
+        layers = dict(lora.linears(model))
+        kernels = {
+            path: layer.inputs * layer.outputs * (layer.layers or 1) * (layer.experts or 1)
+            for path, layer in layers.items()
+        }
         factors = [math.prod(a.shape) + math.prod(b.shape) for _, _, a, b in lora.adapters(model)]
         config = model.config
 
         def total(prefix: str) -> int:
             return sum(size for path, size in kernels.items() if path.startswith(prefix))
 
+        experts = sum(size for path, size in kernels.items() if layers[path].experts)
         return cls(
-            layers=total("decoder.layers."),
+            layers=total("decoder.layers.") + total("decoder.expert_layers.") - experts,
+            experts=experts,
             adapters=sum(factors),
-            head=total("decoder.head"),
+            head=total("decoder.head") or config.text.vocab * config.text.hidden,
             projector=tuple(size for path, size in sorted(kernels.items()) if path.startswith("projector.")),
             patch=total("vision.patch"),
-            tower=total("vision.layers.") * config.feature_depth // config.vision.layers,
+            tower=total("vision.layers.") * max(config.feature_depths) // config.vision.layers,
         )
 
 
@@ -93,11 +101,12 @@ def model_flops(
     text, vision = config.text, config.vision
     linear = 6 if recipe.trainable == "full" else 4
     attention = 12 * pairs * text.heads * text.head_dim * text.layers
-    decoder = (linear * sizes.layers + 6 * sizes.adapters) * tokens + attention
+    active = sizes.layers + sizes.experts * 2 // (text.experts.count if text.experts else 2)
+    decoder = (linear * active + 6 * sizes.adapters) * tokens + attention
     first, *rest = sizes.projector
-    projector = images * vision.patches * (4 * first + 6 * sum(rest))
-    tower_tokens = vision.patches + 1
-    per_token = 2 * sizes.tower + 4 * tower_tokens * vision.hidden * config.feature_depth
+    projector = images * config.image_tokens * (4 * first + 6 * sum(rest))
+    tower_tokens = vision.tokens
+    per_token = 2 * sizes.tower + 4 * tower_tokens * vision.hidden * max(config.feature_depths)
     tower = 2 * sizes.patch * vision.patches + per_token * tower_tokens
     return decoder + linear * sizes.head * edges + projector + images * tower
 
@@ -157,16 +166,16 @@ def activations(
     intermediates = 6 * text.hidden + (heads + text.heads * text.head_dim + 3 * text.mlp) // tensor
     chunk = batch * min(shape.edges, EDGE_CHUNK)
     queries = QUERY_CHUNK
-    gathered_layer = sizes.layers // text.layers * width // tensor
+    gathered_layer = (sizes.layers + sizes.experts) // text.layers * width // tensor
     is_gathered = mesh["fsdp"] > 1
-    patches, floats = batch * shape.images * (vision.patches + 1), 4
+    patches, floats = batch * shape.images * vision.tokens, 4
     tower = patches * (4 * vision.hidden + vision.mlp // tensor) * width
     return Activations(
         saved=(text.layers + 1) * tokens * text.hidden * width,
         layer=2 * tokens * intermediates * width,
         scores=int(2.5 * batch * queries * shape.length * text.heads // tensor * floats),
         logits=3 * chunk * text.vocab // tensor * floats + is_gathered * sizes.head * width // tensor,
-        tower=tower + 2 * patches * (vision.patches + 1) * vision.heads // tensor * floats,
+        tower=tower + 2 * patches * vision.tokens * vision.heads // tensor * floats,
         gathered=2 * gathered_layer if is_gathered else 0,
         gradients=trained * (1 if recipe.gradient_accumulation_steps == 1 else 2),
     )
@@ -189,7 +198,7 @@ def collective_bytes(
         trained: bytes of the trained parameters on a chip.
     """
     fsdp, tensor, data = mesh["fsdp"], mesh["tensor"], mesh["data"]
-    weights = (sizes.layers + sizes.adapters + sizes.head) * width // tensor
+    weights = (sizes.layers + sizes.experts + sizes.adapters + sizes.head) * width // tensor
     gathered = 3 * recipe.gradient_accumulation_steps * weights * (fsdp - 1) // fsdp
     summed = recipe.gradient_accumulation_steps * trained * (fsdp - 1) + 2 * trained * (data - 1) // data
     stream = recipe.batch_size // (data * fsdp) * recipe.sequence.length * config.text.hidden * width
