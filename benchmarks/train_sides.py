@@ -86,7 +86,7 @@ def recipe_for(size: Size, batch_size: int, *, prefix_sharing: bool) -> Recipe:
 def our_model(args: Args, work: Work, folder: Path) -> VisionLanguageModel:
     """Return a random model; with equal weights, it and its adapter are written to the folder for the peer."""
     from reverie_jax.models.checkpoints import read_model
-    from reverie_jax.models.checkpoints.adapters import write_peft
+    from reverie_jax.models.checkpoints.write_adapters import write_peft
     from reverie_jax.models.checkpoints.write import write_model
     from reverie_jax.train.step import make_trainable
 

@@ -28,7 +28,7 @@ from reverie_jax.loading import (
     set_processor,
 )
 from reverie_jax.models import VisionLanguageModel, lora
-from reverie_jax.models.checkpoints import adapters, base_checksums, orbax, write
+from reverie_jax.models.checkpoints import adapters, base_checksums, orbax, write, write_adapters
 from reverie_jax.models.checkpoints.components import ADAPTER_CONFIG, DESCRIPTIONS, Component, ComponentFormat, as_list
 from reverie_jax.models.checkpoints.files import new_folder, read_json
 
@@ -134,10 +134,10 @@ def special_ids(tokenizer: Any, vocab: int) -> dict[str, Any]:
 
 def _write_adapter(model: VisionLanguageModel, folder: Path, to: str, source: ConversionSource, tokenizer: Any) -> None:
     if to == "peft":
-        adapters.write_peft(model, folder, base_model=source.base_model, projector=source.projector)
+        write_adapters.write_peft(model, folder, base_model=source.base_model, projector=source.projector)
     else:
         ids = special_ids(tokenizer, model.config.text.vocab)
-        adapters.write_llava_lora(model, folder, base_model=source.base_model, special_ids=ids)
+        write_adapters.write_llava_lora(model, folder, base_model=source.base_model, special_ids=ids)
     checksums = dict(source.checksums)
     if to == "llava-lora" or source.projector:
         checksums.pop("projector")  # the folder has its own

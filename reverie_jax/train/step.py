@@ -116,6 +116,8 @@ def make_trainable(model: VisionLanguageModel, recipe: Recipe) -> bool:
         return False
     rank, scale = recipe.rank, recipe.alpha / recipe.rank
     for path, layer, a, _ in adapters:
+        if layer.lora_magnitude is not None:
+            raise UserError(f"adapter on {path}: it is DoRA (use_dora), which cannot be trained here; merge it first")
         if (a.shape[-1], layer.lora_scale) != (rank, scale):
             raise UserError(
                 f"adapter on {path}: rank {a.shape[-1]} and scale {layer.lora_scale:g}, but recipe {recipe.name} has rank"
