@@ -37,7 +37,7 @@ from reverie_jax.models.checkpoints.files import read_json
 from reverie_jax.models.config import ProjectorKind
 from reverie_jax.train.checkpoint import load_run
 from reverie_jax.train.identity import IDENTITY, read_identity
-from reverie_jax.train.recipes import Recipe
+from reverie_jax.train.recipe import Recipe
 
 SCENES_BASE = "scenes-base"
 """Name of the small base model that is part of the package."""

@@ -230,8 +230,8 @@ class VLMConfig:
         projector_norm_eps: Of a layer normalization before it; None without one (VIP-LLaVA has one).
         feature_layers: Hidden states of the tower that are the projector's input, side by side; -2 is the last layer's
             input.
-        feature_select: `patch` drops the tower's first token, which is the class token, or in MoE-LLaVA's models with SigLIP a
-            patch; `full` keeps all.
+        feature_select: `patch` drops the tower's first token: the class token, or in MoE-LLaVA's models with SigLIP a patch;
+            `full` keeps all.
         image_token_id: Placeholder token at the position of an image feature; its embedding is never used.
         template: Name of the chat template that the weights were tuned with (see `data.templates`).
         tokenization: Tokenization that the weights were tuned with: Hugging Face's in one pass, or original LLaVA's.

@@ -30,7 +30,7 @@ from reverie_jax.train.identity import (
     recipe_fields,
     records_digest,
 )
-from reverie_jax.train.recipes import Recipe
+from reverie_jax.train.recipe import Recipe
 from reverie_jax.train.step import TrainState, make_trainable, trainable_filter
 
 _log = logging.getLogger(__name__)

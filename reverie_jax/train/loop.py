@@ -28,7 +28,7 @@ from reverie_jax.train.identity import already_there, run_identity
 from reverie_jax.train.metrics import MetricsLog
 from reverie_jax.train.monitor import StepMonitor, TrainingFailed
 from reverie_jax.train.preemption import Preempted, Preemption
-from reverie_jax.train.recipes import Recipe
+from reverie_jax.train.recipe import Recipe
 from reverie_jax.train.reference_model import ReferenceSpec
 from reverie_jax.train.step import StepMetrics, TrainState, make_optimizer, make_step, make_trainable, trainable_filter
 from reverie_jax.train.validation import Validation, hold_out

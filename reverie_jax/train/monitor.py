@@ -20,7 +20,7 @@ from reverie_jax.models import VisionLanguageModel
 from reverie_jax.train.metrics import MetricsLog
 from reverie_jax.train.plan import costs
 from reverie_jax.train.plan.topology import chip_of
-from reverie_jax.train.recipes import Recipe
+from reverie_jax.train.recipe import Recipe
 from reverie_jax.train.step import StepMetrics, schedule
 
 _MEDIAN_STEPS = 50

@@ -26,7 +26,7 @@ from reverie_jax.files import atomic_path
 from reverie_jax.models import VisionLanguageModel, lora
 from reverie_jax.models.sharding import global_batch, local_rows
 from reverie_jax.train.objective import answer_logps, edge_logps
-from reverie_jax.train.recipes import Recipe
+from reverie_jax.train.recipe import Recipe
 from reverie_jax.train.step import trainable_filter
 
 STORED = "reference.npz"

@@ -30,7 +30,7 @@ from reverie_jax.train.objective import (
     routed_edge_logps,
     router_sums,
 )
-from reverie_jax.train.recipes import LossReduction, Recipe
+from reverie_jax.train.recipe import LossReduction, Recipe
 
 
 class TrainState(NamedTuple):

@@ -24,7 +24,7 @@ from reverie_jax.errors import UserError
 from reverie_jax.models import VisionLanguageModel, lora
 from reverie_jax.models.checkpoints.checksums import weights_checksum
 from reverie_jax.models.vision import normalize
-from reverie_jax.train.recipes import Recipe
+from reverie_jax.train.recipe import Recipe
 
 _log = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from jax.sharding import Mesh, NamedSharding
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from reverie_jax.models import ModelInputs, TextConfig, VisionConfig, VisionLanguageModel, VLMConfig
-from reverie_jax.models.sharding import partition_spec
 from reverie_jax.models.config import CLIP_MEAN, CLIP_STD
+from reverie_jax.models.sharding import partition_spec
 
 IMAGE = 7  # the placeholder's id in every tiny model here
 

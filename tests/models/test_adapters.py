@@ -25,7 +25,7 @@ from reverie_jax.models.checkpoints import attach_adapter, read_model
 from reverie_jax.models.checkpoints.write_adapters import write_peft
 from reverie_jax.models.sharding import make_mesh
 from reverie_jax.train.loop import finetune
-from reverie_jax.train.recipes import Recipe
+from reverie_jax.train.recipe import Recipe
 from tests.models import makers
 from tests.models.makers import (
     ADAPTER_CONFIG,

@@ -12,8 +12,8 @@ from reverie_jax.errors import UserError
 from reverie_jax.models.config import Routing
 from reverie_jax.train.checkpoint import load_run
 from reverie_jax.train.loop import finetune
-from reverie_jax.train.preemption import Preempted
 from reverie_jax.train.metrics import read_metrics
+from reverie_jax.train.preemption import Preempted
 from reverie_jax.train.recipes import RECIPES, override
 from tests.train import tiny
 
@@ -77,7 +77,7 @@ def test_adapters_of_experts_are_trained(tmp_path):
 
 def test_recipes_of_experts():
     stage3 = RECIPES["moe-llava-stablelm-stage3"]
-    assert stage3.routing == Routing(capacity_factor=1.5, min_capacity=0, aux_coefficient=0.01, second_expert="gumbel", group=8)
+    assert stage3.routing == Routing(1.5, min_capacity=0, aux_coefficient=0.01, second_expert="gumbel", group=8)
     assert override(stage3, ["routing.group=4", "freeze_router=true"]).routing.group == 4
     with pytest.raises(UserError, match=r"routing\.group"):
         override(stage3, ["routing.group=7"])

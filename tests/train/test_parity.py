@@ -20,7 +20,7 @@ from reverie_jax.data.tree import build_tree
 from reverie_jax.models import lora
 from reverie_jax.models.checkpoints import read_model
 from reverie_jax.models.checkpoints.write_adapters import write_peft
-from reverie_jax.train.recipes import Recipe
+from reverie_jax.train.recipe import Recipe
 from reverie_jax.train.step import TrainState, is_lora_or_projector, make_optimizer, make_step, make_trainable
 from tests.models import makers
 from tests.models.oracle import normalized

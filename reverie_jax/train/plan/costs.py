@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from reverie_jax.models import VisionLanguageModel, lora
 from reverie_jax.models.attention.dense import QUERY_CHUNK
 from reverie_jax.models.config import VLMConfig
-from reverie_jax.train.recipes import Recipe
+from reverie_jax.train.recipe import Recipe
 
 FLOPS_FORMULA = (
     "decoder: (4 N + 6 N_lora) per token, 6 N if trained in full; head: the same per supervised token; attention: "

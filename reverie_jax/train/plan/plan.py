@@ -28,7 +28,7 @@ from reverie_jax.models.config import ARCHITECTURES
 from reverie_jax.models.sharding import MESH_AXES, batch_sharding, parse_mesh_axes, shardings
 from reverie_jax.train.plan import costs, hlo
 from reverie_jax.train.plan.topology import Topology, can_compile, compile_devices, plan_mesh
-from reverie_jax.train.recipes import Recipe
+from reverie_jax.train.recipe import Recipe
 from reverie_jax.train.reference_model import ReferenceModel, without_adapters
 from reverie_jax.train.step import TrainState, make_optimizer, make_step, make_trainable, trainable_filter
 
