@@ -91,7 +91,7 @@ def _recognize(config: VLMConfig, tokenizer: Any, main: Component, others: Seque
         return example
     if main.format == "orbax" or "reverie_template" in main.config:
         return find_template(config.template)
-    if main.format == "llava-hf" and (found := _read_chat_template(main.path)) is not None:
+    if main.format == "llava-hf" and (found := read_chat_template(main.path)) is not None:
         path, chat_template = found
         template = _by_prompt(_open_prompt(tokenizer, chat_template, path), path)
     else:
@@ -150,7 +150,7 @@ def _names(main: Component, others: Sequence[Component]) -> Iterator[str]:
             yield repository_name(str(read_json(path).get("base_model_name_or_path") or ""))
 
 
-def _read_chat_template(folder: Path) -> tuple[Path, str] | None:
+def read_chat_template(folder: Path) -> tuple[Path, str] | None:
     """Return the chat template that transformers' processor uses, and its file; or else the tokenizer's.
 
     Raises:

@@ -429,4 +429,4 @@ def write_llava_lora(model: VisionLanguageModel, folder: Path, *, base_model: st
     torch.save(projector, folder / NON_LORA)
     write_json(folder / ADAPTER_CONFIG, _adapter_config(model, base_model, modules, None))
     dtype = np.dtype(model.compute_dtype).name
-    write_json(folder / "config.json", original_json(model.config, dtype, special_ids))
+    write_json(folder / "config.json", original_json(model.config, dtype, special_ids, tower_included=False))

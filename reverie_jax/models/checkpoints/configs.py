@@ -315,13 +315,22 @@ def llava_hf_json(config: VLMConfig, dtype: str, special_ids: Json) -> Json:
     }
 
 
-def original_json(config: VLMConfig, dtype: str, special_ids: Json) -> Json:
+def original_json(config: VLMConfig, dtype: str, special_ids: Json, *, tower_included: bool = True) -> Json:
     """Return the flat config.json of an original LLaVA (LLaVA-pp where the decoder is Phi-3).
 
-    The arguments are those of `llava_hf_json`.
+    Original LLaVA loads the tower that is named, and then, if told so, the weights that are included.
+
+    Args:
+        config: As for `llava_hf_json`.
+        dtype: As for `llava_hf_json`.
+        special_ids: As for `llava_hf_json`.
+        tower_included: Whether the weights include the vision tower.
     """
     phi = config.text.fused
-    tower = config.vision_tower or UNNAMED_TOWER
+    tower, own_tower = config.vision_tower or UNNAMED_TOWER, False
+    if tower_included:
+        own_tower = known_tower(tower) != config.vision
+        tower = next((name for name, sizes in CLIP_TOWERS.items() if sizes == config.vision), tower)
     return {
         "architectures": ["LlavaPhiForCausalLM" if phi else "LlavaLlamaForCausalLM"],
         "model_type": "llava_phi" if phi else "llava_llama",
@@ -331,6 +340,7 @@ def original_json(config: VLMConfig, dtype: str, special_ids: Json) -> Json:
         "use_cache": True,
         "use_mm_proj": True,
         "mm_vision_tower": tower,
+        **({"unfreeze_mm_vision_tower": True} if own_tower else {}),
         "mm_hidden_size": config.vision.hidden,
         "mm_projector_type": config.projector,
         "mm_vision_select_layer": config.feature_layer,
