@@ -8,7 +8,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from reverie_jax.files import read_json, write_json
 
@@ -62,11 +62,13 @@ def _content(tokenizer: Any) -> Json:
     """
     content: Json = json.loads(tokenizer.backend_tokenizer.to_str())
     if hasattr(tokenizer, "legacy"):
-        scheme = "always" if tokenizer.legacy else "first"
-        spaces = pre_tokenizers.Metaspace(replacement="\u2581", prepend_scheme=scheme, split=False)
-        parts = decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)
-        whole = Tokenizer(models.BPE())
-        whole.pre_tokenizer, whole.decoder = spaces, decoders.Sequence(list(parts))
+        space, whole = "\u2581", Tokenizer(models.BPE())
+        if tokenizer.legacy:
+            whole.normalizer = normalizers.Sequence([normalizers.Prepend(space), normalizers.Replace(" ", space)])
+        else:
+            whole.pre_tokenizer = pre_tokenizers.Metaspace(replacement=space, prepend_scheme="first", split=False)
+        parts = decoders.Replace(space, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)
+        whole.decoder = decoders.Sequence(list(parts))
         content |= {key: json.loads(whole.to_str())[key] for key in ("normalizer", "pre_tokenizer", "decoder")}
     return content
 
