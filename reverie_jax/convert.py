@@ -285,7 +285,7 @@ def _write_processor(
         differences.append("transformers before 4.49 crops pictures instead of padding them")
     (folder / "chat_template.jinja").write_text(chat_template, "utf-8")
     settings = read_json(folder / "tokenizer_config.json")
-    # For transformers before 4.44, which reads no other, and before 4.42, which knows no such tags.
+    # For releases, as 4.37, that read no other file and do not know these tags.
     plain = re.sub("{% (end)?generation %}", "", chat_template)
     if settings.get("chat_template") != plain:
         write_json(folder / "tokenizer_config.json", {**settings, "chat_template": plain})
