@@ -95,7 +95,7 @@ def _recognize(config: VLMConfig, tokenizer: Any, main: Component, others: Seque
     if own or main.format == "llava-hf":
         # An adapter's template is in the folder of its base model.
         folders = (main.path, *(other.path for other in others if own))
-        if (found := next(filter(None, map(_read_chat_template, folders)), None)) is not None:
+        if (found := next(filter(None, map(read_chat_template, folders)), None)) is not None:
             return _derive(tokenizer, *found)
         if own:
             raise CheckpointError(f"{main.path}: no chat_template.jinja, which reverie_template {CHECKPOINT!r} needs")
@@ -178,7 +178,7 @@ def _names(main: Component, others: Sequence[Component]) -> Iterator[str]:
             yield repository_name(str(read_json(path).get("base_model_name_or_path") or ""))
 
 
-def _read_chat_template(folder: Path) -> tuple[Path, str] | None:
+def read_chat_template(folder: Path) -> tuple[Path, str] | None:
     """Return the chat template that transformers' processor uses, and its file; or else the tokenizer's.
 
     Raises:

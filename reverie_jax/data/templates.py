@@ -135,15 +135,24 @@ def find_template(name: str) -> Template:
     return template
 
 
-def to_jinja(template: Template) -> str:
+def to_jinja(template: Template, *, before: str = "", after_image: str = "") -> str:
     """Return the template in the form of transformers and vLLM (`chat_template.jinja`), a user turn's images first.
 
     That of a checkpoint is returned as it was.
+
+    Args:
+        template: the template.
+        before: white space before everything.
+        after_image: white space after each image, before the line break.
     """
     if template.jinja is not None:
         return template.jinja
     content = "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    content += "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\\n' }}{% endfor %}"
+    content += (
+        "{% for part in message['content'] if part['type'] == 'image' %}"
+        + _quoted(f"{IMAGE}{after_image}\n")
+        + "{% endfor %}"
+    )
     content += "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}{% endif %}"
     end = "{{ eos_token }}" if template.end is None else _quoted(template.end)
     answer = (
@@ -154,7 +163,7 @@ def to_jinja(template: Template) -> str:
         + "{% endgeneration %}"
     )
     return (
-        f"{_quoted(template.system)}"
+        f"{_quoted(before + template.system)}"
         "{% for message in messages %}{% if message['role'] == 'user' %}"
         f"{_quoted(template.user)}{content}"
         "{% elif message['role'] == 'assistant' %}"

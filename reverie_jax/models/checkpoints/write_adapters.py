@@ -143,7 +143,7 @@ def write_llava_lora(model: VisionLanguageModel, folder: Path, *, base_model: st
     torch.save(projector, folder / NON_LORA)
     write_json(folder / ADAPTER_CONFIG, settings)
     dtype = np.dtype(model.compute_dtype).name
-    write_json(folder / "config.json", original_json(model.config, dtype, special_ids))
+    write_json(folder / "config.json", original_json(model.config, dtype, special_ids, tower_included=False))
 
 
 def _settings(
