@@ -263,6 +263,9 @@ def _write_processor(
 ) -> list[str]:
     """Write what transformers' processor reads beside the tokenizer, and return in what it differs from `prompts`.
 
+    Without a chat template to keep, the one is written with which transformers gets the same tokens as the source here,
+    if there is one. Original LLaVA tokenizes the text after a picture by itself, so with a space before it.
+    """
     write_json(
         folder / "processor_config.json",
         {
