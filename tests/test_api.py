@@ -404,6 +404,7 @@ def test_a_checkpoints_own_template_survives(to, copy, tmp_path):
     convert(tmp_path / "out", tmp_path / "again", to="llava-hf")
     assert load_processor(tmp_path / "again").encoder.template == expected.template
     (tmp_path / "out" / "chat_template.jinja").unlink()
+    makers.edit_json(tmp_path / "out" / "tokenizer_config.json", chat_template=None)
     makers.assert_refused(lambda: load_processor(tmp_path / "out"), tmp_path / "out", "chat_template.jinja")
 
 
@@ -521,8 +522,8 @@ def test_hub_downloads_one_format_without_subfolders(weights, wanted, hub):
 
 
 def test_unsupported_family_is_named_before_its_weights_are_downloaded(hub, tmp_path):
-    makers.write_json(tmp_path / "config.json", {"model_type": "llava_qwen", "mm_vision_tower": "x"})
-    makers.assert_refused(lambda: reverie_jax.load_model("some/model"), "llava_qwen")
+    makers.write_json(tmp_path / "config.json", {"model_type": "llava_gemma", "mm_vision_tower": "x"})
+    makers.assert_refused(lambda: reverie_jax.load_model("some/model"), "llava_gemma")
     assert hub.downloaded == REPOSITORY[:3]
 
 

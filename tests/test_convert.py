@@ -460,7 +460,7 @@ OPENAI = "openai/clip-vit-large-patch14"
 def test_original_llava_loads_the_tower_that_is_meant(recorded, tuned, wanted, tmp_path, monkeypatch, caplog):
     """It loads the tower that is named, and over it the weights of the folder if the tower is unfrozen."""
     sizes = read_config(makers.bench().hf).vision
-    monkeypatch.setattr(configs, "CLIP_TOWERS", {OPENAI: sizes})
+    monkeypatch.setattr(configs, "TOWERS", {OPENAI: sizes})
     src = sources.original(tmp_path / "src")
     makers.edit_json(src / "config.json", mm_vision_tower=recorded, **tuned)
     known = str(recorded).endswith("large-patch14")
