@@ -98,7 +98,7 @@ def test_lora_of_a_plain_language_model_on_a_complete_llava(llama, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "name"), [({"model_type": "llava_mistral"}, "mistral"), ({"mm_vision_tower": "a/siglip"}, "siglip")]
+    ("settings", "name"), [({"model_type": "llava_mpt"}, "mpt"), ({"mm_vision_tower": "a/siglip"}, "siglip")]
 )
 def test_lora_of_another_family(settings, name, llama, tmp_path):
     folder = shutil.copytree(llama.lora, tmp_path / "lora")
