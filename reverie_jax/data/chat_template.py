@@ -24,7 +24,7 @@ TEMPLATE_EXAMPLE = "template_example.json"
 
 _REMEDY = (
     f'choose the one it was tuned with by --template (in Python, template=) or as "reverie_template" in config.json: '
-    f"{', '.join(TEMPLATES)}"
+    f"{', '.join(TEMPLATES)}, or {CHECKPOINT} for the tokenizer's own chat template"
 )
 _LLAMA_2 = re.compile("llama-?2")
 
@@ -47,7 +47,7 @@ def choose_template(
     """
     if not name:
         return _recognize(config, tokenizer, main, others)
-    template = _named(name, main.path)
+    template = _of_files(tokenizer, main, others) if name == CHECKPOINT else _named(name, main.path)
     _check_end(template, tokenizer, main.path)
     with contextlib.suppress(CheckpointError):
         own = _recognize(config, tokenizer, main, others)
@@ -89,19 +89,27 @@ def _recognize(config: VLMConfig, tokenizer: Any, main: Component, others: Seque
         )
     if (example := read_example_template(main.path)) is not None:
         return example
-    own = config.template == CHECKPOINT
-    if not own and (main.format == "orbax" or "reverie_template" in main.config):
+    if config.template == CHECKPOINT:
+        return _of_files(tokenizer, main, others)
+    if main.format == "orbax" or "reverie_template" in main.config:
         return find_template(config.template)
-    if own or main.format == "llava-hf":
-        # An adapter's template is in the folder of its base model.
-        folders = (main.path, *(other.path for other in others if own))
-        if (found := next(filter(None, map(read_chat_template, folders)), None)) is not None:
-            return _derive(tokenizer, *found)
-        if own:
-            raise CheckpointError(f"{main.path}: no chat_template.jinja, which reverie_template {CHECKPOINT!r} needs")
+    if main.format == "llava-hf" and (found := read_chat_template(main.path)) is not None:
+        return _derive(tokenizer, *found)
     template = find_template(_certain(config.template, tokenizer, main, others))
     _check_end(template, tokenizer, main.path)
     return template
+
+
+def _of_files(tokenizer: Any, main: Component, others: Sequence[Component]) -> Template:
+    """Return the template of the files of a checkpoint, or else of its components: an adapter's is in its base model's folder.
+
+    Raises:
+        CheckpointError: There is none, or it cannot be used.
+    """
+    folders = [part.path for part in (main, *others) if part.format != "clip" and part.path.is_dir()]
+    if (found := next(filter(None, map(read_chat_template, folders)), None)) is None:
+        raise CheckpointError(f"{main.path}: no chat_template.jinja, which template {CHECKPOINT!r} needs; {_REMEDY}")
+    return _derive(tokenizer, *found)
 
 
 def _derive(tokenizer: Any, path: Path, chat_template: str) -> Template:
