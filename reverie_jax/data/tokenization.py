@@ -145,7 +145,7 @@ class Encoder:
         self._end = (tokenizer.eos_token or "") if self.template.end is None else self.template.end
         self._taught = len(self._end)
         if token := end_token(tokenizer, self._end):
-            stops.append(tokenizer.convert_tokens_to_ids(token))
+            stops.append(tokenizer.get_added_vocab()[token])
             self._taught = self._end.index(token) + len(token)
         # As transformers' processor: a text that begins with BOS gets no other.
         bos: Any = getattr(tokenizer, "bos_token", None)
