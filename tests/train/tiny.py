@@ -175,9 +175,7 @@ def after_step(patch, number, action):
 
 def trained(model, trainable="lora"):
     """Return the (trained, frozen) arrays of a model."""
-    _, params, rest = nnx.split(
-        model, trainable_filter(dataclasses.replace(RECIPES["scenes-rationales"], trainable=trainable)), ...
-    )
+    _, params, rest = nnx.split(model, trainable_filter(recipe(trainable=trainable)), ...)
     return [np.asarray(x) for x in jax.tree.leaves(params)], [np.asarray(x) for x in jax.tree.leaves(rest)]
 
 
