@@ -106,9 +106,8 @@ def hf_activation(name: Activation) -> str:
     return "gelu_pytorch_tanh" if name == "gelu_tanh" else name
 
 
-_WINDOWED = ("phi3", "mistral", "qwen2", "qwen3")
-_MISTRAL_WINDOW = 4096
-"""Default of MistralConfig, which null switches off."""
+_WINDOWED: dict[str, int | None] = {"phi3": None, "mistral": 4096, "qwen2": 4096, "qwen3": 4096}
+"""Sliding windows of the families that have them, where config.json says nothing; null switches them off."""
 
 
 def text_config(path: Path, raw: Json, kind: str) -> TextConfig:
@@ -122,9 +121,7 @@ def text_config(path: Path, raw: Json, kind: str) -> TextConfig:
     Raises:
         CheckpointError: A setting is not supported or invalid.
     """
-    window = raw.get("sliding_window", _MISTRAL_WINDOW if kind == "mistral" else None)
-    if kind in ("qwen2", "qwen3") and not raw.get("use_sliding_window"):
-        window = None
+    window = _window(raw, kind)
     raw = given(raw)
     if kind in ("qwen", "stablelm_epoch"):
         raw = {**{_SYNONYMS[key]: value for key, value in raw.items() if key in _SYNONYMS}, **raw}
@@ -152,9 +149,7 @@ def text_config(path: Path, raw: Json, kind: str) -> TextConfig:
         max_positions=size(path, raw, "max_position_embeddings"),
         fused_qkv=kind in ("phi3", "qwen"),
         fused_mlp=kind == "phi3",
-        sliding_window=size(path, {"sliding_window": window}, "sliding_window")
-        if kind in _WINDOWED and window is not None
-        else None,
+        sliding_window=None if window is None else size(path, {"sliding_window": window}, "sliding_window"),
         norm="layernorm" if layer_norm else "rmsnorm",
         activation=ACTIVATIONS[choice(path, raw, "hidden_act", "silu", tuple(ACTIVATIONS))],
         gated=kind != "phi",
@@ -172,6 +167,19 @@ def text_config(path: Path, raw: Json, kind: str) -> TextConfig:
     check_divisible(path, config.heads, config.kv_heads, "num_attention_heads", "num_key_value_heads")
     check_divisible(path, config.rotary_dim, 2, "the rotated part of head_dim", "2")
     return config
+
+
+def _window(raw: Json, kind: str) -> Any:
+    """Return the smallest window of any layer, as stated; None without one. LLaMA's class ignores the key."""
+    window = raw.get("sliding_window", _WINDOWED.get(kind)) if kind in _WINDOWED else None
+    if kind in ("qwen2", "qwen3"):
+        types, first, layers = raw.get("layer_types"), raw.get("max_window_layers", 28), raw.get("num_hidden_layers", 32)
+        none = type(first) is int and type(layers) is int and first >= layers
+        if isinstance(types, list):
+            none = "sliding_attention" not in types
+        if none or not raw.get("use_sliding_window"):
+            return None
+    return window
 
 
 def _rope(path: Path, raw: Json) -> tuple[float, float, RopeScaling | None]:
@@ -233,9 +241,9 @@ def _experts(path: Path, raw: Any, layers: int) -> ExpertsConfig | None:
 def text_json(text: TextConfig) -> Json:
     """Return the keys of a config.json that describe a decoder, `model_type` aside."""
     kind = text.family
-    window = {"sliding_window": text.sliding_window} if kind in _WINDOWED else {}
+    window: Json = {"sliding_window": text.sliding_window} if kind in _WINDOWED else {}
     if kind in ("qwen2", "qwen3"):
-        window["use_sliding_window"] = text.sliding_window is not None
+        window |= {"use_sliding_window": text.sliding_window is not None, "max_window_layers": 0}
     special: dict[str, Json] = {
         "llama": {"attention_bias": text.qkv_bias, "mlp_bias": text.mlp_bias},
         "phi3": {"attention_bias": False, "original_max_position_embeddings": text.max_positions},
@@ -244,13 +252,14 @@ def text_json(text: TextConfig) -> Json:
         "stablelm": {"use_qkv_bias": text.qkv_bias, "use_parallel_residual": text.parallel, "qk_layernorm": False},
         "qwen": {
             "kv_channels": text.head_dim,
-            "layer_norm_epsilon": text.norm_eps,
             "rotary_emb_base": text.rope_theta,
             "rotary_pct": text.rotary_fraction,
             "seq_length": text.max_positions,
             "no_bias": True,
         },
     }
+    # By the name of this key, Qwen-1 differs from Qwen2.
+    eps = "layer_norm_epsilon" if kind == "qwen" else "layer_norm_eps" if text.norm == "layernorm" else "rms_norm_eps"
     return {
         "vocab_size": text.vocab,
         "hidden_size": text.hidden,
@@ -259,7 +268,7 @@ def text_json(text: TextConfig) -> Json:
         "num_key_value_heads": text.kv_heads,
         "head_dim": text.head_dim,
         "intermediate_size": text.mlp * (2 if kind == "qwen" else 1),
-        "layer_norm_eps" if text.norm == "layernorm" else "rms_norm_eps": text.norm_eps,
+        eps: text.norm_eps,
         "rope_theta": text.rope_theta,
         "max_position_embeddings": text.max_positions,
         "hidden_act": hf_activation(text.activation),

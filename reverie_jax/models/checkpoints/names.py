@@ -243,11 +243,16 @@ def canonical_projector_name(name: str) -> str:
     return canonical_name(f"model.mm_projector.{tail}") if separator else canonical_name(name)
 
 
+def is_moe_llava(config: VLMConfig) -> bool:
+    """Return whether the original format of a model is MoE-LLaVA's: it has experts, or loses SigLIP's first patch."""
+    return config.text.experts is not None or (config.feature_select == "patch" and not config.vision.class_token)
+
+
 def original_name(name: str, config: VLMConfig) -> str:
-    """Return a canonical name as original LLaVA writes it; MoE-LLaVA where the decoder has experts."""
+    """Return a canonical name as original LLaVA writes it, or MoE-LLaVA."""
     root = "transformer." if config.text.family == "qwen" else "model."
     projector, tower = f"{root}mm_projector.", f"{root}vision_tower.vision_tower."
-    if config.text.experts:
+    if is_moe_llava(config):
         projector, tower = f"{projector}image_spatial_proj.", f"{root}image_tower.image_tower."
     name = family_name(name, config.text)
     for ours, theirs in (
