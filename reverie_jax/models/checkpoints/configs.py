@@ -126,7 +126,7 @@ def llava_hf_config(folder: Path, raw: Json) -> VLMConfig:
             vision=tower,
             text=decoder,
             projector_activation=ACTIVATIONS[activation],
-            projector_bias=choice(path, raw, "multimodal_projector_bias", True, (True, False)),
+            projector_bias=vip or bool(choice(path, raw, "multimodal_projector_bias", True, (True, False))),
             projector_norm_eps=number(path, {"projector_layernorm_eps": 1e-5, **raw}, "projector_layernorm_eps")
             if vip
             else None,
@@ -134,7 +134,7 @@ def llava_hf_config(folder: Path, raw: Json) -> VLMConfig:
             feature_layers=tuple(
                 _int(path, "vision_feature_layer", layer) for layer in (layers if isinstance(layers, list) else [layers])
             ),
-            feature_select="full" if strategy == "full" else "patch",
+            feature_select="full" if strategy == "full" and not vip else "patch",
             image_token_id=_int(path, key, raw.get(key, 32000)),
             template=str(raw.get("reverie_template", "phi3_instruct" if kind == "phi3" else "llava-hf")),
             tokenization=choice(path, raw, "reverie_tokens", "hf", get_args(Tokenization)),

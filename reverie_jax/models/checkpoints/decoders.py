@@ -132,7 +132,7 @@ def text_config(path: Path, raw: Json, kind: str) -> TextConfig:
     raw = {**_DEFAULTS[kind], **raw}
     check_decoder(path, raw, kind)
     heads, hidden = size(path, raw, "num_attention_heads"), size(path, raw, "hidden_size")
-    theta, fraction, scaling = _rope(path, raw)
+    theta, fraction, scaling = _rope(path, raw, kind)
     layer_norm, bias = kind in ("phi", "stablelm", "stablelm_epoch"), kind == "phi"
     all_biases = kind in ("llama", "qwen3") and bool(raw.get("attention_bias"))
     qkv = {"qwen": True, "qwen2": True, "stablelm": raw.get("use_qkv_bias"), "stablelm_epoch": raw.get("use_qkv_bias")}
@@ -182,7 +182,7 @@ def _window(raw: Json, kind: str) -> Any:
     return window
 
 
-def _rope(path: Path, raw: Json) -> tuple[float, float, RopeScaling | None]:
+def _rope(path: Path, raw: Json, kind: str) -> tuple[float, float, RopeScaling | None]:
     """Return theta, the share of a head that is rotated, and the scaling of frequencies."""
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if raw.get("rope_scaling") not in (None, {}, rope):
@@ -190,25 +190,26 @@ def _rope(path: Path, raw: Json) -> tuple[float, float, RopeScaling | None]:
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
         raise CheckpointError(f"{path}: rope_parameters or rope_scaling must be an object of values, not {rope!r}")
     merged = {"rope_theta": 10000.0, "partial_rotary_factor": 1.0, **raw, **given(rope)}
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    type = rope.get("rope_type", rope.get("type", "default"))
     scaling = None
-    if kind in ("linear", "llama3"):
+    if type in ("linear", "llama3"):
         factor = number(path, {"factor": None, **rope}, "factor")
-        scaling = RopeScaling(kind, factor)
-        if kind == "llama3":
+        scaling = RopeScaling(type, factor)
+        if type == "llama3":
             scaling = RopeScaling(
-                kind,
+                type,
                 factor,
                 number(path, {"low_freq_factor": None, **rope}, "low_freq_factor"),
                 number(path, {"high_freq_factor": None, **rope}, "high_freq_factor"),
                 size(path, rope, "original_max_position_embeddings"),
             )
     # Dynamic scaling changes nothing up to max_position_embeddings, where `TextConfig.context` ends.
-    elif kind not in ("default", "dynamic"):
-        raise CheckpointError(f"{path}: rope scaling {kind!r} is not supported; only linear, dynamic and llama3 are")
+    elif type not in ("default", "dynamic"):
+        raise CheckpointError(f"{path}: rope scaling {type!r} is not supported; only linear, dynamic and llama3 are")
     fraction = number(path, merged, "partial_rotary_factor")
-    if fraction > 1:
-        raise CheckpointError(f"{path}: partial_rotary_factor must be at most 1, not {fraction}")
+    if fraction > 1 or (fraction < 1 and kind in ("llama", "mistral", "qwen2", "qwen3")):
+        # Their classes ignore it without scaling, and heed it with some.
+        raise CheckpointError(f"{path}: partial_rotary_factor {fraction} is not supported for {kind}")
     return number(path, merged, "rope_theta"), fraction, scaling
 
 
