@@ -14,7 +14,13 @@ from tests.models.makers import Tensors
 from tests.models.oracle import IMAGE, randomize
 
 BASE = {"vocab_size": 101, "hidden_size": 36, "num_hidden_layers": 3, "intermediate_size": 52, "num_attention_heads": 6}
-BASE |= {"num_key_value_heads": 2, "max_position_embeddings": 99, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+BASE |= {
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 99,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
 RMS, WIDE = {"rms_norm_eps": 1e-3}, {"head_dim": 10}  # not hidden / heads
 LAYER = {"layer_norm_eps": 1e-3}
 
@@ -74,7 +80,11 @@ FAMILIES = {
     "siglip, default": ("stablelm", "siglip", {}),  # the original is MoE-LLaVA's second stage
     "clip, full": ("llama", "clip", {"vision_feature_layer": 1, "vision_feature_select_strategy": "full"}),
     "clip, two layers": ("mistral", "clip", {"vision_feature_layer": [-1, 2]}),
-    "siglip, three layers": ("llama", "siglip", {"vision_feature_layer": [3, -2, 3], "vision_feature_select_strategy": "full"}),
+    "siglip, three layers": (
+        "llama",
+        "siglip",
+        {"vision_feature_layer": [3, -2, 3], "vision_feature_select_strategy": "full"},
+    ),
     "vip": ("llama", "clip", VIP),
     "vip, one layer": ("llama", "clip", VIP | {"vision_feature_layer": [-2]}),
     "projector without biases": ("llama", "clip", {"multimodal_projector_bias": False}),
@@ -157,10 +167,19 @@ def qwen_tensors(llm: Tensors) -> Tensors:
             parts = [llm[key.replace("q_proj", f"{part}_proj")] for part in "qkv"]
             renamed[key.replace("self_attn.q_proj", "attn.c_attn")] = torch.cat(parts)
         elif ".k_proj." not in key and ".v_proj." not in key:
-            for old, new in (("self_attn.o_proj", "attn.c_proj"), ("gate_proj", "w2"), ("up_proj", "w1"), ("down_proj", "c_proj")):
+            for old, new in (
+                ("self_attn.o_proj", "attn.c_proj"),
+                ("gate_proj", "w2"),
+                ("up_proj", "w1"),
+                ("down_proj", "c_proj"),
+            ):
                 key = key.replace(old, new)
             renamed[key.replace("input_layernorm", "ln_1").replace("post_attention_layernorm", "ln_2")] = tensor
-    roots = {"model.embed_tokens.": "transformer.wte.", "model.layers.": "transformer.h.", "model.norm.": "transformer.ln_f."}
+    roots = {
+        "model.embed_tokens.": "transformer.wte.",
+        "model.layers.": "transformer.h.",
+        "model.norm.": "transformer.ln_f.",
+    }
     return {
         next((new + key.removeprefix(old) for old, new in roots.items() if key.startswith(old)), key): tensor
         for key, tensor in renamed.items()

@@ -15,8 +15,8 @@ from jax.sharding import Mesh, NamedSharding
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from reverie_jax.models import ModelInputs, TextConfig, VisionConfig, VisionLanguageModel, VLMConfig
-from reverie_jax.models.sharding import partition_spec
 from reverie_jax.models.config import CLIP_MEAN, CLIP_STD
+from reverie_jax.models.sharding import partition_spec
 
 IMAGE = 7  # the placeholder's id in every tiny model here
 
@@ -32,7 +32,11 @@ class Sizes:
     @property
     def ours(self) -> VLMConfig:
         return VLMConfig(
-            self.vision, self.text, feature_layers=(self.feature_layer,), image_token_id=IMAGE, image_aspect_ratio="square"
+            self.vision,
+            self.text,
+            feature_layers=(self.feature_layer,),
+            image_token_id=IMAGE,
+            image_aspect_ratio="square",
         )
 
 
@@ -138,8 +142,13 @@ def logits(model: VisionLanguageModel, inputs: ModelInputs, key: jax.Array | Non
     config = model.config
     # Nothing else is computed with.
     model.config = dataclasses.replace(
-        VLMConfig(config.vision, config.text, feature_layers=config.feature_layers, feature_select=config.feature_select),
-        **{name: getattr(config, name) for name in ("projector", "projector_activation", "projector_bias", "projector_norm_eps")},
+        VLMConfig(
+            config.vision, config.text, feature_layers=config.feature_layers, feature_select=config.feature_select
+        ),
+        **{
+            name: getattr(config, name)
+            for name in ("projector", "projector_activation", "projector_bias", "projector_norm_eps")
+        },
     )
     graph, state = nnx.split(model)
     model.config = config

@@ -21,7 +21,12 @@ PHI_3 = MHA | {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "eos_token
 PHI_2 = {"num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 2048}
 MISTRAL = {"rms_norm_eps": 1e-5, "max_position_embeddings": 32768, "sliding_window": 4096}
 DEEP = {"num_hidden_layers": 12}
-FLAT = {"mm_patch_merge_type": "flat", "mm_use_im_start_end": False, "mm_use_im_patch_token": False, "use_mm_proj": True}
+FLAT = {
+    "mm_patch_merge_type": "flat",
+    "mm_use_im_start_end": False,
+    "mm_use_im_patch_token": False,
+    "use_mm_proj": True,
+}
 OLD = {"rope_theta": ..., "rope_scaling": ..., "num_key_value_heads": ..., "mm_projector_type": ..., "head_dim": ...}
 
 
@@ -151,7 +156,8 @@ LOADS = (
         "Vicuna, CLIP, linear projector",
         ("Llama", MHA | {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6} | families.rope(theta=10000.0)),
         {"linear": True},
-        original=OLD | {"model_type": "llava", "architectures": ["LlavaLlamaForCausalLM"], "tie_word_embeddings": False},
+        original=OLD
+        | {"model_type": "llava", "architectures": ["LlavaLlamaForCausalLM"], "tie_word_embeddings": False},
         context=2048,
     ),
     Loads(
@@ -165,15 +171,34 @@ LOADS = (
 
 def pair(kind: str, text: str = "llama", vision: str = "clip_vision_model", **more: Any) -> Json:
     """Return a config.json of transformers' format."""
-    tower = dict(hidden_size=30, num_hidden_layers=3, num_attention_heads=3, intermediate_size=44, image_size=24)
-    parts = {"text_config": {"model_type": text, "vocab_size": 101}, "vision_config": {"model_type": vision, "patch_size": 8} | tower}
+    tower = {
+        "hidden_size": 30,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 3,
+        "intermediate_size": 44,
+        "image_size": 24,
+    }
+    parts = {
+        "text_config": {"model_type": text, "vocab_size": 101},
+        "vision_config": {"model_type": vision, "patch_size": 8} | tower,
+    }
     return {"model_type": kind, **parts, **more}
 
 
 def original(kind: str, architecture: str = "LlavaLlamaForCausalLM", **more: Any) -> Json:
     """Return a config.json of original LLaVA's format."""
-    sizes = {"hidden_size": 36, "num_hidden_layers": 2, "num_attention_heads": 6, "intermediate_size": 52, "rms_norm_eps": 1e-5}
-    tower = {"mm_vision_tower": "openai/clip-vit-large-patch14-336", "mm_projector_type": "mlp2x_gelu", "mm_hidden_size": 1024}
+    sizes = {
+        "hidden_size": 36,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "intermediate_size": 52,
+        "rms_norm_eps": 1e-5,
+    }
+    tower = {
+        "mm_vision_tower": "openai/clip-vit-large-patch14-336",
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_hidden_size": 1024,
+    }
     return {"model_type": kind, "architectures": [architecture], "vocab_size": 101} | sizes | tower | more
 
 
@@ -197,7 +222,10 @@ REFUSED: tuple[tuple[str, str, list[tuple[Json, tuple[str, ...]]]], ...] = (
     ),
     ("LanguageBind/Video-LLaVA-7B-hf", "videos", [(pair("video_llava"), ("video_llava", "varies"))]),
     (
-        *("quantized copies of any (unsloth's bnb-4bit, AWQ, GPTQ, FP8)", "quantized weights; use the model they were made from"),
+        *(
+            "quantized copies of any (unsloth's bnb-4bit, AWQ, GPTQ, FP8)",
+            "quantized weights; use the model they were made from",
+        ),
         [
             (pair("llava", **BNB), ("bitsandbytes", "quantized")),
             (pair("llava", quantization_config={"quant_method": "awq", "bits": 4}), ("awq", "quantized")),
@@ -253,10 +281,18 @@ REFUSED: tuple[tuple[str, str, list[tuple[Json, tuple[str, ...]]]], ...] = (
     ),
     (
         *("openbmb/RLHF-V, Muffin", "tower BEiT-3 with queries"),
-        [(original("beit3_llava", "Beit3LlavaLlamaForCausalLM", mm_vision_tower="beit3_large_patch16_448"), ("beit3",))],
+        [
+            (
+                original("beit3_llava", "Beit3LlavaLlamaForCausalLM", mm_vision_tower="beit3_large_patch16_448"),
+                ("beit3",),
+            )
+        ],
     ),
     (
-        *("any with `s2`, a resampler or another projector than linear and `mlp2x_gelu`", "other modules between the two"),
+        *(
+            "any with `s2`, a resampler or another projector than linear and `mlp2x_gelu`",
+            "other modules between the two",
+        ),
         [
             (original("llava_mistral", s2=True), ("s2",)),
             (original("llava_llama", mm_resampler_type="perceiver"), ("perceiver",)),

@@ -314,7 +314,11 @@ SETTINGS = [
     ("text_config", {"model_type": "mixtral"}, "mixtral"),
     *(("text_config", {key: True}, key) for key in ("qkv_bias", "qk_layernorm", "alibi")),
     *(("text_config", {"model_type": "mistral", key: True}, key) for key in ("attention_bias", "mlp_bias")),
-    ("text_config", {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": "4", **NONE_FULL}, "sliding_window"),
+    (
+        "text_config",
+        {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": "4", **NONE_FULL},
+        "sliding_window",
+    ),
     *(("text_config", {key: 12.0}, key) for key in ("embedding_multiplier", "logits_scaling", "attention_multiplier")),
     *(("text_config", {key: 30.0}, key) for key in ("residual_multiplier", "final_logit_softcapping", "clip_qkv")),
     ("text_config", {"num_local_experts": 8}, "num_local_experts"),

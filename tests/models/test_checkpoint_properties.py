@@ -50,7 +50,13 @@ OTHER = {
         *({"rope_type": "default"}, {"type": "linear", "factor": 2.0}, {"rope_type": "default", "rope_theta": 50.0}),
         {"rope_type": "llama3", "factor": 8.0},
         {"rope_type": "dynamic", "factor": 2.0},
-        {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 50},
+        {
+            "rope_type": "llama3",
+            "factor": 8,
+            "low_freq_factor": 1,
+            "high_freq_factor": 4,
+            "original_max_position_embeddings": 50,
+        },
     ),
     "rope_parameters": (
         *({"rope_theta": 300.0}, {"rope_type": "default", "rope_theta": 1e6}, {"rope_type": "yarn", "factor": 4.0}),
@@ -120,7 +126,9 @@ def assert_named(error: CheckpointError, drawn: list[Change]) -> None:
 
 
 ALSO = {
-    **dict.fromkeys(("rope_scaling", "rope_parameters", "rope_theta"), ("rope", "partial_rotary_factor", "freq_factor")),
+    **dict.fromkeys(
+        ("rope_scaling", "rope_parameters", "rope_theta"), ("rope", "partial_rotary_factor", "freq_factor")
+    ),
     "num_hidden_layers": ("layers", "hidden states"),
     "num_attention_heads": ("heads", "head_dim"),
     "num_key_value_heads": ("heads",),
@@ -129,7 +137,7 @@ ALSO = {
     "vocab_size": ("vocab",),
     "max_position_embeddings": ("max_positions",),
     "image_token_index": ("image_token",),
-    "rms_norm_eps": ("rotated part",),  # without it, a Phi is Phi-2
+    **dict.fromkeys(("rms_norm_eps", "architectures"), ("rotated part",)),  # they tell Phi-2 from Phi-3
     "model_type": ("text_config and vision_config", "rotated part"),
 }
 

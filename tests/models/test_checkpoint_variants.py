@@ -213,9 +213,16 @@ SETTINGS = {
 CHANGES = [(key, value) for key, values in SETTINGS.items() for value in values]
 
 
-@given(st.lists(st.sampled_from(CHANGES), max_size=2))
-def test_image_settings_are_followed_or_refused(changes):
-    settings = {key: values[0] for key, values in SETTINGS.items()} | dict(changes)
+STRETCHED = {"size": {"height": 24, "width": 24}, "image_processor_type": "SiglipImageProcessor"}
+STRETCHED |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+
+
+@given(st.sampled_from(["CLIP", "Siglip"]), st.lists(st.sampled_from(CHANGES), max_size=2))
+def test_image_settings_are_followed_or_refused(kind, changes):
+    settings = {key: values[0] for key, values in SETTINGS.items()}
+    if kind == "Siglip":
+        settings = {key: x for key, x in settings.items() if "crop" not in key} | STRETCHED
+    settings |= dict(changes)
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (33, 47, 3), dtype=np.uint8))
     with tempfile.TemporaryDirectory() as folder:
         makers.write_json(Path(folder) / "preprocessor_config.json", settings)
@@ -224,7 +231,7 @@ def test_image_settings_are_followed_or_refused(changes):
         except CheckpointError as error:
             assert any(key in str(error) for key, _ in changes)  # noqa: PT017
             return
-    theirs = transformers.CLIPImageProcessor(**settings)(picture, return_tensors="np")["pixel_values"][0]
+    theirs = getattr(transformers, f"{kind}ImageProcessor")(**settings)(picture, return_tensors="np")["pixel_values"][0]
     ours = normalize(jnp.asarray(preprocess(picture, 24, aspect)), tower, jnp.float32)
     np.testing.assert_allclose(ours, np.moveaxis(theirs, 0, -1), atol=1e-5)
 

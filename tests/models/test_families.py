@@ -132,7 +132,9 @@ ORIGINAL = [name for name in TEXTS if name != "llama, dynamic rope"] + ["siglip,
 def test_original_format_and_components(name, models, tmp_path):
     model, qwen = theirs(name), name == "qwen"
     tower = tower_folder(tmp_path / "clip", model)
-    assert_same_computation(models(name), read_model(original_folder(tmp_path / "x", model, qwen=qwen), components=tower))
+    assert_same_computation(
+        models(name), read_model(original_folder(tmp_path / "x", model, qwen=qwen), components=tower)
+    )
     path, parts = component_folders(tmp_path, model, qwen=qwen)
     assert_same_computation(models(name), read_model(path, components=parts))
 

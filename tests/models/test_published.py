@@ -20,7 +20,9 @@ CONFIGS = [(names, *case) for names, _, cases in published.REFUSED for case in c
 @pytest.mark.parametrize("row", published.LOADS, ids=lambda row: row.names[:40])
 def test_replica_is_equal(row, tmp_path):
     path, components, theirs = row.write(tmp_path)
-    check_config(path / "config.json", json.loads((path / "config.json").read_text()))  # what is asked before a download
+    check_config(
+        path / "config.json", json.loads((path / "config.json").read_text())
+    )  # what is asked before a download
     ours = read_model(path, components=components)
     assert ours.config == read_config(path, components=components)
     assert ours.config.text.context == row.context

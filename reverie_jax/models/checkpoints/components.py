@@ -35,6 +35,7 @@ from reverie_jax.models.checkpoints.names import (
     HEAD,
     IGNORED,
     POOLING_HEAD,
+    AnyArray,
     canonical_name,
     canonical_projector_name,
 )
@@ -265,11 +266,11 @@ def _without_tied_head(
     head, embedding = f"{HEAD}.weight", EMBEDDING
     if not text.tied_head or head not in tensors or embedding not in tensors:
         return tensors
-    values = {}
+    values: list[AnyArray] = []
     for name in (head, embedding):
         source, stored = tensors[name]
-        source.read_all(lambda _, array, name=name: values.__setitem__(name, array), {stored})
-    if not np.array_equal(values[head], values[embedding]):
+        source.read_all(lambda _, array: values.append(array), {stored})
+    if not np.array_equal(values[0], values[1]):
         raise CheckpointError(f"{path}: tie_word_embeddings is true, but lm_head and the embedding differ")
     return {name: where for name, where in tensors.items() if name != head}
 

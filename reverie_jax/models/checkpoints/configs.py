@@ -45,6 +45,7 @@ from reverie_jax.models.config import (
 TOWER_KEY = "reverie_vision_config"
 """Key for the vision tower's sizes in an original LLaVA's config.json that this project wrote: the format has none."""
 
+
 def vision_config(path: Path, raw: Json) -> VisionConfig:
     """Return the vision tower that the keys of a CLIPVisionConfig or SiglipVisionConfig describe.
 
@@ -132,7 +133,8 @@ def llava_hf_config(folder: Path, raw: Json) -> VLMConfig:
             else None,
             # transformers concatenates the features of several
             feature_layers=tuple(
-                _int(path, "vision_feature_layer", layer) for layer in (layers if isinstance(layers, list) else [layers])
+                _int(path, "vision_feature_layer", layer)
+                for layer in (layers if isinstance(layers, list) else [layers])
             ),
             feature_select="full" if strategy == "full" and not vip else "patch",
             image_token_id=_int(path, key, raw.get(key, 32000)),

@@ -17,8 +17,8 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 """Activations by the names that transformers gives them."""
 
-# Defaults of the classes in transformers (LlamaConfig, …), for keys that a config.json omits; of Qwen-1 and StableLM-Epoch, whose
-# code is in their repositories, what their files always say.
+# Defaults of the classes in transformers (LlamaConfig, …), for keys that a config.json omits; of Qwen-1 and StableLM-Epoch,
+# whose code is in their repositories, what their files always say.
 _DEFAULTS: dict[str, Json] = {
     "llama": {
         "vocab_size": 32000,
@@ -101,6 +101,7 @@ _SYNONYMS = {
     "seq_length": "max_position_embeddings",
 }
 
+
 def hf_activation(name: Activation) -> str:
     """Return what transformers calls an activation."""
     return "gelu_pytorch_tanh" if name == "gelu_tanh" else name
@@ -165,7 +166,7 @@ def text_config(path: Path, raw: Json, kind: str) -> TextConfig:
         experts=_experts(path, raw["moe"], size(path, raw, "num_hidden_layers")) if raw.get("moe") else None,
     )
     check_divisible(path, config.heads, config.kv_heads, "num_attention_heads", "num_key_value_heads")
-    check_divisible(path, config.rotary_dim, 2, "the rotated part of head_dim", "2")
+    check_divisible(path, config.rotary_dim, 2, "the rotated part of head_dim (partial_rotary_factor)", "2")
     return config
 
 
@@ -173,7 +174,11 @@ def _window(raw: Json, kind: str) -> Any:
     """Return the smallest window of any layer, as stated; None without one. LLaMA's class ignores the key."""
     window = raw.get("sliding_window", _WINDOWED.get(kind)) if kind in _WINDOWED else None
     if kind in ("qwen2", "qwen3"):
-        types, first, layers = raw.get("layer_types"), raw.get("max_window_layers", 28), raw.get("num_hidden_layers", 32)
+        types, first, layers = (
+            raw.get("layer_types"),
+            raw.get("max_window_layers", 28),
+            raw.get("num_hidden_layers", 32),
+        )
         none = type(first) is int and type(layers) is int and first >= layers
         if isinstance(types, list):
             none = "sliding_attention" not in types

@@ -144,7 +144,9 @@ def check_original(path: Path, config: Json) -> None:
     original_language_model(path, config)
     check_connection(path, config)
     if _OTHER_TOWERS.search(repository_name(tower_name(config)).lower()):
-        raise CheckpointError(f"{path}: vision tower {tower_name(config)} is not supported; only CLIP's and SigLIP's are")
+        raise CheckpointError(
+            f"{path}: vision tower {tower_name(config)} is not supported; only CLIP's and SigLIP's are"
+        )
 
 
 def check_connection(path: Path, config: Json) -> None:
