@@ -462,7 +462,8 @@ def test_legacy_mode_is_that_of_the_slow_tokenizer(settings, slow, legacy, tmp_p
 
 # The hub, replaced.
 
-REPOSITORY = ["config.json", "tokenizer.json", "tokenizer.model", "README.md", "flax_model.msgpack", "optimizer.bin"]
+SETTINGS = ["config.json", "tokenizer.json", "tokenizer.model", "qwen.tiktoken", "chat_template.jinja"]
+REPOSITORY = [*SETTINGS, "README.md", "flax_model.msgpack", "optimizer.bin", "modeling.py"]
 REPOSITORY += [
     "checkpoint-35000/config.json",
     "checkpoint-35000/model.safetensors",
@@ -518,13 +519,13 @@ def test_hub_id_is_downloaded_at_one_commit(hub, name, revision, caplog, tmp_pat
 def test_hub_downloads_one_format_without_subfolders(weights, wanted, hub):
     hub.files = [*REPOSITORY, *weights]
     files.resolve("some/model")
-    assert hub.downloaded == [*REPOSITORY[:3], *wanted]
+    assert hub.downloaded == [*SETTINGS, *wanted]
 
 
 def test_unsupported_family_is_named_before_its_weights_are_downloaded(hub, tmp_path):
-    makers.write_json(tmp_path / "config.json", {"model_type": "llava_gemma", "mm_vision_tower": "x"})
-    makers.assert_refused(lambda: reverie_jax.load_model("some/model"), "llava_gemma")
-    assert hub.downloaded == REPOSITORY[:3]
+    makers.write_json(tmp_path / "config.json", {"model_type": "llava_mpt", "mm_vision_tower": "x"})
+    makers.assert_refused(lambda: reverie_jax.load_model("some/model"), "llava_mpt")
+    assert hub.downloaded == SETTINGS
 
 
 def test_local_folder_has_priority_over_the_hub(hub, tmp_path, monkeypatch):

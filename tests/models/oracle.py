@@ -90,14 +90,20 @@ def saved(model: torch.nn.Module, folder: Path, **options: object) -> Path:
     return folder
 
 
-def normalized(images: np.ndarray) -> torch.Tensor:
-    """Return [..., S, S, 3] bytes as CLIP's input in torch: one axis of images, channels second."""
-    floats = (images.astype(np.float64) / 255 - np.array(CLIP_MEAN)) / np.array(CLIP_STD)
+def normalized(images: np.ndarray, *, siglip: bool = False) -> torch.Tensor:
+    """Return [..., S, S, 3] bytes as CLIP's or SigLIP's input in torch: one axis of images, channels second."""
+    mean, std = (np.full(3, 0.5),) * 2 if siglip else (np.array(CLIP_MEAN), np.array(CLIP_STD))
+    floats = (images.astype(np.float64) / 255 - mean) / std
     return torch.tensor(np.moveaxis(floats.reshape(-1, *images.shape[-3:]), -1, 1), dtype=torch.float32)
 
 
 def image_inputs(
-    sizes: Sizes = GROUPED, seed: int = 0, images: tuple[int, ...] = (2, 2), words: int = 9, image: int = IMAGE
+    sizes: Sizes = GROUPED,
+    seed: int = 0,
+    images: tuple[int, ...] = (2, 2),
+    words: int = 9,
+    image: int = IMAGE,
+    tokens: int | None = None,
 ) -> ModelInputs:
     """Return causal sequences of equal length with random words.
 
@@ -105,12 +111,13 @@ def image_inputs(
         images: Number of images in each sequence.
         words: Number of words in the sequence with most images.
         image: Placeholder id.
+        tokens: Of an image; the tower's patches by default.
     """
     random = np.random.default_rng(seed)
-    patches, side = sizes.vision.patches, sizes.vision.image_size
+    patches, side = tokens or sizes.vision.patches, sizes.vision.image_size
     count, most = len(images), max(images)
     length = most * patches + words
-    tokens = random.integers(IMAGE + 1, sizes.text.vocab, (count, length), dtype=np.int32)
+    words_and_images = random.integers(IMAGE + 1, sizes.text.vocab, (count, length), dtype=np.int32)
     slots = np.full((count, length), -1, np.int32)
     for row, shown in enumerate(images):
         start = 0
@@ -118,10 +125,10 @@ def image_inputs(
             start += int(random.integers(1, 4))
             slots[row, start : start + patches] = np.arange(n * patches, (n + 1) * patches)
             start += patches
-    tokens[slots >= 0] = image
+    words_and_images[slots >= 0] = image
     pixels = random.integers(0, 256, (count, most, side, side, 3), dtype=np.uint8)
     positions = np.tile(np.arange(length, dtype=np.int32), (count, 1))
-    return ModelInputs(tokens, positions, np.full((count, length), length, np.int32), slots, pixels)
+    return ModelInputs(words_and_images, positions, np.full((count, length), length, np.int32), slots, pixels)
 
 
 @functools.partial(jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
@@ -151,12 +158,12 @@ def logits(model: VisionLanguageModel, inputs: ModelInputs, key: jax.Array | Non
 
 def llava_logits(model: torch.nn.Module, inputs: ModelInputs) -> np.ndarray:
     """Return transformers' logits of the same causal sequences."""
-    vision = model.config.vision_config
-    shown = (inputs.image_slots.max(axis=1) + 1) // (vision.image_size // vision.patch_size) ** 2
+    shown = (inputs.image_slots.max(axis=1) + 1) * inputs.images.shape[1] // (inputs.image_slots.max() + 1)
     images = inputs.images[np.arange(inputs.images.shape[1])[None] < shown[:, None]]
+    siglip = model.config.vision_config.model_type.startswith("siglip")
     with torch.no_grad():
         ids = torch.tensor(inputs.tokens, dtype=torch.long)
-        return model(input_ids=ids, pixel_values=normalized(images)).logits.numpy()
+        return model(input_ids=ids, pixel_values=normalized(images, siglip=siglip)).logits.numpy()
 
 
 def differing(first: object, second: object) -> set[str]:

@@ -301,29 +301,40 @@ def test_config_missing_or_broken(path, components, broken, content, room):
 
 
 ABSENT = Ellipsis
+NONE_FULL = {"max_window_layers": 0}
 SETTINGS = [
     ("text_config", {"tie_word_embeddings": True}, "tie_word_embeddings"),
-    ("text_config", {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": None}, "linear"),
+    ("text_config", {"rope_scaling": {"type": "linear"}, "rope_parameters": None}, "factor"),
+    ("text_config", {"rope_scaling": {"type": "llama3", "factor": 2.0}, "rope_parameters": None}, "low_freq_factor"),
+    ("text_config", {"rope_scaling": {"type": "longrope"}, "rope_parameters": None}, "longrope"),
     ("text_config", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "yarn"),
     ("text_config", {"rope_parameters": "linear"}, "rope"),
     ("text_config", {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}}, "rope"),
     (None, {"tie_word_embeddings": True}, "tie_word_embeddings"),
-    ("text_config", {"model_type": "mistral"}, "mistral"),
-    *(("text_config", {key: True}, key) for key in ("attention_bias", "mlp_bias", "qkv_bias", "qk_layernorm", "alibi")),
+    ("text_config", {"model_type": "mixtral"}, "mixtral"),
+    *(("text_config", {key: True}, key) for key in ("qkv_bias", "qk_layernorm", "alibi")),
+    *(("text_config", {"model_type": "mistral", key: True}, key) for key in ("attention_bias", "mlp_bias")),
+    (
+        "text_config",
+        {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": "4", **NONE_FULL},
+        "sliding_window",
+    ),
     *(("text_config", {key: 12.0}, key) for key in ("embedding_multiplier", "logits_scaling", "attention_multiplier")),
     *(("text_config", {key: 30.0}, key) for key in ("residual_multiplier", "final_logit_softcapping", "clip_qkv")),
     ("text_config", {"num_local_experts": 8}, "num_local_experts"),
     ("text_config", {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "bitsandbytes"),
     (None, {"quantization_config": {"quant_method": "awq", "bits": 4}}, "awq"),
     (None, {"compression_config": {"quant_method": "compressed-tensors"}}, "compressed-tensors"),
-    *((None, {"model_type": kind}, kind) for kind in ("vipllava", "llava_next", "llava_onevision", "paligemma")),
-    ("vision_config", {"model_type": "siglip_vision_model"}, "siglip_vision_model"),
-    ("text_config", {"hidden_act": "gelu"}, "hidden_act"),
+    *((None, {"model_type": kind}, kind) for kind in ("llava_next", "llava_onevision", "paligemma")),
+    # Its own five are not in so small a tower.
+    (None, {"model_type": "vipllava", "vision_feature_layer": ABSENT}, "vision_feature_layer"),
+    ("vision_config", {"model_type": "siglip2_vision_model"}, "siglip2_vision_model"),
+    ("text_config", {"hidden_act": "gelu_10"}, "hidden_act"),
     ("text_config", {"num_key_value_heads": 4, "num_attention_heads": 6, "head_dim": 5}, "num_key_value_heads"),
     *(("text_config", {key: "36"}, key) for key in ("hidden_size", "rms_norm_eps", "num_attention_heads")),
     ("text_config", {"num_hidden_layers": -1}, ""),
     ("text_config", {"num_attention_heads": 0, "head_dim": None}, ""),
-    ("vision_config", {"hidden_act": "relu"}, "relu"),
+    ("vision_config", {"hidden_act": "gelu_10"}, "gelu_10"),
     ("vision_config", {"image_size": 26}, "image_size"),  # not a whole number of patches
     ("vision_config", {"num_attention_heads": 4}, "num_attention_heads"),  # of a width of 30
     ("vision_config", {"patch_size": 0}, "patch_size"),
@@ -331,9 +342,9 @@ SETTINGS = [
     ("vision_config", {"hidden_size": ABSENT}, "hidden_size"),
     ("vision_config", {"patch_size": ABSENT}, "patch_size"),
     ("vision_config", {"num_hidden_layers": ABSENT}, "num_hidden_layers"),
-    (None, {"projector_hidden_act": "relu"}, "projector_hidden_act"),
-    (None, {"vision_feature_select_strategy": "full"}, "vision_feature_select_strategy"),
-    (None, {"vision_feature_layer": [-2, -1]}, "vision_feature_layer"),
+    (None, {"projector_hidden_act": "gelu_10"}, "projector_hidden_act"),
+    (None, {"vision_feature_select_strategy": "cls"}, "vision_feature_select_strategy"),
+    *((None, {"vision_feature_layer": layers}, "vision_feature_layer") for layers in ([-2, 9], ["-2"], [], [True])),
     (None, {"vision_feature_layer": 9}, "feature_layer"),
     (None, {"image_token_id": "x", "image_token_index": "x"}, "image_token"),
     (None, {"text_config": None}, ""),
@@ -357,18 +368,46 @@ def test_unsupported_or_invalid_setting(section, values, name, room):
     refused(room, "whole", [], edit_config(room / "whole/config.json", section, values), name)
 
 
+# Settings of other models than the one whose weights are there, with what is missing then.
+OTHER_MODELS = [
+    ("whole", "text_config", {"attention_bias": True}, "q_proj.bias"),
+    ("whole", "text_config", {"mlp_bias": True}, "down_proj.bias"),
+    ("whole", "text_config", {"model_type": "qwen3"}, "k_norm"),
+    ("whole", "vision_config", {"model_type": "siglip_vision_model"}, "patch_embedding.bias"),
+    ("whole", None, {"vision_feature_layer": [-2, -1]}, "linear_1"),
+    ("whole", None, {"model_type": "vipllava"}, "projector_layernorm"),
+    *(
+        ("towerless", None, values, missing)
+        for values, missing in (
+            ({"model_type": "llava_qwen2"}, "k_proj.bias"),
+            ({"architectures": ["LlavaQwenForCausalLM"]}, "k_proj.bias"),
+            ({"architectures": ["LlavaStableLMForCausalLM"], "layer_norm_eps": 1e-5}, "input_layernorm.bias"),
+            ({"model_type": "llava_phi", "hidden_act": "gelu_new"}, "gate_up_proj"),
+            ({"model_type": "llava_phi", "rms_norm_eps": ABSENT, "partial_rotary_factor": 0.4}, "bias"),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(("path", "section", "values", "missing"), OTHER_MODELS, ids=str)
+def test_weights_of_another_model(path, section, values, missing, room):
+    edit_config(room / path / "config.json", section, values)
+    refused(room, path, ["clip"] if path == "towerless" else [], any_of=(missing,))
+
+
 ORIGINAL_SETTINGS = [
-    *({"model_type": f"llava_{name}"} for name in ("mistral", "mixtral", "qwen2", "gemma", "mpt", "granite", "cohere")),
-    *({"architectures": [f"Llava{name}ForCausalLM"]} for name in ("Mistral", "Qwen", "Mpt", "StableLM", "Foo")),
-    *({"model_type": kind} for kind in ("mgm", "moe_llava_llama")),
-    {"model_type": "llava_phi", "hidden_act": "gelu_new"},  # Phi-2
+    *({"model_type": f"llava_{name}"} for name in ("mixtral", "qwen2_moe", "gemma", "mpt", "granite", "cohere")),
+    *({"architectures": [f"Llava{name}ForCausalLM"]} for name in ("Mixtral", "Mpt", "Foo")),
+    *({"model_type": kind} for kind in ("mgm", "tiny_llava")),
     {"model_type": "tiny_llava_phi", "rms_norm_eps": ABSENT, "layer_norm_eps": 1e-5},
     {"quantization_config": {"quant_method": "gptq"}},
     {"mm_patch_merge_type": "spatial_unpad"},
     {"mm_use_im_start_end": True},
     {"mm_resampler_type": "perceiver"},
+    {"mm_projector_type": "mlp3x_gelu"},
+    {"image_aspect_ratio": "anyres"},
     {"s2": True},
-    *({"mm_vision_tower": f"somebody/{name}"} for name in ("siglip-so400m", "dinov2-large", "eva02-l", "mobileclip_l")),
+    *({"mm_vision_tower": f"somebody/{name}"} for name in ("beit3", "dinov2-large", "eva02-l", "mobileclip_l")),
     {"unfreeze_mm_vision_tower": True},
     {"mm_tunable_parts": "mm_vision_tower,mm_mlp_adapter"},
     {"mm_vision_tower": "openai/clip-vit-large-patch14-336"},  # of other sizes than the one given
@@ -383,9 +422,8 @@ def test_unsupported_setting_of_an_original(values, room):
 
 
 PROCESSOR = [
-    {"image_mean": [0.5, 0.5, 0.5]},
-    {"image_std": [0.5, 0.5, 0.5]},
     {"image_mean": "clip"},
+    *({key: value} for key in ("image_mean", "image_std") for value in ([0.5], [0.5, 0.5, 2], [1, 0, 1])),
     {"size": {"height": 24, "width": 24}, "do_center_crop": False},
     {"size": {"height": 24, "width": 24}},
     {"size": {"shortest_edge": 30}},

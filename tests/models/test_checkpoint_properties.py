@@ -19,8 +19,9 @@ from reverie_jax.data.conversation import Conversation, Turn
 from reverie_jax.data.templates import TEMPLATES, to_jinja
 from reverie_jax.errors import CheckpointError, UserError
 from reverie_jax.loading import load_processor
-from reverie_jax.models.checkpoints.configs import llava_hf_config, original_config, text_config
-from reverie_jax.models.checkpoints.families import detect_format, original_language_model
+from reverie_jax.models.checkpoints.configs import llava_hf_config, original_config
+from reverie_jax.models.checkpoints.decoders import ACTIVATIONS, text_config
+from reverie_jax.models.checkpoints.families import LANGUAGE_MODELS, detect_format, original_language_model
 from reverie_jax.models.config import TextConfig, VisionConfig
 from tests.models import makers
 
@@ -41,24 +42,38 @@ SIZES = {
     "head_dim": (2, 8),
     "max_position_embeddings": (64, 1 << 17),
     "rms_norm_eps": (1e-6, 0.5),
+    "layer_norm_eps": (1e-6, 0.5),
 }
 OTHER = {
     "rope_theta": (100.0, 5000),
     "rope_scaling": (
         *({"rope_type": "default"}, {"type": "linear", "factor": 2.0}, {"rope_type": "default", "rope_theta": 50.0}),
         {"rope_type": "llama3", "factor": 8.0},
+        {"rope_type": "dynamic", "factor": 2.0},
+        {
+            "rope_type": "llama3",
+            "factor": 8,
+            "low_freq_factor": 1,
+            "high_freq_factor": 4,
+            "original_max_position_embeddings": 50,
+        },
     ),
     "rope_parameters": (
         *({"rope_theta": 300.0}, {"rope_type": "default", "rope_theta": 1e6}, {"rope_type": "yarn", "factor": 4.0}),
         *({"rope_type": "default", "rope_theta": 7.0, "partial_rotary_factor": 0.5},),
     ),
     "partial_rotary_factor": (1.0, 0.4),
-    "hidden_act": ("silu", "gelu", "swish"),
+    "hidden_act": ("silu", "gelu", "swish", "gelu_new", "relu", "gelu_10"),
     "attention_bias": (True, False),
     "mlp_bias": (True,),
     "tie_word_embeddings": (True, False),
     "sliding_window": (4, 4096),
-    "model_type": ("llama", "phi3", "mistral", "qwen2", "granite"),
+    "use_sliding_window": (True, False),
+    "max_window_layers": (0, 1, 3),
+    "use_qkv_bias": (True, False),
+    "use_parallel_residual": (True, False),
+    "qk_layernorm": (True, False),
+    "model_type": (*LANGUAGE_MODELS, "granite", "mixtral"),
     "logits_scaling": (1, 4.0),
 }
 TOWER = {
@@ -80,6 +95,7 @@ TOP = {
     "projector_hidden_act": ("relu", "gelu"),
     "multimodal_projector_bias": (True, False),
     "tie_word_embeddings": (True, False),
+    "projector_layernorm_eps": (1e-6,),
     "model_type": ("llava", "llava_next", "vipllava"),
 }
 
@@ -110,7 +126,9 @@ def assert_named(error: CheckpointError, drawn: list[Change]) -> None:
 
 
 ALSO = {
-    **dict.fromkeys(("rope_scaling", "rope_parameters", "rope_theta"), ("rope", "partial_rotary_factor")),
+    **dict.fromkeys(
+        ("rope_scaling", "rope_parameters", "rope_theta"), ("rope", "partial_rotary_factor", "freq_factor")
+    ),
     "num_hidden_layers": ("layers", "hidden states"),
     "num_attention_heads": ("heads", "head_dim"),
     "num_key_value_heads": ("heads",),
@@ -119,44 +137,61 @@ ALSO = {
     "vocab_size": ("vocab",),
     "max_position_embeddings": ("max_positions",),
     "image_token_index": ("image_token",),
-    "model_type": ("text_config and vision_config",),
+    **dict.fromkeys(("rms_norm_eps", "architectures"), ("rotated part",)),  # they tell Phi-2 from Phi-3
+    "model_type": ("text_config and vision_config", "rotated part"),
 }
 
 
-def decoder_of(config: Any) -> tuple[Any, ...]:
-    """The sizes of a language model of transformers, in the order of `TextConfig`."""
-    rope = config.rope_parameters
-    assert rope["rope_type"] == "default"
-    return (
-        *(config.vocab_size, config.hidden_size, config.num_hidden_layers, config.num_attention_heads),
-        *(
-            config.num_key_value_heads,
-            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        ),
-        *(config.intermediate_size, config.rms_norm_eps, rope["rope_theta"], config.max_position_embeddings),
-    )
+def decoder_of(config: Any) -> dict[str, Any]:
+    """What a language model of transformers computes, in the words of `TextConfig`."""
+    kind, rope, heads = config.model_type, config.rope_parameters, config.num_attention_heads
+    both = kind in ("llama", "qwen3") and config.attention_bias
+    windows = [config.sliding_window] if kind in ("mistral", "phi3") and config.sliding_window else []
+    if kind in ("qwen2", "qwen3") and "sliding_attention" in config.layer_types and config.sliding_window:
+        windows = [config.sliding_window]
+    scaling = rope["rope_type"]
+    kinds = {"linear": "linear", "llama3": "llama3"}
+    return {
+        "vocab": config.vocab_size,
+        "hidden": config.hidden_size,
+        "layers": config.num_hidden_layers,
+        "heads": heads,
+        "kv_heads": config.num_key_value_heads,
+        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
+        "mlp": config.intermediate_size,
+        "norm": "layernorm" if kind in ("phi", "stablelm") else "rmsnorm",
+        "norm_eps": config.layer_norm_eps if kind in ("phi", "stablelm") else config.rms_norm_eps,
+        "rope_theta": rope["rope_theta"],
+        "rotary_fraction": rope.get("partial_rotary_factor", 1.0),
+        "rope_scaling": kinds.get(scaling) and (kinds[scaling], rope["factor"]),
+        "max_positions": config.max_position_embeddings,
+        "context": min([config.max_position_embeddings, *windows]),
+        "activation": ACTIVATIONS[config.hidden_act],
+        "gated": kind != "phi",
+        "parallel": kind == "phi" or (kind == "stablelm" and config.use_parallel_residual),
+        "qkv_bias": both or kind in ("phi", "qwen2") or (kind == "stablelm" and config.use_qkv_bias),
+        "out_bias": both or kind == "phi",
+        "mlp_bias": kind == "phi" or (kind == "llama" and config.mlp_bias),
+        "tied_head": config.tie_word_embeddings,
+        "qk_norm": kind == "qwen3",
+        "fused_mlp": kind == "phi3",
+    }
 
 
-def assert_same_decoder(ours: TextConfig, theirs: Any) -> None:
-    assert ours_of(ours) == decoder_of(theirs)
-    assert theirs.hidden_act in ("silu", "swish")
-    assert theirs.model_type == ("phi3" if ours.fused else "llama")
-    assert not any(getattr(theirs, key, False) for key in ("attention_bias", "mlp_bias"))
-    assert not theirs.tie_word_embeddings
+def assert_same_decoder(ours: TextConfig, theirs: Any, **changed: Any) -> None:
+    expected = decoder_of(theirs) | changed
+    found = {key: getattr(ours, key) for key in expected}
+    scaling = ours.rope_scaling
+    assert found | {"rope_scaling": scaling and (scaling.kind, scaling.factor)} == expected
 
 
 def assert_same_tower(ours: VisionConfig, theirs: Any) -> None:
     sizes = (theirs.hidden_size, theirs.num_hidden_layers, theirs.num_attention_heads, theirs.intermediate_size)
     assert (ours.hidden, ours.layers, ours.heads, ours.mlp) == sizes
     assert (ours.image_size, ours.patch_size) == (theirs.image_size, theirs.patch_size)
-    assert (ours.norm_eps, ours.activation) == (theirs.layer_norm_eps, theirs.hidden_act)
-
-
-def ours_of(config: Any) -> tuple[Any, ...]:
-    return (
-        *(config.vocab, config.hidden, config.layers, config.heads, config.kv_heads, config.head_dim, config.mlp),
-        *(config.norm_eps, config.rope_theta, config.max_positions),
-    )
+    assert (ours.norm_eps, ours.activation) == (theirs.layer_norm_eps, ACTIVATIONS[theirs.hidden_act])
+    clip = theirs.model_type == "clip_vision_model"
+    assert (ours.class_token, ours.pre_norm, ours.patch_bias) == (clip, clip, not clip)
 
 
 def parsed(cls: Any, raw: dict[str, Any]) -> Any:
@@ -189,17 +224,20 @@ def test_sizes_of_a_llava_hf_config(llava_hf, drawn):
         except CheckpointError as error:
             assert_named(error, drawn)
             return
-    theirs = parsed(transformers.LlavaConfig, raw)
+    vip = raw["model_type"] == "vipllava" if raw.get("model_type") else False
+    theirs = parsed(transformers.VipLlavaConfig if vip else transformers.LlavaConfig, raw)
     if theirs is None:
         return
-    text, vision = theirs.text_config, theirs.vision_config
-    assert_same_decoder(ours.text, text)
-    assert_same_tower(ours.vision, vision)
+    assert_same_decoder(ours.text, theirs.text_config, tied_head=theirs.tie_word_embeddings)
+    assert_same_tower(ours.vision, theirs.vision_config)
     layer = theirs.vision_feature_layer
-    assert ours.feature_layer == (layer[0] if isinstance(layer, list) else layer)
+    assert ours.feature_layers == tuple(layer if isinstance(layer, list) else [layer])
     assert theirs.image_token_id in (None, ours.image_token_id)  # with None it fails at the first image
-    assert theirs.vision_feature_select_strategy == "default"
-    assert (theirs.projector_hidden_act, theirs.multimodal_projector_bias) == ("gelu", True)
+    assert ours.projector_activation == ACTIVATIONS[theirs.projector_hidden_act]
+    assert ours.projector_bias == (vip or theirs.multimodal_projector_bias)
+    assert (ours.projector_norm_eps is None) == (not vip)
+    full = not vip and theirs.vision_feature_select_strategy == "full"
+    assert ours.feature_select == ("full" if full else "patch")
 
 
 # Original LLaVA: transformers' LLaMA or Phi-3 reads the language model's keys of the flat config.json.
@@ -214,7 +252,8 @@ FLAT = {
     "architectures": (["LlavaLlamaForCausalLM"], ["LlavaPhiForCausalLM"], ["LlavaMistralForCausalLM"], "x"),
     "tune_mm_mlp_adapter": (True,),
 }
-KINDS = {"model_type": ("llava", "llava_llama", "llava_phi", "llava_phi3", "llava_mistral", "llava_qwen", "share4v")}
+NAMES = ("llama", "phi", "phi3", "mistral", "qwen", "qwen2", "qwen3", "stablelm", "gemma")
+KINDS = {"model_type": ("llava", "share4v", *(f"llava_{name}" for name in NAMES))}
 
 
 @given(st.sampled_from(makers.KINDS), changes(("", SIZES | OTHER | FLAT | KINDS)))
@@ -233,18 +272,17 @@ def check_original(kind: str, drawn: list[Change]) -> None:
     except CheckpointError as error:
         assert_named(error, drawn)
         return
-    assert found == kind or any(key in ("model_type", "architectures") for _, key, _ in drawn)
-    theirs = parsed(
-        {"llama": transformers.LlamaConfig, "phi3": transformers.Phi3Config}[found], raw | {"model_type": found}
-    )
+    assert found == kind or any(key in ("model_type", "architectures", "rms_norm_eps") for _, key, _ in drawn)
+    if found in ("qwen", "stablelm_epoch"):  # not of transformers
+        return
+    theirs = parsed(transformers.CONFIG_MAPPING[found], raw | {"model_type": found})
     if theirs is None:
         return
     assert_same_decoder(ours.text, theirs)
-    assert ours.text.sliding_window == (theirs.sliding_window if found == "phi3" else None)
     layer = raw.get("mm_vision_select_layer")
-    assert ours.feature_layer == (-2 if layer is None else layer)
+    assert ours.feature_layers == (-2 if layer is None else layer,)
     assert (ours.image_aspect_ratio == "pad") == (raw.get("image_aspect_ratio") == "pad")
-    assert raw.get("mm_vision_select_feature") in (None, "patch")
+    assert (ours.feature_select == "full") == (raw.get("mm_vision_select_feature") == "cls_patch")
 
 
 # Words: transformers' own processor renders and tokenizes the prompt, and its generation settings say what ends an answer.

@@ -21,6 +21,7 @@ from reverie_jax.models.checkpoints.configs import (
 from reverie_jax.models.checkpoints.decoders import text_config
 from reverie_jax.models.checkpoints.families import (
     UNNAMED_TOWER,
+    check_folders,
     check_original,
     detect_format,
     original_language_model,
@@ -34,6 +35,7 @@ from reverie_jax.models.checkpoints.names import (
     HEAD,
     IGNORED,
     POOLING_HEAD,
+    AnyArray,
     canonical_name,
     canonical_projector_name,
 )
@@ -103,7 +105,7 @@ def detect_component(source: ComponentLike) -> Component:
     """
     if isinstance(source, Component):
         return source
-    path = resolve(source, check=detect_format)
+    path = resolve(source, check=check_config)
     if not path.is_dir():
         if path.suffix not in (".bin", ".safetensors", ".pt", ".pth"):
             raise CheckpointError(f"{path}: not a checkpoint; give a model's folder, or an {PROJECTOR_FILE}")
@@ -121,15 +123,7 @@ def detect_component(source: ComponentLike) -> Component:
         return Component(path, "peft", {})
     if not (path / "config.json").exists() and (path / PROJECTOR_FILE).exists():
         return Component(path, "projector", {})
-    if xtuner := [
-        name
-        for name in ("llm_adapter", "projector", "visual_encoder", "visual_encoder_adapter")
-        if (path / name).is_dir()
-    ]:
-        raise CheckpointError(
-            f"{path}: an XTuner folder ({', '.join(xtuner)}), whose layout is not supported; use its export in llava-hf or"
-            " original LLaVA format"
-        )
+    check_folders(path, (entry.name for entry in path.iterdir() if entry.is_dir()))
     if not (path / "config.json").exists() and (inner := _models_within(path)):
         raise CheckpointError(f"{path}: no config.json; give the folder of one model, as {path / inner[-1]}")
     config = read_json(path / "config.json")
@@ -137,6 +131,21 @@ def detect_component(source: ComponentLike) -> Component:
     if format == "llava" and weights_of(path) is None and (path / PROJECTOR_FILE).exists():
         return Component(path, "projector", config)
     return Component(path, format, config)
+
+
+def check_config(path: Path, config: dict[str, Any]) -> None:
+    """Check all that a config.json and the settings beside it say, before any weight is downloaded.
+
+    Raises:
+        CheckpointError: The model is not supported, or a setting of it.
+    """
+    format = detect_format(path, config)
+    if format == "llava-hf":
+        llava_hf_config(path.parent, config)
+    elif format == "clip":
+        _tower_sizes(Component(path.parent, format, config))
+    elif format == "llm" or (format == "llava" and "hidden_size" in config):
+        text_config(path, config, config["model_type"] if format == "llm" else original_language_model(path, config))
 
 
 def _models_within(path: Path) -> list[str]:
@@ -174,8 +183,9 @@ def resolve_checkpoint(source: ComponentLike, components: Sequence[ComponentLike
         raise CheckpointError(f"{wrong}, which cannot be a component of another model")
     if main.format == "llava-hf":
         _reject_unused(others, main)
-        config, tensors = llava_hf_config(main.path, main.config), _canonical_tensors(main)
-        return ResolvedCheckpoint(main.path, config, _without_tied_head(main.path, config.text, tensors))
+        tensors = _canonical_tensors(main)
+        config = _with_stored_head(llava_hf_config(main.path, main.config), tensors)
+        return ResolvedCheckpoint(main.path, config, _without_tied_head(main.config_path, config.text, tensors))
     tower = _single(others, ("clip",))
     if main.format == "llava":
         _reject_unused([other for other in others if other is not tower], main)
@@ -195,7 +205,8 @@ def resolve_checkpoint(source: ComponentLike, components: Sequence[ComponentLike
     if base.format == "llava-hf":
         _reject_unused([] if tower is None else [tower], base)
         tensors = _without_projector(_canonical_tensors(base)) | _canonical_tensors(main)
-        config = dataclasses.replace(llava_hf_config(base.path, base.config), projector=_projector_kind(tensors))
+        config = _with_stored_head(llava_hf_config(base.path, base.config), tensors)
+        config = dataclasses.replace(config, projector=_projector_kind(tensors))
         return ResolvedCheckpoint(main.path, with_settings(config, main), tensors)
     return _resolve_original(main, base, tower, main)
 
@@ -238,6 +249,12 @@ def recorded_base(lora: Component) -> Component:
     return base
 
 
+def _with_stored_head(config: VLMConfig, tensors: dict[str, tuple[Tensors, str]]) -> VLMConfig:
+    """Return a llava-hf model's configuration with the head that is stored: Phi's lost its bias in transformers 4.52."""
+    bias = config.text.head_bias and f"{HEAD}.bias" in tensors
+    return dataclasses.replace(config, text=dataclasses.replace(config.text, head_bias=bias))
+
+
 def _without_tied_head(
     path: Path, text: TextConfig, tensors: dict[str, tuple[Tensors, str]]
 ) -> dict[str, tuple[Tensors, str]]:
@@ -249,11 +266,11 @@ def _without_tied_head(
     head, embedding = f"{HEAD}.weight", EMBEDDING
     if not text.tied_head or head not in tensors or embedding not in tensors:
         return tensors
-    values = {}
+    values: list[AnyArray] = []
     for name in (head, embedding):
         source, stored = tensors[name]
-        source.read_all(lambda _, array, name=name: values.__setitem__(name, array), {stored})
-    if not np.array_equal(values[head], values[embedding]):
+        source.read_all(lambda _, array: values.append(array), {stored})
+    if not np.array_equal(values[0], values[1]):
         raise CheckpointError(f"{path}: tie_word_embeddings is true, but lm_head and the embedding differ")
     return {name: where for name, where in tensors.items() if name != head}
 
@@ -386,7 +403,7 @@ def _resolve_original(
         _log.warning("%s: matryoshka_vis_token_scale: read as its form of all visual tokens", path)
     stops = read_stop_ids(settings.path, {}) or read_stop_ids(base.path, base.config)
     architecture = dataclasses.replace(original_config(path, config, text, sizes, kind), stop_ids=stops)
-    return ResolvedCheckpoint(settings.path, architecture, _without_tied_head(settings.path, text, tensors))
+    return ResolvedCheckpoint(settings.path, architecture, _without_tied_head(base.config_path, text, tensors))
 
 
 def _check_tower(path: Path, config: dict[str, Any], tower: Component, sizes: VisionConfig, *, included: bool) -> None:

@@ -17,9 +17,11 @@ from reverie_jax.models.checkpoints.families import (
     LANGUAGE_MODELS,
     UNNAMED_TOWER,
     Json,
+    check_connection,
     repository_name,
     tower_name,
 )
+from reverie_jax.models.checkpoints.names import is_moe_llava
 from reverie_jax.models.checkpoints.processing import (
     check_divisible,
     choice,
@@ -42,6 +44,7 @@ from reverie_jax.models.config import (
 
 TOWER_KEY = "reverie_vision_config"
 """Key for the vision tower's sizes in an original LLaVA's config.json that this project wrote: the format has none."""
+
 
 def vision_config(path: Path, raw: Json) -> VisionConfig:
     """Return the vision tower that the keys of a CLIPVisionConfig or SiglipVisionConfig describe.
@@ -81,9 +84,11 @@ def _int(path: Path, key: str, value: Any) -> int:
 
 def _check_feature_layers(path: Path, config: VLMConfig) -> VLMConfig:
     try:
-        _ = config.feature_depths
+        depths = config.feature_depths
     except ValueError as error:
         raise CheckpointError(f"{path}: vision_feature_layer: {error}") from None
+    if not depths:
+        raise CheckpointError(f"{path}: vision_feature_layer must name at least one layer")
     return config
 
 
@@ -107,7 +112,9 @@ def llava_hf_config(folder: Path, raw: Json) -> VLMConfig:
     if len(image_ids := {str(raw[key]) for key in keys}) > 1:
         raise CheckpointError(f"{path}: image_token_index and image_token_id differ: {' and '.join(sorted(image_ids))}")
     key = (*keys, "image_token_id")[0]
-    layers = raw.get("vision_feature_layers", [-2, -5, -8, -11, 6]) if vip else raw.get("vision_feature_layer", -2)
+    layers = raw.get("vision_feature_layer", -2)
+    if vip:  # of two versions
+        layers = raw.get("vision_feature_layers", raw.get("vision_feature_layer", [-2, -5, -8, -11, 6]))
     tower, aspect = read_image_processor(folder, vision_config(path, vision))
     strategy = choice(path, raw, "vision_feature_select_strategy", "default", ("default", "full"))
     activation = choice(path, raw, "projector_hidden_act", "gelu", tuple(ACTIVATIONS))
@@ -120,15 +127,16 @@ def llava_hf_config(folder: Path, raw: Json) -> VLMConfig:
             vision=tower,
             text=decoder,
             projector_activation=ACTIVATIONS[activation],
-            projector_bias=choice(path, raw, "multimodal_projector_bias", True, (True, False)),
+            projector_bias=vip or bool(choice(path, raw, "multimodal_projector_bias", True, (True, False))),
             projector_norm_eps=number(path, {"projector_layernorm_eps": 1e-5, **raw}, "projector_layernorm_eps")
             if vip
             else None,
             # transformers concatenates the features of several
             feature_layers=tuple(
-                _int(path, "vision_feature_layer", layer) for layer in (layers if isinstance(layers, list) else [layers])
+                _int(path, "vision_feature_layer", layer)
+                for layer in (layers if isinstance(layers, list) else [layers])
             ),
-            feature_select="full" if strategy == "full" else "patch",
+            feature_select="full" if strategy == "full" and not vip else "patch",
             image_token_id=_int(path, key, raw.get(key, 32000)),
             template=str(raw.get("reverie_template", "phi3_instruct" if kind == "phi3" else "llava-hf")),
             tokenization=choice(path, raw, "reverie_tokens", "hf", get_args(Tokenization)),
@@ -147,19 +155,14 @@ def original_config(
     Raises:
         CheckpointError: A setting is not supported.
     """
-    select = choice(path, raw, "mm_vision_select_feature", "patch", ("patch", "cls_patch"))
-    for key in ("mm_use_im_start_end", "s2"):
-        choice(path, raw, key, False, (False,))
-    choice(path, raw, "mm_patch_merge_type", "flat", ("flat",))
+    check_connection(path, raw)
     aspect = choice(path, raw, "image_aspect_ratio", "square", get_args(ImageAspectRatio))
     if aspect == "square" and not vision.class_token:  # SigLIP's image processor does not crop
         aspect = "stretch"
-    if raw.get("mm_resampler_type"):
-        raise CheckpointError(f"{path}: mm_resampler_type {raw['mm_resampler_type']!r} is not supported")
     layer = raw.get("mm_vision_select_layer")
-    moe = text.experts is not None or str(raw.get("model_type", "")).startswith("moe_llava")
+    moe = text.experts is not None or bool(raw.get("mm_image_tower"))
     # Without a class token, original LLaVA's code for SigLIP keeps all patches; MoE-LLaVA's drops the first.
-    full = select == "cls_patch" or not (vision.class_token or moe)
+    full = raw.get("mm_vision_select_feature") == "cls_patch" or not (vision.class_token or moe)
     return _check_feature_layers(
         path,
         VLMConfig(
@@ -247,7 +250,7 @@ def llava_hf_json(config: VLMConfig, dtype: str, special_ids: Json) -> Json:
 
 
 def original_json(config: VLMConfig, dtype: str, special_ids: Json, *, tower_included: bool = True) -> Json:
-    """Return the flat config.json of an original LLaVA, or of a MoE-LLaVA where the decoder has experts.
+    """Return the flat config.json of an original LLaVA, or of a MoE-LLaVA (see `names.is_moe_llava`).
 
     Original LLaVA loads the tower that is named, and then, if told so, the weights that are included.
 
@@ -258,15 +261,15 @@ def original_json(config: VLMConfig, dtype: str, special_ids: Json, *, tower_inc
         tower_included: Whether the weights include the vision tower.
     """
     family = {"phi3": "phi"}.get(kind := config.text.family, kind)
-    moe = config.text.experts is not None
+    moe, experts = is_moe_llava(config), config.text.experts is not None
     name = {"stablelm": "StableLM"}.get(family, family.capitalize())
     tower, own_tower = config.vision_tower or UNNAMED_TOWER, False
     if tower_included:
         own_tower = known_tower(tower) != config.vision
         tower = next((name for name, sizes in TOWERS.items() if sizes == config.vision), tower)
     return {
-        "architectures": [f"MoELLaVA{name}ForCausalLM" if moe else f"Llava{name}ForCausalLM"],
-        "model_type": f"moe_llava_{family}" if moe else f"llava_{family}",
+        "architectures": [f"MoELLaVA{name}ForCausalLM" if experts else f"Llava{name}ForCausalLM"],
+        "model_type": f"moe_llava_{family}" if experts else f"llava_{family}",
         "torch_dtype": dtype,
         **text_json(config.text),
         **special_ids,

@@ -17,8 +17,8 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 """Activations by the names that transformers gives them."""
 
-# Defaults of the classes in transformers (LlamaConfig, …), for keys that a config.json omits; of Qwen-1 and StableLM-Epoch, whose
-# code is in their repositories, what their files always say.
+# Defaults of the classes in transformers (LlamaConfig, …), for keys that a config.json omits; of Qwen-1 and StableLM-Epoch,
+# whose code is in their repositories, what their files always say.
 _DEFAULTS: dict[str, Json] = {
     "llama": {
         "vocab_size": 32000,
@@ -101,14 +101,14 @@ _SYNONYMS = {
     "seq_length": "max_position_embeddings",
 }
 
+
 def hf_activation(name: Activation) -> str:
     """Return what transformers calls an activation."""
     return "gelu_pytorch_tanh" if name == "gelu_tanh" else name
 
 
-_WINDOWED = ("phi3", "mistral", "qwen2", "qwen3")
-_MISTRAL_WINDOW = 4096
-"""Default of MistralConfig, which null switches off."""
+_WINDOWED: dict[str, int | None] = {"phi3": None, "mistral": 4096, "qwen2": 4096, "qwen3": 4096}
+"""Sliding windows of the families that have them, where config.json says nothing; null switches them off."""
 
 
 def text_config(path: Path, raw: Json, kind: str) -> TextConfig:
@@ -122,9 +122,7 @@ def text_config(path: Path, raw: Json, kind: str) -> TextConfig:
     Raises:
         CheckpointError: A setting is not supported or invalid.
     """
-    window = raw.get("sliding_window", _MISTRAL_WINDOW if kind == "mistral" else None)
-    if kind in ("qwen2", "qwen3") and not raw.get("use_sliding_window"):
-        window = None
+    window = _window(raw, kind)
     raw = given(raw)
     if kind in ("qwen", "stablelm_epoch"):
         raw = {**{_SYNONYMS[key]: value for key, value in raw.items() if key in _SYNONYMS}, **raw}
@@ -135,7 +133,7 @@ def text_config(path: Path, raw: Json, kind: str) -> TextConfig:
     raw = {**_DEFAULTS[kind], **raw}
     check_decoder(path, raw, kind)
     heads, hidden = size(path, raw, "num_attention_heads"), size(path, raw, "hidden_size")
-    theta, fraction, scaling = _rope(path, raw)
+    theta, fraction, scaling = _rope(path, raw, kind)
     layer_norm, bias = kind in ("phi", "stablelm", "stablelm_epoch"), kind == "phi"
     all_biases = kind in ("llama", "qwen3") and bool(raw.get("attention_bias"))
     qkv = {"qwen": True, "qwen2": True, "stablelm": raw.get("use_qkv_bias"), "stablelm_epoch": raw.get("use_qkv_bias")}
@@ -152,9 +150,7 @@ def text_config(path: Path, raw: Json, kind: str) -> TextConfig:
         max_positions=size(path, raw, "max_position_embeddings"),
         fused_qkv=kind in ("phi3", "qwen"),
         fused_mlp=kind == "phi3",
-        sliding_window=size(path, {"sliding_window": window}, "sliding_window")
-        if kind in _WINDOWED and window is not None
-        else None,
+        sliding_window=None if window is None else size(path, {"sliding_window": window}, "sliding_window"),
         norm="layernorm" if layer_norm else "rmsnorm",
         activation=ACTIVATIONS[choice(path, raw, "hidden_act", "silu", tuple(ACTIVATIONS))],
         gated=kind != "phi",
@@ -170,11 +166,28 @@ def text_config(path: Path, raw: Json, kind: str) -> TextConfig:
         experts=_experts(path, raw["moe"], size(path, raw, "num_hidden_layers")) if raw.get("moe") else None,
     )
     check_divisible(path, config.heads, config.kv_heads, "num_attention_heads", "num_key_value_heads")
-    check_divisible(path, config.rotary_dim, 2, "the rotated part of head_dim", "2")
+    check_divisible(path, config.rotary_dim, 2, "the rotated part of head_dim (partial_rotary_factor)", "2")
     return config
 
 
-def _rope(path: Path, raw: Json) -> tuple[float, float, RopeScaling | None]:
+def _window(raw: Json, kind: str) -> Any:
+    """Return the smallest window of any layer, as stated; None without one. LLaMA's class ignores the key."""
+    window = raw.get("sliding_window", _WINDOWED.get(kind)) if kind in _WINDOWED else None
+    if kind in ("qwen2", "qwen3"):
+        types, first, layers = (
+            raw.get("layer_types"),
+            raw.get("max_window_layers", 28),
+            raw.get("num_hidden_layers", 32),
+        )
+        none = type(first) is int and type(layers) is int and first >= layers
+        if isinstance(types, list):
+            none = "sliding_attention" not in types
+        if none or not raw.get("use_sliding_window"):
+            return None
+    return window
+
+
+def _rope(path: Path, raw: Json, kind: str) -> tuple[float, float, RopeScaling | None]:
     """Return theta, the share of a head that is rotated, and the scaling of frequencies."""
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if raw.get("rope_scaling") not in (None, {}, rope):
@@ -182,25 +195,26 @@ def _rope(path: Path, raw: Json) -> tuple[float, float, RopeScaling | None]:
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
         raise CheckpointError(f"{path}: rope_parameters or rope_scaling must be an object of values, not {rope!r}")
     merged = {"rope_theta": 10000.0, "partial_rotary_factor": 1.0, **raw, **given(rope)}
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    type = rope.get("rope_type", rope.get("type", "default"))
     scaling = None
-    if kind in ("linear", "llama3"):
+    if type in ("linear", "llama3"):
         factor = number(path, {"factor": None, **rope}, "factor")
-        scaling = RopeScaling(kind, factor)
-        if kind == "llama3":
+        scaling = RopeScaling(type, factor)
+        if type == "llama3":
             scaling = RopeScaling(
-                kind,
+                type,
                 factor,
                 number(path, {"low_freq_factor": None, **rope}, "low_freq_factor"),
                 number(path, {"high_freq_factor": None, **rope}, "high_freq_factor"),
                 size(path, rope, "original_max_position_embeddings"),
             )
     # Dynamic scaling changes nothing up to max_position_embeddings, where `TextConfig.context` ends.
-    elif kind not in ("default", "dynamic"):
-        raise CheckpointError(f"{path}: rope scaling {kind!r} is not supported; only linear, dynamic and llama3 are")
+    elif type not in ("default", "dynamic"):
+        raise CheckpointError(f"{path}: rope scaling {type!r} is not supported; only linear, dynamic and llama3 are")
     fraction = number(path, merged, "partial_rotary_factor")
-    if fraction > 1:
-        raise CheckpointError(f"{path}: partial_rotary_factor must be at most 1, not {fraction}")
+    if fraction > 1 or (fraction < 1 and kind in ("llama", "mistral", "qwen2", "qwen3")):
+        # Their classes ignore it without scaling, and heed it with some.
+        raise CheckpointError(f"{path}: partial_rotary_factor {fraction} is not supported for {kind}")
     return number(path, merged, "rope_theta"), fraction, scaling
 
 
@@ -233,9 +247,9 @@ def _experts(path: Path, raw: Any, layers: int) -> ExpertsConfig | None:
 def text_json(text: TextConfig) -> Json:
     """Return the keys of a config.json that describe a decoder, `model_type` aside."""
     kind = text.family
-    window = {"sliding_window": text.sliding_window} if kind in _WINDOWED else {}
+    window: Json = {"sliding_window": text.sliding_window} if kind in _WINDOWED else {}
     if kind in ("qwen2", "qwen3"):
-        window["use_sliding_window"] = text.sliding_window is not None
+        window |= {"use_sliding_window": text.sliding_window is not None, "max_window_layers": 0}
     special: dict[str, Json] = {
         "llama": {"attention_bias": text.qkv_bias, "mlp_bias": text.mlp_bias},
         "phi3": {"attention_bias": False, "original_max_position_embeddings": text.max_positions},
@@ -250,6 +264,8 @@ def text_json(text: TextConfig) -> Json:
             "no_bias": True,
         },
     }
+    # By the name of this key, Qwen-1 differs from Qwen2.
+    eps = "layer_norm_epsilon" if kind == "qwen" else "layer_norm_eps" if text.norm == "layernorm" else "rms_norm_eps"
     return {
         "vocab_size": text.vocab,
         "hidden_size": text.hidden,
@@ -258,9 +274,7 @@ def text_json(text: TextConfig) -> Json:
         "num_key_value_heads": text.kv_heads,
         "head_dim": text.head_dim,
         "intermediate_size": text.mlp * (2 if kind == "qwen" else 1),
-        {"phi": "layer_norm_eps", "stablelm": "layer_norm_eps", "qwen": "layer_norm_epsilon"}.get(
-            kind, "rms_norm_eps"
-        ): text.norm_eps,
+        eps: text.norm_eps,
         "rope_theta": text.rope_theta,
         "max_position_embeddings": text.max_positions,
         "hidden_act": hf_activation(text.activation),

@@ -6,6 +6,7 @@ All of it is known before any weight is downloaded or read.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ from reverie_jax.errors import CheckpointError
 
 Json = dict[str, Any]
 
-_OTHER_TOWERS = re.compile("dino|eva[-_0-9]|intern_?vit|convnext|mobileclip|languagebind|imagebind")
+_OTHER_TOWERS = re.compile("dino|eva[-_0-9]|beit|intern_?vit|convnext|mobileclip|languagebind|imagebind")
 """Parts of the names of vision towers that are neither CLIP's nor SigLIP's."""
 
 UNNAMED_TOWER = "vision_tower"
@@ -55,6 +56,22 @@ _SUPPORTED: dict[str, tuple[str, ...]] = {
 }
 
 
+_VARYING = "a picture's number of tokens varies, as in LLaVA-NeXT and LLaVA-OneVision"
+_MARKS = "pictures are between tokens of their own, as in LLaVA's first version, its deltas and LISA"
+# What original LLaVA's settings may say of how tower and language model are connected, and what other values mean.
+_CONNECTION: dict[str, tuple[tuple[Any, ...], str]] = {
+    "mm_patch_merge_type": (("flat",), _VARYING),
+    "image_aspect_ratio": (("pad", "square", "stretch"), _VARYING),
+    "mm_use_im_start_end": ((False,), _MARKS),
+    "mm_resampler_type": (("", False), "a resampler is between tower and projector"),
+    "mm_projector_type": (("linear", "mlp2x_gelu"), "another projector"),
+    "image_projector_type": (("linear", "mlp2x_gelu"), "another projector"),
+    "mm_vision_select_feature": (("patch", "cls_patch"), "other features of the tower"),
+    "mm_video_tower": (("", False), "a second tower is for videos"),
+    "s2": ((False,), "features of several scales"),
+}
+
+
 ConfigFormat = Literal["llava-hf", "llava", "llm", "clip", "orbax"]
 
 
@@ -82,6 +99,8 @@ def detect_format(path: Path, config: Json) -> ConfigFormat:
     if kind in TOWER_MODELS:
         return "clip"
     if isinstance(text, dict) and isinstance(vision, dict):
+        if re.search("next|onevision|video", str(kind)):
+            raise CheckpointError(f"{path}: model_type {kind!r} is not supported ({_VARYING})")
         _check_type(path, "model_type", config, ("llava", "vipllava"))
         _check_type(path, "text_config.model_type", text, LANGUAGE_MODELS)
         _check_type(path, "vision_config.model_type", vision, TOWER_MODELS)
@@ -117,14 +136,43 @@ def _check_type(path: Path, name: str, config: Json, supported: tuple[str, ...])
 
 
 def check_original(path: Path, config: Json) -> None:
-    """Check that the config.json of an original LLaVA names a language model and a vision tower that are supported.
+    """Check that language model, vision tower and their connection are supported, by the config.json of an original LLaVA.
 
     Raises:
-        CheckpointError: It names others.
+        CheckpointError: One is not.
     """
     original_language_model(path, config)
+    check_connection(path, config)
     if _OTHER_TOWERS.search(repository_name(tower_name(config)).lower()):
-        raise CheckpointError(f"{path}: vision tower {tower_name(config)} is not supported; only CLIP's and SigLIP's are")
+        raise CheckpointError(
+            f"{path}: vision tower {tower_name(config)} is not supported; only CLIP's and SigLIP's are"
+        )
+
+
+def check_connection(path: Path, config: Json) -> None:
+    """Check how original LLaVA's settings connect vision tower and language model.
+
+    Raises:
+        CheckpointError: In a way that is not supported.
+    """
+    for key, (supported, meaning) in _CONNECTION.items():
+        value = config.get(key)
+        if value is not None and value not in supported:
+            raise CheckpointError(f"{path}: {key} {value!r} is not supported ({meaning})")
+
+
+def check_folders(path: str | Path, folders: Iterable[str]) -> None:
+    """Check by a model's subfolders that it is not in XTuner's layout, which its config.json does not tell.
+
+    Raises:
+        CheckpointError: It is.
+    """
+    layout = {"llm_adapter", "projector", "visual_encoder", "visual_encoder_adapter"}
+    if found := sorted(layout.intersection(folders)):
+        raise CheckpointError(
+            f"{path}: an XTuner folder ({', '.join(found)}), whose layout is not supported; use its export in llava-hf or"
+            " original LLaVA format"
+        )
 
 
 def original_language_model(path: Path, config: Json) -> str:

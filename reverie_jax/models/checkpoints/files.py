@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from reverie_jax import files
 from reverie_jax.errors import CheckpointError, UserError
+from reverie_jax.models.checkpoints.families import check_folders
 from reverie_jax.models.checkpoints.names import AnyArray
 
 _log = logging.getLogger(__name__)
@@ -62,7 +63,9 @@ def resolve(name: str | Path, check: Callable[[Path, dict[str, Any]], object] | 
         info = huggingface_hub.HfApi().model_info(repository, revision=revision or None)
         if revision != info.sha:
             _log.info("%s is at commit %s today; write %s@%s to pin it", name, info.sha, repository, info.sha)
-        settings, weights = _needed([file.rfilename for file in info.siblings or []])
+        names = [file.rfilename for file in info.siblings or []]
+        check_folders(name, (file.partition("/")[0] for file in names if "/" in file))
+        settings, weights = _needed(names)
         folder = Path(huggingface_hub.snapshot_download(repository, revision=info.sha, allow_patterns=settings))
         config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
         if check is not None and config:
@@ -82,7 +85,7 @@ def resolve(name: str | Path, check: Callable[[Path, dict[str, Any]], object] | 
 def _needed(names: list[str]) -> tuple[list[str], list[str]]:
     """Return the settings and the weights among a repository's files, each tensor in one format."""
     names = [name for name in names if "/" not in name]
-    settings = [name for name in names if name.endswith((".json", ".jinja")) or name == "tokenizer.model"]
+    settings = [n for n in names if n.endswith((".json", ".jinja", ".tiktoken")) or n == "tokenizer.model"]
     weights = [name for name in names if name in ("mm_projector.bin", "non_lora_trainables.bin")]
     for formats in (
         (r"model(-\d+-of-\d+)?\.safetensors", r"pytorch_model(-\d+-of-\d+)?\.bin"),

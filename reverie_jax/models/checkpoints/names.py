@@ -134,6 +134,7 @@ def _add_decoder_layers(
     specs: list[ParameterSpec], path: str, text: TextConfig, layers: tuple[int, ...], experts: int | None
 ) -> None:
     layer, stack = "language_model.model.layers.{}.", (layers,)
+    mlp_stack: Stack = stack
     qkv = {"qkv": "qkv"} if text.fused_qkv else {"query": "q", "key": "k", "value": "v"}
     for ours, theirs in qkv.items():
         _add_linear(specs, path + ours, f"{layer}self_attn.{theirs}_proj", stack, bias=text.qkv_bias)
@@ -141,7 +142,7 @@ def _add_decoder_layers(
     if text.qk_norm:
         _add_norm(specs, f"{path}query_norm", layer + "self_attn.q_norm", stack, bias=False)
         _add_norm(specs, f"{path}key_norm", layer + "self_attn.k_norm", stack, bias=False)
-    mlp, mlp_stack = layer + "mlp.", stack
+    mlp = layer + "mlp."
     if experts is not None:
         _add_linear(specs, f"{path}router", layer + "mlp.router", stack, bias=False)
         mlp, mlp_stack = layer + "mlp.experts.{}.", (*stack, tuple(range(experts)))
@@ -243,17 +244,25 @@ def canonical_projector_name(name: str) -> str:
     return canonical_name(f"model.mm_projector.{tail}") if separator else canonical_name(name)
 
 
+def is_moe_llava(config: VLMConfig) -> bool:
+    """Return whether the original format of a model is MoE-LLaVA's: it has experts, or loses SigLIP's first patch."""
+    return config.text.experts is not None or (config.feature_select == "patch" and not config.vision.class_token)
+
+
 def original_name(name: str, config: VLMConfig) -> str:
-    """Return a canonical name as original LLaVA writes it; MoE-LLaVA where the decoder has experts."""
+    """Return a canonical name as original LLaVA writes it, or MoE-LLaVA."""
     root = "transformer." if config.text.family == "qwen" else "model."
     projector, tower = f"{root}mm_projector.", f"{root}vision_tower.vision_tower."
-    if config.text.experts:
+    if is_moe_llava(config):
         projector, tower = f"{projector}image_spatial_proj.", f"{root}image_tower.image_tower."
     name = family_name(name, config.text)
     for ours, theirs in (
         ("language_model.lm_head.", "lm_head."),
         *(
-            (("language_model.model.embed_tokens.", "transformer.wte."), ("language_model.model.norm.", "transformer.ln_f."))
+            (
+                ("language_model.model.embed_tokens.", "transformer.wte."),
+                ("language_model.model.norm.", "transformer.ln_f."),
+            )
             if root == "transformer."
             else ()
         ),

@@ -103,7 +103,9 @@ def read_image_processor(folder: Path, tower: VisionConfig) -> tuple[VisionConfi
             choice(path, raw, key, default.get(key, values[0]), values)
         _check_rescale(path, raw.get("rescale_factor"))
         own = (0.5,) * 3 if stretched else tower.mean, (0.5,) * 3 if stretched else tower.std
-        mean, std = (_channels(path, raw, key, value) for key, value in zip(("image_mean", "image_std"), own, strict=True))
+        mean, std = (
+            _channels(path, raw, key, value) for key, value in zip(("image_mean", "image_std"), own, strict=True)
+        )
         tower = dataclasses.replace(tower, mean=mean, std=std)
         return tower, "pad" if padded else "stretch" if stretched else "square"
     return tower, "square" if tower.class_token else "stretch"
@@ -118,11 +120,7 @@ def _channels(path: Path, raw: Json, key: str, default: tuple[float, ...]) -> tu
     """Return a setting for three channels; values that only rounding tells from the default are the default."""
     value = raw.get(key)
     value = list(default) if value is None else value
-    if (
-        not isinstance(value, list)
-        or len(value) != 3
-        or not all(type(x) in (int, float) and 0 < x < 1 for x in value)
-    ):
+    if not isinstance(value, list) or len(value) != 3 or not all(type(x) in (int, float) and 0 < x < 1 for x in value):
         raise CheckpointError(f"{path}: {key} {value!r} is not supported; must be three numbers between 0 and 1")
     near = all(math.isclose(x, y, abs_tol=1e-5) for x, y in zip(value, default, strict=True))
     first, second, third = default if near else value

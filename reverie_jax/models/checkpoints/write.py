@@ -58,6 +58,7 @@ def write_model(
         (config.projector != "mlp2x_gelu", "linear projectors"),
         (config.text.experts is not None, "experts"),
         (config.text.family == "qwen", "Qwen-1"),
+        (config.text.head_bias, "an LM head with a bias (Phi-2's)"),  # transformers >= 4.52 would drop it
     ):
         if lacking:
             raise CheckpointError(f"llava-hf does not support {what}; write llava or orbax")
@@ -83,8 +84,16 @@ def write_original(
     dtype = np.dtype(model.compute_dtype if dtype is None else dtype)
     folder.mkdir(parents=True, exist_ok=True)
     config = model.config
-    if len(config.feature_layers) > 1 or config.projector_norm_eps is not None or config.projector_activation != "gelu":
-        raise CheckpointError("original LLaVA's format does not support this projector; write llava-hf or orbax")
+    text = config.text
+    for lacking, what in (
+        (len(config.feature_layers) > 1, "several feature layers"),
+        (config.projector_norm_eps is not None, "a normalization before the projector"),
+        (config.projector_activation != "gelu", f"{config.projector_activation} in the projector"),
+        (not config.projector_bias, "projectors without biases"),
+        (text.family == "phi" and not text.head_bias, "Phi-2 without a bias of the LM head"),
+    ):
+        if lacking:
+            raise CheckpointError(f"original LLaVA's format does not support {what}; write llava-hf or orbax")
     names = {spec.path: [original_name(name, config) for name in spec.names] for spec in parameter_specs(config)}
     _write_weights(model, folder, dtype, shard_bytes, names)
     write_json(folder / "config.json", original_json(model.config, dtype.name, special_ids or _LLAMA_SPECIAL_IDS))
