@@ -101,7 +101,7 @@ def _recognize(config: VLMConfig, tokenizer: Any, main: Component, others: Seque
 
 
 def _of_files(tokenizer: Any, main: Component, others: Sequence[Component]) -> Template:
-    """Return the template of the files of a checkpoint, or else of its components: an adapter's is in its base model's folder.
+    """Return the template of a checkpoint's files, or else of its components': an adapter's is in its base model's folder.
 
     Raises:
         CheckpointError: There is none, or it cannot be used.
