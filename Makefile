@@ -7,7 +7,7 @@ LINE := $(shell $(PYTHON) -c 'import sys; print(f"py{sys.version_info[0]}{sys.ve
 PINS := $(wildcard constraints/$(LINE).txt)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(addprefix --constraint ,$(PINS))
 
-.PHONY: demo test lint types suite docs test-slow test-compile test-newest test-old-sdk test-gpu bench gpu clean
+.PHONY: demo test lint types suite docs test-slow test-compile test-newest test-old-sdk test-others test-gpu bench gpu clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/reverie demo
@@ -50,6 +50,17 @@ test-old-sdk:
 	test -x $(VENV)-old/bin/python || $(PYTHON) -m venv $(VENV)-old
 	$(VENV)-old/bin/python -m pip install --quiet --editable '.[google-generativeai]' pytest hypothesis beartype
 	$(VENV)-old/bin/python -m pytest tests/hosted/test_google_generativeai.py
+
+# Exports opened by other releases of transformers, each in an environment that holds nothing of this project.
+OTHERS := 4.37.2 4.57.6 newest
+test-others: $(VENV)/.test $(OTHERS:%=$(VENV)-others/%/.installed)
+	$(BIN)/python -m pytest -m others tests/others
+
+$(VENV)-others/%/.installed: constraints/others.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints/others.txt \
+	  $(if $(filter newest,$*),--upgrade transformers,transformers==$*) torch pillow jinja2 sentencepiece protobuf accelerate
+	touch $@
 
 test-gpu: $(VENV)/.test
 	JAX_PLATFORMS=cuda $(BIN)/python -m pytest -m gpu

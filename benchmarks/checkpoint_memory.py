@@ -55,7 +55,7 @@ def make(folder: Path, architecture: str) -> None:
     rng = np.random.default_rng(0)
     names_and_shapes, sizes = [], []
     for spec in parameter_specs(config):
-        shape = shapes[spec.path][0 if spec.layers is None else 1 :]
+        shape = shapes[spec.path][len(spec.stack) :]
         shape = to_file_layout(spec.layout, np.broadcast_to(np.False_, shape), config.vision.patch_size).shape
         for name in spec.names:
             names_and_shapes.append((name, shape))

@@ -51,6 +51,7 @@ def ours(folder: Path, args: Args) -> tuple[Callable[[], int], int]:
     from reverie_jax.data.pipeline import TreeBuilder, training_batches
     from reverie_jax.data.records import RecordSource
     from reverie_jax.data.supervision import Supervision
+    from reverie_jax.models.config import TOWERS
     from reverie_jax.models.vision import normalize
 
     source = RecordSource(folder / "records")
@@ -61,7 +62,8 @@ def ours(folder: Path, args: Args) -> tuple[Callable[[], int], int]:
         source, TreeBuilder(processor, shape, Supervision()), batch_size=args.batch_size, seed=0, threads=1
     )
     ready = iter(batches)
-    on_device = jax.jit(lambda pixels: normalize(pixels, jnp.float32))
+    tower = TOWERS["openai/clip-vit-large-patch14-336"]
+    on_device = jax.jit(lambda pixels: normalize(pixels, tower, jnp.float32))
 
     def one_round() -> int:
         count = 0

@@ -15,7 +15,7 @@ from flax import nnx
 from benchmarks.workload import REVERIE, SPECIAL_IDS, Args, Size, Work
 from reverie_jax.data.packing import Batch, SequenceShape
 from reverie_jax.models import VisionLanguageModel, lora
-from reverie_jax.train.recipes import Recipe
+from reverie_jax.train.recipe import Recipe
 
 STEPS = 1000
 """Length of the schedule; so few steps are taken that the learning rate hardly changes."""
@@ -86,8 +86,8 @@ def recipe_for(size: Size, batch_size: int, *, prefix_sharing: bool) -> Recipe:
 def our_model(args: Args, work: Work, folder: Path) -> VisionLanguageModel:
     """Return a random model; with equal weights, it and its adapter are written to the folder for the peer."""
     from reverie_jax.models.checkpoints import read_model
-    from reverie_jax.models.checkpoints.adapters import write_peft
     from reverie_jax.models.checkpoints.write import write_model
+    from reverie_jax.models.checkpoints.write_adapters import write_peft
     from reverie_jax.train.step import make_trainable
 
     size = args.chosen

@@ -22,7 +22,7 @@ _EXPORTS = {
     "JudgeRun": "eval.judge",
     "PredictOptions": "eval.predict",
     "Processor": "data.processor",
-    "Recipe": "train.recipes",
+    "Recipe": "train.recipe",
     "RecordSource": "data.records",
     "SequenceShape": "data.sequence_shape",
     "Supervision": "data.supervision",
@@ -72,7 +72,7 @@ if TYPE_CHECKING:
     from reverie_jax.loading import load_model as load_model
     from reverie_jax.models import VisionLanguageModel as VisionLanguageModel
     from reverie_jax.train.loop import finetune as finetune
-    from reverie_jax.train.recipes import Recipe as Recipe
+    from reverie_jax.train.recipe import Recipe as Recipe
     from reverie_jax.train.recipes import find_recipe as find_recipe
     from reverie_jax.train.recipes import read_recipe as read_recipe
 

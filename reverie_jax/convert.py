@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import itertools
 import logging
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -13,24 +15,34 @@ import numpy as np
 from jax.typing import DTypeLike
 
 import reverie_jax
-from reverie_jax.data.chat_template import TEMPLATE_EXAMPLE
-from reverie_jax.data.conversation import IMAGE
+from reverie_jax.data.chat_template import TEMPLATE_EXAMPLE, read_chat_template
+from reverie_jax.data.conversation import IMAGE, Conversation, Turn
 from reverie_jax.data.processor import Processor
 from reverie_jax.data.templates import to_jinja
-from reverie_jax.data.tokenization import Encoder
+from reverie_jax.data.tokenization import Encoder, load_tokenizer
+from reverie_jax.data.tokenizer_files import SENTENCEPIECE, copy_tokenizer
 from reverie_jax.errors import UserError
 from reverie_jax.files import write_json
 from reverie_jax.loading import (
     Components,
     check_reference_tokenizer,
     detect_components,
+    is_run,
     load_adapter,
     read_base,
     set_processor,
 )
-from reverie_jax.models import VisionLanguageModel, lora
-from reverie_jax.models.checkpoints import adapters, base_checksums, orbax, write
-from reverie_jax.models.checkpoints.components import ADAPTER_CONFIG, DESCRIPTIONS, Component, ComponentFormat, as_list
+from reverie_jax.models import VisionLanguageModel, VLMConfig, lora
+from reverie_jax.models.checkpoints import adapters, base_checksums, orbax, write, write_adapters
+from reverie_jax.models.checkpoints.components import (
+    ADAPTER_CONFIG,
+    DESCRIPTIONS,
+    Component,
+    ComponentFormat,
+    as_list,
+    detect_component,
+)
+from reverie_jax.models.checkpoints.families import tower_name
 from reverie_jax.models.checkpoints.files import new_folder, read_json
 
 Format = Literal["llava-hf", "peft", "llava-lora", "llava", "orbax"]
@@ -93,6 +105,7 @@ def convert(
     if to not in get_args(Format):
         raise UserError(f"--to {to}: unknown format; choose from {', '.join(get_args(Format))}")
     dst = Path(dst)
+    differences: list[str] = []
     with new_folder(dst) as folder:
         main, *others = detect_components(src, components)
         model = read_base(main, others, adapter=adapter, dtype=dtype)
@@ -105,11 +118,26 @@ def convert(
             _write_adapter(model, folder, to, source, processor.encoder.tokenizer)
         else:
             lora.merge(model)
-            _write_model(model, folder, to, processor, shard_bytes, main.path)
+            if any(_tunes_tower(part.config) for part in (main, *others)):  # it is no longer the one that is named
+                model.config = dataclasses.replace(model.config, vision_tower="")
+            keeps_template = template is None and main.format == "llava-hf" and not _changes_prompt(adapter)
+            kept = read_chat_template(main.path) if keeps_template else None
+            differences = _write_model(model, folder, to, processor, shard_bytes, main.path, kept and kept[1])
         _write_readme(folder, model, to, source)
+    for difference in differences:
+        _log.warning("%s: %s", dst, difference)
     if to == "llava-lora" and not all(word in dst.resolve().name.lower() for word in ("llava", "lora")):
         _log.warning("%s: original LLaVA's loader needs a folder whose name contains both llava and lora", dst)
     return dst
+
+
+def _tunes_tower(config: dict[str, Any]) -> bool:
+    return bool(config.get("unfreeze_mm_vision_tower")) or "vision_tower" in str(config.get("mm_tunable_parts") or "")
+
+
+def _changes_prompt(adapter: str | Path | None) -> bool:
+    """Return whether an adapter says with which prompt it was tuned; PEFT's do not."""
+    return adapter is not None and (is_run(adapter) or detect_component(adapter).format != "peft")
 
 
 def _describe_source(
@@ -135,10 +163,10 @@ def special_ids(tokenizer: Any, vocab: int) -> dict[str, Any]:
 
 def _write_adapter(model: VisionLanguageModel, folder: Path, to: str, source: ConversionSource, tokenizer: Any) -> None:
     if to == "peft":
-        adapters.write_peft(model, folder, base_model=source.base_model, projector=source.projector)
+        write_adapters.write_peft(model, folder, base_model=source.base_model, projector=source.projector)
     else:
         ids = special_ids(tokenizer, model.config.text.vocab)
-        adapters.write_llava_lora(model, folder, base_model=source.base_model, special_ids=ids)
+        write_adapters.write_llava_lora(model, folder, base_model=source.base_model, special_ids=ids)
     checksums = dict(source.checksums)
     if to == "llava-lora" or source.projector:
         checksums.pop("projector")  # the folder has its own
@@ -146,37 +174,57 @@ def _write_adapter(model: VisionLanguageModel, folder: Path, to: str, source: Co
 
 
 def _write_model(
-    model: VisionLanguageModel, folder: Path, to: str, processor: Processor, shard_bytes: int, source: Path
-) -> None:
-    tokenizer, vocab = processor.encoder.tokenizer, None
+    model: VisionLanguageModel,
+    folder: Path,
+    to: str,
+    processor: Processor,
+    shard_bytes: int,
+    source: Path,
+    chat_template: str | None,
+) -> list[str]:
+    """Write a complete model.
+
+    Args:
+        model: Without adapters.
+        folder: An existing folder.
+        to: Its format.
+        processor: The source's.
+        shard_bytes: As for `convert`.
+        source: The folder of the checkpoint.
+        chat_template: The source's, if it is kept.
+
+    Returns:
+        In what other tools answer differently with this folder than the source does here.
+    """
+    tokenizer, vocab, added = processor.encoder.tokenizer, None, set(processor.encoder.tokenizer.get_vocab())
+    prompts = [] if to == "orbax" else _prompts(processor.encoder)
     if to == "llava-hf":
         _add_image_token(model, tokenizer)
     elif to == "llava":
         vocab = _remove_image_token(model, tokenizer)
         if model.config.tokenization == "llava":
-            check_reference_tokenizer(tokenizer, source)
+            check_reference_tokenizer(tokenizer, Path(tokenizer.name_or_path))
     ids = special_ids(tokenizer, model.config.text.vocab)
     encoder = Processor.from_config(model.config, tokenizer, processor.encoder.template).encoder
+    copy_tokenizer(tokenizer, folder, added=set(tokenizer.get_vocab()) - added, vocab=vocab)
+    differences: list[str] = []
     if to == "llava-hf":
         write.write_model(model, folder, shard_bytes=shard_bytes, special_ids=ids)
-        _write_processor(folder, encoder, model.config.vision.patch_size)
-        tokenizer.chat_template = None  # it is in a file of its own
+        differences = _write_processor(folder, encoder, model.config, prompts, chat_template)
     elif to == "llava":
         write.write_original(model, folder, shard_bytes=shard_bytes, special_ids=ids)
+        differences = [*_original_differences(folder), *_differing(prompts, _prompts(encoder), "original LLaVA")]
     else:
         orbax.write_model(model, folder)
+    if to != "llava-hf":
+        (folder / "chat_template.jinja").write_text(to_jinja(encoder.template), "utf-8")
     stops = list(encoder.stop_ids)
     ends = {"eos_token_id": stops[0] if len(stops) == 1 else stops} if stops else {}
     write_json(folder / "generation_config.json", {**ids, **ends})
-    tokenizer.save_pretrained(folder)
-    if hasattr(tokenizer, "legacy"):  # transformers 5 does not write it
-        settings = read_json(folder / "tokenizer_config.json")
-        write_json(folder / "tokenizer_config.json", {**settings, "legacy": tokenizer.legacy})
-    if vocab is not None:
-        _truncate_tokenizer(folder, vocab)
     if (source / TEMPLATE_EXAMPLE).exists():
         (folder / TEMPLATE_EXAMPLE).write_bytes((source / TEMPLATE_EXAMPLE).read_bytes())
     write_json(folder / adapters.METADATA_FILE, {"checksums": base_checksums(model)})
+    return differences
 
 
 def _add_image_token(model: VisionLanguageModel, tokenizer: Any) -> None:
@@ -210,36 +258,96 @@ def _remove_image_token(model: VisionLanguageModel, tokenizer: Any) -> int | Non
     return image_id
 
 
-def _truncate_tokenizer(folder: Path, vocab: int) -> None:
-    """Remove the tokens from id `vocab` on from a saved tokenizer; transformers can add tokens, but not remove them."""
-    content = read_json(folder / "tokenizer.json")
-    removed = {token["content"] for token in content["added_tokens"] if token["id"] >= vocab}
-    content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < vocab]
-    write_json(folder / "tokenizer.json", content)
-    settings = read_json(folder / "tokenizer_config.json")
-    for key, value in list(settings.items()):
-        if isinstance(value, str) and value in removed:
-            settings[key] = settings.get("unk_token")
-        elif isinstance(value, list):
-            settings[key] = [name for name in value if name not in removed]
-    if isinstance(decoder := settings.get("added_tokens_decoder"), dict):
-        settings["added_tokens_decoder"] = {id: token for id, token in decoder.items() if int(id) < vocab}
-    settings.pop("image_token", None)
-    write_json(folder / "tokenizer_config.json", settings)
+def _write_processor(
+    folder: Path, encoder: Encoder, config: VLMConfig, prompts: Prompts, chat_template: str | None
+) -> list[str]:
+    """Write what transformers' processor reads beside the tokenizer, and return in what it differs from `prompts`.
 
-
-def _write_processor(folder: Path, encoder: Encoder, patch_size: int) -> None:
+    Without a chat template to keep, the one is written with which transformers gets the same tokens as the source here,
+    if there is one. Original LLaVA tokenizes the text after a picture by itself, so with a space before it.
+    """
     write_json(
         folder / "processor_config.json",
         {
             "processor_class": "LlavaProcessor",
-            "patch_size": patch_size,
-            "vision_feature_select_strategy": "default",
-            "num_additional_image_tokens": 1,
+            "patch_size": config.vision.patch_size,
+            "vision_feature_select_strategy": "full" if config.feature_select == "full" else "default",
+            "num_additional_image_tokens": int(config.vision.class_token),
             "image_token": IMAGE,
         },
     )
-    (folder / "chat_template.jinja").write_text(to_jinja(encoder.template), "utf-8")
+    tokenizer = load_tokenizer(folder)
+    differences: list[str] = []
+    if chat_template is None:
+        spaces = itertools.product(("", " "), repeat=2)
+        templates = [to_jinja(encoder.template, before=before, after_image=after) for before, after in spaces]
+        found = {text: _transformers_prompts(tokenizer, text, config.image_token_id) for text in templates}
+        chat_template = max(found, key=lambda text: [a == b for a, b in zip(found[text], prompts, strict=True)])
+        differences += _differing(prompts, found[chat_template], "transformers")
+    if config.image_aspect_ratio == "pad":
+        differences.append("transformers before 4.49 crops pictures instead of padding them")
+    (folder / "chat_template.jinja").write_text(chat_template, "utf-8")
+    settings = read_json(folder / "tokenizer_config.json")
+    # For releases, as 4.37, that read no other file and do not know these tags.
+    plain = re.sub("{% (end)?generation %}", "", chat_template)
+    if settings.get("chat_template") != plain:
+        write_json(folder / "tokenizer_config.json", {**settings, "chat_template": plain})
+    return differences
+
+
+Prompts = list[list[int]]
+"""Token ids of a question about a picture, and of a further question after its answer; -1 is the picture."""
+
+_TALK = (Turn("user", f"{IMAGE}\nWhat is it?"), Turn("assistant", "A cat."), Turn("user", "Why?"))
+
+
+def _prompts(encoder: Encoder) -> Prompts:
+    """Return what the model is asked here."""
+    tokens = [encoder(Conversation(turns, (0,))) for turns in (_TALK[:1], _TALK)]
+    return [
+        [-1 if slot == 0 else int(id) for id, slot in zip(each.ids, each.image_slots, strict=True) if slot <= 0]
+        for each in tokens
+    ]
+
+
+def _transformers_prompts(tokenizer: Any, chat_template: str, image_id: int) -> Prompts:
+    """Return what the model is asked by transformers with a chat template."""
+    messages = [
+        {
+            "role": turn.role,
+            "content": [{"type": "image"}] * turn.text.count(IMAGE)
+            + [{"type": "text", "text": turn.text.removeprefix(f"{IMAGE}\n")}],
+        }
+        for turn in _TALK
+    ]
+    options = {"chat_template": chat_template, "add_generation_prompt": True, "tokenize": False}
+    texts = [tokenizer.apply_chat_template(part, **options) for part in (messages[:1], messages)]
+    return [[-1 if id == image_id else id for id in tokenizer(text)["input_ids"]] for text in texts]
+
+
+def _differing(ours: Prompts, theirs: Prompts, tool: str) -> list[str]:
+    """Return where another tool's tokens differ first, if they do."""
+    if ours == theirs:
+        return []
+    where = "later turns"
+    if ours[0] != theirs[0]:
+        equal = list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*(ours[0], theirs[0]), strict=False)))
+        where = "the text after a picture" if (-1, -1) in equal else "the text before a picture"
+    return [f"{tool} tokenizes {where} differently, so its answers can differ"]
+
+
+def _original_differences(folder: Path) -> Iterator[str]:
+    """Yield what original LLaVA's loader does not accept."""
+    if not (folder / SENTENCEPIECE).exists():
+        yield f"original LLaVA's loader needs {SENTENCEPIECE}, which the source lacks: add the language model's"
+    tower = tower_name(read_json(folder / "config.json"))
+    path = Path(tower)
+    known = tower.startswith(("openai", "laion")) or "ShareGPT4V" in tower
+    if not known and not (path.is_absolute() and path.exists()):
+        yield (
+            f"original LLaVA's loader does not accept a vision tower named {tower}: set mm_vision_tower in config.json to"
+            " the absolute path of a CLIP of the same sizes (its weights are replaced by this folder's)"
+        )
 
 
 _USAGE = {
@@ -263,7 +371,8 @@ def _write_readme(folder: Path, model: VisionLanguageModel, to: str, source: Con
         "vision tower": f"{tower}{config.vision.layers} layers of {config.vision.hidden}, images of "
         f"{config.vision.image_size} pixels",
         "projector": config.projector,
-        "images": {"pad": "padded", "square": "cropped", "stretch": "stretched"}[config.image_aspect_ratio] + " to squares",
+        "images": {"pad": "padded", "square": "cropped", "stretch": "stretched"}[config.image_aspect_ratio]
+        + " to squares",
         "prompt": f"template `{config.template}`, tokenization `{config.tokenization}`",
         "base model" if factors else "checksums": checksums,
     }

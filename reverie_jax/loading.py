@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 
 from reverie_jax.data.chat_template import choose_template
 from reverie_jax.data.processor import Processor
+from reverie_jax.data.tiktoken_files import TIKTOKEN_FILES
 from reverie_jax.data.tokenization import load_tokenizer
 from reverie_jax.errors import CheckpointError, UserError
 from reverie_jax.models import VisionLanguageModel, VLMConfig
@@ -36,7 +37,7 @@ from reverie_jax.models.checkpoints.files import read_json
 from reverie_jax.models.config import ProjectorKind
 from reverie_jax.train.checkpoint import load_run
 from reverie_jax.train.identity import IDENTITY, read_identity
-from reverie_jax.train.recipes import Recipe
+from reverie_jax.train.recipe import Recipe
 
 SCENES_BASE = "scenes-base"
 """Name of the small base model that is part of the package."""
@@ -327,10 +328,10 @@ def read_tokenizer(config: VLMConfig, main: Component, others: Sequence[Componen
     if main.format == "llava-lora" and all(part.format == "clip" for part in others):
         candidates.append(recorded_base(main))
     folders = [part.path if part.path.is_dir() else part.path.parent for part in candidates]
-    names = ("tokenizer.json", "tokenizer.model")
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json", *TIKTOKEN_FILES)
     folder = next((folder for folder in folders if any((folder / name).exists() for name in names)), None)
     if folder is None:
-        raise CheckpointError(f"{', '.join(map(str, folders))}: no tokenizer.json or tokenizer.model")
+        raise CheckpointError(f"{', '.join(map(str, folders))}: no {', '.join(names[:-1])} or {names[-1]}")
     try:
         tokenizer = load_tokenizer(folder)
         tokenizer("a")  # some settings fail only here
@@ -349,14 +350,10 @@ def check_reference_tokenizer(tokenizer: Any, folder: Path) -> None:
     """Check that original LLaVA's tokenization can be computed with a tokenizer, and set its `legacy` as the folder says.
 
     Raises:
-        CheckpointError: It is a byte-level one, whose words do not begin with sentencepiece's mark, or puts other tokens
-            around a text than BOS before it.
+        CheckpointError: It is a sentencepiece one that puts other tokens around a text than BOS before it.
     """
-    if "\u2581" not in tokenizer.get_vocab():
-        raise CheckpointError(
-            f"{folder}: the tokenizer is not a sentencepiece one (as Llama-3's and Qwen's are not); in original LLaVA's"
-            " format only LLaMA-1, LLaMA-2, Vicuna and Phi-3 are supported"
-        )
+    if "\u2581" not in tokenizer.get_vocab():  # a byte-level one is used as it is
+        return
     path = folder / "tokenizer_config.json"
     settings = read_json(path) if path.exists() else {}
     for key, value in (("add_bos_token", True), ("add_eos_token", False)):

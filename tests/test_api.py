@@ -1,5 +1,6 @@
 """The public names, compared with transformers: load a model, make a batch, generate answers."""
 
+import base64
 import dataclasses
 import inspect
 import io
@@ -19,12 +20,16 @@ from transformers import LlavaForConditionalGeneration
 import reverie_jax
 from reverie_jax import cli
 from reverie_jax.convert import convert
+from reverie_jax.data.chat_template import choose_template
 from reverie_jax.data.conversation import IMAGE, Conversation, Turn
-from reverie_jax.data.templates import TEMPLATES, find_template, to_jinja
+from reverie_jax.data.templates import CHECKPOINT, TEMPLATES, find_template, to_jinja
 from reverie_jax.errors import CheckpointError, UserError
-from reverie_jax.loading import find_checkpoint, load_processor
+from reverie_jax.loading import find_checkpoint, load_processor, read_tokenizer
 from reverie_jax.models.checkpoints import files
+from reverie_jax.models.checkpoints.components import Component
+from reverie_jax.models.config import ARCHITECTURES
 from reverie_jax.train import recipes
+from tests.data.fakes import byte_level_tokenizer
 from tests.models import makers, oracle
 
 
@@ -210,6 +215,11 @@ PARTS = (
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
 TEXT = "{% for m in messages %}{{ bos_token + '<|user|>' + m['content'] + '<|end|>' }}{% endfor %}{{ '<|assistant|>' }}"
+ZEPHYR = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' }}{% for part in m['content'] %}{% if part['type'] == 'image' %}"
+    "{{ '<image>\n' }}{% else %}{{ part['text'] + '<|end|>\n' }}{% endif %}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
 JINJA = {name: to_jinja(find_template(name)) for name in ("vicuna_v1", "llava_v1", "phi3_instruct")}
 # (file, its content, the template that is recognized; None if it is refused)
 PROMPTS = [
@@ -217,6 +227,8 @@ PROMPTS = [
     ("chat_template.jinja", JINJA["vicuna_v1"], "vicuna_v1"),
     ("chat_template.json", {"chat_template": JINJA["llava_v1"]}, "llava_v1"),
     ("processor_config.json", {"chat_template": JINJA["phi3_instruct"]}, "phi3_instruct"),
+    ("chat_template.jinja", ZEPHYR, CHECKPOINT),
+    ("tokenizer_config.json", {"chat_template": ZEPHYR}, CHECKPOINT),
     ("tokenizer_config.json", {"chat_template": TEXT}, None),
     ("tokenizer_config.json", {"chat_template": [{"name": "default", "template": TEXT}]}, None),
     ("chat_template.jinja", PARTS.replace("ASSISTANT:", "BOT:"), None),
@@ -292,6 +304,9 @@ def test_template_of_every_name(copy, caplog):
             makers.write_json(copy / "template_example.json", {"question": "Is it?", "answer": "Yes."})
         elif name == "phi3_instruct":
             assert load_processor(copy, template=name).encoder.stop_ids == (2, 3)
+        elif (end := (template.end or "").strip()) in ("<|eot_id|>", "<|im_end|>"):  # the tokenizer has no such token
+            makers.assert_refused(lambda: load_processor(copy, template=name), copy, end)  # noqa: B023
+            continue
         assert load_processor(copy, template=name).encoder.template.name == name
         assert (name in caplog.text) == (name not in ("llava-hf", "v0"))
         (copy / "template_example.json").unlink(missing_ok=True)
@@ -304,14 +319,103 @@ def test_unknown_template_of_ours(copy):
     makers.assert_refused(lambda: load_processor(copy), copy / "config.json", "nobody's")
 
 
-def test_tokenizers_whose_prompts_are_unknown(copy, tmp_path):
-    """Their answers end otherwise than Vicuna's, or they are not sentencepiece's (Llama-3, Qwen)."""
+LLAMA3 = byte_level_tokenizer("<|start_header_id|>", "<|eot_id|>", bos="<|begin_of_text|>", eos="<|end_of_text|>")
+QWEN = byte_level_tokenizer("<|im_start|>", "<|im_end|>", eos="<|endoftext|>")
+# (config.json, tokenizer, the template with which all such models were tuned; None if there are several)
+CERTAIN = [
+    ({"model_type": "llava_llama"}, LLAMA3, "llama3"),
+    ({"model_type": "llava_mistral"}, LLAMA3, None),
+    ({"model_type": "llava_llama"}, makers.tokenizer(), "vicuna_v1"),
+    ({"model_type": "llava_mistral"}, makers.tokenizer(), None),
+    ({"model_type": "moe_llava_stablelm", "moe": {}}, QWEN, "moe_llava"),
+    ({"model_type": "llava_qwen", "mm_image_tower": "x"}, QWEN, "moe_llava"),
+    ({"model_type": "moe_llava_mistral", "moe": {}}, makers.tokenizer(), None),
+    ({"model_type": "llava_qwen2"}, QWEN, None),
+    ({"model_type": "llava_llama"}, QWEN, None),
+    ({"model_type": "stablelm"}, QWEN, None),
+]
+
+
+@pytest.mark.parametrize(("config", "tokenizer", "name"), CERTAIN)
+def test_a_template_is_never_guessed(config, tokenizer, name, tmp_path):
+    main, settings = Component(tmp_path, "llava", config), ARCHITECTURES["llava-1.5-7b"]
+    if name is None:
+        makers.assert_refused(lambda: choose_template(settings, tokenizer, main), tmp_path, "--template")
+    else:
+        assert choose_template(settings, tokenizer, main).name == name
+    assert choose_template(settings, tokenizer, main, name="vicuna_v1").name == "vicuna_v1"
+
+
+def test_a_llava_hf_model_without_a_template_is_not_guessed(copy):
     makers.edit_json(copy / "tokenizer_config.json", eos_token="<|end|>")
     makers.assert_refused(lambda: load_processor(copy), copy, "<|end|>", "reverie_template")
-    original, clip = makers.original_folder(tmp_path / "original", makers.parts()), makers.bench().clip
-    makers.byte_level_tokenizer().save_pretrained(original)
-    makers.assert_refused(lambda: load_processor(original, components=clip), original, "Llama-3")
-    makers.assert_refused(lambda: reverie_jax.load_model(original, components=clip), original, "Llama-3")
+
+
+def test_byte_level_tokenizers_in_the_original_format(tmp_path):
+    """Llama-3's, as LLaVA-pp has it: recognized, asked without sentencepiece's marks, and ended by both of its tokens."""
+    part = makers.parts(vocab=400)
+    original, clip = makers.original_folder(tmp_path / "original", part), makers.bench().clip
+    (original / "tokenizer.json").unlink()
+    LLAMA3.save_pretrained(original)
+    end, text_end = (LLAMA3.convert_tokens_to_ids(token) for token in ("<|eot_id|>", "<|end_of_text|>"))
+    makers.write_json(original / "generation_config.json", {"eos_token_id": [text_end, end]})
+    encoder = load_processor(original, components=clip).encoder
+    assert (encoder.template.name, set(encoder.stop_ids)) == ("llama3", {end, text_end})
+    tokens = encoder(Conversation((Turn("user", f"{IMAGE}\nWhat is this?"),), (0,)))
+    before, after = encoder.render(Conversation((Turn("user", f"{IMAGE}\nWhat is this?"),), (0,)))[0].split(IMAGE)
+    shown, asked = LLAMA3(before).input_ids, LLAMA3(after).input_ids[1:]  # BOS once, beside that in the text
+    assert tokens.ids[tokens.image_slots < 0].tolist() == shown + asked
+    assert tokens.image_slots.argmax() - tokens.image_slots.max() == len(shown)
+
+
+def test_tokenizers_without_tokenizer_json(tmp_path):
+    """A slow one's vocabulary and merges (Phi-2), and a tiktoken file (StableLM-2)."""
+    config = dataclasses.replace(ARCHITECTURES["llava-1.5-7b"].text, vocab=100352)
+    config = dataclasses.replace(ARCHITECTURES["llava-1.5-7b"], text=config)
+    QWEN.save_pretrained(tmp_path / "saved")
+    model = json.loads((tmp_path / "saved" / "tokenizer.json").read_text())["model"]
+    (tmp_path / "slow").mkdir()
+    makers.write_json(tmp_path / "slow" / "vocab.json", model["vocab"])
+    (tmp_path / "slow" / "merges.txt").write_text("".join(f"{' '.join(pair)}\n" for pair in model["merges"]))
+    settings = {"tokenizer_class": "CodeGenTokenizer", **dict.fromkeys(("bos_token", "eos_token", "unk_token"), "!")}
+    makers.write_json(tmp_path / "slow" / "tokenizer_config.json", settings)
+    tokenizer = read_tokenizer(config, Component(tmp_path / "slow", "llava", {}))
+    assert tokenizer("What is this?").input_ids == QWEN("What is this?").input_ids
+    (tmp_path / "tiktoken").mkdir()
+    lines = (f"{base64.b64encode(bytes([byte])).decode()} {byte}\n" for byte in range(256))
+    (tmp_path / "tiktoken" / "arcade100k.tiktoken").write_text("".join(lines))
+    tokenizer = read_tokenizer(config, Component(tmp_path / "tiktoken", "llava", {}))
+    assert tokenizer("cat<|endoftext|>").input_ids == [*b"cat", 100257]
+    makers.assert_refused(lambda: read_tokenizer(config, Component(tmp_path, "llava", {})), tmp_path, "tiktoken")
+
+
+# A template of the checkpoint's own stays with it.
+
+
+@pytest.mark.parametrize("to", ["llava-hf", "llava", "orbax"])
+def test_a_checkpoints_own_template_survives(to, copy, tmp_path):
+    (copy / "chat_template.jinja").write_text(ZEPHYR)
+    expected = load_processor(copy).encoder
+    convert(copy, tmp_path / "out", to=to)
+    found = load_processor(tmp_path / "out").encoder
+    assert found.template == expected.template
+    assert found.stop_ids == expected.stop_ids == (2, 3)
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == ZEPHYR
+    convert(tmp_path / "out", tmp_path / "again", to="llava-hf")
+    assert load_processor(tmp_path / "again").encoder.template == expected.template
+    (tmp_path / "out" / "chat_template.jinja").unlink()
+    makers.edit_json(tmp_path / "out" / "tokenizer_config.json", chat_template=None)
+    makers.assert_refused(lambda: load_processor(tmp_path / "out"), tmp_path / "out", "chat_template.jinja")
+
+
+def test_adapters_of_a_checkpoint_with_its_own_template(copy, tmp_path):
+    (copy / "chat_template.jinja").write_text(ZEPHYR)
+    expected = load_processor(copy).encoder.template
+    recipe = recipes.find_recipe("scenes-responses")
+    makers.write_json(tmp_path / "run" / "run.json", {"base": {}, "recipe": json.loads(recipe.to_json())})
+    convert(copy, tmp_path / "llava-lora", to="llava-lora", adapter=makers.bench().full)
+    for adapter in (makers.bench().plain, tmp_path / "run", tmp_path / "llava-lora"):
+        assert load_processor(copy, adapter=adapter).encoder.template == expected
 
 
 @pytest.mark.parametrize(("key", "value"), [("add_bos_token", False), ("add_eos_token", True)])

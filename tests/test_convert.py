@@ -6,6 +6,7 @@ LLaVA computed in torch.
 
 import dataclasses
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -19,11 +20,12 @@ from reverie_jax import cli
 from reverie_jax.convert import convert
 from reverie_jax.errors import CheckpointError
 from reverie_jax.loading import load_processor
-from reverie_jax.models.checkpoints import read_config, read_model
+from reverie_jax.models.checkpoints import configs, read_config, read_model
 from reverie_jax.train.recipes import find_recipe
 from tests.models import makers
 from tests.models.makers import KINDS, ROWS, SIDE, TOWER, WORDS
 from tests.models.oracle import assert_close, differing, llava_logits, logits
+from tests.others import sources
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 PROMPT = "USER: <image>\nba deki? ASSISTANT:"
@@ -339,3 +341,135 @@ def test_command(options, words, source, tmp_path, monkeypatch, capsys):
     assert str(tmp_path / "out") in capsys.readouterr().out
     assert (tmp_path / "out" / INDEX).exists()
     assert next(iter(tensors(tmp_path / "out").values())).dtype == torch.float16
+
+
+# Files for other tools (`tests/others` opens them there).
+
+TOKENIZER_FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+
+
+def contents(folder):
+    return {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).exists()}
+
+
+@pytest.fixture(scope="module")
+def llama_tokenizer(tmp_path_factory):
+    """A llava-hf model with the tokenizer files of a LLaMA, by transformers 4."""
+    room = tmp_path_factory.mktemp("x")
+    original = sources.original(room / "original", legacy=False)
+    clip = makers.clip_folder(room / "clip", sources.part())
+    convert(original, room / "out", components=[clip])
+    (room / "out" / "added_tokens.json").write_text(json.dumps({"<image>": sources.WORDS, "<pad>": sources.WORDS + 1}))
+    makers.edit_json(room / "out/tokenizer_config.json", note="kept")
+    return room / "out"
+
+
+@pytest.mark.parametrize("to", ["llava-hf", "orbax"])
+def test_tokenizer_files_are_the_sources(to, llama_tokenizer, tmp_path):
+    convert(llama_tokenizer, tmp_path / "out", to=to)
+    assert contents(tmp_path / "out") == contents(llama_tokenizer)
+    assert len(contents(tmp_path / "out")) == 5
+
+
+def test_tokens_are_removed_from_every_tokenizer_file(llama_tokenizer, tmp_path):
+    convert(llama_tokenizer, tmp_path / "out", to="llava")
+    found = contents(tmp_path / "out")
+    assert found.pop("tokenizer.model") == sources.sentencepiece_model()
+    content, settings, special, added = (json.loads(text) for text in found.values())
+    assert {token["content"] for token in content["added_tokens"]} == {"<unk>", "<s>", "</s>"}
+    assert settings["added_tokens_decoder"].keys() == {"0", "1", "2"}
+    assert (settings["note"], settings["pad_token"], special["pad_token"], added) == ("kept", "<unk>", "<unk>", {})
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == sources.WORDS
+
+
+@pytest.mark.parametrize(("template", "kept"), [(None, True), ("llava-hf", False)])
+def test_chat_template_of_the_source_is_kept(template, kept, source, tmp_path):
+    """Its answers end otherwise than this project's template of the same prompt."""
+    text = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}{{ 'USER: ' }}{% for c in m['content'] %}"
+        "{% if c['type'] == 'image' %}{{ '<image>\\n' }}{% else %}{{ c['text'] + ' ' }}{% endif %}{% endfor %}{% else %}"
+        "{% generation %}{{ 'ASSISTANT: ' + m['content'][0]['text'] + ' ' }}{% endgeneration %}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+    )
+    src = shutil.copytree(source(), tmp_path / "src")
+    (src / "chat_template.jinja").write_text(text)
+    convert(src, tmp_path / "out", template=template)
+    assert ((tmp_path / "out/chat_template.jinja").read_text() == text) == kept
+    older = json.loads((tmp_path / "out/tokenizer_config.json").read_text())["chat_template"]
+    assert older == (tmp_path / "out/chat_template.jinja").read_text().replace("{% generation %}", "").replace(
+        "{% endgeneration %}", ""
+    )
+
+
+def test_stops_are_kept(source, tmp_path):
+    src = shutil.copytree(source(), tmp_path / "src")
+    makers.edit_json(src / "generation_config.json", eos_token_id=[2, 17])
+    for to in ("llava-hf", "llava", "orbax"):
+        convert(src, tmp_path / to, to=to)
+        assert json.loads((tmp_path / to / "generation_config.json").read_text())["eos_token_id"] == [2, 17]
+
+
+@pytest.mark.parametrize(
+    ("form", "to", "words"),
+    [
+        ("by transformers 5", "llava-hf", ()),
+        ("by transformers 5", "orbax", ()),
+        ("by transformers 5", "llava", ("tokenizer.model", "later turns", "mm_vision_tower")),
+        ("of a LLaMA", "llava-hf", ("4.49",)),  # it pads
+        ("of a LLaMA", "llava", ("mm_vision_tower",)),
+        ("of a LLaMA, in one pass", "llava", ("the text after a picture", "mm_vision_tower")),
+        ("original", "llava-hf", ("4.49",)),
+        ("original", "llava", ("mm_vision_tower",)),
+    ],
+)
+def test_what_answers_differently_elsewhere_is_said(form, to, words, source, llama_tokenizer, tmp_path, caplog):
+    components = []
+    if form == "original":
+        src, components = sources.original(tmp_path / "src"), [makers.clip_folder(tmp_path / "clip", sources.part())]
+    else:
+        src = shutil.copytree(llama_tokenizer if "LLaMA" in form else source(), tmp_path / "src")
+    if "one pass" in form:
+        makers.edit_json(src / "config.json", reverie_tokens="hf")
+    caplog.clear()
+    convert(src, tmp_path / "out", to=to, components=components)
+    said = [record.getMessage() for record in caplog.records if record.name == "reverie_jax.convert"]
+    assert len(said) == len(words), said
+    assert all(any(word in text and str(tmp_path / "out") in text for text in said) for word in words), said
+
+
+OPENAI = "openai/clip-vit-large-patch14"
+
+
+@pytest.mark.parametrize(
+    ("recorded", "tuned", "wanted"),
+    [
+        (OPENAI, {}, (OPENAI, False)),
+        ("/models/clip-vit-large-patch14", {}, (OPENAI, False)),
+        (OPENAI, {"unfreeze_mm_vision_tower": True}, (OPENAI, True)),
+        (OPENAI, {"mm_tunable_parts": "mm_vision_tower,mm_mlp_adapter"}, (OPENAI, True)),
+        (None, {}, (OPENAI, True)),  # whoever's it is
+        (makers.UNKNOWN_TOWER, {}, (OPENAI, True)),
+    ],
+)
+def test_original_llava_loads_the_tower_that_is_meant(recorded, tuned, wanted, tmp_path, monkeypatch, caplog):
+    """It loads the tower that is named, and over it the weights of the folder if the tower is unfrozen."""
+    sizes = read_config(makers.bench().hf).vision
+    monkeypatch.setattr(configs, "TOWERS", {OPENAI: sizes})
+    src = sources.original(tmp_path / "src")
+    makers.edit_json(src / "config.json", mm_vision_tower=recorded, **tuned)
+    known = str(recorded).endswith("large-patch14")
+    clip = [] if known else [makers.clip_folder(tmp_path / "clip", sources.part())]
+    convert(src, tmp_path / "hf", components=clip)
+    convert(src, tmp_path / "out", to="llava", components=clip)
+    convert(tmp_path / "hf", tmp_path / "again", to="llava")
+    for name in ("out", "again"):
+        raw = json.loads((tmp_path / name / "config.json").read_text())
+        assert (raw["mm_vision_tower"], raw.get("unfreeze_mm_vision_tower", False)) == wanted, name
+        assert any(key.startswith("model.vision_tower.vision_tower.") for key in tensors(tmp_path / name))
+    assert "mm_vision_tower" not in caplog.text

@@ -103,7 +103,7 @@ class Train:
 
 def field_help() -> str:
     """Return the recipe fields with default and type, as the last part of `reverie train --help`."""
-    from reverie_jax.train.recipes import Recipe
+    from reverie_jax.train.recipe import Recipe
 
     lines = [f"  {name:32} {default:13} {kind}" for name, default, kind in _fields(Recipe)]
     return "\n".join(["recipe fields (in a YAML file, or --set FIELD=VALUE), with default and type:", *lines])

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from reverie_jax.data.templates import IMAGE, TEMPLATES, Template, find_template, v0_template
+from reverie_jax.data.derived_template import derive_template
+from reverie_jax.data.templates import CHECKPOINT, TEMPLATES, Template, find_template, v0_template
 from reverie_jax.errors import CheckpointError, UserError
 from reverie_jax.models.checkpoints.components import ADAPTER_CONFIG, Component
 from reverie_jax.models.checkpoints.families import repository_name
@@ -23,10 +24,9 @@ TEMPLATE_EXAMPLE = "template_example.json"
 
 _REMEDY = (
     f'choose the one it was tuned with by --template (in Python, template=) or as "reverie_template" in config.json: '
-    f"{', '.join(TEMPLATES)}"
+    f"{', '.join(TEMPLATES)}, or {CHECKPOINT} for the tokenizer's own chat template"
 )
 _LLAMA_2 = re.compile("llama-?2")
-_QUESTION = "What is it?"
 
 
 def choose_template(
@@ -47,7 +47,7 @@ def choose_template(
     """
     if not name:
         return _recognize(config, tokenizer, main, others)
-    template = _named(name, main.path)
+    template = _of_files(tokenizer, main, others) if name == CHECKPOINT else _named(name, main.path)
     _check_end(template, tokenizer, main.path)
     with contextlib.suppress(CheckpointError):
         own = _recognize(config, tokenizer, main, others)
@@ -83,46 +83,82 @@ def _recognize(config: VLMConfig, tokenizer: Any, main: Component, others: Seque
     Raises:
         CheckpointError: They don't.
     """
-    if "reverie_template" in main.config and config.template not in TEMPLATES:
+    if "reverie_template" in main.config and config.template not in (*TEMPLATES, CHECKPOINT):
         raise CheckpointError(
             f"{main.config_path}: unknown reverie_template {config.template!r}; must be one of {', '.join(TEMPLATES)}"
         )
     if (example := read_example_template(main.path)) is not None:
         return example
+    if config.template == CHECKPOINT:
+        return _of_files(tokenizer, main, others)
     if main.format == "orbax" or "reverie_template" in main.config:
         return find_template(config.template)
-    if main.format == "llava-hf" and (found := _read_chat_template(main.path)) is not None:
-        path, chat_template = found
-        template = _by_prompt(_open_prompt(tokenizer, chat_template, path), path)
-    else:
-        path = main.path
-        _check_not_llama_2(tokenizer, main, others)
-        if config.template != "phi3_instruct" and tokenizer.eos_token != "</s>":
-            raise CheckpointError(
-                f"{path}: no chat template, and answers end with {tokenizer.eos_token!r}, not with Vicuna's '</s>';"
-                f" {_REMEDY}"
-            )
-        template = find_template(config.template)
-    _check_end(template, tokenizer, path)
+    if main.format == "llava-hf" and (found := read_chat_template(main.path)) is not None:
+        return _derive(tokenizer, *found)
+    template = find_template(_certain(config.template, tokenizer, main, others))
+    _check_end(template, tokenizer, main.path)
     return template
 
 
-def _by_prompt(prompt: str, path: Path) -> Template:
-    for template in TEMPLATES.values():
-        if template is not None and template.style != "plain" and prompt == _prompt(template):
-            return template
-    raise CheckpointError(f"{path}: the chat template's prompt {prompt!r} is not supported; {_REMEDY}")
+def _of_files(tokenizer: Any, main: Component, others: Sequence[Component]) -> Template:
+    """Return the template of the files of a checkpoint, or else of its components: an adapter's is in its base model's folder.
+
+    Raises:
+        CheckpointError: There is none, or it cannot be used.
+    """
+    folders = [part.path for part in (main, *others) if part.format != "clip" and part.path.is_dir()]
+    if (found := next(filter(None, map(read_chat_template, folders)), None)) is None:
+        raise CheckpointError(f"{main.path}: no chat_template.jinja, which template {CHECKPOINT!r} needs; {_REMEDY}")
+    return _derive(tokenizer, *found)
 
 
-def _prompt(template: Template) -> str:
-    return f"{template.system}{template.user}{IMAGE}\n{_QUESTION}{template.assistant}"
+def _derive(tokenizer: Any, path: Path, chat_template: str) -> Template:
+    try:
+        return derive_template(tokenizer, chat_template)
+    except Exception as error:  # a chat template can raise anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointError(f"{path}: the chat template cannot be used: {reason}; {_REMEDY}") from None
+
+
+def _certain(default: str, tokenizer: Any, main: Component, others: Sequence[Component]) -> str:
+    """Return the name of the template with which every model of this kind was tuned; its files do not say it.
+
+    Args:
+        default: The template of its configuration: Vicuna's, llava-hf's or Phi-3's.
+        tokenizer: As for `choose_template`.
+        main: As for `choose_template`.
+        others: As for `choose_template`.
+
+    Raises:
+        CheckpointError: Models of this kind were tuned with several.
+    """
+    _check_not_llama_2(tokenizer, main, others)
+    configs = [part.config.get("text_config") or part.config for part in (main, *others) if part.format != "clip"]
+    vocab, end = tokenizer.get_vocab(), tokenizer.eos_token
+    if any("moe" in config or "mm_image_tower" in config for config in configs):  # MoE-LLaVA
+        name = "moe_llava" if end == "<|endoftext|>" else None
+    elif default == "phi3_instruct":
+        name = default
+    elif any(not re.search("llama|llava$|share4v", str(config.get("model_type") or "llama")) for config in configs):
+        name = None
+    elif {"<|start_header_id|>", "<|eot_id|>"} <= vocab.keys() and end in ("<|eot_id|>", "<|end_of_text|>"):
+        name = "llama3" if main.format != "llava-hf" else None
+    else:
+        name = default if end == "</s>" else None
+    if name is None:
+        raise CheckpointError(
+            f"{main.path}: no chat template, and models of its kind (answers end with {end!r}) were tuned with different"
+            f" ones; {_REMEDY}"
+        )
+    return name
 
 
 def _check_end(template: Template, tokenizer: Any, path: Path) -> None:
     """Refuse a template whose end of answers is a token that the tokenizer lacks."""
-    if (template.end or "").startswith("<|") and template.end not in tokenizer.get_vocab():
+    end = (template.end or "").strip()
+    if end.startswith("<") and end not in tokenizer.get_vocab():
         raise CheckpointError(
-            f"{path}: template {template.name} ends answers with {template.end!r}, which the tokenizer lacks; {_REMEDY}"
+            f"{path}: template {template.name} ends answers with {end!r}, which the tokenizer lacks; {_REMEDY}"
         )
 
 
@@ -150,7 +186,7 @@ def _names(main: Component, others: Sequence[Component]) -> Iterator[str]:
             yield repository_name(str(read_json(path).get("base_model_name_or_path") or ""))
 
 
-def _read_chat_template(folder: Path) -> tuple[Path, str] | None:
+def read_chat_template(folder: Path) -> tuple[Path, str] | None:
     """Return the chat template that transformers' processor uses, and its file; or else the tokenizer's.
 
     Raises:
@@ -176,27 +212,3 @@ def _template_in(path: Path) -> tuple[Path, str] | None:
     if isinstance(found, list):  # several, by name
         found = next((x.get("template") for x in found if isinstance(x, dict) and x.get("name") == "default"), None)
     return (path, found) if isinstance(found, str) else None
-
-
-def _open_prompt(tokenizer: Any, chat_template: str, path: Path) -> str:
-    """Return what a chat template makes of a question about an image, without the beginning of the sequence.
-
-    Raises:
-        CheckpointError: It fails.
-    """
-    parts: list[Any] = [[{"type": "image"}, {"type": "text", "text": _QUESTION}], f"{IMAGE}\n{_QUESTION}"]
-    error: Exception | None = None
-    for content in parts:  # templates of language models take text only
-        try:
-            text: str = tokenizer.apply_chat_template(
-                [{"role": "user", "content": content}],
-                chat_template=chat_template,
-                add_generation_prompt=True,
-                tokenize=False,
-            )
-        except Exception as problem:  # a template can raise anything
-            error = problem
-            continue
-        if IMAGE in text and "{" not in text:
-            return text.removeprefix(tokenizer.bos_token or "")
-    raise CheckpointError(f"{path}: the chat template cannot be applied ({error or 'it shows no image'}); {_REMEDY}")

@@ -1,4 +1,4 @@
-"""The training ids and labels of original LLaVA, quirks included (haotian-liu/LLaVA at HEAD; LLaVA-pp for Phi-3).
+"""The training ids and labels of original LLaVA, quirks included (haotian-liu/LLaVA at HEAD; LLaVA-pp; MoE-LLaVA).
 
 The original tokenizes the text before and after an image separately. It finds the supervised tokens by tokenizing prefixes
 of the sample again and counting; where the counts do not add up, it masks the whole sample. Checkpoints were tuned on
@@ -8,22 +8,51 @@ exactly these labels, so they are reproduced exactly. `Encoder` with `tokenizati
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from reverie_jax.data.templates import IMAGE, Template
 
 IMAGE_TOKEN_INDEX = -200
 """The original's placeholder id of an image."""
 
-MODEL_MAX_LENGTH = 2048
-"""`model_max_length` of the published recipes: the token counts of longer samples are not checked."""
-
 Exchanges = Sequence[tuple[str, str]]
 """(question, answer) pairs."""
 Sample = tuple[list[int], list[int]]
 """Token ids, and for each the index of the exchange whose answer it is part of, or -1 where it is not supervised."""
+
+
+class Counts(NamedTuple):
+    """What original LLaVA and its relatives add to the counted tokens of a round, and subtract, by style of template.
+
+    Attributes:
+        start: first token of the first round.
+        end: added to a round, for the end token that it is counted without.
+        tag: subtracted from what precedes an answer.
+        later: subtracted from both in later rounds, for what the tokenizer puts before a text.
+        later_legacy: the same for a tokenizer in legacy mode.
+        byte_level: kind of tokenizer that the numbers are for.
+        length: `model_max_length` of the published recipes: the counts of longer samples are not checked.
+    """
+
+    start: int
+    end: int
+    tag: int
+    later: int
+    later_legacy: int
+    byte_level: bool = False
+    length: int = 2048
+
+
+COUNTS = {
+    "two": Counts(1, 0, 2, 1, 0),
+    "llama_2": Counts(1, 0, 2, 0, 0),
+    "phi3": Counts(0, 1, 0, 3, 2),
+    "llama3": Counts(0, 1, 0, 1, 1, byte_level=True, length=4096),
+    "moe": Counts(0, 1, 1, 0, 0, byte_level=True),
+}
 
 
 def move_image_first(text: str) -> str:
@@ -34,14 +63,28 @@ def move_image_first(text: str) -> str:
 
 
 class LlavaTokenizer:
-    """Emulates the slow Llama tokenizer of transformers 4.37 (4.41 for Phi-3) with the current fast one.
+    """Tokenizes the pieces around images each by itself.
+
+    A byte-level tokenizer (Llama-3, Qwen, StableLM, Phi-2) is called as it is. The slow Llama tokenizer of transformers 4.37
+    (4.41 for Phi-3) is emulated with the current fast one.
 
     Args:
-        tokenizer: transformers' `LlamaTokenizer` (`data.tokenization`); `legacy` decides how text after an end token splits.
+        tokenizer: a fast tokenizer of transformers; if it is a sentencepiece one, its `legacy` decides how text after an end
+            token splits.
+
+    Attributes:
+        padding: id that the original does not count; it pads with <unk>, or with a token that no text has.
     """
 
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
+        self.byte_level = "▁" not in tokenizer.get_vocab()
+        self._bos = tokenizer.bos_token_id
+        if self.byte_level:
+            pad = tokenizer.pad_token_id
+            self.padding = None if pad == tokenizer.eos_token_id else pad
+            return
+        self.padding = 0
         self.legacy = bool(getattr(tokenizer, "legacy", False))
         model = tokenizer.backend_tokenizer.model
         # Samples repeat the system message, and the prefixes of a sample repeat its text.
@@ -50,15 +93,26 @@ class LlavaTokenizer:
         longest_first = sorted(self._added, key=len, reverse=True)
         self._added_pattern = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
         self._space = tokenizer.convert_tokens_to_ids("▁")
-        self._bos = tokenizer.bos_token_id
         self._named_ids = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}
 
-    def encode_text(self, text: str) -> list[int]:
-        """Return the ids of text without images, beginning with BOS.
+    def counts(self, template: Template) -> bool:
+        """Return whether the original's labels by counting are known for a template and this kind of tokenizer."""
+        known = COUNTS.get(template.style)
+        return (
+            known.byte_level == self.byte_level
+            if known
+            else template.style == "plain" or (template.style == "single" and not self.byte_level)
+        )
 
-        The text is split at added tokens. In legacy mode each part is prefixed with a space; otherwise only the whole text
-        is, and the prefix is removed before BOS, EOS and UNK but remains as a token before other added tokens.
+    def encode_text(self, text: str) -> list[int]:
+        """Return the ids of text without images, beginning with BOS if the tokenizer adds it.
+
+        For sentencepiece, the text is split at added tokens. In legacy mode each part is prefixed with a space; otherwise
+        only the whole text is, and the prefix is removed before BOS, EOS and UNK but remains as a token before other added
+        tokens.
         """
+        if self.byte_level:
+            return list(self.tokenizer(text)["input_ids"])
         if text and not self.legacy:
             text = "▁" + text.replace("▁", " ")
         ids: list[int] = []
@@ -78,11 +132,9 @@ class LlavaTokenizer:
         """Return ids with `IMAGE_TOKEN_INDEX` for each image marker; without images a marker is ordinary text."""
         if not has_image:
             return self.encode_text(text)
-        first, *others = text.split(IMAGE)
-        ids = self.encode_text(first)
-        for other in others:
-            ids += [IMAGE_TOKEN_INDEX, *self.encode_text(other)[1:]]
-        return ids
+        first, *others = map(self.encode_text, text.split(IMAGE))
+        begins = int(first[:1] == [self._bos])  # as in the original, which drops as much of each other piece
+        return first + [id for other in others for id in (IMAGE_TOKEN_INDEX, *other[begins:])]
 
 
 def tokenize_sample(tokenizer: LlavaTokenizer, template: Template, exchanges: Exchanges, has_image: bool) -> Sample:
@@ -99,9 +151,51 @@ def tokenize_sample(tokenizer: LlavaTokenizer, template: Template, exchanges: Ex
             return _plain(tokenizer, exchanges)
         case "single":
             return _single(tokenizer, template, exchanges, has_image)
-        case "phi3":
-            return _phi3(tokenizer, template, exchanges, has_image)
-    return _two(tokenizer, template, exchanges, has_image)
+        case "phi3" | "llama3":
+            text, end = template.sentence + (template.end or ""), template.end or ""
+            user, separator = template.user, template.assistant
+            assistant = separator.removeprefix(end)
+            for question, answer in exchanges:
+                text += f"{user}{question}{end}" if question else user
+                text += f"{assistant}{answer}{end}" if answer else assistant
+            pieces = text.split(end)
+            rounds = [end.join(pieces[:3]), *(end.join(pieces[i : i + 2]) for i in range(3, len(pieces), 2))]
+        case "llama_2":
+            separator, text = f"{template.assistant.lstrip()} ", ""
+            for question, answer in exchanges:
+                text += f"{template.user}{question}{template.assistant}" if question else ""
+                text += f" {answer}{template.end}" if answer else ""
+            rounds = text.split((template.end or "").strip())
+        case _:
+            end, separator = tokenizer.tokenizer.eos_token, f"{template.assistant} "
+            user, assistant, text = template.user.rstrip(), separator.strip(), template.system
+            for question, answer in exchanges:  # a role with an empty text has no separator after it
+                text += f"{user} {question} " if question else user
+                text += f"{assistant} {answer}{end}" if answer else assistant
+            rounds = text.split(end)
+    return _rounds(tokenizer, text, rounds, separator, COUNTS[template.style], exchanges, has_image)
+
+
+def tokenize_spans(
+    tokenizer: LlavaTokenizer, text: str, spans: Sequence[tuple[int, int, float]], has_image: bool
+) -> tuple[list[int], list[float]]:
+    """Return a text's ids, and their weights by spans of characters.
+
+    A token that begins before a span belongs to the prompt, as in `Encoder` with `tokenization="hf"`.
+    """
+    ids = tokenizer(text, has_image)
+    weights = [0.0] * len(ids)
+
+    def index(cut: int) -> int:
+        """Return the first token that begins at a character or after it."""
+        prefix = tokenizer(text[:cut], has_image)
+        shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(ids, prefix, strict=False)))
+        return shared + (shared < len(prefix))
+
+    for start, stop, weight in spans:
+        first, last = index(start), index(stop)
+        weights[first:last] = [weight] * (last - first)
+    return ids, weights
 
 
 def _plain(tokenizer: LlavaTokenizer, exchanges: Exchanges) -> Sample:
@@ -111,58 +205,35 @@ def _plain(tokenizer: LlavaTokenizer, exchanges: Exchanges) -> Sample:
     return ids, [-1] * masked + [0] * (len(ids) - masked)
 
 
-def _mask_if_miscounted(ids: list[int], supervised: list[int], counted: int) -> Sample:
-    """Return the sample, masked if its rounds miss tokens; the original does not count ids of 0 (padding, <unk>)."""
-    if counted < MODEL_MAX_LENGTH and counted != len(ids) - ids.count(0):
-        return ids, [-1] * len(ids)
-    return ids, supervised
+def _rounds(
+    tokenizer: LlavaTokenizer,
+    text: str,
+    rounds: Sequence[str],
+    separator: str,
+    counts: Counts,
+    exchanges: Exchanges,
+    has_image: bool,
+) -> Sample:
+    """Return a sample whose rounds are counted one by one, up to the first that has not exactly one separator.
 
-
-def _two(tokenizer: LlavaTokenizer, template: Template, exchanges: Exchanges, has_image: bool) -> Sample:
-    """Return a sample of the original's separator style TWO."""
-    end, separator = tokenizer.tokenizer.eos_token, f"{template.assistant} "
-    user, assistant, text = template.user.rstrip(), separator.strip(), template.system
-    for question, answer in exchanges:  # a role with an empty text has no separator after it
-        text += f"{user} {question} " if question else user
-        text += f"{assistant} {answer}{end}" if answer else assistant
+    It is masked if the counts do not add up.
+    """
     ids = tokenizer(text, has_image)
-    supervised = [-1] * len(ids)
-    at = 1
-    for number, part in enumerate(text.split(end)):
-        pieces = part.split(separator)
-        if not part or len(pieces) != 2:
-            break
-        less = int(number > 0 and not tokenizer.legacy)
-        length = len(tokenizer(part, has_image)) - less
-        skipped = len(tokenizer(pieces[0] + separator, has_image)) - 2 - less
-        _mark_supervised(supervised, at + skipped, at + length, number, exchanges)
-        at += length
-    return _mask_if_miscounted(ids, supervised, at)
-
-
-def _phi3(tokenizer: LlavaTokenizer, template: Template, exchanges: Exchanges, has_image: bool) -> Sample:
-    """Return a sample of LLaVA-pp's separator style for Phi-3."""
-    end, user, assistant = "<|end|>", "\n<|user|>\n", "\n<|assistant|>\n"
-    text = template.sentence + end
-    for question, answer in exchanges:
-        text += (f"{user}{question}{end}" if question else user) + (
-            f"{assistant}{answer}{end}" if answer else assistant
-        )
-    ids = tokenizer(text, has_image)
-    supervised = [-1] * len(ids)
-    pieces = text.split(end)
-    rounds = [end.join(pieces[:3]), *(end.join(pieces[i : i + 2]) for i in range(3, len(pieces), 2))]
-    at = 0
+    supervised, at = [-1] * len(ids), counts.start
     for number, part in enumerate(rounds):
-        halves = part.split(end + assistant)
+        halves = part.split(separator)
         if not part or len(halves) != 2:
             break
-        more = 1 if number == 0 else -2 + int(tokenizer.legacy)
-        length = len(tokenizer(part, has_image)) + more
-        skipped = len(tokenizer(halves[0] + end + assistant, has_image)) - 1 + more
+        later = counts.later_legacy if getattr(tokenizer, "legacy", False) else counts.later
+        less = later if number else 0
+        length = len(tokenizer(part, has_image)) + counts.end - less
+        skipped = len(tokenizer(halves[0] + separator, has_image)) - counts.tag - less
         _mark_supervised(supervised, at + skipped, at + length, number, exchanges)
         at += length
-    return _mask_if_miscounted(ids, supervised, at)
+    padding = 0 if tokenizer.padding is None else ids.count(tokenizer.padding)
+    if at < counts.length and at != len(ids) - padding:
+        return ids, [-1] * len(ids)
+    return ids, supervised
 
 
 def _single(tokenizer: LlavaTokenizer, template: Template, exchanges: Exchanges, has_image: bool) -> Sample:

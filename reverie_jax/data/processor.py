@@ -68,7 +68,7 @@ class Processor:
         """
         old = self.encoder
         tokenization = tokenization or old.tokenization
-        template = old.template if template is None else template
+        template = old.template if template in (None, old.template.name) else template
         inputs = old.patches, old.image_token_id, tokenization, old.further_stop_ids
         encoder = Encoder(old.tokenizer, template, *inputs)
         if (encoder.template.name, tokenization) != (old.template.name, old.tokenization):

@@ -11,7 +11,9 @@ from typing import Literal
 from reverie_jax.errors import UserError
 
 IMAGE = "<image>"
-Style = Literal["two", "single", "phi3", "plain"]
+CHECKPOINT = "checkpoint"
+"""Name of a template that is none of `TEMPLATES`: it is derived from the checkpoint's own chat template in Jinja."""
+Style = Literal["two", "single", "phi3", "plain", "llama_2", "llama3", "moe", "spans"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,14 +21,19 @@ class Template:
     """Renders each exchange as `{user}{question}{assistant}{answer_prefix}{answer}{end}`, after `{system}`.
 
     Attributes:
-        name: name in `TEMPLATES`.
-        style: rule by which original LLaVA masks its training samples (`data.llava_tokenization`).
+        name: name in `TEMPLATES`, or `CHECKPOINT`.
+        style: rule by which original LLaVA and its relatives mask training samples (`data.llava_tokenization`); "spans" if
+            none is published: answers and their ends are supervised.
         system: text before the first turn.
         user: text before a question.
         assistant: text after a question; the generation prompt ends here.
         answer_prefix: text between `assistant` and the answer.
         end: text after an answer; None for the tokenizer's end-of-sequence token.
         sentence: the system message alone, as original LLaVA's training code uses it.
+        answered: text between a question and its answer, where it is not `{assistant}{answer_prefix}`.
+        text_only: text before a question that shows no image.
+        stripped: roles whose texts are stripped of white space; with "image", so is the text after an image.
+        jinja: the chat template that this one was derived from.
     """
 
     name: str
@@ -37,6 +44,10 @@ class Template:
     answer_prefix: str = " "
     end: str | None = None
     sentence: str = ""
+    answered: str | None = None
+    text_only: str = ""
+    stripped: tuple[str, ...] = ()
+    jinja: str | None = None
 
 
 def _sentence(speaker: str) -> str:
@@ -46,8 +57,12 @@ def _sentence(speaker: str) -> str:
     )
 
 
-def _two(name: str, speaker: str) -> Template:
-    return Template(name, "two", _sentence(speaker) + " ", "USER: ", " ASSISTANT:", sentence=_sentence(speaker))
+def _two(name: str, speaker: str, style: Style = "two") -> Template:
+    return Template(name, style, _sentence(speaker) + " ", "USER: ", " ASSISTANT:", sentence=_sentence(speaker))
+
+
+def _llama3(role: str) -> str:
+    return f"<|start_header_id|>{role}<|end_header_id|>\n\n"
 
 
 _LLAVA_V0 = Template(
@@ -78,6 +93,28 @@ TEMPLATES: dict[str, Template | None] = {
         end="<|end|>",
         sentence="<|system|>\nYou are a helpful AI assistant.",
     ),
+    # LLaVA-pp's for Llama-3. Its text begins with BOS, and the tokenizer adds one: samples begin with two.
+    "llama3": Template(
+        "llama3",
+        "llama3",
+        f"<|begin_of_text|>{_llama3('system')}{_sentence('user')}<|eot_id|>",
+        _llama3("user"),
+        f"<|eot_id|>{_llama3('assistant')}",
+        answer_prefix="",
+        end="<|eot_id|>",
+        sentence=f"<|begin_of_text|>{_llama3('system')}{_sentence('user')}",
+    ),
+    "chatml": Template(
+        "chatml",
+        "spans",
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n",
+        "<|im_start|>user\n",
+        "<|im_end|>\n<|im_start|>assistant\n",
+        answer_prefix="",
+        end="<|im_end|>\n",
+    ),
+    "mistral": Template("mistral", "llama_2", "", "[INST] ", " [/INST]", end=" </s>"),
+    "moe_llava": _two("moe_llava", "user", "moe"),
 }
 
 
@@ -98,10 +135,24 @@ def find_template(name: str) -> Template:
     return template
 
 
-def to_jinja(template: Template) -> str:
-    """Return the template in the form of transformers and vLLM (`chat_template.jinja`), a user turn's images first."""
+def to_jinja(template: Template, *, before: str = "", after_image: str = "") -> str:
+    """Return the template in the form of transformers and vLLM (`chat_template.jinja`), a user turn's images first.
+
+    That of a checkpoint is returned as it was.
+
+    Args:
+        template: the template.
+        before: white space before everything.
+        after_image: white space after each image, before the line break.
+    """
+    if template.jinja is not None:
+        return template.jinja
     content = "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    content += "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\\n' }}{% endfor %}"
+    content += (
+        "{% for part in message['content'] if part['type'] == 'image' %}"
+        + _quoted(f"{IMAGE}{after_image}\n")
+        + "{% endfor %}"
+    )
     content += "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}{% endif %}"
     end = "{{ eos_token }}" if template.end is None else _quoted(template.end)
     answer = (
@@ -112,7 +163,7 @@ def to_jinja(template: Template) -> str:
         + "{% endgeneration %}"
     )
     return (
-        f"{_quoted(template.system)}"
+        f"{_quoted(before + template.system)}"
         "{% for message in messages %}{% if message['role'] == 'user' %}"
         f"{_quoted(template.user)}{content}"
         "{% elif message['role'] == 'assistant' %}"

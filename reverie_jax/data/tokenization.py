@@ -11,8 +11,15 @@ import numpy as np
 from jaxtyping import Float32, Int32
 
 from reverie_jax.data.conversation import IMAGE, Conversation
-from reverie_jax.data.llava_tokenization import IMAGE_TOKEN_INDEX, LlavaTokenizer, move_image_first, tokenize_sample
+from reverie_jax.data.llava_tokenization import (
+    IMAGE_TOKEN_INDEX,
+    LlavaTokenizer,
+    move_image_first,
+    tokenize_sample,
+    tokenize_spans,
+)
 from reverie_jax.data.templates import Template, find_template
+from reverie_jax.data.tiktoken_files import find_tiktoken, read_tiktoken
 from reverie_jax.errors import UserError
 from reverie_jax.files import read_json
 from reverie_jax.models.config import Tokenization
@@ -27,6 +34,8 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
+    if (path := find_tiktoken(folder)) is not None:
+        return read_tiktoken(path)
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # it warns about every config.json that is not its own
     try:
@@ -103,8 +112,8 @@ class Encoder:
 
     Args:
         tokenizer: a fast tokenizer of transformers, or anything with `eos_token`, `eos_token_id`,
-            `tokenizer(text, return_offsets_mapping=True)` and `decode(ids, skip_special_tokens=True)`; for "llava" a Llama
-            tokenizer (`data.llava_tokenization`).
+            `tokenizer(text, return_offsets_mapping=True)` and `decode(ids, skip_special_tokens=True)`; for "llava" one of
+            transformers (`data.llava_tokenization`).
         template: a name in `TEMPLATES`, or a template.
         patches: P, tokens per image.
         image_token_id: id of the image placeholder.
@@ -133,23 +142,35 @@ class Encoder:
         self.patches, self.image_token_id, self.tokenization = patches, image_token_id, tokenization
         self._llava = LlavaTokenizer(tokenizer) if tokenization == "llava" else None
         stops = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        if (end := self.template.end or "").startswith("<|"):
-            stops.append(tokenizer.convert_tokens_to_ids(end))
+        self._end = (tokenizer.eos_token or "") if self.template.end is None else self.template.end
+        self._taught = len(self._end)
+        if token := end_token(tokenizer, self._end):
+            stops.append(tokenizer.get_added_vocab()[token])
+            self._taught = self._end.index(token) + len(token)
+        # As transformers' processor: a text that begins with BOS gets no other.
+        bos: Any = getattr(tokenizer, "bos_token", None)
+        begins = bool(bos) and f"{self.template.system}{self.template.user}".startswith(bos)
+        self._options = {"add_special_tokens": False} if begins else {}
         self.further_stop_ids = tuple(stop_ids)
         self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys([*stops, *stop_ids]))
 
     def render(self, conversation: Conversation) -> tuple[str, list[tuple[int, int, float]]]:
-        """Return the conversation's text, and its supervised spans as (first character, one past the last, weight)."""
+        """Return the conversation's text, and its supervised spans as (first character, one past the last, weight).
+
+        An answer is supervised with the token that ends it, but not with what the template writes after that.
+        """
         template, text, spans = self.template, self.template.system, []
-        end = (self.tokenizer.eos_token or "") if template.end is None else template.end
-        for turn in conversation.turns:
+        for number, turn in enumerate(conversation.turns):
+            said = _strip(turn.text, template) if turn.role in template.stripped else turn.text
             if turn.role == "user":
-                question = IMAGE * turn.text.count(IMAGE) if template.style == "plain" else turn.text
-                text += template.user + question + template.assistant
+                said = IMAGE * said.count(IMAGE) if template.style == "plain" else said
+                text += template.user + ("" if IMAGE in said else template.text_only) + said
+                is_last = number == len(conversation.turns) - 1
+                text += template.assistant if template.answered is None or is_last else template.answered
             else:
                 start = len(text)
-                text += template.answer_prefix + turn.text + end
-                spans.append((start, len(text), turn.weight))
+                text += ("" if template.answered is not None else template.answer_prefix) + said + self._end
+                spans.append((start, len(text) - len(self._end) + self._taught, turn.weight))
         return text, spans
 
     def __call__(self, conversation: Conversation) -> Tokens:
@@ -187,7 +208,7 @@ class Encoder:
 
     def _encode_hf(self, conversation: Conversation) -> tuple[list[int], list[float]]:
         text, spans = self.render(conversation)
-        encoding = self.tokenizer(text, return_offsets_mapping=True)
+        encoding = self.tokenizer(text, return_offsets_mapping=True, **self._options)
         weights = [0.0] * len(encoding["input_ids"])
         remaining = iter([*spans, (len(text) + 1, len(text) + 1, 0.0)])
         span = next(remaining)
@@ -202,11 +223,11 @@ class Encoder:
     def _encode_llava(self, conversation: Conversation) -> tuple[list[int], list[float]]:
         assert self._llava is not None
         texts = [move_image_first(turn.text) if turn.role == "user" else turn.text for turn in conversation.turns]
-        if conversation.is_open:
+        if conversation.is_open or not self._llava.counts(self.template):
             turns = tuple(dataclasses.replace(t, text=text) for t, text in zip(conversation.turns, texts, strict=True))
-            text, _ = self.render(dataclasses.replace(conversation, turns=turns))
-            ids = self._llava(text, bool(conversation.images))
-            return ids, [0.0] * len(ids)
+            text, spans = self.render(dataclasses.replace(conversation, turns=turns))
+            spans = [] if conversation.is_open else spans
+            return tokenize_spans(self._llava, text, spans, bool(conversation.images))
         exchanges = list(zip(texts[::2], texts[1::2], strict=True))
         ids, supervised = tokenize_sample(self._llava, self.template, exchanges, bool(conversation.images))
         weight = [turn.weight for turn in conversation.turns[1::2]]
@@ -215,9 +236,20 @@ class Encoder:
     def decode(self, ids: Sequence[int]) -> str:
         """Return an answer's text: without special tokens, cut where the template ends an answer, and stripped."""
         text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
-        if self.template.style == "single":
-            text = text.split("###")[0]
+        if end := (self.template.end or "").strip():  # an end that is no special token is part of the text
+            text = text.split(end)[0]
         return text.strip()
+
+
+def end_token(tokenizer: Any, end: str) -> str | None:
+    """Return the special token that the text after an answer begins with, if it does."""
+    added: dict[str, int] = getattr(tokenizer, "get_added_vocab", dict)()
+    return max((token for token in added if end.lstrip().startswith(token)), key=len, default=None)
+
+
+def _strip(text: str, template: Template) -> str:
+    image = f"{IMAGE}\n" if "image" in template.stripped and text.startswith(f"{IMAGE}\n") else ""
+    return image + text.removeprefix(image).strip()
 
 
 def _first_images(conversation: Conversation) -> list[int]:

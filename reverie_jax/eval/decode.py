@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from reverie_jax.data.packing import Batch
 from reverie_jax.models import VisionLanguageModel
+from reverie_jax.models.config import VisionConfig
 from reverie_jax.models.decoder import KV
 from reverie_jax.models.vision import normalize
 

@@ -9,6 +9,7 @@ Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu"]
 Norm = Literal["rmsnorm", "layernorm"]
 FeatureSelect = Literal["patch", "full"]
 SecondExpert = Literal["argmax", "gumbel"]
+ExpertLayers = Literal["sparse", "first_half", "second_half", "all"]
 ProjectorKind = Literal["linear", "mlp2x_gelu"]
 Tokenization = Literal["hf", "llava"]
 ImageAspectRatio = Literal["pad", "square", "stretch"]
@@ -127,7 +128,7 @@ class ExpertsConfig:
 
     layers: tuple[int, ...]
     count: int = 4
-    routing: Routing = Routing()  # noqa: RUF009
+    routing: Routing = Routing()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,8 +230,8 @@ class VLMConfig:
         projector_norm_eps: Of a layer normalization before it; None without one (VIP-LLaVA has one).
         feature_layers: Hidden states of the tower that are the projector's input, side by side; -2 is the last layer's
             input.
-        feature_select: `patch` drops the tower's first token, which is the class token, or in MoE-LLaVA's models with SigLIP a
-            patch; `full` keeps all.
+        feature_select: `patch` drops the tower's first token: the class token, or in MoE-LLaVA's models with SigLIP a patch;
+            `full` keeps all.
         image_token_id: Placeholder token at the position of an image feature; its embedding is never used.
         template: Name of the chat template that the weights were tuned with (see `data.templates`).
         tokenization: Tokenization that the weights were tuned with: Hugging Face's in one pass, or original LLaVA's.
@@ -306,6 +307,50 @@ TOWERS: dict[str, VisionConfig] = {
 }
 """Towers that LLaVA and MoE-LLaVA use, by repository."""
 
+_STABLELM_1_6B = TextConfig(
+    vocab=100352,
+    hidden=2048,
+    layers=24,
+    heads=32,
+    kv_heads=32,
+    head_dim=64,
+    mlp=5632,
+    norm="layernorm",
+    rotary_fraction=0.25,
+    qkv_bias=True,
+)
+_QWEN_1_8B = TextConfig(
+    vocab=151936,
+    hidden=2048,
+    layers=24,
+    heads=16,
+    kv_heads=16,
+    head_dim=128,
+    mlp=5504,
+    norm_eps=1e-6,
+    max_positions=8192,
+    fused_qkv=True,
+    qkv_bias=True,
+)
+_PHI_2 = TextConfig(
+    vocab=51200,
+    hidden=2560,
+    layers=32,
+    heads=32,
+    kv_heads=32,
+    head_dim=80,
+    mlp=10240,
+    max_positions=2048,
+    norm="layernorm",
+    activation="gelu_tanh",
+    gated=False,
+    parallel=True,
+    rotary_fraction=0.4,
+    qkv_bias=True,
+    out_bias=True,
+    mlp_bias=True,
+    head_bias=True,
+)
 _VICUNA_7B = TextConfig(vocab=32000, hidden=4096, layers=32, heads=32, kv_heads=32, head_dim=128, mlp=11008)
 _VICUNA_13B = TextConfig(vocab=32000, hidden=5120, layers=40, heads=40, kv_heads=40, head_dim=128, mlp=13824)
 _PHI3_MINI = TextConfig(
@@ -333,6 +378,11 @@ def _llava(text: TextConfig, tower: str, **fields: Any) -> VLMConfig:
     )
 
 
+def _moe_llava(text: TextConfig) -> VLMConfig:
+    """Return MoE-LLaVA after its second stage; the third replaces MLPs by experts (a recipe's `upcycle`)."""
+    return _llava(text, "openai/clip-vit-large-patch14-336", template="moe_llava")
+
+
 ARCHITECTURES: dict[str, VLMConfig] = {
     "llava-1.0-7b": _llava(
         dataclasses.replace(_VICUNA_7B, norm_eps=1e-6, max_positions=2048),
@@ -343,5 +393,8 @@ ARCHITECTURES: dict[str, VLMConfig] = {
     "llava-1.5-7b": _llava(_VICUNA_7B, "openai/clip-vit-large-patch14-336"),
     "llava-1.5-13b": _llava(_VICUNA_13B, "openai/clip-vit-large-patch14-336"),
     "llava-phi3-mini": _llava(_PHI3_MINI, "openai/clip-vit-large-patch14-336", template="phi3_instruct"),
+    "moe-llava-stablelm-1.6b": _moe_llava(_STABLELM_1_6B),
+    "moe-llava-qwen-1.8b": _moe_llava(_QWEN_1_8B),
+    "moe-llava-phi2-2.7b": _moe_llava(_PHI_2),
 }
-"""The published models that REVERIE was tuned from (haotian-liu/LLaVA, mbzuai-oryx/LLaVA-pp)."""
+"""The models that REVERIE was tuned from (haotian-liu/LLaVA, mbzuai-oryx/LLaVA-pp, PKU-YuanGroup/MoE-LLaVA)."""

@@ -199,7 +199,7 @@ class Decoder(nnx.Module):
         remat: Remat,
     ) -> tuple[Array, KV | None, RouterStats | None]:
         """Run `body(layer, x, *per_layer)` over all layers in their order; see `layers.scan_layers`."""
-        if self.expert_layers is None:
+        if self.expert_layers is None and self.layers is not None:
             x, (kv, router) = scan_layers(self.layers, body, x, *per_layer, remat=remat)
             return x, kv, router
         return _scan_mixed(self, body, x, *per_layer, remat=remat)

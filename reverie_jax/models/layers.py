@@ -48,7 +48,8 @@ class Linear(nnx.Module):
     """y = x W + b, W of shape (in, out), optionally with a LoRA adapter (see `models.lora`).
 
     With `experts=E` the layer is E matrices: it takes [E, T, in] and returns [E, T, out]; [1, T, in] gives all the same x.
-    W may be quantized: then `kernel` holds codes, and `scales` their factors (see `models.quantize`).
+    W may be quantized: then `kernel` holds codes, and `scales` their factors (see `models.quantize`). A DoRA adapter also
+    has, by output, the norm of W + scale A B and the magnitude that this norm is brought to.
     """
 
     def __init__(
@@ -70,6 +71,8 @@ class Linear(nnx.Module):
         self.bias = parameter(rngs, (outputs,), axes[1:], **stack) if bias else nnx.data(None)
         self.lora_a: nnx.LoRAParam[Array] | None = nnx.data(None)
         self.lora_b: nnx.LoRAParam[Array] | None = nnx.data(None)
+        self.lora_magnitude: nnx.LoRAParam[Array] | None = nnx.data(None)
+        self.lora_norm: nnx.LoRAParam[Array] | None = nnx.data(None)
         self.lora_scale = 0.0
         self.lora_dropout = 0.0
         self.lora_enabled = True
@@ -95,9 +98,6 @@ class Linear(nnx.Module):
             key: Randomness of LoRA dropout; None disables dropout.
         """
         y = x @ self.weight(x.dtype)
-        if self.bias is not None:
-            bias = self.bias[...].astype(x.dtype)
-            y = y + bias.reshape(*bias.shape[:-1], *(1,) * (y.ndim - bias.ndim), self.outputs)
         if self.lora_a is not None and self.lora_b is not None and self.lora_enabled:
             low = x
             if key is not None and self.lora_dropout:
@@ -105,7 +105,17 @@ class Linear(nnx.Module):
                 low = jnp.where(keep, x / (1 - self.lora_dropout), jnp.zeros_like(x))
             low = _times_wide(low @ self.lora_a[...].astype(x.dtype), self.lora_b[...].astype(x.dtype))
             y = y + jnp.asarray(self.lora_scale, x.dtype) * low
+            if self.lora_magnitude is not None and self.lora_norm is not None:
+                # In float32: the factor is close to 1, where half precision is coarse.
+                gain = self.lora_magnitude[...] / self.lora_norm[...]
+                y = (y.astype(jnp.float32) * self._by_row(gain, y.ndim)).astype(x.dtype)
+        if self.bias is not None:
+            y = y + self._by_row(self.bias[...].astype(x.dtype), y.ndim)
         return y
+
+    def _by_row(self, vectors: Array, ndim: int) -> Array:
+        """Return vectors, [out] or of experts [E, out], with axes for the rows of an output of `ndim` axes."""
+        return vectors.reshape(*vectors.shape[:-1], *(1,) * (ndim - vectors.ndim), self.outputs)
 
 
 @jax.custom_vjp
@@ -163,9 +173,7 @@ class RMSNorm(nnx.Module):
         return (wide * scale).astype(x.dtype)
 
 
-def make_norm(
-    kind: Norm, width: int, eps: float, *, rngs: nnx.Rngs, layers: int | None = None
-) -> LayerNorm | RMSNorm:
+def make_norm(kind: Norm, width: int, eps: float, *, rngs: nnx.Rngs, layers: int | None = None) -> LayerNorm | RMSNorm:
     """Return a normalization of the kind that a decoder's configuration names."""
     return (LayerNorm if kind == "layernorm" else RMSNorm)(width, eps, rngs=rngs, layers=layers)
 

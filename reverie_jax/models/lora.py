@@ -1,9 +1,13 @@
-"""LoRA adapters on a model's linear layers (Hu et al., arXiv 2106.09685), initialized as in PEFT."""
+"""LoRA adapters on a model's linear layers (Hu et al., arXiv 2106.09685), initialized as in PEFT.
+
+DoRA adapters (Liu et al., arXiv 2402.09353) are LoRA's with a magnitude for each output; they are read, merged and written,
+but not trained.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -86,18 +90,41 @@ def set_factors(layer: Linear, a: ArrayLike, b: ArrayLike, *, scale: float, drop
         scale: Factor of A B.
         dropout: See `attach`.
     """
-    stack = tuple(axis for axis, size in (("layers", layer.layers), ("expert", layer.experts)) if size is not None)
     long = "lora_long" if layer.experts is None else "embed"  # experts are sharded over the tensor axis themselves
-    mesh = getattr(getattr(layer.kernel.get_value(), "sharding", None), "mesh", None)
-
-    def factor(value: ArrayLike, axes: tuple[str | None, ...]) -> nnx.LoRAParam[Array]:
-        if isinstance(mesh, Mesh):
-            value = jax.device_put(value, NamedSharding(mesh, partition_spec(np.shape(value), axes, mesh)))
-        return nnx.LoRAParam(jnp.asarray(value, jnp.float32), axes=axes)
-
-    layer.lora_a = factor(a, (*stack, long, None))
-    layer.lora_b = factor(b, (*stack, None, long))
+    layer.lora_a = _factor(layer, a, (long, None))
+    layer.lora_b = _factor(layer, b, (None, long))
     layer.lora_scale, layer.lora_dropout = scale, dropout
+
+
+def set_magnitudes(layer: Linear, magnitudes: Mapping[int, ArrayLike]) -> None:
+    """Turn a layer's adapter into DoRA's, in place: the output is scaled so that columns of W + scale A B have given norms.
+
+    Args:
+        layer: The layer, whose factors are set.
+        magnitudes: Norms, (out,), by the number of the matrix in its stack. Matrices that are not named are not scaled.
+
+    Raises:
+        ValueError: The layer has no adapter, or is quantized: the norms would be others.
+    """
+    if layer.lora_a is None or layer.lora_b is None or layer.scales is not None:
+        raise ValueError("DoRA needs an adapter on a matrix that is not quantized")
+    kernel, a, b = (array[...] for array in (layer.kernel, layer.lora_a, layer.lora_b))
+    norm = _column_norms(kernel, a, b, jnp.float32(layer.lora_scale))
+    values, known = np.zeros(norm.shape, np.float32), np.zeros((*norm.shape[:-1], 1), bool)
+    for number, magnitude in magnitudes.items():
+        values.reshape(-1, layer.outputs)[number], known.reshape(-1)[number] = magnitude, True
+    layer.lora_norm = _factor(layer, norm, layer.axes[1:])
+    layer.lora_magnitude = _factor(layer, jnp.where(known, values, norm), layer.axes[1:])
+
+
+def _factor(layer: Linear, value: ArrayLike, axes: tuple[str | None, ...]) -> nnx.LoRAParam[Array]:
+    """Return an array of an adapter in float32 on its layer's mesh, by its logical axes but the stack's."""
+    stack = tuple(axis for axis, size in (("layers", layer.layers), ("expert", layer.experts)) if size is not None)
+    axes = (*stack, *axes)
+    mesh = getattr(getattr(layer.kernel.get_value(), "sharding", None), "mesh", None)
+    if isinstance(mesh, Mesh):
+        value = jax.device_put(value, NamedSharding(mesh, partition_spec(np.shape(value), axes, mesh)))
+    return nnx.LoRAParam(jnp.asarray(value, jnp.float32), axes=axes)
 
 
 def assign(variable: nnx.Variable[Any], value: ArrayLike) -> None:
@@ -108,9 +135,15 @@ def assign(variable: nnx.Variable[Any], value: ArrayLike) -> None:
 
 
 def quantize(model: VisionLanguageModel, format: QuantizedFormat, targets: str = DEFAULT_TARGETS) -> None:
-    """Quantize the frozen matrices of layers whose path matches `targets`, in place."""
+    """Quantize the frozen matrices of layers whose path matches `targets`, in place.
+
+    Raises:
+        ValueError: One has a DoRA adapter, whose norms are those of the matrix as it is.
+    """
     for path, layer in linears(model):
         if re.fullmatch(targets, path) and layer.scales is None:
+            if layer.lora_magnitude is not None:
+                raise ValueError(f"{path} has a DoRA adapter: merge it before quantizing")
             layer.quantize(format)
 
 
@@ -120,15 +153,31 @@ def set_adapters_enabled(model: VisionLanguageModel, enabled: bool) -> None:
         layer.lora_enabled = enabled
 
 
+def _adapted(kernel: Array, a: Array, b: Array, scale: Array) -> Array:
+    """Return W + scale A B of one layer in float32."""
+    return kernel.astype(jnp.float32) + scale * (a @ b)
+
+
+def _by_layer(function: Callable[..., Array], *arrays: Array) -> Array:
+    """Apply a function of a matrix and others, layer by layer: only one layer's matrix is in float32 at a time."""
+    return jax.lax.map(lambda layer: function(*layer), arrays) if arrays[0].ndim > 2 else function(*arrays)
+
+
 @jax.jit
-def _merge_kernel(kernel: Array, a: Array, b: Array, scale: Array) -> Array:
-    """Return W + scale A B; layer by layer, so that only one layer's matrix is in float32 at a time."""
+def _column_norms(kernel: Array, a: Array, b: Array, scale: Array) -> Array:
+    """Return the norms of the columns of W + scale A B; never 0, so that they can be divided by."""
+    norms = _by_layer(lambda w, a, b: jnp.linalg.norm(_adapted(w, a, b, scale), axis=-2), kernel, a, b)
+    return jnp.maximum(norms, jnp.finfo(jnp.float32).tiny)
 
-    def merge_layer(layer: tuple[Array, Array, Array]) -> Array:
-        kernel, a, b = layer
-        return (kernel.astype(jnp.float32) + scale * (a @ b)).astype(kernel.dtype)
 
-    return jax.lax.map(merge_layer, (kernel, a, b)) if kernel.ndim > 2 else merge_layer((kernel, a, b))
+@jax.jit
+def _merge_kernel(kernel: Array, a: Array, b: Array, scale: Array, gain: Array) -> Array:
+    """Return (W + scale A B) gain, cast once."""
+
+    def merge_layer(kernel: Array, a: Array, b: Array, gain: Array) -> Array:
+        return (_adapted(kernel, a, b, scale) * gain[..., None, :]).astype(kernel.dtype)
+
+    return _by_layer(merge_layer, kernel, a, b, gain)
 
 
 def merge(model: VisionLanguageModel) -> None:
@@ -141,6 +190,11 @@ def merge(model: VisionLanguageModel) -> None:
         a, b = (factor[...].astype(jnp.float32) for factor in factors)
         if layer.scales is not None:
             raise ValueError(f"{path} is quantized: load the base model without quantization to merge its adapter")
-        layer.kernel.set_value(_merge_kernel(layer.kernel[...], a, b, jnp.float32(layer.lora_scale)))
+        if layer.lora_magnitude is None or layer.lora_norm is None:
+            gain = jnp.ones((*a.shape[:-2], layer.outputs), jnp.float32)
+        else:
+            gain = layer.lora_magnitude[...] / layer.lora_norm[...]
+        layer.kernel.set_value(_merge_kernel(layer.kernel[...], a, b, jnp.float32(layer.lora_scale), gain))
         layer.lora_a, layer.lora_b = nnx.data(None), nnx.data(None)
+        layer.lora_magnitude, layer.lora_norm = nnx.data(None), nnx.data(None)
         layer.lora_scale, layer.lora_dropout = 0.0, 0.0

@@ -1,4 +1,4 @@
-"""Mixture of experts: top-2 routing as DeepSpeed 0.9.5 computes it for MoE-LLaVA (`top2gating` in deepspeed/moe/sharded_moe.py)."""
+"""Mixture of experts: top-2 routing as MoE-LLaVA has it (`top2gating` in sharded_moe.py of DeepSpeed 0.9.5)."""
 
 from __future__ import annotations
 
@@ -75,20 +75,19 @@ def assign_experts(
     noise = jnp.zeros_like(logits) if key is None else jax.random.gumbel(key, logits.shape, logits.dtype)
     others = jnp.where(jax.nn.one_hot(first, count, dtype=bool), -jnp.inf, logits + noise)
     expert = jnp.stack([first, jnp.argmax(others, axis=-1)])
-    chosen = jax.nn.one_hot(expert, count, dtype=jnp.int32)
-    if used is not None:
-        chosen = chosen * used.astype(jnp.int32)[None, :, None]
+    routed = jnp.ones(first.shape, bool) if used is None else used
+    chosen = jax.nn.one_hot(jnp.where(routed[None], expert, count), count, dtype=jnp.int32)
     # The running count over first choices, then over second ones.
     places = jnp.cumsum(chosen.reshape(-1, count), axis=0).reshape(chosen.shape) - 1
     slot = (places * chosen).sum(-1)
-    kept = (chosen.sum(-1) > 0) & (slot < capacity)
-    weight = jnp.take_along_axis(probability, expert.T, axis=-1).T * kept
+    kept = routed[None] & (slot < capacity)
+    weight = jnp.where(kept, jnp.take_along_axis(probability, expert.T, axis=-1).T, jnp.float32(0))
     weight = weight / jnp.maximum(weight.sum(0, keepdims=True), jnp.finfo(jnp.float32).eps)
-    tokens = jnp.asarray(logits.shape[0], jnp.float32) if used is None else used.sum().astype(jnp.float32)
-    share = 1 / jnp.maximum(tokens, 1)
-    probability = probability if used is None else probability * used[:, None]
-    aux = count * (probability.sum(0) * share * (chosen[0].sum(0) * share)).sum()
-    stats = RouterStats(aux, chosen.sum((0, 1)) * share / 2, 1 - kept.sum() * share / 2)
+    share = 1 / jnp.maximum(routed.sum(), 1).astype(jnp.float32)
+    mean = jnp.where(routed[:, None], probability, jnp.float32(0)).sum(0) * share
+    counts = chosen.sum(1).astype(jnp.float32) * share
+    dropped = (routed[None] & ~kept).sum().astype(jnp.float32) * share / 2
+    stats = RouterStats(count * (mean * counts[0]).sum(), counts.sum(0) / 2, dropped)
     return Assignment(expert, jnp.where(kept, slot, capacity), weight), stats
 
 

@@ -16,6 +16,7 @@ from reverie_jax.models.config import FeatureSelect, VisionConfig
 from reverie_jax.models.layers import LayerNorm, Linear, Remat, activate, parameter, scan_layers
 from reverie_jax.models.sharding import constrain_rows
 
+
 def normalize(pixels: UInt8[Array, "... 3"], config: VisionConfig, dtype: DTypeLike) -> Float[Array, "... 3"]:
     """Return pixels (0 to 255) normalized by the tower's mean and standard deviation."""
     mean, std = (np.asarray(v, np.float64).reshape((1,) * (pixels.ndim - 1) + (3,)) for v in (config.mean, config.std))

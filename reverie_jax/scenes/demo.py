@@ -28,7 +28,8 @@ from reverie_jax.scenes import benchmark, dataset, report
 from reverie_jax.scenes.benchmark import SceneCounts
 from reverie_jax.train.loop import finetune
 from reverie_jax.train.metrics import read_metrics
-from reverie_jax.train.recipes import RECIPES, Recipe
+from reverie_jax.train.recipe import Recipe
+from reverie_jax.train.recipes import RECIPES
 
 ARMS = {"responses": "scenes-responses", "reflective": "scenes-rationales"}
 

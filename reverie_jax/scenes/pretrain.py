@@ -157,7 +157,9 @@ def pretrain_tower(model: VisionLanguageModel, scenes: list[Scene], recipe: Pret
 
     def loss_of(params: Any, pixels: jax.Array, labels: jax.Array) -> jax.Array:
         vision: VisionTower = nnx.merge(tower_graph, params[0])
-        features = vision(normalize(pixels, model.config.vision, jnp.float32), model.config.feature_depths, remat="full")
+        features = vision(
+            normalize(pixels, model.config.vision, jnp.float32), model.config.feature_depths, remat="full"
+        )
         return nnx.merge(heads_graph, params[1]).loss(features, labels)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))

@@ -30,7 +30,7 @@ from reverie_jax.train.identity import (
     recipe_fields,
     records_digest,
 )
-from reverie_jax.train.recipes import Recipe
+from reverie_jax.train.recipe import Recipe
 from reverie_jax.train.step import TrainState, make_trainable, trainable_filter
 
 _log = logging.getLogger(__name__)
@@ -291,7 +291,7 @@ def load_run(model: VisionLanguageModel, folder: Path) -> Recipe:
         raise ResumeError(f"{folder}: has no complete checkpoint")
     dtypes = {path: leaf.dtype for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
     make_trainable(model, recipe)
-    params = checkpoints.restore_params(nnx.state(model, trainable_filter(recipe.trainable)))
+    params = checkpoints.restore_params(nnx.state(model, trainable_filter(recipe)))
     nnx.update(model, nnx.map_state(lambda path, x: x.replace(x.get_value().astype(dtypes.get(path, x.dtype))), params))
     checkpoints.close()
     return recipe

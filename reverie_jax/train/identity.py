@@ -14,7 +14,7 @@ from reverie_jax.errors import UserError
 from reverie_jax.models import VisionLanguageModel
 from reverie_jax.models.checkpoints import base_checksums
 from reverie_jax.models.checkpoints.checksums import Checksums, weights_checksum
-from reverie_jax.train.recipes import Recipe
+from reverie_jax.train.recipe import Recipe
 
 IDENTITY = "run.json"
 _SAMPLED_RECORDS = 16

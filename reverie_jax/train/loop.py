@@ -28,7 +28,7 @@ from reverie_jax.train.identity import already_there, run_identity
 from reverie_jax.train.metrics import MetricsLog
 from reverie_jax.train.monitor import StepMonitor, TrainingFailed
 from reverie_jax.train.preemption import Preempted, Preemption
-from reverie_jax.train.recipes import Recipe
+from reverie_jax.train.recipe import Recipe
 from reverie_jax.train.reference_model import ReferenceSpec
 from reverie_jax.train.step import StepMetrics, TrainState, make_optimizer, make_step, make_trainable, trainable_filter
 from reverie_jax.train.validation import Validation, hold_out
@@ -152,7 +152,7 @@ def _place(
     model: VisionLanguageModel, optimizer: optax.GradientTransformation, recipe: Recipe, mesh: Mesh
 ) -> tuple[nnx.GraphDef[VisionLanguageModel], TrainState, nnx.State[Any, Any]]:
     """Return the model's graph, the initial state and the frozen weights, both on the mesh."""
-    graph, params, frozen = nnx.split(model, trainable_filter(recipe.trainable), ...)  # type: ignore[misc]
+    graph, params, frozen = nnx.split(model, trainable_filter(recipe), ...)  # type: ignore[misc]
     params, frozen = shard_state(params, mesh), shard_state(frozen, mesh)
     # Moments are sharded as their parameters. Without out_shardings, jit replicates zeros: they depend on no input.
     moment_shardings = shardings(jax.eval_shape(optimizer.init, params), mesh)

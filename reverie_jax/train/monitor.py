@@ -20,7 +20,7 @@ from reverie_jax.models import VisionLanguageModel
 from reverie_jax.train.metrics import MetricsLog
 from reverie_jax.train.plan import costs
 from reverie_jax.train.plan.topology import chip_of
-from reverie_jax.train.recipes import Recipe
+from reverie_jax.train.recipe import Recipe
 from reverie_jax.train.step import StepMetrics, schedule
 
 _MEDIAN_STEPS = 50
@@ -133,13 +133,20 @@ class StepMonitor:
         return f"Records: {', '.join(ids)}"
 
     def _means(self, sums: dict[str, Any]) -> dict[str, float]:
-        """Return the loss of each of several datasets, or the rewards of preference pairs."""
+        """Return the loss of each of several datasets, or the rewards of preference pairs; and what the routers did."""
+        routers = {name: sums.pop(name) for name in list(sums) if name.startswith("router")}
+        means = {}
+        if routers:
+            count = float(routers.pop("routers"))
+            load = routers.pop("router_load") / count
+            means = {name: float(value) / count for name, value in routers.items()}
+            means |= {f"router_load/{expert}": float(share) for expert, share in enumerate(load)}
         if "pairs" in sums:
             pairs = max(1.0, float(sums.pop("pairs")))
-            return {name: float(value) / pairs for name, value in sums.items()}
+            return means | {name: float(value) / pairs for name, value in sums.items()}
         if len(self.datasets) < 2:
-            return {}
-        return {
+            return means
+        return means | {
             f"loss/{name or 'unnamed'}": float(loss) / float(weight)
             for name, loss, weight in zip(self.datasets, sums["dataset_loss"], sums["dataset_weight"], strict=True)
             if weight > 0

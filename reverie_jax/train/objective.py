@@ -11,7 +11,8 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 from reverie_jax.data.packing import Batch
 from reverie_jax.data.preferences import DPOConfig
 from reverie_jax.models import VisionLanguageModel
-from reverie_jax.models.layers import Remat
+from reverie_jax.models.config import Remat, Routing
+from reverie_jax.models.moe import RouterStats
 
 
 class Loss(NamedTuple):
@@ -51,7 +52,31 @@ def edge_logps(
         remat: see `models.layers.scan_layers`.
         chunk: edges of a sequence whose logits exist at the same time.
     """
-    hidden = model.hidden(batch.inputs, key=key, train_tower=train_tower, remat=remat)
+    return routed_edge_logps(model, batch, None, key=key, train_tower=train_tower, remat=remat, chunk=chunk)[0]
+
+
+def routed_edge_logps(
+    model: VisionLanguageModel,
+    batch: Batch,
+    routing: Routing | None,
+    *,
+    key: PRNGKeyArray | None = None,
+    train_tower: bool = False,
+    remat: Remat = "full",
+    chunk: int = 512,
+) -> tuple[Float[Array, "B E"], RouterStats | None]:
+    """Return `edge_logps`, and what the routers of experts did.
+
+    Args:
+        model: policy or reference.
+        batch: packed sequences.
+        routing: how tokens are routed in training; None drops none, as in evaluation.
+        key: random key of LoRA dropout and routing; None disables both.
+        train_tower: as for `edge_logps`.
+        remat: as for `edge_logps`.
+        chunk: as for `edge_logps`.
+    """
+    hidden, router = model.routed_hidden(batch.inputs, routing, key=key, train_tower=train_tower, remat=remat)
     states = jnp.take_along_axis(hidden, batch.parent[:, :, None], axis=1)
     edges = states.shape[1]
     chunks = max(1, -(-edges // chunk))
@@ -69,7 +94,27 @@ def edge_logps(
         return carry, chosen - jax.nn.logsumexp(logits, axis=-1)
 
     _, logps = jax.lax.scan(score_chunk, None, (split(states), split(batch.target)))
-    return jnp.moveaxis(logps, 0, 1).reshape(states.shape[0], -1)[:, :edges]
+    return jnp.moveaxis(logps, 0, 1).reshape(states.shape[0], -1)[:, :edges], router
+
+
+def add_router_loss(loss: Loss, router: RouterStats | None, routing: Routing | None) -> Loss:
+    """Return a loss whose mean has the routers' load-balancing losses added, summed over layers (see `Routing`)."""
+    if router is None or routing is None:
+        return loss
+    return loss._replace(total=loss.total + routing.aux_coefficient * router.aux.sum() * loss.weight)
+
+
+def router_sums(router: RouterStats | None) -> dict[str, Array]:
+    """Return what to report of a micro-batch's routers; `routers` counts micro-batches. Empty without experts."""
+    if router is None:
+        return {}
+    stopped = jax.lax.stop_gradient(router)
+    return {
+        "router_aux": stopped.aux.sum(),
+        "router_load": stopped.load.mean(0),
+        "router_dropped": stopped.dropped.mean(),
+        "routers": jnp.ones((), jnp.float32),
+    }
 
 
 def cross_entropy(logps: Float[Array, "B E"], batch: Batch) -> Loss:

@@ -26,7 +26,7 @@ from reverie_jax.files import atomic_path
 from reverie_jax.models import VisionLanguageModel, lora
 from reverie_jax.models.sharding import global_batch, local_rows
 from reverie_jax.train.objective import answer_logps, edge_logps
-from reverie_jax.train.recipes import Recipe
+from reverie_jax.train.recipe import Recipe
 from reverie_jax.train.step import trainable_filter
 
 STORED = "reference.npz"
@@ -110,7 +110,7 @@ class ReferenceSpec:
     def _compute(self) -> tuple[Int32[np.ndarray, "N"], Float32[np.ndarray, "N"]]:
         """Return the numbers of all answers, ascending, and their log-probabilities."""
         recipe, size = self.recipe, self.recipe.micro_batch_size
-        graph, _, _ = nnx.split(self.model, trainable_filter(recipe.trainable), ...)  # type: ignore[misc]
+        graph, _, _ = nnx.split(self.model, trainable_filter(recipe), ...)  # type: ignore[misc]
 
         def score(
             params: nnx.State[Any, Any], frozen: nnx.State[Any, Any], batch: Batch
@@ -141,7 +141,7 @@ def adapters_off(model: VisionLanguageModel, recipe: Recipe, params: nnx.State[A
 def without_adapters(model: VisionLanguageModel, recipe: Recipe) -> nnx.GraphDef[VisionLanguageModel]:
     """Return the model's graph with its adapters disabled."""
     lora.set_adapters_enabled(model, False)
-    graph, _, _ = nnx.split(model, trainable_filter(recipe.trainable), ...)  # type: ignore[misc]
+    graph, _, _ = nnx.split(model, trainable_filter(recipe), ...)  # type: ignore[misc]
     lora.set_adapters_enabled(model, True)
     return graph
 

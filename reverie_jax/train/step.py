@@ -17,15 +17,20 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from reverie_jax.data.packing import Batch
 from reverie_jax.errors import UserError
 from reverie_jax.models import VisionLanguageModel, lora
+from reverie_jax.models.config import Routing
+from reverie_jax.models.upcycling import upcycle
 from reverie_jax.train.objective import (
     Loss,
+    add_router_loss,
     answer_logps,
     cross_entropy,
     edge_logps,
     loss_by_dataset,
     preference_loss,
+    routed_edge_logps,
+    router_sums,
 )
-from reverie_jax.train.recipes import LossReduction, Recipe, Trainable
+from reverie_jax.train.recipe import LossReduction, Recipe
 
 
 class TrainState(NamedTuple):
@@ -59,20 +64,35 @@ class StepMetrics(NamedTuple):
 
 
 def is_lora_or_projector(path: tuple[Any, ...], value: Any) -> bool:
-    """Return whether `trainable=lora` trains this parameter: an adapter or the projector. A filter for `nnx.split`."""
+    """Return whether a parameter is an adapter's or the projector's. A filter for `nnx.split`."""
     return isinstance(value, nnx.LoRAParam) or (isinstance(value, nnx.Param) and path[0] == "projector")
 
 
-def trainable_filter(trainable: Trainable) -> Callable[[tuple[Any, ...], Any], bool]:
+_MLP = frozenset(("gate", "up", "gate_up", "down"))
+
+
+def trainable_filter(recipe: Recipe) -> Callable[[tuple[Any, ...], Any], bool]:
     """Return the filter for `nnx.split` that selects the parameters that a recipe trains."""
-    if trainable == "lora":
-        return is_lora_or_projector
-    parts = ("projector",) if trainable == "projector" else ("projector", "decoder")
-    return lambda path, value: isinstance(value, nnx.Param) and path[0] in parts
+    trainable = recipe.trainable
+
+    def is_trained(path: tuple[Any, ...], value: Any) -> bool:
+        if not isinstance(value, nnx.Param):
+            return False
+        if "router" in path:
+            return trainable != "projector" and not recipe.freeze_router
+        if trainable == "lora":
+            return is_lora_or_projector(path, value)
+        if trainable == "mlp" and path[0] == "decoder":
+            return not _MLP.isdisjoint(path)
+        return path[0] == "projector" or (trainable == "full" and path[0] == "decoder")
+
+    return is_trained
 
 
 def make_trainable(model: VisionLanguageModel, recipe: Recipe) -> bool:
-    """Prepare a model for training, in place: cast trained parameters to float32 and attach adapters if it has none.
+    """Prepare a model for training, in place: make its experts, cast trained parameters to float32, attach adapters.
+
+    Adapters are attached, and MLPs replaced by experts, where the model has none.
 
     Returns:
         Whether the model without adapters is the model at the start: its adapters are fresh.
@@ -81,6 +101,11 @@ def make_trainable(model: VisionLanguageModel, recipe: Recipe) -> bool:
         UserError: existing adapters differ from the recipe in layers, rank or scale, or the recipe trains none; or no layer
             is called as `target_modules` says.
     """
+    if recipe.upcycle is not None and model.config.text.experts is None:
+        try:
+            upcycle(model, recipe.upcycle, recipe.experts, routing=recipe.routing, seed=recipe.seed)
+        except ValueError as error:
+            raise UserError(f"recipe {recipe.name}: upcycle={recipe.upcycle}: {error}") from None
     cast_trainable_to_float32(model, recipe)
     adapters = list(lora.adapters(model))
     if recipe.trainable != "lora":
@@ -91,6 +116,8 @@ def make_trainable(model: VisionLanguageModel, recipe: Recipe) -> bool:
         return False
     rank, scale = recipe.rank, recipe.alpha / recipe.rank
     for path, layer, a, _ in adapters:
+        if layer.lora_magnitude is not None:
+            raise UserError(f"adapter on {path}: it is DoRA (use_dora), which cannot be trained here; merge it first")
         if (a.shape[-1], layer.lora_scale) != (rank, scale):
             raise UserError(
                 f"adapter on {path}: rank {a.shape[-1]} and scale {layer.lora_scale:g}, but recipe {recipe.name} has rank"
@@ -124,7 +151,7 @@ def cast_trainable_to_float32(model: VisionLanguageModel, recipe: Recipe) -> Non
 
     Activations keep the model's dtype: layers cast their weights when they use them.
     """
-    params = nnx.state(model, trainable_filter(recipe.trainable))
+    params = nnx.state(model, trainable_filter(recipe))
     nnx.update(model, jax.tree.map(lambda x: x.astype(jnp.float32), params))
 
 
@@ -153,6 +180,12 @@ def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
     )
     clip = [] if recipe.max_grad_norm is None else [optax.clip_by_global_norm(recipe.max_grad_norm)]
     return optax.chain(*clip, by_part)
+
+
+def routing_of(model: VisionLanguageModel, recipe: Recipe) -> Routing | None:
+    """Return how a recipe routes tokens to a model's experts; None without experts."""
+    experts = model.config.text.experts
+    return None if experts is None else recipe.routing or experts.routing
 
 
 LossFunction = Callable[[nnx.State[Any, Any], Batch, PRNGKeyArray | None], tuple[Loss, dict[str, Array]]]
@@ -230,11 +263,13 @@ def _make_loss(
         else:
             initial = nnx.merge(reference, nnx.merge_state(params, reference_inputs), frozen)
             before = answer_logps(edge_logps(initial, part), part)
-        logps = edge_logps(nnx.merge(graph, params, frozen), part, key=key, remat=recipe.remat)
+        model = nnx.merge(graph, params, frozen)
+        logps, router = routed_edge_logps(model, part, routing_of(model, recipe), key=key, remat=recipe.remat)
         loss, rewards = preference_loss(
             answer_logps(logps, part), jax.lax.stop_gradient(before), part, recipe.preference
         )
-        return loss, {**rewards._asdict(), "pairs": loss.weight}
+        sums = {**rewards._asdict(), "pairs": loss.weight}
+        return add_router_loss(loss, router, routing_of(model, recipe)), {**sums, **router_sums(router)}
 
     def tokens(
         params: nnx.State[Any, Any],
@@ -243,9 +278,11 @@ def _make_loss(
         part: Batch,
         key: PRNGKeyArray | None,
     ) -> tuple[Loss, dict[str, Array]]:
-        logps = edge_logps(nnx.merge(graph, params, frozen), part, key=key, remat=recipe.remat)
+        model = nnx.merge(graph, params, frozen)
+        logps, router = routed_edge_logps(model, part, routing_of(model, recipe), key=key, remat=recipe.remat)
         losses, weights = loss_by_dataset(jax.lax.stop_gradient(logps), part, datasets)
-        return cross_entropy(logps, part), {"dataset_loss": losses, "dataset_weight": weights}
+        loss = add_router_loss(cross_entropy(logps, part), router, routing_of(model, recipe))
+        return loss, {"dataset_loss": losses, "dataset_weight": weights, **router_sums(router)}
 
     return tokens if recipe.preference is None else preference
 
@@ -295,7 +332,8 @@ def make_step(
         state: TrainState, frozen: nnx.State[Any, Any], batch: Batch, reference_inputs: Any = None
     ) -> tuple[TrainState, StepMetrics]:
         # The key depends on seed and step only: a resumed run draws what an uninterrupted one draws.
-        key = jax.random.fold_in(jax.random.key(recipe.seed), state.step) if recipe.dropout else None
+        is_random = recipe.dropout or (recipe.routing is not None and recipe.routing.second_expert == "gumbel")
+        key = jax.random.fold_in(jax.random.key(recipe.seed), state.step) if is_random else None
         loss, grads, sums = accumulate_gradients(
             lambda params, part, key: loss_function(params, frozen, reference_inputs, part, key),
             state.params,

@@ -19,7 +19,7 @@ from reverie_jax.models import VisionLanguageModel
 from reverie_jax.models.sharding import global_batch, local_rows
 from reverie_jax.train.checkpoint import VALIDATION
 from reverie_jax.train.objective import edge_loss
-from reverie_jax.train.recipes import Recipe
+from reverie_jax.train.recipe import Recipe
 
 
 class RecordSlice(Sequence[ImageRecord]):

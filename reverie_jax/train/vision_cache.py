@@ -24,7 +24,7 @@ from reverie_jax.errors import UserError
 from reverie_jax.models import VisionLanguageModel, lora
 from reverie_jax.models.checkpoints.checksums import weights_checksum
 from reverie_jax.models.vision import normalize
-from reverie_jax.train.recipes import Recipe
+from reverie_jax.train.recipe import Recipe
 
 _log = logging.getLogger(__name__)
 
@@ -37,7 +37,13 @@ def cache_key(model: VisionLanguageModel, processor: Processor, records: Sequenc
     # All of the processor's settings but those of its texts, whichever there are.
     images = {field.name: getattr(processor, field.name) for field in dataclasses.fields(processor)}
     images.pop("encoder")
-    tower = weights_checksum(model.vision), adapters, model.config.vision, model.config.feature_layers, model.config.feature_select
+    tower = (
+        weights_checksum(model.vision),
+        adapters,
+        model.config.vision,
+        model.config.feature_layers,
+        model.config.feature_select,
+    )
     digest = hashlib.sha256(repr((tower, images, str(model.compute_dtype), len(records))).encode())
     for record in (records[number] for number in range(len(records))):
         digest.update(hashlib.sha256(record.image).digest())
@@ -84,7 +90,9 @@ def cached_features(
     if jax.process_index() == 0 and not is_complete(folder):
         _log.info("computing vision features of %d records: %s", len(records), folder)
         config = model.config
-        write_features(folder, key, (config.image_tokens, config.feature_width), _compute_features(model, processor, records))
+        write_features(
+            folder, key, (config.image_tokens, config.feature_width), _compute_features(model, processor, records)
+        )
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("vision features")
     return FeatureCache(folder, key)

@@ -62,7 +62,7 @@ RUNS = {
 @pytest.mark.parametrize(("run", "keys"), RUNS.items(), ids=[run.__name__ for run in RUNS])
 def test_benchmark_runs(run, keys, tmp_path):
     result = run(tmp_path)
-    assert json.loads(json.dumps(result)) == result
+    assert json.loads(json.dumps(result)).keys() == result.keys()
     assert keys <= result.keys()
 
 

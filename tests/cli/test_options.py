@@ -17,7 +17,7 @@ import pytest
 import tyro
 
 from reverie_jax import cli
-from reverie_jax.train.recipes import Recipe
+from reverie_jax.train.recipe import Recipe
 
 HEAVY = ("jax", "flax", "torch", "transformers", "tensorflow_datasets", "matplotlib", "pandas", "pydantic", "rich")
 # Options that differ between commands in type, default or first sentence, and why.

@@ -18,6 +18,8 @@ import pyarrow.parquet
 import pytest
 from hypothesis import strategies as st
 from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
 
 from reverie_jax.data import sources
 from reverie_jax.data.conversation import IMAGE, Conversation, ImageRecord, Turn
@@ -61,6 +63,20 @@ class WordTokenizer:
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         return "".join(self.words[i] for i in ids if not (skip_special_tokens and i in self.special.values()))
+
+
+def byte_level_tokenizer(*added: str, bos: str | None = None, eos: str = "</s>", pad: str | None = None) -> Any:
+    """A trained tokenizer of bytes, as Llama-3's (which adds BOS) and Qwen's; special tokens behind its 300 pieces."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    text = ["What is this? A cat, and the other is a black cat.\n\nUSER: ASSISTANT: assistant\n"] * 9
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(text, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False))
+    bpe.add_special_tokens([*dict.fromkeys((*([bos] if bos else []), eos, *added))])
+    if bos:
+        special = [(bos, bpe.token_to_id(bos))]
+        bpe.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=special)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=bos, eos_token=eos, pad_token=pad)
 
 
 # Images.

@@ -13,6 +13,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sentencepiece
@@ -79,6 +80,8 @@ class SlowLlama:
     """transformers 4.37.2's slow LlamaTokenizer, its padding token set to `<unk>` (0) as LLaVA does."""
 
     kind: str
+    padding = 0
+    bos = 1
 
     @property
     def legacy(self) -> bool:
@@ -122,10 +125,30 @@ class SlowLlama:
         return [1, *(self.added[token] if token in self.added else known(token) for token in self.tokens(text))]
 
 
-def with_image(tokenizer: SlowLlama, text: str) -> list[int]:
-    """The text cut at `<image>`, its parts tokenized apart, one BOS."""
+@dataclasses.dataclass(frozen=True)
+class Bytes:
+    """A byte-level tokenizer, which is called as it is."""
+
+    tokenizer: Any
+    padding: int
+    legacy: bool = False
+
+    def __call__(self, text: str) -> list[int]:
+        return self.tokenizer(text).input_ids
+
+    @property
+    def bos(self) -> int | None:
+        return self.tokenizer.bos_token_id
+
+
+AnyTokenizer = SlowLlama | Bytes
+
+
+def with_image(tokenizer: AnyTokenizer, text: str) -> list[int]:
+    """The text cut at `<image>`, its parts tokenized apart, one BOS if the first part begins with one."""
     first, *rest = (tokenizer(part) for part in text.split(IMAGE))
-    return first + [id for part in rest for id in (IMAGE_ID, *part[1:])]
+    skipped = 1 if first and first[0] == tokenizer.bos else 0
+    return first + [id for part in rest for id in (IMAGE_ID, *part[skipped:])]
 
 
 def normal(question: str) -> str:
@@ -147,6 +170,8 @@ SYSTEM = {
     "llava_v1": _system("human"),
     "llava_v0": _system("human"),
     "phi3_instruct": "<|system|>\nYou are a helpful AI assistant.",
+    "llama3": "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n" + _system("user"),
+    "moe_llava": _system("user"),
 }
 
 
@@ -154,11 +179,18 @@ def prompt(template: str, turns: Turns) -> str:
     """What original LLaVA's conversation renders; of an odd number of turns, up to where the answer begins."""
     if template == "plain":
         return "".join(IMAGE if n % 2 == 0 else f"{text}\n" for n, text in enumerate(turns))
+    if template == "mistral":
+        return "".join(
+            (f" {text} </s>" if n % 2 else f"[INST] {text} [/INST]") if text else "" for n, text in enumerate(turns)
+        )
+    start, stop = "<|start_header_id|>", "<|end_header_id|>\n\n"
     roles, joint, ends = {
         "vicuna_v1": (("USER", "ASSISTANT"), ": ", (" ", "</s>")),
         "llava_v1": (("USER", "ASSISTANT"), ": ", (" ", "</s>")),
         "llava_v0": (("Human", "Assistant"), ": ", ("###", "###")),
         "phi3_instruct": (("\n<|user|>\n", "\n<|assistant|>\n"), "", ("<|end|>", "<|end|>")),
+        "llama3": ((f"{start}user{stop}", f"{start}assistant{stop}"), "", ("<|eot_id|>", "<|eot_id|>")),
+        "moe_llava": (("USER", "ASSISTANT"), ": ", (" ", "<|endoftext|>")),
     }[template]
     said = [*turns, ""] if len(turns) % 2 else turns
     out = SYSTEM[template] + ends[0]
@@ -192,22 +224,31 @@ def _mask(ids: list[int], first: int, past: int, labels: list[int]) -> None:
         labels[place] = IGNORE
 
 
-def _train_plain(tokenizer: SlowLlama, turns: Turns, image: bool) -> Labelled:
+def _train_plain(tokenizer: AnyTokenizer, turns: Turns, image: bool) -> Labelled:
     ids = with_image(tokenizer, f"{IMAGE}{turns[1]}\n")
     labels = list(ids)
     _mask(ids, 0, len(with_image(tokenizer, IMAGE)), labels)
     return Labelled(ids, labels)
 
 
-def _train_rounds(tokenizer: SlowLlama, template: str, text: str, image: bool) -> Labelled:
+def _train_rounds(tokenizer: AnyTokenizer, template: str, text: str, image: bool) -> Labelled:
     """Rounds counted by themselves, up to the first that has not exactly one tag; wiped where they do not add up."""
     encode = functools.partial(with_image, tokenizer) if image else tokenizer
     ids = encode(text)
-    if template == "phi3_instruct":
-        said, tag, at = text.split("<|end|>"), "<|end|>\n<|assistant|>\n", 0
-        groups = [said[:3], *(said[n : n + 2] for n in range(3, len(said), 2))]
-        rounds, tail = ["<|end|>".join(group) for group in groups], 1
-        first, later = 1, -2 + int(tokenizer.legacy)
+    header = "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    mpt = {"phi3_instruct": ("<|end|>", "\n<|assistant|>\n"), "llama3": ("<|eot_id|>", header)}
+    if template in mpt:
+        end, role = mpt[template]
+        said, tag, at = text.split(end), end + role, 0
+        rounds = [end.join(group) for group in (said[:3], *(said[n : n + 2] for n in range(3, len(said), 2)))]
+        first, later = {"phi3_instruct": (1, -2 + int(tokenizer.legacy)), "llama3": (1, 0)}[template]
+        tail = 1
+    elif template == "moe_llava":
+        rounds, tag, at, tail = text.split("<|endoftext|>"), " ASSISTANT: ", 0, 2
+        first, later = 1, 1
+    elif template == "mistral":
+        rounds, tag, at, tail = text.split("</s>"), "[/INST] ", 1, 2
+        first, later = 0, 0
     else:
         rounds, tag, at, tail = text.split("</s>"), " ASSISTANT: ", 1, 2
         first, later = 0, -int(not tokenizer.legacy)
@@ -221,12 +262,12 @@ def _train_rounds(tokenizer: SlowLlama, template: str, text: str, image: bool) -
         _mask(ids, at, at + len(encode(halves[0] + tag)) + shift - tail, labels)
         at += len(encode(part)) + shift
     _mask(ids, at, len(ids), labels)
-    if at < MAX_LENGTH and at != sum(id != 0 for id in ids):
+    if at < MAX_LENGTH and at != sum(id != tokenizer.padding for id in ids):
         labels = [IGNORE] * len(ids)
     return Labelled(ids, labels)
 
 
-def _train_v0(tokenizer: SlowLlama, turns: Turns, image: bool) -> Labelled:
+def _train_v0(tokenizer: AnyTokenizer, turns: Turns, image: bool) -> Labelled:
     header = f"{SYSTEM['llava_v0']}\n\n"
     said = [f"### {('Human', 'Assistant')[n % 2]}: {text}\n" for n, text in enumerate(turns)]
     encode = functools.partial(with_image, tokenizer) if image else tokenizer
@@ -242,7 +283,7 @@ def _train_v0(tokenizer: SlowLlama, turns: Turns, image: bool) -> Labelled:
     return Labelled(ids, labels)
 
 
-def training(tokenizer: SlowLlama, template: str, turns: Turns) -> Labelled:
+def training(tokenizer: AnyTokenizer, template: str, turns: Turns) -> Labelled:
     """An item of the training set: its ids, -200 for a picture, and its labels, -100 where nothing is taught."""
     image = any(IMAGE in text for text in turns[::2])
     said = [normal(text) if image else text for text in turns]
@@ -253,7 +294,7 @@ def training(tokenizer: SlowLlama, template: str, turns: Turns) -> Labelled:
     return _train_rounds(tokenizer, template, prompt(template, said), image)
 
 
-def question(tokenizer: SlowLlama, template: str, turns: Turns) -> list[int]:
+def question(tokenizer: AnyTokenizer, template: str, turns: Turns) -> list[int]:
     """The prompt of an open conversation, -200 for a picture."""
     return with_image(tokenizer, prompt(template, turns))
 

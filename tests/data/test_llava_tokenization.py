@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, example, given, settings
 from reverie_jax.data.templates import v0_template
 from reverie_jax.data.tokenization import Encoder, Tokens, is_untaught, load_tokenizer, untaught_turns
 from tests.data import llama_oracle
-from tests.data.fakes import conversation_of
+from tests.data.fakes import byte_level_tokenizer, conversation_of
 from tests.data.llama_oracle import IMAGE, TRAPS, SlowLlama, any_text, dialogues
 
 PATCHES = 3
@@ -24,14 +24,32 @@ PAIRS = [
     *((template, kind) for template in ("vicuna_v1", "llava_v1", "llava_v0") for kind in ("legacy", "modern")),
     ("phi3_instruct", "phi3"),
 ]
+FURTHER = [("mistral", "legacy"), ("mistral", "modern"), ("llama3", "llama3"), ("moe_llava", "moe")]
 """Templates with the tokenizers of their models."""
+
+
+HEADERS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+BYTES = {
+    "llama3": byte_level_tokenizer(*HEADERS, "<pad>", bos="<|begin_of_text|>", eos="<|eot_id|>", pad="<pad>"),
+    "moe": byte_level_tokenizer("<|reg0|>", eos="<|endoftext|>", pad="<|reg0|>"),
+}
+
+
+def oracle_tokenizer(kind: str) -> llama_oracle.AnyTokenizer:
+    if kind in BYTES:
+        return llama_oracle.Bytes(BYTES[kind], BYTES[kind].pad_token_id)
+    return SlowLlama(kind)
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory):
-    """transformers' own, from folders as the Llama and Phi-3 repositories have them, by kind."""
+    """transformers' own, from folders as the Llama and Phi-3 repositories have them, by kind; or byte-level ones."""
     return functools.cache(
-        lambda kind: load_tokenizer(llama_oracle.write_tokenizer(tmp_path_factory.mktemp(kind), kind))
+        lambda kind: (
+            BYTES[kind]
+            if kind in BYTES
+            else load_tokenizer(llama_oracle.write_tokenizer(tmp_path_factory.mktemp(kind), kind))
+        )
     )
 
 
@@ -57,7 +75,7 @@ def bare(tokens: Tokens) -> list[int]:
 def check_sample(encoder, template: str, kind: str, turns: list[str]) -> list[int]:
     """Compare a sample's ids, image slots and supervised tokens with the oracle's; return the oracle's supervised tokens."""
     tokens = encoder(template, kind)(conversation_of(turns))
-    expected = llama_oracle.training(SlowLlama(kind), template, turns)
+    expected = llama_oracle.training(oracle_tokenizer(kind), template, turns)
     assert bare(tokens) == expected.ids
     expanded = expected.expanded(PATCHES, FILLER)
     assert tokens.ids.tolist() == expanded.ids
@@ -135,6 +153,24 @@ def test_tokens_carry_the_weight_of_their_answer(encoder, template, kind):
         assert np.count_nonzero(carried) == np.count_nonzero(carried[supervised])
 
 
+@pytest.mark.parametrize(
+    ("template", "kind"), [*FURTHER, ("chatml", "moe"), ("chatml", "modern"), ("vicuna_v1", "moe")]
+)
+def test_answers_and_their_ends_are_supervised(encoder, tokenizer, template, kind):
+    """By counting, or by spans where no way of counting is published for the template and such a tokenizer."""
+    encode, end = encoder(template, kind), {"llama3": "<|eot_id|>", "mistral": " </s>", "chatml": "<|im_end|>"}
+    for turns in (DIALOGUE, [text.replace(f"{IMAGE}\n", "") for text in DIALOGUE]):
+        tokens = encode(conversation_of(turns, weights=(1.0, 2.0)))
+        for weight, answer in ((1.0, "A cat."), (2.0, "Black")):
+            said = tokenizer(kind).decode(tokens.ids[tokens.weights == weight])
+            assert said.strip() == f"{answer}{end.get(template, tokenizer(kind).eos_token)}"
+        if template == "llama3":  # its text begins with BOS, and the tokenizer adds one
+            assert bare(tokens)[:3].count(tokenizer(kind).bos_token_id) == 2
+        else:
+            assert bare(tokens).count(tokenizer(kind).bos_token_id) == (kind == "modern" or kind == "legacy")
+        assert not encode(conversation_of(turns[:3])).weights.any()
+
+
 # Samples whose counts do not add up.
 
 MASKED = {
@@ -191,7 +227,7 @@ def markers_vanish(turns: list[str]) -> bool:
 slow = [HealthCheck.too_slow, HealthCheck.filter_too_much]
 
 
-@pytest.mark.parametrize(("template", "kind"), PAIRS)
+@pytest.mark.parametrize(("template", "kind"), [*PAIRS, *FURTHER])
 @settings(suppress_health_check=slow)
 @given(turns=dialogues().filter(markers_vanish))
 @example(turns=["Q", "A<unk>"])
@@ -209,7 +245,7 @@ def test_any_sample_and_prompt_is_the_originals(encoder, template, kind, turns):
     asked = [llama_oracle.normal(text) for text in turns[:-1]]  # evaluation puts the image in front itself
     if all(asked):
         tokens = encoder(template, kind)(conversation_of(asked))
-        assert bare(tokens) == llama_oracle.question(SlowLlama(kind), template, asked)
+        assert bare(tokens) == llama_oracle.question(oracle_tokenizer(kind), template, asked)
         assert not tokens.weights.any()
 
 

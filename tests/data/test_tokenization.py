@@ -26,6 +26,7 @@ IMAGE_IDS = {"legacy": 32000, "modern": 32000, "phi3": 32011, "bpe": 3}
 PAIRS = [
     *[("llava-hf", "legacy"), ("llava-hf", "bpe"), ("vicuna_v1", "modern"), ("llava_v1", "legacy")],
     *[("llava_v0", "modern"), ("v0", "legacy"), ("plain", "modern"), ("plain", "legacy"), ("phi3_instruct", "phi3")],
+    *[("llama3", "bpe"), ("chatml", "bpe"), ("mistral", "modern"), ("moe_llava", "bpe")],
 ]
 """Templates with the tokenizers of their models."""
 
@@ -61,7 +62,8 @@ USERS, HUMANS = (
     f"The assistant gives helpful, detailed, and polite answers to the {speaker}'s questions."
     for speaker in ("user", "human")
 )
-ENDS = {"llava_v0": "###", "v0": "###", "plain": "\n", "phi3_instruct": "<|end|>"}
+ENDS = {"llava_v0": "###", "v0": "###", "plain": "\n", "phi3_instruct": "<|end|>", "mistral": " </s>"}
+ENDS |= {"llama3": "<|eot_id|>", "chatml": "<|im_end|>\n"}
 DIALOGUE = [f"{IMAGE}\nWhat is this?", "A cat.", "Color?", "Black"]
 
 
@@ -75,8 +77,17 @@ def render(template: str, turns: list[str]) -> str:
     elif template in ("llava_v0", "v0"):
         text = f"{HUMANS}###" + "Human: Is tea hot?###Assistant: It is.###" * (template == "v0")
         user, assistant, prefix = "Human: {}###", "Assistant:", " "
+    elif template == "llama3":
+        text, header = "<|begin_of_text|>", "<|start_header_id|>{}<|end_header_id|>\n\n"
+        text += f"{header.format('system')}{USERS}<|eot_id|>"
+        user, assistant, prefix = header.format("user") + "{}<|eot_id|>", header.format("assistant"), ""
+    elif template == "chatml":
+        text = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        user, assistant, prefix = "<|im_start|>user\n{}<|im_end|>\n", "<|im_start|>assistant\n", ""
+    elif template == "mistral":
+        text, user, assistant, prefix = "", "[INST] {} [/INST]", "", " "
     else:
-        text = {"llava-hf": "", "vicuna_v1": f"{USERS} ", "llava_v1": f"{HUMANS} "}[template]
+        text = {"llava-hf": "", "llava_v1": f"{HUMANS} "}.get(template, f"{USERS} ")
         user, assistant, prefix = "USER: {} ", "ASSISTANT:", " "
     for n, words in enumerate(turns):
         text += user.replace("{}", words) + assistant if n % 2 == 0 else f"{prefix}{words}{ENDS.get(template, '</s>')}"
@@ -96,6 +107,19 @@ RENDERED = {
         "<|assistant|>\nA cat.<|end|>\n<|user|>\nColor?<|end|>\n<|assistant|>\nBlack<|end|>"
     ),
     "plain": "<image>A cat.\nBlack\n",
+    "llama3": (
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n"
+        f"{USERS}<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n<image>\nWhat is this?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\nA cat.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n"
+        "Color?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nBlack<|eot_id|>"
+    ),
+    "chatml": (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<image>\nWhat is this?<|im_end|>\n"
+        "<|im_start|>assistant\nA cat.<|im_end|>\n<|im_start|>user\nColor?<|im_end|>\n<|im_start|>assistant\n"
+        "Black<|im_end|>\n"
+    ),
+    "mistral": "[INST] <image>\nWhat is this? [/INST] A cat. </s>[INST] Color? [/INST] Black </s>",
+    "moe_llava": f"{USERS} {TWO}",
 }
 
 
@@ -222,8 +246,8 @@ def test_the_weight_of_a_question_has_no_effect(words):
 def test_unknown_placeholders_and_templates_are_errors(words):
     with pytest.raises(UserError, match="tokenization='llava'"):
         Encoder(words, "llava-hf", PATCHES, 77)(conversation_of([f"{IMAGE}\nWhat?", "A cup."]))
-    with pytest.raises(UserError, match=r"'chatml'.*llava-hf"):
-        Encoder(words, "chatml", PATCHES, IMAGE_ID)
+    with pytest.raises(UserError, match=r"'nobodys'.*llava-hf"):
+        Encoder(words, "nobodys", PATCHES, IMAGE_ID)
     for tokenization in ("hf", "llava"):
         with pytest.raises(UserError, match=r"v0.*template_example\.json") as error:
             Encoder(words, "v0", PATCHES, IMAGE_ID, tokenization)

@@ -47,9 +47,8 @@ class Words(tiny.Words):
         ids = [special.get(text[a:b]) or oracle.IMAGE + 1 + ord(text[a]) % 60 for a, b in spans]
         return {"input_ids": [1, *ids], "offset_mapping": found["offset_mapping"]}
 
-    def convert_tokens_to_ids(self, token: str) -> int:
-        assert token == "<|end|>"
-        return OTHER_END
+    def get_added_vocab(self) -> dict[str, int]:
+        return {"</s>": END, "<|end|>": OTHER_END}
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         return " ".join(map(str, ids))

@@ -246,7 +246,7 @@ def test_noise_by_its_schedule(step):
     kept = 1.0
     for n in range(step + 1 if step else 0):
         kept *= 1 - (1e-5 + (0.5e-2 - 1e-5) / (1 + np.exp(6 - 12 * n / 999)))
-    noisy = decode.add_noise(jnp.asarray(pixels), step, 5)
+    noisy = decode.add_noise(jnp.asarray(pixels), step, 5, oracle.SIZES.vision)
     assert noisy.dtype == jnp.float32
     np.testing.assert_allclose(noisy, kept**0.5 * shown + (1 - kept) ** 0.5 * noise, rtol=0, atol=2e-4)
 
@@ -262,7 +262,7 @@ def brute_force(seed, decoding, image, conversation):
         second_ids = oracle.PROCESSOR.encoder(oracle.behind_instruction(conversation)).ids.tolist()
     elif image.encoded:
         pixels = oracle.PROCESSOR.preprocess(image.read(), image.name)
-        noisy = decode.add_noise(jnp.asarray(pixels[None]), decoding.noise_step, decoding.seed)
+        noisy = decode.add_noise(jnp.asarray(pixels[None]), decoding.noise_step, decoding.seed, oracle.SIZES.vision)
         second_shown = torch.tensor(np.moveaxis(np.array(noisy[0]), -1, 1))
 
     def step(answer):

@@ -487,6 +487,12 @@ def open_with_peft(base: Path, folder: Path) -> PeftModel:
     return PeftModel.from_pretrained(transformers.LlavaForConditionalGeneration.from_pretrained(base), folder).eval()
 
 
+def assert_same_tensors(first: Path, second: Path) -> None:
+    before, after = load(first), load(second)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
 def assert_refused(call: Any, *names: object, any_of: tuple[str, ...] = ()) -> str:
     """Check that a call raises `CheckpointError` in one line that has all of `names`, and one of `any_of`."""
     with pytest.raises(CheckpointError) as caught:

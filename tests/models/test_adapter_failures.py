@@ -14,6 +14,7 @@ from peft import IA3Config, get_peft_model
 import reverie_jax
 from reverie_jax.convert import convert
 from reverie_jax.errors import CheckpointError
+from reverie_jax.models import lora
 from reverie_jax.models.checkpoints import attach_adapter, read_model
 from tests.models import makers
 from tests.models.makers import (
@@ -23,6 +24,7 @@ from tests.models.makers import (
     NON_LORA,
     Parts,
     assert_refused,
+    assert_same_tensors,
     open_with_peft,
     with_adapter,
 )
@@ -79,7 +81,7 @@ def test_another_projector_matters_unless_the_adapter_has_its_own(written, llama
     with_adapter(llama.hf, written[False], dtype="bfloat16")  # the same base model in another dtype
 
 
-@pytest.mark.parametrize(("kind", "hidden", "name"), [("llama", 48, "lora_A"), ("phi3", 36, "_proj")])
+@pytest.mark.parametrize(("kind", "hidden", "name"), [("llama", 48, "lora_"), ("phi3", 36, "_proj")])
 def test_other_shapes_or_architecture(kind, hidden, name, llama, tmp_path):
     base = makers.hf_folder(tmp_path / "hf", makers.hf(makers.parts(kind, hidden=hidden)))
     assert_refused(lambda: with_adapter(base, llama.plain), llama.plain, name)
@@ -96,7 +98,7 @@ def test_lora_of_a_plain_language_model_on_a_complete_llava(llama, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "name"), [({"model_type": "llava_mistral"}, "mistral"), ({"mm_vision_tower": "a/siglip"}, "siglip")]
+    ("settings", "name"), [({"model_type": "llava_mpt"}, "mpt"), ({"mm_vision_tower": "a/siglip"}, "siglip")]
 )
 def test_lora_of_another_family(settings, name, llama, tmp_path):
     folder = shutil.copytree(llama.lora, tmp_path / "lora")
@@ -132,12 +134,23 @@ def test_lora_whose_projector_was_left_behind(llama, tmp_path, caplog):
 SETTINGS = [
     *(("r", value) for value in (4, None, "three", 0, 3.0, True)),
     *(("lora_alpha", value) for value in (None, "five", [5])),
-    ("use_dora", True),
+    ("use_dora", True),  # without magnitudes
     ("use_qalora", True),
     ("use_bdlora", {"nblocks": 2}),
     ("layer_replication", [[0, 2], [1, 2]]),
     ("target_parameters", ["model.language_model.layers.0.mlp.up_proj.weight"]),
     ("arrow_config", {"top_k": 3}),
+    ("kasa_config", {"beta": 0.1}),
+    ("velora_config", {"num_groups": 2}),
+    ("monteclora_config", {"num_samples": 2}),
+    ("trainable_token_indices", [5]),
+    *(("init_lora_weights", value) for value in ("loftq", "corda", "lora_ga", "pissa_niter_4")),
+    # Not the modules that are stored, or no names of any.
+    ("target_modules", r".*language_model\.layers\.0\..*_proj"),
+    *(("target_modules", value) for value in (["q_proj"], [*"qkvo", "lm_head"], 7, [7], "(q_proj")),
+    *(("exclude_modules", value) for value in (["q_proj"], r".*layers\.1\..*", {"q_proj": 1})),
+    *(("layers_to_transform", value) for value in ([0], 0, "0", [True])),
+    ("layers_pattern", ["(layers"]),
     ("bias", "lora_only"),
     ("peft_type", "ADALORA"),
     ("modules_to_save", ["multi_modal_projector", "lm_head"]),
@@ -146,13 +159,14 @@ SETTINGS = [
     ("rank_pattern", {"(q_proj": 3}),
     ("rank_pattern", {"v_proj": "3"}),
     ("alpha_pattern", [7]),
-    ("alpha_pattern", {r"layers\.0\..*": 7}),
 ]
 A, B = (f"base_model.model.model.language_model.layers.1.self_attn.q_proj.lora_{side}.weight" for side in "AB")
 BIAS = "base_model.model.model.multi_modal_projector.linear_2.bias"
 TENSORS = {
     "B missing": (lambda t: t.pop(B), ("lora_B", "query", "q_proj")),
     "A missing": (lambda t: t.pop(A), ("lora_A", "query", "q_proj")),
+    "layer missing": (lambda t: [t.pop(A), t.pop(B)], ("layers.1.self_attn.q_proj",)),
+    "module missing": (lambda t: [t.pop(name) for name in list(t) if "up_proj" in name], ("layers.0.mlp.up_proj",)),
     "unknown": (lambda t: t.update({A.replace("q_proj", "z_proj"): torch.zeros(3, 36)}), ("z_proj",)),
     "unknown layer": (lambda t: t.update({x.replace(".1.", ".2."): t[x].clone() for x in (A, B)}), ("layers.2",)),
     "transposed": (lambda t: t.update({A: t[A].T.contiguous()}), ("q_proj.lora_A",)),
@@ -195,42 +209,78 @@ def test_missing_files(broken, llama):
     assert_refused(lambda: with_adapter(llama.hf, broken), broken)
 
 
-# Options of PEFT, and whether they must be supported; None if they must be read, but need not be written again. The others
-# may be refused, but never ignored.
+# Options of PEFT, and how they are supported: "exact" is written again bit for bit, "equal" with rounded tensors. Those that
+# are not may be refused, but never ignored.
+LAYER = {"target_modules": ["up_proj", "down_proj"]}  # the tower has modules of other names
 OPTIONS = {
-    "rslora": ({"use_rslora": True}, True),
-    "some modules": ({"target_modules": r".*language_model.*\.(q_proj|down_proj)"}, True),
-    "one layer": ({"target_modules": r".*language_model\.layers\.0\..*_proj"}, False),
-    "rank_pattern": ({"rank_pattern": {r".*q_proj": 2}}, None),
-    "alpha_pattern": ({"alpha_pattern": {r"q_proj": 9, r"[kvo]_proj": 7}}, None),
-    "patterns whose order counts": ({"alpha_pattern": {r"q_proj": 9, r".*_proj": 7}}, False),  # PEFT does not keep it
-    "both patterns": ({"rank_pattern": {"down_proj": 4, "x": 9}, "alpha_pattern": {"mlp.down_proj": 2}}, None),
+    "rslora": ({"use_rslora": True}, "exact"),
+    "some modules": ({"target_modules": r".*language_model.*\.(q_proj|down_proj)"}, "exact"),
+    "one layer": ({"target_modules": r".*language_model\.layers\.0\..*_proj"}, "exact"),
+    "layers that differ": (
+        {"target_modules": r".*language_model\.layers\.(0\..*(q_proj|up_proj)|1\..*(v_proj|up_proj))"},
+        "exact",
+    ),
+    "rank_pattern": ({"rank_pattern": {r".*q_proj": 2}}, "exact"),
+    "alpha_pattern": ({"alpha_pattern": {r"q_proj": 9, r"[kvo]_proj": 7}}, "exact"),
+    "patterns whose order counts": ({"alpha_pattern": {r"q_proj": 9, r".*_proj": 7}}, None),  # PEFT does not keep it
+    "both patterns": ({"rank_pattern": {"down_proj": 4, "x": 9}, "alpha_pattern": {"mlp.down_proj": 2}}, "exact"),
     "patterns with rslora": (
         {"use_rslora": True, "rank_pattern": {"up_proj": 2}, "alpha_pattern": {"o_proj": 1}},
-        None,
+        "exact",
     ),
-    "patterns that match nothing": ({"rank_pattern": {"fc1": 2}, "alpha_pattern": {"c_attn": 9}}, True),
-    "patterns that match all": ({"rank_pattern": {".*": 2}, "alpha_pattern": {"[a-z_]+": 9}}, True),
-    "a pattern of one layer": ({"alpha_pattern": {r"layers\.0\..*q_proj": 9}}, False),
-    "saved linear_1": ({"modules_to_save": ["linear_1"]}, True),
-    "saved linear_2 by its path": ({"modules_to_save": ["multi_modal_projector.linear_2"]}, True),
-    "saved linear_1 and linear_2": ({"modules_to_save": ["linear_2", "linear_1"]}, True),
-    "saved projector by its path": ({"modules_to_save": ["model.multi_modal_projector"]}, True),
-    "layers_to_transform": ({"target_modules": ["q_proj"], "layers_to_transform": [0]}, False),
-    "bias all": ({"bias": "all"}, False),
-    "lora_bias": ({"lora_bias": True, "target_modules": ".*vision_tower.*q_proj"}, False),
-    "dora": ({"use_dora": True}, False),
-    "lm_head": ({"target_modules": ["lm_head"]}, False),
-    "tower": ({"target_modules": ".*vision_tower.*q_proj"}, False),
-    "projector": ({"target_modules": ".*multi_modal_projector.*linear_1"}, False),
-    "embedding": ({"target_modules": ["embed_tokens"]}, False),
-    "convolution": ({"target_modules": ["patch_embedding"]}, False),
-    "saved lm_head": ({"modules_to_save": ["lm_head"]}, False),
-    "saved norm": ({"modules_to_save": ["input_layernorm"]}, False),
-    "tokens": ({"trainable_token_indices": {"embed_tokens": [4, 5]}}, False),
-    "alora": ({"alora_invocation_tokens": [20]}, False),
-    "pissa": ({"init_lora_weights": "pissa"}, False),
-    "olora": ({"init_lora_weights": "olora"}, False),
+    "patterns that match nothing": ({"rank_pattern": {"fc1": 2}, "alpha_pattern": {"c_attn": 9}}, "exact"),
+    "patterns that match all": ({"rank_pattern": {".*": 2}, "alpha_pattern": {"[a-z_]+": 9}}, "exact"),
+    "rank by layer": ({"rank_pattern": {r"layers\.0\..*q_proj": 5, r"layers\.1\..*up_proj": 1}}, "equal"),
+    "alpha by layer": ({"alpha_pattern": {r"layers\.0\..*q_proj": 9, r"layers\.1\..*up_proj": 0}}, "equal"),
+    "rank and alpha by layer": (  # as EVA distributes them
+        {"rank_pattern": {r"layers\.0\..*q_proj": 6}, "alpha_pattern": {r"layers\.0\..*q_proj": 10}},
+        "exact",
+    ),
+    "saved linear_1": ({"modules_to_save": ["linear_1"]}, "equal"),  # written with the whole projector
+    "saved linear_2 by its path": ({"modules_to_save": ["multi_modal_projector.linear_2"]}, "equal"),
+    "saved linear_1 and linear_2": ({"modules_to_save": ["linear_2", "linear_1"]}, "equal"),
+    "saved projector by its path": ({"modules_to_save": ["model.multi_modal_projector"]}, "exact"),
+    "layers_to_transform": (LAYER | {"layers_to_transform": 1}, "exact"),
+    "layers_to_transform, layers_pattern": (LAYER | {"layers_to_transform": [1], "layers_pattern": "layers"}, "exact"),
+    "layers_pattern of others": (
+        LAYER | {"layers_to_transform": [0, 9], "layers_pattern": ["blocks", "language_model.layers"]},
+        "exact",
+    ),
+    "no layers_to_transform": (LAYER | {"layers_to_transform": []}, "exact"),
+    "layers_to_transform in the tower too": ({"target_modules": ["q_proj"], "layers_to_transform": [0]}, None),
+    "exclude_modules": (
+        {"target_modules": ["q_proj", "up_proj"], "exclude_modules": r".*vision_tower.*|.*layers\.0.*up_proj"},
+        "exact",
+    ),
+    "dora": ({"use_dora": True}, "exact"),
+    "dora with options": (
+        {
+            "use_dora": True,
+            "use_rslora": True,
+            "rank_pattern": {"q_proj": 2},
+            "modules_to_save": ["multi_modal_projector"],
+        },
+        "exact",
+    ),
+    "dora in one layer": (LAYER | {"use_dora": True, "layers_to_transform": [1]}, "exact"),
+    "dora in the tower": ({"use_dora": True, "target_modules": ".*vision_tower.*(q_proj|fc1)"}, None),
+    "gaussian": ({"init_lora_weights": "gaussian"}, "exact"),
+    "orthogonal": ({"init_lora_weights": "orthogonal", "r": 4}, "exact"),
+    "mica": ({"init_lora_weights": "mica"}, "exact"),
+    "bias all": ({"bias": "all"}, None),
+    "lora_bias": ({"lora_bias": True, "target_modules": ".*vision_tower.*q_proj"}, None),
+    "lm_head": ({"target_modules": ["lm_head"]}, None),
+    "tower": ({"target_modules": ".*vision_tower.*q_proj"}, None),
+    "projector": ({"target_modules": ".*multi_modal_projector.*linear_1"}, None),
+    "dora on the projector": ({"use_dora": True, "target_modules": ".*multi_modal_projector.*linear_1"}, None),
+    "embedding": ({"target_modules": ["embed_tokens"]}, None),
+    "convolution": ({"target_modules": ["patch_embedding"]}, None),
+    "saved lm_head": ({"modules_to_save": ["lm_head"]}, None),
+    "saved norm": ({"modules_to_save": ["input_layernorm"]}, None),
+    "tokens": ({"trainable_token_indices": {"embed_tokens": [4, 5]}}, None),
+    "alora": ({"alora_invocation_tokens": [20]}, None),
+    "pissa": ({"init_lora_weights": "pissa"}, None),
+    "olora": ({"init_lora_weights": "olora"}, None),
 }
 
 
@@ -246,13 +296,30 @@ def test_option_works_as_in_peft_or_is_refused(option, llama, tmp_path):
     try:
         model = with_adapter(llama.hf, folder)
     except CheckpointError:
-        assert supported is False
+        assert supported is None
         assert_refused(lambda: with_adapter(llama.hf, folder), folder)
         return
     assert_close(logits(model, INPUTS), expected)
     if supported:
         convert(llama.hf, tmp_path / "out", to="peft", adapter=folder)
         assert_close(llava_logits(open_with_peft(llama.hf, tmp_path / "out"), INPUTS), expected)
+        if supported == "exact":
+            assert_same_tensors(folder / ADAPTER_FILE, tmp_path / "out" / ADAPTER_FILE)
+
+
+def test_dora_on_a_quantized_base(llama, tmp_path):
+    makers.peft_folder(tmp_path / "dora", llama.model, use_dora=True)
+    model = read_model(llama.hf)
+    lora.quantize(model, "int8")
+    assert_refused(lambda: attach_adapter(model, tmp_path / "dora"), tmp_path / "dora", "use_dora", "decoder.layers")
+    assert next(lora.adapters(model), None) is None
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"alpha_pattern": {"q_proj": 9}}], ids=str)
+def test_what_original_llavas_peft_ignores_is_not_written_for_it(options, llama, tmp_path):
+    makers.peft_folder(tmp_path / "adapter", llama.model, **options)
+    write = lambda: convert(llama.hf, tmp_path / "out", to="llava-lora", adapter=tmp_path / "adapter")  # noqa: E731
+    assert_refused(write, *options)
 
 
 def test_another_method_than_lora(llama, tmp_path):

@@ -22,10 +22,10 @@ from reverie_jax.data.packing import SequenceShape
 from reverie_jax.loading import load_processor, load_with_projector
 from reverie_jax.models import lora
 from reverie_jax.models.checkpoints import attach_adapter, read_model
-from reverie_jax.models.checkpoints.adapters import write_peft
+from reverie_jax.models.checkpoints.write_adapters import write_peft
 from reverie_jax.models.sharding import make_mesh
 from reverie_jax.train.loop import finetune
-from reverie_jax.train.recipes import Recipe
+from reverie_jax.train.recipe import Recipe
 from tests.models import makers
 from tests.models.makers import (
     ADAPTER_CONFIG,
@@ -36,11 +36,12 @@ from tests.models.makers import (
     WORDS,
     Parts,
     assert_refused,
+    assert_same_tensors,
     open_with_peft,
     parts,
     with_adapter,
 )
-from tests.models.oracle import assert_close, assert_same, assert_sharded, llava_logits, logits, random_model
+from tests.models.oracle import assert_close, assert_same, assert_sharded, flat, llava_logits, logits, random_model
 
 PROJECTOR = "multi_modal_projector"
 INPUTS = makers.inputs()
@@ -95,6 +96,7 @@ def test_names_before_transformers_4_52_and_files_of_old_peft(peft_0_4, llama, t
         name = name.replace("model.model.multi_modal", "model.multi_modal")
         tensors[name.replace("lora_A.", "lora_A.default.")] = tensor
     makers.save(folder / ADAPTER_FILE, tensors)
+    makers.edit_json(folder / ADAPTER_CONFIG, target_modules=makers.DECODER.replace("_model", r"_model\.model"))
     if peft_0_4:
         makers.as_old_peft(folder)
     assert_close(logits(with_adapter(llama.hf, folder), INPUTS), llama.full_logits)
@@ -103,6 +105,7 @@ def test_names_before_transformers_4_52_and_files_of_old_peft(peft_0_4, llama, t
 LORA = [
     ("llama", {}, ("bin shards", "full")),
     ("llama", {"use_rslora": True, "modules": ["q_proj", "down_proj"]}, ("safetensors", "vision saved")),
+    ("llama", {"use_dora": True, "layers_to_transform": [1]}, ("bin", "full")),
     ("llava-1.0", {"old": True}, ("bin", "full bin")),
     ("phi3", {}, ("safetensors shards", "vision saved")),
     ("phi3", {"old": True, "dtype": torch.float16, "modules": ["gate_up_proj"]}, ("saved", "full bin")),
@@ -142,6 +145,32 @@ def test_adapters_stay_float32_beside_a_half_precision_base(tmp_path):
     assert layer.lora_a.dtype == layer.lora_b.dtype == jnp.float32
 
 
+DORA = {"use_dora": True, "target_modules": r".*(language_model|vision_tower)\..*(q_proj|out_proj|down_proj|fc1)"}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_dora_gives_pefts_logits_apart_merged_and_disabled(seed, llama, tmp_path):
+    theirs = makers.peft_folder(tmp_path / "dora", llama.model, seed, **DORA)
+    inputs = makers.inputs(seed)
+    expected = llava_logits(theirs, inputs)
+    model = with_adapter(llama.hf, tmp_path / "dora")
+    assert_close(logits(model, inputs), expected)
+    for _, layer, *_ in lora.adapters(model):  # as plain LoRA it would be another model
+        assert np.abs(layer.lora_magnitude[...] / layer.lora_norm[...] - 1).max() > 0.1
+    lora.set_adapters_enabled(model, False)
+    np.testing.assert_array_equal(logits(model, inputs), logits(read_model(llama.hf), inputs))
+    lora.set_adapters_enabled(model, True)
+    mesh = make_mesh(data=2, fsdp=1, tensor=2)
+    sharded = with_adapter(llama.hf, tmp_path / "dora", mesh=mesh)
+    assert_sharded(mesh, sharded)
+    one = flat(model)
+    for path, x in flat(sharded).items():  # a norm is a sum over devices
+        assert_close(x, one[path], atol=1e-6)
+    lora.merge(model)
+    assert not has_adapters(model)
+    assert_close(logits(model, inputs), expected)
+
+
 def test_second_adapter_is_refused(llama):
     model = with_adapter(llama.hf, llama.plain)
     assert_refused(lambda: attach_adapter(model, llama.full), llama.full, "decoder.layers")
@@ -163,12 +192,6 @@ def test_load_model_takes_an_adapter_and_components(llama):
 
 
 # Writing for PEFT on transformers' LLaVA.
-
-
-def assert_same_tensors(first, second):
-    before, after = makers.load(first), makers.load(second)
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 @pytest.mark.parametrize("projector", [False, True])
@@ -193,12 +216,10 @@ def test_model_without_adapters_is_refused(to, llama, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("targets", "name"), [("value", "rank"), ("projector", "projector.linear1")])
-def test_adapters_that_one_folder_cannot_hold(targets, name, tmp_path):
+def test_adapter_outside_the_decoder_cannot_be_written(tmp_path):
     model = random_model()
-    lora.attach(model, rank=2, alpha=2.0, targets=r"decoder\.layers\.query")
-    lora.attach(model, rank=3, alpha=3.0, targets=rf"decoder\.layers\.{targets}|{targets}\.linear1")
-    assert_refused(lambda: write_peft(model, tmp_path, base_model="", projector=False), name)
+    lora.attach(model, rank=2, alpha=2.0, targets=r"projector\.linear1")
+    assert_refused(lambda: write_peft(model, tmp_path, base_model="", projector=False), "projector.linear1")
 
 
 # Writing for original LLaVA.
@@ -228,6 +249,16 @@ def test_llava_lora_of_a_peft_adapter(bench, tmp_path):
     tuned = json.loads((out / ADAPTER_CONFIG).read_text())
     assert (tuned["r"], tuned["lora_alpha"], tuned["peft_type"]) == (3, 5, "LORA")
     assert sorted(tuned["target_modules"]) == sorted(module.split(".")[1] for module in MODULES[bench.kind])
+
+
+def test_llava_lora_of_some_layers(llama, tmp_path):
+    makers.lora_folder(tmp_path / "lora", llama.part, layers_to_transform=[1])
+    components = [llama.llm, llama.clip]
+    convert(tmp_path / "lora", tmp_path / "out", to="llava-lora", components=components)
+    assert_same_tensors(tmp_path / "lora" / ADAPTER_FILE, tmp_path / "out" / ADAPTER_FILE)
+    theirs = [PeftModel.from_pretrained(copy.deepcopy(llama.part.llm), tmp_path / x).eval() for x in ("lora", "out")]
+    np.testing.assert_array_equal(*map(makers.text_logits, theirs))
+    assert theirs[0].targeted_module_names == theirs[1].targeted_module_names
 
 
 def test_llava_lora_in_every_other_form(bench, tmp_path):

@@ -358,11 +358,13 @@ def their_words(folder: Path) -> tuple[list[int], set[int]] | None:
                 messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}]
                 options = {"add_generation_prompt": True, "tokenize": False, "chat_template": template}
                 text = tokenizer.apply_chat_template(messages, **options)
-            text = text.removeprefix(tokenizer.bos_token or "")
+            begins = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
             ends = transformers.GenerationConfig.from_pretrained(folder).eos_token_id
         except Exception:  # of many types
             return None
-        return tokenizer(text)["input_ids"], set(ends if isinstance(ends, list) else [ends]) - {None}
+        return tokenizer(text, add_special_tokens=not begins)["input_ids"], set(
+            ends if isinstance(ends, list) else [ends]
+        ) - {None}
 
 
 @given(st.lists(st.sampled_from(FILES), max_size=2))

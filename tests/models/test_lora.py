@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from reverie_jax.models import lora
 from reverie_jax.models.checkpoints import base_checksums, read_model
 from reverie_jax.models.lora import adapters, attach, merge
 from tests.models.oracle import flat, image_inputs, llava, logits, random_model, saved
@@ -98,6 +99,20 @@ def test_scale_is_alpha_over_rank():
     np.testing.assert_allclose(layer(x), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(("dtype", "error"), [(jnp.float32, 1e-6), (jnp.bfloat16, 2**-6)])
+def test_dora_scales_columns_to_their_magnitudes(dtype, error):
+    layer, x = one_layer(rank=4, alpha=6.0)
+    layer.kernel.set_value(layer.kernel[...].astype(dtype))
+    magnitudes, x = np.random.default_rng(2).uniform(0.5, 2, layer.outputs), x.astype(dtype)
+    lora.set_magnitudes(layer, {0: magnitudes})
+    kernel, bias, a, b = (np.float64(part[...]) for part in (layer.kernel, layer.bias, layer.lora_a, layer.lora_b))
+    columns = kernel + 6.0 / 4.0 * a @ b
+    columns *= magnitudes / np.linalg.norm(columns, axis=0)
+    expected = np.float64(x) @ columns + bias
+    assert layer(x).dtype == dtype
+    np.testing.assert_allclose(np.float64(layer(x)), expected, rtol=0, atol=error * np.abs(expected).max())
+
+
 def test_merge(base_logits):
     model = adapted(scale=0.1)
     expected = logits(model, INPUTS)
@@ -126,6 +141,17 @@ def test_merge_of_a_quantized_layer_is_refused():
     model.projector.linear1.quantize("int8")
     with pytest.raises(ValueError, match=ONE):
         merge(model)
+
+
+def test_dora_and_quantization_exclude_each_other():
+    layer = adapted(targets=ONE).projector.linear1
+    layer.quantize("int8")
+    with pytest.raises(ValueError, match="quantized"):
+        lora.set_magnitudes(layer, {})
+    model = adapted(targets=ONE)
+    lora.set_magnitudes(model.projector.linear1, {})
+    with pytest.raises(ValueError, match=ONE):
+        lora.quantize(model, "int8", ONE)
 
 
 def test_dropout_needs_a_key():

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from reverie_jax.data.conversation import Conversation, ImageRecord, Turn
 from reverie_jax.train.identity import ResumeError, check_identity, read_identity, recipe_fields, records_digest
-from reverie_jax.train.recipes import RECIPES, Recipe
+from reverie_jax.train.recipe import Recipe
+from reverie_jax.train.recipes import RECIPES
 
 texts, kinds = st.text(max_size=4), st.sampled_from(["", "positive", "negative"])
 talks = st.lists(st.tuples(texts, texts, kinds, texts), max_size=3)

@@ -53,7 +53,7 @@ def real_step(recipe, mesh, planned, dtype):
     make_trainable(model, recipe)
     if recipe.quantization is not None:
         lora.quantize(model, recipe.quantization)
-    graph, params, frozen = nnx.split(model, trainable_filter(recipe.trainable), ...)
+    graph, params, frozen = nnx.split(model, trainable_filter(recipe), ...)
     params, frozen, optimizer = shard_state(params, mesh), shard_state(frozen, mesh), make_optimizer(recipe)
     with jax.set_mesh(mesh):
         moment_shardings = shardings(jax.eval_shape(optimizer.init, params), mesh)

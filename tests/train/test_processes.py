@@ -27,7 +27,7 @@ from reverie_jax.train.checkpoint import RunCheckpoints
 from reverie_jax.train.distributed import join
 from reverie_jax.train.identity import read_identity
 from reverie_jax.train.metrics import EventFile, MetricsLog, read_metrics
-from reverie_jax.train.recipes import Recipe
+from reverie_jax.train.recipe import Recipe
 from reverie_jax.train.step import TrainState, is_lora_or_projector, make_optimizer, make_trainable
 from tests.train import tiny
 

@@ -83,6 +83,9 @@ def test_model_with_adapters():
     for changes in ({"trainable": "full"}, {"rank": 8}, {"alpha": 4.0}):
         with pytest.raises(UserError, match="tiny" if "trainable" in changes else "adapter on decoder"):
             make_trainable(model, tiny.recipe(**changes))
+    lora.set_magnitudes(model.decoder.layers.query, {})
+    with pytest.raises(UserError, match=r"decoder\.layers\.query.*use_dora"):
+        make_trainable(model, tiny.recipe())
 
 
 def test_targets_that_no_layer_has_are_refused():

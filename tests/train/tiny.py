@@ -26,7 +26,8 @@ from reverie_jax.train.distributed import join
 from reverie_jax.train.loop import TrainResult, finetune
 from reverie_jax.train.metrics import MetricsLog, read_metrics
 from reverie_jax.train.objective import edge_loss
-from reverie_jax.train.recipes import Recipe, override
+from reverie_jax.train.recipe import Recipe
+from reverie_jax.train.recipes import override
 from reverie_jax.train.step import accumulate_gradients, make_step, trainable_filter
 
 CONFIG = VLMConfig(
@@ -174,7 +175,7 @@ def after_step(patch, number, action):
 
 def trained(model, trainable="lora"):
     """Return the (trained, frozen) arrays of a model."""
-    _, params, rest = nnx.split(model, trainable_filter(trainable), ...)
+    _, params, rest = nnx.split(model, trainable_filter(recipe(trainable=trainable)), ...)
     return [np.asarray(x) for x in jax.tree.leaves(params)], [np.asarray(x) for x in jax.tree.leaves(rest)]
 
 

@@ -1,4 +1,4 @@
-"""What an adapter_config.json of PEFT says: plain LoRA, with its ranks and scales; anything else is refused."""
+"""What an adapter_config.json of PEFT says: LoRA or DoRA, its ranks, scales and modules; anything else is refused."""
 
 from __future__ import annotations
 
@@ -13,31 +13,32 @@ from reverie_jax.models.checkpoints.components import ADAPTER_CONFIG
 from reverie_jax.models.checkpoints.files import read_json
 from reverie_jax.models.checkpoints.names import memory_name
 
-# Settings of an adapter_config.json that change what it computes, with the values under which it is plain LoRA.
+# Settings of an adapter_config.json that change what it computes, with the values under which it is LoRA or DoRA.
 _PLAIN_LORA: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": (None, "none"),
-    "use_dora": (None, False),
     "use_qalora": (None, False),
     "lora_bias": (None, False),
-    "fan_in_fan_out": (None, False),
     "layer_replication": (None,),
     "trainable_token_indices": (None,),
     "target_parameters": (None, []),
     # The other initializations also change the base model's weights.
-    "init_lora_weights": (None, True, False, "gaussian", "orthogonal", "eva"),
+    "init_lora_weights": (None, True, False, "gaussian", "orthogonal", "eva", "mica"),
 }
 
-# Settings that describe an adapter's origin or training; any value is accepted.
+# Settings that describe an adapter's origin or training, or kinds of layers that a LLaVA has none of; any value is accepted.
 _INFORMATIVE = {
-    *("auto_mapping", "corda_config", "eva_config", "exclude_modules", "inference_mode", "layers_pattern"),
-    *("layers_to_transform", "loftq_config", "lora_dropout", "megatron_config", "megatron_core", "peft_version"),
-    *("qalora_group_size", "revision", "target_modules", "task_type"),
-    *("ensure_weight_tying", "_custom_modules", "runtime_config"),
+    *("auto_mapping", "corda_config", "eva_config", "fan_in_fan_out", "inference_mode", "loftq_config", "lora_dropout"),
+    *("lora_ga_config", "megatron_config", "megatron_core", "peft_version", "qalora_group_size", "revision"),
+    *("task_type", "ensure_weight_tying", "_custom_modules", "runtime_config"),
 }
 _READ = {
     *("base_model_name_or_path", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save"),
+    *("use_dora", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
 }
+
+Names = str | tuple[str, ...]
+"""Modules of a model: a regular expression of their whole dotted names, or ends of these names."""
 
 _SAVED = re.compile(r"(model\.)?multi_modal_projector(\.linear_[12])?|linear_[12]")
 """Names in `modules_to_save` that are the projector or a layer of it, and nothing else of a LLaVA."""
@@ -54,6 +55,11 @@ class AdapterSettings:
         rank: Of modules that no pattern matches, as `alpha`.
         rank_stabilized: Whether the scale is alpha / sqrt(rank).
         rank_pattern: Ranks by regular expressions of module names, as `alpha_pattern`.
+        dora: Whether each module has magnitudes.
+        targets: The adapted modules; None for all, or where it is not recorded.
+        excluded: Of these, the ones that are not.
+        layers: If any, the only layers in which modules that `targets` names are adapted.
+        layer_lists: Regular expressions of the names of lists of layers; any list by default.
     """
 
     path: Path
@@ -64,6 +70,21 @@ class AdapterSettings:
     rank_stabilized: bool
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
+    dora: bool
+    targets: Names | None
+    excluded: Names
+    layers: tuple[int, ...]
+    layer_lists: tuple[str, ...]
+
+    def adapts(self, module: str) -> bool:
+        """Return whether a module gets an adapter, by its dotted name in the model and PEFT's rule."""
+        if _named(self.excluded, module) or (self.targets is not None and not _named(self.targets, module)):
+            return False
+        if not self.layers or (self.targets is not None and module in self.targets):
+            return True
+        lists = [rf"(?:^|.*?\.){name}" for name in self.layer_lists] or [r".*?\.[^.]*"]
+        found = next(filter(None, (re.match(rf"{name}\.(\d+)\.", module) for name in lists)), None)
+        return found is not None and int(found[1]) in self.layers
 
     def rank_of(self, module: str) -> int:
         """Return the rank of a module, by its dotted name in the model."""
@@ -107,7 +128,7 @@ def read_settings(folder: Path) -> AdapterSettings:
     """Return the settings in a folder's adapter_config.json.
 
     Raises:
-        CheckpointError: It is invalid, or asks for more than plain LoRA.
+        CheckpointError: It is invalid, or asks for more than LoRA or DoRA.
     """
     path = folder / ADAPTER_CONFIG
     settings: dict[str, Any] = read_json(path)
@@ -126,6 +147,15 @@ def read_settings(folder: Path) -> AdapterSettings:
         )
     if not isinstance(saved, list) or not all(isinstance(name, str) and _SAVED.fullmatch(name) for name in saved):
         raise CheckpointError(f"{path}: modules_to_save {saved!r} is not supported; only the projector can be saved")
+    targets = _read_names(path, settings, "target_modules")
+    if str(targets).lower() in ("()", "all-linear"):
+        targets = None
+    lists, layers = (
+        _read_names(path, settings, "layers_pattern"),
+        _read_names(path, settings, "layers_to_transform", int),
+    )
+    if layers and isinstance(targets, str):
+        raise CheckpointError(f"{path}: layers_to_transform needs target_modules as a list, as in PEFT")
     return AdapterSettings(
         path,
         base_model=str(settings.get("base_model_name_or_path") or ""),
@@ -135,7 +165,36 @@ def read_settings(folder: Path) -> AdapterSettings:
         rank_stabilized=bool(settings.get("use_rslora")),
         rank_pattern=_read_pattern(path, settings, "rank_pattern", _is_rank),
         alpha_pattern=_read_pattern(path, settings, "alpha_pattern", _is_number),
+        dora=bool(settings.get("use_dora")),
+        targets=targets,
+        excluded=_read_names(path, settings, "exclude_modules"),
+        layers=layers,
+        layer_lists=(lists,) if isinstance(lists, str) else lists,
     )
+
+
+def _named(names: Names, module: str) -> bool:
+    if isinstance(names, str):
+        return re.fullmatch(names, module) is not None
+    return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+def _read_names(path: Path, settings: dict[str, Any], key: str, kind: type = str) -> Any:
+    """Return a setting that names modules, or numbers layers: a regular expression as it is, a list or number as a tuple."""
+    value = settings.get(key)
+    values = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(type(item) is kind for item in values):
+        raise CheckpointError(f"{path}: {key} {value!r} is not supported")
+    _check_expressions(path, key, map(str, values))
+    return value if isinstance(value, str) else tuple(values)
+
+
+def _check_expressions(path: Path, key: str, expressions: Iterable[str]) -> None:
+    for expression in expressions:
+        try:
+            re.compile(expression)
+        except re.error as error:
+            raise CheckpointError(f"{path}: {key}: {expression!r} is not a regular expression ({error})") from None
 
 
 def _is_rank(value: Any) -> bool:
@@ -150,9 +209,5 @@ def _read_pattern(path: Path, settings: dict[str, Any], key: str, is_valid: Call
     pattern = settings.get(key) or {}
     if not isinstance(pattern, dict) or not all(map(is_valid, pattern.values())):
         raise CheckpointError(f"{path}: {key} must be an object of numbers, not {pattern!r}")
-    for expression in pattern:
-        try:
-            re.compile(expression)
-        except re.error as error:
-            raise CheckpointError(f"{path}: {key}: {expression!r} is not a regular expression ({error})") from None
+    _check_expressions(path, key, pattern)
     return pattern

@@ -1,19 +1,17 @@
-"""LoRA adapters of PEFT and of original LLaVA: read onto a model, and written from it."""
+"""LoRA and DoRA adapters of PEFT and of original LLaVA, read onto a model."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from reverie_jax.errors import CheckpointError
-from reverie_jax.files import write_json
 from reverie_jax.models import lora
 from reverie_jax.models.checkpoints.adapter_settings import AdapterSettings, read_settings
 from reverie_jax.models.checkpoints.checksums import Checksums, base_checksums
@@ -24,7 +22,6 @@ from reverie_jax.models.checkpoints.components import (
     ComponentLike,
     detect_component,
 )
-from reverie_jax.models.checkpoints.configs import original_json
 from reverie_jax.models.checkpoints.families import repository_name
 from reverie_jax.models.checkpoints.files import Tensors, read_json, weights_of
 from reverie_jax.models.checkpoints.names import (
@@ -32,11 +29,8 @@ from reverie_jax.models.checkpoints.names import (
     ParameterSpec,
     canonical_name,
     canonical_projector_name,
-    memory_name,
     original_name,
-    family_name,
     parameter_specs,
-    to_file_layout,
     to_model_layout,
 )
 from reverie_jax.models.layers import Linear
@@ -48,10 +42,19 @@ ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 METADATA_FILE = "reverie.json"
 """Beside the files that this project writes: their sources, and the checksums of the (base) model."""
 
-_FACTOR = re.compile(r"^(base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(\.default)?\.weight$")
+_FACTOR = re.compile(
+    r"^(base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>A|B|magnitude_vector)(\.default)?(\.weight)?$"
+)
+MAGNITUDE = "magnitude_vector"
+"""DoRA's, beside A and B in the names of an adapter's tensors."""
+_IN_LAYERS = re.compile(r"\b(layers|h)\.\d+\..+")
+"""A module's name from its layer's list on: what precedes that depends on the format and on transformers' version."""
 _PLAIN = re.compile(r"^(base_model\.model\.)?model\.layers\.")
 """Names of a plain language model, and of original LLaVA's class; transformers' LLaVA has other ones."""
 _SAVED_PROJECTOR = re.compile(r"^base_model\.model\.(?P<name>.*multi_modal_projector\..+)$")
+
+Stack = list[dict[str, str]]
+"""Stored names of an adapter's tensors, by side (A, B, magnitude_vector), for each layer of a stack."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,11 +97,12 @@ def attach_adapter(
     if tensors is None:
         raise CheckpointError(f"{path}: no weights; expected {' or '.join(ADAPTER_WEIGHTS)}")
     factors, projector_names = _group_tensors(path, tensors, model)
+    _check_modules(path, factors, model, settings)
     if adapter.format == "llava-lora":
         projector_names = {}  # its projector is in a file of its own
     elif any(map(_PLAIN.match, tensors.stored)):
         _check_lacks_no_projector(path, trained_on)
-    whole = _projector_variables(model).keys()
+    whole = projector_variables(model).keys()
     saved = settings.saved_tensors(whole) if settings.saved or not projector_names else whole
     if adapter.format == "peft" and (different := saved ^ projector_names.keys()):
         raise CheckpointError(
@@ -107,24 +111,41 @@ def attach_adapter(
     has_projector = adapter.format == "llava-lora" or saved == whole
     _check_recorded_base(model, path, has_projector=has_projector)
     layers = dict(lora.linears(model))
+    if settings.dora and (quantized := [name for name in factors if layers[name].scales is not None]):
+        raise CheckpointError(
+            f"{path}: use_dora needs a base model without quantization, but {quantized[0]} is quantized"
+        )
     _check_shapes(path, tensors, factors, layers, settings)
-    scales = {name: _scale(settings, sides["A"]) for name, sides in factors.items()}
     arrays: dict[str, AnyArray] = {}
-    wanted = {name for sides in factors.values() for names in sides.values() for name in names}
+    wanted = {name for stack in factors.values() for sides in stack for name in sides.values()}
     tensors.read_all(arrays.__setitem__, wanted | set(projector_names.values()))
-    ready: dict[str, tuple[AnyArray, AnyArray]] = {}
-    for name, sides in factors.items():
-        a, b = (np.stack([arrays[stored].astype(np.float32).T for stored in sides[side]]) for side in "AB")
-        stack = layers[name].kernel.shape[:-2]
-        ready[name] = a.reshape(*stack, *a.shape[1:]), b.reshape(*stack, *b.shape[1:])
     projector = {name: arrays[stored] for name, stored in projector_names.items()}
     if adapter.format == "llava-lora":
         projector = _read_projector(path / NON_LORA)
         _check_projector(path, projector.keys(), whole)
     _set_projector(model, path, projector)
-    for name, (a, b) in ready.items():
-        lora.set_factors(layers[name], a, b, scale=scales[name], dropout=0.0)
+    for name, stack in factors.items():
+        _set_adapter(layers[name], stack, arrays, settings)
     return AttachedAdapter(trained_on, bool(projector))
+
+
+def _set_adapter(layer: Linear, stack: Stack, arrays: dict[str, AnyArray], settings: AdapterSettings) -> None:
+    """Set a layer's adapter. Where the layers of a stack differ, factors are padded with zeros, which training keeps."""
+    modules = {number: _module(sides["A"]) for number, sides in enumerate(stack) if sides}
+    rank = max(map(settings.rank_of, modules.values()))
+    scale = max(map(settings.scale_of, modules.values()), key=abs)
+    a = np.zeros((len(stack), layer.inputs, rank), np.float32)
+    b = np.zeros((len(stack), rank, layer.outputs), np.float32)
+    for number, module in modules.items():
+        own = settings.rank_of(module)
+        a[number, :, :own] = arrays[stack[number]["A"]].T
+        b[number, :own] = arrays[stack[number]["B"]].T
+        if settings.scale_of(module) != scale:
+            b[number] *= settings.scale_of(module) / scale
+    shape = layer.kernel.shape[:-2]
+    lora.set_factors(layer, *(x.reshape(*shape, *x.shape[1:]) for x in (a, b)), scale=scale, dropout=0.0)
+    if settings.dora:
+        lora.set_magnitudes(layer, {number: arrays[stack[number][MAGNITUDE]] for number in modules})
 
 
 def _check_base_format(path: Path, trained_on: str, base: Sequence[ComponentLike]) -> None:
@@ -154,29 +175,27 @@ def _check_lacks_no_projector(path: Path, trained_on: str) -> None:
     _log.warning("%s: no %s: if the projector was tuned with the adapter, it is missing", path, NON_LORA)
 
 
-def _group_tensors(
-    path: Path, tensors: Tensors, model: VisionLanguageModel
-) -> tuple[dict[str, dict[str, list[str]]], dict[str, str]]:
-    """Return stored names by linear layer, side ("A", "B") and depth; and those of a projector by canonical name.
+def _group_tensors(path: Path, tensors: Tensors, model: VisionLanguageModel) -> tuple[dict[str, Stack], dict[str, str]]:
+    """Return stored names of adapters by linear layer; and those of a projector by canonical name.
 
     Raises:
-        CheckpointError: A tensor is unknown, duplicate or missing.
+        CheckpointError: A tensor is unknown or duplicate.
     """
     by_name = {name: (spec, place) for spec in parameter_specs(model.config) for place, name in enumerate(spec.names)}
-    factors: dict[str, dict[str, list[str]]] = {}
+    factors: dict[str, Stack] = {}
     projector: dict[str, str] = {}
     for stored_name, stored in tensors.stored.items():
         if stored.dtype is None:
             raise CheckpointError(f"{stored.file}: tensor {stored_name} is not floating-point")
         if match := _FACTOR.match(stored_name):
-            spec, layer = by_name.get(canonical_name(match["module"] + ".weight"), (None, 0))
+            spec, place = by_name.get(canonical_name(match["module"] + ".weight"), (None, 0))
             if spec is None or spec.layout != "linear":
                 raise CheckpointError(f"{path}: tensor {stored_name} does not adapt a linear layer of this model")
-            name, side, depth = spec.path.removesuffix(".kernel"), match["side"], len(spec.names)
-            by_layer = factors.setdefault(name, {"A": [""] * depth, "B": [""] * depth})[side]
-            if by_layer[layer]:
-                raise CheckpointError(f"{path}: duplicate lora_{side} of {name} (layer {layer})")
-            by_layer[layer] = stored_name
+            name, side = spec.path.removesuffix(".kernel"), match["side"]
+            sides = factors.setdefault(name, [{} for _ in spec.names])[place]
+            if side in sides:
+                raise CheckpointError(f"{path}: duplicate lora_{side} of {name} ({stored_name})")
+            sides[side] = stored_name
         elif (match := _SAVED_PROJECTOR.match(stored_name)) and canonical_name(match["name"]) in by_name:
             if (name := canonical_name(match["name"])) in projector:
                 raise CheckpointError(f"{path}: duplicate tensor {name}")
@@ -185,31 +204,58 @@ def _group_tensors(
             raise CheckpointError(f"{path}: tensor {stored_name} is not part of a LoRA adapter of this model")
     if not factors:
         raise CheckpointError(f"{path}: no LoRA factors")
-    for name, sides in factors.items():
-        for side, by_layer in sides.items():
-            if "" in by_layer:
-                raise CheckpointError(f"{path}: lora_{side} of {name} is missing in layer {by_layer.index('')}")
     return factors, projector
 
 
-def _check_shapes(
-    path: Path,
-    tensors: Tensors,
-    factors: dict[str, dict[str, list[str]]],
-    layers: dict[str, Linear],
-    settings: AdapterSettings,
+def _check_modules(
+    path: Path, factors: dict[str, Stack], model: VisionLanguageModel, settings: AdapterSettings
 ) -> None:
-    for side in "AB":
-        for layer_name, sides in factors.items():
-            layer = layers[layer_name]
-            for name in sides[side]:
-                rank = settings.rank_of(_module(name))
-                source = "r" if rank == settings.rank else "rank_pattern"
-                wanted = (rank, layer.inputs) if side == "A" else (layer.outputs, rank)
-                if (shape := tensors.stored[name].shape) != wanted:
-                    raise CheckpointError(
-                        f"{path}: tensor {name} is {shape}; this base model and {source} {rank} need {wanted}"
-                    )
+    """Check that the adapted modules of decoder and tower are those of the settings, and that none lacks a tensor.
+
+    A module's name is that of the model which was tuned: it begins as the stored ones.
+    """
+    wanted = {"A", "B", MAGNITUDE} if settings.dora else {"A", "B"}
+    modules: list[tuple[str, str, dict[str, str]]] = []
+    starts: dict[str, str] = {}
+    for spec in parameter_specs(model.config):
+        if spec.layout != "linear":
+            continue
+        stack = factors.get(spec.path.removesuffix(".kernel"), [{}] * len(spec.names))
+        for sides, tensor in zip(stack, spec.names, strict=True):
+            if sides and (different := sides.keys() ^ wanted):
+                side = min(different)
+                fault = f"has {'no' if side in wanted else 'a'} lora_{side}, but use_dora is {settings.dora}"
+                raise CheckpointError(f"{path}: {tensor.removesuffix('.weight')} ({spec.path}) {fault}")
+            if match := _IN_LAYERS.search(original_name(tensor, model.config).removesuffix(".weight")):
+                part = spec.path.split(".")[0]
+                modules.append((part, match[0], sides))
+                if sides and (stored := _module(sides["A"])).endswith(match[0]):
+                    starts[part] = stored.removesuffix(match[0])
+    for part, name, sides in modules:
+        if part not in starts:
+            continue
+        module = _module(sides["A"]) if sides else starts[part] + name
+        if bool(sides) != settings.adapts(module):
+            fault = "has tensors, but is not among" if sides else "has no lora_A and lora_B, but is among"
+            raise CheckpointError(
+                f"{path}: {module} {fault} the modules of {ADAPTER_CONFIG} (target_modules, exclude_modules,"
+                " layers_to_transform)"
+            )
+
+
+def _check_shapes(
+    path: Path, tensors: Tensors, factors: dict[str, Stack], layers: dict[str, Linear], settings: AdapterSettings
+) -> None:
+    for layer_name, stack in factors.items():
+        layer = layers[layer_name]
+        for side, name in (pair for sides in stack for pair in sorted(sides.items())):
+            rank = settings.rank_of(_module(name))
+            source = "r" if rank == settings.rank else "rank_pattern"
+            shapes = {"A": (rank, layer.inputs), "B": (layer.outputs, rank), MAGNITUDE: (layer.outputs,)}
+            if (shape := tensors.stored[name].shape) != shapes[side]:
+                raise CheckpointError(
+                    f"{path}: tensor {name} is {shape}; this base model and {source} {rank} need {shapes[side]}"
+                )
 
 
 def _module(stored_name: str) -> str:
@@ -217,22 +263,6 @@ def _module(stored_name: str) -> str:
     match = _FACTOR.match(stored_name)
     assert match is not None
     return match["module"]
-
-
-def _scale(settings: AdapterSettings, stored_names: Sequence[str]) -> float:
-    """Return the scale of a stack of layers.
-
-    Raises:
-        CheckpointError: Its layers differ in rank or scale.
-    """
-    modules = [_module(name) for name in stored_names]
-    found = {(settings.rank_of(module), settings.scale_of(module)) for module in modules}
-    if len(found) > 1:
-        raise CheckpointError(
-            f"{settings.path}: rank_pattern or alpha_pattern gives {modules[0].split('.')[-1]} another rank or scale in some"
-            " layers than in others, which is not supported"
-        )
-    return found.pop()[1]
 
 
 def _read_projector(path: Path) -> dict[str, AnyArray]:
@@ -249,7 +279,7 @@ def _read_projector(path: Path) -> dict[str, AnyArray]:
     return projector
 
 
-def _projector_variables(model: VisionLanguageModel) -> dict[str, tuple[ParameterSpec, Any]]:
+def projector_variables(model: VisionLanguageModel) -> dict[str, tuple[ParameterSpec, Any]]:
     """Return the projector's parameters by canonical name."""
     variables = {}
     for spec in parameter_specs(model.config):
@@ -268,7 +298,7 @@ def _check_projector(path: Path, stored: Collection[str], wanted: Collection[str
 
 def _set_projector(model: VisionLanguageModel, path: Path, arrays: dict[str, AnyArray]) -> None:
     """Set those tensors of the projector that an adapter stores."""
-    variables = _projector_variables(model)
+    variables = projector_variables(model)
     for name, array in arrays.items():
         spec, variable = variables[name]
         value = to_model_layout(spec.layout, array)
@@ -306,128 +336,3 @@ def check_base(actual: Checksums, recorded: Checksums, source: str, *, ignore: S
             f" {', '.join(recorded[part] for part in different)}; loaded"
             f" {', '.join(str(actual.get(part)) for part in different)})"
         )
-
-
-def _lora_tensors(model: VisionLanguageModel, rename: Callable[[str], str]) -> tuple[dict[str, AnyArray], list[str]]:
-    """Return adapters as PEFT stores them, A (r, in) and B (out, r), and the sorted names of the adapted modules.
-
-    Args:
-        model: The model.
-        rename: Converts canonical names to those of the format.
-
-    Raises:
-        CheckpointError: The model has no adapter, or one outside the decoder.
-    """
-    specs = {spec.path: spec for spec in parameter_specs(model.config)}
-    tensors: dict[str, AnyArray] = {}
-    modules = set()
-    for path, layer, *factors in lora.adapters(model):
-        if not path.startswith("decoder."):
-            raise CheckpointError(f"the adapter on {path} cannot be written; the formats support only the decoder's")
-        a, b = (np.asarray(factor[...]) for factor in factors)
-        a, b = a.reshape(-1, *a.shape[-2:]), b.reshape(-1, *b.shape[-2:])
-        for name, one_a, one_b in zip(specs[f"{path}.kernel"].names, a, b, strict=True):
-            module = rename(family_name(name, model.config.text)).removesuffix(".weight")
-            tensors[f"base_model.model.{module}.lora_A.weight"] = np.ascontiguousarray(one_a.T)
-            tensors[f"base_model.model.{module}.lora_B.weight"] = np.ascontiguousarray(one_b.T)
-            modules.add(module.split(".")[-1])
-    if not tensors:
-        raise CheckpointError("the model has no adapter to write")
-    return tensors, sorted(modules)
-
-
-def _adapter_config(
-    model: VisionLanguageModel, base_model: str, targets: str | list[str], saved: list[str] | None
-) -> dict[str, Any]:
-    adapters = list(lora.adapters(model))
-    ranks, scales = {a.shape[-1] for _, _, a, _ in adapters}, {layer.lora_scale for _, layer, *_ in adapters}
-    if len(ranks) > 1 or len(scales) > 1:
-        raise CheckpointError(f"the format supports one rank and one scale, not ranks {ranks} and scales {scales}")
-    rank = ranks.pop()
-    alpha = scales.pop() * rank
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model,
-        "r": rank,
-        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
-        "lora_dropout": max(layer.lora_dropout for _, layer, *_ in adapters),
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "layers_pattern": None,
-        "layers_to_transform": None,
-        "modules_to_save": saved,
-        "revision": None,
-        "target_modules": targets,
-    }
-
-
-def _projector_tensors(model: VisionLanguageModel) -> dict[str, AnyArray]:
-    patch = model.config.vision.patch_size
-    return {
-        name: to_file_layout(spec.layout, np.asarray(variable[...]), patch)
-        for name, (spec, variable) in _projector_variables(model).items()
-    }
-
-
-def write_peft(model: VisionLanguageModel, folder: Path, *, base_model: str, projector: bool) -> None:
-    """Write adapter_config.json and adapter_model.safetensors for `PeftModel` on `LlavaForConditionalGeneration`.
-
-    Args:
-        model: The model with its adapters.
-        folder: An existing folder.
-        base_model: The base model's name, for `base_model_name_or_path`.
-        projector: Write the projector too (`modules_to_save`): it was tuned with the adapters.
-
-    Raises:
-        CheckpointError: The model has no adapter, or one that this format does not support.
-    """
-    if model.config.projector != "mlp2x_gelu":
-        raise CheckpointError(
-            "transformers' LLaVA does not support linear projectors, so no PEFT adapter; write llava-lora"
-        )
-    tensors, modules = _lora_tensors(model, memory_name)
-    if projector:
-        for name, array in _projector_tensors(model).items():
-            tensors[f"base_model.model.{memory_name(name)}"] = array
-    # A pattern, not names of modules: the vision tower has projections of the same names.
-    inside = "|".join(module for module in modules if module != "lm_head")
-    targets = rf".*language_model.*\.layers\.\d+\.(self_attn|mlp)\.({inside})"
-    if "lm_head" in modules:
-        targets = rf"({targets})|(.*\.)?lm_head"
-    saved = ["multi_modal_projector"] if projector else None
-    save_file(tensors, folder / ADAPTER_WEIGHTS[0], metadata={"format": "pt"})
-    write_json(folder / ADAPTER_CONFIG, _adapter_config(model, base_model, targets, saved))
-
-
-def write_llava_lora(model: VisionLanguageModel, folder: Path, *, base_model: str, special_ids: dict[str, Any]) -> None:
-    """Write the files of an original LLaVA LoRA folder; its loader needs llava and lora in the folder's name.
-
-    Args:
-        model: The model with its adapters.
-        folder: An existing folder.
-        base_model: The base model's name, for `base_model_name_or_path`.
-        special_ids: `bos_token_id`, `eos_token_id`, `pad_token_id`.
-
-    Raises:
-        CheckpointError: The model has no adapter, or PyTorch, which writes the projector's file, is not installed.
-    """
-    try:
-        import torch
-    except ModuleNotFoundError:
-        raise CheckpointError(
-            f"writing {NON_LORA} needs PyTorch: pip install -e '.[convert]' in the checkout"
-        ) from None
-    kind = model.config.projector
-    tensors, modules = _lora_tensors(model, lambda name: original_name(name, model.config))
-    projector = {
-        f"base_model.model.{original_name(name, model.config)}": torch.from_numpy(np.array(array, np.float32))
-        for name, array in _projector_tensors(model).items()
-    }
-    save_file(tensors, folder / ADAPTER_WEIGHTS[0], metadata={"format": "pt"})
-    torch.save(projector, folder / NON_LORA)
-    write_json(folder / ADAPTER_CONFIG, _adapter_config(model, base_model, modules, None))
-    dtype = np.dtype(model.compute_dtype).name
-    write_json(folder / "config.json", original_json(model.config, dtype, special_ids))

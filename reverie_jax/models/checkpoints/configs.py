@@ -249,15 +249,24 @@ def llava_hf_json(config: VLMConfig, dtype: str, special_ids: Json) -> Json:
     }
 
 
-def original_json(config: VLMConfig, dtype: str, special_ids: Json) -> Json:
+def original_json(config: VLMConfig, dtype: str, special_ids: Json, *, tower_included: bool = True) -> Json:
     """Return the flat config.json of an original LLaVA, or of a MoE-LLaVA (see `names.is_moe_llava`).
 
-    The arguments are those of `llava_hf_json`.
+    Original LLaVA loads the tower that is named, and then, if told so, the weights that are included.
+
+    Args:
+        config: As for `llava_hf_json`.
+        dtype: As for `llava_hf_json`.
+        special_ids: As for `llava_hf_json`.
+        tower_included: Whether the weights include the vision tower.
     """
     family = {"phi3": "phi"}.get(kind := config.text.family, kind)
     moe, experts = is_moe_llava(config), config.text.experts is not None
     name = {"stablelm": "StableLM"}.get(family, family.capitalize())
-    tower = config.vision_tower or UNNAMED_TOWER
+    tower, own_tower = config.vision_tower or UNNAMED_TOWER, False
+    if tower_included:
+        own_tower = known_tower(tower) != config.vision
+        tower = next((name for name, sizes in TOWERS.items() if sizes == config.vision), tower)
     return {
         "architectures": [f"MoELLaVA{name}ForCausalLM" if experts else f"Llava{name}ForCausalLM"],
         "model_type": f"moe_llava_{family}" if experts else f"llava_{family}",
@@ -267,6 +276,7 @@ def original_json(config: VLMConfig, dtype: str, special_ids: Json) -> Json:
         "use_cache": True,
         "use_mm_proj": True,
         "mm_image_tower" if moe else "mm_vision_tower": tower,
+        **({"unfreeze_mm_vision_tower": True} if own_tower else {}),
         "mm_hidden_size": config.vision.hidden,
         "image_projector_type" if moe else "mm_projector_type": config.projector,
         "mm_vision_select_layer": config.feature_layers[0],

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from reverie_jax.models import VisionLanguageModel, lora
 from reverie_jax.models.attention.dense import QUERY_CHUNK
 from reverie_jax.models.config import VLMConfig
-from reverie_jax.train.recipes import Recipe
+from reverie_jax.train.recipe import Recipe
 
 FLOPS_FORMULA = (
     "decoder: (4 N + 6 N_lora) per token, 6 N if trained in full; head: the same per supervised token; attention: "
@@ -26,6 +26,7 @@ class Sizes:
 
     Attributes:
         layers: of the decoder's layers, without experts.
+        mlps: those of `layers` that are MLPs.
         experts: of all experts; a token passes two of `count` in its layer.
         adapters: LoRA factors.
         head: LM head.
@@ -35,6 +36,7 @@ class Sizes:
     """
 
     layers: int
+    mlps: int
     experts: int
     adapters: int
     head: int
@@ -59,6 +61,7 @@ class Sizes:
         experts = sum(size for path, size in kernels.items() if layers[path].experts)
         return cls(
             layers=total("decoder.layers.") + total("decoder.expert_layers.") - experts,
+            mlps=sum(total(f"decoder.layers.{name}") for name in ("gate", "up", "down")),
             experts=experts,
             adapters=sum(factors),
             head=total("decoder.head") or config.text.vocab * config.text.hidden,
@@ -101,8 +104,10 @@ def model_flops(
     text, vision = config.text, config.vision
     linear = 6 if recipe.trainable == "full" else 4
     attention = 12 * pairs * text.heads * text.head_dim * text.layers
-    active = sizes.layers + sizes.experts * 2 // (text.experts.count if text.experts else 2)
-    decoder = (linear * active + 6 * sizes.adapters) * tokens + attention
+    mlps = sizes.mlps + sizes.experts * 2 // (text.experts.count if text.experts else 2)  # a token passes two
+    linear_mlp = 6 if recipe.trainable in ("full", "mlp") else 4
+    weights = linear * (sizes.layers - sizes.mlps) + linear_mlp * mlps
+    decoder = (weights + 6 * sizes.adapters) * tokens + attention
     first, *rest = sizes.projector
     projector = images * config.image_tokens * (4 * first + 6 * sum(rest))
     tower_tokens = vision.tokens

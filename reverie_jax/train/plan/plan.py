@@ -28,7 +28,7 @@ from reverie_jax.models.config import ARCHITECTURES
 from reverie_jax.models.sharding import MESH_AXES, batch_sharding, parse_mesh_axes, shardings
 from reverie_jax.train.plan import costs, hlo
 from reverie_jax.train.plan.topology import Topology, can_compile, compile_devices, plan_mesh
-from reverie_jax.train.recipes import Recipe
+from reverie_jax.train.recipe import Recipe
 from reverie_jax.train.reference_model import ReferenceModel, without_adapters
 from reverie_jax.train.step import TrainState, make_optimizer, make_step, make_trainable, trainable_filter
 
@@ -86,7 +86,14 @@ def chip_bytes(tree: Any) -> int:
 
 def architecture_of(recipe: str) -> str:
     """Return the name of the architecture that a recipe's name stands for."""
-    known = {"13b": "llava-1.5-13b", "phi3": "llava-phi3-mini", "1.0": "llava-1.0-7b"}
+    known = {
+        "moe-llava-qwen": "moe-llava-qwen-1.8b",
+        "moe-llava-phi2": "moe-llava-phi2-2.7b",
+        "moe": "moe-llava-stablelm-1.6b",
+        "13b": "llava-1.5-13b",
+        "phi3": "llava-phi3-mini",
+        "1.0": "llava-1.0-7b",
+    }
     return next((name for part, name in known.items() if part in recipe), "llava-1.5-7b")
 
 
@@ -144,7 +151,7 @@ def abstract_step(
         return model
 
     model = nnx.eval_shape(make)
-    graph, params, frozen = nnx.split(model, trainable_filter(recipe.trainable), ...)  # type: ignore[misc]
+    graph, params, frozen = nnx.split(model, trainable_filter(recipe), ...)  # type: ignore[misc]
     optimizer = make_optimizer(recipe)
     replicated = NamedSharding(mesh, PartitionSpec())
 
@@ -273,6 +280,7 @@ def make_plan(
     if compiled and devices is None:
         devices = compile_devices(topology)
     step = abstract_step(config, recipe, plan_mesh(topology, dict(mesh), devices if compiled else None), dtype=dtype)
+    config = step.model.config  # with experts, where the recipe makes them
     by_kind, sizes, width = step.bytes_by_kind(), costs.Sizes.of(step.model), jnp.dtype(dtype).itemsize
     activations = costs.activations(config, sizes, recipe, mesh, width=width, trained=by_kind["trainable"])
     if compiled:

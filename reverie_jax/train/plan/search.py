@@ -13,7 +13,7 @@ from reverie_jax.errors import UserError
 from reverie_jax.models import VLMConfig
 from reverie_jax.train.plan.plan import StepPlan, make_plan
 from reverie_jax.train.plan.topology import Topology, can_compile, compile_devices
-from reverie_jax.train.recipes import Recipe
+from reverie_jax.train.recipe import Recipe
 
 MEMORY_SHARE = 0.95
 """Share of a chip's memory that a plan may use: the runtime reserves some, and memory fragments."""
