@@ -19,7 +19,7 @@ from reverie_jax.data.conversation import Conversation, Turn
 from reverie_jax.data.templates import TEMPLATES, to_jinja
 from reverie_jax.errors import CheckpointError, UserError
 from reverie_jax.loading import load_processor
-from reverie_jax.models.checkpoints.configs import llava_hf_config, original_config
+from reverie_jax.models.checkpoints.configs import llava_hf_config, llava_hf_json, original_config, original_json
 from reverie_jax.models.checkpoints.decoders import ACTIVATIONS, text_config
 from reverie_jax.models.checkpoints.families import LANGUAGE_MODELS, detect_format, original_language_model
 from reverie_jax.models.config import TextConfig, VisionConfig
@@ -238,6 +238,12 @@ def test_sizes_of_a_llava_hf_config(llava_hf, drawn):
     assert (ours.projector_norm_eps is None) == (not vip)
     full = not vip and theirs.vision_feature_select_strategy == "full"
     assert ours.feature_select == ("full" if full else "patch")
+    if not ours.text.head_bias:  # is not written in this format
+        written = llava_hf_json(ours, "float32", {"eos_token_id": 2})
+        assert llava_hf_config(Path("nowhere"), written) == ours
+        reread = parsed(transformers.VipLlavaConfig if vip else transformers.LlavaConfig, written)
+        assert_same_decoder(ours.text, reread.text_config)
+        assert_same_tower(ours.vision, reread.vision_config)
 
 
 # Original LLaVA: transformers' LLaMA or Phi-3 reads the language model's keys of the flat config.json.
@@ -279,6 +285,9 @@ def check_original(kind: str, drawn: list[Change]) -> None:
     if theirs is None:
         return
     assert_same_decoder(ours.text, theirs)
+    written = original_json(ours, "float32", {})
+    text = text_config(path, written, original_language_model(path, written))
+    assert original_config(path, written, text, SMALL_TOWER, "mlp2x_gelu") == ours
     layer = raw.get("mm_vision_select_layer")
     assert ours.feature_layers == (-2 if layer is None else layer,)
     assert (ours.image_aspect_ratio == "pad") == (raw.get("image_aspect_ratio") == "pad")

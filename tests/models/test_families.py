@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import transformers
 from flax import nnx
 
 from reverie_jax.models import VisionLanguageModel
@@ -19,9 +20,11 @@ from tests.models import makers
 from tests.models.families import (
     FAMILIES,
     ONLY_ORIGINAL,
+    SIGLIP,
     TEXTS,
     build,
     component_folders,
+    names_of,
     old_folder,
     original_folder,
     rope,
@@ -111,9 +114,11 @@ def test_logits_and_greedy_tokens(name, seed, models):
     np.testing.assert_array_equal(tokens, their_tokens(model, inputs))
 
 
-def assert_same_computation(first, second):
+PROMPTS = ("template", "tokenization", "image_token_id", "image_aspect_ratio", "vision_tower", "stop_ids")
+
+
+def assert_same_computation(first, second, ignored=PROMPTS):
     """Check that two models compute the same from the same inputs, with the same parameters, bit for bit."""
-    ignored = ("template", "tokenization", "image_token_id", "image_aspect_ratio", "vision_tower", "stop_ids")
     neutral = {name: getattr(second.config, name) for name in ignored}
     first = nnx.clone(first)
     first.config = dataclasses.replace(first.config, **neutral)
@@ -146,7 +151,7 @@ def test_written_models_are_read_by_transformers_and_here(name, models, tmp_path
         makers.assert_refused(lambda: write_model(ours, tmp_path / "hf"), any_of=("Qwen-1", "bias"))
     else:
         write_model(ours, tmp_path / "hf")
-        assert_same_computation(read_model(tmp_path / "hf"), ours)
+        assert_same_computation(read_model(tmp_path / "hf"), ours, ("stop_ids",))
         cls = type(model)
         reread, info = cls.from_pretrained(tmp_path / "hf", output_loading_info=True)
         assert not any(info.values()), info
@@ -156,9 +161,47 @@ def test_written_models_are_read_by_transformers_and_here(name, models, tmp_path
     plain = FAMILIES[name][2].keys() <= {"vision_feature_select_strategy", "vision_feature_layer"}
     if plain and len(ours.config.feature_layers) == 1 and name != "phi, no bias of the head":
         write_original(ours, tmp_path / "llava")
-        assert_same_computation(read_model(tmp_path / "llava"), ours)
+        assert_same_computation(read_model(tmp_path / "llava"), ours, ("stop_ids",))
     else:
         makers.assert_refused(lambda: write_original(ours, tmp_path / "llava"), "original LLaVA")
+
+
+@pytest.mark.parametrize("difference", [0, 1])
+def test_copy_of_a_tied_embedding_beside_it(difference, models, tmp_path):
+    model = theirs("qwen2, tied")
+    path, tower = original_folder(tmp_path / "x", model, tower=False), tower_folder(tmp_path / "clip", model)
+    tensors = makers.load(path / "model.safetensors")
+    copy = {"lm_head.weight": tensors["model.embed_tokens.weight"] + difference}
+    makers.save(path / "model.safetensors", tensors | copy)
+    if difference:
+        makers.assert_refused(lambda: read_model(path, components=tower), path / "config.json", "tie_word_embeddings")
+    else:
+        assert_same_computation(models("qwen2, tied"), read_model(path, components=tower))
+
+
+def test_repository_of_a_whole_siglip(models, tmp_path):
+    """Its text tower and pooling head are not used, and it names the mean of its pixels."""
+    name = "siglip, full"
+    model = theirs(name)
+    sizes = {
+        "hidden_size": 30,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 3,
+        "intermediate_size": 8,
+        "vocab_size": 9,
+    }
+    config = transformers.SiglipConfig(text_config=sizes, vision_config=SIGLIP | {"vision_use_head": True})
+    whole = transformers.SiglipModel(config)
+    whole.vision_model.load_state_dict(names_of(model)[2], strict=False)
+    whole.save_pretrained(tmp_path / "siglip")
+    processor = transformers.SiglipImageProcessor(size={"height": 27, "width": 27}, image_mean=[0.4] * 3)
+    processor.save_pretrained(tmp_path / "siglip")
+    changes = {"mm_vision_tower": "google/siglip", "image_aspect_ratio": "square"}
+    path = original_folder(tmp_path / "x", model, tower=False, **changes)
+    ours = read_model(path, components=tmp_path / "siglip")
+    assert (ours.config.vision.mean, ours.config.image_aspect_ratio) == ((0.4,) * 3, "stretch")
+    ours.config = dataclasses.replace(ours.config, vision=dataclasses.replace(ours.config.vision, mean=(0.5,) * 3))
+    assert_same_computation(models(name), ours)
 
 
 # Longest sequences on which full attention and unscaled frequencies are exact.

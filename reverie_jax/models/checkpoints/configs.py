@@ -176,7 +176,7 @@ def original_config(
             template=str(raw.get("reverie_template", "phi3_instruct" if text.fused_mlp else "vicuna_v1")),
             tokenization=choice(path, raw, "reverie_tokens", "llava", get_args(Tokenization)),
             image_aspect_ratio=aspect,
-            vision_tower=tower_name(raw),
+            vision_tower="" if (name := tower_name(raw)) == UNNAMED_TOWER else name,
         ),
     )
 

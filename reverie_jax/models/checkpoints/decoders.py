@@ -279,7 +279,12 @@ def text_json(text: TextConfig) -> Json:
         "max_position_embeddings": text.max_positions,
         "hidden_act": hf_activation(text.activation),
         "tie_word_embeddings": text.tied_head,
-        **({"partial_rotary_factor": text.rotary_fraction} if text.rotary_fraction != 1 else {}),
+        # Phi's and StableLM's default is not 1.
+        **(
+            {"partial_rotary_factor": fraction}
+            if (fraction := text.rotary_fraction) != 1 or text.norm == "layernorm"
+            else {}
+        ),
         **({"rope_scaling": _scaling_json(text.rope_scaling)} if text.rope_scaling else {}),
         **special.get(kind, {}),
         **window,
