@@ -17,7 +17,7 @@ from reverie_jax.errors import CheckpointError
 from reverie_jax.models import ModelInputs, VisionLanguageModel, VLMConfig, lora
 from reverie_jax.models.checkpoints import read_model
 from reverie_jax.models.checkpoints.write import write_model, write_original
-from reverie_jax.models.config import Routing
+from reverie_jax.models.config import ARCHITECTURES, Routing
 from reverie_jax.models.moe import assign_experts, capacity_of
 from reverie_jax.models.sharding import make_mesh, shard_state
 from reverie_jax.models.upcycling import layers_of, upcycle
@@ -330,6 +330,34 @@ def test_padding_can_be_left_out(root):
     np.testing.assert_allclose(stats.aux, same.aux, rtol=1e-6)
     np.testing.assert_allclose(stats.load.sum(-1), 1, rtol=1e-5)
     assert not np.allclose(same.aux, other.aux, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "dense", "experts", "trained"),
+    [
+        ("moe-llava-stablelm-1.6b", 1_644_515_328, 2.890, 2_082_574_336),
+        ("moe-llava-qwen-1.8b", 1_836_828_672, 3.054, None),
+        ("moe-llava-phi2-2.7b", 2_779_683_840, 5.297, None),
+    ],
+)
+def test_published_sizes(name, dense, experts, trained):
+    """Of the language models, without experts and with (in billions), and of what the third stage trains."""
+
+    def size(part):
+        return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(part, nnx.Param)))
+
+    def make(upcycled):
+        model = VisionLanguageModel(ARCHITECTURES[name], rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
+        if upcycled:
+            upcycle(model, "sparse", 4)
+        return model
+
+    assert size(nnx.eval_shape(lambda: make(False)).decoder) == dense
+    model = nnx.eval_shape(lambda: make(True))
+    assert round(size(model.decoder) / 1e9, 3) == experts
+    if trained is not None:
+        chosen = nnx.state(model, trainable_filter(RECIPES["moe-llava-stablelm-stage3"]))
+        assert sum(leaf.size for leaf in jax.tree.leaves(chosen)) == trained
 
 
 def test_groups_must_divide_the_sequences(root):

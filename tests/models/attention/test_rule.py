@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from reverie_jax.models.attention import attend, attend_leaves, leaf_visible, rope, visible
+from reverie_jax.models.attention import attend, attend_leaves, leaf_visible, rope, rope_frequencies, visible
 from reverie_jax.models.attention.rule import tree_starts
 
 LENGTH = 12
@@ -159,7 +159,7 @@ def test_rope_is_llamas(theta, width):
     random = np.random.default_rng(0)
     x = random.standard_normal((2, 20, 3, width)).astype(np.float32)
     positions = random.integers(0, 512, (2, 20)).astype(np.int32)
-    out = rope(jnp.asarray(x), jnp.asarray(positions), theta)
+    out = rope(jnp.asarray(x), jnp.asarray(positions), rope_frequencies(x.shape[-1], theta))
     np.testing.assert_allclose(out, rotated_by_transformers(x, positions, theta), rtol=0, atol=1e-4)
 
 
@@ -169,12 +169,14 @@ def test_rope_is_as_exact_as_llamas_at_far_positions(theta):
     x = random.standard_normal((1, 20, 3, 128)).astype(np.float32)
     positions = random.integers(3500, 4096, (1, 20)).astype(np.int32)
     exact = rotated_exactly(x, positions, theta)
-    error = np.abs(np.asarray(rope(jnp.asarray(x), jnp.asarray(positions), theta)) - exact).max()
+    error = np.abs(
+        np.asarray(rope(jnp.asarray(x), jnp.asarray(positions), rope_frequencies(x.shape[-1], theta))) - exact
+    ).max()
     assert error <= 2 * np.abs(rotated_by_transformers(x, positions, theta) - exact).max()
 
 
 def test_rope_keeps_dtype_and_position_zero():
     x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 4, 2, 8)), jnp.bfloat16)
-    out = rope(x, jnp.zeros((1, 4), jnp.int32), 10000.0)
+    out = rope(x, jnp.zeros((1, 4), jnp.int32), rope_frequencies(8, 10000.0))
     assert out.dtype == jnp.bfloat16
     np.testing.assert_array_equal(np.asarray(out, np.float32), np.asarray(x, np.float32))
