@@ -42,7 +42,7 @@ from reverie_jax.models.checkpoints.components import (
     as_list,
     detect_component,
 )
-from reverie_jax.models.checkpoints.families import tower_name
+from reverie_jax.models.checkpoints.families import tower_name, tunes_tower
 from reverie_jax.models.checkpoints.files import new_folder, read_json
 
 Format = Literal["llava-hf", "peft", "llava-lora", "llava", "orbax"]
@@ -118,7 +118,7 @@ def convert(
             _write_adapter(model, folder, to, source, processor.encoder.tokenizer)
         else:
             lora.merge(model)
-            if any(_tunes_tower(part.config) for part in (main, *others)):  # it is no longer the one that is named
+            if any(tunes_tower(part.config) for part in (main, *others)):  # it is no longer the one that is named
                 model.config = dataclasses.replace(model.config, vision_tower="")
             keeps_template = template is None and main.format == "llava-hf" and not _changes_prompt(adapter)
             kept = read_chat_template(main.path) if keeps_template else None
@@ -129,10 +129,6 @@ def convert(
     if to == "llava-lora" and not all(word in dst.resolve().name.lower() for word in ("llava", "lora")):
         _log.warning("%s: original LLaVA's loader needs a folder whose name contains both llava and lora", dst)
     return dst
-
-
-def _tunes_tower(config: dict[str, Any]) -> bool:
-    return bool(config.get("unfreeze_mm_vision_tower")) or "vision_tower" in str(config.get("mm_tunable_parts") or "")
 
 
 def _changes_prompt(adapter: str | Path | None) -> bool:
@@ -213,7 +209,11 @@ def _write_model(
         differences = _write_processor(folder, encoder, model.config, prompts, chat_template)
     elif to == "llava":
         write.write_original(model, folder, shard_bytes=shard_bytes, special_ids=ids)
-        differences = [*_original_differences(folder), *_differing(prompts, _prompts(encoder), "original LLaVA")]
+        pieces = "\u2581" in tokenizer.get_vocab()
+        differences = [
+            *_original_differences(folder, pieces),
+            *_differing(prompts, _prompts(encoder), "original LLaVA"),
+        ]
     else:
         orbax.write_model(model, folder)
     if to != "llava-hf":
@@ -336,9 +336,14 @@ def _differing(ours: Prompts, theirs: Prompts, tool: str) -> list[str]:
     return [f"{tool} tokenizes {where} differently, so its answers can differ"]
 
 
-def _original_differences(folder: Path) -> Iterator[str]:
-    """Yield what original LLaVA's loader does not accept."""
-    if not (folder / SENTENCEPIECE).exists():
+def _original_differences(folder: Path, has_pieces: bool) -> Iterator[str]:
+    """Yield what original LLaVA's loader does not accept.
+
+    Args:
+        folder: The written model.
+        has_pieces: Whether the tokenizer is a sentencepiece one.
+    """
+    if not (folder / SENTENCEPIECE).exists() and has_pieces:
         yield f"original LLaVA's loader needs {SENTENCEPIECE}, which the source lacks: add the language model's"
     tower = tower_name(read_json(folder / "config.json"))
     path = Path(tower)

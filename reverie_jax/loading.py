@@ -88,7 +88,7 @@ def load_model(
     Args:
         path: A folder (llava-hf, original LLaVA, LLaVA-pp, a LLaVA LoRA folder, Orbax), an mm_projector.bin, a hub id
             `owner/name[@revision]`, or "scenes-base".
-        components: What `path` lacks: plain language model, CLIP.
+        components: What `path` lacks: plain language model, vision tower.
         adapter: A PEFT adapter, a LLaVA LoRA folder or a run folder of `reverie train`. It is not merged:
             `models.lora.merge` merges it, `models.lora.set_adapters_enabled` disables it.
         template: Name of the chat template, of `data.templates.TEMPLATES`; that of the adapter's run by default, or else the
@@ -182,7 +182,7 @@ def read_base(
 ) -> VisionLanguageModel:
     """Read the model that an adapter is for, without its adapter.
 
-    A run of `reverie train` has a projector of its own: plain language model and CLIP tower need none.
+    A run of `reverie train` has a projector of its own: plain language model and vision tower need none.
 
     Args:
         main: The checkpoint.
@@ -215,7 +215,7 @@ def load_with_projector(
     mesh: Mesh | None = None,
     dtype: DTypeLike | None = None,
 ) -> tuple[VisionLanguageModel, Processor]:
-    """Load a plain language model and a CLIP tower with a new projector between them (LLaVA's first stage).
+    """Load a plain language model and a vision tower with a new projector between them (LLaVA's first stage).
 
     Args:
         path: One of the two.
@@ -233,7 +233,7 @@ def load_with_projector(
     by_format = {part.format: part for part in parts}
     if set(by_format) != {"llm", "clip"} or len(parts) != 2:
         raise CheckpointError(
-            f"{', '.join(str(part.path) for part in parts)}: a new projector needs a plain language model and a CLIP tower"
+            f"{', '.join(str(part.path) for part in parts)}: a new projector needs a plain language model and a vision tower"
         )
     with _new_projector(parts, kind, seed) as projector:
         components = [by_format["clip"], projector]
@@ -242,7 +242,7 @@ def load_with_projector(
 
 @contextlib.contextmanager
 def _new_projector(parts: Sequence[Component], kind: ProjectorKind, seed: int = 0) -> Iterator[Component]:
-    """Yield a new projector between a plain language model and a CLIP tower, as a component."""
+    """Yield a new projector between a plain language model and a vision tower, as a component."""
     llm, clip = (next(part for part in parts if part.format == format) for format in ("llm", "clip"))
     inputs, width = clip.config.get("vision_config", clip.config)["hidden_size"], llm.config["hidden_size"]
     layers = {"": (inputs, width)} if kind == "linear" else {"0.": (inputs, width), "2.": (width, width)}
@@ -258,7 +258,7 @@ def _new_projector(parts: Sequence[Component], kind: ProjectorKind, seed: int = 
 
 
 def lacks_projector(path: ComponentLike, components: Components = None) -> bool:
-    """Return whether these are a plain language model and a CLIP tower, without a projector."""
+    """Return whether these are a plain language model and a vision tower, without a projector."""
     return sorted(part.format for part in detect_components(path, components)) == ["clip", "llm"]
 
 

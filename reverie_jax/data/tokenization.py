@@ -35,7 +35,9 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers.utils import logging
 
     if (path := find_tiktoken(folder)) is not None:
-        return read_tiktoken(path)
+        tokenizer = read_tiktoken(path)
+        tokenizer.name_or_path = str(folder)  # where exports copy its files from
+        return tokenizer
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # it warns about every config.json that is not its own
     try:
@@ -222,7 +224,9 @@ class Encoder:
 
     def _encode_llava(self, conversation: Conversation) -> tuple[list[int], list[float]]:
         assert self._llava is not None
-        texts = [move_image_first(turn.text) if turn.role == "user" else turn.text for turn in conversation.turns]
+        # MoE-LLaVA's code leaves the image where it is.
+        moved = {"user"} if self.template.style != "moe" else set()
+        texts = [move_image_first(turn.text) if turn.role in moved else turn.text for turn in conversation.turns]
         if conversation.is_open or not self._llava.counts(self.template):
             turns = tuple(dataclasses.replace(t, text=text) for t, text in zip(conversation.turns, texts, strict=True))
             text, spans = self.render(dataclasses.replace(conversation, turns=turns))

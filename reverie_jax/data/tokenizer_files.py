@@ -10,6 +10,7 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+from reverie_jax.data.tiktoken_files import find_tiktoken
 from reverie_jax.files import read_json, write_json
 
 Json = dict[str, Any]
@@ -34,7 +35,11 @@ def copy_tokenizer(tokenizer: Any, folder: Path, *, added: Collection[str] = (),
         vocab: The tokens from this id on are removed from the files; None removes none.
     """
     source = Path(tokenizer.name_or_path)
-    for name in (_CONTENT, SENTENCEPIECE, _SETTINGS, _SPECIAL, _ADDED, "vocab.json", "merges.txt"):
+    ranks = find_tiktoken(source)
+    names = [_CONTENT, SENTENCEPIECE, _SETTINGS, _SPECIAL, _ADDED, "vocab.json", "merges.txt"]
+    if ranks is not None:  # its settings name code that is not copied
+        names = [ranks.name]
+    for name in names:
         if (source / name).exists():
             shutil.copyfile(source / name, folder / name)
     before = {name: (folder / name).exists() for name in (_CONTENT, _SETTINGS, _SPECIAL, _ADDED)}
@@ -46,6 +51,9 @@ def copy_tokenizer(tokenizer: Any, folder: Path, *, added: Collection[str] = (),
         _add(files, tokenizer, added)
     if vocab is not None:
         _remove(files, vocab)
+    if not before[_SETTINGS]:
+        marks = ("bos_token", "eos_token", "pad_token", "unk_token")
+        settings |= {name: mark for name in marks if (mark := getattr(tokenizer, name, None)) is not None}
     if hasattr(tokenizer, "legacy"):  # without the key, releases take different values
         settings.setdefault("legacy", bool(tokenizer.legacy))
     settings.setdefault("tokenizer_class", type(tokenizer).__name__)

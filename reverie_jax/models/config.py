@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu"]
@@ -112,6 +113,13 @@ class Routing:
     aux_coefficient: float = 0.01
     mask_padding: bool = False
     group: int = 1
+
+    def __post_init__(self) -> None:
+        if self.capacity_factor is not None and not 0 < self.capacity_factor < math.inf:
+            raise ValueError(f"capacity_factor={self.capacity_factor} must be more than 0, or none")
+        for name in ("min_capacity", "aux_coefficient", "group"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -397,4 +405,4 @@ ARCHITECTURES: dict[str, VLMConfig] = {
     "moe-llava-qwen-1.8b": _moe_llava(_QWEN_1_8B),
     "moe-llava-phi2-2.7b": _moe_llava(_PHI_2),
 }
-"""The models that REVERIE was tuned from (haotian-liu/LLaVA, mbzuai-oryx/LLaVA-pp, PKU-YuanGroup/MoE-LLaVA)."""
+"""The models that recipes start from (haotian-liu/LLaVA, mbzuai-oryx/LLaVA-pp, PKU-YuanGroup/MoE-LLaVA)."""

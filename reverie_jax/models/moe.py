@@ -129,19 +129,20 @@ def apply_experts(
         lambda logits, key, used: assign_experts(logits, capacity, key=key, used=used),
         in_axes=(0, None if keys is None else 0, None if masks is None else 0),
     )(logits, keys, masks)
-    mix = _mix_all if capacity == tokens else _mix_slots
-    return mix(experts, flat, assigned, logits.shape[-1], capacity).reshape(x.shape), _mean(stats)
+    count = logits.shape[-1]
+    if capacity == tokens:
+        out = _mix_all(experts, flat, assigned, count)
+    else:
+        out = _mix_slots(experts, flat, assigned, count, capacity)
+    return out.reshape(x.shape), _mean(stats)
 
 
 def _mean(stats: RouterStats) -> RouterStats:
     return RouterStats(*(value.mean(0) for value in stats))
 
 
-def _mix_all(
-    experts: Experts, x: Float[Array, "G S D"], assigned: Assignment, count: int, capacity: int
-) -> Float[Array, "G S D"]:
+def _mix_all(experts: Experts, x: Float[Array, "G S D"], assigned: Assignment, count: int) -> Float[Array, "G S D"]:
     """Compute every expert on every token, and weight the two: nothing moves, and devices share out the experts."""
-    del capacity
     weights = (jax.nn.one_hot(assigned.expert, count) * assigned.weight[..., None]).sum(1)
     out = experts(x.reshape(1, -1, x.shape[-1]))
     return jnp.einsum("etd,te->td", out, weights.reshape(-1, count).astype(x.dtype)).reshape(x.shape)

@@ -292,6 +292,11 @@ def load_run(model: VisionLanguageModel, folder: Path) -> Recipe:
     dtypes = {path: leaf.dtype for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
     make_trainable(model, recipe)
     params = checkpoints.restore_params(nnx.state(model, trainable_filter(recipe)))
-    nnx.update(model, nnx.map_state(lambda path, x: x.replace(x.get_value().astype(dtypes.get(path, x.dtype))), params))
+
+    def dtype_of(path: tuple[Any, ...], leaf: Any) -> Any:
+        made = "expert_layers" in path and "router" not in path and not isinstance(leaf, nnx.LoRAParam)
+        return dtypes.get(path, model.compute_dtype if made else leaf.dtype)
+
+    nnx.update(model, nnx.map_state(lambda path, x: x.replace(x.get_value().astype(dtype_of(path, x))), params))
     checkpoints.close()
     return recipe

@@ -24,10 +24,11 @@ LossReduction = Literal["tokens", "micro-batches"]
 # Fields, what their values must satisfy (NaN does not), and the words for it. None passes.
 _BOUNDS: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
     (
-        ("batch_size", "gradient_accumulation_steps", "rank", "experts", "save_steps", "keep_checkpoints"),
+        ("batch_size", "gradient_accumulation_steps", "rank", "save_steps", "keep_checkpoints"),
         lambda x: x >= 1,
         "at least 1",
     ),
+    (("experts",), lambda x: x >= 2, "at least 2"),
     (
         ("steps", "holdout", "save_minutes", "weight_decay", "learning_rate", "projector_learning_rate"),
         lambda x: 0 <= x < math.inf,

@@ -129,18 +129,23 @@ _LRV = dataclasses.replace(
     weight_decay=1e-4,
 )
 
-# MoE-LLaVA's scripts: 8 devices; experts get the tokens of the 8 sequences of one device. Its router loss had no gradient,
-# and its routers probably stayed as they were drawn (defects of the libraries that it was trained with); here they learn.
+# MoE-LLaVA's scripts: 16 micro-batches of the 8 sequences of one device, which are a group. They pad to the longest of 8
+# samples of like length, here to 2,048 tokens: padding is not routed. Their router loss had no gradient, and their routers
+# probably stayed as they were drawn (defects of the libraries that they use); here they learn.
 _MOE_MODELS = ("stablelm", "qwen", "phi2")
 _MOE_STAGE_2 = dataclasses.replace(
-    _FULL, name="moe-llava-stablelm-stage2", template="moe_llava", gradient_accumulation_steps=2
+    _FULL,
+    name="moe-llava-stablelm-stage2",
+    template="moe_llava",
+    image_aspect_ratio="pad",
+    gradient_accumulation_steps=16,
 )
 _MOE_STAGE_3 = dataclasses.replace(
     _MOE_STAGE_2,
     name="moe-llava-stablelm-stage3",
     trainable="mlp",
     upcycle="sparse",
-    routing=Routing(second_expert="gumbel", group=8),
+    routing=Routing(second_expert="gumbel", mask_padding=True, group=8),
 )
 # The same with prefix sharing, as `_REVERIE` is to `_LLAVA`; a sequence is a group.
 _MOE_REVERIE = dataclasses.replace(
@@ -148,8 +153,9 @@ _MOE_REVERIE = dataclasses.replace(
     name="moe-reverie-1.6bx4",
     trainable="mlp",
     upcycle="sparse",
-    routing=Routing(second_expert="gumbel"),
+    routing=Routing(second_expert="gumbel", mask_padding=True),
     template="moe_llava",
+    image_aspect_ratio="pad",
     learning_rate=2e-5,
     projector_learning_rate=2e-5,
 )
@@ -177,14 +183,14 @@ RECIPES: dict[str, Recipe] = {
         *_named(_PRETRAIN, "llava-1.0-pretrain", batch_size=128, projector_learning_rate=2e-3, projector_type="linear"),
         *_named(_REVERIE, "reverie-1.5-7b-lora", "reverie-1.5-13b-lora", "reverie-phi3-lora"),
         *_named(_REVERIE, "reverie-1.0-7b-lora", image_aspect_ratio="square"),
-        *_named(_PRETRAIN, *(f"moe-llava-{model}-stage1" for model in _MOE_MODELS), image_aspect_ratio="pad"),
+        *_named(_PRETRAIN, *(f"moe-llava-{model}-stage1" for model in _MOE_MODELS)),
         *_named(_MOE_STAGE_2, *(f"moe-llava-{model}-stage2" for model in _MOE_MODELS)),
         *_named(_MOE_STAGE_3, *(f"moe-llava-{model}-stage3" for model in _MOE_MODELS)),
         *_named(
             _MOE_STAGE_3,
             "moe-llava-stablelm-stage3-frozen-router",
             freeze_router=True,
-            routing=Routing(second_expert="gumbel", group=8, aux_coefficient=0.0),
+            routing=Routing(second_expert="gumbel", mask_padding=True, group=8, aux_coefficient=0.0),
         ),
         _MOE_REVERIE,
         _DDPO,

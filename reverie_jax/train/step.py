@@ -79,7 +79,7 @@ def trainable_filter(recipe: Recipe) -> Callable[[tuple[Any, ...], Any], bool]:
         if not isinstance(value, nnx.Param):
             return False
         if "router" in path:
-            return trainable != "projector" and not recipe.freeze_router
+            return trainable in ("mlp", "full") and not recipe.freeze_router
         if trainable == "lora":
             return is_lora_or_projector(path, value)
         if trainable == "mlp" and path[0] == "decoder":
@@ -332,7 +332,8 @@ def make_step(
         state: TrainState, frozen: nnx.State[Any, Any], batch: Batch, reference_inputs: Any = None
     ) -> tuple[TrainState, StepMetrics]:
         # The key depends on seed and step only: a resumed run draws what an uninterrupted one draws.
-        is_random = recipe.dropout or (recipe.routing is not None and recipe.routing.second_expert == "gumbel")
+        routing = routing_of(nnx.merge(graph, state.params, frozen), recipe)
+        is_random = recipe.dropout or (routing is not None and routing.second_expert == "gumbel")
         key = jax.random.fold_in(jax.random.key(recipe.seed), state.step) if is_random else None
         loss, grads, sums = accumulate_gradients(
             lambda params, part, key: loss_function(params, frozen, reference_inputs, part, key),

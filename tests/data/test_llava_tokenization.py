@@ -171,6 +171,13 @@ def test_answers_and_their_ends_are_supervised(encoder, tokenizer, template, kin
         assert not encode(conversation_of(turns[:3])).weights.any()
 
 
+def test_moe_llavas_image_stays_where_it_is(encoder, tokenizer):
+    tokens = encoder("moe_llava", "moe")(conversation_of([f"What is it?\n{IMAGE}", "A cat."]))
+    ids = bare(tokens)
+    assert tokenizer("moe").decode(ids[: ids.index(-200)]).endswith("USER: What is it?\n")
+    assert tokenizer("moe").decode(tokens.ids[tokens.weights > 0]).strip() == "A cat.<|endoftext|>"
+
+
 # Samples whose counts do not add up.
 
 MASKED = {

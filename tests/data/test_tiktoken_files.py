@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 from reverie_jax.data import tiktoken_files
 from reverie_jax.data.tiktoken_files import TIKTOKEN_FILES
 from reverie_jax.data.tokenization import load_tokenizer
+from reverie_jax.data.tokenizer_files import copy_tokenizer
 from tests.data import llama_oracle
 
 # Cut as cl100k does, but numbers digit by digit.
@@ -82,6 +83,20 @@ def test_a_tokenizer_is_read_and_can_be_saved(small, tmp_path):
     text = "A cat's 12<|endoftext|> e\u0301<|im_end|>"
     assert AutoTokenizer.from_pretrained(tmp_path / "saved")(text).input_ids == tokenizer(text).input_ids
     assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == "A cat's 12 é"
+
+
+def test_its_files_are_exported(small, tmp_path, monkeypatch):
+    """Without a look at the current folder, whose tokenizer is another one."""
+    folder, _, _ = small
+    tokenizer, out = load_tokenizer(folder), tmp_path / "out"
+    out.mkdir()
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "no"}')
+    monkeypatch.chdir(tmp_path)
+    copy_tokenizer(tokenizer, out)
+    again = load_tokenizer(out)
+    assert (again.eos_token_id, again.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
+    assert again("A cat's 12<|endoftext|>").input_ids == tokenizer("A cat's 12<|endoftext|>").input_ids
+    assert any((out / name).exists() for name in TIKTOKEN_FILES)
 
 
 @settings(max_examples=200, suppress_health_check=list(HealthCheck))

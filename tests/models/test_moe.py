@@ -15,7 +15,7 @@ from flax import nnx
 
 from reverie_jax.errors import CheckpointError
 from reverie_jax.models import ModelInputs, VisionLanguageModel, VLMConfig, lora
-from reverie_jax.models.checkpoints import read_model
+from reverie_jax.models.checkpoints import read_model, write_adapters
 from reverie_jax.models.checkpoints.write import write_model, write_original
 from reverie_jax.models.config import ARCHITECTURES, Routing
 from reverie_jax.models.moe import assign_experts, capacity_of
@@ -270,7 +270,7 @@ def test_meshes_agree(axes, root):
             np.testing.assert_allclose(a, b, atol=2e-5)
 
 
-def test_adapters_of_experts(root):
+def test_adapters_of_experts(root, tmp_path):
     sizes, _, base = checkpoint("stablelm", "clip", False, 0, root)
     model = nnx.clone(base)
     paths = lora.attach(model, rank=3, alpha=6.0, seed=1)
@@ -285,6 +285,8 @@ def test_adapters_of_experts(root):
         assert a.shape[:-2] == layer.kernel.shape[:-2]
     tuned = model(inputs)
     assert np.abs(tuned - plain).max() > 0.01
+    with pytest.raises(CheckpointError, match="experts"):
+        write_adapters.write_peft(model, tmp_path, base_model="", projector=False)
     lora.merge(model)
     np.testing.assert_allclose(model(inputs), tuned, atol=2e-4)
 

@@ -77,10 +77,19 @@ def test_adapters_of_experts_are_trained(tmp_path):
 
 def test_recipes_of_experts():
     stage3 = RECIPES["moe-llava-stablelm-stage3"]
-    assert stage3.routing == Routing(1.5, min_capacity=0, aux_coefficient=0.01, second_expert="gumbel", group=8)
+    assert stage3.routing == Routing(1.5, aux_coefficient=0.01, second_expert="gumbel", mask_padding=True, group=8)
     assert override(stage3, ["routing.group=4", "freeze_router=true"]).routing.group == 4
-    with pytest.raises(UserError, match=r"routing\.group"):
-        override(stage3, ["routing.group=7"])
+    assert stage3.micro_batch_size == 8
+    wrong = [
+        "routing.group=7",
+        "routing.group=-8",
+        "routing.capacity_factor=0",
+        "routing.aux_coefficient=-1",
+        "experts=1",
+    ]
+    for setting in wrong:
+        with pytest.raises(UserError, match=setting.partition("=")[0].rpartition(".")[2]):
+            override(stage3, [setting])
     with pytest.raises(UserError, match="quantization"):
         override(stage3, ["quantization=nf4"])
     assert dataclasses.asdict(stage3)["upcycle"] == "sparse"

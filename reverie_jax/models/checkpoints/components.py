@@ -27,6 +27,7 @@ from reverie_jax.models.checkpoints.families import (
     original_language_model,
     repository_name,
     tower_name,
+    tunes_tower,
 )
 from reverie_jax.models.checkpoints.files import Tensors, read_json, resolve, weights_of
 from reverie_jax.models.checkpoints.names import (
@@ -361,7 +362,7 @@ def _resolve_original(
     Args:
         settings: The component whose config.json says how the others are connected (`mm_*`).
         base: Language model, or complete original LLaVA.
-        tower: CLIP; needed where `base` does not contain it.
+        tower: Needed where `base` does not contain it.
         projector: The component with the projector, where that is not `base`.
     """
     tensors = _canonical_tensors(base)
@@ -414,8 +415,7 @@ def _check_tower(path: Path, config: dict[str, Any], tower: Component, sizes: Vi
     """
     if (recorded := tower_name(config)) in ("", UNNAMED_TOWER):
         return
-    tuned = config.get("unfreeze_mm_vision_tower") or "vision_tower" in str(config.get("mm_tunable_parts") or "")
-    if tuned and not included:
+    if tunes_tower(config) and not included:
         raise CheckpointError(f"{path}: its vision tower was tuned with it, but is not among its weights")
     names = {repository_name(name).lower() for name in (tower.path, tower.path.absolute(), tower.path.resolve())}
     if tower.config.get("architectures") in (["CLIPModel"], ["SiglipModel"]):  # as released

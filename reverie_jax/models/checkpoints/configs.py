@@ -1,4 +1,4 @@
-"""Convert config.json of llava-hf, original LLaVA, LLaMA, Phi-3 and CLIP to architectures and back."""
+"""Convert config.json of LLaVAs and vision towers to architectures and back; language models: see `decoders`."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from reverie_jax.models.checkpoints.families import (
 )
 from reverie_jax.models.checkpoints.names import is_moe_llava
 from reverie_jax.models.checkpoints.processing import (
+    channels,
     check_divisible,
     choice,
     number,
@@ -67,8 +68,9 @@ def vision_config(path: Path, raw: Json) -> VisionConfig:
         class_token=not siglip,
         pre_norm=not siglip,
         patch_bias=siglip,
-        mean=half if siglip else CLIP_MEAN,
-        std=half if siglip else CLIP_STD,
+        # Where this project wrote them; otherwise they are in the image processor's file.
+        mean=channels(path, raw, "image_mean", half if siglip else CLIP_MEAN),
+        std=channels(path, raw, "image_std", half if siglip else CLIP_STD),
     )
     if not siglip:
         check_divisible(path, config.image_size, config.patch_size, "image_size", "patch_size")
@@ -260,9 +262,9 @@ def original_json(config: VLMConfig, dtype: str, special_ids: Json, *, tower_inc
         special_ids: As for `llava_hf_json`.
         tower_included: Whether the weights include the vision tower.
     """
-    family = {"phi3": "phi"}.get(kind := config.text.family, kind)
+    family = "phi" if config.text.family == "phi3" else config.text.family
     moe, experts = is_moe_llava(config), config.text.experts is not None
-    name = {"stablelm": "StableLM"}.get(family, family.capitalize())
+    name = {"stablelm": "Stablelm", "qwen": "QWen"}.get(family, family.capitalize())
     tower, own_tower = config.vision_tower or UNNAMED_TOWER, False
     if tower_included:
         own_tower = known_tower(tower) != config.vision
@@ -291,7 +293,11 @@ def original_json(config: VLMConfig, dtype: str, special_ids: Json, *, tower_inc
         **({"image_token_index": config.image_token_id} if config.tokenization == "hf" else {}),
         "freeze_mm_mlp_adapter": False,
         "tune_mm_mlp_adapter": False,
-        TOWER_KEY: _vision_json(config.vision),
+        TOWER_KEY: {
+            **_vision_json(config.vision),
+            "image_mean": list(config.vision.mean),
+            "image_std": list(config.vision.std),
+        },
         **_reverie_json(config),
     }
 

@@ -228,6 +228,7 @@ def _experts(path: Path, raw: Any, layers: int) -> ExpertsConfig | None:
         raise CheckpointError(f"{path}: moe.use_residual is not supported")
     if (top := raw.get("top_k_experts", raw.get("top_k", 2))) != 2:
         raise CheckpointError(f"{path}: moe.top_k_experts {top!r} is not supported; must be 2")
+    raw = given(raw)
     chosen, counts = raw.get("moe_layers_idx"), raw.get("num_experts")
     if not isinstance(chosen, list) or not all(type(layer) is int and 0 <= layer < layers for layer in chosen):
         raise CheckpointError(f"{path}: moe.moe_layers_idx must be a list of layers below {layers}, not {chosen!r}")
@@ -238,9 +239,12 @@ def _experts(path: Path, raw: Any, layers: int) -> ExpertsConfig | None:
         )
     routing = Routing(
         capacity_factor=number(path, {"capacity_factor": 1.5, **raw}, "capacity_factor"),
-        min_capacity=int(raw.get("min_capacity", 0)),
-        aux_coefficient=float(raw.get("router_aux_loss_coef", 0.01)),
+        min_capacity=size(path, raw, "min_capacity") if raw.get("min_capacity") else 0,
+        aux_coefficient=number(path, raw, "router_aux_loss_coef") if raw.get("router_aux_loss_coef", 0) else 0.0,
+        second_expert="gumbel",  # as DeepSpeed trains them; evaluation takes the likeliest
     )
+    if not chosen:
+        return None
     return ExpertsConfig(tuple(sorted(set(chosen))), counts[0], routing)
 
 

@@ -122,6 +122,11 @@ def tower_name(config: Json) -> str:
     return next((str(config[key]) for key in keys if config.get(key)), "")
 
 
+def tunes_tower(config: Json) -> bool:
+    """Return whether an original LLaVA's config.json says that its vision tower was tuned with it."""
+    return bool(config.get("unfreeze_mm_vision_tower")) or "vision_tower" in str(config.get("mm_tunable_parts") or "")
+
+
 def repository_name(path: str | Path) -> str:
     """Return the last part of a hub id or path, or the repository's name where the path is in the hub's cache."""
     parts = str(path).rstrip("/").split("/")

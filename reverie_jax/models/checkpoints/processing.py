@@ -104,7 +104,7 @@ def read_image_processor(folder: Path, tower: VisionConfig) -> tuple[VisionConfi
         _check_rescale(path, raw.get("rescale_factor"))
         own = (0.5,) * 3 if stretched else tower.mean, (0.5,) * 3 if stretched else tower.std
         mean, std = (
-            _channels(path, raw, key, value) for key, value in zip(("image_mean", "image_std"), own, strict=True)
+            channels(path, raw, key, value) for key, value in zip(("image_mean", "image_std"), own, strict=True)
         )
         tower = dataclasses.replace(tower, mean=mean, std=std)
         return tower, "pad" if padded else "stretch" if stretched else "square"
@@ -116,8 +116,12 @@ def _check_rescale(path: Path, factor: Any) -> None:
         raise CheckpointError(f"{path}: rescale_factor {factor!r} is not supported; must be 1/255")
 
 
-def _channels(path: Path, raw: Json, key: str, default: tuple[float, ...]) -> tuple[float, float, float]:
-    """Return a setting for three channels; values that only rounding tells from the default are the default."""
+def channels(path: Path, raw: Json, key: str, default: tuple[float, ...]) -> tuple[float, float, float]:
+    """Return a setting for three channels; values that only rounding tells from the default are the default.
+
+    Raises:
+        CheckpointError: It is something else than three numbers between 0 and 1.
+    """
     value = raw.get(key)
     value = list(default) if value is None else value
     if not isinstance(value, list) or len(value) != 3 or not all(type(x) in (int, float) and 0 < x < 1 for x in value):

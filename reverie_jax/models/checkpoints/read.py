@@ -85,7 +85,7 @@ def read_model(
 
     Args:
         path: A llava-hf, original LLaVA, LLaVA-pp, LoRA or Orbax folder, a projector file, or one of several components.
-        components: What `path` lacks: plain language model, CLIP.
+        components: What `path` lacks: plain language model, vision tower.
         dtype: Of the base model's matrices; norms stay float32. As stored by default.
         mesh: Where the parameters are placed, by `models.sharding`; one device by default.
 

@@ -43,8 +43,10 @@ def _lora_tensors(
         rename: Converts canonical names to those of the format.
 
     Raises:
-        CheckpointError: The model has no adapter, or one outside the decoder.
+        CheckpointError: The model has no adapter, one outside the decoder, or experts.
     """
+    if model.config.text.experts is not None:
+        raise CheckpointError("formats of adapters do not support experts; write the merged model, as llava or orbax")
     specs = {spec.path: spec for spec in parameter_specs(model.config)}
     tensors: dict[str, AnyArray] = {}
     modules: dict[str, Strength] = {}

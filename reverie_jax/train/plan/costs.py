@@ -12,9 +12,9 @@ from reverie_jax.models.config import VLMConfig
 from reverie_jax.train.recipe import Recipe
 
 FLOPS_FORMULA = (
-    "decoder: (4 N + 6 N_lora) per token, 6 N if trained in full; head: the same per supervised token; attention: "
-    "6 L H d per layer and token; projector: 6 N, minus 2 N of its first layer; tower, forward only: 2 N + 4 P H d per "
-    "layer and patch"
+    "decoder: (4 N + 6 N_lora) per token, 6 N for what is trained, two of a layer's experts; head: the same per "
+    "supervised token; attention: 6 L H d per layer and token; projector: 6 N, minus 2 N of its first layer; tower, "
+    "forward only: 2 N + 4 P H d per layer and patch"
 )
 EDGE_CHUNK = 512
 """Supervised tokens of a sequence whose logits exist at the same time (`objective.edge_loss`)."""
@@ -29,6 +29,7 @@ class Sizes:
         mlps: those of `layers` that are MLPs.
         experts: of all experts; a token passes two of `count` in its layer.
         adapters: LoRA factors.
+        expert_adapters: those of them that are on experts.
         head: LM head.
         projector: of each projector layer.
         patch: patch embedding of the tower.
@@ -39,6 +40,7 @@ class Sizes:
     mlps: int
     experts: int
     adapters: int
+    expert_adapters: int
     head: int
     projector: tuple[int, ...]
     patch: int
@@ -52,7 +54,7 @@ class Sizes:
             path: layer.inputs * layer.outputs * (layer.layers or 1) * (layer.experts or 1)
             for path, layer in layers.items()
         }
-        factors = [math.prod(a.shape) + math.prod(b.shape) for _, _, a, b in lora.adapters(model)]
+        factors = [(math.prod(a.shape) + math.prod(b.shape), layer.experts) for _, layer, a, b in lora.adapters(model)]
         config = model.config
 
         def total(prefix: str) -> int:
@@ -63,7 +65,8 @@ class Sizes:
             layers=total("decoder.layers.") + total("decoder.expert_layers.") - experts,
             mlps=sum(total(f"decoder.layers.{name}") for name in ("gate", "up", "down")),
             experts=experts,
-            adapters=sum(factors),
+            adapters=sum(size for size, _ in factors),
+            expert_adapters=sum(size for size, experts in factors if experts),
             head=total("decoder.head") or config.text.vocab * config.text.hidden,
             projector=tuple(size for path, size in sorted(kernels.items()) if path.startswith("projector.")),
             patch=total("vision.patch"),
@@ -104,10 +107,11 @@ def model_flops(
     text, vision = config.text, config.vision
     linear = 6 if recipe.trainable == "full" else 4
     attention = 12 * pairs * text.heads * text.head_dim * text.layers
-    mlps = sizes.mlps + sizes.experts * 2 // (text.experts.count if text.experts else 2)  # a token passes two
+    count = text.experts.count if text.experts else 2  # a token passes two of them
     linear_mlp = 6 if recipe.trainable in ("full", "mlp") else 4
-    weights = linear * (sizes.layers - sizes.mlps) + linear_mlp * mlps
-    decoder = (weights + 6 * sizes.adapters) * tokens + attention
+    weights = linear * (sizes.layers - sizes.mlps) + linear_mlp * (sizes.mlps + sizes.experts * 2 // count)
+    adapters = sizes.adapters - sizes.expert_adapters + sizes.expert_adapters * 2 // count
+    decoder = (weights + 6 * adapters) * tokens + attention
     first, *rest = sizes.projector
     projector = images * config.image_tokens * (4 * first + 6 * sum(rest))
     tower_tokens = vision.tokens
@@ -168,7 +172,11 @@ def activations(
     batch = -(-recipe.batch_size // (recipe.gradient_accumulation_steps * mesh["data"] * mesh["fsdp"]))
     tensor, tokens = mesh["tensor"], batch * shape.length
     heads = text.heads * text.head_dim + 2 * text.kv_heads * text.head_dim
-    intermediates = 6 * text.hidden + (heads + text.heads * text.head_dim + 3 * text.mlp) // tensor
+    mlps = 1.0  # of a token; experts have room for more than the two that it takes
+    if text.experts is not None:
+        factor = (recipe.routing or text.experts.routing).capacity_factor
+        mlps = text.experts.count if factor is None else min(text.experts.count, 2 * factor)
+    intermediates = 6 * text.hidden + (heads + text.heads * text.head_dim + int(3 * mlps * text.mlp)) // tensor
     chunk = batch * min(shape.edges, EDGE_CHUNK)
     queries = QUERY_CHUNK
     gathered_layer = (sizes.layers + sizes.experts) // text.layers * width // tensor
