@@ -286,7 +286,8 @@ def _train_v0(tokenizer: AnyTokenizer, turns: Turns, image: bool) -> Labelled:
 def training(tokenizer: AnyTokenizer, template: str, turns: Turns) -> Labelled:
     """An item of the training set: its ids, -200 for a picture, and its labels, -100 where nothing is taught."""
     image = any(IMAGE in text for text in turns[::2])
-    said = [normal(text) if image else text for text in turns]
+    # MoE-LLaVA leaves the marker where the text has it.
+    said = [normal(text) if image and template != "moe_llava" else text for text in turns]
     if template == "plain":
         return _train_plain(tokenizer, said, image)
     if template == "llava_v0":
