@@ -118,7 +118,7 @@ def convert(
             _write_adapter(model, folder, to, source, processor.encoder.tokenizer)
         else:
             lora.merge(model)
-            if any(tunes_tower(part.config) for part in (main, *others)):  # it is no longer the one that is named
+            if any(tunes_tower(part.config) for part in (main, *others)):  # the named repository has other weights
                 model.config = dataclasses.replace(model.config, vision_tower="")
             keeps_template = template is None and main.format == "llava-hf" and not _changes_prompt(adapter)
             kept = read_chat_template(main.path) if keeps_template else None

@@ -104,7 +104,7 @@ def _of_files(tokenizer: Any, main: Component, others: Sequence[Component]) -> T
     """Return the template of a checkpoint's files, or else of its components': an adapter's is in its base model's folder.
 
     Raises:
-        CheckpointError: There is none, or it cannot be used.
+        CheckpointError: The files contain no chat template, or one that cannot be used.
     """
     folders = [part.path for part in (main, *others) if part.format != "clip" and part.path.is_dir()]
     if (found := next(filter(None, map(read_chat_template, folders)), None)) is None:

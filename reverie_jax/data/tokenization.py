@@ -240,7 +240,7 @@ class Encoder:
     def decode(self, ids: Sequence[int]) -> str:
         """Return an answer's text: without special tokens, cut where the template ends an answer, and stripped."""
         text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
-        if end := (self.template.end or "").strip():  # an end that is no special token is part of the text
+        if end := (self.template.end or "").strip():  # without a special token for it, the end is part of the text
             text = text.split(end)[0]
         return text.strip()
 

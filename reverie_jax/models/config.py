@@ -75,8 +75,8 @@ class RopeScaling:
         kind: `linear` divides all frequencies by `factor`; `llama3` divides the low ones, keeps the high ones and
             interpolates between.
         factor: Divisor.
-        low: Below `original_positions / low` turns, a frequency is low (`low_freq_factor`).
-        high: Likewise (`high_freq_factor`).
+        low: A frequency of fewer turns than this in `original_positions` tokens is a low one (`low_freq_factor`).
+        high: A frequency of more turns than this is a high one (`high_freq_factor`).
         original_positions: Longest sequence before the scaling.
     """
 
@@ -275,7 +275,7 @@ class VLMConfig:
         """Numbers of encoder layers before each hidden state: state k is the output of layer k, and state 0 the embedding.
 
         Raises:
-            ValueError: The tower has no such state.
+            ValueError: A feature layer is outside the tower.
         """
         states = self.vision.layers + 1
         for layer in self.feature_layers:

@@ -104,7 +104,7 @@ def set_magnitudes(layer: Linear, magnitudes: Mapping[int, ArrayLike]) -> None:
         magnitudes: Norms, (out,), by the number of the matrix in its stack. Matrices that are not named are not scaled.
 
     Raises:
-        ValueError: The layer has no adapter, or is quantized: the norms would be others.
+        ValueError: The layer has no adapter, or is quantized: quantizing changes the norms.
     """
     if layer.lora_a is None or layer.lora_b is None or layer.scales is not None:
         raise ValueError("DoRA needs an adapter on a matrix that is not quantized")

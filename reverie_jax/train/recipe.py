@@ -151,7 +151,7 @@ class Recipe:
             )
         if self.routing is not None and self.routing.group and self.micro_batch_size % self.routing.group:
             raise ValueError(
-                f"micro-batches of {self.micro_batch_size} sequences are no multiple of routing.group={self.routing.group}"
+                f"micro-batches of {self.micro_batch_size} sequences: not a multiple of routing.group={self.routing.group}"
             )
 
     @property

@@ -43,7 +43,7 @@ def _lora_tensors(
         rename: Converts canonical names to those of the format.
 
     Raises:
-        CheckpointError: The model has no adapter, one outside the decoder, or experts.
+        CheckpointError: The model has no adapter, an adapter outside the decoder, or experts.
     """
     if model.config.text.experts is not None:
         raise CheckpointError("formats of adapters do not support experts; write the merged model, as llava or orbax")
