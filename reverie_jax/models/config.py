@@ -13,6 +13,7 @@ SecondExpert = Literal["argmax", "gumbel"]
 ExpertLayers = Literal["sparse", "first_half", "second_half", "all"]
 ProjectorKind = Literal["linear", "mlp2x_gelu"]
 Tokenization = Literal["hf", "llava"]
+System = Literal["llava", "minigpt4", "mplug-owl", "muffin"]
 ImageAspectRatio = Literal["pad", "square", "stretch"]
 Remat = Literal["full", "dots", "none"]
 
@@ -26,8 +27,33 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclasses.dataclass(frozen=True)
+class ResamplerConfig:
+    """Learned queries that read the tower's tokens by cross-attention; their last states are the image's features.
+
+    Attributes:
+        kind: `qformer` (BLIP-2's, arXiv 2301.12597): post-norm layers of self-attention and MLP, of which every second one,
+            the first included, has cross-attention to the tower's tokens between the two. `abstractor` (mPLUG-Owl's, arXiv
+            2304.14178): pre-norm layers, in which the queries attend to the tower's tokens and to themselves at once.
+        layers: Their number; even for a `qformer`.
+        norm_eps: Of all layer normalizations but the one within the abstractor's MLP.
+        mlp_norm_eps: Of that one.
+    """
+
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
+
+    kind: Literal["qformer", "abstractor"]
+    queries: int
+    hidden: int
+    layers: int
+    heads: int
+    mlp: int
+    norm_eps: float
+    mlp_norm_eps: float = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """A vision transformer: CLIP's (`CLIPVisionModel` in transformers) by default, or SigLIP's.
+    """What makes features of an image: a vision transformer, CLIP's (`CLIPVisionModel`) by default, and a resampler, if any.
 
     Attributes:
         image_size: Side of the square input, in pixels.
@@ -38,6 +64,16 @@ class VisionConfig:
         patch_bias: Whether the patch embedding has a bias (SigLIP's has).
         mean: Of the pixels from 0 to 1, by channel: red, green, blue.
         std: Standard deviation likewise.
+        qkv: Whether query, key and value are three matrices or one: `fused`, with all queries first (EVA-CLIP), or
+            `interleaved`, with query, key and value of each head side by side (mPLUG-Owl).
+        key_bias: Whether keys have a bias (EVA-CLIP's have none).
+        output_norm: Whether the last layer's output is normalized; otherwise `post_norm` is only kept for exports.
+        output_norm_eps: Of this normalization; `norm_eps` if None (BLIP-2's `ln_vision` has its own).
+        queries: Learned queries after the image's tokens, in the same layers but with weights of their own; the features are
+            their outputs (BEiT-3 in Muffin, arXiv 2310.00653). 0 for none.
+        query_positions: Rows of the queries' table of positions.
+        position_offset: Rows of the tables of positions before the first that is used.
+        resampler: What reads the tower's tokens, if anything does.
     """
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
@@ -55,6 +91,14 @@ class VisionConfig:
     patch_bias: bool = False
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
+    qkv: Literal["separate", "fused", "interleaved"] = "separate"
+    key_bias: bool = True
+    output_norm: bool = False
+    output_norm_eps: float | None = None
+    queries: int = 0
+    query_positions: int = 0
+    position_offset: int = 0
+    resampler: ResamplerConfig | None = None
 
     @property
     def patches(self) -> int:
@@ -240,6 +284,7 @@ class VLMConfig:
             input.
         feature_select: `patch` drops the tower's first token: the class token, or in MoE-LLaVA's models with SigLIP a patch;
             `full` keeps all.
+        projector_token: Whether a learned token follows an image's features (`vit_eos` of mPLUG-Owl).
         image_token_id: Placeholder token at the position of an image feature; its embedding is never used.
         template: Name of the chat template that the weights were tuned with (see `data.templates`).
         tokenization: Tokenization that the weights were tuned with: Hugging Face's in one pass, or original LLaVA's.
@@ -258,6 +303,7 @@ class VLMConfig:
     projector_norm_eps: float | None = None
     feature_layers: tuple[int, ...] = (-2,)
     feature_select: FeatureSelect = "patch"
+    projector_token: bool = False
     image_token_id: int = 32000
     template: str = "llava-hf"
     tokenization: Tokenization = "hf"
@@ -266,9 +312,25 @@ class VLMConfig:
     stop_ids: tuple[int, ...] = ()
 
     @property
+    def system(self) -> System:
+        """Whose architecture this is: LLaVA's and its relatives', or a sister system's, which have formats of their own."""
+        if self.vision.queries:
+            return "muffin"
+        if self.vision.resampler is None:
+            return "llava"
+        return "minigpt4" if self.vision.resampler.kind == "qformer" else "mplug-owl"
+
+    @property
+    def features(self) -> int:
+        """Number of the projector's inputs for one image."""
+        if self.vision.resampler is not None:
+            return self.vision.resampler.queries
+        return self.vision.queries or self.vision.tokens - (self.feature_select == "patch")
+
+    @property
     def image_tokens(self) -> int:
         """Number of tokens of one image in the decoder."""
-        return self.vision.tokens - (self.feature_select == "patch")
+        return self.features + self.projector_token
 
     @property
     def feature_depths(self) -> tuple[int, ...]:
@@ -286,6 +348,8 @@ class VLMConfig:
     @property
     def feature_width(self) -> int:
         """Width of the projector's input."""
+        if self.vision.resampler is not None:
+            return self.vision.resampler.hidden
         return self.vision.hidden * len(self.feature_layers)
 
 
@@ -306,6 +370,48 @@ _SIGLIP_SO400M = VisionConfig(
     patch_bias=True,
     mean=(0.5, 0.5, 0.5),
     std=(0.5, 0.5, 0.5),
+)
+
+_EVA_G = VisionConfig(
+    hidden=1408,
+    layers=39,
+    heads=16,
+    mlp=6144,
+    image_size=224,
+    patch_size=14,
+    norm_eps=1e-6,
+    activation="gelu",
+    pre_norm=False,
+    patch_bias=True,
+    qkv="fused",
+    key_bias=False,
+    output_norm=True,
+    output_norm_eps=1e-5,
+    resampler=ResamplerConfig("qformer", queries=32, hidden=768, layers=12, heads=12, mlp=3072, norm_eps=1e-12),
+)
+_MPLUG_OWL = dataclasses.replace(
+    _CLIP_L,
+    norm_eps=1e-6,
+    qkv="interleaved",
+    output_norm=True,
+    resampler=ResamplerConfig("abstractor", queries=64, hidden=1024, layers=6, heads=16, mlp=4096, norm_eps=1e-5),
+)
+_BEIT3_L = VisionConfig(
+    hidden=1024,
+    layers=24,
+    heads=16,
+    mlp=4096,
+    image_size=448,
+    patch_size=16,
+    activation="gelu",
+    pre_norm=False,
+    patch_bias=True,
+    mean=(0.5, 0.5, 0.5),
+    std=(0.5, 0.5, 0.5),
+    output_norm=True,
+    queries=64,
+    query_positions=1024,
+    position_offset=2,
 )
 
 TOWERS: dict[str, VisionConfig] = {
@@ -391,9 +497,27 @@ def _moe_llava(text: TextConfig) -> VLMConfig:
     return _llava(text, "openai/clip-vit-large-patch14-336", template="moe_llava")
 
 
+_LLAMA_7B = dataclasses.replace(_VICUNA_7B, norm_eps=1e-6, max_positions=2048)
+
+
+def _sister(vision: VisionConfig, text: TextConfig, template: str, tower: str, **fields: Any) -> VLMConfig:
+    return VLMConfig(
+        vision,
+        text,
+        projector="linear",
+        feature_layers=(-1,),
+        feature_select="full",
+        template=template,
+        tokenization="llava",
+        image_aspect_ratio="stretch",
+        vision_tower=tower,
+        **{"image_token_id": 0, **fields},
+    )
+
+
 ARCHITECTURES: dict[str, VLMConfig] = {
     "llava-1.0-7b": _llava(
-        dataclasses.replace(_VICUNA_7B, norm_eps=1e-6, max_positions=2048),
+        _LLAMA_7B,
         "openai/clip-vit-large-patch14",
         projector="linear",
         image_aspect_ratio="square",
@@ -404,5 +528,15 @@ ARCHITECTURES: dict[str, VLMConfig] = {
     "moe-llava-stablelm-1.6b": _moe_llava(_STABLELM_1_6B),
     "moe-llava-qwen-1.8b": _moe_llava(_QWEN_1_8B),
     "moe-llava-phi2-2.7b": _moe_llava(_PHI_2),
+    "minigpt4-7b": _sister(_EVA_G, _LLAMA_7B, "minigpt4", "eva_clip_g"),
+    "mplug-owl-7b": _sister(_MPLUG_OWL, _LLAMA_7B, "mplug_owl", "", projector_token=True),
+    "muffin-13b": _sister(
+        _BEIT3_L,
+        dataclasses.replace(_VICUNA_13B, vocab=32004, norm_eps=1e-6, max_positions=2048),
+        "muffin",
+        "beit3_large_patch16_448",
+        image_token_id=32001,
+    ),
 }
-"""The models that recipes start from (haotian-liu/LLaVA, mbzuai-oryx/LLaVA-pp, PKU-YuanGroup/MoE-LLaVA)."""
+"""The models that recipes start from (haotian-liu/LLaVA, mbzuai-oryx/LLaVA-pp, PKU-YuanGroup/MoE-LLaVA, Vision-CAIR/MiniGPT-4,
+X-PLUG/mPLUG-Owl, thunlp/Muffin)."""
