@@ -47,7 +47,7 @@ class Decoding:
         repetition_penalty, no_repeat_ngram: See `penalties.penalize`.
         penalize_prompt: The prompt's tokens count as repeated too, image placeholders included. transformers does so where
             it is given ids (Muffin), not where it is given embeddings (MiniGPT-4, mPLUG-Owl, original LLaVA).
-        early_beams: Search with beams as transformers did until 2023: a beam's length counts the prompt but not the token
+        early_beams: Search with beams as transformers before 4.36 did: a beam's length counts the prompt but not the token
             that ends it; a stop text ends no beam, but the search once all running beams hold it (Muffin's criterion).
         seed: Of sampling and of the noise.
         contrast: What the scores are contrasted with: the image under noise (VCD, Leng et al., arXiv 2311.16922), the
@@ -89,12 +89,6 @@ class Decoding:
             raise ValueError("temperature must be at least 0, and top_p above 0 and at most 1")
         if self.top_k < 0 or self.no_repeat_ngram < 0 or self.repetition_penalty <= 0:
             raise ValueError("top_k and no_repeat_ngram must be at least 0, and repetition_penalty above 0")
-
-    def penalize(
-        self, scores: Float[Array, "*lead V"], prompts: Int[Array, "*lead L"], answers: Int[Array, "*lead T"], step: Any
-    ) -> Float[Array, "*lead V"]:
-        """Return the scores behind the prompts and `step` tokens of the answers, after the penalties."""
-        return penalties.penalize(scores, prompts, answers, step, self.repetition_penalty, self.no_repeat_ngram)
 
 
 class DecodeState(NamedTuple):
@@ -210,13 +204,6 @@ def generate(
     return _decode_by_token(model, batch, scores, states, decoding, longest, stops, stop_table), tracked
 
 
-def _counted_prompts(batch: Batch, decoding: Decoding) -> Int[Array, "B Q L"]:
-    """Return the prompts' tokens that count for the penalties."""
-    if decoding.penalize_prompt:
-        return penalties.prompt_tokens(batch)
-    return jnp.zeros((*batch.leaves.shape, 0), jnp.int32)
-
-
 def _advance(
     table: Int8[Any, "S V"] | None, state: Int8[Array, "*lead"], token: Int[Array, "*lead"]
 ) -> tuple[Int8[Array, "*lead"], Bool[Array, "*lead"]]:
@@ -238,10 +225,12 @@ def _decode_by_token(
     stop_table: Int8[Any, "S V"] | None,
 ) -> Int[Array, "B Q T"]:
     """Decode greedily or by sampling, until all leaves have ended."""
-    end, prompts = stops[0], _counted_prompts(batch, decoding)
+    end, prompts = stops[0], penalties.prompt_tokens(batch, decoding.penalize_prompt)
 
     def choose(scores: Float[Array, "B Q V"], out: Int[Array, "B Q T"], step: Any) -> Int[Array, "B Q"]:
-        scores = decoding.penalize(scores, prompts, out, step)
+        scores = penalties.penalize(
+            *(scores, prompts, out, step), decoding.repetition_penalty, decoding.no_repeat_ngram
+        )
         greedy = not decoding.temperature
         token = scores.argmax(-1).astype(jnp.int32) if greedy else _sample(scores, batch.questions, step, decoding)
         return jnp.where(jnp.isin(token, jnp.asarray(stops, jnp.int32)), end, token)
@@ -328,7 +317,7 @@ def _beam_search(
     """Decode by transformers' beam search (`early_stopping=False`), all leaves at once and each by itself."""
     beams, early = decoding.beams, decoding.early_beams
     rows, leaves = batch.leaves.shape
-    prompts = jnp.repeat(_counted_prompts(batch, decoding)[:, :, None], beams, axis=2)
+    prompts = jnp.repeat(penalties.prompt_tokens(batch, decoding.penalize_prompt)[:, :, None], beams, axis=2)
     asked = state.depth[..., None].astype(jnp.float32) if early else jnp.zeros((rows, leaves, 1))
     # Beams of a leaf are neighbors, and share its ancestors.
     wide = jax.tree.map(lambda x: jnp.repeat(x, beams, axis=2), state.suffix)
@@ -351,7 +340,10 @@ def _beam_search(
 
     def grow(now: _Beams, scores: Float[Array, "B Q K V"]) -> tuple[_Beams, Int[Array, "B Q K"]]:
         """Return the beams with one more token each, and which beam each of them continues."""
-        scores = decoding.penalize(jax.nn.log_softmax(scores, axis=-1), prompts, now.tokens, now.step)
+        scores = penalties.penalize(
+            *(jax.nn.log_softmax(scores, axis=-1), prompts, now.tokens, now.step),
+            *(decoding.repetition_penalty, decoding.no_repeat_ngram),
+        )
         sums = (scores + now.sums[..., None]).reshape(rows, leaves, -1)
         sums, index = jax.lax.top_k(sums, keep)
         origin, token = index // scores.shape[-1], (index % scores.shape[-1]).astype(jnp.int32)

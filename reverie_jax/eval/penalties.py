@@ -13,8 +13,15 @@ from reverie_jax.data.packing import Batch
 NO_TOKEN = -1
 
 
-def prompt_tokens(batch: Batch) -> Int[Array, "B Q L"]:
-    """Return the tokens of each leaf's prompt, its ancestors in the tree, right-aligned behind `NO_TOKEN`."""
+def prompt_tokens(batch: Batch, counted: bool = True) -> Int[Array, "B Q L"]:
+    """Return the tokens of each leaf's prompt, its ancestors in the tree, right-aligned behind `NO_TOKEN`.
+
+    Args:
+        batch: Packed sequences.
+        counted: If False, the prompts are empty.
+    """
+    if not counted:
+        return jnp.zeros((*batch.leaves.shape, 0), jnp.int32)
     rows, length = batch.tokens.shape
     leaf = batch.leaves[:, :, None]
     index = jnp.arange(length, dtype=jnp.int32)[None, None]

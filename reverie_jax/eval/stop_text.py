@@ -8,14 +8,8 @@ from jaxtyping import Int8
 from reverie_jax.data.tokenization import Encoder, end_token
 
 
-def stop_text(encoder: Encoder) -> str:
-    """Return the text that ends an answer by the template; empty if a token does."""
-    end = encoder.template.end or ""
-    return "" if end_token(encoder.tokenizer, end) else end.strip()
-
-
 def stop_table(encoder: Encoder, vocabulary: int) -> Int8[np.ndarray, "S V"] | None:
-    """Return an automaton that finds the stop text in an answer, however it is tokenized; None if tokens end answers.
+    """Return an automaton that finds the text that ends answers, however it is tokenized; None if tokens end them.
 
     An answer starts in state 0; behind a token its state is `table[state, token]`. State s is the number of the text's
     characters that the answer ends with; the last state, where the answer holds the whole text, is never left.
@@ -24,17 +18,17 @@ def stop_table(encoder: Encoder, vocabulary: int) -> Int8[np.ndarray, "S V"] | N
         encoder: Its tokenizer and template.
         vocabulary: V, the number of tokens that the model scores.
     """
-    if not (text := stop_text(encoder)):
+    tokenizer, end = encoder.tokenizer, encoder.template.end or ""
+    text = end.strip()
+    if not text or end_token(tokenizer, end):
         return None
-    tokenizer = encoder.tokenizer
 
     def decode(*ids: int) -> str:
         return str(tokenizer.decode(ids, skip_special_tokens=True))
 
     # Behind another token, a token keeps the space that it begins with.
-    before = next(
-        token for token in reversed(tokenizer(text, return_offsets_mapping=True)["input_ids"]) if decode(token)
-    )
+    spelled = tokenizer(text, return_offsets_mapping=True)["input_ids"]
+    before = next(token for token in reversed(spelled) if decode(token))
     skipped = len(decode(before))
     table = np.zeros((len(text) + 1, vocabulary), np.int8)
     table[-1] = len(text)

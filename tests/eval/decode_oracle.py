@@ -112,7 +112,7 @@ def beams_of_2023(
     prompt: Sequence[int],
     held: Callable[[list[int]], bool],
 ) -> list[int]:
-    """Search as transformers' BeamSearchScorer and beam_search did (4.28 to 4.34), written anew with lists.
+    """Search as transformers' BeamSearchScorer and beam_search did before 4.36, written anew with lists.
 
     Args:
         score: Scores the token after an answer so far.

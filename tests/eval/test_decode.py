@@ -146,7 +146,7 @@ def test_penalties_of_any_history(ngram):
             expected = oracle.Penalties(decoding, 0)(flat, torch.tensor(scores.reshape(6, -1))).numpy()
         # Behind shorter prompts' padding, and before tokens that are not there yet.
         padded = np.concatenate([np.full((2, 3, 2), penalties.NO_TOKEN, np.int32), tokens[..., :prompt]], axis=-1)
-        found = decoding.penalize(*map(jnp.asarray, (scores, padded, tokens[..., prompt:])), step)
+        found = penalties.penalize(*map(jnp.asarray, (scores, padded, tokens[..., prompt:])), step, 1.3, ngram)
         np.testing.assert_allclose(np.asarray(found).reshape(6, -1), expected.reshape(6, -1), rtol=1e-6)
 
 
