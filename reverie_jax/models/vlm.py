@@ -18,7 +18,7 @@ from reverie_jax.models.vision import VisionTower, normalize
 
 
 class VisionLanguageModel(nnx.Module):
-    """LLaVA's architecture: vision tower, projector, decoder (Liu et al., arXiv 2310.03744).
+    """LLaVA's architecture: vision tower, projector, decoder (Liu et al., arXiv 2310.03744); a tower may have a resampler.
 
     Args:
         config: Sizes.
