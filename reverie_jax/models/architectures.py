@@ -192,5 +192,5 @@ ARCHITECTURES: dict[str, VLMConfig] = {
         image_token_id=32001,
     ),
 }
-"""The models that recipes start from (haotian-liu/LLaVA, mbzuai-oryx/LLaVA-pp, PKU-YuanGroup/MoE-LLaVA, Vision-CAIR/MiniGPT-4,
-X-PLUG/mPLUG-Owl, thunlp/Muffin)."""
+"""The models that recipes start from (haotian-liu/LLaVA, mbzuai-oryx/LLaVA-pp, PKU-YuanGroup/MoE-LLaVA,
+Vision-CAIR/MiniGPT-4, X-PLUG/mPLUG-Owl, thunlp/Muffin)."""

@@ -26,10 +26,11 @@ class Attention(nnx.Module):
         self.value = Linear(inputs, width, ("embed", "heads"), **options)
         self.out = Linear(width, width, ("heads", "embed"), **options)
 
-    def __call__(self, x: Float[Array, "B Q W"], y: Float[Array, "B T V"]) -> Float[Array, "B Q W"]:
+    def __call__(self, x: Float[Array, "B Q W"], y: Float[Array, "B T inputs"]) -> Float[Array, "B Q W"]:
         """Return what `x` reads of `y`."""
         q, k, v = (
-            part(z).reshape(*z.shape[:2], self.heads, -1) for part, z in ((self.query, x), (self.key, y), (self.value, y))
+            part(z).reshape(*z.shape[:2], self.heads, -1)
+            for part, z in ((self.query, x), (self.key, y), (self.value, y))
         )
         return self.out(attend_dense(q, k, v, None).reshape(x.shape))
 
@@ -49,7 +50,7 @@ class QFormerLayer(nnx.Module):
         self.down = Linear(config.mlp, width, ("mlp", "embed"), **stack, bias=True, dtype=dtype)
         self.mlp_norm = LayerNorm(width, config.norm_eps, **stack)
 
-    def __call__(self, x: Float[Array, "B Q W"], tokens: Float[Array, "B T V"]) -> Float[Array, "B Q W"]:
+    def __call__(self, x: Float[Array, "B Q W"], tokens: Float[Array, "B T inputs"]) -> Float[Array, "B Q W"]:
         """Apply one layer to the queries' states."""
         x = self.attention_norm(x + self.attention(x, x))
         if self.cross is not None and self.cross_norm is not None:
@@ -64,7 +65,7 @@ class QFormerPair(nnx.Module):
         self.first = QFormerLayer(config, inputs, dtype=dtype, **stack)
         self.second = QFormerLayer(config, None, dtype=dtype, **stack)
 
-    def __call__(self, x: Float[Array, "B Q W"], tokens: Float[Array, "B T V"]) -> Float[Array, "B Q W"]:
+    def __call__(self, x: Float[Array, "B Q W"], tokens: Float[Array, "B T inputs"]) -> Float[Array, "B Q W"]:
         """Apply one pair."""
         return self.second(self.first(x, tokens), tokens)
 
@@ -107,10 +108,12 @@ class Resampler(nnx.Module):
             self.layers: nnx.Module = QFormerPair(config, inputs, rngs=rngs, layers=config.layers // 2, dtype=dtype)
         else:
             if inputs != config.hidden:
-                raise ValueError(f"the abstractor's width is {config.hidden} and the tower's {inputs}; they must be equal")
+                raise ValueError(
+                    f"the abstractor's width is {config.hidden} and the tower's {inputs}; they must be equal"
+                )
             self.layers = AbstractorLayer(config, inputs, rngs=rngs, layers=config.layers, dtype=dtype)
 
-    def __call__(self, tokens: Float[Array, "B T V"], *, remat: Remat = "none") -> Float[Array, "B Q W"]:
+    def __call__(self, tokens: Float[Array, "B T inputs"], *, remat: Remat = "none") -> Float[Array, "B Q W"]:
         """Return the last states of the queries.
 
         Args:

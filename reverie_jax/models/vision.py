@@ -32,7 +32,7 @@ class Multiway(nnx.Module):
     def __init__(self, make: Callable[[], Any], tokens: int):
         self.image, self.query, self.tokens = make(), make(), tokens
 
-    def __call__(self, x: Float[Array, "B L W"]) -> Float[Array, "B L V"]:
+    def __call__(self, x: Float[Array, "B L W"]) -> Float[Array, "B L outputs"]:
         """Apply each layer to its tokens."""
         return jnp.concatenate([self.image(x[:, : self.tokens]), self.query(x[:, self.tokens :])], axis=1)
 
@@ -86,7 +86,10 @@ class VisionLayer(nnx.Module):
             return [part[..., 0, :] for part in jnp.split(qkv.reshape(*shape[:3], 3, -1), 3, axis=3)]
         q, k, v = jnp.split(qkv, 3, axis=-1)
         if self.query_bias is not None and self.value_bias is not None:
-            q, v = (part + bias[...].astype(x.dtype)[None, None] for part, bias in ((q, self.query_bias), (v, self.value_bias)))
+            q, v = (
+                part + bias[...].astype(x.dtype)[None, None]
+                for part, bias in ((q, self.query_bias), (v, self.value_bias))
+            )
         return [part.reshape(shape) for part in (q, k, v)]
 
     def __call__(self, x: Float[Array, "B L W"]) -> Float[Array, "B L W"]:
@@ -145,7 +148,7 @@ class VisionTower(nnx.Module):
         *,
         select: FeatureSelect = "patch",
         remat: Remat = "none",
-    ) -> Float[Array, "B T V"]:
+    ) -> Float[Array, "B T features"]:
         """Return the features of images: hidden states of the tokens, side by side, or what the resampler makes of them.
 
         Args:

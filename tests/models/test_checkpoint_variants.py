@@ -19,9 +19,9 @@ from PIL import Image
 from reverie_jax.data.images import preprocess
 from reverie_jax.errors import CheckpointError
 from reverie_jax.models import VisionLanguageModel
+from reverie_jax.models.architectures import ARCHITECTURES
 from reverie_jax.models.checkpoints import read_config, read_model
 from reverie_jax.models.checkpoints.processing import read_image_processor
-from reverie_jax.models.architectures import ARCHITECTURES
 from reverie_jax.models.config import CLIP_MEAN, CLIP_STD
 from reverie_jax.models.lora import attach
 from reverie_jax.models.sharding import make_mesh

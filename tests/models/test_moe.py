@@ -15,9 +15,9 @@ from flax import nnx
 
 from reverie_jax.errors import CheckpointError
 from reverie_jax.models import ModelInputs, VisionLanguageModel, VLMConfig, lora
+from reverie_jax.models.architectures import ARCHITECTURES
 from reverie_jax.models.checkpoints import read_model, write_adapters
 from reverie_jax.models.checkpoints.write import write_model, write_original
-from reverie_jax.models.architectures import ARCHITECTURES
 from reverie_jax.models.config import Routing
 from reverie_jax.models.moe import assign_experts, capacity_of
 from reverie_jax.models.sharding import make_mesh, shard_state

@@ -24,15 +24,8 @@ from reverie_jax.models.checkpoints.components import (
 )
 from reverie_jax.models.checkpoints.families import repository_name
 from reverie_jax.models.checkpoints.files import Tensors, read_json, weights_of
-from reverie_jax.models.checkpoints.names import (
-    AnyArray,
-    ParameterSpec,
-    canonical_name,
-    canonical_projector_name,
-    original_name,
-    parameter_specs,
-    to_model_layout,
-)
+from reverie_jax.models.checkpoints.names import canonical_name, canonical_projector_name, original_name
+from reverie_jax.models.checkpoints.specs import AnyArray, ParameterSpec, parameter_specs, to_model_layout
 from reverie_jax.models.layers import Linear
 from reverie_jax.models.vlm import VisionLanguageModel
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from reverie_jax import files
 from reverie_jax.errors import CheckpointError, UserError
 from reverie_jax.models.checkpoints.families import check_folders
-from reverie_jax.models.checkpoints.names import AnyArray
+from reverie_jax.models.checkpoints.specs import AnyArray
 
 _log = logging.getLogger(__name__)
 

@@ -18,14 +18,8 @@ from reverie_jax.errors import CheckpointError
 from reverie_jax.files import write_json
 from reverie_jax.models.checkpoints.configs import llava_hf_json, original_json, preprocessor_json
 from reverie_jax.models.checkpoints.files import is_finite
-from reverie_jax.models.checkpoints.names import (
-    AnyArray,
-    ParameterSpec,
-    family_name,
-    original_name,
-    parameter_specs,
-    to_file_layout,
-)
+from reverie_jax.models.checkpoints.names import family_name, original_name
+from reverie_jax.models.checkpoints.specs import AnyArray, ParameterSpec, parameter_specs, to_file_layout
 from reverie_jax.models.lora import assign
 from reverie_jax.models.vlm import VisionLanguageModel
 

@@ -17,14 +17,8 @@ from reverie_jax.models import lora
 from reverie_jax.models.checkpoints.adapters import ADAPTER_WEIGHTS, MAGNITUDE, projector_variables
 from reverie_jax.models.checkpoints.components import ADAPTER_CONFIG, NON_LORA
 from reverie_jax.models.checkpoints.configs import original_json
-from reverie_jax.models.checkpoints.names import (
-    AnyArray,
-    family_name,
-    memory_name,
-    original_name,
-    parameter_specs,
-    to_file_layout,
-)
+from reverie_jax.models.checkpoints.names import family_name, memory_name, original_name
+from reverie_jax.models.checkpoints.specs import AnyArray, parameter_specs, to_file_layout
 from reverie_jax.models.vlm import VisionLanguageModel
 
 Strength = tuple[int, float]
