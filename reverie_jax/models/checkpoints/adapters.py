@@ -96,7 +96,7 @@ def attach_adapter(
     elif any(map(_PLAIN.match, tensors.stored)):
         _check_lacks_no_projector(path, trained_on)
     whole = projector_variables(model).keys()
-    saved = settings.saved_tensors(whole) if settings.saved or not projector_names else whole
+    saved = settings.saved_tensors(whole, model.config) if settings.saved or not projector_names else whole
     if adapter.format == "peft" and (different := saved ^ projector_names.keys()):
         raise CheckpointError(
             f"{path}: the projector's tensors are not those of modules_to_save ({', '.join(sorted(different))})"

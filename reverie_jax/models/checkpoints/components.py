@@ -19,11 +19,14 @@ from reverie_jax.models.checkpoints.families import (
     detect_format,
     original_language_model,
 )
-from reverie_jax.models.checkpoints.files import read_json, resolve, weights_of
+from reverie_jax.models.checkpoints.files import Tensors, read_json, resolve, split_delta, weights_of
 from reverie_jax.models.checkpoints.processing import read_image_processor
+from reverie_jax.models.checkpoints.sisters import sister_config
 from reverie_jax.models.config import VisionConfig
 
-ComponentFormat = Literal["llava-hf", "llava", "llava-lora", "projector", "llm", "clip", "peft", "orbax"]
+ComponentFormat = Literal[
+    "llava-hf", "llava", "llava-lora", "projector", "llm", "clip", "peft", "orbax", "sister", "eva", "blip2"
+]
 
 DESCRIPTIONS: dict[ComponentFormat, str] = {
     "llava-hf": "a llava-hf model",
@@ -34,8 +37,11 @@ DESCRIPTIONS: dict[ComponentFormat, str] = {
     "clip": "a vision tower",
     "peft": "a PEFT adapter",
     "orbax": "a reverie-jax model in Orbax format",
+    "sister": "a MiniGPT-4, mPLUG-Owl or Muffin",
+    "eva": "an EVA-CLIP tower",
+    "blip2": "a BLIP-2 file, with a Q-Former",
 }
-COMPLETE_MODELS = ("llava-hf", "llava", "orbax")
+COMPLETE_MODELS = ("llava-hf", "llava", "orbax", "sister")
 
 PROJECTOR_FILE, NON_LORA, ADAPTER_CONFIG = "mm_projector.bin", "non_lora_trainables.bin", "adapter_config.json"
 RUN_FILE = "run.json"
@@ -48,11 +54,13 @@ class Component:
 
     Attributes:
         config: Content of its config.json; empty where it has none.
+        base: The model that its tensors are differences from, if they are.
     """
 
     path: Path
     format: ComponentFormat
     config: dict[str, Any]
+    base: Component | None = None
 
     @property
     def config_path(self) -> Path:
@@ -82,11 +90,16 @@ def detect_component(source: ComponentLike) -> Component:
     """
     if isinstance(source, Component):
         return source
+    if (pair := split_delta(str(source))) is not None:
+        base, delta = map(detect_component, pair)
+        if base.format not in ("llm", *COMPLETE_MODELS) or base.base is not None:
+            raise CheckpointError(f"{base}, which nothing is a difference from; write LLAMA+DELTA")
+        return dataclasses.replace(delta, base=base)
     path = resolve(source, check=check_config)
     if not path.is_dir():
         if path.suffix not in (".bin", ".safetensors", ".pt", ".pth"):
             raise CheckpointError(f"{path}: not a checkpoint; give a model's folder, or an {PROJECTOR_FILE}")
-        return Component(path, "projector", {})
+        return Component(path, _file_format(path), {})
     if (path / RUN_FILE).exists():
         raise CheckpointError(
             f"{path}: a run folder of `reverie train`; give its base model as the path and this as the adapter"
@@ -110,6 +123,13 @@ def detect_component(source: ComponentLike) -> Component:
     return Component(path, format, config)
 
 
+def _file_format(path: Path) -> ComponentFormat:
+    names = Tensors([path]).stored.keys()
+    if "blocks.0.attn.q_bias" in names:
+        return "eva"
+    return "blip2" if "query_tokens" in names else "projector"
+
+
 def check_config(path: Path, config: dict[str, Any]) -> None:
     """Check all that a config.json and the settings beside it say, before any weight is downloaded.
 
@@ -119,6 +139,8 @@ def check_config(path: Path, config: dict[str, Any]) -> None:
     format = detect_format(path, config)
     if format == "llava-hf":
         llava_hf_config(path.parent, config)
+    elif format == "sister":
+        sister_config(path, config)
     elif format == "clip":
         tower_sizes(Component(path.parent, format, config))
     elif format == "llm" or (format == "llava" and "hidden_size" in config):

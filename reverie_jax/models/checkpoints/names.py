@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 
-from reverie_jax.models.config import TextConfig, VLMConfig
+from reverie_jax.models.config import System, TextConfig, VLMConfig
 
-IGNORED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|embeddings\.position_ids)$")
-"""Tensors that old files contain and no model needs: both are functions of the configuration."""
+IGNORED = re.compile(
+    r"(^|\.)(rotary_emb\.inv_freq|embeddings\.position_ids|vision_embed\.mask_token|beit3\.text_embed\.weight)$"
+)
+"""Tensors that files contain and no model needs: functions of the configuration, and BEiT-3's inputs that Muffin lacks."""
 
 CLIP_UNUSED = re.compile(r"^(text_model\..*|visual_projection\.weight|text_projection\.weight|logit_scale|logit_bias)$")
 """Tensors of a CLIP or SigLIP repository that are not the vision tower's."""
@@ -23,6 +25,7 @@ _RENAMINGS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         # transformers >= 4.52 in memory: state_dict() dumps and adapters
         (r"^model\.language_model\.", "language_model.model."),
         (r"^lm_head\.", "language_model.lm_head."),
+        (r"^llama_model\.", "language_model."),  # MiniGPT-4
         # Qwen-1
         (r"^(language_model\.)?transformer\.wte\.", "language_model.model.embed_tokens."),
         (r"^(language_model\.)?transformer\.h\.", "language_model.model.layers."),
@@ -153,8 +156,11 @@ def original_name(name: str, config: VLMConfig) -> str:
     return name.replace(".mlp.experts.", ".mlp.deepspeed_moe.experts.deepspeed_experts.")
 
 
-def memory_name(name: str) -> str:
-    """Return a canonical name as transformers >= 4.52 has it in memory, where PEFT finds modules."""
+def memory_name(name: str, config: VLMConfig) -> str:
+    """Return a canonical name as PEFT finds modules: in memory, by transformers >= 4.52 or a sister system's code."""
+    if config.system != "llava":
+        return sister_name(name, config.system)
+    name = family_name(name, config.text)
     for ours, theirs in (
         ("language_model.lm_head.", "lm_head."),
         ("language_model.model.", "model.language_model."),

@@ -37,15 +37,17 @@ from reverie_jax.models.checkpoints.families import (
     tower_name,
     tunes_tower,
 )
-from reverie_jax.models.checkpoints.files import Tensors, read_json, weights_of
+from reverie_jax.models.checkpoints.files import Tensors, read_json, summed, weights_of
 from reverie_jax.models.checkpoints.names import (
     CLIP_UNUSED,
     IGNORED,
     POOLING_HEAD,
     canonical_name,
     canonical_projector_name,
+    sister_name,
 )
 from reverie_jax.models.checkpoints.processing import read_stop_ids
+from reverie_jax.models.checkpoints.sisters import BLIP2_UNUSED, EVA_UNUSED, minigpt4_config, sister_config
 from reverie_jax.models.checkpoints.specs import EMBEDDING, HEAD, AnyArray
 from reverie_jax.models.config import ProjectorKind, TextConfig, VisionConfig, VLMConfig
 
@@ -86,6 +88,18 @@ def resolve_checkpoint(source: ComponentLike, components: Sequence[ComponentLike
         tensors = _canonical_tensors(main)
         config = _with_stored_head(llava_hf_config(main.path, main.config), tensors)
         return ResolvedCheckpoint(main.path, config, _without_tied_head(main.config_path, config.text, tensors))
+    if main.format == "sister":
+        _reject_unused(others, main)
+        config = sister_config(main.config_path, main.config)
+        weights = _weights(main)
+        tensors = {
+            sister_name(name, config.system, canonical=True): (weights, name)
+            for name in weights.stored
+            if not IGNORED.search(name)
+        }
+        return ResolvedCheckpoint(main.path, config, tensors)
+    if any(part.format in ("eva", "blip2") for part in (main, *others)):
+        return _resolve_minigpt4(main, others)
     tower = _single(others, ("clip",))
     if main.format == "llava":
         _reject_unused([other for other in others if other is not tower], main)
@@ -109,6 +123,33 @@ def resolve_checkpoint(source: ComponentLike, components: Sequence[ComponentLike
         config = dataclasses.replace(config, projector=_projector_kind(tensors))
         return ResolvedCheckpoint(main.path, with_settings(config, main), tensors)
     return _resolve_original(main, base, tower, main)
+
+
+def _resolve_minigpt4(main: Component, others: Sequence[Component]) -> ResolvedCheckpoint:
+    """Return a MiniGPT-4 that is given as its sources: EVA-CLIP, BLIP-2's file, a language model and a projector."""
+    everything = [main, *others]
+    formats = ("eva", "blip2", "llm", "projector")
+    found = [_single(everything, (format,)) for format in formats]
+    _reject_unused([part for part in everything if part not in found], main)
+    for format, part in zip(formats, found, strict=True):
+        if part is None:
+            raise CheckpointError(f"{main}; of a MiniGPT-4, {DESCRIPTIONS[format]} is missing: add it as a component")
+    eva, blip2, llm, projector = (part for part in found if part is not None)
+    tower, bridge, head = map(_weights, (eva, blip2, projector))
+    text = text_config(llm.config_path, llm.config, llm.config["model_type"])
+    config, last = minigpt4_config(eva.path, tower.stored, bridge.stored, text)
+    tensors = _canonical_tensors(llm)
+    tensors |= {
+        f"visual_encoder.{name}": (tower, name)
+        for name in tower.stored
+        if not EVA_UNUSED.match(name) and not last.match(name)
+    }
+    tensors |= {
+        name: (bridge, name) for name in bridge.stored if not BLIP2_UNUSED.match(name) and not IGNORED.search(name)
+    }
+    tensors |= {name: (head, name) for name in head.stored if not IGNORED.search(name)}
+    config = dataclasses.replace(config, stop_ids=read_stop_ids(llm.path, llm.config))
+    return ResolvedCheckpoint(projector.path, config, _without_tied_head(llm.config_path, text, tensors))
 
 
 def with_settings(config: VLMConfig, tuned: Component) -> VLMConfig:
@@ -200,8 +241,12 @@ def stored_dtype(checkpoint: ResolvedCheckpoint) -> np.dtype[Any]:
 
 
 def _weights(component: Component) -> Tensors:
+    if component.base is not None:
+        return summed(_weights(component.base), _weights(dataclasses.replace(component, base=None)))
+    if component.path.is_file():
+        return Tensors([component.path])
     if component.format == "projector":
-        return Tensors([component.path if component.path.is_file() else component.path / PROJECTOR_FILE])
+        return Tensors([component.path / PROJECTOR_FILE])
     if component.format == "llava-lora":
         return Tensors([component.path / NON_LORA])
     if (tensors := weights_of(component.path)) is None:
