@@ -54,6 +54,7 @@ class Convert:
             adapter=self.adapter,
             template=self.template,
             dtype=dtype,
+            image_size=self.image_size,
             shard_bytes=parse_size(self.shard_size),
         )
         files = sorted(path for path in folder.rglob("*") if path.is_file())

@@ -27,21 +27,21 @@ def normalize(pixels: UInt8[Array, "... 3"], config: VisionConfig, dtype: DTypeL
 
 
 class Multiway(nnx.Module):
-    """Two layers of one kind: `image` computes the first `tokens` tokens, `query` the others (BEiT-3)."""
+    """Two layers of one kind: `query` computes the last `queries` tokens, `image` those before them (BEiT-3)."""
 
-    def __init__(self, make: Callable[[], Any], tokens: int):
-        self.image, self.query, self.tokens = make(), make(), tokens
+    def __init__(self, make: Callable[[], Any], queries: int):
+        self.image, self.query, self.queries = make(), make(), queries
 
     def __call__(self, x: Float[Array, "B L W"]) -> Float[Array, "B L outputs"]:
         """Apply each layer to its tokens."""
-        return jnp.concatenate([self.image(x[:, : self.tokens]), self.query(x[:, self.tokens :])], axis=1)
+        return jnp.concatenate([self.image(x[:, : -self.queries]), self.query(x[:, -self.queries :])], axis=1)
 
 
 def _by_token(config: VisionConfig, kind: type[nnx.Module], *args: Any, **options: Any) -> Any:
     """Return a layer, or where there are queries a pair of it."""
     if not config.queries:
         return kind(*args, **options)
-    return Multiway(lambda: kind(*args, **options), config.tokens)
+    return Multiway(lambda: kind(*args, **options), config.queries)
 
 
 class VisionLayer(nnx.Module):
@@ -169,7 +169,7 @@ class VisionTower(nnx.Module):
         if self.config.output_norm:
             x = self.post_norm(x)
         if self.config.queries:
-            return x[:, self.config.tokens :]
+            return x[:, -self.config.queries :]
         x = x[:, 1:] if select == "patch" else x
         return x if self.resampler is None else self.resampler(x, remat=remat)
 
