@@ -47,7 +47,14 @@ from reverie_jax.models.checkpoints.names import (
     sister_name,
 )
 from reverie_jax.models.checkpoints.processing import read_stop_ids
-from reverie_jax.models.checkpoints.sisters import BLIP2_UNUSED, EVA_UNUSED, minigpt4_config, sister_config
+from reverie_jax.models.checkpoints.sisters import (
+    ARCHITECTURE_KEY,
+    BLIP2_UNUSED,
+    EVA_UNUSED,
+    minigpt4_config,
+    sister_config,
+    with_stored_sizes,
+)
 from reverie_jax.models.checkpoints.specs import EMBEDDING, HEAD, AnyArray
 from reverie_jax.models.config import ProjectorKind, TextConfig, VisionConfig, VLMConfig
 
@@ -92,6 +99,8 @@ def resolve_checkpoint(source: ComponentLike, components: Sequence[ComponentLike
         _reject_unused(others, main)
         config = sister_config(main.config_path, main.config)
         weights = _weights(main)
+        if config.system == "muffin" and ARCHITECTURE_KEY not in main.config:
+            config = with_stored_sizes(main.path, config, weights.stored)
         tensors = {
             sister_name(name, config.system, canonical=True): (weights, name)
             for name in weights.stored
@@ -137,7 +146,7 @@ def _resolve_minigpt4(main: Component, others: Sequence[Component]) -> ResolvedC
     eva, blip2, llm, projector = (part for part in found if part is not None)
     tower, bridge, head = map(_weights, (eva, blip2, projector))
     text = text_config(llm.config_path, llm.config, llm.config["model_type"])
-    config, last = minigpt4_config(eva.path, tower.stored, bridge.stored, text)
+    config, last = minigpt4_config((eva.path, blip2.path), tower.stored, bridge.stored, text)
     tensors = _canonical_tensors(llm)
     tensors |= {
         f"visual_encoder.{name}": (tower, name)

@@ -17,11 +17,14 @@ from reverie_jax.models.checkpoints.decoders import text_config, text_json
 from reverie_jax.models.checkpoints.families import SISTERS, Json
 from reverie_jax.models.checkpoints.files import Stored
 from reverie_jax.models.checkpoints.processing import check_divisible, choice, given, number, read_stop_ids, size
-from reverie_jax.models.checkpoints.specs import QFORMER
+from reverie_jax.models.checkpoints.specs import BEIT3, QFORMER
 from reverie_jax.models.config import ResamplerConfig, TextConfig, VisionConfig, VLMConfig
 
 ARCHITECTURE_KEY = "reverie_architecture"
 """Key for the whole architecture in a config.json that this project wrote: the authors' keys leave sizes out."""
+
+_EVA_HEAD, _BERT_HEAD, _BEIT3_HEAD = 88, 64, 64
+"""Widths of heads, which no file says."""
 
 EVA_UNUSED = re.compile(r"^(norm|fc_norm|head)\.")
 """Tensors of EVA-CLIP's file above its last layer, which is not used either (`minigpt4_config`)."""
@@ -119,16 +122,53 @@ def _muffin_config(path: Path, raw: Json) -> VLMConfig:
     )
 
 
+def with_stored_sizes(path: Path, config: VLMConfig, tensors: Mapping[str, Stored]) -> VLMConfig:
+    """Return a Muffin's architecture with the sizes of its tower by its tensors: config.json has only a name for them.
+
+    Args:
+        path: The folder, for messages.
+        config: By config.json.
+        tensors: By stored name.
+
+    Raises:
+        CheckpointError: The shapes are not those of such a tower.
+    """
+    width, _, _, patch = _shape(path, tensors, f"{BEIT3}vision_embed.proj.weight", 4)
+    vision = dataclasses.replace(
+        config.vision,
+        hidden=width,
+        layers=_count(tensors, re.escape(BEIT3) + r"encoder\.layers\.(\d+)\."),
+        heads=max(1, width // _BEIT3_HEAD),
+        mlp=_shape(path, tensors, f"{BEIT3}encoder.layers.0.ffn.A.fc1.weight", 2)[0],
+        patch_size=patch,
+        query_positions=_shape(path, tensors, f"{BEIT3}encoder.embed_positions.B.weight", 2)[0],
+    )
+    check_divisible(path, vision.hidden, vision.heads, "BEiT-3's width", "its number of heads")
+    return dataclasses.replace(config, vision=vision)
+
+
+def _shape(path: Path, tensors: Mapping[str, Stored], name: str, rank: int) -> tuple[int, ...]:
+    if name not in tensors or len(tensors[name].shape) != rank:
+        raise CheckpointError(f"{path}: tensor {name} of rank {rank} is missing")
+    return tensors[name].shape
+
+
+def _count(tensors: Mapping[str, Stored], pattern: str) -> int:
+    """Return the number of layers whose names match."""
+    numbers = (re.match(pattern, name) for name in tensors)
+    return 1 + max((int(match[1]) for match in numbers if match), default=0)
+
+
 def minigpt4_config(
-    path: Path, eva: Mapping[str, Stored], blip2: Mapping[str, Stored], text: TextConfig
+    paths: tuple[Path, Path], eva: Mapping[str, Stored], blip2: Mapping[str, Stored], text: TextConfig
 ) -> tuple[VLMConfig, re.Pattern[str]]:
     """Return the architecture of a MiniGPT-4 that is given as its sources, and the names of EVA-CLIP's last layer.
 
-    Sizes are the tensors'; what shapes do not tell is as published: heads, epsilons, and that EVA-CLIP's last layer is left
-    out.
+    Sizes are the tensors'; what shapes do not tell is as published: widths of heads, epsilons, and that EVA-CLIP's last
+    layer is left out.
 
     Args:
-        path: EVA-CLIP's file, for messages.
+        paths: EVA-CLIP's file and BLIP-2's, for messages.
         eva: Its tensors.
         blip2: Those of BLIP-2's file, Q-Former and queries.
         text: The language model.
@@ -139,34 +179,28 @@ def minigpt4_config(
     known = ARCHITECTURES["minigpt4-7b"]
     tower, resampler = known.vision, known.vision.resampler
     assert resampler is not None
-
-    def shape(tensors: Mapping[str, Stored], name: str, rank: int) -> tuple[int, ...]:
-        if name not in tensors or len(tensors[name].shape) != rank:
-            raise CheckpointError(f"{path}: tensor {name} of rank {rank} is missing, here or in BLIP-2's file")
-        return tensors[name].shape
-
-    def count(tensors: Mapping[str, Stored], pattern: str) -> int:
-        numbers = (re.match(pattern, name) for name in tensors)
-        return 1 + max((int(match[1]) for match in numbers if match), default=0)
-
-    width, _, _, patch = shape(eva, "patch_embed.proj.weight", 4)
-    tokens, blocks = shape(eva, "pos_embed", 3)[1], count(eva, r"blocks\.(\d+)\.")
+    width, _, _, patch = _shape(paths[0], eva, "patch_embed.proj.weight", 4)
+    tokens, blocks = _shape(paths[0], eva, "pos_embed", 3)[1], _count(eva, r"blocks\.(\d+)\.")
+    _, queries, inner = _shape(paths[1], blip2, "query_tokens", 3)
     vision = dataclasses.replace(
         tower,
         hidden=width,
         layers=blocks - 1,
-        mlp=shape(eva, "blocks.0.mlp.fc1.weight", 2)[0],
+        heads=max(1, width // _EVA_HEAD),
+        mlp=_shape(paths[0], eva, "blocks.0.mlp.fc1.weight", 2)[0],
         patch_size=patch,
         image_size=math.isqrt(tokens - 1) * patch,
         resampler=dataclasses.replace(
             resampler,
-            queries=shape(blip2, "query_tokens", 3)[1],
-            hidden=shape(blip2, "query_tokens", 3)[2],
-            layers=count(blip2, re.escape(QFORMER) + r"encoder\.layer\.(\d+)\."),
-            mlp=shape(blip2, f"{QFORMER}encoder.layer.0.intermediate_query.dense.weight", 2)[0],
+            queries=queries,
+            hidden=inner,
+            heads=max(1, inner // _BERT_HEAD),
+            layers=_count(blip2, re.escape(QFORMER) + r"encoder\.layer\.(\d+)\."),
+            mlp=_shape(paths[1], blip2, f"{QFORMER}encoder.layer.0.intermediate_query.dense.weight", 2)[0],
         ),
     )
-    check_divisible(path, vision.hidden, vision.heads, "EVA-CLIP's width", "its number of heads")
+    check_divisible(paths[0], width, vision.heads, "EVA-CLIP's width", "its number of heads")
+    check_divisible(paths[1], inner, max(1, inner // _BERT_HEAD), "the Q-Former's width", "its number of heads")
     return dataclasses.replace(known, vision=vision, text=text), re.compile(rf"^blocks\.{blocks - 1}\.")
 
 

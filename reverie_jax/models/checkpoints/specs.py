@@ -169,7 +169,7 @@ def _add_minigpt4(specs: list[ParameterSpec], config: VLMConfig) -> None:
     _add_linear(specs, "projector.linear1", "llama_proj", bias=True)
 
 
-QFORMER = "Qformer.bert."
+QFORMER, BEIT3 = "Qformer.bert.", "model.vision_tower.beit3."
 
 
 def _add_mplug_owl(specs: list[ParameterSpec], config: VLMConfig) -> None:
@@ -198,14 +198,13 @@ def _add_mplug_owl(specs: list[ParameterSpec], config: VLMConfig) -> None:
 
 
 def _add_muffin(specs: list[ParameterSpec], config: VLMConfig) -> None:
-    beit3 = "model.vision_tower.beit3."
     specs.append(ParameterSpec("vision.queries", "model.query"))
-    specs.append(ParameterSpec("vision.cls", beit3 + "vision_embed.cls_token", "token"))
-    specs.append(ParameterSpec("vision.patch.kernel", beit3 + "vision_embed.proj.weight", "conv"))
-    specs.append(ParameterSpec("vision.patch.bias", beit3 + "vision_embed.proj.bias"))
-    specs.append(ParameterSpec("vision.position", beit3 + "encoder.embed_positions.A.weight"))
-    specs.append(ParameterSpec("vision.query_position", beit3 + "encoder.embed_positions.B.weight"))
-    layer, stack = beit3 + "encoder.layers.{}.", (tuple(range(config.vision.layers)),)
+    specs.append(ParameterSpec("vision.cls", BEIT3 + "vision_embed.cls_token", "token"))
+    specs.append(ParameterSpec("vision.patch.kernel", BEIT3 + "vision_embed.proj.weight", "conv"))
+    specs.append(ParameterSpec("vision.patch.bias", BEIT3 + "vision_embed.proj.bias"))
+    specs.append(ParameterSpec("vision.position", BEIT3 + "encoder.embed_positions.A.weight"))
+    specs.append(ParameterSpec("vision.query_position", BEIT3 + "encoder.embed_positions.B.weight"))
+    layer, stack = BEIT3 + "encoder.layers.{}.", (tuple(range(config.vision.layers)),)
     for side, letter in (("image", "A"), ("query", "B")):
         for ours, theirs in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj"), ("out", "out_proj")):
             _add_linear(specs, f"vision.layers.{ours}.{side}", f"{layer}self_attn.{theirs}.{letter}", stack, bias=True)
@@ -218,7 +217,7 @@ def _add_muffin(specs: list[ParameterSpec], config: VLMConfig) -> None:
             ("mlp_norm", f"ffn.{letter}.ffn_layernorm"),
         ):
             _add_norm(specs, f"vision.layers.{ours}.{side}", layer + theirs, stack)
-        _add_norm(specs, f"vision.post_norm.{side}", f"{beit3}encoder.layer_norm.{letter}")
+        _add_norm(specs, f"vision.post_norm.{side}", f"{BEIT3}encoder.layer_norm.{letter}")
     _add_linear(specs, "projector.linear1", "model.mm_projector", bias=True)
 
 
