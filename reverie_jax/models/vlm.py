@@ -49,7 +49,8 @@ class VisionLanguageModel(nnx.Module):
             features = self.vision(pixels, config.feature_depths, select=config.feature_select, remat=remat)
         if not train_tower:
             features = jax.lax.stop_gradient(features)
-        features = self.projector(features).reshape(batch, images * features.shape[1], -1)
+        features = self.projector(features)
+        features = features.reshape(batch, images * features.shape[1], -1)
         slots = inputs.image_slots[:, :, None]
         image_features = jnp.take_along_axis(features, jnp.maximum(slots, 0), axis=1)
         text = self.decoder.embed(inputs.tokens, features.dtype)

@@ -95,7 +95,7 @@ def test_features_logits_and_greedy_tokens(name, seed, models):
     assert found.shape[1:] == (ours.config.features, ours.config.feature_width)
     assert_close(found, features)
     reference = theirs.logits(tokens, slots, pixels).numpy()
-    assert np.abs(features).max() > 1 and np.abs(reference).max() > 1  # the tolerance means something
+    assert min(np.abs(features).max(), np.abs(reference).max()) > 1  # the tolerance means something
     assert_close(logits(ours, inputs), reference)
     graph, state = nnx.split(ours)
     found = greedy(graph, state, jax.tree.map(jnp.asarray, inputs))
@@ -139,9 +139,7 @@ def test_images_of_another_size(side, models):
 )
 def test_published_sizes(name, counts):
     """The tower's last normalization is counted with mPLUG-Owl's and BEiT-3's towers, and apart from EVA-CLIP's."""
-    model = nnx.eval_shape(
-        lambda: VisionLanguageModel(ARCHITECTURES[name], rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
-    )
+    model = nnx.eval_shape(lambda: VisionLanguageModel(ARCHITECTURES[name], rngs=nnx.Rngs(0), dtype=jnp.bfloat16))
 
     def size(part):
         return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(part, nnx.Param)))

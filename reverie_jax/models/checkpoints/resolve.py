@@ -37,7 +37,7 @@ from reverie_jax.models.checkpoints.families import (
     tower_name,
     tunes_tower,
 )
-from reverie_jax.models.checkpoints.files import Tensors, read_json, summed, weights_of
+from reverie_jax.models.checkpoints.files import SummedTensors, Tensors, read_json, weights_of
 from reverie_jax.models.checkpoints.names import (
     CLIP_UNUSED,
     IGNORED,
@@ -251,7 +251,7 @@ def stored_dtype(checkpoint: ResolvedCheckpoint) -> np.dtype[Any]:
 
 def _weights(component: Component) -> Tensors:
     if component.base is not None:
-        return summed(_weights(component.base), _weights(dataclasses.replace(component, base=None)))
+        return SummedTensors(_weights(component.base), _weights(dataclasses.replace(component, base=None)))
     if component.path.is_file():
         return Tensors([component.path])
     if component.format == "projector":
