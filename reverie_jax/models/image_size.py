@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 
 import jax.numpy as jnp
 import numpy as np
@@ -40,9 +39,7 @@ def resize_images(model: VisionLanguageModel, size: int) -> None:
         table = np.concatenate([table[:first], grid.reshape(new * new, -1).astype(np.float32)])
         assign(model.vision.position, jnp.asarray(table, model.vision.position.dtype))
     vision = dataclasses.replace(vision, image_size=size)
-    # Muffin's code reads the size from the name; another tower is not the named one any more.
-    name = re.sub(r"\d+$", str(size), config.vision_tower) if config.system == "muffin" else ""
-    model.config = dataclasses.replace(config, vision=vision, vision_tower=name)
+    model.config = dataclasses.replace(config, vision=vision, vision_tower="")  # it is not the named one any more
     model.vision.config = vision
 
 

@@ -235,7 +235,7 @@ def sister_json(config: VLMConfig, dtype: str, special_ids: Json) -> Json:
         }
     own["muffin"] = {
         **text,
-        "mm_vision_tower": config.vision_tower,
+        "mm_vision_tower": f"beit3_large_patch{vision.patch_size}_{vision.image_size}",
         "use_mm_proj": True,
         "num_query": vision.queries,
         "mm_use_im_start_end": True,
