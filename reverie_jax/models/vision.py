@@ -94,7 +94,8 @@ class VisionLayer(nnx.Module):
 
     def __call__(self, x: Float[Array, "B L W"]) -> Float[Array, "B L W"]:
         """Apply one layer."""
-        attended = attend(*self._attention_inputs(self.norm1(x)), None).reshape(x.shape)
+        q, k, v = self._attention_inputs(self.norm1(x))
+        attended = attend(q, k, v, None).reshape(x.shape)
         x = x + self.out(attended if self.attention_norm is None else self.attention_norm(attended))
         inner = activate(self.config.activation, self.up(self.norm2(x)))
         return x + self.down(inner if self.mlp_norm is None else self.mlp_norm(inner))

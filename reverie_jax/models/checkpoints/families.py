@@ -106,7 +106,7 @@ def detect_format(path: Path, config: Json) -> ConfigFormat:
         return "orbax"
     if kind in TOWER_MODELS:
         return "clip"
-    if kind in (model_type for model_type, _ in SISTERS.values()):
+    if any(kind == model_type for model_type, _ in SISTERS.values()):
         return "sister"
     if isinstance(text, dict) and isinstance(vision, dict):
         if re.search("next|onevision|video", str(kind)):

@@ -137,7 +137,7 @@ def resolve_checkpoint(source: ComponentLike, components: Sequence[ComponentLike
 def _resolve_minigpt4(main: Component, others: Sequence[Component]) -> ResolvedCheckpoint:
     """Return a MiniGPT-4 that is given as its sources: EVA-CLIP, BLIP-2's file, a language model and a projector."""
     everything = [main, *others]
-    formats = ("eva", "blip2", "llm", "projector")
+    formats: tuple[ComponentFormat, ...] = ("eva", "blip2", "llm", "projector")
     found = [_single(everything, (format,)) for format in formats]
     _reject_unused([part for part in everything if part not in found], main)
     for format, part in zip(formats, found, strict=True):

@@ -80,15 +80,18 @@ def _mplug_owl_config(path: Path, raw: Json) -> VLMConfig:
         "num_attention_heads": "heads",
         "intermediate_size": "mlp",
     }
-    sizes = {field: size(path, {key: getattr(tower, field), **vision}, key) for key, field in own.items()}
-    images = {key: size(path, {key: getattr(tower, key), **vision}, key) for key in ("image_size", "patch_size")}
+    own_sizes: Json = {
+        field: size(path, {key: getattr(resampler, field), **abstractor}, key) for key, field in own.items()
+    }
+    own |= {"image_size": "image_size", "patch_size": "patch_size"}
+    sizes: Json = {field: size(path, {key: getattr(tower, field), **vision}, key) for key, field in own.items()}
     eps = number(path, {"layer_norm_eps": tower.norm_eps, **vision}, "layer_norm_eps")
     resampler = dataclasses.replace(
         resampler,
         queries=size(path, {"num_query_tokens": resampler.queries, **given(raw)}, "num_query_tokens"),
         # Of the normalization within the MLP only; the others have torch's default.
         mlp_norm_eps=number(path, {"layer_norm_eps": resampler.mlp_norm_eps, **abstractor}, "layer_norm_eps"),
-        **{field: size(path, {key: getattr(resampler, field), **abstractor}, key) for key, field in own.items()},
+        **own_sizes,
     )
     width = size(path, {"encoder_hidden_size": resampler.hidden, **abstractor}, "encoder_hidden_size")
     if not width == resampler.hidden == sizes["hidden"]:
@@ -99,7 +102,7 @@ def _mplug_owl_config(path: Path, raw: Json) -> VLMConfig:
     check_divisible(path, resampler.hidden, resampler.heads, "the abstractor's hidden_size", "its num_attention_heads")
     return dataclasses.replace(
         known,
-        vision=dataclasses.replace(tower, **sizes, **images, norm_eps=eps, resampler=resampler),
+        vision=dataclasses.replace(tower, **sizes, norm_eps=eps, resampler=resampler),
         text=text_config(path, text, "llama"),
         stop_ids=read_stop_ids(path.parent, text),
     )
