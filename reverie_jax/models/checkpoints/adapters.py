@@ -24,15 +24,8 @@ from reverie_jax.models.checkpoints.components import (
 )
 from reverie_jax.models.checkpoints.families import repository_name
 from reverie_jax.models.checkpoints.files import Tensors, read_json, weights_of
-from reverie_jax.models.checkpoints.names import (
-    AnyArray,
-    ParameterSpec,
-    canonical_name,
-    canonical_projector_name,
-    original_name,
-    parameter_specs,
-    to_model_layout,
-)
+from reverie_jax.models.checkpoints.names import canonical_name, canonical_projector_name, original_name
+from reverie_jax.models.checkpoints.specs import AnyArray, ParameterSpec, parameter_specs, to_model_layout
 from reverie_jax.models.layers import Linear
 from reverie_jax.models.vlm import VisionLanguageModel
 
@@ -103,7 +96,7 @@ def attach_adapter(
     elif any(map(_PLAIN.match, tensors.stored)):
         _check_lacks_no_projector(path, trained_on)
     whole = projector_variables(model).keys()
-    saved = settings.saved_tensors(whole) if settings.saved or not projector_names else whole
+    saved = settings.saved_tensors(whole, model.config) if settings.saved or not projector_names else whole
     if adapter.format == "peft" and (different := saved ^ projector_names.keys()):
         raise CheckpointError(
             f"{path}: the projector's tensors are not those of modules_to_save ({', '.join(sorted(different))})"
