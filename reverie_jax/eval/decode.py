@@ -304,6 +304,33 @@ def _pick(values: Array, index: Int[Array, "B Q K"]) -> Array:
     return jnp.take_along_axis(values, index.reshape(*index.shape, *(1,) * (values.ndim - 3)), axis=2)
 
 
+def _no_beams(asked: Bool[Array, "B Q"], beams: int, room: int, end: int) -> _Beams:
+    """Return beams before the first token: one of each leaf, all tokens `end`."""
+    blank = jnp.full((*asked.shape, beams, room), end, jnp.int32)
+    never = jnp.full(blank.shape[:3], _EXCLUDED, jnp.float32)
+    return _Beams(
+        step=jnp.zeros((), jnp.int32),
+        tokens=blank,
+        sums=never.at[:, :, 0].set(0.0),
+        finished=blank,
+        scores=never,
+        ended=jnp.zeros(never.shape, bool),
+        open=asked,
+        found=jnp.zeros(never.shape, jnp.int8),
+    )
+
+
+def _close(now: _Beams, divided: Float[Array, "B Q K"], held: Bool[Array, "B Q K"], longest: Int[Array, ""]) -> _Beams:
+    """Let the best running beam win against the finished ones where a search ends while beams are running."""
+    over = now.open & (held.all(-1) | (now.step == longest))
+    wins = over & (divided[..., 0] > now.scores[..., 0])
+    first = jnp.where(wins[..., None], now.tokens[:, :, 0], now.finished[:, :, 0])
+    score = jnp.where(wins, divided[..., 0], now.scores[..., 0])
+    return now._replace(
+        finished=now.finished.at[:, :, 0].set(first), scores=now.scores.at[:, :, 0].set(score), open=now.open & ~over
+    )
+
+
 def _beam_search(
     model: VisionLanguageModel,
     batch: Batch,
@@ -325,18 +352,6 @@ def _beam_search(
     state = state._replace(suffix=wide, leaves=leaf, depth=depth)
     keep = max(2, 1 + len(stops)) * beams
     among_best = (jnp.arange(keep) < beams)[None, None]
-    blank = jnp.full((rows, leaves, beams, decoding.max_new_tokens), stops[0], jnp.int32)
-    never = jnp.full((rows, leaves, beams), _EXCLUDED, jnp.float32)
-    start = _Beams(
-        step=jnp.zeros((), jnp.int32),
-        tokens=blank,
-        sums=never.at[:, :, 0].set(0.0),
-        finished=blank,
-        scores=never,
-        ended=jnp.zeros((rows, leaves, beams), bool),
-        open=batch.questions >= 0,
-        found=jnp.zeros((rows, leaves, beams), jnp.int8),
-    )
 
     def grow(now: _Beams, scores: Float[Array, "B Q K V"]) -> tuple[_Beams, Int[Array, "B Q K"]]:
         """Return the beams with one more token each, and which beam each of them continues."""
@@ -374,20 +389,8 @@ def _beam_search(
             found=_pick(found, chosen),
         )
         if early:
-            after = close(after, running / reached, _pick(held, chosen))
+            after = _close(after, running / reached, _pick(held, chosen), longest)
         return after, _pick(origin, chosen)
-
-    def close(now: _Beams, divided: Float[Array, "B Q K"], held: Bool[Array, "B Q K"]) -> _Beams:
-        """Let the best running beam win against the finished ones where the search ends although beams are running."""
-        over = now.open & (held.all(-1) | (now.step == longest))
-        wins = over & (divided[..., 0] > now.scores[..., 0])
-        first = jnp.where(wins[..., None], now.tokens[:, :, 0], now.finished[:, :, 0])
-        score = jnp.where(wins, divided[..., 0], now.scores[..., 0])
-        return now._replace(
-            finished=now.finished.at[:, :, 0].set(first),
-            scores=now.scores.at[:, :, 0].set(score),
-            open=now.open & ~over,
-        )
 
     def decode_step(carry: tuple[_Beams, Int[Array, "B Q K"], Any]) -> tuple[_Beams, Int[Array, "B Q K"], Any]:
         now, origin, state = carry
@@ -397,15 +400,13 @@ def _beam_search(
         suffix = jax.tree.map(lambda x: jnp.take_along_axis(x, index, axis=2), state.suffix)
         token = jax.lax.dynamic_index_in_dim(now.tokens, now.step - 1, axis=3, keepdims=False).reshape(rows, -1)
         scores, state = extend(model, state._replace(suffix=suffix), token, now.step - 1)
-        after, origin = grow(now, scores.reshape(rows, leaves, beams, -1))
-        return after, origin, state
+        return *grow(now, scores.reshape(rows, leaves, beams, -1)), state
 
     def unfinished(carry: tuple[_Beams, Any, Any]) -> Array:
-        now = carry[0]
-        return (now.step < longest) & now.open.any()
+        return (carry[0].step < longest) & carry[0].open.any()
 
     opening = jnp.broadcast_to(first[:, :, None], (rows, leaves, beams, first.shape[-1]))
-    now, origin = grow(start, opening)
+    now, origin = grow(_no_beams(batch.questions >= 0, beams, decoding.max_new_tokens, stops[0]), opening)
     best = jax.lax.while_loop(unfinished, decode_step, (now, origin, state))[0].finished[:, :, 0]
     # One id for all that end an answer, and nothing else after it.
     stop = jnp.isin(best, jnp.asarray(stops, jnp.int32))

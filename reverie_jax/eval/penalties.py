@@ -59,7 +59,9 @@ def penalize(
     history = jnp.concatenate([jnp.full((*known.shape[:-1], reach), NO_TOKEN, jnp.int32), prompts, known], axis=-1)
     if repetition_penalty != 1:
         punished = jnp.where(scores < 0, scores * repetition_penalty, scores / repetition_penalty)
-        scores = jnp.where(_occurs(history, scores.shape[-1]), punished, scores)
+        # The prompts' tokens apart: they are the same at every step.
+        seen = _occurs(prompts, scores.shape[-1]) | _occurs(known, scores.shape[-1])
+        scores = jnp.where(seen, punished, scores)
     if no_repeat_ngram:
         windows, last = history.shape[-1] - reach, prompts.shape[-1] + step
         again = jnp.ones((*known.shape[:-1], windows), bool)

@@ -192,6 +192,10 @@ def test_ask_answers_each_question(reverie, demo):
     assert (lines[0], lines[2]) == (words[2], words[3])
     assert lines[1].strip()
     assert lines[3].strip().lower().startswith(("yes", "no"))
+    sampled = [reverie(*words, "--protocol", "lrv-mplug-owl", "--seed", seed)[:2] for seed in (1, 1, 2)]
+    assert sampled[0] == sampled[1] != sampled[2]
+    assert sampled[0][0] == 0
+    assert_refused(reverie(*words, "--protocol", "lrv"), "--protocol lrv", "lrv-minigpt4")
 
 
 def test_build_train_eval_score(reverie, demo, tmp_path):
