@@ -280,15 +280,6 @@ REFUSED: tuple[tuple[str, str, list[tuple[Json, tuple[str, ...]]]], ...] = (
         [(original("llava_qwen2", "LlavaQwen2ForCausalLM", mm_vision_tower="mobileclip_l_1024"), ("mobileclip",))],
     ),
     (
-        *("openbmb/RLHF-V, Muffin", "tower BEiT-3 with queries"),
-        [
-            (
-                original("beit3_llava", "Beit3LlavaLlamaForCausalLM", mm_vision_tower="beit3_large_patch16_448"),
-                ("beit3",),
-            )
-        ],
-    ),
-    (
         *(
             "any with `s2`, a resampler or another projector than linear and `mlp2x_gelu`",
             "other modules between the two",

@@ -14,7 +14,7 @@ from peft import IA3Config, get_peft_model
 import reverie_jax
 from reverie_jax.convert import convert
 from reverie_jax.errors import CheckpointError
-from reverie_jax.models import lora
+from reverie_jax.models import VLMConfig, lora
 from reverie_jax.models.checkpoints import attach_adapter, read_model
 from tests.models import makers
 from tests.models.makers import (
@@ -162,6 +162,7 @@ SETTINGS = [
 ]
 A, B = (f"base_model.model.model.language_model.layers.1.self_attn.q_proj.lora_{side}.weight" for side in "AB")
 BIAS = "base_model.model.model.multi_modal_projector.linear_2.bias"
+BIAS_OF_BASE = BIAS.replace("model.model.model", "model.model")
 TENSORS = {
     "B missing": (lambda t: t.pop(B), ("lora_B", "query", "q_proj")),
     "A missing": (lambda t: t.pop(A), ("lora_A", "query", "q_proj")),
@@ -207,6 +208,55 @@ def test_missing_files(broken, llama):
     assert_refused(lambda: with_adapter(llama.hf, broken), broken, "adapter_model")
     (broken / ADAPTER_CONFIG).unlink()
     assert_refused(lambda: with_adapter(llama.hf, broken), broken)
+
+
+# Files of a whole PeftModel: (change of the tensors, names that the message has). LORA stands for a layer's adapter.
+
+UP, LORA = (f"base_model.model.language_model.model.layers.1.{x}" for x in ("mlp.up_proj.weight", "self_attn.v_proj"))
+LORA_A, LORA_B = (f"{LORA}.lora_{side}.default.weight" for side in "AB")
+PEFT_MODEL = {
+    "another base": (lambda t: t.update({UP: t[UP].nextafter(torch.tensor(9.0))}), UP),
+    "another base's bias": (lambda t: t.update({BIAS_OF_BASE: t[BIAS_OF_BASE] + 1}), BIAS_OF_BASE),
+    "another width": (lambda t: t.update({UP: t[UP].T}), UP),
+    "more of the base": (lambda t: t.update({UP.replace("s.1", "s.2"): t[UP]}), "layers.2.mlp.up_proj"),
+    "integers": (lambda t: t.update({UP: t[UP].to(torch.int8)}), UP),
+    "NaN": (lambda t: t.update({UP: t[UP] * float("nan")}), UP),
+    "saved module": (lambda t: t.update({UP.replace("up_proj", "up_proj.modules_to_save.default"): t[UP]}), "to_save"),
+    "no adapters": (lambda t: [t.pop(name) for name in list(t) if "lora_" in name], "LoRA"),
+    "B missing": (lambda t: t.pop(LORA_B), "lora_B"),
+    "a layer's adapter missing": (lambda t: [t.pop(LORA_A), t.pop(LORA_B)], "layers.1.self_attn.v_proj"),
+    "another rank": (lambda t: t.update({LORA_A: t[LORA_A][:4], LORA_B: t[LORA_B][:, :4]}), LORA_A),
+    "another module": (
+        lambda t: t.update({name.replace("v_proj", "k_proj"): t[name].clone() for name in (LORA_A, LORA_B)}),
+        "layers.1.self_attn.k_proj",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", PEFT_MODEL)
+def test_broken_file_of_a_peft_model_is_refused(fault, llama, tmp_path, monkeypatch):
+    change, name = PEFT_MODEL[fault]
+    tensors = makers.PEFT_MODELS["PEFT 0.4"](makers.adapted(llama.model, **makers.LRV))
+    change(tensors)
+    makers.save(tmp_path / "model.bin", tensors)
+    monkeypatch.setattr(VLMConfig, "system", "mplug-owl")
+    model = read_model(llama.hf)
+    assert_refused(lambda: attach_adapter(model, tmp_path / "model.bin"), tmp_path / "model.bin", name)
+    assert next(lora.adapters(model), None) is None
+
+
+def test_file_of_a_peft_model_on_another_base(llama, stranger, tmp_path):
+    file, tuned = tmp_path / "model.bin", makers.adapted(llama.model, **makers.LRV)
+    makers.save(file, tuned.state_dict())
+    # The scale is in no tensor, and known for LRV-Instruction's alone.
+    assert_refused(lambda: with_adapter(llama.hf, file), file, ADAPTER_CONFIG, "alpha")
+    tuned.peft_config["default"].save_pretrained(tmp_path)
+    assert_refused(lambda: with_adapter(stranger[0], file), file, next(iter(tuned.state_dict())))
+    model = read_model(llama.hf)
+    lora.quantize(model, "int8")
+    assert_refused(lambda: attach_adapter(model, file), file, "quantized")
+    file.write_bytes(b"")
+    assert_refused(lambda: with_adapter(llama.hf, file), file)
 
 
 # Options of PEFT, and how they are supported: "exact" is written again bit for bit, "equal" with rounded tensors. Those that

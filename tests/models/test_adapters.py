@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
@@ -20,7 +21,7 @@ from reverie_jax.convert import convert
 from reverie_jax.data.conversation import Conversation, ImageRecord, Turn
 from reverie_jax.data.packing import SequenceShape
 from reverie_jax.loading import load_processor, load_with_projector
-from reverie_jax.models import lora
+from reverie_jax.models import VLMConfig, lora
 from reverie_jax.models.checkpoints import attach_adapter, read_model
 from reverie_jax.models.checkpoints.write_adapters import write_peft
 from reverie_jax.models.sharding import make_mesh
@@ -169,6 +170,50 @@ def test_dora_gives_pefts_logits_apart_merged_and_disabled(seed, llama, tmp_path
     lora.merge(model)
     assert not has_adapters(model)
     assert_close(logits(model, inputs), expected)
+
+
+# Files of a whole PeftModel.
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".safetensors"])
+@pytest.mark.parametrize("form", makers.PEFT_MODELS)
+def test_file_of_a_peft_model_gives_pefts_logits(form, suffix, llama, tmp_path, monkeypatch, caplog):
+    """LRV-Instruction V2's form: rank and alpha are not in it."""
+    tuned = makers.adapted(llama.model, **makers.LRV)
+    file, expected = tmp_path / f"model{suffix}", llava_logits(tuned, INPUTS)
+    makers.save(file, makers.PEFT_MODELS[form](tuned))
+    assert np.abs(expected - llama.base_logits).max() > 0.1
+    with monkeypatch.context() as patch:
+        patch.setattr(VLMConfig, "system", "mplug-owl")
+        assert_close(logits(with_adapter(llama.hf, file), INPUTS), expected)
+    assert "r 8, alpha 32" in caplog.text
+    tuned.peft_config["default"].save_pretrained(tmp_path)  # an adapter_config.json beside it wins, for any model
+    makers.edit_json(tmp_path / ADAPTER_CONFIG, lora_alpha=16)
+    for layer in tuned.modules():
+        if isinstance(layer, LoraLayer):
+            layer.scaling["default"] = 2.0
+    model = with_adapter(llama.hf, file)
+    assert_close(logits(model, INPUTS), llava_logits(tuned, INPUTS))
+    convert(llama.hf, tmp_path / "out", to="peft", adapter=file)
+    assert_close(llava_logits(open_with_peft(llama.hf, tmp_path / "out"), INPUTS), llava_logits(tuned, INPUTS))
+
+
+HALVES = [torch.float16, torch.bfloat16, torch.float32]
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_base_weights_in_a_file_may_have_another_dtype(dtype, llama, tmp_path):
+    tuned = makers.adapted(llama.model, **makers.LRV)
+    tensors = {n: x if "lora_" in n else x.to(dtype) for n, x in tuned.state_dict().items()}
+    makers.save(tmp_path / "model.bin", tensors)
+    tuned.peft_config["default"].save_pretrained(tmp_path)
+    for loaded in HALVES:  # the base model is exact in float16
+        model = with_adapter(llama.hf, tmp_path / "model.bin", dtype=str(loaded).removeprefix("torch."))
+        assert has_adapters(model)
+    mesh = make_mesh(data=2, fsdp=1, tensor=2)
+    assert_same(
+        with_adapter(llama.hf, tmp_path / "model.bin", mesh=mesh), with_adapter(llama.hf, tmp_path / "model.bin")
+    )
 
 
 def test_second_adapter_is_refused(llama):

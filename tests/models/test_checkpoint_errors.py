@@ -131,7 +131,9 @@ def armed(form):
     state, buffer = {"model.norm.weight": torch.ones(36), "x": Bomb()}, io.BytesIO()
     if form == "pickle":
         return pickle.dumps(state, protocol=2)
-    torch.save(state, buffer, _use_new_zipfile_serialization=form == "zip")
+    if form == "training state":  # beside a sound state dict
+        state = {"model": {"model.norm.weight": torch.ones(36)}, "optimizer": state}
+    torch.save(state, buffer, _use_new_zipfile_serialization=form != "legacy")
     return buffer.getvalue()
 
 
@@ -167,12 +169,22 @@ def outside(name):
     return fault
 
 
+def within(*keys):
+    """Move a file's state dict under each of these keys, beside what a training leaves there."""
+
+    def fault(room, kind):
+        file = file_of(room, kind)
+        torch.save({**dict.fromkeys(keys, load(file)), "optimizer": {"state": {}}, "epoch": 3}, file)
+
+    return fault
+
+
 def in_two_shards(room, kind):
     moved = {KINDS[kind][3]: load(file_of(room, kind))[KINDS[kind][3]]}
     edit(other_shard(room, kind), lambda tensors: tensors.update(moved))
 
 
-FORMS, RAN = ("zip", "legacy", "pickle"), Path(tempfile.mkdtemp()) / "ran"
+FORMS, RAN = ("zip", "legacy", "pickle", "training state"), Path(tempfile.mkdtemp()) / "ran"
 BINS = ["original", "original in shards", "projector of a LoRA", "projector"]
 # A fault, the kinds that can have it, and what the message names: TENSOR, FILE, INDEX_FILE or a text.
 TENSOR, FILE, INDEX_FILE = "the tensor", "the file", "the index"
@@ -199,6 +211,9 @@ FAULTS = [
     ("half a file", content(lambda whole: whole[: len(whole) // 2]), KINDS, FILE),
     ("git-lfs pointer", content(lambda whole: b"version https://git-lfs.github.com/spec/v1\n"), KINDS, FILE),
     *((f"code in a {form}", content(lambda whole, form=form: armed(form)), BINS, FILE) for form in FORMS),
+    ("two state dicts", within("model", "module"), BINS, FILE),
+    ("state dict under another key", within("net"), BINS, FILE),
+    ("nothing but a training's state", within(), BINS, FILE),
     ("no shard", lambda room, kind: file_of(room, kind).unlink(), SHARDED, FILE),
     ("in two shards", in_two_shards, SHARDED, TENSOR),
     ("not listed", index(lambda files, name, *_: files.pop(name)), SHARDED, TENSOR),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import logging
 import re
 from collections.abc import Callable, Iterator
@@ -16,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from reverie_jax import files
 from reverie_jax.errors import CheckpointError, UserError
 from reverie_jax.models.checkpoints.families import check_folders
-from reverie_jax.models.checkpoints.names import AnyArray
+from reverie_jax.models.checkpoints.names import EMBEDDING, HEAD, IGNORED, AnyArray, canonical_name
 
 _log = logging.getLogger(__name__)
 
@@ -25,6 +27,8 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 _SAFETENSORS_DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+_MODEL_KEYS = ("model", "module", "state_dict")
+"""Where files that hold a training's state have the model: BLIP-2 and MiniGPT-4, EVA and DeepSpeed, Lightning."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -153,9 +157,7 @@ class _Pickle:
             tensors = self._load(mmap=True)
         except CheckpointError:
             tensors = self._load(mmap=False)  # files from before torch 1.6 cannot be mapped
-        if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
-            raise CheckpointError(f"{path}: not a state dict (a dictionary from names to tensors)")
-        self._tensors: dict[str, Any] = {str(name): tensor for name, tensor in tensors.items()}
+        self._tensors: dict[str, Any] = {str(name): tensor for name, tensor in self._state_dict(tensors).items()}
 
     def _load(self, *, mmap: bool) -> Any:
         try:
@@ -165,6 +167,21 @@ class _Pickle:
             raise CheckpointError(
                 f"{self.path}: not a PyTorch file that contains only tensors; nothing in it was executed ({reason})"
             ) from None
+
+    def _state_dict(self, content: Any) -> dict[Any, Any]:
+        """Return the file's state dict: all of it, or the one entry that is the model beside optimizer, settings, …."""
+        parts = [("", content), *((key, content.get(key)) for key in _MODEL_KEYS if isinstance(content, dict))]
+        found = [
+            (key, part)
+            for key, part in parts
+            if isinstance(part, dict) and all(isinstance(value, self._torch.Tensor) for value in part.values())
+        ]
+        if len(found) == 1 or (found and not found[0][0]):
+            return dict(found[0][1])
+        inner = " and ".join(key for key, _ in found) or f"none of {', '.join(_MODEL_KEYS)}"
+        raise CheckpointError(
+            f"{self.path}: not a state dict (a dictionary from names to tensors), nor one beside other things: {inner} is"
+        )
 
     def listing(self) -> dict[str, Stored]:
         torch = self._torch
@@ -235,13 +252,100 @@ class Tensors:
             CheckpointError: A tensor has values that are not finite.
         """
         for file in self.files:
+            if not (names := [name for name in self.stored if name in wanted and self.stored[name].file == file]):
+                continue
             source = _open(file)
-            for name, stored in self.stored.items():
-                if stored.file == file and name in wanted:
-                    array = source.read(name)
-                    if not is_finite(array):
-                        raise CheckpointError(f"{file}: tensor {name} has values that are NaN or infinite")
-                    use(name, array)
+            for name in names:
+                array = source.read(name)
+                if not is_finite(array):
+                    raise CheckpointError(f"{file}: tensor {name} has values that are NaN or infinite")
+                use(name, array)
+
+
+class SummedTensors(Tensors):
+    """The tensors of a model that is published as differences to another one (Vicuna v0), added when they are read.
+
+    The sum has the delta's dtype, to which the base's tensor is cast before, as in FastChat and LLaVA: they read both as
+    float16, the dtype of all published deltas. Rows and columns that the base's embedding or LM head lacks count as zeros
+    (added tokens). Other parts than the language model, as a projector, may be the delta's alone. Files of the two may be
+    divided differently.
+
+    Raises:
+        CheckpointError: A tensor has no partner, or none of its shape.
+    """
+
+    def __init__(self, base: Tensors, delta: Tensors):
+        self.files, self.stored = delta.files, delta.stored
+        self._base, self._delta = base, delta
+        terms = {canonical_name(name): name for name in base.stored if not IGNORED.search(name)}
+        self._terms: dict[str, str] = {}  # the delta's name to the base's
+        for name, stored in delta.stored.items():
+            canonical = canonical_name(name)
+            if (term := terms.pop(canonical, None)) is not None:
+                self._terms[name], other = term, base.stored[term]
+                may_grow = canonical in (EMBEDDING, f"{HEAD}.weight")
+                sizes = itertools.zip_longest(other.shape, stored.shape, fillvalue=-1)
+                fits = all(size == grown or (may_grow and 0 < size < grown) for size, grown in sizes)
+                if not fits or stored.dtype is None or other.dtype is None:
+                    raise CheckpointError(
+                        f"{stored.file}: tensor {name} is {stored.dtype_name} {stored.shape}, not a difference to"
+                        f" {other.dtype_name} {other.shape} in {other.file}"
+                    )
+            elif canonical.startswith("language_model.") and not IGNORED.search(name):
+                raise CheckpointError(
+                    f"{base.files[0].parent}: no tensor {name}, to which {stored.file} has a difference"
+                )
+        for term in terms.values():
+            raise CheckpointError(f"{delta.files[0].parent}: no difference to {term} of {base.stored[term].file}")
+
+    def read_all(self, use: Callable[[str, AnyArray], None], wanted: set[str]) -> None:
+        """Call `use(name, array)` for every wanted tensor; one file of each side is open at a time.
+
+        Raises:
+            CheckpointError: A tensor has values that are not finite.
+        """
+        self._delta.read_all(use, wanted - self._terms.keys())
+        groups: dict[tuple[Path, Path], set[str]] = {}
+        for name in self._terms.keys() & wanted:
+            files = self.stored[name].file, self._base.stored[self._terms[name]].file
+            groups.setdefault(files, set()).add(name)
+        for (_, base_file), names in sorted(groups.items()):
+            self._delta.read_all(functools.partial(self._add, _open(base_file), use), names)
+
+    def _add(
+        self, base: _Safetensors | _Pickle, use: Callable[[str, AnyArray], None], name: str, delta: AnyArray
+    ) -> None:
+        term, total = base.read(self._terms[name]), delta.copy()
+        with np.errstate(over="ignore", invalid="ignore"):
+            total[tuple(map(slice, term.shape))] += term.astype(total.dtype)
+        if not is_finite(total):
+            raise CheckpointError(f"{base.path}: tensor {name} and the delta's add up to NaN or infinite values")
+        use(name, total)
+
+
+def split_delta(source: str) -> tuple[str, str] | None:
+    """Return base and delta of `BASE+DELTA`, two paths or hub ids; None for any other source.
+
+    An existing path is never split.
+
+    Raises:
+        CheckpointError: It can be split in several ways.
+    """
+    if Path(source).exists():
+        return None
+    places = [place for place, character in enumerate(source) if character == "+"]
+    splits = [(source[:place], source[place + 1 :]) for place in places]
+    for enough in (all, any):  # with one only, `resolve` reports that the other is missing
+        found = [pair for pair in splits if all(pair) and enough(map(_is_source, pair))]
+        if len(found) > 1:
+            raise CheckpointError(f"{source}: no such path, and as BASE+DELTA unclear: {' or '.join(map(str, found))}")
+        if found:
+            return found[0]
+    return None
+
+
+def _is_source(name: str) -> bool:
+    return Path(name).exists() or _HUB_ID.fullmatch(name) is not None
 
 
 def weights_of(folder: Path, names: tuple[str, ...] = WEIGHTS) -> Tensors | None:
