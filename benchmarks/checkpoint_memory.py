@@ -40,10 +40,10 @@ def make(folder: Path, architecture: str) -> None:
     from flax import nnx
     from safetensors.numpy import save_file
 
+    from reverie_jax.models.architectures import ARCHITECTURES
     from reverie_jax.models.checkpoints.configs import llava_hf_json, preprocessor_json
-    from reverie_jax.models.checkpoints.names import parameter_specs, to_file_layout
     from reverie_jax.models.checkpoints.read import abstract_model
-    from reverie_jax.models.config import ARCHITECTURES
+    from reverie_jax.models.checkpoints.specs import parameter_specs, to_file_layout
     from reverie_jax.scenes.tokenizer import train_tokenizer
 
     config = ARCHITECTURES[architecture]

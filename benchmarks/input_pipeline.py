@@ -51,7 +51,7 @@ def ours(folder: Path, args: Args) -> tuple[Callable[[], int], int]:
     from reverie_jax.data.pipeline import TreeBuilder, training_batches
     from reverie_jax.data.records import RecordSource
     from reverie_jax.data.supervision import Supervision
-    from reverie_jax.models.config import TOWERS
+    from reverie_jax.models.architectures import TOWERS
     from reverie_jax.models.vision import normalize
 
     source = RecordSource(folder / "records")

@@ -18,7 +18,7 @@ from reverie_jax.data.processor import Processor
 from reverie_jax.data.templates import TEMPLATES
 from reverie_jax.data.tokenization import Encoder, Tokens
 from reverie_jax.models import TextConfig, VisionConfig, VLMConfig
-from reverie_jax.models.config import ARCHITECTURES
+from reverie_jax.models.architectures import ARCHITECTURES
 from reverie_jax.train.recipes import RECIPES
 
 WAYS = ("peer", "flat", "tree")

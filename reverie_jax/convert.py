@@ -44,8 +44,9 @@ from reverie_jax.models.checkpoints.components import (
 )
 from reverie_jax.models.checkpoints.families import tower_name, tunes_tower
 from reverie_jax.models.checkpoints.files import new_folder, read_json
+from reverie_jax.models.image_size import resize_images
 
-Format = Literal["llava-hf", "peft", "llava-lora", "llava", "orbax"]
+Format = Literal["llava-hf", "peft", "llava-lora", "llava", "original", "orbax"]
 
 _log = logging.getLogger(__name__)
 
@@ -77,13 +78,14 @@ def convert(
     adapter: str | Path | None = None,
     template: str | None = None,
     dtype: DTypeLike | None = None,
+    image_size: int | None = None,
     shard_bytes: int = write.SHARD_BYTES,
 ) -> Path:
     """Read `src` (see `loading.load_model`) and write it to the folder `dst`.
 
-    Formats of complete models (`llava-hf`, `llava`, `orbax`) get adapters merged, in float32 and cast once. Formats of
-    adapters (`peft`, `llava-lora`) get the adapters and, if it was tuned with them, the projector. The folder appears
-    when it is complete.
+    Formats of complete models (`llava-hf`, `llava`, `original`, `orbax`) get adapters merged, in float32 and cast once.
+    Formats of adapters (`peft`, `llava-lora`) get the adapters and, if it was tuned with them, the projector. The folder
+    appears when it is complete.
 
     Args:
         src: As for `loading.load_model`.
@@ -93,6 +95,7 @@ def convert(
         adapter: As for `loading.load_model`.
         template: Name of the chat template; the checkpoint's own by default.
         dtype: Of a complete model's tensors; as stored by default.
+        image_size: Side of the images, in pixels, that the tower's positions are resized to; as stored by default.
         shard_bytes: Size of the largest file of weights.
 
     Returns:
@@ -109,6 +112,8 @@ def convert(
     with new_folder(dst) as folder:
         main, *others = detect_components(src, components)
         model = read_base(main, others, adapter=adapter, dtype=dtype)
+        if image_size is not None:
+            _resize_images(model, image_size, to)
         processor = set_processor(model, main, others, adapter, template)
         source = _describe_source(model, str(src), main, [str(part) for part in as_list(components)], adapter)
         if adapter is not None:
@@ -129,6 +134,15 @@ def convert(
     if to == "llava-lora" and not all(word in dst.resolve().name.lower() for word in ("llava", "lora")):
         _log.warning("%s: original LLaVA's loader needs a folder whose name contains both llava and lora", dst)
     return dst
+
+
+def _resize_images(model: VisionLanguageModel, size: int, to: str) -> None:
+    if to in ("peft", "llava-lora"):
+        raise UserError(f"--image-size {size}: {to} has no tower; write a complete model")
+    try:
+        resize_images(model, size)
+    except ValueError as error:
+        raise UserError(f"--image-size {size}: {error}") from None
 
 
 def _changes_prompt(adapter: str | Path | None) -> bool:
@@ -193,7 +207,7 @@ def _write_model(
         In what other tools answer differently with this folder than the source does here.
     """
     tokenizer, vocab, added = processor.encoder.tokenizer, None, set(processor.encoder.tokenizer.get_vocab())
-    prompts = [] if to == "orbax" else _prompts(processor.encoder)
+    prompts = [] if to in ("original", "orbax") else _prompts(processor.encoder)
     if to == "llava-hf":
         _add_image_token(model, tokenizer)
     elif to == "llava":
@@ -214,6 +228,8 @@ def _write_model(
             *_original_differences(folder, pieces),
             *_differing(prompts, _prompts(encoder), "original LLaVA"),
         ]
+    elif to == "original":
+        write.write_sister(model, folder, shard_bytes=shard_bytes, special_ids=ids)
     else:
         orbax.write_model(model, folder)
     if to != "llava-hf":
@@ -360,6 +376,7 @@ _USAGE = {
     "llava": 'original LLaVA\'s `load_pretrained_model("{name}", None, …)`.',
     "peft": '`PeftModel.from_pretrained(base, "{name}")` on `LlavaForConditionalGeneration`.',
     "llava-lora": 'original LLaVA\'s `load_pretrained_model("{name}", base, …)`; its name must contain llava and lora.',
+    "original": "its authors' code: names and shapes are theirs, the files are safetensors.",
     "orbax": "reverie-jax only.",
 }
 

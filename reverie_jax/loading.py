@@ -25,15 +25,9 @@ from reverie_jax.data.tokenization import load_tokenizer
 from reverie_jax.errors import CheckpointError, UserError
 from reverie_jax.models import VisionLanguageModel, VLMConfig
 from reverie_jax.models.checkpoints import attach_adapter, read_config, read_model
-from reverie_jax.models.checkpoints.components import (
-    Component,
-    ComponentLike,
-    as_list,
-    detect_component,
-    recorded_base,
-    with_settings,
-)
+from reverie_jax.models.checkpoints.components import Component, ComponentLike, as_list, detect_component
 from reverie_jax.models.checkpoints.files import read_json
+from reverie_jax.models.checkpoints.resolve import recorded_base, with_settings
 from reverie_jax.models.config import ProjectorKind
 from reverie_jax.train.checkpoint import load_run
 from reverie_jax.train.identity import IDENTITY, read_identity

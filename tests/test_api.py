@@ -25,9 +25,9 @@ from reverie_jax.data.conversation import IMAGE, Conversation, Turn
 from reverie_jax.data.templates import CHECKPOINT, TEMPLATES, find_template, to_jinja
 from reverie_jax.errors import CheckpointError, UserError
 from reverie_jax.loading import find_checkpoint, load_processor, read_tokenizer
+from reverie_jax.models.architectures import ARCHITECTURES
 from reverie_jax.models.checkpoints import files
 from reverie_jax.models.checkpoints.components import Component
-from reverie_jax.models.config import ARCHITECTURES
 from reverie_jax.train import recipes
 from tests.data.fakes import byte_level_tokenizer
 from tests.models import makers, oracle

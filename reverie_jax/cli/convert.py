@@ -18,8 +18,9 @@ class Convert:
     """Convert a checkpoint or adapter to another format.
 
     Input formats are recognized by content: llava-hf, original LLaVA or LLaVA-pp (.bin or safetensors), their LoRA folders,
-    a mm_projector.bin, or Orbax. Output formats of a whole model, with adapters merged: llava-hf (transformers, vLLM), llava
-    (original LLaVA) and orbax (reverie-jax); of adapters alone: peft (transformers) and llava-lora (original LLaVA).
+    a mm_projector.bin, MiniGPT-4's files, mPLUG-Owl, Muffin, or Orbax. Output formats of a whole model, with adapters
+    merged: llava-hf (transformers, vLLM), llava (original LLaVA), original (MiniGPT-4, mPLUG-Owl, Muffin) and orbax
+    (reverie-jax); of adapters alone: peft (transformers) and llava-lora (original LLaVA).
     """
 
     model: Annotated[Positional[str], common.option("MODEL")]
@@ -27,12 +28,14 @@ class Convert:
     out: Annotated[Positional[Path], common.FOLDER]
     """Output folder; it must not exist, and appears when it is complete."""
     to: Annotated[str, common.option("FORMAT")]
-    """Output format: llava-hf, llava, orbax, peft or llava-lora."""
+    """Output format: llava-hf, llava, original, orbax, peft or llava-lora."""
     components: common.Components = ()
     adapter: common.Adapter = None
     template: common.Template = None
     dtype: Annotated[str | None, common.option("DTYPE")] = None
     """Dtype of a whole model: float32, bfloat16 or float16; as stored if omitted."""
+    image_size: Annotated[int | None, common.option("PIXELS")] = None
+    """Resize the tower's position embeddings to images of this side; as stored if omitted."""
     shard_size: Annotated[str, common.option("SIZE")] = "5GB"
     """Maximum size of a weights file."""
 
@@ -51,6 +54,7 @@ class Convert:
             adapter=self.adapter,
             template=self.template,
             dtype=dtype,
+            image_size=self.image_size,
             shard_bytes=parse_size(self.shard_size),
         )
         files = sorted(path for path in folder.rglob("*") if path.is_file())

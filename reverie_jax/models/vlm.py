@@ -18,7 +18,7 @@ from reverie_jax.models.vision import VisionTower, normalize
 
 
 class VisionLanguageModel(nnx.Module):
-    """LLaVA's architecture: vision tower, projector, decoder (Liu et al., arXiv 2310.03744).
+    """LLaVA's architecture: vision tower, projector, decoder (Liu et al., arXiv 2310.03744); a tower may have a resampler.
 
     Args:
         config: Sizes.
@@ -49,7 +49,8 @@ class VisionLanguageModel(nnx.Module):
             features = self.vision(pixels, config.feature_depths, select=config.feature_select, remat=remat)
         if not train_tower:
             features = jax.lax.stop_gradient(features)
-        features = self.projector(features).reshape(batch, images * features.shape[1], -1)
+        features = self.projector(features)
+        features = features.reshape(batch, images * features.shape[1], -1)
         slots = inputs.image_slots[:, :, None]
         image_features = jnp.take_along_axis(features, jnp.maximum(slots, 0), axis=1)
         text = self.decoder.embed(inputs.tokens, features.dtype)

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from benchmarks import checkpoint_memory, evaluate, input_pipeline, mixture_scale, train_step, tree_step, workload
-from reverie_jax.models.config import ARCHITECTURES
+from reverie_jax.models.architectures import ARCHITECTURES
 
 
 @pytest.fixture(autouse=True)

@@ -17,9 +17,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from reverie_jax.eval import decode
 from reverie_jax.eval.decode import Decoding
 from reverie_jax.models import VisionLanguageModel
+from reverie_jax.models.architectures import ARCHITECTURES
 from reverie_jax.models.attention import attend
 from reverie_jax.models.attention.tokamax import compiling_for
-from reverie_jax.models.config import ARCHITECTURES
 from reverie_jax.models.sharding import make_mesh
 from reverie_jax.train import recipes
 from reverie_jax.train.plan.plan import abstract_step

@@ -398,30 +398,6 @@ def adapted(model: torch.nn.Module, seed: int = 5, **options: object) -> PeftMod
     return tuned.eval()
 
 
-LRV: dict[str, Any] = {"r": 8, "lora_alpha": 32, "target_modules": r".*language_model.*\.(q_proj|v_proj)"}
-"""What LRV-Instruction's code makes an adapter with before it loads the file of its second version."""
-
-
-def _old_peft_model(tuned: PeftModel) -> Tensors:
-    """Return the state dict that PEFT 0.4 and transformers 4.31 had."""
-    renamings = {".base_layer.": ".", ".model.model.language_model.": ".model.language_model.model."}
-    renamings |= {".model.model.": ".model.", "base_model.model.lm_head.": "base_model.model.language_model.lm_head."}
-    tensors = {}
-    for name, x in tuned.state_dict().items():
-        for new, old in renamings.items():
-            name = name.replace(new, old)
-        tensors[name] = x
-    return tensors | prefixed("base_model.model.language_model.", unused_tensors(tower=False))
-
-
-PEFT_MODELS = {  # forms of a state dict
-    "PEFT 0.4": _old_peft_model,
-    "PEFT 0.2": lambda tuned: {name.replace(".default.", "."): x for name, x in _old_peft_model(tuned).items()},
-    "newest": lambda tuned: tuned.state_dict(),
-    "adapters alone": lambda tuned: {name: x for name, x in tuned.state_dict().items() if ".lora_" in name},
-}
-
-
 def peft_folder(folder: Path, model: torch.nn.Module, seed: int = 5, **options: object) -> PeftModel:
     """Save `adapted` by PEFT; return the saved model."""
     tuned = adapted(model, seed, **options)

@@ -14,9 +14,9 @@ from peft import IA3Config, get_peft_model
 import reverie_jax
 from reverie_jax.convert import convert
 from reverie_jax.errors import CheckpointError
-from reverie_jax.models import VLMConfig, lora
+from reverie_jax.models import lora
 from reverie_jax.models.checkpoints import attach_adapter, read_model
-from tests.models import makers
+from tests.models import makers, sisters_files, sisters_oracle
 from tests.models.makers import (
     ADAPTER_CONFIG,
     ADAPTER_FILE,
@@ -162,7 +162,6 @@ SETTINGS = [
 ]
 A, B = (f"base_model.model.model.language_model.layers.1.self_attn.q_proj.lora_{side}.weight" for side in "AB")
 BIAS = "base_model.model.model.multi_modal_projector.linear_2.bias"
-BIAS_OF_BASE = BIAS.replace("model.model.model", "model.model")
 TENSORS = {
     "B missing": (lambda t: t.pop(B), ("lora_B", "query", "q_proj")),
     "A missing": (lambda t: t.pop(A), ("lora_A", "query", "q_proj")),
@@ -210,15 +209,16 @@ def test_missing_files(broken, llama):
     assert_refused(lambda: with_adapter(llama.hf, broken), broken)
 
 
-# Files of a whole PeftModel: (change of the tensors, names that the message has). LORA stands for a layer's adapter.
+# Files of a whole PeftModel, of LRV-Instruction's second version: (change of the tensors, a name that the message has).
 
-UP, LORA = (f"base_model.model.language_model.model.layers.1.{x}" for x in ("mlp.up_proj.weight", "self_attn.v_proj"))
-LORA_A, LORA_B = (f"{LORA}.lora_{side}.default.weight" for side in "AB")
+LAYER_1 = "base_model.model.language_model.model.layers.1."
+UP, BLOCK = f"{LAYER_1}mlp.up_proj.weight", "base_model.model.vision_model.encoder.layers.1.mlp.fc1.bias"
+LORA_A, LORA_B = (f"{LAYER_1}self_attn.v_proj.lora_{side}.default.weight" for side in "AB")
 PEFT_MODEL = {
-    "another base": (lambda t: t.update({UP: t[UP].nextafter(torch.tensor(9.0))}), UP),
-    "another base's bias": (lambda t: t.update({BIAS_OF_BASE: t[BIAS_OF_BASE] + 1}), BIAS_OF_BASE),
+    "another base": (lambda t: t.update({UP: t[UP].nextafter(torch.tensor(9.0).half())}), UP),
+    "another tower": (lambda t: t.update({BLOCK: t[BLOCK] + 1}), BLOCK),
     "another width": (lambda t: t.update({UP: t[UP].T}), UP),
-    "more of the base": (lambda t: t.update({UP.replace("s.1", "s.2"): t[UP]}), "layers.2.mlp.up_proj"),
+    "more of the base": (lambda t: t.update({UP.replace("s.1", "s.7"): t[UP]}), "layers.7.mlp.up_proj"),
     "integers": (lambda t: t.update({UP: t[UP].to(torch.int8)}), UP),
     "NaN": (lambda t: t.update({UP: t[UP] * float("nan")}), UP),
     "saved module": (lambda t: t.update({UP.replace("up_proj", "up_proj.modules_to_save.default"): t[UP]}), "to_save"),
@@ -233,21 +233,27 @@ PEFT_MODEL = {
 }
 
 
+@pytest.fixture(scope="module")
+def owl(tmp_path_factory):
+    """mPLUG-Owl, and the tensors of a file of adapters on it."""
+    model, room = sisters_oracle.system("mplug-owl", 0), tmp_path_factory.mktemp("owl")
+    folder = sisters_files.mplug_folder(room / "owl", model, dtype=torch.float16)
+    sisters_files.lrv_v2_file(room / "model.bin", model)
+    return read_model(folder), makers.load(room / "model.bin")
+
+
 @pytest.mark.parametrize("fault", PEFT_MODEL)
-def test_broken_file_of_a_peft_model_is_refused(fault, llama, tmp_path, monkeypatch):
-    change, name = PEFT_MODEL[fault]
-    tensors = makers.PEFT_MODELS["PEFT 0.4"](makers.adapted(llama.model, **makers.LRV))
+def test_broken_file_of_a_peft_model_is_refused(fault, owl, tmp_path):
+    (change, name), (model, tensors) = PEFT_MODEL[fault], (owl[0], dict(owl[1]))
     change(tensors)
     makers.save(tmp_path / "model.bin", tensors)
-    monkeypatch.setattr(VLMConfig, "system", "mplug-owl")
-    model = read_model(llama.hf)
     assert_refused(lambda: attach_adapter(model, tmp_path / "model.bin"), tmp_path / "model.bin", name)
     assert next(lora.adapters(model), None) is None
 
 
 def test_file_of_a_peft_model_on_another_base(llama, stranger, tmp_path):
-    file, tuned = tmp_path / "model.bin", makers.adapted(llama.model, **makers.LRV)
-    makers.save(file, tuned.state_dict())
+    file, tuned = tmp_path / "model.bin", makers.adapted(llama.model)
+    makers.save(file, dict(tuned.state_dict()))
     # The scale is in no tensor, and known for LRV-Instruction's alone.
     assert_refused(lambda: with_adapter(llama.hf, file), file, ADAPTER_CONFIG, "alpha")
     tuned.peft_config["default"].save_pretrained(tmp_path)

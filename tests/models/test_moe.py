@@ -15,9 +15,10 @@ from flax import nnx
 
 from reverie_jax.errors import CheckpointError
 from reverie_jax.models import ModelInputs, VisionLanguageModel, VLMConfig, lora
+from reverie_jax.models.architectures import ARCHITECTURES
 from reverie_jax.models.checkpoints import read_model, write_adapters
 from reverie_jax.models.checkpoints.write import write_model, write_original
-from reverie_jax.models.config import ARCHITECTURES, Routing
+from reverie_jax.models.config import Routing
 from reverie_jax.models.moe import assign_experts, capacity_of
 from reverie_jax.models.sharding import make_mesh, shard_state
 from reverie_jax.models.upcycling import layers_of, upcycle
@@ -81,7 +82,7 @@ def batch(sizes: oracle.Sizes, seed: int = 0, rows: int = 4, length: int = 22) -
 
 def tower_config(sizes: oracle.Sizes):
     """Return the normalization of the oracle's tower, in our terms."""
-    from reverie_jax.models.config import TOWERS
+    from reverie_jax.models.architectures import TOWERS
 
     name = {"clip": "openai/clip-vit-large-patch14-336", "siglip": "google/siglip-so400m-patch14-384"}[sizes.tower]
     return TOWERS[name]

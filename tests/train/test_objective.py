@@ -20,15 +20,15 @@ from reverie_jax.train.objective import edge_loss
 from reverie_jax.train.step import is_lora_or_projector, make_trainable
 from tests.train import tiny
 
-PATCHES = tiny.CONFIG.vision.patches
+PATCHES = tiny.CONFIG.image_tokens
 SHAPE = SequenceShape(length=160, images=3, edges=96)
 FLAT = SequenceShape(length=64, images=2, edges=40)
 ROWS = 6
 
 
 @functools.cache
-def split_model():
-    model = tiny.model()
+def split_model(system="llava"):
+    model = tiny.model(tiny.SYSTEMS[system])
     make_trainable(model, tiny.recipe(dropout=0.0))
     for _, layer, _, b in lora.adapters(model):  # B starts at zero, and A's gradient with it
         b.set_value(0.1 * jax.random.normal(jax.random.key(layer.inputs), b.shape))
@@ -38,14 +38,14 @@ def split_model():
 jitted = jax.jit(tiny.loss_and_grads, static_argnums=0, static_argnames=("steps", "loss_reduction"))
 
 
-def mean_loss_and_grads(batch, steps=1, loss_reduction="tokens"):
-    return jitted(*split_model(), batch, steps=steps, loss_reduction=loss_reduction)
+def mean_loss_and_grads(batch, steps=1, loss_reduction="tokens", system="llava"):
+    return jitted(*split_model(system), batch, steps=steps, loss_reduction=loss_reduction)
 
 
 @functools.cache
-def sum_of_losses_and_grads():
+def sum_of_losses_and_grads(system):
     """Sums over a batch add up over conversations."""
-    graph, params, frozen = split_model()
+    graph, params, frozen = split_model(system)
 
     def total(params, batch):
         return edge_loss(nnx.merge(graph, params, frozen), batch).total
@@ -59,7 +59,7 @@ def assert_close(grads, expected):
         assert float(jnp.linalg.norm((ours - theirs).ravel())) <= 1e-5 * max(scale, 1e-3)
 
 
-def random_conversation(rng, openings, images):
+def random_conversation(rng, openings, images, patches=PATCHES):
     """A conversation of one to three exchanges; openings and words come from few, so that much is shared."""
     ids, weights, image_slots = [1], [0.0], [-1]
 
@@ -69,7 +69,7 @@ def random_conversation(rng, openings, images):
         image_slots.extend([-1] * len(new) if slots is None else slots)
 
     for image in range(images):
-        add([3] * PATCHES, slots=list(range(image * PATCHES, (image + 1) * PATCHES)))
+        add([3] * patches, slots=list(range(image * patches, (image + 1) * patches)))
     add(openings[int(rng.integers(len(openings)))])
     for _ in range(int(rng.integers(1, 4))):
         add(rng.integers(10, 13, int(rng.integers(1, 4))).tolist())
@@ -77,8 +77,8 @@ def random_conversation(rng, openings, images):
     return Tokens(np.asarray(ids, np.int32), np.asarray(weights, np.float32), np.asarray(image_slots, np.int32))
 
 
-def pack_all(elements, shape):
-    return list(pack(grain.MapDataset.source(elements).to_iter_dataset(), shape, PATCHES))
+def pack_all(elements, shape, patches=PATCHES):
+    return list(pack(grain.MapDataset.source(elements).to_iter_dataset(), shape, patches))
 
 
 def batch_of(sequences, size=None):
@@ -92,24 +92,25 @@ def forests(draw):
     return draw(st.integers(0, 2**31)), [(draw(st.integers(1, 2)), draw(st.integers(1, 5))) for _ in range(trees)]
 
 
+@pytest.mark.parametrize("system", tiny.SYSTEMS)
 @hypothesis.given(forests())
 @hypothesis.settings(max_examples=12)
-def test_packed_trees_equal_conversations_one_by_one(case):
-    seed, sizes = case
+def test_packed_trees_equal_conversations_one_by_one(system, case):
+    (seed, sizes), patches = case, tiny.SYSTEMS[system].image_tokens
     rng = np.random.default_rng(seed)
     elements, flat = [], []
     for images, conversations in sizes:
         openings = [rng.integers(5, 8, int(rng.integers(1, 5))).tolist() for _ in range(int(rng.integers(1, 3)))]
-        conversations = [random_conversation(rng, openings, images) for _ in range(conversations)]
+        conversations = [random_conversation(rng, openings, images, patches) for _ in range(conversations)]
         pixels = rng.integers(0, 255, (images, 24, 24, 3), dtype=np.uint8)
         elements.append(make_element(build_tree(conversations), pixels))
         flat += [make_element(build_tree([one]), pixels) for one in conversations]
-    rows = pack_all(elements, SHAPE)
-    loss, grads = mean_loss_and_grads(batch_of(rows, ROWS))
+    rows = pack_all(elements, SHAPE, patches)
+    loss, grads = mean_loss_and_grads(batch_of(rows, ROWS), system=system)
     total, weight, sums = 0.0, 0.0, None
     for alone in flat:
-        row = batch_of(pack_all([alone], FLAT))
-        value, gradient = sum_of_losses_and_grads()(row)
+        row = batch_of(pack_all([alone], FLAT, patches))
+        value, gradient = sum_of_losses_and_grads(system)(row)
         total, weight = total + float(value), weight + float(row.weight.sum())
         sums = gradient if sums is None else optax.tree.add(sums, gradient)
     hypothesis.assume(weight > 0)

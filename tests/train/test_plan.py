@@ -19,7 +19,7 @@ from reverie_jax.data.packing import SequenceShape
 from reverie_jax.data.preferences import DPOConfig
 from reverie_jax.errors import UserError
 from reverie_jax.models import TextConfig, VisionConfig, VisionLanguageModel, VLMConfig, lora, vision
-from reverie_jax.models.config import ARCHITECTURES
+from reverie_jax.models.architectures import ARCHITECTURES
 from reverie_jax.models.sharding import batch_sharding, make_mesh, shard_state, shardings
 from reverie_jax.train import recipes
 from reverie_jax.train.plan import costs, hlo, search, topology

@@ -48,6 +48,8 @@ def start(folder, *, processes=1, devices=1, mesh=(1, 1, 1), settings=()):
         command += ["--set", *SETTINGS, *settings]
         # Every program is cached for the next process: most of a short run is compiling.
         environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        # Threads of XLA: a collective holds one on each device until its peers arrive, and on two cores there were only two.
+        environment["NPROC"] = "16"
         with (folder.parent / f"{folder.name}.{index}.log").open("ab") as log:
             children.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment))
     return children

@@ -20,6 +20,7 @@ from reverie_jax.data.conversation import Conversation, ImageRecord, Turn
 from reverie_jax.data.packing import SequenceShape
 from reverie_jax.data.processor import Processor
 from reverie_jax.models import TextConfig, VisionConfig, VisionLanguageModel, VLMConfig
+from reverie_jax.models.config import ResamplerConfig
 from reverie_jax.models.sharding import make_mesh
 from reverie_jax.train import loop
 from reverie_jax.train.distributed import join
@@ -35,6 +36,36 @@ CONFIG = VLMConfig(
     text=TextConfig(vocab=200, hidden=48, layers=2, heads=4, kv_heads=2, head_dim=12, mlp=64),
     image_token_id=3,
 )
+
+_VISION, _BRIDGE = CONFIG.vision, {"queries": 4, "hidden": 32, "layers": 2, "heads": 2, "mlp": 40, "norm_eps": 1e-5}
+_SISTER = {"projector": "linear", "feature_layers": (-1,), "feature_select": "full"}
+SYSTEMS = {
+    "llava": CONFIG,
+    "minigpt4": dataclasses.replace(
+        CONFIG,
+        vision=dataclasses.replace(
+            _VISION,
+            qkv="fused",
+            key_bias=False,
+            output_norm=True,
+            resampler=ResamplerConfig("qformer", **_BRIDGE),
+        ),
+        **_SISTER,
+    ),
+    "mplug-owl": dataclasses.replace(
+        CONFIG,
+        vision=dataclasses.replace(
+            _VISION, qkv="interleaved", output_norm=True, resampler=ResamplerConfig("abstractor", **_BRIDGE)
+        ),
+        projector_token=True,
+        **_SISTER,
+    ),
+    "muffin": dataclasses.replace(
+        CONFIG,
+        vision=dataclasses.replace(_VISION, output_norm=True, queries=4, query_positions=9, position_offset=2),
+        **_SISTER,
+    ),
+}
 
 
 class Words:
@@ -52,17 +83,17 @@ class Words:
         return "".join(chr((id - 4) % 190) for id in ids if id > 3)
 
 
-def processor():
-    return Processor.from_config(CONFIG, Words())
+def processor(config=CONFIG):
+    return Processor.from_config(config, Words())
 
 
 @functools.cache
-def _initial():
-    return nnx.split(VisionLanguageModel(CONFIG, rngs=nnx.Rngs(0)))
+def _initial(config):
+    return nnx.split(VisionLanguageModel(config, rngs=nnx.Rngs(0)))
 
 
-def model():
-    graph, state = _initial()
+def model(config=CONFIG):
+    graph, state = _initial(config)
     return nnx.merge(graph, jax.tree.map(jnp.copy, state))
 
 

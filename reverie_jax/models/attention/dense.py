@@ -46,12 +46,15 @@ def _softmax_attention(
 
 
 def attend_dense(
-    q: Float[Array, "B L H d"],
+    q: Float[Array, "B Q H d"],
     k: Float[Array, "B L K d"],
     v: Float[Array, "B L K d"],
     ends: Int[Array, "B L"] | None,
-) -> Float[Array, "B L H d"]:
-    """Compute `attend` with all L x L scores at once: the reference, and the fastest for short sequences."""
+) -> Float[Array, "B Q H d"]:
+    """Compute `attend` with all Q x L scores at once: the reference, and the fastest for short sequences.
+
+    Without `ends` the queries may be of other tokens than the keys.
+    """
     seen = None if ends is None else visible(ends)
     return _softmax_attention(q, _heads_first(k, k.shape[2]), _heads_first(v, v.shape[2]), seen)
 

@@ -13,7 +13,7 @@ from reverie_jax.errors import CheckpointError
 from reverie_jax.models.checkpoints.components import ADAPTER_CONFIG
 from reverie_jax.models.checkpoints.files import read_json
 from reverie_jax.models.checkpoints.names import memory_name
-from reverie_jax.models.config import System
+from reverie_jax.models.config import System, VLMConfig
 
 _log = logging.getLogger(__name__)
 
@@ -117,14 +117,14 @@ class AdapterSettings:
             )
         return pattern[matching[0]] if matching else default
 
-    def saved_tensors(self, names: Iterable[str]) -> set[str]:
+    def saved_tensors(self, names: Iterable[str], config: VLMConfig) -> set[str]:
         """Return which of a model's tensors (canonical names) must be stored with the adapter.
 
         PEFT saves every module whose name ends with one of `saved`.
         """
         found = set()
         for name in names:
-            parts = memory_name(name).split(".")
+            parts = memory_name(name, config).split(".")
             modules = [".".join(parts[:depth]) for depth in range(1, len(parts))]
             if any(module.endswith(saved) for module in modules for saved in self.saved):
                 found.add(name)

@@ -31,15 +31,13 @@ from reverie_jax.models.checkpoints.families import repository_name
 from reverie_jax.models.checkpoints.files import Tensors, read_json, weights_of
 from reverie_jax.models.checkpoints.names import (
     IGNORED,
-    AnyArray,
-    Layout,
-    ParameterSpec,
     canonical_name,
     canonical_projector_name,
     original_name,
-    parameter_specs,
-    to_model_layout,
+    sister_name,
 )
+from reverie_jax.models.checkpoints.specs import AnyArray, Layout, ParameterSpec, parameter_specs, to_model_layout
+from reverie_jax.models.config import VLMConfig
 from reverie_jax.models.layers import Linear
 from reverie_jax.models.vlm import VisionLanguageModel
 
@@ -116,7 +114,7 @@ def attach_adapter(
     elif not frozen and any(map(_PLAIN.match, tensors.stored)):
         _check_lacks_no_projector(path, trained_on)
     whole = projector_variables(model).keys()
-    saved = settings.saved_tensors(whole) if settings.saved or not projector_names else whole
+    saved = settings.saved_tensors(whole, model.config) if settings.saved or not projector_names else whole
     if adapter.format != "llava-lora" and (different := saved ^ projector_names.keys()):
         raise CheckpointError(
             f"{path}: the projector's tensors are not those of modules_to_save ({', '.join(sorted(different))})"
@@ -208,7 +206,7 @@ def _group_tensors(
         if stored.dtype is None:
             raise CheckpointError(f"{stored.file}: tensor {stored_name} is not floating-point")
         if match := _FACTOR.match(stored_name):
-            spec, place = by_name.get(canonical_name(match["module"] + ".weight"), (None, 0))
+            spec, place = by_name.get(_canonical(match["module"] + ".weight", model.config), (None, 0))
             if spec is None or spec.layout != "linear":
                 raise CheckpointError(f"{path}: tensor {stored_name} does not adapt a linear layer of this model")
             name, side = spec.path.removesuffix(".kernel"), match["side"]
@@ -286,7 +284,7 @@ def _check_frozen(tensors: Tensors, names: Sequence[str], model: VisionLanguageM
     """
     places = {name: (spec, place) for spec in parameter_specs(model.config) for name, place in spec.places}
     canonical = {
-        name: canonical_name(name.removeprefix("base_model.model.").replace(".base_layer.", "."))
+        name: _canonical(name.removeprefix("base_model.model.").replace(".base_layer.", "."), model.config)
         for name in names
         if not IGNORED.search(name)
     }
@@ -321,6 +319,10 @@ def _is_equal(
     return jnp.stack([(value.astype(dtype) == tensor.astype(dtype)).all() for dtype in dtypes]).any()
 
 
+def _canonical(name: str, config: VLMConfig) -> str:
+    return canonical_name(name) if config.system == "llava" else sister_name(name, config.system, canonical=True)
+
+
 def _module(stored_name: str) -> str:
     """Return the dotted name of the module that a factor adapts, as PEFT knew it."""
     match = _FACTOR.match(stored_name)
@@ -344,12 +346,8 @@ def _read_projector(path: Path) -> dict[str, AnyArray]:
 
 def projector_variables(model: VisionLanguageModel) -> dict[str, tuple[ParameterSpec, Any]]:
     """Return the projector's parameters by canonical name."""
-    variables = {}
-    for spec in parameter_specs(model.config):
-        if spec.path.startswith("projector."):
-            _, layer, leaf = spec.path.split(".")
-            variables[spec.name] = spec, getattr(getattr(model.projector, layer), leaf)
-    return variables
+    specs = [spec for spec in parameter_specs(model.config) if spec.path.startswith("projector.")]
+    return {spec.name: (spec, operator.attrgetter(spec.path)(model)) for spec in specs}
 
 
 def _check_projector(path: Path, stored: Collection[str], wanted: Collection[str]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from reverie_jax.errors import CheckpointError
+from reverie_jax.models.architectures import TOWERS
 from reverie_jax.models.checkpoints.decoders import (
     ACTIVATIONS,
     hf_activation,
@@ -34,7 +35,6 @@ from reverie_jax.models.checkpoints.processing import (
 from reverie_jax.models.config import (
     CLIP_MEAN,
     CLIP_STD,
-    TOWERS,
     ImageAspectRatio,
     ProjectorKind,
     TextConfig,

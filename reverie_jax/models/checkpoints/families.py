@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from reverie_jax.errors import CheckpointError
+from reverie_jax.models.config import System
 
 Json = dict[str, Any]
 
@@ -72,7 +73,14 @@ _CONNECTION: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 
-ConfigFormat = Literal["llava-hf", "llava", "llm", "clip", "orbax"]
+ConfigFormat = Literal["llava-hf", "llava", "llm", "clip", "orbax", "sister"]
+
+SISTERS: dict[System, tuple[str, str]] = {
+    "minigpt4": ("minigpt4", "MiniGPT4"),
+    "mplug-owl": ("mplug-owl", "MplugOwlForConditionalGeneration"),
+    "muffin": ("beit3_llava", "Beit3LlavaLlamaForCausalLM"),
+}
+"""`model_type` and class of the sister systems."""
 
 
 def detect_format(path: Path, config: Json) -> ConfigFormat:
@@ -98,6 +106,8 @@ def detect_format(path: Path, config: Json) -> ConfigFormat:
         return "orbax"
     if kind in TOWER_MODELS:
         return "clip"
+    if any(kind == model_type for model_type, _ in SISTERS.values()):
+        return "sister"
     if isinstance(text, dict) and isinstance(vision, dict):
         if re.search("next|onevision|video", str(kind)):
             raise CheckpointError(f"{path}: model_type {kind!r} is not supported ({_VARYING})")
@@ -112,7 +122,7 @@ def detect_format(path: Path, config: Json) -> ConfigFormat:
         return "llm"
     raise CheckpointError(
         f"{path}: unknown model {kind!r}; supported are llava-hf (text_config and vision_config), original LLaVA"
-        f" (mm_vision_tower), {', '.join(LANGUAGE_MODELS)}, CLIP and SigLIP"
+        f" (mm_vision_tower), {', '.join(LANGUAGE_MODELS)}, CLIP, SigLIP, mPLUG-Owl and Muffin"
     )
 
 

@@ -18,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 from reverie_jax import files
 from reverie_jax.errors import CheckpointError, UserError
 from reverie_jax.models.checkpoints.families import check_folders
-from reverie_jax.models.checkpoints.names import EMBEDDING, HEAD, IGNORED, AnyArray, canonical_name
+from reverie_jax.models.checkpoints.names import IGNORED, canonical_name
+from reverie_jax.models.checkpoints.specs import EMBEDDING, HEAD, AnyArray
 
 _log = logging.getLogger(__name__)
 

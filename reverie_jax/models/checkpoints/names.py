@@ -1,161 +1,15 @@
-"""Map the tensors of a checkpoint to parameters, with their layouts.
-
-The names that transformers writes for llava-hf are the canonical ones: names of other formats are converted into them
-(`canonical_name`) and from them (`original_name`, `memory_name`).
-"""
+"""Names of tensors in other formats than llava-hf's, to the canonical names of `specs` and from them."""
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
 import re
-from typing import Any, Literal
 
-import numpy as np
-from numpy.typing import NDArray
+from reverie_jax.models.config import System, TextConfig, VLMConfig
 
-from reverie_jax.models.config import TextConfig, VisionConfig, VLMConfig
-
-Layout = Literal["same", "linear", "conv"]
-AnyArray = NDArray[Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class ParameterSpec:
-    """One parameter and the tensor, or the stack of tensors, that fills it.
-
-    Attributes:
-        path: Dotted path of the parameter.
-        name: Tensor name on disk, with a `{}` for each leading axis of a stack: the layer, and the expert.
-        layout: How the file's axes differ from the parameter's (see `to_model_layout`).
-        stack: Numbers along each leading axis that take the places of `{}`.
-    """
-
-    path: str
-    name: str
-    layout: Layout = "same"
-    stack: tuple[tuple[int, ...], ...] = ()
-
-    @property
-    def places(self) -> list[tuple[str, tuple[int, ...]]]:
-        """Tensor names on disk, with their indices along the leading axes."""
-        indices = itertools.product(*(range(len(numbers)) for numbers in self.stack))
-        return list(zip(self.names, indices, strict=True))
-
-    @property
-    def names(self) -> list[str]:
-        """Tensor names on disk."""
-        return [self.name.format(*numbers) for numbers in itertools.product(*self.stack)]
-
-
-def to_model_layout(layout: Layout, tensor: Any) -> Any:
-    """Return a tensor of the file with the parameter's axes; on host or on device."""
-    if layout == "linear":  # torch: (out, in)
-        return tensor.T
-    if layout == "conv":  # torch: (out, channel, row, column)
-        return tensor.transpose(2, 3, 1, 0).reshape(-1, tensor.shape[0])
-    return tensor
-
-
-def to_file_layout(layout: Layout, array: AnyArray, patch: int) -> AnyArray:
-    """Return a parameter with the file's axes: the inverse of `to_model_layout`.
-
-    Args:
-        layout: How the axes differ.
-        array: The parameter, or one layer of it.
-        patch: Side of the tower's patches, in pixels.
-    """
-    if layout == "linear":
-        return np.ascontiguousarray(array.T)
-    if layout == "conv":
-        return np.ascontiguousarray(array.reshape(patch, patch, 3, -1).transpose(3, 2, 0, 1))
-    return np.ascontiguousarray(array)
-
-
-def parameter_specs(config: VLMConfig) -> list[ParameterSpec]:
-    """Return every parameter of the model with its canonical tensor name, in the order of the files that are written."""
-    specs: list[ParameterSpec] = []
-    _add_tower(specs, config.vision)
-    if config.projector_norm_eps is not None:
-        _add_norm(specs, "projector.norm", "multi_modal_projector.projector_layernorm")
-    for number in (1, 2)[: 2 if config.projector == "mlp2x_gelu" else 1]:
-        name = f"multi_modal_projector.linear_{number}"
-        _add_linear(specs, f"projector.linear{number}", name, bias=config.projector_bias)
-    text, root = config.text, "language_model.model."
-    specs.append(ParameterSpec("decoder.embedding", root + "embed_tokens.weight"))
-    if text.dense_layers:
-        _add_decoder_layers(specs, "decoder.layers.", text, text.dense_layers, None)
-    if text.experts:
-        _add_decoder_layers(specs, "decoder.expert_layers.", text, text.expert_layers, text.experts.count)
-    _add_norm(specs, "decoder.norm", root + "norm", bias=text.norm == "layernorm")
-    if not text.tied_head:
-        _add_linear(specs, "decoder.head", HEAD, bias=text.head_bias)
-    return specs
-
-
-HEAD, EMBEDDING = "language_model.lm_head", "language_model.model.embed_tokens.weight"
-
-Stack = tuple[tuple[int, ...], ...]
-
-
-def _add_linear(specs: list[ParameterSpec], path: str, name: str, stack: Stack = (), *, bias: bool) -> None:
-    specs.append(ParameterSpec(f"{path}.kernel", f"{name}.weight", "linear", stack))
-    if bias:
-        specs.append(ParameterSpec(f"{path}.bias", f"{name}.bias", stack=stack))
-
-
-def _add_norm(specs: list[ParameterSpec], path: str, name: str, stack: Stack = (), *, bias: bool = True) -> None:
-    specs.append(ParameterSpec(f"{path}.scale", f"{name}.weight", stack=stack))
-    if bias:
-        specs.append(ParameterSpec(f"{path}.bias", f"{name}.bias", stack=stack))
-
-
-def _add_tower(specs: list[ParameterSpec], vision: VisionConfig) -> None:
-    tower, stack = "vision_tower.vision_model.", (tuple(range(vision.layers)),)
-    specs.append(ParameterSpec("vision.patch.kernel", tower + "embeddings.patch_embedding.weight", "conv"))
-    if vision.patch_bias:
-        specs.append(ParameterSpec("vision.patch.bias", tower + "embeddings.patch_embedding.bias"))
-    if vision.class_token:
-        specs.append(ParameterSpec("vision.cls", tower + "embeddings.class_embedding"))
-    specs.append(ParameterSpec("vision.position", tower + "embeddings.position_embedding.weight"))
-    if vision.pre_norm:
-        _add_norm(specs, "vision.pre_norm", tower + "pre_layrnorm")
-    _add_norm(specs, "vision.post_norm", tower + "post_layernorm")
-    layer = tower + "encoder.layers.{}."
-    for ours, theirs in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj"), ("out", "out_proj")):
-        _add_linear(specs, f"vision.layers.{ours}", f"{layer}self_attn.{theirs}", stack, bias=True)
-    _add_linear(specs, "vision.layers.up", layer + "mlp.fc1", stack, bias=True)
-    _add_linear(specs, "vision.layers.down", layer + "mlp.fc2", stack, bias=True)
-    _add_norm(specs, "vision.layers.norm1", layer + "layer_norm1", stack)
-    _add_norm(specs, "vision.layers.norm2", layer + "layer_norm2", stack)
-
-
-def _add_decoder_layers(
-    specs: list[ParameterSpec], path: str, text: TextConfig, layers: tuple[int, ...], experts: int | None
-) -> None:
-    layer, stack = "language_model.model.layers.{}.", (layers,)
-    mlp_stack: Stack = stack
-    qkv = {"qkv": "qkv"} if text.fused_qkv else {"query": "q", "key": "k", "value": "v"}
-    for ours, theirs in qkv.items():
-        _add_linear(specs, path + ours, f"{layer}self_attn.{theirs}_proj", stack, bias=text.qkv_bias)
-    _add_linear(specs, f"{path}out", layer + "self_attn.o_proj", stack, bias=text.out_bias)
-    if text.qk_norm:
-        _add_norm(specs, f"{path}query_norm", layer + "self_attn.q_norm", stack, bias=False)
-        _add_norm(specs, f"{path}key_norm", layer + "self_attn.k_norm", stack, bias=False)
-    mlp = layer + "mlp."
-    if experts is not None:
-        _add_linear(specs, f"{path}router", layer + "mlp.router", stack, bias=False)
-        mlp, mlp_stack = layer + "mlp.experts.{}.", (*stack, tuple(range(experts)))
-    for name in ("gate_up", "down") if text.fused_mlp else ("gate", "up", "down") if text.gated else ("up", "down"):
-        _add_linear(specs, path + name, f"{mlp}{name}_proj", mlp_stack, bias=text.mlp_bias)
-    bias = text.norm == "layernorm"
-    _add_norm(specs, f"{path}norm1", layer + "input_layernorm", stack, bias=bias)
-    if not text.parallel:
-        _add_norm(specs, f"{path}norm2", layer + "post_attention_layernorm", stack, bias=bias)
-
-
-IGNORED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|embeddings\.position_ids)$")
-"""Tensors that old files contain and no model needs: both are functions of the configuration."""
+IGNORED = re.compile(
+    r"(^|\.)(rotary_emb\.inv_freq|embeddings\.position_ids|vision_embed\.mask_token|beit3\.text_embed\.weight)$"
+)
+"""Tensors that files contain and no model needs: functions of the configuration, and BEiT-3's inputs that Muffin lacks."""
 
 CLIP_UNUSED = re.compile(r"^(text_model\..*|visual_projection\.weight|text_projection\.weight|logit_scale|logit_bias)$")
 """Tensors of a CLIP or SigLIP repository that are not the vision tower's."""
@@ -171,6 +25,7 @@ _RENAMINGS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         # transformers >= 4.52 in memory: state_dict() dumps and adapters
         (r"^model\.language_model\.", "language_model.model."),
         (r"^lm_head\.", "language_model.lm_head."),
+        (r"^llama_model\.", "language_model."),  # MiniGPT-4
         # Qwen-1
         (r"^(language_model\.)?transformer\.wte\.", "language_model.model.embed_tokens."),
         (r"^(language_model\.)?transformer\.h\.", "language_model.model.layers."),
@@ -238,6 +93,26 @@ def family_name(name: str, text: TextConfig) -> str:
     return _rename_leaf(name, _LEAVES.get(kind, {}))
 
 
+_SISTERS: dict[System, tuple[tuple[str, str], ...]] = {
+    "minigpt4": (("language_model.", "llama_model."),),
+    "mplug-owl": (),
+    "muffin": (
+        ("language_model.lm_head.", "lm_head."),
+        *((f"language_model.model.{part}", f"model.{part}") for part in ("embed_tokens.", "layers.", "norm.")),
+    ),
+}
+"""Beginnings of canonical names, and what they are in the sister systems' formats; the other names are the same."""
+
+
+def sister_name(name: str, system: System, *, canonical: bool = False) -> str:
+    """Return a canonical name as a sister system's format has it; with `canonical`, the other way round."""
+    for pair in _SISTERS[system]:
+        ours, theirs = reversed(pair) if canonical else pair
+        if name.startswith(ours):
+            return theirs + name.removeprefix(ours)
+    return name
+
+
 def canonical_projector_name(name: str) -> str:
     """Return the canonical form of a projector's tensor name; original LLaVA writes several prefixes."""
     _, separator, tail = name.rpartition("mm_projector.")
@@ -250,7 +125,9 @@ def is_moe_llava(config: VLMConfig) -> bool:
 
 
 def original_name(name: str, config: VLMConfig) -> str:
-    """Return a canonical name as original LLaVA writes it, or MoE-LLaVA."""
+    """Return a canonical name as original LLaVA writes it, or MoE-LLaVA, or a sister system."""
+    if config.system != "llava":
+        return sister_name(name, config.system)
     root = "transformer." if config.text.family == "qwen" else "model."
     projector, tower = f"{root}mm_projector.", f"{root}vision_tower.vision_tower."
     if is_moe_llava(config):
@@ -279,8 +156,11 @@ def original_name(name: str, config: VLMConfig) -> str:
     return name.replace(".mlp.experts.", ".mlp.deepspeed_moe.experts.deepspeed_experts.")
 
 
-def memory_name(name: str) -> str:
-    """Return a canonical name as transformers >= 4.52 has it in memory, where PEFT finds modules."""
+def memory_name(name: str, config: VLMConfig) -> str:
+    """Return a canonical name as PEFT finds modules: in memory, by transformers >= 4.52 or a sister system's code."""
+    if config.system != "llava":
+        return sister_name(name, config.system)
+    name = family_name(name, config.text)
     for ours, theirs in (
         ("language_model.lm_head.", "lm_head."),
         ("language_model.model.", "model.language_model."),

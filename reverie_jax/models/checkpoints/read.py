@@ -18,16 +18,9 @@ from jaxtyping import Array
 from reverie_jax.errors import CheckpointError, UserError
 from reverie_jax.models.checkpoints import orbax
 from reverie_jax.models.checkpoints.adapters import attach_adapter
-from reverie_jax.models.checkpoints.components import (
-    ComponentLike,
-    ResolvedCheckpoint,
-    as_list,
-    detect_component,
-    resolve_checkpoint,
-    stored_dtype,
-    vocab_size,
-)
-from reverie_jax.models.checkpoints.names import (
+from reverie_jax.models.checkpoints.components import ComponentLike, as_list, detect_component
+from reverie_jax.models.checkpoints.resolve import ResolvedCheckpoint, resolve_checkpoint, stored_dtype, vocab_size
+from reverie_jax.models.checkpoints.specs import (
     AnyArray,
     Layout,
     ParameterSpec,

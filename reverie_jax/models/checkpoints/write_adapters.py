@@ -17,14 +17,8 @@ from reverie_jax.models import lora
 from reverie_jax.models.checkpoints.adapters import ADAPTER_WEIGHTS, MAGNITUDE, projector_variables
 from reverie_jax.models.checkpoints.components import ADAPTER_CONFIG, NON_LORA
 from reverie_jax.models.checkpoints.configs import original_json
-from reverie_jax.models.checkpoints.names import (
-    AnyArray,
-    family_name,
-    memory_name,
-    original_name,
-    parameter_specs,
-    to_file_layout,
-)
+from reverie_jax.models.checkpoints.names import memory_name, original_name
+from reverie_jax.models.checkpoints.specs import AnyArray, parameter_specs, to_file_layout
 from reverie_jax.models.vlm import VisionLanguageModel
 
 Strength = tuple[int, float]
@@ -92,14 +86,14 @@ def write_peft(model: VisionLanguageModel, folder: Path, *, base_model: str, pro
     Raises:
         CheckpointError: The model has no adapter, or one that this format does not support.
     """
-    if model.config.projector != "mlp2x_gelu":
+    if model.config.system == "llava" and model.config.projector != "mlp2x_gelu":
         raise CheckpointError(
             "transformers' LLaVA does not support linear projectors, so no PEFT adapter; write llava-lora"
         )
-    tensors, modules = _lora_tensors(model, lambda name: memory_name(family_name(name, model.config.text)))
+    tensors, modules = _lora_tensors(model, lambda name: memory_name(name, model.config))
     if projector:
         for name, array in _projector_tensors(model).items():
-            tensors[f"base_model.model.{memory_name(name)}"] = array
+            tensors[f"base_model.model.{memory_name(name, model.config)}"] = array
     targets = _target_pattern(modules, model.config.text.layers)
     saved = ["multi_modal_projector"] if projector else None
     save_file(tensors, folder / ADAPTER_WEIGHTS[0], metadata={"format": "pt"})

@@ -23,8 +23,8 @@ from jax.typing import DTypeLike
 from reverie_jax.data.packing import Batch
 from reverie_jax.errors import UserError
 from reverie_jax.models import VisionLanguageModel, VLMConfig, lora
+from reverie_jax.models.architectures import ARCHITECTURES
 from reverie_jax.models.attention.tokamax import compiling_for
-from reverie_jax.models.config import ARCHITECTURES
 from reverie_jax.models.sharding import MESH_AXES, batch_sharding, parse_mesh_axes, shardings
 from reverie_jax.train.plan import costs, hlo
 from reverie_jax.train.plan.topology import Topology, can_compile, compile_devices, plan_mesh

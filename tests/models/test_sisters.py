@@ -1,0 +1,166 @@
+"""MiniGPT-4, mPLUG-Owl and Muffin: computation equal to oracles that were written apart, and their files in and out."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+
+from reverie_jax.errors import CheckpointError
+from reverie_jax.models import ModelInputs, VisionLanguageModel
+from reverie_jax.models.architectures import ARCHITECTURES
+from reverie_jax.models.checkpoints import read_config, read_model
+from reverie_jax.models.checkpoints.write import write_sister
+from reverie_jax.models.decoder import KV
+from reverie_jax.models.image_size import resize_images
+from reverie_jax.models.vision import normalize
+from tests.models import makers, sisters_files
+from tests.models import sisters_oracle as oracle
+from tests.models.oracle import Sizes, assert_close, assert_same, image_inputs, logits
+
+SYSTEMS = tuple(oracle.SYSTEMS)
+STEPS = 24
+
+
+def write(name, model, folder, **options):
+    """Write a system's files; return what `read_model` takes: the path, and components."""
+    if name != "minigpt4":
+        write_folder = sisters_files.mplug_folder if name == "mplug-owl" else sisters_files.muffin_folder
+        return write_folder(folder, model, **options), ()
+    folder.mkdir()
+    files = sisters_files.minigpt4_files(folder, model)
+    return files.projector, (files.eva, files.blip2, files.llama)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """(our model, read in float32 from the system's files, and the oracle) by system and seed."""
+
+    @functools.cache
+    def read(name, seed=0):
+        theirs = oracle.system(name, seed)
+        path, components = write(name, theirs, tmp_path_factory.mktemp("x") / name)
+        return read_model(path, components=components, dtype=jnp.float32), theirs
+
+    return read
+
+
+def inputs_of(model, seed, images=(2, 2)) -> ModelInputs:
+    config = model.config
+    return image_inputs(Sizes(config.vision, config.text), seed, images, tokens=config.image_tokens)
+
+
+def their_inputs(model, inputs):
+    pixels = np.asarray(normalize(jnp.asarray(inputs.images), model.config.vision, jnp.float32))
+    tokens, slots = (torch.tensor(x, dtype=torch.long) for x in (inputs.tokens, inputs.image_slots))
+    return tokens, slots, torch.tensor(np.moveaxis(pixels, -1, 2))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def greedy(graph, state, inputs):
+    model: VisionLanguageModel = nnx.merge(graph, state)
+    hidden, prefix = model.prefill(inputs)
+    rows, length = inputs.tokens.shape
+    empty = jnp.zeros((*prefix.k.shape[:2], 1, STEPS, *prefix.k.shape[3:]), prefix.k.dtype)
+    leaves = jnp.full((rows, 1), length - 1, jnp.int32)
+
+    def step(carry, number):
+        token, suffix = carry
+        positions = jnp.broadcast_to(length + number, (rows, 1))
+        out, suffix = model.extend(token, positions, leaves, inputs.ends, number, prefix, suffix)
+        return (out.argmax(-1).astype(jnp.int32), suffix), token[:, 0]
+
+    first = model.decoder.logits(hidden[:, -1:]).argmax(-1).astype(jnp.int32)
+    _, tokens = jax.lax.scan(step, (first, KV(empty, empty)), jnp.arange(STEPS, dtype=jnp.int32))
+    return tokens.T
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_features_logits_and_greedy_tokens(name, seed, models):
+    ours, theirs = models(name, seed)
+    assert ours.config.system == name
+    inputs = inputs_of(ours, seed)
+    tokens, slots, pixels = their_inputs(ours, inputs)
+    with torch.no_grad():
+        features = theirs.features(pixels.flatten(0, 1)).numpy()
+    flat = normalize(jnp.asarray(inputs.images).reshape(-1, *inputs.images.shape[2:]), ours.config.vision, jnp.float32)
+    found = ours.vision(flat, ours.config.feature_depths, select=ours.config.feature_select)
+    assert found.shape[1:] == (ours.config.features, ours.config.feature_width)
+    assert_close(found, features)
+    reference = theirs.logits(tokens, slots, pixels).numpy()
+    assert min(np.abs(features).max(), np.abs(reference).max()) > 1  # the tolerance means something
+    assert_close(logits(ours, inputs), reference)
+    graph, state = nnx.split(ours)
+    found = greedy(graph, state, jax.tree.map(jnp.asarray, inputs))
+    np.testing.assert_array_equal(found, theirs.greedy(tokens, slots, pixels, STEPS))
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_original_names_and_bits(name, models, tmp_path):
+    """What is written has the oracle's names, shapes and bits, and is read back as the same model."""
+    ours, theirs = models(name)
+    write_sister(ours, tmp_path / "out", shard_bytes=20_000)
+    tensors = {key: x for file in (tmp_path / "out").glob("*.safetensors") for key, x in makers.load(file).items()}
+    wanted = theirs.state_dict()
+    assert tensors.keys() == wanted.keys()
+    assert all(torch.equal(tensors[key], wanted[key]) for key in wanted)
+    assert_same(read_model(tmp_path / "out"), ours)
+    if name != "minigpt4":  # what its authors' class reads, without what is ours
+        makers.edit_json(tmp_path / "out" / "config.json", reverie_architecture=None)
+        again, ignored = read_config(tmp_path / "out"), {"stop_ids": (), "vision_tower": ""}
+        assert dataclasses.replace(again, **ignored) == dataclasses.replace(ours.config, **ignored)
+
+
+@pytest.mark.parametrize("side", [32, 64, 80])
+def test_images_of_another_size(side, models):
+    ours, theirs = models("muffin")
+    ours = nnx.clone(ours)
+    resize_images(ours, side)
+    inputs = inputs_of(ours, 1)
+    reference = theirs.resized(side).logits(*their_inputs(ours, inputs)).numpy()
+    assert_close(logits(ours, inputs), reference)
+
+
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [
+        ("minigpt4-7b", {"tower": 985_894_528, "resampler": 105_162_240, "projector": 3_149_824}),
+        ("mplug-owl-7b", {"tower": 303_179_776 - 2_048, "resampler and projector": 105_097_216}),
+        ("muffin-13b", {"tower": 607_757_312 - 4_096, "queries": 65_536, "projector": 5_248_000}),
+    ],
+)
+def test_published_sizes(name, counts):
+    """The tower's last normalization is counted with mPLUG-Owl's and BEiT-3's towers, and apart from EVA-CLIP's."""
+    model = nnx.eval_shape(lambda: VisionLanguageModel(ARCHITECTURES[name], rngs=nnx.Rngs(0), dtype=jnp.bfloat16))
+
+    def size(part):
+        return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(part, nnx.Param)))
+
+    vision, found = model.vision, {"projector": size(model.projector)}
+    found["resampler"] = 0 if vision.resampler is None else size(vision.resampler)
+    found["resampler and projector"] = found["resampler"] + found["projector"]
+    found["queries"] = 0 if vision.queries is None else vision.queries.size
+    found["tower"] = size(vision) - size(vision.post_norm) - found["resampler"] - found["queries"]
+    assert {key: found[key] for key in counts} == counts
+    assert size(vision.post_norm) == {"minigpt4-7b": 2_816, "mplug-owl-7b": 2_048, "muffin-13b": 4_096}[name]
+
+
+def test_parts_of_a_minigpt4_that_are_missing_or_too_many(models, tmp_path):
+    _, theirs = models("minigpt4")
+    (tmp_path / "x").mkdir()
+    files = sisters_files.minigpt4_files(tmp_path / "x", theirs)
+    everything = [files.projector, files.eva, files.blip2, files.llama]
+    for order in (everything, everything[::-1]):
+        assert read_config(order[0], components=order[1:]).system == "minigpt4"
+    for missing in everything:
+        rest = [file for file in everything if file != missing]
+        makers.assert_refused(lambda rest=rest: read_config(rest[0], components=rest[1:]))
+    with pytest.raises(CheckpointError, match=r"eva_vit_g\.pth"):
+        read_config(everything[0], components=[*everything[1:], files.eva])
