@@ -7,9 +7,13 @@ import pytest
 import torch
 
 from reverie_jax.errors import CheckpointError
+from reverie_jax.loading import read_tokenizer
+from reverie_jax.models.checkpoints import read_config, read_model
+from reverie_jax.models.checkpoints.components import detect_component
 from reverie_jax.models.checkpoints.files import SummedTensors, split_delta, weights_of
-from tests.models import makers
+from tests.models import makers, sisters_files, sisters_oracle
 from tests.models.makers import assert_refused, store
+from tests.models.oracle import assert_same
 
 QUERY, EMBEDDING, HEAD = "model.layers.1.self_attn.q_proj.weight", "model.embed_tokens.weight", "lm_head.weight"
 PROJECTOR = "model.mm_projector.weight"
@@ -63,6 +67,23 @@ def test_sum_equals_fastchats(form, dtype, delta_form, tmp_path):
     last = grown(base[HEAD], delta[HEAD])[-1]
     assert not last.any()
     np.testing.assert_array_equal(arrays[HEAD][-1], delta[HEAD][-1].numpy())
+
+
+@pytest.mark.parametrize("added", [0, 1])
+def test_model_is_read_from_a_base_and_a_delta(added, tmp_path):
+    """MiniGPT-4 on Vicuna v0 and v1.1, as on the sum; config.json and tokenizer are the delta's."""
+    model = sisters_oracle.system("minigpt4", 0)
+    files = sisters_files.minigpt4_files(tmp_path, model)
+    delta = sisters_files.delta_folders(tmp_path, model.language, added=added)
+    summed = sisters_files.llama_folder(tmp_path / "sum", model.language, tensors=delta.tensors)
+    parts = [files.eva, files.blip2]
+    expected, base_and_delta = read_model(files.projector, components=[*parts, summed]), f"{delta.base}+{delta.delta}"
+    for path, components in ((files.projector, [*parts, base_and_delta]), (base_and_delta, [*parts, files.projector])):
+        assert_same(read_model(path, components=components), expected)
+    config, llm = read_config(files.projector, components=[*parts, base_and_delta]), detect_component(base_and_delta)
+    assert "[PAD]" in read_tokenizer(config, llm).get_vocab()
+    missing = lambda: read_model(files.projector, components=[*parts, f"{delta.base}x+{delta.delta}"])  # noqa: E731
+    assert_refused(missing, f"{delta.base}x")
 
 
 def test_names_of_the_two_may_be_of_different_transformers(tmp_path):
