@@ -18,7 +18,7 @@ from reverie_jax.errors import CheckpointError
 from reverie_jax.models.checkpoints.components import Component
 from reverie_jax.models.config import ARCHITECTURES
 from tests.data import llama_oracle, sister_oracle
-from tests.data.fakes import byte_level_tokenizer, conversation_of
+from tests.data.fakes import byte_level_tokenizer, conversation_of, read_examples, write_json_rows
 from tests.data.llama_oracle import IMAGE, TRAPS, any_text
 from tests.data.sister_oracle import MUFFIN_TOKENS, PATCH
 
@@ -105,6 +105,14 @@ def test_any_sample_is_that_of_the_original_code(encoder, template, data):
     turns = data.draw(st.lists(any_text(words, 0), min_size=size, max_size=size))
     turns[0] = data.draw(st.sampled_from(["", f"{IMAGE}\n"])) + turns[0]
     check(encoder(template)(conversation_of(turns)), ORACLES[template](turns))
+
+
+@pytest.mark.parametrize("name", ["one exchange", "several", "reflective", "no image", "role words"])
+def test_a_row_of_mplug_owls_is_read_and_tokenized_as_it_is(encoder, tmp_path, name):
+    text = sister_oracle.mplug_owl_text(CASES[name])
+    image = {"image": ["a.jpg"]} if IMAGE in text else {}
+    examples, _ = read_examples(write_json_rows(tmp_path / "a.jsonl", [{"text": text, **image}]))
+    check(encoder("mplug_owl")(examples[0].conversation), sister_oracle.mplug_owl(text, PATCHES))
 
 
 def prompt_of(template: str, turns: Sequence[str]) -> list[int]:
