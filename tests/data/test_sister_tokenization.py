@@ -57,6 +57,7 @@ CASES = {
     "roles without an image": ["AI: hello\nHuman: x AI: ", "a AI: \nHuman: b AI: ", "?", "AI: "],
     "role words": [f"{IMAGE}\n### Human: a", "### Assistant: b\n### Human: c", "Human:", "\n### "],
     "ends": [f"{IMAGE}\nWhat </s> is?", "A </s> b", "</s>", "<s><unk> x</s>"],
+    "unknown words": ["An <unk> word?", "It <unk> is", "<unk>", "x"],
     "wrapped": [f"{IMAGE}\n<Img>{{}}</Img> Describe.", "</Img> {}", "<Img> %s", "\\1"],
 }
 EMPTY = {
