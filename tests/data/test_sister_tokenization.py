@@ -15,8 +15,8 @@ from reverie_jax.data.templates import TEMPLATES, find_template, to_jinja
 from reverie_jax.data.tokenization import Encoder, Tokens, is_untaught, load_tokenizer
 from reverie_jax.data.tree import build_tree
 from reverie_jax.errors import CheckpointError
-from reverie_jax.models.checkpoints.components import Component
 from reverie_jax.models.architectures import ARCHITECTURES
+from reverie_jax.models.checkpoints.components import Component
 from tests.data import llama_oracle, sister_oracle
 from tests.data.fakes import byte_level_tokenizer, conversation_of, read_examples, write_json_rows
 from tests.data.llama_oracle import IMAGE, TRAPS, any_text
