@@ -60,7 +60,7 @@ Components = Annotated[
     ),
 ]
 Adapter = Annotated[
-    str | None, option("ADAPTER", "PEFT adapter, LLaVA LoRA folder, or run folder of `reverie train`; none if omitted.")
+    str | None, option("ADAPTER", "PEFT adapter (folder, or file of a PeftModel), LLaVA LoRA folder, or run folder; none if omitted.")
 ]
 Template = Annotated[
     str | None,
