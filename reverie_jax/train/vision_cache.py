@@ -60,16 +60,21 @@ def frozen_features(
     """Return `cached_features` for a run, None without a folder.
 
     Raises:
-        UserError: the recipe trains adapters on the tower, whose features then change with every step.
+        UserError: the recipe trains the tower or adapters on it: features then change with every step.
     """
     if folder is None:
         return None
+    if recipe.trainable == "all":
+        raise UserError(
+            f"--cache-vision needs a frozen vision tower, but recipe {recipe.name} trains it (trainable=all);"
+            " leave --cache-vision out"
+        )
     trained = [
         path
         for path, layer in lora.linears(model)
         if path.startswith("vision.") and (layer.lora_a is not None or re.fullmatch(recipe.target_modules, path))
     ]
-    if recipe.trainable == "lora" and trained:
+    if recipe.has_adapters and trained:
         raise UserError(
             f"--cache-vision needs a frozen vision tower, but recipe {recipe.name} trains adapters on {trained[0]};"
             " leave --cache-vision out, or merge the adapters first"
