@@ -101,7 +101,9 @@ def test_features_of_a_tower_that_is_trained_are_not_cached(tmp_path, on, change
 
 
 def test_adapters_on_the_tower_learn(tmp_path):
-    net = tiny.run(tmp_path, steps=2, trainable="adapters", target_modules=rf"{TOWER}|decoder\.layers\.query").model
+    net = tiny.model()
+    net.config = dataclasses.replace(net.config, vision_tower="some/tower")
+    tiny.run(tmp_path, on=net, steps=2, trainable="adapters", target_modules=rf"{TOWER}|decoder\.layers\.query")
     assert {path for path, _, _, b in lora.adapters(net) if np.abs(b[...]).max() > 0} == {
         "vision.layers.query",
         "decoder.layers.query",

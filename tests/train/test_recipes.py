@@ -15,6 +15,7 @@ from flax import nnx
 from reverie_jax.data.packing import SequenceShape
 from reverie_jax.data.supervision import Supervision
 from reverie_jax.errors import UserError
+from reverie_jax.loading import load_adapter
 from reverie_jax.models import VisionLanguageModel, lora
 from reverie_jax.models.architectures import ARCHITECTURES
 from reverie_jax.train import recipes
@@ -73,6 +74,7 @@ def test_trained_parts_change_and_load_in_the_dtypes_of_the_base(small_run):
     assert bool(list(lora.adapters(run.model))) == (recipe.trainable in ("lora", "adapters"))
 
     assert load_run(loaded, run.folder) == recipe
+    assert load_adapter(in_bfloat16(), run.folder, ["base"]) == ("", recipe.trainable != "adapters")
     served = dict(tiny.flat(loaded))
     assert served.keys() == after.keys()
     for path, x in served.items():
