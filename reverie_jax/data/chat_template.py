@@ -35,7 +35,7 @@ def choose_template(
     """Return the chat template of a checkpoint.
 
     Args:
-        config: The architecture, whose `template` holds where nothing else does.
+        config: The architecture, whose `template` holds where nothing else does, and always for the sister systems.
         tokenizer: The checkpoint's tokenizer.
         main: The checkpoint.
         others: Its components.
@@ -48,7 +48,7 @@ def choose_template(
     if not name:
         return _recognize(config, tokenizer, main, others)
     template = _of_files(tokenizer, main, others) if name == CHECKPOINT else _named(name, main.path)
-    _check_end(template, tokenizer, main.path)
+    _check_tokens(template, tokenizer, main.path)
     with contextlib.suppress(CheckpointError):
         own = _recognize(config, tokenizer, main, others)
         if own.name != template.name:
@@ -95,8 +95,9 @@ def _recognize(config: VLMConfig, tokenizer: Any, main: Component, others: Seque
         return find_template(config.template)
     if main.format == "llava-hf" and (found := read_chat_template(main.path)) is not None:
         return _derive(tokenizer, *found)
-    template = find_template(_certain(config.template, tokenizer, main, others))
-    _check_end(template, tokenizer, main.path)
+    certain = config.template if config.system != "llava" else _certain(config.template, tokenizer, main, others)
+    template = find_template(certain)
+    _check_tokens(template, tokenizer, main.path)
     return template
 
 
@@ -153,12 +154,13 @@ def _certain(default: str, tokenizer: Any, main: Component, others: Sequence[Com
     return name
 
 
-def _check_end(template: Template, tokenizer: Any, path: Path) -> None:
-    """Refuse a template whose end of answers is a token that the tokenizer lacks."""
+def _check_tokens(template: Template, tokenizer: Any, path: Path) -> None:
+    """Refuse a template that needs tokens, as at the end of answers, which the tokenizer lacks."""
     end = (template.end or "").strip()
-    if end.startswith("<") and end not in tokenizer.get_vocab():
+    needed = (*template.tokens, end) if end.startswith("<") else template.tokens
+    if missing := [token for token in needed if token not in tokenizer.get_vocab()]:
         raise CheckpointError(
-            f"{path}: template {template.name} ends answers with {end!r}, which the tokenizer lacks; {_REMEDY}"
+            f"{path}: template {template.name} needs the token {missing[0]!r}, which the tokenizer lacks; {_REMEDY}"
         )
 
 

@@ -69,14 +69,15 @@ class LlavaTokenizer:
     (4.41 for Phi-3) is emulated with the current fast one.
 
     Args:
-        tokenizer: a fast tokenizer of transformers; if it is a sentencepiece one, its `legacy` decides how text after an end
-            token splits.
+        tokenizer: a fast tokenizer of transformers.
+        legacy: how a sentencepiece tokenizer splits text after an end token; None for its own `legacy`.
+        spaceless: special tokens around which a sentencepiece tokenizer drops white space.
 
     Attributes:
         padding: id that the original does not count; it pads with <unk>, or with a token that no text has.
     """
 
-    def __init__(self, tokenizer: Any):
+    def __init__(self, tokenizer: Any, legacy: bool | None = None, spaceless: Sequence[str] = ()):
         self.tokenizer = tokenizer
         self.byte_level = "▁" not in tokenizer.get_vocab()
         self._bos = tokenizer.bos_token_id
@@ -85,7 +86,8 @@ class LlavaTokenizer:
             self.padding = None if pad == tokenizer.eos_token_id else pad
             return
         self.padding = 0
-        self.legacy = bool(getattr(tokenizer, "legacy", False))
+        self.legacy = bool(getattr(tokenizer, "legacy", False)) if legacy is None else legacy
+        self._spaceless = re.compile(rf"\s*({'|'.join(map(re.escape, spaceless))})\s*") if spaceless else None
         model = tokenizer.backend_tokenizer.model
         # Samples repeat the system message, and the prefixes of a sample repeat its text.
         self._pieces = functools.lru_cache(8192)(lambda piece: tuple(token.id for token in model.tokenize(piece)))
@@ -113,6 +115,8 @@ class LlavaTokenizer:
         """
         if self.byte_level:
             return list(self.tokenizer(text)["input_ids"])
+        if self._spaceless:
+            text = self._spaceless.sub(r"\1", text)
         if text and not self.legacy:
             text = "▁" + text.replace("▁", " ")
         ids: list[int] = []
@@ -192,7 +196,7 @@ def tokenize_spans(
         shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(ids, prefix, strict=False)))
         return shared + (shared < len(prefix))
 
-    for start, stop, weight in spans:
+    for start, stop, weight in ((start, stop, weight) for start, stop, weight in spans if weight):
         first, last = index(start), index(stop)
         weights[first:last] = [weight] * (last - first)
     return ids, weights
@@ -249,9 +253,9 @@ def _single(tokenizer: LlavaTokenizer, template: Template, exchanges: Exchanges,
     supervised = [(len(exchanges) - 1) if exchanges else -1] * len(ids)
 
     def count(text: str) -> int:
-        """Return the length; without images the original does not count padding, which has the id of <unk>."""
+        """Return the length. Without images LLaVA's code does not count padding, which has the id of <unk>."""
         ids = tokenizer(text, has_image)
-        return len(ids) if has_image else len(ids) - ids.count(0)
+        return len(ids) if has_image or template.image else len(ids) - ids.count(0)
 
     at = count(header)
     supervised[:at] = [-1] * min(at, len(ids))

@@ -25,7 +25,8 @@ _SPACE = b" \t\r\n"
 _MAX_ROW_BYTES = 1 << 28
 _MAX_LINE_BYTES = 1 << 24
 """Length of a first line beyond which a file that begins with an object is not JSON lines."""
-Form = Literal["parquet", "lines", "list", "object", ""]
+Form = Literal["parquet", "lines", "list", "object", "wrapped", ""]
+_WRAPPED = re.compile(rb'\{\s*"annotations"\s*:\s*\[\s*[{\]]')
 _HALF = re.compile(rb"\\u[dD](?:[89abAB]..(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB]..\\u[dD])[c-fC-F])")
 _NOT_A_NUMBER = re.compile(r"-?(?:NaN|Inf(?:inity)?)\b", re.I)
 _LAST_KEY = re.compile(r'"((?:[^"\\]|\\.)*)"\s*:[^"]*$')
@@ -36,9 +37,10 @@ _MAX_DEPTH = 10_000
 class Rows:
     """The rows of a file, read anew in each pass and never all at once.
 
-    A file is a JSON list; a JSON object of rows by id (each row gets its id as `pid`); JSON lines, if its name ends in
-    `.jsonl` (but for a list) or its first line is a row by itself, as in POPE's `.json` files; or Parquet, if its name ends
-    in `.parquet`. A byte order mark at the beginning, as Windows writes it, is skipped; UTF-16 needs one.
+    A file is a JSON list, also as `{"annotations": [row, …]}` like MiniGPT-4's; a JSON object of rows by id (each row gets
+    its id as `pid`); JSON lines, if its name ends in `.jsonl` (but for a list) or its first line is a row by itself, as in
+    POPE's `.json` files; or Parquet, if its name ends in `.parquet`. A byte order mark at the beginning, as Windows writes
+    it, is skipped; UTF-16 needs one.
 
     Args:
         path: The file.
@@ -146,6 +148,8 @@ class Rows:
                     part.write_bytes(b"".join(itertools.compress(lines, kept)))
             case "object":
                 write_rows(path, dict(rows))
+            case "wrapped":
+                write_rows(path, {"annotations": [row for _, row in rows]})
             case _:
                 write_rows(path, [row for _, row in rows])
         return sum(kept)
@@ -160,6 +164,8 @@ class Rows:
                     yield from ((None, row) for row in _json_lines(file))
                 case "list":
                     yield from ((None, row) for row in _stream(file, "items", "item", _MAX_ROW_BYTES))
+                case "wrapped":
+                    yield from ((None, row) for row in _stream(file, "items", "annotations.item", _MAX_ROW_BYTES))
                 case "object":
                     yield from self._rows_by_id(file)
                 case _:
@@ -336,14 +342,17 @@ def _detect_form(file: IO[bytes]) -> Form:
         return "lines" if several else "list"
     if start != b"{":
         return ""
+    begin = file.tell()
+    whole: Form = "wrapped" if _WRAPPED.match(start + file.read(_BUFFER)) else "object"
+    file.seek(begin)
     try:
         first = json.loads(start + file.readline(_MAX_LINE_BYTES))
     except (ValueError, RecursionError):
-        return "object"
+        return whole
     rows = sum(isinstance(value, dict) for value in first.values())
     if rows == len(first):
         return "object"
-    return "lines" if _has_more(file) or 2 * rows <= len(first) else "object"
+    return "lines" if _has_more(file) or (whole == "object" and 2 * rows <= len(first)) else whole
 
 
 def _has_more(file: IO[bytes]) -> bool:

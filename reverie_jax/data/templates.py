@@ -6,6 +6,7 @@ The texts must not change: checkpoints were tuned with exactly these.
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Literal
 
 from reverie_jax.errors import UserError
@@ -13,7 +14,7 @@ from reverie_jax.errors import UserError
 IMAGE = "<image>"
 CHECKPOINT = "checkpoint"
 """Name of a template that is none of `TEMPLATES`: it is derived from the checkpoint's own chat template in Jinja."""
-Style = Literal["two", "single", "phi3", "plain", "llama_2", "llama3", "moe", "spans"]
+Style = Literal["two", "single", "phi3", "plain", "llama_2", "llama3", "moe", "minigpt4", "mplug_owl", "spans"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,8 +23,8 @@ class Template:
 
     Attributes:
         name: name in `TEMPLATES`, or `CHECKPOINT`.
-        style: rule by which original LLaVA and its relatives mask training samples (`data.llava_tokenization`); "spans" if
-            none is published: answers and their ends are supervised.
+        style: rule by which original LLaVA and its relatives mask training samples (`data.llava_tokenization`,
+            `data.sister_tokenization`); "spans" if none is followed: answers and their ends are supervised.
         system: text before the first turn.
         user: text before a question.
         assistant: text after a question; the generation prompt ends here.
@@ -34,6 +35,9 @@ class Template:
         text_only: text before a question that shows no image.
         stripped: roles whose texts are stripped of white space; with "image", so is the text after an image.
         jinja: the chat template that this one was derived from.
+        image: how a question shows its images: `{}` is the question, and `<image>` before or after it one image. Without
+            `{}`, each marker is replaced where it is; if empty, it stays as it is.
+        tokens: special tokens of the text. White space around them is dropped, as transformers before 4.34 did.
     """
 
     name: str
@@ -48,6 +52,8 @@ class Template:
     text_only: str = ""
     stripped: tuple[str, ...] = ()
     jinja: str | None = None
+    image: str = ""
+    tokens: tuple[str, ...] = ()
 
 
 def _sentence(speaker: str) -> str:
@@ -67,6 +73,39 @@ def _llama3(role: str) -> str:
 
 _LLAVA_V0 = Template(
     "llava_v0", "single", _sentence("human") + "###", "Human: ", "###Assistant:", end="###", sentence=_sentence("human")
+)
+
+
+_MINIGPT4 = Template(
+    "minigpt4",
+    "minigpt4",
+    "###",
+    "Human: ",
+    " ###Assistant: ",
+    answer_prefix="",
+    end="###",
+    image=f"<Img>{IMAGE}</Img> {{}}",
+)
+_MPLUG_OWL = Template(
+    "mplug_owl",
+    "mplug_owl",
+    "The following is a conversation between a curious human and AI assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions.",
+    "\nHuman: ",
+    "\nAI: ",
+    answer_prefix="",
+    image=f"{IMAGE}\nHuman: {{}}",
+)
+_MUFFIN = Template(
+    "muffin",
+    "spans",
+    _sentence("human") + "\n\n###",
+    " Human: ",
+    "\n### Assistant:",
+    end="\n###",
+    sentence=_sentence("human"),
+    image=f"<im_start>{IMAGE}<im_end>",
+    tokens=("<im_start>", "<im_end>"),
 )
 
 
@@ -115,6 +154,37 @@ TEMPLATES: dict[str, Template | None] = {
     ),
     "mistral": Template("mistral", "llama_2", "", "[INST] ", " [/INST]", end=" </s>"),
     "moe_llava": _two("moe_llava", "user", "moe"),
+    "minigpt4": _MINIGPT4,
+    "minigpt4_eval": dataclasses.replace(
+        _MINIGPT4,
+        name="minigpt4_eval",
+        style="spans",
+        system="Give the following image: <Img>ImageContent</Img>. "
+        "You will be able to see the image once I provide it to you. Please answer my questions.###",
+        assistant="###Assistant:",
+        answer_prefix=" ",
+    ),
+    "mplug_owl": _MPLUG_OWL,
+    "mplug_owl_eval": dataclasses.replace(
+        _MPLUG_OWL,
+        name="mplug_owl_eval",
+        system="The following is a conversation between a curious human and AI. "
+        "The AI gives helpful, detailed, and polite answers to the human's questions.",
+        assistant="\nAI:",
+        answer_prefix=" ",
+    ),
+    "muffin": _MUFFIN,
+    "muffin_reference": dataclasses.replace(_MUFFIN, name="muffin_reference", style="single"),
+    # The prompt does not name the assistant: the model does, as `muffin_reference` teaches it to.
+    "muffin_eval": dataclasses.replace(
+        _MUFFIN,
+        name="muffin_eval",
+        system=_sentence("human") + "\n###",
+        user="Human: ",
+        assistant="\n###",
+        answer_prefix="Assistant: ",
+        image=f"{{}}\n{_MUFFIN.image}",
+    ),
 }
 
 
@@ -135,6 +205,17 @@ def find_template(name: str) -> Template:
     return template
 
 
+def place_images(template: Template, question: str) -> str:
+    """Return a question with its images where and how the template shows them."""
+    count = question.count(IMAGE)
+    if not template.image or not count:
+        return question
+    if "{}" not in template.image:
+        return question.replace(IMAGE, template.image)
+    before, after = template.image.split("{}")
+    return before * count + re.sub(f"{IMAGE}\n|\n?{IMAGE}", "", question) + after * count
+
+
 def to_jinja(template: Template, *, before: str = "", after_image: str = "") -> str:
     """Return the template in the form of transformers and vLLM (`chat_template.jinja`), a user turn's images first.
 
@@ -147,13 +228,16 @@ def to_jinja(template: Template, *, before: str = "", after_image: str = "") -> 
     """
     if template.jinja is not None:
         return template.jinja
-    content = "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    content += (
-        "{% for part in message['content'] if part['type'] == 'image' %}"
-        + _quoted(f"{IMAGE}{after_image}\n")
-        + "{% endfor %}"
-    )
-    content += "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}{% endif %}"
+    layout = template.image or f"{IMAGE}{after_image}\n{{}}"
+    images = [
+        "{% for part in message['content'] if part['type'] == 'image' %}" + _quoted(text) + "{% endfor %}"
+        if text
+        else ""
+        for text in (layout if "{}" in layout else layout + "\n{}").split("{}")
+    ]
+    content = "{% if message['content'] is string %}{{ message['content'] }}{% else %}" + images[0]
+    content += "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
+    content += images[1] + "{% endif %}"
     end = "{{ eos_token }}" if template.end is None else _quoted(template.end)
     answer = (
         _quoted(template.assistant + template.answer_prefix)

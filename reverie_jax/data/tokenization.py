@@ -18,7 +18,8 @@ from reverie_jax.data.llava_tokenization import (
     tokenize_sample,
     tokenize_spans,
 )
-from reverie_jax.data.templates import Template, find_template
+from reverie_jax.data.sister_tokenization import tokenize_minigpt4, tokenize_mplug_owl
+from reverie_jax.data.templates import Template, find_template, place_images
 from reverie_jax.data.tiktoken_files import find_tiktoken, read_tiktoken
 from reverie_jax.errors import UserError
 from reverie_jax.files import read_json
@@ -120,7 +121,8 @@ class Encoder:
         patches: P, tokens per image.
         image_token_id: id of the image placeholder.
         tokenization: "hf" tokenizes the whole text at once, as transformers does, and finds supervised spans by offsets;
-            "llava" gives exactly the ids and labels of original LLaVA (`data.llava_tokenization`).
+            "llava" gives exactly the ids and labels of the original code, LLaVA's (`data.llava_tokenization`) or by the
+            template that of a sister system (`data.sister_tokenization`).
         stop_ids: further ids that end an answer.
 
     Attributes:
@@ -142,9 +144,13 @@ class Encoder:
         self.tokenizer = tokenizer
         self.template = find_template(template) if isinstance(template, str) else template
         self.patches, self.image_token_id, self.tokenization = patches, image_token_id, tokenization
-        self._llava = LlavaTokenizer(tokenizer) if tokenization == "llava" else None
+        # The sister systems' tokenizers are those of transformers 4.28 to 4.33, which split text as legacy ones do.
+        legacy = True if self.template.image else None
+        self._llava = LlavaTokenizer(tokenizer, legacy, self.template.tokens) if tokenization == "llava" else None
         stops = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         self._end = (tokenizer.eos_token or "") if self.template.end is None else self.template.end
+        if self._llava and self.template.style == "mplug_owl":
+            self._end = ""  # put behind the pieces of a sample; prompts have none
         self._taught = len(self._end)
         if token := end_token(tokenizer, self._end):
             stops.append(tokenizer.get_added_vocab()[token])
@@ -165,7 +171,9 @@ class Encoder:
         for number, turn in enumerate(conversation.turns):
             said = _strip(turn.text, template) if turn.role in template.stripped else turn.text
             if turn.role == "user":
-                said = IMAGE * said.count(IMAGE) if template.style == "plain" else said
+                said = IMAGE * said.count(IMAGE) if template.style == "plain" else place_images(template, said)
+                if template.style == "minigpt4":
+                    said = f"{said}###".split("###")[0]  # as its trainer does, which cuts behind the end too
                 text += template.user + ("" if IMAGE in said else template.text_only) + said
                 is_last = number == len(conversation.turns) - 1
                 text += template.assistant if template.answered is None or is_last else template.answered
@@ -184,7 +192,7 @@ class Encoder:
         images = list(conversation.images)
         if self._llava:
             placeholder, (ids, weights) = IMAGE_TOKEN_INDEX, self._encode_llava(conversation)
-            images = _first_images(conversation)
+            images = list(conversation.images) if self.template.image else _first_images(conversation)
         else:
             placeholder, (ids, weights) = self.image_token_id, self._encode_hf(conversation)
         if (count := ids.count(placeholder)) != len(images):
@@ -224,25 +232,32 @@ class Encoder:
 
     def _encode_llava(self, conversation: Conversation) -> tuple[list[int], list[float]]:
         assert self._llava is not None
-        # MoE-LLaVA's code leaves the image where it is.
-        moved = {"user"} if self.template.style != "moe" else set()
+        # MoE-LLaVA's code leaves the image where it is; the sister systems' templates say where it is.
+        moved = {"user"} if self.template.style != "moe" and not self.template.image else set()
         texts = [move_image_first(turn.text) if turn.role in moved else turn.text for turn in conversation.turns]
         if conversation.is_open or not self._llava.counts(self.template):
             turns = tuple(dataclasses.replace(t, text=text) for t, text in zip(conversation.turns, texts, strict=True))
             text, spans = self.render(dataclasses.replace(conversation, turns=turns))
-            spans = [] if conversation.is_open else spans
+            spans = [(start, stop, 0.0) for start, stop, _ in spans] if conversation.is_open else spans
+            if self.template.style == "minigpt4":
+                return tokenize_minigpt4(self._llava, text, spans)
+            if self.template.style == "mplug_owl" and not conversation.is_open:
+                return tokenize_mplug_owl(self._llava, text, spans)
             return tokenize_spans(self._llava, text, spans, bool(conversation.images))
-        exchanges = list(zip(texts[::2], texts[1::2], strict=True))
+        exchanges = [(place_images(self.template, q), a) for q, a in zip(texts[::2], texts[1::2], strict=True)]
         ids, supervised = tokenize_sample(self._llava, self.template, exchanges, bool(conversation.images))
         weight = [turn.weight for turn in conversation.turns[1::2]]
         return ids, [0.0 if number < 0 else weight[number] for number in supervised]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return an answer's text: without special tokens, cut where the template ends an answer, and stripped."""
+        """Return an answer's text: without special tokens, cut where the template ends an answer, and stripped.
+
+        Where the model writes its own role before the answer (`muffin_eval`), that is left out.
+        """
         text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
         if end := (self.template.end or "").strip():  # without a special token for it, the end is part of the text
             text = text.split(end)[0]
-        return text.strip()
+        return text.strip().removeprefix(self.template.answer_prefix.strip()).strip()
 
 
 def end_token(tokenizer: Any, end: str) -> str | None:

@@ -256,7 +256,7 @@ def test_numbers_are_read_as_tables_write_them(value, number):
     assert as_integer(value) == number
 
 
-FORMS = {"list": "a.json", "object": "a.json", "lines": "a.jsonl", "parquet": "a.parquet"}
+FORMS = {"list": "a.json", "object": "a.json", "wrapped": "a.json", "lines": "a.jsonl", "parquet": "a.parquet"}
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -268,7 +268,8 @@ def test_some_rows_are_written_in_the_form_they_have(tmp_path_factory, form, dat
     if form == "parquet":
         write_parquet(source, [row | {"b": [1.5]} for row in rows], row_group_size=2)
     else:
-        write_json_rows(source, {f"k{row['a']}": row for row in rows} if form == "object" else rows)
+        by_id = {f"k{row['a']}": row for row in rows}
+        write_json_rows(source, {"object": by_id, "wrapped": {"annotations": rows}}.get(form, rows))
     items = list(Rows(source).items())
     drop = data.draw(st.sets(st.integers(0, len(rows) - 1)))
     places = [where for where, _ in Rows(source).located()]
@@ -280,6 +281,21 @@ def test_some_rows_are_written_in_the_form_they_have(tmp_path_factory, form, dat
     if form == "lines":
         lines = source.read_bytes().splitlines()
         assert path.read_bytes().splitlines() == [line for number, line in enumerate(lines) if number not in drop]
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    {
+        '{"annotations": [{"a": 1}, {"a": 2}]}': [{"a": 1}, {"a": 2}],
+        '\n{\n "annotations":\n [\n {"a": 1}\n ],\n "info": {"b": [3]}\n}': [{"a": 1}],
+        '{"annotations": [{"a": 1}]}\n{"annotations": []}': [{"annotations": [{"a": 1}]}, {"annotations": []}],
+        '{"annotations": [1]}': [{"annotations": [1]}],
+        '{"annotations": {"a": 1}}': [{"a": 1, "pid": "annotations"}],
+    }.items(),
+)
+def test_rows_may_be_the_annotations_of_an_object(tmp_path, content, found):
+    (tmp_path / "a.json").write_text(content)
+    assert read_rows(tmp_path / "a.json") == found
 
 
 @pytest.mark.parametrize("content", [f"[{GOOD},\n{GOOD}]", f"[{GOOD}, {GOOD}]\n"])

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from reverie_jax.data.row_files import Rows
-from reverie_jax.data.sources import annotated, llava, lrv, multiple_choice, preference_pairs, reverie
+from reverie_jax.data.sources import annotated, llava, lrv, mplug_owl, multiple_choice, preference_pairs, reverie
 from reverie_jax.data.sources.common import Example, ImageFolder, ReadLog, validate_image
 from reverie_jax.errors import DataError
 
 __all__ = ["NO_CONVERSATION", "Example", "ImageFolder", "ReadLog", "Rows", "detect_format", "read", "validate_image"]
 
-Format = Literal["turns", "lrv", "annotated", "preference_pairs", "choices"]
+Format = Literal["turns", "lrv", "mplug_owl", "annotated", "preference_pairs", "choices"]
 
 NO_CONVERSATION = "no row gives a conversation; notes say which rows were skipped"
 _SAMPLE = 10_000
@@ -32,6 +32,7 @@ def detect_format(rows: Rows) -> Format:
             return form
     raise DataError(
         f"{rows.path}: unknown format; the readers expect 'conversations' (LLaVA, REVERIE), 'image_id' and 'question' (LRV),"
+        " 'text' with lines of 'Human: ' and 'AI: ' (mPLUG-Owl),"
         " 'chosen' and 'rejected' (RLHF-V), 'choices' (ScienceQA, A-OKVQA) or 'correct_rationale' (reverie annotate)"
     )
 
@@ -45,6 +46,8 @@ def _row_format(row: dict[str, Any]) -> Format | None:
         return "annotated"
     if {"image_id", "answer"} <= row.keys() and {"question", "instruction"} & row.keys() and "choices" not in row:
         return "lrv"
+    if mplug_owl.is_conversation(row):
+        return "mplug_owl"
     return "choices" if multiple_choice.detect_dataset(row) else None
 
 
@@ -72,3 +75,5 @@ def read(path: Path, log: ReadLog, *, filtered: bool = True, splits: Sequence[st
             return multiple_choice.read_examples(rows, log, splits=splits)
         case "lrv":
             return lrv.read_examples(rows, log)
+        case "mplug_owl":
+            return mplug_owl.read_examples(rows, log)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from reverie_jax.data.conversation import IMAGE
 from reverie_jax.data.mixture import MixtureEntry
 from reverie_jax.data.sources import ReadLog, reverie
+from reverie_jax.data.templates import find_template
 from reverie_jax.errors import DataError
 from tests.data.fakes import (
     assert_one_line,
@@ -345,6 +346,37 @@ def test_lrv_rows(tmp_path):
     assert texts(examples)[-1][1] == "3"
     assert texts(examples)[0] == [f"{IMAGE}\nIs there a dog?", "There is no dog."]
     assert problem_rows(log) == [str(number) for number in range(6, 14)]
+    wrapped, log = read(tmp_path, {"annotations": rows[:3]})  # as its trainer wants them
+    assert (texts(wrapped), log.problems) == (texts(examples)[:3], [])
+    wrapped, log = read(tmp_path, {"annotations": rows[5:7]})
+    assert (len(wrapped), problem_rows(log)) == (1, ["1"])
+
+
+OWL = find_template("mplug_owl").system
+
+
+def test_mplug_owls_rows(tmp_path):
+    talk = "\nHuman: What: AI?\nAI: A\ncup.\nHuman: Whose?\nAI: Mine."
+    rows = [
+        {"image": ["a.jpg"], "text": f"{OWL}\nHuman: {IMAGE}{talk}", "task_type": "llava_sft"},
+        {"text": OWL + talk, "task_type": "quora_chat_sft"},
+        {"image": "a.jpg", "text": f"Be kind.\nHuman: What?\nHuman: {IMAGE}\nAI: A cup."},
+        {"image": [], "text": "Human: What?\nAI: Mine.\nHuman: And?"},
+        *({"image": ["a.jpg"], "text": text} for text in ("Hello.", "\nHuman: What?\nAI: ", "\nAI: Hi.", 3)),
+        {"image": ["a.jpg", "b.jpg"], "text": talk},
+        {"text": f"\nHuman: {IMAGE}{talk}"},
+    ]
+    examples, log = read(tmp_path, rows)
+    assert [example.image for example in examples] == ["a.jpg", "", "a.jpg", ""]
+    said = ["What: AI?", "A\ncup.", "Whose?", "Mine."]
+    assert texts(examples) == [
+        [f"{IMAGE}\n{said[0]}", *said[1:]],
+        said,
+        [f"Be kind.\n\nWhat?\n{IMAGE}", "A cup."],
+        ["What?", "Mine."],
+    ]
+    assert problem_rows(log) == [str(number) for number in range(4, 10)]
+    assert any("system turn" in note for note in log.notes)
 
 
 @pytest.mark.parametrize("rows", [[{"a": 1}], [[1]], ["x"]], ids=repr)
@@ -356,6 +388,7 @@ def test_unknown_formats_are_refused(tmp_path, rows):
 FORMS = {
     "turns": llava_row("a.png"),
     "lrv": {"image_id": 7, "question": "What?", "answer": "A cup."},
+    "mplug_owl": {"image": ["a.png"], "text": "\nHuman: What?\nAI: A cup."},
     "annotated": {
         **dict.fromkeys(("question", "correct_rationale", "incorrect_rationale"), "Words."),
         **{"image": "a.png", "correct_answer": "A.", "confusing_answer": "B.", "gemini_pro_judge": "no"},
