@@ -109,7 +109,13 @@ def finetune(
     graph, state, frozen = _place(model, optimizer, recipe, mesh)
     batches = iter(
         training_batches(
-            records, builder, batch_size=recipe.batch_size, seed=recipe.seed, local=local, features=features
+            *(records, builder),
+            batch_size=recipe.batch_size,
+            seed=recipe.seed,
+            local=local,
+            features=features,
+            crop_scale=recipe.crop_scale,
+            flip=recipe.flip,
         )
     )
     # If a step raises or is interrupted, closing still waits for the save in progress.

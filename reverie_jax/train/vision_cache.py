@@ -60,14 +60,15 @@ def frozen_features(
     """Return `cached_features` for a run, None without a folder.
 
     Raises:
-        UserError: the recipe trains the tower or adapters on it: features then change with every step.
+        UserError: the recipe trains the tower or adapters on it, or crops or flips images: features then change.
     """
     if folder is None:
         return None
-    if recipe.trainable == "all":
+    causes = {"trainable=all": recipe.trainable == "all", "crop_scale": recipe.crop_scale, "flip": recipe.flip}
+    if any(causes.values()):
         raise UserError(
-            f"--cache-vision needs a frozen vision tower, but recipe {recipe.name} trains it (trainable=all);"
-            " leave --cache-vision out"
+            f"--cache-vision needs a frozen vision tower and whole images, but recipe {recipe.name} sets"
+            f" {' and '.join(name for name, is_set in causes.items() if is_set)}; leave --cache-vision out"
         )
     trained = [
         path

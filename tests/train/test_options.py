@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import shutil
 import statistics
 
 import jax
@@ -82,6 +83,19 @@ def test_the_key_of_cached_features_is_all_that_they_depend_on():
     assert digest() == digest(adapted(r"decoder\.layers\.query", b=0.1)) == digest(data=renamed)
 
 
+def test_images_are_cropped_in_training_and_whole_in_validation(tmp_path):
+    """Nothing is learned, so that losses differ by the images alone; a resumed run sees what an uninterrupted one sees."""
+    options = {"learning_rate": 0.0, "projector_learning_rate": 0.0, "holdout": 2}
+    whole = tiny.run(tmp_path / "whole", **options)
+    options |= {"crop_scale": 0.4, "flip": True}
+    cropped = tiny.run(tmp_path / "cropped", **options)
+    assert all(a != b for a, b in zip(cropped.losses, whole.losses, strict=True))
+    validations = [(run.folder / "validation.jsonl").read_text() for run in (whole, cropped)]
+    assert validations[0] == validations[1] != ""
+    shutil.rmtree(cropped.folder / "checkpoints" / "8")
+    assert tiny.run(cropped.folder, **options).losses == cropped.losses
+
+
 TOWER = r"vision\.layers\.query"
 
 
@@ -91,11 +105,12 @@ TOWER = r"vision\.layers\.query"
         ("", {"target_modules": rf"{TOWER}|decoder\.layers\.query"}),
         (TOWER, {"target_modules": TOWER, "trainable": "adapters"}),
         ("", {"trainable": "all"}),
+        ("", {"crop_scale": 0.5, "flip": True}),
     ],
 )
 def test_features_of_a_tower_that_is_trained_are_not_cached(tmp_path, on, changes):
     model = adapted(on) if on else tiny.model()
-    with pytest.raises(UserError, match=r"--cache-vision.*(vision\.layers\.query|trainable=all)"):
+    with pytest.raises(UserError, match=r"--cache-vision.*(vision\.layers\.query|trainable=all|crop_scale and flip)"):
         tiny.run(tmp_path / "run", on=model, vision_cache=tmp_path / "cache", **changes)
     assert not (tmp_path / "cache").exists()
 
