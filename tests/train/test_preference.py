@@ -226,6 +226,12 @@ def test_disabled_adapters_are_the_model_at_the_start():
     assert float(metrics.loss) < 0.69
 
 
+def test_the_reference_of_adapters_alone_is_the_model_without_them(tmp_path):
+    losses = run(tmp_path, DPOConfig(beta=0.5, gamma=3.0), trainable="adapters", steps=3).losses
+    assert losses[0] == pytest.approx(np.log(2), rel=1e-5)
+    assert losses[-1] < 0.65
+
+
 @pytest.fixture(scope="module")
 def stored_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("preference") / "stored"

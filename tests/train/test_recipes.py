@@ -14,6 +14,7 @@ from flax import nnx
 
 from reverie_jax.data.packing import SequenceShape
 from reverie_jax.data.supervision import Supervision
+from reverie_jax.data.templates import find_template
 from reverie_jax.errors import UserError
 from reverie_jax.loading import load_adapter
 from reverie_jax.models import VisionLanguageModel, lora
@@ -196,6 +197,7 @@ def test_every_recipe_survives_json_and_yaml(tmp_path):
         assert recipes.read_recipe(str(tmp_path / "recipe.yaml")) == recipe == recipes.read_recipe(name)
         assert recipe.steps_for(1000) > 0
         assert recipe.summary()
+        assert recipe.template is None or find_template(recipe.template)
 
 
 # What a file holds instead of a recipe, or changes in one; and the field that the error names.
