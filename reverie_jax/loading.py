@@ -300,13 +300,12 @@ def load_adapter(model: VisionLanguageModel, adapter: str | Path, base: Sequence
     """
     if is_run(adapter):
         try:
-            load_run(model, Path(adapter))
+            return "", load_run(model, Path(adapter)).trainable != "adapters"
         except UserError:
             raise
         except Exception as error:  # Orbax's, of many types
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise CheckpointError(f"{adapter}: its parameters do not fit {base[0]} ({reason})") from error
-        return "", True
     attached = attach_adapter(model, adapter, base=base)
     return attached.base_model, attached.projector
 

@@ -66,6 +66,13 @@ Template = Annotated[
     str | None,
     option("NAME", "Chat template that the model was tuned with; recognized from its files if omitted."),
 ]
+Protocol = Annotated[
+    str,
+    option(
+        "NAME",
+        "Template and decoding as published: lrv-minigpt4, lrv-mplug-owl or rlhfv-muffin; other options win over it.",
+    ),
+]
 Dtype = Annotated[
     str,
     option(
@@ -167,16 +174,22 @@ def check_choice(choices: Sequence[str], **options: str) -> None:
             raise UserError(f"{flag(name)} {value}: must be {' or '.join(filter(None, choices))}")
 
 
-def check_template(name: str | None) -> None:
-    """Check the name of a chat template; None passes.
+def check_template(name: str | None, protocol: str = "") -> str | None:
+    """Return the name of the chat template: the one given, or the decoding protocol's; None for the checkpoint's.
 
     Raises:
-        UserError: the name is unknown.
+        UserError: a name is unknown.
     """
     from reverie_jax.data.templates import TEMPLATES
 
+    if protocol:
+        from reverie_jax.eval.protocols import PROTOCOLS
+
+        check_choice(tuple(PROTOCOLS), protocol=protocol)
+        name = name or PROTOCOLS[protocol]["template"]
     if name is not None:
         check_choice(tuple(TEMPLATES), template=name)
+    return name
 
 
 def require(value: Any, option: str, what: str) -> Any:

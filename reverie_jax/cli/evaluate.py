@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from reverie_jax.eval.decode import Decoding
     from reverie_jax.eval.engine import Engine
 
+_DECODING = ("max_new_tokens", "beams", "temperature", "top_p", "top_k", "repetition_penalty", "no_repeat_ngram")
+"""Options that win over a protocol's."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Eval:
@@ -46,14 +49,24 @@ class Eval:
     """Maximum number of questions about one image that are decoded together."""
     max_length: Annotated[int, common.N] = 4096
     """Maximum sequence length, in tokens; an image whose questions do not fit takes several sequences."""
+    protocol: common.Protocol = ""
     max_new_tokens: common.MaxNewTokens = None
-    """Maximum length of an answer, in tokens; never more than the benchmark's own limit, which is the default."""
+    """Maximum length of an answer, in tokens; never more than the benchmark's own limit, which is the default, unless
+    --protocol is given."""
     beams: Annotated[int | None, common.N] = None
     """Number of beams; the benchmark's if omitted (3 for Object HalBench, 1 for others)."""
-    temperature: Annotated[float, common.NUMBER] = 0.0
-    """Sampling temperature; 0 decodes greedily."""
-    top_p: Annotated[float, common.NUMBER] = 1.0
-    """Nucleus (top-p) threshold of sampling."""
+    temperature: Annotated[float | None, common.NUMBER] = None
+    """Sampling temperature; 0, the default, decodes greedily."""
+    top_p: Annotated[float | None, common.NUMBER] = None
+    """Nucleus (top-p) threshold of sampling; 1, the default, for all tokens."""
+    top_k: Annotated[int | None, common.N] = None
+    """Sample from the likeliest tokens only, this many; 0, the default, for all."""
+    repetition_penalty: Annotated[float | None, common.NUMBER] = None
+    """Factor by which tokens of the answer become less likely to occur again; 1, the default, changes nothing."""
+    no_repeat_ngram: Annotated[int | None, common.N] = None
+    """Size of the n-grams of tokens that occur at most once in an answer; 0, the default, for any number."""
+    penalize_prompt: Annotated[bool, common.FLAG] = False
+    """For the last two, tokens of the prompt count too."""
     seed: common.Seed = 0
     contrast: Annotated[str, common.option("KIND")] = ""
     """Contrast with answers to a noisy image (image, VCD) or to a disturbing instruction (instruction, ICD)."""
@@ -102,10 +115,16 @@ class Eval:
         if failed:
             raise UserError("; ".join(failed))
 
+    @property
+    def _sources(self) -> Any:
+        """What a model and its processor are loaded from, beside the checkpoint."""
+        template = common.check_template(self.template, self.protocol)
+        return {"components": self.components, "adapter": self.adapter, "template": template}
+
     def _check(self) -> None:
         common.check_choice(("", "image", "instruction"), contrast=self.contrast)
         common.check_choice(("auto", *common.DTYPES), dtype=self.dtype)
-        common.check_template(self.template)
+        common.check_template(self.template, self.protocol)
         common.check_at_least(
             1,
             batch_size=self.batch_size,
@@ -119,8 +138,7 @@ class Eval:
         from reverie_jax.eval.predict import dump_prompts
         from reverie_jax.loading import load_processor
 
-        sources: Any = {"components": self.components, "adapter": self.adapter, "template": self.template}
-        processor = load_processor(self.model, **sources)
+        processor = load_processor(self.model, **self._sources)
         questions = [question for data in inputs for question in data.available[: self.limit]]
         with common.writing(path):
             dump_prompts(processor.encoder, questions, path)
@@ -137,8 +155,7 @@ class Eval:
 
         join(self.distributed)
         placement: Any = {"mesh": common.parse_mesh(self.mesh), "dtype": common.parse_dtype(self.dtype)}
-        sources: Any = {"components": self.components, "adapter": self.adapter, "template": self.template}
-        model, processor = load_model(self.model, **sources, **placement)
+        model, processor = load_model(self.model, **self._sources, **placement)
         lora.merge(model)
         # The whole merged model: an adapter that was trained further is another model.
         weights = {**base_checksums(model), "all": weights_checksum(model)}
@@ -146,25 +163,15 @@ class Eval:
         return Engine(model, processor, shape), weights
 
     def _decoding(self, benchmark: Benchmark) -> Decoding:
-        from reverie_jax.eval.decode import Decoding
+        from reverie_jax.eval.protocols import decoding_of
 
-        beams = self.beams
-        if beams is None:  # the benchmark's protocol, unless sampling or contrast excludes beam search
-            beams = 1 if self.temperature or self.contrast else benchmark.beams
-        try:
-            return Decoding(
-                self.max_new_tokens or benchmark.max_new_tokens,
-                beams=beams,
-                temperature=self.temperature,
-                top_p=self.top_p,
-                seed=self.seed,
-                contrast=self.contrast,  # type: ignore[arg-type]
-                alpha=self.alpha,
-                beta=self.beta,
-                noise_step=self.noise_step,
-            )
-        except ValueError as error:
-            raise UserError(str(error)) from None
+        chosen = {name: getattr(self, name) for name in _DECODING} | {"penalize_prompt": self.penalize_prompt or None}
+        defaults = {name: getattr(self, name) for name in ("seed", "contrast", "alpha", "beta", "noise_step")}
+        decoding = decoding_of(self.protocol, {"max_new_tokens": benchmark.max_new_tokens, **defaults}, chosen)
+        # The benchmark's own beams, unless sampling or contrast excludes beam search.
+        if self.protocol or self.beams is not None or decoding.temperature or decoding.contrast:
+            return decoding
+        return dataclasses.replace(decoding, beams=benchmark.beams)
 
     def _predict(
         self,
@@ -181,7 +188,7 @@ class Eval:
         from reverie_jax.eval import predict
         from reverie_jax.progress import ProgressBars, format_rate
 
-        options = predict.PredictOptions(decoding, self.reflect, self.limit)
+        options = predict.PredictOptions(decoding, self.reflect, self.limit, self.protocol)
         questions = options.questions(data)
         images = len({question.image for question in questions if question.image}) / max(1, len(questions))
         first = jax.process_index() == 0

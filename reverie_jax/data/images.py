@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -167,6 +168,39 @@ def preprocess(
     if min(image.size) != size:
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     return np.asarray(image.crop((left, top, left + size, top + size)), np.uint8)
+
+
+def random_resized_crop(
+    image: Image.Image, size: int, scale: float, rng: np.random.Generator
+) -> UInt8[np.ndarray, "S S 3"]:
+    """Return a random part of an image, stretched to a square with bicubic filter: torchvision's RandomResizedCrop.
+
+    Args:
+        image: The image.
+        size: Side of the square, in pixels.
+        scale: Least share of the image's area; the largest is 1. Width / height is 3/4 to 4/3, uniform in its logarithm.
+        rng: Source of the draws.
+    """
+    return np.asarray(
+        image.crop(_crop_box(*image.size, scale, rng)).resize((size, size), Image.Resampling.BICUBIC), np.uint8
+    )
+
+
+def _crop_box(width: int, height: int, scale: float, rng: np.random.Generator) -> tuple[int, int, int, int]:
+    """Return the left, top, right and bottom edges of a random part of an image."""
+    least, most = 3 / 4, 4 / 3
+    for _ in range(10):
+        area = width * height * rng.uniform(scale, 1)
+        ratio = math.exp(rng.uniform(math.log(least), math.log(most)))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
+            return left, top, left + w, top + h
+    # An image this thin has hardly such a part: its middle, or all of it.
+    w = round(height * most) if width / height > most else width
+    h = round(width / least) if width / height < least else height
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
 
 
 def _pad_and_resize(image: Image.Image, size: int, color: tuple[int, int, int]) -> UInt8[np.ndarray, "S S 3"]:

@@ -16,6 +16,7 @@ import numpy as np
 
 from reverie_jax.data.conversation import Conversation, ImageRecord
 from reverie_jax.data.feature_cache import FeatureCache
+from reverie_jax.data.images import decode, random_resized_crop
 from reverie_jax.data.packing import WINDOW, Batch, SequenceShape, TreeElement, bin_pack, make_element, pack, stack
 from reverie_jax.data.preferences import DPOConfig, build_pair_trees, find_pairs
 from reverie_jax.data.processor import Processor
@@ -208,13 +209,34 @@ ReadImage = Callable[[int], tuple[str, bytes]]
 
 
 def image_reader(records: Sequence[ImageRecord]) -> ReadImage:
-    """Return a reader of the records' images."""
+    """Return a reader of the records' images; numbers go on in further epochs (`packed_sequences`)."""
 
     def read(number: int) -> tuple[str, bytes]:
-        record = records[number - 1]
+        record = records[(number - 1) % len(records)]
         return record.id, record.image
 
     return read
+
+
+Preprocess = Callable[[bytes, str, int], np.ndarray]
+"""Returns an encoded image as uint8 `S S 3`; given its name and number too."""
+
+
+def _augmentation(
+    records: int, processor: Processor, seed: int, crop_scale: float | None, flip: bool
+) -> Preprocess | None:
+    """Return the preprocessing of `training_batches` with random crops or flips; None without either."""
+
+    def augment(encoded: bytes, name: str, number: int) -> np.ndarray:
+        # Of the seed, the epoch and the record alone: resumed runs and other hosts draw the same.
+        rng = np.random.default_rng((seed, *divmod(number - 1, records)))
+        if crop_scale is None:
+            pixels = processor.preprocess(encoded, name)[0]
+        else:
+            pixels = random_resized_crop(decode(encoded, name), processor.image_size, crop_scale, rng)
+        return pixels[:, ::-1] if flip and rng.random() < 0.5 else pixels
+
+    return augment if flip or crop_scale is not None else None
 
 
 def load_images(
@@ -223,6 +245,7 @@ def load_images(
     processor: Processor,
     pool: Executor | None = None,
     features: FeatureCache | None = None,
+    preprocess: Preprocess | None = None,
 ) -> Batch:
     """Return the batch with its image numbers replaced by pixels, or by cached features of the vision tower.
 
@@ -232,6 +255,7 @@ def load_images(
         processor: decodes it.
         pool: decodes images in parallel; Pillow releases the interpreter lock.
         features: the vision tower's features of the records' images; nothing is decoded then.
+        preprocess: preprocesses them instead of `processor`.
 
     Raises:
         BrokenImage: an image cannot be decoded; its name is given.
@@ -239,9 +263,9 @@ def load_images(
 
     def load(number: int) -> np.ndarray:
         if features is not None:
-            return features[number - 1]
+            return features[(number - 1) % len(features)]
         name, encoded = read(number)
-        return processor.preprocess(encoded, name)[0]
+        return processor.preprocess(encoded, name)[0] if preprocess is None else preprocess(encoded, name, number)
 
     side = processor.image_size
     shape, dtype = ((side, side, 3), np.dtype(np.uint8)) if features is None else (features.shape, features.dtype)
@@ -256,9 +280,17 @@ def load_images(
 def packed_sequences(
     indices: grain.MapDataset, records: Sequence[ImageRecord], builder: TreeBuilder
 ) -> grain.IterDataset:
-    """Return packed sequences of the records at these indices; images stay numbers (see `load_images`)."""
-    elements = indices.map(lambda index: builder.elements(records[index], index + 1))
-    read = elements.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=32))
+    """Return packed sequences of the records at these indices; images stay numbers (see `load_images`).
+
+    Numbers of images go on in further epochs, where an image may be cropped in another way.
+    """
+
+    def elements(position: int, index: int) -> list[TreeElement]:
+        before = np.int32(position // len(records) * len(records))
+        found = builder.elements(records[index], index + 1)
+        return [{**element, "images": element["images"] + before} for element in found]
+
+    read = indices.map_with_index(elements).to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=32))
     # A large window over few records would hold many epochs of them.
     window = 1 if builder.shape.images == 1 else min(WINDOW, max(32, 2 * len(records)))
     flat = grain.experimental.FlatMapIterDataset(read, _Flatten())
@@ -274,6 +306,8 @@ def training_batches(
     local: slice | None = None,
     features: FeatureCache | None = None,
     threads: int | None = None,
+    crop_scale: float | None = None,
+    flip: bool = False,
 ) -> grain.IterDataset:
     """Return endless batches in an order that depends on the seed alone. The iterator's state is a position, not a count.
 
@@ -288,6 +322,12 @@ def training_batches(
         local: part of each batch that this host receives; all by default.
         features: cached features of the records' images, which are then not decoded.
         threads: threads that decode images; one per core by default.
+        crop_scale: show a random part of each image, see `images.random_resized_crop`, another in each epoch. All
+            conversations of a record see the same one, so do both sides of a preference pair. There is no RandAugment.
+        flip: mirror every second image.
+
+    Raises:
+        UserError: cached features would have to be cropped or flipped.
     """
     start, stop, _ = (local or slice(None)).indices(batch_size)
     indices = grain.MapDataset.range(len(records)).seed(seed).shuffle().repeat()
@@ -296,7 +336,13 @@ def training_batches(
     threads = threads or os.cpu_count() or 1
     pool = ThreadPoolExecutor(threads) if threads > 1 else None
     read, processor = image_reader(records), builder.processor
-    loaded = batches.map(lambda batch: load_images(batch, read, processor, pool, features))
+    preprocess = _augmentation(len(records), processor, seed, crop_scale, flip)
+    if preprocess and features is not None:
+        raise UserError(
+            "--cache-vision: features of whole images cannot be cropped or flipped; leave it out, or set"
+            " crop_scale=null flip=false"
+        )
+    loaded = batches.map(lambda batch: load_images(batch, read, processor, pool, features, preprocess))
     return grain.experimental.ThreadPrefetchIterDataset(loaded, prefetch_buffer_size=2)
 
 

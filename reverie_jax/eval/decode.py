@@ -11,9 +11,10 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Int8
 
 from reverie_jax.data.packing import Batch
+from reverie_jax.eval import penalties
 from reverie_jax.models import VisionLanguageModel
 from reverie_jax.models.config import VisionConfig
 from reverie_jax.models.decoder import KV
@@ -42,6 +43,12 @@ class Decoding:
         length_penalty: The sum of a finished beam is divided by its length to this power.
         temperature: 0 decodes greedily; otherwise tokens are sampled, with randomness of its own for each question.
         top_p: Nucleus (top-p) threshold of sampling.
+        top_k: Only the likeliest tokens are sampled, this many; 0 for all.
+        repetition_penalty, no_repeat_ngram: See `penalties.penalize`.
+        penalize_prompt: The prompt's tokens count as repeated too, image placeholders included. transformers does so where
+            it is given ids (Muffin), not where it is given embeddings (MiniGPT-4, mPLUG-Owl, original LLaVA).
+        early_beams: Search with beams as transformers before 4.36 did: a beam's length counts the prompt but not the token
+            that ends it; a stop text ends no beam, but the search once all running beams hold it (Muffin's criterion).
         seed: Of sampling and of the noise.
         contrast: What the scores are contrasted with: the image under noise (VCD, Leng et al., arXiv 2311.16922), the
             question after a disturbing instruction (ICD, Wang et al., arXiv 2403.18715), or nothing.
@@ -59,6 +66,11 @@ class Decoding:
     length_penalty: float = 1.0
     temperature: float = 0.0
     top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    no_repeat_ngram: int = 0
+    penalize_prompt: bool = False
+    early_beams: bool = False
     seed: int = 0
     contrast: Contrast = ""
     alpha: float = 1.0
@@ -75,6 +87,8 @@ class Decoding:
             raise ValueError("alpha must be at least 0, beta above 0 and at most 1, and noise_step from 0 to 999")
         if self.temperature < 0 or not 0 < self.top_p <= 1:
             raise ValueError("temperature must be at least 0, and top_p above 0 and at most 1")
+        if self.top_k < 0 or self.no_repeat_ngram < 0 or self.repetition_penalty <= 0:
+            raise ValueError("top_k and no_repeat_ngram must be at least 0, and repetition_penalty above 0")
 
 
 class DecodeState(NamedTuple):
@@ -159,6 +173,7 @@ def generate(
     stops: tuple[int, ...],
     contrast_batch: Batch | None = None,
     longest: Int[Any, ""] | None = None,
+    stop_table: Int8[Any, "S V"] | None = None,
 ) -> tuple[Int[Array, "B Q T"], Float[Array, "B Q N"]]:
     """Decode an answer for every leaf.
 
@@ -169,6 +184,7 @@ def generate(
         stops: Tokens that end an answer; the first of them stands for whichever did, and fills the rest.
         contrast_batch: With `contrast="instruction"`, the same leaves after the disturbing instruction.
         longest: Maximum length of an answer, at most T: data, so that one program serves all; T if omitted.
+        stop_table: Automaton of a text that ends answers too (`stop_text.stop_table`); it remains in their tokens.
 
     Returns:
         Tokens, and log-probabilities of the N tracked tokens in the first place (without any contrast).
@@ -177,7 +193,7 @@ def generate(
     scores, state = prefill(model, batch, decoding.max_new_tokens)
     tracked = jax.nn.log_softmax(scores, axis=-1)[..., jnp.asarray(decoding.track, jnp.int32)]
     if decoding.beams > 1:
-        return _beam_search(model, batch, scores, state, decoding, longest, stops), tracked
+        return _beam_search(model, batch, scores, state, decoding, longest, stops, stop_table), tracked
     states = [state]
     if decoding.contrast:
         images = _noisy_features(model, batch, decoding) if decoding.contrast == "image" else None
@@ -185,7 +201,17 @@ def generate(
         contrast, state = prefill(model, second, decoding.max_new_tokens, images)
         states.append(state)
         scores = contrast_scores(scores, contrast, decoding.alpha, decoding.beta)
-    return _decode_by_token(model, batch, scores, states, decoding, longest, stops), tracked
+    return _decode_by_token(model, batch, scores, states, decoding, longest, stops, stop_table), tracked
+
+
+def _advance(
+    table: Int8[Any, "S V"] | None, state: Int8[Array, "*lead"], token: Int[Array, "*lead"]
+) -> tuple[Int8[Array, "*lead"], Bool[Array, "*lead"]]:
+    """Return the stop text's state behind the tokens, and whether the answers hold all of it."""
+    if table is None:
+        return state, jnp.zeros(state.shape, bool)
+    state = jnp.asarray(table)[state.astype(jnp.int32), token]
+    return state, state == table.shape[0] - 1
 
 
 def _decode_by_token(
@@ -196,39 +222,50 @@ def _decode_by_token(
     decoding: Decoding,
     longest: Int[Array, ""],
     stops: tuple[int, ...],
+    stop_table: Int8[Any, "S V"] | None,
 ) -> Int[Array, "B Q T"]:
     """Decode greedily or by sampling, until all leaves have ended."""
-    end = stops[0]
+    end, prompts = stops[0], penalties.prompt_tokens(batch, decoding.penalize_prompt)
 
-    def choose(scores: Float[Array, "B Q V"], step: Any) -> Int[Array, "B Q"]:
+    def choose(scores: Float[Array, "B Q V"], out: Int[Array, "B Q T"], step: Any) -> Int[Array, "B Q"]:
+        scores = penalties.penalize(
+            *(scores, prompts, out, step), decoding.repetition_penalty, decoding.no_repeat_ngram
+        )
         greedy = not decoding.temperature
         token = scores.argmax(-1).astype(jnp.int32) if greedy else _sample(scores, batch.questions, step, decoding)
         return jnp.where(jnp.isin(token, jnp.asarray(stops, jnp.int32)), end, token)
 
-    token = jnp.where(batch.questions < 0, end, choose(scores, 0))
-    out = jnp.full((*token.shape, decoding.max_new_tokens), end, jnp.int32).at[:, :, 0].set(token)
+    blank = jnp.full((*batch.leaves.shape, decoding.max_new_tokens), end, jnp.int32)
+    token = jnp.where(batch.questions < 0, end, choose(scores, blank, 0))
+    found, held = _advance(stop_table, jnp.zeros(token.shape, jnp.int8), token)
 
     def unfinished(carry: tuple[Any, ...]) -> Array:
-        step, token, _, _ = carry
-        return (step < longest - 1) & (token != end).any()
+        step, _, ended, *_ = carry
+        return (step < longest - 1) & ~ended.all()
 
     def decode_step(carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        step, token, out, states = carry
+        step, token, ended, found, out, states = carry
         extended = [extend(model, state, token, step) for state in states]
         scores = extended[0][0]
         if len(extended) == 2:
             scores = contrast_scores(scores, extended[1][0], decoding.alpha, decoding.beta)
-        token = jnp.where(token == end, end, choose(scores, step + 1))
-        return step + 1, token, out.at[:, :, step + 1].set(token), [state for _, state in extended]
+        token = jnp.where(ended, end, choose(scores, out, step + 1))
+        found, held = _advance(stop_table, found, token)
+        out = out.at[:, :, step + 1].set(token)
+        return step + 1, token, ended | (token == end) | held, found, out, [state for _, state in extended]
 
-    return jax.lax.while_loop(unfinished, decode_step, (jnp.zeros((), jnp.int32), token, out, states))[2]
+    start = jnp.zeros((), jnp.int32), token, (token == end) | held, found, blank.at[:, :, 0].set(token), states
+    return jax.lax.while_loop(unfinished, decode_step, start)[4]
 
 
 def _sample(
     scores: Float[Array, "B Q V"], questions: Int[Array, "B Q"], step: Any, decoding: Decoding
 ) -> Int[Array, "B Q"]:
-    """Sample a token of each leaf from the smallest set of likeliest tokens that hold `top_p` (nucleus sampling)."""
+    """Sample a token of each leaf from the `top_k` likeliest, and of them the fewest that hold `top_p` (nucleus)."""
     scores = scores / decoding.temperature
+    if 0 < decoding.top_k < scores.shape[-1]:
+        least = jax.lax.top_k(scores, decoding.top_k)[0][..., -1:]
+        scores = jnp.where(scores >= least, scores, -jnp.inf)
     if decoding.top_p < 1:
         ordered = -jnp.sort(-scores, axis=-1)
         share = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1)
@@ -249,6 +286,7 @@ class _Beams(NamedTuple):
 
     Attributes:
         open: Whether a running beam can still beat a leaf's finished ones.
+        found: The stop text's state of running beams.
     """
 
     step: Int[Array, ""]
@@ -258,6 +296,7 @@ class _Beams(NamedTuple):
     scores: Float[Array, "B Q K"]
     ended: Bool[Array, "B Q K"]
     open: Bool[Array, "B Q"]
+    found: Int8[Array, "B Q K"]
 
 
 def _pick(values: Array, index: Int[Array, "B Q K"]) -> Array:
@@ -273,10 +312,13 @@ def _beam_search(
     decoding: Decoding,
     longest: Int[Array, ""],
     stops: tuple[int, ...],
+    stop_table: Int8[Any, "S V"] | None,
 ) -> Int[Array, "B Q T"]:
     """Decode by transformers' beam search (`early_stopping=False`), all leaves at once and each by itself."""
-    beams = decoding.beams
+    beams, early = decoding.beams, decoding.early_beams
     rows, leaves = batch.leaves.shape
+    prompts = jnp.repeat(penalties.prompt_tokens(batch, decoding.penalize_prompt)[:, :, None], beams, axis=2)
+    asked = state.depth[..., None].astype(jnp.float32) if early else jnp.zeros((rows, leaves, 1))
     # Beams of a leaf are neighbors, and share its ancestors.
     wide = jax.tree.map(lambda x: jnp.repeat(x, beams, axis=2), state.suffix)
     leaf, depth = (jnp.repeat(x, beams, axis=1) for x in (state.leaves, state.depth))
@@ -293,25 +335,33 @@ def _beam_search(
         scores=never,
         ended=jnp.zeros((rows, leaves, beams), bool),
         open=batch.questions >= 0,
+        found=jnp.zeros((rows, leaves, beams), jnp.int8),
     )
 
     def grow(now: _Beams, scores: Float[Array, "B Q K V"]) -> tuple[_Beams, Int[Array, "B Q K"]]:
         """Return the beams with one more token each, and which beam each of them continues."""
-        sums = (jax.nn.log_softmax(scores, axis=-1) + now.sums[..., None]).reshape(rows, leaves, -1)
+        scores = penalties.penalize(
+            *(jax.nn.log_softmax(scores, axis=-1), prompts, now.tokens, now.step),
+            *(decoding.repetition_penalty, decoding.no_repeat_ngram),
+        )
+        sums = (scores + now.sums[..., None]).reshape(rows, leaves, -1)
         sums, index = jax.lax.top_k(sums, keep)
         origin, token = index // scores.shape[-1], (index % scores.shape[-1]).astype(jnp.int32)
         tokens = _pick(now.tokens, origin).at[..., now.step].set(token)
+        found, held = _advance(stop_table, _pick(now.found, origin), token)
         length = now.step + 1
-        ends = jnp.isin(token, jnp.asarray(stops, jnp.int32)) | (length == longest)
+        stopped = jnp.isin(token, jnp.asarray(stops, jnp.int32))
+        ends = stopped if early else stopped | held | (length == longest)
         running = sums + jnp.where(ends, jnp.float32(_EXCLUDED), jnp.float32(0))
         running, chosen = jax.lax.top_k(running, beams)
         # Only the best `beams` may finish, and only while they can change the outcome.
-        divided = sums / length.astype(jnp.float32) ** decoding.length_penalty
+        reached = (asked + length.astype(jnp.float32)) ** decoding.length_penalty
+        divided = sums / ((asked + length.astype(jnp.float32) - 1) ** decoding.length_penalty if early else reached)
         lost = (~now.open)[..., None].astype(jnp.float32) + (~(ends & among_best)).astype(jnp.float32)
         merged = jnp.concatenate([now.scores, divided + lost * jnp.float32(_EXCLUDED)], axis=2)
         best, kept = jax.lax.top_k(merged, beams)
         ended = _pick(jnp.concatenate([now.ended, ends & among_best], axis=2), kept)
-        possible = running[..., :1] / length.astype(jnp.float32) ** decoding.length_penalty
+        possible = (sums if early else running)[..., :1] / reached
         worst = jnp.where(ended, best.min(-1, keepdims=True), jnp.float32(_EXCLUDED))
         after = _Beams(
             step=length,
@@ -321,8 +371,23 @@ def _beam_search(
             scores=best,
             ended=ended,
             open=now.open & (possible > worst).any(-1) & ~ends.all(-1),
+            found=_pick(found, chosen),
         )
+        if early:
+            after = close(after, running / reached, _pick(held, chosen))
         return after, _pick(origin, chosen)
+
+    def close(now: _Beams, divided: Float[Array, "B Q K"], held: Bool[Array, "B Q K"]) -> _Beams:
+        """Let the best running beam win against the finished ones where the search ends although beams are running."""
+        over = now.open & (held.all(-1) | (now.step == longest))
+        wins = over & (divided[..., 0] > now.scores[..., 0])
+        first = jnp.where(wins[..., None], now.tokens[:, :, 0], now.finished[:, :, 0])
+        score = jnp.where(wins, divided[..., 0], now.scores[..., 0])
+        return now._replace(
+            finished=now.finished.at[:, :, 0].set(first),
+            scores=now.scores.at[:, :, 0].set(score),
+            open=now.open & ~over,
+        )
 
     def decode_step(carry: tuple[_Beams, Int[Array, "B Q K"], Any]) -> tuple[_Beams, Int[Array, "B Q K"], Any]:
         now, origin, state = carry

@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Int8
 
 from reverie_jax.data.conversation import Conversation, ImageRecord, Turn
 from reverie_jax.data.packing import Batch, SequenceShape
@@ -26,6 +26,7 @@ from reverie_jax.errors import UserError
 from reverie_jax.eval import decode
 from reverie_jax.eval.decode import Decoding
 from reverie_jax.eval.schedule import EngineShape, Group, Schedule, deduplicated, plan
+from reverie_jax.eval.stop_text import stop_table
 from reverie_jax.models import VisionLanguageModel
 from reverie_jax.models.sharding import batch_sharding, global_batch, local_rows, make_mesh, mesh_of, shard_state
 
@@ -53,12 +54,13 @@ def _decode(
     batch: Batch,
     contrast_batch: Batch | None,
     longest: Int[Any, ""],
+    stop_table: Int8[Any, "S V"] | None,
     *,
     decoding: Decoding,
     stops: tuple[int, ...],
 ) -> tuple[Array, Array]:
     # At module level: engines of models of one architecture share the compiled program.
-    return decode.generate(nnx.merge(graph, state), batch, decoding, stops, contrast_batch, longest)
+    return decode.generate(nnx.merge(graph, state), batch, decoding, stops, contrast_batch, longest, stop_table)
 
 
 class Engine:
@@ -94,6 +96,7 @@ class Engine:
         self._token_bytes = 2 * text.layers * text.kv_heads * text.head_dim * jnp.dtype(model.compute_dtype).itemsize
         if not self.encoder.stop_ids:
             raise ValueError("the tokenizer has no end-of-sequence token: answers would never stop")
+        self._stop_table = stop_table(self.encoder, text.vocab)
 
     def answer(
         self,
@@ -252,7 +255,7 @@ class Engine:
         longest = decoding.max_new_tokens
         roomy = dataclasses.replace(decoding, max_new_tokens=decode.room(longest))
         ids, tracked = _decode(
-            *(self.graph, self.state, batch, contrast_batch, np.int32(longest)),
+            *(self.graph, self.state, batch, contrast_batch, np.int32(longest), self._stop_table),
             decoding=roomy,
             stops=self.encoder.stop_ids,
         )

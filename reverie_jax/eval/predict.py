@@ -46,18 +46,24 @@ class PredictOptions:
     """How a benchmark's questions are answered.
 
     Attributes:
-        decoding: Its `max_new_tokens` applies where it is less than the benchmark's.
+        decoding: Its `max_new_tokens` applies where it is less than the benchmark's, or with a protocol.
         reflect: The model answers, explains its answer and answers again; all three texts are kept.
         limit: Number of questions to answer, from the first on; None for all.
+        protocol: Name of the decoding protocol (`protocols.PROTOCOLS`); empty for none.
     """
 
     decoding: Decoding
     reflect: bool = False
     limit: int | None = None
+    protocol: str = ""
 
     def questions(self, data: BenchmarkData) -> Sequence[Question]:
         """Return the questions to answer."""
         return data.available[: self.limit]
+
+    def longest(self, limit: int) -> int:
+        """Return the maximum length of an answer for which the benchmark has this limit."""
+        return self.decoding.max_new_tokens if self.protocol else min(self.decoding.max_new_tokens, limit)
 
 
 def build_conversation(question: Question) -> Conversation:
@@ -126,8 +132,7 @@ def predict(
     _on_first_process(lambda: _claim_folder(out, record))
     predictor = _Predictor(engine, data, questions, out, on_progress)
     conversations = [build_conversation(question) for question in questions]
-    longest = benchmark.max_new_tokens
-    limits = [min(decoding.max_new_tokens, question.max_new_tokens or longest) for question in questions]
+    limits = [options.longest(question.max_new_tokens or benchmark.max_new_tokens) for question in questions]
     answering = _Stage("answers", conversations, limits, decoding, benchmark.expected_new_tokens)
     reflection: tuple[list[Answer], list[Answer]] | None = None
     if options.reflect:
@@ -177,10 +182,15 @@ def _record(benchmark: Benchmark, data: BenchmarkData, engine: Engine, options: 
         "template": encoder.template.name,
         "tokenization": encoder.tokenization,
         "image_aspect_ratio": processor.image_aspect_ratio,
-        "decoding": {k: v for k, v in dataclasses.asdict(options.decoding).items() if k != "track"},
-        "max_new_tokens": min(options.decoding.max_new_tokens, benchmark.max_new_tokens),
+        "decoding_protocol": options.protocol or None,
+        "decoding": _recorded(options.decoding),
+        "max_new_tokens": options.longest(benchmark.max_new_tokens),
         "reflect": options.reflect,
     }
+
+
+def _recorded(decoding: Decoding) -> dict[str, Any]:
+    return {name: value for name, value in dataclasses.asdict(decoding).items() if name != "track"}
 
 
 def _on_first_process(action: Callable[[], None]) -> None:
@@ -215,6 +225,8 @@ def _claim_folder(out: Path, record: Mapping[str, Any]) -> None:
         out.mkdir(parents=True, exist_ok=True)
         if path.exists():
             existing = json.loads(path.read_text("utf-8"))
+            # Options that the run's release did not have were at their defaults.
+            existing["decoding"] = _recorded(Decoding(1)) | existing.get("decoding", {})
             if "benchmark" not in existing and "recipe" in existing:
                 raise UserError(f"{out}: belongs to a run of another command; choose another folder")
             differs = [key for key in expected if existing.get(key) != expected[key]]
@@ -232,7 +244,7 @@ def _claim_folder(out: Path, record: Mapping[str, Any]) -> None:
         raise
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror})") from None
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, TypeError):
         raise UserError(f"{path}: not a record of a run; delete it and the answers beside it") from None
 
 

@@ -22,7 +22,7 @@ LISTED = 20
 """Unparsed answers whose ids are in scores.json; the details file has all of them."""
 
 _RUN_KEYS = (
-    *("model", "checksums", "dtype", "template", "tokenization", "image_aspect_ratio", "decoding"),
+    *("model", "checksums", "dtype", "template", "tokenization", "image_aspect_ratio", "decoding_protocol", "decoding"),
     *("max_new_tokens", "reflect"),
 )
 """Keys of run.json that a score records."""
@@ -167,7 +167,7 @@ def _run_record(predictions: Path) -> dict[str, Any]:
     if predictions.name != answer_files.PREDICTIONS or not path.exists():
         return {}
     record = inputs.read_json(path)
-    return {f"run/{key}": record[key] for key in _RUN_KEYS if key in record}
+    return {f"run/{key}": record[key] for key in _RUN_KEYS if record.get(key) is not None}
 
 
 def _yes_no(rows: Mapping[str, Row], benchmark: Benchmark, data: BenchmarkData, scored: Scored) -> dict[str, Any]:

@@ -11,6 +11,8 @@ import sys
 
 import pytest
 
+from reverie_jax.data.templates import TEMPLATES
+from reverie_jax.eval import protocols
 from reverie_jax.eval.benchmarks import find_benchmark, names
 from reverie_jax.eval.engine import Engine
 from tests.eval.benchmarks import makers as make
@@ -172,6 +174,30 @@ def test_prompts_are_written_without_a_model(reverie, data, tmp_path, no_model):
     assert all("A chat between" in row["prompt"] for row in rows(path))
 
 
+@pytest.mark.parametrize("name", protocols.PROTOCOLS)
+def test_protocols(reverie, data, tmp_path, name):
+    """A protocol sets template and decoding, options win over it, and the record names it."""
+    published = protocols.PROTOCOLS[name]
+    assert published["template"] in TEMPLATES
+    for option, value in {"max_new_tokens": 2, "beams": 1, "temperature": 0.0}.items():
+        chosen = protocols.decoding_of(name, {"max_new_tokens": 9, "seed": 3}, {option: value, "top_p": None})
+        expected = {"seed": 3, **published, option: value}
+        assert {key: getattr(chosen, key) for key in expected if key != "template"} == {
+            key: one for key, one in expected.items() if key != "template"
+        }
+    options = ("--protocol", name, "--max-new-tokens", 2, "--template", "llava-hf")
+    words = (*MODEL, "--benchmark", "pope", "--data", data / "pope", "--limit", 2, "--out", tmp_path / "out")
+    assert reverie(*words, *options)[0] == 0
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert (record["decoding_protocol"], record["template"], record["max_new_tokens"]) == (name, "llava-hf", 2)
+    assert record["decoding"]["beams"] == published.get("beams", 1)
+    assert record["decoding"]["top_k"] == published.get("top_k", 0)
+    path = tmp_path / "prompts.jsonl"
+    assert reverie(*words, "--protocol", name, "--dump-prompts", path)[0] == 0
+    system = TEMPLATES[published["template"]].system
+    assert all(row["prompt"].startswith(system) for row in rows(path))
+
+
 WRONG_OPTIONS = {
     "--model": ("/nowhere", ["/nowhere"]),
     "--benchmark": ("popes", ["popes", *names()]),
@@ -187,6 +213,10 @@ WRONG_OPTIONS = {
     "--beams": (0, ["beams"]),
     "--temperature": (-1, ["temperature"]),
     "--top-p": (0, ["top_p"]),
+    "--top-k": (-1, ["top_k"]),
+    "--repetition-penalty": (0, ["repetition_penalty"]),
+    "--no-repeat-ngram": (-1, ["no_repeat_ngram"]),
+    "--protocol": ("lrv", ["--protocol lrv", "lrv-minigpt4", "lrv-mplug-owl", "rlhfv-muffin"]),
     "--noise-step": (1000, ["noise_step"]),
     "--max-new-tokens": (0, ["--max-new-tokens 0"]),
     "--limit": (-1, ["--limit -1"]),

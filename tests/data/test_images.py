@@ -25,6 +25,7 @@ from reverie_jax.data.images import (
     encode_png,
     gray_depth,
     preprocess,
+    random_resized_crop,
     to_rgb,
 )
 from tests.data.fakes import saved
@@ -152,6 +153,37 @@ def test_padding_moves_no_pixel(width, height):
     image = noise(width, height)
     np.testing.assert_array_equal(preprocess(image, max(width, height)), np.asarray(padded(image)))
     assert PAD_COLOR == (122, 116, 104)
+
+
+def crop_of_torchvision(width: int, height: int, scale: float, rng: np.random.Generator) -> tuple[int, int, int, int]:
+    """RandomResizedCrop.get_params of torchvision, written anew: (top, left, height, width)."""
+    logs = np.log([3.0 / 4.0, 4.0 / 3.0])
+    for _ in range(10):
+        target = height * width * rng.uniform(scale, 1.0)
+        aspect = np.exp(rng.uniform(*logs))
+        across, down = int(np.rint(np.sqrt(target * aspect))), int(np.rint(np.sqrt(target / aspect)))
+        if 0 < across <= width and 0 < down <= height:
+            return int(rng.integers(0, height - down + 1)), int(rng.integers(0, width - across + 1)), down, across
+    across, down = width, height
+    if width / height < 3.0 / 4.0:
+        down = int(np.rint(width / (3.0 / 4.0)))
+    elif width / height > 4.0 / 3.0:
+        across = int(np.rint(height * (4.0 / 3.0)))
+    return (height - down) // 2, (width - across) // 2, down, across
+
+
+@settings(max_examples=60)
+@given(st.integers(1, 90), st.integers(1, 90), st.sampled_from([0.08, 0.5, 0.99, 1.0]), st.integers(0, 99))
+@example(90, 20, 1.0, 0)
+@example(20, 90, 1.0, 0)
+@example(80, 60, 1.0, 0)
+@example(1, 1, 0.5, 0)
+def test_random_crops_are_torchvisions(width, height, scale, seed):
+    image = noise(width, height)
+    top, left, down, across = crop_of_torchvision(width, height, scale, np.random.default_rng(seed))
+    part = Image.fromarray(np.asarray(image)[top : top + down, left : left + across])
+    found = random_resized_crop(image, SIZE, scale, np.random.default_rng(seed))
+    np.testing.assert_array_equal(found, np.asarray(part.resize((SIZE, SIZE), Image.Resampling.BICUBIC)))
 
 
 def test_larger_images_are_scaled_down():

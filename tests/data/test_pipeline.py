@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 
 from reverie_jax.data import packing, pipeline
 from reverie_jax.data.conversation import IMAGE, Conversation, ImageRecord, Turn
-from reverie_jax.data.images import BrokenImage
+from reverie_jax.data.feature_cache import FeatureCache, write_features
+from reverie_jax.data.images import BrokenImage, decode, encode_png, random_resized_crop
 from reverie_jax.data.packing import Batch, SequenceShape
 from reverie_jax.data.pipeline import (
     ImageQuestions,
@@ -299,6 +300,67 @@ def test_every_epoch_has_every_record_once_in_another_order():
     first, second = numbers[: len(RECORDS)], numbers[len(RECORDS) : 2 * len(RECORDS)]
     assert sorted(first) == sorted(second) == list(range(len(RECORDS)))
     assert first != second
+
+
+def gradient(index: int) -> bytes:
+    """A picture by whose pixels one sees what was cropped and flipped."""
+    down, across = np.mgrid[:30, :40].astype(np.uint8)
+    return encode_png(np.stack([5 * down, 5 * across, np.full_like(down, index)], axis=-1))
+
+
+PICTURES = [dataclasses.replace(r, image=gradient(n) if r.image else b"") for n, r in enumerate(RECORDS)]
+
+
+@pytest.mark.parametrize(("crop_scale", "flip"), [(0.5, True), (0.9, False), (None, True)])
+def test_crops_and_flips_depend_on_seed_epoch_and_record_alone(crop_scale, flip):
+    one_each = TreeBuilder(BUILDER.processor, SequenceShape(160, 1, 120), Supervision())
+    options: dict[str, Any] = {"builder": one_each, "crop_scale": crop_scale, "flip": flip}
+    running, state, drawn = iter(batches(PICTURES, threads=2, **options)), {}, []
+    for number in range(9):
+        state = running.get_state() if number == 5 else state
+        drawn.append(next(running))
+    running.close()
+    assert all(map(equal, take(batches(PICTURES, threads=1, **options), 4, json.loads(json.dumps(state))), drawn[5:]))
+    half = take(batches(PICTURES, local=local(1, 2), **options), 9)
+    assert all(np.array_equal(part.images, whole.images[2:]) for part, whole in zip(half, drawn, strict=True))
+    seen = collections.Counter[int]()
+    views = collections.defaultdict[int, set[bytes]](set)
+    for sequence in (sequence for batch in drawn for sequence in sequences_of(batch)):
+        ((number, *_),) = trees_of(sequence)
+        rng = np.random.default_rng((3, seen[number], number))
+        seen[number] += 1
+        if not PICTURES[number].image:
+            continue
+        whole = decode(PICTURES[number].image, "")
+        if crop_scale is None:
+            expected = BUILDER.processor.preprocess(PICTURES[number].image, "")[0]
+        else:
+            expected = random_resized_crop(whole, SIDE, crop_scale, rng)
+        mirrored = flip and rng.random() < 0.5
+        np.testing.assert_array_equal(sequence.images[0], expected[:, ::-1] if mirrored else expected)
+        views[number].add(sequence.images[0].tobytes())
+    assert max(map(len, views.values())) > 1, "every epoch shows the same"
+
+
+def test_both_sides_of_a_pair_see_one_crop():
+    text = f"{IMAGE}\nWhat?"
+    sides = [
+        Conversation((Turn("user", text), Turn("assistant", kind)), (0,), kind=kind, pair="1")
+        for kind in ("chosen", "rejected")
+    ]
+    builder = TreeBuilder(BUILDER.processor, dataclasses.replace(SHAPE, questions=2), DPOConfig())
+    records = [ImageRecord("rec0", gradient(0), tuple(sides))]
+    (batch,) = take(batches(records, builder, crop_scale=0.5, flip=True), 1)
+    slots = {slot for slot in batch.image_slots[0].tolist() if slot >= 0}
+    assert len(batch.leaves[0][batch.questions[0] > 0]) == 2 * len(slots) // PATCHES
+
+
+def test_features_of_whole_images_are_not_cropped(tmp_path):
+    write_features(tmp_path / "cache", "key", (2, 3), [np.zeros((2, 3), np.float32)] * len(RECORDS))
+    features = FeatureCache(tmp_path / "cache", "key")
+    for options in ({"crop_scale": 0.5}, {"flip": True}):
+        with pytest.raises(UserError, match=r"--cache-vision.*crop_scale.*flip"):
+            batches(features=features, **options)
 
 
 # Statistics.

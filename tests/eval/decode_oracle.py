@@ -13,11 +13,18 @@ import numpy as np
 import torch
 from PIL import Image
 from transformers import LlavaForConditionalGeneration
+from transformers.generation import (
+    LogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteria,
+)
 
 from reverie_jax.data.conversation import Conversation, Turn
 from reverie_jax.data.pipeline import ImageQuestions
 from reverie_jax.data.processor import Processor
 from reverie_jax.data.templates import Template
+from reverie_jax.eval.decode import Decoding
 from reverie_jax.eval.engine import Engine
 from reverie_jax.eval.schedule import ICD_INSTRUCTION, EngineShape
 from reverie_jax.models import TextConfig, VisionConfig, VisionLanguageModel
@@ -63,6 +70,91 @@ def processor(*, two_ends: bool = False) -> Processor:
 
 
 PROCESSOR = processor()
+HELD = "5 5"
+"""A text that ends answers of `HOLDING`, where a token's number ends with 5 and the next one's begins with 5."""
+HOLDING = Processor.from_config(SIZES.ours, Words(), Template("holding", "two", "", "USER: ", " ASSISTANT:", end=HELD))
+
+
+def holds(answer: Sequence[int]) -> bool:
+    return HELD in text(answer)
+
+
+class Penalties(LogitsProcessor):
+    """transformers' processors by our options, as `generate` would call them: on the whole text or behind the prompt."""
+
+    def __init__(self, decoding: Decoding, prompt: int):
+        self.start = 0 if decoding.penalize_prompt else prompt
+        self.parts: list[LogitsProcessor] = []
+        if decoding.repetition_penalty != 1:
+            self.parts.append(RepetitionPenaltyLogitsProcessor(decoding.repetition_penalty))
+        if decoding.no_repeat_ngram:
+            self.parts.append(NoRepeatNGramLogitsProcessor(decoding.no_repeat_ngram))
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        for part in self.parts:
+            scores = part(input_ids[:, self.start :], scores)
+        return scores
+
+
+class Held(StoppingCriteria):
+    """Ends each answer that holds the text."""
+
+    def __init__(self, prompt: int):
+        self.prompt = prompt
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **options: Any) -> torch.Tensor:
+        return torch.tensor([holds(ids) for ids in input_ids[:, self.prompt :].tolist()])
+
+
+def beams_of_2023(
+    score: Callable[[list[int]], np.ndarray],
+    decoding: Decoding,
+    prompt: Sequence[int],
+    held: Callable[[list[int]], bool],
+) -> list[int]:
+    """Search as transformers' BeamSearchScorer and beam_search did before 4.36, written anew with lists.
+
+    Args:
+        score: Scores the token after an answer so far.
+        decoding: Its options.
+        prompt: Tokens of the prompt.
+        held: Whether an answer holds what Muffin's stopping criterion looks for.
+    """
+    count, power, longest = decoding.beams, decoding.length_penalty, decoding.max_new_tokens
+    penalties = Penalties(decoding, len(prompt))
+    running: list[tuple[float, list[int]]] = [(0.0, [])] + [(-1e9, [])] * (count - 1)
+    finished: list[tuple[float, list[int]]] = []
+
+    def finish(total: float, answer: list[int]) -> None:
+        finished.append((total / (len(prompt) + len(answer)) ** power, answer))
+        finished.sort(key=lambda one: -one[0])
+        del finished[count:]
+
+    while True:
+        candidates = []
+        for total, answer in running:
+            logp = torch.tensor(log_softmax(score(answer)))[None]
+            logp = penalties(torch.tensor([[*prompt, *answer]]), logp)[0].numpy()
+            candidates += [(total + one, answer, token) for token, one in enumerate(logp)]
+        best = sorted(candidates, key=lambda one: -one[0])[: 2 * count]
+        assert np.diff([one[0] for one in best]).max() < -1e-6, "near a tie: take another seed"
+        running = []
+        for rank, (total, answer, token) in enumerate(best):
+            if token != END:
+                running.append((total, [*answer, token]))
+            elif rank < count:
+                finish(total, answer)
+            if len(running) == count:
+                break
+        length = len(running[0][1])
+        attainable = best[0][0] / (len(prompt) + length) ** power
+        if len(finished) == count and finished[-1][0] >= attainable:
+            break
+        if length == longest or all(held(answer) for _, answer in running):
+            for total, answer in running:
+                finish(total, answer)
+            break
+    return finished[0][1]
 
 
 @functools.cache

@@ -13,13 +13,18 @@ import pytest
 import torch
 from flax import nnx
 from scipy import stats
+from transformers.generation import TopKLogitsWarper
 
 from reverie_jax.data.conversation import ImageRecord
 from reverie_jax.data.pipeline import ImageQuestions
-from reverie_jax.eval import decode
+from reverie_jax.data.templates import Template
+from reverie_jax.data.tokenization import Encoder, load_tokenizer
+from reverie_jax.eval import decode, penalties
 from reverie_jax.eval.decode import Decoding
 from reverie_jax.eval.schedule import EngineShape
+from reverie_jax.eval.stop_text import stop_table
 from reverie_jax.models.sharding import make_mesh
+from tests.data import llama_oracle
 from tests.eval import decode_oracle as oracle
 from tests.eval.decode_oracle import (
     ALIKE,
@@ -94,6 +99,151 @@ def test_beams_on_a_mesh_and_of_one_token(seed, tokens, shape):
     assert answers == beams_of_transformers(seed, decoding)
 
 
+PENALIZED = [
+    (Decoding(NEW_TOKENS, repetition_penalty=1.5, penalize_prompt=True), (0,)),
+    (Decoding(NEW_TOKENS, repetition_penalty=0.6, no_repeat_ngram=2), (1,)),
+    (Decoding(NEW_TOKENS, no_repeat_ngram=1, penalize_prompt=True), (2,)),
+    (Decoding(NEW_TOKENS, beams=3, repetition_penalty=1.3, penalize_prompt=True), (0,)),
+    (Decoding(NEW_TOKENS, beams=2, repetition_penalty=1.4, no_repeat_ngram=2, length_penalty=0.3), (1,)),
+]
+
+
+@pytest.mark.parametrize(
+    ("decoding", "seeds"), [*PENALIZED, *(pytest.param(one, range(6), marks=slow) for one, _ in PENALIZED)]
+)
+def test_penalties_are_transformers(decoding, seeds):
+    def answer(seed, decoding, image, conversation):
+        prompt = len(oracle.PROCESSOR.encoder(conversation).ids)
+        options = {"num_beams": decoding.beams, "length_penalty": decoding.length_penalty}
+        return oracle.transformers_tokens(
+            *(seed, image, conversation, NEW_TOKENS),
+            logits_processor=[oracle.Penalties(decoding, prompt)],
+            **options,
+        )
+
+    differ = 0
+    plain = dataclasses.replace(decoding, repetition_penalty=1.0, no_repeat_ngram=0)
+    for seed in seeds:
+        expected = answers_of(IMAGES, functools.partial(answer, seed, decoding))
+        assert decoded(seed, decoding) == expected
+        without = answers_of(IMAGES, functools.partial(answer, seed, plain))
+        differ += sum(expected[number] != without[number] for number in expected)
+    assert differ > 3, "the penalties change nothing"
+
+
+@pytest.mark.parametrize("ngram", [0, 1, 2, 3, 5])
+def test_penalties_of_any_history(ngram):
+    random, vocabulary = np.random.default_rng(ngram), 7
+    for prompt, step in [(0, 0), (0, 1), (0, 2), (3, 0), (1, 1), (9, 4), (0, 8)]:
+        decoding = Decoding(8, repetition_penalty=1.3, no_repeat_ngram=ngram, penalize_prompt=True)
+        scores = random.normal(0, 2, (2, 3, vocabulary)).astype(np.float32)
+        tokens = random.integers(0, 3, (2, 3, prompt + 8)).astype(np.int32)
+        tokens[..., :1] = vocabulary + 2  # a placeholder that the model does not score
+        if not prompt + step:
+            expected = scores
+        else:
+            flat = torch.tensor(tokens[..., : prompt + step].reshape(6, -1), dtype=torch.long)
+            expected = oracle.Penalties(decoding, 0)(flat, torch.tensor(scores.reshape(6, -1))).numpy()
+        # Behind shorter prompts' padding, and before tokens that are not there yet.
+        padded = np.concatenate([np.full((2, 3, 2), penalties.NO_TOKEN, np.int32), tokens[..., :prompt]], axis=-1)
+        found = penalties.penalize(*map(jnp.asarray, (scores, padded, tokens[..., prompt:])), step, 1.3, ngram)
+        np.testing.assert_allclose(np.asarray(found).reshape(6, -1), expected.reshape(6, -1), rtol=1e-6)
+
+
+def test_prompts_are_the_leaves_ancestors():
+    conversations = (ask("is it?"), ask("is it red?"), ask("is it?", ("yes", "why?")), ask("z"))
+    batch = oracle.PROCESSOR([ImageRecord("a", png(0), conversations[:3]), ImageRecord("b", png(1), conversations[3:])])
+    found = np.asarray(penalties.prompt_tokens(jax.tree.map(jnp.asarray, batch)))
+    for number, conversation in enumerate(conversations):
+        row, leaf = np.argwhere(batch.questions == number)[0]
+        ids = oracle.PROCESSOR.encoder(conversation).ids
+        np.testing.assert_array_equal(found[row, leaf, -len(ids) :], ids)
+        assert (found[row, leaf, : -len(ids)] == penalties.NO_TOKEN).all()
+
+
+@pytest.mark.parametrize(
+    ("decoding", "seeds"),
+    [
+        (Decoding(NEW_TOKENS), range(3)),
+        (Decoding(NEW_TOKENS, beams=3), range(3)),
+        (Decoding(NEW_TOKENS, beams=3, repetition_penalty=1.1, penalize_prompt=True, early_beams=True), range(2)),
+        (Decoding(NEW_TOKENS, beams=2, length_penalty=2.0, early_beams=True), range(2)),
+        pytest.param(Decoding(NEW_TOKENS, beams=3, length_penalty=0.5, early_beams=True), range(8), marks=slow),
+    ],
+)
+@pytest.mark.parametrize("processor", [oracle.PROCESSOR, oracle.HOLDING], ids=["token", "text"])
+def test_texts_that_end_answers_and_beams_of_2023(decoding, seeds, processor):
+    holding = processor is oracle.HOLDING
+
+    def held(answer):
+        return holding and oracle.holds(answer)
+
+    def answer(seed, image, conversation):
+        ids = processor.encoder(conversation).ids.tolist()
+        if decoding.early_beams:
+            shown = oracle.normalized(image.read()) if image.encoded else None
+            found = oracle.beams_of_2023(
+                lambda answer: oracle.scores(seed, shown, [*ids, *answer]), decoding, ids, held
+            )
+        else:
+            options = {"num_beams": decoding.beams} | (
+                {"stopping_criteria": [oracle.Held(len(ids))]} if holding else {}
+            )
+            found = oracle.transformers_tokens(seed, image, conversation, NEW_TOKENS, processor, **options)
+        nonlocal cut
+        cut += held(found)
+        return found
+
+    cut = differ = 0
+    for seed in seeds:
+        tokens = answers_of(IMAGES, functools.partial(answer, seed))
+        expected = {number: text.split(oracle.HELD)[0].strip() if holding else text for number, text in tokens.items()}
+        found = decoded(seed, decoding, processor=processor)
+        assert found == expected
+        if decoding.early_beams:
+            late = decoded(seed, dataclasses.replace(decoding, early_beams=False), processor=processor)
+            differ += sum(found[number] != late[number] for number in found)
+    assert cut > 0 or not holding, "no answer holds the text"
+    assert differ > 0 or not decoding.early_beams, "the two searches find the same"
+
+
+def test_nothing_is_decoded_behind_a_stop_text():
+    table, ended = stop_table(oracle.HOLDING.encoder, oracle.SIZES.text.vocab), 0
+    for seed in range(3):
+        batch = oracle.HOLDING([ImageRecord(i.name, i.read(), tuple(c for _, c in i.questions)) for i in IMAGES])
+        state = nnx.split(oracle.ours(seed))
+        plain, cut = (
+            np.asarray(_generate(*state, jax.tree.map(jnp.asarray, batch), one, decoding=Decoding(NEW_TOKENS)))
+            for one in (None, table)
+        )
+        for place in np.argwhere(batch.questions >= 0):
+            expected = plain[tuple(place)].tolist()
+            count = next((n for n in range(1, NEW_TOKENS) if oracle.holds(expected[:n])), NEW_TOKENS)
+            assert cut[tuple(place)].tolist() == expected[:count] + [END] * (NEW_TOKENS - count)
+            ended += END not in expected[: count + 1] and count < NEW_TOKENS
+    assert ended > 5
+
+
+def test_a_stop_text_is_found_however_it_is_tokenized(tmp_path):
+    tokenizer = load_tokenizer(llama_oracle.write_tokenizer(tmp_path, "legacy"))
+    encoder = Encoder(tokenizer, Template("hash", "spans", "", "Human: ", "###Assistant:", end="###"), 1, 31999)
+    table = stop_table(encoder, 32000)
+    spelled = [token for token in range(32000) if "#" in tokenizer.convert_ids_to_tokens(token)]
+    spelled += [38, 13, 2, *tokenizer.convert_tokens_to_ids(["▁a", "a", "▁"])]  # byte 0x23, byte \n, </s>
+    assert {835, 2277, 29937} < set(spelled)
+    random, found = np.random.default_rng(0), 0
+    for answer in [[835], [2277, 29937], [29937, 2277], [38, 38, 38], *random.choice(spelled, (300, 4)).tolist()]:
+        state = 0
+        for count, token in enumerate(answer, 1):
+            state = int(table[state, token])
+            held = "###" in tokenizer.decode([29874, *answer[:count]], skip_special_tokens=True)
+            assert (state == 3) == held, answer[:count]
+            found += held and count < len(answer)
+    assert found > 100
+    assert stop_table(oracle.PROCESSOR.encoder, 71) is None
+    assert stop_table(oracle.processor(two_ends=True).encoder, 71) is None
+
+
 def test_two_tokens_end_answers():
     processor, decoding, ended = oracle.processor(two_ends=True), Decoding(NEW_TOKENS), 0
     for seed in range(3):
@@ -135,8 +285,8 @@ DRAWS = 8192
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "decoding"))
-def _generate(graph, state, batch, *, decoding):
-    return decode.generate(nnx.merge(graph, state), batch, decoding, (END,))[0]
+def _generate(graph, state, batch, table=None, *, decoding):
+    return decode.generate(nnx.merge(graph, state), batch, decoding, (END,), stop_table=table)[0]
 
 
 @functools.cache
@@ -150,8 +300,11 @@ def first_tokens(seed, decoding):
 
 
 def nucleus(scores, decoding):
-    """Return probabilities: tokens from the likeliest down until they hold `top_p`, and no other."""
-    probability = np.exp(oracle.log_softmax(scores / decoding.temperature))
+    """Return probabilities: of the `top_k` likeliest tokens, from the likeliest down until they hold `top_p`."""
+    scores = scores / decoding.temperature
+    if decoding.top_k:
+        scores = TopKLogitsWarper(decoding.top_k)(None, torch.tensor(scores)[None])[0].numpy()
+    probability = np.exp(oracle.log_softmax(scores))
     if decoding.top_p == 1:
         return probability
     kept, total = np.zeros_like(probability), 0.0
@@ -181,13 +334,17 @@ def assert_drawn_from(tokens, probability):
 NUCLEUS = Decoding(2, temperature=1.5, top_p=0.8, seed=3)
 
 
-@pytest.mark.parametrize("decoding", [Decoding(2, temperature=1.0), NUCLEUS], ids=["all tokens", "nucleus"])
+@pytest.mark.parametrize(
+    "decoding",
+    [Decoding(2, temperature=1.0), NUCLEUS, dataclasses.replace(NUCLEUS, top_k=8, top_p=0.95)],
+    ids=["all tokens", "nucleus", "top-k"],
+)
 def test_samples_follow_the_softmax(decoding):
     prompt, image = oracle.PROCESSOR.encoder(ask("is it?")).ids.tolist(), oracle.normalized(png(0))
     for seed in (0, 1):
         tokens = first_tokens(seed, decoding)
         first = nucleus(oracle.scores(seed, image, prompt), decoding)
-        assert (first > 0).sum() < len(first) or decoding.top_p == 1
+        assert (first > 0).sum() < (decoding.top_k or len(first)) or decoding.top_p == 1
         assert_drawn_from(tokens[:, 0], first)
         # The second token too, behind the commonest first one: its randomness is not the first one's.
         before = Counter(tokens[tokens[:, 0] != END, 0].tolist()).most_common(1)[0][0]
@@ -317,6 +474,7 @@ def test_tracked_tokens_have_transformers_log_probabilities(decoding):
 
 WRONG = [{"max_new_tokens": 0}, {"beams": 0}, {"beams": 2, "temperature": 1.0}, {"beams": 2, "contrast": "image"}]
 WRONG += [{"beta": 0.0}, {"alpha": -1.0}, {"noise_step": 1000}, {"temperature": -1.0}, {"top_p": 0.0}]
+WRONG += [{"top_k": -1}, {"repetition_penalty": 0.0}, {"no_repeat_ngram": -1}]
 
 
 @pytest.mark.parametrize("options", WRONG, ids=str)

@@ -414,6 +414,8 @@ OTHER_RUNS = {
     "sampled": (lambda: options(LONGEST, temperature=1.0), "decoding"),
     "beams": (lambda: options(LONGEST, beams=3), "decoding"),
     "contrast": (lambda: options(LONGEST, contrast="image"), "decoding"),
+    "penalty": (lambda: options(LONGEST, repetition_penalty=1.1), "decoding"),
+    "protocol": (lambda: {"options": PredictOptions(Decoding(LONGEST), protocol="rlhfv-muffin")}, "decoding_protocol"),
     "shorter": (lambda: options(5), "decoding, max_new_tokens"),
     "reflect": (lambda: {"options": REFLECT, "data": ONE_EACH}, "reflect"),
     "template": (lambda: {"engine": Engine(model(), processor().override("plain"), SHAPE)}, "template"),
@@ -431,6 +433,22 @@ def test_the_folder_of_another_run_is_refused(unfinished, batches, kind):
     assert "\n" not in str(caught.value)
     assert batches == []
     assert {path.name: path.read_bytes() for path in unfinished.iterdir()} == before
+
+
+def test_a_run_of_an_earlier_release_is_continued(unfinished, complete):
+    record = json.loads((unfinished / "run.json").read_text())
+    del record["decoding_protocol"], record["decoding"]["top_k"]
+    (unfinished / "run.json").write_text(json.dumps(record))
+    run(unfinished)
+    assert (unfinished / "predictions.jsonl").read_bytes() == (complete / "predictions.jsonl").read_bytes()
+
+
+def test_a_protocols_length_holds_for_every_benchmark(tmp_path):
+    longer = LONGEST + 4
+    for protocol, length in [("", LONGEST), ("lrv-minigpt4", longer)]:
+        path = run(tmp_path / f"out{protocol}", options=PredictOptions(Decoding(longer), protocol=protocol))
+        record = json.loads((path.parent / "run.json").read_text())
+        assert (record["max_new_tokens"], record["decoding_protocol"]) == (length, protocol or None)
 
 
 @pytest.mark.parametrize("content", ['{"benchmark": ', "[]", "", '{"recipe": {}}'])

@@ -110,6 +110,7 @@ def _properties(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
         ("weights", recorded("checksums")),
         ("template", recorded("template")),
         ("image aspect ratio", recorded("image_aspect_ratio")),
+        ("decoding protocol", recorded("decoding_protocol")),
         ("decoding", each(lambda result: _decoding(result.scores["protocol"]))),
         ("benchmarks", each(lambda result: f"{result.scores['benchmark']} ({result.scores['items']:,} questions)")),
         ("rules", each(lambda result: result.scores["rule"])),
@@ -128,8 +129,13 @@ def _decoding(protocol: Mapping[str, Any]) -> str:
     if decoding.get("temperature"):
         words.append(
             f"sampled at temperature {decoding['temperature']:g}, top-p {decoding.get('top_p', 1):g}, "
-            f"seed {decoding.get('seed')}"
+            + (f"top-k {decoding['top_k']}, " if decoding.get("top_k") else "")
+            + f"seed {decoding.get('seed')}"
         )
+    if (penalty := decoding.get("repetition_penalty", 1)) != 1:
+        words.append(f"repetition penalty {penalty:g}")
+    if decoding.get("no_repeat_ngram"):
+        words.append(f"no {decoding['no_repeat_ngram']}-gram twice")
     if decoding.get("contrast"):
         words.append(
             f"contrast with {decoding['contrast']} (alpha {decoding.get('alpha')}, beta {decoding.get('beta')})"
