@@ -98,13 +98,7 @@ def resolve_checkpoint(source: ComponentLike, components: Sequence[ComponentLike
         return ResolvedCheckpoint(main.path, config, _without_tied_head(main.config_path, config.text, tensors))
     if main.format == "sister":
         _reject_unused(others, main)
-        config = sister_config(main.config_path, main.config)
-        weights = _weights(main)
-        if config.system == "muffin" and ARCHITECTURE_KEY not in main.config:
-            config = with_stored_sizes(main.path, config, weights.stored)
-        tensors: dict[str, tuple[Tensors, str]] = {}
-        _collect(tensors, weights, functools.partial(sister_name, system=config.system, canonical=True))
-        return ResolvedCheckpoint(main.path, config, tensors)
+        return _resolve_sister(main)
     if any(part.format in ("eva", "blip2") for part in (main, *others)):
         return _resolve_minigpt4(main, others)
     tower = _single(others, ("clip",))
@@ -130,6 +124,16 @@ def resolve_checkpoint(source: ComponentLike, components: Sequence[ComponentLike
         config = dataclasses.replace(config, projector=_projector_kind(tensors))
         return ResolvedCheckpoint(main.path, with_settings(config, main), tensors)
     return _resolve_original(main, base, tower, main)
+
+
+def _resolve_sister(main: Component) -> ResolvedCheckpoint:
+    """Return a complete MiniGPT-4, mPLUG-Owl or Muffin."""
+    config, weights = sister_config(main.config_path, main.config), _weights(main)
+    if config.system == "muffin" and ARCHITECTURE_KEY not in main.config:
+        config = with_stored_sizes(main.path, config, weights.stored)
+    tensors: dict[str, tuple[Tensors, str]] = {}
+    _collect(tensors, weights, functools.partial(sister_name, system=config.system, canonical=True))
+    return ResolvedCheckpoint(main.path, config, tensors)
 
 
 def _resolve_minigpt4(main: Component, others: Sequence[Component]) -> ResolvedCheckpoint:
