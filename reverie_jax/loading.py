@@ -83,8 +83,8 @@ def load_model(
         path: A folder (llava-hf, original LLaVA, LLaVA-pp, a LLaVA LoRA folder, Orbax), an mm_projector.bin, a hub id
             `owner/name[@revision]`, or "scenes-base".
         components: What `path` lacks: plain language model, vision tower.
-        adapter: A PEFT adapter, a LLaVA LoRA folder or a run folder of `reverie train`. It is not merged:
-            `models.lora.merge` merges it, `models.lora.set_adapters_enabled` disables it.
+        adapter: A PEFT adapter (a folder, or a file with a `PeftModel`'s state dict), a LLaVA LoRA folder or a run folder of
+            `reverie train`. It is not merged: `models.lora.merge` merges it, `models.lora.set_adapters_enabled` disables it.
         template: Name of the chat template, of `data.templates.TEMPLATES`; that of the adapter's run by default, or else the
             checkpoint's own.
         mesh: Where the parameters are placed; one device by default.
@@ -300,13 +300,12 @@ def load_adapter(model: VisionLanguageModel, adapter: str | Path, base: Sequence
     """
     if is_run(adapter):
         try:
-            load_run(model, Path(adapter))
+            return "", load_run(model, Path(adapter)).trainable != "adapters"
         except UserError:
             raise
         except Exception as error:  # Orbax's, of many types
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise CheckpointError(f"{adapter}: its parameters do not fit {base[0]} ({reason})") from error
-        return "", True
     attached = attach_adapter(model, adapter, base=base)
     return attached.base_model, attached.projector
 

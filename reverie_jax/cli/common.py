@@ -60,7 +60,10 @@ Components = Annotated[
     ),
 ]
 Adapter = Annotated[
-    str | None, option("ADAPTER", "PEFT adapter, LLaVA LoRA folder, or run folder of `reverie train`; none if omitted.")
+    str | None,
+    option(
+        "ADAPTER", "PEFT adapter (a folder, or a PeftModel's file), LLaVA LoRA folder or run folder; none if omitted."
+    ),
 ]
 Template = Annotated[
     str | None,

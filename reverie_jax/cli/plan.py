@@ -34,7 +34,7 @@ class Plan:
     """Devices of each mesh axis; all on fsdp if omitted."""
     set: common.RecipeFields = ()
     architecture: Annotated[str | None, common.option("NAME")] = None
-    """Architecture: llava-1.0-7b, llava-1.5-7b, llava-1.5-13b or llava-phi3-mini; from the recipe's name if omitted."""
+    """Architecture, as llava-1.5-13b or muffin-13b (an unknown name lists all); from the recipe's name if omitted."""
     dtype: common.Dtype = "auto"
     fit: Annotated[bool, common.FLAG] = False
     """Search batch size (in one micro-batch) and mesh for the fastest step that leaves 5 % of the memory free."""

@@ -91,7 +91,7 @@ def _recognize(config: VLMConfig, tokenizer: Any, main: Component, others: Seque
         return example
     if config.template == CHECKPOINT:
         return _of_files(tokenizer, main, others)
-    if main.format == "orbax" or "reverie_template" in main.config or config.system != "llava":
+    if main.format == "orbax" or "reverie_template" in main.config:
         return find_template(config.template)
     if main.format == "llava-hf" and (found := read_chat_template(main.path)) is not None:
         return _derive(tokenizer, *found)

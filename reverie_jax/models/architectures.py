@@ -182,8 +182,7 @@ ARCHITECTURES: dict[str, VLMConfig] = {
     "moe-llava-stablelm-1.6b": _moe_llava(_STABLELM_1_6B),
     "moe-llava-qwen-1.8b": _moe_llava(_QWEN_1_8B),
     "moe-llava-phi2-2.7b": _moe_llava(_PHI_2),
-    # Vicuna v0 has a token for padding.
-    "minigpt4-7b": _sister(_EVA_G, dataclasses.replace(_LLAMA_7B, vocab=32001), "minigpt4", "eva_clip_g"),
+    "minigpt4-7b": _sister(_EVA_G, _LLAMA_7B, "minigpt4", "eva_clip_g"),
     "mplug-owl-7b": _sister(_MPLUG_OWL, _LLAMA_7B, "mplug_owl", "", projector_token=True),
     "muffin-13b": _sister(
         _BEIT3_L,

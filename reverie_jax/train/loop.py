@@ -107,11 +107,8 @@ def finetune(
         lora.quantize(model, recipe.quantization)
     optimizer = make_optimizer(recipe)
     graph, state, frozen = _place(model, optimizer, recipe, mesh)
-    batches = iter(
-        training_batches(
-            records, builder, batch_size=recipe.batch_size, seed=recipe.seed, local=local, features=features
-        )
-    )
+    options: Any = {"batch_size": recipe.batch_size, "seed": recipe.seed, "local": local, "features": features}
+    batches = iter(training_batches(records, builder, **options, crop_scale=recipe.crop_scale, flip=recipe.flip))
     # If a step raises or is interrupted, closing still waits for the save in progress.
     with contextlib.closing(batches), contextlib.closing(RunCheckpoints(folder, recipe, identity)) as checkpoints:
         spec = ReferenceSpec(

@@ -17,10 +17,12 @@ from reverie_jax.data.sequence_shape import SequenceShape
 from reverie_jax.data.supervision import Supervision
 from reverie_jax.models.config import DEFAULT_TARGETS, ExpertLayers, ImageAspectRatio, ProjectorKind, Remat, Routing
 
-Trainable = Literal["lora", "projector", "mlp", "full"]
+Trainable = Literal["lora", "adapters", "projector", "mlp", "full", "all"]
+Schedule = Literal["cosine", "cosine-lavis", "linear", "constant"]
 LossReduction = Literal["tokens", "micro-batches"]
 
 
+_RATES = ("learning_rate", "projector_learning_rate", "warmup_learning_rate", "min_learning_rate")
 # Fields, what their values must satisfy (NaN does not), and the words for it. None passes.
 _BOUNDS: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
     (
@@ -30,13 +32,14 @@ _BOUNDS: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
     ),
     (("experts",), lambda x: x >= 2, "at least 2"),
     (
-        ("steps", "holdout", "save_minutes", "weight_decay", "learning_rate", "projector_learning_rate"),
+        ("steps", "holdout", "save_minutes", "weight_decay", "warmup_steps", *_RATES),
         lambda x: 0 <= x < math.inf,
         "at least 0",
     ),
     (("alpha", "epochs", "max_grad_norm", "loss_spike_threshold"), lambda x: 0 < x < math.inf, "more than 0"),
     (("dropout",), lambda x: 0 <= x < 1, "at least 0 and less than 1"),
     (("warmup_ratio",), lambda x: 0 <= x <= 1, "between 0 and 1"),
+    (("crop_scale",), lambda x: 0 < x <= 1, "more than 0 and at most 1"),
 )
 
 
@@ -55,8 +58,11 @@ class Recipe:
         offload: keep the optimizer state in host memory between steps.
         loss_reduction: mean over all supervised tokens of a step (`tokens`), or mean of the micro-batches' means, as the
             trainer of transformers computes it (`micro-batches`).
-        trainable: adapters and projector (`lora`), the projector only, the decoder's MLPs and projector (`mlp`: experts and
-            routers too, as the third stage of MoE-LLaVA), or decoder and projector (`full`).
+        trainable: adapters and projector (`lora`), adapters only (`adapters`), the projector only, the decoder's MLPs and
+            projector (`mlp`: experts and routers too, as the third stage of MoE-LLaVA), decoder and projector (`full`), or
+            everything, vision tower and resampler included (`all`).
+        freeze_image_experts: with `all`, keep what computes the image's tokens in a tower with queries (Muffin's BEiT-3):
+            patch embedding, class token, the image's positions, and its weights in every layer.
         upcycle: layers whose MLP is first replaced by experts that are copies of it; None keeps a dense model dense. A model
             that has experts keeps them.
         experts: number of experts of each of those layers.
@@ -68,17 +74,25 @@ class Recipe:
         prefix_sharing: compute the conversations about an image as one tree; otherwise each one separately.
         template: conversation template; the checkpoint's if None.
         image_aspect_ratio: preprocessing of images; the checkpoint's if None.
+        crop_scale: least share of an image's area that a random crop keeps, in training; None crops nothing.
+        flip: mirror half of the images, in training.
         projector_type: of the new projector, where `trainable=projector` and the model is given as parts.
         quantization: format of the frozen matrices that carry adapters: int8, nf4 (QLoRA), or None for the model's dtype.
         rank: of the adapters.
         alpha: of the adapters; they are scaled by alpha / rank.
         dropout: of the adapters' inputs, a probability.
         target_modules: regular expression of the layers that get adapters.
-        learning_rate: peak learning rate of adapters or decoder.
+        learning_rate: peak learning rate of adapters, or of decoder and tower.
         projector_learning_rate: peak learning rate of the projector.
-        warmup_ratio: share of the steps with a rising learning rate; cosine decay to zero follows.
+        schedule: learning rate after the warm-up: half a `cosine` or a line (`linear`) down to `min_learning_rate`, both as
+            in transformers, or `constant`. `cosine-lavis` is LAVIS' and MiniGPT-4's `linear_warmup_cosine_lr`: its cosine
+            begins with the first step, so that the warm-up ends with a jump down to it.
+        warmup_ratio: share of the steps with a rising learning rate.
+        warmup_steps: their number, where `warmup_ratio` is 0.
+        warmup_learning_rate: learning rate of the first step of the warm-up.
+        min_learning_rate: learning rate that the decay ends at.
         max_grad_norm: global gradient norm above which gradients are clipped; None disables clipping.
-        weight_decay: of AdamW.
+        weight_decay: of AdamW; not of biases and normalizations, as in transformers.
         save_steps: steps between checkpoints.
         save_minutes: minutes between checkpoints, in addition to `save_steps`; 0 disables.
         keep_checkpoints: newest checkpoints to keep; with `holdout` the best one is kept too.
@@ -104,11 +118,14 @@ class Recipe:
     experts: int = 4
     routing: Routing | None = None
     freeze_router: bool = False
+    freeze_image_experts: bool = False
     supervision: Supervision = Supervision()  # noqa: RUF009
     preference: DPOConfig | None = None
     prefix_sharing: bool = True
     template: str | None = None
     image_aspect_ratio: ImageAspectRatio | None = None
+    crop_scale: float | None = None
+    flip: bool = False
     projector_type: ProjectorKind = "mlp2x_gelu"
     quantization: Literal["int8", "nf4"] | None = None
     rank: int = 16
@@ -117,7 +134,11 @@ class Recipe:
     target_modules: str = DEFAULT_TARGETS
     learning_rate: float = 2e-4
     projector_learning_rate: float = 2e-5
+    schedule: Schedule = "cosine"
     warmup_ratio: float = 0.03
+    warmup_steps: int = 0
+    warmup_learning_rate: float = 0.0
+    min_learning_rate: float = 0.0
     max_grad_norm: float | None = 1.0
     weight_decay: float = 0.0
     save_steps: int = 100
@@ -145,7 +166,8 @@ class Recipe:
                 f"batch_size={self.batch_size} is not a multiple of"
                 f" gradient_accumulation_steps={self.gradient_accumulation_steps}"
             )
-        if self.quantization is not None and self.trainable in ("full", "mlp"):
+        self._check_schedule()
+        if self.quantization is not None and self.trainable in ("full", "mlp", "all"):
             raise ValueError(
                 f"quantization={self.quantization} needs frozen weights; trainable={self.trainable} trains them"
             )
@@ -153,6 +175,30 @@ class Recipe:
             raise ValueError(
                 f"micro-batches of {self.micro_batch_size} sequences: not a multiple of routing.group={self.routing.group}"
             )
+
+    def _check_schedule(self) -> None:
+        """Check that the fields of the learning rate go together.
+
+        Raises:
+            ValueError: one excludes another.
+        """
+        if self.warmup_steps and self.warmup_ratio:
+            raise ValueError(f"warmup_steps={self.warmup_steps} and warmup_ratio={self.warmup_ratio}: one must be 0")
+        if self.min_learning_rate and self.schedule == "constant":
+            raise ValueError(f"min_learning_rate={self.min_learning_rate} must be 0: schedule=constant has no decay")
+        peaks = {
+            "learning_rate": self.learning_rate if self.trainable != "projector" else math.inf,
+            "projector_learning_rate": self.projector_learning_rate if self.trainable != "adapters" else math.inf,
+        }
+        name = min(peaks, key=lambda name: peaks[name])
+        for low in ("warmup_learning_rate", "min_learning_rate"):
+            if getattr(self, low) > peaks[name]:
+                raise ValueError(f"{low}={getattr(self, low)} must be at most {name}={peaks[name]}")
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether adapters are trained."""
+        return self.trainable in ("lora", "adapters")
 
     @property
     def micro_batch_size(self) -> int:
@@ -165,7 +211,7 @@ class Recipe:
 
     def summary(self) -> str:
         """Return what the recipe trains, in a line."""
-        what = f"LoRA r {self.rank}" if self.trainable == "lora" else self.trainable
+        what = f"LoRA r {self.rank}" if self.has_adapters else self.trainable
         if self.upcycle is not None:
             what += f", {self.experts} experts in {self.upcycle} layers"
         on = f"supervises {self.supervision.kinds}"

@@ -129,6 +129,67 @@ _LRV = dataclasses.replace(
     weight_decay=1e-4,
 )
 
+# LRV-Instruction's first version tunes MiniGPT-4's projector (minigpt4_stage2_finetune.yaml): 400,000 steps of a picture on
+# each GPU. How many GPUs is not published; the file says one. Answers have at most 160 tokens; questions are not limited.
+_LRV_MINIGPT4 = Recipe(
+    name="lrv-minigpt4",
+    steps=400_000,
+    batch_size=1,
+    sequence=SequenceShape(length=512, images=1, edges=256),
+    trainable="projector",
+    prefix_sharing=False,
+    supervision=Supervision(answers="as-published"),
+    template="minigpt4",
+    crop_scale=0.5,
+    learning_rate=3e-5,
+    projector_learning_rate=3e-5,
+    schedule="cosine-lavis",
+    warmup_ratio=0.0,
+    warmup_steps=200,
+    warmup_learning_rate=1e-6,
+    min_learning_rate=1e-5,
+    max_grad_norm=None,
+    weight_decay=0.05,
+    save_steps=20_000,
+    seed=42,
+)
+# LRV-Instruction's second version (see `_LRV`) by mPLUG-Owl's train_it.sh: micro-batches of 4 on 8 GPUs, and the linear
+# schedule of transformers' Trainer, which ignores the script's --min-lr. Dropout in its abstractor is left out.
+_LRV_MPLUG_OWL = dataclasses.replace(
+    _LRV,
+    name="lrv-mplug-owl",
+    trainable="adapters",
+    prefix_sharing=False,
+    loss_reduction="micro-batches",
+    gradient_accumulation_steps=8,
+    sequence=SequenceShape(length=2048, images=1, edges=2048),
+    template="mplug_owl",
+    crop_scale=0.5,
+    flip=True,
+    schedule="linear",
+    warmup_ratio=0.0,
+    warmup_steps=50,
+)
+
+# RLHF-V on its own model, see `_DDPO`. The paper tunes all weights, without crops. The script's trainer asks for a learning
+# rate of 0 for BEiT-3's image experts; whether it had an effect under FSDP is not known. It also augments pictures: crops
+# (crop_scale=0.5 flip=true), which the paper advises against, and RandAugment, which is not available here.
+_MUFFIN_DDPO = dataclasses.replace(_DDPO, name="rlhfv-muffin-paper", trainable="all", template="muffin")
+# The stage before, tuned on UniMM-Chat and VQAv2 half by half: sft_muffin_PATH.sh and run_unimm-chat.sh, whose micro-batches
+# have 4 conversations. The number of steps and that nothing was cropped are known from the name of the released checkpoint;
+# the script's own run has 1,600 steps on UniMM-Chat alone, with crops.
+_MUFFIN_SFT = dataclasses.replace(
+    _FULL,
+    name="muffin-sft",
+    steps=2800,
+    batch_size=512,
+    gradient_accumulation_steps=128,
+    trainable="all",
+    freeze_image_experts=True,
+    template="muffin",
+    max_grad_norm=1.0,
+)
+
 # MoE-LLaVA's scripts: 16 micro-batches of the 8 sequences of one device, which are a group. They pad to the longest of 8
 # samples of like length, here to 2,048 tokens: padding is not routed. Their router loss had no gradient, and their routers
 # probably stayed as they were drawn (defects of the libraries that they use); here they learn.
@@ -202,8 +263,21 @@ RECIPES: dict[str, Recipe] = {
             warmup_ratio=0.03,
             preference=DPOConfig(gamma=1.1, reference="stored"),
         ),
+        _MUFFIN_DDPO,
+        *_named(
+            _MUFFIN_DDPO,
+            "rlhfv-muffin-script",
+            batch_size=8,
+            steps=2160,
+            warmup_ratio=0.03,
+            freeze_image_experts=True,
+            preference=DPOConfig(gamma=1.1, reference="stored"),
+        ),
+        _MUFFIN_SFT,
         _DPO,
         _LRV,
+        _LRV_MINIGPT4,
+        _LRV_MPLUG_OWL,
         *_named(
             _DPO,
             "rlaifv-dpo-lora",

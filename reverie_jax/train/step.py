@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import re
@@ -18,6 +19,7 @@ from reverie_jax.data.packing import Batch
 from reverie_jax.errors import UserError
 from reverie_jax.models import VisionLanguageModel, lora
 from reverie_jax.models.config import Routing
+from reverie_jax.models.moe import RouterStats
 from reverie_jax.models.upcycling import upcycle
 from reverie_jax.train.objective import (
     Loss,
@@ -75,13 +77,18 @@ def trainable_filter(recipe: Recipe) -> Callable[[tuple[Any, ...], Any], bool]:
     """Return the filter for `nnx.split` that selects the parameters that a recipe trains."""
     trainable = recipe.trainable
 
+    def is_image_expert(path: tuple[Any, ...]) -> bool:
+        return path[0] == "vision" and ("image" in path or path[1] in ("patch", "cls", "position"))
+
     def is_trained(path: tuple[Any, ...], value: Any) -> bool:
         if not isinstance(value, nnx.Param):
             return False
         if "router" in path:
-            return trainable in ("mlp", "full") and not recipe.freeze_router
-        if trainable == "lora":
-            return is_lora_or_projector(path, value)
+            return trainable in ("mlp", "full", "all") and not recipe.freeze_router
+        if recipe.has_adapters:
+            return isinstance(value, nnx.LoRAParam) or (trainable == "lora" and path[0] == "projector")
+        if trainable == "all":
+            return not (recipe.freeze_image_experts and is_image_expert(path))
         if trainable == "mlp" and path[0] == "decoder":
             return not _MLP.isdisjoint(path)
         return path[0] == "projector" or (trainable == "full" and path[0] == "decoder")
@@ -89,18 +96,29 @@ def trainable_filter(recipe: Recipe) -> Callable[[tuple[Any, ...], Any], bool]:
     return is_trained
 
 
+def tunes_tower(params: nnx.State[Any, Any]) -> bool:
+    """Return whether trained parameters include some of the vision tower's, adapters on it too."""
+    return "vision" in params
+
+
 def make_trainable(model: VisionLanguageModel, recipe: Recipe) -> bool:
     """Prepare a model for training, in place: make its experts, cast trained parameters to float32, attach adapters.
 
-    Adapters are attached, and MLPs replaced by experts, where the model has none.
+    Adapters are attached, and MLPs replaced by experts, where the model has none. A model whose tower is tuned loses the
+    tower's name: the repository that it names has other weights.
 
     Returns:
         Whether the model without adapters is the model at the start: its adapters are fresh.
 
     Raises:
         UserError: existing adapters differ from the recipe in layers, rank or scale, or the recipe trains none; or no layer
-            is called as `target_modules` says.
+            is called as `target_modules` says; or the tower has no image experts to freeze.
     """
+    if recipe.freeze_image_experts and not model.config.vision.queries:
+        raise UserError(
+            f"recipe {recipe.name}: freeze_image_experts=true, but this model's tower has none (Muffin's has); set it to"
+            " false"
+        )
     if recipe.upcycle is not None and model.config.text.experts is None:
         try:
             upcycle(model, recipe.upcycle, recipe.experts, routing=recipe.routing, seed=recipe.seed)
@@ -108,12 +126,22 @@ def make_trainable(model: VisionLanguageModel, recipe: Recipe) -> bool:
             raise UserError(f"recipe {recipe.name}: upcycle={recipe.upcycle}: {error}") from None
     cast_trainable_to_float32(model, recipe)
     adapters = list(lora.adapters(model))
-    if recipe.trainable != "lora":
-        if adapters:
-            raise UserError(
-                f"recipe {recipe.name}: trainable={recipe.trainable}, but the model has adapters; merge them first"
-            )
-        return False
+    if adapters and not recipe.has_adapters:
+        raise UserError(
+            f"recipe {recipe.name}: trainable={recipe.trainable}, but the model has adapters; merge them first"
+        )
+    is_fresh = recipe.has_adapters and _make_adapters(model, recipe, adapters)
+    if tunes_tower(nnx.state(model, trainable_filter(recipe))):
+        model.config = dataclasses.replace(model.config, vision_tower="")
+    return is_fresh
+
+
+def _make_adapters(model: VisionLanguageModel, recipe: Recipe, adapters: list[Any]) -> bool:
+    """Attach a recipe's adapters, or check those that a model has; return whether they are fresh.
+
+    Raises:
+        UserError: as for `make_trainable`.
+    """
     rank, scale = recipe.rank, recipe.alpha / recipe.rank
     for path, layer, a, _ in adapters:
         if layer.lora_magnitude is not None:
@@ -156,21 +184,32 @@ def cast_trainable_to_float32(model: VisionLanguageModel, recipe: Recipe) -> Non
 
 
 def schedule(peak: float, recipe: Recipe) -> optax.Schedule:
-    """Return a linear warm-up over ceil(warmup_ratio * steps), then cosine to zero, as `cosine` in transformers.
+    """Return the learning rate as a function of the number of steps taken: `Recipe.schedule` after a linear warm-up.
 
     Args:
         peak: learning rate after the warm-up.
         recipe: must have its number of steps.
     """
-    warmup = math.ceil(recipe.warmup_ratio * recipe.steps)
-    return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(recipe.steps, warmup + 1))
+    warmup, low = recipe.warmup_steps or math.ceil(recipe.warmup_ratio * recipe.steps), recipe.min_learning_rate
+    decay, share = max(recipe.steps - warmup, 1), low / peak if peak else 0.0
+    after = {
+        "cosine": optax.cosine_decay_schedule(peak, decay, share),
+        "cosine-lavis": lambda count: optax.cosine_decay_schedule(peak, max(recipe.steps, 1), share)(count + warmup),
+        "linear": optax.linear_schedule(peak, low, decay),
+        "constant": optax.constant_schedule(peak),
+    }
+    rise = optax.linear_schedule(recipe.warmup_learning_rate, peak, warmup)
+    return optax.join_schedules([rise, after[recipe.schedule]], [warmup])
 
 
 def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
     """Return AdamW with a learning rate for the projector and one for everything else, on the same schedule."""
 
     def adam(peak: float) -> optax.GradientTransformation:
-        return optax.adamw(schedule(peak, recipe), weight_decay=recipe.weight_decay)
+        return optax.adamw(schedule(peak, recipe), weight_decay=recipe.weight_decay, mask=is_decayed)
+
+    def is_decayed(params: Any) -> Any:
+        return nnx.map_state(lambda path, leaf: path[-1] != "scale" and not path[-1].endswith("bias"), params)
 
     def labels(params: nnx.State[Any, Any]) -> nnx.State[Any, Any]:
         return nnx.map_state(lambda path, leaf: "projector" if path[0] == "projector" else "adapter", params)
@@ -249,6 +288,14 @@ def _make_loss(
 ]:
     """Return the recipe's loss as a function of (params, frozen, reference inputs, micro-batch, key)."""
 
+    def policy(
+        params: nnx.State[Any, Any], frozen: nnx.State[Any, Any], part: Batch, key: PRNGKeyArray | None
+    ) -> tuple[Float[Array, "B E"], RouterStats | None, Routing | None]:
+        model = nnx.merge(graph, params, frozen)
+        routing, train_tower = routing_of(model, recipe), tunes_tower(params)
+        logps, router = routed_edge_logps(model, part, routing, key=key, train_tower=train_tower, remat=recipe.remat)
+        return logps, router, routing
+
     def preference(
         params: nnx.State[Any, Any],
         frozen: nnx.State[Any, Any],
@@ -263,13 +310,12 @@ def _make_loss(
         else:
             initial = nnx.merge(reference, nnx.merge_state(params, reference_inputs), frozen)
             before = answer_logps(edge_logps(initial, part), part)
-        model = nnx.merge(graph, params, frozen)
-        logps, router = routed_edge_logps(model, part, routing_of(model, recipe), key=key, remat=recipe.remat)
+        logps, router, routing = policy(params, frozen, part, key)
         loss, rewards = preference_loss(
             answer_logps(logps, part), jax.lax.stop_gradient(before), part, recipe.preference
         )
         sums = {**rewards._asdict(), "pairs": loss.weight}
-        return add_router_loss(loss, router, routing_of(model, recipe)), {**sums, **router_sums(router)}
+        return add_router_loss(loss, router, routing), {**sums, **router_sums(router)}
 
     def tokens(
         params: nnx.State[Any, Any],
@@ -278,10 +324,9 @@ def _make_loss(
         part: Batch,
         key: PRNGKeyArray | None,
     ) -> tuple[Loss, dict[str, Array]]:
-        model = nnx.merge(graph, params, frozen)
-        logps, router = routed_edge_logps(model, part, routing_of(model, recipe), key=key, remat=recipe.remat)
+        logps, router, routing = policy(params, frozen, part, key)
         losses, weights = loss_by_dataset(jax.lax.stop_gradient(logps), part, datasets)
-        loss = add_router_loss(cross_entropy(logps, part), router, routing_of(model, recipe))
+        loss = add_router_loss(cross_entropy(logps, part), router, routing)
         return loss, {"dataset_loss": losses, "dataset_weight": weights, **router_sums(router)}
 
     return tokens if recipe.preference is None else preference

@@ -60,16 +60,22 @@ def frozen_features(
     """Return `cached_features` for a run, None without a folder.
 
     Raises:
-        UserError: the recipe trains adapters on the tower, whose features then change with every step.
+        UserError: the recipe trains the tower or adapters on it, or crops or flips images: features then change.
     """
     if folder is None:
         return None
+    causes = {"trainable=all": recipe.trainable == "all", "crop_scale": recipe.crop_scale, "flip": recipe.flip}
+    if any(causes.values()):
+        raise UserError(
+            f"--cache-vision needs a frozen vision tower and whole images, but recipe {recipe.name} sets"
+            f" {' and '.join(name for name, is_set in causes.items() if is_set)}; leave --cache-vision out"
+        )
     trained = [
         path
         for path, layer in lora.linears(model)
         if path.startswith("vision.") and (layer.lora_a is not None or re.fullmatch(recipe.target_modules, path))
     ]
-    if recipe.trainable == "lora" and trained:
+    if recipe.has_adapters and trained:
         raise UserError(
             f"--cache-vision needs a frozen vision tower, but recipe {recipe.name} trains adapters on {trained[0]};"
             " leave --cache-vision out, or merge the adapters first"

@@ -15,8 +15,8 @@ from reverie_jax.data.templates import TEMPLATES, find_template, to_jinja
 from reverie_jax.data.tokenization import Encoder, Tokens, is_untaught, load_tokenizer
 from reverie_jax.data.tree import build_tree
 from reverie_jax.errors import CheckpointError
+from reverie_jax.models.architectures import ARCHITECTURES
 from reverie_jax.models.checkpoints.components import Component
-from reverie_jax.models.config import ARCHITECTURES
 from tests.data import llama_oracle, sister_oracle
 from tests.data.fakes import byte_level_tokenizer, conversation_of, read_examples, write_json_rows
 from tests.data.llama_oracle import IMAGE, TRAPS, any_text
@@ -57,6 +57,7 @@ CASES = {
     "roles without an image": ["AI: hello\nHuman: x AI: ", "a AI: \nHuman: b AI: ", "?", "AI: "],
     "role words": [f"{IMAGE}\n### Human: a", "### Assistant: b\n### Human: c", "Human:", "\n### "],
     "ends": [f"{IMAGE}\nWhat </s> is?", "A </s> b", "</s>", "<s><unk> x</s>"],
+    "unknown words": ["An <unk> word?", "It <unk> is", "<unk>", "x"],
     "wrapped": [f"{IMAGE}\n<Img>{{}}</Img> Describe.", "</Img> {}", "<Img> %s", "\\1"],
 }
 EMPTY = {

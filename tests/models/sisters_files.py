@@ -15,7 +15,7 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from tests.models import makers
-from tests.models.makers import Tensors, prefixed, store, tokenizer, write_json
+from tests.models.makers import Tensors, prefixed, store, tokenizer, unused_tensors, write_json
 from tests.models.sisters_oracle import MiniGPT4, MplugOwl, Muffin, llama, random_values
 from tests.models.sisters_parts import Eva, Sizes
 
@@ -43,14 +43,6 @@ def llama_json(model: LlamaForCausalLM, **more: object) -> dict[str, object]:
     }
 
 
-def frequencies(model: LlamaForCausalLM, prefix: str = "") -> Tensors:
-    """Return the rotary embedding's buffers, which transformers before 4.32 stored."""
-    head = model.config.hidden_size // model.config.num_attention_heads
-    values = 1 / model.config.rope_parameters["rope_theta"] ** (torch.arange(0, head, 2).float() / head)
-    layers = range(model.config.num_hidden_layers)
-    return {f"{prefix}model.layers.{n}.self_attn.rotary_emb.inv_freq": values.clone() for n in layers}
-
-
 # MiniGPT-4.
 
 
@@ -59,7 +51,7 @@ def llama_folder(
 ) -> Path:
     """Write LLaMA or Vicuna in half precision; 91 rows, as of Vicuna v0, have the token [PAD] more than 90."""
     weights = dict(model.state_dict()) if tensors is None else tensors
-    store(folder, frequencies(model) | weights, form, torch.float16)
+    store(folder, unused_tensors(tower=False) | weights, form, torch.float16)
     write_json(folder / "config.json", llama_json(model))
     tokenizer(*["[PAD]"] * (model.config.vocab_size > makers.WORDS)).save_pretrained(folder)
     return folder
@@ -94,7 +86,7 @@ def projector_file(path: Path, model: MiniGPT4) -> Path:
     for parameter in projector.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    tensors = frequencies(model.language, "llama_model.")
+    tensors = prefixed("llama_model.", unused_tensors(tower=False))
     tensors["Qformer.bert.embeddings.position_ids"] = torch.arange(512)[None]
     config = {
         "model": {"arch": "mini_gpt4", "freeze_vit": True, "end_sym": "###"},
@@ -154,7 +146,7 @@ def delta_folders(room: Path, target: LlamaForCausalLM, *, added: int = 1, form:
         under[: len(below[name])] = below[name]
         delta[name] = x.half() - under
         both[name] = under + delta[name]
-    zeros = {name: torch.zeros_like(x) for name, x in frequencies(target).items()}  # a difference, too
+    zeros = {name: torch.zeros_like(x) for name, x in unused_tensors(tower=False).items()}  # a difference, too
     return Delta(
         llama_folder(room / "llama-7b", base, form),
         llama_folder(room / "vicuna-7b-delta-v0", target, form, zeros | delta),
@@ -213,7 +205,7 @@ def mplug_config(model: MplugOwl) -> dict[str, object]:
 
 def mplug_folder(folder: Path, model: MplugOwl, form: str = "bin shards", dtype: torch.dtype = torch.bfloat16) -> Path:
     """Write mPLUG-Owl as `mplug-owl-llama-7b-ft` is."""
-    store(folder, frequencies(model.language, "language_model.") | dict(model.state_dict()), form, dtype)
+    store(folder, prefixed("language_model.", unused_tensors(tower=False)) | dict(model.state_dict()), form, dtype)
     write_json(folder / "config.json", mplug_config(model))
     tokenizer().save_pretrained(folder)
     return folder
@@ -228,15 +220,13 @@ def lrv_v2_file(path: Path, model: MplugOwl, seed: int = 5, peft: str = "0.3") -
     Returns:
         The tuned model, with the adapters merged.
     """
-    with torch.random.fork_rng():  # PEFT's own initialization is random
-        torch.manual_seed(seed)
-        tuned = makers.adapted(model, seed, target_modules=V2_TARGETS, r=8, lora_alpha=32)
+    tuned = makers.adapted(model, seed, target_modules=V2_TARGETS, r=8, lora_alpha=32)
     tensors = {}
     for name, x in tuned.state_dict().items():
         name = name if peft == "0.6" else name.replace(".base_layer.", ".")
         name = name.replace(".default.", ".") if peft == "0.2" else name
         tensors[name] = x.clone() if "lora_" in name else x.half()
-    makers.save(path, frequencies(model.language, "base_model.model.language_model.") | tensors)
+    makers.save(path, prefixed("base_model.model.language_model.", unused_tensors(tower=False)) | tensors)
     return tuned.merge_and_unload().eval()
 
 
@@ -268,7 +258,7 @@ def muffin_config(model: Muffin) -> dict[str, object]:
 
 def muffin_folder(folder: Path, model: Muffin, form: str = "bin shards", *, whole: bool = False) -> Path:
     """Write Muffin as `openbmb/RLHF-V` is; `whole` with the parts of BEiT-3 that its trainer removes."""
-    tensors = frequencies(model) | dict(model.state_dict())
+    tensors = unused_tensors(tower=False) | dict(model.state_dict())
     if whole:
         width, prefix = model.sizes.vision[0], "model.vision_tower.beit3."
         tensors[prefix + "text_embed.weight"] = torch.ones(40, width)

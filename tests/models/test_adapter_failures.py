@@ -16,7 +16,7 @@ from reverie_jax.convert import convert
 from reverie_jax.errors import CheckpointError
 from reverie_jax.models import lora
 from reverie_jax.models.checkpoints import attach_adapter, read_model
-from tests.models import makers
+from tests.models import makers, sisters_files, sisters_oracle
 from tests.models.makers import (
     ADAPTER_CONFIG,
     ADAPTER_FILE,
@@ -207,6 +207,62 @@ def test_missing_files(broken, llama):
     assert_refused(lambda: with_adapter(llama.hf, broken), broken, "adapter_model")
     (broken / ADAPTER_CONFIG).unlink()
     assert_refused(lambda: with_adapter(llama.hf, broken), broken)
+
+
+# Files of a whole PeftModel, of LRV-Instruction's second version: (change of the tensors, a name that the message has).
+
+LAYER_1 = "base_model.model.language_model.model.layers.1."
+UP, BLOCK = f"{LAYER_1}mlp.up_proj.weight", "base_model.model.vision_model.encoder.layers.1.mlp.fc1.bias"
+LORA_A, LORA_B = (f"{LAYER_1}self_attn.v_proj.lora_{side}.default.weight" for side in "AB")
+PEFT_MODEL = {
+    "another base": (lambda t: t.update({UP: t[UP].nextafter(torch.tensor(9.0).half())}), UP),
+    "another tower": (lambda t: t.update({BLOCK: t[BLOCK] + 1}), BLOCK),
+    "another width": (lambda t: t.update({UP: t[UP].T}), UP),
+    "more of the base": (lambda t: t.update({UP.replace("s.1", "s.7"): t[UP]}), "layers.7.mlp.up_proj"),
+    "integers": (lambda t: t.update({UP: t[UP].to(torch.int8)}), UP),
+    "NaN": (lambda t: t.update({UP: t[UP] * float("nan")}), UP),
+    "saved module": (lambda t: t.update({UP.replace("up_proj", "up_proj.modules_to_save.default"): t[UP]}), "to_save"),
+    "no adapters": (lambda t: [t.pop(name) for name in list(t) if "lora_" in name], "LoRA"),
+    "B missing": (lambda t: t.pop(LORA_B), "lora_B"),
+    "a layer's adapter missing": (lambda t: [t.pop(LORA_A), t.pop(LORA_B)], "layers.1.self_attn.v_proj"),
+    "another rank": (lambda t: t.update({LORA_A: t[LORA_A][:4], LORA_B: t[LORA_B][:, :4]}), LORA_A),
+    "another module": (
+        lambda t: t.update({name.replace("v_proj", "k_proj"): t[name].clone() for name in (LORA_A, LORA_B)}),
+        "layers.1.self_attn.k_proj",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def owl(tmp_path_factory):
+    """mPLUG-Owl, and the tensors of a file of adapters on it."""
+    model, room = sisters_oracle.system("mplug-owl", 0), tmp_path_factory.mktemp("owl")
+    folder = sisters_files.mplug_folder(room / "owl", model, dtype=torch.float16)
+    sisters_files.lrv_v2_file(room / "model.bin", model)
+    return read_model(folder), makers.load(room / "model.bin")
+
+
+@pytest.mark.parametrize("fault", PEFT_MODEL)
+def test_broken_file_of_a_peft_model_is_refused(fault, owl, tmp_path):
+    (change, name), (model, tensors) = PEFT_MODEL[fault], (owl[0], dict(owl[1]))
+    change(tensors)
+    makers.save(tmp_path / "model.bin", tensors)
+    assert_refused(lambda: attach_adapter(model, tmp_path / "model.bin"), tmp_path / "model.bin", name)
+    assert next(lora.adapters(model), None) is None
+
+
+def test_file_of_a_peft_model_on_another_base(llama, stranger, tmp_path):
+    file, tuned = tmp_path / "model.bin", makers.adapted(llama.model)
+    makers.save(file, dict(tuned.state_dict()))
+    # The scale is in no tensor, and known for LRV-Instruction's alone.
+    assert_refused(lambda: with_adapter(llama.hf, file), file, ADAPTER_CONFIG, "alpha")
+    tuned.peft_config["default"].save_pretrained(tmp_path)
+    assert_refused(lambda: with_adapter(stranger[0], file), file, next(iter(tuned.state_dict())))
+    model = read_model(llama.hf)
+    lora.quantize(model, "int8")
+    assert_refused(lambda: attach_adapter(model, file), file, "quantized")
+    file.write_bytes(b"")
+    assert_refused(lambda: with_adapter(llama.hf, file), file)
 
 
 # Options of PEFT, and how they are supported: "exact" is written again bit for bit, "equal" with rounded tensors. Those that

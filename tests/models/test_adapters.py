@@ -26,7 +26,7 @@ from reverie_jax.models.checkpoints.write_adapters import write_peft
 from reverie_jax.models.sharding import make_mesh
 from reverie_jax.train.loop import finetune
 from reverie_jax.train.recipe import Recipe
-from tests.models import makers
+from tests.models import makers, sisters_files, sisters_oracle
 from tests.models.makers import (
     ADAPTER_CONFIG,
     ADAPTER_FILE,
@@ -42,6 +42,7 @@ from tests.models.makers import (
     with_adapter,
 )
 from tests.models.oracle import assert_close, assert_same, assert_sharded, flat, llava_logits, logits, random_model
+from tests.models.test_sisters import inputs_of, their_inputs
 
 PROJECTOR = "multi_modal_projector"
 INPUTS = makers.inputs()
@@ -169,6 +170,57 @@ def test_dora_gives_pefts_logits_apart_merged_and_disabled(seed, llama, tmp_path
     lora.merge(model)
     assert not has_adapters(model)
     assert_close(logits(model, inputs), expected)
+
+
+# Files of a whole PeftModel.
+
+
+@pytest.fixture(scope="module")
+def owl(tmp_path_factory):
+    """mPLUG-Owl as its folder, inputs, and the oracle's logits."""
+    model = sisters_oracle.system("mplug-owl", 0)
+    folder = sisters_files.mplug_folder(tmp_path_factory.mktemp("x") / "owl", model, dtype=torch.float16)
+    return folder, model, inputs_of(read_model(folder), 0)
+
+
+@pytest.mark.parametrize("form", ["0.2", "0.3", "0.6", "adapters alone"])
+def test_file_of_lrvs_second_version_gives_the_oracles_logits(form, owl, tmp_path, caplog):
+    """All of mPLUG-Owl, and adapters whose alpha is not in the file."""
+    (folder, base, inputs), file = owl, tmp_path / "pytorch_model.bin"
+    tuned = sisters_files.lrv_v2_file(file, base, peft="0.3" if form == "adapters alone" else form)
+    if form == "adapters alone":
+        makers.save(file, {name: x for name, x in makers.load(file).items() if "lora_" in name})
+    expected, plain = (model.logits(*their_inputs(read_model(folder), inputs)).numpy() for model in (tuned, base))
+    assert np.abs(expected - plain).max() > 0.1
+    model = with_adapter(folder, file, dtype=jnp.float32)
+    assert "r 8, alpha 32" in caplog.text
+    assert_close(logits(model, inputs), expected)
+    assert {path for path, *_ in lora.adapters(model)} == {"decoder.layers.query", "decoder.layers.value"}
+
+
+@pytest.mark.parametrize("suffix", ["bin", "safetensors"])
+def test_settings_beside_a_file_of_a_peft_model_win(suffix, llama, tmp_path):
+    tuned = makers.adapted(llama.model)
+    file, expected = tmp_path / f"model.{suffix}", llava_logits(tuned, INPUTS)
+    makers.save(file, dict(tuned.state_dict()))
+    tuned.peft_config["default"].save_pretrained(tmp_path)
+    assert_close(logits(with_adapter(llama.hf, file), INPUTS), expected)
+    convert(llama.hf, tmp_path / "out", to="peft", adapter=file)
+    assert_close(llava_logits(open_with_peft(llama.hf, tmp_path / "out"), INPUTS), expected)
+    mesh = make_mesh(data=2, fsdp=1, tensor=2)
+    assert_same(with_adapter(llama.hf, file, mesh=mesh), with_adapter(llama.hf, file))
+
+
+HALVES = [torch.float16, torch.bfloat16, torch.float32]
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_base_weights_in_a_file_may_have_another_dtype(dtype, llama, tmp_path):
+    tuned = makers.adapted(llama.model)
+    makers.save(tmp_path / "model.bin", {n: x if "lora_" in n else x.to(dtype) for n, x in tuned.state_dict().items()})
+    tuned.peft_config["default"].save_pretrained(tmp_path)
+    for loaded in HALVES:  # the base model is exact in float16
+        assert has_adapters(with_adapter(llama.hf, tmp_path / "model.bin", dtype=str(loaded).removeprefix("torch.")))
 
 
 def test_second_adapter_is_refused(llama):

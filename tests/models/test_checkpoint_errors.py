@@ -19,14 +19,15 @@ from reverie_jax.errors import CheckpointError, UserError
 from reverie_jax.models.checkpoints import read_model, write_model
 from reverie_jax.models.checkpoints.configs import known_tower
 from reverie_jax.models.lora import attach
-from tests.models import makers
+from tests.models import makers, sisters_files, sisters_oracle
 from tests.models.makers import ADAPTER_FILE, NON_LORA, TOWER, assert_refused, edit_json, load, write_json
 from tests.models.oracle import assert_same, random_model
 
 QUERY = "layers.1.self_attn.q_proj"
 HF_QUERY = f"language_model.model.{QUERY}.weight"
 MM_PROJECTOR = "projector/mm_projector.bin"
-INDEX = {"hf": "model.safetensors.index.json", "shards": "pytorch_model.bin.index.json"}
+INDEX = {"hf": "model.safetensors.index.json"}
+INDEX |= dict.fromkeys(("shards", "mplug-owl", "muffin"), "pytorch_model.bin.index.json")
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +49,10 @@ def sound(tmp_path_factory):
     makers.write_json(room / "unprojected/config.json", makers.original_config(part))
     (room / "xtuner" / "visual_encoder").mkdir(parents=True)
     makers.write_json(room / "run/run.json", {})
+    (room / "minigpt4").mkdir()
+    sisters_files.minigpt4_files(room / "minigpt4", sisters_oracle.system("minigpt4"))
+    sisters_files.mplug_folder(room / "mplug-owl", sisters_oracle.system("mplug-owl"))
+    sisters_files.muffin_folder(room / "muffin", sisters_oracle.system("muffin"))
     makers.peft_folder(room / "adapter", makers.hf(part), modules_to_save=["multi_modal_projector"])
     return room
 
@@ -58,6 +63,10 @@ def room(sound, tmp_path):
 
 
 FC1, ADAPTED, TWO = "encoder.layers.2.mlp.fc1.weight", "base_model.model.model.", ["llm", "clip"]
+MINIGPT4, OTHERS = "minigpt4/checkpoint_19.pth", ["eva_vit_g.pth", "blip2_pretrained_flant5xxl.pth", "vicuna-7b-v0"]
+SOURCES, OUTPUT = [f"minigpt4/{name}" for name in OTHERS], "layer.1.output_query.dense"
+OWL = "encoder.layers.1.self_attn.query_key_value"
+BEIT3 = "beit3.encoder.layers.1.ffn.B.fc1"
 # What is read, with which components, the file to break, a tensor of it, and names of that tensor in messages.
 KINDS = {
     "llava-hf": ("whole", [], "whole/model.safetensors", HF_QUERY, [QUERY]),
@@ -70,6 +79,12 @@ KINDS = {
     "projector": (MM_PROJECTOR, TWO, MM_PROJECTOR, "model.mm_projector.2.bias", ["mm_projector.2", "linear_2"]),
     "language model": ("projector", TWO, "llm/model.safetensors", f"model.{QUERY}.weight", [QUERY]),
     "tower": ("projector", TWO, "clip/model.safetensors", FC1, ["layers.2.mlp.fc1"]),
+    "EVA-CLIP": (MINIGPT4, SOURCES, SOURCES[0], "blocks.1.mlp.fc2.weight", ["blocks.1.mlp.fc2"]),
+    "BLIP-2": (MINIGPT4, SOURCES, SOURCES[1], f"Qformer.bert.encoder.{OUTPUT}.weight", [OUTPUT]),
+    "projector of a MiniGPT-4": (MINIGPT4, SOURCES, MINIGPT4, "llama_proj.weight", ["llama_proj"]),
+    "mPLUG-Owl in shards": ("mplug-owl", [], None, f"vision_model.{OWL}.weight", [OWL]),
+    "Muffin in shards": ("muffin", [], None, f"model.vision_tower.{BEIT3}.weight", [BEIT3]),
+    "Muffin's LLaMA in shards": ("muffin", [], None, f"model.{QUERY}.weight", [QUERY]),
 }
 SHARDED = [kind for kind in KINDS if "shards" in kind]
 # The same parameter under another name.
@@ -80,6 +95,7 @@ SECOND_NAMES = {
     "projector of a LoRA": "mm_projector.0.weight",
     "adapters of a LoRA": f"{ADAPTED}{QUERY}.lora_A.default.weight",
     "tower": f"vision_model.{FC1}",
+    "Muffin's LLaMA in shards": f"language_model.model.{QUERY}.weight",
 }
 
 
@@ -94,9 +110,9 @@ def other_shard(room, kind):
 
 
 def edit(file, change):
-    tensors = load(file)
-    change(tensors)
-    torch.save(tensors, file) if file.suffix == ".bin" else makers.save(file, tensors)
+    whole = load(file)
+    change(whole.get("model", whole))
+    makers.save(file, whole) if file.suffix == ".safetensors" else torch.save(whole, file)
 
 
 def refused(room, path, components, *names, any_of=()):
@@ -131,7 +147,9 @@ def armed(form):
     state, buffer = {"model.norm.weight": torch.ones(36), "x": Bomb()}, io.BytesIO()
     if form == "pickle":
         return pickle.dumps(state, protocol=2)
-    torch.save(state, buffer, _use_new_zipfile_serialization=form == "zip")
+    if form == "training state":  # beside a sound state dict
+        state = {"model": {"model.norm.weight": torch.ones(36)}, "optimizer": state}
+    torch.save(state, buffer, _use_new_zipfile_serialization=form != "legacy")
     return buffer.getvalue()
 
 
@@ -167,12 +185,22 @@ def outside(name):
     return fault
 
 
+def within(*keys):
+    """Move a file's state dict under each of these keys, beside what a training leaves there."""
+
+    def fault(room, kind):
+        file = file_of(room, kind)
+        torch.save({**dict.fromkeys(keys, load(file)), "optimizer": {"state": {}}, "epoch": 3}, file)
+
+    return fault
+
+
 def in_two_shards(room, kind):
     moved = {KINDS[kind][3]: load(file_of(room, kind))[KINDS[kind][3]]}
     edit(other_shard(room, kind), lambda tensors: tensors.update(moved))
 
 
-FORMS, RAN = ("zip", "legacy", "pickle"), Path(tempfile.mkdtemp()) / "ran"
+FORMS, RAN = ("zip", "legacy", "pickle", "training state"), Path(tempfile.mkdtemp()) / "ran"
 BINS = ["original", "original in shards", "projector of a LoRA", "projector"]
 # A fault, the kinds that can have it, and what the message names: TENSOR, FILE, INDEX_FILE or a text.
 TENSOR, FILE, INDEX_FILE = "the tensor", "the file", "the index"
@@ -199,6 +227,9 @@ FAULTS = [
     ("half a file", content(lambda whole: whole[: len(whole) // 2]), KINDS, FILE),
     ("git-lfs pointer", content(lambda whole: b"version https://git-lfs.github.com/spec/v1\n"), KINDS, FILE),
     *((f"code in a {form}", content(lambda whole, form=form: armed(form)), BINS, FILE) for form in FORMS),
+    ("two state dicts", within("model", "module"), BINS, FILE),
+    ("state dict under another key", within("net"), BINS, FILE),
+    ("nothing but a training's state", within(), BINS, FILE),
     ("no shard", lambda room, kind: file_of(room, kind).unlink(), SHARDED, FILE),
     ("in two shards", in_two_shards, SHARDED, TENSOR),
     ("not listed", index(lambda files, name, *_: files.pop(name)), SHARDED, TENSOR),

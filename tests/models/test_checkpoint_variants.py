@@ -136,6 +136,21 @@ def test_variant(kind, name, tmp_path):
         assert config.image_aspect_ratio == ("square" if kind == "llava-1.0" else "pad")
 
 
+TRAINING = {"optimizer": {"state": {0: {"step": torch.tensor(1.0)}}, "param_groups": [{"lr": 1e-3}]}}
+TRAINING |= {"config": {"run": {"seed": 42, "amp": True, "task": "x"}}, "scaler": None, "epoch": 3}
+
+
+@pytest.mark.parametrize("new", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("key", ["model", "module", "state_dict"])
+def test_state_dict_beside_what_a_training_saves(key, new, clip, tmp_path):
+    """MiniGPT-4's and BLIP-2's files, EVA's and DeepSpeed's, and Lightning's."""
+    file = makers.projector_folder(tmp_path / "x", parts("phi3"), config=False) / "mm_projector.bin"
+    part = {"components": [makers.llm_folder(tmp_path / "llm", parts("phi3")), clip]}
+    flat, expected = makers.load(file), read_model(file, **part)
+    torch.save({"epoch": 3, key: flat, **TRAINING}, tmp_path / "x.pth", _use_new_zipfile_serialization=new)
+    assert_same(read_model(tmp_path / "x.pth", **part), expected)
+
+
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
     return makers.clip_folder(tmp_path_factory.mktemp("x") / "clip", parts("phi3"))

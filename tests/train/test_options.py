@@ -2,22 +2,30 @@
 
 import dataclasses
 import math
+import shutil
 import statistics
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+import transformers
+from flax import nnx
 
 from reverie_jax.errors import DataError, UserError
 from reverie_jax.loading import load_model
 from reverie_jax.models import lora
+from reverie_jax.models.checkpoints import read_model
 from reverie_jax.models.quantize import BLOCK, pack, unpack
 from reverie_jax.models.sharding import make_mesh
 from reverie_jax.scenes import dataset
 from reverie_jax.train import recipes
 from reverie_jax.train.checkpoint import load_run
 from reverie_jax.train.loop import finetune
+from reverie_jax.train.step import make_optimizer, schedule, trainable_filter
 from reverie_jax.train.vision_cache import cache_key, cached_features
+from tests.models import makers
 from tests.train import tiny
 
 
@@ -75,13 +83,117 @@ def test_the_key_of_cached_features_is_all_that_they_depend_on():
     assert digest() == digest(adapted(r"decoder\.layers\.query", b=0.1)) == digest(data=renamed)
 
 
-@pytest.mark.parametrize("on", ["recipe", "model"])
-def test_features_of_a_tower_that_is_trained_are_not_cached(tmp_path, on):
-    tower = r"vision\.layers\.query"
-    model, targets = (adapted(tower), tower) if on == "model" else (tiny.model(), rf"{tower}|decoder\.layers\.query")
-    with pytest.raises(UserError, match=r"--cache-vision.*vision\.layers\.query"):
-        tiny.run(tmp_path / "run", on=model, vision_cache=tmp_path / "cache", target_modules=targets)
+def test_images_are_cropped_in_training_and_whole_in_validation(tmp_path):
+    """Nothing is learned, so that losses differ by the images alone; a resumed run sees what an uninterrupted one sees."""
+    options = {"learning_rate": 0.0, "projector_learning_rate": 0.0, "holdout": 2}
+    whole = tiny.run(tmp_path / "whole", **options)
+    options |= {"crop_scale": 0.4, "flip": True}
+    cropped = tiny.run(tmp_path / "cropped", **options)
+    assert all(a != b for a, b in zip(cropped.losses, whole.losses, strict=True))
+    validations = [(run.folder / "validation.jsonl").read_text() for run in (whole, cropped)]
+    assert validations[0] == validations[1] != ""
+    shutil.rmtree(cropped.folder / "checkpoints" / "8")
+    assert tiny.run(cropped.folder, **options).losses == cropped.losses
+
+
+TOWER = r"vision\.layers\.query"
+
+
+@pytest.mark.parametrize(
+    ("on", "changes"),
+    [
+        ("", {"target_modules": rf"{TOWER}|decoder\.layers\.query"}),
+        (TOWER, {"target_modules": TOWER, "trainable": "adapters"}),
+        ("", {"trainable": "all"}),
+        ("", {"crop_scale": 0.5, "flip": True}),
+    ],
+)
+def test_features_of_a_tower_that_is_trained_are_not_cached(tmp_path, on, changes):
+    model = adapted(on) if on else tiny.model()
+    with pytest.raises(UserError, match=r"--cache-vision.*(vision\.layers\.query|trainable=all|crop_scale and flip)"):
+        tiny.run(tmp_path / "run", on=model, vision_cache=tmp_path / "cache", **changes)
     assert not (tmp_path / "cache").exists()
+
+
+def test_adapters_on_the_tower_learn(tmp_path):
+    net = tiny.model()
+    net.config = dataclasses.replace(net.config, vision_tower="some/tower")
+    tiny.run(tmp_path, on=net, steps=2, trainable="adapters", target_modules=rf"{TOWER}|decoder\.layers\.query")
+    assert {path for path, _, _, b in lora.adapters(net) if np.abs(b[...]).max() > 0} == {
+        "vision.layers.query",
+        "decoder.layers.query",
+    }
+    assert net.config.vision_tower == ""
+
+
+def torch_rates(make, peak, *args, **options):
+    """Return the learning rates of a run by a schedule of transformers."""
+    optimizer, rates = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=peak), []
+    schedule = make(optimizer, *args, **options)
+    for _ in range(STEPS):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    return rates
+
+
+def lavis_rates(peak, warmup, *, start, low):
+    """Return the learning rates of LAVIS' linear_warmup_cosine_lr: the cosine is over all steps, the warm-up's too."""
+    rise = [min(peak, start + (peak - start) * step / max(warmup, 1)) for step in range(warmup)]
+    return rise + [low + (peak - low) / 2 * (1 + math.cos(math.pi * step / STEPS)) for step in range(warmup, STEPS)]
+
+
+STEPS, PEAK = 40, 3e-5
+SCHEDULES = {
+    "cosine": ({}, lambda warmup: torch_rates(transformers.get_cosine_schedule_with_warmup, PEAK, warmup, STEPS)),
+    "cosine to a minimum": (
+        {"min_learning_rate": 1e-5},
+        lambda warmup: torch_rates(
+            transformers.get_cosine_with_min_lr_schedule_with_warmup, PEAK, warmup, STEPS, min_lr=1e-5
+        ),
+    ),
+    "linear": (
+        {"schedule": "linear"},
+        lambda warmup: torch_rates(transformers.get_linear_schedule_with_warmup, PEAK, warmup, STEPS),
+    ),
+    "constant": (
+        {"schedule": "constant"},
+        lambda warmup: torch_rates(transformers.get_constant_schedule_with_warmup, PEAK, warmup),
+    ),
+    "lavis": (
+        {"schedule": "cosine-lavis", "warmup_learning_rate": 1e-6, "min_learning_rate": 1e-5},
+        lambda warmup: lavis_rates(PEAK, warmup, start=1e-6, low=1e-5),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("warmup", [{"warmup_steps": 7}, {"warmup_ratio": 0.11}, {}], ids=str)
+def test_learning_rates_are_those_of_others(name, warmup):
+    fields, others = SCHEDULES[name]
+    recipe = tiny.recipe(steps=STEPS, learning_rate=PEAK, **{"warmup_ratio": 0.0, **warmup, **fields})
+    ours = [float(schedule(PEAK, recipe)(step)) for step in range(STEPS)]
+    expected = others(warmup.get("warmup_steps") or math.ceil(warmup.get("warmup_ratio", 0) * STEPS))
+    np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-12)
+
+
+def test_a_line_ends_at_the_least_rate():
+    recipe = tiny.recipe(steps=STEPS, schedule="linear", warmup_ratio=0.0, min_learning_rate=1e-5)
+    ends = [float(schedule(PEAK, recipe)(step)) for step in (0, STEPS // 2, STEPS, STEPS + 9)]
+    np.testing.assert_allclose(ends, [PEAK, 2e-5, 1e-5, 1e-5], rtol=1e-6)
+
+
+def test_weight_decay_is_on_what_transformers_decays(tmp_path):
+    theirs = makers.hf(makers.parts())
+    names = set(transformers.Trainer.get_decay_parameter_names(None, theirs))
+    recipe = tiny.recipe(trainable="all", weight_decay=0.5, warmup_ratio=0.0)
+    params = nnx.state(read_model(makers.hf_folder(tmp_path / "hf", theirs)), trainable_filter(recipe))
+    ones, optimizer = jax.tree.map(jnp.ones_like, params), make_optimizer(recipe)
+    with jax.numpy_dtype_promotion("standard"):
+        updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), ones)
+    decayed = sum(np.count_nonzero(x) for x in jax.tree.leaves(updates))
+    assert decayed == sum(p.numel() for name, p in theirs.named_parameters() if name in names)
+    assert 0 < decayed < sum(x.size for x in jax.tree.leaves(params))
 
 
 def nf4_values():

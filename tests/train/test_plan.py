@@ -20,6 +20,7 @@ from reverie_jax.data.preferences import DPOConfig
 from reverie_jax.errors import UserError
 from reverie_jax.models import TextConfig, VisionConfig, VisionLanguageModel, VLMConfig, lora, vision
 from reverie_jax.models.architectures import ARCHITECTURES
+from reverie_jax.models.config import ResamplerConfig
 from reverie_jax.models.sharding import batch_sharding, make_mesh, shard_state, shardings
 from reverie_jax.train import recipes
 from reverie_jax.train.plan import costs, hlo, search, topology
@@ -71,6 +72,7 @@ def real_step(recipe, mesh, planned, dtype):
         ("lora", "int8", (1, 1, 1)),
         ("projector", None, (1, 2, 2)),
         ("full", None, (1, 2, 2)),
+        ("all", None, (1, 2, 2)),
     ],
 )
 def test_planned_bytes_are_those_of_a_placed_model(trainable, quantization, sizes):
@@ -117,16 +119,42 @@ def unrolled(body, carry, inputs, length=None):
     return carry, None if outputs[0] is None else jax.tree.map(lambda *parts: jnp.stack(parts), *outputs)
 
 
-@pytest.mark.parametrize("trainable", ["lora", "projector", "full"])
-def test_flops_are_those_that_xla_counts(trainable, monkeypatch):
+# A tower with 4 queries, and towers with resamplers, of 16 queries; so large that their share is more than the tolerance.
+SISTERS = {
+    "muffin": {"queries": 24, "query_positions": 24, "layers": 6},
+    "minigpt4": {"resampler": ResamplerConfig("qformer", 16, hidden=256, layers=4, heads=4, mlp=1024, norm_eps=1e-6)},
+    "mplug-owl": {
+        "resampler": ResamplerConfig("abstractor", 16, hidden=128, layers=4, heads=4, mlp=512, norm_eps=1e-6)
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("trainable", "system"),
+    [
+        *((trainable, "llava") for trainable in ("lora", "projector", "full")),
+        ("all", "muffin"),
+        ("all but image experts", "muffin"),
+        ("projector", "minigpt4"),
+        ("all", "minigpt4"),
+        ("adapters", "mplug-owl"),
+        ("all", "mplug-owl"),
+    ],
+)
+def test_flops_are_those_that_xla_counts(trainable, system, monkeypatch):
     """Nothing is recomputed and no loop is left, for XLA counts a loop's body once."""
     config = VLMConfig(
         vision=VisionConfig(hidden=128, layers=3, heads=2, mlp=512, image_size=32, patch_size=8),
         text=TextConfig(vocab=1000, hidden=256, layers=2, heads=4, kv_heads=4, head_dim=64, mlp=768),
         image_token_id=3,
     )
+    if system != "llava":
+        tower = dataclasses.replace(config.vision, image_size=64, output_norm=True, **SISTERS[system])
+        fields = {"vision": tower, "projector": "linear", "feature_layers": (-1,), "feature_select": "full"}
+        config = dataclasses.replace(config, **fields)
     shape = SequenceShape(length=128, images=1, edges=96)
-    recipe = tiny.recipe(batch_size=2, sequence=shape, trainable=trainable, rank=16, dropout=0.0, max_grad_norm=None)
+    trained = {"trainable": trainable.split()[0], "freeze_image_experts": "but" in trainable}
+    recipe = tiny.recipe(batch_size=2, sequence=shape, **trained, rank=16, dropout=0.0, max_grad_norm=None)
     monkeypatch.setattr(jax.lax, "scan", unrolled)
     monkeypatch.setattr(jax, "checkpoint", lambda body, **options: body)
     step = abstract_step(config, recipe, make_mesh(), dtype=jnp.float32)
@@ -418,6 +446,10 @@ ARCHITECTURE_OF = {
     "llava-1.0-pretrain": "llava-1.0-7b",
     "llava-1.5-pretrain": "llava-1.5-7b",
     "scenes-rationales": "llava-1.5-7b",
+    "lrv-minigpt4": "minigpt4-7b",
+    "lrv-mplug-owl": "mplug-owl-7b",
+    "rlhfv-muffin-script": "muffin-13b",
+    "lrv-sft": "llava-1.5-7b",
 }
 CHIP_OF = {
     "TPU v5 lite": "v5e",

@@ -7,6 +7,7 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import torch
 from flax import nnx
@@ -18,11 +19,20 @@ from reverie_jax.data.preferences import DPOConfig, find_pairs, token_weights
 from reverie_jax.data.tree import build_tree, unsupervised
 from reverie_jax.errors import DataError, UserError
 from reverie_jax.models import lora
+from reverie_jax.models.sharding import make_mesh
 from reverie_jax.train import recipes
+from reverie_jax.train.checkpoint import load_run
 from reverie_jax.train.metrics import read_metrics
 from reverie_jax.train.objective import answer_logps, edge_logps, preference_loss
 from reverie_jax.train.reference_model import STORED, adapters_off
-from reverie_jax.train.step import TrainState, is_lora_or_projector, make_optimizer, make_step, make_trainable
+from reverie_jax.train.step import (
+    TrainState,
+    is_lora_or_projector,
+    make_optimizer,
+    make_step,
+    make_trainable,
+    trainable_filter,
+)
 from tests.train import tiny
 
 SHAPE = SequenceShape(length=220, images=2, edges=160, questions=6)
@@ -33,6 +43,7 @@ CASES = {
     "with sft": DPOConfig(beta=0.3, gamma=2.0, weight=0.7, sft=0.2),
 }
 
+MUFFIN = tiny.SYSTEMS["muffin"]
 STORED_SUMS = DPOConfig(beta=0.5, gamma=3.0, reference="stored")
 
 
@@ -215,6 +226,12 @@ def test_disabled_adapters_are_the_model_at_the_start():
     assert float(metrics.loss) < 0.69
 
 
+def test_the_reference_of_adapters_alone_is_the_model_without_them(tmp_path):
+    losses = run(tmp_path, DPOConfig(beta=0.5, gamma=3.0), trainable="adapters", steps=3).losses
+    assert losses[0] == pytest.approx(np.log(2), rel=1e-5)
+    assert losses[-1] < 0.65
+
+
 @pytest.fixture(scope="module")
 def stored_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("preference") / "stored"
@@ -252,6 +269,77 @@ def test_resumed_full_training_keeps_its_reference(tmp_path):
     whole = run(tmp_path / "whole", STORED_SUMS, **changes)
     assert whole.losses[0] == pytest.approx(np.log(2), rel=1e-5)
     check_resume(whole, tmp_path / "run", **changes)
+
+
+def test_training_all_but_image_experts(tmp_path):
+    """What is frozen stays to the bit, all else moves; resumed, or on four devices, it is the same run."""
+
+    def options():
+        net, texts = tiny.model(MUFFIN), tiny.processor(MUFFIN)
+        rates = {"learning_rate": 1e-4, "projector_learning_rate": 1e-4}
+        return {"on": net, "processor": texts, "trainable": "all", "freeze_image_experts": True, **rates}
+
+    whole = run(tmp_path / "whole", STORED_SUMS, **options())
+    assert whole.losses[0] == pytest.approx(np.log(2), rel=1e-5)
+    assert whole.losses[-1] < 0.6
+    before, after = dict(tiny.flat(tiny.model(MUFFIN))), dict(tiny.flat(whole.model))
+    image = ("vision.patch.kernel", "vision.cls", "vision.position")
+    kept = {path for path in before if np.array_equal(before[path], after[path])}
+    assert kept == {path for path in before if path in image or ".image." in path}
+    check_resume(whole, tmp_path / "run", **options())
+    mesh = run(tmp_path / "mesh", STORED_SUMS, mesh=make_mesh(1, 2, 2), offload=True, **options())
+    assert mesh.losses == pytest.approx(whole.losses, rel=1e-5)
+    loaded = tiny.model(MUFFIN)
+    load_run(loaded, whole.folder)
+    tiny.assert_equal([x for _, x in tiny.flat(loaded)], list(after.values()))
+
+
+def test_gradients_of_all_weights_are_those_of_separate_answers():
+    """DDPO on a tower that is trained too, against its formula on one answer at a time: no tree, no packing."""
+    preference, size = CASES["ddpo-paper"], SequenceShape(120, 1)
+    recipe = tiny.recipe(trainable="all", preference=preference, sequence=SHAPE, dropout=0.0, max_grad_norm=None)
+    start, processor = tiny.model(MUFFIN), tiny.processor(MUFFIN)
+    make_trainable(start, recipe)
+    graph, params, frozen = nnx.split(start, trainable_filter(recipe), ...)
+    rng = np.random.default_rng(5)
+    moved = jax.tree.map(lambda x: x + jnp.asarray(0.1 * rng.normal(size=x.shape), x.dtype), params)
+
+    @jax.jit
+    @jax.value_and_grad
+    def score(params, batch, ids, weights):
+        model = nnx.merge(graph, params, frozen)
+        table = jax.nn.log_softmax(model.decoder.logits(model.hidden(batch.inputs, train_tower=True)), axis=-1)[0]
+        return (weights * jnp.take_along_axis(table, ids[:, None], axis=1)[:, 0]).sum() / weights.sum()
+
+    losses, grads, stored = [], [], []
+    for one in records()[:2]:
+        for pair in find_pairs(one.id, one.conversations):
+            chosen, rejected = processor.tokenize(one.id, pair)
+            margin, gradient = 0.0, []
+            for side, sign in zip(token_weights(rejected, chosen, preference.gamma)[::-1], (1, -1), strict=True):
+                element = make_element(build_tree([unsupervised(side)]), processor.preprocess(one.image, one.id))
+                batch = stack([pack_sequence([element], size, processor.encoder.patches)], 1)
+                ids, weights = (np.zeros(120, kind) for kind in (np.int32, np.float32))
+                ids[: len(side) - 1], weights[: len(side) - 1] = side.ids[1:], side.weights[1:]
+                now, before = (score(p, Batch(*map(jnp.asarray, batch)), ids, weights) for p in (moved, params))
+                margin += sign * preference.beta * float(now[0] - before[0])
+                gradient.append(now[1])
+                stored.append(float(before[0]))
+            losses.append(np.log1p(np.exp(-margin)))
+            factor = -preference.beta / (1 + np.exp(margin))
+            grads.append(jax.tree.map(lambda a, b: factor * (a - b), *gradient))  # noqa: B023
+    expected = jax.tree.map(lambda *parts: sum(parts) / len(parts), *grads)
+
+    (batch,) = ordered_batches(records()[:2], TreeBuilder(processor, SHAPE, preference), batch_size=2)
+    numbers = np.sort(batch.questions[batch.questions >= 0])
+    step = make_step(graph, optax.sgd(1.0), recipe)
+    state = TrainState(jax.tree.map(jnp.copy, moved), optax.sgd(1.0).init(moved), jnp.zeros((), jnp.int32))
+    reference = jnp.asarray(numbers), jnp.asarray(stored, jnp.float32)
+    state, metrics = step(state, frozen, Batch(*map(jnp.asarray, batch)), reference)
+    assert float(metrics.loss) == pytest.approx(np.mean(losses), rel=2e-5)
+    for wanted, old, new in zip(*map(jax.tree.leaves, (expected, moved, state.params)), strict=True):
+        error = np.linalg.norm(old - new - wanted)
+        assert error <= 1e-4 * np.linalg.norm(wanted) + 2e-6 * np.linalg.norm(old) ** 0.5
 
 
 def test_unusable_references_are_refused_or_computed_again(stored_run, tmp_path):

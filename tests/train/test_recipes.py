@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,12 +14,16 @@ from flax import nnx
 
 from reverie_jax.data.packing import SequenceShape
 from reverie_jax.data.supervision import Supervision
+from reverie_jax.data.templates import find_template
 from reverie_jax.errors import UserError
+from reverie_jax.loading import load_adapter
 from reverie_jax.models import VisionLanguageModel, lora
+from reverie_jax.models.architectures import ARCHITECTURES
 from reverie_jax.train import recipes
 from reverie_jax.train.checkpoint import load_run
 from reverie_jax.train.metrics import read_metrics
-from reverie_jax.train.step import make_trainable
+from reverie_jax.train.plan.plan import architecture_of
+from reverie_jax.train.step import make_trainable, trainable_filter
 from tests.train import tiny
 
 
@@ -32,7 +37,7 @@ def in_turns(record):
     return dataclasses.replace(record, conversations=tuple(talks))
 
 
-@pytest.fixture(scope="module", params=["lora", "projector", "full"])
+@pytest.fixture(scope="module", params=["lora", "adapters", "projector", "full", "all"])
 def small_run(request, tmp_path_factory):
     """A run in bfloat16 on two datasets, in micro-batches, with updates below half a rounding step of the weights."""
     changes = {
@@ -58,21 +63,65 @@ def test_trained_parts_change_and_load_in_the_dtypes_of_the_base(small_run):
     before, dtypes = dict(tiny.flat(in_bfloat16())), {path: x.dtype for path, x in tiny.flat(loaded)}
     assert run.model.compute_dtype == jnp.bfloat16
     after = dict(tiny.flat(run.model))
-    parts = {"projector"} if recipe.trainable != "full" else {"projector", "decoder"}
-    assert {path.split(".")[0] for path in before if not np.array_equal(before[path], after[path])} == parts
-    kernel = "projector.linear1.kernel"
-    change = after[kernel] - before[kernel].astype(np.float32)
-    assert after[kernel].dtype == np.float32
-    assert np.abs(change).max() < 2**-9 * 0.2
-    assert (change != 0).mean() > 0.99
-    assert bool(list(lora.adapters(run.model))) == (recipe.trainable == "lora")
+    parts = {"adapters": set(), "full": {"projector", "decoder"}, "all": {"projector", "decoder", "vision"}}
+    trained = parts.get(recipe.trainable, {"projector"})
+    assert {path.split(".")[0] for path in before if not np.array_equal(before[path], after[path])} == trained
+    kernels = {"projector": "projector.linear1.kernel", "vision": "vision.layers.up.kernel"}
+    for kernel in (kernels[part] for part in trained & kernels.keys()):
+        change = after[kernel] - before[kernel].astype(np.float32)
+        assert after[kernel].dtype == np.float32
+        assert np.abs(change).max() < 2**-9 * 0.2
+        assert (change != 0).mean() > (0.6 if "vision" in kernel else 0.99)  # the last of three layers does not run
+    assert bool(list(lora.adapters(run.model))) == (recipe.trainable in ("lora", "adapters"))
 
     assert load_run(loaded, run.folder) == recipe
+    assert load_adapter(in_bfloat16(), run.folder, ["base"]) == ("", recipe.trainable != "adapters")
     served = dict(tiny.flat(loaded))
     assert served.keys() == after.keys()
     for path, x in served.items():
         assert x.dtype == dtypes.get(path, np.float32)
         np.testing.assert_array_equal(x, after[path].astype(x.dtype))
+
+
+def trained_parameters(config, recipe):
+    """Return the number of parameters that a recipe trains of an architecture."""
+
+    def make():
+        model = VisionLanguageModel(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
+        make_trainable(model, recipe)
+        return model
+
+    return sum(x.size for x in jax.tree.leaves(nnx.state(nnx.eval_shape(make), trainable_filter(recipe))))
+
+
+def beit3(queries):
+    """Return the parameters of BEiT-3 Large that compute the image's tokens, or those of the queries."""
+    width, mlp = 1024, 4096
+    layer = 4 * (width + 1) * width + (width + 1) * mlp + (mlp + 1) * width + 3 * 2 * width + 2 * mlp
+    first = (64 + 1024) * width if queries else (3 * 16**2 + 1) * width + width + (2 + 785) * width
+    return 24 * layer + 2 * width + first
+
+
+VICUNA_13B = 13_015_864_320 + 2 * 4 * 5120  # and four rows for Muffin's tokens, in embedding and head
+TRAINED = {
+    "lrv-minigpt4": 3_149_824,
+    "lrv-mplug-owl": 4_194_304,
+    "rlhfv-muffin-paper": VICUNA_13B + 5_248_000 + beit3(True) + beit3(False),
+    "rlhfv-muffin-script": VICUNA_13B + 5_248_000 + beit3(True),
+    "muffin-sft": VICUNA_13B + 5_248_000 + beit3(True),
+}
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_published_numbers_of_trained_parameters(name):
+    recipe = recipes.find_recipe(name)
+    assert trained_parameters(ARCHITECTURES[architecture_of(name)], recipe) == TRAINED[name]
+    assert recipe.template == ARCHITECTURES[architecture_of(name)].template
+
+
+def test_image_experts_are_frozen_only_where_there_are_some():
+    with pytest.raises(UserError, match="tiny: freeze_image_experts"):
+        make_trainable(tiny.model(), tiny.recipe(trainable="all", freeze_image_experts=True))
 
 
 def test_model_with_adapters():
@@ -121,6 +170,25 @@ def test_llava_recipes_are_the_published_ones(name):
     assert (r.loss_reduction, r.micro_batch_size, r.prefix_sharing) == ("micro-batches", 16, False)
 
 
+# (steps, batch size, micro-batch, rates, schedule, warm-up in steps and ratio, weight decay, clipping) of other scripts.
+OTHERS_PUBLISHED = {
+    "lrv-minigpt4": (400_000, 1, 1, 3e-5, 1e-6, 1e-5, "cosine-lavis", 200, 0.0, 0.05, None),
+    "lrv-mplug-owl": (0, 32, 4, 2e-5, 0.0, 0.0, "linear", 50, 0.0, 1e-4, 1.0),
+    "rlhfv-muffin-paper": (0, 32, 32, 5e-7, 0.0, 0.0, "cosine", 0, 0.1, 0.0, 1.0),
+    "rlhfv-muffin-script": (2160, 8, 8, 5e-7, 0.0, 0.0, "cosine", 0, 0.03, 0.0, 1.0),
+    "muffin-sft": (2800, 512, 4, 2e-5, 0.0, 0.0, "cosine", 0, 0.03, 0.0, 1.0),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS_PUBLISHED)
+def test_other_recipes_are_the_published_ones(name):
+    r = recipes.find_recipe(name)
+    rates = r.learning_rate, r.warmup_learning_rate, r.min_learning_rate
+    figures = (r.steps, r.batch_size, r.micro_batch_size, *rates, r.schedule, r.warmup_steps, r.warmup_ratio)
+    assert (*figures, r.weight_decay, r.max_grad_norm) == OTHERS_PUBLISHED[name]
+    assert r.projector_learning_rate == r.learning_rate
+
+
 def test_every_recipe_survives_json_and_yaml(tmp_path):
     for name, recipe in recipes.RECIPES.items():
         assert recipe.name == name
@@ -129,6 +197,7 @@ def test_every_recipe_survives_json_and_yaml(tmp_path):
         assert recipes.read_recipe(str(tmp_path / "recipe.yaml")) == recipe == recipes.read_recipe(name)
         assert recipe.steps_for(1000) > 0
         assert recipe.summary()
+        assert recipe.template is None or find_template(recipe.template)
 
 
 # What a file holds instead of a recipe, or changes in one; and the field that the error names.
@@ -191,6 +260,13 @@ def test_override_changes_typed_fields():
         ["supervision=everything"],
         ["gradient_accumulation_steps=3"],
         ["quantization=nf4", "trainable=full"],
+        ["quantization=nf4", "trainable=all"],
+        ["warmup_steps=5"],  # and a ratio
+        ["min_learning_rate=1e-6", "schedule=constant"],
+        ["min_learning_rate=1e-3"],  # above the projector's
+        ["warmup_learning_rate=1e-2", "trainable=adapters"],
+        ["schedule=wsd"],
+        ["crop_scale=0"],
     ],
 )
 def test_bad_overrides_are_refused(settings):

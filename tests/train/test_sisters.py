@@ -23,7 +23,7 @@ _TARGETS = r"decoder\.layers\.(query|value)"
 def run(system, folder, **changes):
     config = tiny.SYSTEMS[system]
     options = {"target_modules": _TARGETS, "projector_learning_rate": 1e-2, **TRAINED[system][0], **changes}
-    return tiny.run(folder, on=(tiny.model(config), tiny.processor(config)), **options)
+    return tiny.run(folder, on=tiny.model(config), processor=tiny.processor(config), **options)
 
 
 @pytest.fixture(scope="module")

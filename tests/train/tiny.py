@@ -167,6 +167,7 @@ _STEPS = {}
 def shared_step(graph, optimizer, recipe, *, shardings, **options):
     """`make_step`, traced and compiled once for all runs whose step is the same."""
     same = dataclasses.replace(recipe, name="", epochs=1.0, save_steps=1, keep_checkpoints=1, holdout=0)
+    same = dataclasses.replace(same, crop_scale=None, flip=False)
     key = graph, same, *jax.tree.leaves(shardings), *options.items()
     if key not in _STEPS:
         _STEPS[key] = make_step(graph, optimizer, recipe, shardings=shardings, **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -12,7 +13,9 @@ from reverie_jax.errors import CheckpointError
 from reverie_jax.models.checkpoints.components import ADAPTER_CONFIG
 from reverie_jax.models.checkpoints.files import read_json
 from reverie_jax.models.checkpoints.names import memory_name
-from reverie_jax.models.config import VLMConfig
+from reverie_jax.models.config import System, VLMConfig
+
+_log = logging.getLogger(__name__)
 
 # Settings of an adapter_config.json that change what it computes, with the values under which it is LoRA or DoRA.
 _PLAIN_LORA: dict[str, tuple[Any, ...]] = {
@@ -37,6 +40,9 @@ _READ = {
     *("base_model_name_or_path", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save"),
     *("use_dora", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
 }
+
+LRV_RANK, LRV_ALPHA, LRV_TARGETS = 8, 32, r".*language_model.*\.(q_proj|v_proj)"
+"""LoRA of mPLUG-Owl's and LRV-Instruction's code (`pipeline/train.py`, `utils/model_worker.py`), on mPLUG-Owl."""
 
 Names = str | tuple[str, ...]
 """Modules of a model: a regular expression of their whole dotted names, or ends of these names."""
@@ -171,6 +177,39 @@ def read_settings(folder: Path) -> AdapterSettings:
         excluded=_read_names(path, settings, "exclude_modules"),
         layers=layers,
         layer_lists=(lists,) if isinstance(lists, str) else lists,
+    )
+
+
+def lrv_settings(path: Path, system: System) -> AdapterSettings:
+    """Return the settings of LRV-Instruction V2's adapter, whose file says nothing of them.
+
+    Args:
+        path: The file.
+        system: Of the base model.
+
+    Raises:
+        CheckpointError: That is not mPLUG-Owl.
+    """
+    missing = f"{path}: no {ADAPTER_CONFIG} beside it, and the file does not contain alpha"
+    if system != "mplug-owl":
+        raise CheckpointError(f"{missing}; write one (peft_type LORA, r, lora_alpha, target_modules)")
+    _log.warning(
+        "%s: taken from LRV-Instruction's code: r %d, alpha %d, target_modules %s",
+        missing,
+        LRV_RANK,
+        LRV_ALPHA,
+        LRV_TARGETS,
+    )
+    return AdapterSettings(
+        *(path, "", (), LRV_RANK, float(LRV_ALPHA)),
+        rank_stabilized=False,
+        rank_pattern={},
+        alpha_pattern={},
+        dora=False,
+        targets=LRV_TARGETS,
+        excluded=(),
+        layers=(),
+        layer_lists=(),
     )
 
 

@@ -1,19 +1,24 @@
-"""LoRA and DoRA adapters of PEFT and of original LLaVA, read onto a model."""
+"""LoRA and DoRA adapters of PEFT and of original LLaVA, and files of a whole `PeftModel`, read onto a model."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
+import operator
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool
 
 from reverie_jax.errors import CheckpointError
 from reverie_jax.models import lora
-from reverie_jax.models.checkpoints.adapter_settings import AdapterSettings, read_settings
+from reverie_jax.models.checkpoints.adapter_settings import AdapterSettings, lrv_settings, read_settings
 from reverie_jax.models.checkpoints.checksums import Checksums, base_checksums
 from reverie_jax.models.checkpoints.components import (
     ADAPTER_CONFIG,
@@ -24,8 +29,15 @@ from reverie_jax.models.checkpoints.components import (
 )
 from reverie_jax.models.checkpoints.families import repository_name
 from reverie_jax.models.checkpoints.files import Tensors, read_json, weights_of
-from reverie_jax.models.checkpoints.names import canonical_name, canonical_projector_name, original_name
-from reverie_jax.models.checkpoints.specs import AnyArray, ParameterSpec, parameter_specs, to_model_layout
+from reverie_jax.models.checkpoints.names import (
+    IGNORED,
+    canonical_name,
+    canonical_projector_name,
+    original_name,
+    sister_name,
+)
+from reverie_jax.models.checkpoints.specs import AnyArray, Layout, ParameterSpec, parameter_specs, to_model_layout
+from reverie_jax.models.config import VLMConfig
 from reverie_jax.models.layers import Linear
 from reverie_jax.models.vlm import VisionLanguageModel
 
@@ -70,45 +82,54 @@ def attach_adapter(
 
     Args:
         model: The base model.
-        source: The adapter.
+        source: The adapter: a folder, or a file with the state dict of a `PeftModel`, which may hold all of the base model
+            too (LRV-Instruction's). An adapter_config.json beside the file applies to it.
         base: The components that the model was read from.
 
     Raises:
         CheckpointError: It is not such an adapter, does not fit the model, or was made on another base model.
     """
     adapter = detect_component(source)
-    if adapter.format not in ("peft", "llava-lora"):
+    path, is_file = adapter.path, adapter.path.is_file()
+    if adapter.format not in ("peft", "llava-lora") and not is_file:
         raise CheckpointError(f"{adapter}, not an adapter")
-    path = adapter.path
+    folder = path.parent if is_file else path
     if attached := next((name for name, *_ in lora.adapters(model)), None):
         raise CheckpointError(f"{path}: the model already has an adapter (on {attached}, …); merge it first")
-    settings = read_settings(path)
+    if is_file and not (folder / ADAPTER_CONFIG).exists():
+        settings = lrv_settings(path, model.config.system)
+    else:
+        settings = read_settings(folder)
     trained_on = settings.base_model
     if adapter.format == "llava-lora":
         _check_base_format(path, trained_on, base)
-    tensors = weights_of(path, ADAPTER_WEIGHTS)
+    tensors = Tensors([path]) if is_file else weights_of(path, ADAPTER_WEIGHTS)
     if tensors is None:
         raise CheckpointError(f"{path}: no weights; expected {' or '.join(ADAPTER_WEIGHTS)}")
-    factors, projector_names = _group_tensors(path, tensors, model)
+    frozen = [name for name in tensors.stored if is_file and not _FACTOR.match(name)]
+    factors, projector_names = _group_tensors(path, tensors, model, frozen)
     _check_modules(path, factors, model, settings)
     if adapter.format == "llava-lora":
         projector_names = {}  # its projector is in a file of its own
-    elif any(map(_PLAIN.match, tensors.stored)):
+    elif not frozen and any(map(_PLAIN.match, tensors.stored)):
         _check_lacks_no_projector(path, trained_on)
     whole = projector_variables(model).keys()
     saved = settings.saved_tensors(whole, model.config) if settings.saved or not projector_names else whole
-    if adapter.format == "peft" and (different := saved ^ projector_names.keys()):
+    if adapter.format != "llava-lora" and (different := saved ^ projector_names.keys()):
         raise CheckpointError(
             f"{path}: the projector's tensors are not those of modules_to_save ({', '.join(sorted(different))})"
         )
     has_projector = adapter.format == "llava-lora" or saved == whole
-    _check_recorded_base(model, path, has_projector=has_projector)
+    _check_recorded_base(model, folder, has_projector=has_projector)
     layers = dict(lora.linears(model))
-    if settings.dora and (quantized := [name for name in factors if layers[name].scales is not None]):
+    quantized = [name for name in (layers if frozen else factors) if layers[name].scales is not None]
+    if quantized and (settings.dora or frozen):
+        reason = "use_dora" if settings.dora else f"comparing {frozen[0]} with the base's"
         raise CheckpointError(
-            f"{path}: use_dora needs a base model without quantization, but {quantized[0]} is quantized"
+            f"{path}: {reason} needs a base model without quantization, but {quantized[0]} is quantized"
         )
     _check_shapes(path, tensors, factors, layers, settings)
+    _check_frozen(tensors, frozen, model)
     arrays: dict[str, AnyArray] = {}
     wanted = {name for stack in factors.values() for sides in stack for name in sides.values()}
     tensors.read_all(arrays.__setitem__, wanted | set(projector_names.values()))
@@ -168,8 +189,10 @@ def _check_lacks_no_projector(path: Path, trained_on: str) -> None:
     _log.warning("%s: no %s: if the projector was tuned with the adapter, it is missing", path, NON_LORA)
 
 
-def _group_tensors(path: Path, tensors: Tensors, model: VisionLanguageModel) -> tuple[dict[str, Stack], dict[str, str]]:
-    """Return stored names of adapters by linear layer; and those of a projector by canonical name.
+def _group_tensors(
+    path: Path, tensors: Tensors, model: VisionLanguageModel, frozen: Collection[str]
+) -> tuple[dict[str, Stack], dict[str, str]]:
+    """Return stored names of adapters by linear layer; and those of a projector by canonical name; without the frozen ones.
 
     Raises:
         CheckpointError: A tensor is unknown or duplicate.
@@ -178,10 +201,12 @@ def _group_tensors(path: Path, tensors: Tensors, model: VisionLanguageModel) -> 
     factors: dict[str, Stack] = {}
     projector: dict[str, str] = {}
     for stored_name, stored in tensors.stored.items():
+        if stored_name in frozen:
+            continue
         if stored.dtype is None:
             raise CheckpointError(f"{stored.file}: tensor {stored_name} is not floating-point")
         if match := _FACTOR.match(stored_name):
-            spec, place = by_name.get(canonical_name(match["module"] + ".weight"), (None, 0))
+            spec, place = by_name.get(_canonical(match["module"] + ".weight", model.config), (None, 0))
             if spec is None or spec.layout != "linear":
                 raise CheckpointError(f"{path}: tensor {stored_name} does not adapt a linear layer of this model")
             name, side = spec.path.removesuffix(".kernel"), match["side"]
@@ -231,7 +256,7 @@ def _check_modules(
         if bool(sides) != settings.adapts(module):
             fault = "has tensors, but is not among" if sides else "has no lora_A and lora_B, but is among"
             raise CheckpointError(
-                f"{path}: {module} {fault} the modules of {ADAPTER_CONFIG} (target_modules, exclude_modules,"
+                f"{path}: {module} {fault} the modules of {settings.path.name} (target_modules, exclude_modules,"
                 " layers_to_transform)"
             )
 
@@ -249,6 +274,53 @@ def _check_shapes(
                 raise CheckpointError(
                     f"{path}: tensor {name} is {shape}; this base model and {source} {rank} need {shapes[side]}"
                 )
+
+
+def _check_frozen(tensors: Tensors, names: Sequence[str], model: VisionLanguageModel) -> None:
+    """Check that the tensors beside the adapters of a whole `PeftModel` are those of the base model.
+
+    Raises:
+        CheckpointError: One is not: the adapters were tuned on another model. The message names the first.
+    """
+    places = {name: (spec, place) for spec in parameter_specs(model.config) for name, place in spec.places}
+    canonical = {
+        name: _canonical(name.removeprefix("base_model.model.").replace(".base_layer.", "."), model.config)
+        for name in names
+        if not IGNORED.search(name)
+    }
+    for stored_name, name in canonical.items():
+        if name not in places or tensors.stored[stored_name].dtype is None:
+            fault = (
+                "not floating-point" if name in places else "part of neither the base model nor a LoRA adapter of it"
+            )
+            raise CheckpointError(f"{tensors.stored[stored_name].file}: tensor {stored_name} is {fault}")
+
+    def compare(stored_name: str, array: AnyArray) -> None:
+        spec, place = places[canonical[stored_name]]
+        stack = operator.attrgetter(spec.path)(model)[...]
+        if not _is_equal(stack, tuple(map(jnp.int32, place)), array, layout=spec.layout):
+            raise CheckpointError(
+                f"{tensors.stored[stored_name].file}: tensor {stored_name} is not the base model's: the adapter was tuned on"
+                " another one (or load this one in the dtype that its files have)"
+            )
+
+    tensors.read_all(compare, set(canonical))
+
+
+@functools.partial(jax.jit, static_argnames="layout")
+def _is_equal(
+    stack: Array, place: tuple[Array, ...], tensor: Array | AnyArray, *, layout: Layout
+) -> Bool[Array, ""] | bool:
+    """Return whether a file's tensor is the one at a place of a stack, after both are cast to the dtype of one of them."""
+    value, tensor = stack[place], to_model_layout(layout, tensor)
+    if value.shape != tensor.shape:
+        return False
+    dtypes = (value.dtype, tensor.dtype)  # the narrower one decides; of bfloat16 and float16 neither is
+    return jnp.stack([(value.astype(dtype) == tensor.astype(dtype)).all() for dtype in dtypes]).any()
+
+
+def _canonical(name: str, config: VLMConfig) -> str:
+    return canonical_name(name) if config.system == "llava" else sister_name(name, config.system, canonical=True)
 
 
 def _module(stored_name: str) -> str:
@@ -274,12 +346,8 @@ def _read_projector(path: Path) -> dict[str, AnyArray]:
 
 def projector_variables(model: VisionLanguageModel) -> dict[str, tuple[ParameterSpec, Any]]:
     """Return the projector's parameters by canonical name."""
-    variables = {}
-    for spec in parameter_specs(model.config):
-        if spec.path.startswith("projector."):
-            _, layer, leaf = spec.path.split(".")
-            variables[spec.name] = spec, getattr(getattr(model.projector, layer), leaf)
-    return variables
+    specs = [spec for spec in parameter_specs(model.config) if spec.path.startswith("projector.")]
+    return {spec.name: (spec, operator.attrgetter(spec.path)(model)) for spec in specs}
 
 
 def _check_projector(path: Path, stored: Collection[str], wanted: Collection[str]) -> None:

@@ -125,6 +125,8 @@ def detect_component(source: ComponentLike) -> Component:
 
 def _file_format(path: Path) -> ComponentFormat:
     names = Tensors([path]).stored.keys()
+    if any(".lora_A." in name for name in names):  # a PeftModel's state dict
+        return "peft"
     if "blocks.0.attn.q_bias" in names:
         return "eva"
     return "blip2" if "query_tokens" in names else "projector"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +52,6 @@ from reverie_jax.models.checkpoints.processing import read_stop_ids
 from reverie_jax.models.checkpoints.sisters import (
     ARCHITECTURE_KEY,
     BLIP2_UNUSED,
-    EVA_UNUSED,
     minigpt4_config,
     sister_config,
     with_stored_sizes,
@@ -97,16 +98,7 @@ def resolve_checkpoint(source: ComponentLike, components: Sequence[ComponentLike
         return ResolvedCheckpoint(main.path, config, _without_tied_head(main.config_path, config.text, tensors))
     if main.format == "sister":
         _reject_unused(others, main)
-        config = sister_config(main.config_path, main.config)
-        weights = _weights(main)
-        if config.system == "muffin" and ARCHITECTURE_KEY not in main.config:
-            config = with_stored_sizes(main.path, config, weights.stored)
-        tensors = {
-            sister_name(name, config.system, canonical=True): (weights, name)
-            for name in weights.stored
-            if not IGNORED.search(name)
-        }
-        return ResolvedCheckpoint(main.path, config, tensors)
+        return _resolve_sister(main)
     if any(part.format in ("eva", "blip2") for part in (main, *others)):
         return _resolve_minigpt4(main, others)
     tower = _single(others, ("clip",))
@@ -134,6 +126,16 @@ def resolve_checkpoint(source: ComponentLike, components: Sequence[ComponentLike
     return _resolve_original(main, base, tower, main)
 
 
+def _resolve_sister(main: Component) -> ResolvedCheckpoint:
+    """Return a complete MiniGPT-4, mPLUG-Owl or Muffin."""
+    config, weights = sister_config(main.config_path, main.config), _weights(main)
+    if config.system == "muffin" and ARCHITECTURE_KEY not in main.config:
+        config = with_stored_sizes(main.path, config, weights.stored)
+    tensors: dict[str, tuple[Tensors, str]] = {}
+    _collect(tensors, weights, functools.partial(sister_name, system=config.system, canonical=True))
+    return ResolvedCheckpoint(main.path, config, tensors)
+
+
 def _resolve_minigpt4(main: Component, others: Sequence[Component]) -> ResolvedCheckpoint:
     """Return a MiniGPT-4 that is given as its sources: EVA-CLIP, BLIP-2's file, a language model and a projector."""
     everything = [main, *others]
@@ -144,19 +146,13 @@ def _resolve_minigpt4(main: Component, others: Sequence[Component]) -> ResolvedC
         if part is None:
             raise CheckpointError(f"{main}; of a MiniGPT-4, {DESCRIPTIONS[format]} is missing: add it as a component")
     eva, blip2, llm, projector = (part for part in found if part is not None)
-    tower, bridge, head = map(_weights, (eva, blip2, projector))
+    tower, bridge = _weights(eva), _weights(blip2)
     text = text_config(llm.config_path, llm.config, llm.config["model_type"])
-    config, last = minigpt4_config((eva.path, blip2.path), tower.stored, bridge.stored, text)
+    config, eva_unused = minigpt4_config((eva.path, blip2.path), tower.stored, bridge.stored, text)
     tensors = _canonical_tensors(llm)
-    tensors |= {
-        f"visual_encoder.{name}": (tower, name)
-        for name in tower.stored
-        if not EVA_UNUSED.match(name) and not last.match(name)
-    }
-    tensors |= {
-        name: (bridge, name) for name in bridge.stored if not BLIP2_UNUSED.match(name) and not IGNORED.search(name)
-    }
-    tensors |= {name: (head, name) for name in head.stored if not IGNORED.search(name)}
+    _collect(tensors, tower, lambda name: f"visual_encoder.{name}", eva_unused)
+    _collect(tensors, bridge, str, BLIP2_UNUSED)
+    _collect(tensors, _weights(projector), str)
     config = dataclasses.replace(config, stop_ids=read_stop_ids(llm.path, llm.config))
     return ResolvedCheckpoint(projector.path, config, _without_tied_head(llm.config_path, text, tensors))
 
@@ -274,21 +270,35 @@ def _canonical_tensors(component: Component) -> dict[str, tuple[Tensors, str]]:
     weights = _weights(component)
     own_projector = component.format in ("projector", "llava-lora")
     tensors: dict[str, tuple[Tensors, str]] = {}
-    for stored in weights.stored:
-        unused = component.format == "clip" and CLIP_UNUSED.match(stored)
-        if unused or IGNORED.search(stored) or POOLING_HEAD.search(stored):
-            continue
-        name = canonical_projector_name(stored) if own_projector else canonical_name(stored)
-        if name in tensors:
-            file = weights.stored[stored].file
-            raise CheckpointError(f"{file}: duplicate tensor {name}, stored as {tensors[name][1]} and as {stored}")
-        tensors[name] = weights, stored
+    rename = canonical_projector_name if own_projector else canonical_name
+    _collect(tensors, weights, rename, CLIP_UNUSED if component.format == "clip" else None)
     expected = {"clip": _TOWER, "llm": "language_model.", "projector": _PROJECTOR, "llava-lora": _PROJECTOR}
     if unexpected := [name for name in tensors if not name.startswith(expected.get(component.format, ""))]:
         raise CheckpointError(
             f"{component} with {len(unexpected)} tensor(s) that do not belong to one: {tensors[unexpected[0]][1]}, …"
         )
     return tensors
+
+
+def _collect(
+    tensors: dict[str, tuple[Tensors, str]],
+    weights: Tensors,
+    rename: Callable[[str], str],
+    unused: re.Pattern[str] | None = None,
+) -> None:
+    """Add the tensors of some files under their canonical names, without those that a named rule ignores.
+
+    Raises:
+        CheckpointError: Two tensors are one parameter.
+    """
+    for stored in weights.stored:
+        if (unused is not None and unused.match(stored)) or IGNORED.search(stored) or POOLING_HEAD.search(stored):
+            continue
+        name = rename(stored)
+        if name in tensors:
+            file = weights.stored[stored].file
+            raise CheckpointError(f"{file}: duplicate tensor {name}, stored as {tensors[name][1]} and as {stored}")
+        tensors[name] = weights, stored
 
 
 def _without_projector(tensors: dict[str, tuple[Tensors, str]]) -> dict[str, tuple[Tensors, str]]:

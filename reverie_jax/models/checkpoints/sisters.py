@@ -26,9 +26,6 @@ ARCHITECTURE_KEY = "reverie_architecture"
 _EVA_HEAD, _BERT_HEAD, _BEIT3_HEAD = 88, 64, 64
 """Widths of heads, which no file says."""
 
-EVA_UNUSED = re.compile(r"^(norm|fc_norm|head)\.")
-"""Tensors of EVA-CLIP's file above its last layer, which is not used either (`minigpt4_config`)."""
-
 BLIP2_UNUSED = re.compile(
     r"^(t5_proj|opt_proj|vision_proj|text_proj|itm_head|visual_encoder|Qformer\.cls)\.|^temp$"
     r"|^Qformer\.bert\.embeddings\.(word_embeddings|position_embeddings)\."
@@ -165,7 +162,7 @@ def _count(tensors: Mapping[str, Stored], pattern: str) -> int:
 def minigpt4_config(
     paths: tuple[Path, Path], eva: Mapping[str, Stored], blip2: Mapping[str, Stored], text: TextConfig
 ) -> tuple[VLMConfig, re.Pattern[str]]:
-    """Return the architecture of a MiniGPT-4 that is given as its sources, and the names of EVA-CLIP's last layer.
+    """Return the architecture of a MiniGPT-4 that is given as its sources, and the names that EVA-CLIP's file has more.
 
     Sizes are the tensors'; what shapes do not tell is as published: widths of heads, epsilons, and that EVA-CLIP's last
     layer is left out.
@@ -204,7 +201,9 @@ def minigpt4_config(
     )
     check_divisible(paths[0], width, vision.heads, "EVA-CLIP's width", "its number of heads")
     check_divisible(paths[1], inner, max(1, inner // _BERT_HEAD), "the Q-Former's width", "its number of heads")
-    return dataclasses.replace(known, vision=vision, text=text), re.compile(rf"^blocks\.{blocks - 1}\.")
+    return dataclasses.replace(known, vision=vision, text=text), re.compile(
+        rf"^(blocks\.{blocks - 1}|norm|fc_norm|head)\."
+    )
 
 
 def sister_json(config: VLMConfig, dtype: str, special_ids: Json) -> Json:

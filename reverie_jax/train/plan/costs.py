@@ -13,8 +13,8 @@ from reverie_jax.train.recipe import Recipe
 
 FLOPS_FORMULA = (
     "decoder: (4 N + 6 N_lora) per token, 6 N for what is trained, two of a layer's experts; head: the same per "
-    "supervised token; attention: 6 L H d per layer and token; projector: 6 N, minus 2 N of its first layer; tower, "
-    "forward only: 2 N + 4 P H d per layer and patch"
+    "supervised token; attention: 6 L H d per layer and token; projector: 6 N, minus 2 N of its first layer; tower and "
+    "resampler, forward only: 2 N + 4 P H d per layer and token, thrice that where they are trained"
 )
 EDGE_CHUNK = 512
 """Supervised tokens of a sequence whose logits exist at the same time (`objective.edge_loss`)."""
@@ -33,7 +33,8 @@ class Sizes:
         head: LM head.
         projector: of each projector layer.
         patch: patch embedding of the tower.
-        tower: of the tower's layers up to the feature layer.
+        tower: of the tower's layers up to the feature layer, as far as one token uses them.
+        resampler: of the resampler's layers, each times the tokens of an image that pass it.
     """
 
     layers: int
@@ -45,6 +46,7 @@ class Sizes:
     projector: tuple[int, ...]
     patch: int
     tower: int
+    resampler: int
 
     @classmethod
     def of(cls, model: VisionLanguageModel) -> Sizes:
@@ -55,10 +57,18 @@ class Sizes:
             for path, layer in layers.items()
         }
         factors = [(math.prod(a.shape) + math.prod(b.shape), layer.experts) for _, layer, a, b in lora.adapters(model)]
-        config = model.config
+        config, vision = model.config, model.config.vision
 
         def total(prefix: str) -> int:
             return sum(size for path, size in kernels.items() if path.startswith(prefix))
+
+        def read(path: str) -> int:
+            """Return how many tokens pass a layer of the resampler: keys and values are the tower's, its own, or both."""
+            assert vision.resampler is not None
+            queries, is_abstractor = vision.resampler.queries, vision.resampler.kind == "abstractor"
+            if not path.endswith((".key", ".value")):
+                return queries
+            return vision.tokens + queries if is_abstractor else vision.tokens if ".cross." in path else queries
 
         experts = sum(size for path, size in kernels.items() if layers[path].experts)
         return cls(
@@ -70,7 +80,10 @@ class Sizes:
             head=total("decoder.head") or config.text.vocab * config.text.hidden,
             projector=tuple(size for path, size in sorted(kernels.items()) if path.startswith("projector.")),
             patch=total("vision.patch"),
-            tower=total("vision.layers.") * max(config.feature_depths) // config.vision.layers,
+            tower=total("vision.layers.")
+            * max(config.feature_depths)
+            // (vision.layers * (2 if vision.queries else 1)),
+            resampler=sum(size * read(path) for path, size in kernels.items() if path.startswith("vision.resampler.")),
         )
 
 
@@ -104,20 +117,36 @@ def model_flops(
         edges: supervised tokens.
         images: through tower and projector.
     """
-    text, vision = config.text, config.vision
-    linear = 6 if recipe.trainable == "full" else 4
+    text = config.text
+    linear = 6 if recipe.trainable in ("full", "all") else 4
     attention = 12 * pairs * text.heads * text.head_dim * text.layers
     count = text.experts.count if text.experts else 2  # a token passes two of them
-    linear_mlp = 6 if recipe.trainable in ("full", "mlp") else 4
+    linear_mlp = 6 if recipe.trainable == "mlp" else linear
     weights = linear * (sizes.layers - sizes.mlps) + linear_mlp * (sizes.mlps + sizes.experts * 2 // count)
     adapters = sizes.adapters - sizes.expert_adapters + sizes.expert_adapters * 2 // count
     decoder = (weights + 6 * adapters) * tokens + attention
+    return decoder + linear * sizes.head * edges + images * _image_flops(config, sizes, recipe)
+
+
+def _image_flops(config: VLMConfig, sizes: Sizes, recipe: Recipe) -> int:
+    """Return the model FLOPs of tower, resampler and projector for one image."""
+    vision, is_trained = config.vision, recipe.trainable == "all"
+    weights = queries = 6 if is_trained else 2
+    if is_trained and recipe.freeze_image_experts:
+        weights = 4  # of the image's tokens: gradients for what they are computed from, not for the weights
     first, *rest = sizes.projector
-    projector = images * config.image_tokens * (4 * first + 6 * sum(rest))
-    tower_tokens = vision.tokens
-    per_token = 2 * sizes.tower + 4 * tower_tokens * vision.hidden * max(config.feature_depths)
-    tower = 2 * sizes.patch * vision.patches + per_token * tower_tokens
-    return decoder + linear * sizes.head * edges + projector + images * tower
+    projector = config.features * (2 if recipe.trainable == "adapters" else 6) * (first + sum(rest))
+    if recipe.trainable != "adapters" and not is_trained:
+        projector -= config.features * 2 * first  # the tower needs no gradient
+    patch = (2 if weights < 6 else 4) * sizes.patch * vision.patches  # pixels need none
+    pairs = (vision.tokens + vision.queries) ** 2 * vision.hidden * max(config.feature_depths)
+    if (resampler := vision.resampler) is not None:
+        own, tower = resampler.queries**2, resampler.queries * vision.tokens
+        per_layer = own + tower // 2 if resampler.kind == "qformer" else own + tower
+        pairs += per_layer * resampler.hidden * resampler.layers
+    attention = (12 if is_trained else 4) * pairs
+    tower = (weights * vision.tokens + queries * vision.queries) * sizes.tower
+    return projector + patch + attention + tower + queries * sizes.resampler
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,11 +154,11 @@ class Activations:
     """Bytes on one chip in addition to parameters and optimizer state.
 
     Attributes:
-        saved: input of every decoder layer, kept for the backward pass.
+        saved: input of every decoder layer, kept for the backward pass, and of every tower layer where the tower is trained.
         layer: intermediates of one decoder layer and their gradients, while it is recomputed.
         scores: attention scores of one layer on GPUs and CPUs, for the queries computed together: 2.5 float32 maps.
         logits: logits of one chunk of supervised tokens, their softmax and gradient, and the gathered head.
-        tower: one layer of the vision tower.
+        tower: one layer of the vision tower, and its gradients where it is trained.
         gathered: weights of two layers, one in use and one being gathered.
         gradients: of the trained parameters; twice with micro-batches.
     """
@@ -181,14 +210,16 @@ def activations(
     queries = QUERY_CHUNK
     gathered_layer = (sizes.layers + sizes.experts) // text.layers * width // tensor
     is_gathered = mesh["fsdp"] > 1
-    patches, floats = batch * shape.images * vision.tokens, 4
+    image_tokens, floats = vision.tokens + vision.queries, 4
+    patches, is_trained = batch * shape.images * image_tokens, recipe.trainable == "all"
     tower = patches * (4 * vision.hidden + vision.mlp // tensor) * width
+    tower += 2 * patches * image_tokens * vision.heads // tensor * floats
     return Activations(
-        saved=(text.layers + 1) * tokens * text.hidden * width,
+        saved=((text.layers + 1) * tokens * text.hidden + is_trained * vision.layers * patches * vision.hidden) * width,
         layer=2 * tokens * intermediates * width,
         scores=int(2.5 * batch * queries * shape.length * text.heads // tensor * floats),
         logits=3 * chunk * text.vocab // tensor * floats + is_gathered * sizes.head * width // tensor,
-        tower=tower + 2 * patches * vision.tokens * vision.heads // tensor * floats,
+        tower=tower * (1 + is_trained),
         gathered=2 * gathered_layer if is_gathered else 0,
         gradients=trained * (1 if recipe.gradient_accumulation_steps == 1 else 2),
     )
