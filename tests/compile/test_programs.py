@@ -54,6 +54,8 @@ STEPS = {
     ("reverie-1.5-7b-lora", "rtx4090:1", (1, 2048), "nf4"): 11.0,
     ("llava-1.5-7b-full", "h100:8", (8, 2048), None): 14.9,
     ("moe-reverie-1.6bx4", "h100:1", (8, 4096), None): 54.7,
+    ("lrv-minigpt4", "h100:1", (1, 512), None): 15.1,
+    ("rlhfv-muffin-script", "h100:8", (8, 2048), None): 28.6,
     ("reverie-1.5-7b-lora", "v5e:2x4", (8, 2048), None): 4.71,
     ("moe-reverie-1.6bx4", "v5e:2x4", (8, 4096), None): 8.47,
 }
