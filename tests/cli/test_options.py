@@ -34,7 +34,7 @@ DIFFERENT = {
     "mesh": "`plan` uses all chips by default",
     "dtype": "`convert` keeps what is stored by default",
 }
-OPTION = r"^\W+--(?:no-)?([a-z][a-z-]+)(?: (\S.*?))?(?:  +|\W*\n\W+)(\S.*?)\W*$"
+OPTION = r"^\W+--(?:no-(?!repeat))?([a-z][a-z-]+)(?: (\S.*?))?(?:  +|\W*\n\W+)(\S.*?)\W*$"  # --no-repeat-ngram negates nothing
 SCRIPT = """
 import contextlib, io, json, sys
 from reverie_jax import cli
