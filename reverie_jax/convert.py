@@ -21,7 +21,7 @@ from reverie_jax.data.processor import Processor
 from reverie_jax.data.templates import to_jinja
 from reverie_jax.data.tokenization import Encoder, load_tokenizer
 from reverie_jax.data.tokenizer_files import SENTENCEPIECE, copy_tokenizer
-from reverie_jax.errors import UserError
+from reverie_jax.errors import CheckpointError, UserError
 from reverie_jax.files import write_json
 from reverie_jax.loading import (
     Components,
@@ -112,8 +112,7 @@ def convert(
     with new_folder(dst) as folder:
         main, *others = detect_components(src, components)
         model = read_base(main, others, adapter=adapter, dtype=dtype)
-        if image_size is not None:
-            _resize_images(model, image_size, to)
+        _check_format(model.config, to, image_size)
         processor = set_processor(model, main, others, adapter, template)
         source = _describe_source(model, str(src), main, [str(part) for part in as_list(components)], adapter)
         if adapter is not None:
@@ -123,6 +122,8 @@ def convert(
             _write_adapter(model, folder, to, source, processor.encoder.tokenizer)
         else:
             lora.merge(model)
+            if image_size is not None:
+                _resize_images(model, image_size)
             if any(tunes_tower(part.config) for part in (main, *others)):  # the named repository has other weights
                 model.config = dataclasses.replace(model.config, vision_tower="")
             keeps_template = template is None and main.format == "llava-hf" and not _changes_prompt(adapter)
@@ -136,9 +137,24 @@ def convert(
     return dst
 
 
-def _resize_images(model: VisionLanguageModel, size: int, to: str) -> None:
-    if to in ("peft", "llava-lora"):
-        raise UserError(f"--image-size {size}: {to} has no tower; write a complete model")
+def _check_format(config: VLMConfig, to: str, image_size: int | None) -> None:
+    """Check that a format supports a system, and an image size.
+
+    Raises:
+        CheckpointError: It does not support the system.
+        UserError: It has no tower whose images could be of another size.
+    """
+    if to in ("llava-hf", "llava", "llava-lora"):
+        write.check_llava(config, to)
+    if to == "original" and config.system == "llava":
+        raise CheckpointError(
+            "original is the format of MiniGPT-4, mPLUG-Owl and Muffin; write llava, llava-hf or orbax"
+        )
+    if image_size is not None and to in ("peft", "llava-lora"):
+        raise UserError(f"--image-size {image_size}: {to} has no tower; write a complete model")
+
+
+def _resize_images(model: VisionLanguageModel, size: int) -> None:
     try:
         resize_images(model, size)
     except ValueError as error:
@@ -229,7 +245,7 @@ def _write_model(
             *_differing(prompts, _prompts(encoder), "original LLaVA"),
         ]
     elif to == "original":
-        write.write_sister(model, folder, shard_bytes=shard_bytes, special_ids=ids)
+        write.write_original(model, folder, shard_bytes=shard_bytes, special_ids=ids)
     else:
         orbax.write_model(model, folder)
     if to != "llava-hf":
@@ -376,7 +392,7 @@ _USAGE = {
     "llava": 'original LLaVA\'s `load_pretrained_model("{name}", None, …)`.',
     "peft": '`PeftModel.from_pretrained(base, "{name}")` on `LlavaForConditionalGeneration`.',
     "llava-lora": 'original LLaVA\'s `load_pretrained_model("{name}", base, …)`; its name must contain llava and lora.',
-    "original": "its authors' code: names and shapes are theirs, the files are safetensors.",
+    "original": "its authors' code: names and shapes are theirs; MiniGPT-4's code reads four files instead.",
     "orbax": "reverie-jax only.",
 }
 
@@ -404,6 +420,9 @@ def _write_readme(folder: Path, model: VisionLanguageModel, to: str, source: Con
     else:
         table["dtype"] = np.dtype(model.compute_dtype).name
     lines = [f"# {'LoRA adapters' if factors else 'Model'} ({to})", ""]
-    lines += [f"Loads with {_USAGE[to].format(name='path/to/this/folder')}", ""]
+    usage = _USAGE[to].format(name="path/to/this/folder")
+    if to == "peft" and config.system != "llava":
+        usage = usage.replace("`LlavaForConditionalGeneration`", "its authors' class")
+    lines += [f"Loads with {usage}", ""]
     lines += ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in table.items()), ""]
     (folder / "README.md").write_text("\n".join(lines), "utf-8")

@@ -55,7 +55,7 @@ Components = Annotated[
     UseAppendAction[tuple[str, ...]],
     arg(
         metavar="MODEL",
-        help="Checkpoint of a part that the model lacks: language model or vision tower. Repeat for each part.",
+        help="Checkpoint of a part that the model lacks: language model, vision tower, … Repeat for each part.",
         help_behavior_hint="",
     ),
 ]

@@ -51,8 +51,7 @@ class Eval:
     """Maximum sequence length, in tokens; an image whose questions do not fit takes several sequences."""
     protocol: common.Protocol = ""
     max_new_tokens: common.MaxNewTokens = None
-    """Maximum length of an answer, in tokens; never more than the benchmark's own limit, which is the default, unless a protocol
-    is given."""
+    """Maximum length of an answer, in tokens; without a protocol never more than the benchmark's own limit, the default."""
     beams: Annotated[int | None, common.N] = None
     """Number of beams; the benchmark's if omitted (3 for Object HalBench, 1 for others)."""
     temperature: Annotated[float | None, common.NUMBER] = None

@@ -34,7 +34,8 @@ DIFFERENT = {
     "mesh": "`plan` uses all chips by default",
     "dtype": "`convert` keeps what is stored by default",
 }
-OPTION = r"^\W+--(?:no-(?!repeat))?([a-z][a-z-]+)(?: (\S.*?))?(?:  +|\W*\n\W+)(\S.*?)\W*$"  # --no-repeat-ngram negates nothing
+# --no-repeat-ngram negates nothing.
+OPTION = r"^\W+--(?:no-(?!repeat))?([a-z][a-z-]+)(?: (\S.*?))?(?:  +|\W*\n\W+)(\S.*?)\W*$"
 SCRIPT = """
 import contextlib, io, json, sys
 from reverie_jax import cli

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +17,17 @@ from flax import nnx
 from reverie_jax.errors import CheckpointError
 from reverie_jax.models import ModelInputs, VisionLanguageModel
 from reverie_jax.models.architectures import ARCHITECTURES
-from reverie_jax.models.checkpoints import read_config, read_model
-from reverie_jax.models.checkpoints.write import write_sister
+from reverie_jax.models.checkpoints import base_checksums, orbax, read_config, read_model, write_adapters
+from reverie_jax.models.checkpoints.adapters import attach_adapter
+from reverie_jax.models.checkpoints.write import write_model, write_original
 from reverie_jax.models.decoder import KV
 from reverie_jax.models.image_size import resize_images
+from reverie_jax.models.lora import adapters, attach
+from reverie_jax.models.sharding import make_mesh
 from reverie_jax.models.vision import normalize
 from tests.models import makers, sisters_files
 from tests.models import sisters_oracle as oracle
-from tests.models.oracle import Sizes, assert_close, assert_same, image_inputs, logits
+from tests.models.oracle import Sizes, assert_close, assert_same, flat, image_inputs, logits
 
 SYSTEMS = tuple(oracle.SYSTEMS)
 STEPS = 24
@@ -106,16 +111,111 @@ def test_features_logits_and_greedy_tokens(name, seed, models):
 def test_original_names_and_bits(name, models, tmp_path):
     """What is written has the oracle's names, shapes and bits, and is read back as the same model."""
     ours, theirs = models(name)
-    write_sister(ours, tmp_path / "out", shard_bytes=20_000)
+    write_original(ours, tmp_path / "out", shard_bytes=20_000)
     tensors = {key: x for file in (tmp_path / "out").glob("*.safetensors") for key, x in makers.load(file).items()}
     wanted = theirs.state_dict()
     assert tensors.keys() == wanted.keys()
     assert all(torch.equal(tensors[key], wanted[key]) for key in wanted)
-    assert_same(read_model(tmp_path / "out"), ours)
-    if name != "minigpt4":  # what its authors' class reads, without what is ours
-        makers.edit_json(tmp_path / "out" / "config.json", reverie_architecture=None)
-        again, ignored = read_config(tmp_path / "out"), {"stop_ids": (), "vision_tower": ""}
-        assert dataclasses.replace(again, **ignored) == dataclasses.replace(ours.config, **ignored)
+    again = read_model(tmp_path / "out")
+    again.config = dataclasses.replace(again.config, stop_ids=ours.config.stop_ids)  # LLaMA's by default
+    assert_same(again, ours)
+    orbax.write_model(ours, tmp_path / "orbax")
+    assert_same(read_model(tmp_path / "orbax"), ours)
+    settings = {"reverie_template": "muffin_reference", "reverie_image_aspect": "pad"}
+    makers.edit_json(tmp_path / "out" / "config.json", **settings)
+    config = read_config(tmp_path / "out")
+    assert (config.template, config.image_aspect_ratio) == tuple(settings.values())
+    makers.assert_refused(lambda: write_model(ours, tmp_path / "hf"), "llava-hf")
+
+
+@pytest.mark.parametrize("axes", [(1, 1, 1), (1, 2, 2)])
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_files_are_read_onto_a_mesh(name, axes, models, tmp_path):
+    ours, theirs = models(name)
+    path, components = write(name, theirs, tmp_path / "x")
+    sharded = read_model(path, components=components, dtype=jnp.float32, mesh=make_mesh(*axes))
+    assert_same(sharded, ours)
+
+
+@pytest.mark.parametrize("with_projector", [False, True])
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_peft_adapters(name, with_projector, models, tmp_path):
+    """What is written has names and targets of the modules in the oracle's class, and is read back bit for bit."""
+    base, theirs = models(name)
+    model = nnx.clone(base)
+    attach(model, rank=2, alpha=4.0, targets=r"decoder\.layers\.(query|down)")
+    for _, layer, _, b in adapters(model):
+        b.set_value(0.1 * jax.random.normal(jax.random.key(layer.inputs), b.shape))
+    if with_projector:
+        model.projector.linear1.kernel.set_value(model.projector.linear1.kernel[...] + 1)
+
+    def export():
+        tmp_path.joinpath("adapter").mkdir(exist_ok=True)
+        write_adapters.write_peft(model, tmp_path / "adapter", base_model="x", projector=with_projector)
+
+    if name == "mplug-owl" and with_projector:
+        makers.assert_refused(export, "vit_eos")
+        return
+    export()
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    modules = [module for module, _ in theirs.named_modules() if re.fullmatch(settings["target_modules"], module)]
+    assert len(modules) == 2 * base.config.text.layers
+    saved = settings["modules_to_save"] or []
+    assert len(saved) == with_projector
+    assert all(any(module.endswith(end) for module, _ in theirs.named_modules()) for end in saved)
+    again = nnx.clone(base)
+    attach_adapter(again, tmp_path / "adapter")
+    for (path, a), (_, b) in zip(sorted(flat(again).items()), sorted(flat(model).items()), strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=path)
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_checksums_cover_every_part(name, models):
+    """An adapter is refused on a base with another tower, resampler or projector."""
+    ours, _ = models(name)
+    other = nnx.clone(models(name, 1)[0])
+    parts = {"vision.layers", "vision.resampler", "vision.queries", "projector.linear1", "projector.token"}
+    for part in sorted(parts):
+        changed, pieces = nnx.clone(ours), part.split(".")
+        outer = getattr(changed, pieces[0])
+        if getattr(outer, pieces[1], None) is not None:
+            setattr(outer, pieces[1], getattr(getattr(other, pieces[0]), pieces[1]))
+            assert base_checksums(changed)[pieces[0]] != base_checksums(ours)[pieces[0]], part
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_files_without_their_last_layers(name, models, tmp_path, monkeypatch):
+    """Where the width is the published one, a file that lacks layers is refused though its shapes fit."""
+    ours, theirs = models(name)
+    path, components = write(name, theirs, tmp_path / "x")
+    published = next(key for key in ARCHITECTURES if key.startswith(name))
+    monkeypatch.setitem(ARCHITECTURES, published, ours.config)
+    assert read_config(path, components=components).vision == ours.config.vision
+    deeper = dataclasses.replace(ours.config.vision, layers=ours.config.vision.layers + 1)
+    known = dataclasses.replace(ours.config, vision=deeper)
+    monkeypatch.setitem(ARCHITECTURES, published, known)
+    if name != "mplug-owl":  # its config.json says how many
+        makers.assert_refused(lambda: read_config(path, components=components), "layers")
+
+
+def test_whole_files_of_muffin_and_eva(models, tmp_path):
+    """BEiT-3's parts that Muffin does not use are ignored; EVA-CLIP without head and norm has no block too many."""
+    ours, theirs = models("muffin")
+    sisters_files.muffin_folder(tmp_path / "muffin", theirs, whole=True)
+    assert_same(read_model(tmp_path / "muffin", dtype=jnp.float32), ours)
+    ours, theirs = models("minigpt4")
+    path, (eva, *others) = write("minigpt4", theirs, tmp_path / "x")
+    makers.save(eva, {key: x.half() for key, x in theirs.visual_encoder.state_dict().items()})
+    assert_same(read_model(path, components=(eva, *others), dtype=jnp.float32), ours)
+
+
+def test_differences_are_told_from_weights(models, tmp_path):
+    _, theirs = models("minigpt4")
+    path, (eva, blip2, vicuna) = write("minigpt4", theirs, tmp_path / "x")
+    delta = sisters_files.delta_folders(tmp_path, theirs.language)
+    read_config(path, components=[eva, blip2, f"{delta.base}+{delta.delta}"])
+    for wrong in (delta.delta, f"{delta.base}+{vicuna}"):
+        makers.assert_refused(lambda wrong=wrong: read_config(path, components=[eva, blip2, str(wrong)]), "LLAMA+DELTA")
 
 
 @pytest.mark.parametrize("side", [32, 64, 80])

@@ -47,8 +47,8 @@ LRV_RANK, LRV_ALPHA, LRV_TARGETS = 8, 32, r".*language_model.*\.(q_proj|v_proj)"
 Names = str | tuple[str, ...]
 """Modules of a model: a regular expression of their whole dotted names, or ends of these names."""
 
-_SAVED = re.compile(r"(model\.)?multi_modal_projector(\.linear_[12])?|linear_[12]")
-"""Names in `modules_to_save` that are the projector or a layer of it, and nothing else of a LLaVA."""
+_SAVED = re.compile(r"(model\.)?multi_modal_projector(\.linear_[12])?|linear_[12]|llama_proj|(model\.)?mm_projector")
+"""Names in `modules_to_save` that are the projector or a layer of it, and nothing else of a model."""
 
 
 @dataclasses.dataclass(frozen=True)

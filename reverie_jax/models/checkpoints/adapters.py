@@ -56,7 +56,6 @@ _IN_LAYERS = re.compile(r"\b(layers|h)\.\d+\..+")
 """A module's name from its layer's list on: what precedes that depends on the format and on transformers' version."""
 _PLAIN = re.compile(r"^(base_model\.model\.)?model\.layers\.")
 """Names of a plain language model, and of original LLaVA's class; transformers' LLaVA has other ones."""
-_SAVED_PROJECTOR = re.compile(r"^base_model\.model\.(?P<name>.*multi_modal_projector\..+)$")
 
 Stack = list[dict[str, str]]
 """Stored names of an adapter's tensors, by side (A, B, magnitude_vector), for each layer of a stack."""
@@ -111,7 +110,7 @@ def attach_adapter(
     _check_modules(path, factors, model, settings)
     if adapter.format == "llava-lora":
         projector_names = {}  # its projector is in a file of its own
-    elif not frozen and any(map(_PLAIN.match, tensors.stored)):
+    elif not frozen and model.config.system == "llava" and any(map(_PLAIN.match, tensors.stored)):
         _check_lacks_no_projector(path, trained_on)
     whole = projector_variables(model).keys()
     saved = settings.saved_tensors(whole, model.config) if settings.saved or not projector_names else whole
@@ -198,6 +197,7 @@ def _group_tensors(
         CheckpointError: A tensor is unknown or duplicate.
     """
     by_name = {name: (spec, place) for spec in parameter_specs(model.config) for place, name in enumerate(spec.names)}
+    whole = projector_variables(model).keys()
     factors: dict[str, Stack] = {}
     projector: dict[str, str] = {}
     for stored_name, stored in tensors.stored.items():
@@ -214,8 +214,8 @@ def _group_tensors(
             if side in sides:
                 raise CheckpointError(f"{path}: duplicate lora_{side} of {name} ({stored_name})")
             sides[side] = stored_name
-        elif (match := _SAVED_PROJECTOR.match(stored_name)) and canonical_name(match["name"]) in by_name:
-            if (name := canonical_name(match["name"])) in projector:
+        elif (name := _canonical(stored_name.removeprefix("base_model.model."), model.config)) in whole:
+            if name in projector:
                 raise CheckpointError(f"{path}: duplicate tensor {name}")
             projector[name] = stored_name
         else:
@@ -372,7 +372,10 @@ def _check_recorded_base(model: VisionLanguageModel, folder: Path, *, has_projec
     path = folder / METADATA_FILE
     if not path.exists():
         return
-    recorded = read_json(path).get("base")
+    content = read_json(path)
+    if "checksums" in content:  # of a complete model, which a file lies beside
+        return
+    recorded = content.get("base")
     if not isinstance(recorded, dict):
         raise CheckpointError(f"{path}: base must be an object of checksums, not {recorded!r}")
     check_base(base_checksums(model), recorded, str(folder), ignore=("projector",) if has_projector else ())

@@ -19,8 +19,13 @@ _SAMPLED = {
         *("layers.norm1.scale", "layers.out.kernel", "layers.down.kernel", "norm.scale"),
         *(f"expert_layers.{name}" for name in ("norm1.scale", "out.kernel", "down.kernel", "router.kernel")),
     ),
-    "vision": ("cls", "position", "layers.out.kernel", "layers.norm2.scale"),
-    "projector": ("linear1.kernel", "linear1.bias", "linear2.kernel", "linear2.bias"),
+    "vision": (
+        *("cls", "position", "layers.out.kernel", "layers.norm2.scale"),
+        *("queries", "layers.out.image.kernel", "layers.out.query.kernel", "layers.norm2.query.scale"),
+        *("resampler.queries", "resampler.layers.attention.out.kernel", "resampler.layers.down.kernel"),
+        *("resampler.layers.first.cross.out.kernel", "resampler.layers.second.down.kernel"),
+    ),
+    "projector": ("linear1.kernel", "linear1.bias", "linear2.kernel", "linear2.bias", "token"),
 }
 
 

@@ -25,7 +25,7 @@ from reverie_jax.models.checkpoints.sisters import sister_config
 from reverie_jax.models.config import VisionConfig
 
 ComponentFormat = Literal[
-    "llava-hf", "llava", "llava-lora", "projector", "llm", "clip", "peft", "orbax", "sister", "eva", "blip2"
+    "llava-hf", "llava", "llava-lora", "projector", "llm", "clip", "peft", "orbax", "sister", "eva", "blip2", "minigpt4"
 ]
 
 DESCRIPTIONS: dict[ComponentFormat, str] = {
@@ -40,6 +40,7 @@ DESCRIPTIONS: dict[ComponentFormat, str] = {
     "sister": "a MiniGPT-4, mPLUG-Owl or Muffin",
     "eva": "an EVA-CLIP tower",
     "blip2": "a BLIP-2 file, with a Q-Former",
+    "minigpt4": "a MiniGPT-4's projector",
 }
 COMPLETE_MODELS = ("llava-hf", "llava", "orbax", "sister")
 
@@ -129,7 +130,9 @@ def _file_format(path: Path) -> ComponentFormat:
         return "peft"
     if "blocks.0.attn.q_bias" in names:
         return "eva"
-    return "blip2" if "query_tokens" in names else "projector"
+    if "query_tokens" in names:
+        return "blip2"
+    return "minigpt4" if "llama_proj.weight" in names else "projector"
 
 
 def check_config(path: Path, config: dict[str, Any]) -> None:

@@ -204,7 +204,24 @@ def _vision_json(vision: VisionConfig) -> Json:
     }
 
 
-def _reverie_json(config: VLMConfig) -> Json:
+def with_own_settings(path: Path, config: VLMConfig, raw: Json) -> VLMConfig:
+    """Return an architecture with the settings that a config.json has under keys of this project.
+
+    Raises:
+        CheckpointError: One is invalid.
+    """
+    return dataclasses.replace(
+        config,
+        template=str(raw.get("reverie_template", config.template)),
+        tokenization=choice(path, raw, "reverie_tokens", config.tokenization, get_args(Tokenization)),
+        image_aspect_ratio=choice(
+            path, raw, "reverie_image_aspect", config.image_aspect_ratio, get_args(ImageAspectRatio)
+        ),
+        vision_tower=str(raw.get("reverie_vision_tower", config.vision_tower)),
+    )
+
+
+def own_settings(config: VLMConfig) -> Json:
     """Return the settings that travel with a checkpoint under keys of this project."""
     return {
         "reverie_template": config.template,
@@ -245,7 +262,7 @@ def llava_hf_json(config: VLMConfig, dtype: str, special_ids: Json) -> Json:
         "projector_hidden_act": hf_activation(config.projector_activation),
         "tie_word_embeddings": config.text.tied_head,
         "torch_dtype": dtype,
-        **_reverie_json(config),
+        **own_settings(config),
         "vision_config": _vision_json(config.vision),
         "text_config": {"model_type": config.text.family, **text_json(config.text), **special_ids},
     }
@@ -298,7 +315,7 @@ def original_json(config: VLMConfig, dtype: str, special_ids: Json, *, tower_inc
             "image_mean": list(config.vision.mean),
             "image_std": list(config.vision.std),
         },
-        **_reverie_json(config),
+        **own_settings(config),
     }
 
 

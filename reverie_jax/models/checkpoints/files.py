@@ -151,7 +151,7 @@ class _Pickle:
             import torch
         except ModuleNotFoundError:
             raise CheckpointError(
-                f"{path}: reading .bin files needs PyTorch: pip install -e '.[convert]' in the checkout"
+                f"{path}: reading {path.suffix} files needs PyTorch: pip install -e '.[convert]' in the checkout"
             ) from None
         self._torch = torch
         try:

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import pydantic
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
@@ -21,7 +22,6 @@ from orbax.checkpoint import v1 as ocp
 
 from reverie_jax.errors import CheckpointError
 from reverie_jax.files import write_json
-from reverie_jax.models.checkpoints.sisters import read_architecture
 from reverie_jax.models.checkpoints.write import check_merged
 from reverie_jax.models.config import VLMConfig
 from reverie_jax.models.sharding import partition_spec
@@ -98,7 +98,12 @@ def read_config(folder: Path, config: dict[str, Any]) -> VLMConfig:
     Raises:
         CheckpointError: It is invalid.
     """
-    return read_architecture(folder / "config.json", config, "architecture")
+    try:
+        return pydantic.TypeAdapter(VLMConfig).validate_python(config.get("architecture"))
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        raise CheckpointError(f"{folder / 'config.json'}: architecture.{field}: {first['msg']}") from None
 
 
 def read_model(

@@ -149,7 +149,8 @@ def _shardings(variable: nnx.Variable[Any], spec: ParameterSpec, mesh: Mesh | No
         return None, None
     partition = partition_spec(variable.shape, variable.axes, mesh)
     layer = tuple(partition)[len(spec.stack) :]
-    stored = {"same": layer, "linear": layer[::-1], "conv": ()}[spec.layout]
+    leading = (None,) * {"batched": 1, "token": 2}.get(spec.layout, 0)
+    stored = {"linear": layer[::-1], "conv": ()}.get(spec.layout, (*leading, *layer))
     return NamedSharding(mesh, partition), NamedSharding(mesh, PartitionSpec(*stored))
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from reverie_jax.errors import CheckpointError
+from reverie_jax.models.architectures import ARCHITECTURES
 from reverie_jax.models.checkpoints.components import (
     ADAPTER_CONFIG,
     DESCRIPTIONS,
@@ -49,13 +50,7 @@ from reverie_jax.models.checkpoints.names import (
     sister_name,
 )
 from reverie_jax.models.checkpoints.processing import read_stop_ids
-from reverie_jax.models.checkpoints.sisters import (
-    ARCHITECTURE_KEY,
-    BLIP2_UNUSED,
-    minigpt4_config,
-    sister_config,
-    with_stored_sizes,
-)
+from reverie_jax.models.checkpoints.sisters import BLIP2_UNUSED, eva_unused, sister_config, with_stored_sizes
 from reverie_jax.models.checkpoints.specs import EMBEDDING, HEAD, AnyArray
 from reverie_jax.models.config import ProjectorKind, TextConfig, VisionConfig, VLMConfig
 
@@ -99,7 +94,7 @@ def resolve_checkpoint(source: ComponentLike, components: Sequence[ComponentLike
     if main.format == "sister":
         _reject_unused(others, main)
         return _resolve_sister(main)
-    if any(part.format in ("eva", "blip2") for part in (main, *others)):
+    if any(part.format in ("eva", "blip2", "minigpt4") for part in (main, *others)):
         return _resolve_minigpt4(main, others)
     tower = _single(others, ("clip",))
     if main.format == "llava":
@@ -128,32 +123,35 @@ def resolve_checkpoint(source: ComponentLike, components: Sequence[ComponentLike
 
 def _resolve_sister(main: Component) -> ResolvedCheckpoint:
     """Return a complete MiniGPT-4, mPLUG-Owl or Muffin."""
-    config, weights = sister_config(main.config_path, main.config), _weights(main)
-    if config.system == "muffin" and ARCHITECTURE_KEY not in main.config:
-        config = with_stored_sizes(main.path, config, weights.stored)
+    config = sister_config(main.config_path, main.config)
     tensors: dict[str, tuple[Tensors, str]] = {}
-    _collect(tensors, weights, functools.partial(sister_name, system=config.system, canonical=True))
-    return ResolvedCheckpoint(main.path, config, tensors)
+    _collect(tensors, _weights(main), functools.partial(sister_name, system=config.system, canonical=True))
+    return ResolvedCheckpoint(main.path, _sized(main.path, config, tensors), tensors)
+
+
+def _sized(path: Path, config: VLMConfig, tensors: dict[str, tuple[Tensors, str]]) -> VLMConfig:
+    stored = {name: weights.stored[where] for name, (weights, where) in tensors.items()}
+    return with_stored_sizes(path, config, stored)
 
 
 def _resolve_minigpt4(main: Component, others: Sequence[Component]) -> ResolvedCheckpoint:
     """Return a MiniGPT-4 that is given as its sources: EVA-CLIP, BLIP-2's file, a language model and a projector."""
     everything = [main, *others]
-    formats: tuple[ComponentFormat, ...] = ("eva", "blip2", "llm", "projector")
+    formats: tuple[ComponentFormat, ...] = ("eva", "blip2", "llm", "minigpt4")
     found = [_single(everything, (format,)) for format in formats]
     _reject_unused([part for part in everything if part not in found], main)
     for format, part in zip(formats, found, strict=True):
         if part is None:
             raise CheckpointError(f"{main}; of a MiniGPT-4, {DESCRIPTIONS[format]} is missing: add it as a component")
     eva, blip2, llm, projector = (part for part in found if part is not None)
-    tower, bridge = _weights(eva), _weights(blip2)
+    tower = _weights(eva)
     text = text_config(llm.config_path, llm.config, llm.config["model_type"])
-    config, eva_unused = minigpt4_config((eva.path, blip2.path), tower.stored, bridge.stored, text)
     tensors = _canonical_tensors(llm)
-    _collect(tensors, tower, lambda name: f"visual_encoder.{name}", eva_unused)
-    _collect(tensors, bridge, str, BLIP2_UNUSED)
+    _collect(tensors, tower, lambda name: f"visual_encoder.{name}", eva_unused(tower.stored))
+    _collect(tensors, _weights(blip2), str, BLIP2_UNUSED)
     _collect(tensors, _weights(projector), str)
-    config = dataclasses.replace(config, stop_ids=read_stop_ids(llm.path, llm.config))
+    # Vicuna v0's eos_token_id is wrong, as Muffin's.
+    config = _sized(projector.path, dataclasses.replace(ARCHITECTURES["minigpt4-7b"], text=text), tensors)
     return ResolvedCheckpoint(projector.path, config, _without_tied_head(llm.config_path, text, tensors))
 
 
@@ -246,8 +244,33 @@ def stored_dtype(checkpoint: ResolvedCheckpoint) -> np.dtype[Any]:
 
 
 def _weights(component: Component) -> Tensors:
-    if component.base is not None:
-        return SummedTensors(_weights(component.base), _weights(dataclasses.replace(component, base=None)))
+    """Return a component's tensors, or their sum with those that they are differences from.
+
+    Raises:
+        CheckpointError: There are none, or they are differences where they should not be, or the other way round.
+    """
+    if component.base is None:
+        weights = _stored_weights(component)
+        _check_differences(component, weights, wanted=False)
+        return weights
+    delta = _stored_weights(component)
+    _check_differences(component, delta, wanted=True)
+    return SummedTensors(_weights(component.base), delta)
+
+
+def _check_differences(component: Component, weights: Tensors, *, wanted: bool) -> None:
+    """Check by a tensor that is the same in every model, where there is one, that weights are differences or are not."""
+    name = next((name for name in weights.stored if name.endswith("rotary_emb.inv_freq")), None)
+    if name is None:
+        return
+    arrays: list[AnyArray] = []
+    weights.read_all(lambda _, array: arrays.append(array), {name})
+    if arrays[0].any() == wanted:
+        fault = "no differences" if wanted else "differences from another model's"
+        raise CheckpointError(f"{component}, but its weights are {fault} (by {name}); write LLAMA+DELTA")
+
+
+def _stored_weights(component: Component) -> Tensors:
     if component.path.is_file():
         return Tensors([component.path])
     if component.format == "projector":

@@ -21,11 +21,11 @@ from reverie_jax.models.checkpoints.files import is_finite
 from reverie_jax.models.checkpoints.names import family_name, original_name
 from reverie_jax.models.checkpoints.sisters import sister_json
 from reverie_jax.models.checkpoints.specs import AnyArray, ParameterSpec, parameter_specs, to_file_layout
+from reverie_jax.models.config import VLMConfig
 from reverie_jax.models.lora import assign
 from reverie_jax.models.vlm import VisionLanguageModel
 
 SHARD_BYTES = 5_000_000_000
-_SYSTEMS = "MiniGPT-4, mPLUG-Owl and Muffin"
 _LLAMA_SPECIAL_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 
@@ -50,15 +50,15 @@ def write_model(
         CheckpointError: The format does not support the model (linear projector, unmerged adapters).
     """
     config = model.config
+    check_llava(config, "llava-hf")
     for lacking, what in (
-        (config.system != "llava", _SYSTEMS),
         (config.projector != "mlp2x_gelu", "linear projectors"),
         (config.text.experts is not None, "experts"),
         (config.text.family == "qwen", "Qwen-1"),
         (config.text.head_bias, "an LM head with a bias (Phi-2's)"),  # transformers >= 4.52 would drop it
     ):
         if lacking:
-            raise CheckpointError(f"llava-hf does not support {what}; write llava, original or orbax")
+            raise CheckpointError(f"llava-hf does not support {what}; write llava or orbax")
     check_merged(model)
     dtype = np.dtype(model.compute_dtype if dtype is None else dtype)
     folder.mkdir(parents=True, exist_ok=True)
@@ -76,14 +76,16 @@ def write_original(
     shard_bytes: int = SHARD_BYTES,
     special_ids: dict[str, Any] | None = None,
 ) -> None:
-    """Write a folder in original LLaVA's format, vision tower included; arguments and errors as for `write_model`."""
+    """Write a folder in the format of the model's authors, vision tower included: original LLaVA's, or a sister system's.
+
+    Arguments and errors are as for `write_model`.
+    """
     check_merged(model)
     dtype = np.dtype(model.compute_dtype if dtype is None else dtype)
     folder.mkdir(parents=True, exist_ok=True)
     config = model.config
     text = config.text
     for lacking, what in (
-        (config.system != "llava", _SYSTEMS),
         (len(config.feature_layers) > 1, "several feature layers"),
         (config.projector_norm_eps is not None, "a normalization before the projector"),
         (config.projector_activation != "gelu", f"{config.projector_activation} in the projector"),
@@ -91,36 +93,23 @@ def write_original(
         (text.family == "phi" and not text.head_bias, "Phi-2 without a bias of the LM head"),
     ):
         if lacking:
-            raise CheckpointError(f"original LLaVA's format does not support {what}; write llava-hf, original or orbax")
+            raise CheckpointError(f"original LLaVA's format does not support {what}; write llava-hf or orbax")
     names = {spec.path: [original_name(name, config) for name in spec.names] for spec in parameter_specs(config)}
     _write_weights(model, folder, dtype, shard_bytes, names)
-    write_json(folder / "config.json", original_json(model.config, dtype.name, special_ids or _LLAMA_SPECIAL_IDS))
+    describe = original_json if config.system == "llava" else sister_json
+    write_json(folder / "config.json", describe(config, dtype.name, special_ids or _LLAMA_SPECIAL_IDS))
 
 
-def write_sister(
-    model: VisionLanguageModel,
-    folder: Path,
-    *,
-    dtype: DTypeLike | None = None,
-    shard_bytes: int = SHARD_BYTES,
-    special_ids: dict[str, Any] | None = None,
-) -> None:
-    """Write a MiniGPT-4, mPLUG-Owl or Muffin with the names of its authors' code; arguments as for `write_model`.
+def check_llava(config: VLMConfig, format: str) -> None:
+    """Check that a model is not a sister system's.
 
     Raises:
-        CheckpointError: The model is none of these, or has adapters.
+        CheckpointError: It is, and the format supports none.
     """
-    config = model.config
-    if config.system == "llava":
+    if config.system != "llava":
         raise CheckpointError(
-            "original is the format of MiniGPT-4, mPLUG-Owl and Muffin; write llava, llava-hf or orbax"
+            f"{format} does not support MiniGPT-4, mPLUG-Owl and Muffin; write original, orbax or, of adapters, peft"
         )
-    check_merged(model)
-    dtype = np.dtype(model.compute_dtype if dtype is None else dtype)
-    folder.mkdir(parents=True, exist_ok=True)
-    names = {spec.path: [original_name(name, config) for name in spec.names] for spec in parameter_specs(config)}
-    _write_weights(model, folder, dtype, shard_bytes, names)
-    write_json(folder / "config.json", sister_json(config, dtype.name, special_ids or _LLAMA_SPECIAL_IDS))
 
 
 def check_merged(model: VisionLanguageModel) -> None:

@@ -19,6 +19,8 @@ from reverie_jax.models.checkpoints.components import ADAPTER_CONFIG, NON_LORA
 from reverie_jax.models.checkpoints.configs import original_json
 from reverie_jax.models.checkpoints.names import memory_name, original_name
 from reverie_jax.models.checkpoints.specs import AnyArray, parameter_specs, to_file_layout
+from reverie_jax.models.checkpoints.write import check_llava
+from reverie_jax.models.config import VLMConfig
 from reverie_jax.models.vlm import VisionLanguageModel
 
 Strength = tuple[int, float]
@@ -94,10 +96,16 @@ def write_peft(model: VisionLanguageModel, folder: Path, *, base_model: str, pro
     if projector:
         for name, array in _projector_tensors(model).items():
             tensors[f"base_model.model.{memory_name(name, model.config)}"] = array
-    targets = _target_pattern(modules, model.config.text.layers)
-    saved = ["multi_modal_projector"] if projector else None
+        if (token := next((name for name in _projector_tensors(model) if name.endswith("vit_eos")), None)) is not None:
+            raise CheckpointError(
+                f"PEFT's modules_to_save has no place for {token}, which was tuned with the adapters; write original or"
+                " orbax, or train with trainable=adapters"
+            )
+    targets = _target_pattern(modules, model.config)
+    names = [memory_name(name, model.config).rpartition(".")[0] for name in _projector_tensors(model)]
+    saved = ["multi_modal_projector"] if model.config.system == "llava" else sorted(set(names))
     save_file(tensors, folder / ADAPTER_WEIGHTS[0], metadata={"format": "pt"})
-    write_json(folder / ADAPTER_CONFIG, _settings(model, modules, base_model, targets, saved))
+    write_json(folder / ADAPTER_CONFIG, _settings(model, modules, base_model, targets, saved if projector else None))
 
 
 def write_llava_lora(model: VisionLanguageModel, folder: Path, *, base_model: str, special_ids: dict[str, Any]) -> None:
@@ -113,6 +121,7 @@ def write_llava_lora(model: VisionLanguageModel, folder: Path, *, base_model: st
         CheckpointError: The model has no adapter, or one that this format does not support; or PyTorch, which writes the
             projector's file, is not installed.
     """
+    check_llava(model.config, "llava-lora")
     try:
         import torch
     except ModuleNotFoundError:
@@ -183,19 +192,17 @@ def _number(value: float) -> int | float:
     return int(value) if float(value).is_integer() else value
 
 
-def _target_pattern(modules: Iterable[str], depth: int) -> str:
-    """Return `target_modules` for modules of a LLaVA's decoder: a pattern, since the tower has modules of the same names.
-
-    Args:
-        modules: Dotted names.
-        depth: Number of the decoder's layers.
-    """
+def _target_pattern(modules: Iterable[str], config: VLMConfig) -> str:
+    """Return `target_modules` for modules of a decoder, by dotted names: the tower has modules of the same names."""
+    # What precedes it differs between versions of transformers.
+    own = re.escape(memory_name("language_model.model.layers.", config))
+    start = r".*language_model.*\.layers\." if config.system == "llava" else own
     layers: dict[str, list[str]] = {}
     for match in filter(None, (re.search(r"layers\.(\d+)\.(.+)", module) for module in modules)):
         layers.setdefault(re.escape(match[2]), []).append(match[1])
     groups: dict[str, list[str]] = {}
     for name, numbers in layers.items():
-        groups.setdefault(r"\d+" if len(numbers) == depth else f"({'|'.join(numbers)})", []).append(name)
+        groups.setdefault(r"\d+" if len(numbers) == config.text.layers else f"({'|'.join(numbers)})", []).append(name)
     inside = "|".join(rf"{numbers}\.({'|'.join(names)})" for numbers, names in groups.items())
-    pattern = rf".*language_model.*\.layers\.({inside})"
+    pattern = rf"{start}({inside})"
     return rf"({pattern})|(.*\.)?lm_head" if any(module.endswith("lm_head") for module in modules) else pattern
