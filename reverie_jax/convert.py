@@ -400,7 +400,8 @@ _USAGE = {
 def _write_readme(folder: Path, model: VisionLanguageModel, to: str, source: ConversionSource) -> None:
     config, factors = model.config, [factor for _, _, *factors in lora.adapters(model) for factor in factors]
     tower = f"{config.vision_tower}, " if config.vision_tower else ""
-    checksums = ", ".join(f"{name} `{checksum}`" for name, checksum in source.checksums.items())
+    of = source.checksums if factors else base_checksums(model)
+    checksums = ", ".join(f"{name} `{checksum}`" for name, checksum in of.items())
     table = {
         "made by": f"`reverie convert --to {to}`, reverie-jax {reverie_jax.__version__}, {datetime.date.today()}",
         "from": f"{DESCRIPTIONS[source.format]}: " + ", ".join(f"`{name}`" for name in source.names),

@@ -74,11 +74,16 @@ def write_features(folder: Path, key: str, shape: tuple[int, int], features: Ite
         key: Identifies vision tower, image size and dataset.
         shape: (P, W), tokens and width, of an image's features.
         features: [P, W] of each record; [0, W] for a record without an image.
+
+    Raises:
+        ValueError: The features of an image have another shape.
     """
     count, dtype = 0, None
     with atomic_path(folder / _FEATURES) as part:
         writer = ArrayRecordWriter(os.fspath(part), "group_size:1")
         for array in features:
+            if len(array) and array.shape != shape:
+                raise ValueError(f"features of an image are {array.shape}, not {shape}")
             writer.write(np.ascontiguousarray(array).tobytes())
             count, dtype = count + 1, array.dtype.name
         writer.close()

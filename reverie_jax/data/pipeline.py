@@ -324,7 +324,7 @@ def training_batches(
         threads: threads that decode images; one per core by default.
         crop_scale: show a random part of each image, see `images.random_resized_crop`, another in each epoch. All
             conversations of a record see the same one, so do both sides of a preference pair. There is no RandAugment.
-        flip: mirror every second image.
+        flip: mirror each image with probability 1/2.
 
     Raises:
         UserError: cached features would have to be cropped or flipped.
@@ -340,7 +340,7 @@ def training_batches(
     if preprocess and features is not None:
         raise UserError(
             "--cache-vision: features of whole images cannot be cropped or flipped; leave it out, or set"
-            " crop_scale=null flip=false"
+            " crop_scale=none flip=false"
         )
     loaded = batches.map(lambda batch: load_images(batch, read, processor, pool, features, preprocess))
     return grain.experimental.ThreadPrefetchIterDataset(loaded, prefetch_buffer_size=2)

@@ -7,6 +7,7 @@ there and keeps only a short suffix of its own.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -82,12 +83,12 @@ class Decoding:
         if self.max_new_tokens < 1 or self.beams < 1:
             raise ValueError("max_new_tokens and beams must be at least 1")
         if self.beams > 1 and (self.temperature or self.contrast):
-            raise ValueError("beams above 1 exclude temperature and contrast")
+            raise ValueError("beams above 1 exclude temperature and contrast: set beams to 1, or temperature to 0")
         if not 0 < self.beta <= 1 or self.alpha < 0 or not 0 <= self.noise_step <= 999:
             raise ValueError("alpha must be at least 0, beta above 0 and at most 1, and noise_step from 0 to 999")
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
+        if not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1:
             raise ValueError("temperature must be at least 0, and top_p above 0 and at most 1")
-        if self.top_k < 0 or self.no_repeat_ngram < 0 or self.repetition_penalty <= 0:
+        if self.top_k < 0 or self.no_repeat_ngram < 0 or not 0 < self.repetition_penalty < math.inf:
             raise ValueError("top_k and no_repeat_ngram must be at least 0, and repetition_penalty above 0")
 
 

@@ -167,6 +167,10 @@ class Recipe:
                 f" gradient_accumulation_steps={self.gradient_accumulation_steps}"
             )
         self._check_schedule()
+        if self.freeze_image_experts and self.trainable != "all":
+            raise ValueError(
+                f"freeze_image_experts=true needs trainable=all, which trains the tower, not {self.trainable}"
+            )
         if self.quantization is not None and self.trainable in ("full", "mlp", "all"):
             raise ValueError(
                 f"quantization={self.quantization} needs frozen weights; trainable={self.trainable} trains them"

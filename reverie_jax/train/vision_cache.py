@@ -68,7 +68,8 @@ def frozen_features(
     if any(causes.values()):
         raise UserError(
             f"--cache-vision needs a frozen vision tower and whole images, but recipe {recipe.name} sets"
-            f" {' and '.join(name for name, is_set in causes.items() if is_set)}; leave --cache-vision out"
+            f" {' and '.join(name for name, is_set in causes.items() if is_set)}; leave --cache-vision out, or crops and"
+            " flips (crop_scale=none flip=false)"
         )
     trained = [
         path
@@ -97,7 +98,7 @@ def cached_features(
         _log.info("computing vision features of %d records: %s", len(records), folder)
         config = model.config
         write_features(
-            folder, key, (config.image_tokens, config.feature_width), _compute_features(model, processor, records)
+            folder, key, (config.features, config.feature_width), _compute_features(model, processor, records)
         )
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("vision features")

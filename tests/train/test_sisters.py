@@ -58,6 +58,12 @@ def test_four_devices_give_the_losses_of_one(system, axes, finished, tmp_path):
     np.testing.assert_allclose(other.losses, finished[system].losses, rtol=2e-4)
 
 
+@pytest.mark.parametrize("system", ["minigpt4", "mplug-owl"])
+def test_cached_features_do_not_change_losses(system, finished, tmp_path):
+    cached = run(system, tmp_path / "run", vision_cache=tmp_path / "features")
+    np.testing.assert_allclose(cached.losses, finished[system].losses, rtol=1e-5)
+
+
 @pytest.mark.parametrize("system", TRAINED)
 def test_a_stopped_run_resumes_bit_for_bit(system, finished, tmp_path):
     with pytest.MonkeyPatch.context() as patch:

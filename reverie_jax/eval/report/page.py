@@ -133,7 +133,7 @@ def _decoding(protocol: Mapping[str, Any]) -> str:
             + f"seed {decoding.get('seed')}"
         )
     if (penalty := decoding.get("repetition_penalty", 1)) != 1:
-        words.append(f"repetition penalty {penalty:g}")
+        words.append(f"repetition penalty {penalty:g}" + " on the prompt too" * bool(decoding.get("penalize_prompt")))
     if decoding.get("no_repeat_ngram"):
         words.append(f"no {decoding['no_repeat_ngram']}-gram twice")
     if decoding.get("contrast"):

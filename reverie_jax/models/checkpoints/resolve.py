@@ -142,7 +142,7 @@ def _resolve_minigpt4(main: Component, others: Sequence[Component]) -> ResolvedC
     _reject_unused([part for part in everything if part not in found], main)
     for format, part in zip(formats, found, strict=True):
         if part is None:
-            raise CheckpointError(f"{main}; of a MiniGPT-4, {DESCRIPTIONS[format]} is missing: add it as a component")
+            raise CheckpointError(f"{main}; for MiniGPT-4, {DESCRIPTIONS[format]} is missing: add it as a component")
     eva, blip2, llm, projector = (part for part in found if part is not None)
     tower = _weights(eva)
     text = text_config(llm.config_path, llm.config, llm.config["model_type"])
