@@ -35,8 +35,8 @@ class Build:
     """Build records (ArrayRecord, one record an image) from annotation files and image folders.
 
     Formats are recognized by content: REVERIE, LLaVA, LRV, mPLUG-Owl, RLHF-V and RLAIF-V, ScienceQA, A-OKVQA, and what
-    `reverie annotate` writes. Conversations of several files about one image become one record. Run the same command again after an
-    interruption: finished shards are kept.
+    `reverie annotate` writes. Conversations of several files about one image become one record. Run the same command
+    again after an interruption: finished shards are kept.
     """
 
     sources: Annotated[Positional[tuple[str, ...]], common.option("FILE[=FOLDER] ...")]
