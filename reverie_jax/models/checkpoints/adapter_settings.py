@@ -74,14 +74,14 @@ class AdapterSettings:
     saved: tuple[str, ...]
     rank: int
     alpha: float
-    rank_stabilized: bool
-    rank_pattern: Mapping[str, int]
-    alpha_pattern: Mapping[str, float]
-    dora: bool
-    targets: Names | None
-    excluded: Names
-    layers: tuple[int, ...]
-    layer_lists: tuple[str, ...]
+    rank_stabilized: bool = False
+    rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    dora: bool = False
+    targets: Names | None = None
+    excluded: Names = ()
+    layers: tuple[int, ...] = ()
+    layer_lists: tuple[str, ...] = ()
 
     def adapts(self, module: str) -> bool:
         """Return whether a module gets an adapter, by its dotted name in the model and PEFT's rule."""
@@ -193,24 +193,9 @@ def lrv_settings(path: Path, system: System) -> AdapterSettings:
     missing = f"{path}: no {ADAPTER_CONFIG} beside it, and the file does not contain alpha"
     if system != "mplug-owl":
         raise CheckpointError(f"{missing}; write one (peft_type LORA, r, lora_alpha, target_modules)")
-    _log.warning(
-        "%s: taken from LRV-Instruction's code: r %d, alpha %d, target_modules %s",
-        missing,
-        LRV_RANK,
-        LRV_ALPHA,
-        LRV_TARGETS,
-    )
-    return AdapterSettings(
-        *(path, "", (), LRV_RANK, float(LRV_ALPHA)),
-        rank_stabilized=False,
-        rank_pattern={},
-        alpha_pattern={},
-        dora=False,
-        targets=LRV_TARGETS,
-        excluded=(),
-        layers=(),
-        layer_lists=(),
-    )
+    known = LRV_RANK, LRV_ALPHA, LRV_TARGETS
+    _log.warning("%s: taken from LRV-Instruction's code: r %d, alpha %d, target_modules %s", missing, *known)
+    return AdapterSettings(path, "", (), LRV_RANK, LRV_ALPHA, targets=LRV_TARGETS)
 
 
 def _named(names: Names, module: str) -> bool:
