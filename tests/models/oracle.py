@@ -16,6 +16,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from reverie_jax.models import ModelInputs, TextConfig, VisionConfig, VisionLanguageModel, VLMConfig
 from reverie_jax.models.config import CLIP_MEAN, CLIP_STD
+from reverie_jax.models.decoder import KV
 from reverie_jax.models.sharding import partition_spec
 
 IMAGE = 7  # the placeholder's id in every tiny model here
@@ -154,6 +155,34 @@ def logits(model: VisionLanguageModel, inputs: ModelInputs, key: jax.Array | Non
     model.config = config
     # Through the host: an array on a named device compiles the program anew.
     return np.asarray(_logits(graph, jax.tree.map(np.asarray, state), jax.tree.map(jnp.asarray, inputs), key))
+
+
+STEPS = 24
+"""Tokens that `greedy` decodes."""
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3), compiler_options={"xla_backend_optimization_level": 0})
+def greedy(graph, state, inputs, banned=None):
+    """Return the logits of causal sequences, and `STEPS` greedy tokens other than the banned one."""
+    model: VisionLanguageModel = nnx.merge(graph, state)
+    hidden, prefix = model.prefill(inputs)
+    logits = model.decoder.logits(hidden)
+    rows, length = inputs.tokens.shape
+    empty = jnp.zeros((*prefix.k.shape[:2], 1, STEPS, *prefix.k.shape[3:]), prefix.k.dtype)
+    leaves = jnp.full((rows, 1), length - 1, jnp.int32)
+
+    def step(carry, number):
+        token, suffix = carry
+        positions = jnp.broadcast_to(length + number, (rows, 1))
+        out, suffix = model.extend(token, positions, leaves, inputs.ends, number, prefix, suffix)
+        return (best(out), suffix), token[:, 0]
+
+    def best(logits):
+        logits = logits if banned is None else logits.at[..., banned].set(-jnp.inf)
+        return logits.argmax(-1).astype(jnp.int32)
+
+    _, tokens = jax.lax.scan(step, (best(logits[:, -1:]), KV(empty, empty)), jnp.arange(STEPS, dtype=jnp.int32))
+    return logits, tokens.T
 
 
 def llava_logits(model: torch.nn.Module, inputs: ModelInputs) -> np.ndarray:

@@ -11,11 +11,9 @@ import torch
 import transformers
 from flax import nnx
 
-from reverie_jax.models import VisionLanguageModel
 from reverie_jax.models.checkpoints import read_model, write_model
 from reverie_jax.models.checkpoints.write import write_original
 from reverie_jax.models.config import VLMConfig
-from reverie_jax.models.decoder import KV
 from tests.models import makers
 from tests.models.families import (
     FAMILIES,
@@ -31,9 +29,18 @@ from tests.models.families import (
     theirs,
     tower_folder,
 )
-from tests.models.oracle import IMAGE, Sizes, assert_close, assert_same, image_inputs, llava_logits, logits, normalized
-
-STEPS = 24
+from tests.models.oracle import (
+    IMAGE,
+    STEPS,
+    Sizes,
+    assert_close,
+    assert_same,
+    greedy,
+    image_inputs,
+    llava_logits,
+    logits,
+    normalized,
+)
 
 
 def inputs_of(config: VLMConfig, seed: int):
@@ -41,34 +48,11 @@ def inputs_of(config: VLMConfig, seed: int):
     return image_inputs(sizes, seed, tokens=config.image_tokens)
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
-def _decode(graph, state, inputs):
-    """Return the logits of the input, and greedy tokens other than the placeholder of images."""
-    model: VisionLanguageModel = nnx.merge(graph, state)
-    hidden, prefix = model.prefill(inputs)
-    logits = model.decoder.logits(hidden)
-    rows, length = inputs.tokens.shape
-    empty = jnp.zeros((*prefix.k.shape[:2], 1, STEPS, *prefix.k.shape[3:]), prefix.k.dtype)
-    leaves = jnp.full((rows, 1), length - 1, jnp.int32)
-
-    def step(carry, number):
-        token, suffix = carry
-        positions = jnp.broadcast_to(length + number, (rows, 1))
-        out, suffix = model.extend(token, positions, leaves, inputs.ends, number, prefix, suffix)
-        return (best(out), suffix), token[:, 0]
-
-    def best(logits):
-        return logits.at[..., IMAGE].set(-jnp.inf).argmax(-1).astype(jnp.int32)
-
-    _, tokens = jax.lax.scan(step, (best(logits[:, -1:]), KV(empty, empty)), jnp.arange(STEPS, dtype=jnp.int32))
-    return logits, tokens.T
-
-
 def decode(model, inputs):
     settings = dataclasses.replace(model.config, stop_ids=(), template="", image_aspect_ratio="pad", tokenization="hf")
     model.config = settings  # which no computation depends on: fewer compilations
     graph, state = nnx.split(model)
-    return map(np.asarray, _decode(graph, state, jax.tree.map(jnp.asarray, inputs)))
+    return map(np.asarray, greedy(graph, state, jax.tree.map(jnp.asarray, inputs), IMAGE))
 
 
 @torch.no_grad()

@@ -20,17 +20,15 @@ from reverie_jax.models.architectures import ARCHITECTURES
 from reverie_jax.models.checkpoints import base_checksums, orbax, read_config, read_model, write_adapters
 from reverie_jax.models.checkpoints.adapters import attach_adapter
 from reverie_jax.models.checkpoints.write import write_model, write_original
-from reverie_jax.models.decoder import KV
 from reverie_jax.models.image_size import resize_images
 from reverie_jax.models.lora import adapters, attach
 from reverie_jax.models.sharding import make_mesh
 from reverie_jax.models.vision import normalize
 from tests.models import makers, sisters_files
 from tests.models import sisters_oracle as oracle
-from tests.models.oracle import Sizes, assert_close, assert_same, flat, image_inputs, logits
+from tests.models.oracle import STEPS, Sizes, assert_close, assert_same, flat, greedy, image_inputs, logits
 
 SYSTEMS = tuple(oracle.SYSTEMS)
-STEPS = 24
 
 
 def write(name, model, folder, **options):
@@ -67,25 +65,6 @@ def their_inputs(model, inputs):
     return tokens, slots, torch.tensor(np.moveaxis(pixels, -1, 2))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def greedy(graph, state, inputs):
-    model: VisionLanguageModel = nnx.merge(graph, state)
-    hidden, prefix = model.prefill(inputs)
-    rows, length = inputs.tokens.shape
-    empty = jnp.zeros((*prefix.k.shape[:2], 1, STEPS, *prefix.k.shape[3:]), prefix.k.dtype)
-    leaves = jnp.full((rows, 1), length - 1, jnp.int32)
-
-    def step(carry, number):
-        token, suffix = carry
-        positions = jnp.broadcast_to(length + number, (rows, 1))
-        out, suffix = model.extend(token, positions, leaves, inputs.ends, number, prefix, suffix)
-        return (out.argmax(-1).astype(jnp.int32), suffix), token[:, 0]
-
-    first = model.decoder.logits(hidden[:, -1:]).argmax(-1).astype(jnp.int32)
-    _, tokens = jax.lax.scan(step, (first, KV(empty, empty)), jnp.arange(STEPS, dtype=jnp.int32))
-    return tokens.T
-
-
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_features_logits_and_greedy_tokens(name, seed, models):
@@ -101,10 +80,10 @@ def test_features_logits_and_greedy_tokens(name, seed, models):
     assert_close(found, features)
     reference = theirs.logits(tokens, slots, pixels).numpy()
     assert min(np.abs(features).max(), np.abs(reference).max()) > 1  # the tolerance means something
-    assert_close(logits(ours, inputs), reference)
     graph, state = nnx.split(ours)
-    found = greedy(graph, state, jax.tree.map(jnp.asarray, inputs))
-    np.testing.assert_array_equal(found, theirs.greedy(tokens, slots, pixels, STEPS))
+    found, decoded = greedy(graph, state, jax.tree.map(jnp.asarray, inputs))
+    assert_close(found, reference)
+    np.testing.assert_array_equal(decoded, theirs.greedy(tokens, slots, pixels, STEPS))
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
