@@ -27,7 +27,9 @@ class StepSpy:
 
 def spied_run(folder, **options):
     spy = StepSpy()
-    return tiny.run(folder, make_step=spy, **options), spy
+    run = tiny.run(folder, make_step=spy, **options)
+    spy.programs = [step._cache_size() for step in spy.steps]  # before another module's tests drop them
+    return run, spy
 
 
 @pytest.fixture(scope="session")
