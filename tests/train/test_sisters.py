@@ -52,9 +52,8 @@ def test_the_loss_falls_and_only_what_is_trained_changes(system, finished):
 
 
 @pytest.mark.parametrize("system", TRAINED)
-@pytest.mark.parametrize("axes", [(1, 2, 2), (2, 2, 1)])
-def test_four_devices_give_the_losses_of_one(system, axes, finished, tmp_path):
-    other = run(system, tmp_path / "mesh", mesh=make_mesh(*axes))
+def test_four_devices_give_the_losses_of_one(system, finished, tmp_path):
+    other = run(system, tmp_path / "mesh", mesh=make_mesh(1, 2, 2))
     np.testing.assert_allclose(other.losses, finished[system].losses, rtol=2e-4)
 
 
