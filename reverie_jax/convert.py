@@ -142,7 +142,7 @@ def _check_format(config: VLMConfig, to: str, image_size: int | None) -> None:
 
     Raises:
         CheckpointError: It does not support the system.
-        UserError: It has no tower whose images could be of another size.
+        UserError: An image size is given for a format of adapters.
     """
     if to in ("llava-hf", "llava", "llava-lora"):
         write.check_llava(config, to)
@@ -151,7 +151,7 @@ def _check_format(config: VLMConfig, to: str, image_size: int | None) -> None:
             "original is the format of MiniGPT-4, mPLUG-Owl and Muffin; write llava, llava-hf or orbax"
         )
     if image_size is not None and to in ("peft", "llava-lora"):
-        raise UserError(f"--image-size {image_size}: {to} has no tower; write a complete model")
+        raise UserError(f"--image-size {image_size}: {to} contains adapters only; write a complete model")
 
 
 def _resize_images(model: VisionLanguageModel, size: int) -> None:

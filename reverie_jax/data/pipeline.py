@@ -323,7 +323,8 @@ def training_batches(
         features: cached features of the records' images, which are then not decoded.
         threads: threads that decode images; one per core by default.
         crop_scale: show a random part of each image, see `images.random_resized_crop`, another in each epoch. All
-            conversations of a record see the same one, so do both sides of a preference pair. There is no RandAugment.
+            conversations of a record see the same one, and so do both sides of a preference pair. RandAugment is not
+            implemented.
         flip: mirror each image with probability 1/2.
 
     Raises:

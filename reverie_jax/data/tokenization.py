@@ -150,7 +150,7 @@ class Encoder:
         stops = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         self._end = (tokenizer.eos_token or "") if self.template.end is None else self.template.end
         if self._llava and self.template.style == "mplug_owl":
-            self._end = ""  # put behind the pieces of a sample; prompts have none
+            self._end = ""  # `tokenize_mplug_owl` appends the end of sequence to each answer
         self._taught = len(self._end)
         if token := end_token(tokenizer, self._end):
             stops.append(tokenizer.get_added_vocab()[token])

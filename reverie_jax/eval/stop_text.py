@@ -1,4 +1,4 @@
-"""Answers that end with a text, as "###", which is no token and which tokens spell in several ways."""
+"""Find the text that ends an answer, as "###", where it is not one token: several sequences of tokens decode to it."""
 
 from __future__ import annotations
 

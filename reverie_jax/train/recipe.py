@@ -189,7 +189,7 @@ class Recipe:
         if self.warmup_steps and self.warmup_ratio:
             raise ValueError(f"warmup_steps={self.warmup_steps} and warmup_ratio={self.warmup_ratio}: one must be 0")
         if self.min_learning_rate and self.schedule == "constant":
-            raise ValueError(f"min_learning_rate={self.min_learning_rate} must be 0: schedule=constant has no decay")
+            raise ValueError(f"min_learning_rate={self.min_learning_rate} must be 0: schedule=constant does not decay")
         peaks = {
             "learning_rate": self.learning_rate if self.trainable != "projector" else math.inf,
             "projector_learning_rate": self.projector_learning_rate if self.trainable != "adapters" else math.inf,

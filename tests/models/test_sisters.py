@@ -194,7 +194,7 @@ def test_differences_are_told_from_weights(models, tmp_path):
     delta = sisters_files.delta_folders(tmp_path, theirs.language)
     read_config(path, components=[eva, blip2, f"{delta.base}+{delta.delta}"])
     for wrong in (delta.delta, f"{delta.base}+{vicuna}"):
-        makers.assert_refused(lambda wrong=wrong: read_config(path, components=[eva, blip2, str(wrong)]), "LLAMA+DELTA")
+        makers.assert_refused(lambda wrong=wrong: read_config(path, components=[eva, blip2, str(wrong)]), "BASE+DELTA")
 
 
 @pytest.mark.parametrize("side", [32, 64, 80])

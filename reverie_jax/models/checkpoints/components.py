@@ -94,7 +94,9 @@ def detect_component(source: ComponentLike) -> Component:
     if (pair := split_delta(str(source))) is not None:
         base, delta = map(detect_component, pair)
         if base.format not in ("llm", *COMPLETE_MODELS) or base.base is not None:
-            raise CheckpointError(f"{base}, which nothing is a difference from; write LLAMA+DELTA")
+            raise CheckpointError(
+                f"{base}, which cannot be the base of a delta; write BASE+DELTA, the language model first"
+            )
         return dataclasses.replace(delta, base=base)
     path = resolve(source, check=check_config)
     if not path.is_dir():

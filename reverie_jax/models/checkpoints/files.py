@@ -272,7 +272,7 @@ class SummedTensors(Tensors):
     divided differently.
 
     Raises:
-        CheckpointError: A tensor has no partner, or none of its shape.
+        CheckpointError: A tensor is missing on one side, or the two have different shapes.
     """
 
     def __init__(self, base: Tensors, delta: Tensors):

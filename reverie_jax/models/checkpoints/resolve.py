@@ -82,7 +82,7 @@ def resolve_checkpoint(source: ComponentLike, components: Sequence[ComponentLike
     others = [detect_component(other) for other in components]
     if main.format == "peft":
         raise CheckpointError(
-            f"{main}, not a model; give the model that it was trained on as the path and this folder as the adapter"
+            f"{main}, not a model; give the model that it was trained on as the path and this as the adapter"
         )
     if wrong := next((other for other in others if other.format in ("peft", "llava-lora", "orbax")), None):
         raise CheckpointError(f"{wrong}, which cannot be a component of another model")
@@ -247,7 +247,7 @@ def _weights(component: Component) -> Tensors:
     """Return a component's tensors, or their sum with those that they are differences from.
 
     Raises:
-        CheckpointError: There are none, or they are differences where they should not be, or the other way round.
+        CheckpointError: The weights are missing; or a delta is given without its base, or a complete model as a delta.
     """
     if component.base is None:
         weights = _stored_weights(component)
@@ -259,15 +259,19 @@ def _weights(component: Component) -> Tensors:
 
 
 def _check_differences(component: Component, weights: Tensors, *, wanted: bool) -> None:
-    """Check by a tensor that is the same in every model, where there is one, that weights are differences or are not."""
+    """Check that weights are a delta or that they are not, by `inv_freq`, which is 0 in a delta and in no model.
+
+    Raises:
+        CheckpointError: They are the other.
+    """
     name = next((name for name in weights.stored if name.endswith("rotary_emb.inv_freq")), None)
     if name is None:
         return
     arrays: list[AnyArray] = []
     weights.read_all(lambda _, array: arrays.append(array), {name})
     if arrays[0].any() == wanted:
-        fault = "no differences" if wanted else "differences from another model's"
-        raise CheckpointError(f"{component}, but its weights are {fault} (by {name}); write LLAMA+DELTA")
+        fault = "not a delta" if wanted else "a delta, which needs its base model"
+        raise CheckpointError(f"{component}, and its weights are {fault} (by {name}); write BASE+DELTA")
 
 
 def _stored_weights(component: Component) -> Tensors:

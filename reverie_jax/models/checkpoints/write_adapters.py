@@ -93,19 +93,20 @@ def write_peft(model: VisionLanguageModel, folder: Path, *, base_model: str, pro
             "transformers' LLaVA does not support linear projectors, so no PEFT adapter; write llava-lora"
         )
     tensors, modules = _lora_tensors(model, lambda name: memory_name(name, model.config))
+    saved: list[str] | None = None
     if projector:
-        for name, array in _projector_tensors(model).items():
-            tensors[f"base_model.model.{memory_name(name, model.config)}"] = array
-        if (token := next((name for name in _projector_tensors(model) if name.endswith("vit_eos")), None)) is not None:
+        if model.config.projector_token:  # a parameter, not a module
             raise CheckpointError(
-                f"PEFT's modules_to_save has no place for {token}, which was tuned with the adapters; write original or"
-                " orbax, or train with trainable=adapters"
+                "PEFT's modules_to_save cannot store the learned token after the features (abstractor.vit_eos), which was"
+                " tuned with the adapters; write original or orbax, or train with trainable=adapters"
             )
+        own = {memory_name(name, model.config): array for name, array in _projector_tensors(model).items()}
+        tensors |= {f"base_model.model.{name}": array for name, array in own.items()}
+        modules_of_it = sorted({name.rpartition(".")[0] for name in own})
+        saved = ["multi_modal_projector"] if model.config.system == "llava" else modules_of_it
     targets = _target_pattern(modules, model.config)
-    names = [memory_name(name, model.config).rpartition(".")[0] for name in _projector_tensors(model)]
-    saved = ["multi_modal_projector"] if model.config.system == "llava" else sorted(set(names))
     save_file(tensors, folder / ADAPTER_WEIGHTS[0], metadata={"format": "pt"})
-    write_json(folder / ADAPTER_CONFIG, _settings(model, modules, base_model, targets, saved if projector else None))
+    write_json(folder / ADAPTER_CONFIG, _settings(model, modules, base_model, targets, saved))
 
 
 def write_llava_lora(model: VisionLanguageModel, folder: Path, *, base_model: str, special_ids: dict[str, Any]) -> None:
