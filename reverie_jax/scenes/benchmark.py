@@ -1,9 +1,10 @@
-"""The benchmark of held-out scenes: POPE, descriptions and rationales, scored by the scene graphs."""
+"""The benchmark of held-out scenes: POPE, skills, descriptions and rationales, scored by the scene graphs."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +18,75 @@ from reverie_jax.eval.benchmarks.interface import OFFICIAL, Benchmark, Benchmark
 from reverie_jax.eval.benchmarks.scoring import ParsedAnswer, Scored
 from reverie_jax.eval.decode import Decoding
 from reverie_jax.eval.engine import Engine
-from reverie_jax.eval.predict import PredictOptions
+from reverie_jax.eval.predict import PredictOptions, build_conversation
 from reverie_jax.eval.predict import predict as predict_benchmark
-from reverie_jax.scenes import scoring
-from reverie_jax.scenes.annotator import DESCRIBE, SceneAnnotator
+from reverie_jax.scenes import annotator, scoring
+from reverie_jax.scenes.annotator import SceneAnnotator
 from reverie_jax.scenes.dataset import IMAGES, POPE_FILES, read_graphs
 from reverie_jax.scenes.graph import Scene
 from reverie_jax.scenes.language import parse_mentions
+from reverie_jax.scenes.questions import DESCRIBE, SKILLS, Query
 
-QUESTIONS = 3
+Counts = Float[np.ndarray, "N K"]
+"""Counts per image, see `COLUMNS`; counts of runs on the same images add up."""
+SHORT_TOKENS = 12
+RATIONALES = 2
 """Questions for each image whose rationales are requested."""
+_SKILLS = tuple(skill for skill in SKILLS if skill != "existence")
+"""Skills that are asked for beside POPE's existence."""
+_MAKERS_BY_SKILL: Mapping[str, tuple[Callable[[Scene, np.random.Generator], AnnotatedQuestion | None], ...]] = {
+    "attribute": (annotator.ask_attribute, annotator.ask_color),
+    "count": (annotator.ask_number, annotator.ask_count),
+    "relation": (annotator.ask_relation, annotator.ask_identity, annotator.ask_place),
+    "comparison": (annotator.ask_more, annotator.ask_larger),
+    "two-step": (annotator.ask_two_steps,),
+}
+_TRIES = 100
 
 
-def _rationale_questions(scene: Scene) -> list[AnnotatedQuestion]:
-    rng = np.random.default_rng([scene.seed, 11])
-    questions = SceneAnnotator({}).questions(scene, rng, 2 * QUESTIONS)
-    return [question for question in questions if question.type != "open"][:QUESTIONS]
+def _focus(scene: Scene) -> frozenset[str]:
+    """Return the categories of what is held out of training in a scene; all its categories if nothing is."""
+    held_out = {category for pair in scene.held_out_pairs for category in pair}
+    held_out |= {category for category, _, _ in scene.held_out_compositions}
+    return frozenset(held_out or scene.categories)
+
+
+def skill_questions(scene: Scene) -> list[tuple[str, AnnotatedQuestion]]:
+    """Return questions about a scene with their skills: of each a pair with the answers Yes and No, and one with another answer.
+
+    A skill whose questions the scene does not decide both ways has no pair. Questions are about what is held out of training,
+    where the scene shows something that is.
+    """
+    rng, focus = np.random.default_rng([scene.seed, 13]), _focus(scene)
+    chosen = []
+    for skill in _SKILLS:
+        makers, found = _MAKERS_BY_SKILL[skill], dict[str, AnnotatedQuestion]()
+        for attempt in range(_TRIES):
+            question = makers[attempt % len(makers)](scene, rng)
+            query = Query.parse(question.question) if question else None
+            if question is not None and query is not None and query.subjects(scene) & focus:
+                answer = question.correct_answer if question.type == "yes/no" else ""
+                found.setdefault(answer, question)
+            if len(found) == 3:
+                break
+        answers = ("Yes", "No") if {"Yes", "No"} <= found.keys() else ()
+        chosen += [(skill, found[answer]) for answer in (*answers, "") if answer in found]
+    return chosen
+
+
+def rationale_questions(scene: Scene) -> list[AnnotatedQuestion]:
+    """Return the questions about a scene whose rationales are requested, each of another skill."""
+    rng, focus = np.random.default_rng([scene.seed, 11]), _focus(scene)
+    by_skill: dict[str, AnnotatedQuestion] = {}
+    for question in SceneAnnotator({}).questions(scene, rng, 6 * RATIONALES):
+        query = Query.parse(question.question)
+        if query is not None and query.skill and query.subjects(scene) & focus:
+            by_skill.setdefault(query.skill, question)
+    return list(by_skill.values())[:RATIONALES]
 
 
 def build_questions(folder: Path) -> list[Question]:
-    """Build all questions about a folder of scenes; ids name kind and number, as "pope/random/7" or "description/0".
+    """Build all questions about a folder of scenes; ids name kind and number, as "pope/random/7" or "skill/count/2".
 
     A rationale is requested after the right answer, whatever the model would have answered: its reasons are measured, not
     its answer.
@@ -61,50 +111,149 @@ def build_questions(folder: Path) -> list[Question]:
                 )
             add(f"pope/{split}", question.question_id, question.image, question.text, pope.NEW_TOKENS)
     for number, (image, scene) in enumerate(graphs.items()):
+        for index, (skill, annotated) in enumerate(skill_questions(scene)):
+            add(f"skill/{skill}", number * 3 * len(_SKILLS) + index, image, annotated.question, SHORT_TOKENS)
         add("description", number, image, DESCRIBE, scoring.DESCRIPTION_TOKENS)
-        for index, annotated in enumerate(_rationale_questions(scene)):
+        for index, annotated in enumerate(rationale_questions(scene)):
             for side, prompt in enumerate((WHY, WHY_WRONG.format(answer=annotated.confusing_answers[0]))):
-                id = (number * QUESTIONS + index) * 2 + side
+                id = (number * RATIONALES + index) * 2 + side
                 history = ((annotated.question, annotated.correct_answer),)
                 add("rationale", id, image, prompt, scoring.RATIONALE_TOKENS, history)
     return questions
 
 
-@dataclasses.dataclass(frozen=True)
-class SceneCounts:
-    """Counts per image, in the folder's order, from which all scores and intervals are computed.
+_BINS = 10
+_WIDTHS = {
+    **{f"pope/{split}": 4 for split in pope_files.SPLITS},
+    **{f"skill/{skill}": 3 for skill in _SKILLS},
+    "short": 2,
+    "calibration": 2 * _BINS,
+    "description": 6,
+    "rationale": 6,
+}
+_ENDS = np.cumsum(list(_WIDTHS.values()))
+COLUMNS: dict[str, slice] = {
+    name: slice(int(end) - width, int(end)) for (name, width), end in zip(_WIDTHS.items(), _ENDS, strict=True)
+}
+"""Columns of the counts of an image, by table: POPE's confusion matrices; right, asked and answered with Yes, of each skill's
+questions with the answers Yes and No; right and asked, of those with other answers; the sum of probability minus truth and the
+number of answers, of each of ten bins of the probability of Yes; see `scoring` for the others."""
+_RIGHT, _ASKED, _YES = range(3)
 
-    Attributes:
-        pope: counts of each split, as `pope.counts` returns them.
-        description: see `scoring.description_counts`.
-        rationale: see `scoring.rationale_counts`.
+
+def count_answers(folder: Path, answers: Mapping[str, str], yes: Mapping[str, float] | None = None) -> Counts:
+    """Count per image, in the folder's order, what answers say about a folder of scenes.
+
+    Args:
+        folder: of the scenes.
+        answers: by question.
+        yes: probabilities of Yes, by question; without them, calibration is not counted.
+
+    Returns:
+        Counts, float [images, columns] (see `COLUMNS`), from which all scores and intervals are computed.
     """
+    graphs = read_graphs(folder)
+    images, scenes = list(graphs), list(graphs.values())
+    counts = np.zeros((len(images), _ENDS[-1]))
 
-    pope: Mapping[str, Float[np.ndarray, "N 4"]]
-    description: Float[np.ndarray, "N 6"]
-    rationale: Float[np.ndarray, "N 5"]
+    def calibrate(row: int, id: str, truth: bool) -> None:
+        if yes is not None and id in yes:
+            bin = min(int(yes[id] * _BINS), _BINS - 1)
+            counts[row, COLUMNS["calibration"]][[2 * bin, 2 * bin + 1]] += (yes[id] - truth, 1)
 
-    def __add__(self, other: SceneCounts) -> SceneCounts:
-        """Add the counts of another run on the same images, image by image."""
-        return SceneCounts(
-            {split: table + other.pope[split] for split, table in self.pope.items()},
-            self.description + other.description,
-            self.rationale + other.rationale,
+    for split, file in POPE_FILES.items():
+        questions = pope.read_questions(folder / file)
+        texts = {question.question_id: answers[f"pope/{split}/{question.question_id}"] for question in questions}
+        counts[:, COLUMNS[f"pope/{split}"]] = pope.counts(questions, texts, images)
+        for question in questions:
+            calibrate(images.index(question.image), f"pope/{split}/{question.question_id}", question.label)
+    for number, scene in enumerate(scenes):
+        for index, (skill, annotated) in enumerate(skill_questions(scene)):
+            id = f"skill/{skill}/{number * 3 * len(_SKILLS) + index}"
+            right = is_right(annotated, answers[id])
+            if annotated.type == "yes/no":
+                counts[number, COLUMNS[f"skill/{skill}"]] += (right, 1, pope.says_yes(answers[id]))
+                calibrate(number, id, annotated.correct_answer == "Yes")
+            else:
+                counts[number, COLUMNS["short"]] += (right, 1)
+        first = number * RATIONALES * 2
+        counts[number, COLUMNS["rationale"]] = scoring.rationale_counts(
+            [
+                scoring.check_rationale(scene, answers[f"rationale/{first + 2 * index + side}"], annotated.question)
+                for index, annotated in enumerate(rationale_questions(scene))
+                for side in range(2)
+            ]
         )
+    descriptions = [answers[f"description/{number}"] for number in range(len(scenes))]
+    counts[:, COLUMNS["description"]] = scoring.description_counts(scenes, descriptions)
+    return counts
 
-    @property
-    def all_pope(self) -> Float[np.ndarray, "N 12"]:
-        """Counts of all POPE splits side by side."""
-        return np.concatenate([self.pope[split] for split in pope_files.SPLITS], axis=1)
+
+def is_right(question: AnnotatedQuestion, answer: str) -> bool:
+    """Return whether an answer is right: by POPE's rule, or if it holds the right answer's words and not the confusing one's."""
+    if question.type == "yes/no":
+        return pope.says_yes(answer) == (question.correct_answer == "Yes")
+    words = f" {re.sub(r'[^a-z ]', '', answer.lower())} "
+    right, wrong = (
+        f" {text.removeprefix('the ').lower()} " for text in (question.correct_answer, question.confusing_answers[0])
+    )
+    return right in words and wrong not in words
+
+
+def _of(table: str, statistic: statistics.Statistic) -> statistics.Statistic:
+    return lambda sums: statistic(sums[..., COLUMNS[table]])
+
+
+def _mean(parts: Sequence[statistics.Statistic]) -> statistics.Statistic:
+    return lambda sums: np.mean([part(sums) for part in parts], axis=0)
+
+
+def _calibration_error(sums: Float[np.ndarray, "... K"]) -> Float[np.ndarray, "..."]:
+    bins = sums[..., COLUMNS["calibration"]].reshape(*sums.shape[:-1], _BINS, 2)
+    return np.abs(bins[..., 0]).sum(-1) / np.maximum(bins[..., 1].sum(-1), 1.0)
+
+
+def _object_f1(sums: Float[np.ndarray, "... K"]) -> Float[np.ndarray, "..."]:
+    precise, covered = 1 - METRICS["chair_i"](sums), METRICS["coverage"](sums)
+    return 2 * precise * covered / np.maximum(precise + covered, 1e-12)
+
+
+def _over_splits(statistic: statistics.Statistic) -> statistics.Statistic:
+    return _mean([_of(f"pope/{split}", statistic) for split in pope_files.SPLITS])
+
+
+METRICS: dict[str, statistics.Statistic] = {
+    "pope/f1": _over_splits(pope.f1),
+    "pope/accuracy": _over_splits(pope.accuracy),
+    "pope/yes_ratio": _over_splits(pope.yes_ratio),
+    **{f"pope/{split}/f1": _of(f"pope/{split}", pope.f1) for split in pope_files.SPLITS},
+    **{f"pope/{split}/accuracy": _of(f"pope/{split}", pope.accuracy) for split in pope_files.SPLITS},
+    "skills": _mean([_of(f"skill/{skill}", statistics.ratio(_RIGHT, _ASKED)) for skill in _SKILLS]),
+    "skills/yes_ratio": _mean([_of(f"skill/{skill}", statistics.ratio(_YES, _ASKED)) for skill in _SKILLS]),
+    **{f"skill/{skill}": _of(f"skill/{skill}", statistics.ratio(_RIGHT, _ASKED)) for skill in _SKILLS},
+    "short_answers": _of("short", statistics.ratio(_RIGHT, _ASKED)),
+    "calibration_error": _calibration_error,
+    "chair_i": _of("description", statistics.ratio(scoring.HALLUCINATED, scoring.MENTIONS)),
+    "chair_s": _of("description", statistics.ratio(scoring.HALLUCINATING, scoring.CAPTIONS)),
+    "coverage": _of("description", statistics.ratio(scoring.COVERED, scoring.PRESENT)),
+    "object_f1": _object_f1,
+    "rationale_correct": _of("rationale", statistics.ratio(scoring.CORRECT, scoring.RATIONALES)),
+    "rationale_relevant": _of("rationale", statistics.ratio(scoring.RELEVANT, scoring.RATIONALES)),
+    "rationale_empty": _of("rationale", statistics.ratio(scoring.EMPTY, scoring.RATIONALES)),
+    "claims_true": _of("rationale", statistics.ratio(scoring.TRUE_CLAIMS, scoring.CLAIMS)),
+}
+"""All scores, as functions of summed counts. `skills` is the mean over the skills' questions with the answers Yes and No, which
+are as many (0.5 by chance); `object_f1` is the harmonic mean of 1 - CHAIRi and coverage: a description that says less does not
+gain by it."""
 
 
 class Scenes(Benchmark):
-    """Held-out scenes that break the prior: POPE, descriptions and rationales, scored by exact scene graphs."""
+    """Held-out scenes that break the prior: POPE, skills, descriptions and rationales, scored by exact scene graphs."""
 
     name = "scenes"
     max_new_tokens = max(pope.NEW_TOKENS, scoring.DESCRIPTION_TOKENS, scoring.RATIONALE_TOKENS)
     required_files = "a folder that `reverie scenes render --split test` wrote"
-    lower_is_better = frozenset({"chair_i", "chair_s", "rationale_empty"})
+    lower_is_better = frozenset({"chair_i", "chair_s", "rationale_empty", "calibration_error"})
     scale = "from 0 to 1"
 
     def load(self, data: Path) -> BenchmarkData:
@@ -129,22 +278,11 @@ class Scenes(Benchmark):
     ) -> Scored:
         """See `Benchmark.score`; a missing answer counts as an empty one."""
         answers = {str(question.id): answers.get(str(question.id), "") for question in data.questions}
-        counts = count_answers(data.tables["folder"], answers)
-        tables = {"pope": counts.all_pope, "description": counts.description, "rationale": counts.rationale}
-        columns, start = {}, 0
-        for name, table in tables.items():
-            columns[name] = slice(start, start + table.shape[1])
-            start += table.shape[1]
-
-        def select(table: str, metric: statistics.Statistic) -> statistics.Statistic:
-            return lambda sums: metric(sums[..., columns[table]])
-
-        metrics = {"pope/f1": select("pope", pope.mean_f1)}
-        metrics |= {name: select(table, statistic) for name, (table, statistic) in RATES.items()}
+        folder, graphs = data.tables["folder"], data.tables["graphs"]
         labels = {
             f"pope/{split}/{question.question_id}": question.label
             for split, file in POPE_FILES.items()
-            for question in pope.read_questions(data.tables["folder"] / file)
+            for question in pope.read_questions(folder / file)
         }
         parsed_answers = []
         for question in data.questions:
@@ -153,8 +291,8 @@ class Scenes(Benchmark):
             parsed = ("yes" if yes else "no") if id in labels else ""
             right = float(yes == labels[id]) if id in labels else None
             parsed_answers.append(ParsedAnswer(question.id, parsed, right, category=question.metadata["kind"]))
-        rows = np.concatenate(list(tables.values()), axis=1)
-        return Scored(parsed_answers, list(read_graphs(data.tables["folder"])), rows, metrics)
+        metrics = {name: metric for name, metric in METRICS.items() if name != "calibration_error"}
+        return Scored(parsed_answers, list(graphs), count_answers(folder, answers), metrics)
 
 
 def read_predictions(folder: Path, predictions: Path) -> dict[str, str]:
@@ -167,82 +305,54 @@ def read_predictions(folder: Path, predictions: Path) -> dict[str, str]:
     return answer_files.read_answers(predictions / answer_files.PREDICTIONS, benchmark, benchmark.load(folder))
 
 
-def count_predictions(folder: Path, predictions: Path) -> SceneCounts:
-    """Count what a folder of predictions says about a folder of scenes, see `read_predictions`."""
-    return count_answers(folder, read_predictions(folder, predictions))
+def _is_short(question: Question) -> bool:
+    return str(question.metadata["kind"]).startswith(("pope/", "skill/"))
 
 
-def count_answers(folder: Path, answers: Mapping[str, str]) -> SceneCounts:
-    """Count per image what answers, by question, say about a folder of scenes."""
-    graphs = read_graphs(folder)
-    images, scenes = list(graphs), list(graphs.values())
-    tables = {}
-    for split, file in POPE_FILES.items():
-        questions = pope.read_questions(folder / file)
-        texts = {question.question_id: answers[f"pope/{split}/{question.question_id}"] for question in questions}
-        tables[split] = pope.counts(questions, texts, images)
-    checked = [
-        [
-            scoring.check_rationale(scene, answers[f"rationale/{id}"])
-            for id in range(n * QUESTIONS * 2, (n + 1) * QUESTIONS * 2)
-            if f"rationale/{id}" in answers
-        ]
-        for n, scene in enumerate(scenes)
-    ]
-    return SceneCounts(
-        tables,
-        scoring.description_counts(scenes, [answers[f"description/{n}"] for n in range(len(scenes))]),
-        np.stack([scoring.rationale_counts(rationales) for rationales in checked]),
-    )
+def count_predictions(folder: Path, predictions: Path, *, partial: bool = False) -> Counts:
+    """Count what a folder of predictions says about a folder of scenes, see `count_answers` and `read_predictions`.
 
-
-def predict(engine: Engine, folder: Path, out: Path) -> Path:
-    """Answer all questions about a folder of scenes with a model; return the file of predictions, see `eval.predict`."""
+    Args:
+        folder: of the scenes.
+        predictions: folder with predictions.jsonl.
+        partial: allow missing answers, which count as empty ones.
+    """
     benchmark = Scenes()
-    options = PredictOptions(Decoding(benchmark.max_new_tokens))
-    return predict_benchmark(engine, benchmark, benchmark.load(folder), out, options, model="", checksums={})
+    data = benchmark.load(folder)
+    file = answer_files.read_answer_file(predictions / answer_files.PREDICTIONS, benchmark, data, partial=partial)
+    texts = {str(question.id): file.texts.get(str(question.id), "") for question in data.questions}
+    yes = {id: row["metadata"]["yes"] for id, row in file.rows.items() if "yes" in (row.get("metadata") or {})}
+    return count_answers(folder, texts, yes)
 
 
-RATES: dict[str, tuple[str, statistics.Statistic]] = {
-    "chair_i": ("description", statistics.ratio(scoring.HALLUCINATED, scoring.MENTIONS)),
-    "chair_s": ("description", statistics.ratio(scoring.HALLUCINATING, scoring.CAPTIONS)),
-    "coverage": ("description", statistics.ratio(scoring.COVERED, scoring.PRESENT)),
-    "rationale_correct": ("rationale", statistics.ratio(scoring.CORRECT, scoring.RATIONALES)),
-    "claims_true": ("rationale", statistics.ratio(scoring.TRUE_CLAIMS, scoring.CLAIMS)),
-    "rationale_empty": ("rationale", statistics.ratio(scoring.EMPTY, scoring.RATIONALES)),
-}
+def predict(engine: Engine, folder: Path, out: Path, decoding: Decoding | None = None, *, reflect: bool = False) -> Path:
+    """Answer all questions about a folder of scenes with a model; return the file of predictions, see `eval.predict`.
+
+    Args:
+        engine: decodes the answers.
+        folder: of the scenes.
+        out: output folder.
+        decoding: how to decode; greedily if omitted.
+        reflect: answer, explain and answer again; questions about descriptions and rationales are left out.
+    """
+    benchmark = Scenes()
+    data = benchmark.load(folder)
+    opening = build_conversation(data.questions[0])
+    track = tuple(engine.first_token(opening, word) for word in ("Yes", "No"))
+    decoding = dataclasses.replace(decoding or Decoding(benchmark.max_new_tokens), track=track)
+    options = PredictOptions(decoding, reflect=reflect)
+    if reflect:
+        data = dataclasses.replace(data, questions=[question for question in data.questions if _is_short(question)])
+    return predict_benchmark(engine, benchmark, data, out, options, model="", checksums={})
 
 
-def estimates(counts: SceneCounts) -> dict[str, Any]:
-    """Return every metric with its 95 % interval, as report.json has it."""
-    by_split: dict[str, Any] = {}
-    for split, table in counts.pope.items():
-        by_split[split] = statistics.bootstrap(table, {"f1": pope.f1})["f1"].json("f1")
-        sums = table.sum(0)
-        by_split[split] |= {n: round(float(m(sums)), 4) for n, m in pope.METRICS.items() if n != "f1"}
-    by_split["mean"] = statistics.bootstrap(counts.all_pope, {"f1": pope.mean_f1})["f1"].json("f1")
-    rates = {
-        name: statistics.bootstrap(getattr(counts, table), {name: statistic})[name].json("value")
-        for name, (table, statistic) in RATES.items()
-    }
-    return {
-        "pope": by_split,
-        "chair": {"i": rates["chair_i"], "s": rates["chair_s"], "coverage": rates["coverage"]},
-        "rationale_correct": rates["rationale_correct"],
-        "rationale": {"claims_true": rates["claims_true"], "without_claim": rates["rationale_empty"]},
-    }
+def estimates(counts: Counts) -> dict[str, Any]:
+    """Return every score with its 95 % interval, as report.json has it."""
+    found = statistics.bootstrap(counts, METRICS)
+    return {name: estimate.json("value") for name, estimate in found.items()}
 
 
-def differences(ours: SceneCounts, theirs: SceneCounts) -> dict[str, Any]:
-    """Return the headline metrics of `ours` minus those of `theirs`, paired by image."""
-    headlines: dict[str, tuple[Any, Any, statistics.Statistic]] = {
-        "pope_mean_f1": (ours.all_pope, theirs.all_pope, pope.mean_f1),
-        "pope_adversarial_f1": (ours.pope["adversarial"], theirs.pope["adversarial"], pope.f1),
-    }
-    for name in ("chair_i", "chair_s", "rationale_correct"):
-        table, statistic = RATES[name]
-        headlines[name] = (getattr(ours, table), getattr(theirs, table), statistic)
-    return {
-        name: statistics.differences(mine, yours, {name: statistic})[name].json("value")
-        for name, (mine, yours, statistic) in headlines.items()
-    }
+def differences(ours: Counts, theirs: Counts, metrics: Sequence[str] = tuple(METRICS)) -> dict[str, Any]:
+    """Return scores of `ours` minus those of `theirs`, paired by image."""
+    found = statistics.differences(ours, theirs, {name: METRICS[name] for name in metrics})
+    return {name: estimate.json("value") for name, estimate in found.items()}

@@ -15,16 +15,24 @@ from reverie_jax.scenes import annotator
 from reverie_jax.scenes.draw import render
 from reverie_jax.scenes.graph import CATEGORIES, Scene
 from reverie_jax.scenes.language import describe
+from reverie_jax.scenes.questions import DESCRIBE
 
 PLAIN_QUESTION_MAKERS = (
     annotator.ask_present,
+    annotator.ask_attribute,
     annotator.ask_color,
     annotator.ask_count,
+    annotator.ask_number,
     annotator.ask_place,
     annotator.ask_relation,
+    annotator.ask_identity,
+    annotator.ask_more,
+    annotator.ask_larger,
+    annotator.ask_two_steps,
     annotator.ask_choice,
 )
-_PLAIN_SHARES = (0.4, 0.15, 0.1, 0.15, 0.1, 0.1)
+# Few questions take several steps, as in the data that vision-language models are first trained on.
+_PLAIN_SHARES = (0.32, 0.1, 0.12, 0.06, 0.04, 0.08, 0.1, 0.06, 0.03, 0.03, 0.03, 0.03)
 
 
 def make_conversation(question: str, answer: str, dataset: str) -> Conversation:
@@ -47,7 +55,7 @@ def make_plain_conversations(
         absent_share: share of the questions about absent objects; small, as in captions and early VQA data, it makes a
             model that says yes too readily.
     """
-    conversations = [make_conversation(annotator.DESCRIBE, describe(scene, rng), "plain/caption")]
+    conversations = [make_conversation(DESCRIBE, describe(scene, rng), "plain/caption")]
     absent = [c for c in CATEGORIES if c not in scene.categories]
     for _ in range(questions):
         if rng.random() < absent_share:

@@ -17,7 +17,7 @@ from reverie_jax.errors import DataError
 from reverie_jax.hosted.interface import RequestImage
 from reverie_jax.scenes.annotator import SceneAnnotator, existence_question
 from reverie_jax.scenes.corpus import render_png
-from reverie_jax.scenes.graph import CATEGORIES, Scene, SceneObject, World, count_cooccurrences, take_scenes
+from reverie_jax.scenes.graph import CATEGORIES, Scene, SceneObject, Split, World, count_cooccurrences, take_scenes
 
 ANNOTATIONS, GRAPHS, IMAGES = "reverie.json", "scenes.jsonl", "images"
 POPE_FILES = {split: f"scenes_pope_{split}.json" for split in ("random", "popular", "adversarial")}
@@ -147,9 +147,20 @@ def make_training_set(folder: Path, count: int, *, size: int, questions: int, se
     return write_annotations(folder, names, scenes, questions, seed)
 
 
-def make_test_set(folder: Path, count: int, *, size: int, seed: int) -> list[Scene]:
-    """Write held-out scenes that break the prior to a folder: images, graphs and POPE files. Return the scenes."""
-    scenes = take_scenes(World.broken(), "test", seed, count)
+def make_test_set(
+    folder: Path, count: int, *, size: int, seed: int, world: World | None = None, split: Split = "test"
+) -> list[Scene]:
+    """Write held-out scenes to a folder: images, graphs and POPE files. Return the scenes.
+
+    Args:
+        folder: to write to.
+        count: number of scenes.
+        size: side of an image, in pixels.
+        seed: of the scenes and questions.
+        world: distribution of the scenes; `World.broken()` if omitted.
+        split: validation or test.
+    """
+    scenes = take_scenes(world or World.broken(), split, seed, count)
     names = write_images(folder, scenes, size)
     write_pope_files(folder, names, scenes, take_scenes(World.skewed(), "train", seed, 3000), seed)
     return scenes

@@ -3,13 +3,16 @@
 A `Scene` is the ground truth of one image. The drawing, the questions, the rationales and the scores are functions of it.
 
 In training scenes an object's partner is nearly always present (a cup beside a teapot), as in photographs; from that prior a
-model learns to see what is not there. Evaluation scenes break it.
+model learns to see what is not there. Evaluation scenes break it. Some pairs of categories, and some compositions (a color of
+a category in a relation), are held out of training altogether.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 from typing import Literal
@@ -43,6 +46,26 @@ PLACES: dict[str, tuple[str, ...]] = {
 }
 """Categories by place: in training scenes further objects mostly come from the same place."""
 
+
+
+def _held_out(*words: str, one_in: int) -> bool:
+    return int(hashlib.sha256(" ".join(words).encode()).hexdigest()[:8], 16) % one_in == 0
+
+
+HELD_OUT_PAIRS: frozenset[frozenset[str]] = frozenset(
+    frozenset(pair)
+    for pair in itertools.combinations(CATEGORIES, 2)
+    if PARTNER[pair[0]] != pair[1] and _held_out(*pair, one_in=12)
+)
+"""Categories that training scenes never show together."""
+
+
+@functools.cache
+def is_held_out_composition(color: str, category: str, relation: str) -> bool:
+    """Return whether an object of this color and category never stands in this relation to another in tuning scenes."""
+    return _held_out(color, category, relation, one_in=20)
+
+
 COLORS: tuple[str, ...] = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown")
 SIZES: dict[str, float] = {"small": 0.21, "large": 0.31}
 """Side of an object's square bounding box, as a fraction of the image's side."""
@@ -50,6 +73,7 @@ TEXTURES: tuple[str, ...] = ("plain", "striped", "dotted")
 BACKGROUNDS: tuple[str, ...] = ("cream", "sky", "mint", "grey", "rose", "sand")
 PLURALS: dict[str, str] = {"fish": "fish", "bus": "buses"}
 
+Presence = Literal["any", "absent", "present"]
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
@@ -112,6 +136,28 @@ class Scene:
         return tuple(dict.fromkeys(t.category for t in sorted(self.objects, key=lambda t: (t.x, t.y))))
 
     @property
+    def relations(self) -> tuple[tuple[str, str, str], ...]:
+        """(a, relation, b) for pairs of categories that each appear once and whose relation is clear."""
+        single = [c for c in self.categories if self.counts[c] == 1]
+        pairs = ((a, relation_between(self.find(a)[0], self.find(b)[0]), b) for a in single for b in single if a != b)
+        return tuple((a, relation, b) for a, relation, b in pairs if relation)
+
+    @property
+    def held_out_pairs(self) -> tuple[tuple[str, str], ...]:
+        """Pairs of categories of the scene that training scenes never show together."""
+        pairs = itertools.combinations(sorted(self.counts), 2)
+        return tuple(pair for pair in pairs if frozenset(pair) in HELD_OUT_PAIRS)
+
+    @property
+    def held_out_compositions(self) -> tuple[tuple[str, str, str], ...]:
+        """Those of `relations` whose first object, with its color, is in a composition held out of tuning."""
+        return tuple(
+            (a, relation, b)
+            for a, relation, b in self.relations
+            if is_held_out_composition(self.find(a)[0].color, a, relation)
+        )
+
+    @property
     def graph_key(self) -> str:
         """Hash of the scene graph: which objects, with which looks, in which cell of a coarse grid.
 
@@ -145,11 +191,16 @@ class World:
         partner: probability that an object's partner is there too.
         same_place: probability that a further object comes from the same place as the first.
         repeat: probability that a category appears two or three times.
+        pairs: whether scenes show pairs of categories that are held out of training: all do (`present`), none does
+            (`absent`), or as it comes (`any`).
+        compositions: the same for compositions that are held out of tuning.
     """
 
     partner: float = 0.85
     same_place: float = 0.8
-    repeat: float = 0.2
+    repeat: float = 0.25
+    pairs: Presence = "absent"
+    compositions: Presence = "any"
 
     @staticmethod
     def skewed() -> World:
@@ -159,12 +210,28 @@ class World:
     @staticmethod
     def annotated() -> World:
         """Return the distribution of tuning: partners appear together far more often than by chance."""
-        return World(partner=0.35)
+        return World(partner=0.35, compositions="absent")
 
     @staticmethod
     def broken() -> World:
         """Return the distribution of evaluation: partners seldom appear together, so the prior misleads."""
-        return World(partner=0.15, same_place=0.5)
+        return World(partner=0.15, same_place=0.5, compositions="absent")
+
+    @staticmethod
+    def new_pairs() -> World:
+        """Return the distribution of evaluation, of scenes that show categories that were never seen together."""
+        return dataclasses.replace(World.broken(), pairs="present")
+
+    @staticmethod
+    def new_compositions() -> World:
+        """Return the distribution of evaluation, of scenes that show compositions that tuning never showed."""
+        return dataclasses.replace(World.broken(), compositions="present")
+
+    def allows(self, scene: Scene) -> bool:
+        """Return whether a scene shows what is held out, or not, as this world wants it."""
+        wanted = {"any": (True, False), "absent": (False,), "present": (True,)}
+        pairs, compositions = wanted[self.pairs], wanted[self.compositions]
+        return bool(scene.held_out_pairs) in pairs and bool(scene.held_out_compositions) in compositions
 
     def sample(self, rng: np.random.Generator) -> Scene:
         """Draw one scene: two to six objects of two to four categories, none overlapping."""
@@ -216,14 +283,15 @@ def _cells(rng: np.random.Generator, count: int) -> list[tuple[int, int]]:
 def generate_scenes(world: World, split: Split, seed: int) -> Iterator[Scene]:
     """Yield scenes of a split without end, no graph twice; the same arguments give the same scenes.
 
-    The split of a scene is a function of its graph; scenes of other splits are skipped.
+    The split of a scene is a function of its graph; scenes of other splits, and those that show what the world holds out,
+    are skipped.
     """
     rng = np.random.default_rng([seed, SPLITS.index(split)])
     seen: set[str] = set()
     while True:
         scene = world.sample(rng)
         key = scene.graph_key
-        if scene.split == split and key not in seen:
+        if scene.split == split and key not in seen and world.allows(scene):
             seen.add(key)
             yield scene
 

@@ -50,20 +50,19 @@ def noun_phrase(scene: Scene, category: str, *, detail: bool = False, where: boo
     return f"{words} {COLUMN_PHRASES[columns.pop()]}" if where and len(columns) == 1 else words
 
 
-def find_relations(scene: Scene) -> list[tuple[str, str, str]]:
-    """Return (a, relation, b) for pairs of categories that each appear once and whose relation is clear."""
-    single = [c for c in scene.categories if len(scene.find(c)) == 1]
-    pairs = ((a, relation_between(scene.find(a)[0], scene.find(b)[0]), b) for a in single for b in single if a != b)
-    return [(a, relation, b) for a, relation, b in pairs if relation]
+def amount(scene: Scene, category: str) -> str:
+    """Return how many objects of a category there are, and their looks: "there are two red cups", "there is no fork"."""
+    count = scene.counts[category]
+    return f"there {'are' if count > 1 else 'is'} {noun_phrase(scene, category) if count else f'no {category}'}"
 
 
-def describe(scene: Scene, rng: np.random.Generator) -> str:
-    """Return a description in one or two sentences: all objects from left to right, and one relation."""
-    text = f"The image shows {join_words([noun_phrase(scene, c) for c in scene.categories])}."
-    if pairs := find_relations(scene):
-        a, relation, b = pairs[rng.integers(len(pairs))]
-        text += f" The {a} is {relation} the {b}."
-    return text
+def describe(scene: Scene, rng: np.random.Generator | None = None) -> str:
+    """Return a description: a sentence for each category from left to right, and with `rng` one relation."""
+    sentences = [amount(scene, category) for category in scene.categories]
+    if rng is not None and scene.relations:
+        a, relation, b = scene.relations[rng.integers(len(scene.relations))]
+        sentences.append(f"the {a} is {relation} the {b}")
+    return " ".join(f"{sentence[0].upper()}{sentence[1:]}." for sentence in sentences)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,8 +115,9 @@ class Claim:
         )
 
 
-_NOUN = {**{c: c for c in CATEGORIES}, **{plural(c): c for c in CATEGORIES}}
-_NOUNS = "|".join(sorted(_NOUN, key=len, reverse=True))
+NOUNS: dict[str, str] = {**{c: c for c in CATEGORIES}, **{plural(c): c for c in CATEGORIES}}
+"""Categories by noun, singular and plural."""
+_NOUNS = "|".join(sorted(NOUNS, key=len, reverse=True))
 _LOOKS = "|".join((*SIZES, *COLORS, *TEXTURES))
 _COUNT = "|".join(("there is no", "there are no", "an", "a", "the", "another", "no", *NUMBERS[1:]))
 _MENTION = re.compile(
@@ -138,9 +138,9 @@ def parse_claims(text: str) -> list[Claim]:
     text = _HABIT.sub(" ", " ".join(text.lower().split()))
     claims: dict[Claim, None] = {}
     for match in _RELATION.finditer(text):
-        claims[Claim("relation", _NOUN[match["a"]], relation=match["how"], other=_NOUN[match["b"]])] = None
+        claims[Claim("relation", NOUNS[match["a"]], relation=match["how"], other=NOUNS[match["b"]])] = None
     for match in _LOOK.finditer(text):
-        category, look = _NOUN[match["noun"]], match["look"]
+        category, look = NOUNS[match["noun"]], match["look"]
         if match["no"]:
             if look in COLORS:
                 claims[Claim("denied", category, color=look)] = None
@@ -148,7 +148,7 @@ def parse_claims(text: str) -> list[Claim]:
             claims[Claim("exists", category, **_looks([look]))] = None
     for match in _MENTION.finditer(text):
         looks = _looks(match["looks"].split())
-        category, count = _NOUN[match["noun"]], match["count"]
+        category, count = NOUNS[match["noun"]], match["count"]
         if count.endswith("no"):
             claims[Claim("absent", category, **looks)] = None
             continue
@@ -168,4 +168,4 @@ def _looks(words: list[str]) -> dict[str, Any]:
 def parse_mentions(text: str) -> list[str]:
     """Return the categories that a text says are there, in order and with repetitions: the mentions that CHAIR counts."""
     plain = _HABIT.sub(" ", " ".join(text.lower().split()))
-    return [_NOUN[match["noun"]] for match in _MENTION.finditer(plain) if not match["count"].endswith("no")]
+    return [NOUNS[match["noun"]] for match in _MENTION.finditer(plain) if not match["count"].endswith("no")]

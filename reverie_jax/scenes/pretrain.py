@@ -50,23 +50,23 @@ class PretrainRecipe:
     tower_steps: int = 2_500
     tower_batch_size: int = 64
     tower_learning_rate: float = 1.5e-3
-    steps: int = 2_500
-    batch_size: int = 16
+    steps: int = 4_000
+    batch_size: int = 24
     learning_rate: float = 2e-3
     questions: int = 9
     absent_share: float = 0.3
     finish_steps: int = 150
     finish_learning_rate: float = 7e-4
     finish_absent_share: float = 0.01
-    sequence: SequenceShape = dataclasses.field(default_factory=lambda: SequenceShape(length=256, images=1, edges=128))
+    sequence: SequenceShape = dataclasses.field(default_factory=lambda: SequenceShape(length=192, images=1, edges=80))
     seed: int = 0
 
 
 def base_config(vocab: int, image_token_id: int) -> VLMConfig:
     """Return the model's architecture: LLaVA-1.5's, small."""
     return VLMConfig(
-        vision=VisionConfig(hidden=128, layers=5, heads=4, mlp=512, image_size=128, patch_size=16),
-        text=TextConfig(vocab=vocab, hidden=192, layers=4, heads=6, kv_heads=6, head_dim=32, mlp=512),
+        vision=VisionConfig(hidden=128, layers=5, heads=4, mlp=512, image_size=144, patch_size=24),
+        text=TextConfig(vocab=vocab, hidden=128, layers=5, heads=4, kv_heads=4, head_dim=32, mlp=384),
         image_token_id=image_token_id,
     )
 

@@ -14,6 +14,7 @@ from jaxtyping import Float
 
 from reverie_jax.scenes.graph import Scene
 from reverie_jax.scenes.language import Claim, parse_claims, parse_mentions
+from reverie_jax.scenes.questions import Query
 
 DESCRIPTION_TOKENS = 80
 RATIONALE_TOKENS = 80
@@ -37,10 +38,17 @@ def description_counts(scenes: Sequence[Scene], texts: Sequence[str]) -> Float[n
 
 @dataclasses.dataclass(frozen=True)
 class CheckedRationale:
-    """A rationale with its claims and whether each holds."""
+    """A rationale with its claims and whether each holds.
+
+    Attributes:
+        text: as written.
+        checked: its claims, and whether each holds.
+        relevant: whether a claim is about a category that the question is about.
+    """
 
     text: str
     checked: tuple[tuple[Claim, bool], ...]
+    relevant: bool
 
     @property
     def correct(self) -> bool:
@@ -48,18 +56,22 @@ class CheckedRationale:
         return bool(self.checked) and all(holds for _, holds in self.checked)
 
 
-def check_rationale(scene: Scene, text: str) -> CheckedRationale:
-    """Check each claim of a rationale against the scene."""
-    return CheckedRationale(text, tuple((claim, claim.holds(scene)) for claim in parse_claims(text)))
+def check_rationale(scene: Scene, text: str, question: str) -> CheckedRationale:
+    """Check each claim of a rationale for an answer to `question` against the scene."""
+    claims, query = parse_claims(text), Query.parse(question)
+    about = {category for claim in claims for category in (claim.category, claim.other)}
+    relevant = query is not None and bool(about & query.subjects(scene))
+    return CheckedRationale(text, tuple((claim, claim.holds(scene)) for claim in claims), relevant)
 
 
 # Columns of the rationale counts.
-RATIONALES, CORRECT, CLAIMS, TRUE_CLAIMS, EMPTY = range(5)
+RATIONALES, CORRECT, CLAIMS, TRUE_CLAIMS, EMPTY, RELEVANT = range(6)
 
 
-def rationale_counts(checked: Sequence[CheckedRationale]) -> Float[np.ndarray, "5"]:
-    """Return one image's counts: rationales, correct ones, claims, true claims, rationales without a claim."""
+def rationale_counts(checked: Sequence[CheckedRationale]) -> Float[np.ndarray, "6"]:
+    """Return one image's counts: rationales, correct ones, claims, true claims, rationales without a claim, relevant ones."""
     facts = [holds for rationale in checked for _, holds in rationale.checked]
     correct = sum(rationale.correct for rationale in checked)
     empty = sum(not rationale.checked for rationale in checked)
-    return np.asarray([len(checked), correct, len(facts), sum(facts), empty], float)
+    relevant = sum(rationale.relevant for rationale in checked)
+    return np.asarray([len(checked), correct, len(facts), sum(facts), empty, relevant], float)

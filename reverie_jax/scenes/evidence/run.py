@@ -1,0 +1,92 @@
+"""`reverie scenes evidence`: run all units in worker processes, a core each, and write the page."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+
+from rich.console import Console
+
+from reverie_jax.scenes.evidence import schedule
+from reverie_jax.scenes.evidence.arms import ARMS
+from reverie_jax.scenes.evidence.units import SEARCH_SEED, TESTS, Evidence, Sizes, Unit
+
+QUICK = Sizes(seeds=2, budgets=(200,), main=200, passes=(400,), test=60, held_out=30, validation=40)
+QUICK_ARMS = ("answers", "reflective", "lrv-0", "lrv-1", "ddpo-5", "sentences")
+
+_evidence: Evidence
+"""A worker's own, so that a seed's pictures are read once."""
+
+
+def _start_worker(out: Path, sizes: Sizes, model: str) -> None:
+    import jax
+
+    global _evidence
+    # Arms of one kind share their programs, over processes and runs.
+    jax.config.update("jax_compilation_cache_dir", str(out / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    _evidence = Evidence(out, sizes, model)
+
+
+def _prepare(seed: int) -> str:
+    _evidence.pictures(seed)
+    return f"pictures of seed {seed}"
+
+
+def _base() -> str:
+    _evidence.run_base()
+    return "base"
+
+
+def _unit(unit: Unit) -> str:
+    import jax
+
+    _evidence.run(unit)
+    jax.clear_caches()  # a process has room for so many programs only
+    return unit.name
+
+
+class _Pool:
+    """Worker processes, and the progress of what they do."""
+
+    def __init__(self, evidence: Evidence, workers: int, console: Console):
+        self.console, self.started = console, time.perf_counter()
+        os.environ["NPROC"] = "1"  # threads of XLA's pool: a core for each worker
+        self.executor = ProcessPoolExecutor(
+            workers, get_context("spawn"), _start_worker, (evidence.out, evidence.sizes, evidence.model)
+        )
+
+    def run(self, what: str, tasks: Sequence[tuple[Callable[..., str], tuple[object, ...]]]) -> None:
+        """Run tasks, and print each when it is done."""
+        futures = [self.executor.submit(task, *arguments) for task, arguments in tasks]
+        for number, future in enumerate(as_completed(futures), 1):
+            seconds = time.perf_counter() - self.started
+            self.console.print(f"{seconds:7.0f} s  {what} {number}/{len(futures)}: {future.result()}")
+
+
+def run(out: Path, *, quick: bool, workers: int, model: str, arms: Sequence[str] = ()) -> None:
+    """Run the evidence; what an earlier call has done is not done again.
+
+    Args:
+        out: output folder.
+        quick: a small part, to see that it works.
+        workers: processes.
+        model: checkpoint to start from.
+        arms: names in `arms.ARMS`; all if empty.
+    """
+    sizes = QUICK if quick else Sizes()
+    names = tuple(arms) or (QUICK_ARMS if quick else tuple(ARMS))
+    evidence, console = Evidence(out, sizes, model), Console()
+    for name in TESTS:
+        evidence.test_folder(name)
+    pool = _Pool(evidence, workers, console)
+    with pool.executor:
+        pool.run("prepare", [(_prepare, (SEARCH_SEED,)), (_base, ())])
+        pool.run("search", [(_unit, (unit,)) for unit in schedule.search_units(sizes, names)])
+        choices = schedule.choose(evidence, names)
+        pool.run("prepare", [(_prepare, (seed,)) for seed in range(sizes.seeds)])
+        pool.run("compare", [(_unit, (unit,)) for unit in schedule.main_units(sizes, choices)])
