@@ -18,7 +18,7 @@ from reverie_jax.data.templates import v0_template
 from reverie_jax.data.tokenization import Encoder
 from reverie_jax.errors import UserError
 from tests.data import llama_oracle
-from tests.data.fakes import IMAGE_ID, WordTokenizer, conversation_of
+from tests.data.fakes import BEGUN, IMAGE_ID, WordTokenizer, check_begun, conversation_of
 from tests.data.llama_oracle import IMAGE, dialogues
 
 PATCHES = 3
@@ -198,6 +198,17 @@ def test_ids_are_those_of_one_pass_and_answers_carry_their_weights(tokenizer, en
     assert answered.ids[:size].tolist() == question.ids.tolist()
     assert answered.weights[:size].tolist() == question.weights.tolist()
     assert (answered.weights[size:] == weights[len(turns) // 2 - 1]).all()
+
+
+@pytest.mark.parametrize(("prefix", "text"), BEGUN)
+@pytest.mark.parametrize(("template", "kind"), PAIRS)
+def test_what_an_answer_begins_with_is_not_supervised(tokenizer, encoder, template, kind, prefix, text):
+    encode, question = encoder(template, kind), f"{IMAGE}\nWhat?"
+    check_begun(encode, tokenizer(kind), ENDS.get(template, "</s>"), question, prefix, text)
+    begun = encode(Conversation((Turn("user", question), Turn("assistant", "", prefix=prefix)), (0,)))
+    end = ENDS.get(template, tokenizer(kind).eos_token)
+    assert begun.ids.tolist() == one_pass(tokenizer(kind), render(template, [question, prefix]).removesuffix(end))
+    assert not begun.weights.any()
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from reverie_jax.data.conversation import ImageRecord
 from reverie_jax.data.pipeline import ImageQuestions
 from reverie_jax.data.templates import Template
 from reverie_jax.data.tokenization import Encoder, load_tokenizer
+from reverie_jax.errors import UserError
 from reverie_jax.eval import decode, penalties
 from reverie_jax.eval.decode import Decoding
 from reverie_jax.eval.schedule import EngineShape
@@ -223,10 +224,19 @@ def test_penalties_and_stop_texts_on_a_mesh(decoding):
     assert decoded(0, decoding, processor=oracle.HOLDING, shape=shape, mesh=make_mesh(2, 2, 1)) == whole
 
 
-def test_nothing_is_decoded_behind_a_stop_text():
-    table, ended = stop_table(oracle.HOLDING.encoder, oracle.SIZES.text.vocab), 0
+@pytest.mark.parametrize(
+    ("processor", "stop"), [(oracle.HOLDING, ""), (oracle.PROCESSOR, oracle.HELD), (oracle.HOLDING, "7")]
+)
+def test_nothing_is_decoded_behind_a_stop_text(processor, stop):
+    ends, ended = [stop, oracle.HELD] if processor is oracle.HOLDING else [stop], 0
+    table = stop_table(processor.encoder, oracle.SIZES.text.vocab, stop)
+
+    def holds(ids):
+        return any(end and end in oracle.text(ids) for end in ends)
+
     for seed in range(3):
-        batch = oracle.HOLDING([ImageRecord(i.name, i.read(), tuple(c for _, c in i.questions)) for i in IMAGES])
+        answers = decoded(seed, Decoding(NEW_TOKENS, stop=stop), processor=processor)
+        batch = processor([ImageRecord(i.name, i.read(), tuple(c for _, c in i.questions)) for i in IMAGES])
         state = nnx.split(oracle.ours(seed))
         plain, cut = (
             np.asarray(_generate(*state, jax.tree.map(jnp.asarray, batch), one, decoding=Decoding(NEW_TOKENS)))
@@ -234,9 +244,13 @@ def test_nothing_is_decoded_behind_a_stop_text():
         )
         for place in np.argwhere(batch.questions >= 0):
             expected = plain[tuple(place)].tolist()
-            count = next((n for n in range(1, NEW_TOKENS) if oracle.holds(expected[:n])), NEW_TOKENS)
+            count = next((n for n in range(1, NEW_TOKENS) if holds(expected[:n])), NEW_TOKENS)
             assert cut[tuple(place)].tolist() == expected[:count] + [END] * (NEW_TOKENS - count)
             ended += END not in expected[: count + 1] and count < NEW_TOKENS
+            text = oracle.text([*expected[:count], END][: [*expected[:count], END].index(END)])
+            text = text.split(oracle.HELD)[0] if processor is oracle.HOLDING else text
+            text = "".join(text.partition(stop)[:2] if stop else text)
+            assert answers[int(batch.questions[tuple(place)])] == text.strip()
     assert ended > 5
 
 
@@ -256,6 +270,17 @@ def test_a_stop_text_is_found_however_it_is_tokenized(tmp_path):
             assert (state == 3) == held, answer[:count]
             found += held and count < len(answer)
     assert found > 100
+    # Beside another text, which may overlap it and be several tokens.
+    spelled += [token for token in range(32000) if {".", "\n"} & set(tokenizer.decode([29874, token]))]
+    table = stop_table(encoder, 32000, ".\n#")
+    for answer in random.choice(spelled, (300, 5)).tolist():
+        states = [0]
+        for token in answer:
+            states.append(int(table[states[-1], token]))
+        texts = [tokenizer.decode([29874, *answer[:n]], skip_special_tokens=True) for n in range(6)]
+        assert [state == len(table) - 1 for state in states] == ["###" in text or ".\n#" in text for text in texts]
+    with pytest.raises(UserError, match="'</s>': </s>"):
+        stop_table(encoder, 32000, "</s>")
     assert stop_table(oracle.PROCESSOR.encoder, 71) is None
     assert stop_table(oracle.processor(two_ends=True).encoder, 71) is None
 
