@@ -314,6 +314,28 @@ def test_samples_depend_on_the_question_alone():
     assert fewer.items() <= expected.items()
 
 
+@pytest.mark.parametrize("stop", ["", "6"])
+@pytest.mark.parametrize("seed", [7, 8])
+def test_samples_behind_one_prefix_are_those_of_separate_runs(seed, stop):
+    how = dataclasses.replace(SAMPLED, seed=seed, stop=stop)
+    asked = ask("is it?")
+    begun = oracle.begun(asked, "yes, a")
+    images = [
+        ImageQuestions(str(n), png(n), [(10 * n + k, begun if k < 4 else asked) for k in range(8)]) for n in range(2)
+    ]
+    together = decoded(seed, how, images)
+    alone = {}
+    for image in images:
+        for number, one in image.questions:
+            alone |= decoded(seed, how, [dataclasses.replace(image, questions=[(number, one)])])
+    assert together == alone
+    assert len(set(together.values())) > 12
+    assert all(text.startswith(" ") == (number % 10 < 4) for number, text in together.items() if text)
+    if stop:
+        assert sum(text.endswith(stop) for text in together.values()) > 5
+        assert all(stop not in text[:-1] for text in together.values())
+
+
 @slow
 @pytest.mark.parametrize("how", [SAMPLED, dataclasses.replace(SAMPLED, contrast="image")], ids=["plain", "contrasted"])
 def test_samples_decoded_a_second_time_are_the_same(how):
@@ -427,6 +449,7 @@ def test_contrast_by_its_definition(alpha, beta):
         {"contrast": "image", "alpha": 0.0},
         {"contrast": "image", "noise_step": 0},
         {"contrast": "instruction", "alpha": 0.0},
+        {"contrast": "nothing", "alpha": 0.0},
     ],
     ids=str,
 )
@@ -456,16 +479,17 @@ def brute_force(seed, decoding, image, conversation):
     """Decode greedily by the contrast, everything run again for each token."""
     ids = second_ids = oracle.PROCESSOR.encoder(conversation).ids.tolist()
     shown = second_shown = oracle.normalized(image.read()) if image.encoded else None
+    blind = decoding.contrast == "nothing"
     if decoding.contrast == "instruction":
         second_ids = oracle.PROCESSOR.encoder(oracle.behind_instruction(conversation)).ids.tolist()
-    elif image.encoded:
+    elif image.encoded and not blind:
         pixels = oracle.PROCESSOR.preprocess(image.read(), image.name)
         noisy = decode.add_noise(jnp.asarray(pixels[None]), decoding.noise_step, decoding.seed, oracle.SIZES.vision)
         second_shown = torch.tensor(np.moveaxis(np.array(noisy[0]), -1, 1))
 
     def step(answer):
         first = oracle.scores(seed, shown, [*ids, *answer])
-        second = oracle.scores(seed, second_shown, [*second_ids, *answer])
+        second = oracle.scores(seed, second_shown, [*second_ids, *answer], blind=blind)
         margin = oracle.log_softmax(first) - oracle.log_softmax(first).max() - np.log(decoding.beta)
         assert np.abs(margin).min() > 1e-4, "near the cut: take another seed"
         return oracle.contrasted(first, second, decoding.alpha, decoding.beta)
@@ -478,6 +502,8 @@ def brute_force(seed, decoding, image, conversation):
     [
         (VCD, (0,)),
         (Decoding(NEW_TOKENS, contrast="instruction"), (0,)),
+        (Decoding(NEW_TOKENS, contrast="nothing"), (0, 1)),
+        pytest.param(Decoding(NEW_TOKENS, contrast="nothing", alpha=0.5, beta=0.2), range(4), marks=slow),
         pytest.param(VCD, range(4), marks=slow),
         pytest.param(
             Decoding(NEW_TOKENS, contrast="image", alpha=0.5, beta=0.2, noise_step=900, seed=1), range(4), marks=slow
@@ -492,6 +518,20 @@ def test_contrasted_answers_step_by_step(decoding, seeds):
         assert decoded(seed, decoding) == expected
         differ += sum(text != oracle.greedy_answer(seed, number) for number, text in expected.items())
     assert differ > 2, "the contrast changes nothing"
+
+
+@pytest.mark.parametrize("contrast", ["", "instruction", "nothing"])
+def test_begun_answers_go_on_as_behind_any_prompt(contrast):
+    decoding = Decoding(NEW_TOKENS, contrast=contrast)
+    images = [
+        dataclasses.replace(image, questions=[(number, oracle.begun(one, "yes, a")) for number, one in image.questions])
+        for image in IMAGES
+    ]
+    answer = brute_force if contrast else lambda seed, _, *row: oracle.transformers_tokens(seed, *row, NEW_TOKENS)
+    expected = answers_of(images, functools.partial(answer, 0, decoding))
+    # The text of what goes on begins with the space between the tokens.
+    assert decoded(0, decoding, images) == {number: text and f" {text}" for number, text in expected.items()}
+    assert sum(text != oracle.greedy_answer(0, number) for number, text in expected.items()) > 5
 
 
 @pytest.mark.parametrize(
