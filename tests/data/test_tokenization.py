@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 import reverie_jax.scenes
 from reverie_jax.data.chat_template import read_example_template
 from reverie_jax.data.conversation import Conversation, Turn
-from reverie_jax.data.templates import v0_template
+from reverie_jax.data.templates import Template, v0_template
 from reverie_jax.data.tokenization import Encoder
 from reverie_jax.errors import UserError
 from tests.data import llama_oracle
@@ -252,6 +252,20 @@ def test_images_are_those_that_the_conversation_names(words):
 def test_the_weight_of_a_question_has_no_effect(words):
     turns = Turn("user", "What?", 7.0), Turn("assistant", "A cup.", 0.0)
     assert not Encoder(words, "llava-hf", PATCHES, IMAGE_ID)(Conversation(turns, ())).weights.any()
+
+
+@pytest.mark.parametrize(
+    ("prefix", "text", "taught"),
+    [
+        ("", " A cat. ", ["A", " cat.", "</s>"]),
+        (" A", " cat. ", [" cat.", "</s>"]),
+        (" ", "A cat.", ["A", " cat.", "</s>"]),
+    ],
+)
+def test_a_begun_answer_is_stripped_as_a_whole(words, prefix, text, taught):
+    encode = Encoder(words, Template("bare", "spans", "", "", "<s>", "", stripped=("assistant",)), PATCHES, IMAGE_ID)
+    tokens = encode(Conversation((Turn("user", "What?"), Turn("assistant", text, prefix=prefix)), ()))
+    assert [words.words[id] for id in tokens.ids[tokens.weights > 0]] == taught
 
 
 def test_unknown_placeholders_and_templates_are_errors(words):
