@@ -30,10 +30,12 @@ class Ask:
     max_new_tokens: common.MaxNewTokens = None
     """Maximum length of an answer, in tokens; 96 or the protocol's if omitted."""
     seed: common.Seed = 0
+    contrast: common.Contrast = ""
 
     def run(self) -> None:
         """Run the command."""
         common.check_at_least(1, max_new_tokens=self.max_new_tokens)
+        common.check_choice(common.CONTRASTS, contrast=self.contrast)
         template = common.check_template(self.template, self.protocol)
         if not self.question:
             raise UserError(f"no question about {self.image}; give one or more, each in quotes")
@@ -51,7 +53,7 @@ class Ask:
         model, processor = common.load_merged(self.model, self.components, self.adapter, self.dtype, template)
         engine = Engine(model, processor, EngineShape(batch_size=1))
         request = ImageQuestions(record.id, record.image, list(enumerate(record.conversations)))
-        defaults = {"max_new_tokens": 96, "seed": self.seed}
+        defaults = {"max_new_tokens": 96, "seed": self.seed, "contrast": self.contrast}
         decoding = decoding_of(self.protocol, defaults, {"max_new_tokens": self.max_new_tokens})
         batches = engine.stream(engine.schedule([request], decoding), decoding)
         answers = {number: answer.text for batch in batches for number, answer in batch.items()}

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 
 DTYPES = ("float32", "bfloat16")
+CONTRASTS = ("", "image", "instruction", "nothing")
 ONE_DEVICE = "data=1,fsdp=1,tensor=1"
 
 
@@ -128,6 +129,14 @@ Details = Annotated[Path | None, option("FILE", "Write all rows of the result to
 MaxNewTokens = Annotated[int | None, option("N")]
 Steps = Annotated[int | None, option("N", "Optimizer steps; the recipe's if omitted.")]
 Seed = Annotated[int, option("N", "Random seed.")]
+Contrast = Annotated[
+    str,
+    option(
+        "KIND",
+        "Contrast with answers to a noisy image (image, VCD), to a disturbing instruction (instruction, ICD) or without the"
+        " image (nothing: the language prior alone).",
+    ),
+]
 Json = Annotated[bool, arg(help="Print one JSON object.", help_behavior_hint="")]
 DryRun = Annotated[
     bool, arg(help="Print the number of requests and tokens and the cost; send nothing.", help_behavior_hint="")

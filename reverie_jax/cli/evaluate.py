@@ -67,8 +67,7 @@ class Eval:
     penalize_prompt: Annotated[bool, common.FLAG] = False
     """For the last two, tokens of the prompt count too."""
     seed: common.Seed = 0
-    contrast: Annotated[str, common.option("KIND")] = ""
-    """Contrast with answers to a noisy image (image, VCD) or to a disturbing instruction (instruction, ICD)."""
+    contrast: common.Contrast = ""
     alpha: Annotated[float, common.NUMBER] = 1.0
     """Strength of the contrast."""
     beta: Annotated[float, common.NUMBER] = 0.1
@@ -121,7 +120,7 @@ class Eval:
         return {"components": self.components, "adapter": self.adapter, "template": template}
 
     def _check(self) -> None:
-        common.check_choice(("", "image", "instruction"), contrast=self.contrast)
+        common.check_choice(common.CONTRASTS, contrast=self.contrast)
         common.check_choice(("auto", *common.DTYPES), dtype=self.dtype)
         common.check_template(self.template, self.protocol)
         common.check_at_least(

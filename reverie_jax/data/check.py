@@ -149,7 +149,7 @@ class _Checker:
             if problem.fatal:
                 return problems
         turns = example.conversation.turns
-        content = (key, *(turn.text for turn in turns))
+        content = (key, *(turn.message for turn in turns))
         if content in self._seen:
             add("duplicate", "same image and texts as an earlier row", False)
         self._seen.add(content)
@@ -182,7 +182,9 @@ class _Checker:
     def _special_token(self, turns: Sequence[Turn]) -> str | None:
         """Return a special token of the tokenizer, as </s>, that a text holds."""
         tokens = getattr(self.processor and self.processor.encoder.tokenizer, "all_special_tokens", ())
-        return next((token for token in tokens if token != IMAGE and any(token in turn.text for turn in turns)), None)
+        return next(
+            (token for token in tokens if token != IMAGE and any(token in turn.message for turn in turns)), None
+        )
 
     def _check_image(self, example: Example) -> Problem | None:
         if example.encoded:
@@ -235,7 +237,7 @@ def _check_images(
     problems = []
     for together in by_image.values():
         while problem := _check_fit(together, builder):
-            longest = max(together, key=lambda example: sum(len(turn.text) for turn in example.conversation.turns))
+            longest = max(together, key=lambda example: sum(len(turn.message) for turn in example.conversation.turns))
             problems.append(dataclasses.replace(problem[0], where=longest.where))
             together = [example for example in together if example.where != longest.where]
     return problems

@@ -24,6 +24,22 @@ Sample = tuple[list[int], list[int]]
 """Token ids, and for each the index of the exchange whose answer it is part of, or -1 where it is not supervised."""
 
 
+class Span(NamedTuple):
+    """An answer within a text, by characters.
+
+    Attributes:
+        start, stop: the message, with what ends it as far as it can be supervised.
+        weight: loss weight of its supervised tokens.
+        first, last: where supervised text begins, behind the message's prefix, and stops.
+    """
+
+    start: int
+    stop: int
+    weight: float
+    first: int
+    last: int
+
+
 class Counts(NamedTuple):
     """What original LLaVA and its relatives add to the counted tokens of a round, and subtract, by style of template.
 
@@ -140,8 +156,26 @@ class LlavaTokenizer:
         begins = int(first[:1] == [self._bos])  # as in the original, which drops as much of each other piece
         return first + [id for other in others for id in (IMAGE_TOKEN_INDEX, *other[begins:])]
 
+    def shared(self, ids: Sequence[int], beginning: str, has_image: bool) -> tuple[int, int]:
+        """Return how many of a text's tokens lie within a beginning of it, and how many begin there."""
+        part = self(beginning, has_image)
+        within = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(ids, part, strict=False)))
+        # From here on, the beginning alone has other tokens than as part of the text.
+        names, rest = self.tokenizer.convert_ids_to_tokens, "".join(self.tokenizer.convert_ids_to_tokens(part[within:]))
+        while rest and rest.startswith(name := names(ids[within])):
+            within, rest = within + 1, rest.removeprefix(name)
+        return within, within + bool(rest)
 
-def tokenize_sample(tokenizer: LlavaTokenizer, template: Template, exchanges: Exchanges, has_image: bool) -> Sample:
+
+def tokenize_sample(
+    tokenizer: LlavaTokenizer,
+    template: Template,
+    exchanges: Exchanges,
+    has_image: bool,
+    *,
+    prefixes: Sequence[str] = (),
+    ended: bool = True,
+) -> Sample:
     """Return a training sample.
 
     Args:
@@ -149,62 +183,100 @@ def tokenize_sample(tokenizer: LlavaTokenizer, template: Template, exchanges: Ex
         template: its style selects the original's masking rule.
         exchanges: the conversation.
         has_image: whether the sample shows an image.
+        prefixes: of each answer, what is not supervised; the original has none.
+        ended: whether the last answer's end is supervised, as the original's is.
     """
+    text, after = _sample_text(tokenizer, template, exchanges)
+    ids, supervised = _supervise(tokenizer, template, exchanges, text, has_image)
+    for number, prefix in enumerate(prefixes):
+        if prefix:
+            begun, _ = _sample_text(tokenizer, template, [*exchanges[:number], (exchanges[number][0], prefix)])
+            begun = begun.removesuffix(after)
+            start, _ = tokenizer.shared(ids, begun.removesuffix(prefix), has_image)
+            stop, _ = tokenizer.shared(ids, begun, has_image)
+            supervised[start:stop] = [-1] * (stop - start)
+    if not ended:
+        _, stop = tokenizer.shared(ids, text.removesuffix(after), has_image)
+        supervised[stop:] = [-1] * (len(ids) - stop)
+    return ids, supervised
+
+
+def _sample_text(tokenizer: LlavaTokenizer, template: Template, exchanges: Exchanges) -> tuple[str, str]:
+    """Return a sample's text, and what follows the last answer. A role with an empty text has no separator behind it."""
+    end = template.end or ""
     match template.style:
         case "plain":
-            return _plain(tokenizer, exchanges)
+            return f"{IMAGE}{exchanges[0][1]}\n", "\n"
         case "single":
-            return _single(tokenizer, template, exchanges, has_image)
+            sentences = _sentences(exchanges)
+            return f"{template.sentence}\n\n{''.join(sentences)}### ", "\n### "
         case "phi3" | "llama3":
-            text, end = template.sentence + (template.end or ""), template.end or ""
-            user, separator = template.user, template.assistant
-            assistant = separator.removeprefix(end)
+            text, user, assistant = template.sentence + end, template.user, template.assistant.removeprefix(end)
             for question, answer in exchanges:
                 text += f"{user}{question}{end}" if question else user
                 text += f"{assistant}{answer}{end}" if answer else assistant
-            pieces = text.split(end)
-            rounds = [end.join(pieces[:3]), *(end.join(pieces[i : i + 2]) for i in range(3, len(pieces), 2))]
         case "llama_2":
-            separator, text = f"{template.assistant.lstrip()} ", ""
+            text = ""
             for question, answer in exchanges:
                 text += f"{template.user}{question}{template.assistant}" if question else ""
-                text += f" {answer}{template.end}" if answer else ""
-            rounds = text.split((template.end or "").strip())
+                text += f" {answer}{end}" if answer else ""
         case _:
-            end, separator = tokenizer.tokenizer.eos_token, f"{template.assistant} "
-            user, assistant, text = template.user.rstrip(), separator.strip(), template.system
-            for question, answer in exchanges:  # a role with an empty text has no separator after it
+            end, text = tokenizer.tokenizer.eos_token, template.system
+            user, assistant = template.user.rstrip(), template.assistant.strip()
+            for question, answer in exchanges:
                 text += f"{user} {question} " if question else user
                 text += f"{assistant} {answer}{end}" if answer else assistant
-            rounds = text.split(end)
+    return text, end
+
+
+def _sentences(exchanges: Exchanges) -> list[str]:
+    return [
+        f"### {role}: {text}\n" for pair in exchanges for role, text in zip(("Human", "Assistant"), pair, strict=True)
+    ]
+
+
+def _supervise(
+    tokenizer: LlavaTokenizer, template: Template, exchanges: Exchanges, text: str, has_image: bool
+) -> Sample:
+    """Return the text's tokens, labeled as the original does."""
+    end = template.end or ""
+    match template.style:
+        case "plain":
+            return _plain(tokenizer, text)
+        case "single":
+            return _single(tokenizer, template, exchanges, text, has_image)
+        case "phi3" | "llama3":
+            separator, pieces = template.assistant, text.split(end)
+            rounds = [end.join(pieces[:3]), *(end.join(pieces[i : i + 2]) for i in range(3, len(pieces), 2))]
+        case "llama_2":
+            separator, rounds = f"{template.assistant.lstrip()} ", text.split(end.strip())
+        case _:
+            separator, rounds = f"{template.assistant} ", text.split(tokenizer.tokenizer.eos_token)
     return _rounds(tokenizer, text, rounds, separator, COUNTS[template.style], exchanges, has_image)
 
 
 def tokenize_spans(
-    tokenizer: LlavaTokenizer, text: str, spans: Sequence[tuple[int, int, float]], has_image: bool
+    tokenizer: LlavaTokenizer, text: str, spans: Sequence[Span], has_image: bool
 ) -> tuple[list[int], list[float]]:
     """Return a text's ids, and their weights by spans of characters.
 
-    A token that begins before a span belongs to the prompt, as in `Encoder` with `tokenization="hf"`.
+    A token that begins before a span belongs to the prompt, as in `Encoder` with `tokenization="hf"`; one that begins in a
+    message's prefix and ends behind it is supervised.
     """
     ids = tokenizer(text, has_image)
     weights = [0.0] * len(ids)
-
-    def index(cut: int) -> int:
-        """Return the first token that begins at a character or after it."""
-        prefix = tokenizer(text[:cut], has_image)
-        shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(ids, prefix, strict=False)))
-        return shared + (shared < len(prefix))
-
-    for start, stop, weight in ((start, stop, weight) for start, stop, weight in spans if weight):
-        first, last = index(start), index(stop)
-        weights[first:last] = [weight] * (last - first)
+    for span in spans:
+        if span.weight:
+            first, last = (tokenizer.shared(ids, text[:cut], has_image)[1] for cut in (span.start, span.last))
+            if span.first > span.start:
+                first = max(first, tokenizer.shared(ids, text[: span.first], has_image)[0])
+            weights[first:last] = [span.weight] * (last - first)
     return ids, weights
 
 
-def _plain(tokenizer: LlavaTokenizer, exchanges: Exchanges) -> Sample:
+def _plain(tokenizer: LlavaTokenizer, text: str) -> Sample:
     """Return a projector pretraining sample: the image and its caption, without the question."""
-    ids = tokenizer(IMAGE + exchanges[0][1] + "\n", True)
+    ids = tokenizer(text, True)
     masked = len(tokenizer(IMAGE, True))
     return ids, [-1] * masked + [0] * (len(ids) - masked)
 
@@ -240,16 +312,12 @@ def _rounds(
     return ids, supervised
 
 
-def _single(tokenizer: LlavaTokenizer, template: Template, exchanges: Exchanges, has_image: bool) -> Sample:
+def _single(tokenizer: LlavaTokenizer, template: Template, exchanges: Exchanges, text: str, has_image: bool) -> Sample:
     """Return a sample of the original's separator style SINGLE.
 
     Each sentence is counted with a BOS that it does not have in the sample, so the mask drifts. The counts are not checked.
     """
-    header = f"{template.sentence}\n\n"
-    sentences = [
-        f"### {role}: {text}\n" for pair in exchanges for role, text in zip(("Human", "Assistant"), pair, strict=True)
-    ]
-    ids = tokenizer(header + "".join(sentences) + "### ", has_image)
+    ids = tokenizer(text, has_image)
     supervised = [(len(exchanges) - 1) if exchanges else -1] * len(ids)
 
     def count(text: str) -> int:
@@ -257,9 +325,9 @@ def _single(tokenizer: LlavaTokenizer, template: Template, exchanges: Exchanges,
         ids = tokenizer(text, has_image)
         return len(ids) if has_image or template.image else len(ids) - ids.count(0)
 
-    at = count(header)
+    at = count(f"{template.sentence}\n\n")
     supervised[:at] = [-1] * min(at, len(ids))
-    for number, sentence in enumerate(sentences):
+    for number, sentence in enumerate(_sentences(exchanges)):
         length = count(sentence)
         sentence_span = slice(min(at, len(ids)), min(at + length, len(ids)))
         supervised[sentence_span] = [number // 2] * (sentence_span.stop - sentence_span.start)

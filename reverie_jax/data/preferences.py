@@ -54,11 +54,16 @@ def find_pairs(name: str, conversations: Sequence[Conversation]) -> list[tuple[C
         conversations: its conversations; those that belong to no pair are left out.
 
     Raises:
-        DataError: a pair has not as many chosen answers as rejected ones.
+        DataError: a pair has not as many chosen answers as rejected ones, or a side has no answer.
     """
     sides: dict[str, dict[str, list[Conversation]]] = {"chosen": {}, "rejected": {}}
     for conversation in conversations:
         if conversation.kind in sides:
+            if conversation.is_open:
+                raise DataError(
+                    f"record {name}: pair {conversation.pair!r} has a {conversation.kind} side without an answer; add it or"
+                    " remove the pair"
+                )
             sides[conversation.kind].setdefault(conversation.pair, []).append(conversation)
     chosen, rejected = sides["chosen"], sides["rejected"]
     for pair in sorted(chosen.keys() | rejected.keys()):

@@ -9,31 +9,31 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from reverie_jax.data.llava_tokenization import LlavaTokenizer
+from reverie_jax.data.llava_tokenization import LlavaTokenizer, Span
 from reverie_jax.data.templates import IMAGE
 
-Spans = Sequence[tuple[int, int, float]]
-"""(first character, one past the last, weight) of each answer of a text."""
+Piece = tuple[str, float, int, int]
+"""A text, and the weight of what lies between two of its characters."""
 Weighted = tuple[list[int], list[float]]
 """Token ids, with `IMAGE_TOKEN_INDEX` for each image marker, and the loss weight of each."""
 
 
-def tokenize_minigpt4(tokenizer: LlavaTokenizer, text: str, spans: Spans) -> Weighted:
+def tokenize_minigpt4(tokenizer: LlavaTokenizer, text: str, spans: Sequence[Span]) -> Weighted:
     """Return a text tokenized in pieces: what precedes an answer, and the answer with its end, around images as well.
 
     The trainer pads with the end of sequence and masks all padding; so an end of sequence within an answer is not taught.
     It cuts answers to 160 tokens, their end included; they are whole here.
     """
-    pieces, at = [], 0
-    for start, stop, weight in spans:
-        pieces += [(text[at:start], 0.0), (text[start:stop], weight)]
+    pieces, at = list[Piece](), 0
+    for start, stop, weight, first, last in spans:
+        pieces += [(text[at:start], 0.0, 0, 0), (text[start:stop], weight, first - start, last - start)]
         at = stop
-    ids, weights = _join(tokenizer, [*pieces, (text[at:], 0.0)])
+    ids, weights = _join(tokenizer, [*pieces, (text[at:], 0.0, 0, 0)])
     end = tokenizer.tokenizer.eos_token_id
     return ids, [0.0 if id == end else weight for id, weight in zip(ids, weights, strict=True)]
 
 
-def tokenize_mplug_owl(tokenizer: LlavaTokenizer, text: str, spans: Spans) -> Weighted:
+def tokenize_mplug_owl(tokenizer: LlavaTokenizer, text: str, spans: Sequence[Span]) -> Weighted:
     r"""Return a text tokenized in the chunks between `<image>`, "AI: " and "\nHuman: ", and these by themselves.
 
     The chunk after each "AI: " is taught, and followed by the end of sequence: also where a question or an answer contains
@@ -46,25 +46,30 @@ def tokenize_mplug_owl(tokenizer: LlavaTokenizer, text: str, spans: Spans) -> We
     """
     marks = "AI: |\nHuman: " + (f"|{IMAGE}" if IMAGE in text else "")
     end = tokenizer.tokenizer.eos_token or ""
-    pieces, at, previous = [], 0, ""
+    pieces, at, previous = list[Piece](), 0, ""
     for chunk in re.split(f"({marks})", text):
         if not chunk and IMAGE in text:
             continue
+        size = len(chunk)
         if previous == "AI: ":
-            weight = next((weight for _, stop, weight in spans if at <= stop), 0.0)
-            pieces += [(chunk, weight), (end, weight)]
+            span = next((span for span in spans if at <= span.stop), None)
+            weight = span.weight if span else 0.0
+            first = max(0, span.first - at) if span and span.start <= at else 0
+            pieces += [(chunk, weight, min(first, size), size), (end, weight if first <= size else 0.0, 0, len(end))]
         else:
-            pieces.append((chunk, 0.0))
-        at, previous = at + len(chunk), chunk
+            pieces.append((chunk, 0.0, 0, size))
+        at, previous = at + size, chunk
     return _join(tokenizer, pieces)
 
 
-def _join(tokenizer: LlavaTokenizer, pieces: Iterable[tuple[str, float]]) -> Weighted:
+def _join(tokenizer: LlavaTokenizer, pieces: Iterable[Piece]) -> Weighted:
     """Return the ids of pieces of text, each tokenized by itself, behind one BOS; and their weights."""
     ids = tokenizer.encode_text("")
     weights, begin = [0.0] * len(ids), len(ids)
-    for piece, weight in pieces:
-        found = tokenizer(piece, True)[begin:]
-        ids += found
-        weights += [weight] * len(found)
+    for piece, weight, first, last in pieces:
+        found = tokenizer(piece, True)
+        start = tokenizer.shared(found, piece[:first], True)[0] if first else begin
+        stop = tokenizer.shared(found, piece[:last], True)[1] if last < len(piece) else len(found)
+        ids += found[begin:]
+        weights += [weight if start <= index < stop else 0.0 for index in range(begin, len(found))]
     return ids, weights

@@ -61,7 +61,7 @@ class Supervision:
         for conversation, has_rationale in examples:
             turns = list(conversation.turns)
             if has_rationale:
-                exchange = (turns[0].text, turns[1].text)
+                exchange = (turns[0].text, turns[1].message)
                 repeated = self.answers == "once" and exchange in supervised
                 if turns[1].weight > 0:
                     supervised.add(exchange)
@@ -70,7 +70,7 @@ class Supervision:
                     turns[index] = _scale(turns[index], self.rationale_weight)
                     turns[index - 1] = self._reword(turns, index)
             weighted.append(dataclasses.replace(conversation, turns=tuple(turns)))
-        return [one for one in weighted if any(turn.weight > 0 for turn in one.turns if turn.role == "assistant")]
+        return [one for one in weighted if any(turn.is_taught for turn in one.turns)]
 
     def _reword(self, turns: Sequence[Turn], index: int) -> Turn:
         """Return the request for the rationale at `index` in the form that `prompts` names."""
@@ -110,7 +110,7 @@ def _join_rationales(examples: Sequence[tuple[Conversation, bool]], first: str) 
     groups: dict[tuple[str, str], dict[str, list[int]]] = {}
     for number, (one, _) in enumerate(examples):
         if _has_rationale(one):  # `kinds` may have cut it
-            exchange = (one.turns[0].text, one.turns[1].text)
+            exchange = (one.turns[0].text, one.turns[1].message)
             groups.setdefault(exchange, {"positive": [], "negative": []})[one.kind].append(number)
     joined: list[tuple[Conversation, bool] | None] = list(examples)
     for kinds in groups.values():

@@ -14,6 +14,7 @@ from reverie_jax.data.conversation import IMAGE, Conversation
 from reverie_jax.data.llava_tokenization import (
     IMAGE_TOKEN_INDEX,
     LlavaTokenizer,
+    Span,
     move_image_first,
     tokenize_sample,
     tokenize_spans,
@@ -107,7 +108,7 @@ UNTAUGHT = (
 
 def is_untaught(conversation: Conversation, tokens: Tokens) -> bool:
     """Return whether nothing of a conversation is supervised, although one of its answers has a weight."""
-    return not tokens.weights.any() and any(turn.weight > 0 for turn in conversation.turns[1::2])
+    return not tokens.weights.any() and any(turn.is_taught for turn in conversation.turns)
 
 
 class Encoder:
@@ -162,14 +163,15 @@ class Encoder:
         self.further_stop_ids = tuple(stop_ids)
         self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys([*stops, *stop_ids]))
 
-    def render(self, conversation: Conversation) -> tuple[str, list[tuple[int, int, float]]]:
-        """Return the conversation's text, and its supervised spans as (first character, one past the last, weight).
+    def render(self, conversation: Conversation) -> tuple[str, list[Span]]:
+        """Return the conversation's text, and its answers.
 
-        An answer is supervised with the token that ends it, but not with what the template writes after that.
+        An answer is supervised with the token that ends it, but not with what the template writes after that; one that is
+        only begun has neither an end nor supervision.
         """
-        template, text, spans = self.template, self.template.system, []
+        template, text, spans = self.template, self.template.system, list[Span]()
         for number, turn in enumerate(conversation.turns):
-            said = _strip(turn.text, template) if turn.role in template.stripped else turn.text
+            said = _strip(turn.message, template) if turn.role in template.stripped else turn.message
             if turn.role == "user":
                 said = IMAGE * said.count(IMAGE) if template.style == "plain" else place_images(template, said)
                 if template.style == "minigpt4":
@@ -179,8 +181,15 @@ class Encoder:
                 text += template.assistant if template.answered is None or is_last else template.answered
             else:
                 start = len(text)
-                text += ("" if template.answered is not None else template.answer_prefix) + said + self._end
-                spans.append((start, len(text) - len(self._end) + self._taught, turn.weight))
+                text += ("" if template.answered is not None else template.answer_prefix) + said
+                last = len(text)
+                # White space that is stripped before a message is none of its prefix.
+                prefix = turn.prefix.lstrip() if turn.role in template.stripped else turn.prefix
+                first = last - len(said) + min(len(prefix), len(said)) if prefix else start
+                text += "" if turn.is_begun else self._end
+                stop = last if turn.is_begun else last + self._taught
+                weight = turn.weight if turn.is_taught else 0.0
+                spans.append(Span(start, stop, weight, first, stop if turn.ended else last))
         return text, spans
 
     def __call__(self, conversation: Conversation) -> Tokens:
@@ -220,44 +229,62 @@ class Encoder:
         text, spans = self.render(conversation)
         encoding = self.tokenizer(text, return_offsets_mapping=True, **self._options)
         weights = [0.0] * len(encoding["input_ids"])
-        remaining = iter([*spans, (len(text) + 1, len(text) + 1, 0.0)])
+        remaining = iter([*spans, Span(*(len(text) + 1,) * 2, 0.0, *(len(text) + 1,) * 2)])
         span = next(remaining)
         for index, (start, stop) in enumerate(encoding["offset_mapping"]):
-            while start >= span[1]:
+            while start >= span.stop:
                 span = next(remaining)
             # A token that begins before the span belongs to the prompt: Phi-3's role tokens include white space after them.
-            if span[0] <= start < stop:
-                weights[index] = span[2]
+            # One that begins in a message's prefix and ends behind it is supervised.
+            if span.start <= start < min(stop, span.last) and span.first < stop:
+                weights[index] = span.weight
         return list(encoding["input_ids"]), weights
 
     def _encode_llava(self, conversation: Conversation) -> tuple[list[int], list[float]]:
         assert self._llava is not None
         # MoE-LLaVA's code leaves the image where it is; the sister systems' templates say where it is.
         moved = {"user"} if self.template.style != "moe" and not self.template.image else set()
-        texts = [move_image_first(turn.text) if turn.role in moved else turn.text for turn in conversation.turns]
+        texts = [move_image_first(turn.text) if turn.role in moved else turn.message for turn in conversation.turns]
         if conversation.is_open or not self._llava.counts(self.template):
-            turns = tuple(dataclasses.replace(t, text=text) for t, text in zip(conversation.turns, texts, strict=True))
-            text, spans = self.render(dataclasses.replace(conversation, turns=turns))
-            spans = [(start, stop, 0.0) for start, stop, _ in spans] if conversation.is_open else spans
+            turns = [
+                dataclasses.replace(turn, text=text) if turn.role == "user" else turn
+                for turn, text in zip(conversation.turns, texts, strict=True)
+            ]
+            text, spans = self.render(dataclasses.replace(conversation, turns=tuple(turns)))
+            spans = [span._replace(weight=0.0) for span in spans] if conversation.is_open else spans
             if self.template.style == "minigpt4":
                 return tokenize_minigpt4(self._llava, text, spans)
             if self.template.style == "mplug_owl" and not conversation.is_open:
-                return tokenize_mplug_owl(self._llava, text, spans)
+                ids, weights = tokenize_mplug_owl(self._llava, text, spans)
+                return ids, weights if turns[-1].ended else [*weights[:-1], 0.0]
             return tokenize_spans(self._llava, text, spans, bool(conversation.images))
         exchanges = [(place_images(self.template, q), a) for q, a in zip(texts[::2], texts[1::2], strict=True)]
-        ids, supervised = tokenize_sample(self._llava, self.template, exchanges, bool(conversation.images))
-        weight = [turn.weight for turn in conversation.turns[1::2]]
-        return ids, [0.0 if number < 0 else weight[number] for number in supervised]
+        answers = conversation.turns[1::2]
+        ids, supervised = tokenize_sample(
+            *(self._llava, self.template, exchanges, bool(conversation.images)),
+            prefixes=[turn.prefix for turn in answers],
+            ended=conversation.turns[-1].ended,
+        )
+        return ids, [0.0 if number < 0 else answers[number].weight for number in supervised]
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int], *, stop: str = "", before: int | None = None) -> str:
         """Return an answer's text: without special tokens, cut where the template ends an answer, and stripped.
 
         Where the model writes its own role before the answer (`muffin_eval`), that is left out.
+
+        Args:
+            ids: the answer's tokens.
+            stop: a text that the answer ends with, if it holds it.
+            before: the last token of the message that the answer goes on from. White space behind it is kept.
         """
-        text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
+        behind = [] if before is None else [before]
+        known: str = self.tokenizer.decode(behind, skip_special_tokens=True) if behind else ""
+        text: str = self.tokenizer.decode([*behind, *ids], skip_special_tokens=True)[len(known) :]
         if end := (self.template.end or "").strip():  # without a special token for it, the end is part of the text
             text = text.split(end)[0]
-        return text.strip().removeprefix(self.template.answer_prefix.strip()).strip()
+        if stop:
+            text = "".join(text.partition(stop)[:2])
+        return text.rstrip() if behind else text.strip().removeprefix(self.template.answer_prefix.strip()).strip()
 
 
 def end_token(tokenizer: Any, end: str) -> str | None:
@@ -281,7 +308,7 @@ def _first_images(conversation: Conversation) -> list[int]:
 
 def untaught_turns(conversation: Conversation, encoder: Encoder) -> list[int]:
     """Return the answers of a conversation of which no token is supervised although they have a weight, by turn."""
-    answers = [index for index, turn in enumerate(conversation.turns) if index % 2 and turn.weight > 0]
+    answers = [index for index, turn in enumerate(conversation.turns) if turn.is_taught]
     if len(answers) < 2:
         return answers if answers and not encoder(conversation).weights.any() else []
     turns = [dataclasses.replace(turn, weight=float(index)) for index, turn in enumerate(conversation.turns)]

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Int8
+from jaxtyping import Array, Bool, Float, Int, Int16
 
 from reverie_jax.data.packing import Batch
 from reverie_jax.eval import penalties
@@ -21,7 +21,7 @@ from reverie_jax.models.config import VisionConfig
 from reverie_jax.models.decoder import KV
 from reverie_jax.models.vision import normalize
 
-Contrast = Literal["", "image", "instruction"]
+Contrast = Literal["", "image", "instruction", "nothing"]
 
 _ROOMS = (8, 32, 128)
 """Tokens of an answer that programs have room for; longer ones have powers of two."""
@@ -48,11 +48,13 @@ class Decoding:
         repetition_penalty, no_repeat_ngram: See `penalties.penalize`.
         penalize_prompt: The prompt's tokens count as repeated too, image placeholders included. transformers does so where
             it is given ids (Muffin), not where it is given embeddings (MiniGPT-4, mPLUG-Owl, original LLaVA).
+        stop: Text that ends an answer, beside the template's own end; the answer ends with it.
         early_beams: Search with beams as transformers before 4.36 did: a beam's length counts the prompt but not the token
             that ends it; a stop text ends no beam, but the search once all running beams hold it (Muffin's criterion).
         seed: Of sampling and of the noise.
         contrast: What the scores are contrasted with: the image under noise (VCD, Leng et al., arXiv 2311.16922), the
-            question after a disturbing instruction (ICD, Wang et al., arXiv 2403.18715), or nothing.
+            question after a disturbing instruction (ICD, Wang et al., arXiv 2403.18715), or nothing: the same sequence, in
+            which no token sees the image, that is the language prior alone. By default, scores are not contrasted.
         alpha: Strength of the contrast.
         beta: Tokens below this share of the likeliest token's probability are excluded from the contrast.
         noise_step: Diffusion step of the noise, of 1,000; see `add_noise`.
@@ -71,6 +73,7 @@ class Decoding:
     repetition_penalty: float = 1.0
     no_repeat_ngram: int = 0
     penalize_prompt: bool = False
+    stop: str = ""
     early_beams: bool = False
     seed: int = 0
     contrast: Contrast = ""
@@ -174,7 +177,7 @@ def generate(
     stops: tuple[int, ...],
     contrast_batch: Batch | None = None,
     longest: Int[Any, ""] | None = None,
-    stop_table: Int8[Any, "S V"] | None = None,
+    stop_table: Int16[Any, "S V"] | None = None,
 ) -> tuple[Int[Array, "B Q T"], Float[Array, "B Q N"]]:
     """Decode an answer for every leaf.
 
@@ -199,6 +202,9 @@ def generate(
     if decoding.contrast:
         images = _noisy_features(model, batch, decoding) if decoding.contrast == "image" else None
         second = batch if contrast_batch is None else contrast_batch
+        if decoding.contrast == "nothing":
+            alone = jnp.arange(1, batch.ends.shape[1] + 1, dtype=batch.ends.dtype)
+            second = batch._replace(ends=jnp.where(batch.image_slots >= 0, alone, batch.ends))
         contrast, state = prefill(model, second, decoding.max_new_tokens, images)
         states.append(state)
         scores = contrast_scores(scores, contrast, decoding.alpha, decoding.beta)
@@ -206,8 +212,8 @@ def generate(
 
 
 def _advance(
-    table: Int8[Any, "S V"] | None, state: Int8[Array, "*lead"], token: Int[Array, "*lead"]
-) -> tuple[Int8[Array, "*lead"], Bool[Array, "*lead"]]:
+    table: Int16[Any, "S V"] | None, state: Int16[Array, "*lead"], token: Int[Array, "*lead"]
+) -> tuple[Int16[Array, "*lead"], Bool[Array, "*lead"]]:
     """Return the stop text's state behind the tokens, and whether the answers hold all of it."""
     if table is None:
         return state, jnp.zeros(state.shape, bool)
@@ -223,7 +229,7 @@ def _decode_by_token(
     decoding: Decoding,
     longest: Int[Array, ""],
     stops: tuple[int, ...],
-    stop_table: Int8[Any, "S V"] | None,
+    stop_table: Int16[Any, "S V"] | None,
 ) -> Int[Array, "B Q T"]:
     """Decode greedily or by sampling, until all leaves have ended."""
     end, prompts = stops[0], penalties.prompt_tokens(batch, decoding.penalize_prompt)
@@ -238,7 +244,7 @@ def _decode_by_token(
 
     blank = jnp.full((*batch.leaves.shape, decoding.max_new_tokens), end, jnp.int32)
     token = jnp.where(batch.questions < 0, end, choose(scores, blank, 0))
-    found, held = _advance(stop_table, jnp.zeros(token.shape, jnp.int8), token)
+    found, held = _advance(stop_table, jnp.zeros(token.shape, jnp.int16), token)
 
     def unfinished(carry: tuple[Any, ...]) -> Array:
         step, _, ended, *_ = carry
@@ -297,7 +303,7 @@ class _Beams(NamedTuple):
     scores: Float[Array, "B Q K"]
     ended: Bool[Array, "B Q K"]
     open: Bool[Array, "B Q"]
-    found: Int8[Array, "B Q K"]
+    found: Int16[Array, "B Q K"]
 
 
 def _pick(values: Array, index: Int[Array, "B Q K"]) -> Array:
@@ -317,7 +323,7 @@ def _no_beams(asked: Bool[Array, "B Q"], beams: int, room: int, end: int) -> _Be
         scores=never,
         ended=jnp.zeros(never.shape, bool),
         open=asked,
-        found=jnp.zeros(never.shape, jnp.int8),
+        found=jnp.zeros(never.shape, jnp.int16),
     )
 
 
@@ -340,7 +346,7 @@ def _beam_search(
     decoding: Decoding,
     longest: Int[Array, ""],
     stops: tuple[int, ...],
-    stop_table: Int8[Any, "S V"] | None,
+    stop_table: Int16[Any, "S V"] | None,
 ) -> Int[Array, "B Q T"]:
     """Decode by transformers' beam search (`early_stopping=False`), all leaves at once and each by itself."""
     beams, early = decoding.beams, decoding.early_beams

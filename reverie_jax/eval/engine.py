@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, Int8
+from jaxtyping import Array, Float, Int, Int16
 
 from reverie_jax.data.conversation import Conversation, ImageRecord, Turn
 from reverie_jax.data.packing import Batch, SequenceShape
@@ -39,7 +39,7 @@ class Answer:
     """A model's answer.
 
     Attributes:
-        text: Without special tokens.
+        text: Without special tokens; what goes on from a begun message begins with the white space between them.
         tracked: Log-probabilities of `Decoding.track` as its first token.
     """
 
@@ -54,7 +54,7 @@ def _decode(
     batch: Batch,
     contrast_batch: Batch | None,
     longest: Int[Any, ""],
-    stop_table: Int8[Any, "S V"] | None,
+    stop_table: Int16[Any, "S V"] | None,
     *,
     decoding: Decoding,
     stops: tuple[int, ...],
@@ -96,7 +96,7 @@ class Engine:
         self._token_bytes = 2 * text.layers * text.kv_heads * text.head_dim * jnp.dtype(model.compute_dtype).itemsize
         if not self.encoder.stop_ids:
             raise ValueError("the tokenizer has no end-of-sequence token: answers would never stop")
-        self._stop_table = stop_table(self.encoder, text.vocab)
+        self._stop_table = functools.cache(functools.partial(stop_table, self.encoder, text.vocab))
 
     def answer(
         self,
@@ -175,10 +175,17 @@ class Engine:
         """
         for group in schedule.groups:
             skipped, skip = min(skip, group.batches), max(0, skip - group.batches)
+            # The last token of each message that is only begun.
+            begun = {
+                number: int(self.encoder(one).ids[-1])
+                for image in group.images
+                for number, one in image.questions
+                if one.turns[-1].is_begun
+            }
             # Closed by hand: a prefetching iterator left to the collector complains when the interpreter ends.
             with jax.set_mesh(self.mesh), contextlib.ExitStack() as stack:
                 for batch, contrast_batch in self._batches(group, skipped, stack):
-                    answers = self._answers(batch, contrast_batch, decoding, expected_new_tokens)
+                    answers = self._answers(batch, contrast_batch, decoding, expected_new_tokens, begun)
                     yield {
                         same: answer for number, answer in answers.items() for same in schedule.with_duplicates(number)
                     }
@@ -207,7 +214,12 @@ class Engine:
             yield from zip(batches(group.shape, group.images), batches(*group.contrast), strict=True)
 
     def _answers(
-        self, batch: Batch, contrast_batch: Batch | None, decoding: Decoding, expected_new_tokens: int | None
+        self,
+        batch: Batch,
+        contrast_batch: Batch | None,
+        decoding: Decoding,
+        expected_new_tokens: int | None,
+        begun: Mapping[int, int],
     ) -> dict[int, Answer]:
         end, numbers, longest = self.encoder.stop_ids[0], _gather(batch.questions), decoding.max_new_tokens
         expected = expected_new_tokens if decoding.beams == 1 and expected_new_tokens else longest
@@ -220,9 +232,10 @@ class Engine:
             ids[long] = full[long]
         answers = {}
         for b, q in np.argwhere(numbers >= 0):
-            tokens = ids[b, q].tolist()
-            text = self.encoder.decode(tokens[: tokens.index(end)] if end in tokens else tokens)
-            answers[int(numbers[b, q])] = Answer(text, tuple(tracked[b, q].tolist()))
+            tokens, number = ids[b, q].tolist(), int(numbers[b, q])
+            tokens = tokens[: tokens.index(end)] if end in tokens else tokens
+            text = self.encoder.decode(tokens, stop=decoding.stop, before=begun.get(number))
+            answers[number] = Answer(text, tuple(tracked[b, q].tolist()))
         return answers
 
     def _decode_in_parts(
@@ -255,7 +268,7 @@ class Engine:
         longest = decoding.max_new_tokens
         roomy = dataclasses.replace(decoding, max_new_tokens=decode.room(longest))
         ids, tracked = _decode(
-            *(self.graph, self.state, batch, contrast_batch, np.int32(longest), self._stop_table),
+            *(self.graph, self.state, batch, contrast_batch, np.int32(longest), self._stop_table(decoding.stop)),
             decoding=roomy,
             stops=self.encoder.stop_ids,
         )

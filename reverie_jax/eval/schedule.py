@@ -182,10 +182,14 @@ def _with_instruction(
     images: Sequence[ImageQuestions], processor: Processor, leaves: int
 ) -> tuple[SequenceShape, list[ImageQuestions]]:
     def disturbed(conversation: Conversation) -> Conversation:
-        *before, last = conversation.turns
-        opening = f"{IMAGE}\n" if last.text.startswith(f"{IMAGE}\n") else ""
-        text = f"{opening}{ICD_INSTRUCTION} {last.text.removeprefix(opening)}"
-        return dataclasses.replace(conversation, turns=(*before, dataclasses.replace(last, text=text)))
+        turns, last = (
+            list(conversation.turns),
+            (len(conversation.turns) - 1) // 2 * 2,
+        )  # an answer may be begun behind it
+        opening = f"{IMAGE}\n" if turns[last].text.startswith(f"{IMAGE}\n") else ""
+        text = f"{opening}{ICD_INSTRUCTION} {turns[last].text.removeprefix(opening)}"
+        turns[last] = dataclasses.replace(turns[last], text=text)
+        return dataclasses.replace(conversation, turns=tuple(turns))
 
     changed, longest = [], 0
     for image in images:

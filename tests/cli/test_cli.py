@@ -196,6 +196,9 @@ def test_ask_answers_each_question(reverie, demo):
     assert sampled[0] == sampled[1] != sampled[2]
     assert sampled[0][0] == 0
     assert_refused(reverie(*words, "--protocol", "lrv"), "--protocol lrv", "lrv-minigpt4")
+    contrasted = reverie(*words, "--contrast", "nothing")
+    assert (contrasted[0], contrasted[1] == out) == (0, False)
+    assert_refused(reverie(*words, "--contrast", "noise"), "--contrast noise", "nothing")
 
 
 def test_build_train_eval_score(reverie, demo, tmp_path):

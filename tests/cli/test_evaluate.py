@@ -202,7 +202,7 @@ WRONG_OPTIONS = {
     "--model": ("/nowhere", ["/nowhere"]),
     "--benchmark": ("popes", ["popes", *names()]),
     "--rule": ("strict", ["--rule strict", "official, lmms-eval, vlmevalkit"]),
-    "--contrast": ("noise", ["--contrast", "image", "instruction"]),
+    "--contrast": ("noise", ["--contrast", "image", "instruction", "nothing"]),
     "--mesh": ("rows=2", ["--mesh", "rows=2"]),
     "--dtype": ("float16", ["--dtype", "float16", "bfloat16"]),
     "--distributed": ("here", ["--distributed", "here"]),

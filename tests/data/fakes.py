@@ -26,7 +26,7 @@ from reverie_jax.data.conversation import IMAGE, Conversation, ImageRecord, Turn
 from reverie_jax.data.mixture import MixtureEntry, read_mixture
 from reverie_jax.data.row_files import Rows
 from reverie_jax.data.sources import Example, ReadLog
-from reverie_jax.data.tokenization import Tokens
+from reverie_jax.data.tokenization import Encoder, Tokens
 
 IMAGE_ID = 3
 STORED_IMAGE = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
@@ -124,6 +124,40 @@ def conversation_of(
         for n, text in enumerate(texts)
     )
     return Conversation(turns, images or (0,) * sum(text.count(IMAGE) for text in texts), **fields)
+
+
+BEGUN = [
+    ("A cat.", " A dog."),
+    ("A black c", "at. A dog."),
+    ("A cat. ", "It sits."),
+    ("A cat", ". It sits. #"),
+    ("A", "x"),
+]
+"""(prefix, text) of answers: cut between tokens, within one, and beside white space."""
+
+
+def check_begun(encoder: Encoder, tokenizer: Any, after: str, question: str, prefix: str, text: str) -> None:
+    """Compare with the whole answer: the same tokens, those that end within the prefix or begin behind the text untaught.
+
+    `after` is what the template writes behind an answer. Tokens are found by the text from each of them on.
+    """
+
+    def encode(**fields: Any) -> Tokens:
+        asked = Turn("user", question), Turn("assistant", **{"text": prefix + text, "weight": 2.0} | fields)
+        return encoder(Conversation(asked, (0,) * question.count(IMAGE)))
+
+    whole, begun, opening = encode(), encode(text=text, prefix=prefix), encoder.template.answer_prefix
+    sizes = [len("".join(tokenizer.decode(whole.ids[k:]).split())) for k in range(len(whole) + 1)]
+    least, most, rest = (len("".join(f"{said}{after}".split())) for said in (text, opening + prefix + text, ""))
+    within = [k for k in range(len(whole)) if sizes[k] <= most and sizes[k + 1] >= least]
+    expected = whole.weights.copy()
+    expected[within] = 0
+    assert np.array_equal(whole.ids, begun.ids)
+    assert np.array_equal(whole.image_slots, begun.image_slots)
+    assert begun.weights.tolist() == expected.tolist()
+    assert begun.weights.any()
+    expected[[k for k in range(len(whole)) if sizes[k] <= rest]] = 0
+    assert encode(text=text, prefix=prefix, ended=False).weights.tolist() == expected.tolist()
 
 
 def records(count: int, seed: int = 0) -> list[ImageRecord]:

@@ -31,6 +31,20 @@ def test_a_record_survives_json(parts, dataset, images, kind_and_pair):
     assert ImageRecord.from_parts("a", b"x", record.conversations_json()) == record
 
 
+def test_begun_answers_survive_json_and_others_are_written_as_before():
+    question = Turn("user", "What?")
+    begun = Conversation((question, Turn("assistant", "", prefix="A cat.")), ())
+    sentence = Conversation((question, Turn("assistant", " A dog.", 0.5, prefix="A cat.", ended=False)), ())
+    assert (begun.is_open, sentence.is_open) == (True, False)
+    record = ImageRecord("a", b"", (begun, sentence))
+    assert ImageRecord.from_parts("a", b"", record.conversations_json()) == record
+    plain = Conversation((question, Turn("assistant", "A cat.")), ())
+    assert ImageRecord("a", b"", (plain,)).conversations_json() == (
+        '[{"turns":[{"role":"user","text":"What?","weight":1.0},{"role":"assistant","text":"A cat.","weight":1.0}],'
+        '"images":[],"dataset":"","kind":""}]'
+    )
+
+
 BROKEN = {
     "assistant first": ([("assistant", "x")], (), "turn 0"),
     "user twice": ([("user", "x"), ("user", "x")], (), "turn 1"),
@@ -40,10 +54,15 @@ BROKEN = {
     "too many markers": ([("user", IMAGE * 2)], (0,), "2 <image> markers for 1"),
     # The encoder expands markers in user turns only: here the placeholder would stand without features.
     "marker in an answer": ([("user", "Draw a cup."), ("assistant", f"{IMAGE} Here.")], (0,), "turn 1: <image>"),
+    "marker in a prefix": ([("user", IMAGE), ("assistant", "", {"prefix": IMAGE})], (0,), "turn 1: <image>"),
+    "begun question": ([("user", "x", {"prefix": "y"})], (), "turn 0: .*prefix"),
+    "question not ended": ([("user", "x", {"ended": False})], (), "turn 0"),
+    "begun in between": ([("user", "x"), ("assistant", "", {"prefix": "y"}), ("user", "x")], (), "turn 1"),
+    "not ended in between": ([("user", "x"), ("assistant", "y", {"ended": False}), ("user", "x")], (), "turn 1"),
 }
 
 
 @pytest.mark.parametrize(("turns", "images", "named"), BROKEN.values(), ids=BROKEN)
 def test_broken_conversations_are_errors(turns, images, named):
     with pytest.raises(ValueError, match=named):
-        Conversation(tuple(Turn(role, text) for role, text in turns), images)
+        Conversation(tuple(Turn(role, text, **dict(*more)) for role, text, *more in turns), images)

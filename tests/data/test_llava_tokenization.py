@@ -5,16 +5,18 @@ The emulation (`llama_oracle`) is held against the same observations.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 
+from reverie_jax.data.conversation import Turn
 from reverie_jax.data.templates import v0_template
 from reverie_jax.data.tokenization import Encoder, Tokens, is_untaught, load_tokenizer, untaught_turns
 from tests.data import llama_oracle
-from tests.data.fakes import byte_level_tokenizer, conversation_of
+from tests.data.fakes import BEGUN, byte_level_tokenizer, check_begun, conversation_of
 from tests.data.llama_oracle import IMAGE, TRAPS, SlowLlama, any_text, dialogues
 
 PATCHES = 3
@@ -169,6 +171,34 @@ def test_answers_and_their_ends_are_supervised(encoder, tokenizer, template, kin
         else:
             assert bare(tokens).count(tokenizer(kind).bos_token_id) == (kind == "modern" or kind == "legacy")
         assert not encode(conversation_of(turns[:3])).weights.any()
+
+
+ENDS = {"llava_v0": "###", "plain": "", "phi3_instruct": "<|end|>", "llama3": "<|eot_id|>", "chatml": "<|im_end|>\n"}
+
+
+@pytest.mark.parametrize(("prefix", "text"), BEGUN)
+@pytest.mark.parametrize(
+    ("template", "kind"), [*PAIRS, *FURTHER, ("plain", "legacy"), ("chatml", "moe"), ("chatml", "modern")]
+)
+def test_what_an_answer_begins_with_is_not_supervised(encoder, tokenizer, template, kind, prefix, text):
+    encode, end = encoder(template, kind), ENDS.get(template, tokenizer(kind).eos_token)
+    check_begun(encode, tokenizer(kind), end, f"{IMAGE}\nWhat?", prefix, text)
+    asked = conversation_of([f"{IMAGE}\nWhat?", f"{prefix.strip()} It sits."])
+    begun = dataclasses.replace(asked, turns=(asked.turns[0], Turn("assistant", "", prefix=prefix.strip())))
+    assert not encode(begun).weights.any()
+    if template in (
+        "llava_v0",
+        "plain",
+    ):  # prompts differ from what is trained, and so does the mask of one answer of two
+        return
+    assert bare(encode(asked))[: len(bare(encode(begun)))] == bare(encode(begun))
+    further = conversation_of([f"{IMAGE}\nWhat?", prefix + text, "And?", "A jug."])
+    turns = (further.turns[0], Turn("assistant", text, prefix=prefix), *further.turns[2:])
+    weights, whole = (encode(one).weights for one in (dataclasses.replace(further, turns=turns), further))
+    alone = encode(dataclasses.replace(further, turns=turns[:2])).weights
+    size = np.flatnonzero(alone)[0]
+    assert whole[size:].tolist() == weights[size:].tolist()
+    assert not weights[:size].any()
 
 
 def test_moe_llavas_image_stays_where_it_is(encoder, tokenizer):

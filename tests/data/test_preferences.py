@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -67,8 +69,8 @@ def test_gamma_weighs_corrected_supervised_tokens_alone():
     assert left.weights.tolist() == right.weights.tolist() == [0, 0, 0, 1, 1, 1]
 
 
-def side(kind: str, pair: str, answer: str) -> Conversation:
-    return Conversation((Turn("user", "What?"), Turn("assistant", answer)), (), kind=kind, pair=pair)
+def side(kind: str, pair: str, answer: str, **fields: Any) -> Conversation:
+    return Conversation((Turn("user", "What?"), Turn("assistant", answer, **fields)), (), kind=kind, pair=pair)
 
 
 def test_pairs_come_in_the_order_of_the_chosen_sides():
@@ -86,6 +88,7 @@ def test_pairs_come_in_the_order_of_the_chosen_sides():
         ([side("chosen", "1", "a")], "1 chosen and 0 rejected"),
         ([side("rejected", "1", "a")], "0 chosen and 1 rejected"),
         ([side("chosen", "1", "a"), side("chosen", "1", "b"), side("rejected", "1", "c")], "2 chosen and 1 rejected"),
+        ([side("chosen", "1", "", prefix="a"), side("rejected", "1", "c")], "a chosen side without"),
     ],
 )
 def test_missing_and_duplicate_sides_are_named(sides, why):

@@ -18,7 +18,7 @@ from reverie_jax.errors import CheckpointError
 from reverie_jax.models.architectures import ARCHITECTURES
 from reverie_jax.models.checkpoints.components import Component
 from tests.data import llama_oracle, sister_oracle
-from tests.data.fakes import byte_level_tokenizer, conversation_of, read_examples, write_json_rows
+from tests.data.fakes import BEGUN, byte_level_tokenizer, check_begun, conversation_of, read_examples, write_json_rows
 from tests.data.llama_oracle import IMAGE, TRAPS, any_text
 from tests.data.sister_oracle import MUFFIN_TOKENS, PATCH
 
@@ -179,6 +179,13 @@ def test_tokens_carry_the_weight_of_their_answer(encoder, template):
         assert set(carried[:cut].tolist()) == {weights[0]}
         assert set(carried[cut:].tolist()) == {weights[1]}
         assert np.count_nonzero(tokens.weights) == np.count_nonzero(carried)
+
+
+@pytest.mark.parametrize(("prefix", "text"), BEGUN)
+@pytest.mark.parametrize("template", SISTERS)
+def test_what_an_answer_begins_with_is_not_supervised(encoder, tokenizer, template, prefix, text):
+    end = "</s>" if template.startswith("mplug") else "###"
+    check_begun(encoder(template), tokenizer, end, f"{IMAGE}\nWhat?", prefix, text)
 
 
 @pytest.mark.parametrize("template", ["minigpt4", "mplug_owl", "muffin"])

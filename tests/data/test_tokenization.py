@@ -14,11 +14,11 @@ from transformers import AutoTokenizer
 import reverie_jax.scenes
 from reverie_jax.data.chat_template import read_example_template
 from reverie_jax.data.conversation import Conversation, Turn
-from reverie_jax.data.templates import v0_template
+from reverie_jax.data.templates import Template, v0_template
 from reverie_jax.data.tokenization import Encoder
 from reverie_jax.errors import UserError
 from tests.data import llama_oracle
-from tests.data.fakes import IMAGE_ID, WordTokenizer, conversation_of
+from tests.data.fakes import BEGUN, IMAGE_ID, WordTokenizer, check_begun, conversation_of
 from tests.data.llama_oracle import IMAGE, dialogues
 
 PATCHES = 3
@@ -200,6 +200,17 @@ def test_ids_are_those_of_one_pass_and_answers_carry_their_weights(tokenizer, en
     assert (answered.weights[size:] == weights[len(turns) // 2 - 1]).all()
 
 
+@pytest.mark.parametrize(("prefix", "text"), BEGUN)
+@pytest.mark.parametrize(("template", "kind"), PAIRS)
+def test_what_an_answer_begins_with_is_not_supervised(tokenizer, encoder, template, kind, prefix, text):
+    encode, question = encoder(template, kind), f"{IMAGE}\nWhat?"
+    check_begun(encode, tokenizer(kind), ENDS.get(template, "</s>"), question, prefix, text)
+    begun = encode(Conversation((Turn("user", question), Turn("assistant", "", prefix=prefix)), (0,)))
+    end = ENDS.get(template, tokenizer(kind).eos_token)
+    assert begun.ids.tolist() == one_pass(tokenizer(kind), render(template, [question, prefix]).removesuffix(end))
+    assert not begun.weights.any()
+
+
 @pytest.mark.parametrize(
     "content", [None, b'\xef\xbb\xbf{"question": "Is tea hot?", "answer": "It is."}', b"{", b"[]", b'{"question": 1}']
 )
@@ -241,6 +252,20 @@ def test_images_are_those_that_the_conversation_names(words):
 def test_the_weight_of_a_question_has_no_effect(words):
     turns = Turn("user", "What?", 7.0), Turn("assistant", "A cup.", 0.0)
     assert not Encoder(words, "llava-hf", PATCHES, IMAGE_ID)(Conversation(turns, ())).weights.any()
+
+
+@pytest.mark.parametrize(
+    ("prefix", "text", "taught"),
+    [
+        ("", " A cat. ", ["A", " cat.", "</s>"]),
+        (" A", " cat. ", [" cat.", "</s>"]),
+        (" ", "A cat.", ["A", " cat.", "</s>"]),
+    ],
+)
+def test_a_begun_answer_is_stripped_as_a_whole(words, prefix, text, taught):
+    encode = Encoder(words, Template("bare", "spans", "", "", "<s>", "", stripped=("assistant",)), PATCHES, IMAGE_ID)
+    tokens = encode(Conversation((Turn("user", "What?"), Turn("assistant", text, prefix=prefix)), ()))
+    assert [words.words[id] for id in tokens.ids[tokens.weights > 0]] == taught
 
 
 def test_unknown_placeholders_and_templates_are_errors(words):

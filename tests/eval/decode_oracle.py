@@ -231,11 +231,18 @@ def transformers_tokens(
     return answer[:stop]
 
 
-def scores(seed: int, pixels: torch.Tensor | None, ids: Sequence[int]) -> np.ndarray:
-    """Return transformers' logits behind the last token: the whole conversation at once, no cache."""
+def scores(seed: int, pixels: torch.Tensor | None, ids: Sequence[int], *, blind: bool = False) -> np.ndarray:
+    """Return transformers' logits behind the last token: the whole conversation at once, no cache.
+
+    With `blind`, no token sees the image's, and all keep their positions.
+    """
     shown = {} if pixels is None else {"pixel_values": pixels}
+    tokens = torch.tensor([list(ids)])
+    if blind:
+        mask = (tokens != oracle.IMAGE).long()
+        shown |= {"attention_mask": mask, "position_ids": torch.arange(tokens.shape[1])[None]}
     with torch.no_grad():
-        return theirs(seed)(input_ids=torch.tensor([list(ids)]), **shown).logits[0, -1].numpy()
+        return theirs(seed)(input_ids=tokens, **shown).logits[0, -1].numpy()
 
 
 def log_softmax(scores: np.ndarray) -> np.ndarray:
@@ -266,9 +273,16 @@ def stepwise(step: Callable[[list[int]], np.ndarray], max_new_tokens: int) -> li
 
 def behind_instruction(conversation: Conversation) -> Conversation:
     """Return the conversation that ICD contrasts with: its last question behind the disturbing instruction."""
-    *before, last = conversation.turns
+    count = max(number for number, turn in enumerate(conversation.turns) if turn.role == "user")
+    before, last, after = conversation.turns[:count], conversation.turns[count], conversation.turns[count + 1 :]
     opening, text = ("<image>\n", last.text[8:]) if last.text.startswith("<image>\n") else ("", last.text)
-    return Conversation((*before, Turn("user", f"{opening}{ICD_INSTRUCTION} {text}")), conversation.images)
+    return Conversation((*before, Turn("user", f"{opening}{ICD_INSTRUCTION} {text}"), *after), conversation.images)
+
+
+def begun(conversation: Conversation, prefix: str) -> Conversation:
+    """Return an open conversation whose answer begins with `prefix`."""
+    turns = *conversation.turns, Turn("assistant", "", prefix=prefix)
+    return Conversation(turns, conversation.images)
 
 
 def text(tokens: Sequence[int]) -> str:

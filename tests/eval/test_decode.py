@@ -19,6 +19,7 @@ from reverie_jax.data.conversation import ImageRecord
 from reverie_jax.data.pipeline import ImageQuestions
 from reverie_jax.data.templates import Template
 from reverie_jax.data.tokenization import Encoder, load_tokenizer
+from reverie_jax.errors import UserError
 from reverie_jax.eval import decode, penalties
 from reverie_jax.eval.decode import Decoding
 from reverie_jax.eval.schedule import EngineShape
@@ -223,10 +224,19 @@ def test_penalties_and_stop_texts_on_a_mesh(decoding):
     assert decoded(0, decoding, processor=oracle.HOLDING, shape=shape, mesh=make_mesh(2, 2, 1)) == whole
 
 
-def test_nothing_is_decoded_behind_a_stop_text():
-    table, ended = stop_table(oracle.HOLDING.encoder, oracle.SIZES.text.vocab), 0
+@pytest.mark.parametrize(
+    ("processor", "stop"), [(oracle.HOLDING, ""), (oracle.PROCESSOR, oracle.HELD), (oracle.HOLDING, "7")]
+)
+def test_nothing_is_decoded_behind_a_stop_text(processor, stop):
+    ends, ended = [stop, oracle.HELD] if processor is oracle.HOLDING else [stop], 0
+    table = stop_table(processor.encoder, oracle.SIZES.text.vocab, stop)
+
+    def holds(ids):
+        return any(end and end in oracle.text(ids) for end in ends)
+
     for seed in range(3):
-        batch = oracle.HOLDING([ImageRecord(i.name, i.read(), tuple(c for _, c in i.questions)) for i in IMAGES])
+        answers = decoded(seed, Decoding(NEW_TOKENS, stop=stop), processor=processor)
+        batch = processor([ImageRecord(i.name, i.read(), tuple(c for _, c in i.questions)) for i in IMAGES])
         state = nnx.split(oracle.ours(seed))
         plain, cut = (
             np.asarray(_generate(*state, jax.tree.map(jnp.asarray, batch), one, decoding=Decoding(NEW_TOKENS)))
@@ -234,9 +244,13 @@ def test_nothing_is_decoded_behind_a_stop_text():
         )
         for place in np.argwhere(batch.questions >= 0):
             expected = plain[tuple(place)].tolist()
-            count = next((n for n in range(1, NEW_TOKENS) if oracle.holds(expected[:n])), NEW_TOKENS)
+            count = next((n for n in range(1, NEW_TOKENS) if holds(expected[:n])), NEW_TOKENS)
             assert cut[tuple(place)].tolist() == expected[:count] + [END] * (NEW_TOKENS - count)
             ended += END not in expected[: count + 1] and count < NEW_TOKENS
+            text = oracle.text([*expected[:count], END][: [*expected[:count], END].index(END)])
+            text = text.split(oracle.HELD)[0] if processor is oracle.HOLDING else text
+            text = "".join(text.partition(stop)[:2] if stop else text)
+            assert answers[int(batch.questions[tuple(place)])] == text.strip()
     assert ended > 5
 
 
@@ -256,6 +270,17 @@ def test_a_stop_text_is_found_however_it_is_tokenized(tmp_path):
             assert (state == 3) == held, answer[:count]
             found += held and count < len(answer)
     assert found > 100
+    # Beside another text, which may overlap it and be several tokens.
+    spelled += [token for token in range(32000) if {".", "\n"} & set(tokenizer.decode([29874, token]))]
+    table = stop_table(encoder, 32000, ".\n#")
+    for answer in random.choice(spelled, (300, 5)).tolist():
+        states = [0]
+        for token in answer:
+            states.append(int(table[states[-1], token]))
+        texts = [tokenizer.decode([29874, *answer[:n]], skip_special_tokens=True) for n in range(6)]
+        assert [state == len(table) - 1 for state in states] == ["###" in text or ".\n#" in text for text in texts]
+    with pytest.raises(UserError, match="'</s>': </s>"):
+        stop_table(encoder, 32000, "</s>")
     assert stop_table(oracle.PROCESSOR.encoder, 71) is None
     assert stop_table(oracle.processor(two_ends=True).encoder, 71) is None
 
@@ -287,6 +312,28 @@ def test_samples_depend_on_the_question_alone():
     fewer = decoded(0, SAMPLED, backwards, EngineShape(batch_size=4, questions=2), mesh=make_mesh(2, 2, 1))
     assert len(fewer) == 6
     assert fewer.items() <= expected.items()
+
+
+@pytest.mark.parametrize("stop", ["", "6"])
+@pytest.mark.parametrize("seed", [7, 8])
+def test_samples_behind_one_prefix_are_those_of_separate_runs(seed, stop):
+    how = dataclasses.replace(SAMPLED, seed=seed, stop=stop)
+    asked = ask("is it?")
+    begun = oracle.begun(asked, "yes, a")
+    images = [
+        ImageQuestions(str(n), png(n), [(10 * n + k, begun if k < 4 else asked) for k in range(8)]) for n in range(2)
+    ]
+    together = decoded(seed, how, images)
+    alone = {}
+    for image in images:
+        for number, one in image.questions:
+            alone |= decoded(seed, how, [dataclasses.replace(image, questions=[(number, one)])])
+    assert together == alone
+    assert len(set(together.values())) > 12
+    assert all(text.startswith(" ") == (number % 10 < 4) for number, text in together.items() if text)
+    if stop:
+        assert sum(text.endswith(stop) for text in together.values()) > 5
+        assert all(stop not in text[:-1] for text in together.values())
 
 
 @slow
@@ -402,6 +449,7 @@ def test_contrast_by_its_definition(alpha, beta):
         {"contrast": "image", "alpha": 0.0},
         {"contrast": "image", "noise_step": 0},
         {"contrast": "instruction", "alpha": 0.0},
+        {"contrast": "nothing", "alpha": 0.0},
     ],
     ids=str,
 )
@@ -431,16 +479,17 @@ def brute_force(seed, decoding, image, conversation):
     """Decode greedily by the contrast, everything run again for each token."""
     ids = second_ids = oracle.PROCESSOR.encoder(conversation).ids.tolist()
     shown = second_shown = oracle.normalized(image.read()) if image.encoded else None
+    blind = decoding.contrast == "nothing"
     if decoding.contrast == "instruction":
         second_ids = oracle.PROCESSOR.encoder(oracle.behind_instruction(conversation)).ids.tolist()
-    elif image.encoded:
+    elif image.encoded and not blind:
         pixels = oracle.PROCESSOR.preprocess(image.read(), image.name)
         noisy = decode.add_noise(jnp.asarray(pixels[None]), decoding.noise_step, decoding.seed, oracle.SIZES.vision)
         second_shown = torch.tensor(np.moveaxis(np.array(noisy[0]), -1, 1))
 
     def step(answer):
         first = oracle.scores(seed, shown, [*ids, *answer])
-        second = oracle.scores(seed, second_shown, [*second_ids, *answer])
+        second = oracle.scores(seed, second_shown, [*second_ids, *answer], blind=blind)
         margin = oracle.log_softmax(first) - oracle.log_softmax(first).max() - np.log(decoding.beta)
         assert np.abs(margin).min() > 1e-4, "near the cut: take another seed"
         return oracle.contrasted(first, second, decoding.alpha, decoding.beta)
@@ -453,6 +502,8 @@ def brute_force(seed, decoding, image, conversation):
     [
         (VCD, (0,)),
         (Decoding(NEW_TOKENS, contrast="instruction"), (0,)),
+        (Decoding(NEW_TOKENS, contrast="nothing"), (0, 1)),
+        pytest.param(Decoding(NEW_TOKENS, contrast="nothing", alpha=0.5, beta=0.2), range(4), marks=slow),
         pytest.param(VCD, range(4), marks=slow),
         pytest.param(
             Decoding(NEW_TOKENS, contrast="image", alpha=0.5, beta=0.2, noise_step=900, seed=1), range(4), marks=slow
@@ -467,6 +518,20 @@ def test_contrasted_answers_step_by_step(decoding, seeds):
         assert decoded(seed, decoding) == expected
         differ += sum(text != oracle.greedy_answer(seed, number) for number, text in expected.items())
     assert differ > 2, "the contrast changes nothing"
+
+
+@pytest.mark.parametrize("contrast", ["", "instruction", "nothing"])
+def test_begun_answers_go_on_as_behind_any_prompt(contrast):
+    decoding = Decoding(NEW_TOKENS, contrast=contrast)
+    images = [
+        dataclasses.replace(image, questions=[(number, oracle.begun(one, "yes, a")) for number, one in image.questions])
+        for image in IMAGES
+    ]
+    answer = brute_force if contrast else lambda seed, _, *row: oracle.transformers_tokens(seed, *row, NEW_TOKENS)
+    expected = answers_of(images, functools.partial(answer, 0, decoding))
+    # The text of what goes on begins with the space between the tokens.
+    assert decoded(0, decoding, images) == {number: text and f" {text}" for number, text in expected.items()}
+    assert sum(text != oracle.greedy_answer(0, number) for number, text in expected.items()) > 5
 
 
 @pytest.mark.parametrize(

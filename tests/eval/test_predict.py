@@ -414,6 +414,7 @@ OTHER_RUNS = {
     "sampled": (lambda: options(LONGEST, temperature=1.0), "decoding"),
     "beams": (lambda: options(LONGEST, beams=3), "decoding"),
     "contrast": (lambda: options(LONGEST, contrast="image"), "decoding"),
+    "stop text": (lambda: options(LONGEST, stop="."), "decoding"),
     "penalty": (lambda: options(LONGEST, repetition_penalty=1.1), "decoding"),
     "protocol": (lambda: {"options": PredictOptions(Decoding(LONGEST), protocol="rlhfv-muffin")}, "decoding_protocol"),
     "shorter": (lambda: options(5), "decoding, max_new_tokens"),
@@ -437,7 +438,7 @@ def test_the_folder_of_another_run_is_refused(unfinished, batches, kind):
 
 def test_a_run_of_an_earlier_release_is_continued(unfinished, complete):
     record = json.loads((unfinished / "run.json").read_text())
-    del record["decoding_protocol"], record["decoding"]["top_k"]
+    del record["decoding_protocol"], record["decoding"]["top_k"], record["decoding"]["stop"]
     (unfinished / "run.json").write_text(json.dumps(record))
     run(unfinished)
     assert (unfinished / "predictions.jsonl").read_bytes() == (complete / "predictions.jsonl").read_bytes()

@@ -176,6 +176,84 @@ def test_gradients_are_those_of_torch(preference):
     np.testing.assert_allclose(np.asarray(grads), x.grad.numpy(), atol=1e-6)
 
 
+CONTEXT, SENTENCES = (
+    "a mat.",
+    [(" the cat sleeps.", " the dog sleeps."), (" it is red.", " it is blue."), (" a cup.", " no.")],
+)
+
+
+def siblings(pairs):
+    """A record of pairs of sentences behind one context; none of them ends the answer."""
+    turns = {text: Turn("assistant", text, prefix=CONTEXT, ended=False) for pair in SENTENCES for text in pair}
+    conversations = tuple(
+        Conversation((Turn("user", "<image>\nwhat?"), turns[text]), kind=kind, pair=str(number))
+        for number, pair in enumerate(pairs)
+        for kind, text in zip(("chosen", "rejected"), pair, strict=True)
+    )
+    return dataclasses.replace(tiny.record(0), conversations=conversations)
+
+
+def sentence_weights(pair, preference):
+    """(ids, weights) of the two sides by a formula of its own: a token a character, the sentence's alone, the end's 0."""
+    whole = (Conversation((Turn("user", "<image>\nwhat?"), Turn("assistant", CONTEXT + text))) for text in pair)
+    sides = []
+    for text, side in zip(pair, tiny.processor().tokenize("r", whole), strict=True):
+        weights = np.zeros(len(side), np.float32)
+        weights[-1 - len(text) : -1] = 1
+        sides.append(dataclasses.replace(side, weights=weights))
+    sides = token_weights(*sides[::-1], preference.gamma)[::-1]
+    return [(side.ids, side.weights / (side.weights.sum() if preference.average else 1)) for side in sides]
+
+
+@jax.jit
+def _loss_and_gradients(params, reference, batch):
+    graph, _, rest = nnx.split(models()[1], is_lora_or_projector, ...)
+
+    def loss_of(params):
+        scores = answer_logps(edge_logps(nnx.merge(graph, params, rest), batch), batch)
+        return preference_loss(scores, reference, batch, CASES["dpo"])[0].total
+
+    return jax.value_and_grad(loss_of)(params)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 5.0])
+@pytest.mark.parametrize("average", [False, True])
+def test_sibling_sentences_on_one_tree_are_those_apart(average, gamma):
+    preference = dataclasses.replace(CASES["dpo"], gamma=gamma, average=average)
+    start, model = models()
+    params = nnx.split(model, is_lora_or_projector, ...)[1]
+
+    def run(pairs):
+        (batch,) = ordered_batches([siblings(pairs)], builder(preference), batch_size=1)
+        batch = Batch(*map(jnp.asarray, batch))
+        return batch, *_loss_and_gradients(params, _answer_logps(*nnx.split(start), batch), batch)
+
+    batch, loss, gradients = run(SENTENCES)
+    apart = [run([pair]) for pair in SENTENCES]
+    assert float(loss) == pytest.approx(sum(float(one[1]) for one in apart), abs=1e-5)
+    summed = jax.tree.map(lambda *parts: sum(parts), *(one[2] for one in apart))
+    for one, other in zip(jax.tree.leaves(gradients), jax.tree.leaves(summed), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+    expected = 0.0
+    for (alone, *_), pair in zip(apart, SENTENCES, strict=True):
+        scores = []
+        for net in (model, start):
+            table = np.asarray(_log_softmax(*nnx.split(net), alone))[0]
+            for branch, (ids, weights) in enumerate(sentence_weights(pair, preference)):
+                leaf = int(alone.leaves[0, branch])
+                path = [j for j in range(leaf + 1) if leaf < alone.ends[0, j]]
+                assert alone.tokens[0, np.asarray(path)].tolist() == ids.tolist()
+                taught = np.flatnonzero(weights)
+                scores.append(sum(weights[k] * table[path[k - 1], ids[k]] for k in taught))
+                edges = np.asarray((alone.branch[0] == branch) & (alone.weight[0] > 0))
+                assert "".join(chr(int(id) - 4) for id in alone.target[0][edges]) == pair[branch]
+        margin = (scores[0] - scores[2]) - (scores[1] - scores[3])
+        expected += np.log1p(np.exp(-preference.beta * margin))
+    assert float(loss) == pytest.approx(expected, abs=1e-5)
+    # The prompt and the context are computed once.
+    assert int((batch.ends[0] > np.arange(SHAPE.length) + 1).sum()) < int(batch.flat_tokens.sum()) / 3
+
+
 def test_gamma_weighs_corrected_tokens():
     plain, dense = (batches_of(DPOConfig(gamma=gamma))[0] for gamma in (1.0, 5.0))
     assert set(np.asarray(plain.weight).ravel().tolist()) == {0.0, 1.0}
