@@ -39,7 +39,10 @@ class Estimate(NamedTuple):
 
     @property
     def detectable(self) -> float:
-        """The smallest true difference from 0 that a two-sided test at 5 % would find with a power of 80 %."""
+        """The smallest true difference from 0 that a two-sided test at 5 % would find with a power of 80 %.
+
+        It is unknown, not 0, where no resample differs and `error` is 0.
+        """
         return _POWER * self.error
 
     def json(self, name: str, *, power: bool = False) -> dict[str, float | list[float]]:
