@@ -35,8 +35,8 @@ from tests.train.tiny import read_losses, wait_for
 
 ARMS = "scenes-responses,why=scenes-rationales"
 # One shape for both arms: their steps are one program.
-SHAPE = ("sequence.length=448", "sequence.edges=288")
-SET = ("steps=3", "batch_size=4", "save_steps=1", "dropout=0.1", *SHAPE)
+SHAPE = ("sequence.length=224", "sequence.edges=144")
+SET = ("steps=2", "batch_size=2", "save_steps=1", "dropout=0.1", *SHAPE)
 ANSWERS = ["base", *(f"{arm}/seed{seed}" for arm in ("scenes-responses", "why") for seed in (0, 1))]
 
 
@@ -78,7 +78,7 @@ def root(tmp_path_factory) -> Path:
     """A base model, records of eight images, POPE questions about three."""
     root = tmp_path_factory.mktemp("comparison")
     shutil.copytree(find_checkpoint("scenes-base"), root / "base")
-    dataset.make_training_set(root / "train", 8, size=64, questions=2, seed=0)
+    dataset.make_training_set(root / "train", 8, size=64, questions=1, seed=0)
     write_records(root / "records", {"train": dataset.read_records(root / "train")})
     make.pope(root / "pope", random=questions(), popular=questions("ab"), adversarial=questions("c"))
     return root
@@ -223,7 +223,7 @@ def refused(line: list[str], *facts: str) -> None:
         ({"arms": "scenes-responses@missing"}, ("missing",)),
         ({"arms": None}, ("--arms",)),
         ({"data": None}, ("scenes-responses", "--data")),
-        ({"set": ("sequence.length=100",)}, ("arm scenes-responses", "sequence.length")),
+        ({"set": ("sequence.length=70",)}, ("arm scenes-responses", "sequence.length")),
         ({"arms": "scenes-rationales,rlaifv-dpo-lora", "set": ()}, ("arm rlaifv-dpo-lora",)),
         ({"set": ("target_modules=nowhere",)}, ("arm scenes-responses", "nowhere")),
         ({"set": ("rank=0",)}, ("rank",)),
@@ -262,7 +262,7 @@ def others(root) -> Path:
     save_file(
         weights | {name: weights[name] * np.asarray(2, weights[name].dtype)}, others / "base" / "model.safetensors"
     )
-    dataset.make_training_set(others / "train", 8, size=64, questions=2, seed=1)
+    dataset.make_training_set(others / "train", 8, size=64, questions=1, seed=1)
     write_records(others / "records", {"train": dataset.read_records(others / "train")})
     make.pope(others / "pope", random=questions(first="cat"), popular=questions("ab"), adversarial=questions("c"))
     return others

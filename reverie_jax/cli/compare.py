@@ -36,9 +36,9 @@ class Compare:
     """
 
     model: common.Model
-    arms: Annotated[common.Several[str], common.option("[NAME=]RECIPE[@RECORDS] ...")] = ()
-    """Required. What to compare, separated by commas or spaces: recipes by name or YAML file, each with a name of its own
-    (the recipe's if omitted), and with a records folder of its own (--data if omitted)."""
+    arms: Annotated[common.Several[str], common.option("ARMS ...")] = ()
+    """Required. What to compare, separated by commas or spaces, each as [NAME=]RECIPE[@RECORDS]: a recipe by name or YAML
+    file, a name if the recipe's does not do, a records folder if it is not that of --data."""
     data: Annotated[Path | None, common.FOLDER] = None
     """Records folder of all arms that name none, written by `reverie data build`."""
     benchmark: Annotated[common.Several[str], common.option("NAMES ...")] = ()
@@ -57,9 +57,9 @@ class Compare:
     mesh: Annotated[str | None, common.option("AXES")] = None
     """Devices of each mesh axis, as data=2,fsdp=4; one device if omitted, with --topology all chips on fsdp."""
     images: Annotated[Path | None, common.FOLDER] = None
-    """Folder of the benchmarks' images; the one in their data if omitted."""
+    """Folder of images; the one in the benchmark's data if omitted."""
     batch_size: Annotated[int, common.N] = 16
-    """Images in a batch of answers; a recipe has its own batch size."""
+    """Images in a batch; this is for answers, a recipe has a batch size of its own."""
     plan: Annotated[bool, common.FLAG] = False
     """Print steps, hours and memory, and train nothing. Exits with 1 if a step does not fit."""
     topology: Annotated[str | None, common.option("CHIPS")] = None
