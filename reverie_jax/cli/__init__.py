@@ -15,6 +15,7 @@ import reverie_jax
 from reverie_jax.cli import train
 from reverie_jax.cli.annotate import Annotate
 from reverie_jax.cli.ask import Ask
+from reverie_jax.cli.compare import Compare
 from reverie_jax.cli.convert import Convert
 from reverie_jax.cli.data import Data
 from reverie_jax.cli.demo import Demo
@@ -42,6 +43,7 @@ Command = (
     | Annotated[Judge, subcommand("judge")]
     | Annotated[Score, subcommand("score")]
     | Annotated[Report, subcommand("report")]
+    | Annotated[Compare, subcommand("compare")]
     | Annotated[Ask, subcommand("ask")]
     | Annotated[Convert, subcommand("convert")]
     | Annotated[Scenes, subcommand("scenes")]

@@ -169,14 +169,11 @@ def _continued(
 def _record(benchmark: Benchmark, data: BenchmarkData, engine: Engine, options: PredictOptions) -> dict[str, Any]:
     """Return what a run's answers depend on, beside the model."""
     questions = options.questions(data)
-    digest = hashlib.sha256()
-    for question in questions:
-        digest.update(repr((str(question.id), question.image, question.text, question.history)).encode())
     encoder, processor = engine.encoder, engine.processor
     return {
         "benchmark": benchmark.name,
         "questions": len(questions),
-        "content": digest.hexdigest()[:16],
+        "content": questions_digest(questions),
         "protocol": dict(data.protocol),
         "dtype": engine.dtype,
         "template": encoder.template.name,
@@ -187,6 +184,14 @@ def _record(benchmark: Benchmark, data: BenchmarkData, engine: Engine, options: 
         "max_new_tokens": options.longest(benchmark.max_new_tokens),
         "reflect": options.reflect,
     }
+
+
+def questions_digest(questions: Sequence[Question]) -> str:
+    """Return a digest of what is asked: ids, names of images, texts."""
+    digest = hashlib.sha256()
+    for question in questions:
+        digest.update(repr((str(question.id), question.image, question.text, question.history)).encode())
+    return digest.hexdigest()[:16]
 
 
 def _recorded(decoding: Decoding) -> dict[str, Any]:

@@ -32,6 +32,8 @@ DIFFERENT = {
     "confusing": "people's questions come with more wrong options than a model is asked for",
     "temperature": "hosted models have their own by default",
     "mesh": "`plan` uses all chips by default",
+    "seeds": "`demo` draws data by seed too, and once by default",
+    "topology": "`compare` plans for the devices that are here by default",
     "dtype": "`convert` keeps what is stored by default",
 }
 # --no-repeat-ngram negates nothing.

@@ -251,7 +251,7 @@ def _category_tables(runs: Sequence[Run], name: str, rescored: RescoredRun | Non
                 "name": category,
                 "digits": 3,
                 "cells": [
-                    dict(zip(("run", "value", "low", "high"), (run.name, *row.get(run.name, none)), strict=True))
+                    dict(zip(("run", "value", "low", "high"), (run.name, *row.get(run.name, none)[:3]), strict=True))
                     for run in runs
                 ],
             }

@@ -134,6 +134,13 @@ def test_galleries_differences_and_rules(two, data):
     assert "higher" not in same
 
 
+def test_a_rule_without_groups_has_right_answers_by_category(tmp_path, data):
+    html = render([write_run(tmp_path / "a", data, credulous, rule="lmms-eval")], data)
+    section = html[html.index("share of right answers") :]
+    assert all(split in section for split in ("adversarial", "random"))
+    assert "0.750" in section  # a quarter of all answers is wrong: of the two questions about every other image, one
+
+
 def test_answers_and_names_are_escaped(tmp_path, data):
     run = write_run(tmp_path / "evil", data, lambda question, number: EVIL, rationale=EVIL, first_text=EVIL)
     for html in (render([f"{EVIL}={run}", f"b={run}"], data), render([run])):
