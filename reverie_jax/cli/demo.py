@@ -17,9 +17,9 @@ class Demo:
     """Output folder: report.html, report.json, data, checkpoints, predictions."""
     seeds: Annotated[int, common.N] = 1
     """Number of repetitions, each with its own training data and random seed."""
-    train_images: Annotated[int, common.N] = 3200
+    train_images: Annotated[int, common.N] = 800
     """Number of training images."""
-    test_images: Annotated[int, common.N] = 250
+    test_images: Annotated[int, common.N] = 160
     """Number of held-out images."""
     steps: common.Steps = None
     model: common.Model = "scenes-base"

@@ -235,9 +235,7 @@ def ask_place(scene: Scene, rng: Rng) -> AnnotatedQuestion | None:
         return None
     thing = Thing(_pick(rng, single))
     right = Query.make("place", thing=thing).answer(scene)
-    return _ask(
-        scene, Query.make("place", thing=thing), _pick(rng, [w for w in COLUMN_PHRASES.values() if w != right])
-    )
+    return _ask(scene, Query.make("place", thing=thing), _pick(rng, [w for w in COLUMN_PHRASES.values() if w != right]))
 
 
 def ask_relation(scene: Scene, rng: Rng) -> AnnotatedQuestion | None:

@@ -52,10 +52,10 @@ def _focus(scene: Scene) -> frozenset[str]:
 
 
 def skill_questions(scene: Scene) -> list[tuple[str, AnnotatedQuestion]]:
-    """Return questions about a scene with their skills: of each a pair with the answers Yes and No, and one with another answer.
+    """Return questions about a scene with their skills: of each a pair with the answers Yes and No, and one with another.
 
-    A skill whose questions the scene does not decide both ways has no pair. Questions are about what is held out of training,
-    where the scene shows something that is.
+    A skill whose questions the scene does not decide both ways has no pair. Where a scene shows what is held out of
+    training, its questions are about that.
     """
     rng, focus = np.random.default_rng([scene.seed, 13]), _focus(scene)
     chosen = []
@@ -89,7 +89,8 @@ def build_questions(folder: Path) -> list[Question]:
     """Build all questions about a folder of scenes; ids name kind and number, as "pope/random/7" or "skill/count/2".
 
     A rationale is requested after the right answer, whatever the model would have answered: its reasons are measured, not
-    its answer.
+    its answer. Metadata have the right `answer` and the confusing one (`wrong`) of POPE's and the skills' questions, and the
+    question that a rationale is `about`.
 
     Raises:
         BenchmarkError: a POPE file asks about an unknown image.
@@ -98,9 +99,15 @@ def build_questions(folder: Path) -> list[Question]:
     questions = []
 
     def add(
-        kind: str, number: int, image: str, text: str, tokens: int, history: tuple[tuple[str, str], ...] = ()
+        kind: str,
+        number: int,
+        image: str,
+        text: str,
+        tokens: int,
+        history: tuple[tuple[str, str], ...] = (),
+        **metadata: str,
     ) -> None:
-        metadata = {"kind": kind, "number": number}
+        metadata |= {"kind": kind}
         questions.append(Question(f"{kind}/{number}", image, text, image, metadata, history, tokens))
 
     for split, file in POPE_FILES.items():
@@ -109,16 +116,19 @@ def build_questions(folder: Path) -> list[Question]:
                 raise BenchmarkError(
                     f"{folder / file}: question {question.question_id}: unknown image {question.image}"
                 )
-            add(f"pope/{split}", question.question_id, question.image, question.text, pope.NEW_TOKENS)
+            right, wrong = ("Yes", "No") if question.label else ("No", "Yes")
+            where = f"pope/{split}", question.question_id, question.image, question.text
+            add(*where, pope.NEW_TOKENS, answer=right, wrong=wrong)
     for number, (image, scene) in enumerate(graphs.items()):
-        for index, (skill, annotated) in enumerate(skill_questions(scene)):
-            add(f"skill/{skill}", number * 3 * len(_SKILLS) + index, image, annotated.question, SHORT_TOKENS)
+        for index, (skill, asked) in enumerate(skill_questions(scene)):
+            where = f"skill/{skill}", number * 3 * len(_SKILLS) + index, image, asked.question
+            add(*where, SHORT_TOKENS, answer=asked.correct_answer, wrong=asked.confusing_answers[0])
         add("description", number, image, DESCRIBE, scoring.DESCRIPTION_TOKENS)
-        for index, annotated in enumerate(rationale_questions(scene)):
-            for side, prompt in enumerate((WHY, WHY_WRONG.format(answer=annotated.confusing_answers[0]))):
+        for index, asked in enumerate(rationale_questions(scene)):
+            for side, prompt in enumerate((WHY, WHY_WRONG.format(answer=asked.confusing_answers[0]))):
                 id = (number * RATIONALES + index) * 2 + side
-                history = ((annotated.question, annotated.correct_answer),)
-                add("rationale", id, image, prompt, scoring.RATIONALE_TOKENS, history)
+                history = ((asked.question, asked.correct_answer),)
+                add("rationale", id, image, prompt, scoring.RATIONALE_TOKENS, history, about=asked.question)
     return questions
 
 
@@ -135,69 +145,75 @@ _ENDS = np.cumsum(list(_WIDTHS.values()))
 COLUMNS: dict[str, slice] = {
     name: slice(int(end) - width, int(end)) for (name, width), end in zip(_WIDTHS.items(), _ENDS, strict=True)
 }
-"""Columns of the counts of an image, by table: POPE's confusion matrices; right, asked and answered with Yes, of each skill's
-questions with the answers Yes and No; right and asked, of those with other answers; the sum of probability minus truth and the
-number of answers, of each of ten bins of the probability of Yes; see `scoring` for the others."""
+"""Columns of the counts of an image, by table.
+
+POPE's confusion matrices; right, asked and answered with Yes, of each skill's questions with the answers Yes and No; right and
+asked, of those with other answers; the sum of probability minus truth and the number of answers, of each of ten bins of the
+probability of Yes; see `scoring` for the others.
+"""
 _RIGHT, _ASKED, _YES = range(3)
 
 
-def count_answers(folder: Path, answers: Mapping[str, str], yes: Mapping[str, float] | None = None) -> Counts:
-    """Count per image, in the folder's order, what answers say about a folder of scenes.
+def count_answers(
+    graphs: Mapping[str, Scene], questions: Sequence[Question], answers: Mapping[str, str], yes: Mapping[str, float]
+) -> Counts:
+    """Count per image what answers say about scenes.
 
     Args:
-        folder: of the scenes.
+        graphs: the scenes by image.
+        questions: about them, from `build_questions`.
         answers: by question.
-        yes: probabilities of Yes, by question; without them, calibration is not counted.
+        yes: probabilities of Yes, by question; calibration is counted over these.
 
     Returns:
         Counts, float [images, columns] (see `COLUMNS`), from which all scores and intervals are computed.
     """
-    graphs = read_graphs(folder)
-    images, scenes = list(graphs), list(graphs.values())
-    counts = np.zeros((len(images), _ENDS[-1]))
-
-    def calibrate(row: int, id: str, truth: bool) -> None:
-        if yes is not None and id in yes:
+    counts = np.zeros((len(graphs), _ENDS[-1]))
+    rows = {image: counts[number] for number, image in enumerate(graphs)}
+    for question in questions:
+        id, row, scene = str(question.id), rows[question.cluster], graphs[question.cluster]
+        kind, text, truth = question.metadata["kind"], answers[id], question.metadata.get("answer")
+        if kind == "description":
+            row[COLUMNS[kind]] += scoring.description_counts([scene], [text])[0]
+        elif kind == "rationale":
+            checked = scoring.check_rationale(scene, text, question.metadata["about"])
+            row[COLUMNS[kind]] += scoring.rationale_counts([checked])
+        elif truth not in ("Yes", "No"):
+            row[COLUMNS["short"]] += (is_right(question, text), 1)
+        elif kind.startswith("skill/"):
+            row[COLUMNS[kind]] += (is_right(question, text), 1, pope.says_yes(text))
+        else:
+            said = pope.says_yes(text)
+            cell = (pope.TP if said else pope.FN) if truth == "Yes" else (pope.FP if said else pope.TN)
+            row[COLUMNS[kind]][cell] += 1
+        if truth in ("Yes", "No") and id in yes:
             bin = min(int(yes[id] * _BINS), _BINS - 1)
-            counts[row, COLUMNS["calibration"]][[2 * bin, 2 * bin + 1]] += (yes[id] - truth, 1)
-
-    for split, file in POPE_FILES.items():
-        questions = pope.read_questions(folder / file)
-        texts = {question.question_id: answers[f"pope/{split}/{question.question_id}"] for question in questions}
-        counts[:, COLUMNS[f"pope/{split}"]] = pope.counts(questions, texts, images)
-        for question in questions:
-            calibrate(images.index(question.image), f"pope/{split}/{question.question_id}", question.label)
-    for number, scene in enumerate(scenes):
-        for index, (skill, annotated) in enumerate(skill_questions(scene)):
-            id = f"skill/{skill}/{number * 3 * len(_SKILLS) + index}"
-            right = is_right(annotated, answers[id])
-            if annotated.type == "yes/no":
-                counts[number, COLUMNS[f"skill/{skill}"]] += (right, 1, pope.says_yes(answers[id]))
-                calibrate(number, id, annotated.correct_answer == "Yes")
-            else:
-                counts[number, COLUMNS["short"]] += (right, 1)
-        first = number * RATIONALES * 2
-        counts[number, COLUMNS["rationale"]] = scoring.rationale_counts(
-            [
-                scoring.check_rationale(scene, answers[f"rationale/{first + 2 * index + side}"], annotated.question)
-                for index, annotated in enumerate(rationale_questions(scene))
-                for side in range(2)
-            ]
-        )
-    descriptions = [answers[f"description/{number}"] for number in range(len(scenes))]
-    counts[:, COLUMNS["description"]] = scoring.description_counts(scenes, descriptions)
+            row[COLUMNS["calibration"]][2 * bin : 2 * bin + 2] += (yes[id] - (truth == "Yes"), 1)
     return counts
 
 
-def is_right(question: AnnotatedQuestion, answer: str) -> bool:
-    """Return whether an answer is right: by POPE's rule, or if it holds the right answer's words and not the confusing one's."""
-    if question.type == "yes/no":
-        return pope.says_yes(answer) == (question.correct_answer == "Yes")
+def is_right(question: Question, answer: str) -> bool:
+    """Return whether an answer is right: by POPE's rule, or if it has the right answer's words and not the wrong one's.
+
+    Args:
+        question: with a right answer.
+        answer: the model's.
+    """
+    right, wrong = question.metadata["answer"], question.metadata["wrong"]
+    if right in ("Yes", "No"):
+        return pope.says_yes(answer) == (right == "Yes")
     words = f" {re.sub(r'[^a-z ]', '', answer.lower())} "
-    right, wrong = (
-        f" {text.removeprefix('the ').lower()} " for text in (question.correct_answer, question.confusing_answers[0])
-    )
-    return right in words and wrong not in words
+    return f" {right.removeprefix('the ')} " in words and f" {wrong.removeprefix('the ')} " not in words
+
+
+def is_good(scene: Scene, question: Question, text: str) -> bool:
+    """Return whether an answer is right, a description names nothing that is not there, or a rationale is correct."""
+    kind = question.metadata["kind"]
+    if kind == "rationale":
+        return scoring.check_rationale(scene, text, question.metadata["about"]).correct
+    if kind == "description":
+        return not scoring.description_counts([scene], [text])[0, scoring.HALLUCINATED]
+    return is_right(question, text)
 
 
 def _of(table: str, statistic: statistics.Statistic) -> statistics.Statistic:
@@ -242,9 +258,36 @@ METRICS: dict[str, statistics.Statistic] = {
     "rationale_empty": _of("rationale", statistics.ratio(scoring.EMPTY, scoring.RATIONALES)),
     "claims_true": _of("rationale", statistics.ratio(scoring.TRUE_CLAIMS, scoring.CLAIMS)),
 }
-"""All scores, as functions of summed counts. `skills` is the mean over the skills' questions with the answers Yes and No, which
-are as many (0.5 by chance); `object_f1` is the harmonic mean of 1 - CHAIRi and coverage: a description that says less does not
-gain by it."""
+"""All scores, as functions of summed counts.
+
+`skills` is the mean over the skills' questions with the answers Yes and No, which are as many (0.5 by chance); `object_f1` is
+the harmonic mean of 1 - CHAIRi and coverage: a description that says less does not gain by it.
+"""
+
+
+LABELS = {
+    "pope/accuracy": "POPE accuracy",
+    "pope/f1": "POPE F1",
+    "pope/adversarial/accuracy": "adversarial accuracy",
+    "pope/adversarial/f1": "adversarial F1",
+    "pope/yes_ratio": "share of yes",
+    "skills": "reasoning accuracy",
+    "skill/attribute": "attributes",
+    "skill/count": "counts",
+    "skill/relation": "relations",
+    "skill/comparison": "comparisons",
+    "skill/two-step": "two steps",
+    "short_answers": "short answers",
+    "calibration_error": "calibration error",
+    "chair_i": "CHAIRi",
+    "chair_s": "CHAIRs",
+    "coverage": "coverage",
+    "object_f1": "objects F1",
+    "rationale_correct": "correct rationales",
+    "rationale_relevant": "relevant rationales",
+}
+"""Names of scores for readers."""
+LOWER_IS_BETTER = frozenset({"chair_i", "chair_s", "rationale_empty", "calibration_error"})
 
 
 class Scenes(Benchmark):
@@ -253,13 +296,13 @@ class Scenes(Benchmark):
     name = "scenes"
     max_new_tokens = max(pope.NEW_TOKENS, scoring.DESCRIPTION_TOKENS, scoring.RATIONALE_TOKENS)
     required_files = "a folder that `reverie scenes render --split test` wrote"
-    lower_is_better = frozenset({"chair_i", "chair_s", "rationale_empty", "calibration_error"})
+    lower_is_better = LOWER_IS_BETTER
     scale = "from 0 to 1"
 
     def load(self, data: Path) -> BenchmarkData:
         """See `Benchmark.load`."""
         return BenchmarkData(
-            build_questions(data), inputs.image_reader(data / IMAGES), {}, {"folder": data, "graphs": read_graphs(data)}
+            build_questions(data), inputs.image_reader(data / IMAGES), {}, {"graphs": read_graphs(data)}
         )
 
     def hallucinated(self, data: BenchmarkData, question: Question, text: str, parsed: ParsedAnswer) -> Sequence[str]:
@@ -278,21 +321,15 @@ class Scenes(Benchmark):
     ) -> Scored:
         """See `Benchmark.score`; a missing answer counts as an empty one."""
         answers = {str(question.id): answers.get(str(question.id), "") for question in data.questions}
-        folder, graphs = data.tables["folder"], data.tables["graphs"]
-        labels = {
-            f"pope/{split}/{question.question_id}": question.label
-            for split, file in POPE_FILES.items()
-            for question in pope.read_questions(folder / file)
-        }
+        graphs = data.tables["graphs"]
         parsed_answers = []
         for question in data.questions:
-            id, text = str(question.id), answers[str(question.id)]
-            yes = pope.says_yes(text)
-            parsed = ("yes" if yes else "no") if id in labels else ""
-            right = float(yes == labels[id]) if id in labels else None
-            parsed_answers.append(ParsedAnswer(question.id, parsed, right, category=question.metadata["kind"]))
+            text, truth = answers[str(question.id)], question.metadata.get("answer")
+            said = ("yes" if pope.says_yes(text) else "no") if truth in ("Yes", "No") else ""
+            right = None if truth is None else float(is_right(question, text))
+            parsed_answers.append(ParsedAnswer(question.id, said, right, category=question.metadata["kind"]))
         metrics = {name: metric for name, metric in METRICS.items() if name != "calibration_error"}
-        return Scored(parsed_answers, list(graphs), count_answers(folder, answers), metrics)
+        return Scored(parsed_answers, list(graphs), count_answers(graphs, data.questions, answers, {}), metrics)
 
 
 def read_predictions(folder: Path, predictions: Path) -> dict[str, str]:
@@ -322,10 +359,12 @@ def count_predictions(folder: Path, predictions: Path, *, partial: bool = False)
     file = answer_files.read_answer_file(predictions / answer_files.PREDICTIONS, benchmark, data, partial=partial)
     texts = {str(question.id): file.texts.get(str(question.id), "") for question in data.questions}
     yes = {id: row["metadata"]["yes"] for id, row in file.rows.items() if "yes" in (row.get("metadata") or {})}
-    return count_answers(folder, texts, yes)
+    return count_answers(data.tables["graphs"], data.questions, texts, yes)
 
 
-def predict(engine: Engine, folder: Path, out: Path, decoding: Decoding | None = None, *, reflect: bool = False) -> Path:
+def predict(
+    engine: Engine, folder: Path, out: Path, decoding: Decoding | None = None, *, reflect: bool = False
+) -> Path:
     """Answer all questions about a folder of scenes with a model; return the file of predictions, see `eval.predict`.
 
     Args:

@@ -41,7 +41,7 @@ def correct(scene: Scene, text: str) -> str:
 
 
 def _right(scene: Scene, sentence: str, missing: list[str]) -> str:
-    """Return a true sentence in the place of a false one, empty if there is none; a missing object that is named is removed."""
+    """Return a true sentence in the place of a false one, or nothing; it takes an object that is named from `missing`."""
     claims = parse_claims(sentence)
     relation = next((claim for claim in claims if claim.kind == "relation"), None)
     if relation is not None:

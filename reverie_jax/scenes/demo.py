@@ -15,17 +15,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from rich.console import Console
 
 from reverie_jax.data.pipeline import DatasetStats
 from reverie_jax.data.records import RecordSource, write_records
 from reverie_jax.errors import UserError
-from reverie_jax.eval.benchmarks import pope
 from reverie_jax.eval.engine import Engine
 from reverie_jax.loading import SCENES_BASE, load_model
 from reverie_jax.models import VisionLanguageModel, lora
 from reverie_jax.scenes import benchmark, dataset, report
-from reverie_jax.scenes.benchmark import SceneCounts
+from reverie_jax.scenes.benchmark import Counts
 from reverie_jax.train.loop import finetune
 from reverie_jax.train.metrics import read_metrics
 from reverie_jax.train.recipe import Recipe
@@ -45,9 +45,9 @@ class DemoSize:
         steps: optimizer steps of each arm; None for the recipe's.
     """
 
-    train_images: int = 3200
-    test_images: int = 250
-    questions: int = 4
+    train_images: int = 800
+    test_images: int = 160
+    questions: int = 3
     steps: int | None = None
 
 
@@ -71,30 +71,22 @@ class _StageTimer:
 
 
 class _Results:
-    """What the demo measures, by arm: counts over all seeds, the F1 of each seed, and the last run's data and recipe."""
+    """What the demo measures, by arm: counts of each seed, and the last run's data and recipe."""
 
     def __init__(self) -> None:
-        self.counts: dict[str, SceneCounts] = {}
-        self.f1_per_seed: dict[str, list[float]] = {}
+        self.counts: dict[str, list[Counts]] = {}
         self.stats: dict[str, DatasetStats] = {}
         self.recipes: dict[str, Recipe] = {}
         self.annotated = dataset.AnnotationResult(0, ())
 
-    def add(self, arm: str, counts: SceneCounts) -> None:
-        """Add the counts of one evaluated model."""
-        self.counts[arm] = self.counts[arm] + counts if arm in self.counts else counts
-        self.f1_per_seed.setdefault(arm, []).append(round(float(pope.mean_f1(counts.all_pope.sum(0))), 4))
-
     def scores(self) -> dict[str, Any]:
         """Return the measured part of report.json."""
-        counts, tree = self.counts, self.stats["reflective"]
+        counts = {arm: np.stack(tables) if len(tables) > 1 else tables[0] for arm, tables in self.counts.items()}
+        tree = self.stats["reflective"]
         return {
-            "arms": {
-                arm: benchmark.estimates(table) | {"pope_mean_f1_per_seed": self.f1_per_seed[arm]}
-                for arm, table in counts.items()
-            },
+            "arms": {arm: benchmark.estimates(table) for arm, table in counts.items()},
             "differences": {
-                f"{first}_minus_{second}": benchmark.differences(counts[first], counts[second])
+                f"{first}_minus_{second}": benchmark.differences(counts[first], counts[second], report.ROWS)
                 for first, second in (("responses", "base"), ("reflective", "base"), ("reflective", "responses"))
             },
             "tokens": {
@@ -137,7 +129,7 @@ def run(out: Path, *, size: DemoSize | None = None, seeds: int = 1, model: str =
         with timer.stage(f"evaluate_{arm}", f"Evaluating the {arm} model" + (f", seed {seed}" if seeds > 1 else "")):
             predictions = out / "predictions" / arm / f"seed{seed}"
             benchmark.predict(Engine(tuned, processor), test, predictions)
-            results.add(arm, benchmark.count_predictions(test, predictions))
+            results.counts.setdefault(arm, []).append(benchmark.count_predictions(test, predictions))
 
     evaluate("base", base, 0)
     for seed in range(seeds):

@@ -3,8 +3,8 @@
 A `Scene` is the ground truth of one image. The drawing, the questions, the rationales and the scores are functions of it.
 
 In training scenes an object's partner is nearly always present (a cup beside a teapot), as in photographs; from that prior a
-model learns to see what is not there. Evaluation scenes break it. Some pairs of categories, and some compositions (a color of
-a category in a relation), are held out of training altogether.
+model learns to see what is not there. Evaluation scenes break it. Some pairs of categories, and some compositions (a color
+of a category in a relation), are held out of training altogether.
 """
 
 from __future__ import annotations
@@ -45,7 +45,6 @@ PLACES: dict[str, tuple[str, ...]] = {
     "outdoors": ("tree", "bird", "dog", "ball", "house", "car", "boat", "umbrella"),
 }
 """Categories by place: in training scenes further objects mostly come from the same place."""
-
 
 
 def _held_out(*words: str, one_in: int) -> bool:

@@ -42,7 +42,10 @@ def positive_instruction(scene: Scene, rng: Rng) -> Instruction:
         return f"Is the {a} {relation} the {b}?", f"Yes, the {a} is {relation} the {b}."
     single = [c for c in scene.categories if scene.counts[c] == 1]
     if not single:
-        return f"What colour are the {plural(category)}?", f"The {plural(category)} are {scene.find(category)[0].color}."
+        return (
+            f"What colour are the {plural(category)}?",
+            f"The {plural(category)} are {scene.find(category)[0].color}.",
+        )
     category = _pick(rng, single)
     look = scene.find(category)[0].color
     if choice < 0.85:

@@ -18,6 +18,7 @@ from reverie_jax.loading import load_model
 from reverie_jax.models import VisionLanguageModel
 from reverie_jax.models.checkpoints import write_model
 from reverie_jax.scenes import benchmark, dataset, pretrain, report
+from reverie_jax.scenes.benchmark import LABELS
 from reverie_jax.scenes.tokenizer import train_tokenizer
 
 CARD = """\
@@ -112,7 +113,7 @@ def write_card(out: Path, recipe: pretrain.PretrainRecipe, seconds: float, losse
         tower_loss=losses["tower"],
         language_loss=losses["language"],
         test=test,
-        scores="\n".join(f"| {label} | {' '.join(report.interval(pick(scores)))} |" for label, pick in report.ROWS),
+        scores="\n".join(f"| {LABELS[name]} | {' '.join(report.interval(scores[name]))} |" for name in report.ROWS),
         recipe=json.dumps(dataclasses.asdict(recipe)),
     )
     (out / "README.md").write_text(text, "utf-8")

@@ -46,7 +46,7 @@ cup"); choices and descriptions have no skill."""
 
 @dataclasses.dataclass(frozen=True)
 class Thing:
-    """What a question is about: a category ("the cup"), or with a relation what stands so to it ("the thing above the cup")."""
+    """What a question is about: a category ("the cup"), or what stands so to it ("the thing above the cup")."""
 
     category: str
     relation: str = ""
@@ -352,7 +352,7 @@ class Query:
     def subjects(self, scene: Scene) -> frozenset[str]:
         """Return the categories that the question is about: those it names, and those it means by a relation."""
         found = {category for category in self.options.values() if scene.counts[category]}
-        for field, value in self.fields:
+        for _, value in self.fields:
             if isinstance(value, Thing):
                 obj = value.find(scene)
                 found |= {value.category} | ({obj.category} if obj else set())

@@ -4,53 +4,44 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from reverie_jax.eval.benchmarks import pope, pope_files
+from reverie_jax.eval.benchmarks import pope
 from reverie_jax.eval.benchmarks.interface import Question
 from reverie_jax.eval.report.tables import axis
 from reverie_jax.eval.report.template import COLORS, environment, number, verdict
-from reverie_jax.scenes import scoring
-from reverie_jax.scenes.benchmark import build_questions, read_predictions
-from reverie_jax.scenes.dataset import IMAGES, read_graphs
+from reverie_jax.scenes.benchmark import LABELS, Scenes, is_good, read_predictions
+from reverie_jax.scenes.dataset import IMAGES
+from reverie_jax.scenes.graph import Scene
 from reverie_jax.scenes.language import noun_phrase
+from reverie_jax.scenes.questions import SKILLS
 
-Pick = Callable[[dict[str, Any]], dict[str, Any]]
-
-
-def _split(name: str) -> Pick:
-    return lambda arm: arm["pope"][name]
-
-
-ROWS: tuple[tuple[str, Pick], ...] = (
-    ("POPE random F1", _split("random")),
-    ("POPE popular F1", _split("popular")),
-    ("POPE adversarial F1", _split("adversarial")),
-    ("POPE mean F1", _split("mean")),
-    ("hallucinated mentions (CHAIRi)", lambda arm: arm["chair"]["i"]),
-    ("hallucinating descriptions (CHAIRs)", lambda arm: arm["chair"]["s"]),
-    ("objects described", lambda arm: arm["chair"]["coverage"]),
-    ("correct rationales", lambda arm: arm["rationale_correct"]),
+HEADLINES = ("pope/accuracy", "pope/adversarial/accuracy", "skills", "rationale_correct")
+"""Scores of the picture and of the claims above all."""
+ROWS = (
+    "pope/accuracy",
+    "pope/adversarial/accuracy",
+    "pope/f1",
+    "pope/yes_ratio",
+    "skills",
+    *(f"skill/{skill}" for skill in SKILLS if skill != "existence"),
+    "chair_i",
+    "chair_s",
+    "coverage",
+    "rationale_correct",
+    "rationale_relevant",
 )
-
-LABELS = {
-    "pope_mean_f1": "POPE mean F1",
-    "pope_adversarial_f1": "POPE adversarial F1",
-    "chair_i": "hallucinated mentions (CHAIRi)",
-    "chair_s": "hallucinating descriptions (CHAIRs)",
-    "rationale_correct": "correct rationales",
-}
+"""Scores of the table."""
 
 
-def interval(estimate: Mapping[str, Any]) -> tuple[str, str]:
+def interval(estimate: Mapping[str, Any], sign: str = "") -> tuple[str, str]:
     """Return a value and its interval, such as "0.812" and "[0.790, 0.830]"."""
-    value = estimate.get("f1", estimate.get("value"))
     low, high = estimate["ci95"]
-    return f"{value:.3f}", f"[{low:.3f}, {high:.3f}]"
+    return f"{estimate['value']:{sign}.3f}", f"[{low:{sign}.3f}, {high:{sign}.3f}]"
 
 
 def scores_table(title: str, arms: Mapping[str, dict[str, Any]]) -> Table:
@@ -59,27 +50,38 @@ def scores_table(title: str, arms: Mapping[str, dict[str, Any]]) -> Table:
     table.add_column("")
     for name in arms:
         table.add_column(name, justify="right", no_wrap=True)
-    for label, pick in ROWS:
+    for name in ROWS:
         cells = []
         for arm in arms.values():
-            estimate = pick(arm)
-            low, high = estimate["ci95"]
-            cells.append(f"{estimate.get('f1', estimate.get('value')):.3f} {low:.2f}-{high:.2f}")
-        table.add_row(label, *cells)
+            low, high = arm[name]["ci95"]
+            cells.append(f"{arm[name]['value']:.3f} {low:.2f}-{high:.2f}")
+        table.add_row(LABELS[name], *cells)
     return table
 
 
-def pope_plot(arms: Mapping[str, Any]) -> dict[str, Any]:
-    """Return F1 by split and arm with intervals, for the template's `plot`."""
+def headline_plot(arms: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the headline scores of each arm with intervals, for the template's `plot`."""
     rows = []
-    for split in (*pope_files.SPLITS, "mean"):
-        scores = {arm: scores["pope"][split] for arm, scores in arms.items()}
-        cells = [
-            {"run": arm, "value": score["f1"], "low": score["ci95"][0], "high": score["ci95"][1]}
-            for arm, score in scores.items()
-        ]
-        rows.append({"name": split, "digits": 3, "cells": cells})
+    for name in HEADLINES:
+        cells = []
+        for arm, scores in arms.items():
+            low, high = scores[name]["ci95"]
+            cells.append({"run": arm, "value": scores[name]["value"], "low": low, "high": high})
+        rows.append({"name": LABELS[name], "digits": 3, "cells": cells})
     return {"rows": rows, "scale": axis([0.0, 1.0])}
+
+
+def claims(result: Mapping[str, Any]) -> list[str]:
+    """Return a sentence on each headline score of each pair of arms, with its interval."""
+    sentences = []
+    for pair, metrics in result["differences"].items():
+        ours, theirs = pair.split("_minus_")
+        for name in HEADLINES:
+            low, high = metrics[name]["ci95"]
+            value, ends = interval(metrics[name], "+")
+            how = "better than" if low > 0 else "worse than" if high < 0 else "not clearly different from"
+            sentences.append(f"{LABELS[name]}: {ours} is {how} {theirs}, {value} {ends}.")
+    return sentences
 
 
 def loss_plot(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, Any]:
@@ -106,39 +108,27 @@ def gallery(folder: Path, predictions: Mapping[str, Path], *, count: int = 9) ->
         predictions: Folder of prediction files by arm.
         count: Number of images.
     """
-    graphs = read_graphs(folder)
-    by_image: dict[str, list[Question]] = {image: [] for image in graphs}
-    for question in build_questions(folder):
-        by_image[question.cluster].append(question)
+    data = Scenes().load(folder)
+    graphs: Mapping[str, Scene] = data.tables["graphs"]
+    shown: dict[str, list[Question]] = {image: [] for image in graphs}
+    for question in data.questions:
+        if not question.metadata["kind"].startswith(("pope/random", "pope/popular")):
+            shown[question.cluster].append(question)
     texts = {arm: read_predictions(folder, path) for arm, path in predictions.items()}
-    truth = {(q.text, q.image): q.label for file in folder.glob("*_pope_*.json") for q in pope.read_questions(file)}
 
     def disagreement(image: str) -> int:
-        yes = [
-            {pope.says_yes(texts[arm][str(question.id)]) for arm in predictions}
-            for question in by_image[image]
-            if question.metadata["kind"] == "pope/adversarial"
-        ]
-        return sum(len(answers) > 1 for answers in yes)
-
-    def good(question: Question, text: str) -> bool:
-        scene, kind = graphs[question.cluster], question.metadata["kind"]
-        if kind == "rationale":
-            return scoring.check_rationale(scene, text).correct
-        if kind == "description":
-            return not scoring.description_counts([scene], [text])[0, scoring.HALLUCINATED]
-        return pope.says_yes(text) == truth[question.text, question.cluster]
+        asked = [question for question in shown[image] if question.metadata.get("answer") in ("Yes", "No")]
+        return sum(len({pope.says_yes(texts[arm][str(question.id)]) for arm in predictions}) > 1 for question in asked)
 
     cards = []
     for image in sorted(sorted(graphs, key=lambda image: -disagreement(image))[:count], key=list(graphs).index):
         rows = []
-        for question in by_image[image]:
-            if question.metadata["kind"] in ("pope/adversarial", "description", "rationale"):
-                answers = {arm: texts[arm][str(question.id)] for arm in predictions}
-                prompt = " ".join([*(f"{q} {a}." for q, a in question.history), question.text])
-                cells = [{"text": text or "(empty)", "good": bool(good(question, text))} for text in answers.values()]
-                rows.append({"question": prompt, "answers": cells})
         scene = graphs[image]
+        for question in shown[image]:
+            prompt = " ".join([*(f"{q} {a}." for q, a in question.history), question.text])
+            answers = [texts[arm][str(question.id)] for arm in predictions]
+            cells = [{"text": text or "(empty)", "good": is_good(scene, question, text)} for text in answers]
+            rows.append({"question": prompt, "answers": cells})
         encoded = base64.b64encode((folder / IMAGES / image).read_bytes()).decode()
         cards.append(
             {"image": encoded, "truth": ", ".join(noun_phrase(scene, c) for c in scene.categories), "rows": rows}
@@ -162,23 +152,19 @@ def render(result: Mapping[str, Any], curves: Mapping[str, Any], cards: Sequence
         .render(
             result=result,
             arms=list(arms),
-            rows=[(label, [interval(pick(arm)) for arm in arms.values()]) for label, pick in ROWS],
-            detail=[
-                (f"{split}, {metric}", [f"{arm['pope'][split][metric]:.3f}" for arm in arms.values()])
-                for split in pope_files.SPLITS
-                for metric in ("accuracy", "precision", "recall", "yes_ratio")
-            ],
+            claims=claims(result),
+            rows=[(LABELS[name], [interval(arm[name]) for arm in arms.values()]) for name in ROWS],
             differences=[
                 (
                     name.replace("_", " "),
                     LABELS[metric],
-                    " ".join(interval(estimate)),
+                    " ".join(interval(estimate, "+")),
                     verdict(estimate["ci95"][0], estimate["ci95"][1], clusters),
                 )
                 for name, metrics in result["differences"].items()
                 for metric, estimate in metrics.items()
             ],
-            pope_plot=pope_plot(arms),
+            headline_plot=headline_plot(arms),
             loss_plot=loss_plot(curves),
             cards=cards,
             colors=dict(zip(arms, COLORS, strict=False)),

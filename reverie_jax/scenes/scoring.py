@@ -69,7 +69,7 @@ RATIONALES, CORRECT, CLAIMS, TRUE_CLAIMS, EMPTY, RELEVANT = range(6)
 
 
 def rationale_counts(checked: Sequence[CheckedRationale]) -> Float[np.ndarray, "6"]:
-    """Return one image's counts: rationales, correct ones, claims, true claims, rationales without a claim, relevant ones."""
+    """Return one image's counts: rationales, correct ones, claims, true claims, rationales without any, relevant ones."""
     facts = [holds for rationale in checked for _, holds in rationale.checked]
     correct = sum(rationale.correct for rationale in checked)
     empty = sum(not rationale.checked for rationale in checked)

@@ -129,7 +129,9 @@ _PAIR_RATES = (3e-4, 1e-3)
 
 def _reverie(name: str, **supervision: Any) -> Arm:
     shape = SequenceShape(length=96, images=1, edges=48) if supervision["kinds"] == "responses" else _BASE.sequence
-    recipe = dataclasses.replace(_BASE, name=name, sequence=shape, supervision=Supervision(answers="once", **supervision))
+    recipe = dataclasses.replace(
+        _BASE, name=name, sequence=shape, supervision=Supervision(answers="once", **supervision)
+    )
     return Arm(name, "REVERIE", recipe, _reflective, _SFT_RATES)
 
 
@@ -164,6 +166,9 @@ ARMS: Mapping[str, Arm] = {
         _preference("sentences", _siblings, DPOConfig()),
     )
 }
-"""All arms, by name. `lrv-R` has R negative instructions for each positive one. `dpo`, `ddpo-1.1` (RLHF-V's released
-script), `ddpo-1` and `ddpo-5` (its paper, which divides by the sum of the weights) weigh corrected tokens 1, 1.1, 1 and 5 times.
-`sentences` prefers true next sentences of the model's own descriptions to false ones."""
+"""All arms, by name.
+
+`lrv-R` has R negative instructions for each positive one. `dpo`, `ddpo-1.1` (RLHF-V's released script), `ddpo-1` and `ddpo-5`
+(its paper, which divides by the sum of the weights) weigh corrected tokens 1, 1.1, 1 and 5 times. `sentences` prefers true next
+sentences of the model's own descriptions to false ones.
+"""

@@ -66,7 +66,7 @@ class _Walk:
 def draw_siblings(
     engine: Engine, images: Sequence[bytes], scenes: Sequence[Scene], seed: int
 ) -> list[list[tuple[str, str, str]]]:
-    """Describe each image sentence by sentence; return (text so far, true next sentence, false one) wherever both were drawn.
+    """Describe each image sentence by sentence; return (text so far, true next sentence, false one) where both were drawn.
 
     Args:
         engine: of the base model.

@@ -55,7 +55,9 @@ def choose(evidence: Evidence, arms: Sequence[str]) -> dict[str, Choice]:
             score = float(np.mean(list(scores.values())))
             settings = {"learning_rate": unit.learning_rate, "passes": unit.passes}
             scored.append((score, settings))
-            rows.append({"arm": arm, **settings, "score": round(score, 4)} | {k: round(v, 4) for k, v in scores.items()})
+            rows.append(
+                {"arm": arm, **settings, "score": round(score, 4)} | {k: round(v, 4) for k, v in scores.items()}
+            )
         stats = evidence.facts(unit.name)
         fewest = min(evidence.sizes.passes)
         choices[arm] = Choice(

@@ -1,4 +1,4 @@
-"""Units of the evidence: prepare a seed's pictures, tune and evaluate one arm. Each writes its folder once, so all resumes."""
+"""Units of the evidence: a seed's pictures, an arm tuned and evaluated. Each writes its folder once, so that all resumes."""
 
 from __future__ import annotations
 

@@ -1,0 +1,242 @@
+"""The page of the evidence: docs/evidence.md and its curves. Every number and verdict on it is computed here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from reverie_jax.eval.report.template import COLORS, environment
+from reverie_jax.eval.statistics import Estimate
+from reverie_jax.files import atomic_write, read_json
+from reverie_jax.scenes.benchmark import LABELS
+from reverie_jax.scenes.evidence.arms import ARMS
+from reverie_jax.scenes.evidence.findings import Difference, Findings
+from reverie_jax.scenes.evidence.schedule import DECODED, equal_steps, equal_tokens
+from reverie_jax.scenes.evidence.units import DECODERS, PLAIN
+
+MAIN = (
+    "pope/accuracy",
+    "pope/adversarial/accuracy",
+    "pope/f1",
+    "pope/yes_ratio",
+    "skills",
+    "short_answers",
+    "calibration_error",
+    "chair_i",
+    "chair_s",
+    "coverage",
+    "rationale_correct",
+    "rationale_relevant",
+)
+"""Scores of the main table."""
+SKILLS = ("skill/attribute", "skill/count", "skill/relation", "skill/comparison", "skill/two-step")
+CURVES = ("pope/accuracy", "skills", "chair_i", "coverage")
+FIGURE = "evidence.svg"
+
+
+def _value(estimate: Estimate) -> str:
+    return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
+
+
+def _scores_table(findings: Findings, arms: Sequence[str], metrics: Sequence[str], **where: Any) -> list[list[str]]:
+    rows = [["", *(LABELS[name] for name in metrics)]]
+    for arm in arms:
+        scores = findings.scores(findings.counts(arm, **where), metrics)
+        rows.append([arm, *(_value(scores[name]) for name in metrics)])
+    return rows
+
+
+def _differences_table(
+    findings: Findings, pairs: Sequence[tuple[str, str]], metrics: Sequence[str], **where: Any
+) -> Any:
+    rows = [["", *(LABELS[name] for name in metrics)]]
+    for ours, theirs in pairs:
+        cells = [_cell(findings.between(name, ours, theirs, **where)) for name in metrics]
+        rows.append([f"{ours} − {theirs}", *cells])
+    return rows
+
+
+def _cell(difference: Difference) -> str:
+    estimate = difference.estimate
+    words = f"{estimate.value:+.3f} [{estimate.low:+.3f}, {estimate.high:+.3f}]"
+    return f"**{words}**" if difference.verdict != "no difference found" else f"{words}, ±{estimate.detectable:.3f}"
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows as a Markdown table; the first one is its head."""
+    head, *body = rows
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _claims(findings: Findings) -> list[tuple[str, list[str]]]:
+    """Return the questions of the page, each with what was found, in sentences."""
+    arms, between = set(findings.arms), findings.between
+    claims: list[tuple[str, list[str]]] = []
+
+    def add(question: str, pairs: Sequence[tuple[str, str]], metrics: Sequence[str], **where: Any) -> None:
+        lines = [
+            f"{ours} against {theirs}: {between(name, ours, theirs, **where)}."
+            for ours, theirs in pairs
+            if {ours, theirs} <= arms | {"base"}
+            for name in metrics
+        ]
+        if lines:
+            claims.append((question, lines))
+
+    headline = ("pope/accuracy", "skills")
+    add("Do answers alone help?", [("answers", "base")], headline)
+    add("Do rationales help over answers alone?", [("reflective", "answers")], headline)
+    add("For which questions?", [("reflective", "answers")], SKILLS)
+    for test, words in (("pairs", "pairs of things never seen together"), ("compositions", "unseen compositions")):
+        add(f"On {words}?", [("reflective", "answers")], headline, test=test)
+    for budget in findings.sizes.budgets:
+        if budget != findings.sizes.main and all(findings.units(arm, budget) for arm in ("answers", "reflective")):
+            add(f"With {budget:,} pictures?", [("reflective", "answers")], headline, pictures=budget)
+    add("Do negative rationales add to positive ones?", [("reflective", "answers+positive")], headline)
+    add("Does a context of its own for each rationale help?", [("reflective", "reflective-joined")], headline)
+    add("Does more weight on the answers help?", [("reflective-weighted", "reflective")], headline)
+    ratios = [arm for arm in findings.arms if ARMS[arm].question == "LRV"]
+    if ratios:
+        scores = {arm: findings.scores(findings.counts(arm), ("pope/accuracy",))["pope/accuracy"] for arm in ratios}
+        best = max(ratios, key=lambda arm: scores[arm].value)
+        add("Do LRV's negative instructions matter?", [(arm, "lrv-0") for arm in ratios if arm != "lrv-0"], headline)
+        claims[-1][1].append(f"The best POPE accuracy is that of {best}: {_value(scores[best])}.")
+    texts = ("chair_i", "coverage", "object_f1")
+    add("Do corrections help?", [("dpo", "base"), ("ddpo-5", "base")], texts)
+    add("Does dense DPO beat DPO?", [(f"ddpo-{gamma}", "dpo") for gamma in ("1", "1.1", "5")], texts)
+    add(
+        "Do sentences of the model's own help?",
+        [("sentences", "base"), ("sentences", "dpo"), ("sentences", "ddpo-5")],
+        texts,
+    )
+    return claims
+
+
+def _decoders(findings: Findings) -> list[list[str]]:
+    """Return a table of ways of decoding, as differences from plain."""
+    metrics = ("pope/accuracy", "pope/yes_ratio", "skills", "chair_i", "coverage")
+    rows = [["", *(LABELS[name] for name in metrics)]]
+    for arm in ("base", *DECODED):
+        for decoder in DECODERS:
+            if decoder == PLAIN or (arm != "base" and arm not in findings.arms):
+                continue
+            cells = []
+            for name in metrics:
+                if decoder == "reflect" and name in ("chair_i", "coverage"):
+                    cells.append("–")
+                    continue
+                sides = [(way, findings.counts(arm, decoder=way)) for way in (decoder, PLAIN)]
+                cells.append(_cell(findings.difference(name, sides[0], sides[1])))
+            rows.append([f"{arm}, {decoder}", *cells])
+    return rows
+
+
+def _equal_budgets(findings: Findings) -> list[list[str]]:
+    """Return a table of the reflective arm minus the answers arm at equal budgets of three kinds."""
+    choices, sizes = findings.choices, findings.sizes
+    metrics = ("pope/accuracy", "skills", "chair_i", "coverage")
+    rows = [["", *(LABELS[name] for name in metrics)]]
+    if not {"answers", "reflective"} <= choices.keys():
+        return rows
+    answers = findings.counts("answers")
+    kinds = {
+        "equal steps": (
+            [equal_steps(sizes, "reflective", choices["reflective"], seed) for seed in findings.seeds],
+            [equal_steps(sizes, "answers", choices["answers"], seed) for seed in findings.seeds],
+        ),
+        "equal taught tokens": ([equal_tokens(sizes, choices, seed) for seed in findings.seeds], None),
+        "each at its best": (findings.units("reflective", sizes.main), None),
+    }
+    for name, (ours, theirs) in kinds.items():
+        if all(findings.evidence.is_done(unit.name) for unit in (*ours, *(theirs or ()))):
+            yours = answers if theirs is None else findings.of_units(theirs)
+            sides = ("reflective", findings.of_units(ours)), ("answers", yours)
+            rows.append([name, *(_cell(findings.difference(metric, *sides)) for metric in metrics)])
+    return rows
+
+
+def _curves(findings: Findings) -> str:
+    """Return an SVG of scores against the number of pictures, a panel for each score."""
+    budgets = sorted(findings.sizes.budgets)
+    panels = []
+    for metric in CURVES:
+        base = findings.scores(findings.counts("base"), (metric,))[metric].value
+        lines = []
+        for arm in findings.arms:
+            found = [(budget, findings.counts(arm, budget)) for budget in budgets if findings.units(arm, budget)]
+            points = [(budget, findings.scores(counts, (metric,))[metric]) for budget, counts in found]
+            lines.append({"arm": arm, "points": points})
+        values = [base] + [e for line in lines for _, point in line["points"] for e in (point.low, point.high)]
+        low, high = min(values), max(values)
+        panels.append({"name": LABELS[metric], "low": low, "high": high, "base": base, "lines": lines})
+    styles = {
+        arm: (COLORS[number % len(COLORS)], "" if number < len(COLORS) else "4 3")
+        for number, arm in enumerate(findings.arms)
+    }
+    left, right = math.log(budgets[0]), math.log(budgets[-1])
+
+    def x(budget: float) -> float:
+        return 150 if right == left else 30 + 240 * (math.log(budget) - left) / (right - left)
+
+    def y(panel: Any, value: float) -> float:
+        return 170 - 150 * (value - panel["low"]) / max(panel["high"] - panel["low"], 1e-9)
+
+    template = environment(Path(__file__).parent).get_template("curves.svg")
+    return template.render(panels=panels, budgets=budgets, styles=styles, x=x, y=y)
+
+
+def write(findings: Findings, out: Path, base: dict[str, Any]) -> None:
+    """Write the page and its figure to a folder.
+
+    Args:
+        findings: what the units say.
+        out: folder; evidence.md and evidence.svg are replaced.
+        base: facts about the run: its hours, machine and base model.
+    """
+    arms = [arm for arm in findings.arms if findings.units(arm, findings.sizes.main)]
+    rows = ["base", *arms]
+    tokens = [["", "pictures", "learning rate", "passes", "tokens as tree", "without trees", "taught", "seconds"]]
+    tokens += [
+        [row["arm"], f"{row['pictures']:.0f}", f"{row['learning_rate']:g}", f"{row['passes']:,}"]
+        + [f"{row[name]:.0f}" for name in ("tree", "flat", "taught", "seconds")]
+        for row in findings.tokens()
+    ]
+    pairs = [(arm, "base") for arm in arms]
+    search = read_json(findings.evidence.out / "search.json")["scores"]
+    searched = [["arm", "learning rate", "passes", "score"]]
+    searched += [
+        [row["arm"], f"{row['learning_rate']:g}", f"{row['passes']:,}", f"{row['score']:.3f}"] for row in search
+    ]
+    text = (
+        environment(Path(__file__).parent)
+        .get_template("page.md")
+        .render(
+            base=base,
+            sizes=findings.sizes,
+            seeds={
+                budget: {arm: len(findings.units(arm, budget)) for arm in arms} for budget in findings.sizes.budgets
+            },
+            claims=_claims(findings),
+            figure=FIGURE,
+            tables={
+                "main": markdown_table(_scores_table(findings, rows, MAIN)),
+                "skills": markdown_table(_scores_table(findings, rows, SKILLS)),
+                "pairs": markdown_table(_scores_table(findings, rows, ("pope/accuracy", "skills"), test="pairs")),
+                "compositions": markdown_table(
+                    _scores_table(findings, rows, ("pope/accuracy", "skills"), test="compositions")
+                ),
+                "differences": markdown_table(
+                    _differences_table(findings, pairs, ("pope/accuracy", "skills", "chair_i", "coverage", "object_f1"))
+                ),
+                "equal": markdown_table(_equal_budgets(findings)),
+                "decoders": markdown_table(_decoders(findings)),
+                "tokens": markdown_table(tokens),
+                "search": markdown_table(searched),
+            },
+        )
+    )
+    atomic_write(out / "evidence.md", text)
+    atomic_write(out / FIGURE, _curves(findings))
