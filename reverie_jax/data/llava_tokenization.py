@@ -162,7 +162,7 @@ class LlavaTokenizer:
         within = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(ids, part, strict=False)))
         # From here on, the beginning alone has other tokens than as part of the text.
         names, rest = self.tokenizer.convert_ids_to_tokens, "".join(self.tokenizer.convert_ids_to_tokens(part[within:]))
-        while rest and rest.startswith(name := names(ids[within])):
+        while rest and within < len(ids) and rest.startswith(name := names(ids[within])):
             within, rest = within + 1, rest.removeprefix(name)
         return within, within + bool(rest)
 

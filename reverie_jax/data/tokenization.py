@@ -148,6 +148,8 @@ class Encoder:
         # The sister systems' tokenizers are those of transformers 4.28 to 4.33, which split text as legacy ones do.
         legacy = True if self.template.image else None
         self._llava = LlavaTokenizer(tokenizer, legacy, self.template.tokens) if tokenization == "llava" else None
+        # MoE-LLaVA's code leaves the image where it is; the sister systems' templates say where it is.
+        self._keeps_images = bool(self.template.image) or self.template.style == "moe"
         stops = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         self._end = (tokenizer.eos_token or "") if self.template.end is None else self.template.end
         if self._llava and self.template.style == "mplug_owl":
@@ -201,7 +203,7 @@ class Encoder:
         images = list(conversation.images)
         if self._llava:
             placeholder, (ids, weights) = IMAGE_TOKEN_INDEX, self._encode_llava(conversation)
-            images = list(conversation.images) if self.template.image else _first_images(conversation)
+            images = images if self._keeps_images else _first_images(conversation)
         else:
             placeholder, (ids, weights) = self.image_token_id, self._encode_hf(conversation)
         if (count := ids.count(placeholder)) != len(images):
@@ -242,8 +244,7 @@ class Encoder:
 
     def _encode_llava(self, conversation: Conversation) -> tuple[list[int], list[float]]:
         assert self._llava is not None
-        # MoE-LLaVA's code leaves the image where it is; the sister systems' templates say where it is.
-        moved = {"user"} if self.template.style != "moe" and not self.template.image else set()
+        moved = set() if self._keeps_images else {"user"}
         texts = [move_image_first(turn.text) if turn.role in moved else turn.message for turn in conversation.turns]
         if conversation.is_open or not self._llava.counts(self.template):
             turns = [

@@ -182,10 +182,8 @@ def _with_instruction(
     images: Sequence[ImageQuestions], processor: Processor, leaves: int
 ) -> tuple[SequenceShape, list[ImageQuestions]]:
     def disturbed(conversation: Conversation) -> Conversation:
-        turns, last = (
-            list(conversation.turns),
-            (len(conversation.turns) - 1) // 2 * 2,
-        )  # an answer may be begun behind it
+        turns = list(conversation.turns)
+        last = (len(turns) - 1) // 2 * 2  # the question; its answer may be begun
         opening = f"{IMAGE}\n" if turns[last].text.startswith(f"{IMAGE}\n") else ""
         text = f"{opening}{ICD_INSTRUCTION} {turns[last].text.removeprefix(opening)}"
         turns[last] = dataclasses.replace(turns[last], text=text)

@@ -16,7 +16,8 @@ def stop_table(encoder: Encoder, vocabulary: int, stop: str = "") -> Int16[np.nd
     """Return an automaton that finds texts that end answers, however they are tokenized; None if only tokens end them.
 
     An answer starts in state 0; behind a token its state is `table[state, token]`. A state is the longest beginning of
-    one of the texts that the answer ends with; the last state, where the answer holds a whole one, is never left.
+    one of the texts that the answer ends with; the last state, where the answer holds a whole one, is never left. A
+    character that several tokens of bytes write is not found.
 
     Args:
         encoder: Its tokenizer and template, whose end is one of the texts if it is no token.

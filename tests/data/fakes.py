@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import re
@@ -158,6 +159,22 @@ def check_begun(encoder: Encoder, tokenizer: Any, after: str, question: str, pre
     assert begun.weights.any()
     expected[[k for k in range(len(whole)) if sizes[k] <= rest]] = 0
     assert encode(text=text, prefix=prefix, ended=False).weights.tolist() == expected.tolist()
+
+
+def check_any_cut(encoder: Encoder, turns: Sequence[str], cut: int) -> None:
+    """Wherever the last answer is cut, its tokens stay, and those that lose their weight are in a row."""
+    whole = conversation_of(turns)
+    *before, last = whole.turns
+    begun = Turn("assistant", last.text[cut:], prefix=last.text[:cut])
+    if begun.is_begun:
+        return
+    before, after = encoder(whole), encoder(dataclasses.replace(whole, turns=(*before, begun)))
+    assert before.ids.tolist() == after.ids.tolist()
+    changed = np.flatnonzero(before.weights != after.weights)
+    assert not after.weights[changed].any()
+    supervised = np.flatnonzero(before.weights)
+    assert np.isin(supervised, changed).sum() == len(changed) <= 2 * len(begun.prefix.encode())
+    assert (np.diff(np.searchsorted(supervised, changed)) == 1).all()
 
 
 def records(count: int, seed: int = 0) -> list[ImageRecord]:

@@ -16,7 +16,7 @@ from reverie_jax.data.conversation import Turn
 from reverie_jax.data.templates import v0_template
 from reverie_jax.data.tokenization import Encoder, Tokens, is_untaught, load_tokenizer, untaught_turns
 from tests.data import llama_oracle
-from tests.data.fakes import BEGUN, byte_level_tokenizer, check_begun, conversation_of
+from tests.data.fakes import BEGUN, byte_level_tokenizer, check_any_cut, check_begun, conversation_of
 from tests.data.llama_oracle import IMAGE, TRAPS, SlowLlama, any_text, dialogues
 
 PATCHES = 3
@@ -268,6 +268,7 @@ slow = [HealthCheck.too_slow, HealthCheck.filter_too_much]
 @settings(suppress_health_check=slow)
 @given(turns=dialogues().filter(markers_vanish))
 @example(turns=["Q", "A<unk>"])
+@example(turns=[f"{IMAGE}\n{IMAGE}\nQ", "A"])
 @example(turns=["Q<unk>", "A", "B", "C"])
 @example(turns=[f"{IMAGE}\nQ", "A</s>B", "C", "D"])
 @example(turns=[f"{IMAGE}\nQ</s> x", "A"])
@@ -279,6 +280,8 @@ slow = [HealthCheck.too_slow, HealthCheck.filter_too_much]
 @example(turns=["What?", "A cat.", "", "A dog."])
 def test_any_sample_and_prompt_is_the_originals(encoder, template, kind, turns):
     check_sample(encoder, template, kind, turns)
+    if template != "plain":
+        check_any_cut(encoder(template, kind), turns, sum(map(len, turns)) % (1 + len(turns[-1])))
     asked = [llama_oracle.normal(text) for text in turns[:-1]]  # evaluation puts the image in front itself
     if all(asked):
         tokens = encoder(template, kind)(conversation_of(asked))

@@ -18,7 +18,15 @@ from reverie_jax.errors import CheckpointError
 from reverie_jax.models.architectures import ARCHITECTURES
 from reverie_jax.models.checkpoints.components import Component
 from tests.data import llama_oracle, sister_oracle
-from tests.data.fakes import BEGUN, byte_level_tokenizer, check_begun, conversation_of, read_examples, write_json_rows
+from tests.data.fakes import (
+    BEGUN,
+    byte_level_tokenizer,
+    check_any_cut,
+    check_begun,
+    conversation_of,
+    read_examples,
+    write_json_rows,
+)
 from tests.data.llama_oracle import IMAGE, TRAPS, any_text
 from tests.data.sister_oracle import MUFFIN_TOKENS, PATCH
 
@@ -106,6 +114,7 @@ def test_any_sample_is_that_of_the_original_code(encoder, template, data):
     turns = data.draw(st.lists(any_text(words, 0), min_size=size, max_size=size))
     turns[0] = data.draw(st.sampled_from(["", f"{IMAGE}\n"])) + turns[0]
     check(encoder(template)(conversation_of(turns)), ORACLES[template](turns))
+    check_any_cut(encoder(template), turns, sum(map(len, turns)) % (1 + len(turns[-1])))
 
 
 @pytest.mark.parametrize("name", ["one exchange", "several", "reflective", "no image", "role words"])
