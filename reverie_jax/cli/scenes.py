@@ -60,11 +60,39 @@ class Pretrain:
         make_base.make(self.out, seed=self.seed, tower_steps=self.tower_steps, steps=self.steps)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """Tune the small model in many ways, and measure on held-out scenes what each of them does. Takes hours.
+
+    REVERIE's rationales, LRV's negative instructions, RLHF-V's corrections, sentences of the model's own, and ways of
+    decoding; learning rates and steps are chosen on validation scenes first. Run it again to resume.
+    """
+
+    out: Annotated[Positional[Path], common.FOLDER]
+    """Output folder: all trained and evaluated units, search.json, evidence.md and evidence.svg."""
+    quick: Annotated[bool, common.FLAG] = False
+    """A small part, in about a quarter of an hour: it shows that everything works, not what is true."""
+    workers: Annotated[int, common.N] = 2
+    """Number of processes, each on a core of its own."""
+    model: common.Model = "scenes-base"
+
+    def run(self) -> None:
+        """Run the command."""
+        common.check_at_least(1, workers=self.workers)
+        from reverie_jax.scenes.evidence import run
+
+        run.run(self.out, quick=self.quick, workers=self.workers, model=self.model)
+
+
 @dataclasses.dataclass(frozen=True)
 class Scenes:
-    """Draw synthetic scenes with exact ground truth, or make the small base model that ships with the package."""
+    """Draw synthetic scenes with exact ground truth, make the small base model that ships with the package, or measure."""
 
-    action: OmitArgPrefixes[Annotated[Render, subcommand("render")] | Annotated[Pretrain, subcommand("pretrain")]]
+    action: OmitArgPrefixes[
+        Annotated[Render, subcommand("render")]
+        | Annotated[Pretrain, subcommand("pretrain")]
+        | Annotated[Evidence, subcommand("evidence")]
+    ]
 
     def run(self) -> None:
         """Run the subcommand."""

@@ -31,7 +31,7 @@ def existence_question(category: str) -> str:
 
 
 def _pick(rng: Rng, options: Sequence[Any]) -> Any:
-    return options[rng.integers(len(options))]
+    return options[int(rng.integers(len(options)))]
 
 
 def absent_partners(scene: Scene) -> list[str]:

@@ -147,9 +147,9 @@ COLUMNS: dict[str, slice] = {
 }
 """Columns of the counts of an image, by table.
 
-POPE's confusion matrices; right, asked and answered with Yes, of each skill's questions with the answers Yes and No; right and
-asked, of those with other answers; the sum of probability minus truth and the number of answers, of each of ten bins of the
-probability of Yes; see `scoring` for the others.
+POPE's confusion matrices; right, asked and answered with Yes, of each skill's questions with the answers Yes and No; right
+and asked, of those with other answers; the sum of probability minus truth and the number of answers, of each of ten bins of
+the probability of Yes; see `scoring` for the others.
 """
 _RIGHT, _ASKED, _YES = range(3)
 
@@ -260,8 +260,8 @@ METRICS: dict[str, statistics.Statistic] = {
 }
 """All scores, as functions of summed counts.
 
-`skills` is the mean over the skills' questions with the answers Yes and No, which are as many (0.5 by chance); `object_f1` is
-the harmonic mean of 1 - CHAIRi and coverage: a description that says less does not gain by it.
+`skills` is the mean over the skills' questions with the answers Yes and No, which are as many (0.5 by chance); `object_f1`
+is the harmonic mean of 1 - CHAIRi and coverage: a description that says less does not gain by it.
 """
 
 

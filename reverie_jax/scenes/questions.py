@@ -139,7 +139,7 @@ def _relation_facts(scene: Scene, noun: str, relation: str, other: str) -> list[
 
 def _identity(scene: Scene, relation: str, noun: str) -> str | None:
     found = Thing(noun, relation).find(scene)
-    return found and f"the {found.category}"
+    return None if found is None else f"the {found.category}"
 
 
 def _larger(scene: Scene, noun: str, other: str) -> str | None:

@@ -110,7 +110,9 @@ def _siblings(pictures: Pictures, number: int) -> Sequence[Conversation]:
         conversation
         for index, (context, true, false) in enumerate(pictures.siblings[number])
         for conversation in _pair(
-            *(Turn("assistant", text, prefix=context, ended=False) for text in (true, false)), str(index)
+            Turn("assistant", true, prefix=context, ended=False),
+            Turn("assistant", false, prefix=context, ended=False),
+            str(index),
         )
     ]
 
@@ -168,7 +170,7 @@ ARMS: Mapping[str, Arm] = {
 }
 """All arms, by name.
 
-`lrv-R` has R negative instructions for each positive one. `dpo`, `ddpo-1.1` (RLHF-V's released script), `ddpo-1` and `ddpo-5`
-(its paper, which divides by the sum of the weights) weigh corrected tokens 1, 1.1, 1 and 5 times. `sentences` prefers true next
-sentences of the model's own descriptions to false ones.
+`lrv-R` has R negative instructions for each positive one. `dpo`, `ddpo-1.1` (RLHF-V's released script), `ddpo-1` and
+`ddpo-5` (its paper, which divides by the sum of the weights) weigh corrected tokens 1, 1.1, 1 and 5 times. `sentences`
+prefers true next sentences of the model's own descriptions to false ones.
 """

@@ -133,6 +133,6 @@ class Findings:
                 {"arm": arm, "pictures": pictures, "tree": stats["tokens"] / pictures}
                 | {"flat": stats["flat_tokens"] / pictures, "taught": stats["edges"] / pictures}
                 | {"seconds": float(np.mean([fact["train_seconds"] for fact in facts]))}
-                | self.choices[arm].best
+                | dict(self.choices[arm].best)
             )
         return rows

@@ -164,14 +164,12 @@ def _curves(findings: Findings) -> str:
     panels = []
     for metric in CURVES:
         base = findings.scores(findings.counts("base"), (metric,))[metric].value
-        lines = []
+        lines = {}
         for arm in findings.arms:
-            found = [(budget, findings.counts(arm, budget)) for budget in budgets if findings.units(arm, budget)]
-            points = [(budget, findings.scores(counts, (metric,))[metric]) for budget, counts in found]
-            lines.append({"arm": arm, "points": points})
-        values = [base] + [e for line in lines for _, point in line["points"] for e in (point.low, point.high)]
-        low, high = min(values), max(values)
-        panels.append({"name": LABELS[metric], "low": low, "high": high, "base": base, "lines": lines})
+            found = {budget: findings.counts(arm, budget) for budget in budgets if findings.units(arm, budget)}
+            lines[arm] = {budget: findings.scores(counts, (metric,))[metric] for budget, counts in found.items()}
+        values = [base] + [end for line in lines.values() for point in line.values() for end in (point.low, point.high)]
+        panels.append({"name": LABELS[metric], "low": min(values), "high": max(values), "base": base, "lines": lines})
     styles = {
         arm: (COLORS[number % len(COLORS)], "" if number < len(COLORS) else "4 3")
         for number, arm in enumerate(findings.arms)

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
+import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 
 from rich.console import Console
 
-from reverie_jax.scenes.evidence import schedule
+from reverie_jax.errors import UserError
+from reverie_jax.files import read_json, write_json
+from reverie_jax.scenes.evidence import page, schedule
 from reverie_jax.scenes.evidence.arms import ARMS
+from reverie_jax.scenes.evidence.findings import Findings
 from reverie_jax.scenes.evidence.units import SEARCH_SEED, TESTS, Evidence, Sizes, Unit
 
 QUICK = Sizes(seeds=2, budgets=(200,), main=200, passes=(400,), test=60, held_out=30, validation=40)
 QUICK_ARMS = ("answers", "reflective", "lrv-0", "lrv-1", "ddpo-5", "sentences")
 
 _evidence: Evidence
-"""A worker's own, so that a seed's pictures are read once."""
+"""A worker's own: a seed's pictures are read once."""
 
 
 def _start_worker(out: Path, sizes: Sizes, model: str) -> None:
@@ -68,19 +74,21 @@ class _Pool:
             self.console.print(f"{seconds:7.0f} s  {what} {number}/{len(futures)}: {future.result()}")
 
 
-def run(out: Path, *, quick: bool, workers: int, model: str, arms: Sequence[str] = ()) -> None:
-    """Run the evidence; what an earlier call has done is not done again.
+def run(out: Path, *, quick: bool, workers: int, model: str) -> None:
+    """Run the evidence, and write its page; what an earlier call has done is not done again.
 
     Args:
         out: output folder.
         quick: a small part, to see that it works.
         workers: processes.
         model: checkpoint to start from.
-        arms: names in `arms.ARMS`; all if empty.
+
+    Raises:
+        UserError: the folder holds another evidence, or cannot be written.
     """
-    sizes = QUICK if quick else Sizes()
-    names = tuple(arms) or (QUICK_ARMS if quick else tuple(ARMS))
+    sizes, names = (QUICK, QUICK_ARMS) if quick else (Sizes(), tuple(ARMS))
     evidence, console = Evidence(out, sizes, model), Console()
+    _claim(out, sizes, model)
     for name in TESTS:
         evidence.test_folder(name)
     pool = _Pool(evidence, workers, console)
@@ -90,3 +98,37 @@ def run(out: Path, *, quick: bool, workers: int, model: str, arms: Sequence[str]
         choices = schedule.choose(evidence, names)
         pool.run("prepare", [(_prepare, (seed,)) for seed in range(sizes.seeds)])
         pool.run("compare", [(_unit, (unit,)) for unit in schedule.main_units(sizes, choices)])
+    write_page(evidence, choices, quick=quick)
+    console.print(f"{out / 'evidence.md'}")
+
+
+def _claim(out: Path, sizes: Sizes, model: str) -> None:
+    """Mark the folder as that of an evidence of these sizes.
+
+    Raises:
+        UserError: it is another's.
+    """
+    path, settings = out / "settings.json", json.loads(json.dumps(dataclasses.asdict(sizes) | {"model": model}))
+    if path.exists():
+        if (existing := read_json(path)) != settings:
+            differs = [key for key in settings if existing.get(key) != settings[key]]
+            raise UserError(f"{out}: holds an evidence with other {', '.join(differs)}; choose another folder")
+        return
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"{out}: has files but no {path.name}; choose an empty folder")
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(path, settings)
+
+
+def write_page(evidence: Evidence, choices: Mapping[str, schedule.Choice], *, quick: bool) -> None:
+    """Write the page of what is done."""
+    units = [path for path in (evidence.out / "units").iterdir() if (path / "unit.json").exists()]
+    seconds = sum(evidence.facts(path.name)["seconds"] for path in units)
+    facts = {
+        "model": evidence.model,
+        "quick": quick,
+        "units": len(units),
+        "hours": seconds / 3600,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+    }
+    page.write(Findings(evidence, choices), evidence.out, facts)

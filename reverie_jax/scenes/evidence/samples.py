@@ -7,7 +7,7 @@ and context, all draws are leaves of one prefilled sequence.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from reverie_jax.data.conversation import IMAGE, Conversation, Turn
 from reverie_jax.data.pipeline import ImageQuestions
@@ -35,12 +35,10 @@ def _answers(engine: Engine, images: Sequence[ImageQuestions], decoding: Decodin
 
 def draw_descriptions(engine: Engine, images: Sequence[bytes], seed: int) -> list[str]:
     """Draw one description of each image, at temperature 1."""
-    decoding = Decoding(DESCRIPTION_TOKENS, temperature=1.0, seed=seed)
-    asked = [
-        ImageQuestions(str(number), image, [(number, Conversation((_ASK,)))]) for number, image in enumerate(images)
-    ]
-    answers = _answers(engine, asked, decoding)
-    return [answers[number] for number in range(len(images))]
+    first = seed * len(images)
+    asked = [ImageQuestions(str(n), image, [(first + n, Conversation((_ASK,)))]) for n, image in enumerate(images)]
+    answers = _answers(engine, asked, Decoding(DESCRIPTION_TOKENS, temperature=1.0))
+    return [answers[first + number] for number in range(len(images))]
 
 
 @dataclasses.dataclass
@@ -57,7 +55,8 @@ class _Walk:
         true = [sentence for sentence, holds in judged.items() if holds]
         false = [sentence for sentence, holds in judged.items() if holds is False]
         if true and false:
-            self.siblings.append((self.text, *(f" {one[0]}" if self.text else one[0] for one in (true, false))))
+            space = " " if self.text else ""
+            self.siblings.append((self.text, space + true[0], space + false[0]))
         self.ended = not true
         if true:
             self.text = f"{self.text} {true[0]}".strip()
@@ -75,24 +74,20 @@ def draw_siblings(
         seed: of the draws.
     """
     walks = [_Walk() for _ in images]
+    decoding = Decoding(SENTENCE_TOKENS, temperature=1.0, stop=".")
     for step in range(SENTENCES):
-        decoding = Decoding(SENTENCE_TOKENS, temperature=1.0, seed=seed * SENTENCES + step, stop=".")
-        asked = []
+        # Draws differ by their numbers; another seed would be another program.
+        first, asked = (seed * SENTENCES + step) * len(images) * DRAWS, []
         for number, (image, walk) in enumerate(zip(images, walks, strict=True)):
             if not walk.ended:
                 turns = (_ASK, Turn("assistant", "", prefix=walk.text)) if walk.text else (_ASK,)
-                leaves = [(number * DRAWS + draw, Conversation(turns)) for draw in range(DRAWS)]
+                leaves = [(first + number * DRAWS + draw, Conversation(turns)) for draw in range(DRAWS)]
                 asked.append(ImageQuestions(str(number), image, leaves))
         if not asked:
             break
-        drawn = _grouped(_answers(engine, asked, decoding))
+        drawn: dict[int, list[str]] = {}
+        for number, text in sorted(_answers(engine, asked, decoding).items()):
+            drawn.setdefault((number - first) // DRAWS, []).append(text)
         for number, sentences in drawn.items():
             walks[number].grow(scenes[number], sentences)
     return [walk.siblings for walk in walks]
-
-
-def _grouped(answers: Mapping[int, str]) -> dict[int, list[str]]:
-    grouped: dict[int, list[str]] = {}
-    for number in sorted(answers):
-        grouped.setdefault(number // DRAWS, []).append(answers[number])
-    return grouped

@@ -155,7 +155,8 @@ class Evidence:
                     self._make_pictures(part, count, seed)
             texts = read_json(folder / "samples.json")
             graphs = dataset.read_graphs(folder)
-            records = {record.id: record for record in dataset.read_records(folder)}
+            mixture = dataset.read_records(folder)
+            records = {record.id: record for record in (mixture[n] for n in range(len(mixture)))}
             siblings = [[(one[0], one[1], one[2]) for one in row] for row in texts["siblings"]]
             # One seed at a time: the records hold the encoded images.
             self._pictures = {
