@@ -7,10 +7,15 @@ LINE := $(shell $(PYTHON) -c 'import sys; print(f"py{sys.version_info[0]}{sys.ve
 PINS := $(wildcard constraints/$(LINE).txt)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(addprefix --constraint ,$(PINS))
 
-.PHONY: demo test lint types suite docs test-slow test-compile test-newest test-old-sdk test-others test-gpu bench gpu clean
+.PHONY: demo evidence test lint types suite docs test-slow test-compile test-newest test-old-sdk test-others test-gpu bench gpu clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/reverie demo
+
+# Hours; it resumes. `make evidence EVIDENCE=--quick` takes a quarter of an hour.
+EVIDENCE ?=
+evidence: $(VENV)/.runtime
+	$(BIN)/reverie scenes evidence runs/evidence$(if $(findstring --quick,$(EVIDENCE)),-quick) $(EVIDENCE)
 
 test: lint types suite
 

@@ -20,9 +20,9 @@ from reverie_jax.train.recipe import Recipe
 _SCENES = Recipe(
     name="scenes-rationales",
     steps=200,
-    batch_size=16,
-    sequence=SequenceShape(length=448, images=1, edges=288),
-    supervision=Supervision(answers="as-published"),
+    batch_size=4,
+    sequence=SequenceShape(length=256, images=1, edges=200),
+    remat="none",
     rank=16,
     alpha=32.0,
     dropout=0.0,
@@ -233,8 +233,8 @@ RECIPES: dict[str, Recipe] = {
         dataclasses.replace(
             _SCENES,
             name="scenes-responses",
-            supervision=Supervision("responses", answers="as-published"),
-            sequence=SequenceShape(length=192, images=1, edges=96),
+            supervision=Supervision("responses"),
+            sequence=SequenceShape(length=96, images=1, edges=48),
         ),
         *_named(_LLAVA, "llava-1.5-7b-lora", "llava-1.5-13b-lora", "llava-phi3-lora"),
         _LLAVA_1_0,

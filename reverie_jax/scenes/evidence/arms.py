@@ -117,23 +117,14 @@ def _siblings(pictures: Pictures, number: int) -> Sequence[Conversation]:
     ]
 
 
-_BASE = dataclasses.replace(
-    RECIPES["scenes-rationales"],
-    batch_size=8,
-    sequence=SequenceShape(length=256, images=1, edges=200),
-    supervision=Supervision(answers="once"),
-    remat="none",
-    warmup_ratio=0.05,
-)
+_BASE = RECIPES["scenes-rationales"]
 _SFT_RATES = (1e-3, 3e-3)
 _PAIR_RATES = (3e-4, 1e-3)
 
 
 def _reverie(name: str, **supervision: Any) -> Arm:
-    shape = SequenceShape(length=96, images=1, edges=48) if supervision["kinds"] == "responses" else _BASE.sequence
-    recipe = dataclasses.replace(
-        _BASE, name=name, sequence=shape, supervision=Supervision(answers="once", **supervision)
-    )
+    recipe = RECIPES["scenes-responses"] if supervision["kinds"] == "responses" else _BASE
+    recipe = dataclasses.replace(recipe, name=name, supervision=Supervision(**supervision))
     return Arm(name, "REVERIE", recipe, _reflective, _SFT_RATES)
 
 

@@ -21,7 +21,7 @@ from reverie_jax.scenes.evidence.arms import ARMS
 from reverie_jax.scenes.evidence.findings import Findings
 from reverie_jax.scenes.evidence.units import SEARCH_SEED, TESTS, Evidence, Sizes, Unit
 
-QUICK = Sizes(seeds=2, budgets=(200,), main=200, passes=(400,), test=60, held_out=30, validation=40)
+QUICK = Sizes(seeds=2, budgets=(200,), main=200, passes=(400,), test=40, held_out=20, validation=40)
 QUICK_ARMS = ("answers", "reflective", "lrv-0", "lrv-1", "ddpo-5", "sentences")
 
 _evidence: Evidence

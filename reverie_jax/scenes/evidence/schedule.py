@@ -16,6 +16,8 @@ from reverie_jax.scenes.evidence.units import DECODERS, PLAIN, SEARCH_SEED, Evid
 
 DECODED = ("answers", "reflective")
 """Arms whose models are decoded in all ways."""
+CORE = ("answers", "reflective", "lrv-0", "lrv-1", "ddpo-5", "sentences")
+"""Arms with all seeds at all budgets."""
 SEARCHED = {"REVERIE": ("pope/accuracy", "skills"), "LRV": ("pope/accuracy", "skills"), "RLHF-V": ("object_f1",)}
 """Scores whose mean the search chooses by."""
 
@@ -105,4 +107,5 @@ def main_units(sizes: Sizes, choices: Mapping[str, Choice]) -> Iterator[Unit]:
     for budget in sizes.budgets:
         if budget != sizes.main:
             for seed, (arm, choice) in itertools.product(range(sizes.seeds), choices.items()):
-                yield main_unit(sizes, arm, choice, seed, budget)
+                if arm in CORE or seed < sizes.few_seeds:
+                    yield main_unit(sizes, arm, choice, seed, budget)

@@ -49,6 +49,7 @@ class Sizes:
         seeds: repetitions, each with training pictures and a random seed of its own.
         budgets: numbers of training pictures.
         main: the budget at which all arms are compared.
+        few_seeds: repetitions, at other budgets than the main one, of arms that are not in `schedule.CORE`.
         passes: passes over pictures that are searched; a budget with more pictures is passed over once.
         test: test pictures.
         held_out: test pictures of each hold-out.
@@ -58,10 +59,11 @@ class Sizes:
     seeds: int = 8
     budgets: tuple[int, ...] = (800, 200, 3200)
     main: int = 800
-    passes: tuple[int, ...] = (800, 2400)
-    test: int = 160
-    held_out: int = 80
-    validation: int = 120
+    few_seeds: int = 2
+    passes: tuple[int, ...] = (800, 1600)
+    test: int = 120
+    held_out: int = 60
+    validation: int = 100
 
 
 TESTS: dict[str, tuple[World, Split]] = {
