@@ -19,7 +19,7 @@ class Demo:
     """Number of repetitions, each with its own training data and random seed."""
     train_images: Annotated[int, common.N] = 800
     """Number of training images."""
-    test_images: Annotated[int, common.N] = 160
+    test_images: Annotated[int, common.N] = 120
     """Number of held-out images."""
     steps: common.Steps = None
     model: common.Model = "scenes-base"

@@ -46,7 +46,7 @@ class DemoSize:
     """
 
     train_images: int = 800
-    test_images: int = 160
+    test_images: int = 120
     questions: int = 3
     steps: int | None = None
 
