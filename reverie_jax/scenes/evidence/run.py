@@ -114,8 +114,8 @@ def _claim(out: Path, sizes: Sizes, model: str) -> None:
             differs = [key for key in settings if existing.get(key) != settings[key]]
             raise UserError(f"{out}: holds an evidence with other {', '.join(differs)}; choose another folder")
         return
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"{out}: has files but no {path.name}; choose an empty folder")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: is no folder of an evidence (no {path.name}); choose an empty folder")
     out.mkdir(parents=True, exist_ok=True)
     write_json(path, settings)
 

@@ -213,6 +213,7 @@ def test_a_folder_of_another_evidence_is_refused(tmp_path):
         run._claim(tmp_path / "mine", Sizes(**{**vars(SIZES), "seeds": 3, "budgets": (4,)}), "a")
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match=r"thesis.*settings\.json"):
-        run._claim(tmp_path / "thesis", SIZES, "a")
+    for foreign in (tmp_path / "thesis", tmp_path / "thesis" / "thesis.txt"):
+        with pytest.raises(UserError, match=rf"{foreign}.*settings\.json"):
+            run._claim(foreign, SIZES, "a")
     assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["thesis.txt"]
