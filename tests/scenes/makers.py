@@ -3,23 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 
 import numpy as np
 
-from reverie_jax.scenes.graph import (
-    CATEGORIES,
-    HELD_OUT_PAIRS,
-    PARTNER,
-    Scene,
-    SceneObject,
-    World,
-    is_held_out_composition,
-    take_scenes,
-)
+from reverie_jax.scenes import graph
+from reverie_jax.scenes.graph import CATEGORIES, PARTNER, Scene, SceneObject, World, take_scenes
 
 SKEWED, BROKEN = World.skewed(), World.broken()
-NEW_PAIRS, NEW_COMPOSITIONS = World.new_pairs(), World.new_compositions()
 WORLDS = (SKEWED, BROKEN, World(partner=0.5, repeat=0.8))
 TRAIN = take_scenes(SKEWED, "train", 0, 300)
 TEST = take_scenes(BROKEN, "test", 0, 120)
@@ -45,6 +35,10 @@ def singular(word: str) -> str:
     return word if word in CATEGORIES else word[:-1]
 
 
+def nouns(text: str) -> list[str]:
+    return [singular(word) for word in re.findall(r"[a-z]+", text.lower()) if singular(word) in CATEGORIES]
+
+
 def all_of(scene: Scene, noun: str) -> list[SceneObject]:
     return [t for t in scene.objects if t.category == singular(noun)]
 
@@ -57,127 +51,93 @@ def where(a: SceneObject, b: SceneObject) -> str:
     return max((dx, "left of"), (-dx, "right of"), (dy, "above"), (-dy, "below"))[1]
 
 
-def the_only(scene: Scene, words: str) -> SceneObject | None:
-    """The object that "the cup" or "the one beside the cup" means beyond doubt."""
-    match = re.fullmatch(r"the (?:(?:thing|one) (.+) the )?(\w+)", words)
-    assert match, words
-    relation, anchors = match[1], all_of(scene, match[2])
-    if len(anchors) != 1 or relation is None:
-        return anchors[0] if len(anchors) == 1 else None
-    sides = {t: where(t, anchors[0]) for t in scene.objects if t is not anchors[0]}
-    wanted = {"left of", "right of"} if relation == "beside" else {relation}
-    found = [t for t, side in sides.items() if side in wanted]
-    clear = len(found) == 1 and "" not in sides.values() and len(all_of(scene, found[0].category)) == 1
-    return found[0] if clear else None
+def things(scene: Scene, *names: str) -> list[SceneObject]:
+    """The objects that are meant by "the cup" or "the one beside the cup"; none if one of them is in doubt."""
+    found = []
+    for name in names:
+        *_, side, noun = re.fullmatch(r"the (?:(thing|one) (.+) the )?(\w+)", name).groups()
+        sides = {t: where(t, anchor) for anchor in all_of(scene, noun) for t in scene.objects if t is not anchor}
+        fits = [t for t, s in sides.items() if s == side or (side == "beside" and s in ("left of", "right of"))]
+        meant = fits if side else all_of(scene, noun)
+        if len(all_of(scene, noun)) != 1 or (side and "" in sides.values()) or len(meant) != 1:
+            return []
+        found += meant if len(all_of(scene, meant[0].category)) == 1 else []
+    return found if len(found) == len(names) else []
 
 
-def yes(true: bool) -> str:
+def yes(true: object) -> str:
     return "Yes" if true else "No"
 
 
-def _is(scene: Scene, words: str, look: str) -> str | None:
-    thing = the_only(scene, words)
-    return thing and yes(look in (thing.color, thing.size, thing.texture))
-
-
-def _color_of_many(scene: Scene, noun: str) -> str | None:
-    return all_of(scene, noun)[0].color if len(all_of(scene, noun)) > 1 else None
-
-
-def _place(scene: Scene, words: str) -> str | None:
-    thing = the_only(scene, words)
-    return thing and next(name for name, (low, high) in THIRDS.items() if low <= thing.x <= high)
-
-
-def _stands(scene: Scene, noun: str, relation: str, other: str) -> str | None:
-    a, b = the_only(scene, f"the {noun}"), the_only(scene, f"the {other}")
-    side = a and b and where(a, b)
-    return yes(side == relation) if side else None
-
-
-def _larger(scene: Scene, noun: str, other: str) -> str | None:
-    a, b = the_only(scene, f"the {noun}"), the_only(scene, f"the {other}")
-    return a and b and yes((a.size, b.size) == ("large", "small"))
-
-
-def _which(scene: Scene, words: str, others: str) -> str | None:
-    large = [t for t in (the_only(scene, words), the_only(scene, others)) if t and t.size == "large"]
-    both = the_only(scene, words) and the_only(scene, others)
-    return f"the {large[0].category}" if both and len(large) == 1 else None
-
-
-def _choice(scene: Scene, listed: str) -> str | None:
-    options = dict(re.findall(r"([A-D])\. (\w+)", listed))
-    assert list(options) == list("ABCD")
-    right = [letter for letter, noun in options.items() if all_of(scene, noun)]
-    return right[0] if len(right) == 1 else None
-
-
-def _number(scene: Scene, how: str, number: str, noun: str) -> str:
-    there, asked = len(all_of(scene, noun)), NUMBERS.index(number)
-    return yes(there == asked or (how == "at least" and there > asked))
-
-
-def _name(scene: Scene, relation: str, noun: str) -> str | None:
-    thing = the_only(scene, f"the thing {relation} the {noun}")
-    return thing and f"the {thing.category}"
+def _choice(scene: Scene, listed: str) -> str:
+    right = [letter for letter, noun in re.findall(r"([A-D])\. (\w+)", listed) if all_of(scene, noun)]
+    return right[0] if len(right) == 1 else ""
 
 
 _SIDE = "(left of|right of|above|below)"
 _THING = r"(the (?:(?:thing|one) (?:left of|right of|above|below|beside) the )?\w+)"
-ANSWERS: dict[str, Callable[..., str | None]] = {
-    r"Is there an? (\w+) in the image\?": lambda scene, noun: yes(bool(all_of(scene, noun))),
-    rf"Is the (\w+) {_SIDE} the (\w+)\?": _stands,
-    r"Is the (\w+) larger than the (\w+)\?": _larger,
-    rf"Is {_THING} (\w+)\?": _is,
-    rf"What colour is {_THING}\?": lambda scene, words: getattr(the_only(scene, words), "color", None),
-    r"What colour are the (\w+)\?": _color_of_many,
-    r"How many (\w+) are there\?": lambda scene, noun: NUMBERS[len(all_of(scene, noun))],
-    r"Are there (at least|exactly) (\w+) (\w+)\?": _number,
-    r"Are there more (\w+) than (\w+)\?": lambda scene, a, b: yes(len(all_of(scene, a)) > len(all_of(scene, b))),
-    rf"Where is {_THING}\?": _place,
-    rf"What is {_SIDE} the (\w+)\?": _name,
-    rf"Which is larger, {_THING} or {_THING}\?": _which,
+ANSWERS = {
+    r"Is there an? (\w+) in the image\?": lambda s, noun: yes(all_of(s, noun)),
+    rf"Is (the \w+) {_SIDE} (the \w+)\?": lambda s, a, side, b: (
+        (t := things(s, a, b)) and where(*t) and yes(where(*t) == side)
+    ),
+    r"Is (the \w+) larger than (the \w+)\?": lambda s, a, b: (
+        (t := things(s, a, b)) and yes([x.size for x in t] == ["large", "small"])
+    ),
+    rf"Is {_THING} (\w+)\?": lambda s, a, look: (
+        (t := things(s, a)) and yes(look in (t[0].color, t[0].size, t[0].texture))
+    ),
+    rf"What colour is {_THING}\?": lambda s, a: (t := things(s, a)) and t[0].color,
+    r"What colour are the (\w+)\?": lambda s, noun: len(all_of(s, noun)) > 1 and all_of(s, noun)[0].color,
+    r"How many (\w+) are there\?": lambda s, noun: NUMBERS[len(all_of(s, noun))],
+    r"Are there at least (\w+) (\w+)\?": lambda s, n, noun: yes(len(all_of(s, noun)) >= NUMBERS.index(n)),
+    r"Are there exactly (\w+) (\w+)\?": lambda s, n, noun: yes(len(all_of(s, noun)) == NUMBERS.index(n)),
+    r"Are there more (\w+) than (\w+)\?": lambda s, a, b: yes(len(all_of(s, a)) > len(all_of(s, b))),
+    rf"Where is {_THING}\?": lambda s, a: (
+        (t := things(s, a)) and next(name for name, (low, high) in THIRDS.items() if low <= t[0].x <= high)
+    ),
+    rf"What is {_SIDE} the (\w+)\?": lambda s, side, noun: (
+        (t := things(s, f"the thing {side} the {noun}")) and f"the {t[0].category}"
+    ),
+    rf"Which is larger, {_THING} or {_THING}\?": lambda s, *names: (
+        len({x.size for x in things(s, *names)}) == 2
+        and "the " + next(x.category for x in things(s, *names) if x.size == "large")
+    ),
     r"Which of these is in the image\? (.*)": _choice,
+    r"Is an? (\w+) often seen with an? (\w+)\?": lambda s, a, b: yes(PARTNER[a] == b),
 }
-"""What questions mean: the right answer, by the question's form; None where the scene does not decide it."""
+"""What questions mean: the right answer, by the question's form; nothing where the scene does not decide it."""
 
 
 def right_answer(scene: Scene, question: str) -> str | None:
-    """The right answer to any question but for a description, read from the objects."""
+    """The right answer to any question but for a description, read from the objects; None if they do not decide it."""
     asked = ((re.fullmatch(pattern, question), rule) for pattern, rule in ANSWERS.items())
-    match, rule = next((match, rule) for match, rule in asked if match)
-    return rule(scene, *match.groups())
-
-
-def about(scene: Scene, question: str) -> set[str]:
-    """The categories that a question is about: those it names, and those it means by a relation."""
-    there = {t.category for t in scene.objects}
-    if question == "Describe the image.":
-        return there
-    named = {singular(word) for word in re.findall(r"\w+", question)} & set(CATEGORIES)
-    if question.startswith("Which of these"):
-        return named & there
-    sides = re.findall(r"(?:thing|one|What is) (left of|right of|above|below|beside) the (\w+)", question)
-    meant = [the_only(scene, f"the thing {side} the {noun}") for side, noun in sides]
-    return named | {t.category for t in meant if t}
+    return next(rule(scene, *match.groups()) for match, rule in asked if match) or None
 
 
 def is_right(scene: Scene, question: str, answer: str) -> bool:
     """Whether an answer is right, read from the objects."""
-    if match := re.fullmatch(r"Is an? (\w+) often seen with an? (\w+)\?", question):
-        return answer == yes(PARTNER[match[1]] == match[2])
     if question != "Describe the image.":
         return answer == right_answer(scene, question)
-    named = [singular(w) for w in re.findall(r"\w+", answer) if singular(w) in CATEGORIES]
-    assert named
-    return all(all_of(scene, c) for c in named)
+    return bool(nouns(answer)) and all(all_of(scene, noun) for noun in nouns(answer))
+
+
+def about(scene: Scene, question: str) -> set[str]:
+    """The categories that a question is about: those it names, and those it means by a relation."""
+    if question == "Describe the image.":
+        return {t.category for t in scene.objects}
+    if question.startswith("Which of these"):
+        return {noun for noun in nouns(question) if all_of(scene, noun)}
+    sides = re.findall(r"(?:thing|one|What is) (left of|right of|above|below|beside) the (\w+)", question)
+    return set(nouns(question)) | {
+        t.category for side, noun in sides for t in things(scene, f"the thing {side} the {noun}")
+    }
 
 
 def new_things(scene: Scene) -> tuple[set[str], set[str]]:
     """Categories of the pairs, and of the compositions, of a scene that are held out of training."""
-    there = {t.category for t in scene.objects}
-    pairs = {category for pair in HELD_OUT_PAIRS if pair <= there for category in pair}
+    pairs = {c for pair in graph.HELD_OUT_PAIRS if all(all_of(scene, one) for one in pair) for c in pair}
     alone = [t for t in scene.objects if len(all_of(scene, t.category)) == 1]
-    sides = ((a, where(a, b)) for a in alone for b in alone if a is not b)
-    return pairs, {a.category for a, side in sides if side and is_held_out_composition(a.color, a.category, side)}
+    sides = [(a, where(a, b)) for a in alone for b in alone if a is not b]
+    new = {a.category for a, side in sides if side and graph.is_held_out_composition(a.color, a.category, side)}
+    return pairs, new

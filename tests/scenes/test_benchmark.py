@@ -13,7 +13,6 @@ from rich.console import Console
 
 from reverie_jax.eval.benchmarks.interface import BenchmarkError, Question
 from reverie_jax.scenes import benchmark, dataset, report, scoring
-from reverie_jax.scenes.graph import CATEGORIES
 from tests.scenes.makers import about, make_object, make_scene
 
 TABLE = make_scene(
@@ -66,15 +65,6 @@ RATIONALES = {
     "It just is so.": (0, 0, 0),
     "": (0, 0, 0),
 }
-# What each question is about in `TABLE`.
-SUBJECTS = {
-    "Is there a fork in the image?": {"fork"},
-    "Is the thing right of the cup blue?": {"cup"},  # an apple may be meant
-    "Is the thing left of the apple red?": {"apple"},
-    "Which of these is in the image? A. cup B. fork C. key D. dog": {"cup"},
-    "Describe the image.": {"cup", "plate", "apple"},
-    "Why?": set(),
-}
 
 
 @pytest.mark.parametrize("text", RATIONALES, ids=repr)
@@ -87,13 +77,6 @@ def test_claims_of_a_rationale_are_checked(text):
     assert rationale.relevant == relevant
 
 
-@pytest.mark.parametrize("question", SUBJECTS)
-def test_a_rationale_is_relevant_if_it_speaks_of_a_subject_of_the_question(question):
-    for category in CATEGORIES:
-        rationale = scoring.check_rationale(TABLE, f"There is no {category}.", question)
-        assert rationale.relevant == (category in SUBJECTS[question]), category
-
-
 def test_counts_of_rationales():
     checked = [scoring.check_rationale(TABLE, text, "What colour is the cup?") for text in RATIONALES]
     claims, true, relevant = (sum(column) for column in zip(*RATIONALES.values(), strict=True))
@@ -102,33 +85,32 @@ def test_counts_of_rationales():
     assert scoring.rationale_counts([]).tolist() == [0] * 6
 
 
-# (right answer, confusing answer, answer of a model): whether it is right
-SHORT_ANSWERS = {
-    ("Yes", "No", "Yes, there is."): True,
-    ("Yes", "No", "No."): False,
-    ("No", "Yes", "There is not."): True,
-    ("red", "blue", "It is RED."): True,
-    ("red", "blue", "blue"): False,
-    ("red", "blue", "red or blue"): False,
-    ("red", "blue", "Redder."): False,
-    ("red", "blue", ""): False,
-    ("two", "three", "There are two."): True,
-    ("on the left", "on the right", "on the left"): True,
-    ("on the left", "on the right", "left"): False,
-    ("the cup", "the plate", "the cup"): True,
-    ("the cup", "the plate", "A cup."): True,
-    ("the cup", "the plate", "the cup, not the plate"): False,
-}
+YES, NO = ("Yes", "No"), ("No", "Yes")
+# (right answer, confusing answer), answer of a model: whether it is right
+SHORT_ANSWERS = [
+    (YES, "Yes, there is.", True),
+    (YES, "No.", False),
+    (NO, "There is not.", True),
+    (("red", "blue"), "It is RED.", True),
+    (("red", "blue"), "red or blue", False),
+    (("red", "blue"), "Redder.", False),
+    (("red", "blue"), "", False),
+    (("on the left", "on the right"), "left", False),
+    (("the cup", "the plate"), "A cup.", True),
+]
 
 
-@pytest.mark.parametrize(("right", "wrong", "text"), SHORT_ANSWERS)
-def test_a_short_answer_is_right_by_its_words(right, wrong, text):
-    question = Question(0, "a", "?", "a", {"kind": "skill/count", "answer": right, "wrong": wrong})
-    assert benchmark.is_right(question, text) == SHORT_ANSWERS[right, wrong, text]
+@pytest.mark.parametrize(("sides", "text", "right"), SHORT_ANSWERS)
+def test_a_short_answer_is_right_by_its_words(sides, text, right):
+    assert benchmark.is_right(ask("skill/count", 0, "a", sides), text) == right
+
+
+def ask(kind: str, number: int, image: str, sides: tuple[str, str] | None) -> Question:
+    metadata = {"kind": kind, "about": "Is the cup red?", **dict(zip(("answer", "wrong"), sides or (), strict=False))}
+    return Question(f"{kind}/{number}", image, "?", image, metadata)
 
 
 # kind, picture, right answer, probability of Yes, answer, what it adds to the columns of its kind
-YES, NO = ("Yes", "No"), ("No", "Yes")
 COUNTED = [
     ("pope/random", 0, YES, 0.95, "Yes", [1, 0, 0, 0]),  # TP, FP, TN, FN
     ("pope/random", 0, NO, 0.65, "Yes", [0, 1, 0, 0]),
@@ -147,17 +129,11 @@ COUNTED = [
 ]
 SCORES = {
     "pope/random/f1": 2 / 3,
-    "pope/random/accuracy": 0.5,
-    "pope/popular/accuracy": 1,
-    "pope/adversarial/accuracy": 0,
-    "pope/accuracy": 0.5,
-    "pope/f1": 2 / 9,
-    "pope/yes_ratio": 1 / 3,
-    "skill/count": 0.5,
-    "skill/two-step": 1,
-    "skills": 1.5 / 2,  # of the skills that are asked for
-    "skills/yes_ratio": 1 / 2,
-    "short_answers": 0.5,
+    "pope/accuracy": (1 / 2 + 1 + 0) / 3,
+    "pope/yes_ratio": (1 + 0 + 0) / 3,
+    "skills": (1 / 2 + 1) / 2,  # of the skills that are asked for
+    "skills/yes_ratio": (1 + 0) / 2,
+    "short_answers": 1 / 2,
     # By tenths of probability: 0.95 and 1.0 for Yes; 0.65 and 0.68 for No; 0.05 for No; 0.25 for Yes.
     "calibration_error": (0.05 + (0.65 + 0.68) + 0.05 + 0.75) / 6,
     "chair_i": 1 / 4,
@@ -172,29 +148,21 @@ SCORES = {
 
 
 def test_every_column_and_score_is_as_counted_by_hand():
-    graphs, expected = {"a": TABLE, "b": PETS}, np.zeros((2, benchmark.COLUMNS["rationale"].stop))
-    questions, answers, probabilities = [], {}, {}
-    for n, (kind, picture, sides, probability, text, counts) in enumerate(COUNTED):
-        image, columns = "ab"[picture], benchmark.COLUMNS
-        metadata = {"kind": kind, "about": "Is the cup red?"}
-        metadata |= {} if sides is None else dict(zip(("answer", "wrong"), sides, strict=True))
-        questions.append(Question(f"{kind}/{n}", image, "?", image, metadata))
-        answers[f"{kind}/{n}"] = text
+    columns = benchmark.COLUMNS
+    expected, answers, chances = np.zeros((2, columns["rationale"].stop)), {}, {}
+    questions = [ask(kind, n, "ab"[picture], sides) for n, (kind, picture, sides, *_) in enumerate(COUNTED)]
+    for question, (kind, picture, sides, chance, text, counts) in zip(questions, COUNTED, strict=True):
+        answers[question.id] = text
         expected[picture, columns[kind]] += counts
-        if sides and sides not in (YES, NO):
+        if sides not in (None, YES, NO):
             expected[picture, columns["short"]] += (text == sides[0], 1)
-        if probability is not None:
-            probabilities[f"{kind}/{n}"] = probability
-        if probability is not None and sides in (YES, NO):
+        if chance is not None:
+            chances[question.id] = chance
             bins = expected[picture, columns["calibration"]].reshape(10, 2)
-            bins[min(9, int(10 * probability))] += (probability - (sides == YES), 1)
-    counts = benchmark.count_answers(graphs, questions, answers, probabilities)
+            bins[min(9, int(10 * chance))] += (chance - (sides == YES), 1) if sides in (YES, NO) else 0
+    counts = benchmark.count_answers({"a": TABLE, "b": PETS}, questions, answers, chances)
     np.testing.assert_allclose(counts, expected, rtol=0, atol=1e-12)
-    values = {name: float(benchmark.METRICS[name](counts.sum(0))) for name in SCORES}
-    assert values == pytest.approx(SCORES, abs=1e-12)
-    assert benchmark.METRICS.keys() - SCORES.keys() <= {*benchmark.LABELS, "pope/popular/f1", "pope/adversarial/f1"}
-    with pytest.raises(KeyError, match=r"pope/random/0"):
-        benchmark.count_answers(graphs, questions, {}, {})
+    assert {name: float(benchmark.METRICS[name](counts.sum(0))) for name in SCORES} == pytest.approx(SCORES, abs=1e-12)
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -226,27 +194,22 @@ def folders(tmp_path) -> tuple[Path, Path]:
 
 
 def test_scores_of_a_folder_are_those_counted_by_hand(folders):
-    data, out = folders
-    counts, columns = benchmark.count_predictions(data, out), benchmark.COLUMNS
+    counts, columns = benchmark.count_predictions(*folders), benchmark.COLUMNS
     for split in dataset.POPE_FILES:
         assert counts[:, columns[f"pope/{split}"]].tolist() == [[1, 0, 1, 0], [0, 1, 0, 1]]
-    asked = [question.metadata for question in benchmark.build_questions(data) if question.image == "000000.png"]
+    asked = [question.metadata for question in benchmark.build_questions(folders[0]) if question.image == "000000.png"]
     for skill in ("attribute", "count", "relation", "comparison", "two-step"):
         pairs = sum(q["kind"] == f"skill/{skill}" and q["answer"] in YES for q in asked)
         assert counts[0, columns[f"skill/{skill}"]].tolist() == [pairs, pairs, pairs / 2]
     assert counts[:, columns["description"]].tolist() == [[1, 0, 1, 0, 3, 1], [1, 1, 1, 1, 2, 0]]
-    rationales = [q["about"] for q in asked if q["kind"] == "rationale"]
-    n, relevant = len(rationales), sum("cup" in about(TABLE, text) for text in rationales)
-    assert counts[0, columns["rationale"]].tolist() == [n, n, n, n, 0, relevant]
+    relevant = ["cup" in about(TABLE, q["about"]) for q in asked if q["kind"] == "rationale"]
+    assert counts[0, columns["rationale"]].tolist() == [*[len(relevant)] * 4, 0, sum(relevant)]
     bins = counts[:, columns["calibration"]].sum(0).reshape(10, 2)
-    assert np.nonzero(bins[:, 1])[0].tolist() == [2, 9]
-    np.testing.assert_allclose(bins[[2, 9], 0], bins[[2, 9], 1] * (0.2, -0.1))
-    estimates = benchmark.estimates(counts)
-    assert (estimates["pope/f1"]["value"], estimates["coverage"]["value"]) == (0.5, 0.2)
+    np.testing.assert_allclose(bins[:, 0], bins[:, 1] * (0, 0, 0.2, 0, 0, 0, 0, 0, 0, -0.1))
     # A run differs from itself by nothing, and counts of two runs add up.
     for estimate in benchmark.differences(counts, counts).values():
         assert estimate == {"value": 0, "ci95": [0, 0]}
-    assert benchmark.estimates(counts + counts) == estimates
+    assert benchmark.estimates(counts + counts) == benchmark.estimates(counts)
 
 
 @pytest.mark.parametrize("id", ["pope/random/1", "description/0", "rationale/0"])
@@ -297,21 +260,3 @@ def test_the_table_of_scores_has_every_arm_and_its_interval(folders):
     (row,) = (line for line in lines if "POPE F1" in line)
     low, high = scores["pope/f1"]["ci95"]
     assert row.count(f"0.500 {low:.2f}-{high:.2f}") == 2
-
-
-# Interval of a difference of POPE accuracy, and what the sentence says of it.
-@pytest.mark.parametrize(
-    ("ci95", "words"),
-    [
-        ([0.01, 0.2], "better than"),
-        ([-0.3, -0.1], "worse than"),
-        ([-0.1, 0.1], "not clearly"),
-        ([0.0, 0.1], "not clearly"),
-    ],
-)
-def test_the_report_claims_no_more_than_an_interval_says(ci95, words):
-    estimate = {"value": 0.05, "ci95": ci95}
-    result = {"differences": {"reflective_minus_base": dict.fromkeys(report.HEADLINES, estimate)}}
-    sentences = report.claims(result)
-    assert len(sentences) == len(report.HEADLINES)
-    assert all(f"reflective is {words}" in text and f"[{ci95[0]:+.3f}, {ci95[1]:+.3f}]" in text for text in sentences)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import pytest
 
 from reverie_jax.scenes import benchmark, dataset
 from reverie_jax.scenes.evidence import run, schedule
-from reverie_jax.scenes.evidence.units import DECODERS, PLAIN, SEARCH_SEED, TESTS, Evidence, Sizes, Unit
+from reverie_jax.scenes.evidence.units import DECODERS, PLAIN, SEARCH_SEED, TESTS, Evidence, Sizes
 from reverie_jax.scenes.graph import take_scenes
 
 SIZES = Sizes(seeds=1, budgets=(4,), main=4, passes=(8,), test=2, held_out=2, validation=2)
@@ -40,55 +39,37 @@ def contents(out: Path) -> dict[str, np.ndarray]:
 @pytest.mark.slow
 def test_evidence_that_is_stopped_and_resumed_has_the_same_counts(tmp_path, monkeypatch):
     monkeypatch.setattr(dataset, "take_scenes", lambda *args: take_scenes(*args[:3], min(args[3], 100)))
-    evidence = complete(tmp_path / "whole")
-    found, columns = contents(tmp_path / "whole"), benchmark.COLUMNS["rationale"].stop
-    main = [path.name for path in (tmp_path / "whole" / "units").iterdir() if path.name.endswith("seed0")]
+    whole, half, evaluate, evaluated = tmp_path / "whole", tmp_path / "half", Evidence.evaluate, []
+    evidence = complete(whole)
+    found, main = contents(whole), [path.name for path in (whole / "units").glob("*seed0")]
     expected = {f"units/base/{test}-{PLAIN}.npy" for test in TESTS}
     expected |= {f"units/base/test-{decoder}.npy" for decoder in DECODERS}
     expected |= {f"units/{name}/{test}-{PLAIN}.npy" for name in main for test in ("test", "pairs", "compositions")}
     assert expected <= found.keys()
-    assert all(counts.shape == (2, columns) and np.isfinite(counts).all() for counts in found.values())
-    for name in main:
-        facts = evidence.facts(name)
-        assert (facts["stats"]["records"], facts["seed"], facts["pictures"]) == (facts["records"], 0, 4)
-        assert 0 < facts["records"] <= 4
+    assert {counts.shape for counts in found.values()} == {(2, benchmark.COLUMNS["rationale"].stop)}
+    for facts in map(evidence.facts, main):
+        assert 0 < facts["records"] == facts["stats"]["records"] <= facts["pictures"] == 4
         assert facts["stats"]["tokens"] < facts["stats"]["flat_tokens"]
-    assert "answers against base" in (tmp_path / "whole" / "evidence.md").read_text("utf-8")
+    assert "answers against base" in (whole / "evidence.md").read_text("utf-8")
 
     # Stopped while the last unit is evaluated: nothing of it stays, and a later call does what is missing alone.
-    shutil.copytree(tmp_path / "whole", tmp_path / "half")
+    shutil.copytree(whole, half)
     last = next(name for name in main if name.startswith("sentences"))
-    shutil.rmtree(tmp_path / "half" / "units" / last)
-    (tmp_path / "half" / "evidence.md").unlink()
-    evaluate, evaluated = Evidence.evaluate, []
+    shutil.rmtree(half / "units" / last)
 
-    def stop(*_, **__):
-        raise KeyboardInterrupt
+    def stop(self, *arguments, **more):
+        evaluated.append(arguments[2].name)
+        if len(evaluated) == 1:
+            raise KeyboardInterrupt
+        evaluate(self, *arguments, **more)
 
     monkeypatch.setattr(Evidence, "evaluate", stop)
     with pytest.raises(KeyboardInterrupt):
-        complete(tmp_path / "half")
-    assert not [path for path in (tmp_path / "half" / "units").iterdir() if last in path.name]
-
-    def note(self, model, processor, folder, *arguments, **more):
-        evaluated.append(folder.name)
-        evaluate(self, model, processor, folder, *arguments, **more)
-
-    monkeypatch.setattr(Evidence, "evaluate", note)
-    complete(tmp_path / "half")
-    assert len(evaluated) == 1
-    again = contents(tmp_path / "half")
-    assert again.keys() == found.keys()
-    for name, counts in found.items():
-        np.testing.assert_array_equal(again[name], counts, err_msg=name)
-    assert (tmp_path / "half" / "search.json").read_text() == (tmp_path / "whole" / "search.json").read_text()
-
-
-def test_a_unit_is_named_by_all_that_it_is_trained_with():
-    unit = Unit("answers", 4, 1e-3, 8, 0)
-    changes = {"arm": "reflective", "pictures": 8, "learning_rate": 3e-3, "passes": 16, "seed": 1}
-    others = [dataclasses.replace(unit, **{field: value}) for field, value in changes.items()]
-    assert len({one.name for one in (unit, *others)}) == 6
-    recipe = Unit("answers", 4, 3e-3, 16, 5).recipe
-    assert (recipe.learning_rate, recipe.projector_learning_rate, recipe.seed) == (3e-3, pytest.approx(3e-4), 5)
-    assert recipe.steps * recipe.batch_size == 16
+        complete(half)
+    assert not list((half / "units").glob(f"*{last}*"))
+    complete(half)
+    assert len(evaluated) == 2
+    assert contents(half).keys() == found.keys()
+    for name, counts in contents(half).items():
+        np.testing.assert_array_equal(counts, found[name], err_msg=name)
+    assert (half / "search.json").read_text() == (whole / "search.json").read_text()
