@@ -33,7 +33,7 @@ MAIN = (
 """Scores of the main table."""
 SKILLS = ("skill/attribute", "skill/count", "skill/relation", "skill/comparison", "skill/two-step")
 CURVES = ("pope/accuracy", "skills", "chair_i", "coverage")
-FIGURE = "evidence.svg"
+PAGE, FIGURE = "evidence.md", "evidence.svg"
 
 
 def _value(estimate: Estimate) -> str:
@@ -238,5 +238,5 @@ def write(findings: Findings, out: Path, base: dict[str, Any]) -> None:
             },
         )
     )
-    atomic_write(out / "evidence.md", text)
+    atomic_write(out / PAGE, text)
     atomic_write(out / FIGURE, _curves(findings))
