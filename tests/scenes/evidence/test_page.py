@@ -109,7 +109,7 @@ FOUND = {
 
 def test_the_page_says_of_every_claim_what_its_interval_allows(tmp_path, monkeypatch):
     evidence, choices = make_evidence(tmp_path, tuple(ARMS))
-    run.write_page(evidence, choices, quick=True)
+    run.write_page(evidence, choices, evidence.out, quick=True)
     text = (tmp_path / "evidence.md").read_text("utf-8")
     found = claims(text)
     assert found.keys() == FOUND.keys()
@@ -125,12 +125,12 @@ def test_the_page_says_of_every_claim_what_its_interval_allows(tmp_path, monkeyp
     again.run_base()
     for unit in schedule.main_units(SIZES, schedule.choose(again, tuple(ARMS))):
         again.run(unit)
-    run.write_page(again, choices, quick=True)
+    run.write_page(again, choices, again.out, quick=True)
     assert (tmp_path / "evidence.md").read_text("utf-8") == text
 
 
 def test_the_page_of_some_arms_claims_nothing_about_others(tmp_path):
-    run.write_page(*make_evidence(tmp_path, ("lrv-0", "lrv-1", "sentences")), quick=False)
+    run.write_page(*make_evidence(tmp_path, ("lrv-0", "lrv-1", "sentences")), tmp_path, quick=False)
     found = claims((tmp_path / "evidence.md").read_text("utf-8"))
     assert list(found) == ["Do LRV's negative instructions matter?", "Do sentences of the model's own help?"]
     assert all(line.startswith("sentences against base") for line in found["Do sentences of the model's own help?"])

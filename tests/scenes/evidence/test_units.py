@@ -28,7 +28,7 @@ def complete(out: Path) -> Evidence:
     choices = schedule.choose(evidence, ARMS)
     for unit in schedule.main_units(SIZES, choices):
         evidence.run(unit)
-    run.write_page(evidence, choices, quick=True)
+    run.write_page(evidence, choices, evidence.out, quick=True)
     return evidence
 
 
