@@ -63,6 +63,7 @@ CORRECTIONS = {
     "There is a red cup. A quiet scene. There is a plate": f"{CUP} A quiet scene. There is a plate",
     "There is a fork. There is a cup.": f"{APPLES} There is a cup.",
     "A fork. A key. A cup. An apple. A plate.": "A cup. An apple. A plate.",
+    "A fork. A key. A dog. A cup.": f"{APPLES} There is a green plate in the middle. A cup.",
     "The cup is left of the plate.": "The cup is right of the plate.",
     "There is no cup.": CUP,
     "There is a red cup. There is a cup in the middle.": CUP,
