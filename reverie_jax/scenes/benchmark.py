@@ -202,7 +202,7 @@ def is_right(question: Question, answer: str) -> bool:
     right, wrong = question.metadata["answer"], question.metadata["wrong"]
     if right in ("Yes", "No"):
         return pope.says_yes(answer) == (right == "Yes")
-    words = f" {re.sub(r'[^a-z ]', '', answer.lower())} "
+    words = f" {re.sub(r'[^a-z]+', ' ', answer.lower())} "
     return f" {right.removeprefix('the ')} " in words and f" {wrong.removeprefix('the ')} " not in words
 
 

@@ -98,7 +98,7 @@ def run(out: Path, *, quick: bool, workers: int, model: str, page_folder: Path |
         pool.run("search", [(_unit, (unit,)) for unit in schedule.search_units(sizes, names)])
         choices = schedule.choose(evidence, names)
         pool.run("prepare", [(_prepare, (seed,)) for seed in range(sizes.seeds)])
-        pool.run("compare", [(_unit, (unit,)) for unit in schedule.main_units(sizes, choices)])
+        pool.run("compare", [(_unit, (unit,)) for unit in dict.fromkeys(schedule.main_units(sizes, choices))])
     folder = page_folder or out
     write_page(evidence, choices, folder, quick=quick)
     console.print(f"{folder / page.PAGE}")
