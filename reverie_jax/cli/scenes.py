@@ -43,7 +43,7 @@ class Render:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pretrain:
-    """Make the small base model from scratch (about half an hour on two CPU cores)."""
+    """Make the small base model from scratch (about an hour on two CPU cores)."""
 
     out: Annotated[Positional[Path], common.FOLDER]
     """Output folder: a llava-hf checkpoint with tokenizer and model card."""
