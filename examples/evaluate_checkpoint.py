@@ -27,7 +27,7 @@ def main() -> None:
 
     folder = args.data or Path("held-out")
     if args.data is None:
-        make_test_set(folder, args.scenes, size=128, seed=0)
+        make_test_set(folder, args.scenes, size=144, seed=0)
     benchmark = reverie_jax.find_benchmark(args.benchmark)
     data = benchmark.load(folder)
     options = PredictOptions(Decoding(benchmark.max_new_tokens))
