@@ -256,7 +256,7 @@ class Ours:
         self.engine, self.decoding, self.images = Engine(model, processor, shape), Decoding(args.max_new_tokens), images
         # Not a token id: random weights must not end an answer by chance on one side.
         self.engine.encoder.stop_ids = (model.config.text.vocab,)
-        self.engine.encoder.decode = lambda ids: " ".join(map(str, ids))  # type: ignore[method-assign]
+        self.engine.encoder.decode = lambda ids, **options: " ".join(map(str, ids))  # type: ignore[method-assign]
 
     def answer(self, images: Sequence[ImageQuestions] | None = None) -> dict[int, list[int]]:
         schedule: Schedule = self.engine.schedule(self.images if images is None else images, self.decoding)

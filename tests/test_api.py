@@ -38,7 +38,7 @@ def loaded():
     return reverie_jax.load_model("scenes-base", dtype="float32")
 
 
-def image(seed=0, size=128):
+def image(seed=0, size=144):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (size, size, 3), dtype=np.uint8))
 
 

@@ -223,7 +223,7 @@ def refused(line: list[str], *facts: str) -> None:
         ({"arms": "scenes-responses@missing"}, ("missing",)),
         ({"arms": None}, ("--arms",)),
         ({"data": None}, ("scenes-responses", "--data")),
-        ({"set": ("sequence.length=70",)}, ("arm scenes-responses", "sequence.length")),
+        ({"set": ("sequence.length=40",)}, ("arm scenes-responses", "sequence.length")),
         ({"arms": "scenes-rationales,rlaifv-dpo-lora", "set": ()}, ("arm rlaifv-dpo-lora",)),
         ({"set": ("target_modules=nowhere",)}, ("arm scenes-responses", "nowhere")),
         ({"set": ("rank=0",)}, ("rank",)),
