@@ -118,8 +118,8 @@ def _siblings(pictures: Pictures, number: int) -> Sequence[Conversation]:
 
 
 _BASE = RECIPES["scenes-rationales"]
-_SFT_RATES = (1e-3, 3e-3)
-_PAIR_RATES = (3e-4, 1e-3)
+_SFT_RATES = (3e-4, 1e-3, 3e-3)
+_PAIR_RATES = (1e-4, 3e-4, 1e-3)
 
 
 def _reverie(name: str, **supervision: Any) -> Arm:
