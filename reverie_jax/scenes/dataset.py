@@ -16,10 +16,12 @@ from reverie_jax.data.sources import ReadLog, reverie
 from reverie_jax.errors import DataError
 from reverie_jax.hosted.interface import RequestImage
 from reverie_jax.scenes.annotator import SceneAnnotator, existence_question
-from reverie_jax.scenes.corpus import render_png
+from reverie_jax.scenes.corpus import make_plain_conversations, render_png
 from reverie_jax.scenes.graph import CATEGORIES, Scene, SceneObject, Split, World, count_cooccurrences, take_scenes
 
 ANNOTATIONS, GRAPHS, IMAGES = "reverie.json", "scenes.jsonl", "images"
+PLAIN_QUESTIONS, PLAIN_ABSENT, PLAIN_SEED = 2, 0.01, 500_000
+"""Of plain conversations in a training set: answers beside the description, the share of absent objects, and the seed."""
 POPE_FILES = {split: f"scenes_pope_{split}.json" for split in ("random", "popular", "adversarial")}
 
 
@@ -62,7 +64,7 @@ class AnnotationResult:
 
 
 def write_annotations(
-    folder: Path, names: Sequence[str], scenes: Sequence[Scene], questions: int, seed: int
+    folder: Path, names: Sequence[str], scenes: Sequence[Scene], questions: int, seed: int, plain: Sequence[Scene] = ()
 ) -> AnnotationResult:
     """Annotate the images of a folder through the annotation stages, and write `reverie.json`.
 
@@ -72,14 +74,18 @@ def write_annotations(
         scenes: what the images show.
         questions: questions for each image.
         seed: fixes the annotator's free choices.
+        plain: what further images show, which get plain conversations; their names follow the others'.
     """
-    annotator = SceneAnnotator(dict(zip(names, scenes, strict=True)), seed)
+    annotator = SceneAnnotator(dict(zip(names, scenes, strict=False)), seed)
     rows, dropped = [], []
-    for name in names:
+    for name in names[: len(scenes)]:
         encoded = (folder / IMAGES / name).read_bytes()
         reflections, reasons = annotate(RequestImage(name, encoded), annotator, questions)
         dropped += reasons
         rows.append((name, name, [item for reflection in reflections for item in reflection_conversations(reflection)]))
+    for number, (name, scene) in enumerate(zip(names[len(scenes) :], plain, strict=True)):
+        rng = np.random.default_rng([seed, number, 19])
+        rows.append((name, name, make_plain_conversations(scene, rng, PLAIN_QUESTIONS, PLAIN_ABSENT)))
     return AnnotationResult(reverie.write_annotations(folder / ANNOTATIONS, rows), tuple(dropped))
 
 
@@ -140,11 +146,24 @@ def write_pope_files(
         (folder / file).write_text("\n".join(lines) + "\n", "utf-8")
 
 
-def make_training_set(folder: Path, count: int, *, size: int, questions: int, seed: int) -> AnnotationResult:
-    """Write training scenes to a folder: images, graphs and annotations."""
+def make_training_set(
+    folder: Path, count: int, *, size: int, questions: int, seed: int, plain: int = 0
+) -> AnnotationResult:
+    """Write training scenes to a folder: images, graphs and annotations.
+
+    Args:
+        folder: to write to.
+        count: number of annotated scenes.
+        size: side of an image, in pixels.
+        questions: annotated questions for each scene.
+        seed: of the scenes and annotations.
+        plain: number of further scenes, behind the others, with a description and a few plain answers each, as the small
+            model was pretrained on. REVERIE too is mixed with the instruction data that its models were trained on before.
+    """
     scenes = take_scenes(World.annotated(), "train", seed, count)
-    names = write_images(folder, scenes, size)
-    return write_annotations(folder, names, scenes, questions, seed)
+    more = take_scenes(World.skewed(), "train", PLAIN_SEED + seed, plain)
+    names = write_images(folder, [*scenes, *more], size)
+    return write_annotations(folder, names, scenes, questions, seed, more)
 
 
 def make_test_set(

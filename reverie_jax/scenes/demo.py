@@ -136,7 +136,12 @@ def run(out: Path, *, size: DemoSize | None = None, seeds: int = 1, model: str =
         folder, records = out / "data" / f"train{seed}", out / "data" / f"records{seed}"
         with timer.stage("data", f"Drawing and annotating {size.train_images} training scenes, seed {seed}"):
             results.annotated = dataset.make_training_set(
-                folder, size.train_images, size=pixels, questions=size.questions, seed=seed
+                folder,
+                size.train_images,
+                size=pixels,
+                questions=size.questions,
+                seed=seed,
+                plain=size.train_images // 3,
             )
             source = RecordSource(write_records(records, {"train": dataset.read_records(folder)}))
         for arm, name in ARMS.items():

@@ -234,7 +234,7 @@ RECIPES: dict[str, Recipe] = {
             _SCENES,
             name="scenes-responses",
             supervision=Supervision("responses"),
-            sequence=SequenceShape(length=96, images=1, edges=48),
+            sequence=SequenceShape(length=128, images=1, edges=80),
         ),
         *_named(_LLAVA, "llava-1.5-7b-lora", "llava-1.5-13b-lora", "llava-phi3-lora"),
         _LLAVA_1_0,

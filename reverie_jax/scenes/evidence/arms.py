@@ -22,6 +22,8 @@ from reverie_jax.train.recipe import Recipe
 from reverie_jax.train.recipes import RECIPES
 
 Question = Literal["REVERIE", "LRV", "RLHF-V"]
+PLAIN_SHARE = 1 / 3
+"""Pictures with plain conversations, for each picture with an arm's own."""
 INSTRUCTIONS = 6
 """LRV's instructions about a picture, positive and negative ones together: their number is the same for all ratios."""
 
@@ -32,6 +34,7 @@ class Pictures:
 
     Attributes:
         records: of each picture, with its reflective conversations.
+        plain: records of other pictures, with plain conversations, which all arms but those of pairs are tuned on too.
         scenes: what each picture shows.
         descriptions: the base model's own, of each picture.
         siblings: the base model's next sentences, of each picture: (text so far, true sentence, false sentence).
@@ -39,6 +42,7 @@ class Pictures:
     """
 
     records: Sequence[ImageRecord]
+    plain: Sequence[ImageRecord]
     scenes: Sequence[Scene]
     descriptions: Sequence[str]
     siblings: Sequence[Sequence[tuple[str, str, str]]]
@@ -68,12 +72,15 @@ class Arm:
         return [{"learning_rate": rate, "passes": n} for rate, n in itertools.product(self.rates, passes)]
 
     def records(self, pictures: Pictures, count: int) -> list[ImageRecord]:
-        """Return the first `count` pictures with what the arm is tuned on; pictures without are left out."""
+        """Return the first `count` pictures with what the arm is tuned on, and its share of plain ones.
+
+        Pictures that the arm has no conversation about are left out.
+        """
         found = []
         for number in range(count):
             if conversations := self.conversations(pictures, number):
                 found.append(dataclasses.replace(pictures.records[number], conversations=tuple(conversations)))
-        return found
+        return found if self.recipe.preference else found + list(pictures.plain[: round(PLAIN_SHARE * count)])
 
 
 def _reflective(pictures: Pictures, number: int) -> Sequence[Conversation]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import shutil
 import tempfile
@@ -23,7 +24,7 @@ from reverie_jax.files import atomic_folder, read_json, write_json
 from reverie_jax.loading import SCENES_BASE, load_model
 from reverie_jax.models import VisionLanguageModel, lora
 from reverie_jax.scenes import benchmark, dataset
-from reverie_jax.scenes.evidence.arms import ARMS, Pictures
+from reverie_jax.scenes.evidence.arms import ARMS, PLAIN_SHARE, Pictures
 from reverie_jax.scenes.evidence.samples import draw_descriptions, draw_siblings
 from reverie_jax.scenes.graph import Split, World
 from reverie_jax.train.loop import finetune
@@ -159,11 +160,17 @@ class Evidence:
             graphs = dataset.read_graphs(folder)
             mixture = dataset.read_records(folder)
             records = {record.id: record for record in (mixture[n] for n in range(len(mixture)))}
+            drawn = len(texts["descriptions"])
             siblings = [[(one[0], one[1], one[2]) for one in row] for row in texts["siblings"]]
             # One seed at a time: the records hold the encoded images.
             self._pictures = {
                 seed: Pictures(
-                    [records[name] for name in graphs], list(graphs.values()), texts["descriptions"], siblings, seed
+                    [records[name] for name in graphs][:drawn],
+                    [records[name] for name in graphs][drawn:],
+                    list(graphs.values())[:drawn],
+                    texts["descriptions"],
+                    siblings,
+                    seed,
                 )
             }
         return self._pictures[seed]
@@ -171,8 +178,9 @@ class Evidence:
     def _make_pictures(self, folder: Path, count: int, seed: int) -> None:
         model, processor = self.load()
         pixels = model.config.vision.image_size
-        dataset.make_training_set(folder, count, size=pixels, questions=QUESTIONS, seed=seed)
-        graphs = dataset.read_graphs(folder)
+        plain = round(PLAIN_SHARE * count)
+        dataset.make_training_set(folder, count, size=pixels, questions=QUESTIONS, seed=seed, plain=plain)
+        graphs = dict(itertools.islice(dataset.read_graphs(folder).items(), count))
         images = [(folder / dataset.IMAGES / name).read_bytes() for name in graphs]
         engine = Engine(model, processor)
         descriptions = draw_descriptions(engine, images, seed)

@@ -62,7 +62,7 @@ def test_pairs_are_siblings_behind_a_true_context(monkeypatch):
 
 def test_arms_are_tuned_on_these_pairs_and_on_corrections_and_instructions():
     records = [ImageRecord("0", b"", ())] * 2
-    pictures = Pictures(records, [TABLE, PETS], [f"{FORK} {PLATE}", CAT], SIBLINGS, 0)
+    pictures = Pictures(records, [], [TABLE, PETS], [f"{FORK} {PLATE}", CAT], SIBLINGS, 0)
     # What is true already has no pair.
     corrected = [[("", f"{CUP} {PLATE}", f"{FORK} {PLATE}")]]
     for arm, pairs in {"dpo": corrected, "ddpo-5": corrected, "sentences": SIBLINGS}.items():
