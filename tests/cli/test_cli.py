@@ -167,8 +167,8 @@ def test_a_mistake_is_one_line_that_names_it(reverie, demo, tmp_path, command):
 
 
 @pytest.mark.parametrize("size", [0, 300])
-def test_a_broken_image_is_named(reverie, demo, tmp_path, size):
-    shutil.copytree(demo[0] / "data" / "train0", tmp_path / "data")
+def test_a_broken_image_is_named(reverie, tmp_path, size):
+    dataset.make_training_set(tmp_path / "data", 3, size=32, questions=1, seed=0)
     image = tmp_path / "data" / "images" / "000002.png"
     image.write_bytes(image.read_bytes()[:size] or b"not an image at all")
     words = ("data", "build", tmp_path / "data" / "reverie.json", "--out", tmp_path / "records")
@@ -210,7 +210,7 @@ def test_build_train_eval_score(reverie, demo, tmp_path):
     data, run, scores = demo[0] / "data", tmp_path / "run", tmp_path / "scores"
     code, out, _ = reverie("data", "build", data / "train0" / "reverie.json", "--out", tmp_path / "records")
     assert code == 0
-    assert out.startswith("8 images")
+    assert out.startswith("10 images")  # 8 annotated ones and 2 plain ones
     path = tmp_path / "mine.yaml"
     path.write_text(reverie("recipes", "scenes-rationales")[1].replace("keep_checkpoints: 2", "keep_checkpoints: 3"))
     words = ("--model", "scenes-base", "--data", tmp_path / "records", "--out", run)

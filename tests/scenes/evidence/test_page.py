@@ -139,11 +139,11 @@ def test_the_page_of_some_arms_claims_nothing_about_others(tmp_path):
 def test_the_search_chooses_the_best_setting_and_the_best_of_the_fewest_passes(tmp_path):
     evidence, choices = make_evidence(tmp_path, ("answers", "reflective", "dpo"))
     chosen = {arm: (choice.best["learning_rate"], choice.best["passes"]) for arm, choice in choices.items()}
-    assert chosen == {**RATES, "dpo": (3e-4, 8)}
+    assert chosen == {**RATES, "dpo": (1e-4, 8)}
     assert [choice.few["passes"] for choice in choices.values()] == [8, 8, 8]
     scores = [row["score"] for row in json.loads((tmp_path / "search.json").read_text())["scores"]]
     assert max(scores) == 0.625  # (3/4 + 2/4) / 2
-    assert scores[-4:] == [0.6, 0.5, 0.5, 0.5]  # of dpo: 2 * 0.75 * 0.5 / 1.25
+    assert scores[-6:] == [0.6, 0.5, 0.5, 0.5, 0.5, 0.5]  # of dpo: 2 * 0.75 * 0.5 / 1.25
     # As many taught tokens as the answers arm: 16 passes of 3 tokens are 8 of 6.
     assert schedule.equal_tokens(SIZES, choices, 1) == Unit("reflective", 4, 1e-3, 8, 1)
     assert schedule.equal_steps(SIZES, "answers", choices["answers"], 1).passes == 8
