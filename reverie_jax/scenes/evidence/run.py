@@ -28,6 +28,11 @@ _evidence: Evidence
 """A worker's own: a seed's pictures are read once."""
 
 
+_units = 0
+_UNITS = 8
+"""Units of a worker before its compiled programs are dropped."""
+
+
 def _start_worker(out: Path, sizes: Sizes, model: str) -> None:
     import jax
 
@@ -51,8 +56,11 @@ def _base() -> str:
 def _unit(unit: Unit) -> str:
     import jax
 
+    global _units
     _evidence.run(unit)
-    jax.clear_caches()  # a process has room for so many programs only
+    _units += 1
+    if _units % _UNITS == 0:
+        jax.clear_caches()  # a process has room for so many programs only
     return unit.name
 
 
@@ -94,10 +102,10 @@ def run(out: Path, *, quick: bool, workers: int, model: str, page_folder: Path |
         evidence.test_folder(name)
     pool = _Pool(evidence, workers, console)
     with pool.executor:
-        pool.run("prepare", [(_prepare, (SEARCH_SEED,)), (_base, ())])
+        seeds = (SEARCH_SEED, *range(sizes.seeds))
+        pool.run("prepare", [(_base, ()), *((_prepare, (seed,)) for seed in seeds)])
         pool.run("search", [(_unit, (unit,)) for unit in schedule.search_units(sizes, names)])
         choices = schedule.choose(evidence, names)
-        pool.run("prepare", [(_prepare, (seed,)) for seed in range(sizes.seeds)])
         pool.run("compare", [(_unit, (unit,)) for unit in dict.fromkeys(schedule.main_units(sizes, choices))])
     folder = page_folder or out
     write_page(evidence, choices, folder, quick=quick)
