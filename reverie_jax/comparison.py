@@ -258,11 +258,11 @@ def _check_benchmarks(benchmarks: Sequence[tuple[Benchmark, BenchmarkData]]) -> 
     """Check that answers will be scored and their scores have intervals.
 
     Raises:
-        UserError: A benchmark needs a judge, has no labels or lacks what its rule needs, or has one cluster only.
+        UserError: A benchmark needs a judge, labels or other data that are missing, or has only one cluster.
     """
     if judged := [benchmark.name for benchmark, _ in benchmarks if benchmark.rules[0] in benchmark.judged_rules]:
         raise UserError(
-            f"--benchmark {', '.join(judged)}: scored by a judge, whom a comparison does not ask; leave it out, and use "
+            f"--benchmark {', '.join(judged)}: a judge scores it, and a comparison asks none; leave it out, and use "
             "`reverie eval`, `reverie judge` and `reverie score --compare-to`"
         )
     for benchmark, data in benchmarks:

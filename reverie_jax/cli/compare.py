@@ -129,7 +129,7 @@ class Compare:
             name, _, place = place.partition("=") if "=" in place else ("", "", place)
         data = Path(folder) if folder else self.data
         if data is None:
-            raise UserError(f"--arms {text}: has no records; name their folder with --data, or write RECIPE@FOLDER")
+            raise UserError(f"--arms {text}: the records folder is missing; give --data, or write RECIPE@FOLDER")
         if not data.is_dir():
             raise UserError(f"{data}: no such folder; `reverie data build` writes records")
         settings = common.joined(self.set)
@@ -168,7 +168,7 @@ def _separated(groups: common.Several[str], option: str, what: str) -> list[str]
     """Return the values of an option, separated by commas or spaces.
 
     Raises:
-        UserError: There are none.
+        UserError: No value is given.
     """
     values = [part for value in common.joined(groups) for part in value.split(",") if part]
     common.require(values, option, what)

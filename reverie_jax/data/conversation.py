@@ -87,7 +87,9 @@ class Conversation:
             if turn.role == "assistant" and IMAGE in turn.message:
                 raise ValueError(f"turn {index}: {IMAGE} in an answer; only user turns may show images")
             if turn.role == "user" and (turn.prefix or not turn.ended):
-                raise ValueError(f"turn {index}: a question has no prefix and no open end; only answers may have them")
+                raise ValueError(
+                    f"turn {index}: is the user's; only the assistant's turns may have a prefix or ended=False"
+                )
             if index < len(self.turns) - 1 and (turn.is_begun or not turn.ended):
                 raise ValueError(f"turn {index}: only the last message may be begun or not ended; give its whole text")
         markers = sum(turn.text.count(IMAGE) for turn in self.turns)

@@ -185,7 +185,7 @@ class Encoder:
                 start = len(text)
                 text += ("" if template.answered is not None else template.answer_prefix) + said
                 last = len(text)
-                # White space that is stripped before a message is none of its prefix.
+                # White space that is stripped before a message is not part of its prefix.
                 prefix = turn.prefix.lstrip() if turn.role in template.stripped else turn.prefix
                 first = last - len(said) + min(len(prefix), len(said)) if prefix else start
                 text += "" if turn.is_begun else self._end

@@ -25,11 +25,13 @@ def stop_table(encoder: Encoder, vocabulary: int, stop: str = "") -> Int16[np.nd
         stop: A further text.
 
     Raises:
-        UserError: `stop` holds a special token, which is no text of an answer.
+        UserError: `stop` contains a special token, which answers are decoded without.
     """
     tokenizer, end = encoder.tokenizer, encoder.template.end or ""
     if special := [token for token in getattr(tokenizer, "all_special_tokens", ()) if token in stop]:
-        raise UserError(f"stop {stop!r}: {special[0]} is a special token, which no answer's text holds; choose a text")
+        raise UserError(
+            f"stop {stop!r}: {special[0]} is a special token, and answers are decoded without these; choose a text"
+        )
     texts = [text for text in ("" if end_token(tokenizer, end) else end.strip(), stop) if text]
     if not texts:
         return None

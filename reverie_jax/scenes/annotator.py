@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from reverie_jax.annotate.schemas import QuestionSet
-from reverie_jax.data.reflection import AnnotatedQuestion
+from reverie_jax.data.reflection import AnnotatedQuestion, QuestionType
 from reverie_jax.hosted.interface import AnnotationError, Request
 from reverie_jax.scenes.graph import CATEGORIES, COLORS, PARTNER, SIZES, TEXTURES, Scene
 from reverie_jax.scenes.language import (
@@ -121,14 +121,14 @@ def state_facts(scene: Scene, question: str, wrong: str = "") -> list[str]:
     return reasons + [fact for fact in query.facts(scene) if not any(reason.endswith(fact) for reason in reasons)]
 
 
-def _ask(scene: Scene, query: Query, wrong: str | None, kind: str = "") -> AnnotatedQuestion | None:
+def _ask(scene: Scene, query: Query, wrong: str | None, kind: QuestionType = "short") -> AnnotatedQuestion | None:
     """Return a question with its right answer; None if the scene does not decide it, or the wrong answer is not wrong.
 
     Args:
         scene: what the image shows.
         query: the question.
         wrong: the confusing answer; None for the other one of Yes and No.
-        kind: type of question; `yes/no` where `wrong` is None, else `short`, if omitted.
+        kind: type of question; it is `yes/no` where `wrong` is None.
     """
     right = query.answer(scene)
     if right is None:
@@ -137,12 +137,7 @@ def _ask(scene: Scene, query: Query, wrong: str | None, kind: str = "") -> Annot
         wrong, kind = {"Yes": "No", "No": "Yes"}[right], "yes/no"
     if wrong == right:
         return None
-    return AnnotatedQuestion(
-        question=query.text,
-        type=kind or "short",  # type: ignore[arg-type]
-        correct_answer=right,
-        confusing_answers=[wrong],
-    )
+    return AnnotatedQuestion(question=query.text, type=kind, correct_answer=right, confusing_answers=[wrong])
 
 
 def _single(scene: Scene) -> list[str]:

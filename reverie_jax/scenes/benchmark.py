@@ -54,8 +54,8 @@ def _focus(scene: Scene) -> frozenset[str]:
 def skill_questions(scene: Scene) -> list[tuple[str, AnnotatedQuestion]]:
     """Return questions about a scene with their skills: of each a pair with the answers Yes and No, and one with another.
 
-    A skill whose questions the scene does not decide both ways has no pair. Where a scene shows what is held out of
-    training, its questions are about that.
+    The pair is left out if the scene allows only one of the two answers. Where a scene shows what is held out of training,
+    its questions are about that.
     """
     rng, focus = np.random.default_rng([scene.seed, 13]), _focus(scene)
     chosen = []
@@ -183,9 +183,7 @@ def count_answers(
         elif kind.startswith("skill/"):
             row[COLUMNS[kind]] += (is_right(question, text), 1, pope.says_yes(text))
         else:
-            said = pope.says_yes(text)
-            cell = (pope.TP if said else pope.FN) if truth == "Yes" else (pope.FP if said else pope.TN)
-            row[COLUMNS[kind]][cell] += 1
+            row[COLUMNS[kind]][pope.cell(truth == "Yes", text)] += 1
         if truth in ("Yes", "No") and id in yes:
             bin = min(int(yes[id] * _BINS), _BINS - 1)
             row[COLUMNS["calibration"]][2 * bin : 2 * bin + 2] += (yes[id] - (truth == "Yes"), 1)

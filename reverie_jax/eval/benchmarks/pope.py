@@ -76,23 +76,11 @@ TP, FP, TN, FN = range(4)
 """Columns of the counts of an image."""
 
 
-def counts(
-    questions: Sequence[PopeQuestion], answers: Mapping[int, str], images: Sequence[str]
-) -> Float[np.ndarray, "N 4"]:
-    """Return true/false positives/negatives of each image ("yes" is positive).
-
-    Raises:
-        BenchmarkError: A question has no answer.
-    """
-    missing = [q.question_id for q in questions if q.question_id not in answers]
-    require(not missing, f"{len(missing)} question(s) have no prediction, the first is {missing[:1]}")
-    row = {image: index for index, image in enumerate(images)}
-    table = np.zeros((len(images), 4))
-    for question in questions:
-        yes = says_yes(answers[question.question_id])
-        cell = (TP if yes else FN) if question.label else (FP if yes else TN)
-        table[row[question.image], cell] += 1
-    return table
+def cell(label: bool, answer: str) -> int:
+    """Return the column that an answer counts in ("yes" is positive); a label of True is yes."""
+    if says_yes(answer):
+        return TP if label else FP
+    return FN if label else TN
 
 
 def _divide(over: ArrayLike, under: ArrayLike) -> np.ndarray:
@@ -126,11 +114,6 @@ def yes_ratio(sums: Float[np.ndarray, "... 4"]) -> Float[np.ndarray, "..."]:
 
 
 METRICS = {"accuracy": accuracy, "precision": precision, "recall": recall, "f1": f1, "yes_ratio": yes_ratio}
-
-
-def mean_f1(sums: Float[np.ndarray, "... 12"]) -> Float[np.ndarray, "..."]:
-    """Return POPE's headline, the mean F1 of the splits, whose counts are side by side."""
-    return f1(sums.reshape(*sums.shape[:-1], -1, 4)).mean(-1, keepdims=True)[..., 0]
 
 
 _CELLS = ("tp", "fp", "tn", "fn", "unread_yes", "unread_no")

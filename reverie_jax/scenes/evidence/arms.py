@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from reverie_jax.data.conversation import IMAGE, Conversation, ImageRecord, Turn
+from reverie_jax.data.conversation import IMAGE, Conversation, ImageRecord, Kind, Turn
 from reverie_jax.data.preferences import DPOConfig
 from reverie_jax.data.sequence_shape import SequenceShape
 from reverie_jax.data.supervision import Supervision
@@ -74,7 +74,7 @@ class Arm:
     def records(self, pictures: Pictures, count: int) -> list[ImageRecord]:
         """Return the first `count` pictures with what the arm is tuned on, and its share of plain ones.
 
-        Pictures that the arm has no conversation about are left out.
+        Pictures without a conversation of this arm are left out.
         """
         found = []
         for number in range(count):
@@ -98,10 +98,8 @@ def _instructions(negatives: int) -> Callable[[Pictures, int], Sequence[Conversa
 
 def _pair(chosen: Turn, rejected: Turn, name: str) -> list[Conversation]:
     opening = Turn("user", f"{IMAGE}\n{DESCRIBE}")
-    return [
-        Conversation((opening, turn), dataset="pairs", kind=side, pair=name)  # type: ignore[arg-type]
-        for side, turn in (("chosen", chosen), ("rejected", rejected))
-    ]
+    sides: tuple[tuple[Kind, Turn], ...] = (("chosen", chosen), ("rejected", rejected))
+    return [Conversation((opening, turn), dataset="pairs", kind=kind, pair=name) for kind, turn in sides]
 
 
 def _corrected(pictures: Pictures, number: int) -> Sequence[Conversation]:

@@ -17,6 +17,8 @@ from reverie_jax.scenes.evidence import schedule
 from reverie_jax.scenes.evidence.schedule import Choice
 from reverie_jax.scenes.evidence.units import PLAIN, Evidence, Unit
 
+NOTHING_FOUND = "no difference found"
+
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
@@ -40,15 +42,26 @@ class Difference:
         """What the interval allows to say: better, worse, or no difference found."""
         low, high = self.estimate.low, self.estimate.high
         if low <= 0 <= high:
-            return "no difference found"
+            return NOTHING_FOUND
         return "better" if (low > 0) != (self.metric in LOWER_IS_BETTER) else "worse"
 
+    @property
+    def cell(self) -> str:
+        """The difference in a table: bold if there is one, else with the detectable difference."""
+        return f"**{self._value}**" if self.verdict != NOTHING_FOUND else f"{self._value}{self._power}"
+
+    @property
+    def _value(self) -> str:
+        return f"{self.estimate.value:+.3f} [{self.estimate.low:+.3f}, {self.estimate.high:+.3f}]"
+
+    @property
+    def _power(self) -> str:
+        # Unknown where no resample differs.
+        return f" (detectable: {self.estimate.detectable:.3f})" if self.estimate.error else ""
+
     def __str__(self) -> str:
-        value = self.estimate
-        words = f"{LABELS[self.metric]} {value.value:+.3f} [{value.low:+.3f}, {value.high:+.3f}]: {self.verdict}"
-        if self.verdict != "no difference found" or not value.error:
-            return words
-        return f"{words} (detectable: {value.detectable:.3f})"
+        power = self._power if self.verdict == NOTHING_FOUND else ""
+        return f"{LABELS[self.metric]} {self._value}: {self.verdict}{power}"
 
 
 class Findings:

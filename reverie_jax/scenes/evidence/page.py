@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from reverie_jax.eval.report.template import COLORS, environment
-from reverie_jax.eval.statistics import Estimate
 from reverie_jax.files import atomic_write, read_json
 from reverie_jax.scenes.benchmark import LABELS
 from reverie_jax.scenes.evidence.arms import ARMS
-from reverie_jax.scenes.evidence.findings import Difference, Findings
+from reverie_jax.scenes.evidence.findings import Findings
 from reverie_jax.scenes.evidence.schedule import DECODED, equal_steps, equal_tokens
 from reverie_jax.scenes.evidence.units import DECODERS, PLAIN
 
@@ -36,15 +35,11 @@ CURVES = ("pope/accuracy", "skills", "chair_i", "coverage")
 PAGE, FIGURE = "evidence.md", "evidence.svg"
 
 
-def _value(estimate: Estimate) -> str:
-    return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
-
-
 def _scores_table(findings: Findings, arms: Sequence[str], metrics: Sequence[str], **where: Any) -> list[list[str]]:
     rows = [["", *(LABELS[name] for name in metrics)]]
     for arm in arms:
         scores = findings.scores(findings.counts(arm, **where), metrics)
-        rows.append([arm, *(_value(scores[name]) for name in metrics)])
+        rows.append([arm, *(str(scores[name]) for name in metrics)])
     return rows
 
 
@@ -53,15 +48,9 @@ def _differences_table(
 ) -> Any:
     rows = [["", *(LABELS[name] for name in metrics)]]
     for ours, theirs in pairs:
-        cells = [_cell(findings.between(name, ours, theirs, **where)) for name in metrics]
+        cells = [findings.between(name, ours, theirs, **where).cell for name in metrics]
         rows.append([f"{ours} − {theirs}", *cells])
     return rows
-
-
-def _cell(difference: Difference) -> str:
-    estimate = difference.estimate
-    words = f"{estimate.value:+.3f} [{estimate.low:+.3f}, {estimate.high:+.3f}]"
-    return f"**{words}**" if difference.verdict != "no difference found" else f"{words}, ±{estimate.detectable:.3f}"
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:
@@ -105,7 +94,7 @@ def _claims(findings: Findings) -> list[tuple[str, list[str]]]:
         scores = {arm: findings.scores(findings.counts(arm), ("pope/accuracy",))["pope/accuracy"] for arm in ratios}
         best = max(ratios, key=lambda arm: scores[arm].value)
         add("Do LRV's negative instructions matter?", [(arm, "lrv-0") for arm in ratios if arm != "lrv-0"], headline)
-        claims[-1][1].append(f"The best POPE accuracy is that of {best}: {_value(scores[best])}.")
+        claims[-1][1].append(f"The best POPE accuracy is that of {best}: {scores[best]}.")
     texts = ("chair_i", "coverage", "object_f1")
     add("Do corrections help?", [("dpo", "base"), ("ddpo-5", "base")], texts)
     add("Does dense DPO beat DPO?", [(f"ddpo-{gamma}", "dpo") for gamma in ("1", "1.1", "5")], texts)
@@ -131,7 +120,7 @@ def _decoders(findings: Findings) -> list[list[str]]:
                     cells.append("–")
                     continue
                 sides = [(way, findings.counts(arm, decoder=way)) for way in (decoder, PLAIN)]
-                cells.append(_cell(findings.difference(name, sides[0], sides[1])))
+                cells.append(findings.difference(name, sides[0], sides[1]).cell)
             rows.append([f"{arm}, {decoder}", *cells])
     return rows
 
@@ -156,7 +145,7 @@ def _equal_budgets(findings: Findings) -> list[list[str]]:
         if all(findings.evidence.is_done(unit.name) for unit in (*ours, *(theirs or ()))):
             yours = answers if theirs is None else findings.of_units(theirs)
             sides = ("reflective", findings.of_units(ours)), ("answers", yours)
-            rows.append([name, *(_cell(findings.difference(metric, *sides)) for metric in metrics)])
+            rows.append([name, *(findings.difference(metric, *sides).cell for metric in metrics)])
     return rows
 
 

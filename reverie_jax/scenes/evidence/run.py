@@ -11,11 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from reverie_jax.errors import UserError
 from reverie_jax.files import read_json, write_json
+from reverie_jax.models.checkpoints import weights_checksum
 from reverie_jax.scenes.evidence import page, schedule
 from reverie_jax.scenes.evidence.arms import ARMS
 from reverie_jax.scenes.evidence.findings import Findings
@@ -97,7 +99,7 @@ def run(out: Path, *, quick: bool, workers: int, model: str, page_folder: Path |
     """
     sizes, names = (QUICK, QUICK_ARMS) if quick else (Sizes(), tuple(ARMS))
     evidence, console = Evidence(out, sizes, model), Console()
-    _claim(out, sizes, model)
+    _claim(out, _settings(evidence))
     for name in TESTS:
         evidence.test_folder(name)
     pool = _Pool(evidence, workers, console)
@@ -112,20 +114,28 @@ def run(out: Path, *, quick: bool, workers: int, model: str, page_folder: Path |
     console.print(f"{folder / page.PAGE}")
 
 
-def _claim(out: Path, sizes: Sizes, model: str) -> None:
-    """Mark the folder as that of an evidence of these sizes.
+def _settings(evidence: Evidence) -> dict[str, Any]:
+    """Return what the units of a folder depend on, as it is read back from JSON."""
+    recipes = {f"recipe of {name}": dataclasses.asdict(arm.recipe) for name, arm in ARMS.items()}
+    weights = weights_checksum(evidence.load()[0])
+    settings = dataclasses.asdict(evidence.sizes) | {"model": evidence.model, "weights": weights} | recipes
+    return dict(json.loads(json.dumps(settings)))
+
+
+def _claim(out: Path, settings: Mapping[str, Any]) -> None:
+    """Mark the folder as that of an evidence with these settings.
 
     Raises:
         UserError: it is another's.
     """
-    path, settings = out / "settings.json", json.loads(json.dumps(dataclasses.asdict(sizes) | {"model": model}))
+    path = out / "settings.json"
     if path.exists():
         if (existing := read_json(path)) != settings:
             differs = [key for key in settings if existing.get(key) != settings[key]]
             raise UserError(f"{out}: holds an evidence with other {', '.join(differs)}; choose another folder")
         return
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: is no folder of an evidence (no {path.name}); choose an empty folder")
+        raise UserError(f"{out}: has files, but {path.name} is missing: not an evidence folder; choose an empty one")
     out.mkdir(parents=True, exist_ok=True)
     write_json(path, settings)
 

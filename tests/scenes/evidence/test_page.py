@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import xml.etree.ElementTree as ET
@@ -171,16 +172,19 @@ def test_a_verdict_says_no_more_than_the_interval(low, high):
         assert ("detectable: 0.140" in str(difference)) == (verdict == "no difference found")
 
 
-def test_a_folder_of_another_evidence_is_refused(tmp_path):
-    run._claim(tmp_path / "mine", SIZES, "a")
-    run._claim(tmp_path / "mine", SIZES, "a")
-    with pytest.raises(UserError, match=r"mine.*\bmodel\b"):
-        run._claim(tmp_path / "mine", SIZES, "b")
-    with pytest.raises(UserError, match=r"mine.*\bseeds, budgets\b"):
-        run._claim(tmp_path / "mine", Sizes(**{**vars(SIZES), "seeds": 3, "budgets": (4,)}), "a")
+def test_a_folder_of_another_evidence_is_refused(tmp_path, monkeypatch):
+    settings = run._settings(Evidence(tmp_path, SIZES))
+    for _ in range(2):
+        run._claim(tmp_path / "mine", settings)
+    arm = dataclasses.replace(ARMS["dpo"], recipe=dataclasses.replace(ARMS["dpo"].recipe, rank=8))
+    monkeypatch.setattr(run, "ARMS", {**ARMS, "dpo": arm})
+    more_seeds = run._settings(Evidence(tmp_path, dataclasses.replace(SIZES, seeds=3)))
+    for other, differs in ((settings | {"weights": "0"}, "weights"), (more_seeds, "seeds, recipe of dpo")):
+        with pytest.raises(UserError, match=rf"mine.*\b{differs}\b"):
+            run._claim(tmp_path / "mine", other)
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.txt").write_text("years of work")
     for foreign in (tmp_path / "thesis", tmp_path / "thesis" / "thesis.txt"):
         with pytest.raises(UserError, match=rf"{foreign}.*settings\.json"):
-            run._claim(foreign, SIZES, "a")
+            run._claim(foreign, settings)
     assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["thesis.txt"]

@@ -20,7 +20,7 @@ ARMS = ("answers", "sentences")
 def complete(out: Path) -> Evidence:
     """Run everything as `run.run` does, but for its processes."""
     evidence = Evidence(out, SIZES)
-    run._claim(out, SIZES, evidence.model)
+    run._claim(out, run._settings(evidence))
     evidence.pictures(SEARCH_SEED)
     evidence.run_base()
     for unit in schedule.search_units(SIZES, ARMS):
