@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -51,7 +52,8 @@ def _focus(scene: Scene) -> frozenset[str]:
     return frozenset(held_out or scene.categories)
 
 
-def skill_questions(scene: Scene) -> list[tuple[str, AnnotatedQuestion]]:
+@functools.lru_cache(maxsize=1024)  # a set of pictures is asked about again and again
+def skill_questions(scene: Scene) -> Sequence[tuple[str, AnnotatedQuestion]]:
     """Return questions about a scene with their skills: of each a pair with the answers Yes and No, and one with another.
 
     The pair is left out if the scene allows only one of the two answers. Where a scene shows what is held out of training,
@@ -71,10 +73,11 @@ def skill_questions(scene: Scene) -> list[tuple[str, AnnotatedQuestion]]:
                 break
         answers = ("Yes", "No") if {"Yes", "No"} <= found.keys() else ()
         chosen += [(skill, found[answer]) for answer in (*answers, "") if answer in found]
-    return chosen
+    return tuple(chosen)
 
 
-def rationale_questions(scene: Scene) -> list[AnnotatedQuestion]:
+@functools.lru_cache(maxsize=1024)
+def rationale_questions(scene: Scene) -> Sequence[AnnotatedQuestion]:
     """Return the questions about a scene whose rationales are requested, each of another skill."""
     rng, focus = np.random.default_rng([scene.seed, 11]), _focus(scene)
     by_skill: dict[str, AnnotatedQuestion] = {}
@@ -82,7 +85,7 @@ def rationale_questions(scene: Scene) -> list[AnnotatedQuestion]:
         query = Query.parse(question.question)
         if query is not None and query.skill and query.subjects(scene) & focus:
             by_skill.setdefault(query.skill, question)
-    return list(by_skill.values())[:RATIONALES]
+    return tuple(by_skill.values())[:RATIONALES]
 
 
 def build_questions(folder: Path) -> list[Question]:
@@ -363,7 +366,13 @@ def count_predictions(folder: Path, predictions: Path, *, partial: bool = False)
 
 
 def predict(
-    engine: Engine, folder: Path, out: Path, decoding: Decoding | None = None, *, reflect: bool = False
+    engine: Engine,
+    folder: Path,
+    out: Path,
+    decoding: Decoding | None = None,
+    *,
+    reflect: bool = False,
+    short: bool = False,
 ) -> Path:
     """Answer all questions about a folder of scenes with a model; return the file of predictions, see `eval.predict`.
 
@@ -372,7 +381,8 @@ def predict(
         folder: of the scenes.
         out: output folder.
         decoding: how to decode; greedily if omitted.
-        reflect: answer, explain and answer again; questions about descriptions and rationales are left out.
+        reflect: answer, explain and answer again; implies `short`.
+        short: leave out questions for descriptions and rationales.
     """
     benchmark = Scenes()
     data = benchmark.load(folder)
@@ -380,7 +390,7 @@ def predict(
     track = tuple(engine.first_token(opening, word) for word in ("Yes", "No"))
     decoding = dataclasses.replace(decoding or Decoding(benchmark.max_new_tokens), track=track)
     options = PredictOptions(decoding, reflect=reflect)
-    if reflect:
+    if reflect or short:
         data = dataclasses.replace(data, questions=[question for question in data.questions if _is_short(question)])
     return predict_benchmark(engine, benchmark, data, out, options, model="", checksums={})
 

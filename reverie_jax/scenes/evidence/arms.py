@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -66,10 +65,6 @@ class Arm:
     recipe: Recipe
     conversations: Callable[[Pictures, int], Sequence[Conversation]]
     rates: tuple[float, ...]
-
-    def settings(self, passes: Sequence[int]) -> list[dict[str, Any]]:
-        """Return the settings that are searched: every learning rate with every number of passes over pictures."""
-        return [{"learning_rate": rate, "passes": n} for rate, n in itertools.product(self.rates, passes)]
 
     def records(self, pictures: Pictures, count: int) -> list[ImageRecord]:
         """Return the first `count` pictures with what the arm is tuned on, and its share of plain ones.

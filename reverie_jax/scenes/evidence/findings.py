@@ -89,7 +89,7 @@ class Findings:
     def counts(
         self, arm: str, pictures: int | None = None, test: str = "test", decoder: str = PLAIN
     ) -> Float[np.ndarray, "S N K"]:
-        """Return an arm's counts by seed and picture; the base model has one "seed".
+        """Return an arm's counts by seed and picture, of the seeds that have them; the base model has one "seed".
 
         Args:
             arm: name in `arms.ARMS`, or "base".
@@ -99,7 +99,8 @@ class Findings:
         """
         if arm == "base":
             return self.evidence.counts("base", test, decoder)[None]
-        return self.of_units(self.units(arm, pictures or self.sizes.main), test, decoder)
+        units = self.units(arm, pictures or self.sizes.main)
+        return self.of_units([unit for unit in units if decoder in unit.decoders], test, decoder)
 
     def of_units(self, units: Sequence[Unit], test: str = "test", decoder: str = PLAIN) -> Float[np.ndarray, "S N K"]:
         """Return the counts of units, which must be done."""

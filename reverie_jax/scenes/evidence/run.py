@@ -106,7 +106,8 @@ def run(out: Path, *, quick: bool, workers: int, model: str, page_folder: Path |
     with pool.executor:
         seeds = (SEARCH_SEED, *range(sizes.seeds))
         pool.run("prepare", [(_base, ()), *((_prepare, (seed,)) for seed in seeds)])
-        pool.run("search", [(_unit, (unit,)) for unit in schedule.search_units(sizes, names)])
+        pool.run("search rates", [(_unit, (unit,)) for unit in schedule.rate_units(sizes, names)])
+        pool.run("search passes", [(_unit, (unit,)) for unit in schedule.passes_units(evidence, names)])
         choices = schedule.choose(evidence, names)
         pool.run("compare", [(_unit, (unit,)) for unit in dict.fromkeys(schedule.main_units(sizes, choices))])
     folder = page_folder or out

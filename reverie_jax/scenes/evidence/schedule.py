@@ -15,20 +15,40 @@ from reverie_jax.scenes.evidence.arms import ARMS
 from reverie_jax.scenes.evidence.units import DECODERS, PLAIN, SEARCH_SEED, Evidence, Sizes, Unit
 
 DECODED = ("answers", "reflective")
-"""Arms whose models are decoded in all ways."""
+"""Arms whose models are decoded in all ways, for the first seeds."""
 CORE = ("answers", "reflective", "lrv-0", "lrv-1", "ddpo-5", "sentences")
-"""Arms with all seeds at all budgets."""
+"""Arms with more seeds than the others at all budgets."""
 SEARCHED = {"REVERIE": ("pope/accuracy", "skills"), "LRV": ("pope/accuracy", "skills"), "RLHF-V": ("object_f1",)}
 """Scores whose mean the search chooses by."""
 
 
-def search_units(sizes: Sizes, arms: Sequence[str]) -> list[Unit]:
-    """Return the units of the search, one seed of each arm and setting."""
-    return [
-        Unit(arm, sizes.main, seed=SEARCH_SEED, tests=("validation",), **settings)
-        for arm in arms
-        for settings in ARMS[arm].settings(sizes.passes)
-    ]
+def _search_unit(sizes: Sizes, arm: str, rate: float, passes: int) -> Unit:
+    return Unit(arm, sizes.main, rate, passes, SEARCH_SEED, tests=("validation",))
+
+
+def rate_units(sizes: Sizes, arms: Sequence[str]) -> list[Unit]:
+    """Return the first units of the search, one seed of each arm: every learning rate with the fewest passes."""
+    return [_search_unit(sizes, arm, rate, min(sizes.passes)) for arm in arms for rate in ARMS[arm].rates]
+
+
+def passes_units(evidence: Evidence, arms: Sequence[str]) -> list[Unit]:
+    """Return the units of the search that follow `rate_units`: each arm's best learning rate with more passes."""
+    units = []
+    for arm in arms:
+        best = max(rate_units(evidence.sizes, (arm,)), key=lambda unit: _score(evidence, unit)["score"])
+        units += [
+            _search_unit(evidence.sizes, arm, best.learning_rate, passes)
+            for passes in evidence.sizes.passes
+            if passes != best.passes
+        ]
+    return units
+
+
+def _score(evidence: Evidence, unit: Unit) -> dict[str, float]:
+    """Return what the search chooses by on validation pictures: `score`, the mean of the others."""
+    sums = evidence.counts(unit.name, "validation").sum(0)
+    scores = {name: float(benchmark.METRICS[name](sums)) for name in SEARCHED[ARMS[unit.arm].question]}
+    return {"score": float(np.mean(list(scores.values())))} | scores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,23 +70,15 @@ def choose(evidence: Evidence, arms: Sequence[str]) -> dict[str, Choice]:
     """Return the choice of the search for each arm, and write search.json with all its scores."""
     choices, rows = {}, []
     for arm in arms:
-        scored = []
-        for unit in search_units(evidence.sizes, (arm,)):
-            sums = evidence.counts(unit.name, "validation").sum(0)
-            scores = {name: float(benchmark.METRICS[name](sums)) for name in SEARCHED[ARMS[arm].question]}
-            score = float(np.mean(list(scores.values())))
-            settings = {"learning_rate": unit.learning_rate, "passes": unit.passes}
-            scored.append((score, settings))
-            rows.append(
-                {"arm": arm, **settings, "score": round(score, 4)} | {k: round(v, 4) for k, v in scores.items()}
-            )
-        stats = evidence.facts(unit.name)
-        fewest = min(evidence.sizes.passes)
-        choices[arm] = Choice(
-            best=max(scored, key=lambda row: row[0])[1],
-            few=max((row for row in scored if row[1]["passes"] == fewest), key=lambda row: row[0])[1],
-            taught=stats["stats"]["edges"] / stats["records"],
-        )
+        units = rate_units(evidence.sizes, (arm,)) + passes_units(evidence, (arm,))
+        settings = [{"learning_rate": unit.learning_rate, "passes": unit.passes} for unit in units]
+        scores = [_score(evidence, unit) for unit in units]
+        for setting, score in zip(settings, scores, strict=True):
+            rows.append({"arm": arm, **setting} | {name: round(value, 4) for name, value in score.items()})
+        best = max(range(len(units)), key=lambda n: scores[n]["score"])
+        few = max(range(len(ARMS[arm].rates)), key=lambda n: scores[n]["score"])
+        facts = evidence.facts(units[0].name)
+        choices[arm] = Choice(settings[best], settings[few], facts["stats"]["edges"] / facts["records"])
     chosen = {arm: dict(choice.best) for arm, choice in choices.items()}
     write_json(evidence.out / "search.json", {"scores": rows, "chosen": chosen})
     return choices
@@ -76,7 +88,8 @@ def main_unit(sizes: Sizes, arm: str, choice: Choice, seed: int, pictures: int) 
     """Return the unit of an arm with the settings that the search chose; each picture is seen at least once."""
     settings = dict(choice.best)
     settings["passes"] = max(settings["passes"], pictures)
-    decoders = tuple(DECODERS) if arm in DECODED and pictures == sizes.main else (PLAIN,)
+    decoded = arm in DECODED and pictures == sizes.main and seed < sizes.core_seeds
+    decoders = tuple(DECODERS) if decoded else (PLAIN,)
     return Unit(arm, pictures, seed=seed, decoders=decoders, **settings)
 
 
@@ -107,5 +120,5 @@ def main_units(sizes: Sizes, choices: Mapping[str, Choice]) -> Iterator[Unit]:
     for budget in sizes.budgets:
         if budget != sizes.main:
             for seed, (arm, choice) in itertools.product(range(sizes.seeds), choices.items()):
-                if arm in CORE or seed < sizes.few_seeds:
+                if seed < (sizes.core_seeds if arm in CORE else sizes.few_seeds):
                     yield main_unit(sizes, arm, choice, seed, budget)

@@ -50,7 +50,9 @@ class Sizes:
         seeds: repetitions, each with training pictures and a random seed of its own.
         budgets: numbers of training pictures.
         main: the budget at which all arms are compared.
-        few_seeds: repetitions, at other budgets than the main one, of arms that are not in `schedule.CORE`.
+        core_seeds: repetitions, at other budgets than the main one, of the arms in `schedule.CORE`; and those that are
+            decoded in all ways.
+        few_seeds: repetitions, at other budgets than the main one, of the other arms.
         passes: passes over pictures that are searched; a budget with more pictures is passed over once.
         test: test pictures.
         held_out: test pictures of each hold-out.
@@ -60,7 +62,8 @@ class Sizes:
     seeds: int = 8
     budgets: tuple[int, ...] = (800, 200, 3200)
     main: int = 800
-    few_seeds: int = 2
+    core_seeds: int = 3
+    few_seeds: int = 1
     passes: tuple[int, ...] = (800, 1600)
     test: int = 120
     held_out: int = 60
@@ -74,6 +77,7 @@ TESTS: dict[str, tuple[World, Split]] = {
     "validation": (World.broken(), "validation"),
 }
 """Sets of pictures that models are evaluated on."""
+HELD_OUT = ("pairs", "compositions")
 SEARCH_SEED = 1000
 """Seed of the training pictures of the search; those of the comparison count from 0."""
 
@@ -97,7 +101,7 @@ class Unit:
     learning_rate: float
     passes: int
     seed: int
-    tests: tuple[str, ...] = ("test", "pairs", "compositions")
+    tests: tuple[str, ...] = ("test", *HELD_OUT)
     decoders: tuple[str, ...] = (PLAIN,)
 
     @property
@@ -152,7 +156,7 @@ class Evidence:
         """Return the training pictures of a seed, with the base model's texts about them; they are made if missing."""
         if seed not in self._pictures:
             folder = self.out / "data" / f"train{seed}"
-            count = self.sizes.main if seed >= SEARCH_SEED else max(self.sizes.budgets)
+            count = max(self.sizes.budgets) if seed < self.sizes.core_seeds else self.sizes.main
             if not folder.exists():
                 with atomic_folder(folder) as part:
                     self._make_pictures(part, count, seed)
@@ -234,6 +238,8 @@ class Evidence:
     ) -> None:
         """Write the counts of a model to `folder`, one file for each set and way of decoding.
 
+        On pictures with what is held out of training, only short answers are counted.
+
         Args:
             model: to evaluate.
             processor: its own.
@@ -247,8 +253,9 @@ class Evidence:
             decoding, reflect = DECODERS[name]
             for test in tests if name == PLAIN else tests[:1]:
                 data, out = self.test_folder(test), folder / f"{test}-{name}"
-                benchmark.predict(engine, data, out, decoding, reflect=reflect)
-                np.save(folder / f"{test}-{name}.npy", benchmark.count_predictions(data, out, partial=reflect))
+                short = reflect or test in HELD_OUT
+                benchmark.predict(engine, data, out, decoding, reflect=reflect, short=short)
+                np.save(folder / f"{test}-{name}.npy", benchmark.count_predictions(data, out, partial=short))
                 if not keep:
                     shutil.rmtree(out)
 

@@ -20,7 +20,7 @@ from reverie_jax.scenes.evidence.arms import ARMS
 from reverie_jax.scenes.evidence.findings import Difference, Findings
 from reverie_jax.scenes.evidence.units import DECODERS, TESTS, Evidence, Sizes, Unit
 
-SIZES = Sizes(seeds=2, budgets=(4, 8), main=4, few_seeds=1, passes=(8, 16), test=4, held_out=4, validation=4)
+SIZES = Sizes(seeds=2, budgets=(4, 8), main=4, core_seeds=2, passes=(8, 16), test=4, held_out=4, validation=4)
 # Right answers to POPE's and to each skill's four questions about a picture, and hallucinated ones of four mentions.
 PLAIN_ARM = (2, (2, 2, 2, 2), 2)
 COUNTED = {
@@ -67,9 +67,12 @@ def make_evidence(out: Path, arms: Sequence[str]) -> tuple[Evidence, dict[str, s
     for test in TESTS:
         for decoder in DECODERS:
             np.save(out / "units" / "base" / f"{test}-{decoder}.npy", make_counts(*PLAIN_ARM))
-    for unit in schedule.search_units(SIZES, arms):
-        best = (unit.learning_rate, unit.passes) == RATES.get(unit.arm, (ARMS[unit.arm].rates[0], 8))
+    for unit in schedule.rate_units(SIZES, arms):
+        best = unit.learning_rate == RATES.get(unit.arm, ARMS[unit.arm].rates)[0]
         write_unit(evidence, unit, make_counts(3 if best else 2, (2, 2, 2, 2), 1 if best else 2))
+    for unit in schedule.passes_units(evidence, arms):
+        better = (unit.learning_rate, unit.passes) == RATES.get(unit.arm)
+        write_unit(evidence, unit, make_counts(4 if better else 2, (2, 2, 2, 2), 0 if better else 2))
     choices = schedule.choose(evidence, arms)
     for unit in schedule.main_units(SIZES, choices):
         write_unit(evidence, unit, make_counts(*COUNTED.get(unit.arm, PLAIN_ARM)))
@@ -143,7 +146,8 @@ def test_the_search_chooses_the_best_setting_and_the_best_of_the_fewest_passes(t
     assert chosen == {**RATES, "dpo": (1e-4, 8)}
     assert [choice.few["passes"] for choice in choices.values()] == [8, 8, 8]
     scores = [row["score"] for row in json.loads((tmp_path / "search.json").read_text())["scores"]]
-    assert max(scores) == 0.625  # (3/4 + 2/4) / 2
+    assert max(scores) == 0.75  # (4/4 + 2/4) / 2
+    assert len(scores) == 3 * 4  # all rates with the fewest passes, the best one with more
     assert scores[-6:] == [0.6, 0.5, 0.5, 0.5, 0.5, 0.5]  # of dpo: 2 * 0.75 * 0.5 / 1.25
     # As many taught tokens as the answers arm: 16 passes of 3 tokens are 8 of 6.
     assert schedule.equal_tokens(SIZES, choices, 1) == Unit("reflective", 4, 1e-3, 8, 1)

@@ -23,7 +23,9 @@ def complete(out: Path) -> Evidence:
     run._claim(out, run._settings(evidence))
     evidence.pictures(SEARCH_SEED)
     evidence.run_base()
-    for unit in schedule.search_units(SIZES, ARMS):
+    for unit in schedule.rate_units(SIZES, ARMS):
+        evidence.run(unit)
+    for unit in schedule.passes_units(evidence, ARMS):
         evidence.run(unit)
     choices = schedule.choose(evidence, ARMS)
     for unit in schedule.main_units(SIZES, choices):
