@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,8 @@ RATIONALE_TOKENS = 256
 _TEXT_ONLY_BATCH = 16
 """Questions without an image that share a sequence: they have the template's opening in common."""
 
+Reflection = tuple[Sequence[Answer], Sequence[Answer]]
+"""First answers and rationales."""
 ProgressCallback = Callable[[str, int, int], None]
 """Called with the stage, the number of answers so far and the number of questions."""
 
@@ -120,32 +122,49 @@ def predict(
         BrokenImage, BenchmarkError: An image cannot be read.
     """
     questions = options.questions(data)
-    if options.reflect and any(question.history for question in questions):
-        raise UserError(f"--reflect: the questions of {benchmark.name} are conversations; leave --reflect out")
     decoding = options.decoding
     if benchmark.yes_no and questions:
         opening = build_conversation(questions[0])
         yes, no = (engine.first_token(opening, word) for word in ("Yes", "No"))
         # A tokenizer may begin both with the same token, which then tells nothing.
         decoding = dataclasses.replace(decoding, track=(yes, no) if yes != no else ())
-    record = _record(benchmark, data, engine, options) | {"model": model, "checksums": dict(checksums)}
-    _on_first_process(lambda: _claim_folder(out, record))
-    predictor = _Predictor(engine, data, questions, out, on_progress)
-    conversations = [build_conversation(question) for question in questions]
+    asked = describe_questions(benchmark, data, questions, reflect=options.reflect)
+    record = asked | _describe_engine(benchmark, engine, options) | {"model": model, "checksums": dict(checksums)}
+    _on_first_process(lambda: claim_folder(out, record))
+    run = _Predictor(engine, decoding, data, questions, out, on_progress).run
     limits = [options.longest(question.max_new_tokens or benchmark.max_new_tokens) for question in questions]
-    answering = _Stage("answers", conversations, limits, decoding, benchmark.expected_new_tokens)
-    reflection: tuple[list[Answer], list[Answer]] | None = None
-    if options.reflect:
-        first = predictor.run(dataclasses.replace(answering, name="first"))
-        conversations = _continued(conversations, first, [WHY] * len(questions))
-        plain = dataclasses.replace(decoding, track=())
-        reasons = predictor.run(_Stage("rationales", conversations, [RATIONALE_TOKENS] * len(questions), plain, None))
-        again = [REVISE.format(question=question.text) for question in questions]
-        answering = dataclasses.replace(answering, conversations=_continued(conversations, reasons, again))
-        reflection = first, reasons
-    answers = predictor.run(answering)
-    _on_first_process(lambda: _write_predictions(out, questions, answers, reflection, model))
+    answers, reflection = answer_questions(benchmark, questions, limits, run, reflect=options.reflect)
+    _on_first_process(lambda: write_predictions(out, questions, answers, reflection, model))
     return out / PREDICTIONS
+
+
+def answer_questions(
+    benchmark: Benchmark,
+    questions: Sequence[Question],
+    limits: Sequence[int],
+    run: Callable[[PredictStage], list[Answer]],
+    *,
+    reflect: bool,
+) -> tuple[list[Answer], Reflection | None]:
+    """Return the answers, in the questions' order; with `reflect`, first answers and rationales too.
+
+    Args:
+        benchmark: The benchmark.
+        questions: Its questions.
+        limits: Maximum length of each answer, in tokens.
+        run: Returns an answer to each conversation of a stage.
+        reflect: Answer, explain, then answer again.
+    """
+    conversations = [build_conversation(question) for question in questions]
+    answering = PredictStage("answers", conversations, limits, benchmark.expected_new_tokens)
+    if not reflect:
+        return run(answering), None
+    first = run(dataclasses.replace(answering, name="first"))
+    conversations = _continued(conversations, first, [WHY] * len(questions))
+    reasons = run(PredictStage("rationales", conversations, [RATIONALE_TOKENS] * len(questions), None))
+    again = [REVISE.format(question=question.text) for question in questions]
+    answers = run(dataclasses.replace(answering, conversations=_continued(conversations, reasons, again)))
+    return answers, (first, reasons)
 
 
 def _continued(
@@ -166,15 +185,28 @@ def _continued(
     ]
 
 
-def _record(benchmark: Benchmark, data: BenchmarkData, engine: Engine, options: PredictOptions) -> dict[str, Any]:
-    """Return what a run's answers depend on, beside the model."""
-    questions = options.questions(data)
-    encoder, processor = engine.encoder, engine.processor
+def describe_questions(
+    benchmark: Benchmark, data: BenchmarkData, questions: Sequence[Question], *, reflect: bool
+) -> dict[str, Any]:
+    """Return what is asked, for the record of a run.
+
+    Raises:
+        UserError: Questions that are conversations allow no reflection.
+    """
+    if reflect and any(question.history for question in questions):
+        raise UserError(f"--reflect: the questions of {benchmark.name} are conversations; leave --reflect out")
     return {
         "benchmark": benchmark.name,
         "questions": len(questions),
         "content": questions_digest(questions),
         "protocol": dict(data.protocol),
+        "reflect": reflect,
+    }
+
+
+def _describe_engine(benchmark: Benchmark, engine: Engine, options: PredictOptions) -> dict[str, Any]:
+    encoder, processor = engine.encoder, engine.processor
+    return {
         "dtype": engine.dtype,
         "template": encoder.template.name,
         "tokenization": encoder.tokenization,
@@ -182,7 +214,6 @@ def _record(benchmark: Benchmark, data: BenchmarkData, engine: Engine, options: 
         "decoding_protocol": options.protocol or None,
         "decoding": _recorded(options.decoding),
         "max_new_tokens": options.longest(benchmark.max_new_tokens),
-        "reflect": options.reflect,
     }
 
 
@@ -218,7 +249,7 @@ def _on_first_process(action: Callable[[], None]) -> None:
         raise error
 
 
-def _claim_folder(out: Path, record: Mapping[str, Any]) -> None:
+def claim_folder(out: Path, record: Mapping[str, Any]) -> None:
     """Mark the folder as this run's.
 
     Raises:
@@ -254,7 +285,7 @@ def _claim_folder(out: Path, record: Mapping[str, Any]) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Stage:
+class PredictStage:
     """One pass over the questions: an answer to each conversation.
 
     Attributes:
@@ -264,7 +295,6 @@ class _Stage:
     name: str
     conversations: Sequence[Conversation]
     limits: Sequence[int]
-    decoding: Decoding
     expected_new_tokens: int | None
 
 
@@ -273,12 +303,13 @@ class _Predictor:
     """Runs stages; the answers of each are kept in a file in `out`, which a further run reads."""
 
     engine: Engine
+    decoding: Decoding
     data: BenchmarkData
     questions: Sequence[Question]
     out: Path
     on_progress: ProgressCallback
 
-    def run(self, stage: _Stage) -> list[Answer]:
+    def run(self, stage: PredictStage) -> list[Answer]:
         """Return answers in the questions' order, from the file and from the model."""
         parts = [self._part(stage, limit) for limit in sorted(set(stage.limits))]
         answers: list[Answer | None] = [None] * len(self.questions)
@@ -300,13 +331,14 @@ class _Predictor:
                     self.on_progress(stage.name, done, len(answers))
         return [answer for answer in answers if answer is not None]
 
-    def _part(self, stage: _Stage, limit: int) -> tuple[Schedule, Decoding]:
+    def _part(self, stage: PredictStage, limit: int) -> tuple[Schedule, Decoding]:
         """Return the questions whose answers have the same maximum length, and how to decode them."""
-        decoding = dataclasses.replace(stage.decoding, max_new_tokens=limit)
+        track = () if stage.name == "rationales" else self.decoding.track
+        decoding = dataclasses.replace(self.decoding, max_new_tokens=limit, track=track)
         images = self._images(stage, limit)
         return self.engine.schedule(images, decoding, expected_new_tokens=stage.expected_new_tokens), decoding
 
-    def _images(self, stage: _Stage, limit: int) -> list[ImageQuestions]:
+    def _images(self, stage: PredictStage, limit: int) -> list[ImageQuestions]:
         """Return questions by image, in the order in which each image comes first; images are read when they are needed."""
         by_image: dict[str, list[int]] = {}
         text_only: list[int] = []
@@ -402,16 +434,19 @@ def _readable(lines: Sequence[bytes]) -> Iterator[dict[str, Any]]:
             return
 
 
-def _write_predictions(
+def write_predictions(
     out: Path,
     questions: Sequence[Question],
     answers: Sequence[Answer],
-    reflection: tuple[Sequence[Answer], Sequence[Answer]] | None,
+    reflection: Reflection | None,
     model: str,
+    missing: Collection[int] = (),
 ) -> None:
-    """Write the file atomically; `reflection` holds first answers and rationales."""
+    """Write the file atomically, without the questions whose numbers are `missing`."""
     with atomic_path(out / PREDICTIONS) as part, part.open("w", encoding="utf-8") as file:
         for number, (question, answer) in enumerate(zip(questions, answers, strict=True)):
+            if number in missing:
+                continue
             row: dict[str, Any] = {
                 "question_id": question.id,
                 "image": question.image,
