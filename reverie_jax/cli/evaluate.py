@@ -51,7 +51,10 @@ class Eval:
     benchmark: Annotated[common.Several[str], common.option("NAMES ...")] = ()
     """Required. Benchmarks, separated by commas or spaces; `reverie benchmarks` lists them."""
     data: Annotated[Path, common.FOLDER]
-    """Folder of the benchmark's official files; of several benchmarks, a folder of folders by name (LLaVA's names too)."""
+    """Folder of the benchmark's official files; of several benchmarks, a folder of folders by name (LLaVA's names too).
+
+    `hub` downloads the dataset from the Hugging Face hub into its cache, after a line with its licence and size.
+    """
     out: Annotated[Path, common.FOLDER]
     """Output folder: predictions.jsonl and scores.json; for several benchmarks, folders of them by name."""
     components: common.Components = ()

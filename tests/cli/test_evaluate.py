@@ -491,3 +491,17 @@ def test_two_processes_write_one_score(data, tmp_path):
         scores = [json.loads((folder / "scores.json").read_text())["metrics"] for folder in folders]
         assert scores[0] == scores[1]
         assert not list(folders[1].glob(".*.part"))
+
+
+def test_data_of_the_hub(reverie, tmp_path, no_model, monkeypatch):
+    """A benchmark without a dataset there is refused, and so is an unreachable hub; tests are offline."""
+    monkeypatch.chdir("/")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    words = (*MODEL, "--data", "hub", "--out", tmp_path / "out", "--benchmark")
+    assert_refused(reverie(*words, "amber"), "--data hub", "amber")
+    assert_refused(reverie(*words, "pope,mme"), "--data hub", "lmms-lab-encoder/POPE", "offline")
+    assert not (tmp_path / "out").exists()
+    listed = reverie("benchmarks")[1]
+    assert all(
+        fact in listed for fact in ("8,910 questions, mean F1", "--data hub: lmms-lab-encoder/GQA, 68 MB, licence: mit")
+    )
