@@ -291,6 +291,10 @@ def test_a_served_model_scores_as_the_same_model_here(reverie, data, tmp_path):
         assert all(scores[0][key] == scores[1][key] for key in ("metrics", "intervals", "items"))
         assert scores[1]["protocol"]["run/model"] == "openai:tiny"
         assert scores[1]["protocol"]["run/versions"] == ["tiny-2026-01-01"]
+    page = tmp_path / "page.html"
+    runs = [f"{place}={tmp_path / place}" for place in ("here", "there")]
+    assert reverie("report", *runs, "--data", data, "--out", page)[0] == 0
+    assert "served elsewhere, temperature 0.0" in page.read_text("utf-8")
 
 
 @pytest.mark.usefixtures("keys")
