@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 
@@ -17,7 +19,8 @@ from reverie_jax.eval.benchmarks import find_benchmark, names
 from reverie_jax.eval.engine import Engine
 from tests.eval.benchmarks import makers as make
 from tests.hosted.faults import Fault
-from tests.hosted.helpers import Memory, spec_of
+from tests.hosted.helpers import Memory, addresses, spec_of, until
+from tests.hosted.server import Server
 from tests.hosted.wires import Call
 
 MODEL = ("eval", "--model", "scenes-base")
@@ -311,6 +314,33 @@ def test_answers_of_a_served_model_that_are_missing(reverie, data, tmp_path):
     assert not (out / "scores.json").exists()
     assert_refused(reverie("score", "pope", *answers), "3 of 9")
     assert reverie("score", "pope", *answers, "--partial")[0] == 0
+
+
+def test_a_killed_run_pays_again_only_for_what_was_in_flight(zygote, keys, data, tmp_path):
+    words = (
+        "eval",
+        "--model",
+        "openai:tiny",
+        "--benchmark",
+        "pope,mme",
+        "--data",
+        data,
+        "--out",
+        "out",
+        "--concurrency",
+        2,
+    )
+    with Server(lambda call: "Yes", latency=0.2) as server:
+        child = zygote.start(words, keys | addresses(server), tmp_path)
+        until(lambda: len(server.calls) > 4)
+        child.signal(signal.SIGKILL)
+        child.wait()
+        child = zygote.start(words, keys | addresses(server), tmp_path)
+        assert child.wait() == 0, child.log
+    sent = Counter(call.digest for call in server.calls)
+    assert len(sent) == 7  # the images of POPE are alike, and so are its questions, but for three; MME has four
+    assert sent.total() <= 7 + 2
+    assert [len(rows(tmp_path / "out" / name / "predictions.jsonl")) for name in ("pope", "mme")] == [9, 4]
 
 
 def test_wrong_benchmarks_files_and_outputs(reverie, data, mixed, tmp_path):

@@ -171,13 +171,14 @@ def test_a_budget_stops_and_a_larger_one_resumes(job, cases):
     }
 
 
-def test_long_answers_are_cut_and_thoughts_alone_are_not_an_answer(job):
+@pytest.mark.parametrize("provider", ["openai", "gemini"])
+def test_long_answers_are_cut_and_thoughts_alone_are_not_an_answer(job, provider):
     thinking = [False]
     with Server(lambda call: "<think>Let me" if thinking[0] else "Yes it", lambda call: Fault.TRUNCATED) as server:
-        result, _ = job(spec_of(server), "mme")
+        result, _ = job(spec_of(server, provider), "mme")
         assert {row["text"] for row in rows(result.path)} == {dress("Yes it", Fault.TRUNCATED)}
         thinking[0] = True
-        result, _ = job(spec_of(server), "mme", out="thoughts", length=700)
+        result, _ = job(spec_of(server, provider), "mme", out="thoughts", length=700)
         assert result.path is None
         assert all("--max-new-tokens" in reason for reason in result.outcomes["answers"].failed.values())
     assert {settings_of(call.body)[1] for call in server.calls} == {128, 700}, "a longer limit leaves room for thoughts"
