@@ -12,8 +12,9 @@ import jinja2
 from reverie_jax.errors import UserError
 from reverie_jax.hosted.interface import Stage, digest
 
-STAGES: tuple[Stage, ...] = tuple(stage for stage in get_args(Stage) if stage != "evaluate")
-"""Stages with a prompt here; `eval.judge` has those of benchmarks."""
+_OF_EVALUATION = ("evaluate", "predict", "explain")
+STAGES: tuple[Stage, ...] = tuple(stage for stage in get_args(Stage) if stage not in _OF_EVALUATION)
+"""Stages with a prompt here; those of `eval` bring their own."""
 
 
 class Prompts:

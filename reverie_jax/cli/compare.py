@@ -44,7 +44,7 @@ class Compare:
     benchmark: Annotated[common.Several[str], common.option("NAMES ...")] = ()
     """Required. Benchmarks that need no judge, separated by commas or spaces; `reverie benchmarks` lists them."""
     benchmark_data: Annotated[Path, common.FOLDER]
-    """Folder of the benchmark's official files; of several benchmarks, a folder of folders by name."""
+    """Folder of the benchmark's official files; of several benchmarks, a folder of folders by name; or `hub`."""
     out: Annotated[Path, common.FOLDER]
     """Output folder: runs and answers by arm and seed, compare.json, compare.md."""
     seeds: Annotated[int, common.N] = 3

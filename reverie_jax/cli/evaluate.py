@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from reverie_jax.cli import common
+from tyro.conf import OmitArgPrefixes
+
+from reverie_jax.cli import common, hosted
 from reverie_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -14,8 +18,14 @@ if TYPE_CHECKING:
     from reverie_jax.eval.decode import Decoding
     from reverie_jax.eval.engine import Engine
 
-_DECODING = ("max_new_tokens", "beams", "temperature", "top_p", "top_k", "repetition_penalty", "no_repeat_ngram")
-"""Options that win over a protocol's."""
+_DECODING = ("max_new_tokens", "beams", "top_p", "top_k", "repetition_penalty", "no_repeat_ngram")
+"""Options that win over a protocol's, beside the temperature."""
+_LOCAL = (
+    *("components", "adapter", "template", "dtype", "mesh", "distributed", "batch_size", "max_questions", "max_length"),
+    *("protocol", "beams", "top_p", "top_k", "repetition_penalty", "no_repeat_ngram", "penalize_prompt", "seed"),
+    *("contrast", "alpha", "beta", "noise_step", "dump_prompts"),
+)
+"""Options that mean nothing for a model that others serve."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,13 +34,27 @@ class Eval:
 
     All questions about an image share its prefix. Answers are written as they come: run the same command again to resume.
     Rules that need a judge are scored afterwards, by `reverie judge` and `reverie score`.
+
+    A model that is served elsewhere (openai:MODEL@URL) is asked over the network. Every reply is kept in OUT/journal.sqlite
+    as it comes: nothing that was paid for is requested again. Keys are read from GEMINI_API_KEY (or GOOGLE_API_KEY) and
+    OPENAI_API_KEY.
     """
 
-    model: common.Model
+    model: Annotated[
+        str,
+        common.option(
+            "MODEL",
+            "Checkpoint: a folder or hub id in any format that `reverie convert` reads, or scenes-base. Or a model that is "
+            "served: openai:MODEL@URL (vLLM, SGLang, …), openai:MODEL, gemini:MODEL.",
+        ),
+    ]
     benchmark: Annotated[common.Several[str], common.option("NAMES ...")] = ()
     """Required. Benchmarks, separated by commas or spaces; `reverie benchmarks` lists them."""
     data: Annotated[Path, common.FOLDER]
-    """Folder of the benchmark's official files; of several benchmarks, a folder of folders by name (LLaVA's names too)."""
+    """Folder of the benchmark's official files; of several benchmarks, a folder of folders by name (LLaVA's names too).
+
+    `hub` downloads the dataset from the Hugging Face hub into its cache, after a line with its licence and size.
+    """
     out: Annotated[Path, common.FOLDER]
     """Output folder: predictions.jsonl and scores.json; for several benchmarks, folders of them by name."""
     components: common.Components = ()
@@ -54,8 +78,8 @@ class Eval:
     """Maximum length of an answer, in tokens; without a protocol never more than the benchmark's own limit, the default."""
     beams: Annotated[int | None, common.N] = None
     """Number of beams; the benchmark's if omitted (3 for Object HalBench, 1 for others)."""
-    temperature: Annotated[float | None, common.NUMBER] = None
-    """Sampling temperature; 0, the default, decodes greedily."""
+    temperature: Annotated[str, common.option("NUMBER|none")] = ""
+    """Sampling temperature; 0, the default, decodes greedily; `none` sends none to a served model."""
     top_p: Annotated[float | None, common.NUMBER] = None
     """Nucleus (top-p) threshold of sampling; 1, the default, for all tokens."""
     top_k: Annotated[int | None, common.N] = None
@@ -80,6 +104,8 @@ class Eval:
     """Answer only the first questions, this many; their score is printed as a partial one, and not written."""
     dump_prompts: Annotated[Path | None, common.FILE] = None
     """Write all prompts to this file instead of running the model."""
+    hosted: OmitArgPrefixes[hosted.LimitOptions] = dataclasses.field(default_factory=hosted.LimitOptions)
+    dry_run: common.DryRun = False
 
     def run(self) -> None:
         """Run the command."""
@@ -99,6 +125,9 @@ class Eval:
         if self.dump_prompts is not None:
             self._dump_prompts([data for _, data, _ in jobs], self.dump_prompts)
             return
+        if self._served:
+            self._run_served(jobs)
+            return
         # Before the model is loaded: invalid options are reported at once.
         decodings = [self._decoding(benchmark) for benchmark, _, _ in jobs]
         engine, weights = self._engine()
@@ -114,12 +143,77 @@ class Eval:
             raise UserError("; ".join(failed))
 
     @property
+    def _served(self) -> bool:
+        """Whether the model is one that others serve."""
+        from reverie_jax.hosted.providers import names
+
+        name, colon, _ = self.model.partition(":")
+        return bool(colon) and name in names() and not Path(self.model).exists()
+
+    def _run_served(self, jobs: Sequence[tuple[Benchmark, BenchmarkData, Path]]) -> None:
+        """Ask a served model, benchmark after benchmark; one journal and one budget in OUT for all of them."""
+        from rich.console import Console
+
+        from reverie_jax.eval.predict_hosted import HostedRun, prediction_settings
+        from reverie_jax.hosted.interface import RequestSettings
+        from reverie_jax.hosted.session import RequestConfig, Session
+        from reverie_jax.progress import ProgressBars
+
+        temperature = hosted.parse_temperature(self.temperature, 0.0)
+        settings = RequestSettings(self.hosted.timeout, temperature=temperature)
+        config = RequestConfig(prediction_settings(settings, self.max_new_tokens), self.hosted.limits())
+        code = 0
+        with ProgressBars() as bars, Session(self.out, config, os.environ, hosted.progress_callback(bars)) as session:
+            common.note(session.notes)
+            for benchmark, data, out in jobs:
+                run = HostedRun(
+                    session=session,
+                    model=self.model,
+                    benchmark=benchmark,
+                    data=data,
+                    out=out,
+                    reflect=self.reflect,
+                    limit=self.limit,
+                )
+                if self.dry_run:
+                    Console().print(f"{benchmark.name}:", hosted.estimates_table(run.estimate()))
+                    continue
+                result = run.run()
+                common.note(f"{benchmark.name}, {name}: {hosted.summary(o)}" for name, o in result.outcomes.items())
+                code = max(code, hosted.exit_code(dict(result.outcomes)))
+                if result.missing:
+                    have = f"; {result.path} has the others" if result.path else ""
+                    common.note([f"{benchmark.name}: {result.missing:,} questions have no answer, not scored{have}"])
+                elif result.path is not None:
+                    self._score(benchmark, data, result.path, out)
+                if result.stopped:
+                    break
+            if not self.dry_run:
+                common.note([hosted.totals(session)])
+        raise SystemExit(code)
+
+    @property
     def _sources(self) -> Any:
         """What a model and its processor are loaded from, beside the checkpoint."""
         template = common.check_template(self.template, self.protocol)
         return {"components": self.components, "adapter": self.adapter, "template": template}
 
     def _check(self) -> None:
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        if self._served:
+            given = [common.flag(name) for name in _LOCAL if getattr(self, name) != defaults[name]]
+            from reverie_jax.hosted.providers import redact_password
+
+            what = f"{redact_password(self.model)} is served elsewhere, where it has its own template, weights and decoding"
+        else:
+            limits = dataclasses.fields(self.hosted)
+            given = [common.flag(f.name) for f in limits if getattr(self.hosted, f.name) != f.default]
+            given += ["--dry-run"] * self.dry_run + ["--temperature none"] * (
+                self.temperature.strip().lower() == "none"
+            )
+            what = f"for a model that is served elsewhere (openai:MODEL@URL); {self.model} runs here"
+        if given:
+            raise UserError(f"{', '.join(given)}: {what}; leave {'them' if len(given) > 1 else 'it'} out")
         common.check_choice(common.CONTRASTS, contrast=self.contrast)
         common.check_choice(("auto", *common.DTYPES), dtype=self.dtype)
         common.check_template(self.template, self.protocol)
@@ -164,6 +258,7 @@ class Eval:
         from reverie_jax.eval.protocols import decoding_of
 
         chosen = {name: getattr(self, name) for name in _DECODING} | {"penalize_prompt": self.penalize_prompt or None}
+        chosen["temperature"] = hosted.parse_temperature(self.temperature, None)
         defaults = {name: getattr(self, name) for name in ("seed", "contrast", "alpha", "beta", "noise_step")}
         decoding = decoding_of(self.protocol, {"max_new_tokens": benchmark.max_new_tokens, **defaults}, chosen)
         # The benchmark's own beams, unless sampling or contrast excludes beam search.

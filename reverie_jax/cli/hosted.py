@@ -24,13 +24,9 @@ _NAMES, _REASONS = 8, 12
 
 
 @dataclasses.dataclass(frozen=True)
-class ProviderOptions:
-    """Options for hosted models."""
+class LimitOptions:
+    """Limits for hosted models."""
 
-    structured: Annotated[bool, common.FLAG] = True
-    """Do not request JSON by schema, for servers without support for it."""
-    temperature: Annotated[str, common.option("NUMBER|none")] = ""
-    """Sampling temperature; `none` sends none. If omitted, that of the benchmark (judge), or none (annotate)."""
     timeout: Annotated[float, common.option("SECONDS")] = 120.0
     """Seconds to wait for one reply."""
     concurrency: Annotated[int, common.N] = 16
@@ -79,6 +75,16 @@ class ProviderOptions:
             poll_seconds=self.poll,
         )
 
+
+@dataclasses.dataclass(frozen=True)
+class ProviderOptions(LimitOptions):
+    """Options for hosted models."""
+
+    structured: Annotated[bool, common.FLAG] = True
+    """Do not request JSON by schema, for servers without support for it."""
+    temperature: Annotated[str, common.option("NUMBER|none")] = ""
+    """Sampling temperature; `none` sends none. If omitted, that of the benchmark (judge), or none (annotate)."""
+
     def settings(self, default_temperature: float | None = None) -> RequestSettings:
         """Return the settings of each request.
 
@@ -87,21 +93,31 @@ class ProviderOptions:
         """
         from reverie_jax.hosted.interface import RequestSettings
 
-        temperature, text = default_temperature, self.temperature.strip().lower()
-        if text:
-            try:
-                temperature = None if text == "none" else float(text)
-            except ValueError:
-                temperature = -1.0
-            if temperature is not None and not 0 <= temperature < float("inf"):
-                raise UserError(f"--temperature {self.temperature}: must be a number of at least 0, or none")
-        return RequestSettings(self.timeout, self.structured, temperature)
+        return RequestSettings(self.timeout, self.structured, parse_temperature(self.temperature, default_temperature))
 
     def config(self) -> RequestConfig:
         """Return the settings and the limits."""
         from reverie_jax.hosted.session import RequestConfig
 
         return RequestConfig(self.settings(), self.limits())
+
+
+def parse_temperature(text: str, default: float | None) -> float | None:
+    """Return the value of --temperature: the default if omitted, None for `none`.
+
+    Raises:
+        UserError: It is not a number of at least 0.
+    """
+    word = text.strip().lower()
+    if not word:
+        return default
+    try:
+        temperature = None if word == "none" else float(word)
+    except ValueError:
+        temperature = -1.0
+    if temperature is not None and not 0 <= temperature < float("inf"):
+        raise UserError(f"--temperature {text}: must be a number of at least 0, or none")
+    return temperature
 
 
 def summary(outcome: Outcome) -> str:

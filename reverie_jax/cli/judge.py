@@ -29,7 +29,7 @@ class Judge:
     benchmark: common.BenchmarkName
     predictions: common.Predictions
     data: Annotated[Path, common.option("PATH")]
-    """Folder of the benchmark's official files, or a folder of such folders by name; the file itself where it is one."""
+    """Folder of the benchmark's official files, or of such folders by name; the file itself where it is one; or `hub`."""
     out: Annotated[Path, common.FOLDER]
     """Output folder: replies.jsonl and the journal."""
     judge: common.Judges

@@ -30,7 +30,7 @@ class Recipes:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Benchmarks:
-    """List the benchmarks, with their scoring rules and what they need."""
+    """List the benchmarks: size, metric, scoring rules, and what they need."""
 
     def run(self) -> None:
         """Run the command."""
@@ -40,5 +40,11 @@ class Benchmarks:
             benchmark = benchmarks.find_benchmark(name)
             judged = [f"{rule} (judge)" if rule in benchmark.judged_rules else rule for rule in benchmark.rules]
             print(f"{name:17} rules: {', '.join(judged)}\n{'':17} data: {benchmark.required_files}")
+            size = f"{benchmark.published_items:,} questions" if benchmark.published_items else ""
+            if asked := ", ".join(filter(None, (size, benchmark.metric))):
+                print(f"{'':17} asks: {asked}")
+            if hub := benchmark.hub:
+                large = f", {hub.megabytes:,.0f} MB" if hub.megabytes else ""
+                print(f"{'':17} --data hub: {hub.repository}{large}, licence: {hub.licence or 'not stated there'}")
             if scales := dict.fromkeys(filter(None, map(benchmark.scale_of, benchmark.rules))):
                 print(f"{'':17} scale: {' or '.join(scales)}")

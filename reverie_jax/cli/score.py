@@ -32,7 +32,7 @@ class Score:
     benchmark: common.BenchmarkName
     predictions: common.Predictions
     data: Annotated[Path, common.option("PATH")]
-    """Folder of the benchmark's official files, or a folder of such folders by name; the file itself where it is one."""
+    """Folder of the benchmark's official files, or of such folders by name; the file itself where it is one; or `hub`."""
     rule: Annotated[str | None, common.option("RULE")] = None
     """Scoring rule; the benchmark's official one if omitted. `all` compares all rules that need no judge."""
     replies: Annotated[Path | None, common.FILE] = None

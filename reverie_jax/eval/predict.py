@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from reverie_jax.data.conversation import IMAGE, Conversation, Turn
 from reverie_jax.data.pipeline import ImageQuestions
 from reverie_jax.data.reflection import WHY
 from reverie_jax.data.tokenization import Encoder
 from reverie_jax.errors import UserError
+from reverie_jax.eval.answer_log import AnswerLog, on_first_process
 from reverie_jax.eval.benchmarks.answer_files import PREDICTIONS, RUN
 from reverie_jax.eval.benchmarks.interface import Benchmark, BenchmarkData, Question
 from reverie_jax.eval.decode import Decoding
@@ -37,6 +35,8 @@ RATIONALE_TOKENS = 256
 _TEXT_ONLY_BATCH = 16
 """Questions without an image that share a sequence: they have the template's opening in common."""
 
+Reflection = tuple[Sequence[Answer], Sequence[Answer]]
+"""First answers and rationales."""
 ProgressCallback = Callable[[str, int, int], None]
 """Called with the stage, the number of answers so far and the number of questions."""
 
@@ -120,32 +120,49 @@ def predict(
         BrokenImage, BenchmarkError: An image cannot be read.
     """
     questions = options.questions(data)
-    if options.reflect and any(question.history for question in questions):
-        raise UserError(f"--reflect: the questions of {benchmark.name} are conversations; leave --reflect out")
     decoding = options.decoding
     if benchmark.yes_no and questions:
         opening = build_conversation(questions[0])
         yes, no = (engine.first_token(opening, word) for word in ("Yes", "No"))
         # A tokenizer may begin both with the same token, which then tells nothing.
         decoding = dataclasses.replace(decoding, track=(yes, no) if yes != no else ())
-    record = _record(benchmark, data, engine, options) | {"model": model, "checksums": dict(checksums)}
-    _on_first_process(lambda: _claim_folder(out, record))
-    predictor = _Predictor(engine, data, questions, out, on_progress)
-    conversations = [build_conversation(question) for question in questions]
+    asked = describe_questions(benchmark, data, questions, reflect=options.reflect)
+    record = asked | _describe_engine(benchmark, engine, options) | {"model": model, "checksums": dict(checksums)}
+    on_first_process(lambda: claim_folder(out, record))
+    run = _Predictor(engine, decoding, data, questions, out, on_progress).run
     limits = [options.longest(question.max_new_tokens or benchmark.max_new_tokens) for question in questions]
-    answering = _Stage("answers", conversations, limits, decoding, benchmark.expected_new_tokens)
-    reflection: tuple[list[Answer], list[Answer]] | None = None
-    if options.reflect:
-        first = predictor.run(dataclasses.replace(answering, name="first"))
-        conversations = _continued(conversations, first, [WHY] * len(questions))
-        plain = dataclasses.replace(decoding, track=())
-        reasons = predictor.run(_Stage("rationales", conversations, [RATIONALE_TOKENS] * len(questions), plain, None))
-        again = [REVISE.format(question=question.text) for question in questions]
-        answering = dataclasses.replace(answering, conversations=_continued(conversations, reasons, again))
-        reflection = first, reasons
-    answers = predictor.run(answering)
-    _on_first_process(lambda: _write_predictions(out, questions, answers, reflection, model))
+    answers, reflection = answer_questions(benchmark, questions, limits, run, reflect=options.reflect)
+    on_first_process(lambda: write_predictions(out, questions, answers, reflection, model))
     return out / PREDICTIONS
+
+
+def answer_questions(
+    benchmark: Benchmark,
+    questions: Sequence[Question],
+    limits: Sequence[int],
+    run: Callable[[PredictStage], list[Answer]],
+    *,
+    reflect: bool,
+) -> tuple[list[Answer], Reflection | None]:
+    """Return the answers, in the questions' order; with `reflect`, first answers and rationales too.
+
+    Args:
+        benchmark: The benchmark.
+        questions: Its questions.
+        limits: Maximum length of each answer, in tokens.
+        run: Returns an answer to each conversation of a stage.
+        reflect: Answer, explain, then answer again.
+    """
+    conversations = [build_conversation(question) for question in questions]
+    answering = PredictStage("answers", conversations, limits, benchmark.expected_new_tokens)
+    if not reflect:
+        return run(answering), None
+    first = run(dataclasses.replace(answering, name="first"))
+    conversations = _continued(conversations, first, [WHY] * len(questions))
+    reasons = run(PredictStage("rationales", conversations, [RATIONALE_TOKENS] * len(questions), None))
+    again = [REVISE.format(question=question.text) for question in questions]
+    answers = run(dataclasses.replace(answering, conversations=_continued(conversations, reasons, again)))
+    return answers, (first, reasons)
 
 
 def _continued(
@@ -166,15 +183,28 @@ def _continued(
     ]
 
 
-def _record(benchmark: Benchmark, data: BenchmarkData, engine: Engine, options: PredictOptions) -> dict[str, Any]:
-    """Return what a run's answers depend on, beside the model."""
-    questions = options.questions(data)
-    encoder, processor = engine.encoder, engine.processor
+def describe_questions(
+    benchmark: Benchmark, data: BenchmarkData, questions: Sequence[Question], *, reflect: bool
+) -> dict[str, Any]:
+    """Return what is asked, for the record of a run.
+
+    Raises:
+        UserError: Questions that are conversations allow no reflection.
+    """
+    if reflect and any(question.history for question in questions):
+        raise UserError(f"--reflect: the questions of {benchmark.name} are conversations; leave --reflect out")
     return {
         "benchmark": benchmark.name,
         "questions": len(questions),
         "content": questions_digest(questions),
         "protocol": dict(data.protocol),
+        "reflect": reflect,
+    }
+
+
+def _describe_engine(benchmark: Benchmark, engine: Engine, options: PredictOptions) -> dict[str, Any]:
+    encoder, processor = engine.encoder, engine.processor
+    return {
         "dtype": engine.dtype,
         "template": encoder.template.name,
         "tokenization": encoder.tokenization,
@@ -182,7 +212,6 @@ def _record(benchmark: Benchmark, data: BenchmarkData, engine: Engine, options: 
         "decoding_protocol": options.protocol or None,
         "decoding": _recorded(options.decoding),
         "max_new_tokens": options.longest(benchmark.max_new_tokens),
-        "reflect": options.reflect,
     }
 
 
@@ -198,27 +227,7 @@ def _recorded(decoding: Decoding) -> dict[str, Any]:
     return {name: value for name, value in dataclasses.asdict(decoding).items() if name != "track"}
 
 
-def _on_first_process(action: Callable[[], None]) -> None:
-    """Run `action` on process 0 alone. If it fails, all processes fail: none may wait for one that has ended.
-
-    Raises:
-        UserError: `action` raised it; in the other processes, it names process 0.
-    """
-    error = None
-    if jax.process_index() == 0:
-        try:
-            action()
-        except UserError as raised:
-            error = raised
-    if jax.process_count() > 1:
-        failed = multihost_utils.broadcast_one_to_all(np.asarray(error is not None, np.int32))
-        if failed and error is None:
-            raise UserError("process 0 failed; see its log")
-    if error is not None:
-        raise error
-
-
-def _claim_folder(out: Path, record: Mapping[str, Any]) -> None:
+def claim_folder(out: Path, record: Mapping[str, Any]) -> None:
     """Mark the folder as this run's.
 
     Raises:
@@ -254,7 +263,7 @@ def _claim_folder(out: Path, record: Mapping[str, Any]) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Stage:
+class PredictStage:
     """One pass over the questions: an answer to each conversation.
 
     Attributes:
@@ -264,7 +273,6 @@ class _Stage:
     name: str
     conversations: Sequence[Conversation]
     limits: Sequence[int]
-    decoding: Decoding
     expected_new_tokens: int | None
 
 
@@ -273,17 +281,18 @@ class _Predictor:
     """Runs stages; the answers of each are kept in a file in `out`, which a further run reads."""
 
     engine: Engine
+    decoding: Decoding
     data: BenchmarkData
     questions: Sequence[Question]
     out: Path
     on_progress: ProgressCallback
 
-    def run(self, stage: _Stage) -> list[Answer]:
+    def run(self, stage: PredictStage) -> list[Answer]:
         """Return answers in the questions' order, from the file and from the model."""
         parts = [self._part(stage, limit) for limit in sorted(set(stage.limits))]
         answers: list[Answer | None] = [None] * len(self.questions)
         done = 0
-        with _AnswerLog(self.out / f".{stage.name}.jsonl") as log:
+        with AnswerLog(self.out / f".{stage.name}.jsonl") as log:
             skip = log.resume([numbers for schedule, _ in parts for numbers in schedule.numbers()])
             for number, answer in log.answers:
                 answers[number], done = answer, done + 1
@@ -300,13 +309,14 @@ class _Predictor:
                     self.on_progress(stage.name, done, len(answers))
         return [answer for answer in answers if answer is not None]
 
-    def _part(self, stage: _Stage, limit: int) -> tuple[Schedule, Decoding]:
+    def _part(self, stage: PredictStage, limit: int) -> tuple[Schedule, Decoding]:
         """Return the questions whose answers have the same maximum length, and how to decode them."""
-        decoding = dataclasses.replace(stage.decoding, max_new_tokens=limit)
+        track = () if stage.name == "rationales" else self.decoding.track
+        decoding = dataclasses.replace(self.decoding, max_new_tokens=limit, track=track)
         images = self._images(stage, limit)
         return self.engine.schedule(images, decoding, expected_new_tokens=stage.expected_new_tokens), decoding
 
-    def _images(self, stage: _Stage, limit: int) -> list[ImageQuestions]:
+    def _images(self, stage: PredictStage, limit: int) -> list[ImageQuestions]:
         """Return questions by image, in the order in which each image comes first; images are read when they are needed."""
         by_image: dict[str, list[int]] = {}
         text_only: list[int] = []
@@ -327,91 +337,19 @@ class _Predictor:
         return images
 
 
-class _AnswerLog:
-    """A stage's answers so far, one JSON line each, in the order of the batches. Only process 0 writes."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.answers: list[tuple[int, Answer]] = []
-        self._file: Any = None
-
-    def __enter__(self) -> _AnswerLog:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._file is not None:
-            with contextlib.suppress(OSError):  # a full disk: the buffer is flushed once more
-                self._file.close()
-
-    def resume(self, batches: Sequence[list[int]]) -> int:
-        """Cut the file after the last complete batch; return the number of complete batches.
-
-        Raises:
-            UserError: The file cannot be written, or processes see different files.
-        """
-        lines = self.path.read_bytes().split(b"\n")[:-1] if self.path.exists() else []
-        rows, end, complete = list(_readable(lines)), 0, 0
-        for numbers in batches:
-            part = rows[end : end + len(numbers)]
-            if [row["number"] for row in part] != list(numbers):
-                break
-            self.answers += [(row["number"], Answer(row["text"], tuple(row["tracked"]))) for row in part]
-            end, complete = end + len(numbers), complete + 1
-        if jax.process_count() > 1:
-            counts = multihost_utils.process_allgather(np.asarray(complete, np.int32))
-            if np.ptp(counts):
-                raise UserError(f"{self.path}: processes see different answers; the folder must be shared by all hosts")
-        _on_first_process(lambda: self._open(sum(len(line) + 1 for line in lines[:end])))
-        return complete
-
-    def _open(self, size: int) -> None:
-        with self._writing():
-            self._file = self.path.open("r+b" if self.path.exists() else "w+b")
-            self._file.truncate(size)
-            self._file.seek(size)
-
-    def add(self, batch: Mapping[int, Answer]) -> None:
-        """Write a batch's answers.
-
-        Raises:
-            UserError: The file cannot be written.
-        """
-        _on_first_process(lambda: self._write(batch))
-
-    def _write(self, batch: Mapping[int, Answer]) -> None:
-        rows = [{"number": number, "text": a.text, "tracked": list(a.tracked)} for number, a in batch.items()]
-        with self._writing():
-            self._file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
-            self._file.flush()
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be written ({error.strerror}); run again to resume") from None
-
-
-def _readable(lines: Sequence[bytes]) -> Iterator[dict[str, Any]]:
-    """Yield rows up to the first broken one, which a kill left."""
-    for line in lines:
-        try:
-            row = json.loads(line)
-            yield {"number": int(row["number"]), "text": str(row["text"]), "tracked": list(row["tracked"])}
-        except (ValueError, KeyError, TypeError):
-            return
-
-
-def _write_predictions(
+def write_predictions(
     out: Path,
     questions: Sequence[Question],
     answers: Sequence[Answer],
-    reflection: tuple[Sequence[Answer], Sequence[Answer]] | None,
+    reflection: Reflection | None,
     model: str,
+    missing: Collection[int] = (),
 ) -> None:
-    """Write the file atomically; `reflection` holds first answers and rationales."""
+    """Write the file atomically, without the questions whose numbers are `missing`."""
     with atomic_path(out / PREDICTIONS) as part, part.open("w", encoding="utf-8") as file:
         for number, (question, answer) in enumerate(zip(questions, answers, strict=True)):
+            if number in missing:
+                continue
             row: dict[str, Any] = {
                 "question_id": question.id,
                 "image": question.image,

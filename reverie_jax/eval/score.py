@@ -23,7 +23,7 @@ LISTED = 20
 
 _RUN_KEYS = (
     *("model", "checksums", "dtype", "template", "tokenization", "image_aspect_ratio", "decoding_protocol", "decoding"),
-    *("max_new_tokens", "reflect"),
+    *("max_new_tokens", "reflect", "request", "versions", "dates"),
 )
 """Keys of run.json that a score records."""
 

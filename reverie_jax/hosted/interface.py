@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -19,6 +19,8 @@ Stage = Literal[
     "lrv_existent",
     "lrv_knowledge",
     "evaluate",
+    "predict",
+    "explain",
 ]
 
 
@@ -38,8 +40,10 @@ class Request:
         fields: Values of the prompt's template. `questions`: {"count", "confusing"}; `positive`: {"question", "answer"};
             `negative`: {"question", "answer"} with a confusing answer;
             `judge`: {"question", "answer", "positive", "wrong", "negative"}; `lrv_...`: {"captions", "count", "each"};
-            `evaluate` (`eval.judge`): {"benchmark", "id", "prompt"}, the last a digest of the prompt.
+            `evaluate` (`eval.judge`): {"benchmark", "id", "prompt"}, the last a digest of the prompt; `predict`, `explain`
+            (`eval.predict_hosted`): {"turns"}, a digest.
         prompt: The filled template, for a hosted model.
+        turns: A conversation in place of the prompt: texts, the user's first and last. It begins with the image.
         send_image: Whether the model sees the image.
         schema: JSON schema of the reply; None if the reply is text.
     """
@@ -50,6 +54,7 @@ class Request:
     prompt: str = ""
     send_image: bool = True
     schema: Mapping[str, Any] | None = None
+    turns: Sequence[str] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,6 +247,7 @@ class RequestSettings:
         temperature: Sampling temperature; the provider's default if None.
         max_new_tokens: Most tokens of a reply; the provider's default if None.
         max_image_size: Longest side of an image, in pixels: larger ones are scaled down; none is if None.
+        keep_cut_off: Whether the words of a reply that was cut off at its maximum length are a reply.
     """
 
     timeout: float = 120.0
@@ -249,6 +255,7 @@ class RequestSettings:
     temperature: float | None = None
     max_new_tokens: int | None = None
     max_image_size: int | None = None
+    keep_cut_off: bool = False
 
     @property
     def version(self) -> str:

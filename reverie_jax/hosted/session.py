@@ -96,13 +96,20 @@ class Session:
             return None
         return None if find_problem(task, recorded.text) else recorded.text
 
-    def run(self, step: str, tasks: Iterable[RequestTask], model_specs: Iterable[str]) -> Outcome:
+    def run(
+        self,
+        step: str,
+        tasks: Iterable[RequestTask],
+        model_specs: Iterable[str],
+        settings: RequestSettings | None = None,
+    ) -> Outcome:
         """Send the requests that have no reply yet.
 
         Args:
             step: Name for the progress callback.
             tasks: Requests; duplicates are sent once.
             model_specs: The models of the tasks.
+            settings: Of these requests; the session's if None.
 
         Raises:
             UserError: No request can succeed (key, credit, quota of the day, model, URL, parameter).
@@ -112,7 +119,7 @@ class Session:
         cached = len(unique) - len(missing)
         if not missing:
             return Outcome(cached=cached)
-        limits = self.config.limits
+        limits, settings = self.config.limits, settings or self.config.settings
         if not limits.batch and (pending := self.journal.pending_keys() & {task.identity.key for task in missing}):
             count = len(pending)
             raise UserError(
@@ -122,8 +129,7 @@ class Session:
         outcome = run(
             missing,
             lambda: {
-                parse_model_spec(spec)[:2]: open_provider(spec, self.config.settings, self._environment)
-                for spec in model_specs
+                parse_model_spec(spec)[:2]: open_provider(spec, settings, self._environment) for spec in model_specs
             },
             self.journal,
             limits,

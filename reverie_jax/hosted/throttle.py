@@ -26,6 +26,8 @@ DEFAULT_TOKENS = {
     "lrv_existent": (1500.0, 350.0),
     "lrv_knowledge": (1500.0, 350.0),
     "evaluate": (1000.0, 200.0),
+    "predict": (850.0, 30.0),
+    "explain": (900.0, 150.0),
 }
 """(input, output) tokens of a request, before the journal has a reply of its stage."""
 DEFAULT_IMAGE_TOKENS = dict.fromkeys(("questions", "positive", "negative"), 258.0)

@@ -30,7 +30,6 @@ DIFFERENT = {
     "judge": "`annotate` has the writer for a judge by default",
     "count": "of what the command shows or draws",
     "confusing": "people's questions come with more wrong options than a model is asked for",
-    "temperature": "hosted models have their own by default",
     "mesh": "`plan` uses all chips by default",
     "seeds": "`demo` draws data by seed too, and once by default",
     "topology": "`compare` plans for the devices that are here by default",

@@ -133,10 +133,11 @@ class Memory:
 
     async def reply(self, model: str, request: Request, structured: bool) -> Reply:
         images = [request.image.encoded] if request.send_image else []
-        digest = wires.content_digest("openai", model, request.prompt, images, structured)
+        text = "\n".join(request.turns or (request.prompt,))
+        digest = wires.content_digest("openai", model, text, images, structured)
         self._attempts[digest] += 1
         attempt, arrived = self._attempts[digest], asyncio.get_running_loop().time()
-        call = Call("openai", model, request.prompt, images, structured, "", {}, digest, attempt, arrived)
+        call = Call("openai", model, text, images, structured, "", {}, digest, attempt, arrived)
         self.calls.append(call)
         self.in_flight += 1
         self.peak = max(self.peak, self.in_flight)

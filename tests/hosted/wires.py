@@ -79,14 +79,15 @@ class OpenAI:
     path = re.compile(r"/v1/chat/completions")
 
     def read(self, path: str, query: dict[str, Any], headers: Message, body: dict[str, Any]) -> dict[str, Any]:
-        (message,) = body["messages"]
-        images = [
-            part["image_url"]["url"].partition(";base64,")[2] for part in message["content"] if "image_url" in part
-        ]
+        messages = body["messages"]
+        assert [message["role"] for message in messages] == ["user", *["assistant", "user"] * (len(messages) // 2)]
+        contents = [message["content"] for message in messages]
+        parts = [p for c in contents for p in ([{"type": "text", "text": c}] if isinstance(c, str) else c)]
+        images = [part["image_url"]["url"].partition(";base64,")[2] for part in parts if "image_url" in part]
         return {
             "provider": self.name,
             "model": body["model"],
-            "text": "\n".join(part["text"] for part in message["content"] if "text" in part),
+            "text": "\n".join(part["text"] for part in parts if "text" in part),
             "images": [_decode(image) for image in images],
             "structured": body.get("response_format", {}).get("type") == "json_schema",
             "key": headers.get("Authorization", "").removeprefix("Bearer "),

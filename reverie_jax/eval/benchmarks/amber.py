@@ -148,6 +148,7 @@ class Amber(Benchmark):
     """
 
     name = "amber"
+    metric = "AMBER score; CHAIR, F1"
     scale = "percent"
     published_items = 15220
     rules = (OFFICIAL, LMMS_EVAL, VLMEVALKIT)

@@ -80,6 +80,7 @@ class Chair(Benchmark):
     """CHAIR, see the module's docstring. It lacks lmms-eval's rule, which needs WordNet and labels of its own data set."""
 
     name = "chair"
+    metric = "CHAIRs and CHAIRi; recall"
     scale = "percent; Len in words"
     published_items = 500
     max_new_tokens = 512

@@ -65,6 +65,7 @@ class Gavie(JudgedBenchmark):
     """GAVIE, see the module's docstring. Ids are positions in the file, from 0."""
 
     name = "gavie"
+    metric = "mean accuracy and relevancy"
     unique_ids = False  # they are positions
     lower_is_better = frozenset({"unread"})
     scale = "from 0 to 10; unread from 0 to 1"

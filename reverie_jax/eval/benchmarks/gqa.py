@@ -6,15 +6,33 @@ File: `testdev_balanced_questions.json`, an object of questions by id: `question
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from reverie_jax.eval.benchmarks import inputs
-from reverie_jax.eval.benchmarks.interface import OFFICIAL, SHORT, Benchmark, BenchmarkData, Question, Texts, require
+from reverie_jax.eval.benchmarks import inputs, parquet
+from reverie_jax.eval.benchmarks.interface import (
+    OFFICIAL,
+    SHORT,
+    Benchmark,
+    BenchmarkData,
+    HubDataset,
+    Question,
+    Texts,
+    require,
+)
 from reverie_jax.eval.benchmarks.scoring import CountTable, ParsedAnswer, Scored
 
 _KINDS = ("structural", "semantic")
+
+
+def _image_reader(data: Path, pattern: str) -> Callable[[str], bytes]:
+    """Return a reader of the images in the hub's dataset, which are files of their own."""
+    table = parquet.find_table(data, pattern)
+    require(table is not None, f"{data}: {pattern}, GQA's images, are missing")
+    assert table is not None
+    ids = table.parse("image of GQA", lambda number, row: str(row["id"]))
+    return table.reader({f"{id}.jpg": number for number, id in enumerate(ids)})
 
 
 def normalize(answer: str) -> str:
@@ -30,11 +48,21 @@ class Gqa(Benchmark):
     published_items = 12578
     expected_new_tokens = 16
     required_files = "testdev_balanced_questions.json of GQA's questions1.2, and with --images its images"
+    metric = "exact match"
+    hub = HubDataset(
+        "lmms-lab-encoder/GQA",
+        ("testdev_balanced_instructions/testdev-*.parquet", "testdev_balanced_images/testdev-*.parquet"),
+        *(68, "388eadb3fad5cc6818bf6e2ac7a64d809c6e59e7", "mit"),
+    )
 
     def load(self, data: Path) -> BenchmarkData:
         """Read the balanced questions; see `Benchmark.load`."""
         name = "testdev_balanced_questions.json"
-        path = inputs.find_file(data, name, f"*/{name}", "*_balanced_questions.json", benchmark=self)
+        table = parquet.find_table(data, self.hub.files[0])
+        if table is None:
+            path = inputs.find_file(data, name, f"*/{name}", "*_balanced_questions.json", benchmark=self)
+        else:
+            path = table.paths[0]
 
         def parse(row: Mapping[str, Any]) -> Question | None:
             metadata = {"answer": row["answer"], **{kind: row["types"][kind] for kind in _KINDS}}
@@ -45,15 +73,19 @@ class Gqa(Benchmark):
             # The official script counts only balanced questions.
             return question if row.get("isBalanced", True) else None
 
-        rows = inputs.parse_rows(path, "GQA question", parse)
+        if table is None:
+            rows = inputs.parse_rows(path, "GQA question", parse)
+            read_image = inputs.image_reader(path.parent, path.parent / "images", data, data / "images")
+        else:
+            rows = table.parse("GQA question", lambda number, row: parse({**row, "pid": row["id"]}))
+            read_image = _image_reader(data, self.hub.files[1])
         questions = [question for question in rows if question is not None]
         require(bool(questions), f"{path}: none of its {len(rows)} questions is balanced")
         inputs.check_unique(path, [question.id for question in questions])
         protocol: dict[str, Any] = {"file": path.name, "questions": len(questions)}
         if len(rows) > len(questions):
             protocol["not balanced, left out"] = len(rows) - len(questions)
-        folders = (path.parent, path.parent / "images", data, data / "images")
-        return BenchmarkData(questions, inputs.image_reader(*folders), protocol)
+        return BenchmarkData(questions, read_image, protocol)
 
     def match_question(self, row: Mapping[str, Any], loaded: BenchmarkData) -> str | None:
         """Match rows by LLaVA's `question_id`, or by `questionId` of GQA's predictions."""

@@ -15,8 +15,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from reverie_jax.eval.benchmarks import inputs
-from reverie_jax.eval.benchmarks.interface import OFFICIAL, VLMEVALKIT, BenchmarkData, JudgeRequest, Question, Texts
+from reverie_jax.eval.benchmarks import inputs, parquet
+from reverie_jax.eval.benchmarks.interface import (
+    OFFICIAL,
+    VLMEVALKIT,
+    BenchmarkData,
+    HubDataset,
+    JudgeRequest,
+    Question,
+    Texts,
+)
 from reverie_jax.eval.benchmarks.judged import JudgedBenchmark, fill, require_replies
 from reverie_jax.eval.benchmarks.scoring import CountTable, ParsedAnswer, Scored, Statistic, mean
 from reverie_jax.eval.benchmarks.yes_no import vlmevalkit_yes_no
@@ -91,10 +99,27 @@ class HallusionBench(JudgedBenchmark):
     required_files = (
         "HallusionBench.json of the HallusionBench repository, and with --images its folder hallusion_bench"
     )
+    metric = "aAcc; qAcc and fAcc"
+    hub = HubDataset(
+        "lmms-lab-encoder/HallusionBench",
+        ("data/image-*.parquet", "data/non_image-*.parquet"),
+        *(147, "ea5fd49f1b711d12cc8b0ec75be0c0593e17befe"),
+    )
 
     def load(self, data: Path) -> BenchmarkData:
         """Read `HallusionBench.json`; see `Benchmark.load`."""
-        path = inputs.find_file(data, "HallusionBench.json", "HallusionBench*.json", benchmark=self)
+        table = parquet.find_table(data, *self.hub.files)
+        if table is None:
+            path = inputs.find_file(data, "HallusionBench.json", "HallusionBench*.json", benchmark=self)
+        else:
+            path = table.paths[0]
+        numbers: dict[str, int] = {}
+
+        def parse_numbered(number: int, row: Mapping[str, Any]) -> Question:
+            question = parse(row)
+            if question.image is not None:
+                numbers.setdefault(question.image, number)
+            return question
 
         def parse(row: Mapping[str, Any]) -> Question:
             metadata: dict[str, Any] = {part: str(row[part]) for part in _PARTS}
@@ -109,12 +134,15 @@ class HallusionBench(JudgedBenchmark):
             image = None if metadata["visual_input"] == "0" else _image(row)
             return Question(_id(row), image, str(row["question"]), cluster, metadata)
 
-        questions = inputs.parse_rows(path, "HallusionBench question", parse)
+        if table is None:
+            questions, folder = inputs.parse_rows(path, "HallusionBench question", parse), path.parent
+            read_image = inputs.image_reader(folder, folder / "hallusion_bench", folder / "images")
+        else:
+            questions = table.parse("HallusionBench question", parse_numbered)
+            read_image = table.reader(numbers)
         inputs.check_unique(path, [question.id for question in questions])
         with_image = sum(question.image is not None for question in questions)
         protocol = {"questions": len(questions), "with a figure": with_image, "without": len(questions) - with_image}
-        folder = path.parent
-        read_image = inputs.image_reader(folder, folder / "hallusion_bench", folder / "images")
         return BenchmarkData(questions, read_image, protocol, {"first": _first_ids(questions)})
 
     def match_question(self, row: Mapping[str, Any], loaded: BenchmarkData) -> str | None:

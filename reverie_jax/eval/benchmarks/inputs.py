@@ -16,17 +16,27 @@ from typing import Any, TypeVar
 from reverie_jax import files
 from reverie_jax.data.row_files import Rows
 from reverie_jax.errors import DataError
+from reverie_jax.eval.benchmarks.hub import fetch
 from reverie_jax.eval.benchmarks.interface import Benchmark, BenchmarkData, BenchmarkError, require
 
 T = TypeVar("T")
+
+HUB = Path("hub")
 
 
 def load(benchmark: Benchmark, data: Path) -> BenchmarkData:
     """Load a benchmark from the folder of its files, or from a folder of such folders by benchmark (or by LLaVA's names).
 
+    `hub`, if there is no such folder, stands for the benchmark's dataset on the Hugging Face hub, which is downloaded.
+
     Raises:
         BenchmarkError: A file is missing or invalid; see `Benchmark.load`.
     """
+    if data == HUB and not data.exists():
+        folder = fetch(benchmark)
+        loaded = benchmark.load(folder)
+        origin = f"{benchmark.hub.repository if benchmark.hub else ''}@{folder.name}"
+        return dataclasses.replace(loaded, protocol={**loaded.protocol, "hub": origin})
     require(data.exists(), f"{data}: no such file or folder; {benchmark.name} needs {benchmark.required_files}")
     names = (benchmark.name, *benchmark.folder_names)
     return benchmark.load(next((data / name for name in names if (data / name).is_dir()), data))
@@ -76,7 +86,7 @@ def parse_rows(path: Path, what: str, parse: Callable[[Any], T], *, min_rows: in
     rows = Rows(path, min_rows=min_rows)
     try:
         return [
-            _parse(parse, files.well_formed(row), what, rows.locate(number, row)) for number, row in enumerate(rows)
+            parse_row(parse, files.well_formed(row), what, rows.locate(number, row)) for number, row in enumerate(rows)
         ]
     except DataError as error:
         raise BenchmarkError(str(error)) from None
@@ -90,10 +100,15 @@ def parse_list(path: Path, what: str, parse: Callable[[Any], T], rows: Any, key:
     """
     if not isinstance(rows, list) or not rows:
         raise BenchmarkError(f'{path}: expected an object with a list of rows as "{key}"')
-    return [_parse(parse, row, what, f"{path}: row {number}") for number, row in enumerate(rows)]
+    return [parse_row(parse, row, what, f"{path}: row {number}") for number, row in enumerate(rows)]
 
 
-def _parse(parse: Callable[[Any], T], row: Any, what: str, where: str) -> T:
+def parse_row(parse: Callable[[Any], T], row: Any, what: str, where: str) -> T:
+    """Return what `parse` returns for a row; its errors name the place.
+
+    Raises:
+        BenchmarkError: see `parse_rows`.
+    """
     try:
         return parse(row)
     except BenchmarkError:
@@ -180,8 +195,8 @@ def image_reader(*folders: Path) -> Callable[[str], bytes]:
 
     def read_image(name: str) -> bytes:
         for folder in folders:
-            path, root = folder / name, folder.resolve()
-            if not path.resolve().is_relative_to(root):
+            path = folder / name
+            if not any(path.resolve().is_relative_to(root) for root in _roots(folder)):
                 raise BenchmarkError(f"image {name}: the path leads out of {folder}")
             try:
                 return path.read_bytes()
@@ -193,6 +208,13 @@ def image_reader(*folders: Path) -> Callable[[str], bytes]:
         raise BenchmarkError(f"image {name}: not found in {searched}; name the folder of images with --images")
 
     return read_image
+
+
+def _roots(folder: Path) -> list[Path]:
+    """Return where an image of a folder may lie: in it, or where the hub's cache has the files that a snapshot links to."""
+    root = folder.resolve()
+    snapshots = (place.parent for place in (root, *root.parents) if place.parent.name == "snapshots")
+    return [root, *(place.parent / "blobs" for place in snapshots)]
 
 
 def either(first: Callable[[str], bytes], second: Callable[[str], bytes]) -> Callable[[str], bytes]:

@@ -127,6 +127,25 @@ class JudgeRequest:
     image: str | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class HubDataset:
+    """A benchmark's dataset on the Hugging Face hub.
+
+    Attributes:
+        repository: owner/name, of a dataset.
+        files: patterns of the files that are read.
+        megabytes: of these files, about; 0 where it is not known before the hub is asked.
+        revision: the commit that is read; empty where none could be checked: then it is today's.
+        licence: as its card states it; empty where it states none.
+    """
+
+    repository: str
+    files: tuple[str, ...]
+    megabytes: float
+    revision: str = ""
+    licence: str = ""
+
+
 class Benchmark:
     """One benchmark; subclasses define how it is loaded and scored.
 
@@ -148,6 +167,8 @@ class Benchmark:
         list_metrics: prefixes of metrics ("capability/ocr") that list parts of one total: a report makes no groups of them.
         published_items: number of questions that published scores are of; None if it is not known.
         required_files: the files that `load` expects, and their source, in one line.
+        metric: the headline, in words.
+        hub: where `--data hub` fetches questions and images; None for nowhere.
     """
 
     name: ClassVar[str]
@@ -166,6 +187,8 @@ class Benchmark:
     list_metrics: ClassVar[frozenset[str]] = frozenset()
     published_items: ClassVar[int | None] = None
     required_files: ClassVar[str]
+    metric: ClassVar[str] = ""
+    hub: ClassVar[HubDataset | None] = None
 
     def with_repeats(self, repeats: int) -> Benchmark:
         """Return the benchmark with each answer judged several times.

@@ -23,6 +23,7 @@ from reverie_jax.eval.benchmarks.interface import (
     LMMS_EVAL,
     OFFICIAL,
     BenchmarkData,
+    HubDataset,
     JudgeRequest,
     Question,
     Texts,
@@ -185,6 +186,12 @@ class LlavaBench(_RatedBenchmark):
     required_files = (
         "questions.jsonl, context.jsonl, answers_gpt4.jsonl and images/ of liuhaotian/llava-bench-in-the-wild"
     )
+    metric = "relative score: the model's ratings over the reference's"
+    hub = HubDataset(
+        "liuhaotian/llava-bench-in-the-wild",
+        ("questions.jsonl", "context.jsonl", "answers_gpt4.jsonl", "images/*"),
+        *(10, "9773b6fd2be88d4ced480dcd9bfd4ce76e47f79b", "apache-2.0"),
+    )
     sources = ("questions.jsonl", "context.jsonl", "answers_gpt4.jsonl")
     skips = False
 
@@ -208,6 +215,7 @@ class LlavaBenchCoco(_RatedBenchmark):
     """LLaVA-Bench COCO: 90 questions about 30 images of val2014, by RLHF-V's rule, which skips a first number of -1."""
 
     name = "llava-bench-coco"
+    metric = "relative score: the model's ratings over the reference's"
     required_files = (
         "qa90_questions.jsonl, qa90_gpt4_answer.jsonl and caps_boxes_coco2014_val_80.jsonl of the LLaVA repository in one "
         "folder, and with --images COCO's val2014 images"

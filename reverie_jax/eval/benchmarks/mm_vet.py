@@ -49,6 +49,7 @@ class MmVet(JudgedBenchmark):
     """
 
     name = "mm-vet"
+    metric = "mean grade"
     scale = "percent"
     published_items = 218
     max_new_tokens = 1024

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from reverie_jax.eval.benchmarks import choice_parsing, inputs, judged
+from reverie_jax.eval.benchmarks import choice_parsing, inputs, judged, parquet
 from reverie_jax.eval.benchmarks.interface import (
     LETTER,
     LMMS_EVAL,
@@ -21,6 +21,7 @@ from reverie_jax.eval.benchmarks.interface import (
     Benchmark,
     BenchmarkData,
     BenchmarkError,
+    HubDataset,
     JudgeRequest,
     NotScorable,
     Question,
@@ -37,6 +38,7 @@ LETTER_CN = "请直接回答选项字母。"
 JUDGED = "judged"
 
 _ASKED = "ABCD"
+_HUB, _REVISION = "lmms-lab-encoder/MMBench", "56ba1af8954932c4804bd3f522e05ed96e63b654"
 _MAX_REFERENCE = 64
 """An image cell of at most so many characters is the index of the row that has the image."""
 _EMPTY = frozenset(
@@ -96,6 +98,8 @@ class MmBench(Benchmark):
         "a TSV of MMBench in English, from OpenCompass: mmbench_dev_20230712.tsv, which LLaVA uses, or "
         "MMBench_DEV_EN.tsv as VLMEvalKit has it"
     )
+    metric = "accuracy over questions that are right with all rotations of their options"
+    hub: ClassVar[HubDataset] = HubDataset(_HUB, ("en/dev-*.parquet",), 97, _REVISION)
     languages: ClassVar[frozenset[str]] = frozenset({"en"})
     suffix: ClassVar[str] = LETTER
     patterns: ClassVar[tuple[str, ...]] = (
@@ -105,8 +109,9 @@ class MmBench(Benchmark):
 
     def load(self, data: Path) -> BenchmarkData:
         """Read the TSV, and make the passes of questions that have only one; see `Benchmark.load`."""
-        path = inputs.find_file(data, *self.patterns, benchmark=self)
-        rows, images = _read(path)
+        table = parquet.find_table(data, *self.hub.files)
+        path = inputs.find_file(data, *self.patterns, benchmark=self) if table is None else table.paths[0]
+        rows, images, numbers = _read(path) if table is None else _read_table(table)
         columns = list(next(iter(rows.values())))
         complete = any(index >= PASS for index in rows)
         if not complete:
@@ -117,7 +122,7 @@ class MmBench(Benchmark):
             }
         questions = [self._question(path, index, row, images, rows) for index, row in rows.items()]
 
-        def read_image(name: str) -> bytes:
+        def read_cell(name: str) -> bytes:
             cell = images.get(int(name)) if name.isdecimal() else None
             require(cell is not None, f"{path}: row {name}, which has the image, is missing")
             try:
@@ -131,6 +136,7 @@ class MmBench(Benchmark):
             "rows": len(rows),
             "passes": "rows of the file" if complete else "made here: options rotated to the left, a step a pass",
         }
+        read_image = read_cell if table is None else table.reader(numbers)
         return BenchmarkData(questions, read_image, protocol, {"columns": columns})
 
     def _question(
@@ -287,6 +293,7 @@ class MmBenchCn(MmBench):
         "a TSV of MMBench in Chinese, from OpenCompass: mmbench_dev_cn_20231003.tsv, which LLaVA uses, or "
         "MMBench_DEV_CN.tsv as VLMEvalKit has it"
     )
+    hub = HubDataset(_HUB, ("cn/dev-*.parquet",), 97, _REVISION)
     languages = frozenset({"cn", "zh"})
     suffix = LETTER_CN
     patterns = (
@@ -307,7 +314,28 @@ def _refers(cell: str) -> bool:
     return len(cell) <= _MAX_REFERENCE and cell.isdecimal()
 
 
-def _read(path: Path) -> tuple[dict[int, dict[str, str]], dict[int, str]]:
+_Rows = tuple[dict[int, dict[str, str]], dict[int, str], dict[str, int]]
+"""Rows without their images, and image cells or references, by index; rows of the hub's dataset by name of the image."""
+
+
+def _read_table(table: parquet.Table) -> _Rows:
+    """Read the rows of the hub's dataset, each of which has its image; a question's passes share that of the first."""
+    rows: dict[int, dict[str, str]] = {}
+    numbers: dict[str, int] = {}
+
+    def add(number: int, row: Mapping[str, Any]) -> None:
+        cells = {name.replace("L2-", "l2-"): "" if cell is None else str(cell) for name, cell in row.items()}
+        index = int(cells["index"])
+        require(index >= 0 and index not in rows, f"{table.paths[0]}: duplicate question {index}, or a negative index")
+        require(all(name in cells for name in "AB") and "question" in cells, f"{table.paths[0]}: no question, A and B")
+        rows[index] = cells
+        numbers.setdefault(str(index % PASS), number)
+
+    table.parse("row of MMBench", add)
+    return rows, {index: str(index % PASS) for index in rows}, numbers
+
+
+def _read(path: Path) -> _Rows:
     """Read the rows of a TSV without their images, and the image cells, by index.
 
     An image that several passes repeat, as in files of 2023, is kept once.
@@ -332,7 +360,7 @@ def _read(path: Path) -> tuple[dict[int, dict[str, str]], dict[int, str]]:
         holder = images.get(int(cell)) if _refers(cell) else ""
         valid = holder is not None and not _refers(holder)
         require(valid, f"{path}: row {index} refers to row {cell[:_MAX_REFERENCE]}, which has no image")
-    return rows, images
+    return rows, images, {}
 
 
 def _options_asked(row: Mapping[str, str]) -> dict[str, str]:

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from reverie_jax import files
-from reverie_jax.eval.benchmarks import inputs
+from reverie_jax.eval.benchmarks import inputs, parquet
 from reverie_jax.eval.benchmarks.interface import (
     LMMS_EVAL,
     OFFICIAL,
@@ -20,6 +20,7 @@ from reverie_jax.eval.benchmarks.interface import (
     Benchmark,
     BenchmarkData,
     BenchmarkError,
+    HubDataset,
     Question,
     Row,
     Texts,
@@ -38,6 +39,8 @@ TASKS = PERCEPTION + COGNITION
 _FOLDER, _INNER = "MME_Benchmark_release_version", "MME_Benchmark"
 _ASK = "Please answer yes or no."
 _CELLS = ("right", "questions", "both right", "images")
+_Tasks = dict[str, dict[str, list[tuple[str, str]]]]
+"""By task and image: (question, yes or no) of the lines."""
 
 
 def official(answer: str) -> str:
@@ -82,26 +85,19 @@ class Mme(Benchmark):
     scale = "points: 200 for each task, 2,000 for perception, 800 for cognition"
     rules = (OFFICIAL, LMMS_EVAL, VLMEVALKIT)
     required_files = f"{_FOLDER}, the folder that MME's authors send out, with a folder for each task"
+    metric = "perception and cognition: sums over tasks"
+    hub = HubDataset(
+        *("lmms-lab-encoder/MME", ("data/test-*.parquet",), 864, "d6c9023f017b564f7b3ccccf5348166bce8fdbcd")
+    )
 
     def load(self, data: Path) -> BenchmarkData:
         """Read the folders of tasks that are there; see `Benchmark.load`."""
-        # The archive now has one folder more.
-        places = (data, *(data / name for name in (_FOLDER, _INNER, f"{_FOLDER}/{_INNER}")))
-        root = next((place for place in places if any((place / task).is_dir() for task in TASKS)), None)
-        if root is None:
-            raise BenchmarkError(
-                f"{data}: folders of tasks ({TASKS[0]}, {TASKS[1]}, …) are missing; mme needs {self.required_files}"
-            )
+        table = parquet.find_table(data, *self.hub.files)
+        tasks, read_image = _read_folders(data, self.required_files) if table is None else _read_table(table)
         questions: list[Question] = []
         images: dict[str, list[Question]] = {}
-        for task in TASKS:
-            folder = root / task
-            texts = sorted(folder.glob("questions_answers_YN/*.txt")) or sorted(folder.glob("*.txt"))
-            require(bool(texts) or not folder.is_dir(), f"{folder}: no question files; mme needs {self.required_files}")
-            image_paths = _image_paths(folder)
-            for path in texts:
-                # Scoring needs no images: without them the name is LLaVA's, as far as it can be guessed.
-                image = image_paths.get(path.stem, f"{path.stem}.{'jpg' if task in PERCEPTION else 'png'}")
+        for task, asked in tasks.items():
+            for image, lines in asked.items():
                 cluster = f"{task}/{PurePosixPath(image).name}"
                 pair = [
                     Question(
@@ -111,15 +107,15 @@ class Mme(Benchmark):
                         cluster,
                         {"task": task, "label": label, "plain": plain},
                     )
-                    for number, (plain, label) in enumerate(_read_pair(path), 1)
+                    for number, (plain, label) in enumerate(lines, 1)
                 ]
                 questions += pair
-                images[f"{task}/{path.stem}"] = pair
-        absent = [task for task in TASKS if not (root / task).is_dir()]
+                images[f"{task}/{PurePosixPath(image).stem}"] = pair
+        absent = [task for task in TASKS if task not in tasks]
         protocol: dict[str, Any] = {"questions": len(questions), "images": len(images)}
         if absent:
             protocol["tasks that are not there"] = ", ".join(absent)
-        return BenchmarkData(questions, inputs.image_reader(root), protocol, {"images": images})
+        return BenchmarkData(questions, read_image, protocol, {"images": images})
 
     def match_question(self, row: Mapping[str, Any], loaded: BenchmarkData) -> str | None:
         """Match rows by id, or LLaVA's rows, which name only the image, by image and prompt."""
@@ -230,6 +226,46 @@ class Mme(Benchmark):
 
 def _words(question: str) -> str:
     return normalize_prompt(question.replace(_ASK, ""))
+
+
+def _read_folders(data: Path, needed: str) -> tuple[_Tasks, Callable[[str], bytes]]:
+    """Return the questions in the folders of tasks, and a reader of images."""
+    # The archive now has one folder more.
+    places = (data, *(data / name for name in (_FOLDER, _INNER, f"{_FOLDER}/{_INNER}")))
+    root = next((place for place in places if any((place / task).is_dir() for task in TASKS)), None)
+    if root is None:
+        raise BenchmarkError(f"{data}: folders of tasks ({TASKS[0]}, {TASKS[1]}, …) are missing; mme needs {needed}")
+    tasks: _Tasks = {}
+    for task in TASKS:
+        folder = root / task
+        texts = sorted(folder.glob("questions_answers_YN/*.txt")) or sorted(folder.glob("*.txt"))
+        require(bool(texts) or not folder.is_dir(), f"{folder}: no question files; mme needs {needed}")
+        image_paths = _image_paths(folder)
+        for path in texts:
+            # Scoring needs no images: without them the name is LLaVA's, as far as it can be guessed.
+            image = image_paths.get(path.stem, f"{path.stem}.{'jpg' if task in PERCEPTION else 'png'}")
+            tasks.setdefault(task, {})[image] = _read_pair(path)
+    return tasks, inputs.image_reader(root)
+
+
+def _read_table(table: parquet.Table) -> tuple[_Tasks, Callable[[str], bytes]]:
+    """Return the questions of the hub's dataset, whose `question_id` is task and image, in the order of the folders."""
+    found: _Tasks = {task: {} for task in TASKS}
+    images: dict[str, int] = {}
+
+    def add(number: int, row: Mapping[str, Any]) -> None:
+        task, image = row["category"], PurePosixPath(row["question_id"]).name
+        label = row["answer"].strip().rstrip(".").lower()
+        if label not in ("yes", "no"):
+            raise ValueError(f"answer is {row['answer']!r}")
+        found[task].setdefault(image, []).append((row["question"].strip(), label))
+        images.setdefault(f"{task}/{image}", number)
+
+    table.parse("MME question", add)
+    odd = [f"{task}/{image}" for task, asked in found.items() for image, pair in asked.items() if len(pair) != 2]
+    require(not odd, f"{table.paths[0]}: {odd[:1]} has not two questions")
+    ordered = {task: dict(sorted(asked.items(), key=lambda one: Path(one[0]).stem)) for task, asked in found.items()}
+    return {task: asked for task, asked in ordered.items() if asked}, table.reader(images)
 
 
 def _read_pair(path: Path) -> list[tuple[str, str]]:

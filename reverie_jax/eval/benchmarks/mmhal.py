@@ -13,7 +13,15 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from reverie_jax.eval.benchmarks import inputs
-from reverie_jax.eval.benchmarks.interface import OFFICIAL, BenchmarkData, JudgeRequest, Question, Texts, require
+from reverie_jax.eval.benchmarks.interface import (
+    OFFICIAL,
+    BenchmarkData,
+    HubDataset,
+    JudgeRequest,
+    Question,
+    Texts,
+    require,
+)
 from reverie_jax.eval.benchmarks.judged import JudgedBenchmark, fill
 from reverie_jax.eval.benchmarks.scoring import CountTable, ParsedAnswer, Scored, Statistic
 
@@ -43,6 +51,11 @@ class MmHal(JudgedBenchmark):
     required_files = (
         "response_template.json of Shengcao1006/MMHal-Bench (or RLHF-V's mmhal-bench_answer_template.json), and with "
         "--images its images"
+    )
+    metric = "mean rating; rate of hallucinations"
+    hub = HubDataset(
+        *("Shengcao1006/MMHal-Bench", ("response_template.json", "images/*"), 0),
+        *("3824aafbe4e668879c9b671014746f06afd953ea", "apache-2.0"),
     )
 
     def load(self, data: Path) -> BenchmarkData:

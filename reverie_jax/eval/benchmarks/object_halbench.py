@@ -120,6 +120,7 @@ class ObjectHalBench(JudgedBenchmark):
     """
 
     name = "object-halbench"
+    metric = "responses with a hallucination"
     scale = "percent; lengths in words"
     published_items = 300
     beams = 3

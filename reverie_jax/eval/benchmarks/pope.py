@@ -6,7 +6,7 @@ Files: `*pope*{random,popular,adversarial}.json`, JSON lines or a list of `quest
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float
 from numpy.typing import ArrayLike
 
-from reverie_jax.eval.benchmarks import inputs
+from reverie_jax.eval.benchmarks import inputs, parquet
 from reverie_jax.eval.benchmarks.interface import (
     LMMS_EVAL,
     OFFICIAL,
@@ -23,6 +23,7 @@ from reverie_jax.eval.benchmarks.interface import (
     Benchmark,
     BenchmarkData,
     BenchmarkError,
+    HubDataset,
     Question,
     Row,
     Texts,
@@ -45,20 +46,35 @@ class PopeQuestion:
     label: bool
 
 
+def _parse(row: Mapping[str, Any]) -> PopeQuestion:
+    label = {"yes": True, "no": False}[row["label"].lower()]
+    if not all(isinstance(row[name], str) for name in ("image", "text")):
+        raise TypeError("image or text")
+    return PopeQuestion(int(row["question_id"]), row["image"], row["text"], label)
+
+
+def _read_table(table: parquet.Table) -> tuple[dict[str, list[PopeQuestion]], Callable[[str], bytes]]:
+    """Return the questions of each split of the hub's dataset, and a reader of their images."""
+    splits: dict[str, list[PopeQuestion]] = {split: [] for split in SPLITS}
+    images: dict[str, int] = {}
+
+    def add(number: int, row: Mapping[str, Any]) -> None:
+        image = f"{row['image_source']}.jpg"
+        official = {**row, "image": image, "text": row["question"], "label": row["answer"].strip()}
+        splits[row["category"]].append(_parse(official))
+        images.setdefault(image, number)
+
+    table.parse("POPE question", add)
+    return {split: rows for split, rows in splits.items() if rows}, table.reader(images)
+
+
 def read_questions(path: Path) -> list[PopeQuestion]:
     """Read the questions of one split.
 
     Raises:
         BenchmarkError: The file is missing, a line is invalid, or an id is a duplicate.
     """
-
-    def parse(row: Mapping[str, Any]) -> PopeQuestion:
-        label = {"yes": True, "no": False}[row["label"].lower()]
-        if not all(isinstance(row[name], str) for name in ("image", "text")):
-            raise TypeError("image or text")
-        return PopeQuestion(int(row["question_id"]), row["image"], row["text"], label)
-
-    questions = inputs.parse_rows(path, "POPE question", parse)
+    questions = inputs.parse_rows(path, "POPE question", _parse)
     inputs.check_unique(path, [question.question_id for question in questions])
     return questions
 
@@ -172,13 +188,23 @@ class Pope(Benchmark):
         "coco_pope_random.json, coco_pope_popular.json and coco_pope_adversarial.json of the POPE repository "
         "(LLaVA uses those of August 2023), and with --images COCO's val2014 images"
     )
+    metric = "mean F1 of the three splits"
+    hub = HubDataset(
+        *("lmms-lab-encoder/POPE", ("data/test-*.parquet",), 255, "4db1276663dfa5eb8ad16a52d24c31a09e470896")
+    )
 
     def load(self, data: Path) -> BenchmarkData:
         """Read the splits that are there, or the one in a file; see `Benchmark.load`."""
         questions: list[Question] = []
         protocol: dict[str, Any] = {}
-        for split, path in _split_files(data, "*pope*").items():
-            rows = read_questions(path)
+        folder = data if data.is_dir() else data.parent
+        if table := parquet.find_table(data, *self.hub.files):
+            splits, read_image = _read_table(table)
+        else:
+            splits = {split: read_questions(path) for split, path in _split_files(data, "*pope*").items()}
+            folders = [place / name for place in (folder, folder.parent) for name in ("", "val2014", "images")]
+            read_image = inputs.image_reader(*folders)
+        for split, rows in splits.items():
             protocol[f"questions/{split}"] = len(rows)
             # A typo of the official files of August 2023, which later versions do not have: it tells the versions apart.
             protocol["imange"] = protocol.get("imange", 0) + sum("imange" in row.text for row in rows)
@@ -191,9 +217,7 @@ class Pope(Benchmark):
         inputs.check_unique(data, [question.id for question in questions])
         old = protocol.get("questions/random") == 2910 and protocol["imange"] > 0
         protocol["labels"] = "August 2023, as LLaVA's" if old else "as in the files"
-        folder = data if data.is_dir() else data.parent
-        folders = [place / name for place in (folder, folder.parent) for name in ("", "val2014", "images")]
-        return BenchmarkData(questions, inputs.image_reader(*folders), protocol)
+        return BenchmarkData(questions, read_image, protocol)
 
     def scale_of(self, rule: str) -> str:
         """Return the scale of a rule's metrics."""

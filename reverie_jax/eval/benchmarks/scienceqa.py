@@ -6,11 +6,11 @@ Files: `problems.json` (problems by id), `pid_splits.json` (ids by split), image
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from reverie_jax.eval.benchmarks import choice_parsing, inputs
+from reverie_jax.eval.benchmarks import choice_parsing, inputs, parquet
 from reverie_jax.eval.benchmarks.interface import (
     LETTER,
     LMMS_EVAL,
@@ -19,6 +19,7 @@ from reverie_jax.eval.benchmarks.interface import (
     Benchmark,
     BenchmarkData,
     BenchmarkError,
+    HubDataset,
     Question,
     Row,
     Texts,
@@ -72,12 +73,20 @@ class ScienceQa(Benchmark):
         "problems.json and pid_splits.json of the ScienceQA repository (data/scienceqa), and with --images its images, "
         "test/{id}/image.png"
     )
+    metric = "accuracy on questions with an image"
+    hub = HubDataset(
+        *("lmms-lab-encoder/ScienceQA", ("ScienceQA-FULL/test-*.parquet",), 134),
+        "69dd4d6b67373d38f96a5badd5d24d0eb5bcdc50",
+    )
 
     def __init__(self, split: str = "test"):
         self.split = split
 
     def load(self, data: Path) -> BenchmarkData:
         """Read the problems of the split; see `Benchmark.load`."""
+        if table := parquet.find_table(data, *self.hub.files):
+            questions, read_image = _read_table(table)
+            return BenchmarkData(questions, read_image, {**self._counts(questions), "ids": "positions in the split"})
         path = inputs.find_file(data, "problems.json", "*/problems.json", "*/*/problems.json", benchmark=self)
         splits_path = path.parent / "pid_splits.json"
         splits = inputs.read_json(splits_path)
@@ -98,13 +107,12 @@ class ScienceQa(Benchmark):
         listed = f"which {splits_path.name} lists in {self.split}; download both files again"
         require(missing is None, f"{path}: no problem {missing}, {listed}")
         questions = [problems[id] for id in order]
-        protocol = {
-            "split": self.split,
-            "questions": len(questions),
-            "questions/image": sum(question.image is not None for question in questions),
-        }
         read_image = _image_reader(path.parent, data if data.is_dir() else data.parent)
-        return BenchmarkData(questions, read_image, protocol)
+        return BenchmarkData(questions, read_image, self._counts(questions))
+
+    def _counts(self, questions: Sequence[Question]) -> dict[str, Any]:
+        with_image = sum(question.image is not None for question in questions)
+        return {"split": self.split, "questions": len(questions), "questions/image": with_image}
 
     def score(
         self, loaded: BenchmarkData, answers: Texts, rule: str = OFFICIAL, replies: Texts | None = None
@@ -166,6 +174,20 @@ class ScienceQa(Benchmark):
         summary = {"acc": 100.0 * correct / count if count else 0.0, "correct": correct, "count": count}
         path = out / f"{self.name}_result.json"
         return [inputs.write_json(path, {**summary, "results": results, "outputs": outputs}, indent=2)]
+
+
+def _read_table(table: parquet.Table) -> tuple[list[Question], Callable[[str], bytes]]:
+    """Return the test split of the hub's dataset, which has the official order and no ids, and a reader of its images."""
+    present, numbers = table.have_images(), dict[str, int]()
+
+    def parse(number: int, row: Mapping[str, Any]) -> Question:
+        image = "image.png" if present[number] else None
+        question = _parse_problem({**row, "pid": str(number), "image": image, "split": "test"}, "test")
+        if question.image is not None:
+            numbers[question.image] = number
+        return question
+
+    return table.parse("ScienceQA problem", parse), table.reader(numbers)
 
 
 def _parse_problem(row: Mapping[str, Any], split: str) -> Question:

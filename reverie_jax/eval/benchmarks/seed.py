@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from reverie_jax.eval.benchmarks import choice_parsing, inputs
+from reverie_jax.eval.benchmarks import choice_parsing, inputs, parquet
 from reverie_jax.eval.benchmarks.interface import (
     LETTER,
     LMMS_EVAL,
@@ -18,6 +18,7 @@ from reverie_jax.eval.benchmarks.interface import (
     Benchmark,
     BenchmarkData,
     BenchmarkError,
+    HubDataset,
     Question,
     Texts,
     require,
@@ -27,6 +28,12 @@ from reverie_jax.eval.benchmarks.scoring import CountTable, ParsedAnswer, Scored
 IMAGES, FRAMES = "SEED-Bench-image", "SEED-Bench-video-image"
 """LLaVA's folders."""
 
+_TYPES = (
+    *("Scene Understanding", "Instance Identity", "Instance Attributes", "Instance Location", "Instance Counting"),
+    *("Spatial Relation", "Instance Interaction", "Visual Reasoning", "Text Recognition", "Action Recognition"),
+    *("Action Prediction", "Procedure Understanding"),
+)
+"""Types of questions in the order of their numbers from 1, which the hub's dataset has without the names."""
 _LETTERS = "ABCD"
 _KINDS = ("image", "video")
 
@@ -65,9 +72,24 @@ class Seed(Benchmark):
         f"SEED-Bench.json of AILab-CVC/SEED-Bench, its images in {IMAGES}, and for clips LLaVA's middle frames "
         f"in {FRAMES}"
     )
+    metric = "accuracy; of images and of clips"
+    hub = HubDataset("lmms-lab-encoder/SEED-Bench", ("data/test-*.parquet",), 0)
 
     def load(self, data: Path) -> BenchmarkData:
         """Read `SEED-Bench.json`; see `Benchmark.load`."""
+        if table := parquet.find_table(data, *self.hub.files):
+            numbers: dict[str, int] = {}
+            names = dict(enumerate(_TYPES, 1))
+
+            def parse(number: int, row: Mapping[str, Any]) -> Question:
+                question = _parse(row, names)
+                numbers.setdefault(str(question.image), number)
+                return question
+
+            questions = table.parse("SEED-Bench question", parse)
+            # The hub has several frames of a clip, and not LLaVA's.
+            clips = frozenset(str(q.id) for q in questions if q.metadata["kind"] != "image")
+            return self._data(table.paths[0], questions, table.reader(numbers), _TYPES, clips)
         path = inputs.find_file(data, "SEED-Bench.json", "*/SEED-Bench.json", "SEED*Bench*.json", benchmark=self)
         content = inputs.read_json(path)
         types = content.get("question_type") if isinstance(content, dict) else None
@@ -78,19 +100,29 @@ class Seed(Benchmark):
         names = {number: name for name, number in types.items()}
         rows = content.get("questions")
         questions = inputs.parse_list(path, "SEED-Bench question", lambda row: _parse(row, names), rows, "questions")
-        repeated = _repeated_ids(path, questions)
         folders = list(dict.fromkeys((data if data.is_dir() else path.parent, path.parent)))
         unavailable = frozenset(
             str(q.id)
             for q in questions
             if q.metadata["kind"] != "image" and not any((folder / str(q.image)).is_file() for folder in folders)
         )
+        return self._data(path, questions, inputs.image_reader(*folders), list(types), unavailable)
+
+    def _data(
+        self,
+        path: Path,
+        questions: Sequence[Question],
+        read_image: Callable[[str], bytes],
+        types: Sequence[str],
+        unavailable: frozenset[str],
+    ) -> BenchmarkData:
+        repeated = _repeated_ids(path, questions)
         kinds = [question.metadata["kind"] for question in questions]
         protocol: dict[str, Any] = {f"questions/{kind}": kinds.count(kind) for kind in _KINDS}
         protocol["clips without a frame"] = len(unavailable)
         if repeated:
             protocol["ids of several questions"] = ", ".join(repeated)
-        return BenchmarkData(questions, inputs.image_reader(*folders), protocol, {"types": list(types)}, unavailable)
+        return BenchmarkData(questions, read_image, protocol, {"types": list(types)}, unavailable)
 
     def score(
         self, loaded: BenchmarkData, answers: Texts, rule: str = OFFICIAL, replies: Texts | None = None

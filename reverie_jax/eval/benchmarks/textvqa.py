@@ -13,12 +13,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from reverie_jax.eval.benchmarks import inputs
+from reverie_jax.eval.benchmarks import inputs, parquet
 from reverie_jax.eval.benchmarks.interface import (
     OFFICIAL,
     SHORT,
     Benchmark,
     BenchmarkData,
+    HubDataset,
     Question,
     Texts,
     normalize_prompt,
@@ -74,17 +75,30 @@ class TextVqa(Benchmark):
         f"TextVQA_0.5.1_val.json and {_ROSETTA} of TextVQA's download page (or, instead of the second, LLaVA's "
         f"{_LLAVA_QUESTIONS}), and with --images the images of train_images"
     )
+    metric = "soft accuracy"
+    hub = HubDataset("lmms-lab-encoder/textvqa", ("data/validation-*.parquet",), 920)
 
     def comparable(self, scores: Mapping[str, Any]) -> bool:
-        """See `Benchmark.comparable`; published scores are of prompts with OCR tokens."""
-        return super().comparable(scores) and scores["protocol"].get("ocr tokens") != "none"
+        """See `Benchmark.comparable`; published scores are of prompts with OCR tokens; the hub does not say which."""
+        return super().comparable(scores) and scores["protocol"].get("ocr tokens") not in ("none", "the hub's")
 
     def load(self, data: Path) -> BenchmarkData:
         """Read the annotations, and OCR tokens if they are there; see `Benchmark.load`."""
-        path = inputs.find_file(data, "TextVQA_0.5.1_val.json", "TextVQA_*[0-9]_val.json", benchmark=self)
+        table = parquet.find_table(data, *self.hub.files)
+        if table is None:
+            path = inputs.find_file(data, "TextVQA_0.5.1_val.json", "TextVQA_*[0-9]_val.json", benchmark=self)
+        else:
+            path = table.paths[0]
         folder = path.parent
         texts = _llava_texts(folder / _LLAVA_QUESTIONS)
-        tokens = _tokens(folder / _ROSETTA)
+        words: dict[str, Sequence[str]] = {}
+        tokens = _tokens(folder / _ROSETTA) if table is None else words
+        numbers: dict[str, int] = {}
+
+        def parse_numbered(number: int, row: Mapping[str, Any]) -> Question:
+            numbers.setdefault(f"{row['image_id']}.jpg", number)
+            words[str(row["image_id"])] = _words(row)
+            return parse(row)
 
         def parse(row: Mapping[str, Any]) -> Question:
             answers, image, question = row["answers"], str(row["image_id"]), str(row["question"])
@@ -98,13 +112,18 @@ class TextVqa(Benchmark):
             text = texts.get((image, question.lower()), "\n".join(lines))
             return Question(int(row["question_id"]), f"{image}.jpg", text, image, metadata)
 
-        questions = _parse_data(path, "TextVQA question", parse)
+        if table is None:
+            questions = _parse_data(path, "TextVQA question", parse)
+            read_image = inputs.image_reader(folder, folder / "train_images", folder / "images")
+        else:
+            questions, read_image = table.parse("TextVQA question", parse_numbered), table.reader(numbers)
         inputs.check_unique(path, [question.id for question in questions])
         by_prompt: dict[tuple[str, str], list[str]] = {}
         for question in questions:
             by_prompt.setdefault((question.cluster, question.metadata["question"]), []).append(str(question.id))
-        source = "LLaVA's questions" if texts else "none" if tokens is None else "Rosetta v0.2"
-        read_image = inputs.image_reader(folder, folder / "train_images", folder / "images")
+        source = (
+            "LLaVA's questions" if texts else "none" if tokens is None else "Rosetta v0.2" if not table else "the hub's"
+        )
         protocol = {"file": path.name, "questions": len(questions), "ocr tokens": source}
         tables = {"ids": frozenset(str(question.id) for question in questions), "by_prompt": by_prompt}
         return BenchmarkData(questions, read_image, protocol, tables)
@@ -172,10 +191,11 @@ def _tokens(path: Path) -> dict[str, Sequence[str]] | None:
     if not path.exists():
         return None
 
-    def parse(row: Mapping[str, Any]) -> tuple[str, Sequence[str]]:
-        tokens = row["ocr_tokens"]
-        if not all(isinstance(token, str) for token in tokens):
-            raise TypeError(f"image {row['image_id']}: ocr_tokens must be texts")
-        return str(row["image_id"]), tuple(tokens)
+    return dict(_parse_data(path, "image with OCR tokens", lambda row: (str(row["image_id"]), _words(row))))
 
-    return dict(_parse_data(path, "image with OCR tokens", parse))
+
+def _words(row: Mapping[str, Any]) -> Sequence[str]:
+    tokens = row["ocr_tokens"]
+    if not all(isinstance(token, str) for token in tokens):
+        raise TypeError(f"image {row['image_id']}: ocr_tokens must be texts")
+    return tuple(tokens)

@@ -26,7 +26,16 @@ MAIN = 6
 """Metrics beneath a headline in the table of scores; the section of the benchmark has all of them."""
 
 _DIGEST = re.compile(r"\b([0-9a-f]{8})[0-9a-f]{8,}\b")
-_OUTCOMES = ("calibration/", "yes/", "run/model", "run/checksums", "judge/answers", "judge/date")
+_OUTCOMES = (
+    "calibration/",
+    "yes/",
+    "run/model",
+    "run/checksums",
+    "run/versions",
+    "run/dates",
+    "judge/answers",
+    "judge/date",
+)
 _COUNTS = ("not inferred", "replies of a judge", "unread_replies")
 """Parts of a protocol that are results of a run: they may differ between runs that were measured alike."""
 
@@ -122,7 +131,11 @@ def _properties(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
 
 
 def _decoding(protocol: Mapping[str, Any]) -> str:
-    decoding = protocol.get("run/decoding")
+    decoding, request = protocol.get("run/decoding"), protocol.get("run/request")
+    if isinstance(request, Mapping):
+        temperature = request.get("temperature")
+        words = ["served elsewhere", f"temperature {'of the service' if temperature is None else temperature}"]
+        return ", ".join(words + ["second answer, after a rationale"] * bool(protocol.get("run/reflect")))
     if not isinstance(decoding, Mapping):
         return "not recorded"
     words = [f"{decoding['beams']} beams"] if decoding.get("beams", 1) > 1 else []

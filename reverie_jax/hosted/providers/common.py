@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from reverie_jax.errors import UserError
-from reverie_jax.hosted.interface import AnnotationError, RefusedError, Reply, RetryableError
+from reverie_jax.hosted.interface import AnnotationError, RefusedError, Reply, RequestSettings, RetryableError
+from reverie_jax.hosted.thoughts import split_thoughts
 
 TRANSFER_TIMEOUT = 600.0
 """Seconds to wait for the upload or download of a batch file."""
@@ -112,12 +113,19 @@ def keep_raw(error: AnnotationError, raw: str, secret: str) -> AnnotationError:
     return error
 
 
-def cut_off(limit: int | None, reply: Reply) -> RefusedError:
-    """Return the error for a reply that ended at its maximum length."""
+def check_cut_off(settings: RequestSettings, reply: Reply) -> None:
+    """Accept a reply that ended at its maximum length if its words are to be kept, and it has any.
+
+    Raises:
+        RefusedError: It cannot be used.
+    """
+    if settings.keep_cut_off and split_thoughts(reply.text)[1].strip():
+        return
+    limit = settings.max_new_tokens
     if limit is None:
-        return RefusedError("cut off at the service's maximum length", reply)
+        raise RefusedError("cut off at the service's maximum length", reply)
     reason = f"cut off at {limit:,} tokens, thoughts included; raise --max-new-tokens"
-    return RefusedError(reason, reply, systematic=True)
+    raise RefusedError(reason, reply, systematic=True)
 
 
 def parse_result_lines(

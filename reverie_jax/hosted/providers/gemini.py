@@ -25,7 +25,7 @@ from reverie_jax.hosted.providers.common import (
     timed_out,
 )
 from reverie_jax.hosted.providers.failures import read_reply, sort_submission
-from reverie_jax.hosted.providers.google_replies import error_from_body, parse_response, read_operation
+from reverie_jax.hosted.providers.google_replies import ROLES, error_from_body, parse_response, read_operation
 
 
 class Gemini:
@@ -43,32 +43,33 @@ class Gemini:
         """Close the connections."""
         await self._client.aclose()
 
-    def _content(self, request: Request) -> tuple[types.Content, types.GenerateContentConfig]:
-        prompt = well_formed(request.prompt)
-        parts: list[Any] = [types.Part.from_text(text=prompt)]
+    def _contents(self, request: Request) -> tuple[list[types.Content], types.GenerateContentConfig]:
+        parts: list[list[types.Part]] = [
+            [types.Part.from_text(text=well_formed(text))] for text in request.turns or (request.prompt,)
+        ]
         if request.send_image:
             kind, encoded = encode_image(request.image, self._settings.max_image_size)
-            parts.insert(0, types.Part.from_bytes(data=encoded, mime_type=kind))
+            parts[0].insert(0, types.Part.from_bytes(data=encoded, mime_type=kind))
         config = types.GenerateContentConfig(
             temperature=self._settings.temperature, max_output_tokens=self._settings.max_new_tokens
         )
         if request.schema and self._settings.structured:
             config.response_mime_type = "application/json"
             config.response_json_schema = dict(request.schema)
-        return types.Content(role="user", parts=parts), config
+        return [types.Content(role=ROLES[n % 2], parts=turn) for n, turn in enumerate(parts)], config
 
     async def ask(self, request: Request) -> Reply:
         """Send one request; see `Provider.ask`."""
-        content, config = self._content(request)
+        contents, config = self._contents(request)
         sent = " ".join(_plain(config))
         config.should_return_http_response = True  # the raw text: the SDK's own reading loses what it does not know
         async with self._translate_errors(self._settings.timeout, sent, asked=True):
-            response = await self._client.models.generate_content(model=self.model, contents=content, config=config)
+            response = await self._client.models.generate_content(model=self.model, contents=contents, config=config)
         http = response.sdk_http_response
         return read_reply((http.body if http else None) or "", self._parse, self._key)
 
     def _parse(self, body: Any) -> Reply:
-        return parse_response(body, f"gemini:{self.model}", self._key, self._settings.max_new_tokens)
+        return parse_response(body, f"gemini:{self.model}", self._key, self._settings)
 
     @contextlib.asynccontextmanager
     async def _translate_errors(self, timeout: float, sent: str = "", *, asked: bool = False) -> AsyncIterator[None]:
@@ -100,8 +101,8 @@ class Gemini:
 
     def encode_request(self, key: str, request: Request) -> str:
         """Return a request as a line of a batch file."""
-        content, config = self._content(request)
-        body = {"contents": [_plain(content)], "generationConfig": _plain(config)}
+        contents, config = self._contents(request)
+        body = {"contents": list(map(_plain, contents)), "generationConfig": _plain(config)}
         return json.dumps({"key": key, "request": body})
 
     async def submit(self, file: Path, label: str) -> str:

@@ -14,7 +14,7 @@ from reverie_jax.hosted.images import encode_image
 from reverie_jax.hosted.interface import Reply, Request, RequestSettings, RetryableError
 from reverie_jax.hosted.providers.common import UNEXPECTED, broken_off, redact, timed_out
 from reverie_jax.hosted.providers.failures import decode_body, read_reply
-from reverie_jax.hosted.providers.google_replies import error_from_body, parse_response
+from reverie_jax.hosted.providers.google_replies import ROLES, error_from_body, parse_response
 
 
 class GoogleGenerativeAI:
@@ -36,10 +36,11 @@ class GoogleGenerativeAI:
         return await asyncio.to_thread(self._ask, request)
 
     def _ask(self, request: Request) -> Reply:
-        parts: list[Any] = [well_formed(request.prompt)]
+        parts: list[list[Any]] = [[well_formed(text)] for text in request.turns or (request.prompt,)]
         if request.send_image:
             kind, encoded = encode_image(request.image, self._settings.max_image_size)
-            parts.insert(0, {"mime_type": kind, "data": encoded})
+            parts[0].insert(0, {"mime_type": kind, "data": encoded})
+        contents = [{"role": ROLES[n % 2], "parts": turn} for n, turn in enumerate(parts)]
         config: dict[str, Any] = {}
         if self._settings.temperature is not None:
             config["temperature"] = self._settings.temperature
@@ -50,7 +51,7 @@ class GoogleGenerativeAI:
         source = f"{self.name}:{self.model}"
         try:
             response = self._model.generate_content(
-                parts, generation_config=config, request_options={"timeout": self._settings.timeout, "retry": None}
+                contents, generation_config=config, request_options={"timeout": self._settings.timeout, "retry": None}
             )
         except exceptions.GoogleAPICallError as error:
             headers = getattr(error.response, "headers", None) or {}
@@ -70,6 +71,4 @@ class GoogleGenerativeAI:
             raise RetryableError(redact(f"{UNEXPECTED} ({error})", self._key), charged=True) from None
         message = response._result
         raw = type(message).to_json(message, use_integers_for_enums=False, including_default_value_fields=False)
-        return read_reply(
-            raw, lambda body: parse_response(body, source, self._key, self._settings.max_new_tokens), self._key
-        )
+        return read_reply(raw, lambda body: parse_response(body, source, self._key, self._settings), self._key)

@@ -13,12 +13,15 @@ from reverie_jax.hosted.interface import (
     BatchStatus,
     RefusedError,
     Reply,
+    RequestSettings,
     RetryableError,
     UnusableError,
 )
-from reverie_jax.hosted.providers.common import UNEXPECTED, cut_off, parse_retry_after, redact
+from reverie_jax.hosted.providers.common import UNEXPECTED, check_cut_off, parse_retry_after, redact
 from reverie_jax.hosted.providers.failures import find_words, is_queue_full, read_counts, sort_failure
 
+ROLES = ("user", "model")
+"""Google's names of a conversation's sides."""
 _HTTP = {3: 400, 4: 504, 5: 404, 7: 403, 8: 429, 13: 500, 14: 503, 16: 401}
 """HTTP status by google.rpc.Code, which batch results use."""
 _ENDED = {"SUCCEEDED", "PARTIALLY_SUCCEEDED", "FAILED", "CANCELLED", "EXPIRED"}
@@ -48,14 +51,14 @@ def error_from_body(
     return sort_failure(status, body, model_spec, key, after, sent=sent)
 
 
-def parse_response(body: Any, model_spec: str, key: str, limit: int | None) -> Reply:
+def parse_response(body: Any, model_spec: str, key: str, settings: RequestSettings) -> Reply:
     """Return the reply of a response's JSON.
 
     Args:
         body: The decoded body.
         model_spec: "provider:model".
         key: The API key.
-        limit: Most tokens of a reply.
+        settings: Of the request.
 
     Raises:
         AnnotationError: It was blocked, is empty, was cut off, or holds an error.
@@ -79,8 +82,8 @@ def parse_response(body: Any, model_spec: str, key: str, limit: int | None) -> R
         raise RefusedError(f"blocked ({reason})", reply) if reason else UnusableError("an empty reply", reply)
     finish = str(candidate.get("finishReason") or "STOP")
     if finish == "MAX_TOKENS":
-        raise cut_off(limit, reply)
-    if finish not in ("STOP", "FINISH_REASON_UNSPECIFIED"):
+        check_cut_off(settings, reply)
+    elif finish not in ("STOP", "FINISH_REASON_UNSPECIFIED"):
         raise UnusableError(f"blocked ({_reason(candidate, 'finishReason', 'finishMessage', key)})", reply)
     if not reply.text.strip():
         reason = "thoughts without an answer" if _words(candidate, thoughts=True) else "an empty reply"

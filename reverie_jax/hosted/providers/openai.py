@@ -28,7 +28,7 @@ from reverie_jax.hosted.providers.common import (
     TRANSFER_TIMEOUT,
     UNEXPECTED,
     broken_off,
-    cut_off,
+    check_cut_off,
     is_transport_error,
     parse_result_lines,
     parse_retry_after,
@@ -83,13 +83,18 @@ class OpenAI:
         await self._client.close()
 
     def _body(self, request: Request) -> dict[str, Any]:
-        prompt = well_formed(request.prompt)
-        content: list[dict[str, Any]] = [{"type": "text", "text": prompt}]
+        first, *more = map(well_formed, request.turns or (request.prompt,))
+        content: list[dict[str, Any]] = [{"type": "text", "text": first}]
         if request.send_image:
             kind, encoded = encode_image(request.image, self._settings.max_image_size)
             data = base64.b64encode(encoded).decode()
-            content.append({"type": "image_url", "image_url": {"url": f"data:{kind};base64,{data}"}})
-        body: dict[str, Any] = {"model": self.model, "messages": [{"role": "user", "content": content}]}
+            # A prompt has its image behind it, as ever: replies in existing journals are to such requests.
+            content.insert(
+                0 if request.turns else 1, {"type": "image_url", "image_url": {"url": f"data:{kind};base64,{data}"}}
+            )
+        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+        messages += [{"role": ("assistant", "user")[n % 2], "content": text} for n, text in enumerate(more)]
+        body: dict[str, Any] = {"model": self.model, "messages": messages}
         if self._settings.temperature is not None:
             body["temperature"] = self._settings.temperature
         if self._settings.max_new_tokens is not None and (name := _LENGTHS[self._length]):
@@ -192,7 +197,7 @@ class OpenAI:
         if finish in _BLOCKED or refusal:
             raise UnusableError(redact(f"blocked ({refusal or finish})", self._key), reply)
         if finish in _CUT_OFF:
-            raise cut_off(self._settings.max_new_tokens, reply)
+            check_cut_off(self._settings, reply)
         if not text.strip():
             if any(message.get(name) for name in _THOUGHTS) or _list(message.get("content")):
                 raise UnusableError("thoughts without an answer", reply)
