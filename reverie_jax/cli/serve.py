@@ -56,7 +56,9 @@ class Serve:
         )
         if not 0 <= self.port <= 65535:
             raise UserError(f"--port {self.port}: must be from 0 to 65535")
-        template, key = common.check_template(self.template), os.environ.get(KEY, "").strip()
+        from reverie_jax.hosted.providers.common import find_api_key
+
+        template, key = common.check_template(self.template), find_api_key(os.environ, KEY, required=False)
         if not key and not _is_loopback(self.host):
             raise UserError(f"--host {self.host}: others could use the model; set the environment variable {KEY}")
         try:
@@ -69,27 +71,24 @@ class Serve:
         from reverie_jax.eval.schedule import EngineShape
         from reverie_jax.serve.scheduler import Scheduler
 
-        mesh, listening = common.parse_mesh(self.mesh), self._listen()
-        model, processor = common.load_merged(self.model, self.components, self.adapter, self.dtype, template)
-        shape = EngineShape(sequence_length=processor.context, batch_size=self.batch_size)
-        service = Service(
-            Scheduler(Engine(model, processor, shape, mesh=mesh)),
-            self.name or PurePath(self.model.partition("@")[0]).name,
-            key,
-            self.max_new_tokens or _MAX_NEW_TOKENS,
-            self.max_requests,
-            frozenset(host.lower() for host in common.joined(self.image_hosts)),
-        )
-        config = uvicorn.Config(
-            make_app(service),
-            log_level="warning",
-            ws="none",
-            server_header=False,
-            timeout_graceful_shutdown=_GRACE_SECONDS,
-        )
-        host, port = listening.getsockname()[:2]
-        common.note([f"serving {service.name} at http://{f'[{host}]' if ':' in host else host}:{port}/v1"])
-        with listening:
+        mesh = common.parse_mesh(self.mesh)
+        with self._listen() as listening:
+            model, processor = common.load_merged(self.model, self.components, self.adapter, self.dtype, template)
+            shape = EngineShape(sequence_length=processor.context, batch_size=self.batch_size)
+            service = Service(
+                Scheduler(Engine(model, processor, shape, mesh=mesh)),
+                self.name or PurePath(self.model.partition("@")[0]).name,
+                key,
+                self.max_new_tokens or _MAX_NEW_TOKENS,
+                self.max_requests,
+                frozenset(host.lower() for host in common.joined(self.image_hosts)),
+            )
+            app = make_app(service)
+            config = uvicorn.Config(
+                app, log_level="warning", ws="none", server_header=False, timeout_graceful_shutdown=_GRACE_SECONDS
+            )
+            host, port = listening.getsockname()[:2]
+            common.note([f"serving {service.name} at http://{f'[{host}]' if ':' in host else host}:{port}/v1"])
             uvicorn.Server(config).run([listening])
 
     def _listen(self) -> socket.socket:

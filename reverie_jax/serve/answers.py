@@ -114,9 +114,7 @@ class AnswerText:
             before = self._tokens[at - 1] if at else self._before
             ids, logprobs = (x[at - first, : self._top].tolist() for x in (chosen.top, chosen.top_logprobs))
             top = tuple((self._piece(before, token), value) for token, value in zip(ids, logprobs, strict=True))
-            found.append(
-                ScoredToken(self._piece(before, self._tokens[at]), float(chosen.logprob[at - first]), top)
-            )
+            found.append(ScoredToken(self._piece(before, self._tokens[at]), float(chosen.logprob[at - first]), top))
         return tuple(found)
 
     def _piece(self, before: int, token: int) -> str:

@@ -9,7 +9,7 @@ import functools
 import hmac
 import json
 import time
-from collections.abc import AsyncIterator, Collection, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Iterator
 from typing import Any
 
 import anyio
@@ -23,7 +23,6 @@ from starlette.responses import Response as HttpResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from reverie_jax.eval.engine import Engine
 from reverie_jax.serve import chat
 from reverie_jax.serve.answers import Delta
 from reverie_jax.serve.errors import ApiError
@@ -121,7 +120,7 @@ class Service:
         work = functools.partial(chat.prepare, body, engine.processor, **options)
         return await anyio.to_thread.run_sync(work, limiter=self._limiter)
 
-    async def deltas(self, request: Request) -> AsyncIterator[Delta]:
+    async def deltas(self, request: Request) -> AsyncGenerator[Delta]:
         """Yield what is new of the answers until all have ended; a caller that leaves gives the request up.
 
         Raises:
@@ -200,7 +199,8 @@ class ChatCompletions:
             while (await receive())["type"] != "http.disconnect":
                 pass
 
-        tasks = answers, gone = asyncio.create_task(collect()), asyncio.create_task(left())
+        answers = asyncio.create_task(collect())
+        tasks = answers, asyncio.create_task(left())
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             return JSONResponse(response.whole(await answers)) if answers.done() else None

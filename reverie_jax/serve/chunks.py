@@ -68,7 +68,8 @@ def start(
     """Prefill a batch and choose the first token of each answer.
 
     Args:
-        graph, state: The model.
+        graph: The model, from `nnx.split`.
+        state: Its parameters.
         batch: Packed sequences.
         controls: How to decode.
         stops: Tokens that end an answer; the first of them stands for whichever did.
@@ -98,7 +99,8 @@ def advance(
     """Decode up to `CHUNK` further tokens of each answer.
 
     Args:
-        graph, state: The model.
+        graph: The model, from `nnx.split`.
+        state: Its parameters.
         prefilled: From `start`.
         suffix: KV of the answers' tokens, all but the last; it is overwritten.
         controls: How to decode.

@@ -49,8 +49,10 @@ def read_image(url: str, hosts: Collection[str] = ()) -> bytes:
     if scheme != "https":
         raise _error("must be a data URL (data:image/png;base64,...); files of the server are never read")
     if host not in hosts:
-        raise _error(f"images are not downloaded from {host or 'this host'}: send a data URL, or start the server with"
-                     " --image-hosts")
+        raise _error(
+            f"images are not downloaded from {host or 'this host'}: send a data URL, or start the server with"
+            " --image-hosts"
+        )
     return _download(url)
 
 
@@ -65,9 +67,11 @@ def _download(url: str) -> bytes:
     try:
         with urllib.request.build_opener(_NoRedirect).open(url, timeout=_TIMEOUT) as response:
             encoded: bytes = response.read(MAX_IMAGE_BYTES + 1)
+    except urllib.error.HTTPError as error:
+        with error:
+            raise _error(f"the image cannot be downloaded (HTTP {error.code})") from None
     except (OSError, ValueError) as error:  # urllib's own are OSErrors
-        reason = f"HTTP {error.code}" if isinstance(error, urllib.error.HTTPError) else type(error).__name__
-        raise _error(f"the image cannot be downloaded ({reason})") from None
+        raise _error(f"the image cannot be downloaded ({type(error).__name__})") from None
     if len(encoded) > MAX_IMAGE_BYTES:
         raise _error(f"the image is larger than {MAX_IMAGE_BYTES >> 20} MiB")
     return encoded

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST as CONTENT_TYPE
 
@@ -15,7 +17,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        own = {"registry": self._registry}
+        own: Any = {"registry": self._registry}
         self.requests = Counter("reverie_requests", "Responses by path and HTTP status.", ["path", "status"], **own)
         self.in_flight = Gauge("reverie_requests_in_flight", "Chat completions that are prepared, wait or run.", **own)
         self.waiting = Gauge("reverie_answers_waiting", "Answers that wait for a batch.", **own)

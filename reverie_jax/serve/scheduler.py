@@ -162,7 +162,10 @@ class Scheduler:
 
         Raises:
             Stopped: The scheduler was closed.
+            ValueError: The prompt is longer than a sequence.
         """
+        if len(request.tokens) > (longest := self.engine.shape.sequence_length):
+            raise ValueError(f"a prompt of {len(request.tokens)} tokens; sequences have {longest}")
         ticket = Ticket(request, on_event)
         leaves = [_Leaf(ticket, index, self.engine) for index in range(request.n)]
         with self._changed:
@@ -236,9 +239,9 @@ class Scheduler:
             for leaf in waiting:
                 digest = leaf.request.digest
                 # Longer answers would take the room of their KV for all.
-                if leaf.room == room and (digest in sequences or len(sequences) < limit.batch_size):
-                    if sequences.setdefault(digest, _Sequence()).add(leaf, limit):
-                        taken.add(leaf)
+                suits = leaf.room == room and (digest in sequences or len(sequences) < limit.batch_size)
+                if suits and sequences.setdefault(digest, _Sequence()).add(leaf, limit):
+                    taken.add(leaf)
         with self._changed:
             self._waiting = [leaf for leaf in self._waiting if leaf not in taken and not leaf.done]
             self.metrics.waiting.set(len(self._waiting))
@@ -273,9 +276,7 @@ class Scheduler:
         controls = _controls(places)
         model, stops = (engine.graph, engine.state), engine.encoder.stop_ids
         self.metrics.batch_answers.observe(sum(leaf is not None for row in places for leaf in row))
-        chosen, prefilled, suffix = start(
-            *model, batch, controls, stops=stops, room=sequences[0].leaves[0].room
-        )
+        chosen, prefilled, suffix = start(*model, batch, controls, stops=stops, room=sequences[0].leaves[0].room)
         chosen = jax.tree.map(lambda x: np.asarray(x)[:, :, None], chosen)
         self._deliver(places, chosen)
         done = 1

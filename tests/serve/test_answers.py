@@ -15,7 +15,17 @@ from tests.data.fakes import byte_level_tokenizer
 
 TOKENIZER = byte_level_tokenizer()
 END = TOKENIZER.eos_token_id
-TEXTS = ["Yes.", " Yes, a red cup ", "né à Paris…", "one\ntwo\n\nthree", "#", "a ## b\n### c", "", "日本 🙂🙂 語", "said: it"]
+TEXTS = [
+    "Yes.",
+    " Yes, a red cup ",
+    "né à Paris…",
+    "one\ntwo\n\nthree",
+    "#",
+    "a ## b\n### c",
+    "",
+    "日本 🙂🙂 語",
+    "said: it",
+]
 
 
 def encoder(end=None, opening=" "):

@@ -9,7 +9,6 @@ import json
 import socket
 import threading
 
-import numpy as np
 import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -17,8 +16,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from reverie_jax.data.pipeline import ImageQuestions
 from reverie_jax.data.processor import ask as open_questions
 from reverie_jax.eval.decode import Decoding
-from reverie_jax.hosted import providers
 from reverie_jax.hosted.interface import Request, RequestImage, RequestSettings
+from reverie_jax.hosted.providers import open_provider
 from reverie_jax.serve import app, chat
 from tests.serve.helpers import SECONDS, ask, data_url, png, until
 
@@ -143,15 +142,18 @@ def test_many_clients_at_once(server, alone):
 
 
 def test_our_own_client(server, alone):
+    """`reverie annotate` and `reverie judge` ask this way."""
+    settings = RequestSettings(max_new_tokens=24, temperature=0.0)
+
     async def main():
-        provider = providers.find(f"openai:{NAME}@{server.url}/v1", RequestSettings(max_new_tokens=24, temperature=0.0))
+        provider = open_provider(f"openai:{NAME}@{server.url}/v1", settings, {})
         try:
-            return await provider.ask(Request("stage", QUESTIONS[0], RequestImage("x.png", IMAGE)))
+            return await provider.ask(Request("positive", RequestImage("x.png", IMAGE), {}, QUESTIONS[1]))
         finally:
             await provider.close()
 
     reply = asyncio.run(main())
-    assert reply.text == alone(QUESTIONS[0], IMAGE)
+    assert reply.text == alone(QUESTIONS[1], IMAGE)
 
 
 def test_models(server, client):
@@ -201,7 +203,12 @@ BAD: dict[str, tuple] = {
     "system text": ({"messages": [{"role": "system", "content": "Be brief."}, *ask("a")]}, 400, "messages.0", None),
     "other part": ({"messages": [{"role": "user", "content": [{"type": "video_url"}]}]}, 400, "messages.0", None),
     "marker without image": ({"messages": ask("<image> what?")}, 400, "messages.0", None),
-    "two images": ({"messages": [{"role": "user", "content": ask("x", IMAGE)[0]["content"] * 2}]}, 400, "messages", None),
+    "two images": (
+        {"messages": [{"role": "user", "content": ask("x", IMAGE)[0]["content"] * 2}]},
+        400,
+        "messages",
+        None,
+    ),
     "other model": ({**WORDS, "model": "gpt"}, 404, "model", "model_not_found"),
     "unknown option": ({**WORDS, "best_of": 2}, 400, "best_of", None),
     "tools": ({**WORDS, "tools": [{"type": "function"}]}, 400, "tools", None),
@@ -219,7 +226,12 @@ BAD: dict[str, tuple] = {
     "alternatives alone": ({**WORDS, "top_logprobs": 2}, 400, "top_logprobs", None),
     "no tokens": ({**WORDS, "max_tokens": 0}, 400, "max_tokens", None),
     "more than allowed": ({**WORDS, "max_tokens": 49}, 400, "max_tokens", None),
-    "more than the context": ({**WORDS, "max_completion_tokens": 1024}, 400, "max_completion_tokens", "context_length_exceeded"),
+    "more than the context": (
+        {**WORDS, "max_completion_tokens": 1024},
+        400,
+        "max_completion_tokens",
+        "context_length_exceeded",
+    ),
     "long text": ({"messages": ask("cup " * 2000)}, 400, "messages", "context_length_exceeded"),
     "file": (url_message("file:///etc/passwd"), 400, "messages", "invalid_image_url"),
     "path": (url_message("/etc/passwd"), 400, "messages", "invalid_image_url"),
@@ -246,7 +258,9 @@ def test_bad_requests_get_their_errors_and_harm_nobody(server, alone):
     for name, (body, *_) in BAD.items():
         neighbor = threading.Thread(target=ask_well)
         neighbor.start()
-        results[name] = server.chat(body) if isinstance(body, dict) else server.send("POST", "/v1/chat/completions", body)
+        results[name] = (
+            server.chat(body) if isinstance(body, dict) else server.send("POST", "/v1/chat/completions", body)
+        )
         neighbor.join()
     for name, (_, status, param, code) in BAD.items():
         found, _, content = results[name]
@@ -287,7 +301,14 @@ def test_what_changes_nothing_is_accepted(server, alone):
         picture = {"type": "image_url", "image_url": {"url": url, "detail": "high"}}
         for content in ([picture, {"type": "text", "text": QUESTIONS[1]}], [*marked, picture]):
             messages = [{"role": "system", "content": sentence}, {"role": "user", "content": content, "name": "x"}]
-            harmless = {"user": "me", "metadata": {"a": "b"}, "n": 1, "presence_penalty": 0, "logit_bias": {}, "tools": []}
+            harmless = {
+                "user": "me",
+                "metadata": {"a": "b"},
+                "n": 1,
+                "presence_penalty": 0,
+                "logit_bias": {},
+                "tools": [],
+            }
             harmless |= {"response_format": {"type": "text"}, "stream": False, "stop": None, "seed": -(2**63)}
             status, _, found = server.chat({"messages": messages, "temperature": 0, "max_tokens": 24, **harmless})
             assert status == 200, found
@@ -334,10 +355,12 @@ def test_too_many_requests_are_told_when_to_come_again(serve, monkeypatch):
 @pytest.mark.parametrize("stream", [False, True])
 def test_clients_that_leave_free_their_place(serve, stream, monkeypatch):
     with serve(max_requests=1) as running:
-        body = json.dumps({"model": NAME, **WORDS, "n": 8, "max_tokens": 48, "temperature": 2, "stream": stream}).encode()
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+        options = {"n": 8, "max_tokens": 48, "temperature": 2, "stream": stream}
+        body = json.dumps({"model": NAME, **WORDS, **options}).encode()
+        head = ["POST /v1/chat/completions HTTP/1.1", "Host: x", "Content-Type: application/json"]
+        head += [f"Content-Length: {len(body)}", "", ""]
         with socket.create_connection(("127.0.0.1", running.port)) as connection:
-            connection.sendall(head.encode() + b"\r\n\r\n" + body)
+            connection.sendall("\r\n".join(head).encode() + body)
             if stream:
                 connection.recv(10)
             else:
@@ -379,10 +402,3 @@ def test_a_server_that_stops(serve):
     assert not running.service.scheduler.healthy
     with pytest.raises(ConnectionError):
         running.send("GET", "/health")
-
-
-def test_token_ids_do_not_depend_on_neighbors(client, alone):
-    """The same request again, alone and beside others, has the same scores to the last digits that matter."""
-    options = {"logprobs": True, "top_logprobs": 5}
-    one, other = (create(client, **options).choices[0].logprobs.content for _ in range(2))
-    np.testing.assert_allclose([x.logprob for x in one], [x.logprob for x in other], atol=1e-4, rtol=0)

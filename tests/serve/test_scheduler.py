@@ -21,7 +21,7 @@ from reverie_jax.models.sharding import make_mesh
 from reverie_jax.serve import scheduler as scheduler_module
 from reverie_jax.serve.scheduler import Scheduler, Stopped
 from tests.eval import decode_oracle as oracle
-from tests.eval.decode_oracle import END, MANY_IMAGES, NEW_TOKENS, ask, png
+from tests.eval.decode_oracle import MANY_IMAGES, NEW_TOKENS, ask, png
 from tests.serve.helpers import Answers, answers, closing, request, until
 
 MODEL = 2
@@ -167,7 +167,9 @@ def test_programs_are_few(scheduler):
 def test_a_short_answer_overtakes_a_long_one(scheduler):
     """A request that comes while another is decoded is answered before that one's end."""
     sampled = [of(scheduler, *QUESTIONS[2], longest=128, temperature=1.0, seed=seed) for seed in range(12)]
-    slow, found = max(zip(sampled, answers(scheduler, sampled), strict=True), key=lambda one: one[1].deltas[0][-1].count)
+    slow, found = max(
+        zip(sampled, answers(scheduler, sampled), strict=True), key=lambda one: one[1].deltas[0][-1].count
+    )
     assert found.deltas[0][-1].count > 30
     order, long, short = [], Answers(), Answers()
 
@@ -230,6 +232,11 @@ def test_little_room_for_answers_does_not_change_them(monkeypatch, alone):
     assert [one.texts() for one in found] == [[alone(*one, Decoding(NEW_TOKENS))] for one in QUESTIONS[:3]]
 
 
+def test_a_prompt_that_fits_no_sequence_is_refused(scheduler):
+    with pytest.raises(ValueError, match="300"):
+        scheduler.submit(of(scheduler, png(0), ask("x" * 300)), Answers())
+
+
 def test_closing_answers_everybody():
     scheduler = Scheduler(engine())
     sinks = [Answers() for _ in range(30)]
@@ -241,4 +248,3 @@ def test_closing_answers_everybody():
     assert not scheduler.healthy
     with pytest.raises(Stopped):
         scheduler.submit(of(scheduler, *QUESTIONS[0]), Answers())
-    assert END in oracle.PROCESSOR.encoder.stop_ids
