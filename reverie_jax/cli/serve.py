@@ -35,18 +35,18 @@ class Serve:
     dtype: common.Dtype = "auto"
     mesh: common.MeshSpec = common.ONE_DEVICE
     host: Annotated[str, common.option("ADDRESS")] = "127.0.0.1"
-    """Address to listen at; any but this machine's own needs a key in REVERIE_API_KEY."""
+    """Address to listen at; any but loopback needs a key in REVERIE_API_KEY."""
     port: Annotated[int, common.N] = 8000
     """Port to listen at; 0 for any free one."""
-    name: Annotated[str, common.option("NAME")] = ""
+    served_model_name: Annotated[str, common.option("NAME")] = ""
     """Name of the model for clients; the last part of MODEL if omitted."""
     batch_size: Annotated[int, common.N] = 16
     """Images in a batch."""
     max_requests: Annotated[int, common.N] = 256
     """Requests at once, those that wait included; more are refused with status 429."""
     max_new_tokens: common.MaxNewTokens = None
-    """Maximum length of an answer, in tokens; 512 if omitted."""
-    image_hosts: common.Several[str] = ()
+    """Maximum length of an answer, in tokens; requests may set their own. 512 if omitted."""
+    image_hosts: Annotated[common.Several[str], common.option("HOST ...")] = ()
     """Hosts that images may be downloaded from by https; none if omitted."""
 
     def run(self) -> None:
@@ -77,7 +77,7 @@ class Serve:
             shape = EngineShape(sequence_length=processor.context, batch_size=self.batch_size)
             service = Service(
                 Scheduler(Engine(model, processor, shape, mesh=mesh)),
-                self.name or PurePath(self.model.partition("@")[0]).name,
+                self.served_model_name or PurePath(self.model.partition("@")[0]).name,
                 key,
                 self.max_new_tokens or _MAX_NEW_TOKENS,
                 self.max_requests,
@@ -85,7 +85,7 @@ class Serve:
             )
             app = make_app(service)
             config = uvicorn.Config(
-                app, log_level="warning", ws="none", server_header=False, timeout_graceful_shutdown=_GRACE_SECONDS
+                app, log_level="warning", ws="none", timeout_keep_alive=75, timeout_graceful_shutdown=_GRACE_SECONDS
             )
             host, port = listening.getsockname()[:2]
             common.note([f"serving {service.name} at http://{f'[{host}]' if ':' in host else host}:{port}/v1"])

@@ -32,7 +32,7 @@ from reverie_jax.serve.scheduler import Request, Scheduler, Stopped
 MAX_BODY_BYTES = 32 << 20
 """Size of a request: an image of 20 MiB in base64, and its text."""
 _OVERFLOW = 8
-"""A larger body is read to its end, up to this many times the limit, so that its sender can read the error."""
+"""The body of a refused request is read to its end, up to this many times the limit."""
 _PREPARED_AT_ONCE = 4
 """Images that are decoded at the same time: one of 80 million pixels takes 240 MB."""
 
@@ -45,7 +45,7 @@ class Service:
         scheduler: Answers.
         name: Name of the model.
         key: The key that requests must show; empty for none.
-        max_new_tokens: Maximum length of an answer.
+        max_new_tokens: Maximum length of an answer, where a request names none.
         max_requests: Requests at once, those that wait included; more are refused.
         hosts: Hosts that images may be downloaded from.
     """
@@ -147,20 +147,25 @@ def _put(loop: asyncio.AbstractEventLoop, events: asyncio.Queue[Delta | Exceptio
     loop.call_soon_threadsafe(events.put_nowait, event)
 
 
-async def _read_body(request: HttpRequest) -> bytes:
+def _check_type(request: HttpRequest) -> None:
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         # Web pages may send other types to a server on loopback without asking.
         raise ApiError(415, "the body must be JSON: send `Content-Type: application/json`")
+
+
+async def _read_body(request: HttpRequest, limit: int) -> bytes | None:
+    """Return the body; None if it is larger than `limit`, the rest of which is read but not kept.
+
+    A client that is still sending when its connection is closed would not see the error.
+    """
     parts, size = [], 0
     async for part in request.stream():
         size += len(part)
-        if size <= MAX_BODY_BYTES:
+        if size <= limit:
             parts.append(part)
         elif size > _OVERFLOW * MAX_BODY_BYTES:
             break
-    if size > MAX_BODY_BYTES:
-        raise ApiError(413, f"the request is larger than {MAX_BODY_BYTES >> 20} MiB; scale its image down")
-    return b"".join(parts)
+    return b"".join(parts) if size <= limit else None
 
 
 class ChatCompletions:
@@ -172,9 +177,17 @@ class ChatCompletions:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
         http, service = HttpRequest(scope, receive), self.service
-        service.check_key(http)
-        with service.admitted():
-            body = chat.parse(await _read_body(http))
+        with contextlib.ExitStack() as stack:
+            try:
+                service.check_key(http)
+                _check_type(http)
+                stack.enter_context(service.admitted())
+            except ApiError:
+                await _read_body(http, 0)
+                raise
+            if (content := await _read_body(http, MAX_BODY_BYTES)) is None:
+                raise ApiError(413, f"the request is larger than {MAX_BODY_BYTES >> 20} MiB; scale its image down")
+            body = chat.parse(content)
             service.check_model(body.model)
             request = await service.prepare(body)
             response = chat.Response(body, request)

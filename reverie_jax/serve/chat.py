@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import secrets
@@ -24,6 +25,8 @@ from reverie_jax.serve.images import read_image
 from reverie_jax.serve.scheduler import Request
 
 MAX_ANSWERS = 32
+LEAST_TEMPERATURE = 1e-4
+"""A lower one decodes greedily: scores that are divided by it may overflow."""
 
 
 class _Strict(BaseModel):
@@ -151,13 +154,14 @@ def prepare(
         chat: The request.
         processor: The model's.
         context: Maximum number of tokens of prompt and answer.
-        max_new_tokens: Maximum number of tokens of an answer.
+        max_new_tokens: The same of an answer, where the request names none.
         hosts: See `read_image`.
 
     Raises:
         ApiError: It cannot be answered.
     """
-    conversation, urls = _conversation(chat.messages, processor)
+    processor, messages = _with_system(processor, chat.messages)
+    conversation, urls = _conversation(messages)
     encoded = read_image(urls[0], hosts) if urls else b""
     try:
         image = processor.preprocess(encoded, "image_url")
@@ -172,7 +176,7 @@ def prepare(
         image=image,
         n=chat.n or 1,
         longest=_longest(chat, len(tokens), context, max_new_tokens),
-        temperature=1.0 if chat.temperature is None else chat.temperature,
+        temperature=1.0 if chat.temperature is None else chat.temperature * (chat.temperature >= LEAST_TEMPERATURE),
         top_p=1.0 if chat.top_p is None else chat.top_p,
         seed=(secrets.randbits(32) if chat.seed is None else chat.seed) & 0xFFFFFFFF,
         stops=(chat.stop,) if isinstance(chat.stop, str) else tuple(chat.stop or ()),
@@ -180,19 +184,30 @@ def prepare(
     )
 
 
-def _conversation(messages: Sequence[_Message], processor: Processor) -> tuple[Conversation, list[str]]:
+def _with_system(processor: Processor, messages: Sequence[_Message]) -> tuple[Processor, Sequence[_Message]]:
+    """Return the processor that writes the messages' system text in place of its template's, and the other messages."""
+    template, first = processor.encoder.template, messages[0]
+    if first.role not in ("system", "developer") or first.images():
+        return processor, messages
+    if (text := first.text().strip()) not in ("", template.sentence):
+        if not template.sentence:
+            raise ApiError(
+                400,
+                f"messages.0: the chat template {template.name} has no system text; put yours in the user's message",
+                param="messages.0",
+            )
+        system = template.system.replace(template.sentence, text)
+        processor = processor.override(dataclasses.replace(template, system=system, sentence=text))
+    return processor, messages[1:]
+
+
+def _conversation(messages: Sequence[_Message]) -> tuple[Conversation, list[str]]:
     """Return the open conversation of messages, and the URLs of its images, which come before their message's text."""
     turns, urls = list[Turn](), list[str]()
     for number, message in enumerate(messages):
         text, shown, param = message.text(), message.images(), f"messages.{number}"
         if message.role in ("system", "developer"):
-            if text.strip() not in ("", processor.encoder.template.sentence) or shown:
-                raise ApiError(
-                    400,
-                    f"{param}: the model was tuned with a system text of its own; put yours in the user's message",
-                    param=param,
-                )
-            continue
+            raise ApiError(400, f"{param}: a system text comes first, once, and without images", param=param)
         if shown and message.role == "assistant":
             raise ApiError(400, f"{param}: an answer with an image; only user messages may have images", param=param)
         if message.role == "user":
@@ -212,19 +227,17 @@ def _conversation(messages: Sequence[_Message], processor: Processor) -> tuple[C
     return conversation, urls
 
 
-def _longest(chat: ChatRequest, prompt: int, context: int, max_new_tokens: int) -> int:
+def _longest(chat: ChatRequest, prompt: int, context: int, usual: int) -> int:
     name = "max_completion_tokens" if chat.max_completion_tokens is not None else "max_tokens"
-    wanted, room = getattr(chat, name), min(max_new_tokens, context - prompt)
-    if room < 1 or (wanted is not None and wanted > context - prompt):
+    wanted, room = getattr(chat, name), context - prompt
+    if room < (wanted or 1):
         raise ApiError(
             400,
             f"{prompt} tokens of the messages and {wanted or 1} of the answer exceed the context of {context}",
             param="messages" if room < 1 else name,
             code="context_length_exceeded",
         )
-    if wanted is not None and wanted > room:
-        raise ApiError(400, f"{name}: {wanted}; the server allows up to {room}", param=name)
-    return room if wanted is None else wanted
+    return min(usual, room) if wanted is None else int(wanted)
 
 
 class Response:
