@@ -17,6 +17,7 @@ import anyio.to_thread
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.responses import Response as HttpResponse
@@ -72,8 +73,9 @@ class Service:
         Raises:
             ApiError: It is missing or wrong.
         """
-        shown = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
-        if self.key and not hmac.compare_digest(shown.encode(), self.key.encode()):
+        scheme, _, shown = request.headers.get("authorization", "").partition(" ")
+        right = hmac.compare_digest(shown.strip().encode(), self.key.encode())
+        if self.key and not (right and scheme.lower() == "bearer"):
             raise ApiError(401, "missing or wrong key; send it as `Authorization: Bearer KEY`", code="invalid_api_key")
 
     def check_model(self, name: str) -> None:
@@ -177,7 +179,7 @@ class ChatCompletions:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
         http, service = HttpRequest(scope, receive), self.service
-        with contextlib.ExitStack() as stack:
+        with contextlib.suppress(ClientDisconnect), contextlib.ExitStack() as stack:
             try:
                 service.check_key(http)
                 _check_type(http)
@@ -192,14 +194,12 @@ class ChatCompletions:
             request = await service.prepare(body)
             response = chat.Response(body, request)
             if body.stream:
-                events = self._events(body, request, response)
-                reply: HttpResponse | None = StreamingResponse(
-                    events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
-                )
-            else:
-                reply = await self._whole(request, response, receive)
-            if reply is not None:
-                await reply(scope, receive, send)
+                async with contextlib.aclosing(self._events(request, response)) as events:
+                    headers = {"Cache-Control": "no-cache"}
+                    stream = StreamingResponse(events, media_type="text/event-stream", headers=headers)
+                    await stream(scope, receive, send)
+            elif (whole := await self._whole(request, response, receive)) is not None:
+                await whole(scope, receive, send)
 
     async def _whole(self, request: Request, response: chat.Response, receive: Receive) -> HttpResponse | None:
         """Return the completion; None if the client left before."""
@@ -222,7 +222,7 @@ class ChatCompletions:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _events(self, body: chat.ChatRequest, request: Request, response: chat.Response) -> AsyncIterator[bytes]:
+    async def _events(self, request: Request, response: chat.Response) -> AsyncGenerator[bytes]:
         """Yield server-sent events."""
         try:
             for chunk in response.opening(request.n):

@@ -92,7 +92,7 @@ class Running:
     """A server in a thread of this process."""
 
     def __init__(self, service: Service, **options: Any):
-        config = uvicorn.Config(make_app(service), port=0, log_level="critical", ws="none", **options)
+        config = uvicorn.Config(make_app(service), port=0, log_config=None, ws="none", **options)
         self.service, self.server = service, uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run)
 

@@ -372,11 +372,16 @@ def test_what_changes_nothing_is_accepted(server, alone):
 def test_a_key(serve):
     with serve(key="geheim") as running:
         for path in ("/v1/models", "/metrics"):
-            for shown in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer gehéim"}):
+            for shown in (
+                {},
+                {"Authorization": "Bearer wrong"},
+                {"Authorization": "geheim"},
+                {"Authorization": "Bearer gehéim"},
+            ):
                 status, _, content = running.send("GET", path, headers={k: v.encode() for k, v in shown.items()})
                 assert (status, content["error"]["code"]) == (401, "invalid_api_key")
         assert running.chat(WORDS)[0] == 401
-        right = {"Authorization": "Bearer geheim"}
+        right = {"Authorization": "bearer geheim"}
         assert running.send("GET", "/v1/models", headers=right)[0] == 200
         assert running.chat(WORDS | {"max_tokens": 2}, headers=right)[0] == 200
         assert running.send("GET", "/health")[0] == 200
@@ -406,21 +411,23 @@ def test_too_many_requests_are_told_when_to_come_again(serve, monkeypatch):
         assert client.chat.completions.create(model=NAME, **WORDS, max_tokens=2).choices
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_clients_that_leave_free_their_place(serve, stream, monkeypatch):
+@pytest.mark.parametrize("when", ["uploading", "waiting", "streaming"])
+def test_clients_that_leave_free_their_place(serve, when, caplog):
+    """Whenever it is; nothing is logged about them."""
     with serve(max_requests=1) as running:
-        options = {"n": 8, "max_tokens": 48, "temperature": 2, "stream": stream}
+        options = {"n": 8, "max_tokens": 900, "temperature": 2, "stream": when == "streaming"}
         body = json.dumps({"model": NAME, **WORDS, **options}).encode()
         head = ["POST /v1/chat/completions HTTP/1.1", "Host: x", "Content-Type: application/json"]
         head += [f"Content-Length: {len(body)}", "", ""]
         with socket.create_connection(("127.0.0.1", running.port)) as connection:
-            connection.sendall("\r\n".join(head).encode() + body)
-            if stream:
+            connection.sendall("\r\n".join(head).encode() + (body[:20] if when == "uploading" else body))
+            if when == "streaming":
                 connection.recv(10)
             else:
                 until(lambda: running.service.in_flight)
         until(lambda: not running.service.in_flight)
         assert running.chat(WORDS | {"max_tokens": 2})[0] == 200
+    assert [one for one in caplog.records if one.levelname in ("WARNING", "ERROR")] == []
 
 
 def test_a_failure_of_the_model_is_an_error_of_the_server(server, monkeypatch, client):

@@ -17,6 +17,7 @@ import urllib.request
 import openai
 import pytest
 
+from reverie_jax.convert import convert
 from tests.serve.helpers import SECONDS, ask, png, until
 
 SLOW_SECONDS = 120
@@ -104,6 +105,34 @@ def test_killed_and_started_again():
         assert len(found[0].choices) == 8
         assert second.wait(SECONDS) in (0, -signal.SIGTERM)
         assert second.stderr.read() == ""
+
+
+@pytest.mark.slow
+def test_an_export_is_served_by_transformers(tmp_path):
+    """`transformers serve` gives our answer, from what `reverie convert` writes; needs its extra `serving`."""
+    pytest.importorskip("fastapi")
+    folder = tmp_path / "export"
+    convert("scenes-base", folder, to="llava-hf")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    words = ["serve", str(folder), "--host", "127.0.0.1", "--port", str(port), "--device", "cpu", "--dtype", "float32"]
+    code = "from transformers.cli.transformers import main; main()"
+    options = {"messages": ask("Describe the image.", png(0)), "max_tokens": 24, "temperature": 0}
+    with process("--port", "0") as (_, ours):
+        expected = client_of(ours).chat.completions.create(model="scenes-base", **options).choices[0].message.content
+    with subprocess.Popen([sys.executable, "-c", code, *words], stderr=subprocess.DEVNULL) as child:
+        try:
+            client = client_of(port).with_options(max_retries=0)
+
+            def answers():
+                with contextlib.suppress(openai.APIConnectionError):
+                    return client.models.list()
+
+            until(answers)
+            found = client.chat.completions.create(model=str(folder), **options)
+        finally:
+            child.kill()
+    assert found.choices[0].message.content.strip() == expected
 
 
 @pytest.mark.slow
