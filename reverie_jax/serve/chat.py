@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import secrets
 import time
@@ -80,6 +81,11 @@ class _TextFormat(_Strict):
     type: Literal["text"]
 
 
+_WITHOUT_EFFECT = (
+    *("frequency_penalty", "presence_penalty", "logit_bias"),
+    *("tools", "functions", "modalities", "response_format"),
+)
+"""Options that are accepted at the value that changes nothing."""
 _Zero = Annotated[float, Field(ge=0, le=0)] | None
 _Nothing = Annotated[list[Any] | dict[str, Any], Field(max_length=0)] | None
 _StopText = Annotated[str, Field(min_length=1)]
@@ -101,7 +107,7 @@ class ChatRequest(_Strict):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
-    # Accepted at the value that changes nothing.
+    # `_WITHOUT_EFFECT`
     frequency_penalty: _Zero = None
     presence_penalty: _Zero = None
     logit_bias: _Nothing = None
@@ -132,10 +138,7 @@ def parse(body: bytes) -> ChatRequest:
     try:
         request = ChatRequest.model_validate(well_formed(json.loads(body)))
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        # Of a union, the alternatives are named too.
-        field = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("function", "constrained")))
-        raise ApiError(400, f"{field or 'body'}: {first['msg']}", param=field or None) from None
+        raise _refusal(error) from None
     except (ValueError, RecursionError):
         raise ApiError(400, "the body is not valid JSON; it must be an object in UTF-8") from None
     if request.top_logprobs is not None and not request.logprobs:
@@ -143,6 +146,17 @@ def parse(body: bytes) -> ChatRequest:
     if request.stream_options is not None and not request.stream:
         raise ApiError(400, "stream_options: needs stream to be true", param="stream_options")
     return request
+
+
+def _refusal(error: ValidationError) -> ApiError:
+    # Of a text or a list of parts, what is wrong with the part says more than that it is not a text.
+    deepest = max(reversed(error.errors(include_url=False)), key=lambda one: len(one["loc"]))
+    names = [part for part in deepest["loc"] if isinstance(part, int) or part.isidentifier()]
+    if not names:
+        return ApiError(400, "the body must be a JSON object")
+    field = ".".join(str(name) for name, _ in itertools.groupby(names) if name not in ("str", "list"))
+    without = deepest["type"] == "extra_forbidden" or names[0] in _WITHOUT_EFFECT
+    return ApiError(400, f"{field}: {'not supported; leave it out' if without else deepest['msg']}", param=field)
 
 
 def prepare(

@@ -256,7 +256,13 @@ BAD: dict[str, tuple] = {
     "ends with an answer": ({"messages": [*ask("a"), {"role": "assistant", "content": "x"}]}, 400, "messages", None),
     "system text": ({"messages": [{"role": "system", "content": "Be brief."}, *ask("a")]}, 400, "messages.0", None),
     "late system text": ({"messages": [*ask("a"), {"role": "system", "content": "x"}]}, 400, "messages.1", None),
-    "other part": ({"messages": [{"role": "user", "content": [{"type": "video_url"}]}]}, 400, "messages.0", None),
+    "other part": (
+        {"messages": [{"role": "user", "content": [{"type": "video_url"}]}]},
+        400,
+        "messages.0.content.0",
+        None,
+    ),
+    "no address": (url_message(7), 400, "messages.0.content.0.image_url.url", None),
     "marker without image": ({"messages": ask("<image> what?")}, 400, "messages.0", None),
     "two images": (
         {"messages": [{"role": "user", "content": ask("x", IMAGE)[0]["content"] * 2}]},
@@ -273,7 +279,12 @@ BAD: dict[str, tuple] = {
     "n as text": ({**WORDS, "n": "2"}, 400, "n", None),
     "n as truth": ({**WORDS, "n": True}, 400, "n", None),
     "temperature": ({**WORDS, "temperature": -1}, 400, "temperature", None),
-    "not a number": (b'{"temperature": NaN, "model": "scenes-base", "messages": []}', 400, None, None),
+    "not a number": (
+        json.dumps({"model": NAME, **WORDS, "temperature": float("nan")}).encode(),
+        400,
+        "temperature",
+        None,
+    ),
     "top_p": ({**WORDS, "top_p": 0}, 400, "top_p", None),
     "seed": ({**WORDS, "seed": 2**63}, 400, "seed", None),
     "empty stop": ({**WORDS, "stop": ""}, 400, "stop", None),
