@@ -12,10 +12,10 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(addpre
 demo: $(VENV)/.runtime
 	$(BIN)/reverie demo
 
-# Hours; it resumes. `make evidence EVIDENCE=--quick` takes a quarter of an hour.
+# Hours; it resumes, and writes docs/evidence.md. `make evidence EVIDENCE=--quick` takes a quarter of an hour.
 EVIDENCE ?=
 evidence: $(VENV)/.runtime
-	$(BIN)/reverie scenes evidence runs/evidence$(if $(findstring --quick,$(EVIDENCE)),-quick) $(EVIDENCE)
+	$(BIN)/reverie scenes evidence runs/evidence$(if $(findstring --quick,$(EVIDENCE)),-quick --quick,--page docs)
 
 test: lint types suite
 

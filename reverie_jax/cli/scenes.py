@@ -43,7 +43,7 @@ class Render:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pretrain:
-    """Make the small base model from scratch (about half an hour on two CPU cores)."""
+    """Make the small base model from scratch (about an hour on two CPU cores)."""
 
     out: Annotated[Positional[Path], common.FOLDER]
     """Output folder: a llava-hf checkpoint with tokenizer and model card."""
@@ -75,13 +75,15 @@ class Evidence:
     workers: Annotated[int, common.N] = 2
     """Number of processes, each on a core of its own."""
     model: common.Model = "scenes-base"
+    page: Annotated[Path | None, common.FOLDER] = None
+    """Folder of the page evidence.md with its figure; the output folder if omitted."""
 
     def run(self) -> None:
         """Run the command."""
         common.check_at_least(1, workers=self.workers)
         from reverie_jax.scenes.evidence import run
 
-        run.run(self.out, quick=self.quick, workers=self.workers, model=self.model)
+        run.run(self.out, quick=self.quick, workers=self.workers, model=self.model, page_folder=self.page)
 
 
 @dataclasses.dataclass(frozen=True)

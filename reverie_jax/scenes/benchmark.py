@@ -202,7 +202,7 @@ def is_right(question: Question, answer: str) -> bool:
     right, wrong = question.metadata["answer"], question.metadata["wrong"]
     if right in ("Yes", "No"):
         return pope.says_yes(answer) == (right == "Yes")
-    words = f" {re.sub(r'[^a-z ]', '', answer.lower())} "
+    words = f" {re.sub(r'[^a-z]+', ' ', answer.lower())} "
     return f" {right.removeprefix('the ')} " in words and f" {wrong.removeprefix('the ')} " not in words
 
 
@@ -221,17 +221,17 @@ def _of(table: str, statistic: statistics.Statistic) -> statistics.Statistic:
 
 
 def _mean(parts: Sequence[statistics.Statistic]) -> statistics.Statistic:
-    return lambda sums: np.mean([part(sums) for part in parts], axis=0)
+    return lambda sums: np.nanmean([part(sums) for part in parts], axis=0)
 
 
 def _calibration_error(sums: Float[np.ndarray, "... K"]) -> Float[np.ndarray, "..."]:
     bins = sums[..., COLUMNS["calibration"]].reshape(*sums.shape[:-1], _BINS, 2)
-    return np.abs(bins[..., 0]).sum(-1) / np.maximum(bins[..., 1].sum(-1), 1.0)
+    return np.asarray(np.abs(bins[..., 0]).sum(-1) / np.maximum(bins[..., 1].sum(-1), 1.0))
 
 
 def _object_f1(sums: Float[np.ndarray, "... K"]) -> Float[np.ndarray, "..."]:
     precise, covered = 1 - METRICS["chair_i"](sums), METRICS["coverage"](sums)
-    return 2 * precise * covered / np.maximum(precise + covered, 1e-12)
+    return np.asarray(2 * precise * covered / np.maximum(precise + covered, 1e-12))
 
 
 def _over_splits(statistic: statistics.Statistic) -> statistics.Statistic:
@@ -244,8 +244,10 @@ METRICS: dict[str, statistics.Statistic] = {
     "pope/yes_ratio": _over_splits(pope.yes_ratio),
     **{f"pope/{split}/f1": _of(f"pope/{split}", pope.f1) for split in pope_files.SPLITS},
     **{f"pope/{split}/accuracy": _of(f"pope/{split}", pope.accuracy) for split in pope_files.SPLITS},
-    "skills": _mean([_of(f"skill/{skill}", statistics.ratio(_RIGHT, _ASKED)) for skill in _SKILLS]),
-    "skills/yes_ratio": _mean([_of(f"skill/{skill}", statistics.ratio(_YES, _ASKED)) for skill in _SKILLS]),
+    "skills": _mean([_of(f"skill/{skill}", statistics.ratio(_RIGHT, _ASKED, empty=np.nan)) for skill in _SKILLS]),
+    "skills/yes_ratio": _mean(
+        [_of(f"skill/{skill}", statistics.ratio(_YES, _ASKED, empty=np.nan)) for skill in _SKILLS]
+    ),
     **{f"skill/{skill}": _of(f"skill/{skill}", statistics.ratio(_RIGHT, _ASKED)) for skill in _SKILLS},
     "short_answers": _of("short", statistics.ratio(_RIGHT, _ASKED)),
     "calibration_error": _calibration_error,

@@ -23,8 +23,8 @@ def correct(scene: Scene, text: str) -> str:
     """Return a description in which false sentences are corrected, and all else is as it was.
 
     A sentence on an object that is there gets the right looks, number and place, a relation the right one; an object that is
-    not there is replaced by one that the description lacks, or its sentence is left out if none is missing. A sentence that
-    repeats an earlier one is left out.
+    not there is replaced by one that the description lacks, or its sentence is left out if none is missing. A correction that
+    another sentence says already is left out, and so is a relation of what is not there or stands in none.
     """
     sentences = split_sentences(text)
     named = {category for sentence in sentences for category in parse_mentions(sentence)}

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import html
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -141,6 +143,8 @@ MISTAKES = {
     "demo --out {out} --seeds 0": "--seeds",
     "demo --out {out} --train-images 0": "--train-images",
     "scenes pretrain {out} --steps 0": "--steps",
+    "scenes evidence {out} --workers 0": "--workers",
+    "scenes evidence {data}": "{data} settings.json",
     "demo --out {data}": "records0",
     "scenes render {out} --split dice": "--split dice",
     "scenes render {out} --size 8": "--size",
@@ -262,15 +266,14 @@ def test_the_demo_keeps_files_that_are_not_its_own(reverie, tmp_path):
 
 def test_the_demo_writes_its_report(demo):
     folder, text = demo
-    assert "POPE mean F1" in text
+    assert "POPE accuracy" in text
     report = json.loads((folder / "report.json").read_text())
     for arm in ("base", "responses", "reflective"):
-        for split in ("random", "popular", "adversarial", "mean"):
-            score = report["arms"][arm]["pope"][split]
+        assert report["arms"][arm].keys() >= {"pope/accuracy", "pope/adversarial/f1", "skills", "chair_i", "coverage"}
+        for name, score in report["arms"][arm].items():
             low, high = score["ci95"]
-            assert 0 <= low <= score["f1"] <= high <= 1
-        assert report["arms"][arm]["chair"]["i"].keys() == {"value", "ci95"}
-        assert report["arms"][arm]["rationale_correct"].keys() == {"value", "ci95"}
+            assert 0 <= low <= high <= 1, name
+            assert 0 <= score["value"] <= 1, name
     assert report["tokens"]["flat"] > report["tokens"]["tree"] > 0
     seconds = report["seconds"]
     assert seconds["total"] == pytest.approx(sum(v for k, v in seconds.items() if k != "total"), abs=0.1)
@@ -280,6 +283,10 @@ def test_the_demo_writes_its_report(demo):
     page = (folder / "report.html").read_text()
     # Self-contained: nothing is fetched.
     assert "data:image/png;base64," in page
+    # A sentence for each headline score of each pair of arms, with its interval.
+    low, high = report["differences"]["reflective_minus_responses"]["skills"]["ci95"]
+    words = re.escape(f"[{low:+.3f}, {high:+.3f}]")
+    assert re.search(rf"reasoning accuracy: reflective is [a-z ]+ responses, [^ ]+ {words}", html.unescape(page))
     assert not any(mark in page for mark in ("<script", "<link", 'src="http', "url(http"))
 
 

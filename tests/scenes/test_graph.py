@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 from pathlib import Path
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -15,18 +17,21 @@ from reverie_jax.scenes.draw import render
 from reverie_jax.scenes.graph import (
     CATEGORIES,
     COLORS,
+    HELD_OUT_PAIRS,
     PARTNER,
     PLACES,
     SIZES,
     TEXTURES,
     Scene,
+    World,
     generate_scenes,
+    is_held_out_composition,
     relation_between,
     take_scenes,
 )
 from reverie_jax.scenes.objects import DRAWINGS, draw_roles
 from reverie_jax.scenes.pretrain import label_patches
-from tests.scenes.makers import BROKEN, SKEWED, TEST, TRAIN, make_object, make_scene, sample_scene
+from tests.scenes.makers import BROKEN, SKEWED, TEST, TRAIN, make_object, make_scene, new_things, sample_scene
 
 numbers = st.integers(0, 10**9)
 
@@ -35,7 +40,7 @@ numbers = st.integers(0, 10**9)
 @given(st.integers(0, 1000), st.integers(0, 1000))
 def test_splits_share_no_graph(one, other):
     keys = [
-        {s.graph_key for world in (SKEWED, BROKEN) for s in take_scenes(world, split, seed, 15)}
+        {s.graph_key for world in (SKEWED, BROKEN, World.new_pairs()) for s in take_scenes(world, split, seed, 15)}
         for split, seed in zip(("train", "validation", "test"), (one, other, one), strict=True)
     ]
     assert all(not a & b for a, b in itertools.combinations(keys, 2))
@@ -56,6 +61,29 @@ def test_a_seed_gives_the_same_scenes_and_none_twice():
     assert len({s.graph_key for s in TRAIN}) == len(TRAIN)
     assert {s.split for s in TRAIN} == {"train"}
     assert next(generate_scenes(SKEWED, "train", 0)) == TRAIN[0]
+
+
+WORLDS = {  # whether scenes show pairs, and compositions, that are held out of training
+    "skewed": ({False}, {True, False}),
+    "annotated": ({False}, {False}),
+    "broken": ({False}, {False}),
+    "new_pairs": ({True}, {False}),
+    "new_compositions": ({False}, {True}),
+}
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_what_is_held_out_of_training_is_shown_by_its_test_scenes_alone(world):
+    split = "train" if world in ("skewed", "annotated") else "test"
+    shown = [tuple(map(bool, new_things(scene))) for scene in take_scenes(getattr(World, world)(), split, 3, 80)]
+    assert tuple(map(set, zip(*shown, strict=True))) == WORLDS[world]
+
+
+def test_hold_outs_are_those_of_the_shipped_model():
+    assert all(len(pair) == 2 and PARTNER[min(pair)] not in pair for pair in HELD_OUT_PAIRS)
+    compositions = itertools.product(COLORS, CATEGORIES, ("left of", "right of", "above", "below"))
+    held_out = sorted(map(sorted, HELD_OUT_PAIRS)), [c for c in compositions if is_held_out_composition(*c)]
+    assert hashlib.sha256(repr(held_out).encode()).hexdigest()[:8] == "a5f578b8"
 
 
 @given(numbers)

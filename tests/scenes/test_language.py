@@ -118,8 +118,7 @@ def written(scene: Scene, seed: int) -> list[str]:
     rng = np.random.default_rng(seed)
     texts = [describe(scene, rng)]
     for question in SceneAnnotator({}).questions(scene, rng, 6):
-        for support, answer in [(True, question.correct_answer), *((False, w) for w in question.confusing_answers)]:
-            texts.append(" ".join(state_facts(scene, question.question, answer, support=support)))
+        texts += [" ".join(state_facts(scene, question.question, wrong)) for wrong in ("", *question.confusing_answers)]
     return texts
 
 
@@ -145,6 +144,7 @@ def test_a_description_names_every_category_with_its_color(number, seed):
     objects = tuple(dataclasses.replace(item, color=next_color[item.color]) for item in scene.objects)
     text = describe(scene, np.random.default_rng(seed))
     assert set(parse_mentions(text)) == {item.category for item in scene.objects}
+    assert text.count(".") == len(scene.categories) + bool(scene.relations)
     colored = [claim for claim in parse_claims(text) if claim.color]
     assert len(colored) == len(scene.categories)
     assert all(claim.holds(scene) for claim in colored)

@@ -46,7 +46,9 @@ class Difference:
     def __str__(self) -> str:
         value = self.estimate
         words = f"{LABELS[self.metric]} {value.value:+.3f} [{value.low:+.3f}, {value.high:+.3f}]: {self.verdict}"
-        return words if self.verdict != "no difference found" else f"{words} (detectable: {value.detectable:.3f})"
+        if self.verdict != "no difference found" or not value.error:
+            return words
+        return f"{words} (detectable: {value.detectable:.3f})"
 
 
 class Findings:

@@ -33,7 +33,7 @@ MAIN = (
 """Scores of the main table."""
 SKILLS = ("skill/attribute", "skill/count", "skill/relation", "skill/comparison", "skill/two-step")
 CURVES = ("pope/accuracy", "skills", "chair_i", "coverage")
-FIGURE = "evidence.svg"
+PAGE, FIGURE = "evidence.md", "evidence.svg"
 
 
 def _value(estimate: Estimate) -> str:
@@ -93,7 +93,9 @@ def _claims(findings: Findings) -> list[tuple[str, list[str]]]:
     for test, words in (("pairs", "pairs of things never seen together"), ("compositions", "unseen compositions")):
         add(f"On {words}?", [("reflective", "answers")], headline, test=test)
     for budget in findings.sizes.budgets:
-        if budget != findings.sizes.main and all(findings.units(arm, budget) for arm in ("answers", "reflective")):
+        if budget != findings.sizes.main and all(
+            arm in arms and findings.units(arm, budget) for arm in ("answers", "reflective")
+        ):
             add(f"With {budget:,} pictures?", [("reflective", "answers")], headline, pictures=budget)
     add("Do negative rationales add to positive ones?", [("reflective", "answers+positive")], headline)
     add("Does a context of its own for each rationale help?", [("reflective", "reflective-joined")], headline)
@@ -236,5 +238,5 @@ def write(findings: Findings, out: Path, base: dict[str, Any]) -> None:
             },
         )
     )
-    atomic_write(out / "evidence.md", text)
+    atomic_write(out / PAGE, text)
     atomic_write(out / FIGURE, _curves(findings))

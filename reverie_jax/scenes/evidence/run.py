@@ -74,7 +74,7 @@ class _Pool:
             self.console.print(f"{seconds:7.0f} s  {what} {number}/{len(futures)}: {future.result()}")
 
 
-def run(out: Path, *, quick: bool, workers: int, model: str) -> None:
+def run(out: Path, *, quick: bool, workers: int, model: str, page_folder: Path | None = None) -> None:
     """Run the evidence, and write its page; what an earlier call has done is not done again.
 
     Args:
@@ -82,6 +82,7 @@ def run(out: Path, *, quick: bool, workers: int, model: str) -> None:
         quick: a small part, to see that it works.
         workers: processes.
         model: checkpoint to start from.
+        page_folder: of the page; `out` if omitted.
 
     Raises:
         UserError: the folder holds another evidence, or cannot be written.
@@ -97,9 +98,10 @@ def run(out: Path, *, quick: bool, workers: int, model: str) -> None:
         pool.run("search", [(_unit, (unit,)) for unit in schedule.search_units(sizes, names)])
         choices = schedule.choose(evidence, names)
         pool.run("prepare", [(_prepare, (seed,)) for seed in range(sizes.seeds)])
-        pool.run("compare", [(_unit, (unit,)) for unit in schedule.main_units(sizes, choices)])
-    write_page(evidence, choices, quick=quick)
-    console.print(f"{out / 'evidence.md'}")
+        pool.run("compare", [(_unit, (unit,)) for unit in dict.fromkeys(schedule.main_units(sizes, choices))])
+    folder = page_folder or out
+    write_page(evidence, choices, folder, quick=quick)
+    console.print(f"{folder / page.PAGE}")
 
 
 def _claim(out: Path, sizes: Sizes, model: str) -> None:
@@ -114,14 +116,14 @@ def _claim(out: Path, sizes: Sizes, model: str) -> None:
             differs = [key for key in settings if existing.get(key) != settings[key]]
             raise UserError(f"{out}: holds an evidence with other {', '.join(differs)}; choose another folder")
         return
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"{out}: has files but no {path.name}; choose an empty folder")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: is no folder of an evidence (no {path.name}); choose an empty folder")
     out.mkdir(parents=True, exist_ok=True)
     write_json(path, settings)
 
 
-def write_page(evidence: Evidence, choices: Mapping[str, schedule.Choice], *, quick: bool) -> None:
-    """Write the page of what is done."""
+def write_page(evidence: Evidence, choices: Mapping[str, schedule.Choice], folder: Path, *, quick: bool) -> None:
+    """Write the page of what is done to a folder."""
     units = [path for path in (evidence.out / "units").iterdir() if (path / "unit.json").exists()]
     seconds = sum(evidence.facts(path.name)["seconds"] for path in units)
     facts = {
@@ -131,4 +133,4 @@ def write_page(evidence: Evidence, choices: Mapping[str, schedule.Choice], *, qu
         "hours": seconds / 3600,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
     }
-    page.write(Findings(evidence, choices), evidence.out, facts)
+    page.write(Findings(evidence, choices), folder, facts)
