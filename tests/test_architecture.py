@@ -19,6 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     "train": {"errors", "progress", "files", "models", "data"},
     "hosted": {"errors", "files", "data"},
     "eval": {"errors", "files", "models", "data", "hosted"},
+    "serve": {"errors", "files", "models", "data", "eval"},
     "annotate": {"errors", "files", "data", "hosted"},
     "loading": {"errors", "files", "models", "data", "train"},
     "convert": {"errors", "files", "models", "data", "loading", "__init__"},

@@ -28,6 +28,7 @@ from reverie_jax.cli.recipes import Benchmarks, Recipes
 from reverie_jax.cli.report import Report
 from reverie_jax.cli.scenes import Scenes
 from reverie_jax.cli.score import Score
+from reverie_jax.cli.serve import Serve
 from reverie_jax.cli.train import Train
 from reverie_jax.errors import UserError
 
@@ -45,6 +46,7 @@ Command = (
     | Annotated[Report, subcommand("report")]
     | Annotated[Compare, subcommand("compare")]
     | Annotated[Ask, subcommand("ask")]
+    | Annotated[Serve, subcommand("serve")]
     | Annotated[Convert, subcommand("convert")]
     | Annotated[Scenes, subcommand("scenes")]
     | Annotated[Env, subcommand("env")]

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Int16
+from jaxtyping import Array, Bool, Float, Int, Int16, Key
 
 from reverie_jax.data.packing import Batch
 from reverie_jax.eval import penalties
@@ -274,18 +274,30 @@ def _sample(
         least = jax.lax.top_k(scores, decoding.top_k)[0][..., -1:]
         scores = jnp.where(scores >= least, scores, -jnp.inf)
     if decoding.top_p < 1:
-        ordered = -jnp.sort(-scores, axis=-1)
-        share = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1)
-        # The token that passes the bound is included.
-        last = (share - jax.nn.softmax(ordered, axis=-1) < decoding.top_p).sum(-1, keepdims=True) - 1
-        scores = jnp.where(scores >= jnp.take_along_axis(ordered, last, axis=-1), scores, -jnp.inf)
+        scores = nucleus(scores, decoding.top_p)
+    return draw(scores, questions, step, jnp.broadcast_to(jax.random.key(decoding.seed), questions.shape))
 
-    def sample(question: Array, scores: Float[Array, "V"]) -> Array:
+
+def nucleus(scores: Float[Array, "B Q V"], top_p: float | Float[Array, "B Q 1"]) -> Float[Array, "B Q V"]:
+    """Return -inf for all but the fewest likeliest tokens that hold `top_p`."""
+    ordered = -jnp.sort(-scores, axis=-1)
+    share = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1)
+    # The token that passes the bound is included.
+    last = (share - jax.nn.softmax(ordered, axis=-1) < top_p).sum(-1, keepdims=True) - 1
+    return jnp.where(scores >= jnp.take_along_axis(ordered, last, axis=-1), scores, -jnp.inf)
+
+
+def draw(
+    scores: Float[Array, "B Q V"], questions: Int[Array, "B Q"], step: Any, keys: Key[Array, "B Q"]
+) -> Int[Array, "B Q"]:
+    """Sample a token of each leaf, with its own random key."""
+
+    def one(key: Array, question: Array, scores: Float[Array, "V"]) -> Array:
         # Keyed by question and step alone: an answer does not depend on the rest of the batch.
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(decoding.seed), question), step)
+        key = jax.random.fold_in(jax.random.fold_in(key, question), step)
         return jax.random.categorical(key, scores).astype(jnp.int32)
 
-    return jax.vmap(jax.vmap(sample))(questions, scores)
+    return jax.vmap(jax.vmap(one))(keys, questions, scores)
 
 
 class _Beams(NamedTuple):

@@ -140,17 +140,22 @@ class Engine:
             raise ValueError("two questions have the same number: their answers could not be told apart")
         # A sampled question may have two answers.
         unique, duplicates = (images, {}) if decoding.temperature else deduplicated(images)
+        limit = self.limits(decoding, expected_new_tokens)
+        contrast = decoding.contrast == "instruction"
+        groups = plan(unique, self.processor, limit, multiple=self.data_parallel, contrast=contrast)
+        return Schedule(groups, duplicates)
+
+    def limits(self, decoding: Decoding, expected_new_tokens: int | None = None) -> EngineShape:
+        """Return the limits within which the KV of a batch's answers fits (see `SUFFIX_BYTES`)."""
         longest = decoding.max_new_tokens
         leaves = min(self.shape.questions, self._leaves_that_fit(longest, decoding))
         together = self._leaves_that_fit(min(expected_new_tokens or longest, longest), decoding)
-        batch_size = min(self.shape.batch_size, self._data_parallel * max(1, together // leaves))
-        limit = dataclasses.replace(self.shape, questions=leaves, batch_size=batch_size)
-        contrast = decoding.contrast == "instruction"
-        groups = plan(unique, self.processor, limit, multiple=self._data_parallel, contrast=contrast)
-        return Schedule(groups, duplicates)
+        batch_size = min(self.shape.batch_size, self.data_parallel * max(1, together // leaves))
+        return dataclasses.replace(self.shape, questions=leaves, batch_size=batch_size)
 
     @property
-    def _data_parallel(self) -> int:
+    def data_parallel(self) -> int:
+        """Devices, or groups of them, that a batch is divided among."""
         return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
 
     def _leaves_that_fit(self, new_tokens: int, decoding: Decoding) -> int:
@@ -244,10 +249,10 @@ class Engine:
         """Decode a batch with long answers, as many sequences at a time as their KV has room."""
         size, leaves = batch.leaves.shape
         part = min(
-            size, self._data_parallel * max(1, self._leaves_that_fit(decoding.max_new_tokens, decoding) // leaves)
+            size, self.data_parallel * max(1, self._leaves_that_fit(decoding.max_new_tokens, decoding) // leaves)
         )
         while size % part:
-            part -= self._data_parallel
+            part -= self.data_parallel
         if part == size:
             return self._run(batch, contrast_batch, decoding)[0]
         sharding = batch_sharding(self.mesh)

@@ -140,20 +140,37 @@ def _only_batch(
     members = [image for _, image in trees]
     patches = processor.encoder.patches if any(image.encoded for image in members) else 0
 
-    def roomy(length: int) -> int:
-        return _rounded(patches + -(-max(1, length - patches) // _TEXT_STEP) * _TEXT_STEP)
-
-    leaves = max(_FEW_QUESTIONS, _power_of_two(max(len(image.questions) for image in members)))
-    leaves = min(leaves, limit.questions)
-    batch_size = -(-min(limit.batch_size, _power_of_two(len(members))) // multiple) * multiple
-    shape = SequenceShape(
-        length=min(roomy(max(length for length, _ in trees)), limit.sequence_length), images=1, questions=leaves
-    )
+    longest, leaves = max(length for length, _ in trees), max(len(image.questions) for image in members)
+    shape, batch_size = roomy_batch(longest, leaves, len(members), patches, limit, multiple)
     second = None
     if contrast:
-        other, changed = _with_instruction(members, processor, leaves)
-        second = dataclasses.replace(other, length=roomy(other.length)), changed
+        other, changed = _with_instruction(members, processor, shape.questions)
+        second = dataclasses.replace(other, length=_roomy(other.length, patches)), changed
     return Group(shape, batch_size, members, second)
+
+
+def roomy_batch(
+    length: int, leaves: int, sequences: int, patches: int, limit: EngineShape, multiple: int = 1
+) -> tuple[SequenceShape, int]:
+    """Return the sizes of a batch that holds what is given, in few steps: a sequence's, and their number.
+
+    Args:
+        length: Tokens of the longest sequence.
+        leaves: Questions of the sequence with most of them.
+        sequences: Number of sequences.
+        patches: Image tokens that a sequence begins with; 0 without an image.
+        limit: Maximum sizes.
+        multiple: See `plan`.
+    """
+    questions = min(max(_FEW_QUESTIONS, _power_of_two(leaves)), limit.questions)
+    batch_size = -(-min(limit.batch_size, _power_of_two(sequences)) // multiple) * multiple
+    return SequenceShape(
+        length=min(_roomy(length, patches), limit.sequence_length), images=1, questions=questions
+    ), batch_size
+
+
+def _roomy(length: int, patches: int) -> int:
+    return _rounded(patches + -(-max(1, length - patches) // _TEXT_STEP) * _TEXT_STEP)
 
 
 def _power_of_two(number: int) -> int:

@@ -5,7 +5,16 @@ import json
 
 import pytest
 
-from benchmarks import checkpoint_memory, evaluate, input_pipeline, mixture_scale, train_step, tree_step, workload
+from benchmarks import (
+    checkpoint_memory,
+    evaluate,
+    input_pipeline,
+    mixture_scale,
+    serve,
+    train_step,
+    tree_step,
+    workload,
+)
 from reverie_jax.models.architectures import ARCHITECTURES
 
 
@@ -22,6 +31,10 @@ def run_train_step(folder, ways=("peer", "tree")):
 def run_evaluate(folder):
     options = {"images": 2, "peer_images": 1, "questions": 2, "rounds": 1, "batches": (2,), "batch_size": 1}
     return evaluate.run(evaluate.Args(size="tiny", **options))
+
+
+def run_serve(folder):
+    return serve.run(serve.Args(size="tiny", questions=3, max_new_tokens=2, rounds=1))
 
 
 def run_tree_step(folder):
@@ -52,6 +65,7 @@ def run_checkpoint_memory(folder):
 RUNS = {
     run_train_step: {"seconds", "tokens_per_second", "tree_over_peer"},
     run_evaluate: {"questions_per_second", "ours_over_peer", "ours_over_prefix"},
+    run_serve: {"seconds", "together_over_one_by_one"},
     run_tree_step: {"seconds", "flat_over_tree"},
     run_input_pipeline: {"images_per_second", "ours_over_torch"},
     run_mixture_scale: {"build", "pack"},

@@ -19,7 +19,10 @@ import tyro
 from reverie_jax import cli
 from reverie_jax.train.recipe import Recipe
 
-HEAVY = ("jax", "flax", "torch", "transformers", "tensorflow_datasets", "matplotlib", "pandas", "pydantic", "rich")
+HEAVY = (
+    *("jax", "flax", "torch", "transformers", "tensorflow_datasets", "matplotlib", "pandas", "pydantic", "rich"),
+    *("starlette", "uvicorn", "prometheus_client"),
+)
 # Options that differ between commands in type, default or first sentence, and why.
 DIFFERENT = {
     "out": "an output folder, or one file; `demo` has a default, `score` writes none by default",

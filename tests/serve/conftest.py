@@ -1,0 +1,43 @@
+"""One server for the tests of a file."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+
+import reverie_jax
+from reverie_jax.eval.engine import Engine
+from reverie_jax.eval.schedule import EngineShape
+from reverie_jax.serve.app import Service
+from reverie_jax.serve.scheduler import Scheduler
+from tests.hosted.fixtures import reverie
+from tests.serve.helpers import Running
+
+__all__ = ["reverie"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def imported() -> None:
+    """Import the SDK once: where aiohttp is installed, it warns about a class that others derive."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        pytest.importorskip("openai")
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    model, processor = reverie_jax.load_model("scenes-base", dtype="float32")
+    return Engine(model, processor, EngineShape(sequence_length=1024, batch_size=4))
+
+
+@pytest.fixture
+def serve(engine):
+    """Return a function that makes a server; options are the service's."""
+    return lambda **options: Running(Service(Scheduler(engine), "scenes-base", max_new_tokens=48, **options))
+
+
+@pytest.fixture(scope="module")
+def server(engine):
+    with Running(Service(Scheduler(engine), "scenes-base", max_new_tokens=48)) as running:
+        yield running
