@@ -30,6 +30,7 @@ MAIN = (
     "rationale_relevant",
 )
 """Scores of the main table."""
+HEADLINE = ("pope/accuracy", "skills")
 SKILLS = ("skill/attribute", "skill/count", "skill/relation", "skill/comparison", "skill/two-step")
 CURVES = ("pope/accuracy", "skills", "chair_i", "coverage")
 PAGE, FIGURE = "evidence.md", "evidence.svg"
@@ -60,6 +61,25 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def _summary(findings: Findings) -> list[str]:
+    """Return what the page says on top: whether rationales helped, and if not, what would have to be different."""
+    if not {"answers", "reflective"} <= set(findings.arms):
+        return []
+    found = [findings.between(name, "reflective", "answers") for name in HEADLINE]
+    helped = [difference for difference in found if difference.verdict == "better"]
+    differences = "; ".join(str(difference) for difference in found)
+    if helped:
+        return [f"**Rationales helped over answers alone here**: {differences}."]
+    scores = findings.scores(findings.counts("reflective"), ("rationale_correct", "skills"))
+    return [
+        f"**Rationales did not help over answers alone here**: {differences}.",
+        f"Of the rationales that the tuned models write, {scores['rationale_correct']} are correct, and of the yes-or-no "
+        f"questions that need reasoning they answer {scores['skills']} rightly, 0.5 being chance. What would have to be "
+        "different, and is not tested here: a base model that sees well enough to give correct reasons, and that has not "
+        "learned these questions in pretraining already.",
+    ]
+
+
 def _claims(findings: Findings) -> list[tuple[str, list[str]]]:
     """Return the questions of the page, each with what was found, in sentences."""
     arms, between = set(findings.arms), findings.between
@@ -75,25 +95,24 @@ def _claims(findings: Findings) -> list[tuple[str, list[str]]]:
         if lines:
             claims.append((question, lines))
 
-    headline = ("pope/accuracy", "skills")
-    add("Do answers alone help?", [("answers", "base")], headline)
-    add("Do rationales help over answers alone?", [("reflective", "answers")], headline)
+    add("Do answers alone help?", [("answers", "base")], HEADLINE)
+    add("Do rationales help over answers alone?", [("reflective", "answers")], HEADLINE)
     add("For which questions?", [("reflective", "answers")], SKILLS)
     for test, words in (("pairs", "pairs of things never seen together"), ("compositions", "unseen compositions")):
-        add(f"On {words}?", [("reflective", "answers")], headline, test=test)
+        add(f"On {words}?", [("reflective", "answers")], HEADLINE, test=test)
     for budget in findings.sizes.budgets:
         if budget != findings.sizes.main and all(
             arm in arms and findings.units(arm, budget) for arm in ("answers", "reflective")
         ):
-            add(f"With {budget:,} pictures?", [("reflective", "answers")], headline, pictures=budget)
-    add("Do negative rationales add to positive ones?", [("reflective", "answers+positive")], headline)
-    add("Does a context of its own for each rationale help?", [("reflective", "reflective-joined")], headline)
-    add("Does more weight on the answers help?", [("reflective-weighted", "reflective")], headline)
+            add(f"With {budget:,} pictures?", [("reflective", "answers")], HEADLINE, pictures=budget)
+    add("Do negative rationales add to positive ones?", [("reflective", "answers+positive")], HEADLINE)
+    add("Does a context of its own for each rationale help?", [("reflective", "reflective-joined")], HEADLINE)
+    add("Does more weight on the answers help?", [("reflective-weighted", "reflective")], HEADLINE)
     ratios = [arm for arm in findings.arms if ARMS[arm].question == "LRV"]
     if ratios:
         scores = {arm: findings.scores(findings.counts(arm), ("pope/accuracy",))["pope/accuracy"] for arm in ratios}
         best = max(ratios, key=lambda arm: scores[arm].value)
-        add("Do LRV's negative instructions matter?", [(arm, "lrv-0") for arm in ratios if arm != "lrv-0"], headline)
+        add("Do LRV's negative instructions matter?", [(arm, "lrv-0") for arm in ratios if arm != "lrv-0"], HEADLINE)
         claims[-1][1].append(f"The best POPE accuracy is that of {best}: {scores[best]}.")
     texts = ("chair_i", "coverage", "object_f1")
     add("Do corrections help?", [("dpo", "base"), ("ddpo-5", "base")], texts)
@@ -208,6 +227,7 @@ def write(findings: Findings, out: Path, base: dict[str, Any]) -> None:
             seeds={
                 budget: {arm: len(findings.units(arm, budget)) for arm in arms} for budget in findings.sizes.budgets
             },
+            summary=_summary(findings),
             claims=_claims(findings),
             figure=FIGURE,
             tables={

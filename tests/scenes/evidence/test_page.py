@@ -121,6 +121,7 @@ def test_the_page_says_of_every_claim_what_its_interval_allows(tmp_path, monkeyp
         assert any(line.startswith(start) for line in found[question]), (start, found[question])
     assert "| lrv-1 − base | **+0.500 [+0.500, +0.500]** |" in text
     assert "| answers | 4 | 0.003 | 16 | 10 | 25 | 3 | 2 |" in text  # pictures, rate, passes, tokens a picture, seconds
+    assert "**Rationales did not help over answers alone here**: POPE accuracy +0.000" in text
     assert not re.search(r"&\w+;|&#|\bnan\b|None", text)
     assert ET.parse(tmp_path / "evidence.svg").getroot().tag.endswith("svg")
     # All is done: nothing is run again, and the page is the same.
@@ -133,9 +134,19 @@ def test_the_page_says_of_every_claim_what_its_interval_allows(tmp_path, monkeyp
     assert (tmp_path / "evidence.md").read_text("utf-8") == text
 
 
+def test_the_page_says_on_top_that_rationales_helped(tmp_path, monkeypatch):
+    monkeypatch.setitem(COUNTED, "reflective", (4, (2, 2, 2, 2), 2))
+    run.write_page(*make_evidence(tmp_path, ("answers", "reflective")), tmp_path, quick=False)
+    text = (tmp_path / "evidence.md").read_text("utf-8")
+    assert "**Rationales helped over answers alone here**: POPE accuracy +0.250" in text
+    assert "would have to be different" not in text
+
+
 def test_the_page_of_some_arms_claims_nothing_about_others(tmp_path):
     run.write_page(*make_evidence(tmp_path, ("lrv-0", "lrv-1", "sentences")), tmp_path, quick=False)
-    found = claims((tmp_path / "evidence.md").read_text("utf-8"))
+    text = (tmp_path / "evidence.md").read_text("utf-8")
+    found = claims(text)
+    assert "ationales" not in text.partition("## What was found")[0]
     assert list(found) == ["Do LRV's negative instructions matter?", "Do sentences of the model's own help?"]
     assert all(line.startswith("sentences against base") for line in found["Do sentences of the model's own help?"])
 
@@ -143,7 +154,7 @@ def test_the_page_of_some_arms_claims_nothing_about_others(tmp_path):
 def test_the_search_chooses_the_best_setting_and_the_best_of_the_fewest_passes(tmp_path):
     evidence, choices = make_evidence(tmp_path, ("answers", "reflective", "dpo"))
     chosen = {arm: (choice.best["learning_rate"], choice.best["passes"]) for arm, choice in choices.items()}
-    assert chosen == {**RATES, "dpo": (1e-4, 8)}
+    assert chosen == {**RATES, "dpo": (ARMS["dpo"].rates[0], 8)}
     assert [choice.few["passes"] for choice in choices.values()] == [8, 8, 8]
     scores = [row["score"] for row in json.loads((tmp_path / "search.json").read_text())["scores"]]
     assert max(scores) == 0.75  # (4/4 + 2/4) / 2
