@@ -49,6 +49,7 @@ from reverie_jax.eval.engine import Engine, EngineShape
 from reverie_jax.eval.schedule import Schedule
 from reverie_jax.models import VisionConfig, VisionLanguageModel, VLMConfig
 from reverie_jax.models.config import CLIP_MEAN, CLIP_STD
+from reverie_jax.train.plan.costs import Sizes
 
 OBJECTS = [
     "cup",
@@ -273,17 +274,14 @@ class Ours:
         ]
 
 
-def utilization(
-    args: Args, config: VLMConfig, model: VisionLanguageModel, ours: Ours, seconds: float
-) -> dict[str, Any]:
+def utilization(args: Args, config: VLMConfig, sizes: Sizes, ours: Ours, seconds: float) -> dict[str, Any]:
     """Return FLOPs of the prefill and bytes of decoding as shares of the chip's peaks; nothing for an unknown chip."""
-    from reverie_jax.train.plan import costs
     from reverie_jax.train.plan.topology import chip_of
 
     chip = chip_of(jax.devices()[0].device_kind)
     if chip is None:
         return {}
-    sizes, width = costs.Sizes.of(model), jnp.dtype(args.precision).itemsize
+    width = jnp.dtype(args.precision).itemsize
     text, vision = config.text, config.vision
     tokens = pairs = 0
     for image in ours.images:
@@ -339,6 +337,8 @@ def run(args: Args) -> dict[str, Any]:
             write_model(model, folder)
         few = images[: args.peer_images]
         peer = Peer(args, config, processor, few, folder) if peer_device() else None
+        sizes = Sizes.of(model)
+        model.decoder.unstack()
         ours = Ours(args, model, processor, images)
         answers = ours.answer(few)  # compiles
         result: dict[str, Any] = {
@@ -375,7 +375,7 @@ def run(args: Args) -> dict[str, Any]:
             rates["ours"].append(count / seconds)
         result |= {
             "questions_per_second": {side: spread(values) for side, values in rates.items() if values},
-            **utilization(args, config, model, ours, args.images * args.questions / statistics.median(rates["ours"])),
+            **utilization(args, config, sizes, ours, args.images * args.questions / statistics.median(rates["ours"])),
             "device": str(jax.devices()[0].device_kind),
             "cores": len(os.sched_getaffinity(0)),
             "load": [round(x, 2) for x in os.getloadavg()],

@@ -66,6 +66,8 @@ def ours(tiny: bool, report: Report) -> None:
     args = arguments(tiny)
     config, processor, images = prepared(args)
     model = random_model(config, args.precision)
+    sizes = costs.Sizes.of(model)
+    model.decoder.unstack()
     seconds = {}
     # One token is prefill alone. Programs have room for 128 tokens where 64 or 33 are decoded, so that these two differ in
     # decoding steps only.
@@ -78,7 +80,7 @@ def ours(tiny: bool, report: Report) -> None:
         report({"questions_per_second": {f"{n} tokens": args.images * args.questions / s for n, s in seconds.items()}})
     groups, text = side.shapes(), config.text
     steps = sum(group["batches"] for group in groups)
-    width, sizes = jnp.dtype(args.precision).itemsize, costs.Sizes.of(model)
+    width = jnp.dtype(args.precision).itemsize
     kv = sum(g["batches"] * 2 * g["rows"] * g["tokens"] * text.kv_heads * text.head_dim * text.layers for g in groups)
     step = (seconds[64] - seconds[33]) / 31 / steps
     read = width * (sizes.layers + sizes.head + kv / steps)
@@ -89,7 +91,7 @@ def ours(tiny: bool, report: Report) -> None:
             "decode_step_ms": 1e3 * step,
             "decode_step_bytes": read,
             "decode_share_of_bandwidth": None if chip is None else read / step / chip.bandwidth,
-            "prefill_mfu": utilization(args, config, model, side, seconds[1]).get("share_of_peak_flops"),
+            "prefill_mfu": utilization(args, config, sizes, side, seconds[1]).get("share_of_peak_flops"),
             "peak_bytes": (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
         }
     )

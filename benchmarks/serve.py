@@ -84,6 +84,7 @@ def run(args: Args) -> dict[str, Any]:
     encoder = Encoder(small_tokenizer(texts), "vicuna_v1", config.vision.patches, 3)
     processor = Processor(encoder, config.vision.image_size, context=config.text.context)
     model = VisionLanguageModel(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(sizes.precision))
+    model.decoder.unstack()
     scheduler = Scheduler(Engine(model, processor, EngineShape(processor.context, batch_size=args.questions)))
     server = uvicorn.Server(uvicorn.Config(make_app(Service(scheduler, NAME)), port=0, log_level="warning", ws="none"))
     thread = threading.Thread(target=server.run)

@@ -217,6 +217,7 @@ class Comparison:
         model, processor = load_model(self.model, components=self.components, adapter=run, **place)
         lora.merge(model)
         weights = {**base_checksums(model), "all": weights_checksum(model)}
+        model.decoder.unstack()
         return Engine(model, processor, EngineShape(_LONGEST_SEQUENCE, batch_size=self.batch_size)), weights
 
     def _answer(self, engine: Engine, weights: Mapping[str, Any], folder: Path, name: str) -> None:

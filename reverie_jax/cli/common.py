@@ -248,7 +248,7 @@ def parse_dtype(name: str, choices: tuple[str, ...] = DTYPES, *, auto: bool = Tr
 def load_merged(
     model: str, components: Sequence[str], adapter: str | None, dtype: str = "auto", template: str | None = None
 ) -> tuple[VisionLanguageModel, Processor]:
-    """Load a checkpoint with its adapters merged, and its processor.
+    """Load a checkpoint for inference, its adapters merged and its layers unstacked, and its processor.
 
     Raises:
         CheckpointError: it cannot be used.
@@ -259,6 +259,7 @@ def load_merged(
     sources: Any = {"components": components, "adapter": adapter, "template": template}
     merged, processor = load_model(model, **sources, dtype=parse_dtype(dtype))
     lora.merge(merged)
+    merged.decoder.unstack()
     return merged, processor
 
 

@@ -251,6 +251,7 @@ class Eval:
         lora.merge(model)
         # The whole merged model: an adapter that was trained further is another model.
         weights = {**base_checksums(model), "all": weights_checksum(model)}
+        model.decoder.unstack()
         shape = EngineShape(sequence_length=self.max_length, questions=self.max_questions, batch_size=self.batch_size)
         return Engine(model, processor, shape), weights
 

@@ -18,7 +18,7 @@ from reverie_jax.data.packing import Batch
 from reverie_jax.eval import penalties
 from reverie_jax.models import VisionLanguageModel
 from reverie_jax.models.config import VisionConfig
-from reverie_jax.models.decoder import KV
+from reverie_jax.models.decoder import LayersKV
 from reverie_jax.models.vision import normalize
 
 Contrast = Literal["", "image", "instruction", "nothing"]
@@ -106,8 +106,8 @@ class DecodeState(NamedTuple):
         ends: Of the prefilled tokens, see `data.packing.Batch`.
     """
 
-    prefix: KV
-    suffix: KV
+    prefix: LayersKV
+    suffix: LayersKV
     leaves: Int[Array, "B Q"]
     depth: Int[Array, "B Q"]
     ends: Int[Array, "B L"]
@@ -128,9 +128,9 @@ def prefill(
     hidden, prefix = model.prefill(inputs)
     at_leaf = jnp.take_along_axis(hidden, batch.leaves[:, :, None], axis=1)
     depth = jnp.take_along_axis(batch.positions, batch.leaves, axis=1) + 1
-    layers, rows, _, heads, width = prefix.k.shape
-    empty = jnp.zeros((layers, rows, batch.leaves.shape[1], max_new_tokens, heads, width), prefix.k.dtype)
-    state = DecodeState(prefix, KV(empty, empty), batch.leaves, depth, batch.ends)
+    room = batch.leaves.shape[1], max_new_tokens
+    suffix = jax.tree.map(lambda x: jnp.zeros((*x.shape[:-3], *room, *x.shape[-2:]), x.dtype), prefix)
+    state = DecodeState(prefix, suffix, batch.leaves, depth, batch.ends)
     return model.decoder.logits(at_leaf), state
 
 
@@ -323,6 +323,14 @@ def _pick(values: Array, index: Int[Array, "B Q K"]) -> Array:
     return jnp.take_along_axis(values, index.reshape(*index.shape, *(1,) * (values.ndim - 3)), axis=2)
 
 
+def _pick_suffixes(suffix: LayersKV, index: Int[Array, "B Q"]) -> LayersKV:
+    """Select suffixes of a row; of stacked layers as of unstacked ones."""
+    index = index[:, :, None, None, None]
+    return jax.tree.map(
+        lambda x: jnp.take_along_axis(x, jnp.expand_dims(index, tuple(range(x.ndim - 5))), axis=-4), suffix
+    )
+
+
 def _no_beams(asked: Bool[Array, "B Q"], beams: int, room: int, end: int) -> _Beams:
     """Return beams before the first token: one of each leaf, all tokens `end`."""
     blank = jnp.full((*asked.shape, beams, room), end, jnp.int32)
@@ -366,7 +374,7 @@ def _beam_search(
     prompts = jnp.repeat(penalties.prompt_tokens(batch, decoding.penalize_prompt)[:, :, None], beams, axis=2)
     asked = state.depth[..., None].astype(jnp.float32) if early else jnp.zeros((rows, leaves, 1))
     # Beams of a leaf are neighbors, and share its ancestors.
-    wide = jax.tree.map(lambda x: jnp.repeat(x, beams, axis=2), state.suffix)
+    wide = jax.tree.map(lambda x: jnp.repeat(x, beams, axis=-4), state.suffix)
     leaf, depth = (jnp.repeat(x, beams, axis=1) for x in (state.leaves, state.depth))
     state = state._replace(suffix=wide, leaves=leaf, depth=depth)
     keep = max(2, 1 + len(stops)) * beams
@@ -415,8 +423,7 @@ def _beam_search(
         now, origin, state = carry
         # A beam continues the suffix of the beam that it came from.
         source = (jnp.arange(leaves, dtype=origin.dtype)[None, :, None] * beams + origin).reshape(rows, -1)
-        index = source[None, :, :, None, None, None]
-        suffix = jax.tree.map(lambda x: jnp.take_along_axis(x, index, axis=2), state.suffix)
+        suffix = _pick_suffixes(state.suffix, source)
         token = jax.lax.dynamic_index_in_dim(now.tokens, now.step - 1, axis=3, keepdims=False).reshape(rows, -1)
         scores, state = extend(model, state._replace(suffix=suffix), token, now.step - 1)
         return *grow(now, scores.reshape(rows, leaves, beams, -1)), state

@@ -34,11 +34,15 @@ class KV(NamedTuple):
     v: Float[Array, "..."]
 
 
+LayersKV = KV | tuple[KV, ...]
+"""`KV`; of a decoder whose layers are unstacked a tuple, with one for each layer without the axis N."""
+
+
 class DecoderOutput(NamedTuple):
     """Normalized hidden states; every layer's keys and values, if they are kept; what the routers of experts did, if any."""
 
     hidden: Float[Array, "B L D"]
-    kv: KV | None
+    kv: LayersKV | None
     router: RouterStats | None
 
 
@@ -168,6 +172,7 @@ class Decoder(nnx.Module):
     """Token embedding, stacked layers, final norm and LM head.
 
     Layers without experts are one stack, `layers`, and layers with experts another, `expert_layers`; each may be absent.
+    For inference all may be `unstacked` instead, in their order.
     """
 
     def __init__(self, config: TextConfig, *, rngs: nnx.Rngs, dtype: DTypeLike):
@@ -180,12 +185,27 @@ class Decoder(nnx.Module):
             self.expert_layers = DecoderLayer(
                 config, rngs=rngs, layers=len(experts.layers), dtype=dtype, experts=experts.count
             )
+        self.unstacked: nnx.List[DecoderLayer] | None = nnx.data(None)
         self.norm = make_norm(config.norm, config.hidden, config.norm_eps, rngs=rngs)
         self.head = nnx.data(None)
         if not config.tied_head:
             self.head = Linear(
                 config.hidden, config.vocab, ("embed", "vocab"), rngs=rngs, bias=config.head_bias, dtype=dtype
             )
+
+    def unstack(self) -> None:
+        """Give each layer arrays of its own, in place, one stack of weights after the other: for inference alone.
+
+        A scan over a stack copies each layer's weights and KV before it uses them, on GPUs and CPUs: for a decoded token
+        that is most of the time.
+        """
+        if self.unstacked is not None:
+            return
+        stacks = {False: self.layers, True: self.expert_layers}
+        self.layers = self.expert_layers = nnx.data(None)
+        layers = {kind: iter(_unstacked(stacks.pop(kind))) for kind in tuple(stacks)}
+        order = [index in self.config.expert_layers for index in range(self.config.layers)]
+        self.unstacked = nnx.List([next(layers[kind]) for kind in order])
 
     def embed(self, tokens: Int[Array, "..."], dtype: DTypeLike) -> Float[Array, "... D"]:
         """Return the embeddings of token ids."""
@@ -197,8 +217,14 @@ class Decoder(nnx.Module):
         x: Array,
         *per_layer: Any,
         remat: Remat,
-    ) -> tuple[Array, KV | None, RouterStats | None]:
+    ) -> tuple[Array, LayersKV | None, RouterStats | None]:
         """Run `body(layer, x, *per_layer)` over all layers in their order; see `layers.scan_layers`."""
+        if self.unstacked is not None:
+            kvs = []
+            for index, layer in enumerate(self.unstacked):
+                x, (kv, _) = body(layer, x, *(part[index] for part in per_layer))
+                kvs.append(kv)
+            return x, tuple(kv for kv in kvs if kv is not None) or None, None
         if self.expert_layers is None and self.layers is not None:
             x, (kv, router) = scan_layers(self.layers, body, x, *per_layer, remat=remat)
             return x, kv, router
@@ -244,9 +270,9 @@ class Decoder(nnx.Module):
         leaves: Int[Array, "B Q"],
         ends: Int[Array, "B L"],
         step: Int[Array, ""],
-        prefix: KV,
-        suffix: KV,
-    ) -> tuple[Float[Array, "B Q D"], KV]:
+        prefix: LayersKV,
+        suffix: LayersKV,
+    ) -> tuple[Float[Array, "B Q D"], LayersKV]:
         """Decode one more token of each leaf; see `VisionLanguageModel.extend`."""
         seen = leaf_visible(leaves, ends)
 
@@ -263,6 +289,26 @@ class Decoder(nnx.Module):
         if self.head is None:
             return (hidden @ self.embedding[...].astype(hidden.dtype).T).astype(jnp.float32)
         return self.head(hidden).astype(jnp.float32)
+
+
+def _unstacked(stack: DecoderLayer | None) -> list[DecoderLayer]:
+    """Return the layers of a stack, whose own arrays are freed one by one if nobody else holds them."""
+    if stack is None:
+        return []
+    graph, state = nnx.split(stack)
+    variables, tree = jax.tree.flatten(state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    del stack, state
+    for index, variable in enumerate(variables):
+        kind, axes = type(variable), variable.axes[1:]
+        variables[index] = [kind(layer, axes=axes) for layer in variable[...]]
+    layers: list[DecoderLayer] = [
+        nnx.merge(graph, jax.tree.unflatten(tree, own)) for own in zip(*variables, strict=True)
+    ]
+    for layer in layers:
+        for _, part in nnx.iter_modules(layer):
+            if isinstance(part, Linear):
+                part.layers = None
+    return layers
 
 
 def _pattern(kinds: list[bool]) -> list[tuple[list[bool], int]]:

@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from reverie_jax.models.config import Remat, Routing, VLMConfig
-from reverie_jax.models.decoder import KV, Decoder
+from reverie_jax.models.decoder import Decoder, LayersKV
 from reverie_jax.models.inputs import ModelInputs
 from reverie_jax.models.moe import RouterStats
 from reverie_jax.models.projector import Projector
@@ -100,7 +100,7 @@ class VisionLanguageModel(nnx.Module):
         """Return the logits at every position; for small inputs, since B x L x V values are large."""
         return self.decoder.logits(self.hidden(jax.tree.map(jnp.asarray, inputs), remat="none"))
 
-    def prefill(self, inputs: ModelInputs) -> tuple[Float[Array, "B L D"], KV]:
+    def prefill(self, inputs: ModelInputs) -> tuple[Float[Array, "B L D"], LayersKV]:
         """Return the hidden states, and the KV: one copy, from which all leaves decode."""
         out = self.decoder(self.embed(inputs), inputs.positions, inputs.ends, keep_kv=True, remat="none")
         assert out.kv is not None
@@ -113,9 +113,9 @@ class VisionLanguageModel(nnx.Module):
         leaves: Int[Array, "B Q"],
         ends: Int[Array, "B L"],
         step: Int[Array, ""],
-        prefix: KV,
-        suffix: KV,
-    ) -> tuple[Float[Array, "B Q V"], KV]:
+        prefix: LayersKV,
+        suffix: LayersKV,
+    ) -> tuple[Float[Array, "B Q V"], LayersKV]:
         """Append one token to every leaf's suffix; return the logits of the next one and the longer suffixes.
 
         Args:
@@ -127,6 +127,6 @@ class VisionLanguageModel(nnx.Module):
             prefix: The KV of `prefill`.
             suffix: KV of the decoded tokens; see `decoder.KV`.
         """
-        x = self.decoder.embed(tokens, prefix.k.dtype)
+        x = self.decoder.embed(tokens, jax.tree.leaves(prefix)[0].dtype)
         hidden, suffix = self.decoder.extend(x, positions, leaves, ends, step, prefix, suffix)
         return self.decoder.logits(hidden), suffix

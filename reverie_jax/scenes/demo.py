@@ -127,6 +127,7 @@ def run(out: Path, *, size: DemoSize | None = None, seeds: int = 1, model: str =
 
     def evaluate(arm: str, tuned: VisionLanguageModel, seed: int) -> None:
         with timer.stage(f"evaluate_{arm}", f"Evaluating the {arm} model" + (f", seed {seed}" if seeds > 1 else "")):
+            tuned.decoder.unstack()
             predictions = out / "predictions" / arm / f"seed{seed}"
             benchmark.predict(Engine(tuned, processor), test, predictions)
             results.counts.setdefault(arm, []).append(benchmark.count_predictions(test, predictions))

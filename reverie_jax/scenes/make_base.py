@@ -102,6 +102,7 @@ def write_card(out: Path, recipe: pretrain.PretrainRecipe, seconds: float, losse
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         dataset.make_test_set(folder, test, size=model.config.vision.image_size, seed=0)
+        model.decoder.unstack()
         benchmark.predict(Engine(model, processor), folder, folder / "predictions")
         scores = benchmark.estimates(benchmark.count_predictions(folder, folder / "predictions"))
     parameters = sum(leaf.size for leaf in nnx.to_flat_state(nnx.state(model, nnx.Param)).leaves)

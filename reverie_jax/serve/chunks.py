@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 from reverie_jax.data.packing import Batch
 from reverie_jax.eval import decode
 from reverie_jax.models import VisionLanguageModel
-from reverie_jax.models.decoder import KV
+from reverie_jax.models.decoder import LayersKV
 
 CHUNK = 8
 """Tokens that are decoded before the host sees them; the first token of an answer is a chunk of its own."""
@@ -45,7 +45,7 @@ class Controls(NamedTuple):
 class Prefilled(NamedTuple):
     """What all tokens of a batch's answers attend to; it does not change. See `decode.DecodeState`."""
 
-    prefix: KV
+    prefix: LayersKV
     leaves: Int[Any, "B Q"]
     depth: Int[Any, "B Q"]
     ends: Int[Any, "B L"]
@@ -64,7 +64,7 @@ class Chosen(NamedTuple):
 @functools.partial(jax.jit, static_argnames=("graph", "stops", "room"))
 def start(
     graph: Any, state: Any, batch: Batch, controls: Controls, *, stops: tuple[int, ...], room: int
-) -> tuple[Chosen, Prefilled, KV]:
+) -> tuple[Chosen, Prefilled, LayersKV]:
     """Prefill a batch and choose the first token of each answer.
 
     Args:
@@ -88,14 +88,14 @@ def advance(
     graph: Any,
     state: Any,
     prefilled: Prefilled,
-    suffix: KV,
+    suffix: LayersKV,
     controls: Controls,
     token: Int[Array, "B Q"],
     ended: Bool[Array, "B Q"],
     done: Int[Array, ""],
     *,
     stops: tuple[int, ...],
-) -> tuple[Chosen, KV, Int[Array, ""]]:
+) -> tuple[Chosen, LayersKV, Int[Array, ""]]:
     """Decode up to `CHUNK` further tokens of each answer.
 
     Args:

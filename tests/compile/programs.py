@@ -108,7 +108,13 @@ def generation(topology: str, architecture: str, rows: int, length: int, leaves:
     devices = devices_of(topology)[:1]
     mesh = make_mesh(data=1, fsdp=1, tensor=1, devices=devices)
     config = ARCHITECTURES[architecture]
-    graph, state = nnx.split(nnx.eval_shape(lambda: VisionLanguageModel(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)))
+
+    def build() -> VisionLanguageModel:
+        model = VisionLanguageModel(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
+        model.decoder.unstack()
+        return model
+
+    graph, state = nnx.split(nnx.eval_shape(build))
     recipe = recipes.RECIPES["reverie-1.5-7b-lora"]
     shape = dataclasses.replace(recipe.sequence, length=length, images=1, edges=1, questions=leaves)
     recipe = dataclasses.replace(recipe, sequence=shape, batch_size=rows, gradient_accumulation_steps=1)

@@ -10,7 +10,7 @@ import pytest
 from reverie_jax.train import recipes
 from reverie_jax.train.plan.plan import abstract_step, architecture_of, find_architecture, mesh_sizes
 from reverie_jax.train.plan.topology import Topology, can_compile, plan_mesh
-from tests.compile.programs import attention, compiled, devices_of, gathered_stacks, generation, squares
+from tests.compile.programs import attention, buffers, compiled, devices_of, gathered_stacks, generation, squares
 
 pytestmark = pytest.mark.compile
 
@@ -90,16 +90,13 @@ KV = 2 * 832 * 2 * 32 * 32 * 128 * 2
 """Bytes of two prefixes of 832 tokens in a 7B model: once, not once for each leaf."""
 
 
-@pytest.mark.parametrize(
-    ("chip", "most"),
-    [
-        ("h100:1", 3 * KV),
-        # Three stacks of 1 GiB are copied to another layout for decoding.
-        ("v5p:2x2x1", 3 * KV + 3.2 * GIB),
-    ],
-)
-def test_prefill_and_decoding(chip, most, report):
+@pytest.mark.parametrize("chip", ["h100:1", "v5p:2x2x1"])
+def test_prefill_and_decoding(chip, report):
     program = generation(chip, "llava-1.5-7b", rows=2, length=832, leaves=8, room=32)
     report("7B prefill and decoding, 2 x 832, 8 leaves", chip, program.temporaries, program.seconds)
     assert not squares(program.text, 832, 2)
-    assert program.temporaries < most
+    assert program.temporaries < 2 * KV
+    # Weights are read where they are: to copy a layer's, for each token, takes longer than to multiply by them.
+    weights = {(4096, 4096), (4096, 11008), (11008, 4096)}
+    copies = {"fusion", "copy", "transpose", "slice", "dynamic-slice"}
+    assert not [shape for kind, shape in buffers(program.text) if kind in copies and shape[-2:] in weights]

@@ -122,15 +122,18 @@ def test_checkpoints_load_and_answer_alike(kind, tower, seed, root):
 DECODED = {"stablelm": 1, "qwen": 2, "phi": 34}
 
 
+@pytest.mark.parametrize("unstacked", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_decoding_equals_computing_everything_anew(kind, root):
+def test_decoding_equals_computing_everything_anew(kind, unstacked, root):
     sizes, theirs, ours = checkpoint(kind, "clip", False, 0, root)
+    ours = nnx.clone(ours)
+    if unstacked:
+        ours.decoder.unstack()
     numbers, inputs = batch(sizes, DECODED[kind])
     wanted = oracle.generate(theirs, numbers.tokens, numbers.pixels, 24).numpy()
     hidden, prefix = ours.prefill(jax.tree.map(jnp.asarray, inputs))
     rows, length = inputs.tokens.shape
-    shape = (prefix.k.shape[0], rows, 1, 24, *prefix.k.shape[3:])
-    suffix = type(prefix)(jnp.zeros(shape), jnp.zeros(shape))
+    suffix = jax.tree.map(lambda x: jnp.zeros((*x.shape[:-3], 1, 24, *x.shape[-2:])), prefix)
     leaves = jnp.full((rows, 1), length - 1, jnp.int32)
     token = ours.decoder.logits(hidden[:, -1:]).argmax(-1).astype(jnp.int32)
     found = [token]

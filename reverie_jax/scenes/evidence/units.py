@@ -186,6 +186,7 @@ class Evidence:
         dataset.make_training_set(folder, count, size=pixels, questions=QUESTIONS, seed=seed, plain=plain)
         graphs = dict(itertools.islice(dataset.read_graphs(folder).items(), count))
         images = [(folder / dataset.IMAGES / name).read_bytes() for name in graphs]
+        model.decoder.unstack()
         engine = Engine(model, processor)
         descriptions = draw_descriptions(engine, images, seed)
         siblings = draw_siblings(engine, images, list(graphs.values()), seed)
@@ -241,13 +242,14 @@ class Evidence:
         On pictures with what is held out of training, only short answers are counted.
 
         Args:
-            model: to evaluate.
+            model: to evaluate; its layers are unstacked.
             processor: its own.
             folder: to write to.
             tests: sets of `TESTS`.
             decoders: ways of `DECODERS`; other ways than plain on the first set alone.
             keep: keep the predictions.
         """
+        model.decoder.unstack()
         engine = Engine(model, processor)
         for name in decoders:
             decoding, reflect = DECODERS[name]
