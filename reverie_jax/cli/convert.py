@@ -28,7 +28,7 @@ class Convert:
     out: Annotated[Positional[Path], common.FOLDER]
     """Output folder; it must not exist, and appears when it is complete."""
     to: Annotated[str, common.option("FORMAT")]
-    """Output format: llava-hf, llava, original, orbax, peft or llava-lora."""
+    """Output format: llava-hf, llava, original, orbax, peft or llava-lora; auto: what most others read."""
     components: common.Components = ()
     adapter: common.Adapter = None
     template: common.Template = None
@@ -38,10 +38,16 @@ class Convert:
     """Resize the tower's position embeddings to images of this side; as stored if omitted."""
     shard_size: Annotated[str, common.option("SIZE")] = "5GB"
     """Maximum size of a weights file."""
+    push_to_hub: common.PushToHub = None
+    public: common.Public = False
 
     def run(self) -> None:
         """Run the command."""
         common.check_template(self.template)
+        if self.push_to_hub is not None:
+            from reverie_jax.hub.repository import check_access
+
+            check_access(self.push_to_hub, "model", public=self.public)
         from reverie_jax.convert import convert
 
         known = (*common.DTYPES, "float16")
@@ -59,6 +65,10 @@ class Convert:
         )
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         print(f"{folder}: {len(files)} files, {sum(path.stat().st_size for path in files) / 1e6:,.1f} MB")
+        if self.push_to_hub is not None:
+            from reverie_jax.hub.publish import publish_model
+
+            print(publish_model(folder, self.push_to_hub))
 
 
 def parse_size(text: str) -> int:
