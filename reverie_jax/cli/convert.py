@@ -44,14 +44,15 @@ class Convert:
     def run(self) -> None:
         """Run the command."""
         common.check_template(self.template)
-        if self.push_to_hub is not None:
-            from reverie_jax.hub.repository import check_access
-
-            check_access(self.push_to_hub, "model", public=self.public)
         from reverie_jax.convert import convert
 
         known = (*common.DTYPES, "float16")
         dtype = None if self.dtype is None else common.parse_dtype(self.dtype, known, auto=False)
+        shard_bytes = parse_size(self.shard_size)
+        if self.push_to_hub is not None:
+            from reverie_jax.hub.repository import check_access
+
+            check_access(self.push_to_hub, "model", public=self.public)
         folder = convert(
             self.model,
             self.out,
@@ -61,7 +62,7 @@ class Convert:
             template=self.template,
             dtype=dtype,
             image_size=self.image_size,
-            shard_bytes=parse_size(self.shard_size),
+            shard_bytes=shard_bytes,
         )
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         print(f"{folder}: {len(files)} files, {sum(path.stat().st_size for path in files) / 1e6:,.1f} MB")

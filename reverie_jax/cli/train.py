@@ -55,6 +55,14 @@ class Train:
         from reverie_jax.train import recipes
 
         recipe = recipes.override(recipes.read_recipe(self.recipe), common.joined(self.set))
+        if self.push_to_hub is not None:
+            if self.distributed:
+                raise UserError(
+                    "--push-to-hub: is for one process; afterwards, `reverie convert --adapter RUN --to auto` has it too"
+                )
+            from reverie_jax.hub.repository import check_access
+
+            check_access(self.push_to_hub, "model", public=self.public)
         # From here on JAX is imported, which takes seconds.
         from reverie_jax.data.records import RecordSource
         from reverie_jax.loading import lacks_projector, load_model, load_with_projector
@@ -124,14 +132,6 @@ class Train:
         common.check_choice(("auto", *common.DTYPES), dtype=self.dtype)
         if self.out.exists() and not self.out.is_dir():
             raise UserError(f"{self.out}: is a file; --out takes a folder")
-        if self.push_to_hub is not None:
-            if self.distributed:
-                raise UserError(
-                    "--push-to-hub: is for one process; afterwards, `reverie convert --adapter RUN --to auto` has it too"
-                )
-            from reverie_jax.hub.repository import check_access
-
-            check_access(self.push_to_hub, "model", public=self.public)
 
 
 def field_help() -> str:

@@ -177,6 +177,6 @@ def test_the_library_datasets_reads_it(tmp_path):
     (folder := tmp_path / "set").mkdir()
     datasets.write_parquet(RECORDS, folder)
     found = load("parquet", data_files=str(folder / "data" / "*.parquet"), cache_dir=str(tmp_path / "cache"))["train"]
-    assert found[1]["image"].size == (4, 3) or found[1]["image"].size == (3, 4)
+    assert found[1]["image"].getpixel((0, 0)) == (1, 3, 4)
     assert found[-1]["image"] is None
     assert [turn["text"] for turn in found[0]["conversations"][0]["turns"]] == [turn.text for turn in TALKS[0].turns]
