@@ -26,6 +26,7 @@ _USAGE = {
     "original": "its authors' code: names and shapes are theirs; MiniGPT-4's code reads four files instead.",
     "orbax": "reverie-jax only.",
 }
+_HERE = "path/to/this/folder"
 _RESULTS = "Evaluation"
 _MAX_METRICS = 16
 """Metrics of a benchmark on a card; scores.json has all of them."""
@@ -54,10 +55,10 @@ def write_model_card(
         base_model=bases,
         library_name=_LIBRARIES.get(to),
         pipeline_tag="image-text-to-text",
-        tags=["reverie-jax", "llava", *(["lora"] if adapters else [])],
+        tags=["reverie-jax", system, *(["lora"] if adapters else [])],
         **relation,
     )
-    usage = _USAGE[to].format(name="path/to/this/folder")
+    usage = _USAGE[to].format(name=_HERE)
     if to == "peft" and system != "llava":
         usage = usage.replace("`LlavaForConditionalGeneration`", "its authors' class")
     lines = [f"# {'LoRA adapters' if adapters else 'Model'} ({to})", "", f"Loads with {usage}", ""]
@@ -122,7 +123,7 @@ def base_licence(folder: Path) -> dict[str, str]:
     return {}
 
 
-def update_card(folder: Path, fields: Mapping[str, Any], scores: Sequence[Path], model_name: str) -> None:
+def update_card(folder: Path, fields: Mapping[str, Any], scores: Sequence[Path], repository: str) -> None:
     """Set fields of a model's or dataset's card, and write the results of evaluations into it.
 
     They are in the table of the card, with intervals, in its `model-index`, and in a file of `.eval_results` where the
@@ -133,7 +134,7 @@ def update_card(folder: Path, fields: Mapping[str, Any], scores: Sequence[Path],
         fields: Of the card's metadata.
         scores: Files as `reverie score` writes them, or folders with a scores.json. The card keeps its own results if there
             are none.
-        model_name: For the results.
+        repository: owner/name, which the card names from then on.
 
     Raises:
         UserError: A file is not one of scores, or the card cannot be read.
@@ -148,10 +149,11 @@ def update_card(folder: Path, fields: Mapping[str, Any], scores: Sequence[Path],
         data = ModelCardData(**metadata)
     except Exception as error:  # YAML's and the hub client's
         raise UserError(f"{path}: its metadata cannot be read ({reason(error)})") from None
-    text = card.text
+    text = card.text.replace(_HERE, repository)
     if scores:
         results = [_read_score(score) for score in scores]
-        data.model_name, data.eval_results = model_name, [each for score in results for each in _eval_results(score)]
+        data.model_name = repository.rpartition("/")[2]
+        data.eval_results = [each for score in results for each in _eval_results(score)]
         text = re.sub(rf"\n## {_RESULTS}\n.*?(?=\n## |\Z)", "", text, flags=re.DOTALL)
         text = text.rstrip() + "\n\n" + "\n".join(_results_table(results)) + "\n"
         _write_eval_results(folder / ".eval_results", results)
@@ -171,7 +173,8 @@ def _read_score(path: Path) -> dict[str, Any]:
     path = path / "scores.json" if path.is_dir() else path
     content = read_json(path)
     kinds = {"benchmark": str, "rule": str, "metrics": dict, "intervals": dict, "protocol": dict, "items": int}
-    if not isinstance(content, dict) or any(not isinstance(content.get(name), kind) for name, kind in kinds.items()):
+    whole = isinstance(content, dict) and all(isinstance(content.get(name), kind) for name, kind in kinds.items())
+    if not whole or not content["metrics"]:
         raise UserError(f"{path}: not a file of scores; `reverie score --out FOLDER` or `reverie eval` writes one")
     return content
 
@@ -251,14 +254,12 @@ def _task(repository: str, benchmark: str) -> str:
         HubError: The hub cannot be asked.
     """
     import huggingface_hub
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import RemoteEntryNotFoundError
 
     try:
         path = huggingface_hub.hf_hub_download(repository, "eval.yaml", repo_type="dataset")
         tasks = [str(task["id"]) for task in yaml.safe_load(Path(path).read_text("utf-8"))["tasks"]]
-    except EntryNotFoundError:
-        return ""
-    except (KeyError, TypeError, yaml.YAMLError):
+    except (RemoteEntryNotFoundError, KeyError, TypeError, yaml.YAMLError):
         return ""
     except Exception as error:
         raise HubError(f"datasets/{repository}: eval.yaml cannot be read ({reason(error)})") from None

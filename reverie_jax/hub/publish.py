@@ -28,7 +28,9 @@ def publish_model(folder: Path, name: str, fields: Mapping[str, Any] | None = No
         HubError: The upload fails.
         UserError: The card or a file of scores cannot be used.
     """
-    update_card(folder, {**base_licence(folder), **(fields or {})}, scores, name.rpartition("/")[2])
+    fields = fields or {}
+    inherited = {} if "license" in fields else base_licence(folder)
+    update_card(folder, {**inherited, **fields}, scores, name)
     return upload(folder, name, "model", again=_command(folder, name))
 
 

@@ -96,6 +96,7 @@ def test_a_model_is_uploaded_as_it_was_written(reverie, hub, tmp_path, converted
     found = files_of(hub.folder("model", "lab/mine"))
     assert found == files_of(tmp_path / "out")
     assert {**found, "README.md": b""} == {**files_of(converted), "README.md": b""}
+    assert 'from_pretrained("lab/mine")' in card_of(tmp_path / "out").text
     data = card_of(tmp_path / "out").data
     assert (data.pipeline_tag, data.library_name, data.base_model) == ("image-text-to-text", "transformers", None)
 
