@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 import reverie_jax
@@ -23,6 +24,8 @@ from reverie_jax.data.tokenization import Encoder, load_tokenizer
 from reverie_jax.data.tokenizer_files import SENTENCEPIECE, copy_tokenizer
 from reverie_jax.errors import CheckpointError, UserError
 from reverie_jax.files import write_json
+from reverie_jax.hub.cards import write_model_card
+from reverie_jax.hub.repository import repository_id
 from reverie_jax.loading import (
     Components,
     check_reference_tokenizer,
@@ -30,6 +33,7 @@ from reverie_jax.loading import (
     is_run,
     load_adapter,
     read_base,
+    run_recipe,
     set_processor,
 )
 from reverie_jax.models import VisionLanguageModel, VLMConfig, lora
@@ -46,7 +50,7 @@ from reverie_jax.models.checkpoints.families import tower_name, tunes_tower
 from reverie_jax.models.checkpoints.files import new_folder, read_json
 from reverie_jax.models.image_size import resize_images
 
-Format = Literal["llava-hf", "peft", "llava-lora", "llava", "original", "orbax"]
+Format = Literal["auto", "llava-hf", "peft", "llava-lora", "llava", "original", "orbax"]
 
 _log = logging.getLogger(__name__)
 
@@ -80,12 +84,14 @@ def convert(
     dtype: DTypeLike | None = None,
     image_size: int | None = None,
     shard_bytes: int = write.SHARD_BYTES,
+    mesh: Mesh | None = None,
 ) -> Path:
     """Read `src` (see `loading.load_model`) and write it to the folder `dst`.
 
     Formats of complete models (`llava-hf`, `llava`, `original`, `orbax`) get adapters merged, in float32 and cast once.
-    Formats of adapters (`peft`, `llava-lora`) get the adapters and, if it was tuned with them, the projector. The folder
-    appears when it is complete.
+    Formats of adapters (`peft`, `llava-lora`) get the adapters and, if it was tuned with them, the projector. `auto` is
+    `peft` for a run that tuned adapters, else `llava-hf`, or what comes next where these do not support the model. The
+    folder appears when it is complete.
 
     Args:
         src: As for `loading.load_model`.
@@ -97,6 +103,7 @@ def convert(
         dtype: Of a complete model's tensors; as stored by default.
         image_size: Side of the images, in pixels, that the tower's positions are resized to; as stored by default.
         shard_bytes: Size of the largest file of weights.
+        mesh: As for `loading.load_model`.
 
     Returns:
         The output folder.
@@ -111,13 +118,16 @@ def convert(
     differences: list[str] = []
     with new_folder(dst) as folder:
         main, *others = detect_components(src, components)
-        model = read_base(main, others, adapter=adapter, dtype=dtype)
+        model = read_base(main, others, adapter=adapter, dtype=dtype, mesh=mesh)
+        to = _choose_format(model.config, adapter) if to == "auto" else to
         _check_format(model.config, to, image_size)
         processor = set_processor(model, main, others, adapter, template)
         source = _describe_source(model, str(src), main, [str(part) for part in as_list(components)], adapter)
         if adapter is not None:
             name, projector = load_adapter(model, adapter, [main, *others])
-            source = dataclasses.replace(source, base_model=name or str(src), projector=projector)
+            source = dataclasses.replace(
+                source, base_model=name or repository_id(str(src)) or str(src), projector=projector
+            )
         if to in ("peft", "llava-lora"):
             _write_adapter(model, folder, to, source, processor.encoder.tokenizer)
         else:
@@ -129,12 +139,25 @@ def convert(
             keeps_template = template is None and main.format == "llava-hf" and not _changes_prompt(adapter)
             kept = read_chat_template(main.path) if keeps_template else None
             differences = _write_model(model, folder, to, processor, shard_bytes, main.path, kept and kept[1])
-        _write_readme(folder, model, to, source)
+        _write_card(folder, model, to, source, adapter)
     for difference in differences:
         _log.warning("%s: %s", dst, difference)
     if to == "llava-lora" and not all(word in dst.resolve().name.lower() for word in ("llava", "lora")):
         _log.warning("%s: original LLaVA's loader needs a folder whose name contains both llava and lora", dst)
     return dst
+
+
+def _choose_format(config: VLMConfig, adapter: str | Path | None) -> str:
+    """Return the format that most others read: adapters of a run as such, where they can be written."""
+    recipe = run_recipe(adapter) if adapter is not None and is_run(adapter) else None
+    upcycled = recipe is not None and recipe.upcycle is not None
+    if config.system != "llava":
+        whole = "original"
+    else:
+        whole = "llava" if upcycled or write.missing_in_llava_hf(config) else "llava-hf"
+    if recipe is None or not recipe.has_adapters or whole == "llava":
+        return whole
+    return whole if config.projector_token and recipe.trainable == "lora" else "peft"
 
 
 def _check_format(config: VLMConfig, to: str, image_size: int | None) -> None:
@@ -387,17 +410,9 @@ def _original_differences(folder: Path, has_pieces: bool) -> Iterator[str]:
         )
 
 
-_USAGE = {
-    "llava-hf": '`LlavaForConditionalGeneration.from_pretrained("{name}")` in transformers, or vLLM.',
-    "llava": 'original LLaVA\'s `load_pretrained_model("{name}", None, …)`.',
-    "peft": '`PeftModel.from_pretrained(base, "{name}")` on `LlavaForConditionalGeneration`.',
-    "llava-lora": 'original LLaVA\'s `load_pretrained_model("{name}", base, …)`; its name must contain llava and lora.',
-    "original": "its authors' code: names and shapes are theirs; MiniGPT-4's code reads four files instead.",
-    "orbax": "reverie-jax only.",
-}
-
-
-def _write_readme(folder: Path, model: VisionLanguageModel, to: str, source: ConversionSource) -> None:
+def _write_card(
+    folder: Path, model: VisionLanguageModel, to: str, source: ConversionSource, adapter: str | Path | None
+) -> None:
     config, factors = model.config, [factor for _, _, *factors in lora.adapters(model) for factor in factors]
     tower = f"{config.vision_tower}, " if config.vision_tower else ""
     of = source.checksums if factors else base_checksums(model)
@@ -420,10 +435,7 @@ def _write_readme(folder: Path, model: VisionLanguageModel, to: str, source: Con
         table["adapters"] = f"LoRA, {size:,} parameters, for `{source.base_model}`"
     else:
         table["dtype"] = np.dtype(model.compute_dtype).name
-    lines = [f"# {'LoRA adapters' if factors else 'Model'} ({to})", ""]
-    usage = _USAGE[to].format(name="path/to/this/folder")
-    if to == "peft" and config.system != "llava":
-        usage = usage.replace("`LlavaForConditionalGeneration`", "its authors' class")
-    lines += [f"Loads with {usage}", ""]
-    lines += ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in table.items()), ""]
-    (folder / "README.md").write_text("\n".join(lines), "utf-8")
+    names = [source.base_model] if factors else source.names
+    bases = list(dict.fromkeys(filter(None, map(repository_id, names))))
+    recipe = run_recipe(adapter).to_yaml() if adapter is not None and is_run(adapter) else ""
+    write_model_card(folder, to, config.system, table, base_models=bases, recipe=recipe)

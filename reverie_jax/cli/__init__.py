@@ -24,6 +24,7 @@ from reverie_jax.cli.evaluate import Eval
 from reverie_jax.cli.judge import Judge
 from reverie_jax.cli.plan import Plan
 from reverie_jax.cli.programs import use_cache
+from reverie_jax.cli.push import Push
 from reverie_jax.cli.recipes import Benchmarks, Recipes
 from reverie_jax.cli.report import Report
 from reverie_jax.cli.scenes import Scenes
@@ -48,6 +49,7 @@ Command = (
     | Annotated[Ask, subcommand("ask")]
     | Annotated[Serve, subcommand("serve")]
     | Annotated[Convert, subcommand("convert")]
+    | Annotated[Push, subcommand("push")]
     | Annotated[Scenes, subcommand("scenes")]
     | Annotated[Env, subcommand("env")]
 )

@@ -138,6 +138,14 @@ Contrast = Annotated[
     ),
 ]
 Json = Annotated[bool, arg(help="Print one JSON object.", help_behavior_hint="")]
+PushToHub = Annotated[
+    str | None,
+    option(
+        "OWNER/NAME",
+        "Upload the result to this repository on the Hugging Face hub, which is created if missing; needs HF_TOKEN.",
+    ),
+]
+Public = Annotated[bool, arg(help="Make a new repository public; it is private if omitted.", help_behavior_hint="")]
 DryRun = Annotated[
     bool, arg(help="Print the number of requests and tokens and the cost; send nothing.", help_behavior_hint="")
 ]

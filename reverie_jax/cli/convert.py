@@ -28,7 +28,7 @@ class Convert:
     out: Annotated[Positional[Path], common.FOLDER]
     """Output folder; it must not exist, and appears when it is complete."""
     to: Annotated[str, common.option("FORMAT")]
-    """Output format: llava-hf, llava, original, orbax, peft or llava-lora."""
+    """Output format: llava-hf, llava, original, orbax, peft or llava-lora; auto: what most others read."""
     components: common.Components = ()
     adapter: common.Adapter = None
     template: common.Template = None
@@ -38,6 +38,8 @@ class Convert:
     """Resize the tower's position embeddings to images of this side; as stored if omitted."""
     shard_size: Annotated[str, common.option("SIZE")] = "5GB"
     """Maximum size of a weights file."""
+    push_to_hub: common.PushToHub = None
+    public: common.Public = False
 
     def run(self) -> None:
         """Run the command."""
@@ -46,6 +48,11 @@ class Convert:
 
         known = (*common.DTYPES, "float16")
         dtype = None if self.dtype is None else common.parse_dtype(self.dtype, known, auto=False)
+        shard_bytes = parse_size(self.shard_size)
+        if self.push_to_hub is not None:
+            from reverie_jax.hub.repository import check_access
+
+            check_access(self.push_to_hub, "model", public=self.public)
         folder = convert(
             self.model,
             self.out,
@@ -55,10 +62,14 @@ class Convert:
             template=self.template,
             dtype=dtype,
             image_size=self.image_size,
-            shard_bytes=parse_size(self.shard_size),
+            shard_bytes=shard_bytes,
         )
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         print(f"{folder}: {len(files)} files, {sum(path.stat().st_size for path in files) / 1e6:,.1f} MB")
+        if self.push_to_hub is not None:
+            from reverie_jax.hub.publish import publish_model
+
+            print(publish_model(folder, self.push_to_hub))
 
 
 def parse_size(text: str) -> int:

@@ -40,7 +40,8 @@ class Build:
     """
 
     sources: Annotated[Positional[tuple[str, ...]], common.option("FILE[=FOLDER] ...")]
-    """Annotation files, each with its image folder; `images` beside the file if omitted."""
+    """Annotation files, each with its image folder; `images` beside the file if omitted. hub:owner/name@revision/FILE is
+    a file on the Hugging Face hub, or hub:owner/name the only one there."""
     out: Annotated[Path, common.FOLDER]
     """Output folder: the records."""
     mixture: Annotated[Path | None, common.FILE] = None
@@ -52,22 +53,27 @@ class Build:
     """Threads that read images and write records; one for each core if omitted."""
     overwrite: Annotated[bool, common.FLAG] = False
     """Replace the records in the output folder; they are kept until the new ones are complete."""
+    push_to_hub: common.PushToHub = None
+    public: common.Public = False
 
     def run(self) -> None:
         """Run the command."""
         from reverie_jax.data.mixture import read_mixture
         from reverie_jax.data.records import NAME, RecordSource, work_folder, write_records
         from reverie_jax.data.sources import NO_CONVERSATION, ReadLog
+        from reverie_jax.hub import datasets, publish, repository
         from reverie_jax.progress import ProgressBars
 
         common.check_at_least(1, max_side=self.max_side, jobs=self.jobs)
-        entries, log = mixture_entries(self.sources, self.mixture), ReadLog()
-        if not entries:
-            raise UserError("name at least one annotation file, as FILE=FOLDER")
         if (self.out / NAME).exists() and not self.overwrite:
             raise UserError(
                 f"{self.out}: already has records; choose another output folder, or replace them with --overwrite"
             )
+        if self.push_to_hub is not None:
+            repository.check_access(self.push_to_hub, "dataset", public=self.public)
+        entries, log = mixture_entries(self.sources, self.mixture), ReadLog()
+        if not entries:
+            raise UserError("name at least one annotation file, as FILE=FOLDER")
         with ProgressBars() as bars, work_folder(self.out) as work:
 
             def on_read(count: int) -> None:
@@ -92,7 +98,11 @@ class Build:
                 texts = len(RecordSource(folder)) - records.image_count
                 without = f"{texts} texts without an image, " if texts else ""
                 counts = f"{records.image_count} images, {without}{records.conversation_count} conversations"
+        names = [_split(source)[0] for source in self.sources]
+        datasets.write_sources(self.out, [*names, *(str(entry.file) for entry in _of_mixture(self.mixture))])
         print(f"{counts}: {folder}")
+        if self.push_to_hub is not None:
+            print(publish.publish_records(self.out, self.push_to_hub))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -333,17 +343,29 @@ class Data:
 
 
 def mixture_entries(sources: Sequence[str], file: Path | None = None) -> list[MixtureEntry]:
-    """Return the entries of FILE=FOLDER arguments, then those of a mixture file."""
-    from reverie_jax.data.mixture import MixtureEntry, read_mixture_file
+    """Return the entries of FILE=FOLDER arguments, then those of a mixture file. Files on the hub are downloaded."""
+    from reverie_jax.data.mixture import MixtureEntry
+    from reverie_jax.hub.datasets import PREFIX, fetch_annotations
 
     entries = []
-    for source in sources:
-        # A file's name may contain the sign itself.
-        name, equals, folder = (source, "", "") if Path(source).exists() else source.rpartition("=")
-        if not equals:
-            name = source
-        entries.append(MixtureEntry(file=Path(name), images=Path(folder) if equals else None))
-    return entries + (read_mixture_file(file) if file is not None else [])
+    for name, folder in map(_split, sources):
+        is_there = not name.startswith(PREFIX) or Path(name).exists()
+        files = (Path(name),) if is_there else fetch_annotations(name, images=folder is None)
+        entries += [MixtureEntry(file=path, images=folder) for path in files]
+    return entries + _of_mixture(file)
+
+
+def _of_mixture(file: Path | None) -> list[MixtureEntry]:
+    """Return the entries of a mixture file; none without one."""
+    from reverie_jax.data.mixture import read_mixture_file
+
+    return [] if file is None else read_mixture_file(file)
+
+
+def _split(source: str) -> tuple[str, Path | None]:
+    """Return the file and the folder of a FILE=FOLDER argument; a file's name may contain the sign itself."""
+    name, equals, folder = (source, "", "") if Path(source).exists() else source.rpartition("=")
+    return (name, Path(folder)) if equals else (source, None)
 
 
 def _files(sources: Sequence[str]) -> list[Path]:

@@ -7,10 +7,16 @@ import dataclasses
 import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from reverie_jax.cli import common
 from reverie_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+HUB = "hub"
+"""Folder of a run with what `--push-to-hub` uploads."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,6 +46,8 @@ class Train:
     """Serve TensorBoard during training (needs the tensorboard package)."""
     resume: Annotated[bool, common.FLAG] = True
     """Start anew: refuse an output folder that has checkpoints instead of continuing from the newest one."""
+    push_to_hub: common.PushToHub = None
+    public: common.Public = False
 
     def run(self) -> None:
         """Run the command."""
@@ -47,6 +55,14 @@ class Train:
         from reverie_jax.train import recipes
 
         recipe = recipes.override(recipes.read_recipe(self.recipe), common.joined(self.set))
+        if self.push_to_hub is not None:
+            if self.distributed:
+                raise UserError(
+                    "--push-to-hub: is for one process; afterwards, `reverie convert --adapter RUN --to auto` has it too"
+                )
+            from reverie_jax.hub.repository import check_access
+
+            check_access(self.push_to_hub, "model", public=self.public)
         # From here on JAX is imported, which takes seconds.
         from reverie_jax.data.records import RecordSource
         from reverie_jax.loading import lacks_projector, load_model, load_with_projector
@@ -62,6 +78,7 @@ class Train:
         progress = find_progress(self.out, recipe, records, resume=self.resume)
         if progress is not None and progress.is_complete:
             print(f"already complete, {progress.steps} of {progress.steps} steps: {self.out}")
+            self._push(mesh)
             return
         if recipe.trainable == "projector" and self.adapter is None and lacks_projector(self.model, self.components):
             new: Any = {"kind": recipe.projector_type, "seed": recipe.seed}
@@ -85,6 +102,22 @@ class Train:
             f"{result.steps} steps in {result.seconds:.0f} s on {stats.records} images "
             f"({stats.tokens:,} tokens in trees, {stats.flat_tokens:,} without prefix sharing): {self.out}"
         )
+        del model  # its memory is for what is loaded next
+        self._push(mesh)
+
+    def _push(self, mesh: Mesh) -> None:
+        """Write the run in the form that others read, beside its checkpoints, and upload it, if that is asked for."""
+        if self.push_to_hub is None:
+            return
+        from reverie_jax.convert import convert
+        from reverie_jax.hub.datasets import read_sources
+        from reverie_jax.hub.publish import publish_model
+
+        folder = self.out / HUB
+        if not folder.exists():
+            convert(self.model, folder, to="auto", components=self.components, adapter=self.out, mesh=mesh)
+        datasets = read_sources(self.data).get("datasets")
+        print(publish_model(folder, self.push_to_hub, {"datasets": datasets} if datasets else {}))
 
     def _check(self) -> None:
         """Check what needs no import of JAX: those take seconds.

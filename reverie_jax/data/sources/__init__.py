@@ -8,13 +8,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 from reverie_jax.data.row_files import Rows
-from reverie_jax.data.sources import annotated, llava, lrv, mplug_owl, multiple_choice, preference_pairs, reverie
+from reverie_jax.data.sources import (
+    annotated,
+    llava,
+    lrv,
+    mplug_owl,
+    multiple_choice,
+    preference_pairs,
+    reverie,
+    stored,
+)
 from reverie_jax.data.sources.common import Example, ImageFolder, ReadLog, validate_image
 from reverie_jax.errors import DataError
 
 __all__ = ["NO_CONVERSATION", "Example", "ImageFolder", "ReadLog", "Rows", "detect_format", "read", "validate_image"]
 
-Format = Literal["turns", "lrv", "mplug_owl", "annotated", "preference_pairs", "choices"]
+Format = Literal["turns", "lrv", "mplug_owl", "annotated", "preference_pairs", "choices", "records"]
 
 NO_CONVERSATION = "no row gives a conversation; notes say which rows were skipped"
 _SAMPLE = 10_000
@@ -38,6 +47,8 @@ def detect_format(rows: Rows) -> Format:
 
 
 def _row_format(row: dict[str, Any]) -> Format | None:
+    if stored.is_record(row):
+        return "records"
     if preference_pairs.is_preference_pair(row):
         return "preference_pairs"
     if llava.has_turns(row):
@@ -77,3 +88,5 @@ def read(path: Path, log: ReadLog, *, filtered: bool = True, splits: Sequence[st
             return lrv.read_examples(rows, log)
         case "mplug_owl":
             return mplug_owl.read_examples(rows, log)
+        case "records":
+            return stored.read_examples(rows, log)

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
-import functools
-import logging
 from pathlib import Path
 
 from reverie_jax.eval.benchmarks.interface import Benchmark, BenchmarkError
-
-_log = logging.getLogger(__name__)
+from reverie_jax.hub.repository import HubError, download, look_up
 
 
 def fetch(benchmark: Benchmark) -> Path:
@@ -26,35 +23,26 @@ def fetch(benchmark: Benchmark) -> Path:
         raise BenchmarkError(
             f"--data hub: no dataset of {benchmark.name} on the hub is read here; it needs {benchmark.required_files}"
         )
-    import huggingface_hub
-
-    repository, pinned = dataset.repository, dataset.revision or None
-    get = functools.partial(
-        huggingface_hub.snapshot_download, repository, repo_type="dataset", allow_patterns=list(dataset.files)
-    )
+    repository, pinned, patterns = dataset.repository, dataset.revision or None, dataset.files
     try:
-        info = huggingface_hub.HfApi().dataset_info(repository, revision=pinned, files_metadata=True)
-    except Exception as error:  # the hub client raises dozens of kinds
+        info = look_up(repository, pinned)
+    except HubError as error:
+        import huggingface_hub
+
         with contextlib.suppress(Exception):  # offline: a pinned commit may be in the cache
-            return Path(get(revision=pinned, local_files_only=True))
-        raise _failed(repository, error) from None
-    sizes = [
-        file.size or 0
-        for file in info.siblings or []
-        if any(fnmatch.fnmatch(file.rfilename, pattern) for pattern in dataset.files)
-    ]
-    _log.info(
-        "%s: datasets/%s at %s%s: %d files, %s MB, licence: %s; what is in the cache is not downloaded again",
-        *(benchmark.name, repository, info.sha, "" if pinned else " (today's commit; none is pinned)"),
-        *(len(sizes), f"{sum(sizes) / 1e6:,.1f}"),
-        getattr(info.card_data, "license", None) or dataset.licence or "not stated there; ask its authors",
-    )
+            return Path(
+                huggingface_hub.snapshot_download(
+                    repository,
+                    repo_type="dataset",
+                    revision=pinned,
+                    allow_patterns=list(patterns),
+                    local_files_only=True,
+                )
+            )
+        raise BenchmarkError(f"--data hub: {error}") from None
+    found = [file.rfilename for file in info.siblings or []]
+    names = [name for name in found if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
     try:
-        return Path(get(revision=info.sha))
-    except Exception as error:
-        raise _failed(repository, error) from None
-
-
-def _failed(repository: str, error: Exception) -> BenchmarkError:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return BenchmarkError(f"--data hub: datasets/{repository} cannot be downloaded ({reason})")
+        return download(benchmark.name, info, names, pinned=pinned is not None, licence=dataset.licence)
+    except HubError as error:
+        raise BenchmarkError(f"--data hub: {error}") from None

@@ -51,14 +51,8 @@ def write_model(
     """
     config = model.config
     check_llava(config, "llava-hf")
-    for lacking, what in (
-        (config.projector != "mlp2x_gelu", "linear projectors"),
-        (config.text.experts is not None, "experts"),
-        (config.text.family == "qwen", "Qwen-1"),
-        (config.text.head_bias, "an LM head with a bias (Phi-2's)"),  # transformers >= 4.52 would drop it
-    ):
-        if lacking:
-            raise CheckpointError(f"llava-hf does not support {what}; write llava or orbax")
+    for what in missing_in_llava_hf(config):
+        raise CheckpointError(f"llava-hf does not support {what}; write llava or orbax")
     check_merged(model)
     dtype = np.dtype(model.compute_dtype if dtype is None else dtype)
     folder.mkdir(parents=True, exist_ok=True)
@@ -98,6 +92,17 @@ def write_original(
     _write_weights(model, folder, dtype, shard_bytes, names)
     describe = original_json if config.system == "llava" else sister_json
     write_json(folder / "config.json", describe(config, dtype.name, special_ids or _LLAMA_SPECIAL_IDS))
+
+
+def missing_in_llava_hf(config: VLMConfig) -> list[str]:
+    """Return what a LLaVA has that transformers' class does not support."""
+    features = {
+        "linear projectors": config.projector != "mlp2x_gelu",
+        "experts": config.text.experts is not None,
+        "Qwen-1": config.text.family == "qwen",
+        "an LM head with a bias (Phi-2's)": config.text.head_bias,  # transformers >= 4.52 would drop it
+    }
+    return [what for what, present in features.items() if present]
 
 
 def check_llava(config: VLMConfig, format: str) -> None:

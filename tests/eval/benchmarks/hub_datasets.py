@@ -1,12 +1,8 @@
-"""The hub's datasets in their own schemas, made from the samples' official files, and a hub on the loopback."""
+"""The hub's datasets in their own schemas, made from the samples' official files."""
 
 from __future__ import annotations
 
-import http.server
 import json
-import re
-import threading
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -160,74 +156,3 @@ CONVERT: dict[str, Callable[[Path, Path], None]] = {
     **{"seed": seed, "gqa": gqa, "textvqa": textvqa, "hallusionbench": hallusionbench},
     **dict.fromkeys(("mmhal", "llava-bench"), same_files),
 }
-
-
-def _files(folder: Path) -> list[tuple[str, int]]:
-    paths = sorted(filter(Path.is_file, folder.rglob("*")))
-    return [(str(path.relative_to(folder)), path.stat().st_size) for path in paths]
-
-
-def _json_body(content: Any) -> tuple[int, dict[str, str], bytes]:
-    return 200, {"Content-Type": "application/json"}, json.dumps(content).encode()
-
-
-class Hub:
-    """A hub on the loopback: repositories of datasets, each with one commit.
-
-    Attributes:
-        served: How often each file was downloaded, by repository and name.
-        broken: Files that cannot be downloaded.
-    """
-
-    def __init__(self, repositories: Mapping[str, tuple[str, str | None, Path]]):
-        self.repositories = repositories  # by name: commit, licence, folder
-        self.served: Counter[str] = Counter()
-        self.broken: set[str] = set()
-
-    def __enter__(self) -> Hub:
-        hub = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def log_message(self, *args: Any) -> None:
-                pass
-
-            def do_HEAD(self) -> None:
-                self.do_GET()
-
-            def do_GET(self) -> None:
-                status, headers, body = hub.answer(self.path.partition("?")[0], self.command)
-                self.send_response(status)
-                for name, value in {**headers, "Content-Length": str(len(body))}.items():
-                    self.send_header(name, value)
-                self.end_headers()
-                if self.command == "GET":
-                    self.wfile.write(body)
-
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-
-    def answer(self, path: str, method: str) -> tuple[int, dict[str, str], bytes]:
-        """Return status, headers and body."""
-        for name, (commit, licence, folder) in self.repositories.items():
-            if re.fullmatch(rf"/api/datasets/{name}(/revision/({commit}|main))?", path):
-                card = {} if licence is None else {"license": licence}
-                siblings = [{"rfilename": file, "size": size} for file, size in _files(folder)]
-                return _json_body({"id": name, "sha": commit, "siblings": siblings, "cardData": card})
-            if path == f"/api/datasets/{name}/tree/{commit}":
-                entries = [
-                    {"type": "file", "path": file, "size": size, "oid": "0" * 40} for file, size in _files(folder)
-                ]
-                return _json_body(entries)
-            if match := re.fullmatch(rf"/datasets/{name}/resolve/{commit}/(.*)", path):
-                if match[1] in self.broken:
-                    return 404, {}, b""
-                self.served[f"{name}/{match[1]}"] += method == "GET"
-                data = (folder / match[1]).read_bytes()
-                return 200, {"X-Repo-Commit": commit, "ETag": f'"{abs(hash(data)):040x}"'}, data
-        return 404, {"X-Error-Code": "RepoNotFound"}, b""

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from reverie_jax.eval.benchmarks import _BUILT_IN, find_benchmark, inputs
-from tests.eval.benchmarks.hub_datasets import CONVERT, OFFICIAL, Hub, same_files
+from tests.eval.benchmarks.hub_datasets import CONVERT, OFFICIAL, same_files
 from tests.eval.benchmarks.samples import SAMPLES, refused
+from tests.hub.server import Hub
 
 NAMES = tuple(CONVERT)
 PARQUET = [name for name in NAMES if CONVERT[name] is not same_files]

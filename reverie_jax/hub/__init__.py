@@ -1,0 +1,1 @@
+"""The Hugging Face hub: repositories to read from and to write to, cards, datasets."""
