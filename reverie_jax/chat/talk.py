@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import queue
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 from reverie_jax.chat.model import ChatModel, Options
@@ -26,12 +26,14 @@ class Exchange:
         answers: One of each model, as far as they are decoded.
         kind: `positive` or `negative` if the answers are rationales of the answer before; else empty.
         cut: Whether each answer ended before its end: it was stopped, or reached its maximum length.
+        attempt: How often it was retried; each time is sampled with a seed of its own.
     """
 
     question: str
     answers: tuple[str, ...]
     kind: Kind = ""
     cut: tuple[bool, ...] = ()
+    attempt: int = 0
 
 
 _Events = queue.SimpleQueue[tuple[int, Delta | Exception] | None]
@@ -58,7 +60,7 @@ class Talk:
         self._events: _Events | None = None
         self._stopped = False
 
-    def ask(self, question: str, options: Options, kind: Kind = "") -> Iterator[Exchange]:
+    def ask(self, question: str, options: Options, kind: Kind = "", attempt: int = 0) -> Generator[Exchange]:
         """Yield the exchange as its answers grow; the last one is whole, and all of them are `exchanges[-1]` in turn.
 
         A failed request leaves the talk as it was. An iterator that is not read to its end stops the answers.
@@ -67,6 +69,7 @@ class Talk:
             question: The user's text.
             options: How to decode.
             kind: Of the rationale that the question asks for.
+            attempt: As for `Exchange`.
 
         Raises:
             UserError: The question is empty or too long, an answer is being decoded, or decoding failed.
@@ -78,7 +81,8 @@ class Talk:
             raise UserError("an empty question; type one")
         if IMAGE in question:
             raise UserError(f"the question has {IMAGE}, which stands for the picture; leave it out")
-        exchange = Exchange(question.strip(), ("",) * len(self.models), kind, (True,) * len(self.models))
+        options = dataclasses.replace(options, seed=(options.seed + attempt) % (1 << 32))
+        exchange = Exchange(question.strip(), ("",) * len(self.models), kind, (True,) * len(self.models), attempt)
         requests = [
             model.request(self._conversation(number, exchange), self.image, options)
             for number, model in enumerate(self.models)
@@ -123,7 +127,7 @@ class Talk:
         if (events := self._events) is not None:
             events.put(None)  # it may be waiting
 
-    def explain(self, options: Options) -> Iterator[Exchange]:
+    def explain(self, options: Options) -> Generator[Exchange]:
         """Ask why the last answer is right: for its positive rationale.
 
         Raises: as `ask`, and UserError if there is no answer yet.
@@ -131,7 +135,7 @@ class Talk:
         self._explained()
         return self.ask(WHY, options, "positive")
 
-    def why_not(self, answer: str, options: Options) -> Iterator[Exchange]:
+    def why_not(self, answer: str, options: Options) -> Generator[Exchange]:
         """Ask why another answer than the last one is wrong: for its negative rationale.
 
         Raises: as `ask`, and UserError if there is no answer yet.
@@ -141,7 +145,7 @@ class Talk:
             raise UserError("why not what? Type the answer that you expected")
         return self.ask(WHY_WRONG.format(answer=answer.strip()), options, "negative")
 
-    def reflect(self, question: str, options: Options) -> Iterator[Exchange]:
+    def reflect(self, question: str, options: Options) -> Generator[Exchange]:
         """Ask a question, and then why the answer is right. Stopped answers are not explained.
 
         Raises: as `ask`.
@@ -152,8 +156,10 @@ class Talk:
         if exchange is not None and not any(exchange.cut):
             yield from self.explain(options)
 
-    def retry(self, options: Options) -> Iterator[Exchange]:
-        """Ask the last question again; its answer is replaced, but comes back if decoding fails.
+    def retry(self, options: Options) -> Generator[Exchange]:
+        """Ask the last question again with the next seed; its answer is replaced, but comes back if decoding fails.
+
+        Greedy decoding gives the same answer.
 
         Raises: as `ask`, and UserError if there is no question yet.
         """
@@ -163,7 +169,7 @@ class Talk:
         self.exchanges.pop()
         count = len(self.exchanges)
         try:
-            yield from self.ask(last.question, options, last.kind)
+            yield from self.ask(last.question, options, last.kind, last.attempt + 1)
         finally:
             if len(self.exchanges) == count:
                 self.exchanges.append(last)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import threading
 
@@ -100,8 +99,9 @@ def test_retry_samples_again(models):
     assert said(talk.ask("Describe the image.", options)).answers == (
         expected(model, ["Describe the image."], **sampled, seed=3),
     )
-    again = said(talk.retry(dataclasses.replace(options, seed=4)))
-    assert again.answers == (expected(model, ["Describe the image."], **sampled, seed=4),)
+    for seed in (4, 5):
+        again = said(talk.retry(options))
+        assert again.answers == (expected(model, ["Describe the image."], **sampled, seed=seed),)
     assert len(talk.exchanges) == 1
 
 
@@ -182,7 +182,7 @@ def test_a_failed_batch_leaves_the_talk_as_it_was(models, options, monkeypatch):
             with pytest.raises(UserError, match="base: the batch failed"):
                 list(iterate())
             assert talk.exchanges == [kept]
-    assert said(talk.retry(options)) == kept
+    assert said(talk.retry(options)).answers == kept.answers
 
 
 @pytest.mark.parametrize(
