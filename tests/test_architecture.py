@@ -21,6 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "hosted": {"errors", "files", "data"},
     "eval": {"errors", "files", "models", "data", "hub", "hosted"},
     "serve": {"errors", "files", "models", "data", "eval"},
+    "chat": {"errors", "files", "data", "serve"},
     "annotate": {"errors", "files", "data", "hosted"},
     "loading": {"errors", "files", "models", "data", "train"},
     "convert": {"errors", "files", "models", "data", "hub", "loading", "__init__"},

@@ -15,6 +15,7 @@ import reverie_jax
 from reverie_jax.cli import train
 from reverie_jax.cli.annotate import Annotate
 from reverie_jax.cli.ask import Ask
+from reverie_jax.cli.chat import Chat
 from reverie_jax.cli.compare import Compare
 from reverie_jax.cli.convert import Convert
 from reverie_jax.cli.data import Data
@@ -47,6 +48,7 @@ Command = (
     | Annotated[Report, subcommand("report")]
     | Annotated[Compare, subcommand("compare")]
     | Annotated[Ask, subcommand("ask")]
+    | Annotated[Chat, subcommand("chat")]
     | Annotated[Serve, subcommand("serve")]
     | Annotated[Convert, subcommand("convert")]
     | Annotated[Push, subcommand("push")]

@@ -54,12 +54,10 @@ class Serve:
         common.check_at_least(
             1, batch_size=self.batch_size, max_requests=self.max_requests, max_new_tokens=self.max_new_tokens
         )
-        if not 0 <= self.port <= 65535:
-            raise UserError(f"--port {self.port}: must be from 0 to 65535")
         from reverie_jax.hosted.providers.common import find_api_key
 
         template, key = common.check_template(self.template), find_api_key(os.environ, KEY, required=False)
-        if not key and not _is_loopback(self.host):
+        if not key and not is_loopback(self.host):
             raise UserError(f"--host {self.host}: others could use the model; set the environment variable {KEY}")
         try:
             import uvicorn
@@ -72,7 +70,7 @@ class Serve:
         from reverie_jax.serve.scheduler import Scheduler
 
         mesh = common.parse_mesh(self.mesh)
-        with self._listen() as listening:
+        with listen(self.host, self.port) as listening:
             model, processor = common.load_merged(self.model, self.components, self.adapter, self.dtype, template)
             shape = EngineShape(sequence_length=processor.context, batch_size=self.batch_size)
             service = Service(
@@ -91,18 +89,23 @@ class Serve:
             common.note([f"serving {service.name} at http://{f'[{host}]' if ':' in host else host}:{port}/v1"])
             uvicorn.Server(config).run([listening])
 
-    def _listen(self) -> socket.socket:
-        """Return the socket, before the model is loaded; clients that come early wait."""
-        family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
-        try:
-            return socket.create_server((self.host, self.port), family=family)
-        except OSError as error:
-            raise UserError(
-                f"--host {self.host} --port {self.port}: cannot listen there ({error.strerror or error})"
-            ) from None
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return the socket that listens at an address; clients that come before the model is loaded wait.
+
+    Raises:
+        UserError: It cannot.
+    """
+    if not 0 <= port <= 65535:
+        raise UserError(f"--port {port}: must be from 0 to 65535")
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise UserError(f"--host {host} --port {port}: cannot listen there ({error.strerror or error})") from None
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Return whether an address is reached from this machine alone."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -21,7 +21,7 @@ from reverie_jax.train.recipe import Recipe
 
 HEAVY = (
     *("jax", "flax", "torch", "transformers", "tensorflow_datasets", "matplotlib", "pandas", "pydantic", "rich"),
-    *("starlette", "uvicorn", "prometheus_client", "huggingface_hub", "pyarrow"),
+    *("starlette", "uvicorn", "prometheus_client", "gradio", "fastapi", "huggingface_hub", "pyarrow"),
 )
 # Options that differ between commands in type, default or first sentence, and why.
 DIFFERENT = {
@@ -37,6 +37,8 @@ DIFFERENT = {
     "seeds": "`demo` draws data by seed too, and once by default",
     "topology": "`compare` plans for the devices that are here by default",
     "dtype": "`convert` keeps what is stored by default",
+    "image": "`ask` does not do without one",
+    "port": "`chat` and `serve` may run at the same time",
 }
 # --no-repeat-ngram negates nothing.
 OPTION = r"^\W+--(?:no-(?!repeat))?([a-z][a-z-]+)(?: (\S.*?))?(?:  +|\W*\n\W+)(\S.*?)\W*$"

@@ -1,11 +1,12 @@
 """Pairs of a better and a worse answer to one question: RLHF-V's and RLAIF-V's Parquet files, or the same as JSON.
 
 Also read: TRL's `prompt`, `chosen` and `rejected`, as texts or as messages, and LLaMA-Factory's, whose question is in
-`conversations`.
+`conversations`. Messages may begin with other questions and their answers: only the last answer is supervised.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -61,9 +62,9 @@ def _parse(row: dict[str, Any], where: str) -> tuple[list[Example], bool]:
             texts = json.loads(row["text"])
         except ValueError as error:
             raise InvalidRow(f"'text' is not JSON ({error})") from None
-    system = False
+    system, before = False, list[Turn]()
     if any(isinstance(row.get(side), list | dict) for side in _SIDES):
-        image, encoded, system, *values = _parse_messages(row)
+        image, encoded, system, before, *values = _parse_messages(row)
     else:
         named = first_given(row, "image", "image_path") is not None
         image, encoded = parse_image(row.get("image"), row.get("image_path")) if named else llava.find_image(row)
@@ -74,10 +75,12 @@ def _parse(row: dict[str, Any], where: str) -> tuple[list[Example], bool]:
     if not image:
         raise InvalidRow("no image")
     dataset = str(row.get("ds_name") or "preferences").lower()
-    pair = content_digest(json.dumps([content_digest(encoded) if encoded else image, *values]).encode())[:16]
+    content = [content_digest(encoded) if encoded else image, *(turn.text for turn in before), *values]
+    pair = content_digest(json.dumps(content).encode())[:16]
     examples = []
     for side, answer in zip(_SIDES, answers, strict=True):
-        turns = [image_question(question), Turn("assistant", answer)]
+        asked = Turn("user", question) if before else image_question(question)
+        turns = [*before, asked, Turn("assistant", answer)]
         examples.append(
             Example(image, image_conversation(turns, dataset=dataset, kind=side, pair=pair), where, encoded)
         )
@@ -94,18 +97,19 @@ def _parse_texts(texts: dict[str, Any]) -> list[str]:
     return values
 
 
-def _parse_messages(row: dict[str, Any]) -> tuple[str, bytes, bool, str, str, str]:
-    """Return (image, its content, whether there is a system turn, question, chosen, rejected) of conversations.
+def _parse_messages(row: dict[str, Any]) -> tuple[str, bytes, bool, list[Turn], str, str, str]:
+    """Return (image, its content, whether there is a system turn, turns before, question, chosen, rejected) of a row.
 
     TRL's `prompt` may be part of both sides; LLaMA-Factory's is `conversations`.
     """
     prompt = first_given(row, "prompt", "conversations", "messages")
     prompt = [] if prompt is None else llava.as_messages(prompt, "user")
     sides = [llava.parse_messages([*prompt, *llava.as_messages(row[side], "assistant")], row) for side in _SIDES]
-    if any(len(side.turns) != 2 or side.shortened for side in sides):
-        raise InvalidRow("'chosen' and 'rejected' must answer one question; a conversation of several is not supported")
     chosen, rejected = sides
-    if chosen[:2] != rejected[:2] or chosen.turns[0] != rejected.turns[0]:
+    if chosen.shortened or rejected.shortened:
+        raise InvalidRow("'chosen' and 'rejected' must end with an answer, and their prompt must begin with a question")
+    if chosen[:2] != rejected[:2] or chosen.turns[:-1] != rejected.turns[:-1]:
         raise InvalidRow("'chosen' and 'rejected' answer different questions")
-    question, answer = chosen.turns
-    return chosen.image, chosen.encoded, chosen.system, question.text, answer.text, rejected.turns[1].text
+    *before, question, answer = chosen.turns
+    before = [dataclasses.replace(turn, weight=0.0) if turn.role == "assistant" else turn for turn in before]
+    return chosen.image, chosen.encoded, chosen.system, before, question.text, answer.text, rejected.turns[-1].text

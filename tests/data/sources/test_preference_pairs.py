@@ -160,6 +160,25 @@ def test_pairs_as_trl_has_them(tmp_path):
         assert [one.encoded for one in examples[::2]] == [png((number, 0, 0)) for number in range(3)]
 
 
+@pytest.mark.parametrize("shown", [0, 2])
+def test_only_the_last_answer_of_a_longer_conversation_is_supervised(tmp_path, shown):
+    """The image stays at the question that shows it; answers of the prompt are context."""
+    prompt = [said("user", ("text", "A?")), said("assistant", ("text", "B")), said("user", ("text", "C?"))]
+    prompt[shown]["content"].insert(0, {"type": "image", "text": None, "index": None})
+    rows = [trl(0, prompt=prompt), trl(0, prompt=[*prompt[:2], said("user", ("text", "D?"))])]
+    examples, log = read_examples(write_parquet(tmp_path / "a.parquet", rows[:1]))
+    assert log == ReadLog()
+    questions = [f"{IMAGE}\nA?", "C?"] if shown == 0 else ["A?", f"{IMAGE}\nC?"]
+    for one, answer in zip(examples, ("good 0", "bad 0"), strict=True):
+        turns = one.conversation.turns
+        assert [turn.text for turn in turns] == [questions[0], "B", questions[1], answer]
+        assert [turn.weight for turn in turns if turn.role == "assistant"] == [0, 1]
+    (pair,) = find_pairs("r", [one.conversation for one in examples])
+    assert pair[0].turns[:-1] == pair[1].turns[:-1]
+    longer = read_examples(write_parquet(tmp_path / "b.parquet", rows))[0]
+    assert len({one.conversation.pair for one in longer}) == 2
+
+
 def test_system_turns_of_pairs_are_noted(tmp_path):
     rows = [trl(n, prompt=[said("system", ("text", "Be brief.")), *trl(n)["prompt"]]) for n in range(2)]
     examples, log = read_examples(write_parquet(tmp_path / "a.parquet", rows))
@@ -276,9 +295,13 @@ BROKEN = {
     "columns: no question": rlaif(1, values=pair_texts(1, question=None)),
     "columns: no image": rlaif(1, **NO_IMAGE),
     "trl: no image": trl(1, images=[]),
-    "trl: two questions": trl(
-        1, prompt=[said("user", ("text", "A?")), said("assistant", ("text", "B")), *trl(1)["prompt"]]
-    ),
+    "trl: prompt begins with an answer": trl(1, prompt=[said("assistant", ("text", "B")), *trl(1)["prompt"]]),
+    "trl: no last answer": trl(1, rejected=[*trl(1)["rejected"], said("user", ("text", "C?"))]),
+    "trl: different answers before": inside(1)
+    | {
+        side: [*trl(1)["prompt"], said("assistant", ("text", side)), said("user", ("text", "C?")), *trl(1)[side]]
+        for side in ("chosen", "rejected")
+    },
     "trl: no answer": trl(1, chosen=[]),
     "trl: no prompt": trl(1, prompt=None),
     "trl: other questions": inside(1) | {"chosen": inside(2)["chosen"]},
