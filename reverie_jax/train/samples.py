@@ -27,7 +27,7 @@ def cut_samples(folder: Path, step: int) -> None:
 def read_samples(folder: Path) -> list[dict[str, Any]]:
     """Return the rows of a run's samples.jsonl; none where there is no such file."""
     path = folder / _FILE
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+    return [json.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
 
 
 def write_samples(folder: Path, step: int, samples: Sequence[Sample]) -> list[SampleRow]:

@@ -30,6 +30,8 @@ IDS = "trackers.json"
 """File of a run folder: the id of the tracked run by tracker, so that a resumed run continues it."""
 _FIRST_WAIT, _LONGEST_WAIT = 10.0, 600.0
 """Seconds before a failed call is repeated: twice as many after each failure, up to a limit."""
+_SAMPLE_TRIES = 8
+"""Calls with the same samples; together about 20 minutes."""
 _LAST_WAIT = 20.0
 """Seconds that the end of a run waits for its trackers; schedulers kill soon after SIGTERM."""
 
@@ -187,8 +189,8 @@ class MlflowTracker(Tracker):
 
     def log_samples(self, step: int, samples: Sequence[SampleRow]) -> None:
         """Add a step's samples to the table samples.json."""
-        image = self._mlflow.Image
-        rows = [(step, s.picture and image(s.picture), s.question, s.before, s.now) for s in samples]
+        blank = Image.new("RGB", (1, 1))  # a column has pictures only, or none
+        rows = [(step, self._mlflow.Image(s.picture or blank), s.question, s.before, s.now) for s in samples]
         table = dict(zip(_COLUMNS, map(list, zip(*rows, strict=True)), strict=True))
         self._client.log_table(self.id, table, "samples.json")
 
@@ -271,16 +273,19 @@ class _Sender(threading.Thread):
                 self._repeat(functools.partial(self._tracker.finish, value))
                 return
             call = functools.partial(getattr(self._tracker, method), step, value)
-            if step >= self._tracker.last_step and not self._repeat(call):
+            # Samples have many forms; what a tracker refuses for good must not hold up the metrics behind it.
+            tries = _SAMPLE_TRIES if method == "log_samples" else None
+            if step >= self._tracker.last_step and not self._repeat(call, tries):
                 return
 
     def _open(self) -> None:
         self._tracker = self._connect()
 
-    def _repeat(self, action: Callable[[], object]) -> bool:
-        """Repeat an action until it succeeds; return False if the run ends before."""
-        wait = _FIRST_WAIT
+    def _repeat(self, action: Callable[[], object], tries: int | None = None) -> bool:
+        """Repeat an action until it succeeds, or `tries` times at most; return False if the run ends before."""
+        wait, number = _FIRST_WAIT, 0
         while True:
+            number += 1
             try:
                 action()
                 return True
@@ -292,6 +297,9 @@ class _Sender(threading.Thread):
                         "tracker %s: %s; training goes on, and what it lacks is sent later. metrics.jsonl has everything",
                         *(self.label, reason),
                     )
+            if number == tries:
+                _log.error("tracker %s: samples are left out; samples.jsonl has them", self.label)
+                return True
             # When the run ends, it is tried at once and again until there is no time left.
             if self._ending.wait(wait) and self._left.wait(_FIRST_WAIT / 10):
                 return False

@@ -62,6 +62,10 @@ def content(folder):
     return metrics, read_samples(folder), files
 
 
+def texts(predictions):
+    return [json.loads(line)["text"] for line in predictions.splitlines()]
+
+
 def test_scores_are_in_the_metrics_and_samples_beside_them(evaluated, finished):
     metrics, samples, files = content(evaluated.folder)
     steps = [row["step"] for row in metrics if "eval/pope/random/accuracy" in row]
@@ -84,9 +88,7 @@ def test_scores_are_those_of_the_checkpoint(evaluated, pope, tmp_path, step):
     names = {"model": "x", "checksums": {}}
     file = predict(Engine(model, tiny.processor()), Pope(), data, tmp_path, options, **names)
     during = evaluated.folder / "evaluations" / str(step) / "pope" / "predictions.jsonl"
-    assert [json.loads(line)["text"] for line in file.read_text().splitlines()] == [
-        json.loads(line)["text"] for line in during.read_text().splitlines()
-    ]
+    assert texts(file.read_bytes()) == texts(during.read_bytes())
     row = next(row for row in read_metrics(evaluated.folder) if row["step"] == step)
     expected = {f"eval/pope/{name}": value for name, value in score(Pope(), data, file).metrics.items()}
     assert {name: value for name, value in row.items() if name.startswith("eval/")} == expected
@@ -127,8 +129,8 @@ def test_four_devices_give_the_answers_of_one(evaluated, pope, tmp_path):
     (metrics, samples, files), single = content(mesh.folder), content(evaluated.folder)
     assert (metrics[0], samples[:2]) == (single[0][0], single[1][:2])
     name = "evaluations/0/pope/predictions.jsonl"
-    ours, theirs = ([json.loads(line)["text"] for line in part[name].splitlines()] for part in (files, single[2]))
-    assert ours == theirs
+    ours = texts(files[name])
+    assert ours == texts(single[2][name])
     assert len(files["evaluations/8/pope/predictions.jsonl"].splitlines()) == len(ours) == 22
     assert metrics[8]["eval/pope/random/accuracy"] >= 0
 

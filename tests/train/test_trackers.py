@@ -2,6 +2,7 @@
 
 import json
 import logging
+import struct
 
 import numpy as np
 import pytest
@@ -116,6 +117,18 @@ def test_an_outage_is_said_once_and_nothing_is_lost(recorder, tmp_path, monkeypa
     assert [r.levelno for r in caplog.records if "tracker json: no network" in r.message] == [logging.ERROR]
 
 
+def test_samples_that_are_refused_hold_up_no_metrics(recorder, tmp_path, monkeypatch, caplog):
+    def refuse(self, step, samples):
+        raise ValueError("a picture")
+
+    monkeypatch.setattr(recorder, "log_samples", refuse)
+    monkeypatch.setattr(trackers, "_SAMPLE_TRIES", 2)
+    log_run(tmp_path, [1, 2])
+    [kept] = recorder.runs.values()
+    assert (logged(kept), logged(kept, "finished")) == (expected([1, 2]), [(0, True)])
+    assert [caplog.text.count(words) for words in ("a picture", "left out")] == [1, 2]
+
+
 def test_an_outage_to_the_end_costs_the_run_nothing(recorder, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(recorder, "failing", range(99))
     monkeypatch.setattr(trackers, "_LAST_WAIT", 0.1)
@@ -150,22 +163,34 @@ def test_trackers_that_cannot_be_used_are_named(recorder, monkeypatch, names, wo
         Tracking(names)
 
 
+def wandb_records(path):
+    """The records of an offline file: LevelDB's log format behind seven bytes."""
+    data, position, record = path.read_bytes(), 7, b""
+    while position + 7 <= len(data):
+        if (rest := BLOCK - position % BLOCK) < 7:
+            position += rest
+            continue
+        _, length, kind = struct.unpack("<IHB", data[position : position + 7])
+        record, position = record + data[position + 7 : position + 7 + length], position + 7 + length
+        if kind in (1, 4):  # complete, or the last part
+            yield record
+            record = b""
+
+
+BLOCK = 32768
+
+
 def read_wandb(folder, tmp_path):
     """Points (step, name, value) of all offline runs, and the ids of the runs."""
-    from google.protobuf.json_format import MessageToDict
     from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
 
     points, ids = [], set()
     for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
-        store = DataStore()
-        store.open_for_scan(str(path))
-        while (data := store.scan_data()) is not None:
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(data)
+        for data in wandb_records(path):
+            record = wandb_internal_pb2.Record.FromString(data)
             ids |= {record.run.run_id} if record.HasField("run") else set()
-            items = MessageToDict(record).get("history", {}).get("item", [])
-            row = {item.get("key") or "/".join(item["nestedKey"]): json.loads(item["valueJson"]) for item in items}
+            items = record.history.item if record.HasField("history") else ()
+            row = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
             points += [(row["step"], name, value) for name, value in row.items() if name[0] != "_" and name != "step"]
     return points, ids
 
@@ -204,14 +229,11 @@ READERS = {"wandb": read_wandb, "mlflow": read_mlflow, "trackio": read_trackio}
 @pytest.mark.parametrize("name", READERS)
 def test_the_real_trackers_have_every_point(name, tmp_path, monkeypatch):
     """Killed after step 3, resumed from step 1: what they cannot know to have is there twice, and nothing is missing."""
-    pytest.importorskip(name)
     settings = {"WANDB_MODE": "offline", "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}
-    for key, value in {**settings, "WANDB_SILENT": "true"}.items():
+    for key, value in {**settings, "WANDB_SILENT": "true", "TRACKIO_DIR": str(tmp_path / "trackio")}.items():
         monkeypatch.setenv(key, value)
     monkeypatch.chdir(tmp_path)
-    if name == "trackio":
-        monkeypatch.setattr("trackio.utils.TRACKIO_DIR", tmp_path / "trackio")
-        monkeypatch.setattr("trackio.sqlite_storage.TRACKIO_DIR", tmp_path / "trackio")
+    pytest.importorskip(name)
     monkeypatch.setattr(trackers, "_LAST_WAIT", 300.0)
     tracking, folder = Tracking((name,), "mine"), tmp_path / "run"
     log_run(folder, [1, 2, 3], tracking=tracking)
@@ -219,10 +241,10 @@ def test_the_real_trackers_have_every_point(name, tmp_path, monkeypatch):
     points, ids = READERS[name](folder, tmp_path)
     assert ids == {json.loads((folder / "trackers.json").read_text())[name]}
     mlflow = name == "mlflow"
-    found = [(step, key, value) for step, key, value in points if key != "samples"]
+    found = [(step, key, value) for step, key, value in points if not key.startswith("samples")]
     loss = "loss/a_b" if mlflow else "loss/a:b"
     wanted = {(step, *item) for step in range(1, 5) for item in (("loss", 1 / step), (loss, 2.0), ("eval/x", step))}
     assert set(found) == wanted
     assert len(found) == {"wandb": 18, "mlflow": 15, "trackio": 15}[name]
-    assert any(key == "samples" for _, key, _ in points)
+    assert any(key.startswith("samples") for _, key, _ in points)
     assert Image.open(folder / "samples" / "0.png").size == (24, 24)
