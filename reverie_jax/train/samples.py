@@ -31,7 +31,7 @@ def read_samples(folder: Path) -> list[dict[str, Any]]:
 
 
 def write_samples(folder: Path, step: int, samples: Sequence[Sample]) -> list[SampleRow]:
-    """Add a step's samples to samples.jsonl, and write the pictures that are not there yet.
+    """Add a step's samples to samples.jsonl, and write their pictures.
 
     Returns:
         The samples with the answers of the first sampled step.

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from reverie_jax import evaluators as above
+from reverie_jax.cli.train import Watching
 from reverie_jax.errors import UserError
 from reverie_jax.eval.benchmarks import find_benchmark
 from reverie_jax.eval.benchmarks.pope import Pope
@@ -242,3 +243,28 @@ def test_samples_ask_the_first_question_of_some_records():
     records = [dataclasses.replace(tiny.record(seed), id=f"{seed}") for seed in range(5)]
     assert [record.id for record in SampleEvaluator(records, 1, 3).records] == ["0", "1", "3"]
     assert len(SampleEvaluator(records, 1, 9).records) == 5
+
+
+def test_options_make_evaluators(pope):
+    named = {"eval": (("pope",),), "eval_data": pope, "eval_limit": 8, "eval_metric": "pope/random/f1", "eval_every": 7}
+    options = Watching(**named, sample_every=5, sample_count=3)
+    benchmark, samples = options.evaluators(tiny.records(), 4)
+    assert (benchmark.every, benchmark.metric, len(benchmark.benchmarks[0][1].questions)) == (7, "pope/random/f1", 8)
+    assert (samples.every, [record.id for record in samples.records]) == (5, ["r8", "r9", "r10"])
+    assert Watching().evaluators(tiny.records(), 0) == []
+    assert Watching().check() is None
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"eval": (("pope",),)}, "--eval-data"),
+        ({"eval_every": 0}, "--eval-every 0"),
+        ({"eval_limit": 0}, "--eval-limit 0"),
+        ({"sample_every": 0}, "--sample-every 0"),
+        ({"tracker": (("nothing",),)}, "--tracker nothing"),
+    ],
+)
+def test_invalid_options_are_named(options, words):
+    with pytest.raises(UserError, match=words):
+        Watching(**options).check()
