@@ -126,7 +126,7 @@ class BenchmarkEvaluator:
             write_score(result, out / SCORES)
             for number, name in enumerate(self.metrics):
                 if name.startswith(f"{item.name}/"):
-                    values[number] = result.metrics[name.removeprefix(f"{item.name}/")]
+                    values[number] = result.metrics.get(name.removeprefix(f"{item.name}/"), np.nan)
 
         on_first_process(rate)
 

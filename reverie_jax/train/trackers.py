@@ -305,10 +305,13 @@ class _Sender(threading.Thread):
                 return False
             wait = min(2 * wait, _LONGEST_WAIT)
 
-    def end(self, succeeded: bool, deadline: float) -> None:
-        """End the tracked run, and wait for it until `deadline` (`time.monotonic`); say if it lacks something."""
+    def end(self, succeeded: bool) -> None:
+        """Have the tracked run ended behind all that was sent."""
         self.put(0, "finish", succeeded)
         self._ending.set()
+
+    def leave(self, deadline: float) -> None:
+        """Wait until `deadline` (`time.monotonic`), then go on without it; say if it lacks something."""
         self.join(max(0.0, deadline - time.monotonic()))
         if self.is_alive():
             self._left.set()
@@ -359,4 +362,6 @@ class Trackers:
         """End the tracked runs; wait for them for a limited time."""
         deadline = time.monotonic() + _LAST_WAIT
         for sender in self._senders:
-            sender.end(succeeded, deadline)
+            sender.end(succeeded)
+        for sender in self._senders:
+            sender.leave(deadline)
