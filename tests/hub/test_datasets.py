@@ -8,8 +8,10 @@ import re
 import pytest
 
 from reverie_jax.cli.data import mixture_entries
+from reverie_jax.data import sources
 from reverie_jax.data.conversation import Conversation, ImageRecord, Turn
 from reverie_jax.data.records import RecordSource, write_records
+from reverie_jax.data.sources import ReadLog
 from reverie_jax.hub import datasets
 from reverie_jax.hub.repository import HubError
 from tests.data.fakes import STORED_IMAGE, llava_row, png, write_json_rows, write_parquet
@@ -180,3 +182,24 @@ def test_the_library_datasets_reads_it(tmp_path):
     assert found[1]["image"].getpixel((0, 0)) == (1, 3, 4)
     assert found[-1]["image"] is None
     assert [turn["text"] for turn in found[0]["conversations"][0]["turns"]] == [turn.text for turn in TALKS[0].turns]
+
+
+@pytest.mark.parametrize(
+    ("change", "fact"),
+    [
+        ({"image": None}, "the row has none"),
+        ({"conversations": [{"turns": [{"role": "user"}], "images": [], "dataset": ""}]}, "not those of a record"),
+        (
+            {"conversations": [{"turns": [{"role": "x", "text": ""}], "images": [], "dataset": ""}]},
+            "not those of a record",
+        ),
+        ({"conversations": [{"turns": 1, "images": [], "dataset": ""}]}, "not those of a record"),
+    ],
+)
+def test_rows_that_are_no_records(tmp_path, change, fact):
+    row = {"id": "a", "image": "a.png", "conversations": [talk.to_json() for talk in TALKS]}
+    path, log = write_json_rows(tmp_path / "rows.json", [row, row | change, row]), ReadLog()
+    assert [example.conversation for example in sources.read(path, log)] == [*TALKS, *TALKS]
+    ((where, reason),) = log.problems
+    assert where.endswith("row 1")
+    assert fact in reason
