@@ -20,6 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "hosted": {"errors", "files", "data"},
     "eval": {"errors", "files", "models", "data", "hosted"},
     "serve": {"errors", "files", "models", "data", "eval"},
+    "review": {"errors", "files", "data"},
     "annotate": {"errors", "files", "data", "hosted"},
     "loading": {"errors", "files", "models", "data", "train"},
     "convert": {"errors", "files", "models", "data", "loading", "__init__"},

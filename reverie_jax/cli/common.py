@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
     from jax.typing import DTypeLike
 
+    from reverie_jax.data.mixture import MixtureEntry
     from reverie_jax.data.processor import Processor
     from reverie_jax.models import VisionLanguageModel
 
@@ -260,6 +261,20 @@ def load_merged(
     merged, processor = load_model(model, **sources, dtype=parse_dtype(dtype))
     lora.merge(merged)
     return merged, processor
+
+
+def mixture_entries(sources: Sequence[str], file: Path | None = None) -> list[MixtureEntry]:
+    """Return the entries of FILE=FOLDER arguments, then those of a mixture file."""
+    from reverie_jax.data.mixture import MixtureEntry, read_mixture_file
+
+    entries = []
+    for source in sources:
+        # A file's name may contain the sign itself.
+        name, equals, folder = (source, "", "") if Path(source).exists() else source.rpartition("=")
+        if not equals:
+            name = source
+        entries.append(MixtureEntry(file=Path(name), images=Path(folder) if equals else None))
+    return entries + (read_mixture_file(file) if file is not None else [])
 
 
 def find_images_folder(images: Path | None, annotations: Path) -> Path | None:

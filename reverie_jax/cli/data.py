@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro.conf import OmitArgPrefixes, Positional, subcommand
 
 from reverie_jax.cli import common
+from reverie_jax.cli.common import mixture_entries
+from reverie_jax.cli.data_review import Review
 from reverie_jax.errors import UserError
 from reverie_jax.files import atomic_write
 
 if TYPE_CHECKING:
     from reverie_jax.data.conversation import Conversation, ImageRecord
-    from reverie_jax.data.mixture import Mixture, MixtureEntry
+    from reverie_jax.data.mixture import Mixture
     from reverie_jax.data.pipeline import TreeBuilder
     from reverie_jax.data.processor import Processor
     from reverie_jax.data.records import RecordSource
@@ -45,6 +47,8 @@ class Build:
     """Output folder: the records."""
     mixture: Annotated[Path | None, common.FILE] = None
     """JSON list of more sources: {"file", "images", "cap", "weight", "filtered", "splits"}; only "file" is required."""
+    marks: Annotated[Path | None, common.FILE] = None
+    """Marks of `reverie data review`: bad rows are left out, edited texts are used."""
     seed: common.Seed = 0
     max_side: Annotated[int | None, common.option("PIXELS")] = None
     """Downscale larger images to this side, as JPEG; images are kept byte for byte if omitted."""
@@ -58,6 +62,7 @@ class Build:
         from reverie_jax.data.mixture import read_mixture
         from reverie_jax.data.records import NAME, RecordSource, work_folder, write_records
         from reverie_jax.data.sources import NO_CONVERSATION, ReadLog
+        from reverie_jax.data.sources.marks import Marks
         from reverie_jax.progress import ProgressBars
 
         common.check_at_least(1, max_side=self.max_side, jobs=self.jobs)
@@ -68,15 +73,15 @@ class Build:
             raise UserError(
                 f"{self.out}: already has records; choose another output folder, or replace them with --overwrite"
             )
+        marks = None if self.marks is None else Marks.read(self.marks)
         with ProgressBars() as bars, work_folder(self.out) as work:
 
             def on_read(count: int) -> None:
                 bars.update("conversations read", count, None)
 
             store = work / "rows.sqlite"
-            with read_mixture(
-                entries, log, store, seed=self.seed, max_side=self.max_side, on_progress=on_read
-            ) as records:
+            options: Any = {"seed": self.seed, "max_side": self.max_side, "marks": marks, "on_progress": on_read}
+            with read_mixture(entries, log, store, **options) as records:
                 common.note(log.notes)
                 if not len(records):
                     raise UserError(f"{', '.join(str(entry.file) for entry in entries)}: {NO_CONVERSATION}")
@@ -316,7 +321,7 @@ class Questions:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Prepare training data: check, count, visualize, find contamination, build records."""
+    """Prepare training data: check, review, count, visualize, find contamination, build records."""
 
     action: OmitArgPrefixes[
         Annotated[Build, subcommand("build")]
@@ -325,25 +330,12 @@ class Data:
         | Annotated[Contamination, subcommand("contamination")]
         | Annotated[Visualize, subcommand("visualize")]
         | Annotated[Questions, subcommand("questions")]
+        | Annotated[Review, subcommand("review")]
     ]
 
     def run(self) -> None:
         """Run the subcommand."""
         self.action.run()
-
-
-def mixture_entries(sources: Sequence[str], file: Path | None = None) -> list[MixtureEntry]:
-    """Return the entries of FILE=FOLDER arguments, then those of a mixture file."""
-    from reverie_jax.data.mixture import MixtureEntry, read_mixture_file
-
-    entries = []
-    for source in sources:
-        # A file's name may contain the sign itself.
-        name, equals, folder = (source, "", "") if Path(source).exists() else source.rpartition("=")
-        if not equals:
-            name = source
-        entries.append(MixtureEntry(file=Path(name), images=Path(folder) if equals else None))
-    return entries + (read_mixture_file(file) if file is not None else [])
 
 
 def _files(sources: Sequence[str]) -> list[Path]:
