@@ -83,8 +83,10 @@ async def _read_change(request: Request) -> Change:
 def _filters(query: Mapping[str, str]) -> tuple[Filters, int, int | None]:
     """Return the filters of an address, and which samples the page comes after and before."""
     try:
-        after, before = int(query.get("after") or 0), int(query["before"]) if query.get("before") else None
-        return Filters.model_validate(dict(query)), after, before
+        after, before = (int(query[name]) if query.get(name) else None for name in ("after", "before"))
+        if not all(0 <= (number or 0) < 2**63 for number in (after, before)):  # as the database counts
+            raise ValueError("out of range")
+        return Filters.model_validate(dict(query)), after or 0, before
     except ValueError as error:  # which pydantic's are too
         raise HTTPException(400, f"a filter must be a number: {' '.join(str(error).split())[:200]}") from None
 
@@ -120,7 +122,6 @@ def make_app(review: Review, key: str = "", hosts: Sequence[str] = ()) -> Starle
 
     async def mark(request: Request) -> Response:
         sample, change = await run_in_threadpool(find, request), await _read_change(request)
-
         return HTMLResponse(await run_in_threadpool(review.record, sample, change))
 
     def agreement(request: Request) -> Response:

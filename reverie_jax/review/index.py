@@ -49,8 +49,8 @@ class Filters(pydantic.BaseModel):
     type: str = ""
     verdict: str = ""
     mark: str = ""
-    least: int | None = None
-    most: int | None = None
+    least: int | None = pydantic.Field(default=None, ge=0, lt=2**63)
+    most: int | None = pydantic.Field(default=None, ge=0, lt=2**63)
 
     @pydantic.field_validator("least", "most", mode="before")
     @classmethod

@@ -6,6 +6,7 @@ import datetime
 import functools
 import random
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlencode
@@ -84,13 +85,9 @@ class Review:
         if unknown := change.edits.keys() - known:
             raise UserError(f"{sample.where}: has no text {min(unknown)}")
         edits = {path: None if text == known[path] else text for path, text in change.edits.items()}
-        if edits:
-            kept = {
-                path: text for path, text in (self.marks.get(sample.digest).edits | edits).items() if text is not None
-            }
-            _, problem = self.index.examples(sample, edit(original, kept))
-            if problem and not sample.problem:
-                raise UserError(f"the row could not be used any more: {problem}")
+        problem = self._problem(sample, original, self.marks.get(sample.digest).edits | edits)
+        if edits and problem and not sample.problem:
+            raise UserError(f"the row could not be used any more: {problem}")
         mark = Mark(
             row=sample.digest,
             reviewer=self.reviewer,
@@ -105,6 +102,12 @@ class Review:
         self.synchronize()
         return _template("sample.html").render(view=self.view(sample), static=False)
 
+    def _problem(self, sample: Sample, row: Any, edits: Mapping[str, str | None]) -> str:
+        """Return why a row cannot be used with these edits, of which None is the original text."""
+        known = {text.path for text in texts(row)}
+        kept = {path: text for path, text in edits.items() if text is not None and path in known}
+        return self.index.examples(sample, edit(row, kept))[1] if kept else sample.problem
+
     def view(self, sample: Sample, image: str | None = None) -> dict[str, Any]:
         """Return what the template shows of a sample.
 
@@ -118,6 +121,7 @@ class Review:
         has_image = sample.embedded or (sample.image and self.index.sources[sample.file].folder is not None)
         return {
             "sample": sample,
+            "problem": self._problem(sample, row, marks.edits),
             "image": (f"image/{sample.number}/{sample.digest}" if has_image else "") if image is None else image,
             "texts": [_text_view(text, marks) for text in texts(row)],
             "judges": judges if isinstance(judges, dict) else {},

@@ -45,6 +45,7 @@ async function send(article, change, words) {
     const open = isOpen(article) && !("edits" in change), held = document.createElement("template");
     held.innerHTML = await response.text();
     const fresh = held.content.querySelector("article");
+    if (!fresh) throw new Error("the answer is not a sample");
     if (open) {
       const typed = [...article.querySelectorAll("textarea")];
       fresh.querySelectorAll("textarea").forEach((area, index) => (area.value = typed[index].value));
