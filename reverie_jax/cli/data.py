@@ -48,7 +48,7 @@ class Build:
     mixture: Annotated[Path | None, common.FILE] = None
     """JSON list of more sources: {"file", "images", "cap", "weight", "filtered", "splits"}; only "file" is required."""
     marks: Annotated[Path | None, common.FILE] = None
-    """Marks of `reverie data review`: bad rows are left out, edited texts are used."""
+    """File of marks: written by `reverie data review`; bad rows are left out, edited texts are used."""
     seed: common.Seed = 0
     max_side: Annotated[int | None, common.option("PIXELS")] = None
     """Downscale larger images to this side, as JPEG; images are kept byte for byte if omitted."""

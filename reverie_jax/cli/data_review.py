@@ -28,9 +28,9 @@ class Review:
     sources: Annotated[Positional[tuple[str, ...]], common.option("FILE[=FOLDER] ...")]
     """Annotation files in any format that `reverie data build` reads, each with its image folder."""
     images: Annotated[Path | None, common.FOLDER] = None
-    """Folder of images, for files without one of their own; `images` beside the file if omitted."""
+    """Folder of images; for files without one of their own. `images` beside the file if omitted."""
     marks: Annotated[Path | None, common.FILE] = None
-    """File of marks, JSON lines: created, or continued. Required unless --export is given."""
+    """File of marks: JSON lines, created or continued. Required unless --export is given."""
     reviewer: Annotated[str, common.option("NAME")] = "reviewer"
     """Name that marks are kept under."""
     host: listening.Host = "127.0.0.1"

@@ -39,7 +39,7 @@ DIFFERENT = {
     "topology": "`compare` plans for the devices that are here by default",
     "dtype": "`convert` keeps what is stored by default",
     "port": "`data review` has another than `serve`, so that both run",
-    "marks": "`data build` reads them; `data review` writes them, but for an exported page",
+    "export": "`score` writes the file of a benchmark's server, `data review` a page",
 }
 # --no-repeat-ngram negates nothing.
 OPTION = r"^\W+--(?:no-(?!repeat))?([a-z][a-z-]+)(?: (\S.*?))?(?:  +|\W*\n\W+)(\S.*?)\W*$"
