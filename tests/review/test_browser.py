@@ -103,14 +103,14 @@ def test_keys_lead_from_page_to_page(tab):
 
 def test_two_tabs_at_once(tab, world):
     one, two = tab(), tab()
-    one.get_by_label("Mark of sample 1").get_by_role("button", name="Good").click()
-    two.get_by_label("Mark of sample 2").get_by_role("button", name="Bad").click()
+    one.get_by_label("Mark of sample 1", exact=True).get_by_role("button", name="Good").click()
+    two.get_by_label("Mark of sample 2", exact=True).get_by_role("button", name="Bad").click()
     sample = two.get_by_label(re.compile("^Sample 1$"))
     sample.get_by_role("button", name="Edit, note").click()
     sample.get_by_role("textbox", name="note").fill("<b>seen</b>")
     sample.get_by_role("button", name="Save").click()
     says(two, "Saved")
-    playwright.expect(two.get_by_label("Sample 1, marked good")).to_contain_text("Note: <b>seen</b>")
+    playwright.expect(two.get_by_label("Sample 1, marked good", exact=True)).to_contain_text("Note: <b>seen</b>")
     found = [(line["row"], line.get("mark"), line.get("note")) for line in world.lines()]
     first, second = world.digests[:2]
     assert sorted(found, key=str) == sorted(
