@@ -22,6 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "eval": {"errors", "files", "models", "data", "hub", "hosted"},
     "serve": {"errors", "files", "models", "data", "eval"},
     "chat": {"errors", "files", "data", "serve"},
+    "review": {"errors", "files", "data"},
     "annotate": {"errors", "files", "data", "hosted"},
     "loading": {"errors", "files", "models", "data", "train"},
     "convert": {"errors", "files", "models", "data", "hub", "loading", "__init__"},

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import signal
 import sys
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import tyro
-from tyro.conf import FlagCreatePairsOff, OmitSubcommandPrefixes, subcommand
+from tyro.conf import FlagCreatePairsOff, OmitSubcommandPrefixes, Positional, subcommand
 
 import reverie_jax
 from reverie_jax.cli import train
@@ -34,6 +35,21 @@ from reverie_jax.cli.serve import Serve
 from reverie_jax.cli.train import Train
 from reverie_jax.errors import UserError
 
+_OPTIONS: dict[str, Any] = {"prog": "reverie", "config": (OmitSubcommandPrefixes, FlagCreatePairsOff)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """Print a script that completes commands and options in a shell."""
+
+    shell: Positional[Literal["bash", "zsh"]]
+    """bash or zsh."""
+
+    def run(self) -> None:
+        """Run the command."""
+        tyro.cli(Command, args=["--tyro-print-completion", self.shell], **_OPTIONS)
+
+
 Command = (
     Annotated[Demo, subcommand("demo")]
     | Annotated[Annotate, subcommand("annotate")]
@@ -54,6 +70,7 @@ Command = (
     | Annotated[Push, subcommand("push")]
     | Annotated[Scenes, subcommand("scenes")]
     | Annotated[Env, subcommand("env")]
+    | Annotated[Completion, subcommand("completion")]
 )
 
 
@@ -85,9 +102,8 @@ def _run() -> None:
     try:
         command = tyro.cli(
             Command,
-            prog="reverie",
             description="Reflective instruction tuning of vision-language models: train on why, measure hallucination.",
-            config=(OmitSubcommandPrefixes, FlagCreatePairsOff),
+            **_OPTIONS,
         )
     finally:
         if sys.argv[1:2] == ["train"] and {"-h", "--help"} & set(sys.argv):

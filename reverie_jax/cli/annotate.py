@@ -25,8 +25,8 @@ _WRITER = "name the model that writes, as gemini:MODEL or openai:MODEL"
 class Annotate:
     """Annotate images with a hosted model: questions, right and confusing answers, rationales; judge and export them.
 
-    STEP run takes all steps (questions, rationales, judge, export); each is a STEP of its own. STEP audit writes an HTML
-    page of judged rows; STEP lrv writes LRV-Instruction's positive and misleading instructions, from captions alone.
+    STEP run takes all steps (questions, rationales, judge, export); each is a STEP of its own. STEP lrv writes
+    LRV-Instruction's positive and misleading instructions, from captions alone.
 
     Every reply is kept in OUT/journal.sqlite as it comes: run the same command again after any interruption, and nothing
     that was answered is requested (or paid for) again. A folder of REVERIE's own scripts is continued. Keys are read from
@@ -34,7 +34,7 @@ class Annotate:
     """
 
     step: Annotated[Positional[str], common.option("STEP")]
-    """run (all steps), one of the steps questions, rationales, judge, export; or audit, or lrv."""
+    """run (all steps), one of the steps questions, rationales, judge, export; or lrv."""
     out: Annotated[Path, common.FOLDER]
     """Output folder: a file for each step, the journal and reverie.json."""
     images: Annotated[Path | None, common.FOLDER] = None
@@ -65,34 +65,20 @@ class Annotate:
     balance: Annotated[float | None, common.NUMBER] = None
     """Misleading instructions kept for each positive one, for lrv; all if omitted."""
     dry_run: common.DryRun = False
-    count: Annotated[int, common.N] = 50
-    """Rows on the page, for audit."""
 
     def run(self) -> None:
         """Run the command; exits with 1 if some items got no usable reply."""
         from reverie_jax.annotate.pipeline import Step
 
         steps: tuple[Step, ...] = get_args(Step)
-        if self.step not in (*steps, "run", "audit", "lrv"):
-            raise UserError(f"{self.step}: must be run, {', '.join(steps)}, audit or lrv")
-        if self.step == "audit":
-            self._audit()
-        elif self.step == "export":
+        if self.step not in (*steps, "run", "lrv"):
+            raise UserError(f"{self.step}: must be run, {', '.join(steps)} or lrv")
+        if self.step == "export":
             self._export()
         elif self.step == "lrv":
             raise SystemExit(self._lrv())
         else:
             raise SystemExit(self._reflective(steps if self.step == "run" else (self.step,)))  # type: ignore[arg-type]
-
-    def _audit(self) -> None:
-        from reverie_jax.annotate import audit
-
-        common.check_at_least(0, count=self.count)
-        print(
-            audit.write_audit(
-                self.out, common.require(self.images, "--images", "name the folder of images"), self.count
-            )
-        )
 
     def _export(self) -> None:
         from reverie_jax.annotate.files import RELEASED

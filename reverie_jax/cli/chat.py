@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path, PurePath
@@ -12,8 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional
 
-from reverie_jax.cli import common
-from reverie_jax.cli.serve import KEY, is_loopback, listen
+from reverie_jax.cli import common, listening
 from reverie_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -102,11 +100,7 @@ class Chat:
             Terminal(models, options, FeedbackFolder(self.feedback), self.image).run()
 
     def _serve(self, options: Options, template: str | None) -> None:
-        from reverie_jax.hosted.providers.common import find_api_key
-
-        key = find_api_key(os.environ, KEY, required=False)
-        if not key and not is_loopback(self.host):
-            raise UserError(f"--host {self.host}: others could use the model; set the environment variable {KEY}")
+        key = listening.find_key(self.host, self.port)
         try:
             import uvicorn
 
@@ -118,15 +112,14 @@ class Chat:
         from reverie_jax.chat.feedback import FeedbackFolder
 
         with (
-            listen(self.host, self.port) as listening,
+            listening.open_socket(self.host, self.port) as opened,
             tempfile.TemporaryDirectory(prefix="reverie-chat-") as folder,
             self._models(template) as models,
         ):
             page = Page(models, options, FeedbackFolder(self.feedback), _examples(Path(folder)))
             config = uvicorn.Config(page.app(key), log_level="warning", ws="none", timeout_graceful_shutdown=2)
-            host, port = listening.getsockname()[:2]
-            common.note([f"{page.title} at http://{f'[{host}]' if ':' in host else host}:{port}/"])
-            uvicorn.Server(config).run([listening])
+            common.note([f"{page.title} at {listening.address(opened)}/"])
+            uvicorn.Server(config).run([opened])
 
 
 def _name(model: str, adapter: str | None) -> str:

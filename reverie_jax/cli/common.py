@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
     from jax.typing import DTypeLike
 
+    from reverie_jax.data.mixture import MixtureEntry
     from reverie_jax.data.processor import Processor
     from reverie_jax.models import VisionLanguageModel
 
@@ -269,6 +270,25 @@ def load_merged(
     lora.merge(merged)
     merged.decoder.unstack()
     return merged, processor
+
+
+def mixture_entries(sources: Sequence[str], file: Path | None = None) -> list[MixtureEntry]:
+    """Return the entries of FILE=FOLDER arguments, then those of a mixture file. Files on the hub are downloaded."""
+    from reverie_jax.data.mixture import MixtureEntry, read_mixture_file
+    from reverie_jax.hub.datasets import PREFIX, fetch_annotations
+
+    entries = []
+    for name, folder in map(split_source, sources):
+        is_there = not name.startswith(PREFIX) or Path(name).exists()
+        files = (Path(name),) if is_there else fetch_annotations(name, images=folder is None)
+        entries += [MixtureEntry(file=path, images=folder) for path in files]
+    return entries + ([] if file is None else read_mixture_file(file))
+
+
+def split_source(source: str) -> tuple[str, Path | None]:
+    """Return the file and the folder of a FILE=FOLDER argument; a file's name may contain the sign itself."""
+    name, equals, folder = (source, "", "") if Path(source).exists() else source.rpartition("=")
+    return (name, Path(folder)) if equals else (source, None)
 
 
 def find_images_folder(images: Path | None, annotations: Path) -> Path | None:

@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro.conf import OmitArgPrefixes, Positional, subcommand
 
 from reverie_jax.cli import common
+from reverie_jax.cli.common import mixture_entries
+from reverie_jax.cli.data_review import Review
 from reverie_jax.errors import UserError
 from reverie_jax.files import atomic_write
 
 if TYPE_CHECKING:
     from reverie_jax.data.conversation import Conversation, ImageRecord
-    from reverie_jax.data.mixture import Mixture, MixtureEntry
+    from reverie_jax.data.mixture import Mixture
     from reverie_jax.data.pipeline import TreeBuilder
     from reverie_jax.data.processor import Processor
     from reverie_jax.data.records import RecordSource
@@ -46,6 +48,8 @@ class Build:
     """Output folder: the records."""
     mixture: Annotated[Path | None, common.FILE] = None
     """JSON list of more sources: {"file", "images", "cap", "weight", "filtered", "splits"}; only "file" is required."""
+    marks: Annotated[Path | None, common.FILE] = None
+    """File of marks: written by `reverie data review`; bad rows are left out, edited texts are used."""
     seed: common.Seed = 0
     max_side: Annotated[int | None, common.option("PIXELS")] = None
     """Downscale larger images to this side, as JPEG; images are kept byte for byte if omitted."""
@@ -61,6 +65,7 @@ class Build:
         from reverie_jax.data.mixture import read_mixture
         from reverie_jax.data.records import NAME, RecordSource, work_folder, write_records
         from reverie_jax.data.sources import NO_CONVERSATION, ReadLog
+        from reverie_jax.data.sources.marks import Marks
         from reverie_jax.hub import datasets, publish, repository
         from reverie_jax.progress import ProgressBars
 
@@ -69,6 +74,7 @@ class Build:
             raise UserError(
                 f"{self.out}: already has records; choose another output folder, or replace them with --overwrite"
             )
+        marks = None if self.marks is None else Marks.read(self.marks)
         if self.push_to_hub is not None:
             repository.check_access(self.push_to_hub, "dataset", public=self.public)
         entries, log = mixture_entries(self.sources, self.mixture), ReadLog()
@@ -80,9 +86,8 @@ class Build:
                 bars.update("conversations read", count, None)
 
             store = work / "rows.sqlite"
-            with read_mixture(
-                entries, log, store, seed=self.seed, max_side=self.max_side, on_progress=on_read
-            ) as records:
+            options: Any = {"seed": self.seed, "max_side": self.max_side, "marks": marks, "on_progress": on_read}
+            with read_mixture(entries, log, store, **options) as records:
                 common.note(log.notes)
                 if not len(records):
                     raise UserError(f"{', '.join(str(entry.file) for entry in entries)}: {NO_CONVERSATION}")
@@ -98,8 +103,10 @@ class Build:
                 texts = len(RecordSource(folder)) - records.image_count
                 without = f"{texts} texts without an image, " if texts else ""
                 counts = f"{records.image_count} images, {without}{records.conversation_count} conversations"
-        names = [_split(source)[0] for source in self.sources]
-        datasets.write_sources(self.out, [*names, *(str(entry.file) for entry in _of_mixture(self.mixture))])
+        names = [common.split_source(source)[0] for source in self.sources]
+        datasets.write_sources(
+            self.out, [*names, *(str(entry.file) for entry in common.mixture_entries((), self.mixture))]
+        )
         print(f"{counts}: {folder}")
         if self.push_to_hub is not None:
             print(publish.publish_records(self.out, self.push_to_hub))
@@ -326,7 +333,7 @@ class Questions:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Prepare training data: check, count, visualize, find contamination, build records."""
+    """Prepare training data: check, review, count, visualize, find contamination, build records."""
 
     action: OmitArgPrefixes[
         Annotated[Build, subcommand("build")]
@@ -335,37 +342,12 @@ class Data:
         | Annotated[Contamination, subcommand("contamination")]
         | Annotated[Visualize, subcommand("visualize")]
         | Annotated[Questions, subcommand("questions")]
+        | Annotated[Review, subcommand("review")]
     ]
 
     def run(self) -> None:
         """Run the subcommand."""
         self.action.run()
-
-
-def mixture_entries(sources: Sequence[str], file: Path | None = None) -> list[MixtureEntry]:
-    """Return the entries of FILE=FOLDER arguments, then those of a mixture file. Files on the hub are downloaded."""
-    from reverie_jax.data.mixture import MixtureEntry
-    from reverie_jax.hub.datasets import PREFIX, fetch_annotations
-
-    entries = []
-    for name, folder in map(_split, sources):
-        is_there = not name.startswith(PREFIX) or Path(name).exists()
-        files = (Path(name),) if is_there else fetch_annotations(name, images=folder is None)
-        entries += [MixtureEntry(file=path, images=folder) for path in files]
-    return entries + _of_mixture(file)
-
-
-def _of_mixture(file: Path | None) -> list[MixtureEntry]:
-    """Return the entries of a mixture file; none without one."""
-    from reverie_jax.data.mixture import read_mixture_file
-
-    return [] if file is None else read_mixture_file(file)
-
-
-def _split(source: str) -> tuple[str, Path | None]:
-    """Return the file and the folder of a FILE=FOLDER argument; a file's name may contain the sign itself."""
-    name, equals, folder = (source, "", "") if Path(source).exists() else source.rpartition("=")
-    return (name, Path(folder)) if equals else (source, None)
 
 
 def _files(sources: Sequence[str]) -> list[Path]:

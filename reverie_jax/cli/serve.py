@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import ipaddress
-import os
-import socket
 from pathlib import PurePath
 from typing import Annotated
 
 from tyro.conf import Positional
 
-from reverie_jax.cli import common
+from reverie_jax.cli import common, listening
 from reverie_jax.errors import UserError
 
-KEY = "REVERIE_API_KEY"
 _MAX_NEW_TOKENS = 512
 _GRACE_SECONDS = 30
 """How long requests may go on after Ctrl-C or SIGTERM."""
@@ -34,10 +30,8 @@ class Serve:
     template: common.Template = None
     dtype: common.Dtype = "auto"
     mesh: common.MeshSpec = common.ONE_DEVICE
-    host: Annotated[str, common.option("ADDRESS")] = "127.0.0.1"
-    """Address to listen at; any but loopback needs a key in REVERIE_API_KEY."""
-    port: Annotated[int, common.N] = 8000
-    """Port to listen at; 0 for any free one."""
+    host: listening.Host = "127.0.0.1"
+    port: listening.Port = 8000
     served_model_name: Annotated[str, common.option("NAME")] = ""
     """Name of the model for clients; the last part of MODEL if omitted."""
     batch_size: Annotated[int, common.N] = 16
@@ -54,11 +48,7 @@ class Serve:
         common.check_at_least(
             1, batch_size=self.batch_size, max_requests=self.max_requests, max_new_tokens=self.max_new_tokens
         )
-        from reverie_jax.hosted.providers.common import find_api_key
-
-        template, key = common.check_template(self.template), find_api_key(os.environ, KEY, required=False)
-        if not key and not is_loopback(self.host):
-            raise UserError(f"--host {self.host}: others could use the model; set the environment variable {KEY}")
+        template, key = common.check_template(self.template), listening.find_key(self.host, self.port)
         try:
             import uvicorn
 
@@ -70,7 +60,7 @@ class Serve:
         from reverie_jax.serve.scheduler import Scheduler
 
         mesh = common.parse_mesh(self.mesh)
-        with listen(self.host, self.port) as listening:
+        with listening.open_socket(self.host, self.port) as opened:
             model, processor = common.load_merged(self.model, self.components, self.adapter, self.dtype, template)
             shape = EngineShape(sequence_length=processor.context, batch_size=self.batch_size)
             service = Service(
@@ -85,28 +75,5 @@ class Serve:
             config = uvicorn.Config(
                 app, log_level="warning", ws="none", timeout_keep_alive=75, timeout_graceful_shutdown=_GRACE_SECONDS
             )
-            host, port = listening.getsockname()[:2]
-            common.note([f"serving {service.name} at http://{f'[{host}]' if ':' in host else host}:{port}/v1"])
-            uvicorn.Server(config).run([listening])
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """Return the socket that listens at an address; clients that come before the model is loaded wait.
-
-    Raises:
-        UserError: It cannot.
-    """
-    if not 0 <= port <= 65535:
-        raise UserError(f"--port {port}: must be from 0 to 65535")
-    try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except OSError as error:
-        raise UserError(f"--host {host} --port {port}: cannot listen there ({error.strerror or error})") from None
-
-
-def is_loopback(host: str) -> bool:
-    """Return whether an address is reached from this machine alone."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+            common.note([f"serving {service.name} at {listening.address(opened)}/v1"])
+            uvicorn.Server(config).run([opened])

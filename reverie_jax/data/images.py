@@ -241,15 +241,24 @@ def downscale(encoded: bytes, name: str, max_side: int) -> bytes:
     return _encode(image, format="JPEG", quality=95, subsampling=0)
 
 
-def thumbnail(encoded: bytes, name: str, side: int) -> str:
-    """Return a small JPEG of an image as a data URL, for HTML pages.
+def small_jpeg(encoded: bytes, name: str, side: int) -> bytes:
+    """Return an image as a JPEG of at most `side` pixels in width and height, for HTML pages.
 
     Raises:
         BrokenImage: The image cannot be decoded.
     """
     image = decode(encoded, name)
     image.thumbnail((side, side))
-    return "data:image/jpeg;base64," + base64.b64encode(_encode(image, format="JPEG", quality=80)).decode()
+    return _encode(image, format="JPEG", quality=80)
+
+
+def thumbnail(encoded: bytes, name: str, side: int) -> str:
+    """Return the `small_jpeg` of an image as a data URL.
+
+    Raises:
+        BrokenImage: The image cannot be decoded.
+    """
+    return "data:image/jpeg;base64," + base64.b64encode(small_jpeg(encoded, name, side)).decode()
 
 
 def encode_png(pixels: UInt8[np.ndarray, "H W 3"]) -> bytes:

@@ -22,6 +22,7 @@ from reverie_jax.data.conversation import Conversation, ImageRecord
 from reverie_jax.data.images import downscale
 from reverie_jax.data.sources import Example, ImageFolder, ReadLog, validate_image
 from reverie_jax.data.sources.common import content_digest
+from reverie_jax.data.sources.marks import Marks
 from reverie_jax.errors import DataError, UserError
 from reverie_jax.files import read_json
 
@@ -52,13 +53,13 @@ class MixtureEntry(pydantic.BaseModel):
         """The image folder."""
         return self.images or self.file.parent / "images"
 
-    def read(self, log: ReadLog) -> Iterator[Example]:
+    def read(self, log: ReadLog, marks: Marks | None = None) -> Iterator[Example]:
         """Yield the file's examples; see `sources.read`.
 
         Raises:
             DataError: The file or one of its rows cannot be used.
         """
-        yield from sources.read(self.file, log, filtered=self.filtered, splits=self.splits)
+        yield from sources.read(self.file, log, filtered=self.filtered, splits=self.splits, marks=marks)
         log.raise_problems()
 
 
@@ -275,6 +276,7 @@ def read_mixture(
     *,
     seed: int = 0,
     max_side: int | None = None,
+    marks: Marks | None = None,
     on_progress: Callable[[int], object] = lambda count: None,
 ) -> Mixture:
     """Read annotation files into a `Mixture`, which takes the other arguments.
@@ -285,6 +287,7 @@ def read_mixture(
         store: Database file.
         seed: For caps.
         max_side: Larger images are scaled down.
+        marks: Of reviewers; the log gets notes of what became of them.
         on_progress: Gets the number of conversations read so far.
 
     Raises:
@@ -294,13 +297,19 @@ def read_mixture(
     for entry, folder in zip(entries, folders, strict=True):
         if folder is None and entry.images is not None:
             raise DataError(f"{entry.images}: image folder does not exist")
-    return Mixture(
-        ((entry.read(log), folder, entry.cap, entry.weight) for entry, folder in zip(entries, folders, strict=True)),
+    mixture = Mixture(
+        (
+            (entry.read(log, marks), folder, entry.cap, entry.weight)
+            for entry, folder in zip(entries, folders, strict=True)
+        ),
         store,
         seed=seed,
         max_side=max_side,
         on_progress=on_progress,
     )
+    if marks is not None:
+        log.notes += marks.notes()
+    return mixture
 
 
 def _scale_weights(conversation: Conversation, factor: float) -> Conversation:

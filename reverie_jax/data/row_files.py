@@ -111,6 +111,14 @@ class Rows:
         if count < self.min_rows:
             raise self._not_a_list()
 
+    def parquet_row(self, number: int) -> Any:
+        """Return one row of a Parquet file, without reading those of other row groups.
+
+        Raises:
+            DataError: The file cannot be read, or has fewer rows.
+        """
+        return next(itertools.islice(self._parquet(number), 1), None)
+
     def _not_a_list(self) -> DataError:
         return DataError(f"{self.path}: must be a list of rows{', at least one' if self.min_rows else ''}")
 
@@ -187,14 +195,17 @@ class Rows:
             seen.add(key)
             yield key, row
 
-    def _parquet(self) -> Iterator[Any]:
+    def _parquet(self, start: int = 0) -> Iterator[Any]:
         import pyarrow
         import pyarrow.parquet
 
         try:
             with pyarrow.parquet.ParquetFile(self.path) as file:
-                for batch in file.iter_batches(batch_size=16):
-                    yield from batch.to_pylist()
+                group = 0
+                while group < file.num_row_groups and start >= (size := file.metadata.row_group(group).num_rows):
+                    group, start = group + 1, start - size
+                batches = file.iter_batches(batch_size=16, row_groups=range(group, file.num_row_groups))
+                yield from itertools.islice((row for batch in batches for row in batch.to_pylist()), start, None)
         except FileNotFoundError:
             raise
         except (pyarrow.ArrowException, OSError) as error:

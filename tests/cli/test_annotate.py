@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import html
 import io
-import json
 import re
 import shutil
 from pathlib import Path
@@ -54,7 +52,6 @@ def test_run(annotate, tmp_path, images, provider):
         tokens = [usage(call, answer(call)) for call in server.calls]
         again = annotate("run", spec, price=(2, 10))
         assert len(server.calls) == 20
-        assert annotate("audit")[0] == 0
     wanted = helpers.expected(images, spec)
     check_files(tmp_path / "out", wanted)
     assert (code, out) == (0, f"{len(wanted[RELEASED])} conversations: {tmp_path / 'out' / RELEASED}\n")
@@ -68,7 +65,7 @@ def test_run(annotate, tmp_path, images, provider):
     assert table(err) == []
     assert again[:2] == (0, out)
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {*helpers.FILES, JOURNAL, f"{JOURNAL}.lock", "audit.html"}
+    assert names == {*helpers.FILES, JOURNAL, f"{JOURNAL}.lock"}
 
 
 def test_failures_are_listed(annotate, tmp_path, images):
@@ -313,47 +310,3 @@ def test_scenes(annotate, reverie, tmp_path):
     assert load(out, DROPPED) == []
     assert len(list(read_mixture([MixtureEntry(file=out / RELEASED, images=folder)], ReadLog()))) == 4
     assert len(load(out, RELEASED)) == 24
-
-
-# The audit page.
-
-EVIL = "<script>alert('a & b')</script>\"'<img src=x onerror=alert(1)>"
-
-
-def evil_answer(call: Call) -> str:
-    evil = json.dumps(EVIL)[1:-1] if stage_of(call) == "questions" else EVIL
-    return re.sub(r"\b(Which|right|wrong|seen) ", lambda match: match[0] + evil, answer(call))
-
-
-def test_audit(annotate, tmp_path):
-    """Kept and dropped rows, escaped, with their images, nothing loaded from elsewhere; or a sample of them."""
-    (tmp_path / "images" / "0000.png").rename(tmp_path / "images" / "<b>&.png")
-    with Memory(evil_answer) as server:
-        spec = spec_of(server)
-        annotate("run", spec, questions=4)
-    (tmp_path / "images" / "0001.png").unlink()
-    (tmp_path / "images" / "0002.png").write_bytes(b"not an image")
-    page = tmp_path / "out" / "audit.html"
-    assert annotate("audit")[:2] == (0, f"{page}\n")
-    text = page.read_text("utf-8")
-    articles = re.findall(r"<article>(.*?)</article>", text, re.DOTALL)
-    judged = load(tmp_path / "out", JUDGED)
-    dropped = [row for row in judged if row["gemini_pro_judge"] == "yes"]
-    assert dropped
-    assert len(articles) == len(judged) == 20
-    kept_half, dropped_half = text.split("<h2>dropped")
-    for row in judged:
-        (article,) = [article for article in articles if row["question"] in html.unescape(article)]
-        assert article in (dropped_half if row in dropped else kept_half)
-        for key in ("image", "correct_answer", "confusing_answer", "correct_rationale", "incorrect_rationale"):
-            assert row[key] in html.unescape(article)
-        assert row["question_type"] in article
-        assert f"{spec}: {row['gemini_pro_judge']}" in html.unescape(article)
-    assert text.count("data:image/jpeg;base64,") == 12
-    assert not any(mark in text for mark in ("<script", "<img src=x", "<b>", "<link", 'src="http', "url(http"))
-    assert annotate("audit", count=2)[0] == 0
-    sample = page.read_text("utf-8")
-    assert 2 < sample.count("<article>") <= 4
-    annotate("audit", count=2)
-    assert page.read_text("utf-8") == sample
-    assert annotate("audit", count=0)[0] == 0

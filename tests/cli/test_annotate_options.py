@@ -45,8 +45,7 @@ WRONG_OPTIONS = [
     ("rationales", "openai:tiny", {}, (QUESTIONS,)),
     ("judge", "openai:tiny", {}, (RATIONALES,)),
     ("export", None, {}, (JUDGED,)),
-    ("audit", None, {}, (JUDGED,)),
-    ("audit", None, {"count": -1}, ("--count",)),
+    ("audit", None, {}, ("audit", "lrv")),
 ]
 
 

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -39,7 +40,8 @@ DIFFERENT = {
     "topology": "`compare` plans for the devices that are here by default",
     "dtype": "`convert` keeps what is stored by default",
     "image": "`ask` does not do without one",
-    "port": "`chat` and `serve` may run at the same time",
+    "port": "`chat`, `data review` and `serve` may run at the same time",
+    "export": "`score` writes the file of a benchmark's server, `data review` a page",
 }
 # --no-repeat-ngram negates nothing.
 OPTION = r"^\W+--(?:no-(?!repeat))?([a-z][a-z-]+)(?: (\S.*?))?(?:  +|\W*\n\W+)(\S.*?)\W*$"
@@ -182,3 +184,14 @@ def test_an_option_means_the_same_in_every_command(options):
     pairs = [(a, b) for a, b in itertools.combinations(options, 2) if a.name == b.name and a[2:] != b[2:]]
     assert [pair for pair in pairs if pair[0].name not in DIFFERENT] == []
     assert {first.name for first, _ in pairs} == DIFFERENT.keys()
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion_knows_all_commands(shell):
+    words = [sys.executable, "-m", "reverie_jax.cli", "completion", shell]
+    script = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    missing = [word for name in COMMANDS for word in name.split() if not re.search(rf"\b{word}\b", script)]
+    assert missing == []
+    assert all(option in script for option in ("--marks", "--benchmark-data", "--reviewer"))
+    if found := shutil.which(shell):
+        assert subprocess.run([found, "-n"], input=script, text=True).returncode == 0

@@ -19,9 +19,21 @@ from reverie_jax.data.sources import (
     stored,
 )
 from reverie_jax.data.sources.common import Example, ImageFolder, ReadLog, validate_image
+from reverie_jax.data.sources.marks import MarkedRows, Marks
 from reverie_jax.errors import DataError
 
-__all__ = ["NO_CONVERSATION", "Example", "ImageFolder", "ReadLog", "Rows", "detect_format", "read", "validate_image"]
+__all__ = [
+    "NO_CONVERSATION",
+    "Example",
+    "Format",
+    "ImageFolder",
+    "ReadLog",
+    "Rows",
+    "detect_format",
+    "read",
+    "read_row",
+    "validate_image",
+]
 
 Format = Literal["turns", "lrv", "mplug_owl", "annotated", "preference_pairs", "choices", "records"]
 
@@ -62,7 +74,14 @@ def _row_format(row: dict[str, Any]) -> Format | None:
     return "choices" if multiple_choice.detect_dataset(row) else None
 
 
-def read(path: Path, log: ReadLog, *, filtered: bool = True, splits: Sequence[str] = ("train",)) -> Iterator[Example]:
+def read(
+    path: Path,
+    log: ReadLog,
+    *,
+    filtered: bool = True,
+    splits: Sequence[str] = ("train",),
+    marks: Marks | None = None,
+) -> Iterator[Example]:
     """Yield a file's examples, row by row. Rows that cannot be used go to `log.problems`; `log.raise_problems` raises them.
 
     Args:
@@ -70,12 +89,41 @@ def read(path: Path, log: ReadLog, *, filtered: bool = True, splits: Sequence[st
         log: Gets problems and notes.
         filtered: Of the annotation pipeline's rows, keep only those that the judge accepted.
         splits: Of rows that name their split, keep only these.
+        marks: What reviewers marked bad is left out, and what they edited is read as they wrote it.
 
     Raises:
         DataError: The file cannot be read, or its format is unknown.
     """
-    rows = Rows(path)
-    match detect_format(rows):
+    form = detect_format(Rows(path))
+    return _read(form, Rows(path) if marks is None else MarkedRows(path, marks), log, filtered, splits)
+
+
+def read_row(form: Format, path: Path, where: str, row: Any) -> tuple[list[Example], str]:
+    """Return the examples of a row by itself, whatever a judge said, and why it cannot be used (empty if it can).
+
+    Args:
+        form: Format of its file.
+        path: Its file.
+        where: Its place, for errors.
+        row: The row.
+    """
+    log, rows = ReadLog(), _OneRow(path, where, row)
+    read = reverie.split_rows(rows, log) if form == "turns" else _read(form, rows, log, False, ("train",))
+    examples = list(read)
+    return examples, log.problems[0][1] if log.problems else ""
+
+
+class _OneRow(Rows):
+    def __init__(self, path: Path, where: str, row: Any):
+        super().__init__(path)
+        self._row = where, row
+
+    def located(self) -> Iterator[tuple[str, Any]]:
+        yield self._row
+
+
+def _read(form: Format, rows: Rows, log: ReadLog, filtered: bool, splits: Sequence[str]) -> Iterator[Example]:
+    match form:
         case "turns":
             return reverie.read_examples(rows, log)
         case "annotated":

@@ -76,7 +76,7 @@ def read_examples(rows: Rows, log: ReadLog) -> Iterator[Example]:
     """
     answers: dict[tuple[str, str], Turn] | None = None
     swapped = 0
-    for example in _split(rows, log):
+    for example in split_rows(rows, log):
         turns = example.conversation.turns
         asked = parse_rationale_prompt(turns[2].text) if example.conversation.kind else None
         if asked is not None and asked[0] == "negative" and turns[1].text.strip(" .") == asked[1].strip(" ."):
@@ -97,7 +97,7 @@ def _right_answers(rows: Rows) -> dict[tuple[str, str], Turn]:
     """Return the answers of positive rows, by image and question."""
     return {
         (_identify(example), example.conversation.turns[0].text): example.conversation.turns[1]
-        for example in _split(rows, ReadLog())
+        for example in split_rows(rows, ReadLog())
         if example.conversation.kind == "positive"
     }
 
@@ -107,8 +107,8 @@ def _identify(example: Example) -> str:
     return content_digest(example.encoded) if example.encoded else example.image
 
 
-def _split(rows: Rows, log: ReadLog) -> Iterator[Example]:
-    """Yield a conversation for each rationale of each row, or the only one of a row without rationales."""
+def split_rows(rows: Rows, log: ReadLog) -> Iterator[Example]:
+    """Yield a conversation for each rationale of each row, or the only one of a row without rationales, as it is written."""
     counts = collections.Counter[str]()
     firsts: dict[str, str] = {}
 
