@@ -29,7 +29,7 @@ from reverie_jax.models.checkpoints.components import Component, ComponentLike, 
 from reverie_jax.models.checkpoints.files import read_json
 from reverie_jax.models.checkpoints.resolve import recorded_base, with_settings
 from reverie_jax.models.config import ProjectorKind
-from reverie_jax.train.checkpoint import load_run
+from reverie_jax.train.checkpoint import find_run, load_run
 from reverie_jax.train.identity import IDENTITY, read_identity
 from reverie_jax.train.recipe import Recipe
 
@@ -163,7 +163,7 @@ def run_recipe(run: str | Path) -> Recipe:
     Raises:
         ResumeError: The folder does not identify a run.
     """
-    return Recipe.from_json(json.dumps(read_identity(Path(run))["recipe"]))
+    return Recipe.from_json(json.dumps(read_identity(find_run(run)[0])["recipe"]))
 
 
 def read_base(
@@ -195,8 +195,8 @@ def read_base(
 
 
 def is_run(adapter: str | Path) -> bool:
-    """Return whether an adapter is a run folder of `reverie train`."""
-    return (Path(adapter) / IDENTITY).exists()
+    """Return whether an adapter is a run folder of `reverie train`, or one of its checkpoints (see `find_run`)."""
+    return (find_run(adapter)[0] / IDENTITY).exists()
 
 
 def load_with_projector(
@@ -300,7 +300,7 @@ def load_adapter(model: VisionLanguageModel, adapter: str | Path, base: Sequence
     """
     if is_run(adapter):
         try:
-            return "", load_run(model, Path(adapter)).trainable != "adapters"
+            return "", load_run(model, adapter).trainable != "adapters"
         except UserError:
             raise
         except Exception as error:  # Orbax's, of many types

@@ -24,6 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "loading": {"errors", "files", "models", "data", "train"},
     "convert": {"errors", "files", "models", "data", "loading", "__init__"},
     "comparison": {"errors", "progress", "files", "models", "data", "train", "eval", "loading"},
+    "evaluators": {"errors", "data", "train", "eval"},
     "scenes": {"errors", "files", "models", "data", "train", "hosted", "eval", "annotate", "loading", "__init__"},
 }
 ALLOWED["cli"] = {*ALLOWED, "__init__"}

@@ -5,12 +5,92 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from tyro.conf import OmitArgPrefixes
 
 from reverie_jax.cli import common
 from reverie_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from reverie_jax.data.conversation import ImageRecord
+    from reverie_jax.evaluators import BenchmarkEvaluator
+    from reverie_jax.train.evaluator import Evaluator
+    from reverie_jax.train.trackers import Tracking
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Watching:
+    """What is logged of a run beside its metrics. None of it changes the result."""
+
+    tracker: Annotated[common.Several[str], common.option("NAMES ...")] = ()
+    """Trackers, separated by commas or spaces: wandb, mlflow, trackio. Addresses and keys are in their own variables."""
+    project: Annotated[str, common.option("NAME")] = "reverie-jax"
+    """Project of W&B and trackio, experiment of MLflow."""
+    run_name: Annotated[str, common.option("NAME")] = ""
+    """Name of the tracked run; that of the output folder if omitted."""
+    sample_every: Annotated[int | None, common.N] = None
+    """Log pictures with questions and the model's answers every so many steps; never if omitted."""
+    sample_count: Annotated[int, common.N] = 4
+    """Number of questions to log: of held-out records if there are any, or else of those that are trained on."""
+    eval: Annotated[common.Several[str], common.option("NAMES ...")] = ()
+    """Benchmarks to evaluate the model on during training, separated by commas or spaces."""
+    eval_data: Annotated[Path | None, common.FOLDER] = None
+    """Folder of their official files, as `reverie eval --data`."""
+    eval_images: Annotated[Path | None, common.FOLDER] = None
+    """Folder of their images; the one in the data if omitted."""
+    eval_every: Annotated[int, common.N] = 200
+    """Steps between evaluations; a checkpoint is saved with each, and the best one is kept."""
+    eval_limit: Annotated[int | None, common.N] = None
+    """Questions of each benchmark at most: all about some images; all of them if omitted."""
+    eval_metric: Annotated[str, common.option("METRIC")] = ""
+    """Metric that chooses the best checkpoint, as pope/adversarial/f1; the first benchmark's headline if omitted."""
+
+    def check(self) -> Tracking | None:
+        """Check the options without importing JAX; return where the run is tracked.
+
+        Raises:
+            UserError: an option is invalid, or a tracker is not installed.
+        """
+        from reverie_jax.train.trackers import Tracking
+
+        counts = {"sample_every": self.sample_every, "sample_count": self.sample_count}
+        common.check_at_least(1, **counts, eval_every=self.eval_every, eval_limit=self.eval_limit)
+        if self.eval:
+            common.require(self.eval_data, "--eval-data", "name the folder of the files of --eval")
+        trackers = tuple(name for text in common.joined(self.tracker) for name in text.split(",") if name)
+        return Tracking(trackers, self.project, self.run_name) if trackers else None
+
+    def benchmarks(self) -> BenchmarkEvaluator | None:
+        """Load the benchmarks.
+
+        Raises:
+            UserError: a benchmark is unknown, cannot be read, or cannot be scored here.
+        """
+        if not self.eval:
+            return None
+        from reverie_jax.cli.evaluate import output_folders
+        from reverie_jax.eval.benchmarks import inputs
+        from reverie_jax.evaluators import BenchmarkEvaluator, subset
+
+        folder = common.require(self.eval_data, "--eval-data", "missing")
+        found = [item for item, _ in output_folders(",".join(common.joined(self.eval)), Path())]
+        loaded = [(item, inputs.with_images(inputs.load(item, folder), self.eval_images)) for item in found]
+        parts = [(item, subset(data, self.eval_limit)) for item, data in loaded]
+        return BenchmarkEvaluator(parts, self.eval_every, self.eval_metric)
+
+    def evaluators(self, records: Sequence[ImageRecord], holdout: int) -> list[Evaluator]:
+        """Return what looks at the model during training."""
+        found: list[Evaluator | None] = [self.benchmarks()]
+        if self.sample_every is not None:
+            from reverie_jax.evaluators import SampleEvaluator
+            from reverie_jax.train.validation import hold_out
+
+            training, held_out = hold_out(records, holdout)
+            found.append(SampleEvaluator(held_out or training, self.sample_every, self.sample_count))
+        return [one for one in found if one is not None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,10 +120,12 @@ class Train:
     """Serve TensorBoard during training (needs the tensorboard package)."""
     resume: Annotated[bool, common.FLAG] = True
     """Start anew: refuse an output folder that has checkpoints instead of continuing from the newest one."""
+    watching: OmitArgPrefixes[Watching] = dataclasses.field(default_factory=Watching)
 
     def run(self) -> None:
         """Run the command."""
         self._check()
+        tracking = self.watching.check()
         from reverie_jax.train import recipes
 
         recipe = recipes.override(recipes.read_recipe(self.recipe), common.joined(self.set))
@@ -63,6 +145,7 @@ class Train:
         if progress is not None and progress.is_complete:
             print(f"already complete, {progress.steps} of {progress.steps} steps: {self.out}")
             return
+        evaluators = self.watching.evaluators(records, recipe.holdout)
         if recipe.trainable == "projector" and self.adapter is None and lacks_projector(self.model, self.components):
             new: Any = {"kind": recipe.projector_type, "seed": recipe.seed}
             model, processor = load_with_projector(self.model, components=self.components, **new, **placement)
@@ -79,6 +162,8 @@ class Train:
                 resume=self.resume,
                 profile=self.profile,
                 vision_cache=self.cache_vision,
+                evaluators=evaluators,
+                tracking=tracking,
             )
         stats = result.stats
         print(

@@ -7,8 +7,9 @@ import fcntl
 import json
 import logging
 import os
+import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,8 +38,10 @@ _log = logging.getLogger(__name__)
 
 LOCK = "run.lock"
 """File of a run folder that the training process holds locked."""
-VALIDATION = "validation_loss"
-"""Name of the metric by which the best checkpoint is chosen (lowest)."""
+SCORE, VALIDATION = "score", "validation_loss"
+"""Names of the metrics by which the best checkpoint is chosen: the highest score, or the lowest loss if none has a score."""
+LATEST, BEST = "latest", "best"
+"""Names of checkpoints, as in `runs/mine@best`; a step is the third."""
 
 
 def _plain(state: TrainState) -> dict[str, Any]:
@@ -64,6 +67,39 @@ def _restore(state: TrainState, plain: dict[str, Any]) -> TrainState:
 
 def _checkpoints_of(folder: Path) -> Path:
     return (folder / "checkpoints").resolve()
+
+
+def find_run(run: str | Path) -> tuple[Path, str]:
+    """Return the folder of a run, and which of its checkpoints is meant.
+
+    Args:
+        run: the folder; or FOLDER@best, FOLDER@latest or FOLDER@STEP.
+
+    Returns:
+        The folder, and `BEST`, `LATEST` or a step; empty for the best if any is scored, or else the newest.
+    """
+    named = re.fullmatch(rf"(.+)@({BEST}|{LATEST}|\d+)", str(run))
+    if named is None or Path(run).exists() or not (Path(named[1]) / IDENTITY).exists():
+        return Path(run), ""
+    return Path(named[1]), named[2]
+
+
+def _best(checkpoints: Sequence[Any]) -> int | None:
+    """Return the step of the checkpoint with the best metrics; None if none has any."""
+
+    def steps(metric: str, sign: int) -> list[tuple[float, int]]:
+        return [(sign * one.metrics[metric], one.step) for one in checkpoints if one.metrics and metric in one.metrics]
+
+    ranked = steps(SCORE, -1) or steps(VALIDATION, 1)
+    return min(ranked)[1] if ranked else None
+
+
+class _KeepBest(ocp.training.preservation_policies.PreservationPolicy):
+    """Keeps the best checkpoint."""
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        best = _best(checkpoints)
+        return [checkpoint.step == best for checkpoint in checkpoints]
 
 
 def newest_step(folder: Path) -> int | None:
@@ -137,10 +173,7 @@ class RunCheckpoints:
         self.folder, self.identity = folder, identity
         self._checkpoints = _checkpoints_of(folder)
         policies = ocp.training.preservation_policies
-        policy = policies.LatestN(recipe.keep_checkpoints)
-        if recipe.holdout:
-            best = policies.BestN(get_metric_fn=lambda metrics: metrics[VALIDATION], reverse=True, n=1)
-            policy = policies.AnyPreservationPolicy([policy, best])
+        policy = policies.AnyPreservationPolicy([policies.LatestN(recipe.keep_checkpoints), _KeepBest()])
         self._checkpointer = ocp.training.Checkpointer(
             os.fspath(self._checkpoints), preservation_policy=policy, cleanup_tmp_directories=identity is not None
         )
@@ -152,7 +185,14 @@ class RunCheckpoints:
         """Step of the newest complete checkpoint; None if there is none."""
         return None if self._checkpointer.latest is None else self._checkpointer.latest.step
 
-    def save(self, state: TrainState, data: dict[str, Any], metrics: dict[str, float] | None = None) -> None:
+    def save(
+        self,
+        state: TrainState,
+        data: dict[str, Any],
+        metrics: Mapping[str, float] | None = None,
+        *,
+        evaluated: bool = True,
+    ) -> None:
         """Start a save: copy the arrays now, write the files in the background.
 
         A save that fails (for example on a full disk) is logged and its files are removed; training may continue.
@@ -160,7 +200,8 @@ class RunCheckpoints:
         Args:
             state: to save.
             data: position of the batches, the same on every host.
-            metrics: `VALIDATION` if records are held out.
+            metrics: `VALIDATION` if records are held out, `SCORE` if the model was evaluated.
+            evaluated: False for a state whose evaluation is due and left to the run that resumes. It saves the state again.
         """
         self.wait()
         self._remove_incomplete()
@@ -170,8 +211,9 @@ class RunCheckpoints:
                 step,
                 _plain(state),
                 force=True,
-                metrics=metrics,
-                custom_metadata={**(self.identity or {}), "data": data},
+                overwrite=step == self.latest,
+                metrics=dict(metrics) if metrics else None,
+                custom_metadata={**(self.identity or {}), "data": data, "evaluated": evaluated},
             )
             self._pending = None if response is None else step
         except Exception as error:  # Orbax and tensorstore raise OSError, ValueError, XlaRuntimeError and others
@@ -204,24 +246,44 @@ class RunCheckpoints:
         """Return the newest checkpoint, sharded as `state` is, and the position of the batches."""
         assert self.latest is not None
         loaded = self._checkpointer.load_checkpointables(self.latest, _abstract(_plain(state)))
-        metadata = self._checkpointer.checkpointables_metadata(self.latest).custom_metadata
-        return _restore(state, loaded), metadata["data"]
+        return _restore(state, loaded), self._metadata["data"]
+
+    @property
+    def is_evaluated(self) -> bool:
+        """Whether no evaluation of the newest checkpoint is left to do (see `save`)."""
+        return self.latest is None or self._metadata.get("evaluated", True)
+
+    @property
+    def _metadata(self) -> dict[str, Any]:
+        metadata: dict[str, Any] = self._checkpointer.checkpointables_metadata(self.latest).custom_metadata
+        return metadata
 
     @property
     def best(self) -> int | None:
-        """Step with the lowest validation loss; the newest without held-out records."""
-        scored = [
-            (checkpoint.metrics[VALIDATION], checkpoint.step)
-            for checkpoint in self._checkpointer.checkpoints
-            if checkpoint.metrics and VALIDATION in checkpoint.metrics
-        ]
-        return min(scored)[1] if scored else self.latest
+        """Step with the best score, or else with the lowest validation loss; the newest without either."""
+        found = _best(self._checkpointer.checkpoints)
+        return self.latest if found is None else found
 
-    def restore_params(self, params: nnx.State[Any, Any]) -> nnx.State[Any, Any]:
-        """Return only the trained parameters of the best checkpoint, sharded as `params` are."""
-        assert self.best is not None
+    def find(self, which: str) -> int:
+        """Return the step of a checkpoint by its name (see `find_run`).
+
+        Raises:
+            ResumeError: there is no such checkpoint.
+        """
+        steps = [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
+        if not steps:
+            raise ResumeError(f"{self.folder}: has no complete checkpoint")
+        named = {"": self.best, LATEST: self.latest, BEST: _best(self._checkpointer.checkpoints)}
+        step = named[which] if which in named else int(which)
+        if step is None or step not in steps:
+            missing = "no scored checkpoint (train with --eval or holdout)" if which == BEST else "no such checkpoint"
+            raise ResumeError(f"{self.folder}@{which}: {missing}; there are {', '.join(map(str, sorted(steps)))}")
+        return step
+
+    def restore_params(self, params: nnx.State[Any, Any], step: int) -> nnx.State[Any, Any]:
+        """Return only the trained parameters of a step's checkpoint, sharded as `params` are."""
         target = {"params": _abstract(nnx.to_pure_dict(params))}
-        nnx.replace_by_pure_dict(params, self._checkpointer.load_checkpointables(self.best, target)["params"])
+        nnx.replace_by_pure_dict(params, self._checkpointer.load_checkpointables(step, target)["params"])
         return params
 
     def close(self) -> None:
@@ -272,26 +334,28 @@ def find_progress(
     return Progress(latest, stored["recipe"]["steps"])
 
 
-def load_run(model: VisionLanguageModel, folder: Path) -> Recipe:
-    """Load a run's trained parameters into its base model, in place: the best on held-out records, or the newest.
+def load_run(model: VisionLanguageModel, run: str | Path) -> Recipe:
+    """Load a run's trained parameters into its base model, in place. Parameters of the base model keep their dtypes.
 
-    Parameters of the base model keep their dtypes.
+    Args:
+        model: the base model.
+        run: as for `find_run`.
 
     Returns:
         The run's recipe.
 
     Raises:
-        ResumeError: the folder holds no checkpoint, or the run has another base model.
+        ResumeError: the folder holds no such checkpoint, or the run has another base model.
     """
+    folder, which = find_run(run)
     stored = read_identity(folder)
     recipe = Recipe.from_json(json.dumps(stored["recipe"]))
     check_identity(folder, stored, {"base": frozen_checksums(model)})
     checkpoints = RunCheckpoints(folder, recipe)
-    if checkpoints.latest is None:
-        raise ResumeError(f"{folder}: has no complete checkpoint")
+    step = checkpoints.find(which)
     dtypes = {path: leaf.dtype for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
     make_trainable(model, recipe)
-    params = checkpoints.restore_params(nnx.state(model, trainable_filter(recipe)))
+    params = checkpoints.restore_params(nnx.state(model, trainable_filter(recipe)), step)
 
     def dtype_of(path: tuple[Any, ...], leaf: Any) -> Any:
         made = "expert_layers" in path and "router" not in path and not isinstance(leaf, nnx.LoRAParam)

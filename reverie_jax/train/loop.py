@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from reverie_jax.data.processor import Processor
 from reverie_jax.errors import UserError
 from reverie_jax.models import VisionLanguageModel, lora
 from reverie_jax.models.sharding import global_batch, local_rows, make_mesh, shard_state, shardings
-from reverie_jax.train.checkpoint import RunCheckpoints
+from reverie_jax.train.checkpoint import SCORE, RunCheckpoints
+from reverie_jax.train.evaluator import Evaluator, Evaluators
 from reverie_jax.train.identity import already_there, run_identity
 from reverie_jax.train.metrics import MetricsLog
 from reverie_jax.train.monitor import StepMonitor, TrainingFailed
@@ -31,6 +33,7 @@ from reverie_jax.train.preemption import Preempted, Preemption
 from reverie_jax.train.recipe import Recipe
 from reverie_jax.train.reference_model import ReferenceSpec
 from reverie_jax.train.step import StepMetrics, TrainState, make_optimizer, make_step, make_trainable, trainable_filter
+from reverie_jax.train.trackers import Trackers, Tracking
 from reverie_jax.train.validation import Validation, hold_out
 from reverie_jax.train.vision_cache import frozen_features
 
@@ -65,6 +68,8 @@ def finetune(
     profile: bool = False,
     vision_cache: Path | None = None,
     console: Console | None = None,
+    evaluators: Sequence[Evaluator] = (),
+    tracking: Tracking | None = None,
 ) -> TrainResult:
     """Train `model` in place by a recipe; write checkpoints and metrics to `folder`.
 
@@ -83,6 +88,8 @@ def finetune(
         profile: write a profiler trace of a few steps to `folder`/profile.
         vision_cache: folder for the frozen tower's features of the images; the tower then runs once per image.
         console: of the progress bar; stderr by default.
+        evaluators: look at the model every so many steps. They change no update, and are no part of the run's identity.
+        tracking: trackers beside metrics.jsonl and TensorBoard.
 
     Raises:
         DataError: a record does not fit the recipe's sequence.
@@ -99,22 +106,20 @@ def finetune(
     stats = dataset_stats(records, builder)
     builder = dataclasses.replace(builder, datasets=stats.datasets)
     recipe = dataclasses.replace(recipe, steps=recipe.steps_for(stats.sequences))
-    local = _local_sequences(recipe, mesh)
-    features = frozen_features(model, processor, records, vision_cache, recipe)
+    options: Any = {"batch_size": recipe.batch_size, "seed": recipe.seed, "local": _local_sequences(recipe, mesh)}
+    options["features"] = frozen_features(model, processor, records, vision_cache, recipe)
     identity = run_identity(model, recipe, everything, builder)
     fresh_adapters = make_trainable(model, recipe)
     if recipe.quantization is not None:
         lora.quantize(model, recipe.quantization)
     optimizer = make_optimizer(recipe)
     graph, state, frozen = _place(model, optimizer, recipe, mesh)
-    options: Any = {"batch_size": recipe.batch_size, "seed": recipe.seed, "local": local, "features": features}
     batches = iter(training_batches(records, builder, **options, crop_scale=recipe.crop_scale, flip=recipe.flip))
     # If a step raises or is interrupted, closing still waits for the save in progress.
     with contextlib.closing(batches), contextlib.closing(RunCheckpoints(folder, recipe, identity)) as checkpoints:
-        spec = ReferenceSpec(
+        reference = ReferenceSpec(
             model, state.params, frozen, fresh_adapters, records, builder, recipe, folder, mesh, identity
-        )
-        reference = spec.make()
+        ).make()
         if checkpoints.latest is not None:
             state = _resume(checkpoints, state, batches, folder, resume)
         step = make_step(
@@ -123,10 +128,11 @@ def finetune(
             reference=reference.graph,
             shardings=jax.tree.map(lambda x: x.sharding, state),
         )
-        log = MetricsLog(folder, recipe.steps, resumed=int(state.step), label=recipe.name, console=console)
+        log = _open_log(folder, recipe, state, console, tracking, identity)
         monitor = StepMonitor(model, records, stats.datasets, recipe, mesh, log)
         validate = Validation(graph, held_out, builder, recipe, mesh)
-        run = _Run(recipe, mesh, state, frozen, reference.inputs, step, batches, checkpoints, validate, log, monitor)
+        evaluate = Evaluators(evaluators, graph, processor, mesh, folder, recipe.steps)
+        run = _Run(recipe, state, frozen, reference.inputs, step, batches, checkpoints, validate, evaluate, monitor)
         steps = run.execute(folder / "profile" if profile else None)
     nnx.update(model, run.state.params)
     return TrainResult(stats, time.perf_counter() - started, steps)
@@ -161,6 +167,20 @@ def _place(
     return graph, TrainState(params, moments, step), frozen
 
 
+def _open_log(
+    folder: Path,
+    recipe: Recipe,
+    state: TrainState,
+    console: Console | None,
+    tracking: Tracking | None,
+    identity: dict[str, Any],
+) -> MetricsLog:
+    """Return the log of a run, from the step of its state on."""
+    resumed = int(state.step)
+    trackers = None if tracking is None else Trackers(tracking, folder, identity, resumed)
+    return MetricsLog(folder, recipe.steps, resumed=resumed, label=recipe.name, console=console, trackers=trackers)
+
+
 def _resume(checkpoints: RunCheckpoints, state: TrainState, batches: Any, folder: Path, allowed: bool) -> TrainState:
     """Return the newest checkpoint's state, with `batches` moved to its position.
 
@@ -180,7 +200,6 @@ class _Run:
     """A prepared run: everything its steps need, on the devices."""
 
     recipe: Recipe
-    mesh: Mesh
     state: TrainState
     frozen: nnx.State[Any, Any]
     reference_inputs: Any
@@ -188,8 +207,13 @@ class _Run:
     batches: Any
     checkpoints: RunCheckpoints
     validate: Validation
-    log: MetricsLog
+    evaluate: Evaluators
     monitor: StepMonitor
+
+    @property
+    def log(self) -> MetricsLog:
+        """Where everything is logged."""
+        return self.monitor.log
 
     def execute(self, trace: Path | None) -> int:
         """Take the remaining steps and return their number.
@@ -198,7 +222,8 @@ class _Run:
             trace: folder for a profiler trace of a few steps.
         """
         first, last = int(self.state.step), self.recipe.steps
-        with jax.set_mesh(self.mesh), self.log, Preemption(self.recipe.save_minutes) as preemption:
+        with jax.set_mesh(self.evaluate.mesh), self.log, Preemption(self.recipe.save_minutes) as preemption:
+            self._evaluate_at_start(first)
             self.log.start(first)
             for number in range(first + 1, last + 1):
                 if trace and number == first + _PROFILED.start:
@@ -208,8 +233,11 @@ class _Run:
                     jax.block_until_ready(self.state)
                     jax.profiler.stop_trace()
                 stop, due = preemption.requested(number), preemption.save_due(number)
-                if number % self.recipe.save_steps == 0 or number == last or stop or due:
-                    self._save(number)
+                # A run that is to stop has no time to evaluate: the one that resumes it will.
+                left = stop and number < last and bool(self.evaluate.due(number))
+                metrics = {} if left else self._evaluate(number)
+                if number % self.recipe.save_steps == 0 or number == last or stop or due or metrics:
+                    self._save(number, metrics, evaluated=not left)
                 if stop and number < last:
                     outcome = "is saved" if self.checkpoints.wait() else "could not be saved"
                     where = f"step {number} of {last} {outcome} in {self.checkpoints.folder}"
@@ -224,14 +252,32 @@ class _Run:
     def _take_step(self, number: int) -> None:
         requested = time.perf_counter()
         sequences = next(self.batches)
-        batch = global_batch(sequences, self.mesh, self.recipe.batch_size)
+        batch = global_batch(sequences, self.evaluate.mesh, self.recipe.batch_size)
         waited = time.perf_counter() - requested
         with jax.transfer_guard("disallow"):  # a step must not copy between host and device
             self.state, metrics = self.step(self.state, self.frozen, batch, self.reference_inputs)
         self.monitor.after(number, metrics, sequences.records, waited)
 
-    def _save(self, number: int) -> None:
+    def _evaluate_at_start(self, first: int) -> None:
+        """Evaluate the untrained model, or the checkpoint of a run that had to stop."""
+        if first == 0:
+            self._evaluate(first)
+        elif not self.checkpoints.is_evaluated and self.evaluate.due(first):
+            self._save(first, self._evaluate(first))
+
+    def _evaluate(self, number: int) -> dict[str, float]:
+        """Evaluate the model if that is due; return the checkpoint's metrics."""
+        if not self.evaluate.due(number):
+            return {}
+        self.monitor.flush()
+        self.log.note(number, "evaluating")
+        found = self.evaluate(number, self.state.params, self.frozen)
+        self.log.write_evaluation(number, found)
+        self.monitor.restart_clock()
+        return {} if found.score is None or not math.isfinite(found.score) else {SCORE: found.score}
+
+    def _save(self, number: int, metrics: Mapping[str, float], *, evaluated: bool = True) -> None:
         self.monitor.flush()  # a state whose loss is not finite is never saved
-        validation = self.validate(self.state.params, self.frozen)
+        validation = self.validate(self.state.params, self.frozen) or {}
         self.log.write_validation(number, validation)
-        self.checkpoints.save(self.state, self.batches.get_state(), validation)
+        self.checkpoints.save(self.state, self.batches.get_state(), {**validation, **metrics}, evaluated=evaluated)

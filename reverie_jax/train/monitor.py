@@ -89,6 +89,10 @@ class StepMonitor:
             pending, self._pending = self._pending, None
             self._read(pending)
 
+    def restart_clock(self) -> None:
+        """Leave out of the next step's time what has passed since the last one: an evaluation is no part of a step."""
+        self._ready = time.perf_counter()
+
     def _read(self, step: _Pending) -> None:
         sums = {name: np.asarray(value) for name, value in step.metrics.sums.items()}
         numbers = {name: float(value) for name, value in step.metrics._asdict().items() if name != "sums"}

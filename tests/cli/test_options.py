@@ -21,7 +21,7 @@ from reverie_jax.train.recipe import Recipe
 
 HEAVY = (
     *("jax", "flax", "torch", "transformers", "tensorflow_datasets", "matplotlib", "pandas", "pydantic", "rich"),
-    *("starlette", "uvicorn", "prometheus_client"),
+    *("starlette", "uvicorn", "prometheus_client", "wandb", "mlflow", "trackio"),
 )
 # Options that differ between commands in type, default or first sentence, and why.
 DIFFERENT = {

@@ -28,14 +28,16 @@ from reverie_jax.train.distributed import join
 from reverie_jax.train.identity import read_identity
 from reverie_jax.train.metrics import EventFile, MetricsLog, read_metrics
 from reverie_jax.train.recipe import Recipe
+from reverie_jax.train.samples import read_samples
 from reverie_jax.train.step import TrainState, is_lora_or_projector, make_optimizer, make_trainable
+from tests.eval.benchmarks import makers
 from tests.train import tiny
 
 STEPS = 40
 SETTINGS = (f"steps={STEPS}", "save_steps=10")
 
 
-def start(folder, *, processes=1, devices=1, mesh=(1, 1, 1), settings=()):
+def start(folder, *, processes=1, devices=1, mesh=(1, 1, 1), settings=(), options=()):
     """Start the processes of one run."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -45,7 +47,7 @@ def start(folder, *, processes=1, devices=1, mesh=(1, 1, 1), settings=()):
     for index in range(processes):
         command = [sys.executable, "-m", "tests.train.tiny", str(folder), "--mesh", *map(str, mesh)]
         command += ["--distributed", f"127.0.0.1:{port},{processes},{index}"] if processes > 1 else []
-        command += ["--set", *SETTINGS, *settings]
+        command += [*options, "--set", *SETTINGS, *settings]
         # Every program is cached for the next process: most of a short run is compiling.
         environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         # Threads of XLA: a collective holds one on each device until its peers arrive, and on two cores there were only two.
@@ -132,6 +134,25 @@ def test_a_run_of_two_processes_resumes_in_one(tmp_path):
     assert 10 <= len(read_metrics(tmp_path / "cut")) < STEPS
     run(tmp_path / "cut", devices=4, mesh=(2, 2, 1))
     assert tiny.read_losses(tmp_path / "cut") == pytest.approx(tiny.read_losses(tmp_path / "whole"), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_as_one(tmp_path):
+    """Before the first step: later, losses differ by rounding, and so may answers."""
+    rows = [(f"{i}.png", f"Is there a {n}?", "yes") for i in "abc" for n in ("cup", "dog")]
+    pope = makers.pope(tmp_path / "pope", random=rows, popular=rows, adversarial=rows)
+    options = {"options": ("--pope", str(pope)), "settings": ("steps=4",)}
+    run(tmp_path / "one", **options)
+    run(tmp_path / "two", processes=2, mesh=(2, 1, 1), **options)
+    first = []
+    for name in ("one", "two"):
+        metrics = read_metrics(tmp_path / name)
+        assert [row["step"] for row in metrics if "eval/pope/f1" in row] == [0, 3, 4]
+        samples = [row for row in read_samples(tmp_path / name) if row["step"] == 0]
+        file = tmp_path / name / "evaluations" / "0" / "pope" / "predictions.jsonl"
+        texts = [json.loads(line)["text"] for line in file.read_bytes().splitlines()]
+        first.append((metrics[0], samples, texts))
+    assert first[0] == first[1]
 
 
 @pytest.mark.slow

@@ -19,6 +19,8 @@ from PIL import Image
 from reverie_jax.data.conversation import Conversation, ImageRecord, Turn
 from reverie_jax.data.packing import SequenceShape
 from reverie_jax.data.processor import Processor
+from reverie_jax.eval.benchmarks.pope import Pope
+from reverie_jax.evaluators import BenchmarkEvaluator, SampleEvaluator
 from reverie_jax.models import TextConfig, VisionConfig, VisionLanguageModel, VLMConfig
 from reverie_jax.models.config import ResamplerConfig
 from reverie_jax.models.sharding import make_mesh
@@ -177,7 +179,8 @@ def shared_step(graph, optimizer, recipe, *, shardings, **options):
 def run(folder, *, on=None, data=None, make_step=shared_step, **changes):
     """Train a model (a new one if none is given) by `recipe(**changes)`; `finetune` gets its own options."""
     net, texts = on or model(), changes.pop("processor", None) or processor()
-    options = {name: changes.pop(name) for name in ("mesh", "resume", "profile", "vision_cache") if name in changes}
+    names = ("mesh", "resume", "profile", "vision_cache", "evaluators", "tracking")
+    options = {name: changes.pop(name) for name in names if name in changes}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "make_step", make_step)
         result = finetune(net, texts, data or records(), recipe(**changes), folder, **options)
@@ -227,12 +230,19 @@ def loss_and_grads(graph, params, frozen, batch, *, steps=1, loss_reduction="tok
     return accumulate_gradients(loss_of, params, batch, None, steps=steps, loss_reduction=loss_reduction)[:2]
 
 
+def evaluators(pope):
+    """POPE every three steps, two samples every four."""
+    data = Pope().load(pope)
+    return BenchmarkEvaluator([(Pope(), data)], 3, "pope/random/accuracy"), SampleEvaluator(records(), 4, 2)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--mesh", type=int, nargs=3, default=(1, 1, 1))
     parser.add_argument("--distributed", default="")
     parser.add_argument("--set", nargs="*", default=())
+    parser.add_argument("--pope", type=Path, help="evaluate during training on the benchmark in this folder")
     parser.add_argument(
         "--hang-after", type=int, default=0, help="step after which the process only waits to be killed"
     )
@@ -240,4 +250,5 @@ if __name__ == "__main__":
     join(args.distributed)
     if args.hang_after:
         after_step(pytest.MonkeyPatch(), args.hang_after, lambda: time.sleep(3600))
-    finetune(model(), processor(), records(), override(recipe(), args.set), args.folder, mesh=make_mesh(*args.mesh))
+    options = {"mesh": make_mesh(*args.mesh), "evaluators": evaluators(args.pope) if args.pope else ()}
+    finetune(model(), processor(), records(), override(recipe(), args.set), args.folder, **options)
