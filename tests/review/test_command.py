@@ -31,7 +31,7 @@ WRONG = [
     (("judged.json", "--marks", "m", "--port", "70000"), "--port"),
     (("judged.json", "--export", "page", "--count", "0"), "--count"),
     (("judged.json", "--export", "page", "--marks", "none"), "--marks none"),
-    (("judged.json", "--export", "llava.json", "llava.json"), "llava.json"),
+    (("judged.json", "llava.json", "--export", "llava.json"), "llava.json"),
 ]
 
 
