@@ -28,7 +28,7 @@ HUB = "hub"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Watching:
-    """What is logged of a run beside its metrics. None of it changes the result."""
+    """What is logged of a run beside its metrics; the result is the same without it."""
 
     tracker: Annotated[common.Several[str], common.option("NAMES ...")] = ()
     """Trackers, separated by commas or spaces: wandb, mlflow, trackio. Addresses and keys are in their own variables."""
