@@ -85,7 +85,7 @@ def answers(page, number=1):
 
 
 def press(page, name, count, number=1):
-    """Press a button; return the answer when the status says no more that it is being decoded: nothing, or that it is cut."""
+    """Press a button; return the answer when the status no longer says that it is being decoded."""
     page.get_by_role("button", name=name, exact=True).click()
     return answer(page, count, number)
 
