@@ -142,7 +142,7 @@ class Talk:
         """
         self._explained()
         if not answer.strip():
-            raise UserError("why not what? Type the answer that you expected")
+            raise UserError("the other answer is missing; type the answer that you expected")
         return self.ask(WHY_WRONG.format(answer=answer.strip()), options, "negative")
 
     def reflect(self, question: str, options: Options) -> Generator[Exchange]:

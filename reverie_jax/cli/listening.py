@@ -19,7 +19,7 @@ def find_key(host: str, port: int) -> str:
     """Return the key that clients must show; empty for none.
 
     Raises:
-        UserError: There is none, and others than this machine could connect; or the port is not one.
+        UserError: The key is missing and the address is not loopback, or the port is not from 0 to 65535.
     """
     from reverie_jax.hosted.providers.common import find_api_key
 

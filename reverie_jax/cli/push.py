@@ -36,7 +36,7 @@ class Push:
         folder, is_records = self._folder()
         scores, fields = common.joined(self.scores), parse_fields(common.joined(self.card))
         if is_records and scores:
-            raise UserError("--scores: are a model's; records have none")
+            raise UserError("--scores: only a model has scores; leave it out for records")
         from reverie_jax.hub.repository import check_access
 
         check_access(self.repository, "dataset" if is_records else "model", public=self.public)
@@ -72,7 +72,7 @@ def parse_fields(settings: list[str]) -> dict[str, Any]:
     """Return the fields of `FIELD=VALUE` settings; values with commas, and those of fields that are lists, are lists.
 
     Raises:
-        UserError: A setting is none.
+        UserError: A setting is not FIELD=VALUE.
     """
     fields: dict[str, Any] = {}
     for setting in settings:

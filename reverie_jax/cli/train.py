@@ -27,7 +27,7 @@ HUB = "hub"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Watching:
+class Monitoring:
     """What is logged of a run beside its metrics; the result is the same without it."""
 
     tracker: Annotated[common.Several[str], common.option("NAMES ...")] = ()
@@ -127,12 +127,12 @@ class Train:
     """Start anew: refuse an output folder that has checkpoints instead of continuing from the newest one."""
     push_to_hub: common.PushToHub = None
     public: common.Public = False
-    watching: OmitArgPrefixes[Watching] = dataclasses.field(default_factory=Watching)
+    monitoring: OmitArgPrefixes[Monitoring] = dataclasses.field(default_factory=Monitoring)
 
     def run(self) -> None:
         """Run the command."""
         self._check()
-        tracking = self.watching.check()
+        tracking = self.monitoring.check()
         from reverie_jax.train import recipes
 
         recipe = recipes.override(recipes.read_recipe(self.recipe), common.joined(self.set))
@@ -161,7 +161,7 @@ class Train:
             print(f"already complete, {progress.steps} of {progress.steps} steps: {self.out}")
             self._push(mesh)
             return
-        evaluators = self.watching.evaluators(records, recipe.holdout)
+        evaluators = self.monitoring.evaluators(records, recipe.holdout)
         if recipe.trainable == "projector" and self.adapter is None and lacks_projector(self.model, self.components):
             new: Any = {"kind": recipe.projector_type, "seed": recipe.seed}
             model, processor = load_with_projector(self.model, components=self.components, **new, **placement)

@@ -196,8 +196,7 @@ class Decoder(nnx.Module):
     def unstack(self) -> None:
         """Give each layer arrays of its own, in place, one stack of weights after the other: for inference alone.
 
-        A scan over a stack copies each layer's weights and KV before it uses them, on GPUs and CPUs: for a decoded token
-        that is most of the time.
+        A scan over a stack copies each layer's weights and KV before it uses them, on GPUs and CPUs, for every decoded token.
         """
         if self.unstacked is not None:
             return

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from reverie_jax import evaluators as above
-from reverie_jax.cli.train import Watching
+from reverie_jax.cli.train import Monitoring
 from reverie_jax.errors import UserError
 from reverie_jax.eval.benchmarks import find_benchmark
 from reverie_jax.eval.benchmarks.pope import Pope
@@ -247,12 +247,12 @@ def test_samples_ask_the_first_question_of_some_records():
 
 def test_options_make_evaluators(pope):
     named = {"eval": (("pope",),), "eval_data": pope, "eval_limit": 8, "eval_metric": "pope/random/f1", "eval_every": 7}
-    options = Watching(**named, sample_every=5, sample_count=3)
+    options = Monitoring(**named, sample_every=5, sample_count=3)
     benchmark, samples = options.evaluators(tiny.records(), 4)
     assert (benchmark.every, benchmark.metric, len(benchmark.benchmarks[0][1].questions)) == (7, "pope/random/f1", 8)
     assert (samples.every, [record.id for record in samples.records]) == (5, ["r8", "r9", "r10"])
-    assert Watching().evaluators(tiny.records(), 0) == []
-    assert Watching().check() is None
+    assert Monitoring().evaluators(tiny.records(), 0) == []
+    assert Monitoring().check() is None
 
 
 @pytest.mark.parametrize(
@@ -267,4 +267,4 @@ def test_options_make_evaluators(pope):
 )
 def test_invalid_options_are_named(options, words):
     with pytest.raises(UserError, match=words):
-        Watching(**options).check()
+        Monitoring(**options).check()
