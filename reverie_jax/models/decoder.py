@@ -196,7 +196,7 @@ class Decoder(nnx.Module):
     def unstack(self) -> None:
         """Give each layer arrays of its own, in place, one stack of weights after the other: for inference alone.
 
-        A scan over a stack copies each layer's weights and KV before it uses them, on GPUs and CPUs, for every decoded token.
+        A scan over a stack copies the weights and KV of each layer for every decoded token, on GPUs and CPUs.
         """
         if self.unstacked is not None:
             return
