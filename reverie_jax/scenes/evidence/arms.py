@@ -119,7 +119,7 @@ def _siblings(pictures: Pictures, number: int) -> Sequence[Conversation]:
 
 _BASE = RECIPES["scenes-rationales"]
 _SFT_RATES = (3e-4, 1e-3, 3e-3)
-_PAIR_RATES = (3e-5, 1e-4, 3e-4)
+_PAIR_RATES = (1e-5, 3e-5, 1e-4, 3e-4)
 
 
 def _reverie(name: str, **supervision: Any) -> Arm:

@@ -72,6 +72,8 @@ class _Pool:
     def __init__(self, evidence: Evidence, workers: int, console: Console):
         self.console, self.started = console, time.perf_counter()
         os.environ["NPROC"] = "1"  # threads of XLA's pool: a core for each worker
+        # glibc takes the memory of every step's arrays anew: with huge pages that costs little.
+        os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
         self.executor = ProcessPoolExecutor(
             workers, get_context("spawn"), _start_worker, (evidence.out, evidence.sizes, evidence.model)
         )

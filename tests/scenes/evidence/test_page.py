@@ -158,8 +158,8 @@ def test_the_search_chooses_the_best_setting_and_the_best_of_the_fewest_passes(t
     assert [choice.few["passes"] for choice in choices.values()] == [8, 8, 8]
     scores = [row["score"] for row in json.loads((tmp_path / "search.json").read_text())["scores"]]
     assert max(scores) == 0.75  # (4/4 + 2/4) / 2
-    assert len(scores) == 3 * 4  # all rates with the fewest passes, the best one with more
-    assert scores[-4:] == [0.6, 0.5, 0.5, 0.5]  # of dpo: 2 * 0.75 * 0.5 / 1.25
+    assert len(scores) == 4 + 4 + 5  # all rates with the fewest passes, the best one with more
+    assert scores[-5:] == [0.6, 0.5, 0.5, 0.5, 0.5]  # of dpo: 2 * 0.75 * 0.5 / 1.25
     # As many taught tokens as the answers arm: 16 passes of 3 tokens are 8 of 6.
     assert schedule.equal_tokens(SIZES, choices, 1) == Unit("reflective", 4, 1e-3, 8, 1)
     assert schedule.equal_steps(SIZES, "answers", choices["answers"], 1).passes == 8
