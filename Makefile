@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 LINE := $(shell $(PYTHON) -c 'import sys; print(f"py{sys.version_info[0]}{sys.version_info[1]}")')
 # A Python line without a constraints file of its own gets whatever the registry resolves to.
 PINS := $(wildcard constraints/$(LINE).txt)
+# glibc asks the kernel anew for the memory of every step's arrays; with huge pages that costs little.
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(addprefix --constraint ,$(PINS))
 
 .PHONY: demo evidence test lint types suite docs test-slow test-compile test-newest test-old-sdk test-others test-gpu bench gpu clean

@@ -17,6 +17,7 @@ from reverie_jax.errors import UserError
 from reverie_jax.models.config import Routing
 from reverie_jax.train.recipe import Recipe
 
+# The learning rate is the best of `reverie scenes evidence`, on its validation images, for both recipes.
 _SCENES = Recipe(
     name="scenes-rationales",
     steps=200,
@@ -26,8 +27,8 @@ _SCENES = Recipe(
     rank=16,
     alpha=32.0,
     dropout=0.0,
-    learning_rate=3e-3,
-    projector_learning_rate=3e-4,
+    learning_rate=1e-3,
+    projector_learning_rate=1e-4,
     save_steps=100,
 )
 # LLaVA's published scripts: a conversation per sequence, 16 on each of 8 devices, mean per device, no clipping.

@@ -12,7 +12,7 @@ from reverie_jax.files import atomic_write, read_json
 from reverie_jax.scenes.benchmark import LABELS
 from reverie_jax.scenes.evidence.arms import ARMS
 from reverie_jax.scenes.evidence.findings import Findings
-from reverie_jax.scenes.evidence.schedule import DECODED, equal_steps, equal_tokens
+from reverie_jax.scenes.evidence.schedule import DECODED, SEARCHED, equal_steps, equal_tokens, score
 from reverie_jax.scenes.evidence.units import DECODERS, PLAIN
 
 MAIN = (
@@ -168,6 +168,20 @@ def _equal_budgets(findings: Findings) -> list[list[str]]:
     return rows
 
 
+def _search(findings: Findings) -> list[list[str]]:
+    """Return a table of the search's scores; the base, which a learning rate of 0 would keep, comes first."""
+    rows = [["arm", "learning rate", "passes", "score"]]
+    for question in SEARCHED:
+        arms = [arm for arm in findings.arms if ARMS[arm].question == question]
+        rows += [
+            [f"base, as {question}", "", "", f"{score(findings.evidence, 'base', arm)['score']:.3f}"]
+            for arm in arms[:1]
+        ]
+    for row in read_json(findings.evidence.out / "search.json")["scores"]:
+        rows.append([row["arm"], f"{row['learning_rate']:g}", f"{row['passes']:,}", f"{row['score']:.3f}"])
+    return rows
+
+
 def _curves(findings: Findings) -> str:
     """Return an SVG of scores against the number of pictures, a panel for each score."""
     budgets = sorted(findings.sizes.budgets)
@@ -213,11 +227,6 @@ def write(findings: Findings, out: Path, base: dict[str, Any]) -> None:
         for row in findings.tokens()
     ]
     pairs = [(arm, "base") for arm in arms]
-    search = read_json(findings.evidence.out / "search.json")["scores"]
-    searched = [["arm", "learning rate", "passes", "score"]]
-    searched += [
-        [row["arm"], f"{row['learning_rate']:g}", f"{row['passes']:,}", f"{row['score']:.3f}"] for row in search
-    ]
     text = (
         environment(Path(__file__).parent)
         .get_template("page.md")
@@ -243,7 +252,7 @@ def write(findings: Findings, out: Path, base: dict[str, Any]) -> None:
                 "equal": markdown_table(_equal_budgets(findings)),
                 "decoders": markdown_table(_decoders(findings)),
                 "tokens": markdown_table(tokens),
-                "search": markdown_table(searched),
+                "search": markdown_table(_search(findings)),
             },
         )
     )

@@ -119,7 +119,8 @@ def run(out: Path, *, quick: bool, workers: int, model: str, page_folder: Path |
 
 def _settings(evidence: Evidence) -> dict[str, Any]:
     """Return what the units of a folder depend on, as it is read back from JSON."""
-    recipes = {f"recipe of {name}": dataclasses.asdict(arm.recipe) for name, arm in ARMS.items()}
+    # Rates, steps and seeds are a unit's own, and in its name.
+    recipes = {f"recipe of {name}": dataclasses.asdict(Unit(name, 0, 0.0, 0, 0).recipe) for name in ARMS}
     weights = weights_checksum(evidence.load()[0])
     settings = dataclasses.asdict(evidence.sizes) | {"model": evidence.model, "weights": weights} | recipes
     return dict(json.loads(json.dumps(settings)))

@@ -35,7 +35,7 @@ def passes_units(evidence: Evidence, arms: Sequence[str]) -> list[Unit]:
     """Return the units of the search that follow `rate_units`: each arm's best learning rate with more passes."""
     units = []
     for arm in arms:
-        best = max(rate_units(evidence.sizes, (arm,)), key=lambda unit: _score(evidence, unit)["score"])
+        best = max(rate_units(evidence.sizes, (arm,)), key=lambda unit: score(evidence, unit.name, arm)["score"])
         units += [
             _search_unit(evidence.sizes, arm, best.learning_rate, passes)
             for passes in evidence.sizes.passes
@@ -44,10 +44,13 @@ def passes_units(evidence: Evidence, arms: Sequence[str]) -> list[Unit]:
     return units
 
 
-def _score(evidence: Evidence, unit: Unit) -> dict[str, float]:
-    """Return what the search chooses by on validation pictures: `score`, the mean of the others."""
-    sums = evidence.counts(unit.name, "validation").sum(0)
-    scores = {name: float(benchmark.METRICS[name](sums)) for name in SEARCHED[ARMS[unit.arm].question]}
+def score(evidence: Evidence, unit: str, arm: str) -> dict[str, float]:
+    """Return what the search of an arm chooses by, of a unit or the base on validation pictures.
+
+    It is `score`, the mean of the others.
+    """
+    sums = evidence.counts(unit, "validation").sum(0)
+    scores = {name: float(benchmark.METRICS[name](sums)) for name in SEARCHED[ARMS[arm].question]}
     return {"score": float(np.mean(list(scores.values())))} | scores
 
 
@@ -72,9 +75,9 @@ def choose(evidence: Evidence, arms: Sequence[str]) -> dict[str, Choice]:
     for arm in arms:
         units = rate_units(evidence.sizes, (arm,)) + passes_units(evidence, (arm,))
         settings = [{"learning_rate": unit.learning_rate, "passes": unit.passes} for unit in units]
-        scores = [_score(evidence, unit) for unit in units]
-        for setting, score in zip(settings, scores, strict=True):
-            rows.append({"arm": arm, **setting} | {name: round(value, 4) for name, value in score.items()})
+        scores = [score(evidence, unit.name, arm) for unit in units]
+        for setting, found in zip(settings, scores, strict=True):
+            rows.append({"arm": arm, **setting} | {name: round(value, 4) for name, value in found.items()})
         best = max(range(len(units)), key=lambda n: scores[n]["score"])
         few = max(range(len(ARMS[arm].rates)), key=lambda n: scores[n]["score"])
         facts = evidence.facts(units[0].name)

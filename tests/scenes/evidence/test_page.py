@@ -192,7 +192,7 @@ def test_a_folder_of_another_evidence_is_refused(tmp_path, monkeypatch):
     for _ in range(2):
         run._claim(tmp_path / "mine", settings)
     arm = dataclasses.replace(ARMS["dpo"], recipe=dataclasses.replace(ARMS["dpo"].recipe, rank=8))
-    monkeypatch.setattr(run, "ARMS", {**ARMS, "dpo": arm})
+    monkeypatch.setitem(ARMS, "dpo", arm)
     more_seeds = run._settings(Evidence(tmp_path, dataclasses.replace(SIZES, seeds=3)))
     for other, differs in ((settings | {"weights": "0"}, "weights"), (more_seeds, "seeds, recipe of dpo")):
         with pytest.raises(UserError, match=rf"mine.*\b{differs}\b"):
