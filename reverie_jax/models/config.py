@@ -15,7 +15,7 @@ ProjectorKind = Literal["linear", "mlp2x_gelu"]
 Tokenization = Literal["hf", "llava"]
 System = Literal["llava", "minigpt4", "mplug-owl", "muffin"]
 ImageAspectRatio = Literal["pad", "square", "stretch"]
-Remat = Literal["full", "dots", "none"]
+Remat = Literal["full", "offload", "dots", "none"]
 
 DEFAULT_TARGETS = r"decoder\.(expert_)?layers\.(query|key|value|qkv|out|gate|up|gate_up|down)"
 """Regular expression of the layers that get adapters by default: every linear layer of the decoder's blocks, as in LLaVA;

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
@@ -20,6 +21,8 @@ from reverie_jax.models.config import Remat as Remat
 from reverie_jax.models.quantize import QuantizedFormat, pack, unpack
 
 Axes = tuple[str | None, ...]
+
+_LAYER_INPUT = "layer_input"
 
 
 def parameter(
@@ -210,8 +213,8 @@ def scan_layers(
         carry: The first layer's input.
         *per_layer: Pytrees with a leading layer axis, of which each layer gets its part.
         layers: Run only these; all by default.
-        remat: Which of a layer's activations the backward pass recomputes: all ("full"), all but products with weights
-            ("dots"), or none.
+        remat: Which of a layer's activations the backward pass recomputes: all ("full"; "offload" keeps the layers' inputs
+            in host memory), all but products with weights ("dots"), or none.
     """
     graph, state = nnx.split(stack)
     inputs: Any = state
@@ -229,7 +232,21 @@ def scan_layers(
 
 def recomputed(step: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
     """Return a function whose backward pass recomputes what `remat` says (see `scan_layers`)."""
-    if remat == "none":
-        return step
-    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
-    return jax.checkpoint(step, policy=policy)
+    match remat:
+        case "none":
+            return step
+        case "full":
+            return jax.checkpoint(step)
+        case "dots":
+            return jax.checkpoint(step, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+
+    def named(x: Any, *inputs: Any) -> Any:
+        return step(checkpoint_name(x, _LAYER_INPUT), *inputs)
+
+    policy = jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[_LAYER_INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
+    return jax.checkpoint(named, policy=policy)

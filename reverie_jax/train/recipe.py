@@ -54,7 +54,8 @@ class Recipe:
         batch_size: sequences per step, over all devices and micro-batches.
         sequence: static sizes of a packed sequence. With `images=1` a sequence holds one image.
         gradient_accumulation_steps: micro-batches per step; divides `batch_size`.
-        remat: what the backward pass recomputes: `full` layers, everything but matrix products (`dots`), or `none`.
+        remat: what the backward pass recomputes: `full` layers (`offload` keeps their inputs in host memory), everything but
+            matrix products (`dots`), or `none`.
         offload: keep the optimizer state in host memory between steps.
         loss_reduction: mean over all supervised tokens of a step (`tokens`), or mean of the micro-batches' means, as the
             trainer of transformers computes it (`micro-batches`).

@@ -159,7 +159,7 @@ def test_help_of_train_lists_the_fields_of_a_recipe(help_texts):
     rows = {name: (default, " ".join(kind)) for name, default, *kind in lines}
     assert {name.partition(".")[0] for name in rows} == {field.name for field in dataclasses.fields(Recipe)}
     assert rows["steps"] == ("required", "int")
-    assert rows["remat"] == ("full", "full | dots | none")
+    assert rows["remat"] == ("full", "full | offload | dots | none")
     assert rows["quantization"] == ("none", "int8 | nf4 | none")
     assert rows["supervision.answers"] == ("once", "once | as-published")
     assert rows["prefix_sharing"] == ("true", "bool")

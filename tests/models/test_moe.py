@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from reverie_jax.models import ModelInputs, VisionLanguageModel, VLMConfig, lora
 from reverie_jax.models.architectures import ARCHITECTURES
 from reverie_jax.models.checkpoints import read_model, write_adapters
 from reverie_jax.models.checkpoints.write import write_model, write_original
-from reverie_jax.models.config import Routing
+from reverie_jax.models.config import Remat, Routing
 from reverie_jax.models.moe import assign_experts, capacity_of
 from reverie_jax.models.sharding import make_mesh, shard_state
 from reverie_jax.models.upcycling import layers_of, upcycle
@@ -187,7 +188,7 @@ def loss_of(model: VisionLanguageModel, inputs: ModelInputs, targets, routing: R
     return -(chosen * supervised).sum() / supervised.sum() + routing.aux_coefficient * router.aux.sum()
 
 
-@pytest.mark.parametrize("remat", ["full", "dots", "none"])
+@pytest.mark.parametrize("remat", get_args(Remat))
 def test_the_routers_loss_has_a_gradient(remat, root):
     sizes, _, model = checkpoint("stablelm", "clip", False, 0, root)
     inputs = jax.tree.map(jnp.asarray, batch(sizes)[1])

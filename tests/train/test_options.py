@@ -29,8 +29,9 @@ from tests.models import makers
 from tests.train import tiny
 
 
-def test_losses_do_not_depend_on_remat_and_offload(finished, tmp_path):
-    assert tiny.run(tmp_path, remat="dots", offload=True).losses == pytest.approx(finished.losses, rel=1e-5)
+@pytest.mark.parametrize("remat", ["offload", "dots"])
+def test_losses_do_not_depend_on_remat_and_offload(finished, tmp_path, remat):
+    assert tiny.run(tmp_path, remat=remat, offload=remat == "dots").losses == pytest.approx(finished.losses, rel=1e-5)
 
 
 @pytest.mark.slow
