@@ -134,7 +134,7 @@ class Findings:
         return self.difference(metric, (ours, self.counts(ours, **where)), (theirs, self.counts(theirs, **where)))
 
     def tokens(self) -> list[dict[str, Any]]:
-        """Return what each arm was trained on at the main budget, means over seeds."""
+        """Return what each arm was trained on at the main budget, means over seeds; seconds are medians."""
         rows = []
         for arm in self.arms:
             facts = [self.evidence.facts(unit.name) for unit in self.units(arm, self.sizes.main)]
@@ -148,7 +148,7 @@ class Findings:
             rows.append(
                 {"arm": arm, "pictures": pictures, "tree": stats["tokens"] / pictures}
                 | {"flat": stats["flat_tokens"] / pictures, "taught": stats["edges"] / pictures}
-                | {"seconds": float(np.mean([fact["train_seconds"] for fact in facts]))}
+                | {"seconds": float(np.median([fact["train_seconds"] for fact in facts]))}
                 | dict(self.choices[arm].best)
             )
         return rows

@@ -11,7 +11,7 @@ from reverie_jax.eval.report.template import COLORS, environment
 from reverie_jax.files import atomic_write, read_json
 from reverie_jax.scenes.benchmark import LABELS
 from reverie_jax.scenes.evidence.arms import ARMS
-from reverie_jax.scenes.evidence.findings import Findings
+from reverie_jax.scenes.evidence.findings import Difference, Findings
 from reverie_jax.scenes.evidence.schedule import DECODED, SEARCHED, equal_steps, equal_tokens, score
 from reverie_jax.scenes.evidence.units import DECODERS, PLAIN
 
@@ -33,6 +33,9 @@ MAIN = (
 HEADLINE = ("pope/accuracy", "skills")
 SKILLS = ("skill/attribute", "skill/count", "skill/relation", "skill/comparison", "skill/two-step")
 CURVES = ("pope/accuracy", "skills", "chair_i", "coverage")
+_ANSWERING = (("reflective", "answers"), ("lrv-1", "lrv-0"))
+_DESCRIBING = (("ddpo-5", "base"), ("sentences", "base"), ("sentences", "ddpo-5"))
+"""Arms that are compared at the other budgets too, where they have most seeds."""
 PAGE, FIGURE = "evidence.md", "evidence.svg"
 
 
@@ -92,7 +95,9 @@ def _claims(findings: Findings) -> list[tuple[str, list[str]]]:
             if {ours, theirs} <= arms | {"base"}
             for name in metrics
         ]
-        if lines:
+        if lines and claims and claims[-1][0] == question:
+            claims[-1][1].extend(lines)
+        elif lines:
             claims.append((question, lines))
 
     add("Do answers alone help?", [("answers", "base")], HEADLINE)
@@ -100,11 +105,6 @@ def _claims(findings: Findings) -> list[tuple[str, list[str]]]:
     add("For which questions?", [("reflective", "answers")], SKILLS)
     for test, words in (("pairs", "pairs of things never seen together"), ("compositions", "unseen compositions")):
         add(f"On {words}?", [("reflective", "answers")], HEADLINE, test=test)
-    for budget in findings.sizes.budgets:
-        if budget != findings.sizes.main and all(
-            arm in arms and findings.units(arm, budget) for arm in ("answers", "reflective")
-        ):
-            add(f"With {budget:,} pictures?", [("reflective", "answers")], HEADLINE, pictures=budget)
     add("Do negative rationales add to positive ones?", [("reflective", "answers+positive")], HEADLINE)
     add("Does a context of its own for each rationale help?", [("reflective", "reflective-joined")], HEADLINE)
     add("Does more weight on the answers help?", [("reflective-weighted", "reflective")], HEADLINE)
@@ -113,7 +113,7 @@ def _claims(findings: Findings) -> list[tuple[str, list[str]]]:
         scores = {arm: findings.scores(findings.counts(arm), ("pope/accuracy",))["pope/accuracy"] for arm in ratios}
         best = max(ratios, key=lambda arm: scores[arm].value)
         add("Do LRV's negative instructions matter?", [(arm, "lrv-0") for arm in ratios if arm != "lrv-0"], HEADLINE)
-        claims[-1][1].append(f"The best POPE accuracy is that of {best}: {scores[best]}.")
+        claims[-1][1].append(f"The best POPE accuracy of these ratios is that of {best}: {scores[best]}.")
     texts = ("chair_i", "coverage", "object_f1")
     add("Do corrections help?", [("dpo", "base"), ("ddpo-5", "base")], texts)
     add("Does dense DPO beat DPO?", [(f"ddpo-{gamma}", "dpo") for gamma in ("1", "1.1", "5")], texts)
@@ -122,7 +122,25 @@ def _claims(findings: Findings) -> list[tuple[str, list[str]]]:
         [("sentences", "base"), ("sentences", "dpo"), ("sentences", "ddpo-5")],
         texts,
     )
-    return claims
+    for budget in findings.sizes.budgets:
+        if budget != findings.sizes.main:
+            done = {"base", *(arm for arm in arms if findings.units(arm, budget))}
+            for pairs, metrics in ((_ANSWERING, HEADLINE), (_DESCRIBING, texts)):
+                found = [pair for pair in pairs if done.issuperset(pair)]
+                add(f"With {budget:,} pictures?", found, metrics, pictures=budget)
+    ways = [
+        f"{arm}, {way} against {PLAIN}: {_of_decoding(findings, 'pope/accuracy', arm, way)}."
+        for arm in ("base", *(arm for arm in DECODED if arm in arms))
+        for way in DECODERS
+        if way != PLAIN
+    ]
+    return [*claims, ("Which way of decoding helps?", ways)]
+
+
+def _of_decoding(findings: Findings, metric: str, arm: str, way: str) -> Difference:
+    """Return the difference of a way of decoding from plain, of the same model."""
+    ours, plain = ((name, findings.counts(arm, decoder=name)) for name in (way, PLAIN))
+    return findings.difference(metric, ours, plain)
 
 
 def _decoders(findings: Findings) -> list[list[str]]:
@@ -138,8 +156,7 @@ def _decoders(findings: Findings) -> list[list[str]]:
                 if decoder == "reflect" and name in ("chair_i", "coverage"):
                     cells.append("–")
                     continue
-                sides = [(way, findings.counts(arm, decoder=way)) for way in (decoder, PLAIN)]
-                cells.append(findings.difference(name, sides[0], sides[1]).cell)
+                cells.append(_of_decoding(findings, name, arm, decoder).cell)
             rows.append([f"{arm}, {decoder}", *cells])
     return rows
 

@@ -104,10 +104,11 @@ FOUND = {
     "Does more weight on the answers help?": (
         "reflective-weighted against reflective: POPE accuracy -0.250 [-0.250, -0.250]: worse."
     ),
-    "Do LRV's negative instructions matter?": "The best POPE accuracy is that of lrv-1: 1.000 [1.000, 1.000].",
+    "Do LRV's negative instructions matter?": "The best POPE accuracy of these ratios is that of lrv-1: 1.000 [1.000, 1.000].",
     "Do corrections help?": "ddpo-5 against base: CHAIRi -0.250 [-0.250, -0.250]: better.",
     "Does dense DPO beat DPO?": f"ddpo-5 against dpo: coverage {ZERO}",
     "Do sentences of the model's own help?": "sentences against dpo: objects F1 +0.167 [+0.167, +0.167]: better.",
+    "Which way of decoding helps?": f"reflective, contrast-image against plain: POPE accuracy {ZERO}",
 }
 
 
@@ -147,7 +148,13 @@ def test_the_page_of_some_arms_claims_nothing_about_others(tmp_path):
     text = (tmp_path / "evidence.md").read_text("utf-8")
     found = claims(text)
     assert "ationales" not in text.partition("## What was found")[0]
-    assert list(found) == ["Do LRV's negative instructions matter?", "Do sentences of the model's own help?"]
+    assert list(found) == [
+        "Do LRV's negative instructions matter?",
+        "Do sentences of the model's own help?",
+        "With 8 pictures?",
+        "Which way of decoding helps?",
+    ]
+    assert not any("dpo" in line or "reflective against" in line for lines in found.values() for line in lines)
     assert all(line.startswith("sentences against base") for line in found["Do sentences of the model's own help?"])
 
 
