@@ -17,7 +17,8 @@ from jax.typing import DTypeLike
 
 from reverie_jax import files
 from reverie_jax.data.conversation import ImageRecord
-from reverie_jax.data.pipeline import DatasetStats, TreeBuilder, dataset_stats
+from reverie_jax.data.pipeline import DatasetStats, TreeBuilder
+from reverie_jax.data.survey import find_sizes
 from reverie_jax.errors import UserError
 from reverie_jax.eval import statistics
 from reverie_jax.eval.benchmarks.answer_files import PREDICTIONS, SCORES
@@ -129,7 +130,7 @@ class Comparison:
         try:
             if self.mesh is not None:
                 abstract_step(self._config(), recipe, self.mesh, dtype=self.dtype)
-            return dataset_stats(hold_out(arm.records, recipe.holdout)[0], builder)
+            return find_sizes(arm.records, hold_out(arm.records, recipe.holdout)[0], builder).stats
         except UserError as error:
             raise UserError(f"arm {arm.name}: {error}") from None
 

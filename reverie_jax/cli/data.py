@@ -14,6 +14,7 @@ from tyro.conf import OmitArgPrefixes, Positional, subcommand
 
 from reverie_jax.cli import common
 from reverie_jax.cli.common import mixture_entries
+from reverie_jax.cli.data_index import Index, prepare_for_build
 from reverie_jax.cli.data_review import Review
 from reverie_jax.errors import UserError
 from reverie_jax.files import atomic_write
@@ -57,6 +58,12 @@ class Build:
     """Threads that read images and write records; one for each core if omitted."""
     overwrite: Annotated[bool, common.FLAG] = False
     """Replace the records in the output folder; they are kept until the new ones are complete."""
+    sizes: Annotated[str | None, common.option("MODEL")] = None
+    """Checkpoint to be trained: writes its index of sizes too, as `reverie data index` does; needs --recipe."""
+    components: common.Components = ()
+    recipe: Annotated[str | None, common.option("RECIPE")] = None
+    """Recipe of the runs, a name or a YAML file, for --sizes."""
+    set: common.RecipeFields = ()
     push_to_hub: common.PushToHub = None
     public: common.Public = False
 
@@ -74,6 +81,7 @@ class Build:
             raise UserError(
                 f"{self.out}: already has records; choose another output folder, or replace them with --overwrite"
             )
+        write_index = prepare_for_build(self.sizes, self.recipe, self.components, common.joined(self.set))
         marks = None if self.marks is None else Marks.read(self.marks)
         if self.push_to_hub is not None:
             repository.check_access(self.push_to_hub, "dataset", public=self.public)
@@ -108,6 +116,7 @@ class Build:
             self.out, [*names, *(str(entry.file) for entry in common.mixture_entries((), self.mixture))]
         )
         print(f"{counts}: {folder}")
+        write_index(folder)
         if self.push_to_hub is not None:
             print(publish.publish_records(self.out, self.push_to_hub))
 
@@ -333,7 +342,7 @@ class Questions:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Prepare training data: check, review, count, visualize, find contamination, build records."""
+    """Prepare training data: check, review, count, visualize, find contamination, build and index records."""
 
     action: OmitArgPrefixes[
         Annotated[Build, subcommand("build")]
@@ -343,6 +352,7 @@ class Data:
         | Annotated[Visualize, subcommand("visualize")]
         | Annotated[Questions, subcommand("questions")]
         | Annotated[Review, subcommand("review")]
+        | Annotated[Index, subcommand("index")]
     ]
 
     def run(self) -> None:

@@ -5,7 +5,8 @@ The tree words (node, leaf, edge, branch, ends, origin) are explained in `reveri
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import grain
@@ -106,8 +107,8 @@ _FIELDS = {
 """The fields of `Batch` by the axis that they share."""
 
 
-def _sizes(element: TreeElement) -> list[int]:
-    """Return the length of each axis, in the order of `_FIELDS`."""
+def element_sizes(element: TreeElement) -> list[int]:
+    """Return the length of each axis: tokens, images, edges, questions, trees."""
     return [len(element[names[0]]) for names in _FIELDS.values()]
 
 
@@ -139,7 +140,7 @@ def pack_sequence(elements: Sequence[TreeElement], shape: SequenceShape, patches
     Raises:
         ValueError: the trees do not fit.
     """
-    _check_fit([np.sum([_sizes(element) for element in elements], axis=0).tolist()], shape)
+    _check_fit([np.sum([element_sizes(element) for element in elements], axis=0).tolist()], shape)
 
     capacity = _capacity(shape)
     axes = {name: axis for axis, names in _FIELDS.items() for name in names}
@@ -151,7 +152,7 @@ def pack_sequence(elements: Sequence[TreeElement], shape: SequenceShape, patches
     start = dict.fromkeys(_FIELDS, 0)
     for element in elements:
         shifts = dict.fromkeys(("ends", "parent", "leaves"), start["tokens"]) | {"branch": start["questions"]}
-        stop = {axis: start[axis] + size for axis, size in zip(_FIELDS, _sizes(element), strict=True)}
+        stop = {axis: start[axis] + size for axis, size in zip(_FIELDS, element_sizes(element), strict=True)}
         for name, axis in axes.items():
             array = element[name] + shifts[name] if name in shifts else element[name]
             if name == "image_slots":
@@ -197,32 +198,63 @@ def pack(
         patches: P, image tokens per image.
         window: elements that are packed together; 1024 by default, or 1 where a sequence holds one tree.
     """
+    finish = functools.partial(pack_sequence, shape=shape, patches=patches)
+    return pack_windows(elements, shape, element_sizes, finish, window=window)
+
+
+def pack_windows(
+    elements: grain.IterDataset,
+    shape: SequenceShape,
+    sizes_of: Callable[[Any], Sequence[int]],
+    finish: Callable[[list[Any]], Any],
+    *,
+    window: int | None = None,
+) -> grain.IterDataset:
+    """Return what `finish` makes of the elements of each sequence. They are packed as by `pack`, by their sizes alone.
+
+    Args:
+        elements: anything that has sizes.
+        shape: sizes of a sequence.
+        sizes_of: returns an element's sizes, see `element_sizes`.
+        finish: gets the elements of a sequence, in order.
+        window: as for `pack`.
+    """
     size = window or (1 if shape.images == 1 else WINDOW)
     windows = elements.batch(size, batch_fn=list)
-    return grain.experimental.FlatMapIterDataset(windows, _PackWindow(shape, patches, size))
+    return grain.experimental.FlatMapIterDataset(windows, _PackWindow(shape, sizes_of, finish, size))
 
 
 class _PackWindow(grain.experimental.FlatMapTransform):
     """The sequences of a window, in the order of their first trees."""
 
-    def __init__(self, shape: SequenceShape, patches: int, size: int):
-        self.shape, self.patches, self.max_fan_out = shape, patches, size
+    def __init__(
+        self,
+        shape: SequenceShape,
+        sizes_of: Callable[[Any], Sequence[int]],
+        finish: Callable[[list[Any]], Any],
+        size: int,
+    ):
+        self.shape, self.sizes_of, self.finish, self.max_fan_out = shape, sizes_of, finish, size
 
-    def flat_map(self, elements: list[TreeElement]) -> list[Batch]:
-        bins = sorted(sorted(members) for members in bin_pack(elements, self.shape))
-        return [pack_sequence([elements[index] for index in members], self.shape, self.patches) for members in bins]
+    def flat_map(self, elements: list[Any]) -> list[Any]:
+        bins = sorted(sorted(members) for members in bin_pack([*map(self.sizes_of, elements)], self.shape))
+        return [self.finish([elements[index] for index in members]) for members in bins]
 
 
-def bin_pack(elements: Sequence[TreeElement], shape: SequenceShape) -> list[list[int]]:
+def bin_pack(elements: Any, shape: SequenceShape) -> list[list[int]]:
     """Return the indices of the elements of each sequence; each element is in one.
+
+    Args:
+        elements: the sizes of each element, see `element_sizes`.
+        shape: sizes of a sequence.
 
     Raises:
         ValueError: an element does not fit an empty sequence.
     """
-    sizes = np.asarray([_sizes(element) for element in elements]).reshape(-1, len(_FIELDS))
+    sizes = np.asarray(elements, np.int64).reshape(-1, len(_FIELDS))
     _check_fit(sizes, shape)
     capacity = np.asarray(list(_capacity(shape).values()))
-    remaining = sorted(range(len(elements)), key=lambda index: (-sizes[index, 0], index))
+    remaining = sorted(range(len(sizes)), key=lambda index: (-sizes[index, 0], index))
     bins = []
     while remaining:
         members, remaining = [remaining[0]], remaining[1:]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
-import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -17,15 +17,26 @@ import numpy as np
 from reverie_jax.data.conversation import Conversation, ImageRecord
 from reverie_jax.data.feature_cache import FeatureCache
 from reverie_jax.data.images import decode, random_resized_crop
-from reverie_jax.data.packing import WINDOW, Batch, SequenceShape, TreeElement, bin_pack, make_element, pack, stack
+from reverie_jax.data.packing import (
+    WINDOW,
+    Batch,
+    SequenceShape,
+    TreeElement,
+    element_sizes,
+    make_element,
+    pack,
+    pack_sequence,
+    pack_windows,
+    stack,
+)
 from reverie_jax.data.preferences import DPOConfig, build_pair_trees, find_pairs
 from reverie_jax.data.processor import Processor
 from reverie_jax.data.supervision import Supervision
-from reverie_jax.data.tokenization import UNTAUGHT, is_untaught
+from reverie_jax.data.tokenization import is_untaught
 from reverie_jax.data.tree import ConversationTree, build_trees, unsupervised
+from reverie_jax.data.tree_sizes import DatasetStats as DatasetStats
+from reverie_jax.data.tree_sizes import PlannedSequences, TreeSizes
 from reverie_jax.errors import DataError, UserError
-
-_log = logging.getLogger(__name__)
 
 PAIR_STRIDE = 1 << 10
 """The id of a pair's answer is record * PAIR_STRIDE + 2 * pair, plus 1 for the rejected one. Records count from 1."""
@@ -132,75 +143,10 @@ class TreeBuilder:
         return self.datasets.index(dataset) if dataset in self.datasets else 0
 
 
-@dataclasses.dataclass(frozen=True)
-class DatasetStats:
-    """Sizes of a training set, computed before the first step.
-
-    Attributes:
-        records: number of records.
-        trees: number of trees; larger than `records` where a record needs several.
-        tokens: tokens of all trees, image tokens included.
-        flat_tokens: tokens of the same conversations without sharing.
-        edges: supervised tokens.
-        longest: tokens of the largest tree.
-        sequences: packed sequences per epoch; approximate, since packing depends on the order.
-        datasets: names of the datasets that the conversations come from.
-    """
-
-    records: int
-    trees: int
-    tokens: int
-    flat_tokens: int
-    edges: int
-    longest: int
-    sequences: int
-    datasets: tuple[str, ...]
-
-
-def dataset_stats(records: Sequence[ImageRecord], builder: TreeBuilder) -> DatasetStats:
-    """Tokenize every record once and return the statistics, so that a record that does not fit fails before training.
-
-    Raises:
-        DataError: a record does not fit, or nothing is supervised.
-        UserError: a conversation is longer than the model's context.
-    """
-    trees = tokens = flat_tokens = edges = longest = sequences = untaught = conversations = 0
-    first = ""
-    datasets: dict[str, None] = {}
-    window: list[TreeElement] = []
-    for index in range(len(records)):
-        record = records[index]
-        for built in builder.build(record):
-            datasets |= dict.fromkeys(conversation.dataset for conversation in built.conversations)
-            untaught, conversations = untaught + built.untaught, conversations + len(built.conversations)
-            first = first or (record.id if built.untaught else "")
-            window.append(builder.element(built, record, index + 1))
-        if len(window) >= WINDOW or index + 1 == len(records):
-            lengths = [len(element["tokens"]) for element in window]
-            trees, tokens, longest = trees + len(window), tokens + sum(lengths), max([longest, *lengths])
-            flat_tokens += sum(int(element["flat_tokens"][0]) for element in window)
-            edges += sum(len(element["parent"]) for element in window)
-            sequences += len(bin_pack(window, builder.shape))
-            window = []
-    if not edges:
-        missing = "pair of answers" if isinstance(builder.supervision, DPOConfig) else "supervised answer"
-        why = f"; {untaught} conversations: {UNTAUGHT}" if untaught else ""
-        raise DataError(f"nothing to train on: the records hold no {missing}{why}")
-    if untaught:
-        _log.warning(
-            "%d of %d conversations teach nothing (the first in record %s): %s",
-            untaught,
-            conversations,
-            first,
-            UNTAUGHT,
-        )
-    return DatasetStats(len(records), trees, tokens, flat_tokens, edges, longest, sequences, tuple(datasets))
-
-
 class _Flatten(grain.experimental.FlatMapTransform):
     max_fan_out = 1_000
 
-    def flat_map(self, elements: list[TreeElement]) -> list[TreeElement]:
+    def flat_map(self, elements: list[Any]) -> list[Any]:
         return elements
 
 
@@ -290,11 +236,39 @@ def packed_sequences(
         found = builder.elements(records[index], index + 1)
         return [{**element, "images": element["images"] + before} for element in found]
 
-    read = indices.map_with_index(elements).to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=32))
+    pack_one = functools.partial(pack_sequence, shape=builder.shape, patches=builder.processor.encoder.patches)
+    return _pack_trees(indices.map_with_index(elements), len(records), builder.shape, element_sizes, pack_one)
+
+
+def _pack_trees(
+    trees: grain.MapDataset,
+    records: int,
+    shape: SequenceShape,
+    sizes_of: Callable[[Any], Sequence[int]],
+    finish: Callable[[list[Any]], Any],
+) -> grain.IterDataset:
+    """Return `pack_windows` of lists of trees.
+
+    Trees that are built and those that are planned pass the same stages: the iterator's state is the same too.
+    """
+    read = trees.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=32))
     # A large window over few records would hold many epochs of them.
-    window = 1 if builder.shape.images == 1 else min(WINDOW, max(32, 2 * len(records)))
+    window = 1 if shape.images == 1 else min(WINDOW, max(32, 2 * records))
     flat = grain.experimental.FlatMapIterDataset(read, _Flatten())
-    return pack(flat, builder.shape, builder.processor.encoder.patches, window=window)
+    return pack_windows(flat, shape, sizes_of, finish, window=window)
+
+
+def _checked_elements(
+    records: Sequence[ImageRecord], builder: TreeBuilder, sizes: TreeSizes
+) -> Callable[[int], list[TreeElement]]:
+    """Return a function that returns a record's elements by its index, and checks their sizes."""
+
+    def elements(index: int) -> list[TreeElement]:
+        found = builder.elements(record := records[index], index + 1)
+        sizes.check(index, record, [*map(element_sizes, found)])
+        return found
+
+    return elements
 
 
 def training_batches(
@@ -308,11 +282,13 @@ def training_batches(
     threads: int | None = None,
     crop_scale: float | None = None,
     flip: bool = False,
+    sizes: TreeSizes | None = None,
 ) -> grain.IterDataset:
     """Return endless batches in an order that depends on the seed alone. The iterator's state is a position, not a count.
 
-    Every host packs all trees, which is cheap, but decodes only the images of its own sequences, which is not. The order
-    therefore depends neither on the number of hosts nor on threads.
+    Every host packs all trees, but decodes only the images of its own sequences. The order therefore depends neither on the
+    number of hosts nor on threads. With `sizes`, a host packs by these, and reads and tokenizes only the records that it
+    shows; the batches are the same.
 
     Args:
         records: the records, by index.
@@ -326,16 +302,24 @@ def training_batches(
             conversations of a record see the same one, and so do both sides of a preference pair. RandAugment is not
             implemented.
         flip: mirror each image with probability 1/2.
+        sizes: of all trees of the records.
 
     Raises:
         UserError: cached features would have to be cropped or flipped.
     """
     start, stop, _ = (local or slice(None)).indices(batch_size)
     indices = grain.MapDataset.range(len(records)).seed(seed).shuffle().repeat()
-    sequences = packed_sequences(indices, records, builder)
-    batches = sequences.batch(batch_size, batch_fn=lambda group: stack(group[start:stop], stop - start))
     threads = threads or os.cpu_count() or 1
     pool = ThreadPoolExecutor(threads) if threads > 1 else None
+    build: Callable[[Any], list[Batch]] = list
+    if sizes is None:
+        sequences = packed_sequences(indices, records, builder)
+    else:
+        plans = indices.map_with_index(sizes.plan)
+        sequences = _pack_trees(plans, len(records), builder.shape, lambda tree: tree.sizes, list)
+        elements = _checked_elements(records, builder, sizes)
+        build = PlannedSequences(elements, builder.shape, builder.processor.encoder.patches, pool)
+    batches = sequences.batch(batch_size, batch_fn=lambda group: stack(build(group[start:stop]), stop - start))
     read, processor = image_reader(records), builder.processor
     preprocess = _augmentation(len(records), processor, seed, crop_scale, flip)
     if preprocess and features is not None:

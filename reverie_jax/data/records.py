@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
+import hashlib
 import io
 import os
 import shutil
@@ -25,6 +27,8 @@ NAME, VERSION = "reflective_records", "2.0.0"
 PREVIOUS = "previous"
 """Name, in the work folder, of the records that new ones replace."""
 RECORDS_PER_SHARD = 1024
+_END = 1 << 17
+"""Bytes at the end of a shard, two of ArrayRecord's blocks, that hold its list of records."""
 
 
 def _features() -> tfds.features.FeaturesDict:
@@ -261,6 +265,7 @@ class RecordSource(Sequence[ImageRecord]):
             builder = tfds.builder_from_directory(os.fspath(self.folder))
             if split not in builder.info.splits:
                 raise DataError(f"{self.folder}: unknown split {split!r}; choose from {', '.join(builder.info.splits)}")
+            self._files = builder.info.splits[split].filepaths
             self._source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
         except UserError:
             raise
@@ -283,6 +288,20 @@ class RecordSource(Sequence[ImageRecord]):
             raise DataError(
                 f"{self.folder}: record {index} was written by another version ({error}); run `reverie data build` again"
             ) from None
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A digest of the names and sizes of the files, and of their ends, where ArrayRecord lists the size of each record.
+
+        No record is read. A record that changes but keeps its size keeps the fingerprint.
+        """
+        digest = hashlib.sha256()
+        for path in map(Path, self._files):
+            with path.open("rb") as file:
+                size = file.seek(0, io.SEEK_END)
+                file.seek(max(0, size - _END))
+                digest.update(f"{path.name} {size} ".encode() + file.read())
+        return digest.hexdigest()[:16]
 
     def __repr__(self) -> str:
         # Grain stores this in a checkpoint and compares it on restore: it must not hold a memory address.

@@ -10,6 +10,7 @@ from typing import Any
 
 from reverie_jax.data.conversation import ImageRecord
 from reverie_jax.data.pipeline import TreeBuilder
+from reverie_jax.data.size_index import records_digest as records_digest
 from reverie_jax.errors import UserError
 from reverie_jax.models import VisionLanguageModel
 from reverie_jax.models.checkpoints import base_checksums
@@ -71,16 +72,6 @@ def run_identity(
 def frozen_checksums(model: VisionLanguageModel) -> Checksums:
     """Return checksums of the parts that a run leaves as they are. The projector is trained: a run has its own."""
     return {part: checksum for part, checksum in base_checksums(model).items() if part != "projector"}
-
-
-def records_digest(records: Sequence[ImageRecord]) -> str:
-    """Return a digest of the records' ids, images and conversations, in their order."""
-    digest = hashlib.sha256()
-    for number in range(len(records)):
-        record = records[number]
-        for part in (record.id.encode("utf-8", "surrogatepass"), record.image, record.conversations_json().encode()):
-            digest.update(hashlib.sha256(part).digest())
-    return digest.hexdigest()[:16]
 
 
 def _inputs_digest(records: Sequence[ImageRecord], builder: TreeBuilder) -> str:

@@ -19,8 +19,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 
 from reverie_jax.data.conversation import ImageRecord
-from reverie_jax.data.pipeline import DatasetStats, TreeBuilder, dataset_stats, training_batches
+from reverie_jax.data.pipeline import DatasetStats, TreeBuilder, training_batches
 from reverie_jax.data.processor import Processor
+from reverie_jax.data.survey import find_sizes
 from reverie_jax.errors import UserError
 from reverie_jax.models import VisionLanguageModel, lora
 from reverie_jax.models.sharding import global_batch, local_rows, make_mesh, shard_state, shardings
@@ -103,11 +104,11 @@ def finetune(
     processor = processor.override(recipe.template, image_aspect_ratio=recipe.image_aspect_ratio)
     everything, (records, held_out) = records, hold_out(records, recipe.holdout)
     builder = TreeBuilder(processor, recipe.sequence, recipe.preference or recipe.supervision, recipe.prefix_sharing)
-    stats = dataset_stats(records, builder)
+    stats = (sizes := find_sizes(everything, records, builder)).stats
     builder = dataclasses.replace(builder, datasets=stats.datasets)
     recipe = dataclasses.replace(recipe, steps=recipe.steps_for(stats.sequences))
     options: Any = {"batch_size": recipe.batch_size, "seed": recipe.seed, "local": _local_sequences(recipe, mesh)}
-    options["features"] = frozen_features(model, processor, records, vision_cache, recipe)
+    options |= {"sizes": sizes, "features": frozen_features(model, processor, records, vision_cache, recipe)}
     identity = run_identity(model, recipe, everything, builder)
     fresh_adapters = make_trainable(model, recipe)
     if recipe.quantization is not None:

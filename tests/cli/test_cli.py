@@ -21,6 +21,7 @@ from safetensors.numpy import load_file, save_file
 
 import reverie_jax
 from reverie_jax import cli
+from reverie_jax.data import survey
 from reverie_jax.eval import benchmarks
 from reverie_jax.loading import find_checkpoint
 from reverie_jax.scenes import dataset
@@ -131,6 +132,11 @@ MISTAKES = {
     TRAIN.replace("{out}", "{data}/test/scenes.jsonl"): "{data}/test/scenes.jsonl",
     **{f"{TRAIN} --mesh {mesh}": mesh for mesh in ("data=9", "fsdp=x")},
     "data build {gone} --out {out}": "{gone}",
+    "data build {gone} --out {out} --sizes scenes-base": "--sizes --recipe",
+    "data build {gone} --out {out} --recipe scenes-rationales": "--recipe --sizes",
+    "data build {gone} --out {out} --sizes {gone} --recipe scenes-rationales": "{gone}",
+    "data index {gone} --model scenes-base --recipe scenes-rationales": "{gone}",
+    "data index {data} --model scenes-base --recipe nothing": "nothing",
     f"{EVAL} --rule dice": "dice official",
     f"{EVAL} --max-new-tokens 0": "--max-new-tokens",
     EVAL.replace("{data}", "{gone}"): "{gone}",
@@ -205,14 +211,18 @@ def test_ask_answers_each_question(reverie, demo):
     assert_refused(reverie(*words, "--contrast", "noise"), "--contrast noise", "nothing")
 
 
-def test_build_train_eval_score(reverie, demo, tmp_path):
+def test_build_train_eval_score(reverie, demo, tmp_path, monkeypatch):
     """A recipe from a YAML file, changed by --set, trains on records that were just built; the run is evaluated."""
     data, run, scores = demo[0] / "data", tmp_path / "run", tmp_path / "scores"
-    code, out, _ = reverie("data", "build", data / "train0" / "reverie.json", "--out", tmp_path / "records")
-    assert code == 0
-    assert out.startswith("10 images")  # 8 annotated ones and 2 plain ones
     path = tmp_path / "mine.yaml"
     path.write_text(reverie("recipes", "scenes-rationales")[1].replace("keep_checkpoints: 2", "keep_checkpoints: 3"))
+    sizes = ("--sizes", "scenes-base", "--recipe", path)
+    code, out, _ = reverie("data", "build", data / "train0" / "reverie.json", "--out", tmp_path / "records", *sizes)
+    assert code == 0
+    assert out.startswith("10 images")  # 8 annotated ones and 2 plain ones
+    indexed = reverie("data", "index", tmp_path / "records", "--model", "scenes-base", "--recipe", path)[1]
+    assert indexed == out.splitlines(keepends=True)[1]
+    monkeypatch.setattr(survey, "survey", None)  # training finds the index
     words = ("--model", "scenes-base", "--data", tmp_path / "records", "--out", run)
     code, out, _ = reverie("train", path, *words, "--set", "steps=1", "seed=5", "batch_size=4")
     assert code == 0

@@ -14,11 +14,12 @@ from reverie_jax.data import check as checking
 from reverie_jax.data.conversation import IMAGE
 from reverie_jax.data.mixture import MixtureEntry
 from reverie_jax.data.packing import SequenceShape
-from reverie_jax.data.pipeline import TreeBuilder, dataset_stats
+from reverie_jax.data.pipeline import TreeBuilder
 from reverie_jax.data.preferences import DPOConfig
 from reverie_jax.data.processor import Processor
 from reverie_jax.data.stats import compute_stats
 from reverie_jax.data.supervision import Supervision
+from reverie_jax.data.survey import find_sizes, survey
 from reverie_jax.data.tokenization import Encoder
 from reverie_jax.errors import DataError, UserError
 from tests.data.fakes import (
@@ -161,7 +162,7 @@ def test_what_check_passes_train_takes(tmp_path_factory, rows, context, sharing)
     report = checking.check(path, folder, PROCESSOR, builder)
 
     def train(file):
-        dataset_stats(read_records(MixtureEntry(file=file, images=folder)), builder)
+        survey(read_records(MixtureEntry(file=file, images=folder)), builder)
 
     if report.has_unusable_rows:
         with pytest.raises(UserError):
@@ -196,13 +197,14 @@ def test_conversations_that_teach_nothing_are_reported_by_check_and_train(tmp_pa
         ("row 2", "untaught"),
     ]
     builder = TreeBuilder(processor, SequenceShape(length=50, edges=30), Supervision())
-    dataset_stats(read_records(path), builder)
+    found = read_records(path)
+    find_sizes(found, found, builder)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "2 of 3 conversations" in caplog.text
     assert "row 1" in caplog.text
     write_json_rows(path, rows[1:])
     with pytest.raises(DataError, match="2 conversations"):
-        dataset_stats(read_records(path), builder)
+        survey(read_records(path), builder)
 
 
 def test_conversations_beyond_the_context_are_reported(tmp_path, folder):

@@ -14,13 +14,14 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from reverie_jax.data import packing
 from reverie_jax.data.packing import (
     WINDOW,
     Batch,
     SequenceShape,
     TreeElement,
     best_subset,
-    bin_pack,
+    element_sizes,
     make_element,
     pack,
     pack_sequence,
@@ -38,9 +39,13 @@ ROOT = 1000
 
 
 def sized(tokens: int, images: int = 0, edges: int = 0, leaves: int = 0) -> TreeElement:
-    """An element of these sizes, as far as `bin_pack` looks at it."""
+    """An element of these sizes."""
     sizes = {"tokens": tokens, "images": images, "parent": edges, "leaves": leaves, "flat_tokens": 1}
     return {name: np.zeros(size, np.int32) for name, size in sizes.items()}
+
+
+def bin_pack(elements: Sequence[TreeElement], shape: SequenceShape) -> list[list[int]]:
+    return packing.bin_pack([element_sizes(element) for element in elements], shape)
 
 
 def best_sum(sizes: Sequence[int], room: int, most: int) -> int:

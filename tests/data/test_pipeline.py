@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reverie_jax.data import packing, pipeline
+from reverie_jax.data import survey as survey_module
 from reverie_jax.data.conversation import IMAGE, Conversation, ImageRecord, Turn
 from reverie_jax.data.feature_cache import FeatureCache, write_features
 from reverie_jax.data.images import BrokenImage, decode, encode_png, random_resized_crop
@@ -36,6 +37,7 @@ from reverie_jax.data.preferences import DPOConfig
 from reverie_jax.data.processor import Processor
 from reverie_jax.data.records import RecordSource, write_records
 from reverie_jax.data.supervision import Supervision
+from reverie_jax.data.survey import survey
 from reverie_jax.data.tokenization import Encoder, Tokens
 from reverie_jax.errors import DataError, UserError
 from tests.data.fakes import IMAGE_ID, WordTokenizer, png
@@ -48,7 +50,7 @@ SHAPE = SequenceShape(length=160, images=4, edges=120)
 def small_windows():
     """Windows of a few trees, so that a handful of batches sees several."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (packing, pipeline):
+        for module in (packing, pipeline, survey_module):
             patch.setattr(module, "WINDOW", 7)
         yield
 
@@ -157,19 +159,22 @@ def states() -> list[str]:
     return states
 
 
-@pytest.mark.parametrize("case", ["default threads", "5 threads", "records on disk"])
-def test_threads_and_storage_do_not_change_the_batches(expected, case, tmp_path):
+@pytest.mark.parametrize("case", ["default threads", "5 threads", "records on disk", "planned", "planned, on disk"])
+def test_threads_storage_and_plans_do_not_change_the_batches(expected, case, tmp_path):
     records: Sequence[ImageRecord] = RECORDS
-    if case == "records on disk":
+    if "on disk" in case:
         records = RecordSource(write_records(tmp_path, {"train": RECORDS}))
-    assert all(map(equal, take(batches(records, threads=None if case == "default threads" else 5), 3), expected))
+    sizes = survey(records, BUILDER) if "planned" in case else None
+    drawn = take(batches(records, threads=None if case == "default threads" else 5, sizes=sizes), 3)
+    assert all(map(equal, drawn, expected))
 
 
-@pytest.mark.parametrize(("hosts", "threads"), [(2, 1), (4, 2)])
-def test_hosts_receive_the_parts_of_the_single_hosts_batch_from_any_state(expected, states, hosts, threads):
+@pytest.mark.parametrize(("hosts", "threads", "planned"), [(2, 1, False), (4, 2, False), (2, 2, True), (4, 1, True)])
+def test_hosts_receive_the_parts_of_the_single_hosts_batch_from_any_state(expected, states, hosts, threads, planned):
+    options: dict[str, Any] = {"threads": threads, "sizes": survey(RECORDS, BUILDER) if planned else None}
     for number in (0, 3):
         state = json.loads(states[number])
-        parts = [take(batches(local=local(host, hosts), threads=threads), 1, state)[0] for host in range(hosts)]
+        parts = [take(batches(local=local(host, hosts), **options), 1, state)[0] for host in range(hosts)]
         assert {len(part.tokens) for part in parts} == {4 // hosts}
         assert equal(concatenate(parts), expected[number])
 
@@ -190,6 +195,55 @@ def test_a_running_iterator_can_be_set_to_any_state(expected, states):
         running.set_state(json.loads(states[number]))
         assert equal(next(running), expected[number])
     running.close()
+
+
+class Reads(tuple[ImageRecord, ...]):
+    """Records that keep which of them were read."""
+
+    def __init__(self, records: Sequence[ImageRecord]) -> None:
+        self.read: set[int] = set()
+
+    def __getitem__(self, index: Any) -> Any:
+        self.read.add(index)
+        return super().__getitem__(index)
+
+
+def paired(records: Sequence[ImageRecord]) -> list[ImageRecord]:
+    """The records with each conversation as both sides of a pair."""
+    return [
+        dataclasses.replace(
+            record,
+            conversations=tuple(
+                dataclasses.replace(one, kind=kind, pair=str(number))
+                for number, one in enumerate(record.conversations)
+                for kind in ("chosen", "rejected")
+            ),
+        )
+        for record in records
+    ]
+
+
+@pytest.mark.parametrize("case", ["shared", "unshared", "pairs", "one tree"])
+def test_a_host_reads_only_the_records_it_shows_where_sizes_are_known(case):
+    shape = dataclasses.replace(SHAPE, images=1 if case == "one tree" else 4, questions=4 * (case == "pairs"))
+    supervision = DPOConfig() if case == "pairs" else Supervision()
+    builder = TreeBuilder(BUILDER.processor, shape, supervision, prefix_sharing=case != "unshared")
+    records = paired(coded(99)) if case == "pairs" else coded(99)
+    sizes, options = survey(records, builder), {"builder": builder, "threads": 1}
+    whole = take(batches(records, **options), 9)
+    running = iter(batches(records, **options))
+    state = [next(running) and running.get_state() for _ in range(2)][1]
+    running.close()
+    for host in range(2):
+        reads, part = Reads(records), local(host, 2)
+        planned = batches(reads, **options, sizes=sizes, local=part)
+        reads.read.clear()  # a random one was read to check its type
+        drawn = take(planned, 3, state)
+        expected = [Batch(*(field[part] for field in batch)) for batch in whole[2:]]
+        assert all(map(equal, drawn, expected))
+        numbers = [set(batch.records[batch.records > 0].tolist()) for batch in expected]
+        shown, ahead = ({number - 1 for group in some for number in group} for some in (numbers[:3], numbers))
+        assert shown <= reads.read <= ahead != set(range(99))
 
 
 # Images.
@@ -283,7 +337,7 @@ def test_origins_are_the_datasets_of_the_edges():
         )
 
     records = [record(0, "one", "two"), record(1, "two", "other")]
-    stats = pipeline.dataset_stats(records, BUILDER)
+    stats = survey(records, BUILDER).stats
     assert stats.datasets == ("one", "two", "other")
     builder = TreeBuilder(BUILDER.processor, SHAPE, Supervision(), datasets=("one", "two"))
     (batch,) = ordered_batches(records, builder, batch_size=1)
@@ -373,7 +427,7 @@ def silent(name: str) -> ImageRecord:
 
 @pytest.mark.parametrize("builder", [BUILDER, UNSHARED], ids=["shared", "unshared"])
 def test_statistics_are_those_of_the_trees(builder):
-    stats = pipeline.dataset_stats([*RECORDS, silent("silent")], builder)
+    stats = survey([*RECORDS, silent("silent")], builder).stats
     trees = [built.tree for record in RECORDS for built in builder.build(record)]
     weights, flat = by_hand(RECORDS)
     assert (stats.records, stats.trees, stats.tokens) == (len(RECORDS) + 1, len(trees), sum(map(len, trees)))
@@ -399,7 +453,7 @@ def test_statistics_are_those_of_the_trees(builder):
 )
 def test_data_that_cannot_be_trained_on_is_an_error_before_training(records, builder, error, named):
     with pytest.raises(error, match=named) as caught:
-        pipeline.dataset_stats(records, builder)
+        survey(records, builder)
     assert type(caught.value) is error
     assert "\n" not in str(caught.value)
 

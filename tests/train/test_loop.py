@@ -15,9 +15,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from reverie_jax.data import survey as survey_module
 from reverie_jax.data.packing import SequenceShape
-from reverie_jax.data.pipeline import TreeBuilder, dataset_stats
+from reverie_jax.data.pipeline import TreeBuilder
 from reverie_jax.data.processor import Processor
+from reverie_jax.data.records import RecordSource, write_records
+from reverie_jax.data.size_index import write_index
+from reverie_jax.data.survey import survey
 from reverie_jax.errors import UserError
 from reverie_jax.models import VisionLanguageModel
 from reverie_jax.models.sharding import make_mesh
@@ -87,6 +91,14 @@ def assert_continued(resumed, finished, steps):
 
 def test_killed_process_resumes_bit_for_bit(finished, killed, tmp_path):
     assert_continued(tiny.run(shutil.copytree(killed, tmp_path / "run")), finished, 5)
+
+
+def test_an_index_of_sizes_replaces_the_survey_and_changes_nothing(finished, killed, tmp_path, monkeypatch):
+    source, recipe = RecordSource(write_records(tmp_path, {"train": tiny.records()})), tiny.recipe()
+    builder = TreeBuilder(tiny.processor(), recipe.sequence, recipe.supervision)
+    write_index(source, survey(source, builder), builder)
+    monkeypatch.setattr(survey_module, "survey", None)
+    assert_continued(tiny.run(shutil.copytree(killed, tmp_path / "run"), data=source), finished, 5)
 
 
 def test_checkpoint_resumes_on_a_mesh(finished, killed, tmp_path):
@@ -284,7 +296,7 @@ def test_held_out_records_are_validated_and_the_best_checkpoint_is_kept(finished
 def test_epochs_determine_the_steps(tmp_path):
     recipe = tiny.recipe()
     builder = TreeBuilder(tiny.processor(), recipe.sequence, recipe.supervision)
-    sequences = dataset_stats(tiny.records(), builder).sequences
+    sequences = survey(tiny.records(), builder).stats.sequences
     assert sequences > 3
     assert tiny.run(tmp_path, steps=0, epochs=8 * recipe.batch_size / sequences).result.steps == 8
     assert recipe.steps_for(1000) == 8

@@ -14,8 +14,9 @@ from flax import nnx
 
 from reverie_jax.data.conversation import Conversation, Turn
 from reverie_jax.data.packing import Batch, SequenceShape, make_element, pack_sequence, stack
-from reverie_jax.data.pipeline import PAIR_STRIDE, TreeBuilder, dataset_stats, ordered_batches
+from reverie_jax.data.pipeline import PAIR_STRIDE, TreeBuilder, ordered_batches
 from reverie_jax.data.preferences import DPOConfig, find_pairs, token_weights
+from reverie_jax.data.survey import survey
 from reverie_jax.data.tree import build_tree, unsupervised
 from reverie_jax.errors import DataError, UserError
 from reverie_jax.models import lora
@@ -262,7 +263,7 @@ def test_gamma_weighs_corrected_tokens():
 
 
 def test_branches_of_a_pair_share_image_and_question():
-    stats = dataset_stats(records(), builder(DPOConfig()))
+    stats = survey(records(), builder(DPOConfig())).stats
     flat = [tiny.processor().tokenize(one.id, one.conversations) for one in records()]
     assert stats.flat_tokens == sum(len(tokens) for conversations in flat for tokens in conversations)
     assert stats.tokens == sum(len(build_tree(conversations)) for conversations in flat)
@@ -279,7 +280,7 @@ def test_pairs_are_never_split_over_sequences():
     with pytest.raises(DataError, match="record r0: pair 0"):
         batches_of(DPOConfig(), dataclasses.replace(SHAPE, questions=1))
     with pytest.raises(DataError, match="pair of answers"):
-        dataset_stats(tiny.records(), builder(DPOConfig()))
+        survey(tiny.records(), builder(DPOConfig()))
 
 
 def test_disabled_adapters_are_the_model_at_the_start():
