@@ -29,7 +29,7 @@ class FeedbackFolder:
         self._lock = threading.Lock()
 
     def add(self, pair: dict[str, Any], image: bytes) -> None:
-        """Append a pair of `Talk.correct` or `Talk.prefer`.
+        """Append a pair of `ChatSession.correct` or `ChatSession.prefer`.
 
         Args:
             pair: Question or prompt, chosen and rejected answer.

@@ -1,4 +1,4 @@
-"""A model as a talk needs it: from a conversation and a picture to a request of the scheduler."""
+"""A model as a chat session needs it: from a conversation and a picture to a request of the scheduler."""
 
 from __future__ import annotations
 
@@ -55,13 +55,14 @@ class ChatModel:
     name: str
     scheduler: Scheduler
 
-    def request(self, conversation: Conversation, image: bytes, options: Options) -> Request:
+    def request(self, conversation: Conversation, image: bytes, options: Options, session: str = "") -> Request:
         """Return the request for the answer to an open conversation.
 
         Args:
             conversation: Its first question shows the image, if there is one.
             image: The encoded picture; empty for none.
             options: How to decode; the answer is shorter where the context ends.
+            session: Whose KV it uses and is kept for; see `Request`.
 
         Raises:
             BrokenImage: The picture cannot be decoded.
@@ -73,7 +74,7 @@ class ChatModel:
         limit = min(processor.context, engine.shape.sequence_length)
         if (room := limit - len(tokens)) < 1:
             raise UserError(
-                f"{self.name}: the talk has {len(tokens)} tokens and the model's context {limit}; begin a new talk"
+                f"{self.name}: the conversation has {len(tokens)} tokens and the model's context {limit}; begin a new chat"
             )
         return Request(
             tokens=unsupervised(tokens),
@@ -83,4 +84,5 @@ class ChatModel:
             temperature=options.temperature * (options.temperature >= LEAST_TEMPERATURE),
             top_p=options.top_p,
             seed=options.seed,
+            session=session,
         )

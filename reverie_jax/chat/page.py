@@ -1,4 +1,4 @@
-"""A talk on a page, with gradio."""
+"""Chat on a page, with gradio."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import gradio
 from reverie_jax.chat.difference import mark_differences
 from reverie_jax.chat.feedback import FeedbackFolder
 from reverie_jax.chat.model import ChatModel, Options
-from reverie_jax.chat.talk import Exchange, Talk
+from reverie_jax.chat.session import ChatSession, Exchange
 from reverie_jax.errors import UserError
 
 MAX_FILE_BYTES = 20 << 20
@@ -26,6 +26,7 @@ footer {display: none !important}
 .answers-differ mark {background: #ffe08a; color: #000; border-bottom: 2px solid #b45309; padding: 0 .1em}
 .answers-differ p, .status p {margin: .3em 0}
 #picture img {object-fit: contain; max-height: 100%}
+#picture .image-frame {padding-top: 2.2rem} /* below the label, which lies upon it */
 [data-testid=user] .md, [data-testid=bot] .md {white-space: pre-wrap}
 """
 
@@ -41,7 +42,7 @@ class ExamplePicture:
 
 
 class Page:
-    """The page: its components, and the talk of each browser window that shows it.
+    """The page: its components, and the session of each browser window that shows it.
 
     Args:
         models: One, or two side by side.
@@ -58,7 +59,7 @@ class Page:
         examples: Sequence[ExamplePicture] = (),
     ):
         self.models, self.options, self.feedback, self.examples = tuple(models), options, feedback, examples
-        self.talks: dict[str, Talk] = {}
+        self.sessions: dict[str, ChatSession] = {}
         self.title = " | ".join(model.name for model in models)
         with gradio.Blocks(
             analytics_enabled=False, title=f"{self.title} - reverie", delete_cache=(_KEPT_SECONDS, _KEPT_SECONDS)
@@ -105,7 +106,7 @@ class Page:
             sources=["upload", "clipboard", "webcam"],
             buttons=[],
             height=320,
-            alt_text="The picture of this talk",
+            alt_text="The picture of this chat",
             elem_id="picture",
         )
         if self.examples:
@@ -135,7 +136,7 @@ class Page:
                     render_markdown=False,  # the content is HTML then
                     latex_delimiters=[],
                     buttons=[],
-                    elem_id=f"talk-{number + 1}",
+                    elem_id=f"chat-{number + 1}",
                     placeholder="Choose a picture and ask about it.",
                 )
                 for number, model in enumerate(self.models)
@@ -157,7 +158,7 @@ class Page:
             self.explain = gradio.Button("Explain", min_width=90)
             self.retry = gradio.Button("Retry", min_width=80)
             self.stop = gradio.Button("Stop", variant="stop", min_width=80)
-            self.new = gradio.Button("New talk", min_width=90)
+            self.new = gradio.Button("New chat", min_width=90)
         with gradio.Row(equal_height=False):
             self.other = gradio.Textbox(label="Why not …? The answer that you expected", scale=4, min_width=220)
             self.why_not = gradio.Button("Why not?", scale=1, min_width=90)
@@ -181,14 +182,14 @@ class Page:
         def on(trigger: Any, function: Any, inputs: Any = None, outputs: Any = None, **options: Any) -> None:
             trigger(function, inputs, outputs, api_visibility="private", show_progress="hidden", **options)
 
-        asked: list[tuple[Any, Callable[[Talk, str, str, Options], Generator[Exchange]]]] = [
-            (self.ask.click, lambda talk, question, other, options: talk.ask(question, options)),
-            (self.question.submit, lambda talk, question, other, options: talk.ask(question, options)),
-            (self.reflect.click, lambda talk, question, other, options: talk.reflect(question, options)),
-            (self.explain.click, lambda talk, question, other, options: talk.explain(options)),
-            (self.retry.click, lambda talk, question, other, options: talk.retry(options)),
-            (self.why_not.click, lambda talk, question, other, options: talk.why_not(other, options)),
-            (self.other.submit, lambda talk, question, other, options: talk.why_not(other, options)),
+        asked: list[tuple[Any, Callable[[ChatSession, str, str, Options], Generator[Exchange]]]] = [
+            (self.ask.click, lambda session, question, other, options: session.ask(question, options)),
+            (self.question.submit, lambda session, question, other, options: session.ask(question, options)),
+            (self.reflect.click, lambda session, question, other, options: session.reflect(question, options)),
+            (self.explain.click, lambda session, question, other, options: session.explain(options)),
+            (self.retry.click, lambda session, question, other, options: session.retry(options)),
+            (self.why_not.click, lambda session, question, other, options: session.why_not(other, options)),
+            (self.other.submit, lambda session, question, other, options: session.why_not(other, options)),
         ]
         for trigger, run in asked:
             on(trigger, self._answering(run), inputs, outputs, concurrency_limit=None)
@@ -202,19 +203,19 @@ class Page:
         for number, button in enumerate(self.better):
             on(button.click, self._prefer(number), None, [self.status])
 
-    def _talk(self, picture: str | None, request: gradio.Request) -> Talk:
-        """Return the window's talk about the picture; a new one if it was about another."""
+    def _session(self, picture: str | None, request: gradio.Request) -> ChatSession:
+        """Return the window's session about the picture; a new one if it was about another."""
         image, key = Path(picture).read_bytes() if picture else b"", str(request.session_hash)
-        if key not in self.talks or self.talks[key].image != image:
+        if key not in self.sessions or self.sessions[key].image != image:
             self._forget(request)
-            self.talks[key] = Talk(self.models, image)
-        return self.talks[key]
+            self.sessions[key] = ChatSession(self.models, image, key)
+        return self.sessions[key]
 
     def _forget(self, request: gradio.Request) -> None:
-        if (talk := self.talks.pop(str(request.session_hash), None)) is not None:
-            talk.stop()
+        if (session := self.sessions.pop(str(request.session_hash), None)) is not None:
+            session.stop()
 
-    def _answering(self, run: Callable[[Talk, str, str, Options], Generator[Exchange]]) -> Any:
+    def _answering(self, run: Callable[[ChatSession, str, str, Options], Generator[Exchange]]) -> Any:
         """Return the handler of a button that asks for an answer."""
 
         def handle(
@@ -228,39 +229,39 @@ class Page:
             request: gradio.Request,
         ) -> Iterable[Updates]:
             try:
-                talk = self._talk(picture, request)
+                session = self._session(picture, request)
                 options = Options(int(new), temperature, top_p, int(seed or 0))
                 # What is typed is kept until it can be answered.
                 typed = {self.question: "", self.other: ""}
-                for _ in run(talk, question, other, options):
-                    if self._shows(talk, request):
-                        yield self._shown(talk) | typed | {self.status: _note("Answering …")}
+                for _ in run(session, question, other, options):
+                    if self._shows(session, request):
+                        yield self._shown(session) | typed | {self.status: _note("Answering …")}
                         typed = {}
-                last = talk.exchanges[-1] if talk.exchanges else Exchange("", ("",))
+                last = session.exchanges[-1] if session.exchanges else Exchange("", ("",))
                 done = "Cut: stopped, or at the maximum length." if any(last.cut) else ""
-                if self._shows(talk, request):
+                if self._shows(session, request):
                     rest = {self.status: _note(done), self.whose: 0, self.corrected: last.answers[0]}
-                    yield self._shown(talk) | rest
+                    yield self._shown(session) | rest
             except UserError as error:
                 yield {self.status: _note(str(error))}
 
         return handle
 
-    def _shows(self, talk: Talk, request: gradio.Request) -> bool:
-        """Return whether the window still shows a talk; a new one may have been begun while it is answered."""
-        return self.talks.get(str(request.session_hash)) is talk
+    def _shows(self, session: ChatSession, request: gradio.Request) -> bool:
+        """Return whether the window still shows a session; a new one may have been begun while it is answered."""
+        return self.sessions.get(str(request.session_hash)) is session
 
-    def _shown(self, talk: Talk) -> Updates:
-        """Return what the page shows of a talk."""
+    def _shown(self, session: ChatSession) -> Updates:
+        """Return what the page shows of a session."""
         updates: Updates = {}
         for number, chat in enumerate(self.chats):
-            sides = ((exchange.question, exchange.answers[number]) for exchange in talk.exchanges)
+            sides = ((exchange.question, exchange.answers[number]) for exchange in session.exchanges)
             updates[chat] = [
                 {"role": role, "content": html.escape(text, quote=False)}
                 for role, text in zip(itertools.cycle(("user", "assistant")), itertools.chain(*sides))
             ]
         if len(self.models) == 2:
-            updates[self.difference] = self._differences(talk.exchanges[-1].answers) if talk.exchanges else ""
+            updates[self.difference] = self._differences(session.exchanges[-1].answers) if session.exchanges else ""
         return updates
 
     def _differences(self, answers: Sequence[str]) -> str:
@@ -276,31 +277,31 @@ class Page:
         return "".join(lines)
 
     def _stop(self, request: gradio.Request) -> None:
-        if (talk := self.talks.get(str(request.session_hash))) is not None:
-            talk.stop()
+        if (session := self.sessions.get(str(request.session_hash))) is not None:
+            session.stop()
 
     def _new(self, picture: str | None, request: gradio.Request) -> Updates:
         self._forget(request)
-        talk = self._talk(picture, request)
-        return self._shown(talk) | {self.status: "", self.question: "", self.other: "", self.corrected: ""}
+        session = self._session(picture, request)
+        return self._shown(session) | {self.status: "", self.question: "", self.other: "", self.corrected: ""}
 
     def _last_answer(self, whose: int, request: gradio.Request) -> str:
-        talk = self.talks.get(str(request.session_hash))
-        return talk.exchanges[-1].answers[whose] if talk is not None and talk.exchanges else ""
+        session = self.sessions.get(str(request.session_hash))
+        return session.exchanges[-1].answers[whose] if session is not None and session.exchanges else ""
 
     def _correct(self, corrected: str, whose: int, request: gradio.Request) -> str:
-        return self._keep(lambda talk: talk.correct(corrected, whose), request)
+        return self._keep(lambda session: session.correct(corrected, whose), request)
 
     def _prefer(self, number: int) -> Any:
         def handle(request: gradio.Request) -> str:
-            return self._keep(lambda talk: talk.prefer(number), request)
+            return self._keep(lambda session: session.prefer(number), request)
 
         return handle
 
-    def _keep(self, pair: Callable[[Talk], dict[str, Any]], request: gradio.Request) -> str:
+    def _keep(self, pair: Callable[[ChatSession], dict[str, Any]], request: gradio.Request) -> str:
         try:
-            talk = self.talks.get(str(request.session_hash)) or Talk(self.models)
-            self.feedback.add(pair(talk), talk.image)
+            session = self.sessions.get(str(request.session_hash)) or ChatSession(self.models)
+            self.feedback.add(pair(session), session.image)
         except UserError as error:
             return _note(str(error))
         return _note(f"Added to {self.feedback.path}.")

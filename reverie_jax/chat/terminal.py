@@ -1,4 +1,4 @@
-"""A talk in a terminal."""
+"""Chat in a terminal."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.text import Text
 from reverie_jax.chat.difference import mark_differences
 from reverie_jax.chat.feedback import FeedbackFolder
 from reverie_jax.chat.model import ChatModel, Options
-from reverie_jax.chat.talk import Exchange, Talk
+from reverie_jax.chat.session import ChatSession, Exchange
 from reverie_jax.data.processor import ask
 from reverie_jax.errors import UserError
 
@@ -40,16 +40,20 @@ class Terminal:
     ):
         self.models, self.options, self.feedback = models, options, feedback
         self.console = console or Console(highlight=False, soft_wrap=True)
-        self.talk = Talk(models)
+        self.session = ChatSession(models)
         if image is not None:
             self._image(str(image))
         self.commands: dict[str, tuple[str, str, Callable[[str], None]]] = {
-            "image": ("FILE", "begin a new talk about this picture", self._image),
-            "new": ("", "begin a new talk about the same picture", self._new),
-            "explain": ("", "ask why the last answer is right", lambda _: self._show(self.talk.explain(self.options))),
+            "image": ("FILE", "begin a new chat about this picture", self._image),
+            "new": ("", "begin a new chat about the same picture", self._new),
+            "explain": (
+                "",
+                "ask why the last answer is right",
+                lambda _: self._show(self.session.explain(self.options)),
+            ),
             "why-not": ("ANSWER", "ask why this answer is wrong", self._why_not),
             "reflect": ("QUESTION", "ask, and then why the answer is right", self._reflect),
-            "retry": ("", "answer the last question again", lambda _: self._show(self.talk.retry(self.options))),
+            "retry": ("", "answer the last question again", lambda _: self._show(self.session.retry(self.options))),
             "set": ("NAME=VALUE ...", "decode with other options", self._set),
             "correct": ("TEXT", "keep TEXT and the last answer as a preference pair", self._correct),
             "better": ("1|2", "keep which of two answers is better, as a preference pair", self._better),
@@ -76,7 +80,7 @@ class Terminal:
 
     def _do(self, line: str) -> None:
         if not line.startswith("/"):
-            self._show(self.talk.ask(line, self.options))
+            self._show(self.session.ask(line, self.options))
             return
         name, _, text = line[1:].partition(" ")
         if name not in self.commands:
@@ -114,16 +118,16 @@ class Terminal:
         image = ask(name, "?").image
         for model in self.models:
             model.scheduler.engine.processor.preprocess(image, name)
-        self.talk = Talk(self.models, image)
+        self.session = ChatSession(self.models, image, self.session.name)
 
     def _new(self, _: str) -> None:
-        self.talk = Talk(self.models, self.talk.image)
+        self.session = ChatSession(self.models, self.session.image, self.session.name)
 
     def _why_not(self, answer: str) -> None:
-        self._show(self.talk.why_not(answer, self.options))
+        self._show(self.session.why_not(answer, self.options))
 
     def _reflect(self, question: str) -> None:
-        self._show(self.talk.reflect(question, self.options))
+        self._show(self.session.reflect(question, self.options))
 
     def _set(self, text: str) -> None:
         changes = {}
@@ -148,13 +152,13 @@ class Terminal:
         if len(self.models) == 2:
             which, _, text = text.partition(" ")
             number = self._number(which)
-        self._keep(self.talk.correct(text, number))
+        self._keep(self.session.correct(text, number))
 
     def _better(self, text: str) -> None:
-        self._keep(self.talk.prefer(self._number(text)))
+        self._keep(self.session.prefer(self._number(text)))
 
     def _keep(self, pair: dict[str, object]) -> None:
-        self.feedback.add(pair, self.talk.image)
+        self.feedback.add(pair, self.session.image)
         self._print(f"added to {self.feedback.path}", "dim")
 
     def _help(self) -> None:

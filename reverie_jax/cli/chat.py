@@ -20,11 +20,13 @@ if TYPE_CHECKING:
 
 _EXAMPLES = 4
 _EXAMPLE_PIXELS = 224
+_KEPT_SESSIONS = 4
+"""Windows whose KV is kept on the devices, at most."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chat:
-    """Talk to a model about a picture, on a page or in the terminal.
+    """Chat with a model about a picture, on a page or in the terminal.
 
     Answers can be explained, questioned and corrected; corrections are kept as preference pairs. Two models, or a base model
     and its adapter, can answer side by side.
@@ -42,13 +44,13 @@ class Chat:
     dtype: common.Dtype = "auto"
     mesh: common.MeshSpec = common.ONE_DEVICE
     terminal: Annotated[bool, common.FLAG] = False
-    """Talk in the terminal; needs no gradio."""
+    """Chat in the terminal; needs no gradio."""
     image: Annotated[Path | None, common.FILE] = None
     """Picture to begin with in the terminal."""
     feedback: Annotated[Path, common.FOLDER] = Path("feedback")
     """Folder of the preference pairs; `reverie data build FOLDER/pairs.jsonl` reads them."""
     max_new_tokens: common.MaxNewTokens = None
-    """Maximum length of an answer, in tokens; it can be changed in the talk, as all of decoding. 512 if omitted."""
+    """Maximum length of an answer, in tokens; it can be changed in the chat, as all of decoding. 512 if omitted."""
     host: Annotated[str, common.option("ADDRESS")] = "127.0.0.1"
     """Address to listen at; any but loopback needs a password in REVERIE_API_KEY, for the user `reverie`."""
     port: Annotated[int, common.N] = 7860
@@ -66,7 +68,7 @@ class Chat:
 
         options = Options() if self.max_new_tokens is None else Options(self.max_new_tokens)
         if self.terminal:
-            self._talk(options, template)
+            self._run_terminal(options, template)
         else:
             self._serve(options, template)
 
@@ -86,13 +88,14 @@ class Chat:
             models = []
             for model, adapter, components, template in wanted:
                 merged, processor = common.load_merged(model, components, adapter, self.dtype, template)
-                shape = EngineShape(sequence_length=processor.context, batch_size=1)
-                scheduler = Scheduler(Engine(merged, processor, shape, mesh=mesh))
+                # A request by itself: its KV can be kept.
+                shape = EngineShape(sequence_length=processor.context, questions=1, batch_size=1)
+                scheduler = Scheduler(Engine(merged, processor, shape, mesh=mesh), keep=_KEPT_SESSIONS)
                 stack.callback(scheduler.close)
                 models.append(ChatModel(_name(model, adapter), scheduler))
             yield models
 
-    def _talk(self, options: Options, template: str | None) -> None:
+    def _run_terminal(self, options: Options, template: str | None) -> None:
         from reverie_jax.chat.feedback import FeedbackFolder
         from reverie_jax.chat.terminal import Terminal
 
@@ -107,7 +110,7 @@ class Chat:
             from reverie_jax.chat.page import Page
         except ImportError as error:
             raise UserError(
-                f"`reverie chat`: {error}; pip install -e '.[web]' in the checkout, or talk with --terminal"
+                f"`reverie chat`: {error}; pip install -e '.[web]' in the checkout, or use --terminal"
             ) from None
         from reverie_jax.chat.feedback import FeedbackFolder
 

@@ -128,10 +128,16 @@ def prefill(
     hidden, prefix = model.prefill(inputs)
     at_leaf = jnp.take_along_axis(hidden, batch.leaves[:, :, None], axis=1)
     depth = jnp.take_along_axis(batch.positions, batch.leaves, axis=1) + 1
-    room = batch.leaves.shape[1], max_new_tokens
-    suffix = jax.tree.map(lambda x: jnp.zeros((*x.shape[:-3], *room, *x.shape[-2:]), x.dtype), prefix)
+    suffix = empty_suffix(prefix, batch.leaves.shape[1], max_new_tokens)
     state = DecodeState(prefix, suffix, batch.leaves, depth, batch.ends)
     return model.decoder.logits(at_leaf), state
+
+
+def empty_suffix(prefix: LayersKV, leaves: int, max_new_tokens: int) -> LayersKV:
+    """Return the KV of no tokens of that many leaves, with room for some."""
+    room = leaves, max_new_tokens
+    suffix: LayersKV = jax.tree.map(lambda x: jnp.zeros((*x.shape[:-3], *room, *x.shape[-2:]), x.dtype), prefix)
+    return suffix
 
 
 def extend(

@@ -167,6 +167,27 @@ class DecoderLayer(nnx.Module):
         attended = self.out(attend_leaves(q, prefix, seen, suffix, step).reshape(*x.shape[:2], -1))
         return self.add_mlp(x, attended, normed, none)[0], suffix
 
+    def append(
+        self,
+        x: Float[Array, "B N D"],
+        positions: Int[Array, "B N"],
+        before: Bool[Array, "B N L"],
+        start: Int[Array, ""],
+        kept: tuple[Float[Array, "B L K d"], Float[Array, "B L K d"]],
+    ) -> tuple[Float[Array, "B N D"], tuple[Float[Array, "B L K d"], Float[Array, "B L K d"]]]:
+        """Return the output of tokens that continue a sequence, and its KV with theirs from index `start` on."""
+        none: list[PRNGKeyArray | None] = [None] * 3
+        normed = self.norm1(x)
+        q, k, v = self.attention_inputs(normed, positions, none)
+        new = k.astype(kept[0].dtype), v.astype(kept[1].dtype)
+        kept = (
+            jax.lax.dynamic_update_slice_in_dim(kept[0], new[0], start, axis=1),
+            jax.lax.dynamic_update_slice_in_dim(kept[1], new[1], start, axis=1),
+        )
+        own = new[0][:, :, None], new[1][:, :, None]
+        attended = self.out(attend_leaves(q, kept, before, own, jnp.int32(0)).reshape(*x.shape[:2], -1))
+        return self.add_mlp(x, attended, normed, none)[0], kept
+
 
 class Decoder(nnx.Module):
     """Token embedding, stacked layers, final norm and LM head.
@@ -280,6 +301,22 @@ class Decoder(nnx.Module):
             return x, (KV(*kv), None)
 
         x, kv, _ = self._scan(body, x, prefix, suffix, remat="none")
+        assert kv is not None
+        return self.norm(x), kv
+
+    def append(
+        self, x: Float[Array, "B N D"], start: Int[Array, ""], kept: LayersKV
+    ) -> tuple[Float[Array, "B N D"], LayersKV]:
+        """Continue sequences without branches; see `VisionLanguageModel.append`."""
+        length = jax.tree.leaves(kept)[0].shape[-3]
+        positions = jnp.broadcast_to(start + jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
+        before = jnp.arange(length, dtype=jnp.int32)[None, None, :] < positions[:, :, None]
+
+        def body(layer: DecoderLayer, x: Array, kept: KV) -> tuple[Array, tuple[KV, None]]:
+            x, kv = layer.append(x, positions, before, start, kept)
+            return x, (KV(*kv), None)
+
+        x, kv, _ = self._scan(body, x, kept, remat="none")
         assert kv is not None
         return self.norm(x), kv
 

@@ -130,3 +130,15 @@ class VisionLanguageModel(nnx.Module):
         x = self.decoder.embed(tokens, jax.tree.leaves(prefix)[0].dtype)
         hidden, suffix = self.decoder.extend(x, positions, leaves, ends, step, prefix, suffix)
         return self.decoder.logits(hidden), suffix
+
+    def append(
+        self, tokens: Int[Array, "B N"], start: Int[Array, ""], kept: LayersKV
+    ) -> tuple[Float[Array, "B N D"], LayersKV]:
+        """Continue sequences of one conversation each; return the hidden states of the new tokens, and the longer KV.
+
+        Args:
+            tokens: The new tokens, none of an image. What only fills the shape comes last; later tokens overwrite its KV.
+            start: Index of the first one, and its RoPE position.
+            kept: As the KV of `prefill`, with room for `start` + N tokens. What it has from `start` on is overwritten.
+        """
+        return self.decoder.append(self.decoder.embed(tokens, jax.tree.leaves(kept)[0].dtype), start, kept)

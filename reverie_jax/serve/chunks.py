@@ -83,6 +83,68 @@ def start(
     return chosen, Prefilled(found.prefix, found.leaves, found.depth, found.ends, batch.questions), found.suffix
 
 
+@functools.partial(jax.jit, static_argnames=("length",))
+def join(prefix: LayersKV, suffix: LayersKV, at: Int[Any, ""], *, length: int) -> LayersKV:
+    """Return the KV of a prompt with one answer behind it, as that of one sequence.
+
+    Args:
+        prefix: KV of the prompt.
+        suffix: KV of the answer's tokens.
+        at: Number of the prompt's tokens.
+        length: Of the result's sequence, at least the prefix's; what of the answer is behind it is left out.
+    """
+
+    def join_layers(prefix: Array, suffix: Array) -> Array:
+        room = [(0, 0)] * prefix.ndim
+        room[-3] = 0, length - prefix.shape[-3]
+        own = at + jnp.arange(suffix.shape[-3], dtype=jnp.int32)
+        return jnp.pad(prefix, room).at[..., own, :, :].set(suffix[..., 0, :, :, :], mode="drop")
+
+    joined: LayersKV = jax.tree.map(join_layers, prefix, suffix)
+    return joined
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "stops", "room"), donate_argnames=("kept",))
+def resume(
+    graph: Any,
+    state: Any,
+    kept: LayersKV,
+    tokens: Int[Any, "1 N"],
+    begin: Int[Any, ""],
+    end: Int[Any, ""],
+    questions: Int[Any, "1 1"],
+    controls: Controls,
+    *,
+    stops: tuple[int, ...],
+    room: int,
+) -> tuple[Chosen, Prefilled, LayersKV]:
+    """Prefill further tokens of a conversation, and choose the answer's first token if they are its last ones.
+
+    Args:
+        graph: The model, from `nnx.split`.
+        state: Its parameters.
+        kept: KV of the tokens before, from `join` or `Prefilled.prefix`, with room for `begin` + N; it is overwritten.
+        tokens: The tokens, and what fills the shape.
+        begin: Number of tokens before.
+        end: Number of tokens of the whole conversation.
+        questions: The answer's number, as in `Batch`.
+        controls: How to decode.
+        stops: As for `start`.
+        room: As for `start`.
+
+    Returns:
+        As `start`.
+    """
+    model: VisionLanguageModel = nnx.merge(graph, state)
+    hidden, prefix = model.append(tokens, begin, kept)
+    scores = model.decoder.logits(jax.lax.dynamic_slice_in_dim(hidden, end - 1 - begin, 1, axis=1))
+    chosen = _choose(scores, questions, jnp.int32(0), controls, questions < 0, stops)
+    depth, length = jnp.full((1, 1), end, jnp.int32), jax.tree.leaves(prefix)[0].shape[-3]
+    # One branch: each token sees all before it, and nothing sees what fills the sequence behind the last one.
+    ends = jnp.full((1, length), length, jnp.int32)
+    return chosen, Prefilled(prefix, depth - 1, depth, ends, questions), decode.empty_suffix(prefix, 1, room)
+
+
 @functools.partial(jax.jit, static_argnames=("graph", "stops"), donate_argnames=("suffix",))
 def advance(
     graph: Any,

@@ -2,6 +2,8 @@
 
 Waiting requests about one image become one tree, so that the image and all that their prompts have in common are prefilled
 once. Several batches run by turns, a chunk of tokens each: a long answer does not keep a new request from starting.
+
+Of a session, the KV of its last conversation may be kept: of a request that goes on with it, only what is new is prefilled.
 """
 
 from __future__ import annotations
@@ -27,9 +29,11 @@ from reverie_jax.eval import decode
 from reverie_jax.eval.decode import Decoding
 from reverie_jax.eval.engine import Engine
 from reverie_jax.eval.schedule import EngineShape, roomy_batch
+from reverie_jax.models.decoder import LayersKV
 from reverie_jax.models.sharding import global_batch
 from reverie_jax.serve.answers import AnswerText, Delta
-from reverie_jax.serve.chunks import Chosen, Controls, advance, start
+from reverie_jax.serve.chunks import Chosen, Controls, Prefilled, advance, join, resume, start
+from reverie_jax.serve.kept import Kept
 from reverie_jax.serve.metrics import Metrics
 
 RUNNING = 2
@@ -57,6 +61,7 @@ class Request:
         temperature, top_p, seed: See `Decoding`; answer k is drawn as that of question k.
         stops: Texts that end an answer.
         top: Alternatives to each token that are returned; None for no log-probabilities at all.
+        session: Whose KV it uses and is kept for, if the scheduler keeps any; empty for nobody's.
     """
 
     tokens: Tokens
@@ -69,6 +74,7 @@ class Request:
     seed: int = 0
     stops: tuple[str, ...] = ()
     top: int | None = None
+    session: str = ""
 
 
 class Ticket:
@@ -141,10 +147,13 @@ class Scheduler:
     Args:
         engine: The model; its shape limits batches.
         metrics: Where to count.
+        keep: Number of sessions whose last conversation's KV is kept on the devices: those that asked last. Only that of a
+            request that is alone in its batch is; with one question and one sequence in the engine's shape, all are.
     """
 
-    def __init__(self, engine: Engine, metrics: Metrics | None = None):
-        self.engine, self.metrics = engine, metrics or Metrics()
+    def __init__(self, engine: Engine, metrics: Metrics | None = None, *, keep: int = 0):
+        self.engine, self.metrics, self._keep = engine, metrics or Metrics(), keep
+        self._kept: dict[str, Kept] = {}
         self.batch_seconds = 1.0
         self._waiting: list[_Leaf] = []
         self._changed = threading.Condition()
@@ -269,17 +278,56 @@ class Scheduler:
         places += [[None] * shape.questions] * (batch_size - len(sequences))
         return global_batch(batch, engine.mesh, batch_size), places
 
+    def _begin(
+        self, sequences: Sequence[_Sequence]
+    ) -> tuple[list[list[_Leaf | None]], Controls, tuple[Chosen, Prefilled, LayersKV]]:
+        """Prefill a batch; return which answer each of its leaves is, how they are decoded, and the result of `start`."""
+        engine, first = self.engine, sequences[0].leaves[0]
+        how: Any = {"stops": engine.encoder.stop_ids, "room": first.room}
+        # While it is used, it is not kept: the last request to end decides, and what fails leaves nothing behind.
+        kept = self._kept.pop(first.request.session, None) if _is_alone(sequences) else None
+        tokens, limit = first.request.tokens, engine.shape.sequence_length
+        if kept is None or not (pieces := kept.pieces(first.request.digest, tokens, limit)):
+            del kept  # its memory is free for the batch
+            batch, places = self._batch(sequences)
+            controls = _controls(places)
+            return places, controls, start(engine.graph, engine.state, batch, controls, **how)
+        end, last, size = len(tokens), *pieces[-1]
+        patches = engine.encoder.patches if first.request.digest else 0
+        shape, _ = roomy_batch(last + size, 1, 1, patches, engine.shape)
+        length = max(shape.length, jax.tree.leaves(kept.prefix)[0].shape[-3])
+        prefix = join(kept.prefix, kept.suffix, np.int32(len(kept.prompt)), length=length)
+        del kept
+        places = [[first]]
+        controls, numbers = _controls(places), np.full((1, 1), first.index, np.int32)
+        for begin, size in pieces:
+            ids = np.zeros((1, size), np.int32)
+            own = tokens.ids[begin : begin + size]
+            ids[0, : len(own)] = own
+            self.metrics.prefilled_tokens.inc(len(own))
+            begun = resume(
+                *(engine.graph, engine.state, prefix, ids, np.int32(begin), np.int32(end), numbers, controls), **how
+            )
+            prefix = begun[1].prefix
+        return places, controls, begun
+
+    def _keep_conversation(self, leaf: _Leaf, answer: Sequence[Any], prefilled: Prefilled, suffix: LayersKV) -> None:
+        """Keep the KV of a request and its answer, of which the last token has none yet."""
+        request, ids = leaf.request, np.concatenate(answer)[:-1]
+        self._kept.pop(request.session, None)
+        self._kept[request.session] = Kept(request.digest, request.tokens, ids, prefilled.prefix, suffix)
+        while len(self._kept) > self._keep:
+            del self._kept[next(iter(self._kept))]
+
     def _answer(self, sequences: Sequence[_Sequence]) -> Iterator[None]:
         """Decode a batch; yields after each chunk."""
         began, engine = time.monotonic(), self.engine
-        batch, places = self._batch(sequences)
-        controls = _controls(places)
         model, stops = (engine.graph, engine.state), engine.encoder.stop_ids
+        places, controls, (chosen, prefilled, suffix) = self._begin(sequences)
         self.metrics.batch_answers.observe(sum(leaf is not None for row in places for leaf in row))
-        chosen, prefilled, suffix = start(*model, batch, controls, stops=stops, room=sequences[0].leaves[0].room)
         chosen = jax.tree.map(lambda x: np.asarray(x)[:, :, None], chosen)
         self._deliver(places, chosen)
-        done = 1
+        done, answer = 1, [chosen.token[0, 0]]  # of the first leaf, to be kept
         while not all(leaf is None or leaf.done for row in places for leaf in row):
             yield
             ended = np.asarray([[leaf is None or leaf.done for leaf in row] for row in places])
@@ -291,7 +339,10 @@ class Scheduler:
             chosen = jax.tree.map(lambda x, new=new: np.asarray(x)[:, :, :new], decoded)
             self._deliver(places, chosen)
             done += new
+            answer.append(chosen.token[0, 0])
         self.batch_seconds = time.monotonic() - began
+        if self._keep and _is_alone(sequences) and jax.tree.leaves(suffix)[0].shape[-5] == 1:
+            self._keep_conversation(sequences[0].leaves[0], answer, prefilled, suffix)
 
     def _deliver(self, places: Sequence[Sequence[_Leaf | None]], chosen: Any) -> None:
         now = time.monotonic()
@@ -307,6 +358,11 @@ class Scheduler:
                     self.metrics.completion_tokens.inc(delta.count)
                     self.metrics.answer.observe(now - leaf.ticket.arrived)
                 leaf.send(delta)
+
+
+def _is_alone(sequences: Sequence[_Sequence]) -> bool:
+    """Return whether a batch is one request of a session."""
+    return len(sequences) == len(sequences[0].leaves) == 1 and bool(sequences[0].leaves[0].request.session)
 
 
 def _controls(places: Sequence[Sequence[_Leaf | None]]) -> Controls:

@@ -32,8 +32,8 @@ def models():
         model, processor = reverie_jax.load_model("scenes-base", dtype="float32")
         if name == "other":
             lora.merge(adapted(model))
-        engine = Engine(model, processor, EngineShape(sequence_length=processor.context, batch_size=1))
-        found.append(ChatModel(name, Scheduler(engine)))
+        engine = Engine(model, processor, EngineShape(sequence_length=processor.context, questions=1, batch_size=1))
+        found.append(ChatModel(name, Scheduler(engine, keep=1)))
     yield found
     for model in found:
         model.scheduler.close()

@@ -20,7 +20,7 @@ from reverie_jax.data.reflection import WHY, WHY_WRONG
 from reverie_jax.data.sources import ReadLog
 from reverie_jax.models.checkpoints.write_adapters import write_peft
 from tests.chat.conftest import adapted
-from tests.chat.test_talk import IMAGE_FILE, expected
+from tests.chat.test_session import IMAGE_FILE, expected
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("gradio")
@@ -81,7 +81,7 @@ def window(chromium, address, size="wide"):
 
 
 def answers(page, number=1):
-    return page.locator(f"#talk-{number} [data-testid=bot]")
+    return page.locator(f"#chat-{number} [data-testid=bot]")
 
 
 def press(page, name, count, number=1):
@@ -99,7 +99,7 @@ def answer(page, count, number=1):
 def upload(page, folder):
     (folder / "scene.png").write_bytes(IMAGE_FILE)
     page.locator("#picture input[type=file]").first.set_input_files(folder / "scene.png")
-    page.get_by_alt_text("The picture of this talk").wait_for()
+    page.get_by_alt_text("The picture of this chat").wait_for()
 
 
 def pairs_of(folder):
@@ -109,7 +109,7 @@ def pairs_of(folder):
     return record.image, [tuple(side.turns[-1].text for side in pair) for pair in pairs]
 
 
-def test_a_talk(chromium, models, tmp_path):
+def test_a_chat(chromium, models, tmp_path):
     """Upload, ask, explain, why not, retry, correct: the engine's answers, and the pair in the file."""
     model, folder = models[0], tmp_path / "feedback"
     with serving(folder) as address, window(chromium, address) as page:
@@ -117,9 +117,9 @@ def test_a_talk(chromium, models, tmp_path):
         page.evaluate(
             """() => {
                 window.seen = [];
-                const talk = document.getElementById("talk-1");
-                const look = () => seen.push(talk.querySelector("[data-testid=bot]")?.innerText ?? "");
-                new MutationObserver(look).observe(talk, {childList: true, subtree: true, characterData: true});
+                const chat = document.getElementById("chat-1");
+                const look = () => seen.push(chat.querySelector("[data-testid=bot]")?.innerText ?? "");
+                new MutationObserver(look).observe(chat, {childList: true, subtree: true, characterData: true});
             }"""
         )
         page.get_by_label("Question").fill(DESCRIBE)
@@ -133,12 +133,12 @@ def test_a_talk(chromium, models, tmp_path):
         page.get_by_label("Why not …? The answer that you expected").fill("A cat")
         assert press(page, "Why not?", 3) == expected(model, [DESCRIBE, first, WHY_WRONG.format(answer="A cat")])
         assert press(page, "Retry", 3) == expected(model, [DESCRIBE, first, WHY_WRONG.format(answer="A cat")])
-        press(page, "New talk", 0)
+        press(page, "New chat", 0)
         page.get_by_label("Question").fill(CUP)
         why = press(page, "Ask, then explain", 2)
         rejected = expected(model, [CUP])
         assert why == expected(model, [CUP, rejected, WHY])
-        press(page, "New talk", 0)
+        press(page, "New chat", 0)
         page.get_by_label("Question").fill(DESCRIBE)
         press(page, "Ask", 1)
         page.get_by_text("Feedback on the last answer").click()
@@ -178,12 +178,17 @@ def test_mistakes_stop_and_what_models_and_users_write(chromium, tmp_path):
         page.get_by_label("Question").fill("<img src=x onerror=alert(1)> **two** stars")
         press(page, "Ask", 1)
         # Neither HTML nor Markdown.
-        browsers.expect(page.locator("#talk-1 [data-testid=user]")).to_have_text(
+        browsers.expect(page.locator("#chat-1 [data-testid=user]")).to_have_text(
             "<img src=x onerror=alert(1)> **two** stars"
         )
         page.get_by_role("button", name="Stop").click()
         page.get_by_role("button", name="Scene 1").click()
         browsers.expect(answers(page)).to_have_count(0)
+        # The picture is below its label.
+        picture = page.get_by_alt_text("The picture of this chat")
+        picture.wait_for()
+        label = page.locator("#picture [data-testid=block-label]").bounding_box()
+        assert picture.bounding_box()["y"] >= label["y"] + label["height"]
         page.get_by_label("Question").fill(CUP)
         assert press(page, "Ask", 1)
 

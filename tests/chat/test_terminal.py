@@ -1,4 +1,4 @@
-"""The talk in a terminal: lines in, lines out."""
+"""Chat in a terminal: lines in, lines out."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import pytest
 from rich.console import Console
 
 from reverie_jax.chat.feedback import FeedbackFolder
-from reverie_jax.chat.talk import Talk
+from reverie_jax.chat.session import ChatSession
 from reverie_jax.chat.terminal import Terminal
 from reverie_jax.data.mixture import MixtureEntry, read_mixture
 from reverie_jax.data.preferences import find_pairs
 from reverie_jax.data.reflection import WHY, WHY_WRONG
 from reverie_jax.data.sources import ReadLog
-from tests.chat.test_talk import IMAGE_FILE, expected
+from tests.chat.test_session import IMAGE_FILE, expected
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_options_are_set(terminal, models):
         ("[bold]<image>[/bold]", "<image>"),
     ],
 )
-def test_mistakes_are_said_and_the_talk_goes_on(terminal, models, tmp_path, line, named):
+def test_mistakes_are_said_and_the_chat_goes_on(terminal, models, tmp_path, line, named):
     broken = tmp_path / "broken.png"
     broken.write_bytes(IMAGE_FILE[:60])
     error, answer = terminal(line.format(broken=broken), "Is there a cup in the image?")
@@ -117,8 +117,8 @@ def test_feedback_is_read_back(terminal, models, tmp_path):
     assert {tuple(side.turns[1].text for side in pair) for pair in pairs} == {(second, first), ("A cup.", first)}
 
 
-def test_ctrl_c_stops_an_answer_and_not_the_talk(terminal, models, monkeypatch):
-    grow = Talk._grow
+def test_ctrl_c_stops_an_answer_and_not_the_chat(terminal, models, monkeypatch):
+    grow = ChatSession._grow
     calls = itertools.count()
 
     def interrupted(self, number, delta):
@@ -126,7 +126,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_talk(terminal, models, monkeypatch):
         if next(calls) == 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Talk, "_grow", interrupted)
+    monkeypatch.setattr(ChatSession, "_grow", interrupted)
     stopped, again = terminal("Describe the image.", "/retry")
     whole = expected(models[0], ["Describe the image."])
     assert stopped.endswith(" (stopped)")

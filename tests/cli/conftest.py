@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from reverie_jax.eval.engine import Engine
 from tests.annotate import helpers
+from tests.eval.benchmarks import makers as make
 from tests.hosted.fixtures import clock, keys, reverie, sdks, zygote
 
 __all__ = ["clock", "keys", "reverie", "sdks", "zygote"]
@@ -29,3 +31,33 @@ def annotate(reverie, tmp_path, images):
         return reverie(*words, *more)
 
     return run
+
+
+@pytest.fixture
+def wide_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """Fail if a model is used."""
+    monkeypatch.setattr(Engine, "__init__", lambda *args, **more: pytest.fail("a model was used"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A folder of folders: POPE with nine questions, MME with four, MMHal with three."""
+    root = tmp_path_factory.mktemp("data")
+
+    def questions(*images):
+        objects = enumerate(("cup", "dog", "car"))
+        rows = [(f"Is there a {name} in the image?", "yes" if n % 2 else "no") for n, name in objects]
+        return [(image, *row) for image in images for row in rows]
+
+    make.pope(root / "pope", random=questions("a.png", "b.png"), popular=questions("a.png"))
+    pair = [("Is it one? Please answer yes or no.", "Yes"), ("Is it two? Please answer yes or no.", "No")]
+    make.mme(root / "mme", {"count": {"1.jpg": pair, "2.jpg": pair}})
+    make.write_json(root / "mmhal" / "response_template.json", make.mmhal_rows()[:3])
+    for number in range(3):
+        make.write_image(root / "mmhal" / "images" / f"{number}_o.jpg", number)
+    return root

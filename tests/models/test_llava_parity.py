@@ -155,3 +155,29 @@ def test_decoding_gives_each_conversation_its_flat_logits(pair):
         out, suffix = extend(state, new, positions, leaves, device.ends, jnp.int32(step), prefix, suffix)
         for leaf in range(2):
             assert_close(out[0, leaf], flat[leaf][step])
+
+
+@pytest.mark.parametrize("unstacked", [False, True])
+def test_tokens_appended_to_a_prefilled_sequence_get_their_flat_logits(pair, unstacked):
+    """In two parts: the first one is followed by a token that only fills the shape, which the second one overwrites."""
+    theirs, model = pair
+    model = nnx.clone(model)
+    if unstacked:
+        model.decoder.unstack()
+    inputs, (indices, _) = tree()
+    words = np.random.default_rng(7).integers(8, makers.WORDS, 7, dtype=np.int32)
+    flat = conversation_logits(theirs, inputs, indices, words)[-7:]
+    graph, state = nnx.split(model)
+    positions = np.arange(len(indices), dtype=np.int32)[None]
+    begun = ModelInputs(
+        *(inputs.tokens[:, indices], positions, np.full_like(positions, len(indices))),
+        *(inputs.image_slots[:, indices], inputs.images),
+    )
+    prefill = jax.jit(lambda state, inputs: nnx.merge(graph, state).prefill(inputs))
+    _, kept = prefill(state, jax.tree.map(jnp.asarray, begun))
+    room = [(0, 0), (0, 9), (0, 0), (0, 0)]
+    kept = jax.tree.map(lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 4) + room, constant_values=99.0), kept)
+    append = jax.jit(lambda state, *args: nnx.merge(graph, state).append(*args))
+    for start, count, new in ((0, 3, [*words[:3], 5]), (3, 4, words[3:])):
+        hidden, kept = append(state, jnp.asarray([new], jnp.int32), jnp.int32(len(indices) + start), kept)
+        assert_close(model.decoder.logits(hidden)[0, :count], flat[start : start + count])

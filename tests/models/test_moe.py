@@ -145,6 +145,11 @@ def test_decoding_equals_computing_everything_anew(kind, unstacked, root):
         token = scores.argmax(-1).astype(jnp.int32)
         found.append(token)
     np.testing.assert_array_equal(np.concatenate(found, 1), wanted)
+    # What is decoded one by one is the same appended at once.
+    room = [(0, 0), (0, 23), (0, 0), (0, 0)]
+    kept = jax.tree.map(lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 4) + room), prefix)
+    hidden, _ = nnx.jit(type(ours).append)(ours, jnp.asarray(wanted[:, :-1], jnp.int32), jnp.int32(length), kept)
+    np.testing.assert_array_equal(ours.decoder.logits(hidden).argmax(-1), wanted[:, 1:])
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import dataclasses
 import http.client
 import io
 import json
@@ -19,6 +20,7 @@ from PIL import Image
 
 from reverie_jax.data.conversation import Conversation
 from reverie_jax.data.processor import Processor
+from reverie_jax.data.tokenization import Tokens
 from reverie_jax.data.tree import unsupervised
 from reverie_jax.serve.answers import Delta
 from reverie_jax.serve.app import Service, make_app
@@ -31,6 +33,15 @@ SECONDS = 120
 def request(processor: Processor, encoded: bytes, conversation: Conversation, **options: Any) -> Request:
     tokens = unsupervised(processor.encoder(conversation))
     return Request(tokens, str(hash(encoded)) if encoded else "", processor.preprocess(encoded, "x"), **options)
+
+
+def longer(asked: Request, ids: Sequence[int], **changes: Any) -> Request:
+    """Return the request with further tokens behind its prompt."""
+    more = {"ids": ids, "weights": [0.0] * len(ids), "image_slots": [-1] * len(ids)}
+    parts = {
+        name: np.append(old := getattr(asked.tokens, name), np.asarray(new, old.dtype)) for name, new in more.items()
+    }
+    return dataclasses.replace(asked, tokens=Tokens(**parts), **changes)
 
 
 class Answers:
@@ -141,3 +152,8 @@ def closing(scheduler: Scheduler) -> Iterator[Scheduler]:
         yield scheduler
     finally:
         scheduler.close()
+
+
+NAME = "scenes-base"
+IMAGE = png(0)
+QUESTIONS = ["Describe the image.", "Is there a cup in the image?", "How many cups are there?", "What color is it?"]

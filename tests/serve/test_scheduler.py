@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 
 import jax
@@ -22,7 +21,7 @@ from reverie_jax.serve import scheduler as scheduler_module
 from reverie_jax.serve.scheduler import Scheduler, Stopped
 from tests.eval import decode_oracle as oracle
 from tests.eval.decode_oracle import MANY_IMAGES, NEW_TOKENS, ask, png
-from tests.serve.helpers import Answers, answers, closing, request, until
+from tests.serve.helpers import Answers, answers, closing, longer, request, until
 
 MODEL = 2
 QUESTIONS = [(image.encoded, conversation) for image in MANY_IMAGES for _, conversation in image.questions]
@@ -111,12 +110,7 @@ def test_log_probabilities_are_those_of_the_whole_text(scheduler):
     scored = [token for part in found.deltas[0] for token in part.tokens]
     ids = [int(token.text) for token in scored]
     assert " ".join(map(str, ids)) == found.texts()[0]
-    tokens = dataclasses.replace(
-        asked.tokens,
-        ids=np.concatenate([asked.tokens.ids, np.asarray(ids, np.int32)]),
-        weights=np.zeros(len(asked.tokens) + len(ids), np.float32),
-        image_slots=np.concatenate([asked.tokens.image_slots, np.full(len(ids), -1, np.int32)]),
-    )
+    tokens = longer(asked, ids).tokens
     element = make_element(build_tree([unsupervised(tokens)]), asked.image)
     batch = stack([pack_sequence([element], SequenceShape(len(tokens)), oracle.PROCESSOR.encoder.patches)], 1)
     logits = oracle.ours(MODEL)(batch.inputs)[0, len(asked.tokens) - 1 : -1]

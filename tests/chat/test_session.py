@@ -1,15 +1,16 @@
-"""A talk: each answer is the engine's to the same conversation, and the readers of training data read its feedback back."""
+"""Each answer of a session is the engine's to the same conversation, and readers of training data read its feedback."""
 
 from __future__ import annotations
 
 import itertools
 import threading
+from functools import partial
 
 import pytest
 
 from reverie_jax.chat.feedback import FeedbackFolder
 from reverie_jax.chat.model import Options
-from reverie_jax.chat.talk import Talk
+from reverie_jax.chat.session import ChatSession
 from reverie_jax.data.conversation import IMAGE, Conversation, Turn
 from reverie_jax.data.images import BrokenImage
 from reverie_jax.data.mixture import MixtureEntry, read_mixture
@@ -37,57 +38,81 @@ def expected(model, texts, image=IMAGE_FILE, **decoding):
 
 
 def said(exchanges):
-    """The last state of a talk's exchange."""
+    """The last state of an exchange."""
     *_, last = exchanges
     return last
 
 
 def test_each_answer_is_the_engines_to_what_was_said_before(models, options):
     model = models[0]
-    talk = Talk([model], IMAGE_FILE)
-    (first,) = said(talk.ask(" Describe the image. ", options)).answers
+    session = ChatSession([model], IMAGE_FILE)
+    (first,) = said(session.ask(" Describe the image. ", options)).answers
     assert first == expected(model, ["Describe the image."])
-    (second,) = said(talk.ask("Is there a cup in the image?", options)).answers
+    (second,) = said(session.ask("Is there a cup in the image?", options)).answers
     before = ["Describe the image.", first, "Is there a cup in the image?"]
     assert second == expected(model, before)
     # Rationales are about the last answer that is none itself, and do not see each other.
-    (why,) = said(talk.explain(options)).answers
+    (why,) = said(session.explain(options)).answers
     assert why == expected(model, [*before, second, WHY])
-    (why_not,) = said(talk.why_not("A cat ", options)).answers
+    (why_not,) = said(session.why_not("A cat ", options)).answers
     assert why_not == expected(model, [*before, second, WHY_WRONG.format(answer="A cat")])
-    assert said(talk.retry(options)).answers == (why_not,)
+    assert said(session.retry(options)).answers == (why_not,)
     # A later question sees all.
-    (third,) = said(talk.ask("Are you sure?", options)).answers
+    (third,) = said(session.ask("Are you sure?", options)).answers
     rationales = [WHY, why, WHY_WRONG.format(answer="A cat"), why_not]
     assert third == expected(model, [*before, second, *rationales, "Are you sure?"])
-    assert [exchange.kind for exchange in talk.exchanges] == ["", "", "positive", "negative", ""]
-    assert all(exchange.answers[0] for exchange in talk.exchanges)
+    assert [exchange.kind for exchange in session.exchanges] == ["", "", "positive", "negative", ""]
+    assert all(exchange.answers[0] for exchange in session.exchanges)
+
+
+def test_a_further_question_computes_only_itself(models, options):
+    """Neither the picture nor what was said is prefilled again; a new chat about the picture begins behind the picture."""
+    scheduler = models[0].scheduler
+    encoder, counter = scheduler.engine.encoder, scheduler.metrics.prefilled_tokens._value
+    session = ChatSession([models[0]], IMAGE_FILE)
+    texts = ["Describe the image.", "Is there a cup in the image?", "How many cups are there?"]
+
+    def computed(exchanges):
+        before = counter.get()
+        assert not any(said(exchanges).cut)
+        return counter.get() - before
+
+    assert computed(session.ask(texts[0], options)) > encoder.patches
+    for text in texts[1:]:
+        # The end of the answer before is new too; the text's first token is not.
+        assert computed(session.ask(text, options)) == len(encoder(Conversation((Turn("user", text),), ())))
+    assert computed(session.retry(options)) == 1
+    session = ChatSession([models[0]], IMAGE_FILE, session.name)
+    own = len(encoder(Conversation((Turn("user", f"\n{texts[1]}"),), ())))
+    assert computed(session.ask(texts[1], options)) <= own
+    session = ChatSession([models[0]], b"", session.name)
+    assert computed(session.ask(texts[1], options)) == len(encoder(Conversation((Turn("user", texts[1]),), ())))
 
 
 def test_answers_grow_and_end_whole(models, options):
-    talk = Talk([models[0]], IMAGE_FILE)
-    seen = [exchange.answers[0] for exchange in talk.ask("Describe the image.", options)]
+    session = ChatSession([models[0]], IMAGE_FILE)
+    seen = [exchange.answers[0] for exchange in session.ask("Describe the image.", options)]
     assert len(seen) > 1
     assert all(after.startswith(before) for before, after in itertools.pairwise(seen))
-    assert talk.exchanges[-1].cut == (False,)
-    assert said(talk.ask("Describe the image.", Options(max_new_tokens=3))).cut == (True,)
+    assert session.exchanges[-1].cut == (False,)
+    assert said(session.ask("Describe the image.", Options(max_new_tokens=3))).cut == (True,)
 
 
 def test_without_a_picture(models, options):
     model = models[0]
-    talk = Talk([model])
-    assert said(talk.ask("Is there a cup?", options)).answers == (expected(model, ["Is there a cup?"], b""),)
+    session = ChatSession([model])
+    assert said(session.ask("Is there a cup?", options)).answers == (expected(model, ["Is there a cup?"], b""),)
     with pytest.raises(UserError, match="picture"):
-        talk.correct("No.")
+        session.correct("No.")
 
 
 def test_reflect_answers_and_then_explains(models, options):
     model = models[0]
-    talk = Talk([model], IMAGE_FILE)
-    kinds = [exchange.kind for exchange in talk.reflect("Is there a cup in the image?", options)]
-    answer, why = (exchange.answers[0] for exchange in talk.exchanges)
+    session = ChatSession([model], IMAGE_FILE)
+    kinds = [exchange.kind for exchange in session.reflect("Is there a cup in the image?", options)]
+    answer, why = (exchange.answers[0] for exchange in session.exchanges)
     assert kinds == sorted(kinds)
-    assert [exchange.kind for exchange in talk.exchanges] == ["", "positive"]
+    assert [exchange.kind for exchange in session.exchanges] == ["", "positive"]
     assert why == expected(model, ["Is there a cup in the image?", answer, WHY])
 
 
@@ -95,94 +120,94 @@ def test_retry_samples_again(models):
     model = models[0]
     options = Options(max_new_tokens=12, temperature=1.5, top_p=0.9, seed=3)
     sampled = {"max_new_tokens": 12, "temperature": 1.5, "top_p": 0.9}
-    talk = Talk([model], IMAGE_FILE)
-    assert said(talk.ask("Describe the image.", options)).answers == (
+    session = ChatSession([model], IMAGE_FILE)
+    assert said(session.ask("Describe the image.", options)).answers == (
         expected(model, ["Describe the image."], **sampled, seed=3),
     )
     for seed in (4, 5):
-        again = said(talk.retry(options))
+        again = said(session.retry(options))
         assert again.answers == (expected(model, ["Describe the image."], **sampled, seed=seed),)
-    assert len(talk.exchanges) == 1
+    assert len(session.exchanges) == 1
 
 
 def test_two_models_answer_side_by_side_each_after_its_own_answers(models, options):
-    talk = Talk(models, IMAGE_FILE)
-    first = said(talk.ask("Describe the image.", options)).answers
+    session = ChatSession(models, IMAGE_FILE)
+    first = said(session.ask("Describe the image.", options)).answers
     assert first == tuple(expected(model, ["Describe the image."]) for model in models)
     assert first[0] != first[1]
-    second = said(talk.explain(options)).answers
+    second = said(session.explain(options)).answers
     assert second == tuple(
         expected(model, ["Describe the image.", answer, WHY]) for model, answer in zip(models, first, strict=True)
     )
     with pytest.raises(UserError, match="earlier answers"):
-        talk.prefer(0)
+        session.prefer(0)
 
 
 def test_stopped_answers_remain_and_nothing_else_changes(models, options):
-    talk = Talk([models[0]], IMAGE_FILE)
-    answers = talk.ask("Describe the image.", Options(max_new_tokens=200))
+    session = ChatSession([models[0]], IMAGE_FILE)
+    answers = session.ask("Describe the image.", Options(max_new_tokens=200))
     next(exchange for exchange in answers if exchange.answers[0])
     with pytest.raises(UserError, match="stop it"):
-        next(talk.ask("Is there a cup?", options))
+        next(session.ask("Is there a cup?", options))
     with pytest.raises(UserError, match="stop it"):
-        next(talk.retry(options))
-    thread = threading.Thread(target=talk.stop)
+        next(session.retry(options))
+    thread = threading.Thread(target=session.stop)
     thread.start()
     thread.join()
     for _ in answers:
         pass
-    (stopped,) = talk.exchanges
+    (stopped,) = session.exchanges
     whole = expected(models[0], ["Describe the image."], max_new_tokens=200)
     assert stopped.cut == (True,)
     assert whole.startswith(stopped.answers[0])
     assert stopped.answers[0] not in ("", whole)
-    talk.stop()  # nothing to stop
+    session.stop()  # nothing to stop
     # An iterator that is given up stops too.
-    answers = talk.ask("Is there a dog?", options)
+    answers = session.ask("Is there a dog?", options)
     next(answers)
     answers.close()
-    assert said(talk.ask("Is there a cup?", options)).answers[0]
+    assert said(session.ask("Is there a cup?", options)).answers[0]
 
 
 BAD = {
-    "empty": (lambda talk, o: talk.ask(" \n", o), "empty question"),
-    "marker": (lambda talk, o: talk.ask(f"What is {IMAGE}?", o), IMAGE),
-    "too long": (lambda talk, o: talk.ask("cup " * 5000, o), "context"),
-    "explain nothing": (lambda talk, o: talk.explain(o), "no answer yet"),
-    "why not, without an answer": (lambda talk, o: talk.why_not("A cat", o), "no answer yet"),
-    "retry nothing": (lambda talk, o: talk.retry(o), "no answer yet"),
-    "correct nothing": (lambda talk, o: [talk.correct("A cat.")], "no answer yet"),
-    "prefer nothing": (lambda talk, o: [talk.prefer(0)], "no answer yet"),
+    "empty": (lambda session, o: session.ask(" \n", o), "empty question"),
+    "marker": (lambda session, o: session.ask(f"What is {IMAGE}?", o), IMAGE),
+    "too long": (lambda session, o: session.ask("cup " * 5000, o), "context"),
+    "explain nothing": (lambda session, o: session.explain(o), "no answer yet"),
+    "why not, without an answer": (lambda session, o: session.why_not("A cat", o), "no answer yet"),
+    "retry nothing": (lambda session, o: session.retry(o), "no answer yet"),
+    "correct nothing": (lambda session, o: [session.correct("A cat.")], "no answer yet"),
+    "prefer nothing": (lambda session, o: [session.prefer(0)], "no answer yet"),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_what_cannot_be_asked_is_refused_and_the_next_question_is_answered(models, options, name):
     do, named = BAD[name]
-    talk = Talk([models[0]], IMAGE_FILE)
+    session = ChatSession([models[0]], IMAGE_FILE)
     with pytest.raises(UserError, match=named):
-        list(do(talk, options))
-    assert talk.exchanges == []
-    assert said(talk.ask("Is there a cup?", options)).answers[0]
+        list(do(session, options))
+    assert session.exchanges == []
+    assert said(session.ask("Is there a cup?", options)).answers[0]
 
 
 def test_a_broken_picture(models, options):
-    talk = Talk([models[0]], IMAGE_FILE[:50])
+    session = ChatSession([models[0]], IMAGE_FILE[:50])
     with pytest.raises(BrokenImage):
-        next(talk.ask("Is there a cup?", options))
-    assert talk.exchanges == []
+        next(session.ask("Is there a cup?", options))
+    assert session.exchanges == []
 
 
-def test_a_failed_batch_leaves_the_talk_as_it_was(models, options, monkeypatch):
-    talk = Talk([models[0]], IMAGE_FILE)
-    kept = said(talk.ask("Is there a cup in the image?", options))
+def test_a_failed_batch_leaves_the_session_as_it_was(models, options, monkeypatch):
+    session = ChatSession([models[0]], IMAGE_FILE)
+    kept = said(session.ask("Is there a cup in the image?", options))
     with monkeypatch.context() as patch:
-        patch.setattr(models[0].scheduler, "_batch", lambda sequences: 1 / 0)
-        for iterate in (lambda: talk.ask("Why?", options), lambda: talk.explain(options), lambda: talk.retry(options)):
+        patch.setattr(models[0].scheduler, "_begin", lambda sequences: 1 / 0)
+        for iterate in (partial(session.ask, "Why?"), session.explain, session.retry):
             with pytest.raises(UserError, match="base: the batch failed"):
-                list(iterate())
-            assert talk.exchanges == [kept]
-    assert said(talk.retry(options)).answers == kept.answers
+                list(iterate(options))
+            assert session.exchanges == [kept]
+    assert said(session.retry(options)).answers == kept.answers
 
 
 @pytest.mark.parametrize(
@@ -197,14 +222,14 @@ def test_options_are_checked(option):
 
 
 def test_pairs_are_read_back_as_preference_pairs(models, options, tmp_path):
-    """A correction, a preference, and a correction later in a talk: what was asked, seen and said, nothing else."""
+    """A correction, a preference, and a correction later in a chat: what was asked, seen and said, nothing else."""
     folder = FeedbackFolder(tmp_path / "feedback")
-    talk = Talk(models, IMAGE_FILE)
-    answers = said(talk.ask("Describe the image.", options)).answers
-    folder.add(talk.correct(" There is a red cup.\nNothing else. ", 1), talk.image)
-    folder.add(talk.prefer(0), talk.image)
-    (why, _) = said(talk.explain(options)).answers
-    folder.add(talk.correct("Because I see it: “ça”.", 0), talk.image)
+    session = ChatSession(models, IMAGE_FILE)
+    answers = said(session.ask("Describe the image.", options)).answers
+    folder.add(session.correct(" There is a red cup.\nNothing else. ", 1), session.image)
+    folder.add(session.prefer(0), session.image)
+    (why, _) = said(session.explain(options)).answers
+    folder.add(session.correct("Because I see it: “ça”.", 0), session.image)
     log = ReadLog()
     with read_mixture([MixtureEntry(file=folder.path)], log) as mixture:
         (record,) = mixture
@@ -227,21 +252,21 @@ def test_pairs_are_read_back_as_preference_pairs(models, options, tmp_path):
 def test_pairs_of_two_pictures_are_appended_to_older_ones(models, options, tmp_path):
     images = [render_png(scene, 96) for scene in take_scenes(World.skewed(), "test", 7, 2)]
     for image in images:
-        talk = Talk([models[0]], image)
-        said(talk.ask("Describe the image.", options))
-        FeedbackFolder(tmp_path).add(talk.correct("A cup."), image)
+        session = ChatSession([models[0]], image)
+        said(session.ask("Describe the image.", options))
+        FeedbackFolder(tmp_path).add(session.correct("A cup."), image)
     with read_mixture([MixtureEntry(file=tmp_path / "pairs.jsonl")], ReadLog()) as mixture:
         assert [record.image for record in mixture] == images
 
 
 def test_feedback_that_cannot_be_used_is_refused(models, options, tmp_path):
-    talk = Talk([models[0]], IMAGE_FILE)
-    (answer,) = said(talk.ask("Describe the image.", options)).answers
+    session = ChatSession([models[0]], IMAGE_FILE)
+    (answer,) = said(session.ask("Describe the image.", options)).answers
     for text, named in (("", "empty"), (f" {answer}\n", "the same"), (f"See {IMAGE}.", IMAGE)):
         with pytest.raises(UserError, match=named):
-            talk.correct(text)
+            session.correct(text)
     with pytest.raises(UserError, match="two models"):
-        talk.prefer(0)
+        session.prefer(0)
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="file"):
-        FeedbackFolder(tmp_path / "file").add(talk.correct("A cup."), IMAGE_FILE)
+        FeedbackFolder(tmp_path / "file").add(session.correct("A cup."), IMAGE_FILE)

@@ -1,4 +1,4 @@
-"""A talk about one picture: questions, answers, their rationales, and what a user prefers."""
+"""A chat session about one picture: questions, answers, their rationales, and what a user prefers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import queue
+import uuid
 from collections.abc import Generator, Sequence
 from typing import Any
 
@@ -43,8 +44,8 @@ def _put(events: _Events, number: int, event: Delta | Exception) -> None:
     events.put((number, event))
 
 
-class Talk:
-    """A talk about one picture, or none, with one model or with several that get the same questions.
+class ChatSession:
+    """A chat about one picture, or none, with one model or with several that get the same questions.
 
     Rationales are asked for as REVERIE trains them: right behind the answer that they explain, without other rationales
     between. A later question comes behind all that was said.
@@ -52,10 +53,12 @@ class Talk:
     Args:
         models: At least one.
         image: The encoded picture; empty for none.
+        name: Whose the session is: what one session leaves on the devices is used and replaced by the next of the same name.
+            A name of its own if omitted.
     """
 
-    def __init__(self, models: Sequence[ChatModel], image: bytes = b""):
-        self.models, self.image = tuple(models), image
+    def __init__(self, models: Sequence[ChatModel], image: bytes = b"", name: str = ""):
+        self.models, self.image, self.name = tuple(models), image, name or uuid.uuid4().hex
         self.exchanges: list[Exchange] = []
         self._events: _Events | None = None
         self._stopped = False
@@ -63,7 +66,7 @@ class Talk:
     def ask(self, question: str, options: Options, kind: Kind = "", attempt: int = 0) -> Generator[Exchange]:
         """Yield the exchange as its answers grow; the last one is whole, and all of them are `exchanges[-1]` in turn.
 
-        A failed request leaves the talk as it was. An iterator that is not read to its end stops the answers.
+        A failed request leaves the session as it was. An iterator that is not read to its end stops the answers.
 
         Args:
             question: The user's text.
@@ -84,7 +87,7 @@ class Talk:
         options = dataclasses.replace(options, seed=(options.seed + attempt) % (1 << 32))
         exchange = Exchange(question.strip(), ("",) * len(self.models), kind, (True,) * len(self.models), attempt)
         requests = [
-            model.request(self._conversation(number, exchange), self.image, options)
+            model.request(self._conversation(number, exchange), self.image, options, self.name)
             for number, model in enumerate(self.models)
         ]
         events: _Events = queue.SimpleQueue()
@@ -199,7 +202,7 @@ class Talk:
         if contexts[0] != contexts[1]:
             raise UserError(
                 "the earlier answers differ, so these two answer different conversations; correct one of them, or ask in a"
-                " new talk"
+                " new chat"
             )
         return self._pair(answers[model], answers[1 - model], model)
 
@@ -234,7 +237,7 @@ class Talk:
         return max(number for number, exchange in enumerate(self.exchanges) if not exchange.kind)
 
     def _conversation(self, model: int, last: Exchange) -> Conversation:
-        """Return the open conversation that an exchange answers: the one at the end of the talk, or a new one."""
+        """Return the open conversation that an exchange answers: the one at the end of the chat, or a new one."""
         before = [exchange for exchange in self.exchanges if exchange is not last]
         if last.kind:
             before = before[: self._explained() + 1]
