@@ -28,7 +28,7 @@ def parse_options(settings: Sequence[str]) -> PipelineOptions:
         settings: OPTION=VALUE of each; OPTION alone for a switch.
 
     Raises:
-        UserError: One is unknown, or has an invalid value.
+        UserError: One is unknown, or has an invalid value; or the runner is unknown.
     """
     flags = [f"--{setting}" for setting in settings]
     try:
@@ -39,13 +39,20 @@ def parse_options(settings: Sequence[str]) -> PipelineOptions:
         reason = usage.getvalue().strip().rpartition("error: ")[2]
         raise UserError(f"--beam {' '.join(settings)}: {reason}") from None
     standard, direct = options.view_as(StandardOptions), options.view_as(DirectOptions)
-    standard.runner = standard.runner or _HERE
+    if not standard.runner or standard.runner.lower() == _HERE.lower():
+        standard.runner = _HERE
     if standard.runner == _HERE:
         # Other runners take options that their job servers know.
         if unknown := sorted(given.keys() - PipelineOptions([]).get_all_options().keys()):
             raise UserError(f"--beam {unknown[0]}: {_HERE} has no such option; see Apache Beam's PipelineOptions")
+        if direct.direct_num_workers < 0:
+            raise UserError(f"--beam direct_num_workers={direct.direct_num_workers}: must be at least 0, all cores")
         if direct.direct_num_workers != 1 and direct.direct_running_mode == "in_memory":
             direct.direct_running_mode = "multi_processing"
+    try:
+        beam.Pipeline(options=options)
+    except (ValueError, ImportError, AttributeError) as error:
+        raise UserError(f"--beam runner={standard.runner}: {' '.join(str(error).split())}") from None
     return options
 
 
@@ -57,7 +64,7 @@ def scratch_folder(options: PipelineOptions) -> Iterator[Path]:
         UserError: The runner's workers may be on other machines, and no folder that they share was named.
     """
     shared = options.view_as(GoogleCloudOptions).temp_location
-    if shared is None and options.view_as(StandardOptions).runner != _HERE:
+    if shared is None and options.view_as(StandardOptions).runner not in StandardOptions.LOCAL_RUNNERS:
         raise UserError("--beam temp_location=FOLDER is missing: name a folder that all workers can write to")
     try:
         folder = tempfile.TemporaryDirectory(prefix="reverie-", dir=shared)
@@ -78,14 +85,9 @@ def run(
         build: Adds the steps to a pipeline and returns its results, which must be few enough to be held in memory.
 
     Raises:
-        UserError: The runner is unknown, or the pipeline failed.
+        UserError: The pipeline failed.
     """
-    runner = options.view_as(StandardOptions).runner
-    try:
-        pipeline = beam.Pipeline(options=options)
-    except (ValueError, ImportError, AttributeError) as error:
-        raise UserError(f"--beam runner={runner}: {' '.join(str(error).split())}") from None
-    files = {}
+    runner, pipeline, files = options.view_as(StandardOptions).runner, beam.Pipeline(options=options), {}
     for name, values in build(pipeline).items():
         files[name] = work / f"{uuid.uuid4().hex}.json"
         _ = (

@@ -142,9 +142,10 @@ def merge_logs(logs: Sequence[Any], log: ReadLog, marks: Marks | None = None) ->
     Raises:
         DataError: A file, a row or an image's name cannot be used; the message names the first.
     """
-    for _, notes, found, error in sorted(logs):
+    for *_, error in sorted(logs):
         if error:
             raise DataError(error)
+    for _, notes, found, _ in sorted(logs):
         log.merge(notes)
         if marks is not None:
             marks.found.update(found)

@@ -88,8 +88,9 @@ class Build:
                 from reverie_jax.beam import build as pipeline
 
                 fields: Any = {"seed": self.seed, "max_side": self.max_side, "marks": marks}
-                folder, images, texts, conversations = pipeline.build(entries, self.out, work, log, options, **fields)
-                common.note(log.notes)
+                with data_beam.noted(log):
+                    built = pipeline.build(entries, self.out, work, log, options, **fields)
+                    folder, images, texts, conversations = built
         names = [common.split_source(source)[0] for source in self.sources]
         datasets.write_sources(
             self.out, [*names, *(str(entry.file) for entry in common.mixture_entries((), self.mixture))]
@@ -238,8 +239,8 @@ class Stats:
         else:
             from reverie_jax.beam import stats as pipeline
 
-            numbers = pipeline.compute_stats(*split_sources(self.sources), log := ReadLog(), options)
-            common.note(log.notes)
+            with data_beam.noted(ReadLog()) as log:
+                numbers = pipeline.compute_stats(*split_sources(self.sources), log, options)
         if self.json:
             print(jsonlib.dumps(numbers, indent=2))
         else:
@@ -283,8 +284,8 @@ class Contamination:
             from reverie_jax.beam import contamination as pipeline
 
             matcher, log = contamination.Matcher(evaluation, self.distance), ReadLog()
-            matches, count = pipeline.find_matches(*split_sources(self.sources), matcher, log, options)
-            common.note(log.notes)
+            with data_beam.noted(log):
+                matches, count = pipeline.find_matches(*split_sources(self.sources), matcher, log, options)
         if self.details is not None:
             lines = [jsonlib.dumps(dataclasses.asdict(match), ensure_ascii=False) for match in matches]
             atomic_write(self.details, "".join(line + "\n" for line in lines))

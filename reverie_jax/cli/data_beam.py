@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import arg
@@ -14,6 +15,7 @@ from reverie_jax.errors import UserError
 if TYPE_CHECKING:
     from apache_beam.options.pipeline_options import PipelineOptions
 
+    from reverie_jax.data.sources import ReadLog
 
 Engine = Annotated[
     str, common.option("NAME", "What does the work: local (this machine's cores) or beam (Apache Beam; extra `beam`).")
@@ -59,3 +61,12 @@ def pipeline_options(engine: str, settings: Sequence[Sequence[str]], **refused: 
     finally:
         logging.disable(logging.NOTSET)
     return pipeline.parse_options(common.joined(settings))
+
+
+@contextlib.contextmanager
+def noted(log: ReadLog) -> Iterator[ReadLog]:
+    """Print the notes of a log at the end of the block, also if files were read and something failed after that."""
+    try:
+        yield log
+    finally:
+        common.note(log.notes)

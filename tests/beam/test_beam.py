@@ -261,6 +261,7 @@ def test_a_failed_run_is_one_line_and_the_next_one_finishes(reverie, world, tmp_
         ("stats one.json --beam direct_num_workers=2", "--beam"),
         ("stats one.json --engine beam --beam direct_num_workers=two", "direct_num_workers"),
         ("stats one.json --engine beam --beam direct_workers=2", "direct_workers"),
+        ("stats one.json --engine beam --beam direct_num_workers=-1", "direct_num_workers"),
         ("stats one.json --engine beam --beam runner=NoSuchRunner", "NoSuchRunner"),
         ("stats one.json --engine beam --beam runner=FlinkRunner", "temp_location"),
         ("stats one.json --engine beam --beam temp_location=no/such/folder", "no/such/folder"),
