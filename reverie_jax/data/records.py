@@ -16,6 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 from google.protobuf import json_format
+from tensorflow_datasets.core import example_serializer
 
 from reverie_jax.data.conversation import ImageRecord
 from reverie_jax.errors import DataError, UserError
@@ -60,6 +61,7 @@ class ShardWriter:
 
     def __init__(self, folder: Path, records: Records):
         self.folder, self.records, self.features = folder, records, _features()
+        self.serializer = example_serializer.ExampleSerializer(self.features.get_serialized_info())
 
     def write_shard(self, start: int) -> tuple[Path, int]:
         """Write the shard that begins at a record; return its file and its number of records."""
@@ -87,7 +89,10 @@ class ShardWriter:
                     "image": io.BytesIO(record.image),
                     "conversations": record.conversations_json(),
                 }
-                writer.write(self.features.serialize_example(self.features.encode_example(fields)))
+                example = self.serializer.get_tf_example(self.features.encode_example(fields))
+                writer.write(
+                    example.SerializeToString(deterministic=True)
+                )  # else processes order its fields differently
         except BaseException:
             with contextlib.suppress(RuntimeError):
                 writer.close()
