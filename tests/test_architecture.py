@@ -16,6 +16,7 @@ ALLOWED: dict[str, set[str]] = {
     "files": {"errors"},
     "models": {"errors", "files"},
     "data": {"errors", "files", "models"},
+    "beam": {"errors", "data"},
     "hub": {"errors", "files", "data"},
     "train": {"errors", "progress", "files", "models", "data"},
     "hosted": {"errors", "files", "data"},

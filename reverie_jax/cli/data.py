@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json as jsonlib
 import random
@@ -12,22 +11,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import OmitArgPrefixes, Positional, subcommand
 
-from reverie_jax.cli import common
+from reverie_jax.cli import common, data_beam
 from reverie_jax.cli.common import mixture_entries
 from reverie_jax.cli.data_index import Index, prepare_for_build
 from reverie_jax.cli.data_review import Review
+from reverie_jax.cli.data_sources import open_sources, records_of, split_sources
 from reverie_jax.errors import UserError
 from reverie_jax.files import atomic_write
 
 if TYPE_CHECKING:
-    from reverie_jax.data.conversation import Conversation, ImageRecord
-    from reverie_jax.data.mixture import Mixture
+    from reverie_jax.cli.data_sources import Sources
+    from reverie_jax.data.conversation import Conversation
+    from reverie_jax.data.mixture import MixtureEntry
     from reverie_jax.data.pipeline import TreeBuilder
     from reverie_jax.data.processor import Processor
-    from reverie_jax.data.records import RecordSource
+    from reverie_jax.data.sources import ReadLog
+    from reverie_jax.data.sources.marks import Marks
     from reverie_jax.data.supervision import Supervision
-
-    Sources = Sequence[Mixture | RecordSource]
 
 _ROWS = 20
 """Maximum rows in a table."""
@@ -64,19 +64,20 @@ class Build:
     recipe: Annotated[str | None, common.option("RECIPE")] = None
     """Recipe of the runs, a name or a YAML file, for --sizes."""
     set: common.RecipeFields = ()
+    engine: data_beam.Engine = "local"
+    beam: data_beam.Beam = ()
     push_to_hub: common.PushToHub = None
     public: common.Public = False
 
     def run(self) -> None:
         """Run the command."""
-        from reverie_jax.data.mixture import read_mixture
-        from reverie_jax.data.records import NAME, RecordSource, work_folder, write_records
-        from reverie_jax.data.sources import NO_CONVERSATION, ReadLog
+        from reverie_jax.data.records import NAME, work_folder
+        from reverie_jax.data.sources import ReadLog
         from reverie_jax.data.sources.marks import Marks
         from reverie_jax.hub import datasets, publish, repository
-        from reverie_jax.progress import ProgressBars
 
         common.check_at_least(1, max_side=self.max_side, jobs=self.jobs)
+        options = data_beam.pipeline_options(self.engine, self.beam, jobs=self.jobs)
         if (self.out / NAME).exists() and not self.overwrite:
             raise UserError(
                 f"{self.out}: already has records; choose another output folder, or replace them with --overwrite"
@@ -85,10 +86,38 @@ class Build:
         marks = None if self.marks is None else Marks.read(self.marks)
         if self.push_to_hub is not None:
             repository.check_access(self.push_to_hub, "dataset", public=self.public)
-        entries, log = mixture_entries(self.sources, self.mixture), ReadLog()
+        mixed, log = mixture_entries((), self.mixture), ReadLog()
+        entries = [*mixture_entries(self.sources), *mixed]
         if not entries:
             raise UserError("name at least one annotation file, as FILE=FOLDER")
-        with ProgressBars() as bars, work_folder(self.out) as work:
+        with work_folder(self.out) as work:
+            if options is None:
+                folder, images, texts, conversations = self._build(entries, log, marks, work)
+            else:
+                from reverie_jax.beam import build as pipeline
+
+                fields: Any = {"seed": self.seed, "max_side": self.max_side, "marks": marks}
+                with data_beam.noted(log):
+                    built = pipeline.build(entries, self.out, work, log, options, **fields)
+                    folder, images, texts, conversations = built
+        names = [common.split_source(source)[0] for source in self.sources]
+        datasets.write_sources(self.out, [*names, *(str(entry.file) for entry in mixed)])
+        without = f"{texts} texts without an image, " if texts else ""
+        print(f"{images} images, {without}{conversations} conversations: {folder}")
+        write_index(folder)
+        if self.push_to_hub is not None:
+            print(publish.publish_records(self.out, self.push_to_hub))
+
+    def _build(
+        self, entries: list[MixtureEntry], log: ReadLog, marks: Marks | None, work: Path
+    ) -> tuple[Path, int, int, int]:
+        """Build records here; return their folder, and numbers of images, texts and conversations."""
+        from reverie_jax.data.mixture import read_mixture
+        from reverie_jax.data.records import write_records
+        from reverie_jax.data.sources import NO_CONVERSATION
+        from reverie_jax.progress import ProgressBars
+
+        with ProgressBars() as bars:
 
             def on_read(count: int) -> None:
                 bars.update("conversations read", count, None)
@@ -108,17 +137,7 @@ class Build:
 
                 jobs = self.jobs or common.cpu_count()
                 folder = write_records(self.out, {"train": records}, work=work, jobs=jobs, on_progress=on_written)
-                texts = len(RecordSource(folder)) - records.image_count
-                without = f"{texts} texts without an image, " if texts else ""
-                counts = f"{records.image_count} images, {without}{records.conversation_count} conversations"
-        names = [common.split_source(source)[0] for source in self.sources]
-        datasets.write_sources(
-            self.out, [*names, *(str(entry.file) for entry in common.mixture_entries((), self.mixture))]
-        )
-        print(f"{counts}: {folder}")
-        write_index(folder)
-        if self.push_to_hub is not None:
-            print(publish.publish_records(self.out, self.push_to_hub))
+                return folder, records.image_count, len(records) - records.image_count, records.conversation_count
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -141,6 +160,8 @@ class Check:
     details: common.Details = None
     fix: Annotated[Path | None, common.FILE] = None
     """Write the annotation file without its unusable rows to this file, in the same form."""
+    engine: data_beam.Engine = "local"
+    beam: data_beam.Beam = ()
 
     def run(self) -> None:
         """Run the command."""
@@ -148,16 +169,22 @@ class Check:
 
         from reverie_jax.data import check, stats
 
+        fields = {name: getattr(self, name) for name in ("model", "components", "recipe", "set")}
+        options = data_beam.pipeline_options(self.engine, self.beam, **fields)
         images = common.find_images_folder(self.images, self.annotations)
         processor, builder = self._training()
         _check_outputs([self.annotations], self.details, self.fix)
-        result = check.check(self.annotations, images, processor, builder)
+        if options is None:
+            result = check.check(self.annotations, images, processor, builder)
+        else:
+            from reverie_jax.beam import check as pipeline
+
+            result = pipeline.check(self.annotations, images, options)
         common.note(result.notes)
         if images is None:
             common.note(["no image folder was given; images were not opened"])
         console = Console()
-        numbers = stats.compute_stats((example.image, example.conversation) for example in result.examples)
-        console.print(stats.stats_table(numbers, result.lengths))
+        console.print(stats.stats_table(result.stats, result.lengths))
         if result.problems:
             console.print(check.problems_table(result))
         if self.details is not None:
@@ -195,6 +222,8 @@ class Stats:
 
     sources: common.Sources
     json: common.Json = False
+    engine: data_beam.Engine = "local"
+    beam: data_beam.Beam = ()
 
     def run(self) -> None:
         """Run the command."""
@@ -202,6 +231,7 @@ class Stats:
 
         from reverie_jax.data import stats
         from reverie_jax.data.mixture import Mixture
+        from reverie_jax.data.sources import ReadLog
 
         def examples(sources: Sources) -> Iterator[tuple[str, Conversation]]:
             for source in sources:
@@ -211,8 +241,14 @@ class Stats:
                 for record in records_of([source]):
                     yield from ((record.id if record.image else "", item) for item in record.conversations)
 
-        with open_sources(self.sources) as sources:
-            numbers = stats.compute_stats(examples(sources))
+        if (options := data_beam.pipeline_options(self.engine, self.beam)) is None:
+            with open_sources(self.sources) as sources:
+                numbers = stats.compute_stats(examples(sources))
+        else:
+            from reverie_jax.beam import stats as pipeline
+
+            with data_beam.noted(ReadLog()) as log:
+                numbers = pipeline.compute_stats(*split_sources(self.sources), log, options)
         if self.json:
             print(jsonlib.dumps(numbers, indent=2))
         else:
@@ -229,11 +265,15 @@ class Contamination:
     distance: Annotated[int, common.option("BITS")] = 4
     """Maximum number of differing bits between 64-bit perceptual hashes of similar images."""
     details: common.Details = None
+    engine: data_beam.Engine = "local"
+    beam: data_beam.Beam = ()
 
     def run(self) -> None:
         """Run the command."""
         from reverie_jax.data import contamination
+        from reverie_jax.data.sources import ReadLog
 
+        options = data_beam.pipeline_options(self.engine, self.beam)
         common.check_at_least(0, distance=self.distance)
         paths = common.require(common.joined(self.eval_images), "--eval-images", "name folders or question files")
         _check_outputs([*_files(self.sources), *paths], self.details)
@@ -241,10 +281,19 @@ class Contamination:
         threads = common.cpu_count()
         evaluation = contamination.read_evaluation_images(paths, threads)
         common.note(f"{reason}; not compared" for reason in evaluation.unreadable)
-        with open_sources(self.sources) as sources:
-            images = ((record.id, record.image) for record in records_of(sources) if record.image)
-            matches = list(contamination.find_matches(images, evaluation, max_distance=self.distance, threads=threads))
-            count = sum(map(len, sources))
+        if options is None:
+            with open_sources(self.sources) as sources:
+                images = ((record.id, record.image) for record in records_of(sources) if record.image)
+                matches = list(
+                    contamination.find_matches(images, evaluation, max_distance=self.distance, threads=threads)
+                )
+                count = sum(map(len, sources))
+        else:
+            from reverie_jax.beam import contamination as pipeline
+
+            matcher, log = contamination.Matcher(evaluation, self.distance), ReadLog()
+            with data_beam.noted(log):
+                matches, count = pipeline.find_matches(*split_sources(self.sources), matcher, log, options)
         if self.details is not None:
             lines = [jsonlib.dumps(dataclasses.asdict(match), ensure_ascii=False) for match in matches]
             atomic_write(self.details, "".join(line + "\n" for line in lines))
@@ -380,38 +429,6 @@ def _check_outputs(inputs: Sequence[Path], *outputs: Path | None) -> None:
         if path.resolve() in taken:
             raise UserError(f"{path}: is another file of this command; choose another name")
         taken.add(path.resolve())
-
-
-@contextlib.contextmanager
-def open_sources(sources: Sequence[str]) -> Iterator[Sources]:
-    """Open annotation files as one mixture, or records folders.
-
-    Raises:
-        UserError: a source cannot be read, or files and folders are mixed.
-    """
-    from reverie_jax.data.mixture import read_mixture
-    from reverie_jax.data.records import RecordSource
-    from reverie_jax.data.sources import ReadLog
-
-    if not sources:
-        raise UserError("name at least one annotation file, as FILE=FOLDER, or a records folder")
-    folders = [Path(source).is_dir() for source in sources]
-    if all(folders):
-        yield [RecordSource(source) for source in sources]
-        return
-    if any(folders):
-        raise UserError("name either annotation files or records folders, not both")
-    log = ReadLog()
-    with read_mixture(mixture_entries(sources), log) as records:
-        common.note(log.notes)
-        yield [records]
-
-
-def records_of(sources: Sources) -> Iterator[ImageRecord]:
-    """Yield the records of all sources."""
-    for source in sources:
-        for index in range(len(source)):
-            yield source[index]
 
 
 def parse_supervision(settings: Sequence[str]) -> Supervision:

@@ -16,7 +16,7 @@ from PIL import Image
 from rich.table import Table
 from rich.text import Text
 
-from reverie_jax.data import sources
+from reverie_jax.data import sources, stats
 from reverie_jax.data.conversation import IMAGE, ImageRecord, Turn
 from reverie_jax.data.images import decode, describe_conversion
 from reverie_jax.data.pipeline import TreeBuilder
@@ -65,17 +65,22 @@ class CheckReport:
 
     Attributes:
         rows: number of rows; a row may be several conversations, or none.
-        examples: the usable conversations.
+        stats: numbers of the usable conversations, as `compute_stats` returns them.
         problems: what is wrong with the others, and with usable ones.
         lengths: tokens of each conversation; empty if they were not counted.
         notes: messages for the user.
     """
 
     rows: int
-    examples: list[Example]
+    stats: dict[str, Any]
     problems: list[Problem]
     lengths: list[int]
     notes: list[str]
+
+    @property
+    def usable(self) -> int:
+        """Number of usable conversations."""
+        return int(self.stats["conversations"])
 
     @property
     def has_unusable_rows(self) -> bool:
@@ -99,7 +104,7 @@ def check(
         DataError: The file as a whole cannot be read.
     """
     log = ReadLog()
-    checker = _Checker(None if images is None else ImageFolder(images), processor)
+    checker = Checker(None if images is None else ImageFolder(images), processor)
     problems: list[Problem] = []
     usable = []
     for _, row in itertools.groupby(sources.read(path, log), key=lambda example: example.where):
@@ -115,17 +120,35 @@ def check(
         unusable = {problem.where for problem in problems if problem.fatal}
         usable = [example for example in usable if example.where not in unusable]
         problems += _check_supervised(path, usable, builder) if usable else []
+    numbers = stats.compute_stats((example.image, example.conversation) for example in usable)
+    problems = complete(path, problems, numbers, log)
+    return CheckReport(sum(1 for _ in Rows(path)), numbers, problems, checker.lengths, log.notes)
+
+
+def complete(path: Path, problems: Sequence[Problem], numbers: dict[str, Any], log: ReadLog) -> list[Problem]:
+    """Return all problems of a file: of rows without a conversation, of conversations, and of a file with nothing to train.
+
+    Args:
+        path: The file.
+        problems: Of conversations.
+        numbers: Of the usable conversations.
+        log: What was noted while it was read.
+    """
     invalid = [
         Problem(where, "", EMPTY_ANSWER if reason.startswith(EMPTY_ANSWER) else "invalid row", reason)
         for where, reason in log.problems
     ]
-    if not usable and not problems and not invalid:
-        problems.append(Problem(str(path), "", _NOTHING, sources.NO_CONVERSATION))
-    return CheckReport(sum(1 for _ in Rows(path)), usable, invalid + problems, checker.lengths, log.notes)
+    nothing = Problem(str(path), "", _NOTHING, sources.NO_CONVERSATION)
+    return [*invalid, *problems] or ([] if numbers["conversations"] else [nothing])
 
 
-class _Checker:
-    """Checks conversations one after the other; remembers images and texts."""
+class Checker:
+    """Checks conversations one after the other; remembers images and texts.
+
+    Args:
+        folder: Folder of images; they are not checked if it is None.
+        processor: Of the checkpoint to be trained; tokens are not counted if it is None.
+    """
 
     def __init__(self, folder: ImageFolder | None, processor: Processor | None):
         self.folder, self.processor = folder, processor
@@ -273,14 +296,14 @@ def write_usable_rows(report: CheckReport, source: Path, path: Path) -> int:
     """
     if path.exists() and path.samefile(source):
         raise UserError(f"{path}: is the annotation file itself; choose another name")
-    if not report.examples:
+    if not report.usable:
         raise UserError(f"{source}: none of its {report.rows:,} rows can be used; {path} is not written")
     return Rows(source).write_some(path, {problem.where for problem in report.problems if problem.fatal})
 
 
 def problems_table(report: CheckReport) -> Table:
     """Return a table of the kinds of problems, with their numbers and an example of each."""
-    title = f"{report.rows:,} rows, {len(report.examples):,} usable conversations"
+    title = f"{report.rows:,} rows, {report.usable:,} usable conversations"
     table = Table("problem", "conversations", "example", title=title)
     groups: dict[tuple[str, bool], list[Problem]] = collections.defaultdict(list)
     for problem in report.problems:

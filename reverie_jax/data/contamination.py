@@ -130,12 +130,52 @@ def _hash_file(path: Path) -> ImageHash | str:
         return str(error)
 
 
+class Matcher:
+    """Compares training images with the evaluation images.
+
+    Two images of the same name do not match if both are available and their hashes differ.
+
+    Args:
+        evaluation: The evaluation images.
+        max_distance: Number of bits in which the hashes of similar images may differ.
+    """
+
+    def __init__(self, evaluation: EvaluationImages, max_distance: int):
+        self._max_distance = max_distance
+        self._hashes = {name: value for name, value in evaluation.hashes.items() if value is not None}
+        self._names = list(self._hashes)
+        self._bits = np.asarray([value.bits for value in self._hashes.values()], np.uint64)
+        self._by_name: dict[str, list[str]] = {}
+        for name in evaluation.hashes:
+            self._by_name.setdefault(normalize_name(name), []).append(name)
+
+    def compare(self, name: str, encoded: bytes) -> list[ImageMatch]:
+        """Return the evaluation images that a training image is; without its bytes, only names are compared.
+
+        Raises:
+            BrokenImage: The image cannot be decoded.
+        """
+        value = hash_image(encoded, name) if encoded else None
+        similar: dict[str, int] = {}
+        if value is not None and len(self._bits):
+            distances = hamming_distances(value.bits, self._bits)
+            for index in np.flatnonzero(distances <= self._max_distance):
+                if _similar_colors(value, self._hashes[self._names[index]]):
+                    similar[self._names[index]] = int(distances[index])
+        same = self._by_name.get(normalize_name(name), [])
+        matches = [
+            ImageMatch(name, other, "name and hash" if other in same else "hash", distance)
+            for other, distance in similar.items()
+        ]
+        if value is None or not any(other in self._hashes for other in same):  # else the hashes decide
+            matches += [ImageMatch(name, other, "name", None) for other in same if other not in similar]
+        return matches
+
+
 def find_matches(
     images: Iterable[tuple[str, bytes]], evaluation: EvaluationImages, *, max_distance: int, threads: int
 ) -> Iterator[ImageMatch]:
-    """Yield the training images that are evaluation images.
-
-    Two images of the same name do not match if both are available and their hashes differ.
+    """Yield the training images that are evaluation images; see `Matcher`.
 
     Args:
         images: (name, encoded) of the training images; if there are no bytes, only names are compared.
@@ -143,34 +183,11 @@ def find_matches(
         max_distance: Number of bits in which the hashes of similar images may differ.
         threads: Number of threads that hash images.
     """
-    hashes = {name: value for name, value in evaluation.hashes.items() if value is not None}
-    names, bits = list(hashes), np.asarray([value.bits for value in hashes.values()], np.uint64)
-    by_name: dict[str, list[str]] = {}
-    for name in evaluation.hashes:
-        by_name.setdefault(normalize_name(name), []).append(name)
-
-    def compare(image: tuple[str, bytes]) -> list[ImageMatch]:
-        name, encoded = image
-        value = hash_image(encoded, name) if encoded else None
-        similar: dict[str, int] = {}
-        if value is not None and len(bits):
-            distances = hamming_distances(value.bits, bits)
-            for index in np.flatnonzero(distances <= max_distance):
-                if _similar_colors(value, hashes[names[index]]):
-                    similar[names[index]] = int(distances[index])
-        same = by_name.get(normalize_name(name), [])
-        matches = [
-            ImageMatch(name, other, "name and hash" if other in same else "hash", distance)
-            for other, distance in similar.items()
-        ]
-        if value is None or not any(other in hashes for other in same):  # else the hashes decide
-            matches += [ImageMatch(name, other, "name", None) for other in same if other not in similar]
-        return matches
-
+    matcher = Matcher(evaluation, max_distance)
     with ThreadPoolExecutor(threads) as pool:
         waiting = []
         for image in images:
-            waiting.append(pool.submit(compare, image))
+            waiting.append(pool.submit(matcher.compare, *image))
             if len(waiting) >= 8 * threads:
                 yield from waiting.pop(0).result()
         for future in waiting:

@@ -5,6 +5,7 @@ Rows pass one by one into a database beside the records; memory holds none of th
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import hashlib
 import json
@@ -53,6 +54,14 @@ class MixtureEntry(pydantic.BaseModel):
         """The image folder."""
         return self.images or self.file.parent / "images"
 
+    def open_folder(self) -> ImageFolder | None:
+        """Return the image folder; None if none was named and there is none beside the file.
+
+        Raises:
+            DataError: The folder that was named does not exist.
+        """
+        return None if self.images is None and not self.folder.is_dir() else ImageFolder(self.folder)
+
     def read(self, log: ReadLog, marks: Marks | None = None) -> Iterator[Example]:
         """Yield the file's examples; see `sources.read`.
 
@@ -82,7 +91,7 @@ def read_mixture_file(path: Path) -> list[MixtureEntry]:
     return entries
 
 
-class _StoredRecord(NamedTuple):
+class StoredRecord(NamedTuple):
     """A record before its image is read.
 
     Attributes:
@@ -100,7 +109,49 @@ class _StoredRecord(NamedTuple):
     conversations: str
 
 
-class Mixture:
+class StoredRecords(abc.ABC):
+    """Records whose images are read when they are asked for; subclasses give `__len__` and `stored`.
+
+    Args:
+        max_side: Larger images are scaled down; all stay as they are by default.
+    """
+
+    def __init__(self, max_side: int | None = None):
+        self._max_side = max_side
+
+    @abc.abstractmethod
+    def __len__(self) -> int: ...
+
+    @abc.abstractmethod
+    def stored(self, index: int) -> StoredRecord:
+        """Return a record before its image is read, by its number from 0."""
+
+    def __getitem__(self, index: int) -> ImageRecord:
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        stored = self.stored(index % len(self))
+        encoded = stored.encoded
+        if encoded:
+            validate_image(encoded, f"{stored.version}: {stored.id}")
+        elif stored.path:
+            try:
+                encoded = validate_image(Path(stored.path).read_bytes(), stored.path)
+            except OSError as error:
+                raise DataError(f"{stored.path}: cannot be read ({error.strerror})") from None
+        if encoded and self._max_side is not None:
+            encoded = downscale(encoded, stored.id, self._max_side)
+        return ImageRecord.from_parts(stored.id, encoded, stored.conversations)
+
+    def digest(self, start: int, stop: int) -> str:
+        """Return a digest of some records: their images' paths, sizes and times, and their conversations."""
+        digest = hashlib.blake2b(str(self._max_side).encode(), digest_size=16)
+        for index in range(start, stop):
+            stored = self.stored(index)
+            digest.update(repr((*stored._replace(encoded=b""), content_digest(stored.encoded))).encode())
+        return digest.hexdigest()
+
+
+class Mixture(StoredRecords):
     """The records of several annotation files, in the order of their images' first rows; those without an image last.
 
     To be closed, or used in a `with` statement.
@@ -125,7 +176,7 @@ class Mixture:
         max_side: int | None = None,
         on_progress: Callable[[int], object] = lambda count: None,
     ):
-        self._max_side = max_side
+        super().__init__(max_side)
         if store is not None:
             store.unlink(missing_ok=True)
         self._lock = threading.Lock()
@@ -143,10 +194,9 @@ class Mixture:
                 if cap is not None:
                     self._apply_cap(number, cap)
             on_progress(count)
-            self._db.execute("DELETE FROM images WHERE id NOT IN (SELECT image FROM examples WHERE image NOT NULL)")
             self._db.executescript(_ORDER)
             self._records = self._count("records")
-            self.image_count = self._count("images")
+            self.image_count = self._count("records WHERE image NOT NULL")
             self.conversation_count = self._count("examples")
         except sqlite3.Error as error:
             self.close()
@@ -225,48 +275,37 @@ class Mixture:
         for name, text in rows:
             yield name, Conversation.from_json(json.loads(text))
 
-    def _stored(self, index: int) -> _StoredRecord:
+    def images(self) -> Iterator[tuple[int, str, str, bytes, str]]:
+        """Yield (number, key, name, encoded, version) of each image, in order; also of those whose rows a cap drops."""
+        yield from self._db.cursor().execute("SELECT id, key, name, encoded, version FROM images ORDER BY id")
+
+    def examples(self) -> Iterator[tuple[int, str | None, str, str]]:
+        """Yield (number, key of its image, location, conversation as JSON text) of each row, in order."""
+        yield from self._db.cursor().execute(
+            "SELECT examples.id, key, location, conversation FROM examples LEFT JOIN images ON images.id = image"
+            " ORDER BY examples.id"
+        )
+
+    def stored(self, index: int) -> StoredRecord:
+        """Return a record before its image is read."""
         with self._lock:
             query = "SELECT image, example FROM records WHERE number = ?"
             image, example = self._db.execute(query, (index + 1,)).fetchone()
             if image is None:
                 query = "SELECT conversation, location FROM examples WHERE id = ?"
                 text, location = self._db.execute(query, (example,)).fetchone()
-                return _StoredRecord(location, "", b"", "", f"[{text}]")
+                return StoredRecord(location, "", b"", "", f"[{text}]")
             key, name, encoded, version, ambiguous = self._db.execute(
                 "SELECT key, name, encoded, version,"
-                " (SELECT min(id) FROM images AS other WHERE other.name = this.name) != this.id"
+                " (SELECT id FROM images AS other WHERE other.name = this.name"
+                " AND EXISTS (SELECT 1 FROM examples WHERE image = other.id) ORDER BY id LIMIT 1) != this.id"
                 " FROM images AS this WHERE id = ?",
                 (image,),
             ).fetchone()
             query = "SELECT conversation FROM examples WHERE image = ? ORDER BY id"
             texts = ",".join(row[0] for row in self._db.execute(query, (image,)))
         # The first of two files that have the same name keeps it; the path identifies the other.
-        return _StoredRecord(key if ambiguous else name, "" if encoded else key, encoded, version, f"[{texts}]")
-
-    def __getitem__(self, index: int) -> ImageRecord:
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        stored = self._stored(index % len(self))
-        encoded = stored.encoded
-        if encoded:
-            validate_image(encoded, f"{stored.version}: {stored.id}")
-        elif stored.path:
-            try:
-                encoded = validate_image(Path(stored.path).read_bytes(), stored.path)
-            except OSError as error:
-                raise DataError(f"{stored.path}: cannot be read ({error.strerror})") from None
-        if encoded and self._max_side is not None:
-            encoded = downscale(encoded, stored.id, self._max_side)
-        return ImageRecord.from_parts(stored.id, encoded, stored.conversations)
-
-    def digest(self, start: int, stop: int) -> str:
-        """Return a digest of some records: their images' paths, sizes and times, and their conversations."""
-        digest = hashlib.blake2b(str(self._max_side).encode(), digest_size=16)
-        for index in range(start, stop):
-            stored = self._stored(index)
-            digest.update(repr((*stored._replace(encoded=b""), content_digest(stored.encoded))).encode())
-        return digest.hexdigest()
+        return StoredRecord(key if ambiguous else name, "" if encoded else key, encoded, version, f"[{texts}]")
 
 
 def read_mixture(
@@ -293,10 +332,7 @@ def read_mixture(
     Raises:
         DataError: A file, a row or an image's name cannot be used; the message names the first.
     """
-    folders = [ImageFolder(entry.folder) if entry.folder.is_dir() else None for entry in entries]
-    for entry, folder in zip(entries, folders, strict=True):
-        if folder is None and entry.images is not None:
-            raise DataError(f"{entry.images}: image folder does not exist")
+    folders = [entry.open_folder() for entry in entries]
     mixture = Mixture(
         (
             (entry.read(log, marks), folder, entry.cap, entry.weight)

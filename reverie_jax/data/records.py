@@ -18,6 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 from google.protobuf import json_format
+from tensorflow_datasets.core import example_serializer
 
 from reverie_jax.data.conversation import ImageRecord
 from reverie_jax.errors import DataError, UserError
@@ -59,11 +60,12 @@ class DigestedRecords(Records, Protocol):
         """Return a digest that changes if the records from `start` to `stop` (exclusive) do."""
 
 
-class _ShardWriter:
+class ShardWriter:
     """Writes the shard files of one split, from several threads; skips those that an earlier run has finished."""
 
     def __init__(self, folder: Path, records: Records):
         self.folder, self.records, self.features = folder, records, _features()
+        self.serializer = example_serializer.ExampleSerializer(self.features.get_serialized_info())
 
     def write_shard(self, start: int) -> tuple[Path, int]:
         """Write the shard that begins at a record; return its file and its number of records."""
@@ -91,7 +93,10 @@ class _ShardWriter:
                     "image": io.BytesIO(record.image),
                     "conversations": record.conversations_json(),
                 }
-                writer.write(self.features.serialize_example(self.features.encode_example(fields)))
+                example = self.serializer.get_tf_example(self.features.encode_example(fields))
+                writer.write(
+                    example.SerializeToString(deterministic=True)
+                )  # else processes order its fields differently
         except BaseException:
             with contextlib.suppress(RuntimeError):
                 writer.close()
@@ -168,16 +173,28 @@ def write_records(
     if work is None:
         with work_folder(folder) as work:
             return write_records(folder, splits, work=work, jobs=jobs, on_progress=on_progress)
+    with writing(folder):
+        shards = {split: _write_split(folder, split, splits[split], work, jobs, on_progress) for split in splits}
+        return publish_shards(folder, shards, work)
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turn what fails in the block into a `DataError`: records cannot be written."""
     try:
-        return _write_records(folder, splits, work, jobs, on_progress)
+        yield
     except (OSError, RuntimeError) as error:
         raise DataError(f"{folder}: cannot be written ({' '.join(str(error).split())[:300]})") from None
 
 
-def _write_records(
-    folder: Path, splits: Mapping[str, Records], work: Path, jobs: int, on_progress: Callable[[int], object]
-) -> Path:
-    shards = {split: _write_split(folder, split, splits[split], work, jobs, on_progress) for split in splits}
+def publish_shards(folder: Path, shards: Mapping[str, Sequence[tuple[Path, int]]], work: Path) -> Path:
+    """Make a TFDS dataset below `folder` of finished shards; return the folder to read.
+
+    Args:
+        folder: The output folder.
+        shards: (file, number of records) of the shards of each split, in order.
+        work: The folder of `work_folder(folder)`.
+    """
     dataset = work / uuid.uuid4().hex
     dataset.mkdir()
     template = tfds.core.ShardedFileTemplate(
@@ -214,7 +231,7 @@ def _write_split(
     """Write the shards of a split; return (file, number of records) of each."""
     if not len(records):
         raise DataError(f"{folder}: no records for {split}")
-    writer, shards = _ShardWriter(work, records), []
+    writer, shards = ShardWriter(work, records), []
     with ThreadPoolExecutor(jobs) as pool:
         futures = [pool.submit(writer.write_shard, start) for start in range(0, len(records), RECORDS_PER_SHARD)]
         try:

@@ -394,7 +394,7 @@ def test_a_run_within_a_run_is_one_line(tmp_path, monkeypatch, moment):
 
     owner: Any
     owner, name = {
-        "shard": (records_module._ShardWriter, "write_shard"),
+        "shard": (records_module.ShardWriter, "write_shard"),
         "metadata": (tfds.folder_dataset, "write_metadata"),
         "replacement": (Path, "rename"),
     }[moment]
@@ -452,7 +452,7 @@ def test_a_killed_run_is_continued(tmp_path, monkeypatch, count):
     world.build()
     previous = files_of(world.out)
     world.change_answer(3, "newer")
-    write = records_module._ShardWriter.write_shard
+    write = records_module.ShardWriter.write_shard
 
     def writing(self: Any, start: int) -> Any:
         if start == count * SHARD:
@@ -460,7 +460,7 @@ def test_a_killed_run_is_continued(tmp_path, monkeypatch, count):
         return write(self, start)
 
     with monkeypatch.context() as patch:
-        patch.setattr(records_module._ShardWriter, "write_shard", writing)
+        patch.setattr(records_module.ShardWriter, "write_shard", writing)
         world.build(jobs=1)
     shutil.rmtree(world.folder)
     killed.rename(world.folder)

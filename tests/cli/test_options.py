@@ -24,7 +24,7 @@ from reverie_jax.train.recipe import Recipe
 HEAVY = (
     *("jax", "flax", "torch", "transformers", "tensorflow_datasets", "matplotlib", "pandas", "pydantic", "rich"),
     *("starlette", "uvicorn", "prometheus_client", "gradio", "fastapi", "huggingface_hub", "pyarrow"),
-    *("wandb", "mlflow", "trackio"),
+    *("wandb", "mlflow", "trackio", "apache_beam"),
 )
 # Options that differ between commands in type, default or first sentence, and why.
 DIFFERENT = {

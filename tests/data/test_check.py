@@ -17,7 +17,6 @@ from reverie_jax.data.packing import SequenceShape
 from reverie_jax.data.pipeline import TreeBuilder
 from reverie_jax.data.preferences import DPOConfig
 from reverie_jax.data.processor import Processor
-from reverie_jax.data.stats import compute_stats
 from reverie_jax.data.supervision import Supervision
 from reverie_jax.data.survey import find_sizes, survey
 from reverie_jax.data.tokenization import Encoder
@@ -91,7 +90,7 @@ def test_every_problem_is_reported_once(annotations, folder):
         f"{annotations}: row {number}": kind for number, kind in EXPECTED.items()
     }
     assert len(report.problems) == len(EXPECTED)
-    assert (report.rows, len(report.examples), report.has_unusable_rows) == (16, 8, True)
+    assert (report.rows, report.usable, report.has_unusable_rows) == (16, 8, True)
     assert all("\n" not in problem.reason for problem in report.problems)
 
 
@@ -167,7 +166,7 @@ def test_what_check_passes_train_takes(tmp_path_factory, rows, context, sharing)
     if report.has_unusable_rows:
         with pytest.raises(UserError):
             train(path)
-        if not report.examples:
+        if not report.usable:
             with pytest.raises(UserError, match="none of its"):
                 checking.write_usable_rows(report, path, fixed)
             assert not fixed.exists()
@@ -226,8 +225,7 @@ def test_numbers_of_a_dataset_card(tmp_path):
         llava_row("b.png", "Which? A. cup B. jug", "A", WHY_WRONG.format("B"), "No jug."),
     ]
     report = checking.check(write_json_rows(tmp_path / "rows.json", rows), None)
-    stats = compute_stats((example.image, example.conversation) for example in report.examples)
-    assert stats == {
+    assert report.stats == {
         "images": 2,
         "without image": 0,
         "conversations": 5,

@@ -22,6 +22,7 @@ _GENERIC_NAMES = {"image", "img", "picture", "photo"}
 """File names without a folder that do not identify an image."""
 _LONG_NAME = 200
 """Characters of an image name that messages show."""
+_UNKNOWN = "unknown field"
 _IMAGE_FIELDS = {"image", "images", "image_id", "image_path"}
 
 
@@ -61,8 +62,12 @@ class ReadLog:
     def note_unknown_fields(self, row: dict[str, Any], known: Collection[str]) -> None:
         """Note each field that is not known, once."""
         for key in row.keys() - known:
-            if (note := f"unknown field {key!r} is ignored") not in self.notes:
+            if (note := f"{_UNKNOWN} {key!r} is ignored") not in self.notes:
                 self.notes.append(note)
+
+    def merge(self, notes: Iterable[str]) -> None:
+        """Take over the notes of another log; a field that is not known is noted once."""
+        self.notes += [note for note in notes if not (note.startswith(_UNKNOWN) and note in self.notes)]
 
     def raise_problems(self) -> None:
         """Raise the first problem, if there are any.

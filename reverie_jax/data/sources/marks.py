@@ -117,13 +117,16 @@ class Marks:
 
     Args:
         path: The file; `read` reads it.
+
+    Attributes:
+        found: Digests of the marked rows that were read.
     """
 
     def __init__(self, path: Path):
         self.path = path
         self.rows: dict[str, RowMarks] = {}
         self.lines = 0
-        self._found: set[str] = set()
+        self.found: set[str] = set()
 
     @classmethod
     def read(cls, path: Path) -> Marks:
@@ -173,7 +176,7 @@ class Marks:
         marked = self.rows.get(digest)
         if marked is None:
             return row
-        self._found.add(digest)
+        self.found.add(digest)
         if marked.is_bad:
             return None
         try:
@@ -187,8 +190,8 @@ class Marks:
 
     def notes(self) -> list[str]:
         """Return what was done to the rows that were read, and the marks that fit none."""
-        found = [self.rows[digest] for digest in self._found]
-        lost = [marked for digest, marked in self.rows.items() if digest not in self._found]
+        found = [self.rows[digest] for digest in self.found]
+        lost = [marked for digest, marked in self.rows.items() if digest not in self.found]
         kept = [marked for marked in found if not marked.is_bad]
         counts = {
             "rows are marked bad and left out": len(found) - len(kept),

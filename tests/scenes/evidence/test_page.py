@@ -104,7 +104,7 @@ FOUND = {
     "Does more weight on the answers help?": (
         "reflective-weighted against reflective: POPE accuracy -0.250 [-0.250, -0.250]: worse."
     ),
-    "Do LRV's negative instructions matter?": "The best POPE accuracy of these ratios is that of lrv-1: 1.000 [1.000, 1.000].",
+    "Do LRV's negative instructions matter?": "The best POPE accuracy of these ratios is that of lrv-1: 1.000 [1.000",
     "Do corrections help?": "ddpo-5 against base: CHAIRi -0.250 [-0.250, -0.250]: better.",
     "Does dense DPO beat DPO?": f"ddpo-5 against dpo: coverage {ZERO}",
     "Do sentences of the model's own help?": "sentences against dpo: objects F1 +0.167 [+0.167, +0.167]: better.",
