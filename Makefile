@@ -9,7 +9,7 @@ PINS := $(wildcard constraints/$(LINE).txt)
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(addprefix --constraint ,$(PINS))
 
-.PHONY: demo evidence test lint types suite docs test-slow test-compile test-newest test-old-sdk test-others test-gpu bench gpu clean
+.PHONY: demo evidence test lint types suite docs test-slow test-compile test-newest test-old-sdk test-others test-beam test-gpu bench gpu clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/reverie demo
@@ -68,6 +68,13 @@ $(VENV)-others/%/.installed: constraints/others.txt
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints/others.txt \
 	  $(if $(filter newest,$*),--upgrade transformers,transformers==$*) torch pillow jinja2 sentencepiece protobuf accelerate
 	touch $@
+
+# Apache Beam excludes releases that the suite is pinned to: an environment of its own.
+test-beam:
+	test -x $(VENV)-beam/bin/python || $(PYTHON) -m venv $(VENV)-beam
+	$(VENV)-beam/bin/python -m pip install --quiet $(addprefix --constraint ,$(wildcard constraints/beam-$(LINE).txt)) \
+	  --editable '.[beam]' pytest hypothesis beartype
+	$(VENV)-beam/bin/python -m pytest tests/beam
 
 test-gpu: $(VENV)/.test
 	JAX_PLATFORMS=cuda $(BIN)/python -m pytest -m gpu
