@@ -88,7 +88,7 @@ def test_an_index_is_the_survey_and_digest_of_its_records(source, monkeypatch):
         ({"processor": dataclasses.replace(BUILDER.processor, image_size=16, image_aspect_ratio="stretch")}, True),
         ({"datasets": ("a", "b")}, True),
     ],
-    ids=str,
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else str(value),
 )
 def test_an_index_is_found_for_what_gives_the_same_trees(source, changes, same):
     write_index(source, survey(source, BUILDER), BUILDER)
