@@ -273,7 +273,7 @@ def others(root) -> Path:
     ("changes", "fact"),
     [
         ({"seeds": 3}, "seeds is 3, there it is 2"),
-        ({"set": (*SET, "learning_rate=0.001")}, "arms.why.recipe.learning_rate is 0.001, there it is 0.003"),
+        ({"set": (*SET, "learning_rate=0.002")}, "arms.why.recipe.learning_rate is 0.002, there it is 0.001"),
         ({"arms": f"{ARMS},more=scenes-responses"}, "arms.more is new"),
         ({"arms": "scenes-responses"}, "arms.why is missing"),
         ({"arms": "scenes-responses,why=scenes-rationales@others/records"}, "arms.why.records"),

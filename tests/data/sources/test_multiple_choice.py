@@ -11,7 +11,6 @@ from reverie_jax.data.conversation import IMAGE
 from reverie_jax.data.sources import ReadLog, multiple_choice
 from reverie_jax.data.sources.annotated import QUESTION_KEYS
 from reverie_jax.data.sources.reverie import parse_rationale_prompt
-from reverie_jax.data.stats import compute_stats
 from reverie_jax.data.supervision import Supervision
 from reverie_jax.errors import DataError
 from tests.data.fakes import (
@@ -134,8 +133,7 @@ def test_the_parquet_file_has_images_of_the_same_name(tmp_path):
     assert [record.image for record in records] == [*(png((number, 0, 0)) for number in range(3)), b""]
     assert len({record.id for record in records}) == 4
     report = checking.check(path, None)
-    stats = compute_stats((example.image, example.conversation) for example in report.examples)
-    assert (stats["images"], stats["instructions"], report.problems) == (3, 4, [])
+    assert (report.stats["images"], report.stats["instructions"], report.problems) == (3, 4, [])
 
 
 def test_the_parquet_file_joins_problems_about_one_image_and_names_broken_ones(tmp_path):
