@@ -1,5 +1,6 @@
 """Notebooks: their commands are known to the CLI; the demo's is executed, at a size of minutes."""
 
+import importlib
 import json
 import os
 import shlex
@@ -44,6 +45,7 @@ def test_commands_are_valid(path):
 @pytest.mark.slow
 def test_the_demo_runs(reverie, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    importlib.import_module("treescope")  # flax's; later it would look into the IPython below
     shown: list[str] = []
     display = types.SimpleNamespace(IFrame=lambda path, **size: shown.append(path))
     monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(display=display))
