@@ -17,8 +17,9 @@ from jax.typing import DTypeLike
 
 from reverie_jax import files
 from reverie_jax.data.conversation import ImageRecord
-from reverie_jax.data.pipeline import DatasetStats, TreeBuilder
+from reverie_jax.data.pipeline import TreeBuilder
 from reverie_jax.data.survey import find_sizes
+from reverie_jax.data.tree_sizes import DatasetStats
 from reverie_jax.errors import UserError
 from reverie_jax.eval import statistics
 from reverie_jax.eval.benchmarks.answer_files import PREDICTIONS, SCORES

@@ -75,8 +75,6 @@ def build(
     Raises:
         UserError: Data cannot be used, or the pipeline failed.
     """
-    for entry in entries:
-        entry.open_folder()
 
     def steps(pipeline: beam.Pipeline) -> dict[str, beam.PCollection]:
         groups, logs = rows.read(pipeline, entries, work, seed=seed, marks=marks)

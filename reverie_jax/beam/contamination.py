@@ -50,8 +50,6 @@ def find_matches(
     Raises:
         UserError: Data cannot be used, or the pipeline failed.
     """
-    for entry in entries:
-        entry.open_folder()
     with scratch_folder(options) as work:
 
         def steps(pipeline: beam.Pipeline) -> dict[str, beam.PCollection]:

@@ -125,7 +125,12 @@ def read(
 
     Returns:
         Groups, and logs for `merge_logs`.
+
+    Raises:
+        DataError: A folder of images does not exist.
     """
+    for entry in entries:
+        entry.open_folder()
     rows = (
         pipeline
         | "Files" >> beam.Create(list(enumerate(entries)))

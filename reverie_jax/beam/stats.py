@@ -27,7 +27,7 @@ def _conversations(group: Group) -> Iterator[tuple[Place, str, Conversation]]:
 def _stored_conversations(element: tuple[Place, ImageRecord]) -> Iterator[tuple[Place, str, Conversation]]:
     place, record = element
     name = record.id if record.image else ""
-    yield from (((*place, number), name, talk) for number, talk in enumerate(record.conversations))
+    yield from (((*place, number), name, one) for number, one in enumerate(record.conversations))
 
 
 def _counted(element: tuple[Place, str, Conversation]) -> Iterator[Any]:
@@ -87,8 +87,6 @@ def compute_stats(
     Raises:
         UserError: Data cannot be used, or the pipeline failed.
     """
-    for entry in entries:
-        entry.open_folder()
     with scratch_folder(options) as work:
 
         def steps(pipeline: beam.Pipeline) -> dict[str, beam.PCollection]:

@@ -22,7 +22,7 @@ def split_sources(sources: Sequence[str]) -> tuple[list[MixtureEntry], list[str]
     """Return annotation files and records folders; one of them is empty.
 
     Raises:
-        UserError: There are none, or both.
+        UserError: Nothing is named, or files and folders are mixed.
     """
     if not sources:
         raise UserError("name at least one annotation file, as FILE=FOLDER, or a records folder")

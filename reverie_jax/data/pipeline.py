@@ -34,7 +34,6 @@ from reverie_jax.data.processor import Processor
 from reverie_jax.data.supervision import Supervision
 from reverie_jax.data.tokenization import is_untaught
 from reverie_jax.data.tree import ConversationTree, build_trees, unsupervised
-from reverie_jax.data.tree_sizes import DatasetStats as DatasetStats
 from reverie_jax.data.tree_sizes import PlannedSequences, TreeSizes
 from reverie_jax.errors import DataError, UserError
 

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from reverie_jax.data.pipeline import DatasetStats
 from reverie_jax.data.records import RecordSource, write_records
+from reverie_jax.data.tree_sizes import DatasetStats
 from reverie_jax.errors import UserError
 from reverie_jax.eval.engine import Engine
 from reverie_jax.loading import SCENES_BASE, load_model

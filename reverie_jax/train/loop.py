@@ -19,9 +19,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 
 from reverie_jax.data.conversation import ImageRecord
-from reverie_jax.data.pipeline import DatasetStats, TreeBuilder, training_batches
+from reverie_jax.data.pipeline import TreeBuilder, training_batches
 from reverie_jax.data.processor import Processor
 from reverie_jax.data.survey import find_sizes
+from reverie_jax.data.tree_sizes import DatasetStats
 from reverie_jax.errors import UserError
 from reverie_jax.models import VisionLanguageModel, lora
 from reverie_jax.models.sharding import global_batch, local_rows, make_mesh, shard_state, shardings
